@@ -1,0 +1,180 @@
+"""The commands: parse, call, print, exit. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+import dpo_cli
+from dpo_cli.config.config import load
+from dpo_cli.console import Console
+from dpo_cli.errors import DpoError, Exit, UsageError
+from dpo_cli.hardware.probe import nvidia_gpus, probe
+from dpo_cli.hardware.recommend import recommend as make_recommendation
+from dpo_cli.plan import DOES_NOT_FIT, inspect
+
+app = typer.Typer(
+    name="dpo",
+    help="Preference tuning of language models from a terminal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, all else on standard error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A JSON config; - reads standard input.")]
+
+
+@contextmanager
+def session(as_json: bool, debug: bool) -> Iterator[Console]:
+    """The console of one command; whatever is raised becomes a message and an exit code."""
+    console = Console(as_json)
+    try:
+        yield console
+    except DpoError as error:
+        if debug:
+            raise
+        console.error(error)
+        raise typer.Exit(int(error.exit_code)) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(int(Exit.SIGINT)) from None
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except Exception as error:  # a fault of ours or of the machine: one line, and the way to the traceback
+        if debug:
+            raise
+        console.error(DpoError(f"{type(error).__name__}: {error}", "run it again with --debug for the traceback"))
+        raise typer.Exit(int(Exit.FAILED)) from error
+
+
+def _composer() -> ModuleType:
+    """The module that trains and judges, imported late: it brings torch."""
+    # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores: two trainings on two
+    # cores took 13 times as long as one. A short spin costs a lone training nothing (`make spin` prints both).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    from dpo_cli.runs.log import hush
+
+    hush()
+    from dpo_cli.training import run
+
+    return run
+
+
+@app.command()
+def validate(
+    config: ConfigFile,
+    vram: Annotated[float | None, typer.Option(min=0.1, help="Plan for a GPU with this much memory, in GB.")] = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the dataset.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Is this going to work? Everything wrong at once, with the fix."""
+    with session(as_json, debug) as console:
+        loaded = load(config)
+        found = inspect(loaded, probe(), vram, with_data=not no_data)
+        problems = [replace(p, severity="error") if strict and p.severity == "warning" else p for p in found.problems]
+        errors = [problem for problem in problems if problem.severity == "error"]
+        memory = found.plan.memory.to_json() if found.plan and found.plan.memory else None
+        if as_json:
+            document = {
+                "ok": not errors,
+                "problems": [problem.to_json() for problem in problems],
+                "config": found.plan.config.to_json() if found.plan else loaded.values,
+                "data": found.data.to_json() if found.data else None,
+                "memory": memory,
+            }
+            console.json(document)
+        console.problems(problems)
+        if found.data and found.data.pairs:
+            console.line(f"data: {len(found.data.pairs)} pairs of {found.data.prompts} prompts in {found.data.rows} rows")
+        if memory:
+            console.bill(memory)
+        console.line(f"{config}: {'valid' if not errors else f'{len(errors)} errors'}")
+        if errors:
+            unfit = all(problem.code == DOES_NOT_FIT for problem in errors)
+            raise typer.Exit(int(Exit.UNFIT if unfit else Exit.INVALID))
+
+
+@app.command()
+def recommend(
+    vram: Annotated[float | None, typer.Option(min=0.1, help="GPU memory in GB; asked of this machine without it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to train; else the profile's.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The dataset to put into the config.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the config to this file.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """A config for this hardware, with its memory bill."""
+    with session(as_json, debug) as console:
+        gpus = nvidia_gpus() if vram is None else ()
+        if vram is None and not gpus:
+            raise UsageError("there is no NVIDIA GPU on this machine", "say what to plan for, for example --vram 12")
+        made = make_recommendation(vram or gpus[0].free_gb, model, dataset)
+        if as_json:
+            console.json(made.to_json())
+        for reason in made.reasons:
+            console.line(reason)
+        console.bill(made.memory.to_json())
+        text = json.dumps(made.config, indent=2)
+        if write is not None:
+            if write.exists():
+                raise UsageError(f"{write} exists already", "name a new file")
+            write.write_text(text + "\n", encoding="utf-8")
+        console.line(f"wrote {write}" if write else text)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, train nothing, write nothing.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter; CONFIG may be the plan.json of an earlier run."""
+    with session(as_json, debug) as console:
+        loaded = load(config, overrides or ())
+        loaded.require()  # before torch is imported: a mistake is told at once
+        run = _composer()
+        result = run.train(loaded, console, overwrite, dry_run)
+        if as_json:
+            console.json(result)
+
+
+@app.command("eval")
+def evaluate(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")],
+    dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what the run held out.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Judge a run's adapter against its base model on held-out pairs."""
+    with session(as_json, debug) as console:
+        run = _composer()
+        result = run.evaluate(run_dir, dataset, console)
+        if as_json:
+            console.json(result)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"dpo {dpo_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Preference tuning of language models from a terminal."""

@@ -1,0 +1,161 @@
+"""How anything is shown: tables and panels on a terminal, plain lines when piped, one JSON document with --json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.errors import DpoError, InvalidInput, Problem
+
+COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
+MARKS = {"error": "x", "warning": "!", "hint": "-"}
+PIPED_WIDTH = 120
+TRAIN_FIGURES = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "tokens_per_second": "tok/s"}
+PIPED_LINES = 20  # progress lines of a piped run
+
+
+class Console:
+    """Results on standard output, the rest on standard error; with `as_json` everything but the JSON is the rest."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        width = None if sys.stderr.isatty() else PIPED_WIDTH
+        self.as_json = as_json
+        self.errors = RichConsole(stderr=True, width=width, highlight=False)
+        plain = None if sys.stdout.isatty() else PIPED_WIDTH
+        self.out = self.errors if as_json else RichConsole(width=plain, highlight=False)
+
+    def json(self, value: Any) -> None:
+        """The one document of standard output."""
+        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def line(self, text: str) -> None:
+        self.out.print(Text(text))
+
+    def problems(self, problems: Sequence[Problem]) -> None:
+        """Every problem, errors first, each with its place and its remedy."""
+        order = list(COLOURS)
+        for problem in sorted(problems, key=lambda problem: order.index(problem.severity)):
+            place = ":".join(str(part) for part in (problem.file, problem.line, problem.column) if part is not None)
+            text = Text.assemble(
+                (f"{MARKS[problem.severity]} {problem.severity} ", f"bold {COLOURS[problem.severity]}"),
+                (f"[{problem.code}] ", "dim"),
+                (f"{place}: " if place else "", "bold"),
+                problem.message,
+            )
+            if problem.fix:
+                text.append(f"\n  {problem.fix}", style="dim")
+            self.errors.print(text)
+
+    def error(self, error: DpoError) -> None:
+        """One panel on a terminal, plain lines otherwise."""
+        if isinstance(error, InvalidInput):
+            self.problems(error.problems)
+            return
+        text = Text(error.message)
+        if error.fix:
+            text.append(f"\n{error.fix}", style="dim")
+        if self.errors.is_terminal:
+            self.errors.print(Panel(text, title="dpo", border_style="red", title_align="left"))
+        else:
+            self.errors.print(Text("error: ").append(text))
+
+    def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
+        """Rows of text; the first column is left-aligned, the others right-aligned."""
+        on_terminal = self.out.is_terminal
+        table = Table(title=title, title_justify="left", box=box.ROUNDED if on_terminal else None, show_header=bool(header))
+        for column in range(len(rows[0])):
+            name = header[column] if header else ""
+            table.add_column(name, justify="left" if column == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self.out.print(table)
+
+    def panel(self, title: str, text: str) -> None:
+        if self.out.is_terminal:
+            self.out.print(Panel(Text(text), title=title, title_align="left", border_style="dim"))
+        else:
+            self.out.print(Text(f"{title}\n{text}"))
+
+    def bill(self, memory: dict[str, Any]) -> None:
+        """The memory bill with a bar per component."""
+        largest = max(memory["components"].values())
+        bars = [(name, f"{size:.2f} GB", "#" * round(20 * size / largest)) for name, size in memory["components"].items()]
+        budget = f" of {memory['budget_gb']:.1f}" if memory["budget_gb"] else ""
+        self.table(f"memory: {memory['total_gb']:.2f}{budget} GB", bars)
+
+    def judgement(self, judged: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
+        """The figures of an evaluation, and answers side by side."""
+        if judged["policy"] is None:
+            self.line("nothing was held out: set eval_split in the config, or name a file with `dpo eval --dataset`")
+            return
+        names = [name for name, figure in judged["policy"].items() if figure]
+        rows = [[name, *(_interval(judged[group].get(name)) for group in ("policy", "base", "gain"))] for name in names]
+        title = f"{judged['pairs']} held-out pairs, {judged['prompts']} prompts; 95 % intervals"
+        self.table(title, rows, ("figure", "adapter", "base", "gain"))
+        for sample in samples:
+            base, adapter = sample["base"], sample["adapter"]
+            text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
+            self.panel(sample["prompt"][-200:], text)
+
+    @contextmanager
+    def training(self, steps: int) -> Iterator[TrainingView]:
+        """A live view of `steps` optimizer steps."""
+        view = TrainingView(self, steps)
+        with view.live if self.out.is_terminal else _nothing():
+            yield view
+
+
+class TrainingView:
+    """A progress bar with the latest figures; a line now and then when piped."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        columns = [
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(compact=True),
+        ]
+        self.console, self.steps = console, steps
+        self.progress = Progress(*columns, console=console.out, expand=True)
+        self.task = self.progress.add_task("training", total=steps)
+        self.live = Live(self._render(""), console=console.out, refresh_per_second=4)
+
+    def show(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, as it is written."""
+        text = "  ".join(f"{label} {_short(line[key])}" for key, label in TRAIN_FIGURES.items() if key in line)
+        if line["split"] == "eval":
+            self.console.line(f"step {line['step']}/{self.steps}  held out: {text}  KL/token {_short(line['kl_token'])}")
+            return
+        self.progress.update(self.task, completed=line["step"])
+        if self.console.out.is_terminal:
+            self.live.update(self._render(text))
+        elif line["step"] % max(1, self.steps // PIPED_LINES) == 0 or line["step"] == self.steps:
+            self.console.line(f"step {line['step']}/{self.steps}  {text}")
+
+    def _render(self, text: str) -> Group:
+        return Group(Text(text), self.progress)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def _interval(figure: dict[str, float] | None) -> str:
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" if figure else ""

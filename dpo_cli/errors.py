@@ -1,0 +1,95 @@
+"""Everything that can go wrong, and the exit code it ends in.
+
+    DpoError
+    ├── UsageError          2   the command line itself is wrong
+    ├── InvalidInput        3   the config or the data is wrong; carries every Problem found
+    ├── DoesNotFit          4   the hardware is too small; carries the Problems
+    ├── RunFailed           1   something outside the user's input failed: a model that cannot be had, a full disk
+    └── Interrupted   130/143   stopped by SIGINT or SIGTERM after saving what there is
+
+A `Problem` is one finding about the user's input. Errors stop, warnings and hints are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import IntEnum
+from typing import Any, Literal
+
+
+class Exit(IntEnum):
+    """The exit codes that scripts rely on; the README explains each."""
+
+    DONE = 0
+    FAILED = 1
+    USAGE = 2
+    INVALID = 3
+    UNFIT = 4
+    MISSED = 5
+    SIGINT = 130
+    SIGTERM = 143
+
+
+Severity = Literal["error", "warning", "hint"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding: what is wrong, where, and what to do. `code` is stable; `line` and `column` start at 1.
+
+    `line` belongs to a problem about one value or row; `lines` to one about several rows, and names them all.
+    """
+
+    severity: Severity
+    code: str
+    message: str
+    fix: str | None = None
+    key: str | None = None
+    file: str | None = None
+    line: int | None = None
+    column: int | None = None
+    lines: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All keys, always, in the documented order."""
+        order = ("severity", "code", "key", "file", "line", "column", "lines", "message", "fix")
+        values = asdict(self)
+        return {name: values[name] for name in order}
+
+
+class DpoError(Exception):
+    """Base of every error shown to a user: one sentence of what is wrong, and one of what to do."""
+
+    exit_code = Exit.FAILED
+
+    def __init__(self, message: str, fix: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+
+class UsageError(DpoError):
+    exit_code = Exit.USAGE
+
+
+class InvalidInput(DpoError):
+    exit_code = Exit.INVALID
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__("; ".join(problem.message for problem in problems))
+        self.problems = tuple(problems)
+
+
+class DoesNotFit(InvalidInput):
+    exit_code = Exit.UNFIT
+
+
+class RunFailed(DpoError):
+    exit_code = Exit.FAILED
+
+
+class Interrupted(DpoError):
+    def __init__(self, message: str, exit_code: Exit) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

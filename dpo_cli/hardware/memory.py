@@ -1,0 +1,143 @@
+"""The memory bill: bytes by component, from the shape of the model alone. No torch. GB are 2^30 bytes.
+
+A first bill, for DPO with a LoRA adapter on a decoder of the Llama family (attention with grouped keys, gated MLP).
+Per micro-batch of B pairs TRL runs 2B padded rows of L tokens: T = 2 * B * L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_cli.hardware.models import ModelFacts
+from dpo_cli.hardware.probe import GIB
+
+# Bytes per 4-bit weight: half a byte; a one-byte scale per block of 64; a float32 per 256 of those (QLoRA, arXiv:2305.14314
+# section 3, double quantisation).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+CUDA_CONTEXT_BYTES = 0.5 * GIB  # driver context and the libraries' workspaces
+ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation
+SCORING_CHUNK_BYTES = 4 * (1 << 24) * 4  # logits, log-softmax, probabilities and gradient of one chunk of the head, float32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a run decides its memory."""
+
+    batch: int  # pairs per forward pass
+    length: int  # tokens of the longest row
+    rank: int
+    four_bit: bool
+    bytes_per_value: int  # 2 for bf16 and fp16, 4 for float32
+    checkpointing: bool
+    on_gpu: bool = True
+
+
+@dataclass(frozen=True)
+class Bill:
+    """Bytes by component; `budget_gb` is what the hardware offers, when known."""
+
+    components: dict[str, float]
+    budget_gb: float | None
+    largest_change: str | None = None
+
+    @property
+    def total_gb(self) -> float:
+        return sum(self.components.values()) / GIB
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.budget_gb is None else self.total_gb <= self.budget_gb
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "total_gb": round(self.total_gb, 3),
+            "components": {name: round(size / GIB, 3) for name, size in self.components.items()},
+            "budget_gb": self.budget_gb,
+            "fits": self.fits,
+            "largest_change": self.largest_change,
+        }
+
+
+def bill(facts: ModelFacts, settings: Settings, budget_gb: float | None) -> Bill:
+    """The bill of these settings, with the cheapest documented remedy when they do not fit."""
+    made = Bill(_components(facts, settings), budget_gb)
+    return replace(made, largest_change=_remedy(facts, settings, budget_gb)) if budget_gb and not made.fits else made
+
+
+def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
+    """The first way to run `wanted` that fits the budget, or the smallest with its bill when none does.
+
+    Only what leaves the training unchanged is tried: `checkpointing` when it is "auto", then smaller micro-batches (the
+    accumulation grows by the same factor, so pairs per optimizer step stay).
+    """
+    choices = (False, True) if checkpointing == "auto" else (bool(checkpointing),)
+    batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0]
+    ways = [replace(wanted, batch=wanted.batch, checkpointing=choice) for choice in choices]
+    ways += [replace(wanted, batch=size, checkpointing=choices[-1]) for size in batches[1:]]
+    for settings in ways:
+        made = bill(facts, settings, budget_gb)
+        if made.fits is not False:
+            break
+    return settings, made
+
+
+def _components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
+    width = settings.bytes_per_value
+    linear_width = NF4_BYTES if settings.four_bit else width
+    adapter = facts.num_hidden_layers * sum(settings.rank * (a + b) for a, b in facts.linear_shapes)
+    adapter_width = 2 if settings.four_bit else 4  # TRL holds a QLoRA adapter in bf16; PEFT holds any other in float32
+    tokens = 2 * settings.batch * settings.length
+    parts = {
+        "weights": facts.linear_parameters * linear_width + facts.other_parameters * width,
+        "adapter": adapter * adapter_width,
+        "gradients": adapter * adapter_width,
+        "optimizer": 2 * adapter * adapter_width,  # AdamW's two moments, in the adapter's dtype
+        "activations": tokens * _activation_bytes(facts, settings),
+        "scoring": min(SCORING_CHUNK_BYTES, 4 * 4 * tokens * facts.vocab_size) + 2.0 * tokens * facts.hidden_size * width,
+    }
+    if settings.on_gpu:
+        parts["cuda_context"] = CUDA_CONTEXT_BYTES
+        parts["allocator_slack"] = ALLOCATOR_SLACK * sum(parts.values())
+    return parts
+
+
+def _activation_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """Bytes kept for the backward pass per token.
+
+    One block keeps, in the compute dtype: both norms' inputs and outputs (4h), q, k, v before and after rotation and with
+    keys and values repeated for each query head (4q + 3kv), the attention output (q), gate, up, silu(gate) and the product
+    (4i); and in float32 both norms' upcast inputs (2h). A checkpointed block keeps only its input; one block at a time is
+    then recomputed, with its gradients alongside.
+    """
+    h, i, width = facts.hidden_size, facts.intermediate_size, settings.bytes_per_value
+    q, kv = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
+    block = width * (4 * h + 5 * q + 3 * kv + 4 * i) + 4 * 2 * h
+    if settings.checkpointing:
+        return facts.num_hidden_layers * width * h + 1.5 * block
+    return facts.num_hidden_layers * block
+
+
+def _remedy(facts: ModelFacts, settings: Settings, budget_gb: float) -> str:
+    """The documentation's remedies ("High Memory Usage") in its order, each on top of those before it."""
+    tried: list[str] = []
+    for name, change in _remedies(settings):
+        tried.append(name)
+        settings = replace(settings, **change)
+        if Bill(_components(facts, settings), budget_gb).fits:
+            return ", ".join(tried)
+    return "use a smaller model"
+
+
+def _remedies(settings: Settings) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not settings.checkpointing:
+        yield '"gradient_checkpointing": true', {"checkpointing": True}
+    if not settings.four_bit:
+        yield '"use_4bit": true', {"four_bit": True}
+    if settings.batch > 1:
+        fix = f'"per_device_train_batch_size": 1 with {settings.batch} times the "gradient_accumulation_steps"'
+        yield fix, {"batch": 1}
+    for length in (1024, 512, 256):
+        if length < settings.length:
+            yield f'"max_seq_length": {length}', {"length": length}

@@ -1,0 +1,76 @@
+"""What this machine has, asked without torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory_gb: float  # in total
+    free_gb: float
+    compute_capability: float
+
+    @property
+    def has_bf16(self) -> bool:
+        return self.compute_capability >= 8.0  # Ampere and later
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Processor, memory and GPUs. GB are 2^30 bytes."""
+
+    processor: str
+    cores: int
+    memory_gb: float
+    has_amx: bool  # bfloat16 matrix units of the processor
+    gpus: tuple[Gpu, ...]
+    is_apple: bool
+
+    @property
+    def device(self) -> str:
+        """What "auto" means here."""
+        return "cuda" if self.gpus else "mps" if self.is_apple else "cpu"
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def probe() -> Machine:
+    """Look at this machine."""
+    cpuinfo = _read("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
+    return Machine(
+        processor=names[0] if names else platform.processor() or platform.machine(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        has_amx="amx_bf16" in cpuinfo,
+        gpus=nvidia_gpus(),
+        is_apple=platform.system() == "Darwin" and platform.machine() == "arm64",
+    )
+
+
+def nvidia_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that nvidia-smi lists; none when there is no such program or it fails."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    query = "--query-gpu=name,memory.total,memory.free,compute_cap"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    if done.returncode != 0:
+        return ()
+    rows = (line.rsplit(",", 3) for line in done.stdout.splitlines() if line.count(",") >= 3)
+    return tuple(Gpu(n.strip(), float(total) / 1024, float(free) / 1024, float(cc)) for n, total, free, cc in rows)
+
+
+def _read(path: str) -> str:
+    return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else ""

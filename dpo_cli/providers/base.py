@@ -1,0 +1,32 @@
+"""What a provider does: load a tokenizer and a model, and put adapters on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dpo_cli.plan import Plan
+
+
+class Provider(Protocol):
+    """The seam to a library that loads models. A provider is made for one model and holds none itself."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, with EOS and padding set."""
+
+    def base_model(self, plan: Plan) -> PreTrainedModel:
+        """The base model on the plan's device, without dropout, in 4-bit when the plan says so."""
+
+    def adapter_config(self, plan: Plan) -> LoraConfig:
+        """The fresh adapter that the trainer puts on it."""
+
+    def with_adapter(self, plan: Plan, directory: Path) -> PeftModel:
+        """The base model with a saved adapter, in evaluation mode."""
+
+    @property
+    def local_dir(self) -> Path | None:
+        """Where the model's safetensors are, None when it is on the hub."""

@@ -1,0 +1,132 @@
+"""The Hugging Face provider: transformers for the model, PEFT for the adapter, bitsandbytes for 4-bit weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_cli.errors import RunFailed
+from dpo_cli.hardware import gguf
+from dpo_cli.plan import Plan
+
+
+class HuggingFace:
+    """Loads `model_name`: a hub id, a model directory, or a GGUF file."""
+
+    def __init__(self, model_name: str) -> None:
+        self.name = model_name
+        path = Path(model_name)
+        self.source = str(_dequantised(path)) if gguf.is_gguf(path) else model_name
+
+    @property
+    def local_dir(self) -> Path | None:
+        """The model's directory, None when it is on the hub."""
+        return Path(self.source) if Path(self.source).is_dir() else None
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer = cast(PreTrainedTokenizerBase, _load(AutoTokenizer, self.source))
+        if tokenizer.eos_token is None:
+            raise RunFailed(f"the tokenizer of {self.name} names no EOS token", "use an instruct model")
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    def adapter_config(self, plan: Plan) -> LoraConfig:
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=plan.config.lora_r,
+            lora_alpha=plan.config.lora_alpha,
+            lora_dropout=plan.config.lora_dropout,
+            target_modules=plan.config.target_modules,
+        )
+
+    def with_adapter(self, plan: Plan, directory: Path) -> PeftModel:
+        return cast(PeftModel, PeftModel.from_pretrained(self.base_model(plan), str(directory)).eval())
+
+    def base_model(self, plan: Plan) -> PreTrainedModel:
+        device = torch.device(plan.config.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RunFailed("this torch cannot use CUDA", 'install a CUDA build of torch, or set "device": "cpu"')
+        options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype)}
+        if plan.config.use_4bit:
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=options["dtype"],
+            )
+            options["device_map"] = {"": device}
+        model = cast(PreTrainedModel, _load(AutoModelForCausalLM, self.source, use_safetensors=True, **options))
+        for module in model.modules():
+            # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and it loses its gradients for good.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+            # The reference is computed in training mode too, so only the adapter may have dropout.
+            for name, value in vars(module).items():
+                if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
+                    setattr(module, name, 0.0)
+        return model if plan.config.use_4bit else cast(PreTrainedModel, model.to(device))
+
+
+def _load(auto: Any, source: str, **options: Any) -> Any:
+    """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(source).exists():
+            raise RunFailed(f"cannot load {source}: {reason}", "check that it is a complete model directory") from error
+        fix = "check the name and the network; a gated model needs `hf auth login`; a local directory or GGUF needs neither"
+        raise RunFailed(f"cannot get {source} from the hub: {reason}", fix) from error
+
+
+def cache_dir() -> Path:
+    """Where dequantised GGUF models are kept: $XDG_CACHE_HOME/dpo or ~/.cache/dpo."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo"
+
+
+def _dequantised(path: Path) -> Path:
+    """The GGUF file as a float32 model directory with safetensors, made once per content and transformers version."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    target = cache_dir() / "gguf" / f"{digest[:32]}-transformers-{transformers.__version__}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    try:
+        _convert(path, work)
+        work.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process finished first, and its copy serves
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _convert(path: Path, target: Path) -> None:
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # transformers 5.17 guesses the special tokens of a GGUF (SmolLM2's EOS comes out as its BOS); the header knows them.
+    header = gguf.read_header(path).metadata
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        token_id = header.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(target)

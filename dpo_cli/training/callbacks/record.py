@@ -1,0 +1,57 @@
+"""Writes a line of figures for every logged step and evaluation."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dpo_cli.hardware.probe import GIB
+from dpo_cli.training.dpo import PairTotals
+
+Sink = Callable[[dict[str, Any]], None]
+
+
+class Record(TrainerCallback):
+    """Hands each line of metrics.jsonl to the sinks: the file, the screen."""
+
+    def __init__(self, totals: PairTotals, sinks: list[Sink]) -> None:
+        self.totals, self.sinks = totals, sinks
+        self.last_train: dict[str, Any] | None = None
+        self._tokens, self._time = 0, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._time = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        where = {"step": state.global_step, "epoch": round(state.epoch, 4)}
+        if "eval_loss" in logs:
+            figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+            self._emit({"split": "eval", **where, **figures, "peak_memory_gb": peak_memory_gb()})
+            self._time = time.monotonic()  # an evaluation is not training time
+        elif "loss" in logs:
+            optimizer = {name: logs[name] for name in ("grad_norm", "learning_rate")}
+            line = {"split": "train", **where, "loss": logs["loss"], **self.totals.take(), **optimizer, **self._speed()}
+            self.last_train = line
+            self._emit(line)
+
+    def _speed(self) -> dict[str, float]:
+        now, tokens = time.monotonic(), self.totals.tokens
+        speed = (tokens - self._tokens) / (now - self._time)
+        self._tokens, self._time = tokens, now
+        return {"tokens": tokens, "tokens_per_second": round(speed, 1), "peak_memory_gb": peak_memory_gb()}
+
+    def _emit(self, line: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink(line)
+
+
+def peak_memory_gb() -> float:
+    """The most memory held so far: the GPU's when there is one in use, else this process's."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / GIB, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)  # Linux counts KiB

@@ -1,0 +1,186 @@
+"""The story of a run, top to bottom: config -> data -> plan -> provider -> trainer -> run directory. The only composer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from dpo_cli.config.config import Loaded
+from dpo_cli.config.config import load as load_config
+from dpo_cli.console import Console
+from dpo_cli.data.formats import Pair
+from dpo_cli.data.split import split
+from dpo_cli.data.tokens import EncodedPair, encode
+from dpo_cli.errors import Exit, Interrupted, InvalidInput, Problem
+from dpo_cli.evaluation.metrics import PairScores, figures, point_figures, score_pairs
+from dpo_cli.evaluation.samples import side_by_side
+from dpo_cli.hardware.probe import probe
+from dpo_cli.plan import Counts, Plan, inspect, resolve
+from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.runs.card import card
+from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.runs.log import log_line, log_to
+from dpo_cli.runs.manifest import manifest
+from dpo_cli.training.callbacks.record import Record
+from dpo_cli.training.callbacks.stop import StopOnSignal
+from dpo_cli.training.dpo import build_trainer
+
+SAMPLES = 3
+EXITS = {"SIGINT": Exit.SIGINT, "SIGTERM": Exit.SIGTERM}
+
+
+def train(loaded: Loaded, console: Console, overwrite: bool = False, dry_run: bool = False) -> dict[str, Any]:
+    """Train an adapter; returns what metrics.json holds, or the plan with `dry_run`."""
+    machine = probe()
+    inspection = inspect(loaded, machine)
+    data, draft = inspection.require()
+    console.problems(inspection.problems)
+    if not dry_run:
+        RunDirectory.check(draft.run_dir, overwrite)
+
+    provider = HuggingFace(draft.config.model_name)
+    tokenizer = provider.tokenizer()
+    train_pairs, held_out, counts = _prepare(data.pairs, tokenizer, draft)
+    plan = resolve(loaded, machine, counts)
+    show_plan(plan, console)
+    console.panel("the first pair, as the model sees it", _first_pair(train_pairs[0], tokenizer))
+    if dry_run:
+        return plan.to_json()
+
+    run = RunDirectory.create(plan.run_dir, overwrite)
+    run.write_json(PLAN, plan.to_json())
+    run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
+    with log_to(run.log), StopOnSignal() as stop, console.training(plan.total_steps) as view:
+        evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
+        base, adapter = provider.base_model(plan), provider.adapter_config(plan)
+        trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, evaluate)
+        model = trainer.model
+        record = Record(trainer.totals, [run.append_line, view.show, log_line])
+        trainer.add_callback(record)
+        trainer.add_callback(stop)
+        started = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - started
+
+    judged = _judge(model, tokenizer, [] if stop.received else held_out, plan)
+    steps = trainer.state.global_step
+    summary = {
+        "status": "interrupted" if stop.received else "completed",
+        "steps": steps,
+        "seconds": round(seconds, 3),
+        "train": record.last_train,
+        "eval": judged["policy"],
+        "base": judged["base"],
+        "gain": judged["gain"],
+        "health": [],
+        "adapter_sha256": run.write_adapter(lambda place: _save(model, tokenizer, place, card(plan, steps, judged))),
+    }
+    run.write_json(SUMMARY, summary)
+    if stop.received:
+        message = f"stopped by {stop.received.name} after step {steps}; the adapter so far is in {run.adapter}"
+        raise Interrupted(message, EXITS[stop.received.name])
+    console.judgement(judged, [])
+    console.line(f"adapter: {run.adapter}")
+    return {**summary, "run_dir": str(run.path)}
+
+
+def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, Any]:
+    """Judge a finished run's adapter against its base, on what it held out or on another file."""
+    run = RunDirectory.open(Path(run_path))
+    overrides = [f"dataset={dataset}", "eval_split=0"] if dataset else []
+    loaded = load_config(str(run.path / PLAN), overrides)
+    data, plan = inspect(loaded, probe()).require()
+    provider = HuggingFace(plan.config.model_name)
+    tokenizer = provider.tokenizer()
+    train_pairs, held_out, _ = _prepare(data.pairs, tokenizer, plan)
+    pairs = train_pairs if dataset else held_out
+    model = provider.with_adapter(plan, run.adapter)
+    judged = _judge(model, tokenizer, pairs, plan)
+    samples = [sample.to_json() for sample in side_by_side(model, tokenizer, pairs, SAMPLES, getattr(torch, plan.dtype))]
+    console.judgement(judged, samples)
+    return {**judged, "thresholds": [], "samples": samples}
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    config, counts = plan.config, plan.counts
+    assert counts is not None
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    held_out = f"{counts.eval_pairs} pairs of {counts.eval_prompts} prompts"
+    rows = [
+        ("model", Path(config.model_name).name if Path(config.model_name).exists() else config.model_name),
+        ("data", f"{counts.train_pairs} pairs of {counts.train_prompts} prompts, longest {counts.longest} tokens"),
+        ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
+        ("left out", f"{counts.too_long} pairs longer than max_seq_length {config.max_seq_length}"),
+        ("steps", f"{plan.total_steps} of {batch * accumulation} pairs ({batch} x {accumulation})"),
+        ("learning", f"rate {config.learning_rate:g}, beta {config.beta:g}, LoRA rank {config.lora_r}"),
+        ("runs on", f"{config.device}, {plan.dtype}" + (", 4-bit base" if config.use_4bit else "")),
+        ("writes to", str(plan.run_dir)),
+    ]
+    console.table("plan", rows if counts.too_long else rows[:3] + rows[4:])
+    for note in plan.notes:
+        console.line(f"note: {note}")
+
+
+def _prepare(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, plan: Plan
+) -> tuple[list[EncodedPair], list[EncodedPair], Counts]:
+    """Split by prompt, tokenise, and leave out what is too long: (train, held out, counts)."""
+    config = plan.config
+    sides = [encode(side, tokenizer) for side in split(pairs, config.eval_split, config.seed)]
+    kept = [[pair for pair in side if pair.length <= config.max_seq_length] for side in sides]
+    train, held_out = kept
+    if not train:
+        message = f"no pair is left to train on: {len(sides[0])} to train, {len(sides[1])} held out, "
+        message += f"{sum(map(len, sides)) - len(held_out)} longer than max_seq_length {config.max_seq_length}"
+        fix = "raise max_seq_length, lower eval_split, or add pairs"
+        raise InvalidInput([Problem("error", "nothing-to-train", message, fix, "max_seq_length")])
+    counts = Counts(
+        train_pairs=len(train),
+        eval_pairs=len(held_out),
+        train_prompts=len({pair.pair.prompt_key for pair in train}),
+        eval_prompts=len({pair.pair.prompt_key for pair in held_out}),
+        too_long=sum(map(len, sides)) - sum(map(len, kept)),
+        longest=max(pair.length for side in kept for pair in side),
+        train_tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in train),
+    )
+    return train, held_out, counts
+
+
+def _point_figures(
+    model: PeftModel, pairs: Sequence[EncodedPair], tokenizer: PreTrainedTokenizerBase, plan: Plan
+) -> dict[str, float]:
+    return point_figures(_score(model, pairs, tokenizer, plan), plan.config.beta)
+
+
+def _score(model: PeftModel, pairs: Sequence[EncodedPair], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> PairScores:
+    return score_pairs(
+        model, pairs, int(tokenizer.pad_token_id), plan.config.per_device_eval_batch_size, getattr(torch, plan.dtype)
+    )
+
+
+def _judge(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], plan: Plan) -> dict[str, Any]:
+    """The figures of `eval --json`; the three objects are null when there is nothing to judge on."""
+    prompts = [pair.pair.prompt_key for pair in pairs]
+    counts: dict[str, Any] = {"pairs": len(pairs), "prompts": len(set(prompts))}
+    if not pairs:
+        return {**counts, "policy": None, "base": None, "gain": None}
+    return {**counts, **figures(_score(model, pairs, tokenizer, plan), prompts, plan.config.beta)}
+
+
+def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, place: Path, text: str) -> None:
+    model.save_pretrained(str(place))
+    tokenizer.save_pretrained(place)
+    (place / "README.md").write_text(text, encoding="utf-8")
+
+
+def _first_pair(pair: EncodedPair, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prompt and both responses decoded with their special tokens; what is scored stands after the bar."""
+    prompt, chosen, rejected = (tokenizer.decode(ids) for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))
+    return f"{prompt}\nchosen   | {chosen!r}\nrejected | {rejected!r}"
