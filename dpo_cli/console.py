@@ -102,7 +102,7 @@ class Console:
             return
         names = [name for name, figure in judged["policy"].items() if figure]
         rows = [[name, *(_interval(judged[group].get(name)) for group in ("policy", "base", "gain"))] for name in names]
-        title = f"{judged['pairs']} held-out pairs, {judged['prompts']} prompts; 95 % intervals"
+        title = f"{judged['pairs']} pairs of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]

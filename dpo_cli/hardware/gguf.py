@@ -51,22 +51,25 @@ def _tensor_name(file: BinaryIO) -> str:
 
 
 def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
-    data = file.read(struct.calcsize(layout))
-    try:
-        return struct.unpack(layout, data)
-    except struct.error as error:
-        raise ValueError("the GGUF header ends early") from error
+    return struct.unpack(layout, _read(file, struct.calcsize(layout)))
+
+
+def _read(file: BinaryIO, size: int) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise ValueError("its header ends early")
+    return data
 
 
 def _length(file: BinaryIO) -> int:
     length: int = _unpack(file, "<Q")[0]
     if length > MAX_LENGTH:
-        raise ValueError(f"the GGUF header names a length of {length}")
+        raise ValueError(f"its header names a length of {length}")
     return length
 
 
 def _string(file: BinaryIO) -> str:
-    return file.read(_length(file)).decode("utf-8", errors="replace")
+    return _read(file, _length(file)).decode("utf-8", errors="replace")
 
 
 def _value(file: BinaryIO, kind: int) -> Any:
@@ -80,5 +83,5 @@ def _value(file: BinaryIO, kind: int) -> Any:
             return list(_unpack(file, layout))
         return [_value(file, item) for _ in range(count)]
     if kind not in _SCALARS:
-        raise ValueError(f"the GGUF header holds a value of unknown type {kind}")
+        raise ValueError(f"its header holds a value of unknown type {kind}")
     return _unpack(file, _SCALARS[kind])[0]

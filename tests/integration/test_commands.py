@@ -1,0 +1,211 @@
+"""The commands as a user runs them: a process, its output, its files, its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, made_row
+
+DPO = Path(sys.executable).parent / "dpo"
+FIGURE = {"value", "low", "high"}
+TRAIN_LINE = {"split", "step", "epoch", "loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen"} | {
+    "logp_rejected",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "tokens_per_second",
+    "peak_memory_gb",
+}
+
+
+def dpo(*words: object, cwd: Path = ROOT, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([DPO, *map(str, words)], capture_output=True, text=True, cwd=cwd, check=False, **options)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A folder with a config, its data, and a finished run."""
+    place = tmp_path_factory.mktemp("workplace")
+    rows = [made_row(i) for i in range(40)]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = {
+        "model_name": str(tiny_model_dir),
+        "dataset": "pairs.jsonl",
+        "num_train_epochs": 2,
+        "learning_rate": 5e-3,
+        "eval_split": 0.3,
+        "lora_r": 4,
+        "lora_dropout": 0.05,
+        "device": "cpu",
+    }
+    (place / "tiny.json").write_text(json.dumps(config), encoding="utf-8")
+    done = dpo("train", "tiny.json", "--json", cwd=place)
+    assert done.returncode == 0, done.stderr
+    (place / "summary.json").write_text(done.stdout, encoding="utf-8")
+    return place
+
+
+def test_a_run_leaves_what_the_contract_says(workplace: Path) -> None:
+    run = workplace / "runs" / "tiny"
+    summary = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert json.loads((workplace / "summary.json").read_text(encoding="utf-8")) == {**summary, "run_dir": str(run)}
+    assert set(summary) == {"status", "steps", "seconds", "train", "eval", "base", "gain", "health", "adapter_sha256"}
+    assert summary["status"] == "completed"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    train = [line for line in lines if line["split"] == "train"]
+    held_out = [line for line in lines if line["split"] == "eval"]
+    assert all(set(line) == TRAIN_LINE for line in train)
+    assert [line["step"] for line in train] == list(range(1, summary["steps"] + 1))
+    assert len(held_out) == 2 and all("kl_token" in line for line in held_out)
+    assert train[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert train[0]["margin"] == pytest.approx(0, abs=1e-4)
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
+    assert None not in [plan["config"][key] for key in ("device", "bf16", "lora_alpha", "output_dir")]
+    assert plan["sources"]["learning_rate"] == "config"
+    assert plan["counts"]["train_pairs"] + plan["counts"]["eval_pairs"] == 40
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert set(manifest) == {"versions", "hardware", "dataset", "model", "seed", "git_commit"}
+    adapter = {file.name for file in (run / "adapter").iterdir()}
+    assert adapter >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"}
+    assert (run / "train.log").stat().st_size > 0
+    assert not [file for file in run.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_eval_repeats_the_figures_of_the_run(workplace: Path) -> None:
+    done = dpo("eval", "runs/tiny", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    judged = json.loads(done.stdout)
+    summary = json.loads((workplace / "runs" / "tiny" / "metrics.json").read_text(encoding="utf-8"))
+    names = ["accuracy", "margin", "loss", "kl_token", "logp_accuracy", "normalized_logp_accuracy"]
+    assert sorted(judged["policy"]) == sorted([*names, "kl_sequence"])
+    for name in names:
+        assert set(judged["policy"][name]) == FIGURE
+        assert judged["policy"][name] == pytest.approx(summary["eval"][name], abs=1e-4)
+    assert set(judged["base"]) == set(judged["gain"]) == {"logp_accuracy", "normalized_logp_accuracy"}
+    assert judged["policy"]["margin"]["value"] > 0.05
+    assert len(judged["samples"]) == 3
+    assert judged["thresholds"] == []
+
+
+def test_eval_on_another_file_and_as_a_table(workplace: Path) -> None:
+    done = dpo("eval", "runs/tiny", "--dataset", "pairs.jsonl", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "40 held-out pairs" not in done.stdout and "40 pairs" in done.stdout
+    assert "normalized_logp_accuracy" in done.stdout
+
+
+def test_a_plan_repeats_its_run_bit_by_bit(workplace: Path) -> None:
+    done = dpo("train", "runs/tiny/plan.json", "output_dir=again", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    first = json.loads((workplace / "summary.json").read_text(encoding="utf-8"))
+    assert json.loads(done.stdout)["adapter_sha256"] == first["adapter_sha256"]
+
+
+def test_an_existing_run_is_refused(workplace: Path) -> None:
+    done = dpo("train", "tiny.json", cwd=workplace)
+    assert done.returncode == 3
+    assert "--overwrite" in done.stderr
+
+
+def test_dry_run_writes_nothing(workplace: Path) -> None:
+    done = dpo("train", "tiny.json", "output_dir=dry", "--dry-run", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["train_pairs"] > 0
+    assert not (workplace / "dry").exists()
+
+
+def test_without_a_split_nothing_is_held_out(workplace: Path) -> None:
+    done = dpo("train", "tiny.json", "eval_split=0", "max_steps=1", "output_dir=whole", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["eval"], summary["base"], summary["gain"]) == (None, None, None)
+    assert "nothing was held out" in done.stderr
+
+
+def test_ctrl_c_saves_what_there_is(workplace: Path) -> None:
+    words = [DPO, "train", "tiny.json", "num_train_epochs=900", "output_dir=stopped"]
+    process = subprocess.Popen(words, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    lines = workplace / "stopped" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not lines.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert json.loads((workplace / "stopped" / "metrics.json").read_text(encoding="utf-8"))["status"] == "interrupted"
+    assert (workplace / "stopped" / "adapter" / "adapter_model.safetensors").is_file()
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["train", "gone.json"], 3, "there is no file gone.json"),
+        (["train", "broken.json"], 3, "broken.json:2:3"),
+        (["train", "nodata.json"], 3, '"dataset" is missing'),
+        (["train", "tiny.json", "dataset=gone.jsonl"], 3, "there is no file gone.jsonl"),
+        (["train", "tiny.json", "provider=unsloth"], 3, "does not work in this version"),
+        (["train", "tiny.json", "strategy=sft"], 3, "does not work in this version"),
+        (["train", "tiny.json", "use_dora=true"], 3, "does not work in this version"),
+        (["train", "tiny.json", "model_name=nobody/no-such-model", "output_dir=hub"], 1, "from the hub"),
+        (["train", "tiny.json", "beta"], 2, "key=value"),
+        (["eval", "."], 3, "not a finished run"),
+        (["validate", "gone.json"], 3, "there is no file gone.json"),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(workplace: Path, words: list[str], code: int, says: str) -> None:
+    (workplace / "broken.json").write_text('{\n  model_name: "m"\n}', encoding="utf-8")
+    (workplace / "nodata.json").write_text('{"model_name": "m"}', encoding="utf-8")
+    done = dpo(*words, cwd=workplace, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_validate_json_has_the_documented_shape() -> None:
+    done = dpo("validate", "configs/quickstart.json", "--json")
+    document = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert set(document) == {"ok", "problems", "config", "data", "memory"}
+    assert document["ok"] is True
+    assert document["data"]["pairs"] >= 240
+    keys = {"severity", "code", "key", "file", "line", "column", "lines", "message", "fix"}
+    assert all(set(problem) == keys for problem in document["problems"])
+    bad = dpo("validate", "-", "--json", input='{"model_name": "m", "beta": -1}')
+    assert bad.returncode == 3
+    assert json.loads(bad.stdout)["ok"] is False
+
+
+def test_validate_refuses_what_does_not_fit_with_4() -> None:
+    config = '{"model_name": "meta-llama/Llama-3.1-8B-Instruct", "dataset": "data-samples/documented-good.jsonl"}'
+    done = dpo("validate", "-", "--vram", "8", "--json", input=config)
+    assert done.returncode == 4
+    assert json.loads(done.stdout)["memory"]["fits"] is False
+
+
+def test_recommend_writes_a_config_that_lacks_the_dataset_only(tmp_path: Path) -> None:
+    path = tmp_path / "made.json"
+    done = dpo("recommend", "--vram", "12", "--write", path, "--json")
+    assert done.returncode == 0
+    made = json.loads(done.stdout)
+    assert set(made) == {"profile", "vram_gb", "config", "memory", "reasons"}
+    assert set(made["memory"]) == {"total_gb", "components", "budget_gb", "fits", "largest_change"}
+    checked = json.loads(dpo("validate", path, "--vram", "12", "--json").stdout)
+    errors = [(problem["code"], problem["key"]) for problem in checked["problems"] if problem["severity"] == "error"]
+    assert errors == [("missing-key", "dataset")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
+def test_nothing_breaks_on_a_terminal_of_60_columns(workplace: Path) -> None:
+    command = f"stty cols 60; {DPO} train tiny.json max_steps=3 output_dir=narrow"
+    done = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True, cwd=workplace, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "accuracy" in done.stdout and "loss" in done.stdout

@@ -1,0 +1,120 @@
+"""Reading, checking and splitting pairs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, made_row
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_cli.data.formats import Pair
+from dpo_cli.data.reader import read
+from dpo_cli.data.split import split
+
+BAD_LINES = {
+    b'{"prompt": "a", "chosen": "b"': "row-not-json",
+    b"3": "row-not-object",
+    b'{"prompt": "a", "chosen": "b"}': "row-missing-key",
+    b'{"prompt": "a", "chosen": "b", "rejected": 3}': "row-wrong-type",
+    b'{"prompt": "a", "chosen": " ", "rejected": "c"}': "row-empty",
+    b'{"prompt": "a", "chosen": "b", "rejected": "b"}': "row-identical",
+    b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}': "row-not-utf8",
+    b'{"prompt": "a\\u0000", "chosen": "b", "rejected": "c"}': "row-nul",
+    b'{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "c"}': "row-duplicate-key",
+    b'{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}': "row-mixed-types",
+    b'{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}': "row-wrong-type",
+}
+GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}'
+
+
+def test_every_bad_row_is_named_by_its_physical_line(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\n".join([GOOD, b"", *BAD_LINES, GOOD]) + b"\n")
+    data = read(str(path))
+    found = {}
+    for problem in data.problems:
+        for line in problem.lines or [problem.line]:
+            found[line] = problem.code
+    assert found == {line: code for line, code in enumerate(BAD_LINES.values(), start=3)}
+    assert (data.rows, [pair.line for pair in data.pairs]) == (13, [1, 14])
+    assert {problem.severity for problem in read(str(path), skip=True).problems} == {"warning"}
+
+
+def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD)
+    assert read(str(path)).problems[0].code == "row-bom"
+
+
+def test_a_json_list_has_lines_too(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text('[\n{"prompt": "a", "chosen": "b", "rejected": "c"},\n\n{"prompt": "a"}\n]', encoding="utf-8")
+    data = read(str(path))
+    assert [pair.line for pair in data.pairs] == [2]
+    assert (data.problems[0].code, data.problems[0].line) == ("row-missing-key", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("missing.jsonl", None, "dataset-missing"),
+        ("data.txt", b"", "dataset-format"),
+        ("empty.jsonl", b"\n\n", "dataset-empty"),
+        ("object.json", b"{}", "dataset-not-list"),
+        ("broken.json", b"[{]", "json-syntax"),
+    ],
+)
+def test_an_unusable_file_is_one_problem(tmp_path: Path, name: str, content: bytes | None, code: str) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert [problem.code for problem in read(str(path)).problems] == [code]
+
+
+def test_shipped_samples_are_clean() -> None:
+    for path in (ROOT / "data-samples").glob("*.jsonl"):
+        assert read(str(path)).problems == (), path
+    sample = read(str(ROOT / "data-samples" / "assistant-preferences.jsonl"))
+    assert len(sample.pairs) >= 240
+    assert sample.prompts >= 150
+    lengths = [(len(str(pair.chosen).split()), len(str(pair.rejected).split())) for pair in sample.pairs]
+    assert 0.3 < sum(rejected >= chosen for chosen, rejected in lengths) / len(lengths) < 0.7
+    assert sum(max(both) > 80 for both in lengths) < 0.1 * len(lengths)
+
+
+def pairs(count: int) -> list[Pair]:
+    return [Pair(f"prompt {i // 2}", "a", "b", i) for i in range(count)]
+
+
+@given(share=st.floats(0, 0.99), seed=st.integers(0, 100), more=st.integers(0, 50))
+def test_split_keeps_prompts_whole_and_is_stable_when_rows_are_appended(share: float, seed: int, more: int) -> None:
+    train, held_out = split(pairs(60), share, seed)
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in held_out}
+    assert sorted([*train, *held_out], key=lambda pair: pair.line) == pairs(60)
+    train_later, held_out_later = split(pairs(60 + more), share, seed)
+    assert train_later[: len(train)] == train and held_out_later[: len(held_out)] == held_out
+    assert share > 0 or not held_out
+
+
+def test_split_holds_out_the_share_and_follows_the_seed() -> None:
+    held_out = [split(pairs(4000), 0.2, seed)[1] for seed in (1, 2)]
+    assert all(0.17 < len(side) / 4000 < 0.23 for side in held_out)
+    assert held_out[0] != held_out[1]
+
+
+@pytest.mark.skipif(not (ROOT.parent / "shared" / "data").is_dir(), reason="../shared/data is not there")
+def test_real_sets_are_read() -> None:
+    folder = ROOT.parent / "shared" / "data"
+    assert len(read(str(folder / "truthfulqa.train.jsonl")).pairs) == 2848
+    flipped = read(str(folder / "ultrafeedback_1k.label_flip_20.jsonl"))
+    lines = sorted(line for problem in flipped.problems for line in problem.lines or [problem.line])
+    assert lines == [307, 479, 656, 834, 911, 998]
+
+
+def test_rows_of_messages(pairs_file: Callable[..., Path]) -> None:
+    row = {key: [{"role": "user", "content": str(value)}] for key, value in made_row(0).items()}
+    assert json.loads(read(str(pairs_file([row]))).pairs[0].prompt_key) == row["prompt"]

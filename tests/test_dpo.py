@@ -1,0 +1,116 @@
+"""The trainer: TRL's loss on our scores, and the seam to TRL that must fail loudly when TRL moves."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import made_row, tiny_model
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerFast
+from trl import DPOTrainer
+from trl.trainer import dpo_trainer
+
+from dpo_cli.config.config import load
+from dpo_cli.data.formats import to_pair
+from dpo_cli.data.tokens import EncodedPair, encode
+from dpo_cli.hardware.probe import probe
+from dpo_cli.plan import Plan, resolve
+from dpo_cli.training.dpo import FIGURES, PairTrainer, build_trainer, reward_figures
+
+
+def test_trl_contract() -> None:
+    """What the seam overrides exists, is called as we expect, and scores with two calls of the fused head."""
+    assert list(inspect.signature(DPOTrainer._prepare_dataset).parameters) == [
+        "self",
+        "dataset",
+        "processing_class",
+        "args",
+        "dataset_name",
+    ]
+    source = inspect.getsource(dpo_trainer)
+    assert source.count("outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)") == 1
+    assert source.count("ref_outputs = self.model(**ref_model_kwargs, labels=labels, fused_lm_head=True)") == 1
+    columns = inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
+    assert all(f'"{name}"' in columns for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+def test_reward_figures_by_hand() -> None:
+    """Two pairs, beta 0.1. Rows are chosen 1, chosen 2, rejected 1, rejected 2.
+
+    pi  = -10, -20 | -12, -30        ref = -11, -20 | -10, -30
+    pair 1: r_chosen = 0.1 * (-10 + 11) = 0.1, r_rejected = 0.1 * (-12 + 10) = -0.2, margin 0.3, right: 1
+    pair 2: both rewards 0, margin 0, a tie: 1/2
+    """
+    policy, reference = torch.tensor([-10.0, -20, -12, -30]), torch.tensor([-11.0, -20, -10, -30])
+    made = reward_figures(policy, reference, 0.1)
+    expected = torch.tensor([[1, 0.3, 0.1, -0.2, -10, -12], [0.5, 0, 0, 0, -20, -30]], dtype=torch.float64)
+    assert FIGURES == ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
+    torch.testing.assert_close(made, expected)
+
+
+def make_plan(tmp_path: Path, **options: object) -> Plan:
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n", encoding="utf-8")
+    values = {"model_name": "tiny", "dataset": str(data), "output_dir": str(tmp_path / "run"), "device": "cpu", "bf16": False}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**values, "fp16": False, "learning_rate": 1e-2, **options}), encoding="utf-8")
+    return resolve(load(str(config)), probe())
+
+
+def make_trainer(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str = "llama", dropout: float = 0.0, **options: object
+) -> tuple[PairTrainer, list[EncodedPair]]:
+    pairs = encode([to_pair(made_row(i), i + 1) for i in range(8)], tokenizer)
+    plan = make_plan(tmp_path, lora_dropout=dropout, **options)
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
+    model = tiny_model(family, torch.float32)
+    return build_trainer(model, adapter, tokenizer, plan, pairs, [], lambda model: {}), pairs
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_training_starts_at_ln_2_and_learns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str) -> None:
+    trainer, _ = make_trainer(tmp_path, tokenizer, family, max_steps=12, lr_scheduler_type="constant")
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses[-1] < 0.3
+
+
+def test_loss_is_the_equation_on_full_logits(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """-log sigmoid(beta * ((pi_c - ref_c) - (pi_r - ref_r))), from transformers' own logits, pair by pair without padding."""
+    trainer, pairs = make_trainer(tmp_path, tokenizer, max_steps=3)
+    trainer.train()
+    model = trainer.model.eval()
+
+    def log_prob(prompt: list[int], response: list[int]) -> torch.Tensor:
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum()
+
+    def scores(pair: EncodedPair) -> torch.Tensor:
+        return log_prob(pair.prompt_ids, pair.chosen_ids) - log_prob(pair.prompt_ids, pair.rejected_ids)
+
+    with torch.no_grad():
+        pi_logratios = torch.stack([scores(pair) for pair in pairs])
+        with model.disable_adapter():
+            ref_logratios = torch.stack([scores(pair) for pair in pairs])
+    expected = -torch.nn.functional.logsigmoid(0.1 * (pi_logratios - ref_logratios)).mean()
+    batch = trainer.data_collator([row for row in trainer.train_dataset])
+    got = trainer.compute_loss(model, batch)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert abs(expected.item() - math.log(2)) > 0.01  # the adapter has moved, so the comparison is not of zeros
+
+
+def test_lora_dropout_acts_and_the_reference_has_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """With dropout two passes of a moved adapter differ; the reference, in training mode as TRL runs it, does not."""
+    trainer, _ = make_trainer(tmp_path, tokenizer, dropout=0.5, max_steps=2)
+    trainer.train()
+    model = trainer.model.train()
+    ids = torch.randint(3, 300, (1, 12))
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

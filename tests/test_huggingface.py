@@ -1,0 +1,92 @@
+"""The Hugging Face provider: GGUF files, 4-bit weights, and models that cannot be had."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, made_row, tiny_model
+from peft import PeftModel
+from test_dpo import make_plan
+from transformers import PreTrainedTokenizerFast
+
+from dpo_cli.data.formats import to_pair
+from dpo_cli.data.tokens import encode
+from dpo_cli.errors import RunFailed
+from dpo_cli.evaluation.metrics import score_pairs
+from dpo_cli.providers import huggingface
+from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.training.dpo import build_trainer
+
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.mark.skipif(not DEMO_MODEL.exists(), reason="make install fetches the demo model")
+def test_gguf_is_dequantised_once_with_its_own_special_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    provider = HuggingFace(str(DEMO_MODEL))
+    tokenizer = provider.tokenizer()
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    encoded = encode([to_pair(made_row(0), 1)], tokenizer)[0]
+    assert tokenizer.decode(encoded.chosen_ids).endswith("<|im_end|>\n")
+    assert tokenizer.decode(encoded.prompt_ids).count("<|im_start|>system") == 1  # the template's default
+    assert provider.local_dir is not None
+    assert {file.suffix for file in provider.local_dir.iterdir()} >= {".safetensors", ".json"}
+    config = json.loads((provider.local_dir / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "float32" and "quantization_config" not in config
+
+    def not_again(*_: object) -> None:
+        raise AssertionError("dequantised twice")
+
+    monkeypatch.setattr(huggingface, "_convert", not_again)
+    assert HuggingFace(str(DEMO_MODEL)).local_dir == provider.local_dir
+
+
+def test_what_cannot_be_loaded_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(RunFailed, match="from the hub"):
+        HuggingFace("nobody/no-such-model").tokenizer()
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RunFailed, match="cannot load"):
+        HuggingFace(str(tmp_path)).tokenizer()
+
+
+def test_pickled_weights_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = tiny_model("llama", torch.float32)
+    pickled = tmp_path / "pickled"
+    model.config.save_pretrained(pickled)
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(RunFailed, match="cannot load"):
+        HuggingFace(str(pickled)).base_model(make_plan(tmp_path))
+
+
+def test_4bit_trains_after_an_evaluation(tmp_path: Path, tiny_model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """bitsandbytes 0.50.2 repacks a layer at its first evaluation on a CPU and loses its gradients; we prevent it."""
+
+    def gradient_norm(evaluate_first: bool) -> float:
+        plan = make_plan(tmp_path, use_4bit=True, max_steps=1, lora_r=4)
+        provider = HuggingFace(str(tiny_model_dir))
+        pairs = encode([to_pair(made_row(i), i) for i in range(8)], tokenizer)
+        base, adapter = provider.base_model(plan), provider.adapter_config(plan)
+        trainer = build_trainer(base, adapter, tokenizer, plan, pairs, [], lambda model: {})
+        assert type(base.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+        if evaluate_first:
+            assert isinstance(trainer.model, PeftModel)
+            score_pairs(trainer.model, pairs, tokenizer.pad_token_id, 4, torch.float32)
+        trainer.train()
+        return float(trainer.state.log_history[0]["grad_norm"])
+
+    assert gradient_norm(evaluate_first=True) == pytest.approx(gradient_norm(evaluate_first=False), rel=1e-3)
+
+
+def test_base_dropout_is_off(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """A model that was trained with attention dropout must not get a noisy reference."""
+    config = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
+    noisy = tmp_path / "noisy"
+    shutil.copytree(tiny_model_dir, noisy)
+    (noisy / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}), encoding="utf-8")
+    model = HuggingFace(str(noisy)).base_model(make_plan(tmp_path)).train()
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

@@ -1,0 +1,68 @@
+"""Each room imports only from rooms before it on the way of the data, and validate stays light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "dpo_cli"
+# The way of the data. A module may import from its own room and from what stands before it.
+ORDER = [
+    "errors",
+    "console",
+    "config",
+    "data",
+    "hardware",
+    "plan",
+    "providers",
+    "training",
+    "evaluation",
+    "runs",
+    "training.run",
+    "cli",
+]
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas", "pyarrow")
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def room(module: str) -> int:
+    """The position of the most specific room that a module belongs to."""
+    fitting = [name for name in ORDER if module == name or module.startswith(name + ".")]
+    return ORDER.index(max(fitting, key=len))
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The modules of dpo_cli that a file imports, without the package's name; names of `from` imports are resolved."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpo_cli."):
+            base = (node.module or "").removeprefix("dpo_cli.")
+            submodules = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if (PACKAGE / f"{name.replace('.', '/')}.py").exists() else base for name in submodules}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_up_the_stream(path: object) -> None:
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)  # type: ignore[attr-defined]
+    tree = ast.parse(path.read_text(encoding="utf-8"))  # type: ignore[attr-defined]
+    wrong = {name for name in imported(tree) if room(name) > room(module)}
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "command", [["validate", "configs/quickstart.json"], ["recommend", "--vram", "12"], ["train", "--help"]]
+)
+def test_light_commands_load_no_heavy_module(command: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from dpo_cli.cli import app\n"
+        f"app({command!r}, standalone_mode=False)\n"
+        f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.strip().endswith("HEAVY []"), done.stdout + done.stderr

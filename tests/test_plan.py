@@ -1,0 +1,87 @@
+"""The plan: open values decided, and where each came from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.config.config import load
+from dpo_cli.errors import DoesNotFit, InvalidInput
+from dpo_cli.hardware.probe import Gpu, Machine
+from dpo_cli.plan import Counts, inspect, resolve
+
+CPU = Machine("cpu", 2, 16.0, has_amx=False, gpus=(), is_apple=False)
+AMX = replace(CPU, has_amx=True)
+TURING = replace(CPU, gpus=(Gpu("T4", 15.0, 14.5, 7.5),))
+AMPERE = replace(CPU, gpus=(Gpu("3060", 12.0, 11.5, 8.6),))
+APPLE = replace(CPU, is_apple=True)
+COUNTS = Counts(train_pairs=21, eval_pairs=3, train_prompts=20, eval_prompts=3, too_long=0, longest=90, train_tokens=4000)
+
+
+def write(tmp_path: Path, **options: object) -> str:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    path = tmp_path / "my-run.json"
+    values = {"model_name": "meta-llama/Llama-3.1-8B-Instruct", "dataset": str(data), "use_4bit": True, **options}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "dtype"),
+    [(CPU, "cpu", "float32"), (AMX, "cpu", "bfloat16"), (TURING, "cuda", "float16"), (AMPERE, "cuda", "bfloat16")]
+    + [(APPLE, "mps", "float32")],
+)
+def test_precision_is_what_the_machine_does_best(tmp_path: Path, machine: Machine, device: str, dtype: str) -> None:
+    plan = resolve(load(write(tmp_path)), machine, COUNTS)
+    assert (plan.config.device, plan.dtype) == (device, dtype)
+    assert plan.sources["bf16"] == "measured"
+
+
+def test_both_false_means_float32(tmp_path: Path) -> None:
+    plan = resolve(load(write(tmp_path, bf16=False, fp16=False)), AMPERE, COUNTS)
+    assert plan.dtype == "float32"
+
+
+def test_names_paths_and_defaults_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = resolve(load(write(tmp_path, lora_r=8)), CPU, COUNTS).config
+    assert config.output_dir == str(tmp_path / "runs" / "my-run")
+    assert config.lora_alpha == 16
+    assert None not in (config.bf16, config.fp16, config.gradient_checkpointing)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"num_train_epochs": 3}, 9),  # 21 pairs: 11 batches of 2, 3 steps of 4 batches, three times
+        ({"num_train_epochs": 1, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}, 3),
+        ({"max_steps": 5}, 5),
+    ],
+)
+def test_total_steps(tmp_path: Path, options: dict[str, object], steps: int) -> None:
+    assert resolve(load(write(tmp_path, gradient_checkpointing=True, **options)), AMPERE, COUNTS).total_steps == steps
+
+
+def test_micro_batches_are_regrouped_to_fit_and_steps_stay(tmp_path: Path) -> None:
+    wide = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_seq_length": 2048}
+    plan = resolve(load(write(tmp_path, **wide)), AMPERE)
+    assert plan.memory is not None and plan.memory.fits
+    assert plan.config.per_device_train_batch_size < 8
+    assert plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps == 8
+    assert plan.config.gradient_checkpointing is True
+    assert plan.notes
+
+
+def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:
+    inspection = inspect(load(write(tmp_path, use_4bit=False)), CPU, vram_gb=4)
+    with pytest.raises(DoesNotFit):
+        inspection.require()
+    both = inspect(load(write(tmp_path, use_4bit=False, dataset="gone.jsonl")), CPU, vram_gb=4)
+    with pytest.raises(InvalidInput) as caught:
+        both.require()
+    assert {problem.code for problem in caught.value.problems} >= {"does-not-fit", "dataset-missing"}
+    assert not isinstance(caught.value, DoesNotFit)

@@ -1,0 +1,52 @@
+"""The run directory: refused, replaced, never half written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.errors import InvalidInput
+from dpo_cli.runs.directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
+
+
+def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "run", overwrite=False)
+    run.write_json(PLAN, {})
+    run.write_json(SUMMARY, {"status": "completed"})
+    (run.path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InvalidInput):
+        RunDirectory.create(tmp_path / "run", overwrite=False)
+    RunDirectory.create(tmp_path / "run", overwrite=True)
+    assert not (run.path / PLAN).exists() and not (run.path / SUMMARY).exists()
+    assert (run.path / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, overwrite=False)
+
+    def save(place: Path) -> None:
+        place.mkdir()
+        (place / WEIGHTS).write_bytes(b"one")
+
+    first = run.write_adapter(save)
+
+    def fail(place: Path) -> None:
+        place.mkdir()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        run.write_adapter(fail)
+    assert (run.path / ADAPTER / WEIGHTS).read_bytes() == b"one"
+    assert run.write_adapter(save) == first
+
+
+def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(InvalidInput):
+        RunDirectory.create(tmp_path / "file" / "run", overwrite=False)
+
+
+def test_opening_what_is_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput):
+        RunDirectory.open(tmp_path)
