@@ -29,10 +29,8 @@ def main() -> None:
             shown = [f"{cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}]" for cell in cells]
             print(f"| {rate} | {' | '.join(shown)} |", flush=True)
             pairs = json.loads((Path(place) / "plan.json").read_text(encoding="utf-8"))["counts"]
-    print(
-        f"\n{pairs['train_pairs']} pairs, one pass, judged on {pairs['eval_pairs']} pairs of {pairs['eval_prompts']}", end=" "
-    )
-    print(f"held-out prompts. {machine_line()}.")
+    trained, judged = f"{pairs['train_pairs']} pairs, one pass", f"{pairs['eval_pairs']} pairs of {pairs['eval_prompts']}"
+    print(f"\n{trained}; judged on {judged} held-out prompts. {machine_line()}.")
 
 
 if __name__ == "__main__":

@@ -32,8 +32,13 @@ def write(tmp_path: Path, **options: object) -> str:
 
 @pytest.mark.parametrize(
     ("machine", "device", "dtype"),
-    [(CPU, "cpu", "float32"), (AMX, "cpu", "bfloat16"), (TURING, "cuda", "float16"), (AMPERE, "cuda", "bfloat16")]
-    + [(APPLE, "mps", "float32")],
+    [
+        (CPU, "cpu", "float32"),
+        (AMX, "cpu", "bfloat16"),
+        (TURING, "cuda", "float16"),
+        (AMPERE, "cuda", "bfloat16"),
+        (APPLE, "mps", "float32"),
+    ],
 )
 def test_precision_is_what_the_machine_does_best(tmp_path: Path, machine: Machine, device: str, dtype: str) -> None:
     plan = resolve(load(write(tmp_path)), machine, COUNTS)
