@@ -45,31 +45,21 @@ class Console:
 
     def problems(self, problems: Sequence[Problem]) -> None:
         """Every problem, errors first, each with its place and its remedy."""
-        order = list(COLOURS)
-        for problem in sorted(problems, key=lambda problem: order.index(problem.severity)):
-            place = ":".join(str(part) for part in (problem.file, problem.line, problem.column) if part is not None)
-            text = Text.assemble(
-                (f"{MARKS[problem.severity]} {problem.severity} ", f"bold {COLOURS[problem.severity]}"),
-                (f"[{problem.code}] ", "dim"),
-                (f"{place}: " if place else "", "bold"),
-                problem.message,
-            )
-            if problem.fix:
-                text.append(f"\n  {problem.fix}", style="dim")
+        for text in _problem_texts(problems):
             self.errors.print(text)
 
     def error(self, error: DpoError) -> None:
-        """One panel on a terminal, plain lines otherwise."""
-        if isinstance(error, InvalidInput):
-            self.problems(error.problems)
-            return
-        text = Text(error.message)
-        if error.fix:
-            text.append(f"\n{error.fix}", style="dim")
+        """One panel on a terminal, plain lines otherwise; with --json a document too."""
+        problems = error.problems if isinstance(error, InvalidInput) else ()
+        if self.as_json:
+            found = [problem.to_json() for problem in problems]
+            self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": found})
+        texts = _problem_texts(problems) or [Text(error.message).append(f"\n  {error.fix}" if error.fix else "", style="dim")]
         if self.errors.is_terminal:
-            self.errors.print(Panel(text, title="dpo", border_style="red", title_align="left"))
+            self.errors.print(Panel(Group(*texts), title="dpo", border_style="red", title_align="left"))
         else:
-            self.errors.print(Text("error: ").append(text))
+            for text in texts:
+                self.errors.print(text if problems else Text("x error ").append(text))
 
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Rows of text; the first column is left-aligned, the others right-aligned."""
@@ -146,6 +136,21 @@ class TrainingView:
 
     def _render(self, text: str) -> Group:
         return Group(Text(text), self.progress)
+
+
+def _problem_texts(problems: Sequence[Problem]) -> list[Text]:
+    texts = []
+    order = list(COLOURS)
+    for problem in sorted(problems, key=lambda problem: order.index(problem.severity)):
+        place = ":".join(str(part) for part in (problem.file, problem.line, problem.column) if part is not None)
+        text = Text.assemble(
+            (f"{MARKS[problem.severity]} {problem.severity} ", f"bold {COLOURS[problem.severity]}"),
+            (f"[{problem.code}] ", "dim"),
+            (f"{place}: " if place else "", "bold"),
+            problem.message,
+        )
+        texts.append(text.append(f"\n  {problem.fix}" if problem.fix else "", style="dim"))
+    return texts
 
 
 @contextmanager

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_cli.errors import DoesNotFit, InvalidInput
 from dpo_cli.hardware import gguf, models
 from dpo_cli.hardware.memory import NF4_BYTES, Settings, bill, fit
-from dpo_cli.hardware.models import model_facts
+from dpo_cli.hardware.models import _config_facts, model_facts
 from dpo_cli.hardware.probe import GIB
 from dpo_cli.hardware.recommend import recommend
 
@@ -59,6 +62,39 @@ def test_bill_grows_with_what_makes_a_run_larger() -> None:
     base = bill(facts, DOCUMENTED, None).total_gb
     for change in ({"batch": 4}, {"length": 2048}, {"rank": 64}, {"four_bit": False}, {"checkpointing": False}):
         assert bill(facts, replace(DOCUMENTED, **change), None).total_gb > base, change
+
+
+def test_activations_are_what_autograd_keeps() -> None:
+    """The bill's bytes per token against the tensors that a real forward saves, parameters not counted: within 5 %."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []  # so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        is_cast_weight = tensor.dim() == 2 and 8 in tensor.shape and tensor.shape[0] != 512
+        if storage.data_ptr() not in parameters and not is_cast_weight:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        model.base_model.model.model(input_ids=torch.randint(64, (4, 128)))
+    facts = _config_facts(config.to_dict())
+    assert facts is not None
+    settings = Settings(batch=2, length=128, rank=8, four_bit=False, bytes_per_value=2, checkpointing=False)
+    assert sum(kept.values()) == pytest.approx(bill(facts, settings, None).components["activations"], rel=0.05)
 
 
 def test_fit_changes_only_what_leaves_the_training_the_same() -> None:

@@ -46,7 +46,7 @@ def test_gguf_is_dequantised_once_with_its_own_special_tokens(tmp_path: Path, mo
 
 
 def test_what_cannot_be_loaded_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(RunFailed, match="from the hub"):
+    with pytest.raises(RunFailed, match="not in the local cache"):
         HuggingFace("nobody/no-such-model").tokenizer()
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RunFailed, match="cannot load"):

@@ -54,6 +54,11 @@ def test_imports_point_up_the_stream(path: object) -> None:
     assert not wrong
 
 
+def test_the_readme_maps_every_module() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [path for path in MODULES if f"`{path.relative_to(ROOT)}`" not in text]
+
+
 @pytest.mark.parametrize("command", ["validate configs/quickstart.json", "recommend --vram 12", "train --help"])
 def test_light_commands_load_no_heavy_module(command: str) -> None:
     code = (

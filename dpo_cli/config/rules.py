@@ -17,7 +17,7 @@ Rule = Callable[[Values, frozenset[str]], Iterator[Problem]]
 # dpo-strategy documentation, "Learning Rate": the recommended value and range.
 LEARNING_RATE_RANGE = (1e-7, 1e-6)
 # What a LoRA adapter needs by measurement; the table is in the README, `make learning-rates` prints it.
-ADAPTER_LEARNING_RATE = 5e-5
+ADAPTER_LEARNING_RATE = 2e-4
 
 
 def one_precision(values: Values, given: frozenset[str]) -> Iterator[Problem]:
@@ -38,7 +38,7 @@ def learning_rate_range(values: Values, given: frozenset[str]) -> Iterator[Probl
         return
     if rate <= high:
         message = f"learning_rate {rate:g} is in the documented range for DPO, but a LoRA adapter hardly moves at it"
-        fix = f"a LoRA adapter learns at about {ADAPTER_LEARNING_RATE:g}: see the table in the README"
+        fix = f"a LoRA adapter learns at {ADAPTER_LEARNING_RATE:g} and around it: see the table in the README"
         yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
     else:
         message = f"learning_rate {rate:g} is above the documented {low:g} to {high:g}: right for an adapter"

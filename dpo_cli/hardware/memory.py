@@ -104,16 +104,16 @@ def _components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
 
 
 def _activation_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """Bytes kept for the backward pass per token.
+    """Bytes kept for the backward pass per token; tests/test_hardware.py counts them in a real model.
 
-    One block keeps, in the compute dtype: both norms' inputs and outputs (4h), q, k, v before and after rotation and with
-    keys and values repeated for each query head (4q + 3kv), the attention output (q), gate, up, silu(gate) and the product
-    (4i); and in float32 both norms' upcast inputs (2h). A checkpointed block keeps only its input; one block at a time is
-    then recomputed, with its gradients alongside.
+    One block with an adapter on every linear layer keeps, in the compute dtype: the input of each adapter (q, k, v, gate and
+    up: 5h; o: q; down: i) and its product with A (7r), the attention's q, k, v and output (2q + 2kv), and of the MLP gate,
+    up and silu(gate) (3i); and in float32 the inputs of both norms (2h). A checkpointed block keeps only its input; one
+    block at a time is then recomputed, with its gradients alongside.
     """
     h, i, width = facts.hidden_size, facts.intermediate_size, settings.bytes_per_value
     q, kv = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
-    block = width * (4 * h + 5 * q + 3 * kv + 4 * i) + 4 * 2 * h
+    block = width * (5 * h + 3 * q + 2 * kv + 4 * i + 7 * settings.rank) + 4 * 2 * h
     if settings.checkpointing:
         return facts.num_hidden_layers * width * h + 1.5 * block
     return facts.num_hidden_layers * block

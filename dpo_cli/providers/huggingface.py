@@ -9,14 +9,19 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import torch
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.errors import RunFailed
 from dpo_cli.hardware import gguf
 from dpo_cli.plan import Plan
+
+HUB_TIMEOUT_SECONDS = 8
 
 
 class HuggingFace:
@@ -26,6 +31,7 @@ class HuggingFace:
         self.name = model_name
         path = Path(model_name)
         self.source = str(_dequantised(path)) if gguf.is_gguf(path) else model_name
+        self.only_local = path.exists() or not _hub_answers(model_name)
 
     @property
     def local_dir(self) -> Path | None:
@@ -33,7 +39,7 @@ class HuggingFace:
         return Path(self.source) if Path(self.source).is_dir() else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = cast(PreTrainedTokenizerBase, _load(AutoTokenizer, self.source))
+        tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer))
         if tokenizer.eos_token is None:
             raise RunFailed(f"the tokenizer of {self.name} names no EOS token", "use an instruct model")
         if tokenizer.pad_token is None:
@@ -65,7 +71,7 @@ class HuggingFace:
                 bnb_4bit_compute_dtype=options["dtype"],
             )
             options["device_map"] = {"": device}
-        model = cast(PreTrainedModel, _load(AutoModelForCausalLM, self.source, use_safetensors=True, **options))
+        model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, use_safetensors=True, **options))
         for module in model.modules():
             # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and it loses its gradients for good.
             if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -76,17 +82,33 @@ class HuggingFace:
                     setattr(module, name, 0.0)
         return model if plan.config.use_4bit else cast(PreTrainedModel, model.to(device))
 
+    def _load(self, auto: Any, **options: Any) -> Any:
+        """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
+        try:
+            return auto.from_pretrained(self.source, trust_remote_code=False, local_files_only=self.only_local, **options)
+        except (OSError, ValueError) as error:
+            if self.only_local and self.local_dir is None:
+                message = f"the hub cannot be reached, and {self.name} is not in the local cache"
+                raise RunFailed(message, "check the network, or name a local model directory or GGUF file") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunFailed(f"cannot load {self.name}: {reason}", "check that it is a complete model directory") from error
 
-def _load(auto: Any, source: str, **options: Any) -> Any:
-    """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
+
+def _hub_answers(model_name: str) -> bool:
+    """Whether the hub has the model; False when it cannot be reached, so that only what is cached can be used.
+
+    Asked once, because from_pretrained alone retries for most of a minute.
+    """
     try:
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(source).exists():
-            raise RunFailed(f"cannot load {source}: {reason}", "check that it is a complete model directory") from error
-        fix = "check the name and the network; a gated model needs `hf auth login`; a local directory or GGUF needs neither"
-        raise RunFailed(f"cannot get {source} from the hub: {reason}", fix) from error
+        HfApi().model_info(model_name, timeout=HUB_TIMEOUT_SECONDS)
+    except (httpx.TransportError, OfflineModeIsEnabled):
+        return False
+    except GatedRepoError as error:
+        raise RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        fix = "check the name (owner/model); a private model needs `hf auth login`"
+        raise RunFailed(f"there is no model {model_name} on the hub", fix) from error
+    return True
 
 
 def cache_dir() -> Path:

@@ -154,7 +154,7 @@ def test_ctrl_c_saves_what_there_is(workplace: Path) -> None:
         (["train", "tiny.json", "provider=unsloth"], 3, "does not work in this version"),
         (["train", "tiny.json", "strategy=sft"], 3, "does not work in this version"),
         (["train", "tiny.json", "use_dora=true"], 3, "does not work in this version"),
-        (["train", "tiny.json", "model_name=nobody/no-such-model", "output_dir=hub"], 1, "from the hub"),
+        (["train", "tiny.json", "model_name=nobody/no-such-model", "output_dir=hub"], 1, "not in the local cache"),
         (["train", "tiny.json", "beta"], 2, "key=value"),
         (["eval", "."], 3, "not a finished run"),
         (["validate", "gone.json"], 3, "there is no file gone.json"),

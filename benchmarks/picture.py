@@ -1,0 +1,86 @@
+"""A picture of a real run: what `make demo` leaves on a terminal, as an SVG without web fonts.
+
+The commands run on a pseudo-terminal of their own; pyte plays what they write, Rich draws the screen that results.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+from pathlib import Path
+
+import pyte
+from rich.console import Console
+from rich.text import Text
+
+ROOT = Path(__file__).parent.parent
+COLUMNS, LINES = 96, 400  # more lines than a run writes, so that nothing scrolls away
+SVG = """\
+<svg viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" role="img" aria-label="a run of dpo">
+<style>
+.{unique_id}-matrix {{ font-family: ui-monospace, Menlo, Consolas, monospace; font-size: {char_height}px;
+  line-height: {line_height}px; white-space: pre; }}
+{styles}
+</style>
+<defs><clipPath id="{unique_id}-clip-terminal"><rect width="{terminal_width}" height="{terminal_height}"/></clipPath>
+{lines}</defs>
+<rect width="{width}" height="{height}" rx="8" fill="#0c0f14"/>
+<g transform="translate({terminal_x}, {terminal_y})" clip-path="url(#{unique_id}-clip-terminal)">
+{backgrounds}<g class="{unique_id}-matrix">{matrix}</g></g>
+</svg>
+"""
+
+
+def played(words: list[str]) -> list[Text]:
+    """The lines of the screen after a command has run on a terminal of `COLUMNS`."""
+    screen = pyte.Screen(COLUMNS, LINES)
+    stream = pyte.ByteStream(screen)
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+    process = subprocess.Popen(words, cwd=ROOT, stdin=child, stdout=child, stderr=child, env={**os.environ, "TERM": "xterm"})
+    os.close(child)
+    while True:
+        try:
+            data = os.read(parent, 65536)
+        except OSError:  # Linux ends a pseudo-terminal's output this way
+            break
+        if not data:
+            break
+        stream.feed(data)
+    if process.wait() != 0:
+        raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
+    return [line(screen, row) for row in range(screen.cursor.y)]
+
+
+def line(screen: pyte.Screen, row: int) -> Text:
+    text = Text()
+    for column in range(COLUMNS):
+        cell = screen.buffer[row][column]
+        colour = "" if cell.fg == "default" else f"#{cell.fg}" if len(cell.fg) == 6 else cell.fg.replace("brown", "yellow")
+        text.append(cell.data, style=f"{'bold ' if cell.bold else ''}{colour}".strip())
+    text.rstrip()
+    return text
+
+
+def main() -> None:
+    dpo = str(Path(sys.executable).parent / "dpo")
+    with tempfile.TemporaryDirectory() as place:
+        run = f"{place}/quickstart"
+        train = played([dpo, "train", "configs/quickstart.json", f"output_dir={run}"])
+        judged = played([dpo, "eval", run])
+    console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, PTH123
+    for title, lines in (("$ dpo train configs/quickstart.json", train), ("$ dpo eval runs/quickstart", judged)):
+        console.print(Text(title, style="bold green"))
+        for text in lines:
+            console.print(Text(text.plain.replace(run, "runs/quickstart"), spans=text.spans) if run in text.plain else text)
+    Path(sys.argv[1]).write_text(console.export_svg(code_format=SVG, title="dpo"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
