@@ -144,10 +144,10 @@ def train(
 ) -> None:
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
-        loaded = load(config, overrides or ())
-        loaded.require()  # before torch is imported: a mistake is told at once
-        run = _composer()
-        result = run.train(loaded, console, overwrite, dry_run)
+        loaded, machine = load(config, overrides or ()), probe()
+        inspection = inspect(loaded, machine)
+        inspection.require()  # before torch is imported: a mistake is told at once
+        result = _composer().train(loaded, inspection, machine, console, overwrite, dry_run)
         if as_json:
             console.json(result)
 
@@ -161,8 +161,7 @@ def evaluate(
 ) -> None:
     """Judge a run's adapter against its base model on held-out pairs."""
     with session(as_json, debug) as console:
-        run = _composer()
-        result = run.evaluate(run_dir, dataset, console)
+        result = _composer().evaluate(run_dir, dataset, console)
         if as_json:
             console.json(result)
 

@@ -105,6 +105,17 @@ def test_loss_is_the_equation_on_full_logits(tmp_path: Path, tokenizer: PreTrain
     assert abs(expected.item() - math.log(2)) > 0.01  # the adapter has moved, so the comparison is not of zeros
 
 
+def test_checkpointing_changes_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        trainer, _ = make_trainer(tmp_path, tokenizer, max_steps=4, gradient_checkpointing=checkpointing)
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing == checkpointing
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0][-1] < 0.6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+
+
 def test_lora_dropout_acts_and_the_reference_has_none(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """With dropout two passes of a moved adapter differ; the reference, in training mode as TRL runs it, does not."""
     trainer, _ = make_trainer(tmp_path, tokenizer, dropout=0.5, max_steps=2)

@@ -7,9 +7,12 @@ that a file of 100,000 opening brackets is an error message and not a crash. Hen
 from __future__ import annotations
 
 import json
+import math
 import re
+from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from dpo_cli.errors import Problem
 
@@ -19,7 +22,7 @@ MAX_DEPTH = 64
 MAX_DIGITS = 400  # beyond any float; Python itself refuses to convert integers of more than 4,300 digits
 _GAP = re.compile(r"(?:[ \t\r\n]+|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"')
-_SCALAR = re.compile(r"-?[A-Za-z0-9_.+][A-Za-z0-9_.+\-]*")
+_WORD = re.compile(r"-?[A-Za-z0-9_.+][A-Za-z0-9_.+\-]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _CONSTANTS = {"true": True, "false": False, "null": None}
 
@@ -33,133 +36,135 @@ class Document:
     problems: tuple[Problem, ...]
 
 
+class _Stop(Exception):
+    """The text cannot be read further; the reason is among the problems."""
+
+
 class _Scanner:
     def __init__(self, text: str, file: str) -> None:
         self.text, self.file, self.at = text, file, 0
         self.line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
         self.positions: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
+        self.root: list[Any] = []  # holds the document's value
 
-    def position(self, offset: int) -> tuple[int, int]:
-        """Line and column of an offset, both from 1."""
-        from bisect import bisect_right
+    def document(self) -> None:
+        """Read values into their containers until the document is complete; open containers are on a stack."""
+        stack: list[tuple[Any, Path]] = [(self.root, ())]
+        while True:
+            container, path = stack[-1]
+            if container is self.root and self.root:
+                if char := self.peek():
+                    self.stop("json-syntax", f"text after the end of the document: {char!r}", "delete it")
+                return
+            if container is not self.root and self.take("}" if isinstance(container, dict) else "]"):
+                stack.pop()
+                self.separator(stack[-1][0])
+                continue
+            key = self.key(container) if isinstance(container, dict) else len(container)
+            where = () if container is self.root else (*path, key)
+            value = self.value(where)
+            if isinstance(container, dict):
+                container[key] = value
+            else:
+                container.append(value)
+            if not isinstance(value, dict | list):
+                self.separator(container)
+            elif len(stack) <= MAX_DEPTH:
+                stack.append((value, where))
+            else:
+                self.stop("json-depth", f"nested deeper than {MAX_DEPTH} levels", "a config is flat")
 
-        line = bisect_right(self.line_starts, offset)
-        return line, offset - self.line_starts[line - 1] + 1
+    def key(self, container: dict[str, Any]) -> str:
+        if self.peek() != '"':
+            message = "expected a key in double quotes" if self.peek() else "the file ends inside an object"
+            self.stop("json-syntax", message, 'write "key": value, or close the object with }')
+        at = self.at
+        key = self.string()
+        if not self.take(":"):
+            self.stop("json-syntax", f"expected ':' after the key \"{key}\"", 'write "key": value')
+        if key in container:
+            fix = "keep one of them: other readers silently take the last"
+            self.complain("duplicate-key", f'the key "{key}" stands twice', fix, at, key)
+        return key
 
-    def complain(self, code: str, message: str, fix: str, at: int | None = None, key: str | None = None) -> None:
-        line, column = self.position(self.at if at is None else at)
-        self.problems.append(Problem("error", code, message, fix, key, self.file, line, column))
+    def value(self, where: Path) -> Any:
+        """The scalar at the cursor, or a container that is still to be filled."""
+        char = self.peek()
+        self.positions[where] = self.position(self.at)
+        if char and char in "{[":
+            self.at += 1
+            return {} if char == "{" else []
+        return self.string() if char == '"' else self.word()
 
-    def skip_gap(self) -> None:
-        match = _GAP.match(self.text, self.at)
-        self.at = match.end() if match else self.at
+    def separator(self, container: Any) -> None:
+        """What must follow a complete value in `container`: a comma, or its end."""
+        closing = "}" if isinstance(container, dict) else "]"
+        if container is not self.root and not self.take(",") and self.peek() != closing:
+            found = repr(self.peek()) if self.peek() else "the end of the file"
+            fix = "add the comma or bracket"
+            self.stop("json-syntax", f"expected ',' or the closing bracket, found {found}", fix)
 
-    def peek(self) -> str:
-        self.skip_gap()
-        return self.text[self.at : self.at + 1]
-
-    def string(self) -> str | None:
+    def string(self) -> str:
         match = _STRING.match(self.text, self.at)
         if match is None:
             fix = "close it with a double quote; inside, write a newline as \\n and a backslash as \\\\"
-            self.complain("json-syntax", "this string is not closed, or holds a raw control character", fix)
-            return None
+            self.stop("json-syntax", "this string is not closed, or holds a raw control character", fix)
         value: str = json.loads(match.group())
         if any(0xD800 <= ord(char) <= 0xDFFF for char in value):
-            self.complain("json-surrogate", "half of a surrogate pair is not a character", "write the character itself")
-            return None
+            self.stop("json-surrogate", "half of a surrogate pair is not a character", "write the character itself")
         self.at = match.end()
         return value
 
-    def scalar(self) -> tuple[bool, Any]:
-        """A string, number or constant at the cursor: (whether there is one, its value)."""
-        if self.peek() == '"':
-            text = self.string()
-            return text is not None, text
-        match = _SCALAR.match(self.text, self.at)
+    def word(self) -> Any:
+        """A number or a constant."""
+        match = _WORD.match(self.text, self.at)
         word = match.group() if match else self.text[self.at : self.at + 1]
         value: Any
         if word in _CONSTANTS:
             value = _CONSTANTS[word]
         elif word.lstrip("-") in ("NaN", "Infinity"):
-            self.complain("json-nan", f"{word} is not a JSON number", "write a finite number")
-            return False, None
-        elif _NUMBER.fullmatch(word):
-            value = json.loads(word) if len(word) <= MAX_DIGITS else float("inf")
-            if value in (float("inf"), float("-inf")):
-                self.complain("json-number", "this number is too large to be represented", "write a smaller number")
-                return False, None
-        else:
+            self.stop("json-nan", f"{word} is not a JSON number", "write a finite number")
+        elif not _NUMBER.fullmatch(word):
             found = f"found {word[:40]!r}" if word else "the file ends here"
-            fix = "strings need double quotes; true, false and null are lower case; see the column named above"
-            self.complain("json-syntax", f"expected a value, {found}", fix)
-            return False, None
+            fix = "strings need double quotes; true, false and null are lower case"
+            self.stop("json-syntax", f"expected a value, {found}", fix)
+        else:
+            value = json.loads(word) if len(word) <= MAX_DIGITS else math.inf
+            if math.isinf(value):
+                self.stop("json-number", "this number is too large to be represented", "write a smaller number")
         self.at += len(word)
-        return True, value
+        return value
+
+    def peek(self) -> str:
+        """The next character that is not space or comment; empty at the end."""
+        match = _GAP.match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return self.text[self.at : self.at + 1]
+
+    def take(self, char: str) -> bool:
+        """Step over `char` if it is next."""
+        found = self.peek() == char
+        self.at += found
+        return found
+
+    def position(self, offset: int) -> tuple[int, int]:
+        """Line and column of an offset, both from 1."""
+        line = bisect_right(self.line_starts, offset)
+        return line, offset - self.line_starts[line - 1] + 1
+
+    def complain(self, code: str, message: str, fix: str, at: int, key: str | None = None) -> None:
+        line, column = self.position(at)
+        self.problems.append(Problem("error", code, message, fix, key, self.file, line, column))
+
+    def stop(self, code: str, message: str, fix: str) -> NoReturn:
+        self.complain(code, message, fix, self.at)
+        raise _Stop
 
 
 def parse(text: str, file: str) -> Document:
     """Parse `text`; a syntax error ends the parse (what follows it cannot be trusted), a duplicate key does not."""
     scan = _Scanner(text.removeprefix("\ufeff"), file)
-    root: list[Any] = []
-    stack: list[tuple[Any, Path]] = [(root, ())]  # open containers; the root list holds the document
-    done = False
-    while not done:
-        container, path = stack[-1]
-        char = scan.peek()
-        if isinstance(container, dict) and char != "}":
-            key_at = scan.at
-            key = scan.string() if char == '"' else None
-            if key is None:
-                if char != '"':
-                    message = "expected a key in double quotes" if char else "the file ends inside an object"
-                    scan.complain("json-syntax", message, 'write "key": value, or close the object with }')
-                break
-            if scan.peek() != ":":
-                scan.complain("json-syntax", f"expected ':' after the key \"{key}\"", 'write "key": value')
-                break
-            scan.at += 1
-            if key in container:
-                fix = "keep one of them: other readers silently take the last"
-                scan.complain("duplicate-key", f'the key "{key}" stands twice', fix, key_at, key)
-            child: Path = (*path, key)
-        else:
-            child = (*path, len(container)) if container is not root else ()
-        char = scan.peek()
-        if (isinstance(container, dict) and char == "}") or (container is not root and char == "]"):
-            scan.at += 1
-            stack.pop()
-        else:
-            scan.positions[child] = scan.position(scan.at)
-            if char and char in "{[":
-                scan.at += 1
-                value: Any = {} if char == "{" else []
-                ok = True
-            else:
-                ok, value = scan.scalar()
-            if not ok:
-                break
-            if isinstance(container, dict):
-                container[key] = value
-            else:
-                container.append(value)
-            if isinstance(value, dict | list):
-                if len(stack) > MAX_DEPTH:
-                    scan.complain("json-depth", f"nested deeper than {MAX_DEPTH} levels", "a config is flat")
-                    break
-                stack.append((value, child))
-                continue
-        # After a complete value: a comma, or the end of what it stands in.
-        char = scan.peek()
-        if len(stack) == 1:
-            done = True
-            if char:
-                scan.complain("json-syntax", f"text after the end of the document: {char!r}", "delete it")
-        elif char == ",":
-            scan.at += 1
-        elif char != ("}" if isinstance(stack[-1][0], dict) else "]"):
-            found = repr(char) if char else "the end of the file"
-            scan.complain("json-syntax", f"expected ',' or the closing bracket, found {found}", "add the comma or bracket")
-            break
-    return Document(root[0] if root else None, scan.positions, tuple(scan.problems))
+    with suppress(_Stop):
+        scan.document()
+    return Document(scan.root[0] if scan.root else None, scan.positions, tuple(scan.problems))

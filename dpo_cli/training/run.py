@@ -21,8 +21,8 @@ from dpo_cli.data.tokens import EncodedPair, encode
 from dpo_cli.errors import Exit, Interrupted, InvalidInput, Problem
 from dpo_cli.evaluation.metrics import PairScores, figures, point_figures, score_pairs
 from dpo_cli.evaluation.samples import side_by_side
-from dpo_cli.hardware.probe import probe
-from dpo_cli.plan import Counts, Plan, inspect, resolve
+from dpo_cli.hardware.probe import Machine, probe
+from dpo_cli.plan import Counts, Inspection, Plan, inspect, resolve
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.card import card
 from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
@@ -36,10 +36,10 @@ SAMPLES = 3
 EXITS = {"SIGINT": Exit.SIGINT, "SIGTERM": Exit.SIGTERM}
 
 
-def train(loaded: Loaded, console: Console, overwrite: bool = False, dry_run: bool = False) -> dict[str, Any]:
-    """Train an adapter; returns what metrics.json holds, or the plan with `dry_run`."""
-    machine = probe()
-    inspection = inspect(loaded, machine)
+def train(
+    loaded: Loaded, inspection: Inspection, machine: Machine, console: Console, overwrite: bool, dry_run: bool
+) -> dict[str, Any]:
+    """Train an adapter on an inspected config; returns what metrics.json holds, or the plan with `dry_run`."""
     data, draft = inspection.require()
     console.problems(inspection.problems)
     if not dry_run:
