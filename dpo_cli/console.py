@@ -62,17 +62,19 @@ class Console:
                 self.errors.print(text if problems else Text("x error ").append(text))
 
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
-        """Rows of text; the first column is left-aligned, the others right-aligned."""
+        """Rows of text; the columns after the first are right-aligned where a header says that they are figures."""
         on_terminal = self.out.is_terminal
         table = Table(title=title, title_justify="left", box=box.ROUNDED if on_terminal else None, show_header=bool(header))
         for column in range(len(rows[0])):
             name = header[column] if header else ""
-            table.add_column(name, justify="left" if column == 0 else "right", overflow="fold")
+            table.add_column(name, justify="right" if column and header else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
         self.out.print(table)
 
     def panel(self, title: str, text: str) -> None:
+        """Text of a model or a dataset, so nothing in it may steer the terminal."""
+        title, text = _printable(title), _printable(text)
         if self.out.is_terminal:
             self.out.print(Panel(Text(text), title=title, title_align="left", border_style="dim"))
         else:
@@ -91,7 +93,10 @@ class Console:
             self.line("nothing was held out: set eval_split in the config, or name a file with `dpo eval --dataset`")
             return
         names = [name for name, figure in judged["policy"].items() if figure]
-        rows = [[name, *(_interval(judged[group].get(name)) for group in ("policy", "base", "gain"))] for name in names]
+        rows = [
+            [name.replace("_", " "), *(_interval(judged[group].get(name)) for group in ("policy", "base", "gain"))]
+            for name in names
+        ]
         title = f"{judged['pairs']} pairs of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
         for sample in samples:
@@ -151,6 +156,10 @@ def _problem_texts(problems: Sequence[Problem]) -> list[Text]:
         )
         texts.append(text.append(f"\n  {problem.fix}" if problem.fix else "", style="dim"))
     return texts
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 @contextmanager

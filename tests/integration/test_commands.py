@@ -98,7 +98,7 @@ def test_eval_on_another_file_and_as_a_table(workplace: Path) -> None:
     done = dpo("eval", "runs/tiny", "--dataset", "pairs.jsonl", cwd=workplace)
     assert done.returncode == 0, done.stderr
     assert "40 held-out pairs" not in done.stdout and "40 pairs" in done.stdout
-    assert "normalized_logp_accuracy" in done.stdout
+    assert "normalized logp accuracy" in done.stdout
 
 
 def test_a_plan_repeats_its_run_bit_by_bit(workplace: Path) -> None:
