@@ -69,6 +69,7 @@ def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None
 
 def test_overrides_pass_the_same_schema_and_win(tmp_path: Path) -> None:
     path = write(tmp_path, '{"model_name": "m", "dataset": "d", "beta": 0.1, "seed": 3.0}')
+    assert load(path, ["dataset=2024", "model_name=true"]).require().dataset == "2024"
     loaded = load(path, ["beta=0.5", "dataset=other.jsonl", 'target_modules=["q_proj"]'])
     config = loaded.require()
     assert (config.beta, config.dataset, config.target_modules, config.seed) == (0.5, "other.jsonl", ["q_proj"], 3)

@@ -175,7 +175,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UsageError(f"{word!r} is not an override", "write key=value, for example learning_rate=5e-5")
         document = reader.parse(text, word)
-        parsed[key] = text if document.problems else document.value
+        is_text = schema()["properties"].get(key, {}).get("type") == "string" and not isinstance(document.value, str)
+        parsed[key] = text if document.problems or is_text else document.value
     return parsed
 
 

@@ -69,8 +69,10 @@ def train(
         trainer.train()
         seconds = time.monotonic() - started
 
-    judged = _judge(model, tokenizer, [] if stop.received else held_out, plan)
     steps = trainer.state.global_step
+    digest = run.write_adapter(partial(_save, model, tokenizer))
+    judged = _judge(model, tokenizer, [] if stop.received else held_out, plan)
+    run.write_card(card(plan, steps, judged))
     summary = {
         "status": "interrupted" if stop.received else "completed",
         "steps": steps,
@@ -80,7 +82,7 @@ def train(
         "base": judged["base"],
         "gain": judged["gain"],
         "health": [],
-        "adapter_sha256": run.write_adapter(lambda place: _save(model, tokenizer, place, card(plan, steps, judged))),
+        "adapter_sha256": digest,
     }
     run.write_json(SUMMARY, summary)
     if stop.received:
@@ -174,10 +176,9 @@ def _judge(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence
     return {**counts, **figures(_score(model, pairs, tokenizer, plan), prompts, plan.config.beta)}
 
 
-def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, place: Path, text: str) -> None:
+def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
     model.save_pretrained(str(place))
     tokenizer.save_pretrained(place)
-    (place / "README.md").write_text(text, encoding="utf-8")
 
 
 def _first_pair(pair: EncodedPair, tokenizer: PreTrainedTokenizerBase) -> str:

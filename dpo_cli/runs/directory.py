@@ -1,0 +1,102 @@
+"""The run directory: what a run leaves, and the only place that knows the file names.
+
+plan.json  manifest.json  metrics.jsonl  metrics.json  adapter/  train.log
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.errors import InvalidInput, Problem
+
+PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
+ADAPTER, WEIGHTS, CARD, LOG = "adapter", "adapter_model.safetensors", "README.md", "train.log"
+
+
+class RunDirectory:
+    """A directory of one run. Whole files are written beside their place and renamed, so a reader never sees half of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def check(cls, path: Path, overwrite: bool) -> None:
+        """Refuse a directory that holds a run, unless `overwrite`."""
+        if (path / PLAN).exists() and not overwrite:
+            message = f"{path} holds a run already"
+            fix = "choose another with output_dir=..., or replace it with --overwrite"
+            raise InvalidInput([Problem("error", "run-exists", message, fix, "output_dir")])
+
+    @classmethod
+    def create(cls, path: Path, overwrite: bool) -> RunDirectory:
+        """An empty run directory; the files of a run that is there are removed with `overwrite`."""
+        cls.check(path, overwrite)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for name in (PLAN, MANIFEST, LINES, SUMMARY, LOG):
+                (path / name).unlink(missing_ok=True)
+            if (path / ADAPTER).is_dir():
+                shutil.rmtree(path / ADAPTER)
+            (path / LOG).touch()
+        except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
+            message = f"cannot write to {path}: {error.strerror}"
+            raise InvalidInput(
+                [Problem("error", "run-unwritable", message, "choose another output_dir", "output_dir")]
+            ) from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """A directory that holds a finished run."""
+        run = cls(path)
+        missing = [name for name in (PLAN, f"{ADAPTER}/{WEIGHTS}") if not (path / name).is_file()]
+        if missing:
+            message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
+            raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a finished `dpo train`")])
+        return run
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / ADAPTER
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG
+
+    def write_json(self, name: str, value: Any) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        self._replace(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def append_line(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, flushed."""
+        with (self.path / LINES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def write_adapter(self, save: Callable[[Path], Any]) -> str:
+        """`save` fills a folder that then becomes adapter/; returns the SHA-256 of the weights."""
+        self._replace(self.adapter, save)
+        return sha256(self.adapter / WEIGHTS)
+
+    def write_card(self, text: str) -> None:
+        self._replace(self.adapter / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def _replace(self, place: Path, write: Callable[[Path], Any]) -> None:
+        part = place.with_name(f".{place.name}.part")
+        if part.is_dir():
+            shutil.rmtree(part)
+        write(part)
+        if place.is_dir():
+            shutil.rmtree(place)
+        os.replace(part, place)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,46 @@
+"""What the libraries have to say goes to train.log, not to the screen."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def hush() -> None:
+    """Stop transformers, datasets and warnings from writing to the terminal; their records reach the root logger."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def log_line(line: dict[str, Any]) -> None:
+    """A line of metrics.jsonl, for the log."""
+    logging.getLogger("dpo").info("%s", line)
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Within, every log record and warning is a line of the file at `path`."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    before = root.level
+    root.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        root.setLevel(before)
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,40 @@
+"""What a run was made with: versions, hardware, hashes, git commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import dpo_cli
+from dpo_cli.hardware.probe import Machine
+from dpo_cli.plan import Plan
+from dpo_cli.runs.directory import sha256
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
+
+
+def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, Any]:
+    """The content of manifest.json. `model_dir` holds the model's safetensors when it is local."""
+    weights = sorted(model_dir.glob("*.safetensors")) if model_dir else []
+    return {
+        "versions": {"dpo": dpo_cli.__version__, "python": platform.python_version()}
+        | {package: version(package) for package in PACKAGES},
+        "hardware": machine.to_json(),
+        "dataset": {"file": plan.config.dataset, "sha256": sha256(Path(plan.config.dataset))},
+        "model": {"name": plan.config.model_name, "sha256": {file.name: sha256(file) for file in weights}},
+        "seed": plan.config.seed,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the run was started in, None outside a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:  # git is not installed: the manifest then says null
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
