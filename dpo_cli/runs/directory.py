@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +92,7 @@ class RunDirectory:
         write(part)
         if place.is_dir():
             shutil.rmtree(place)
-        os.replace(part, place)
+        part.replace(place)
 
 
 def sha256(path: Path) -> str:
