@@ -9,7 +9,8 @@ WHEEL := models/.wheel
 
 install: .venv/installed $(MODEL)
 
-# torch goes first: asked for by another package, pip would take a CUDA build of several gigabytes.
+# torch goes first, at the tested version: asked for by another package, pip would take its newest build. From the public
+# index that is a CUDA build of several gigabytes; to use a CPU build, put its wheel where pip finds it (PIP_FIND_LINKS).
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ from dpo_cli.console import Console
 from dpo_cli.errors import DpoError, Exit, UsageError
 from dpo_cli.hardware.probe import nvidia_gpus, probe
 from dpo_cli.hardware.recommend import recommend as make_recommendation
-from dpo_cli.plan import DOES_NOT_FIT, inspect
+from dpo_cli.plan import inspect
 
 app = typer.Typer(
     name="dpo",
@@ -40,20 +41,20 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
     console = Console(as_json)
     try:
         yield console
-    except DpoError as error:
-        if debug:
-            raise
-        console.error(error)
-        raise typer.Exit(int(error.exit_code)) from error
-    except KeyboardInterrupt:
-        raise typer.Exit(int(Exit.SIGINT)) from None
     except (typer.Exit, BrokenPipeError):
         raise
-    except Exception as error:  # a fault of ours or of the machine: one line, and the way to the traceback
+    except KeyboardInterrupt:
+        raise typer.Exit(int(Exit.SIGINT)) from None
+    except Exception as error:  # a DpoError, or a fault of ours or of the machine: told, and the exit code says which
         if debug:
-            raise
-        console.error(DpoError(f"{type(error).__name__}: {error}", "run it again with --debug for the traceback"))
-        raise typer.Exit(int(Exit.FAILED)) from error
+            traceback.print_exc()
+        told = error if isinstance(error, DpoError) else _unexpected(error)
+        console.error(told)
+        raise typer.Exit(int(told.exit_code)) from error
+
+
+def _unexpected(error: Exception) -> DpoError:
+    return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
 
 
 def _composer() -> ModuleType:
@@ -101,8 +102,7 @@ def validate(
             console.bill(memory)
         console.line(f"{config}: {'valid' if not errors else f'{len(errors)} errors'}")
         if errors:
-            unfit = all(problem.code == DOES_NOT_FIT for problem in errors)
-            raise typer.Exit(int(Exit.UNFIT if unfit else Exit.INVALID))
+            raise typer.Exit(int(Exit.UNFIT if found.errors and found.only_misfit else Exit.INVALID))
 
 
 @app.command()
@@ -119,18 +119,19 @@ def recommend(
         gpus = nvidia_gpus() if vram is None else ()
         if vram is None and not gpus:
             raise UsageError("there is no NVIDIA GPU on this machine", "say what to plan for, for example --vram 12")
-        made = make_recommendation(vram or gpus[0].free_gb, model, dataset)
-        if as_json:
-            console.json(made.to_json())
+        if write is not None and write.exists():
+            raise UsageError(f"{write} exists already", "name a new file")
+        card_gb, free_gb = (vram, None) if vram else (float(round(gpus[0].memory_gb)), gpus[0].free_gb)
+        made = make_recommendation(card_gb, model, dataset, free_gb)
         for reason in made.reasons:
             console.line(reason)
         console.bill(made.memory.to_json())
         text = json.dumps(made.config, indent=2)
         if write is not None:
-            if write.exists():
-                raise UsageError(f"{write} exists already", "name a new file")
             write.write_text(text + "\n", encoding="utf-8")
         console.line(f"wrote {write}" if write else text)
+        if as_json:
+            console.json(made.to_json())
 
 
 @app.command()
@@ -145,11 +146,12 @@ def train(
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
         loaded, machine = load(config, overrides or ()), probe()
-        inspection = inspect(loaded, machine)
+        inspection = inspect(loaded, machine, with_fit=False)
         inspection.require()  # before torch is imported: a mistake is told at once
-        result = _composer().train(loaded, inspection, machine, console, overwrite, dry_run)
+        result, code = _composer().train(loaded, inspection, machine, console, overwrite, dry_run)
         if as_json:
             console.json(result)
+        raise typer.Exit(int(code))
 
 
 @app.command("eval")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,19 @@ TRAIN_FIGURES = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "to
 PIPED_LINES = 20  # progress lines of a piped run
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader accepts: a NaN or infinity, which JSON has no word for, becomes null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 class Console:
     """Results on standard output, the rest on standard error; with `as_json` everything but the JSON is the rest."""
 
@@ -38,7 +52,7 @@ class Console:
 
     def json(self, value: Any) -> None:
         """The one document of standard output."""
-        sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(value, indent=2) + "\n")
 
     def line(self, text: str) -> None:
         self.out.print(Text(text))
@@ -76,7 +90,7 @@ class Console:
         """Text of a model or a dataset, so nothing in it may steer the terminal."""
         title, text = _printable(title), _printable(text)
         if self.out.is_terminal:
-            self.out.print(Panel(Text(text), title=title, title_align="left", border_style="dim"))
+            self.out.print(Panel(Text(text), title=Text(title), title_align="left", border_style="dim"))
         else:
             self.out.print(Text(f"{title}\n{text}"))
 
@@ -90,7 +104,7 @@ class Console:
     def judgement(self, judged: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
         """The figures of an evaluation, and answers side by side."""
         if judged["policy"] is None:
-            self.line("nothing was held out: set eval_split in the config, or name a file with `dpo eval --dataset`")
+            self.line("nothing was held out: set or raise eval_split in the config, or name a file with `dpo eval --dataset`")
             return
         names = [name for name, figure in judged["policy"].items() if figure]
         rows = [

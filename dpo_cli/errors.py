@@ -3,9 +3,10 @@
     DpoError
     ├── UsageError          2   the command line itself is wrong
     ├── InvalidInput        3   the config or the data is wrong; carries every Problem found
-    ├── DoesNotFit          4   the hardware is too small; carries the Problems
-    ├── RunFailed           1   something outside the user's input failed: a model that cannot be had, a full disk
-    └── Interrupted   130/143   stopped by SIGINT or SIGTERM after saving what there is
+    │   └── DoesNotFit      4   the hardware is too small
+    └── RunFailed           1   something outside the user's input failed: a model that cannot be had, a full disk
+
+A training that was stopped (130, 143) or is unhealthy (5) is no error: it ends with what it has, and its own exit code.
 
 A `Problem` is one finding about the user's input. Errors stop, warnings and hints are shown.
 """
@@ -87,9 +88,3 @@ class DoesNotFit(InvalidInput):
 
 class RunFailed(DpoError):
     exit_code = Exit.FAILED
-
-
-class Interrupted(DpoError):
-    def __init__(self, message: str, exit_code: Exit) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code

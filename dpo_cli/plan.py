@@ -6,19 +6,19 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.config import Config, Loaded, Source
+from dpo_cli.config.config import PLAN_VERSION, Config, Loaded, Source
 from dpo_cli.data import reader
 from dpo_cli.data.reader import Dataset
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
 from dpo_cli.hardware import models
 from dpo_cli.hardware.memory import Bill, Settings, fit
 from dpo_cli.hardware.probe import Machine
-
-PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Plan:
         return Path(self.config.output_dir)
 
     @property
+    def model_label(self) -> str:
+        """The model's name without the folder of a local one."""
+        return Path(self.config.model_name).name if Path(self.config.model_name).is_absolute() else self.config.model_name
+
+    @property
     def dtype(self) -> str:
         """The compute dtype by torch's name."""
         return "bfloat16" if self.config.bf16 else "float16" if self.config.fp16 else "float32"
@@ -75,7 +80,7 @@ class Plan:
 
 
 # What the machine, not the user or a default, decides.
-_MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
+MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }
@@ -102,8 +107,11 @@ def resolve(loaded: Loaded, machine: Machine, counts: Counts | None = None, vram
             checkpointing=False,
             on_gpu=decided["device"] == "cuda",
         )
-        free_gb = machine.gpus[0].free_gb if decided["device"] == "cuda" and machine.gpus else machine.memory_gb
-        settings, memory = fit(facts, wanted, vram_gb or free_gb, config.gradient_checkpointing)
+        if decided["device"] == "cuda":
+            budget_gb = vram_gb or (machine.gpus[0].free_gb if machine.gpus else None)
+        else:
+            budget_gb = machine.memory_gb
+        settings, memory = fit(facts, wanted, budget_gb, config.gradient_checkpointing)
         factor = wanted.batch // settings.batch
         decided["gradient_checkpointing"] = settings.checkpointing
         decided["per_device_train_batch_size"] = settings.batch
@@ -112,8 +120,11 @@ def resolve(loaded: Loaded, machine: Machine, counts: Counts | None = None, vram
             notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
     changed = {key for key, value in decided.items() if getattr(config, key) != value}
     sources: dict[str, Source] = {**loaded.sources}
-    sources |= {key: "measured" if key in _MEASURED else sources[key] for key in changed}
+    sources |= dict.fromkeys(changed & MEASURED, "measured")
     return Plan(replace(config, **decided), sources, counts, memory, tuple(notes))
+
+
+DOES_NOT_FIT = "does-not-fit"
 
 
 @dataclass(frozen=True)
@@ -128,20 +139,29 @@ class Inspection:
     def errors(self) -> tuple[Problem, ...]:
         return tuple(problem for problem in self.problems if problem.severity == "error")
 
+    @property
+    def only_misfit(self) -> bool:
+        """Whether the hardware is all that is wrong."""
+        return all(problem.code == DOES_NOT_FIT for problem in self.errors)
+
     def require(self) -> tuple[Dataset, Plan]:
         """The data and the plan, or the error of what stands in the way."""
         if self.data is not None and self.plan is not None and not self.errors:
             return self.data, self.plan
-        only_fit = all(problem.code == DOES_NOT_FIT for problem in self.errors)
-        raise (DoesNotFit if only_fit else InvalidInput)(self.problems)
+        raise (DoesNotFit if self.only_misfit else InvalidInput)(self.problems)
 
 
-def inspect(loaded: Loaded, machine: Machine, vram_gb: float | None = None, with_data: bool = True) -> Inspection:
-    """Check config, data, model and memory together, so that one look shows everything that is wrong."""
+def inspect(
+    loaded: Loaded, machine: Machine, vram_gb: float | None = None, with_data: bool = True, with_fit: bool = True
+) -> Inspection:
+    """Check config, data, model and hardware together, so that one look shows everything that is wrong.
+
+    Without `with_fit` the memory is not judged: a training judges it later, by its real lengths.
+    """
     found = list(loaded.problems)
     model, dataset = loaded.values.get("model_name"), loaded.values.get("dataset")
     damaged = list(models.problems(model)) if isinstance(model, str) else []
-    found += [loaded.placed(problem) for problem in damaged]
+    found += map(loaded.placed, damaged)
     data = None
     if with_data and isinstance(dataset, str) and dataset:
         data = reader.read(dataset, skip=loaded.values.get("on_bad_rows") == "skip")
@@ -149,12 +169,24 @@ def inspect(loaded: Loaded, machine: Machine, vram_gb: float | None = None, with
     plan = None
     if loaded.config is not None and not damaged:
         plan = resolve(loaded, machine, vram_gb=vram_gb)
-        if (misfit := does_not_fit(plan)) is not None:
-            found.append(replace(misfit, file=loaded.file))
+        found += map(loaded.placed, hardware_problems(plan, machine, for_this_machine=vram_gb is None))
+        if with_fit and (misfit := does_not_fit(plan)) is not None:
+            found.append(loaded.placed(misfit))
     return Inspection(tuple(found), data, plan)
 
 
-DOES_NOT_FIT = "does-not-fit"
+def hardware_problems(plan: Plan, machine: Machine, for_this_machine: bool) -> Iterator[Problem]:
+    """What the plan asks of the hardware and the hardware does not have."""
+    config = plan.config
+    if config.fp16 and config.device != "cuda":
+        yield Problem("error", "fp16-device", "fp16 training needs CUDA", "use bf16, or leave both keys out", "fp16")
+    if not for_this_machine:
+        return
+    if (config.device == "cuda" and not machine.gpus) or (config.device == "mps" and not machine.is_apple):
+        message = f'there is no "{config.device}" device on this machine'
+        yield Problem("error", "device-missing", message, 'leave "device" out, or plan with --vram', "device")
+    if config.bf16 and config.device == "cuda" and not all(gpu.has_bf16 for gpu in machine.gpus):
+        yield Problem("error", "bf16-device", "this GPU has no bfloat16", 'leave "bf16" out: fp16 is used', "bf16")
 
 
 def does_not_fit(plan: Plan) -> Problem | None:
@@ -168,17 +200,16 @@ def does_not_fit(plan: Plan) -> Problem | None:
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[str, Any]:
     """The values of open choices. Paths become absolute, so that plan.json works from any folder."""
     device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
-    bf16, fp16 = config.bf16, config.fp16
-    if bf16 is None and fp16 is None:
-        has_bf16 = {"cuda": all(gpu.has_bf16 for gpu in machine.gpus), "cpu": machine.has_amx}.get(device, False)
-        bf16, fp16 = has_bf16, device == "cuda" and not has_bf16
+    has_bf16 = {"cuda": all(gpu.has_bf16 for gpu in machine.gpus), "cpu": machine.has_amx}.get(device, False)
+    bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
+    fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16
     name = Path(file).stem if file != "-" else "stdin"
     return {
         "device": device,
-        "bf16": bool(bf16),
-        "fp16": bool(fp16),
+        "bf16": bf16,
+        "fp16": fp16,
         "lora_alpha": config.lora_alpha or 2 * config.lora_r,
         "output_dir": str(Path(config.output_dir or Path("runs") / name).absolute()),
         "dataset": str(Path(config.dataset).absolute()),
-        "model_name": str(Path(config.model_name).absolute()) if Path(config.model_name).exists() else config.model_name,
+        "model_name": str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
     }

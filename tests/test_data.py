@@ -27,6 +27,9 @@ BAD_LINES = {
     b'{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "c"}': "row-duplicate-key",
     b'{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}': "row-mixed-types",
     b'{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}': "row-wrong-type",
+    b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}': "row-surrogate",
+    b'{"prompt": [{"role": "user", "content": "\\u0000"}], "chosen": "b", "rejected": "c"}': "row-nul",
+    b'{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}': "row-role",
 }
 GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}'
 
@@ -40,7 +43,7 @@ def test_every_bad_row_is_named_by_its_physical_line(tmp_path: Path) -> None:
         for line in problem.lines or [problem.line]:
             found[line] = problem.code
     assert found == {line: code for line, code in enumerate(BAD_LINES.values(), start=3)}
-    assert (data.rows, [pair.line for pair in data.pairs]) == (13, [1, 14])
+    assert (data.rows, [pair.line for pair in data.pairs]) == (len(BAD_LINES) + 2, [1, len(BAD_LINES) + 3])
     assert {problem.severity for problem in read(str(path), skip=True).problems} == {"warning"}
 
 
@@ -116,5 +119,6 @@ def test_real_sets_are_read() -> None:
 
 
 def test_rows_of_messages(pairs_file: Callable[..., Path]) -> None:
-    row = {key: [{"role": "user", "content": str(value)}] for key, value in made_row(0).items()}
+    roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    row = {key: [{"role": roles[key], "content": str(value)}] for key, value in made_row(0).items()}
     assert json.loads(read(str(pairs_file([row]))).pairs[0].prompt_key) == row["prompt"]

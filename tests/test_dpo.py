@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
-from dpo_cli.config.config import load
+from dpo_cli.config.config import defaults, load
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import EncodedPair, encode
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import Plan, resolve
-from dpo_cli.training.dpo import FIGURES, PairTrainer, build_trainer, reward_figures
+from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.training.dpo import FIGURES, PairTotals, PairTrainer, build_trainer, reward_figures, trainer_arguments
 
 
 def test_trl_contract() -> None:
@@ -83,7 +84,7 @@ def test_training_starts_at_ln_2_and_learns(tmp_path: Path, tokenizer: PreTraine
 
 def test_loss_is_the_equation_on_full_logits(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """-log sigmoid(beta * ((pi_c - ref_c) - (pi_r - ref_r))), from transformers' own logits, pair by pair without padding."""
-    trainer, pairs = make_trainer(tmp_path, tokenizer, max_steps=3)
+    trainer, pairs = make_trainer(tmp_path, tokenizer, max_steps=3, beta=0.3)
     trainer.train()
     model = trainer.model.eval()
 
@@ -92,17 +93,54 @@ def test_loss_is_the_equation_on_full_logits(tmp_path: Path, tokenizer: PreTrain
         return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum()
 
     def scores(pair: EncodedPair) -> torch.Tensor:
-        return log_prob(pair.prompt_ids, pair.chosen_ids) - log_prob(pair.prompt_ids, pair.rejected_ids)
+        return torch.stack([log_prob(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)])
 
     with torch.no_grad():
-        pi_logratios = torch.stack([scores(pair) for pair in pairs])
+        pi = torch.stack([scores(pair) for pair in pairs])
         with model.disable_adapter():
-            ref_logratios = torch.stack([scores(pair) for pair in pairs])
-    expected = -torch.nn.functional.logsigmoid(0.1 * (pi_logratios - ref_logratios)).mean()
+            ref = torch.stack([scores(pair) for pair in pairs])
+    pi_logratios, ref_logratios = pi[:, 0] - pi[:, 1], ref[:, 0] - ref[:, 1]
+    expected = -torch.nn.functional.logsigmoid(0.3 * (pi_logratios - ref_logratios)).mean()
     batch = trainer.data_collator([row for row in trainer.train_dataset])
+    trainer.totals = PairTotals()
     got = trainer.compute_loss(model, batch)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert abs(expected.item() - math.log(2)) > 0.01  # the adapter has moved, so the comparison is not of zeros
+    rewards = 0.3 * (pi - ref)
+    figures = trainer.totals.take()
+    means = [rewards[:, 0].mean(), rewards[:, 1].mean(), pi[:, 0].mean(), pi[:, 1].mean()]
+    assert [figures[name] for name in FIGURES[2:]] == pytest.approx([mean.item() for mean in means], abs=1e-4)
+    assert figures["margin"] == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean().item(), abs=1e-4)
+
+
+def test_every_option_reaches_trl_and_peft(tmp_path: Path) -> None:
+    """Each value differs from its default, so an option that is dropped on the way is seen."""
+    same = {
+        "num_train_epochs": 2.5,
+        "max_steps": 7,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 5,
+        "per_device_eval_batch_size": 9,
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 4,
+        "weight_decay": 0.02,
+        "max_grad_norm": 0.7,
+        "beta": 0.4,
+        "eval_steps": 6,
+        "logging_steps": 2,
+        "seed": 11,
+        "gradient_checkpointing": True,
+    }
+    adapter = {"lora_r": 12, "lora_alpha": 18, "lora_dropout": 0.2, "target_modules": ["q_proj"]}
+    assert not {key for key, value in {**same, **adapter}.items() if defaults()[key] == value}
+    plan = make_plan(tmp_path, **same, **adapter)
+    args = trainer_arguments(plan, evaluates=True)
+    assert {key: getattr(args, key) for key in same} == same
+    ratio = make_plan(tmp_path, warmup_ratio=0.25)
+    assert trainer_arguments(ratio, evaluates=False).get_warmup_steps(100) == 25
+    made = HuggingFace("tiny/tiny").adapter_config(plan, tiny_model("llama"))
+    assert (made.r, made.lora_alpha, made.lora_dropout, made.target_modules) == (12, 18, 0.2, {"q_proj"})
 
 
 def test_checkpointing_changes_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -69,7 +69,8 @@ def test_4bit_trains_after_an_evaluation(tmp_path: Path, tiny_model_dir: Path, t
         plan = make_plan(tmp_path, use_4bit=True, max_steps=1, lora_r=4)
         provider = HuggingFace(str(tiny_model_dir))
         pairs = encode([to_pair(made_row(i), i) for i in range(8)], tokenizer)
-        base, adapter = provider.base_model(plan), provider.adapter_config(plan)
+        base = provider.base_model(plan)
+        adapter = provider.adapter_config(plan, base)
         trainer = build_trainer(base, adapter, tokenizer, plan, pairs, [], lambda model: {})
         assert type(base.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
         if evaluate_first:

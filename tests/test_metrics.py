@@ -41,7 +41,10 @@ def test_figures_by_hand() -> None:
     )
     assert values["base"] == pytest.approx({"logp_accuracy": 0.0, "normalized_logp_accuracy": 1.0})
     assert values["gain"] == pytest.approx({"logp_accuracy": 0.5, "normalized_logp_accuracy": 0.0})
-    assert point_figures(SCORES, 0.1)["reward_chosen"] == pytest.approx(0.05)
+    assert point_figures(SCORES, 0.1) == pytest.approx(
+        {"loss": loss, "accuracy": 0.75, "margin": 0.15, "kl_token": 1.6 / 13}
+        | {"reward_chosen": 0.05, "reward_rejected": -0.1, "logp_chosen": -9, "logp_rejected": -9}
+    )
 
 
 def test_interval_draws_whole_prompts() -> None:

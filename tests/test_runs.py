@@ -13,6 +13,7 @@ from dpo_cli.runs.directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
 def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path / "run", overwrite=False)
     run.write_json(PLAN, {})
+    RunDirectory.create(tmp_path / "run", overwrite=False)  # a run that failed before its first step is no run
     run.write_json(SUMMARY, {"status": "completed"})
     (run.path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(InvalidInput):

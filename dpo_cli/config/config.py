@@ -15,7 +15,8 @@ from typing import Any, Literal
 from dpo_cli.config import reader, rules
 from dpo_cli.errors import InvalidInput, Problem, UsageError
 
-Source = Literal["config", "override", "default", "profile", "measured"]
+Source = Literal["config", "override", "default", "measured"]
+PLAN_VERSION = 1  # of plan.json, which is read as a config too
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -115,7 +116,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
     if not isinstance(values, dict):
         fix = 'write { "model_name": ..., "dataset": ... }'
         return Loaded(path, {}, {}, {}, (Problem("error", "config-type", "a config is a JSON object", fix, None, path, 1, 1),))
-    if "plan_version" in values and isinstance(values.get("config"), dict):  # a plan.json repeats its run
+    if values.get("plan_version") == PLAN_VERSION and isinstance(values.get("config"), dict):  # repeats its run
         positions = {key[1:]: where for key, where in positions.items() if key[:1] == ("config",)}
         values = values["config"]
     given = {**values, **changes}

@@ -37,17 +37,18 @@ def learning_rate_range(values: Values, given: frozenset[str]) -> Iterator[Probl
     if rate is None:
         return
     if rate <= high:
-        message = f"learning_rate {rate:g} is in the documented range for DPO, but a LoRA adapter hardly moves at it"
+        where = "in" if rate >= low else "below"
+        message = f"learning_rate {rate:g} is {where} the documented range for DPO, at which a LoRA adapter hardly moves"
         fix = f"a LoRA adapter learns at {ADAPTER_LEARNING_RATE:g} and around it: see the table in the README"
         yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
     else:
-        message = f"learning_rate {rate:g} is above the documented {low:g} to {high:g}: right for an adapter"
+        message = f"learning_rate {rate:g} is above the documented {low:g} to {high:g}; an adapter needs more than that"
         yield Problem("hint", "learning-rate-adapter", message, "if the loss oscillates, lower it", "learning_rate")
 
 
 def epochs_range(values: Values, given: frozenset[str]) -> Iterator[Problem]:
-    epochs = values.get("num_train_epochs", 3)
-    if "num_train_epochs" in given and values.get("max_steps") is None and not 2 <= epochs <= 4:
+    epochs = values.get("num_train_epochs")
+    if epochs is not None and "num_train_epochs" in given and values.get("max_steps") is None and not 2 <= epochs <= 4:
         message = f"num_train_epochs is {epochs:g}; the documentation advises 2 to 4 for DPO"
         yield Problem("hint", "epochs", message, "fewer may not learn the preference, more may overfit", "num_train_epochs")
 
@@ -66,9 +67,16 @@ def no_head_adapter(values: Values, given: frozenset[str]) -> Iterator[Problem]:
         yield Problem("error", "lm-head-adapter", message, "remove lm_head from target_modules", "target_modules")
 
 
-def half_precision_device(values: Values, given: frozenset[str]) -> Iterator[Problem]:
-    if values.get("fp16") and values.get("device") in ("cpu", "mps"):
-        yield Problem("error", "fp16-device", "fp16 training needs CUDA", "use bf16, or leave both keys out", "fp16")
+def warmup_acts(values: Values, given: frozenset[str]) -> Iterator[Problem]:
+    if values.get("lr_scheduler_type") == "constant" and (values.get("warmup_ratio") or values.get("warmup_steps")):
+        message = "lr_scheduler_type constant has no warm-up"
+        yield Problem("warning", "warmup-ignored", message, 'use "constant_with_warmup"', "lr_scheduler_type")
+
+
+def evaluation_has_data(values: Values, given: frozenset[str]) -> Iterator[Problem]:
+    if values.get("eval_steps") is not None and values.get("eval_split") == 0:
+        message = "eval_steps has no effect: nothing is held out"
+        yield Problem("warning", "eval-steps-ignored", message, 'set "eval_split", for example to 0.1', "eval_steps")
 
 
 RULES: tuple[Rule, ...] = (
@@ -78,7 +86,8 @@ RULES: tuple[Rule, ...] = (
     epochs_range,
     alpha_twice_rank,
     no_head_adapter,
-    half_precision_device,
+    warmup_acts,
+    evaluation_has_data,
 )
 
 

@@ -11,6 +11,7 @@ Message = dict[str, str]
 Text = str | list[Message]
 
 KEYS = ("prompt", "chosen", "rejected")
+RESPONSE_ROLES = ("assistant", "tool")  # anything else in a response would put part of a prompt into the loss
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,7 @@ def to_pair(row: Any, line: int) -> Pair:
 
 def _text(value: Any, key: str) -> Text:
     if isinstance(value, str):
-        if not value.strip():
-            raise BadRow("row-empty", f"{key} is empty")
-        if "\0" in value:
-            raise BadRow("row-nul", f"{key} holds a NUL character")
-        return value
+        return _sound(value, key)
     if not isinstance(value, list):
         raise BadRow("row-wrong-type", f"{key} is {type(value).__name__}, not a string or a list of messages")
     if not value:
@@ -72,6 +69,16 @@ def _text(value: Any, key: str) -> Text:
 def _message(value: Any, key: str) -> Message:
     if not isinstance(value, Mapping) or not all(isinstance(value.get(name), str) for name in ("role", "content")):
         raise BadRow("row-wrong-type", f'{key} holds a message without "role" and "content" strings')
-    if not value["content"].strip():
-        raise BadRow("row-empty", f"{key} holds a message without content")
-    return {"role": value["role"], "content": value["content"]}
+    if key != "prompt" and value["role"] not in RESPONSE_ROLES:
+        raise BadRow("row-role", f"{key} holds a message of another role than {' or '.join(RESPONSE_ROLES)}")
+    return {"role": value["role"], "content": _sound(value["content"], key)}
+
+
+def _sound(text: str, key: str) -> str:
+    if not text.strip():
+        raise BadRow("row-empty", f"{key} is empty")
+    if "\0" in text:
+        raise BadRow("row-nul", f"{key} holds a NUL character")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise BadRow("row-surrogate", f"{key} holds half of a surrogate pair, which is not a character")
+    return text

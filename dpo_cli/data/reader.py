@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -37,11 +38,13 @@ class Dataset:
 def read(path: str, skip: bool = False) -> Dataset:
     """Read a `.jsonl` (one row a line) or `.json` (a list of rows) file. Problems are returned, never raised.
 
+    A problem of the file as a whole has no place: it belongs to the config that names the file.
+
     Bad rows are errors, or warnings with `skip`.
     """
     problem = _unreadable(Path(path))
     if problem is not None:
-        return Dataset(path, (), 0, (replace(problem, key="dataset", file=path),))
+        return Dataset(path, (), 0, (replace(problem, key="dataset"),))
     rows, problems = _json_list(path) if path.endswith(".json") else (_json_lines(path), [])
     pairs: list[Pair] = []
     bad: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -59,7 +62,7 @@ def read(path: str, skip: bool = False) -> Dataset:
 
 
 def _unreadable(path: Path) -> Problem | None:
-    if not path.exists():
+    if not os.path.exists(path):
         return Problem("error", "dataset-missing", f"there is no file {path}", 'check the path in "dataset"')
     if path.suffix not in (".jsonl", ".json"):
         fix = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object a line'

@@ -6,6 +6,7 @@ github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,13 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the file at `path`; ValueError when it is damaged."""
+    """The header of the file at `path`, read once while the file stays as it is; ValueError when it is damaged."""
+    stat = path.stat()
+    return _read_header(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_header(path: Path, _mtime_ns: int, _size: int) -> Header:
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
             raise ValueError("it does not start with GGUF")

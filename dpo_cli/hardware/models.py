@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
@@ -51,26 +52,22 @@ class ModelFacts:
 def problems(model_name: str) -> Iterator[Problem]:
     """Why a local `model_name` cannot be trained; a hub id is only checked when it is fetched."""
     path = Path(model_name)
-    if not path.exists():
-        if path.suffix == ".gguf" or model_name.startswith((".", "/", "~")) or model_name.count("/") > 1:
+    if not os.path.exists(path):
+        looks_local = path.suffix == ".gguf" or model_name.startswith((".", "/", "~")) or model_name.count("/") != 1
+        if looks_local or os.path.exists(path.parent):
             yield _wrong("model-missing", f"there is no model at {model_name}", "check the path, or name a hub id: owner/model")
-    elif path.is_file():
-        yield from _gguf_problems(path)
+    elif path.is_file() and not gguf.is_gguf(path):
+        yield _wrong("model-not-gguf", f"{path} is not a GGUF file", "name a GGUF file or a model directory")
     elif (path / "adapter_config.json").is_file():
         fix = "name the base model; training on from an adapter does not work in this version"
         yield _wrong("model-is-adapter", f"{model_name} is an adapter, not a model", fix)
-    elif not (path / "config.json").is_file():
+    elif path.is_dir() and not (path / "config.json").is_file():
         yield _wrong("model-incomplete", f"{model_name} has no config.json", "name a complete model directory")
-
-
-def _gguf_problems(path: Path) -> Iterator[Problem]:
-    if not gguf.is_gguf(path):
-        yield _wrong("model-not-gguf", f"{path} is not a GGUF file", "name a GGUF file or a model directory")
-        return
-    try:
-        gguf.read_header(path)
-    except ValueError as error:  # told to the user: nothing else can be done with a damaged file
-        yield _wrong("model-damaged", f"{path} is damaged: {error}", "download it again")
+    else:
+        try:
+            model_facts(model_name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged header makes of it
+            yield _wrong("model-damaged", f"{path} is damaged: {error}", "download it again")
 
 
 def _wrong(code: str, message: str, fix: str) -> Problem:
@@ -97,18 +94,25 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 def _config_facts(config: Mapping[str, Any]) -> ModelFacts | None:
     text = config.get("text_config", config)
+    if any(text.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+        return None  # a mixture of experts is larger than its dense shape
     values = {field.name: text.get(field.name) for field in fields(ModelFacts)}
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = values["num_key_value_heads"] or heads
     if values["hidden_size"] and heads:
         values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
     values["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
-    return None if None in values.values() else ModelFacts(**values)
+    if None in values.values():
+        return None
+    facts = ModelFacts(**values)
+    return facts if facts.parameters > 0 else None
 
 
 def _gguf_facts(header: gguf.Header) -> ModelFacts | None:
     values = header.metadata
     family = values.get("general.architecture", "")
+    if values.get(f"{family}.expert_count"):
+        return None
     heads, hidden = values.get(f"{family}.attention.head_count"), values.get(f"{family}.embedding_length")
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import asdict, dataclass
@@ -65,11 +66,14 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
         return ()
     query = "--query-gpu=name,memory.total,memory.free,compute_cap"
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    if done.returncode != 0:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:  # a driver that hangs offers no GPU
         return ()
-    rows = (line.rsplit(",", 3) for line in done.stdout.splitlines() if line.count(",") >= 3)
-    return tuple(Gpu(n.strip(), float(total) / 1024, float(free) / 1024, float(cc)) for n, total, free, cc in rows)
+    # A GPU that shares the processor's memory prints [N/A] for its own: it has no bill, and is left out.
+    rows = (re.fullmatch(r"(.*), ([\d.]+), ([\d.]+), ([\d.]+)", line.strip()) for line in done.stdout.splitlines())
+    found = (row.groups() for row in rows if row and done.returncode == 0)
+    return tuple(Gpu(name, float(total) / 1024, float(free) / 1024, float(cc)) for name, total, free, cc in found)
 
 
 def _read(path: str) -> str:

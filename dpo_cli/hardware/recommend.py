@@ -37,16 +37,21 @@ def profiles() -> dict[str, dict[str, Any]]:
     return loaded
 
 
-def recommend(vram_gb: float, model: str | None = None, dataset: str | None = None) -> Recommendation:
-    """The preset of the profile that `vram_gb` belongs to, for `model` or the profile's largest model that fits."""
+def recommend(
+    vram_gb: float, model: str | None = None, dataset: str | None = None, free_gb: float | None = None
+) -> Recommendation:
+    """The preset of the profile that `vram_gb` belongs to, for `model` or the profile's largest model that fits.
+
+    What must fit is `free_gb`, where less than all of the card's memory is free.
+    """
     name, profile = [(name, entry) for name, entry in profiles().items() if entry["from_gb"] <= vram_gb][-1]
     preset = profile["preset"]
     models = [model] if model else profile["models"]
-    ways = {candidate: _fit(candidate, preset, vram_gb) for candidate in models}
+    ways = {candidate: _fit(candidate, preset, free_gb or vram_gb) for candidate in models}
     chosen = next((candidate for candidate in models if ways[candidate][1].fits), None)
     if chosen is None:
         memory = ways[models[-1]][1]
-        message = f"{models[-1]} needs {memory.total_gb:.1f} GB with the {name} preset; there are {vram_gb:g}"
+        message = f"{models[-1]} needs {memory.total_gb:.1f} GB with the {name} preset; there are {free_gb or vram_gb:g}"
         raise DoesNotFit([Problem("error", "does-not-fit", message, memory.largest_change)])
     settings, memory = ways[chosen]
     reasons = [f"{vram_gb:g} GB is the profile {name}: {profile['advice']}"]
@@ -54,7 +59,7 @@ def recommend(vram_gb: float, model: str | None = None, dataset: str | None = No
     if settings.batch < preset["per_device_train_batch_size"]:
         reasons.append(f"training will run it in micro-batches of {settings.batch}, so that it fits; the steps stay the same")
     reasons.append("learning_rate keeps its documented default; the README has a table of what an adapter needs")
-    config = {"strategy": "dpo", "model_name": chosen, **({"dataset": dataset} if dataset else {}), **preset}
+    config = {"strategy": preset["strategy"], "model_name": chosen, **({"dataset": dataset} if dataset else {}), **preset}
     return Recommendation(name, vram_gb, config, memory, reasons)
 
 
@@ -70,6 +75,6 @@ def _fit(model: str, preset: dict[str, Any], vram_gb: float) -> tuple[Settings, 
         rank=preset["lora_r"],
         four_bit=preset["use_4bit"],
         bytes_per_value=2,
-        checkpointing=True,
+        checkpointing=False,
     )
     return fit(facts, settings, vram_gb, "auto")

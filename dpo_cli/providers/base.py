@@ -21,8 +21,8 @@ class Provider(Protocol):
     def base_model(self, plan: Plan) -> PreTrainedModel:
         """The base model on the plan's device, without dropout, in 4-bit when the plan says so."""
 
-    def adapter_config(self, plan: Plan) -> LoraConfig:
-        """The fresh adapter that the trainer puts on it."""
+    def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig:
+        """The fresh adapter that the trainer puts on `base`; `InvalidInput` when a target module is not in it."""
 
     def with_adapter(self, plan: Plan, directory: Path) -> PeftModel:
         """The base model with a saved adapter, in evaluation mode."""

@@ -13,11 +13,17 @@ import httpx
 import torch
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cli.errors import RunFailed
+from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
 from dpo_cli.plan import Plan
 
@@ -46,7 +52,13 @@ class HuggingFace:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def adapter_config(self, plan: Plan) -> LoraConfig:
+    def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig:
+        wanted = plan.config.target_modules
+        linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
+        if not isinstance(wanted, str) and (unknown := set(wanted) - linear):
+            message = f"{plan.model_label} has no linear layer named {', '.join(sorted(unknown))}"
+            fix = f"it has {', '.join(sorted(linear))}"
+            raise InvalidInput([Problem("error", "no-such-module", message, fix, "target_modules")])
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=plan.config.lora_r,
@@ -101,13 +113,13 @@ def _hub_answers(model_name: str) -> bool:
     """
     try:
         HfApi().model_info(model_name, timeout=HUB_TIMEOUT_SECONDS)
-    except (httpx.TransportError, OfflineModeIsEnabled):
-        return False
     except GatedRepoError as error:
         raise RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         fix = "check the name (owner/model); a private model needs `hf auth login`"
         raise RunFailed(f"there is no model {model_name} on the hub", fix) from error
+    except (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled):
+        return False
     return True
 
 

@@ -40,7 +40,7 @@ def card(plan: Plan, steps: int, judged: dict[str, Any]) -> str:
     return _TEMPLATE.format(
         name=plan.run_dir.name,
         rank=config.lora_r,
-        model=Path(config.model_name).name if Path(config.model_name).exists() else config.model_name,
+        model=plan.model_label,
         pairs=plan.counts.train_pairs,
         dataset=Path(config.dataset).name,
         beta=config.beta,

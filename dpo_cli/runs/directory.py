@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
 
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
@@ -26,22 +27,20 @@ class RunDirectory:
 
     @classmethod
     def check(cls, path: Path, overwrite: bool) -> None:
-        """Refuse a directory that holds a run, unless `overwrite`."""
-        if (path / PLAN).exists() and not overwrite:
+        """Refuse a directory that holds results of a run, unless `overwrite`."""
+        if any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER)) and not overwrite:
             message = f"{path} holds a run already"
             fix = "choose another with output_dir=..., or replace it with --overwrite"
             raise InvalidInput([Problem("error", "run-exists", message, fix, "output_dir")])
 
     @classmethod
     def create(cls, path: Path, overwrite: bool) -> RunDirectory:
-        """An empty run directory; the files of a run that is there are removed with `overwrite`."""
+        """A directory for a new run. An adapter that is there stays until the new one takes its place."""
         cls.check(path, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
             for name in (PLAN, MANIFEST, LINES, SUMMARY, LOG):
                 (path / name).unlink(missing_ok=True)
-            if (path / ADAPTER).is_dir():
-                shutil.rmtree(path / ADAPTER)
             (path / LOG).touch()
         except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
             message = f"cannot write to {path}: {error.strerror}"
@@ -52,12 +51,15 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """A directory that holds a finished run."""
+        """A directory that holds a finished run, with the adapter that the run wrote."""
         run = cls(path)
-        missing = [name for name in (PLAN, f"{ADAPTER}/{WEIGHTS}") if not (path / name).is_file()]
+        missing = [name for name in (PLAN, SUMMARY, f"{ADAPTER}/{WEIGHTS}") if not (path / name).is_file()]
         if missing:
             message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
             raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a finished `dpo train`")])
+        if run.read_json(SUMMARY)["adapter_sha256"] != sha256(run.adapter / WEIGHTS):
+            message = f"the adapter in {path} is not the one that this run wrote"
+            raise InvalidInput([Problem("error", "adapter-changed", message, "train again, or restore the file")])
         return run
 
     @property
@@ -68,14 +70,17 @@ class RunDirectory:
     def log(self) -> Path:
         return self.path / LOG
 
+    def read_json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
     def write_json(self, name: str, value: Any) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        text = json_text(value, indent=2) + "\n"
         self._replace(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
 
     def append_line(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, flushed."""
         with (self.path / LINES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json_text(line) + "\n")
 
     def write_adapter(self, save: Callable[[Path], Any]) -> str:
         """`save` fills a folder that then becomes adapter/; returns the SHA-256 of the weights."""

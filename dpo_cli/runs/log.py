@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +29,7 @@ def log_line(line: dict[str, Any]) -> None:
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Within, every log record and warning is a line of the file at `path`."""
+    """Within, every log record, warning and failure is added to the file at `path`."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -38,8 +37,10 @@ def log_to(path: Path) -> Iterator[None]:
     before = root.level
     root.setLevel(logging.INFO)
     try:
-        with warnings.catch_warnings():
-            yield
+        yield
+    except Exception:
+        root.exception("the run failed")  # the screen shows one line; the traceback is kept here
+        raise
     finally:
         root.setLevel(before)
         root.removeHandler(handler)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -12,17 +14,18 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from dpo_cli.config.config import Loaded
+from dpo_cli.config.config import Loaded, defaults
 from dpo_cli.config.config import load as load_config
 from dpo_cli.console import Console
 from dpo_cli.data.formats import Pair
 from dpo_cli.data.split import split
 from dpo_cli.data.tokens import EncodedPair, encode
-from dpo_cli.errors import Exit, Interrupted, InvalidInput, Problem
+from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.metrics import PairScores, figures, point_figures, score_pairs
 from dpo_cli.evaluation.samples import side_by_side
 from dpo_cli.hardware.probe import Machine, probe
-from dpo_cli.plan import Counts, Inspection, Plan, inspect, resolve
+from dpo_cli.plan import Counts, Inspection, Plan, does_not_fit, inspect, resolve
+from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.card import card
 from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
@@ -33,81 +36,98 @@ from dpo_cli.training.callbacks.stop import StopOnSignal
 from dpo_cli.training.dpo import build_trainer
 
 SAMPLES = 3
-EXITS = {"SIGINT": Exit.SIGINT, "SIGTERM": Exit.SIGTERM}
 
 
 def train(
     loaded: Loaded, inspection: Inspection, machine: Machine, console: Console, overwrite: bool, dry_run: bool
-) -> dict[str, Any]:
-    """Train an adapter on an inspected config; returns what metrics.json holds, or the plan with `dry_run`."""
+) -> tuple[dict[str, Any], Exit]:
+    """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code."""
     data, draft = inspection.require()
     console.problems(inspection.problems)
     if not dry_run:
         RunDirectory.check(draft.run_dir, overwrite)
 
-    provider = HuggingFace(draft.config.model_name)
+    provider: Provider = HuggingFace(draft.config.model_name)
     tokenizer = provider.tokenizer()
     train_pairs, held_out, counts = _prepare(data.pairs, tokenizer, draft)
     plan = resolve(loaded, machine, counts)
     show_plan(plan, console)
     console.panel("the first pair, as the model sees it", _first_pair(train_pairs[0], tokenizer))
+    if (misfit := does_not_fit(plan)) is not None:
+        raise DoesNotFit([loaded.placed(misfit)])
     if dry_run:
-        return plan.to_json()
+        return plan.to_json(), Exit.DONE
 
     run = RunDirectory.create(plan.run_dir, overwrite)
     run.write_json(PLAN, plan.to_json())
     run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
     with log_to(run.log), StopOnSignal() as stop, console.training(plan.total_steps) as view:
+        base = provider.base_model(plan)
         evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
-        base, adapter = provider.base_model(plan), provider.adapter_config(plan)
-        trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, evaluate)
-        model = trainer.model
+        trainer = build_trainer(base, provider.adapter_config(plan, base), tokenizer, plan, train_pairs, held_out, evaluate)
         record = Record(trainer.totals, [run.append_line, view.show, log_line])
         trainer.add_callback(record)
         trainer.add_callback(stop)
+        if stop.received:
+            raise KeyboardInterrupt  # there is nothing trained to keep
         started = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - started
 
-    steps = trainer.state.global_step
-    digest = run.write_adapter(partial(_save, model, tokenizer))
-    judged = _judge(model, tokenizer, [] if stop.received else held_out, plan)
-    run.write_card(card(plan, steps, judged))
-    summary = {
-        "status": "interrupted" if stop.received else "completed",
-        "steps": steps,
+    status, code = _ending(stop, record)
+    summary: dict[str, Any] = {
+        "status": status,
+        "steps": trainer.state.global_step,
         "seconds": round(seconds, 3),
         "train": record.last_train,
-        "eval": judged["policy"],
-        "base": judged["base"],
-        "gain": judged["gain"],
+        "eval": None,
+        "base": None,
+        "gain": None,
         "health": [],
-        "adapter_sha256": digest,
+        "adapter_sha256": run.write_adapter(partial(_save, trainer.model, tokenizer)),
     }
+    run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
+    judged = _judge(trainer.model, tokenizer, held_out if code is Exit.DONE else [], plan)
+    summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
     run.write_json(SUMMARY, summary)
-    if stop.received:
-        message = f"stopped by {stop.received.name} after step {steps}; the adapter so far is in {run.adapter}"
-        raise Interrupted(message, EXITS[stop.received.name])
-    console.judgement(judged, [])
-    console.line(f"adapter: {run.adapter}")
-    return {**summary, "run_dir": str(run.path)}
+    run.write_card(card(plan, summary["steps"], judged))
+    if code is Exit.DONE:
+        console.judgement(judged, [])
+    console.line(f"{status} after step {summary['steps']}; adapter: {run.adapter}")
+    return {**summary, "run_dir": str(run.path)}, code
 
 
 def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, Any]:
     """Judge a finished run's adapter against its base, on what it held out or on another file."""
     run = RunDirectory.open(Path(run_path))
-    overrides = [f"dataset={dataset}", "eval_split=0"] if dataset else []
-    loaded = load_config(str(run.path / PLAN), overrides)
-    data, plan = inspect(loaded, probe()).require()
-    provider = HuggingFace(plan.config.model_name)
+    # What that machine decided, this one decides anew: a run from a GPU can be judged on a CPU.
+    measured = [key for key, source in run.read_json(PLAN)["sources"].items() if source == "measured"]
+    overrides = [f"{key}={json.dumps(defaults()[key])}" for key in measured]
+    overrides += [f"dataset={dataset}", "eval_split=0"] if dataset else []
+    inspection = inspect(load_config(str(run.path / PLAN), overrides), probe(), with_fit=False)
+    data, plan = inspection.require()
+    console.problems([problem for problem in inspection.problems if problem.severity == "warning"])
+    provider: Provider = HuggingFace(plan.config.model_name)
     tokenizer = provider.tokenizer()
-    train_pairs, held_out, _ = _prepare(data.pairs, tokenizer, plan)
-    pairs = train_pairs if dataset else held_out
-    model = provider.with_adapter(plan, run.adapter)
-    judged = _judge(model, tokenizer, pairs, plan)
-    samples = [sample.to_json() for sample in side_by_side(model, tokenizer, pairs, SAMPLES, getattr(torch, plan.dtype))]
+    with log_to(run.log):
+        train_pairs, held_out, _ = _prepare(data.pairs, tokenizer, plan)
+        pairs = train_pairs if dataset else held_out
+        model = provider.with_adapter(plan, run.adapter)
+        judged = _judge(model, tokenizer, pairs, plan)
+        shown = side_by_side(model, tokenizer, pairs, SAMPLES, getattr(torch, plan.dtype))
+    samples = [sample.to_json() for sample in shown]
     console.judgement(judged, samples)
     return {**judged, "thresholds": [], "samples": samples}
+
+
+def _ending(stop: StopOnSignal, record: Record) -> tuple[str, Exit]:
+    """How a training ended: the status of metrics.json and the exit code."""
+    if stop.received:
+        return "interrupted", Exit[stop.received.name]
+    last = record.last_train
+    if last is None or not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"])):
+        return "unhealthy", Exit.MISSED
+    return "completed", Exit.DONE
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -116,7 +136,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     held_out = f"{counts.eval_pairs} pairs of {counts.eval_prompts} prompts"
     rows = [
-        ("model", Path(config.model_name).name if Path(config.model_name).exists() else config.model_name),
+        ("model", plan.model_label),
         ("data", f"{counts.train_pairs} pairs of {counts.train_prompts} prompts, longest {counts.longest} tokens"),
         ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
         ("left out", f"{counts.too_long} pairs longer than max_seq_length {config.max_seq_length}"),

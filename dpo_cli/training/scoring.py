@@ -31,6 +31,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 # Logits held at a time, in elements (64 MiB in float32): large enough that the matrix products dominate.
 CHUNK_ELEMENTS = 1 << 24
 IGNORED = -100  # the label of a position that is not scored, as in torch's cross entropy
+# Parts of TRL's contract that its DPOTrainer does not use; other trainers do, and would get a wrong loss without them.
+UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads of a row
 
 
@@ -196,6 +198,8 @@ def attach(model: PreTrainedModel, temperature: float = 1.0) -> None:
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return original(self, *args, labels=labels, **kwargs)
+        if unknown := UNSUPPORTED & {name for name, value in kwargs.items() if value is not None}:
+            raise NotImplementedError(f"the head does not honour {', '.join(sorted(unknown))}")
         hidden = response_states(self, labels, **kwargs)
         mask = labels[:, 1:] != IGNORED
         scores = score_tokens(hidden, labels[:, 1:][mask], Head.of(self, temperature))

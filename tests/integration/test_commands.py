@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,7 +98,8 @@ def test_eval_repeats_the_figures_of_the_run(workplace: Path) -> None:
 def test_eval_on_another_file_and_as_a_table(workplace: Path) -> None:
     done = dpo("eval", "runs/tiny", "--dataset", "pairs.jsonl", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert "40 held-out pairs" not in done.stdout and "40 pairs" in done.stdout
+    assert "40 pairs of 20 prompts" in done.stdout
+    assert done.stdout.count("adapter: ") == 3
     assert "normalized logp accuracy" in done.stdout
 
 
@@ -129,18 +131,20 @@ def test_without_a_split_nothing_is_held_out(workplace: Path) -> None:
     assert "nothing was held out" in done.stderr
 
 
-def test_ctrl_c_saves_what_there_is(workplace: Path) -> None:
-    words = [DPO, "train", "tiny.json", "num_train_epochs=900", "output_dir=stopped"]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, code: int) -> None:
+    place = workplace / f"stopped-{code}"
+    words = [DPO, "train", "tiny.json", "num_train_epochs=900", f"output_dir={place}"]
     process = subprocess.Popen(words, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    lines = workplace / "stopped" / "metrics.jsonl"
+    lines = place / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not lines.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert json.loads((workplace / "stopped" / "metrics.json").read_text(encoding="utf-8"))["status"] == "interrupted"
-    assert (workplace / "stopped" / "adapter" / "adapter_model.safetensors").is_file()
+    assert process.returncode == code, errors
+    assert json.loads((place / "metrics.json").read_text(encoding="utf-8"))["status"] == "interrupted"
+    assert (place / "adapter" / "adapter_model.safetensors").is_file()
     assert "Traceback" not in errors
 
 
@@ -156,6 +160,11 @@ def test_ctrl_c_saves_what_there_is(workplace: Path) -> None:
         (["train", "tiny.json", "use_dora=true"], 3, "does not work in this version"),
         (["train", "tiny.json", "model_name=nobody/no-such-model", "output_dir=hub"], 1, "not in the local cache"),
         (["train", "tiny.json", "beta"], 2, "key=value"),
+        (["train", "tiny.json", 'target_modules=["nope"]', "output_dir=nope"], 3, "no linear layer named nope"),
+        (["train", "tiny.json", "fp16=true", "output_dir=fp16"], 3, "needs CUDA"),
+        (["train", "tiny.json", "dataset=" + "x" * 5000], 3, "there is no file"),
+        (["train", "gone.json", "--debug"], 3, "there is no file gone.json"),
+        (["train", "tiny.json", "learning_rate=1", "lora_alpha=1e38", "output_dir=nan"], 5, ""),
         (["eval", "."], 3, "not a finished run"),
         (["validate", "gone.json"], 3, "there is no file gone.json"),
         (["nonsense"], 2, "No such command"),
@@ -167,7 +176,60 @@ def test_mistakes_are_told_without_a_traceback(workplace: Path, words: list[str]
     done = dpo(*words, cwd=workplace, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == code, done.stderr
     assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr or "--debug" in words
+
+
+def test_what_is_not_a_number_becomes_null(workplace: Path) -> None:
+    done = dpo("train", "tiny.json", "learning_rate=1", "lora_alpha=1e38", "output_dir=nan2", "--json", cwd=workplace)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    summary = json.loads(done.stdout, parse_constant=refuse)
+    assert (done.returncode, summary["status"], summary["train"]["grad_norm"]) == (5, "unhealthy", None)
+    for line in (workplace / "nan2" / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_too_long_pairs_are_left_out_and_counted(workplace: Path) -> None:
+    rows = [made_row(i) for i in range(6)]
+    rows[3]["chosen"] = "the cat " * 50
+    (workplace / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    words = ["dataset=long.jsonl", "max_seq_length=60", "eval_split=0", "--dry-run", "--json"]
+    done = dpo("train", "tiny.json", *words, cwd=workplace)
+    counts = json.loads(done.stdout)["counts"]
+    assert (counts["train_pairs"], counts["too_long"]) == (5, 1)
+    assert counts["longest"] <= 60
+    assert "1 pairs longer than max_seq_length" in done.stderr
+
+
+def test_bad_rows_are_skipped_when_asked(workplace: Path) -> None:
+    lines = [json.dumps(made_row(i)) for i in range(6)]
+    (workplace / "bad.jsonl").write_text("\n".join([*lines[:3], "{", *lines[3:]]), encoding="utf-8")
+    assert dpo("train", "tiny.json", "dataset=bad.jsonl", "--dry-run", cwd=workplace).returncode == 3
+    done = dpo("train", "tiny.json", "dataset=bad.jsonl", "on_bad_rows=skip", "--dry-run", "--json", cwd=workplace)
+    assert done.returncode == 0
+    assert "bad.jsonl:4" in done.stderr
+
+
+def test_strict_turns_warnings_into_errors(workplace: Path) -> None:
+    (workplace / "strict.json").write_text(
+        json.dumps({**json.loads((workplace / "tiny.json").read_text(encoding="utf-8")), "eval_split": 0, "eval_steps": 3}),
+        encoding="utf-8",
+    )
+    assert dpo("validate", "strict.json", cwd=workplace).returncode == 0
+    assert dpo("validate", "strict.json", "--strict", cwd=workplace).returncode == 3
+
+
+def test_a_changed_adapter_is_not_judged(workplace: Path) -> None:
+    shutil.copytree(workplace / "runs" / "tiny", workplace / "changed")
+    weights = workplace / "changed" / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    done = dpo("eval", "changed", cwd=workplace)
+    assert done.returncode == 3
+    assert "not the one that this run wrote" in done.stderr
 
 
 def test_validate_json_has_the_documented_shape() -> None:

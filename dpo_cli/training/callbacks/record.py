@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,15 +28,19 @@ class Record(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._time = time.monotonic()
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log = control.should_log or state.global_step >= state.max_steps  # the last step has a line
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         where = {"step": state.global_step, "epoch": round(state.epoch, 4)}
         if "eval_loss" in logs:
             figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-            self._emit({"split": "eval", **where, **figures, "peak_memory_gb": peak_memory_gb()})
+            self._emit({"split": "eval", **where, **figures, "peak_memory_gb": peak_memory_gb(args.device)})
             self._time = time.monotonic()  # an evaluation is not training time
         elif "loss" in logs:
             optimizer = {name: logs[name] for name in ("grad_norm", "learning_rate")}
             line = {"split": "train", **where, "loss": logs["loss"], **self.totals.take(), **optimizer, **self._speed()}
+            line["peak_memory_gb"] = peak_memory_gb(args.device)
             self.last_train = line
             self._emit(line)
 
@@ -43,15 +48,16 @@ class Record(TrainerCallback):
         now, tokens = time.monotonic(), self.totals.tokens
         speed = (tokens - self._tokens) / (now - self._time)
         self._tokens, self._time = tokens, now
-        return {"tokens": tokens, "tokens_per_second": round(speed, 1), "peak_memory_gb": peak_memory_gb()}
+        return {"tokens": tokens, "tokens_per_second": round(speed, 1)}
 
     def _emit(self, line: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink(line)
 
 
-def peak_memory_gb() -> float:
-    """The most memory held so far: the GPU's when there is one in use, else this process's."""
-    if torch.cuda.is_available():
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held so far: the GPU's when training runs on one, else this process's."""
+    if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / GIB, 3)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3)  # Linux counts KiB
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB, 3)
