@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -37,13 +38,21 @@ def room(module: str) -> int:
 
 def imported(tree: ast.AST) -> set[str]:
     """The modules of dpo_cli that a file imports, without the package's name; names of `from` imports are resolved."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpo_cli."):
-            base = (node.module or "").removeprefix("dpo_cli.")
-            submodules = {f"{base}.{alias.name}" for alias in node.names}
-            found |= {name if (PACKAGE / f"{name.replace('.', '/')}.py").exists() else base for name in submodules}
-    return found
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, so that a room can be read off them"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    ours = {name.removeprefix("dpo_cli.") for name in names if name.startswith("dpo_cli.")}
+    is_module = {name: (PACKAGE / f"{name.replace('.', '/')}.py").exists() for name in ours}
+    return {name if is_module[name] else name.rpartition(".")[0] for name in ours} - {""}
+
+
+def test_every_way_to_import_is_seen() -> None:
+    tree = ast.parse("import dpo_cli.plan\nfrom dpo_cli import cli\nfrom dpo_cli.data.reader import read\nimport json")
+    assert imported(tree) == {"plan", "cli", "data.reader"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -54,8 +63,9 @@ def test_imports_point_up_the_stream(path: object) -> None:
     assert not wrong
 
 
-def test_the_readme_maps_every_module() -> None:
+def test_the_readme_maps_every_module_and_its_links_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not (ROOT / link).exists()]
     assert not [path for path in MODULES if f"`{path.relative_to(ROOT)}`" not in text]
 
 
