@@ -7,15 +7,15 @@ github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import functools
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 MAGIC = b"GGUF"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-MAX_LENGTH = 1 << 28  # of a string or array, so that a damaged header cannot ask for all memory
 
 
 def is_gguf(path: Path) -> bool:
@@ -28,7 +28,7 @@ def is_gguf(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Header:
-    """The metadata of a GGUF file (arrays as lists) and the names of its tensors."""
+    """The metadata of a GGUF file and the names of its tensors. A list of strings is given as its length."""
 
     metadata: dict[str, Any]
     tensors: frozenset[str]
@@ -42,53 +42,56 @@ def read_header(path: Path) -> Header:
 
 @functools.lru_cache(maxsize=4)
 def _read_header(path: Path, _mtime_ns: int, _size: int) -> Header:
-    with path.open("rb") as file:
-        if file.read(4) != MAGIC:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(data)
+        if cursor.bytes(4) != MAGIC:
             raise ValueError("it does not start with GGUF")
-        _, tensors, keys = _unpack(file, "<IQQ")
-        values = {_string(file): _value(file, _unpack(file, "<I")[0]) for _ in range(keys)}
-        return Header(values, frozenset(_tensor_name(file) for _ in range(tensors)))
+        _, tensors, keys = cursor.unpack("<IQQ")  # version, tensors, keys
+        values = {cursor.string(): cursor.value(cursor.unpack("<I")[0]) for _ in range(keys)}
+        return Header(values, frozenset(cursor.tensor_name() for _ in range(tensors)))
 
 
-def _tensor_name(file: BinaryIO) -> str:
-    name = _string(file)
-    dimensions = _unpack(file, "<I")[0]
-    file.seek(8 * dimensions + 4 + 8, 1)  # sizes, type, offset
-    return name
+class _Cursor:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at, self.end = data, 0, len(data)
 
+    def bytes(self, size: int) -> bytes:
+        self.at += size
+        if self.at > self.end:
+            raise ValueError("its header ends early")
+        return self.data[self.at - size : self.at]
 
-def _unpack(file: BinaryIO, layout: str) -> tuple[Any, ...]:
-    return struct.unpack(layout, _read(file, struct.calcsize(layout)))
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(layout, self.bytes(struct.calcsize(layout)))
 
+    def string(self) -> str:
+        return self.bytes(self.unpack("<Q")[0]).decode("utf-8", errors="replace")
 
-def _read(file: BinaryIO, size: int) -> bytes:
-    data = file.read(size)
-    if len(data) < size:
-        raise ValueError("its header ends early")
-    return data
+    def value(self, kind: int) -> Any:
+        if kind in _SCALARS:
+            return self.unpack(_SCALARS[kind])[0]
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise ValueError(f"its header holds a value of unknown type {kind}")
+        item, count = self.unpack("<IQ")
+        if item == _STRING:
+            return self.skip_strings(count)
+        if item not in _SCALARS or count > self.end:
+            raise ValueError(f"its header holds a list of {count} values of type {item}")
+        return list(self.unpack(f"<{count}{_SCALARS[item][1]}"))
 
+    def skip_strings(self, count: int) -> int:
+        """Step over a vocabulary of 100,000 tokens without making a string of each."""
+        at, end, data, length = self.at, self.end - 8, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at > end:
+                raise ValueError("its header ends early")
+            at += 8 + length(data, at)[0]
+        self.at = at
+        return count
 
-def _length(file: BinaryIO) -> int:
-    length: int = _unpack(file, "<Q")[0]
-    if length > MAX_LENGTH:
-        raise ValueError(f"its header names a length of {length}")
-    return length
-
-
-def _string(file: BinaryIO) -> str:
-    return _read(file, _length(file)).decode("utf-8", errors="replace")
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    if kind == _STRING:
-        return _string(file)
-    if kind == _ARRAY:
-        item = _unpack(file, "<I")[0]
-        count = _length(file)
-        if item in _SCALARS:
-            layout = f"<{count}{_SCALARS[item][1]}"
-            return list(_unpack(file, layout))
-        return [_value(file, item) for _ in range(count)]
-    if kind not in _SCALARS:
-        raise ValueError(f"its header holds a value of unknown type {kind}")
-    return _unpack(file, _SCALARS[kind])[0]
+    def tensor_name(self) -> str:
+        name = self.string()
+        self.bytes(8 * self.unpack("<I")[0] + 4 + 8)  # sizes, type, offset
+        return name

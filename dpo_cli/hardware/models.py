@@ -123,6 +123,6 @@ def _gguf_facts(header: gguf.Header) -> ModelFacts | None:
         num_attention_heads=heads,
         num_key_value_heads=values.get(f"{family}.attention.head_count_kv", heads),
         head_dim=values.get(f"{family}.attention.key_length", hidden // heads),
-        vocab_size=len(values["tokenizer.ggml.tokens"]),
+        vocab_size=values["tokenizer.ggml.tokens"],
         tie_word_embeddings="output.weight" not in header.tensors,
     )
