@@ -22,6 +22,8 @@ from dpo_cli.hardware.probe import nvidia_gpus, probe
 from dpo_cli.hardware.recommend import recommend as make_recommendation
 from dpo_cli.plan import inspect
 
+MAX_VRAM_GB = 100_000
+
 app = typer.Typer(
     name="dpo",
     help="Preference tuning of language models from a terminal.",
@@ -54,6 +56,8 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
 
 
 def _unexpected(error: Exception) -> DpoError:
+    if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
+        return DpoError("the disk is full; what was written before is kept", "free space where output_dir is, and train again")
     return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
 
 
@@ -73,7 +77,9 @@ def _composer() -> ModuleType:
 @app.command()
 def validate(
     config: ConfigFile,
-    vram: Annotated[float | None, typer.Option(min=0.1, help="Plan for a GPU with this much memory, in GB.")] = None,
+    vram: Annotated[
+        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="Plan for a GPU with this much memory, in GB.")
+    ] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the dataset.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     as_json: AsJson = False,
@@ -98,16 +104,20 @@ def validate(
         console.problems(problems)
         if found.data and found.data.pairs:
             console.line(f"data: {len(found.data.pairs)} pairs of {found.data.prompts} prompts in {found.data.rows} rows")
+        for note in found.plan.notes if found.plan else ():
+            console.line(f"note: {note}")
         if memory:
             console.bill(memory)
-        console.line(f"{config}: {'valid' if not errors else f'{len(errors)} errors'}")
+        console.line(f"{config}: {'valid' if not errors else f'not valid, errors: {len(errors)}'}")
         if errors:
             raise typer.Exit(int(Exit.UNFIT if found.errors and found.only_misfit else Exit.INVALID))
 
 
 @app.command()
 def recommend(
-    vram: Annotated[float | None, typer.Option(min=0.1, help="GPU memory in GB; asked of this machine without it.")] = None,
+    vram: Annotated[
+        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="GPU memory in GB; asked of this machine without it.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The model to train; else the profile's.")] = None,
     dataset: Annotated[str | None, typer.Option(help="The dataset to put into the config.")] = None,
     write: Annotated[Path | None, typer.Option(help="Write the config to this file.")] = None,
@@ -128,7 +138,10 @@ def recommend(
         console.bill(made.memory.to_json())
         text = json.dumps(made.config, indent=2)
         if write is not None:
-            write.write_text(text + "\n", encoding="utf-8")
+            try:
+                write.write_text(text + "\n", encoding="utf-8")
+            except OSError as error:  # a folder that is not there, or may not be written: the user's to change
+                raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
         console.line(f"wrote {write}" if write else text)
         if as_json:
             console.json(made.to_json())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,15 +41,23 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+class _Stream(RichConsole):
+    """A console whose reader may leave: a training does not end because `| head` has seen enough."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno() if self.stderr else sys.stdout.fileno())
+
+
 class Console:
     """Results on standard output, the rest on standard error; with `as_json` everything but the JSON is the rest."""
 
     def __init__(self, as_json: bool = False) -> None:
         width = None if sys.stderr.isatty() else PIPED_WIDTH
         self.as_json = as_json
-        self.errors = RichConsole(stderr=True, width=width, highlight=False)
+        self.errors = _Stream(stderr=True, width=width, highlight=False)
         plain = None if sys.stdout.isatty() else PIPED_WIDTH
-        self.out = self.errors if as_json else RichConsole(width=plain, highlight=False)
+        self.out = self.errors if as_json else _Stream(width=plain, highlight=False)
 
     def json(self, value: Any) -> None:
         """The one document of standard output."""

@@ -15,6 +15,7 @@ from typing import Any
 from dpo_cli.config.config import PLAN_VERSION, Config, Loaded, Source
 from dpo_cli.data import reader
 from dpo_cli.data.reader import Dataset
+from dpo_cli.data.split import split
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
 from dpo_cli.hardware import models
 from dpo_cli.hardware.memory import Bill, Settings, fit
@@ -166,6 +167,7 @@ def inspect(
     if with_data and isinstance(dataset, str) and dataset:
         data = reader.read(dataset, skip=loaded.values.get("on_bad_rows") == "skip")
         found += [problem if problem.file else loaded.placed(problem) for problem in data.problems]
+        found += map(loaded.placed, _split_problems(data, loaded))
     plan = None
     if loaded.config is not None and not damaged:
         plan = resolve(loaded, machine, vram_gb=vram_gb)
@@ -173,6 +175,19 @@ def inspect(
         if with_fit and (misfit := does_not_fit(plan)) is not None:
             found.append(loaded.placed(misfit))
     return Inspection(tuple(found), data, plan)
+
+
+def _split_problems(data: Dataset, loaded: Loaded) -> Iterator[Problem]:
+    config = loaded.config
+    if config is None or not data.pairs or not config.eval_split:
+        return
+    train, held_out = split(data.pairs, config.eval_split, config.seed)
+    if not train:
+        fix = "lower eval_split, or add pairs with other prompts"
+        yield Problem("error", "nothing-to-train", f"all {len(held_out)} pairs are held out", fix, "eval_split")
+    if not held_out:
+        fix = "raise eval_split, or add pairs with other prompts"
+        yield Problem("warning", "nothing-held-out", "no prompt falls into the held-out share", fix, "eval_split")
 
 
 def hardware_problems(plan: Plan, machine: Machine, for_this_machine: bool) -> Iterator[Problem]:

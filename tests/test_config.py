@@ -67,6 +67,11 @@ def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None
     assert loaded.config is None
 
 
+def test_a_syntax_error_brings_no_false_follow_ups(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"learning_rate": NaN, "dataset": "d", "model_name": "m"}')
+    assert codes(load(path).problems) == [("json-nan", None)]
+
+
 def test_overrides_pass_the_same_schema_and_win(tmp_path: Path) -> None:
     path = write(tmp_path, '{"model_name": "m", "dataset": "d", "beta": 0.1, "seed": 3.0}')
     assert load(path, ["dataset=2024", "model_name=true"]).require().dataset == "2024"

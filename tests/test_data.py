@@ -67,6 +67,7 @@ def test_a_json_list_has_lines_too(tmp_path: Path) -> None:
         ("missing.jsonl", None, "dataset-missing"),
         ("data.txt", b"", "dataset-format"),
         ("empty.jsonl", b"\n\n", "dataset-empty"),
+        ("wide.jsonl", GOOD.decode().encode("utf-16"), "dataset-utf16"),
         ("object.json", b"{}", "dataset-not-list"),
         ("broken.json", b"[{]", "json-syntax"),
     ],

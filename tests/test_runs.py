@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cli.cli import _unexpected
 from dpo_cli.errors import InvalidInput
 from dpo_cli.runs.directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
 
@@ -46,6 +47,12 @@ def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(InvalidInput):
         RunDirectory.create(tmp_path / "file" / "run", overwrite=False)
+
+
+def test_a_full_disk_is_told_as_such() -> None:
+    for error in (OSError(28, "No space left on device"), ValueError("I/O error: No space left on device (os error 28)")):
+        assert _unexpected(error).message.startswith("the disk is full")
+    assert _unexpected(ValueError("x")).message == "ValueError: x"
 
 
 def test_opening_what_is_no_run_is_told(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
     text, problems = _read_text(path)
     document = reader.parse(text, path) if text is not None else reader.Document({}, {}, problems)
     values, positions, problems = document.value, document.positions, document.problems
-    if text is None or (problems and not isinstance(values, dict)):
+    if text is None or any(problem.code != "duplicate-key" for problem in problems):  # what follows cannot be trusted
         return Loaded(path, {}, {}, {}, problems)
     if not isinstance(values, dict):
         fix = 'write { "model_name": ..., "dataset": ... }'
@@ -195,7 +195,7 @@ def _schema_problems(given: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem("error", "not-yet", f'"{key}" does not work in this version', "remove the key", key)
         elif key not in options:
             near = difflib.get_close_matches(key, options, 1)
-            fix = f'did you mean "{near[0]}"?' if near else "remove the key; the README lists every option"
+            fix = f'did you mean "{near[0]}"?' if near else "remove the key; dpo_cli/config/schema.json lists every option"
             yield Problem("error", "unknown-key", f'"{key}" is not an option', fix, key)
     for error in Draft202012Validator(schema()).iter_errors(dict(given)):
         if not error.absolute_path:

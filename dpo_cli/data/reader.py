@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections import defaultdict
@@ -71,6 +72,9 @@ def _unreadable(path: Path) -> Problem | None:
         path.open("rb").close()
     except OSError as error:  # a directory, or a file that may not be read: told as that
         return Problem("error", "dataset-unreadable", f"cannot read {path}: {error.strerror}", "name a readable file")
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return Problem("error", "dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
     return None
 
 
@@ -119,8 +123,8 @@ def _as_it_is(row: Any) -> Any:
 
 def _bad_rows(path: str, code: str, reason: str, lines: list[int], skip: bool) -> Problem:
     first = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
-    where = f"line {first}" if len(lines) == 1 else f"{len(lines)} rows (lines {first})"
+    where = "" if len(lines) == 1 else f"{len(lines)} rows (lines {first}): "
     fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
     line, several = (lines[0], None) if len(lines) == 1 else (None, tuple(lines))
     severity: Severity = "warning" if skip else "error"
-    return Problem(severity, code, f"{where}: {reason}", fix, "dataset", path, line, None, several)
+    return Problem(severity, code, f"{where}{reason}", fix, "dataset", path, line, None, several)

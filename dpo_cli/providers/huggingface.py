@@ -140,6 +140,8 @@ def _dequantised(path: Path) -> Path:
     try:
         _convert(path, work)
         work.rename(target)
+    except ValueError as error:
+        raise RunFailed(f"{path} cannot be dequantised: {error}", "download it again") from error
     except OSError:
         if not target.is_dir():  # else another process finished first, and its copy serves
             raise

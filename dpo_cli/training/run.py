@@ -61,7 +61,7 @@ def train(
     run = RunDirectory.create(plan.run_dir, overwrite)
     run.write_json(PLAN, plan.to_json())
     run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
-    with log_to(run.log), StopOnSignal() as stop, console.training(plan.total_steps) as view:
+    with log_to(run.log), StopOnSignal(console.line) as stop, console.training(plan.total_steps) as view:
         base = provider.base_model(plan)
         evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
         trainer = build_trainer(base, provider.adapter_config(plan, base), tokenizer, plan, train_pairs, held_out, evaluate)
@@ -159,9 +159,9 @@ def _prepare(
     kept = [[pair for pair in side if pair.length <= config.max_seq_length] for side in sides]
     train, held_out = kept
     if not train:
-        message = f"no pair is left to train on: {len(sides[0])} to train, {len(sides[1])} held out, "
-        message += f"{sum(map(len, sides)) - len(held_out)} longer than max_seq_length {config.max_seq_length}"
-        fix = "raise max_seq_length, lower eval_split, or add pairs"
+        message = f"all {len(sides[0])} pairs to train on are longer than max_seq_length {config.max_seq_length}"
+        shortest = min(pair.length for pair in sides[0])
+        fix = f"raise it: the shortest has {shortest} tokens"
         raise InvalidInput([Problem("error", "nothing-to-train", message, fix, "max_seq_length")])
     counts = Counts(
         train_pairs=len(train),

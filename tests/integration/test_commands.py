@@ -191,6 +191,12 @@ def test_what_is_not_a_number_becomes_null(workplace: Path) -> None:
         json.loads(line, parse_constant=refuse)
 
 
+def test_a_reader_that_leaves_does_not_end_the_training(workplace: Path) -> None:
+    command = f"{DPO} train tiny.json output_dir=piped | head -1"
+    subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, cwd=workplace, check=True)
+    assert json.loads((workplace / "piped" / "metrics.json").read_text(encoding="utf-8"))["status"] == "completed"
+
+
 def test_too_long_pairs_are_left_out_and_counted(workplace: Path) -> None:
     rows = [made_row(i) for i in range(6)]
     rows[3]["chosen"] = "the cat " * 50
