@@ -78,11 +78,9 @@ def main() -> None:
     for title, lines in (("$ dpo train configs/quickstart.json", train), ("$ dpo eval runs/quickstart", judged)):
         console.print(Text(title, style="bold green"))
         for text in lines:
-            console.print(
-                Text(text.plain.replace(run, "runs/quickstart".ljust(len(run))), spans=text.spans)
-                if run in text.plain
-                else text
-            )
+            # The temporary folder is not shown; a cell of a table keeps its width.
+            shown = text.plain.replace(f"{run}/", "runs/quickstart/").replace(run, "runs/quickstart".ljust(len(run)))
+            console.print(Text(shown, spans=text.spans) if run in text.plain else text)
     Path(sys.argv[1]).write_text(console.export_svg(code_format=SVG, title="dpo"), encoding="utf-8")
 
 

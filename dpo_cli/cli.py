@@ -63,8 +63,8 @@ def _unexpected(error: Exception) -> DpoError:
 
 def _composer() -> ModuleType:
     """The module that trains and judges, imported late: it brings torch."""
-    # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores: two trainings on two
-    # cores took 13 times as long as one. A short spin costs a lone training nothing (`make spin` prints both).
+    # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
+    # a lone training nothing, and two at once much less: `make spin` prints both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     from dpo_cli.runs.log import hush
 
