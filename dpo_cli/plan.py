@@ -32,17 +32,23 @@ class Counts:
     eval_prompts: int
     too_long: int  # pairs left out because they exceed max_seq_length
     longest: int  # tokens of the longest sequence kept
+    longest_pair: int  # tokens of the longest pair kept, its prompt counted once
     train_tokens: int  # of all sequences of one epoch, prompts counted once per response
+    shared_tokens: int  # the same with each pair's prompt counted once
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A resolved run. `config` has no open choice left: device, precision, checkpointing and batch are decided."""
+    """A resolved run: device, precision, checkpointing and batch are decided.
+
+    One choice stays open until the model is loaded: `prompt_sharing` "auto", which scores the first pairs both ways.
+    """
 
     config: Config
     sources: dict[str, Source]
     counts: Counts | None
     memory: Bill | None
+    scoring: str  # whether prompts are shared, and why
     notes: tuple[str, ...]
 
     @property
@@ -76,23 +82,43 @@ class Plan:
             "sources": self.sources,
             "counts": vars(self.counts) if self.counts else None,
             "memory": self.memory.to_json() if self.memory else None,
+            "scoring": self.scoring,
             "notes": list(self.notes),
         }
 
 
+# How prompts are scored, by `prompt_sharing`, before a model is loaded.
+SCORING: dict[bool | str, str] = {
+    "auto": "each prompt once, where this model allows it",
+    True: "each prompt once",
+    False: 'each prompt twice: "prompt_sharing" is false',
+}
+
 # What the machine, not the user or a default, decides.
-MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
+MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing", "prompt_sharing"}) | {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }
 
 
-def resolve(loaded: Loaded, machine: Machine, counts: Counts | None = None, vram_gb: float | None = None) -> Plan:
-    """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's."""
+def resolve(
+    loaded: Loaded,
+    machine: Machine,
+    counts: Counts | None = None,
+    scoring: tuple[bool, str] | None = None,
+    vram_gb: float | None = None,
+) -> Plan:
+    """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's.
+
+    `scoring` is what the loaded model decided: whether prompts are shared, and why. Before that, prompts are taken to be
+    shared unless the config says no.
+    """
     config = loaded.require()
     decided = _decided(config, loaded.file, machine, on_gpu=vram_gb is not None)
     memory: Bill | None = None
     notes: list[str] = []
+    if scoring is not None:
+        decided["prompt_sharing"] = scoring[0]
     facts = models.model_facts(config.model_name)
     if facts is None:
         notes.append("the shape of this model is not known here, so there is no memory bill")
@@ -101,7 +127,8 @@ def resolve(loaded: Loaded, machine: Machine, counts: Counts | None = None, vram
     else:
         wanted = Settings(
             batch=config.per_device_train_batch_size,
-            length=min(config.max_seq_length, counts.longest) if counts else config.max_seq_length,
+            length=counts.longest if counts else config.max_seq_length,
+            pair_tokens=counts.longest_pair if counts and decided["prompt_sharing"] else None,
             rank=config.lora_r,
             four_bit=config.use_4bit,
             bytes_per_value=2 if decided["bf16"] or decided["fp16"] else 4,
@@ -122,7 +149,8 @@ def resolve(loaded: Loaded, machine: Machine, counts: Counts | None = None, vram
     changed = {key for key, value in decided.items() if getattr(config, key) != value}
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys(changed & MEASURED, "measured")
-    return Plan(replace(config, **decided), sources, counts, memory, tuple(notes))
+    how = scoring[1] if scoring else SCORING[config.prompt_sharing]
+    return Plan(replace(config, **decided), sources, counts, memory, how, tuple(notes))
 
 
 DOES_NOT_FIT = "does-not-fit"
@@ -221,6 +249,7 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
     name = Path(file).stem if file != "-" else "stdin"
     return {
         "device": device,
+        "prompt_sharing": config.prompt_sharing,
         "bf16": bf16,
         "fp16": fp16,
         "lora_alpha": config.lora_alpha or 2 * config.lora_r,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,14 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -37,13 +42,29 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+NO_HEAD_DIM = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 CONFIGS = {
     "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**NO_HEAD_DIM, use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": Qwen3Config(**SHAPE, tie_word_embeddings=True),
     "gemma3": Gemma3TextConfig(**SHAPE, sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
-    "gemma2": Gemma2Config(**SHAPE, sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8),
+    "gemma2": Gemma2Config(
+        **SHAPE, sliding_window=4, final_logit_softcapping=3.0, attn_logit_softcapping=2.0, query_pre_attn_scalar=8
+    ),
     "granite": GraniteConfig(**SHAPE, logits_scaling=4.0),
-    "cohere": CohereConfig(**{k: v for k, v in SHAPE.items() if k != "head_dim"}, logit_scale=0.25),
+    "cohere": CohereConfig(**NO_HEAD_DIM, logit_scale=0.25),
+    "mistral": MistralConfig(**SHAPE, sliding_window=4),
+    "phi3": Phi3Config(**NO_HEAD_DIM, sliding_window=5),
+    "gpt2": GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        eos_token_id=2,
+        bos_token_id=1,
+        pad_token_id=2,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),  # as the provider sets them
+    ),
 }
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -54,7 +75,7 @@ CHATML = (
 def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A two-layer model of the family with weights large enough that its predictions differ from uniform."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:

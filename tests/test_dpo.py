@@ -21,6 +21,7 @@ from dpo_cli.data.tokens import EncodedPair, encode
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.training import scoring
 from dpo_cli.training.dpo import FIGURES, PairTotals, PairTrainer, build_trainer, reward_figures, trainer_arguments
 
 
@@ -70,7 +71,7 @@ def make_trainer(
     plan = make_plan(tmp_path, lora_dropout=dropout, **options)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
     model = tiny_model(family, torch.float32)
-    return build_trainer(model, adapter, tokenizer, plan, pairs, [], lambda model: {}), pairs
+    return build_trainer(model, adapter, tokenizer, plan, pairs, [], scoring.plain_states, lambda model: {}), pairs
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])

@@ -20,6 +20,7 @@ from dpo_cli.evaluation.metrics import score_pairs
 from dpo_cli.providers import huggingface
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.training.dpo import build_trainer
+from dpo_cli.training.scoring import choose_path
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -70,16 +71,30 @@ def test_4bit_trains_after_an_evaluation(tmp_path: Path, tiny_model_dir: Path, t
         provider = HuggingFace(str(tiny_model_dir))
         pairs = encode([to_pair(made_row(i), i) for i in range(8)], tokenizer)
         base = provider.base_model(plan)
+        path = choose_path(base, pairs, tokenizer.pad_token_id, True)  # so 4-bit weights share prompts too
         adapter = provider.adapter_config(plan, base)
-        trainer = build_trainer(base, adapter, tokenizer, plan, pairs, [], lambda model: {})
+        trainer = build_trainer(base, adapter, tokenizer, plan, pairs, [], path.states, lambda model: {})
         assert type(base.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
         if evaluate_first:
             assert isinstance(trainer.model, PeftModel)
-            score_pairs(trainer.model, pairs, tokenizer.pad_token_id, 4, torch.float32)
+            score_pairs(trainer.model, pairs, path.states, tokenizer.pad_token_id, 4, torch.float32)
         trainer.train()
         return float(trainer.state.log_history[0]["grad_norm"])
 
     assert gradient_norm(evaluate_first=True) == pytest.approx(gradient_norm(evaluate_first=False), rel=1e-3)
+
+
+def test_a_soft_cap_in_the_attention_is_applied(tmp_path: Path) -> None:
+    """transformers 5.17 loads Gemma 2 with SDPA, which leaves its attention soft-cap out without a word."""
+    saved = tiny_model("gemma2", torch.float32)
+    saved.save_pretrained(tmp_path / "gemma2")
+    ids = torch.arange(3, 20)[None]
+    wrong = saved(input_ids=ids).logits
+    saved.set_attn_implementation("eager")
+    right = saved(input_ids=ids).logits
+    assert not torch.allclose(wrong, right, atol=1e-3)
+    made = HuggingFace(str(tmp_path / "gemma2")).base_model(make_plan(tmp_path))
+    torch.testing.assert_close(made(input_ids=ids).logits, right)
 
 
 def test_base_dropout_is_off(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation.metrics import Intervals, PairScores, figures, point_figures, score_pairs
+from dpo_cli.training import scoring, sharing
 
 # Pair 1: pi = (-10, -12), ref = (-11, -10), tokens (5, 2). Pair 2: pi = (-8, -6), ref = (-8, -6), tokens (4, 2).
 SCORES = PairScores(
@@ -67,14 +68,16 @@ def test_interval_covers_a_known_mean() -> None:
     assert 85 <= covered <= 100
 
 
-def test_scores_equal_full_logits_pair_by_pair(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.mark.parametrize("states", [scoring.plain_states, scoring.shared_states])
+def test_scores_equal_full_logits_pair_by_pair(tokenizer: PreTrainedTokenizerFast, states: scoring.States) -> None:
     model = get_peft_model(tiny_model("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     pairs = encode([to_pair(made_row(i), i) for i in range(5)], tokenizer)
-    scores = score_pairs(model, pairs, tokenizer.pad_token_id, batch_size=2, dtype=torch.float32)
+    sharing.enable(model.get_base_model())
+    scores = score_pairs(model, pairs, states, tokenizer.pad_token_id, batch_size=2, dtype=torch.float32)
     for i, pair in enumerate(pairs):
         for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
             ids = torch.tensor([pair.prompt_ids + response])

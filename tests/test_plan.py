@@ -18,7 +18,17 @@ AMX = replace(CPU, has_amx=True)
 TURING = replace(CPU, gpus=(Gpu("T4", 15.0, 14.5, 7.5),))
 AMPERE = replace(CPU, gpus=(Gpu("3060", 12.0, 11.5, 8.6),))
 APPLE = replace(CPU, is_apple=True)
-COUNTS = Counts(train_pairs=21, eval_pairs=3, train_prompts=20, eval_prompts=3, too_long=0, longest=90, train_tokens=4000)
+COUNTS = Counts(
+    train_pairs=21,
+    eval_pairs=3,
+    train_prompts=20,
+    eval_prompts=3,
+    too_long=0,
+    longest=90,
+    longest_pair=150,
+    train_tokens=4000,
+    shared_tokens=2600,
+)
 
 
 def write(tmp_path: Path, **options: object) -> str:

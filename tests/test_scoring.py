@@ -1,14 +1,20 @@
-"""The head against transformers' own full logits, in float64."""
+"""Scoring in models: the head against transformers' own full logits in float64, and the choice of a path."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import CONFIGS, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import CONFIGS, SHAPE, tiny_model
+from transformers import AutoModelForCausalLM, BloomConfig, Lfm2Config, MambaConfig, PreTrainedConfig
 
-from dpo_cli.training import scoring
+from dpo_cli.data.formats import Pair
+from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.errors import RunFailed
+from dpo_cli.training import head as heads
+from dpo_cli.training import scoring, sharing
 
 TOLERANCE = 1e-10  # both sides run the same float64 backbone, so only the order of sums differs
 
@@ -20,9 +26,9 @@ def batch(rows: int = 4, length: int = 9) -> tuple[torch.Tensor, torch.Tensor, t
     mask = torch.ones_like(ids)
     labels = ids.clone()
     for row in range(rows):
-        labels[row, : 2 + row % 3] = scoring.IGNORED
+        labels[row, : 2 + row % 3] = sharing.IGNORED
         if row % 2:
-            ids[row, -1], mask[row, -1], labels[row, -1] = 2, 0, scoring.IGNORED
+            ids[row, -1], mask[row, -1], labels[row, -1] = 2, 0, sharing.IGNORED
     return ids, mask, labels
 
 
@@ -34,9 +40,9 @@ def full_log_probs(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_scores_and_gradients_equal_full_logits(family: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 300 * 5)  # several chunks, the last one incomplete
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 300 * 5)  # several chunks, the last one incomplete
     ids, mask, labels = batch()
-    scored = labels[:, 1:] != scoring.IGNORED
+    scored = labels[:, 1:] != sharing.IGNORED
     weights = torch.randn(scored.shape, dtype=torch.float64)[scored]
 
     plain = tiny_model(family)
@@ -47,7 +53,7 @@ def test_scores_and_gradients_equal_full_logits(family: str, temperature: float,
     (expected_log_probs @ weights + expected_entropy @ weights.flip(0)).backward()
 
     ours = tiny_model(family)
-    scoring.attach(ours, temperature)
+    scoring.attach(ours, scoring.plain_states, temperature)
     out = ours(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True)
     (out.log_probs[scored] @ weights + out.entropy[scored] @ weights.flip(0)).backward()
 
@@ -62,53 +68,12 @@ def test_scores_and_gradients_equal_full_logits(family: str, temperature: float,
     torch.testing.assert_close(head, full_head, rtol=0, atol=1e-6)
 
 
-def test_head_gradients_are_exact() -> None:
-    """The backward against torch's own autograd on the full logits, without a model around it: 1e-12."""
-    torch.manual_seed(2)
-    hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(30, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(30, (7,))
-    head = scoring.Head(weight, bias, scale=0.5, softcap=4.0, temperature=0.8)
-    scores = scoring.score_tokens(hidden, targets, head)
-    (scores.log_probs.sum() + 0.3 * scores.entropy.sum()).backward()
-    got = [tensor.grad.clone() for tensor in (hidden, weight, bias)]
-    for tensor in (hidden, weight, bias):
-        tensor.grad = None
-    log_p = (4 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 4) / 0.8).log_softmax(-1)
-    (log_p.gather(-1, targets[:, None]).sum() - 0.3 * (log_p.exp() * log_p).sum()).backward()
-    for mine, tensor in zip(got, (hidden, weight, bias), strict=True):
-        torch.testing.assert_close(mine, tensor.grad, rtol=0, atol=1e-12)
-
-
-@settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 40), vocabulary=st.integers(2, 60), budget=st.integers(1, 400))
-def test_full_logits_never_exist(rows: int, vocabulary: int, budget: int) -> None:
-    """No product of hidden states and head is larger than the budget (or one row, where the vocabulary alone is)."""
-    sizes: list[int] = []
-
-    class Counting(scoring.Head):
-        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-            sizes.append(len(hidden))
-            return super().logits(hidden)
-
-    before, scoring.CHUNK_ELEMENTS = scoring.CHUNK_ELEMENTS, budget
-    try:
-        hidden = torch.randn(rows, 4, dtype=torch.float64, requires_grad=True)
-        head = Counting(torch.randn(vocabulary, 4, dtype=torch.float64))
-        scoring.score_tokens(hidden, torch.randint(vocabulary, (rows,)), head).log_probs.sum().backward()
-    finally:
-        scoring.CHUNK_ELEMENTS = before
-    assert sum(sizes) == 2 * rows  # each row once forward, once backward
-    assert max(sizes) <= max(1, budget // vocabulary)
-
-
 def test_no_labelled_token_gives_a_zero_gradient() -> None:
     model = tiny_model("llama")
-    scoring.attach(model)
+    scoring.attach(model, scoring.plain_states)
     ids, mask, labels = batch(2)
     model(
-        input_ids=ids, attention_mask=mask, labels=labels.fill_(scoring.IGNORED), fused_lm_head=True
+        input_ids=ids, attention_mask=mask, labels=labels.fill_(sharing.IGNORED), fused_lm_head=True
     ).log_probs.sum().backward()
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
@@ -117,16 +82,100 @@ def test_other_calls_are_unchanged() -> None:
     model = tiny_model("llama")
     ids, mask, _ = batch()
     before = model(input_ids=ids, attention_mask=mask).logits
-    scoring.attach(model)
+    scoring.attach(model, scoring.plain_states)
     assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
     assert model.generate(input_ids=ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 12)
 
 
-def test_token_kl_is_the_kl_of_the_full_distributions() -> None:
-    torch.manual_seed(3)
-    head = scoring.Head(torch.randn(20, 6, dtype=torch.float64))
-    policy, reference = torch.randn(2, 5, 6, dtype=torch.float64)
-    p, q = (torch.distributions.Categorical(logits=states @ head.weight.T) for states in (policy, reference))
-    expected = torch.distributions.kl_divergence(p, q)
-    torch.testing.assert_close(scoring.token_kl(policy, reference, head), expected, rtol=0, atol=1e-12)
-    assert not scoring.token_kl(policy, policy, head).any()
+def pairs(sizes: list[tuple[int, int, int]]) -> list[EncodedPair]:
+    """Pairs of random ids with these numbers of prompt, chosen and rejected tokens."""
+    random = torch.Generator().manual_seed(6)
+    rows = [[torch.randint(3, 300, (size,), generator=random).tolist() for size in row] for row in sizes]
+    return [EncodedPair(Pair("", "", "", 1), *row) for row in rows]
+
+
+PAIRS = pairs([(9, 7, 8), (2, 3, 1), (5, 6, 2)])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_models_share_prompts(family: str) -> None:
+    path = scoring.choose_path(tiny_model(family, torch.float32), PAIRS, 2, "auto")
+    assert path.shares and path.why.startswith("each prompt once")
+    assert "within" in path.why
+
+
+def test_false_takes_the_plain_path_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "lay_out", lambda *_: pytest.fail("prompts were laid out"))
+    path = scoring.choose_path(tiny_model("llama"), PAIRS, 2, False)
+    assert not path.shares and '"prompt_sharing" is false' in path.why
+
+
+def rejected_sees_chosen(layout: sharing.Layout) -> sharing.Layout:
+    return replace(layout, pairs=tuple((prompt, chosen + rejected, 0) for prompt, chosen, rejected in layout.pairs))
+
+
+def pairs_see_each_other(layout: sharing.Layout) -> sharing.Layout:
+    return replace(layout, pairs=((0, layout.input_ids.shape[1], 0),))
+
+
+def positions_run_on(layout: sharing.Layout) -> sharing.Layout:
+    return replace(layout, position_ids=torch.arange(layout.input_ids.shape[1])[None])
+
+
+def one_token_late(layout: sharing.Layout) -> sharing.Layout:
+    return replace(layout, place=layout.place.roll(1, dims=1))
+
+
+BREAKS = [rejected_sees_chosen, pairs_see_each_other, positions_run_on, one_token_late]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("break_it", BREAKS)
+def test_a_broken_layout_is_seen_and_not_used(
+    break_it: Callable[[sharing.Layout], sharing.Layout], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_out = sharing.lay_out
+    monkeypatch.setattr(sharing, "lay_out", lambda *rows: break_it(lay_out(*rows)))
+    model = tiny_model("qwen3", dtype)
+    path = scoring.choose_path(model, PAIRS, 2, "auto")
+    assert path.states is scoring.plain_states
+    assert path.why.startswith("each prompt twice") and "nats per token" in path.why
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(RunFailed, match="nats per token"):
+        scoring.choose_path(model, PAIRS, 2, True)
+
+
+def test_a_window_that_is_not_told_to_attention_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A family whose layers did not say their window would attend too far: only the longest pair shows it."""
+    mask = sharing._mask
+    monkeypatch.setattr(sharing, "_mask", lambda *args: mask(*args[:-1], None))
+    assert not scoring.choose_path(tiny_model("mistral", torch.float32), PAIRS, 2, "auto").shares
+    short = pairs([(1, 2, 2)])
+    assert scoring.choose_path(tiny_model("mistral", torch.float32), short, 2, "auto").shares
+
+
+def test_a_model_that_fails_on_a_layout_is_scored_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such_argument(*_: object) -> dict[str, object]:
+        raise TypeError("forward() got an unexpected keyword argument 'layout'")
+
+    monkeypatch.setattr(sharing.Layout, "inputs", no_such_argument)
+    path = scoring.choose_path(tiny_model("llama"), PAIRS, 2, "auto")
+    assert not path.shares and "unexpected keyword argument" in path.why
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4), "state from token to token"),
+        (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), "conv layers"),
+        (BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4), "attention"),
+    ],
+)
+def test_models_without_plain_attention_take_the_plain_path(config: PreTrainedConfig, reason: str) -> None:
+    """State-space and convolution layers, and ALiBi, whose distances are read off the mask."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    path = scoring.choose_path(model, PAIRS, 2, "auto")
+    assert not path.shares and reason in path.why
+    with pytest.raises(RunFailed, match="prompt_sharing"):
+        scoring.choose_path(model, PAIRS, 2, True)

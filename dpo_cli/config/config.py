@@ -53,6 +53,7 @@ class Config:
     bf16: bool | None
     fp16: bool | None
     gradient_checkpointing: bool | Literal["auto"]
+    prompt_sharing: bool | Literal["auto"]
     max_seq_length: int
     eval_split: float
     on_bad_rows: str

@@ -29,6 +29,11 @@ class EncodedPair:
         """Tokens of the longer of the two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
+    @property
+    def shared_length(self) -> int:
+        """Tokens of the pair with its prompt counted once."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
 
 def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
     """Tokenise pairs; plain strings become chat messages when the tokenizer has a chat template."""

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_cli.data.tokens import EncodedPair
-from dpo_cli.training import scoring
+from dpo_cli.training import head
+from dpo_cli.training.scoring import States, collate
+from dpo_cli.training.sharing import IGNORED
 
 Array = NDArray[np.float64]
 
@@ -40,29 +41,28 @@ class PairScores:
 
 
 def score_pairs(
-    model: PeftModel, pairs: Sequence[EncodedPair], pad_token_id: int, batch_size: int, dtype: torch.dtype
+    model: PeftModel, pairs: Sequence[EncodedPair], states: States, pad_token_id: int, batch_size: int, dtype: torch.dtype
 ) -> PairScores:
-    """Score pairs under the adapter and under the base model (adapter off), in evaluation mode and without gradient."""
+    """Score pairs under the adapter and under the base model (adapter off), in evaluation mode and without gradient.
+
+    `states` is the path of the run (training/scoring.py).
+    """
     model.eval()
     base = model.get_base_model()
-    head = scoring.Head.of(base)
-    collate = DataCollatorForPreference(pad_token_id)
+    lm_head = head.Head.of(base)
     columns = np.zeros((4, len(pairs), 2))
     by_length = sorted(range(len(pairs)), key=lambda i: pairs[i].length)  # so that little is padded
     for start in range(0, len(pairs), batch_size):
         rows = by_length[start : start + batch_size]
-        batch = collate([{name: getattr(pairs[i], name) for name in scoring.ID_COLUMNS} for i in rows])
-        batch = {name: value.to(base.device) for name, value in batch.items()}
-        mask = batch.pop("completion_mask")
-        labels = batch["input_ids"].masked_fill(mask == 0, scoring.IGNORED)
+        batch = collate([pairs[i] for i in rows], pad_token_id, base.device)
         with torch.no_grad(), torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32):
-            policy = scoring.response_states(base, labels, **batch)
+            policy = states(base, **batch)
             with model.disable_adapter():
-                reference = scoring.response_states(base, labels, **batch)
-            scored = labels[:, 1:] != scoring.IGNORED
-            targets = labels[:, 1:][scored]
-            values = [scoring.score_tokens(states, targets, head).log_probs for states in (policy, reference)]
-            values += [torch.ones_like(values[0]), scoring.token_kl(policy, reference, head)]
+                reference = states(base, **batch)
+            labels = batch["labels"][:, 1:]
+            scored = labels != IGNORED
+            values = [head.score_tokens(hidden, labels[scored], lm_head).log_probs for hidden in (policy, reference)]
+            values += [torch.ones_like(values[0]), head.token_kl(policy, reference, lm_head)]
         for column, value in zip(columns, values, strict=True):
             sums = value.new_zeros(scored.shape).masked_scatter(scored, value).double().sum(dim=1)
             column[rows] = sums.view(2, len(rows)).T.cpu().numpy()

@@ -1,7 +1,8 @@
 """The memory bill: bytes by component, from the shape of the model alone. No torch. GB are 2^30 bytes.
 
 A first bill, for DPO with a LoRA adapter on a decoder of the Llama family (attention with grouped keys, gated MLP).
-Per micro-batch of B pairs TRL runs 2B padded rows of L tokens: T = 2 * B * L tokens.
+Per micro-batch of B pairs TRL runs 2B padded rows of L tokens: T = 2 * B * L tokens. With shared prompts T is the tokens of
+the pairs, each prompt counted once and without padding.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ class Settings:
     bytes_per_value: int  # 2 for bf16 and fp16, 4 for float32
     checkpointing: bool
     on_gpu: bool = True
+    pair_tokens: int | None = None  # of the longest pair, its prompt counted once, where prompts are shared and lengths known
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch as they go through the model."""
+        padded = 2 * self.length
+        return self.batch * (padded if self.pair_tokens is None else min(self.pair_tokens, padded))
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def _components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
     linear_width = NF4_BYTES if settings.four_bit else width
     adapter = facts.num_hidden_layers * sum(settings.rank * (a + b) for a, b in facts.linear_shapes)
     adapter_width = 2 if settings.four_bit else 4  # TRL holds a QLoRA adapter in bf16; PEFT holds any other in float32
-    tokens = 2 * settings.batch * settings.length
+    tokens = settings.tokens
     parts = {
         "weights": facts.linear_parameters * linear_width + facts.other_parameters * width,
         "adapter": adapter * adapter_width,

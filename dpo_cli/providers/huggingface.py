@@ -84,6 +84,9 @@ class HuggingFace:
             )
             options["device_map"] = {"": device}
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, use_safetensors=True, **options))
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            # transformers 5.17 loads Gemma 2 with SDPA, which leaves the attention's soft-cap out without a word.
+            model.set_attn_implementation("eager")
         for module in model.modules():
             # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and it loses its gradients for good.
             if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -68,9 +68,9 @@ class PairTrainer(DPOTrainer):
 
     control: TrainerControl
 
-    def __init__(self, *args: Any, run_evaluation: Evaluate | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, states: scoring.States, run_evaluation: Evaluate | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        scoring.attach(self.model.get_base_model())
+        scoring.attach(self.model.get_base_model(), states)
         self.totals = PairTotals()
         self._run_evaluation = run_evaluation
         self._calls: list[Tensor] = []
@@ -109,9 +109,10 @@ def build_trainer(
     plan: Plan,
     train: Sequence[EncodedPair],
     held_out: Sequence[EncodedPair],
+    states: scoring.States,
     run_evaluation: Evaluate,
 ) -> PairTrainer:
-    """The trainer of a plan, with a fresh adapter on `model`; its figures leave through callbacks.
+    """The trainer of a plan, with a fresh adapter on `model`, scoring by `states`; its figures leave through callbacks.
 
     The adapter is left to TRL, which then knows that the reference is the model with the adapter off.
     """
@@ -122,6 +123,7 @@ def build_trainer(
         eval_dataset=_rows(held_out) if held_out else None,
         processing_class=tokenizer,
         peft_config=adapter,
+        states=states,
         run_evaluation=run_evaluation,
     )
     trainer.remove_callback(PrinterCallback)

@@ -34,6 +34,7 @@ from dpo_cli.runs.manifest import manifest
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.callbacks.stop import StopOnSignal
 from dpo_cli.training.dpo import build_trainer
+from dpo_cli.training.scoring import ScoringPath, choose_path
 
 SAMPLES = 3
 
@@ -53,8 +54,7 @@ def train(
     plan = resolve(loaded, machine, counts)
     show_plan(plan, console)
     console.panel("the first pair, as the model sees it", _first_pair(train_pairs[0], tokenizer))
-    if (misfit := does_not_fit(plan)) is not None:
-        raise DoesNotFit([loaded.placed(misfit)])
+    _require_fit(plan, loaded)
     if dry_run:
         return plan.to_json(), Exit.DONE
 
@@ -63,8 +63,14 @@ def train(
     run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
     with log_to(run.log), StopOnSignal(console.line) as stop, console.training(plan.total_steps) as view:
         base = provider.base_model(plan)
-        evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
-        trainer = build_trainer(base, provider.adapter_config(plan, base), tokenizer, plan, train_pairs, held_out, evaluate)
+        path = choose_path(base, train_pairs, int(tokenizer.pad_token_id), plan.config.prompt_sharing)
+        console.line(f"scoring: {path.why}")
+        plan = resolve(loaded, machine, counts, (path.shares, path.why))  # without sharing it may take other micro-batches
+        _require_fit(plan, loaded)
+        run.write_json(PLAN, plan.to_json())
+        adapter = provider.adapter_config(plan, base)
+        evaluate = partial(_point_figures, pairs=held_out, path=path, tokenizer=tokenizer, plan=plan)
+        trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, path.states, evaluate)
         record = Record(trainer.totals, [run.append_line, view.show, log_line])
         trainer.add_callback(record)
         trainer.add_callback(stop)
@@ -87,7 +93,7 @@ def train(
         "adapter_sha256": run.write_adapter(partial(_save, trainer.model, tokenizer)),
     }
     run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
-    judged = _judge(trainer.model, tokenizer, held_out if code is Exit.DONE else [], plan)
+    judged = _judge(trainer.model, tokenizer, held_out if code is Exit.DONE else [], path, plan)
     summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
     run.write_json(SUMMARY, summary)
     run.write_card(card(plan, summary["steps"], judged))
@@ -113,7 +119,8 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
         train_pairs, held_out, _ = _prepare(data.pairs, tokenizer, plan)
         pairs = train_pairs if dataset else held_out
         model = provider.with_adapter(plan, run.adapter)
-        judged = _judge(model, tokenizer, pairs, plan)
+        path = choose_path(model.get_base_model(), pairs, int(tokenizer.pad_token_id), plan.config.prompt_sharing)
+        judged = _judge(model, tokenizer, pairs, path, plan)
         shown = side_by_side(model, tokenizer, pairs, SAMPLES, getattr(torch, plan.dtype))
     samples = [sample.to_json() for sample in shown]
     console.judgement(judged, samples)
@@ -138,14 +145,16 @@ def show_plan(plan: Plan, console: Console) -> None:
     rows = [
         ("model", plan.model_label),
         ("data", f"{counts.train_pairs} pairs of {counts.train_prompts} prompts, longest {counts.longest} tokens"),
+        ("tokens", f"{counts.train_tokens:,} an epoch; {counts.shared_tokens:,} with each prompt once"),
         ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
         ("left out", f"{counts.too_long} pairs longer than max_seq_length {config.max_seq_length}"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} pairs ({batch} x {accumulation})"),
         ("learning", f"rate {config.learning_rate:g}, beta {config.beta:g}, LoRA rank {config.lora_r}"),
+        ("scoring", plan.scoring),
         ("runs on", f"{config.device}, {plan.dtype}" + (", 4-bit base" if config.use_4bit else "")),
         ("writes to", str(plan.run_dir)),
     ]
-    console.table("plan", rows if counts.too_long else rows[:3] + rows[4:])
+    console.table("plan", [row for row in rows if row[0] != "left out" or counts.too_long])
     for note in plan.notes:
         console.line(f"note: {note}")
 
@@ -170,30 +179,40 @@ def _prepare(
         eval_prompts=len({pair.pair.prompt_key for pair in held_out}),
         too_long=sum(map(len, sides)) - sum(map(len, kept)),
         longest=max(pair.length for side in kept for pair in side),
-        train_tokens=sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in train),
+        longest_pair=max(pair.shared_length for side in kept for pair in side),
+        train_tokens=sum(pair.shared_length + len(pair.prompt_ids) for pair in train),
+        shared_tokens=sum(pair.shared_length for pair in train),
     )
     return train, held_out, counts
 
 
+def _require_fit(plan: Plan, loaded: Loaded) -> None:
+    if (misfit := does_not_fit(plan)) is not None:
+        raise DoesNotFit([loaded.placed(misfit)])
+
+
 def _point_figures(
-    model: PeftModel, pairs: Sequence[EncodedPair], tokenizer: PreTrainedTokenizerBase, plan: Plan
+    model: PeftModel, pairs: Sequence[EncodedPair], path: ScoringPath, tokenizer: PreTrainedTokenizerBase, plan: Plan
 ) -> dict[str, float]:
-    return point_figures(_score(model, pairs, tokenizer, plan), plan.config.beta)
+    return point_figures(_score(model, pairs, path, tokenizer, plan), plan.config.beta)
 
 
-def _score(model: PeftModel, pairs: Sequence[EncodedPair], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> PairScores:
-    return score_pairs(
-        model, pairs, int(tokenizer.pad_token_id), plan.config.per_device_eval_batch_size, getattr(torch, plan.dtype)
-    )
+def _score(
+    model: PeftModel, pairs: Sequence[EncodedPair], path: ScoringPath, tokenizer: PreTrainedTokenizerBase, plan: Plan
+) -> PairScores:
+    batch_size, dtype = plan.config.per_device_eval_batch_size, getattr(torch, plan.dtype)
+    return score_pairs(model, pairs, path.states, int(tokenizer.pad_token_id), batch_size, dtype)
 
 
-def _judge(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], plan: Plan) -> dict[str, Any]:
+def _judge(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], path: ScoringPath, plan: Plan
+) -> dict[str, Any]:
     """The figures of `eval --json`; the three objects are null when there is nothing to judge on."""
     prompts = [pair.pair.prompt_key for pair in pairs]
     counts: dict[str, Any] = {"pairs": len(pairs), "prompts": len(set(prompts))}
     if not pairs:
         return {**counts, "policy": None, "base": None, "gain": None}
-    return {**counts, **figures(_score(model, pairs, tokenizer, plan), prompts, plan.config.beta)}
+    return {**counts, **figures(_score(model, pairs, path, tokenizer, plan), prompts, plan.config.beta)}
 
 
 def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:

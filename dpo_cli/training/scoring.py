@@ -1,184 +1,51 @@
-"""Log-probabilities of responses: the one LM head behind training, reference and evaluation.
+"""Which hidden states predict the responses' tokens: by TRL's padded rows, or with each prompt once where that is exact.
 
-TRL lays a micro-batch of B pairs out as 2B padded rows, chosen rows first:
+A micro-batch of B pairs comes from TRL as 2B padded rows, chosen rows first:
 
     input_ids        prompt | chosen   | pad        rows 0 .. B-1
                      prompt | rejected | pad        rows B .. 2B-1
     completion_mask  0 0 0    1 1 1 1    0 0
-    predicted from   . . x    x x x .    . .        x: hidden states that meet the LM head
+    predicted from   . . x    x x x .    . .        x: hidden states that meet the LM head (training/head.py)
 
-The token at position t is predicted by the hidden state at t - 1, so the first response token comes from the last
-prompt token. Only the positions marked x are projected, a chunk at a time: the (rows, length, vocabulary) logits, by far
-the largest tensor of a padded DPO step, never exist, neither forward nor backward.
-
-TRL 1.15 does the same with a Triton kernel, which needs a GPU. `attach` puts this head in its place, so TRL's trainers run
-on any device and compute the numbers that tests/test_scoring.py proves against transformers' own logits.
+The token at position t is predicted by the hidden state at t - 1, so the first response token comes from the last prompt
+token. Two functions find the states marked x, in the same order: `plain_states` runs the rows as they are, `shared_states`
+runs the layout of training/sharing.py. Training, reference and evaluation all take the one that `choose_path` returns.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
-# Logits held at a time, in elements (64 MiB in float32): large enough that the matrix products dominate.
-CHUNK_ELEMENTS = 1 << 24
-IGNORED = -100  # the label of a position that is not scored, as in torch's cross entropy
+from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.errors import RunFailed
+from dpo_cli.plan import SCORING
+from dpo_cli.training import sharing
+from dpo_cli.training.head import Head, score_tokens
+from dpo_cli.training.sharing import IGNORED
+
 # Parts of TRL's contract that its DPOTrainer does not use; other trainers do, and would get a wrong loss without them.
 UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads of a row
+# Mean difference of a response's log-probs, nats per token, that rounding alone explains. A token that sees one too many or
+# stands at a wrong position makes ten times as much (benchmarks/prompt_sharing.py prints both).
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+
+States = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class Head:
-    """The map from hidden states to next-token logits, with the model family's own rescaling.
-
-    logits = softcap(scale * (hidden @ weight.T + bias)) / temperature, with softcap(x) = cap * tanh(x / cap) in the families
-    that have one (Gemma 2, arXiv:2408.00118, section 2).
-    """
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None = None  # (V,)
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, temperature: float = 1.0) -> Head:
-        """The head of a causal language model. Families name their logit multiplier differently; each is read here."""
-        config = model.config.get_text_config()
-        linear = model.get_output_embeddings()
-        scale = 1.0
-        for multiplier in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
-            value = getattr(config, multiplier, None)
-            scale = scale if value is None else value
-        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite; HyperCLOVA X multiplies by it
-            scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(linear.weight, linear.bias, scale, softcap, temperature)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, H) hidden states to (n, V) logits in float32 or wider; the product runs in the dtype of `hidden`."""
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        raw = nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        if self.scale != 1.0:
-            raw = raw * self.scale
-        if self.softcap is not None:
-            raw = torch.tanh(raw / self.softcap) * self.softcap
-        return raw if self.temperature == 1.0 else raw / self.temperature
-
-    def raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """d loss / d logits, (n, V), to d loss / d (hidden @ weight.T + bias); tanh' = 1 - tanh^2."""
-        if self.softcap is not None:
-            gradient = gradient * (1 - (logits * self.temperature / self.softcap) ** 2)
-        return gradient * (self.scale / self.temperature)
-
-    def chunks(self, positions: int) -> Iterator[slice]:
-        """Slices of `positions` hidden states whose logits stay within `CHUNK_ELEMENTS`."""
-        size = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
-        return (slice(start, start + size) for start in range(0, positions, size))
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """Per scored token, each (n,): log p(target), the entropy of the distribution (nats), the mean logit, target is argmax."""
-
-    log_probs: Tensor
-    entropy: Tensor
-    mean_logits: Tensor
-    is_top1: Tensor
-
-
-class _ScoreTokens(torch.autograd.Function):
-    """`score_tokens` with a backward that recomputes each chunk's logits instead of keeping them.
-
-    With p = softmax(z), t the target and H the entropy, per position:
-    d log p_t / dz = onehot(t) - p, and dH / dz = -p * (log p + H).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Any:
-        # Autocast does not reach into an autograd function's matrix products in the backward, so its dtype is fixed here.
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        columns = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3)]
-        is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        log_probs, entropy, mean_logits = columns
-        for part in head.chunks(len(hidden)):
-            logits = head.logits(hidden[part].to(dtype))
-            mean_logits[part] = logits.mean(dim=-1)
-            is_top1[part] = logits.argmax(dim=-1) == targets[part]
-            log_p = logits.log_softmax(dim=-1)
-            log_probs[part] = log_p.gather(-1, targets[part, None])[:, 0]
-            entropy[part] = -(log_p.exp() * log_p).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy)
-        ctx.head, ctx.dtype = head, dtype
-        ctx.mark_non_differentiable(mean_logits, is_top1)
-        ctx.set_materialize_grads(False)
-        return log_probs, entropy, mean_logits, is_top1
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        hidden, weight, bias, targets, entropy = ctx.saved_tensors
-        grad_log_probs, grad_entropy = grads[:2]
-        head: Head = ctx.head
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # Sums over chunks are kept in float32 or wider whatever the dtype of the products.
-        grad_hidden = torch.zeros_like(hidden, dtype=entropy.dtype) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=entropy.dtype) if needs_bias else None
-        for part in head.chunks(len(hidden)):
-            chunk = hidden[part].to(ctx.dtype)
-            logits = head.logits(chunk)
-            log_p = logits.log_softmax(dim=-1)
-            p = log_p.exp()
-            gradient = torch.zeros_like(p)
-            if grad_log_probs is not None:
-                gradient.addcmul_(p, grad_log_probs[part, None], value=-1)
-                gradient.scatter_add_(-1, targets[part, None], grad_log_probs[part, None])
-            if grad_entropy is not None:
-                gradient.addcmul_(p * (log_p + entropy[part, None]), grad_entropy[part, None], value=-1)
-            raw = head.raw_gradient(gradient, logits).to(ctx.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = raw @ head.weight.to(ctx.dtype)
-            if grad_weight is not None:
-                grad_weight += raw.T @ chunk
-            if grad_bias is not None:
-                grad_bias += raw.sum(dim=0, dtype=grad_bias.dtype)
-        cast = [(grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias)]
-        return (*(None if grad is None else grad.to(like.dtype) for grad, like in cast), None, None)
-
-
-def score_tokens(hidden: Tensor, targets: Tensor, head: Head) -> TokenScores:
-    """Scores of the tokens `targets` (n,) given the hidden states (n, H) that predict them, without their full logits."""
-    return TokenScores(*_ScoreTokens.apply(hidden, head.weight, head.bias, targets, head))  # type: ignore[no-untyped-call]
-
-
-def token_kl(policy: Tensor, reference: Tensor, head: Head) -> Tensor:
-    """Exact KL(policy || reference) in nats at each position, (n,), from both models' hidden states (n, H).
-
-    KL = sum_v p(v) * (log p(v) - log q(v)) over the full vocabulary. No gradient.
-    """
-    with torch.no_grad():
-        parts = []
-        for part in head.chunks(len(policy)):
-            log_p = head.logits(policy[part]).log_softmax(dim=-1)
-            log_q = head.logits(reference[part]).log_softmax(dim=-1)
-            parts.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
-        return torch.cat(parts)
-
-
-def response_states(model: PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Tensor:
-    """Run the backbone and keep the hidden states that predict a labelled token: (n, H), in row order.
+def plain_states(model: PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Tensor:
+    """Run the backbone on the rows as they are: the hidden states that predict a labelled token, (n, H), in row order.
 
     `labels` is (rows, length) with `IGNORED` outside the responses; `inputs` go to the backbone as they are.
     """
@@ -187,8 +54,87 @@ def response_states(model: PreTrainedModel, labels: Tensor, **inputs: Tensor) ->
     return hidden[labels[:, 1:] != IGNORED]
 
 
-def attach(model: PreTrainedModel, temperature: float = 1.0) -> None:
-    """Make `model(..., labels=..., fused_lm_head=True)` score with this head; any other call is unchanged.
+def shared_states(
+    model: PreTrainedModel, labels: Tensor, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
+) -> Tensor:
+    """Run the backbone on each prompt once: the same states as `plain_states`, (n, H), in the same order."""
+    layout = sharing.lay_out(input_ids, attention_mask, labels)
+    hidden: Tensor = model.base_model(**layout.inputs(), use_cache=False).last_hidden_state[0]
+    return hidden[layout.place[:, :-1][labels[:, 1:] != IGNORED]]
+
+
+@dataclass(frozen=True)
+class ScoringPath:
+    """How response tokens are scored in a run, and why."""
+
+    states: States
+    why: str
+
+    @property
+    def shares(self) -> bool:
+        return self.states is shared_states
+
+
+def choose_path(
+    model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, prompt_sharing: bool | str
+) -> ScoringPath:
+    """The path of a run, by its `prompt_sharing`: shared prompts only where this model gives the plain path's log-probs.
+
+    The longest and the shortest pair are scored both ways, so that windows are exceeded if they ever are and two pairs share
+    a row. Raises `RunFailed` where sharing is demanded (true) and not exact.
+    """
+    if prompt_sharing is False:
+        return ScoringPath(plain_states, SCORING[False])
+    by_length = sorted(pairs, key=lambda pair: pair.length)
+    why_not = sharing.obstacle(model)
+    if why_not is None:
+        why_not, agreement = _compare(model, collate([by_length[-1], by_length[0]], pad_token_id, model.device))
+    if why_not is None:
+        path = ScoringPath(shared_states, f"each prompt once: {agreement}")
+    elif prompt_sharing is True:
+        raise RunFailed(f'"prompt_sharing" is true, but {why_not}', 'leave it at "auto": the plain path is used then')
+    else:
+        path = ScoringPath(plain_states, f"each prompt twice: {why_not}")
+    logging.getLogger("dpo").info("scoring: %s", path.why)
+    return path
+
+
+def collate(pairs: Sequence[EncodedPair], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """TRL's micro-batch of these pairs: `labels`, `input_ids` and `attention_mask`, each (2B, L)."""
+    batch = DataCollatorForPreference(pad_token_id)([{name: getattr(pair, name) for name in ID_COLUMNS} for pair in pairs])
+    labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED)
+    return {name: value.to(device) for name, value in {**batch, "labels": labels}.items()}
+
+
+def _compare(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[str | None, str]:
+    """Score a micro-batch both ways: why sharing its prompts is not exact (None if it is), and how well both agree."""
+    sharing.enable(model)
+    labels = batch["labels"][:, 1:]
+    scored = labels != IGNORED
+
+    def log_probs(states: States) -> Tensor:
+        with torch.no_grad():
+            return score_tokens(states(model, **batch), labels[scored], Head.of(model)).log_probs
+
+    plain = log_probs(plain_states)
+    try:
+        shared = log_probs(shared_states)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model unknown to us may fail in any way; it is then scored the way it was made for
+        sharing.disable(model)
+        return f"this model cannot run shared prompts ({type(error).__name__}: {error})", ""
+    distance = torch.zeros_like(labels, dtype=plain.dtype).masked_scatter(scored, (plain - shared).abs())
+    worst = float((distance.sum(dim=1) / scored.sum(dim=1).clamp(min=1)).max())
+    allowed = TOLERANCE[model.dtype]
+    if not worst <= allowed:
+        sharing.disable(model)
+        return f"with shared prompts this model's log-probs differ by {worst:.2g} nats per token ({allowed:g} allowed)", ""
+    return None, f"log-probs equal the plain path's within {worst:.1g} nats per token on the longest and the shortest pair"
+
+
+def attach(model: PreTrainedModel, states: States, temperature: float = 1.0) -> None:
+    """Make `model(..., labels=..., fused_lm_head=True)` score with our head; any other call is unchanged.
 
     The call and its output are TRL's contract (`add_fused_lm_head`): per-token tensors are (rows, length - 1), zero where
     nothing is labelled. `model` is the causal language model itself, below a PEFT wrapper.
@@ -198,9 +144,10 @@ def attach(model: PreTrainedModel, temperature: float = 1.0) -> None:
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return original(self, *args, labels=labels, **kwargs)
-        if unknown := UNSUPPORTED & {name for name, value in kwargs.items() if value is not None}:
+        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names all it knows
+        if unknown := UNSUPPORTED & given.keys():
             raise NotImplementedError(f"the head does not honour {', '.join(sorted(unknown))}")
-        hidden = response_states(self, labels, **kwargs)
+        hidden = states(self, labels, **given)
         mask = labels[:, 1:] != IGNORED
         scores = score_tokens(hidden, labels[:, 1:][mask], Head.of(self, temperature))
         # masked_scatter keeps the graph even when no token is labelled, so such a batch gives a zero gradient.

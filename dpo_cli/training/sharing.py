@@ -1,0 +1,169 @@
+"""Each prompt once: how the pairs of a micro-batch are laid out, and which tokens see which.
+
+TRL hands over B pairs as 2B padded rows, chosen rows first, each with its own copy of the prompt. Here they become one row
+without padding. P is a prompt token, C one of the chosen response, R one of the rejected, . padding:
+
+    TRL's rows           one row, two pairs            pair 1 in attention       sees
+    P P P C C            P P P C C R R R|P P C R       query   position   P P P  C C  R R R
+    P P C . .            0 1 2 3 4 3 4 5|0 1 2 2       P P P      0 1 2   causal
+    P P P R R R             position ids               C C        3 4     all    causal
+    P P R . . .                                        R R R      3 4 5   all         causal
+
+Position ids restart after the prompt for the rejected response. Outside of attention a decoder treats each token by itself,
+so one row will do. Inside, a pair is two ordinary causal sequences, prompt + chosen and prompt + rejected; the prompt's
+keys and values, and its part of the output, are those of the first. So each token sees exactly the tokens, at exactly the
+positions, of its row in TRL's layout: windows, rotary and learned positions and soft-capping need no case of their own.
+The last prompt token predicts the first token of both responses.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+IGNORED = -100  # the label of a token that is not scored, as in torch's cross entropy
+# Attention implementations of transformers that take queries, keys and an explicit mask or none, and kinds of layer that are
+# nothing but such attention.
+IMPLEMENTATIONS = frozenset({"sdpa", "eager"})
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+PREFIX = "shared_prompt_"  # of the name under which an implementation is registered again
+
+
+@dataclass(frozen=True)
+class Layout:
+    """B pairs in one row of N tokens: the sum over pairs of prompt + chosen + rejected."""
+
+    input_ids: Tensor  # (1, N)
+    position_ids: Tensor  # (1, N)
+    pairs: tuple[tuple[int, int, int], ...]  # tokens of prompt, chosen and rejected of each pair, as they follow each other
+    place: Tensor  # (2B, L): where each token of TRL's rows lies in the row; both copies of a prompt in the same places
+    masks: dict[Any, Tensor | None] = field(default_factory=dict)  # by shape and window, as the layers come to need them
+
+    def inputs(self) -> dict[str, Any]:
+        """What the backbone is called with. transformers leaves a mask of four dimensions alone, and `_attend` needs none."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": mask, "layout": self}
+
+
+def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Layout:
+    """The layout of TRL's right-padded rows, all (2B, L); the i-th chosen and the i-th rejected row are a pair.
+
+    A pair's prompt is what both rows start with, token for token, before the first label of either. So responses with the
+    same first tokens stay apart, and a pair whose prompts differ (cut at different starts) shares only what is equal.
+    """
+    count, length = len(input_ids) // 2, input_ids.shape[1]
+    real = attention_mask.bool()
+    unscored = real & (labels == IGNORED)
+    same = unscored[:count] & unscored[count:] & (input_ids[:count] == input_ids[count:])
+    prompt = same.long().cumprod(dim=1).sum(dim=1)
+    chosen, rejected = real.sum(dim=1).view(2, count) - prompt
+    size = prompt + chosen + rejected
+    start = size.cumsum(dim=0) - size
+
+    position = torch.arange(length, device=real.device).expand(2 * count, length)
+    in_prompt = position < prompt.repeat(2)[:, None]
+    place = position + torch.cat([start, start + chosen])[:, None]
+    place[count:] = torch.where(in_prompt[count:], place[:count], place[count:])
+    used = real.clone()
+    used[count:] &= ~in_prompt[count:]
+
+    order = place[used].argsort()
+    sizes = torch.stack([prompt, chosen, rejected], dim=1).tolist()
+    pairs = tuple((p, c, r) for p, c, r in sizes)
+    return Layout(input_ids[used][order][None], position[used][order][None], pairs, place)
+
+
+def obstacle(model: PreTrainedModel) -> str | None:
+    """Why prompts cannot be shared in this model, as far as its class and config tell; None when they can be tried."""
+    config = model.config.get_text_config()
+    strange = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if model.config.is_encoder_decoder:
+        return "this is an encoder-decoder model"
+    if strange or model._is_stateful:
+        return f"this model has {', '.join(sorted(strange)) or 'recurrent'} layers, which pass a state from token to token"
+    implementation = model.config._attn_implementation.removeprefix(PREFIX)
+    if implementation not in IMPLEMENTATIONS or not model._can_set_attn_implementation():
+        return f"this model's attention ({implementation}) does not take pairs one by one"
+    return None
+
+
+def enable(model: PreTrainedModel) -> None:
+    """Let `model` take a `layout` beside its inputs; without one, nothing about it changes.
+
+    Its attention implementation is registered with transformers a second time, under a name of ours, wrapped in `_attend`.
+    """
+    inner = model.config._attn_implementation.removeprefix(PREFIX)
+    AttentionInterface.register(PREFIX + inner, partial(_attend, inner))
+    AttentionMaskInterface.register(PREFIX + inner, AttentionMaskInterface()[inner])
+    model.set_attn_implementation(PREFIX + inner)
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Undo `enable`."""
+    model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
+
+
+def _attend(
+    inner: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of the implementation `inner`, within each sequence of the layout.
+
+    query is (1, heads, N, d), key and value (1, key-value heads, N, d), the output (1, N, heads, d).
+    """
+    function = _implementation(inner, module)
+    if layout is None:
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+    window = kwargs.get("sliding_window")
+    cuts = [size for prompt, chosen, rejected in layout.pairs for size in (prompt + chosen, rejected)]
+    queries, keys, values = (list(torch.split(states, cuts, dim=2)) for states in (query, key, value))
+    for i, (prompt, _, _) in enumerate(layout.pairs):
+        for states in (keys, values):
+            states[2 * i + 1] = torch.cat([states[2 * i][:, :, :prompt], states[2 * i + 1]], dim=2)
+    outputs = []
+    for q, k, v in zip(queries, keys, values, strict=True):
+        if q.shape[2]:
+            mask = _mask(inner, layout, module, q, k.shape[2], window)
+            outputs.append(function(module, q, k, v, mask, *args, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def _implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function of that name; each model family has its own eager one."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface().get(name, eager)
+    return function
+
+
+def _mask(inner: str, layout: Layout, module: nn.Module, query: Tensor, keys: int, window: int | None) -> Tensor | None:
+    """transformers' own causal or sliding-window mask when `query` is the last of `keys` tokens; None where none is needed."""
+    queries = query.shape[2]
+    wanted = (queries, keys, window)
+    if wanted not in layout.masks:
+        layout.masks[wanted] = AttentionMaskInterface()[inner](
+            batch_size=1,
+            q_length=queries,
+            kv_length=keys,
+            q_offset=keys - queries,
+            mask_function=sliding_window_causal_mask_function(window) if window else causal_mask_function,
+            local_size=window,
+            dtype=query.dtype,
+            device=query.device,
+            config=module.config,
+        )
+    return layout.masks[wanted]
