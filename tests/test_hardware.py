@@ -6,6 +6,7 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dpo_cli.hardware.memory import NF4_BYTES, Settings, bill, fit
 from dpo_cli.hardware.models import _config_facts, model_facts
 from dpo_cli.hardware.probe import GIB
 from dpo_cli.hardware.recommend import recommend
+from dpo_cli.training import sharing
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 DOCUMENTED = Settings(batch=2, length=1024, rank=16, four_bit=True, bytes_per_value=2, checkpointing=True)
@@ -64,7 +66,8 @@ def test_bill_grows_with_what_makes_a_run_larger() -> None:
         assert bill(facts, replace(DOCUMENTED, **change), None).total_gb > base, change
 
 
-def test_activations_are_what_autograd_keeps() -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_activations_are_what_autograd_keeps(shared: bool) -> None:
     """The bill's bytes per token against the tensors that a real forward saves, parameters not counted: within 5 %."""
     config = LlamaConfig(
         vocab_size=64,
@@ -89,11 +92,19 @@ def test_activations_are_what_autograd_keeps() -> None:
             alive.append(tensor)
         return tensor
 
+    inputs: dict[str, Any] = {"input_ids": torch.randint(64, (4, 128))}
+    if shared:  # two pairs of 96 prompt tokens and twice 32
+        sharing.enable(base)
+        inputs["input_ids"][2:, :96] = inputs["input_ids"][:2, :96]
+        labels = inputs["input_ids"].clone()
+        labels[:, :96] = sharing.IGNORED
+        inputs = sharing.lay_out(inputs["input_ids"], torch.ones_like(labels), labels).inputs()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model.base_model.model.model(input_ids=torch.randint(64, (4, 128)))
+        model.base_model.model.model(**inputs)
     facts = _config_facts(config.to_dict())
     assert facts is not None
     settings = Settings(batch=2, length=128, rank=8, four_bit=False, bytes_per_value=2, checkpointing=False)
+    settings = replace(settings, pair_tokens=160 if shared else None)
     assert sum(kept.values()) == pytest.approx(bill(facts, settings, None).components["activations"], rel=0.05)
 
 

@@ -102,7 +102,7 @@ def _components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
         "adapter": adapter * adapter_width,
         "gradients": adapter * adapter_width,
         "optimizer": 2 * adapter * adapter_width,  # AdamW's two moments, in the adapter's dtype
-        "activations": tokens * _activation_bytes(facts, settings),
+        "activations": _activations(facts, settings),
         "scoring": min(SCORING_CHUNK_BYTES, 4 * 4 * tokens * facts.vocab_size) + 2.0 * tokens * facts.hidden_size * width,
     }
     if settings.on_gpu:
@@ -111,19 +111,22 @@ def _components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
     return parts
 
 
-def _activation_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """Bytes kept for the backward pass per token; tests/test_hardware.py counts them in a real model.
+def _activations(facts: ModelFacts, settings: Settings) -> float:
+    """Bytes kept for the backward pass of a micro-batch; tests/test_hardware.py counts them in a real model.
 
-    One block with an adapter on every linear layer keeps, in the compute dtype: the input of each adapter (q, k, v, gate and
-    up: 5h; o: q; down: i) and its product with A (7r), the attention's q, k, v and output (2q + 2kv), and of the MLP gate,
-    up and silu(gate) (3i); and in float32 the inputs of both norms (2h). A checkpointed block keeps only its input; one
-    block at a time is then recomputed, with its gradients alongside.
+    Per token, one block with an adapter on every linear layer keeps, in the compute dtype: the input of each adapter (q, k,
+    v, gate and up: 5h; o: q; down: i) and its product with A (7r), the attention's q, k, v and output (2q + 2kv), and of the
+    MLP gate, up and silu(gate) (3i); and in float32 the inputs of both norms (2h). A checkpointed block keeps only its
+    input; one block at a time is then recomputed, with its gradients alongside. With shared prompts the rejected response
+    attends to keys and values put together for it, the prompt's and its own, one per head (2q per token of prompt + rejected).
     """
     h, i, width = facts.hidden_size, facts.intermediate_size, settings.bytes_per_value
     q, kv = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
-    block = width * (5 * h + 3 * q + 2 * kv + 4 * i + 7 * settings.rank) + 4 * 2 * h
+    block = settings.tokens * (width * (5 * h + 3 * q + 2 * kv + 4 * i + 7 * settings.rank) + 4 * 2 * h)
+    if settings.pair_tokens is not None:
+        block += settings.batch * settings.length * width * 2 * q
     if settings.checkpointing:
-        return facts.num_hidden_layers * width * h + 1.5 * block
+        return settings.tokens * facts.num_hidden_layers * width * h + 1.5 * block
     return facts.num_hidden_layers * block
 
 
