@@ -8,15 +8,15 @@ WORDS = """
 the a this that my your one some cat dog house river mountain bread letter garden winter morning train city friend song idea
 question answer reason color window runs likes sees makes keeps finds opens follows asks tells under over near before after
 while because slowly quickly often never again tomorrow really quite small large green old new warm
-""".split()
+"""
 
 
 def conversation_pairs(count: int, turn_words: int, answer_words: int, seed: int = 0) -> list[dict[str, object]]:
     """Rows of `count` pairs: three, five or seven messages, then two answers; each text half to one and a half as long."""
-    draw = random.Random(seed)
+    draw, words = random.Random(seed), WORDS.split()
 
-    def text(words: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(words // 2, words * 3 // 2))).capitalize() + "."
+    def text(length: int) -> str:
+        return " ".join(draw.choices(words, k=draw.randint(length // 2, length * 3 // 2))).capitalize() + "."
 
     def row() -> dict[str, object]:
         turns = draw.choice((3, 5, 7))

@@ -139,9 +139,9 @@ def test_a_broken_layout_is_seen_and_not_used(
     model = tiny_model("qwen3", dtype)
     path = scoring.choose_path(model, PAIRS, 2, "auto")
     assert path.states is scoring.plain_states
-    assert path.why.startswith("each prompt twice") and "nats per token" in path.why
+    assert path.why.startswith("each prompt twice") and "nats a token" in path.why
     assert model.config._attn_implementation == "sdpa"
-    with pytest.raises(RunFailed, match="nats per token"):
+    with pytest.raises(RunFailed, match="nats a token"):
         scoring.choose_path(model, PAIRS, 2, True)
 
 

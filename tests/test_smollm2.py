@@ -9,11 +9,12 @@ import torch
 from conftest import ROOT
 from made import conversation_pairs
 from test_dpo import make_plan
+from test_scoring import BREAKS
 
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training import scoring
+from dpo_cli.training import scoring, sharing
 from dpo_cli.training.dpo import build_trainer
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -74,3 +75,31 @@ def test_twenty_steps_are_the_same_on_both_paths(tmp_path: Path) -> None:
     assert apart <= 1e-5
     _, rounding = compare("plain against itself, pairs swapped, AdamW", train(tmp_path, False, swapped=True), plain)
     assert relative <= 3 * rounding
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MODEL.is_file(), reason="`make install` fetches the demo model")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_and_a_broken_layout_are_told_apart(
+    tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `TOLERANCE` stands between: how far the paths are apart by rounding, and by each way to break the layout."""
+    provider = HuggingFace(str(MODEL))
+    base = provider.base_model(make_plan(tmp_path, model_name=str(MODEL), bf16=dtype == torch.bfloat16))
+    tokenizer = provider.tokenizer()
+    pairs = encode([to_pair(row, i + 1) for i, row in enumerate(conversation_pairs(2, 8, 8))], tokenizer)
+    batch = scoring.collate(pairs, int(tokenizer.pad_token_id), base.device)
+    plain = scoring.response_log_probs(base, scoring.plain_states, batch)
+    sharing.enable(base)
+
+    def apart() -> float:
+        return scoring.disagreement(plain, scoring.response_log_probs(base, scoring.shared_states, batch), batch)
+
+    rounding = apart()
+    lay_out = sharing.lay_out
+    broken = {}
+    for break_it in BREAKS:
+        monkeypatch.setattr(sharing, "lay_out", lambda *rows, break_it=break_it: break_it(lay_out(*rows)))
+        broken[break_it.__name__] = apart()
+    print(f"\n{dtype}: rounding {rounding:.1e} nats a token;", ", ".join(f"{k} {v:.2f}" for k, v in broken.items()))
+    assert rounding < scoring.TOLERANCE[dtype] < min(broken.values())

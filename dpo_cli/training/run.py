@@ -34,7 +34,7 @@ from dpo_cli.runs.manifest import manifest
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.callbacks.stop import StopOnSignal
 from dpo_cli.training.dpo import build_trainer
-from dpo_cli.training.scoring import ScoringPath, choose_path
+from dpo_cli.training.scoring import PLAIN, ScoringPath, choose_path
 
 SAMPLES = 3
 
@@ -63,7 +63,7 @@ def train(
     run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
     with log_to(run.log), StopOnSignal(console.line) as stop, console.training(plan.total_steps) as view:
         base = provider.base_model(plan)
-        path = choose_path(base, train_pairs, int(tokenizer.pad_token_id), plan.config.prompt_sharing)
+        path = choose_path(base, [*train_pairs, *held_out], int(tokenizer.pad_token_id), plan.config.prompt_sharing)
         console.line(f"scoring: {path.why}")
         plan = resolve(loaded, machine, counts, (path.shares, path.why))  # without sharing it may take other micro-batches
         _require_fit(plan, loaded)
@@ -119,7 +119,9 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
         train_pairs, held_out, _ = _prepare(data.pairs, tokenizer, plan)
         pairs = train_pairs if dataset else held_out
         model = provider.with_adapter(plan, run.adapter)
-        path = choose_path(model.get_base_model(), pairs, int(tokenizer.pad_token_id), plan.config.prompt_sharing)
+        base, pad_token_id = model.get_base_model(), int(tokenizer.pad_token_id)
+        path = choose_path(base, pairs, pad_token_id, plan.config.prompt_sharing) if pairs else PLAIN
+        console.line(f"scoring: {path.why}")
         judged = _judge(model, tokenizer, pairs, path, plan)
         shown = side_by_side(model, tokenizer, pairs, SAMPLES, getattr(torch, plan.dtype))
     samples = [sample.to_json() for sample in shown]

@@ -37,8 +37,7 @@ from dpo_cli.training.sharing import IGNORED
 # Parts of TRL's contract that its DPOTrainer does not use; other trainers do, and would get a wrong loss without them.
 UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads of a row
-# Mean difference of a response's log-probs, nats per token, that rounding alone explains. A token that sees one too many or
-# stands at a wrong position makes ten times as much (benchmarks/prompt_sharing.py prints both).
+# Mean difference of a response's log-probs, nats per token, that rounding explains; tests/test_smollm2.py prints what it is.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 States = Callable[..., Tensor]
@@ -75,6 +74,9 @@ class ScoringPath:
         return self.states is shared_states
 
 
+PLAIN = ScoringPath(plain_states, SCORING[False])
+
+
 def choose_path(
     model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, prompt_sharing: bool | str
 ) -> ScoringPath:
@@ -84,19 +86,47 @@ def choose_path(
     a row. Raises `RunFailed` where sharing is demanded (true) and not exact.
     """
     if prompt_sharing is False:
-        return ScoringPath(plain_states, SCORING[False])
+        return PLAIN
     by_length = sorted(pairs, key=lambda pair: pair.length)
     why_not = sharing.obstacle(model)
+    apart = 0.0
     if why_not is None:
-        why_not, agreement = _compare(model, collate([by_length[-1], by_length[0]], pad_token_id, model.device))
+        batch = collate([by_length[-1], by_length[0]], pad_token_id, model.device)
+        plain = response_log_probs(model, plain_states, batch)
+        sharing.enable(model)
+        try:
+            apart = disagreement(plain, response_log_probs(model, shared_states, batch), batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model unknown to us may fail in any way; it is then scored the way it was made for
+            why_not = f"this model cannot run shared prompts ({type(error).__name__}: {error})"
+        else:
+            if not apart <= (allowed := TOLERANCE[model.dtype]):
+                why_not = f"shared prompts move this model's log-probs by {apart:.2g} nats a token ({allowed:g} allowed)"
     if why_not is None:
-        path = ScoringPath(shared_states, f"each prompt once: {agreement}")
-    elif prompt_sharing is True:
-        raise RunFailed(f'"prompt_sharing" is true, but {why_not}', 'leave it at "auto": the plain path is used then')
+        agreement = f"the plain path's log-probs within {apart:.0e} nats a token"
+        path = ScoringPath(shared_states, f"each prompt once: on the longest and the shortest pair, {agreement}")
     else:
+        sharing.disable(model)
+        if prompt_sharing is True:
+            raise RunFailed(f'"prompt_sharing" is true, but {why_not}', 'leave it at "auto": the plain path is used then')
         path = ScoringPath(plain_states, f"each prompt twice: {why_not}")
     logging.getLogger("dpo").info("scoring: %s", path.why)
     return path
+
+
+def response_log_probs(model: PreTrainedModel, states: States, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log-probs of the labelled tokens of a micro-batch from `collate`, in row order: (n,). No gradient."""
+    labels = batch["labels"][:, 1:]
+    with torch.no_grad():
+        return score_tokens(states(model, **batch), labels[labels != IGNORED], Head.of(model)).log_probs
+
+
+def disagreement(one: Tensor, other: Tensor, batch: Mapping[str, Tensor]) -> float:
+    """The mean difference of two (n,) log-probs over the tokens of the response where it is largest, nats."""
+    scored = batch["labels"][:, 1:] != IGNORED
+    apart = one.new_zeros(scored.shape).masked_scatter(scored, (one - other).abs())
+    return float((apart.sum(dim=1) / scored.sum(dim=1).clamp(min=1)).max())
 
 
 def collate(pairs: Sequence[EncodedPair], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -104,33 +134,6 @@ def collate(pairs: Sequence[EncodedPair], pad_token_id: int, device: torch.devic
     batch = DataCollatorForPreference(pad_token_id)([{name: getattr(pair, name) for name in ID_COLUMNS} for pair in pairs])
     labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED)
     return {name: value.to(device) for name, value in {**batch, "labels": labels}.items()}
-
-
-def _compare(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[str | None, str]:
-    """Score a micro-batch both ways: why sharing its prompts is not exact (None if it is), and how well both agree."""
-    sharing.enable(model)
-    labels = batch["labels"][:, 1:]
-    scored = labels != IGNORED
-
-    def log_probs(states: States) -> Tensor:
-        with torch.no_grad():
-            return score_tokens(states(model, **batch), labels[scored], Head.of(model)).log_probs
-
-    plain = log_probs(plain_states)
-    try:
-        shared = log_probs(shared_states)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # a model unknown to us may fail in any way; it is then scored the way it was made for
-        sharing.disable(model)
-        return f"this model cannot run shared prompts ({type(error).__name__}: {error})", ""
-    distance = torch.zeros_like(labels, dtype=plain.dtype).masked_scatter(scored, (plain - shared).abs())
-    worst = float((distance.sum(dim=1) / scored.sum(dim=1).clamp(min=1)).max())
-    allowed = TOLERANCE[model.dtype]
-    if not worst <= allowed:
-        sharing.disable(model)
-        return f"with shared prompts this model's log-probs differ by {worst:.2g} nats per token ({allowed:g} allowed)", ""
-    return None, f"log-probs equal the plain path's within {worst:.1g} nats per token on the longest and the shortest pair"
 
 
 def attach(model: PreTrainedModel, states: States, temperature: float = 1.0) -> None:

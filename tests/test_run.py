@@ -1,0 +1,75 @@
+"""The composer in this process, where a part of the program can be broken on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from test_scoring import rejected_sees_chosen
+
+from dpo_cli.config.config import load
+from dpo_cli.console import Console
+from dpo_cli.errors import Exit, RunFailed
+from dpo_cli.hardware.probe import probe
+from dpo_cli.plan import inspect
+from dpo_cli.training import sharing
+from dpo_cli.training.run import evaluate, train
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+    """Trains five steps in a folder of the given name and gives the plan it left."""
+    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
+    values |= {"learning_rate": 5e-3, "eval_split": 0.3, "max_steps": 5, "lora_r": 4}
+
+    def train_in(name: str, **options: object) -> dict[str, Any]:
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps({**values, "output_dir": str(tmp_path / name), **options}), encoding="utf-8")
+        loaded = load(str(config))
+        summary, code = train(loaded, inspect(loaded, probe()), probe(), Console(), overwrite=False, dry_run=False)
+        assert code is Exit.DONE and summary["steps"] == 5
+        plan: dict[str, Any] = json.loads((tmp_path / name / "plan.json").read_text(encoding="utf-8"))
+        return plan
+
+    return train_in
+
+
+def test_a_broken_mask_falls_back_to_the_plain_path(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the rejected response made to see the chosen one, the run says so and leaves the plain path's adapter, to the bit."""
+    plain = run("plain", prompt_sharing=False)
+    lay_out = sharing.lay_out
+    monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
+    capsys.readouterr()
+    fallen = run("fallen")
+    shown = capsys.readouterr().out
+    assert "scoring: each prompt twice: shared prompts move this model's log-probs by" in shown
+    assert "each prompt twice" in (tmp_path / "fallen" / "train.log").read_text(encoding="utf-8")
+    assert (fallen["config"]["prompt_sharing"], fallen["sources"]["prompt_sharing"]) == (False, "measured")
+    assert "nats a token" in fallen["scoring"]
+    assert (plain["config"]["prompt_sharing"], plain["sources"]["prompt_sharing"]) == (False, "config")
+    weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "fallen")]
+    assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
+    with pytest.raises(RunFailed, match="nats a token"):
+        run("demanded", prompt_sharing=True)
+
+
+def test_an_evaluation_checks_again(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan keeps what its machine measured; another machine, or another version of a library, may be different."""
+    plan = run("shared")
+    assert (plan["config"]["prompt_sharing"], plan["sources"]["prompt_sharing"]) == (True, "measured")
+    right = evaluate(str(tmp_path / "shared"), None, Console())
+    lay_out = sharing.lay_out
+    monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
+    capsys.readouterr()
+    checked = evaluate(str(tmp_path / "shared"), None, Console())
+    assert "each prompt twice" in capsys.readouterr().out
+    for name, figure in checked["policy"].items():
+        assert figure is None or figure["value"] == pytest.approx(right["policy"][name]["value"], abs=1e-3)
