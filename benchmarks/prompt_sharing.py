@@ -21,7 +21,7 @@ from made import conversation_pairs  # noqa: E402
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MICRO_BATCHES = (2, 4)
-STEPS, ROUNDS = 3, 3
+STEPS, ROUNDS = 3, 2
 PATHS = {"each prompt twice": "false", "each prompt once": "true"}
 
 

@@ -41,7 +41,7 @@ def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -
 def test_a_broken_mask_falls_back_to_the_plain_path(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the rejected response made to see the chosen one, the run says so and leaves the plain path's adapter, to the bit."""
+    """When rejected sees chosen, the run says so, and its adapter is that of the plain path to the bit."""
     plain = run("plain", prompt_sharing=False)
     lay_out = sharing.lay_out
     monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
