@@ -21,7 +21,7 @@ from made import conversation_pairs  # noqa: E402
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MICRO_BATCHES = (2, 4)
-STEPS, ROUNDS = 3, 2
+STEPS, ROUNDS = 2, 2
 PATHS = {"each prompt twice": "false", "each prompt once": "true"}
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         for batch in MICRO_BATCHES:
             data = Path(place) / f"pairs-{batch}.jsonl"
-            rows = conversation_pairs(batch * STEPS, turn_words=40, answer_words=30)
+            rows = conversation_pairs(batch * STEPS, turn_words=60, answer_words=30)
             data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in PATHS}
             for _ in range(ROUNDS):

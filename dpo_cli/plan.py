@@ -38,17 +38,33 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Whether each prompt goes through the model once for both responses, and why."""
+
+    shared: bool
+    why: str
+
+
+# What `prompt_sharing` says before a model is loaded.
+EXPECTED: dict[bool | str, Scoring] = {
+    "auto": Scoring(True, "each prompt once, where this model allows it"),
+    True: Scoring(True, "each prompt once"),
+    False: Scoring(False, 'each prompt twice: "prompt_sharing" is false'),
+}
+
+
+@dataclass(frozen=True)
 class Plan:
     """A resolved run: device, precision, checkpointing and batch are decided.
 
-    One choice stays open until the model is loaded: `prompt_sharing` "auto", which scores the first pairs both ways.
+    How prompts are scored is settled with the loaded model; until then `scoring` says what is expected.
     """
 
     config: Config
     sources: dict[str, Source]
     counts: Counts | None
     memory: Bill | None
-    scoring: str  # whether prompts are shared, and why
+    scoring: Scoring
     notes: tuple[str, ...]
 
     @property
@@ -82,20 +98,13 @@ class Plan:
             "sources": self.sources,
             "counts": vars(self.counts) if self.counts else None,
             "memory": self.memory.to_json() if self.memory else None,
-            "scoring": self.scoring,
+            "scoring": vars(self.scoring),
             "notes": list(self.notes),
         }
 
 
-# How prompts are scored, by `prompt_sharing`, before a model is loaded.
-SCORING: dict[bool | str, str] = {
-    "auto": "each prompt once, where this model allows it",
-    True: "each prompt once",
-    False: 'each prompt twice: "prompt_sharing" is false',
-}
-
 # What the machine, not the user or a default, decides.
-MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing", "prompt_sharing"}) | {
+MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
 }
@@ -105,20 +114,18 @@ def resolve(
     loaded: Loaded,
     machine: Machine,
     counts: Counts | None = None,
-    scoring: tuple[bool, str] | None = None,
+    scoring: Scoring | None = None,
     vram_gb: float | None = None,
 ) -> Plan:
     """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's.
 
-    `scoring` is what the loaded model decided: whether prompts are shared, and why. Before that, prompts are taken to be
-    shared unless the config says no.
+    `scoring` is what the loaded model decided; before that, prompts are taken to be shared unless the config says no.
     """
     config = loaded.require()
     decided = _decided(config, loaded.file, machine, on_gpu=vram_gb is not None)
     memory: Bill | None = None
     notes: list[str] = []
-    if scoring is not None:
-        decided["prompt_sharing"] = scoring[0]
+    scoring = scoring or EXPECTED[config.prompt_sharing]
     facts = models.model_facts(config.model_name)
     if facts is None:
         notes.append("the shape of this model is not known here, so there is no memory bill")
@@ -128,7 +135,7 @@ def resolve(
         wanted = Settings(
             batch=config.per_device_train_batch_size,
             length=counts.longest if counts else config.max_seq_length,
-            pair_tokens=counts.longest_pair if counts and decided["prompt_sharing"] else None,
+            pair_tokens=counts.longest_pair if counts and scoring.shared else None,
             rank=config.lora_r,
             four_bit=config.use_4bit,
             bytes_per_value=2 if decided["bf16"] or decided["fp16"] else 4,
@@ -149,8 +156,7 @@ def resolve(
     changed = {key for key, value in decided.items() if getattr(config, key) != value}
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys(changed & MEASURED, "measured")
-    how = scoring[1] if scoring else SCORING[config.prompt_sharing]
-    return Plan(replace(config, **decided), sources, counts, memory, how, tuple(notes))
+    return Plan(replace(config, **decided), sources, counts, memory, scoring, tuple(notes))
 
 
 DOES_NOT_FIT = "does-not-fit"
@@ -249,7 +255,6 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
     name = Path(file).stem if file != "-" else "stdin"
     return {
         "device": device,
-        "prompt_sharing": config.prompt_sharing,
         "bf16": bf16,
         "fp16": fp16,
         "lora_alpha": config.lora_alpha or 2 * config.lora_r,

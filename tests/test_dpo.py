@@ -76,11 +76,11 @@ def make_trainer(
     **options: object,
 ) -> tuple[PairTrainer, list[EncodedPair]]:
     pairs = encode([to_pair(made_row(i), i + 1) for i in range(8)], tokenizer)
-    plan = make_plan(tmp_path, lora_dropout=dropout, **options)
+    plan = make_plan(tmp_path, lora_dropout=dropout, prompt_sharing=states is scoring.shared_states, **options)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
     model = tiny_model(family, torch.float32)
     sharing.enable(model)
-    return build_trainer(model, adapter, tokenizer, plan, pairs, [], states, lambda model: {}), pairs
+    return build_trainer(model, adapter, tokenizer, plan, pairs, [], lambda model: {}), pairs
 
 
 PATHS = pytest.mark.parametrize("states", [scoring.plain_states, scoring.shared_states])

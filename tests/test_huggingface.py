@@ -20,7 +20,7 @@ from dpo_cli.evaluation.metrics import score_pairs
 from dpo_cli.providers import huggingface
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.training.dpo import build_trainer
-from dpo_cli.training.scoring import choose_path
+from dpo_cli.training.scoring import choose, states_of
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -71,13 +71,13 @@ def test_4bit_trains_after_an_evaluation(tmp_path: Path, tiny_model_dir: Path, t
         provider = HuggingFace(str(tiny_model_dir))
         pairs = encode([to_pair(made_row(i), i) for i in range(8)], tokenizer)
         base = provider.base_model(plan)
-        path = choose_path(base, pairs, tokenizer.pad_token_id, True)  # so 4-bit weights share prompts too
+        assert choose(base, pairs, tokenizer.pad_token_id, "auto").shared  # so 4-bit weights share prompts too
         adapter = provider.adapter_config(plan, base)
-        trainer = build_trainer(base, adapter, tokenizer, plan, pairs, [], path.states, lambda model: {})
+        trainer = build_trainer(base, adapter, tokenizer, plan, pairs, [], lambda model: {})
         assert type(base.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
         if evaluate_first:
             assert isinstance(trainer.model, PeftModel)
-            score_pairs(trainer.model, pairs, path.states, tokenizer.pad_token_id, 4, torch.float32)
+            score_pairs(trainer.model, pairs, states_of(plan.scoring), tokenizer.pad_token_id, 4, torch.float32)
         trainer.train()
         return float(trainer.state.log_history[0]["grad_norm"])
 

@@ -50,21 +50,33 @@ def test_a_broken_mask_falls_back_to_the_plain_path(
     shown = capsys.readouterr().out
     assert "scoring: each prompt twice: shared prompts move this model's log-probs by" in shown
     assert "each prompt twice" in (tmp_path / "fallen" / "train.log").read_text(encoding="utf-8")
-    assert (fallen["config"]["prompt_sharing"], fallen["sources"]["prompt_sharing"]) == (False, "measured")
-    assert "nats a token" in fallen["scoring"]
-    assert (plain["config"]["prompt_sharing"], plain["sources"]["prompt_sharing"]) == (False, "config")
+    assert fallen["scoring"]["shared"] is False and "nats a token" in fallen["scoring"]["why"]
+    assert fallen["config"]["prompt_sharing"] == "auto"
+    assert plain["scoring"] == {"shared": False, "why": 'each prompt twice: "prompt_sharing" is false'}
     weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "fallen")]
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
     with pytest.raises(RunFailed, match="nats a token"):
         run("demanded", prompt_sharing=True)
 
 
+def test_a_plan_that_is_trained_again_checks_again(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan repeats the wish ("auto"), not what came of it on another machine."""
+    run("first")
+    lay_out = sharing.lay_out
+    monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
+    loaded = load(str(tmp_path / "first" / "plan.json"), [f"output_dir={tmp_path / 'again'}"])
+    summary, _ = train(loaded, inspect(loaded, probe()), probe(), Console(), overwrite=False, dry_run=False)
+    plan = json.loads((tmp_path / "again" / "plan.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 5 and plan["scoring"]["shared"] is False
+
+
 def test_an_evaluation_checks_again(
     run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The plan keeps what its machine measured; another machine, or another version of a library, may be different."""
-    plan = run("shared")
-    assert (plan["config"]["prompt_sharing"], plan["sources"]["prompt_sharing"]) == (True, "measured")
+    """The plan keeps what was decided on its machine; another machine, or another version of a library, may be different."""
+    assert run("shared")["scoring"]["shared"] is True
     right = evaluate(str(tmp_path / "shared"), None, Console())
     lay_out = sharing.lay_out
     monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))

@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CONFIGS, SHAPE, tiny_model
-from transformers import AutoModelForCausalLM, BloomConfig, Lfm2Config, MambaConfig, PreTrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GptOssConfig,
+    Lfm2Config,
+    MambaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+)
 
 from dpo_cli.data.formats import Pair
 from dpo_cli.data.tokens import EncodedPair
@@ -97,17 +105,31 @@ def pairs(sizes: list[tuple[int, int, int]]) -> list[EncodedPair]:
 PAIRS = pairs([(9, 7, 8), (2, 3, 1), (5, 6, 2)])
 
 
+def test_sinks_and_experts_share_prompts() -> None:
+    """GPT-OSS has attention sinks and windows (and only eager attention), Mixtral experts."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    for config in (GptOssConfig(**SHAPE, **experts, sliding_window=4), MixtralConfig(**SHAPE, **experts)):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        assert scoring.choose(model, PAIRS, 2, "auto").shared, config.model_type
+
+
+def test_nothing_to_compare_is_no_agreement() -> None:
+    decided = scoring.choose(tiny_model("llama"), pairs([(5, 0, 0)]), 2, "auto")
+    assert not decided.shared
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_attention_models_share_prompts(family: str) -> None:
-    path = scoring.choose_path(tiny_model(family, torch.float32), PAIRS, 2, "auto")
-    assert path.shares and path.why.startswith("each prompt once")
-    assert "within" in path.why
+    decided = scoring.choose(tiny_model(family, torch.float32), PAIRS, 2, "auto")
+    assert decided.shared and decided.why.startswith("each prompt once")
+    assert "which is rounding" in decided.why
 
 
 def test_false_takes_the_plain_path_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "lay_out", lambda *_: pytest.fail("prompts were laid out"))
-    path = scoring.choose_path(tiny_model("llama"), PAIRS, 2, False)
-    assert not path.shares and '"prompt_sharing" is false' in path.why
+    decided = scoring.choose(tiny_model("llama"), PAIRS, 2, False)
+    assert not decided.shared and '"prompt_sharing" is false' in decided.why
 
 
 def rejected_sees_chosen(layout: sharing.Layout) -> sharing.Layout:
@@ -126,7 +148,15 @@ def one_token_late(layout: sharing.Layout) -> sharing.Layout:
     return replace(layout, place=layout.place.roll(1, dims=1))
 
 
-BREAKS = [rejected_sees_chosen, pairs_see_each_other, positions_run_on, one_token_late]
+def rejected_one_late(layout: sharing.Layout) -> sharing.Layout:
+    """The positions of the first pair's rejected response begin one after they should."""
+    prompt, chosen, rejected = layout.pairs[0]
+    late = layout.position_ids.clone()
+    late[:, prompt + chosen : prompt + chosen + rejected] += 1
+    return replace(layout, position_ids=late)
+
+
+BREAKS = [rejected_one_late, rejected_sees_chosen, pairs_see_each_other, positions_run_on, one_token_late]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -137,21 +167,21 @@ def test_a_broken_layout_is_seen_and_not_used(
     lay_out = sharing.lay_out
     monkeypatch.setattr(sharing, "lay_out", lambda *rows: break_it(lay_out(*rows)))
     model = tiny_model("qwen3", dtype)
-    path = scoring.choose_path(model, PAIRS, 2, "auto")
-    assert path.states is scoring.plain_states
-    assert path.why.startswith("each prompt twice") and "nats a token" in path.why
+    decided = scoring.choose(model, PAIRS, 2, "auto")
+    assert not decided.shared
+    assert decided.why.startswith("each prompt twice") and "nats a token" in decided.why
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(RunFailed, match="nats a token"):
-        scoring.choose_path(model, PAIRS, 2, True)
+        scoring.choose(model, PAIRS, 2, True)
 
 
 def test_a_window_that_is_not_told_to_attention_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family whose layers did not say their window would attend too far: only the longest pair shows it."""
     mask = sharing._mask
     monkeypatch.setattr(sharing, "_mask", lambda *args: mask(*args[:-1], None))
-    assert not scoring.choose_path(tiny_model("mistral", torch.float32), PAIRS, 2, "auto").shares
+    assert not scoring.choose(tiny_model("mistral", torch.float32), PAIRS, 2, "auto").shared
     short = pairs([(1, 2, 2)])
-    assert scoring.choose_path(tiny_model("mistral", torch.float32), short, 2, "auto").shares
+    assert scoring.choose(tiny_model("mistral", torch.float32), short, 2, "auto").shared
 
 
 def test_a_model_that_fails_on_a_layout_is_scored_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +189,8 @@ def test_a_model_that_fails_on_a_layout_is_scored_plainly(monkeypatch: pytest.Mo
         raise TypeError("forward() got an unexpected keyword argument 'layout'")
 
     monkeypatch.setattr(sharing.Layout, "inputs", no_such_argument)
-    path = scoring.choose_path(tiny_model("llama"), PAIRS, 2, "auto")
-    assert not path.shares and "unexpected keyword argument" in path.why
+    decided = scoring.choose(tiny_model("llama"), PAIRS, 2, "auto")
+    assert not decided.shared and "unexpected keyword argument" in decided.why
 
 
 @pytest.mark.parametrize(
@@ -175,7 +205,7 @@ def test_models_without_plain_attention_take_the_plain_path(config: PreTrainedCo
     """State-space and convolution layers, and ALiBi, whose distances are read off the mask."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    path = scoring.choose_path(model, PAIRS, 2, "auto")
-    assert not path.shares and reason in path.why
+    decided = scoring.choose(model, PAIRS, 2, "auto")
+    assert not decided.shared and reason in decided.why
     with pytest.raises(RunFailed, match="prompt_sharing"):
-        scoring.choose_path(model, PAIRS, 2, True)
+        scoring.choose(model, PAIRS, 2, True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 
 from dpo_cli.data.tokens import EncodedPair
-from dpo_cli.training import head
+from dpo_cli.training.head import Head, score_tokens, token_kl
 from dpo_cli.training.scoring import States, collate
 from dpo_cli.training.sharing import IGNORED
 
@@ -49,7 +49,7 @@ def score_pairs(
     """
     model.eval()
     base = model.get_base_model()
-    lm_head = head.Head.of(base)
+    head = Head.of(base)
     columns = np.zeros((4, len(pairs), 2))
     by_length = sorted(range(len(pairs)), key=lambda i: pairs[i].length)  # so that little is padded
     for start in range(0, len(pairs), batch_size):
@@ -61,8 +61,8 @@ def score_pairs(
                 reference = states(base, **batch)
             labels = batch["labels"][:, 1:]
             scored = labels != IGNORED
-            values = [head.score_tokens(hidden, labels[scored], lm_head).log_probs for hidden in (policy, reference)]
-            values += [torch.ones_like(values[0]), head.token_kl(policy, reference, lm_head)]
+            values = [score_tokens(hidden, labels[scored], head).log_probs for hidden in (policy, reference)]
+            values += [torch.ones_like(values[0]), token_kl(policy, reference, head)]
         for column, value in zip(columns, values, strict=True):
             sums = value.new_zeros(scored.shape).masked_scatter(scored, value).double().sum(dim=1)
             column[rows] = sums.view(2, len(rows)).T.cpu().numpy()

@@ -109,10 +109,9 @@ def build_trainer(
     plan: Plan,
     train: Sequence[EncodedPair],
     held_out: Sequence[EncodedPair],
-    states: scoring.States,
     run_evaluation: Evaluate,
 ) -> PairTrainer:
-    """The trainer of a plan, with a fresh adapter on `model`, scoring by `states`; its figures leave through callbacks.
+    """The trainer of a plan, with a fresh adapter on `model`; its figures leave through callbacks.
 
     The adapter is left to TRL, which then knows that the reference is the model with the adapter off.
     """
@@ -123,7 +122,7 @@ def build_trainer(
         eval_dataset=_rows(held_out) if held_out else None,
         processing_class=tokenizer,
         peft_config=adapter,
-        states=states,
+        states=scoring.states_of(plan.scoring),
         run_evaluation=run_evaluation,
     )
     trainer.remove_callback(PrinterCallback)

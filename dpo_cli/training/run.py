@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.metrics import PairScores, figures, point_figures, score_pairs
 from dpo_cli.evaluation.samples import side_by_side
 from dpo_cli.hardware.probe import Machine, probe
-from dpo_cli.plan import Counts, Inspection, Plan, does_not_fit, inspect, resolve
+from dpo_cli.plan import Counts, Inspection, Plan, Scoring, does_not_fit, inspect, resolve
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.card import card
@@ -34,7 +36,7 @@ from dpo_cli.runs.manifest import manifest
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.callbacks.stop import StopOnSignal
 from dpo_cli.training.dpo import build_trainer
-from dpo_cli.training.scoring import PLAIN, ScoringPath, choose_path
+from dpo_cli.training.scoring import choose, states_of
 
 SAMPLES = 3
 
@@ -63,14 +65,12 @@ def train(
     run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
     with log_to(run.log), StopOnSignal(console.line) as stop, console.training(plan.total_steps) as view:
         base = provider.base_model(plan)
-        path = choose_path(base, [*train_pairs, *held_out], int(tokenizer.pad_token_id), plan.config.prompt_sharing)
-        console.line(f"scoring: {path.why}")
-        plan = resolve(loaded, machine, counts, (path.shares, path.why))  # without sharing it may take other micro-batches
-        _require_fit(plan, loaded)
+        pairs, pad_token_id = [*train_pairs, *held_out], int(tokenizer.pad_token_id)
+        plan = _settled(plan, choose(base, pairs, pad_token_id, plan.config.prompt_sharing), loaded, machine, console)
         run.write_json(PLAN, plan.to_json())
         adapter = provider.adapter_config(plan, base)
-        evaluate = partial(_point_figures, pairs=held_out, path=path, tokenizer=tokenizer, plan=plan)
-        trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, path.states, evaluate)
+        evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
+        trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, evaluate)
         record = Record(trainer.totals, [run.append_line, view.show, log_line])
         trainer.add_callback(record)
         trainer.add_callback(stop)
@@ -93,7 +93,7 @@ def train(
         "adapter_sha256": run.write_adapter(partial(_save, trainer.model, tokenizer)),
     }
     run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
-    judged = _judge(trainer.model, tokenizer, held_out if code is Exit.DONE else [], path, plan)
+    judged = _judge(trainer.model, tokenizer, held_out if code is Exit.DONE else [], plan)
     summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
     run.write_json(SUMMARY, summary)
     run.write_card(card(plan, summary["steps"], judged))
@@ -119,10 +119,11 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
         train_pairs, held_out, _ = _prepare(data.pairs, tokenizer, plan)
         pairs = train_pairs if dataset else held_out
         model = provider.with_adapter(plan, run.adapter)
-        base, pad_token_id = model.get_base_model(), int(tokenizer.pad_token_id)
-        path = choose_path(base, pairs, pad_token_id, plan.config.prompt_sharing) if pairs else PLAIN
-        console.line(f"scoring: {path.why}")
-        judged = _judge(model, tokenizer, pairs, path, plan)
+        if pairs:
+            base, pad_token_id = model.get_base_model(), int(tokenizer.pad_token_id)
+            plan = replace(plan, scoring=choose(base, pairs, pad_token_id, plan.config.prompt_sharing))
+            _tell_scoring(plan, console)
+        judged = _judge(model, tokenizer, pairs, plan)
         shown = side_by_side(model, tokenizer, pairs, SAMPLES, getattr(torch, plan.dtype))
     samples = [sample.to_json() for sample in shown]
     console.judgement(judged, samples)
@@ -152,7 +153,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("left out", f"{counts.too_long} pairs longer than max_seq_length {config.max_seq_length}"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} pairs ({batch} x {accumulation})"),
         ("learning", f"rate {config.learning_rate:g}, beta {config.beta:g}, LoRA rank {config.lora_r}"),
-        ("scoring", plan.scoring),
+        ("scoring", plan.scoring.why),
         ("runs on", f"{config.device}, {plan.dtype}" + (", 4-bit base" if config.use_4bit else "")),
         ("writes to", str(plan.run_dir)),
     ]
@@ -188,33 +189,46 @@ def _prepare(
     return train, held_out, counts
 
 
+def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console) -> Plan:
+    """The plan with what the loaded model decided: where prompts cannot be shared, micro-batches may have to be smaller."""
+    assert plan.counts is not None
+    settled = resolve(loaded, machine, plan.counts, scoring)
+    _tell_scoring(settled, console)
+    for note in settled.notes:
+        if note not in plan.notes:
+            console.line(f"note: {note}")
+    _require_fit(settled, loaded)
+    return settled
+
+
+def _tell_scoring(plan: Plan, console: Console) -> None:
+    console.line(f"scoring: {plan.scoring.why}")
+    logging.getLogger("dpo").info("scoring: %s", plan.scoring.why)
+
+
 def _require_fit(plan: Plan, loaded: Loaded) -> None:
     if (misfit := does_not_fit(plan)) is not None:
         raise DoesNotFit([loaded.placed(misfit)])
 
 
 def _point_figures(
-    model: PeftModel, pairs: Sequence[EncodedPair], path: ScoringPath, tokenizer: PreTrainedTokenizerBase, plan: Plan
+    model: PeftModel, pairs: Sequence[EncodedPair], tokenizer: PreTrainedTokenizerBase, plan: Plan
 ) -> dict[str, float]:
-    return point_figures(_score(model, pairs, path, tokenizer, plan), plan.config.beta)
+    return point_figures(_score(model, pairs, tokenizer, plan), plan.config.beta)
 
 
-def _score(
-    model: PeftModel, pairs: Sequence[EncodedPair], path: ScoringPath, tokenizer: PreTrainedTokenizerBase, plan: Plan
-) -> PairScores:
+def _score(model: PeftModel, pairs: Sequence[EncodedPair], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> PairScores:
     batch_size, dtype = plan.config.per_device_eval_batch_size, getattr(torch, plan.dtype)
-    return score_pairs(model, pairs, path.states, int(tokenizer.pad_token_id), batch_size, dtype)
+    return score_pairs(model, pairs, states_of(plan.scoring), int(tokenizer.pad_token_id), batch_size, dtype)
 
 
-def _judge(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], path: ScoringPath, plan: Plan
-) -> dict[str, Any]:
+def _judge(model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], plan: Plan) -> dict[str, Any]:
     """The figures of `eval --json`; the three objects are null when there is nothing to judge on."""
     prompts = [pair.pair.prompt_key for pair in pairs]
     counts: dict[str, Any] = {"pairs": len(pairs), "prompts": len(set(prompts))}
     if not pairs:
         return {**counts, "policy": None, "base": None, "gain": None}
-    return {**counts, **figures(_score(model, pairs, path, tokenizer, plan), prompts, plan.config.beta)}
+    return {**counts, **figures(_score(model, pairs, tokenizer, plan), prompts, plan.config.beta)}
 
 
 def _save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:

@@ -9,7 +9,7 @@ A micro-batch of B pairs comes from TRL as 2B padded rows, chosen rows first:
 
 The token at position t is predicted by the hidden state at t - 1, so the first response token comes from the last prompt
 token. Two functions find the states marked x, in the same order: `plain_states` runs the rows as they are, `shared_states`
-runs the layout of training/sharing.py. Training, reference and evaluation all take the one that `choose_path` returns.
+runs the layout of training/sharing.py. Training, reference and evaluation all take what `choose` decides.
 """
 
 from __future__ import annotations
@@ -18,18 +18,17 @@ import functools
 import logging
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.data.tokens import EncodedPair
 from dpo_cli.errors import RunFailed
-from dpo_cli.plan import SCORING
+from dpo_cli.plan import EXPECTED, Scoring
 from dpo_cli.training import sharing
 from dpo_cli.training.head import Head, score_tokens
 from dpo_cli.training.sharing import IGNORED
@@ -37,8 +36,8 @@ from dpo_cli.training.sharing import IGNORED
 # Parts of TRL's contract that its DPOTrainer does not use; other trainers do, and would get a wrong loss without them.
 UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads of a row
-# Mean difference of a response's log-probs, nats per token, that rounding explains; tests/test_smollm2.py prints what it is.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
+# The least difference of log-probs that is taken for rounding, nats per token; tests/test_smollm2.py prints real ones.
+SMALLEST_ALLOWANCE = 1e-4
 
 States = Callable[..., Tensor]
 
@@ -48,71 +47,75 @@ def plain_states(model: PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Te
 
     `labels` is (rows, length) with `IGNORED` outside the responses; `inputs` go to the backbone as they are.
     """
-    inputs.pop("use_cache", None)
     hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     return hidden[labels[:, 1:] != IGNORED]
 
 
-def shared_states(
-    model: PreTrainedModel, labels: Tensor, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False
-) -> Tensor:
+def shared_states(model: PreTrainedModel, labels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Run the backbone on each prompt once: the same states as `plain_states`, (n, H), in the same order."""
     layout = sharing.lay_out(input_ids, attention_mask, labels)
     hidden: Tensor = model.base_model(**layout.inputs(), use_cache=False).last_hidden_state[0]
     return hidden[layout.place[:, :-1][labels[:, 1:] != IGNORED]]
 
 
-@dataclass(frozen=True)
-class ScoringPath:
-    """How response tokens are scored in a run, and why."""
-
-    states: States
-    why: str
-
-    @property
-    def shares(self) -> bool:
-        return self.states is shared_states
+def states_of(scoring: Scoring) -> States:
+    return shared_states if scoring.shared else plain_states
 
 
-PLAIN = ScoringPath(plain_states, SCORING[False])
+def choose(model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, prompt_sharing: bool | str) -> Scoring:
+    """How a run scores, by its `prompt_sharing`: shared prompts only where this model then gives the same log-probs.
 
-
-def choose_path(
-    model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, prompt_sharing: bool | str
-) -> ScoringPath:
-    """The path of a run, by its `prompt_sharing`: shared prompts only where this model gives the plain path's log-probs.
-
-    The longest and the shortest pair are scored both ways, so that windows are exceeded if they ever are and two pairs share
-    a row. Raises `RunFailed` where sharing is demanded (true) and not exact.
+    Raises `RunFailed` where sharing is demanded (true) and not exact.
     """
     if prompt_sharing is False:
-        return PLAIN
+        return EXPECTED[False]
     by_length = sorted(pairs, key=lambda pair: pair.length)
     why_not = sharing.obstacle(model)
-    apart = 0.0
     if why_not is None:
+        # The longest pair exceeds a window if any does; with the shortest beside it there are two in the row.
         batch = collate([by_length[-1], by_length[0]], pad_token_id, model.device)
-        plain = response_log_probs(model, plain_states, batch)
         sharing.enable(model)
-        try:
-            apart = disagreement(plain, response_log_probs(model, shared_states, batch), batch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a model unknown to us may fail in any way; it is then scored the way it was made for
-            why_not = f"this model cannot run shared prompts ({type(error).__name__}: {error})"
-        else:
-            if not apart <= (allowed := TOLERANCE[model.dtype]):
-                why_not = f"shared prompts move this model's log-probs by {apart:.2g} nats a token ({allowed:g} allowed)"
-    if why_not is None:
-        agreement = f"the plain path's log-probs within {apart:.0e} nats a token"
-        path = ScoringPath(shared_states, f"each prompt once: on the longest and the shortest pair, {agreement}")
-    else:
+        exact, finding = _try_sharing(model, batch)
+        if exact:
+            return Scoring(True, f"each prompt once: {finding}")
         sharing.disable(model)
-        if prompt_sharing is True:
-            raise RunFailed(f'"prompt_sharing" is true, but {why_not}', 'leave it at "auto": the plain path is used then')
-        path = ScoringPath(plain_states, f"each prompt twice: {why_not}")
-    logging.getLogger("dpo").info("scoring: %s", path.why)
-    return path
+        why_not = finding
+    if prompt_sharing is True:
+        raise RunFailed(f'"prompt_sharing" is true, but {why_not}', 'with "auto" the padded rows are used instead')
+    return Scoring(False, f"each prompt twice: {why_not}")
+
+
+def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[bool, str]:
+    """Score a micro-batch both ways: whether the log-probs are the same but for rounding, and the finding in words.
+
+    What rounding does to this model in its dtype is measured: on each row by itself, with and without padding.
+    """
+    plain = _alone(model, batch, padding=0)
+    rounding = disagreement(plain, _alone(model, batch, padding=8), batch)
+    allowed = max(SMALLEST_ALLOWANCE, 4 * torch.finfo(model.dtype).eps, 4 * rounding)
+    try:
+        apart = disagreement(plain, response_log_probs(model, shared_states, batch), batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model unknown to us may fail in any way; it is then scored the way it was made for
+        logging.getLogger("dpo").exception("shared prompts failed")
+        return False, f"this model cannot run shared prompts ({type(error).__name__}: {error})"
+    if len(plain) and apart <= allowed:
+        return True, f"log-probs differ from those of padded rows by {apart:.0e} nats a token, which is rounding"
+    return False, f"shared prompts move this model's log-probs by {apart:.2g} nats a token ({allowed:.1g} allowed for rounding)"
+
+
+def _alone(model: PreTrainedModel, batch: Mapping[str, Tensor], padding: int) -> Tensor:
+    """The log-probs of a micro-batch, (n,), each of its rows run by itself with `padding` tokens after it."""
+    parts = []
+    for row, size in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
+        filler = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+        inputs = {
+            name: nn.functional.pad(batch[name][row : row + 1, :size], (0, padding), value=value)
+            for name, value in filler.items()
+        }
+        parts.append(response_log_probs(model, plain_states, inputs))
+    return torch.cat(parts)
 
 
 def response_log_probs(model: PreTrainedModel, states: States, batch: Mapping[str, Tensor]) -> Tensor:
@@ -148,6 +151,7 @@ def attach(model: PreTrainedModel, states: States, temperature: float = 1.0) -> 
         if not fused_lm_head:
             return original(self, *args, labels=labels, **kwargs)
         given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names all it knows
+        given.pop("use_cache", None)
         if unknown := UNSUPPORTED & given.keys():
             raise NotImplementedError(f"the head does not honour {', '.join(sorted(unknown))}")
         hidden = states(self, labels, **given)

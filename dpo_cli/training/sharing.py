@@ -89,9 +89,11 @@ def obstacle(model: PreTrainedModel) -> str | None:
         return "this is an encoder-decoder model"
     if strange or model._is_stateful:
         return f"this model has {', '.join(sorted(strange)) or 'recurrent'} layers, which pass a state from token to token"
-    implementation = model.config._attn_implementation.removeprefix(PREFIX)
-    if implementation not in IMPLEMENTATIONS or not model._can_set_attn_implementation():
-        return f"this model's attention ({implementation}) does not take pairs one by one"
+    parts = {
+        part.config._attn_implementation.removeprefix(PREFIX) for part in model.modules() if isinstance(part, PreTrainedModel)
+    }
+    if len(parts) > 1 or not parts <= IMPLEMENTATIONS or not model._can_set_attn_implementation():
+        return f"this model's attention ({', '.join(sorted(parts))}) does not take pairs one by one"
     return None
 
 
@@ -100,10 +102,10 @@ def enable(model: PreTrainedModel) -> None:
 
     Its attention implementation is registered with transformers a second time, under a name of ours, wrapped in `_attend`.
     """
-    inner = model.config._attn_implementation.removeprefix(PREFIX)
-    AttentionInterface.register(PREFIX + inner, partial(_attend, inner))
-    AttentionMaskInterface.register(PREFIX + inner, AttentionMaskInterface()[inner])
-    model.set_attn_implementation(PREFIX + inner)
+    name = model.config._attn_implementation.removeprefix(PREFIX)
+    AttentionInterface.register(PREFIX + name, partial(_attend, name))
+    AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
+    model.set_attn_implementation(PREFIX + name)
 
 
 def disable(model: PreTrainedModel) -> None:
@@ -112,7 +114,7 @@ def disable(model: PreTrainedModel) -> None:
 
 
 def _attend(
-    inner: str,
+    name: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -122,11 +124,11 @@ def _attend(
     layout: Layout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of the implementation `inner`, within each sequence of the layout.
+    """Attention of the implementation `name`, within each sequence of the layout.
 
     query is (1, heads, N, d), key and value (1, key-value heads, N, d), the output (1, N, heads, d).
     """
-    function = _implementation(inner, module)
+    function = _implementation(name, module)
     if layout is None:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
     window = kwargs.get("sliding_window")
@@ -138,7 +140,7 @@ def _attend(
     outputs = []
     for q, k, v in zip(queries, keys, values, strict=True):
         if q.shape[2]:
-            mask = _mask(inner, layout, module, q, k.shape[2], window)
+            mask = _mask(name, layout, module, q, k.shape[2], window)
             outputs.append(function(module, q, k, v, mask, *args, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
@@ -150,12 +152,12 @@ def _implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor,
     return function
 
 
-def _mask(inner: str, layout: Layout, module: nn.Module, query: Tensor, keys: int, window: int | None) -> Tensor | None:
+def _mask(name: str, layout: Layout, module: nn.Module, query: Tensor, keys: int, window: int | None) -> Tensor | None:
     """transformers' own causal or sliding-window mask when `query` is the last of `keys` tokens; None where none is needed."""
     queries = query.shape[2]
     wanted = (queries, keys, window)
     if wanted not in layout.masks:
-        layout.masks[wanted] = AttentionMaskInterface()[inner](
+        layout.masks[wanted] = AttentionMaskInterface()[name](
             batch_size=1,
             q_length=queries,
             kv_length=keys,
