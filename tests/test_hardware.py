@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -106,6 +106,36 @@ def test_activations_are_what_autograd_keeps(shared: bool) -> None:
     settings = Settings(batch=2, length=128, rank=8, four_bit=False, bytes_per_value=2, checkpointing=False)
     settings = replace(settings, pair_tokens=160 if shared else None)
     assert sum(kept.values()) == pytest.approx(bill(facts, settings, None).components["activations"], rel=0.05)
+
+
+def test_a_soft_capped_attention_is_billed_what_autograd_keeps() -> None:
+    """The (queries, keys) tensors that eager attention keeps for the backward pass, of two sequences in bf16: within 5 %."""
+    model = tiny_model("gemma2", torch.bfloat16)
+    model.set_attn_implementation("eager")
+    facts = _config_facts(model.config.to_dict())
+    assert facts is not None and facts.attn_logit_softcapping == 2.0
+    settings = Settings(batch=1, length=128, rank=8, four_bit=False, bytes_per_value=2, checkpointing=False)
+
+    def kept(length: int) -> int:
+        sizes: dict[int, int] = {}
+        alive: list[torch.Tensor] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dim() > 2 and tensor.shape[-2:] == (length, length) and tensor.is_floating_point():
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                alive.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.base_model(input_ids=torch.randint(3, 300, (2, length)))
+        return sum(sizes.values())
+
+    def billed(length: int) -> float:
+        with_cap = bill(facts, replace(settings, length=length), None).components["activations"]
+        without = bill(replace(facts, attn_logit_softcapping=None), replace(settings, length=length), None)
+        return with_cap - without.components["activations"]
+
+    assert kept(128) == pytest.approx(billed(128), rel=0.05)
 
 
 def test_fit_changes_only_what_leaves_the_training_the_same() -> None:

@@ -119,12 +119,16 @@ def _activations(facts: ModelFacts, settings: Settings) -> float:
     MLP gate, up and silu(gate) (3i); and in float32 the inputs of both norms (2h). A checkpointed block keeps only its
     input; one block at a time is then recomputed, with its gradients alongside. With shared prompts the rejected response
     attends to keys and values put together for it, the prompt's and its own, one per head (2q per token of prompt + rejected).
+    Attention with a soft-cap has no fused kernel and keeps, for each head and each query with each key of a sequence, the
+    tanh and the probabilities in the compute dtype and the softmax in float32.
     """
     h, i, width = facts.hidden_size, facts.intermediate_size, settings.bytes_per_value
     q, kv = facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
     block = settings.tokens * (width * (5 * h + 3 * q + 2 * kv + 4 * i + 7 * settings.rank) + 4 * 2 * h)
     if settings.pair_tokens is not None:
         block += settings.batch * settings.length * width * 2 * q
+    if facts.attn_logit_softcapping is not None:
+        block += 2 * settings.batch * facts.num_attention_heads * settings.length**2 * (2 * width + 4)
     if settings.checkpointing:
         return settings.tokens * facts.num_hidden_layers * width * h + 1.5 * block
     return facts.num_hidden_layers * block

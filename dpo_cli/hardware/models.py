@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     tie_word_embeddings: bool
+    attn_logit_softcapping: float | None = None  # such attention runs without a fused kernel (Gemma 2)
 
     @property
     def linear_shapes(self) -> list[tuple[int, int]]:
@@ -96,7 +97,8 @@ def _config_facts(config: Mapping[str, Any]) -> ModelFacts | None:
     text = config.get("text_config", config)
     if any(text.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
         return None  # a mixture of experts is larger than its dense shape
-    values = {field.name: text.get(field.name) for field in fields(ModelFacts)}
+    names = [field.name for field in fields(ModelFacts) if field.default is MISSING]
+    values = {name: text.get(name) for name in names}
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = values["num_key_value_heads"] or heads
     if values["hidden_size"] and heads:
@@ -104,7 +106,7 @@ def _config_facts(config: Mapping[str, Any]) -> ModelFacts | None:
     values["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
     if None in values.values():
         return None
-    facts = ModelFacts(**values)
+    facts = ModelFacts(**values, attn_logit_softcapping=text.get("attn_logit_softcapping"))
     return facts if facts.parameters > 0 else None
 
 
@@ -125,4 +127,5 @@ def _gguf_facts(header: gguf.Header) -> ModelFacts | None:
         head_dim=values.get(f"{family}.attention.key_length", hidden // heads),
         vocab_size=values["tokenizer.ggml.tokens"],
         tie_word_embeddings="output.weight" not in header.tensors,
+        attn_logit_softcapping=values.get(f"{family}.attn_logit_softcapping"),
     )

@@ -50,7 +50,7 @@ class PairTotals:
 
     def __init__(self) -> None:
         self._figures: list[Tensor] = []
-        self.tokens = 0  # since the start
+        self.tokens = 0  # of both sequences of each pair since the start, so a shared prompt counts twice on either path
 
     def add(self, figures: Tensor, tokens: int) -> None:
         self._figures.append(figures.cpu())
