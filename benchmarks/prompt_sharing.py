@@ -78,7 +78,10 @@ def main() -> None:
                 f"micro-batches of {batch}: {counts['train_pairs']} pairs, {counts['train_tokens']} tokens, "
                 f"{counts['shared_tokens']} with each prompt once; losses differ by {apart:.0e} at most"
             )
-    print(f"\n{STEPS} steps a run, {ROUNDS} runs of each in turns, ratios of neighbours, {once[0]['dtype']}.")
+    print(
+        f"\n{STEPS} steps a run, {ROUNDS} runs of each in turns, ratios of neighbours, {once[0]['dtype']}. Not in the seconds:"
+    )
+    print("loading, and the two pairs that a run with shared prompts scores both ways before its first step.")
     print(".\n".join([*notes, machine_line()]) + ".")
 
 

@@ -1,6 +1,7 @@
 """The plan: every value of a run, where each came from, what was counted, and the memory bill. No torch.
 
-`plan.json` is written before the model is loaded, and `dpo train plan.json` repeats the run.
+`plan.json` is written before the model is loaded, and once more when the model has decided how prompts are scored;
+`dpo train plan.json` repeats the run.
 """
 
 from __future__ import annotations
