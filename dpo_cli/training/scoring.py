@@ -101,7 +101,7 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
         logging.getLogger("dpo").exception("shared prompts failed")
         return False, f"this model cannot run shared prompts ({type(error).__name__}: {error})"
     if len(plain) and apart <= allowed:
-        return True, f"log-probs differ from those of padded rows by {apart:.0e} nats a token, which is rounding"
+        return True, f"log-probs differ from those of separate rows by {apart:.0e} nats a token, which is rounding"
     return False, f"shared prompts move this model's log-probs by {apart:.2g} nats a token ({allowed:.1g} allowed for rounding)"
 
 
