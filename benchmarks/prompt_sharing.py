@@ -21,7 +21,7 @@ from made import conversation_pairs  # noqa: E402
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MICRO_BATCHES = (2, 4)
-STEPS, ROUNDS = 2, 2
+STEPS, ROUNDS = 2, 3
 PATHS = {"each prompt twice": "false", "each prompt once": "true"}
 
 
@@ -42,13 +42,14 @@ def train(data: Path, run: Path, batch: int, sharing: str) -> dict[str, Any]:
     words = ["train", file, f"prompt_sharing={sharing}", f"output_dir={run}", "--overwrite", "--json"]
     dpo = Path(sys.executable).parent / "dpo"
     done = subprocess.run([dpo, *words], cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "seconds": json.loads(done.stdout)["seconds"],
         "memory": lines[-1]["peak_memory_gb"],
         "losses": [line["loss"] for line in lines],
-        "counts": json.loads((run / "plan.json").read_text(encoding="utf-8"))["counts"],
-        "dtype": "bfloat16" if json.loads((run / "plan.json").read_text(encoding="utf-8"))["config"]["bf16"] else "float32",
+        "counts": plan["counts"],
+        "dtype": "bfloat16" if plan["config"]["bf16"] else "float32",
     }
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CONFIGS, SHAPE, tiny_model
+from conftest import CONFIGS, NO_HEAD_DIM, SHAPE, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DogeConfig,
     GptOssConfig,
     Lfm2Config,
     MambaConfig,
     MixtralConfig,
+    ModernBertDecoderConfig,
+    NemotronConfig,
+    Phi3Config,
     PreTrainedConfig,
 )
 
@@ -156,7 +161,23 @@ def rejected_one_late(layout: sharing.Layout) -> sharing.Layout:
     return replace(layout, position_ids=late)
 
 
-BREAKS = [rejected_one_late, rejected_sees_chosen, pairs_see_each_other, positions_run_on, one_token_late]
+def rejected_after_chosen(layout: sharing.Layout) -> sharing.Layout:
+    """The first token of each rejected response is predicted from the last chosen token: one token a response is wrong."""
+    place, start = layout.place.clone(), 0
+    for i, (prompt, chosen, rejected) in enumerate(layout.pairs):
+        place[len(layout.pairs) + i, prompt - 1] = start + prompt + chosen - 1
+        start += prompt + chosen + rejected
+    return replace(layout, place=place)
+
+
+BREAKS = [
+    rejected_after_chosen,
+    rejected_one_late,
+    rejected_sees_chosen,
+    pairs_see_each_other,
+    positions_run_on,
+    one_token_late,
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -169,9 +190,9 @@ def test_a_broken_layout_is_seen_and_not_used(
     model = tiny_model("qwen3", dtype)
     decided = scoring.choose(model, PAIRS, 2, "auto")
     assert not decided.shared
-    assert decided.why.startswith("each prompt twice") and "nats a token" in decided.why
+    assert decided.why.startswith("each prompt twice") and "of their size" in decided.why
     assert model.config._attn_implementation == "sdpa"
-    with pytest.raises(RunFailed, match="nats a token"):
+    with pytest.raises(RunFailed, match="of their size"):
         scoring.choose(model, PAIRS, 2, True)
 
 
@@ -182,6 +203,72 @@ def test_a_window_that_is_not_told_to_attention_is_seen(monkeypatch: pytest.Monk
     assert not scoring.choose(tiny_model("mistral", torch.float32), PAIRS, 2, "auto").shared
     short = pairs([(1, 2, 2)])
     assert scoring.choose(tiny_model("mistral", torch.float32), short, 2, "auto").shared
+
+
+@pytest.mark.parametrize("break_it", [None, *BREAKS])
+def test_long_responses_in_bf16_hide_nothing(
+    break_it: Callable[[sharing.Layout], sharing.Layout] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 rounding is larger than the effect of a position that is off by one; the check runs in float32 for that reason."""
+    lay_out = sharing.lay_out
+    if break_it is not None:
+        monkeypatch.setattr(sharing, "lay_out", lambda *rows: break_it(lay_out(*rows)))
+    model = tiny_model("llama", torch.bfloat16)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert scoring.choose(model, pairs([(60, 120, 80), (9, 40, 30)]), 2, "auto").shared == (break_it is None)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and torch.equal(parameter, before[name]), name
+
+
+def test_a_pair_as_long_as_the_model_can_read() -> None:
+    """GPT-2 has a position embedding for each of its positions and none beyond."""
+    config = copy.deepcopy(CONFIGS["gpt2"])
+    config.n_positions = 24
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert scoring.choose(model, pairs([(10, 14, 9), (2, 3, 1)]), 2, "auto").shared
+
+
+def test_rope_that_depends_on_the_length_of_the_batch() -> None:
+    """Phi-3's long RoPE scales by the longest position of a batch: sharing equals the padded rows, not each row alone."""
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    config = Phi3Config(**NO_HEAD_DIM, max_position_embeddings=64, original_max_position_embeddings=12, rope_parameters=factors)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert scoring.choose(model, pairs([(9, 9, 8), (2, 3, 1)]), 2, "auto").shared
+
+
+def test_attention_with_a_mask_of_its_own_is_measured() -> None:
+    """Doge adds a learned term of the keys to its mask; a row by itself has no mask and attends to what follows it."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(DogeConfig(**SHAPE), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".A"):
+                parameter.normal_(std=2.0)
+    assert not scoring.choose(model, PAIRS, 2, "auto").shared
+
+
+def test_attention_that_never_sees_the_layout_is_named() -> None:
+    """Nemotron's decoder layers do not hand keyword arguments on."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(NemotronConfig(**SHAPE), dtype=torch.float32).eval()
+    decided = scoring.choose(model, PAIRS, 2, "auto")
+    assert not decided.shared and "does not hand the layout" in decided.why
+
+
+@pytest.mark.parametrize("prompt_sharing", ["auto", False])
+def test_a_head_that_does_more_than_a_product_is_refused(prompt_sharing: bool | str) -> None:
+    """ModernBERT's decoder has a dense layer and a norm before its decoder matrix: our log-probs would be wrong on any path."""
+    config = ModernBertDecoderConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=2
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    with pytest.raises(RunFailed, match="not known here"):
+        scoring.choose(model, PAIRS, 2, prompt_sharing)
 
 
 def test_a_model_that_fails_on_a_layout_is_scored_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +283,8 @@ def test_a_model_that_fails_on_a_layout_is_scored_plainly(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4), "state from token to token"),
-        (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), "conv layers"),
+        (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4), "linear_attention"),
+        (Lfm2Config(**SHAPE, layer_types=["conv", "full_attention"]), "(conv)"),
         (BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4), "attention"),
     ],
 )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from made import norms_in_float64
 
 from dpo_cli.data.formats import Pair
 from dpo_cli.data.tokens import EncodedPair
@@ -45,19 +44,6 @@ BATCHES: dict[str, list[Ids]] = {
     "the padding token within": [([5, PAD, 6], [PAD, 7, PAD], [8, PAD])],
     "longer than every window": [pair(3, 17, 14), pair(19, 6, 8)],
 }
-
-
-def norms_in_float64(model: PreTrainedModel) -> None:
-    """transformers computes RMS norms in float32, which alone would cost nine digits."""
-
-    def exact(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        eps = getattr(module, "variance_epsilon", None) or module.eps
-        offset = 1 if "Gemma" in type(module).__name__ else 0
-        return lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * (module.weight + offset)
-
-    for module in model.modules():
-        if "RMSNorm" in type(module).__name__:
-            module.forward = exact(module)  # type: ignore[method-assign]
 
 
 def log_probs_and_gradients(

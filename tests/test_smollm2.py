@@ -70,7 +70,8 @@ def test_twenty_steps_are_the_same_on_both_paths(tmp_path: Path) -> None:
     """Gradient descent carries a gradient's rounding over as it is, and the adapters agree to 1e-5.
 
     AdamW divides each element of a gradient by its own size, so those that are nearly zero turn their rounding into whole
-    steps: there even the plain path, with the pairs of each micro-batch swapped, is further than 1e-5 from itself.
+    steps: there even the plain path, with the pairs of each micro-batch swapped, is further than 1e-5 from itself, and the
+    shared one is held to that. In float64 both optimizers agree (tests/test_dpo.py).
     """
     plain, shared = train(tmp_path, False, "sgd"), train(tmp_path, True, "sgd")
     assert max(plain[0]) - min(plain[0]) > 0.01  # it has moved
@@ -78,8 +79,8 @@ def test_twenty_steps_are_the_same_on_both_paths(tmp_path: Path) -> None:
     plain, shared = train(tmp_path, False), train(tmp_path, True)
     assert max(plain[0]) - min(plain[0]) > 0.01
     apart, relative = compare("shared against plain, AdamW", shared, plain)
-    assert apart <= 1e-5 and relative <= 5e-4
-    compare("plain against itself, pairs swapped, AdamW", train(tmp_path, False, swapped=True), plain)
+    _, rounding = compare("plain against itself, pairs swapped, AdamW", train(tmp_path, False, swapped=True), plain)
+    assert apart <= 1e-5 and relative <= 2 * rounding
 
 
 @pytest.mark.slow

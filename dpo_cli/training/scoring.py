@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,13 +33,13 @@ from dpo_cli.errors import RunFailed
 from dpo_cli.plan import EXPECTED, Scoring
 from dpo_cli.training import sharing
 from dpo_cli.training.head import Head, score_tokens
-from dpo_cli.training.sharing import IGNORED
+from dpo_cli.training.sharing import IGNORED, Layout
 
 # Parts of TRL's contract that its DPOTrainer does not use; other trainers do, and would get a wrong loss without them.
 UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads of a row
-# The least difference of log-probs that is taken for rounding, nats per token; tests/test_smollm2.py prints real ones.
-SMALLEST_ALLOWANCE = 1e-4
+ALLOWANCE = 1e-3  # of the size of a state: the difference between two ways to run a pair that is taken for rounding
+HEAD_ALLOWANCE = 1e-3  # nats a token between the head and the model's own logits, in float32
 
 States = Callable[..., Tensor]
 
@@ -53,7 +55,10 @@ def plain_states(model: PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Te
 
 def shared_states(model: PreTrainedModel, labels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Run the backbone on each prompt once: the same states as `plain_states`, (n, H), in the same order."""
-    layout = sharing.lay_out(input_ids, attention_mask, labels)
+    return _laid_out_states(model, labels, sharing.lay_out(input_ids, attention_mask, labels))
+
+
+def _laid_out_states(model: PreTrainedModel, labels: Tensor, layout: Layout) -> Tensor:
     hidden: Tensor = model.base_model(**layout.inputs(), use_cache=False).last_hidden_state[0]
     return hidden[layout.place[:, :-1][labels[:, 1:] != IGNORED]]
 
@@ -63,22 +68,22 @@ def states_of(scoring: Scoring) -> States:
 
 
 def choose(model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, prompt_sharing: bool | str) -> Scoring:
-    """How a run scores, by its `prompt_sharing`: shared prompts only where this model then gives the same log-probs.
+    """How a run scores, by its `prompt_sharing`: shared prompts only where this model then computes the same.
 
-    Raises `RunFailed` where sharing is demanded (true) and not exact.
+    Raises `RunFailed` where sharing is demanded (true) and not exact, and for a model whose head is not known here.
     """
+    by_length = sorted(pairs, key=lambda pair: pair.length)
+    _require_our_head(model, collate(by_length[:1], pad_token_id, model.device))
     if prompt_sharing is False:
         return EXPECTED[False]
-    by_length = sorted(pairs, key=lambda pair: pair.length)
     why_not = sharing.obstacle(model)
     if why_not is None:
-        # The longest pair exceeds a window if any does; with the shortest beside it there are two in the row.
+        # The longest pair exceeds a window if any does; with the shortest beside it there are two in the row, and padding.
         batch = collate([by_length[-1], by_length[0]], pad_token_id, model.device)
-        sharing.enable(model)
         exact, finding = _try_sharing(model, batch)
         if exact:
+            sharing.enable(model)
             return Scoring(True, f"each prompt once: {finding}")
-        sharing.disable(model)
         why_not = finding
     if prompt_sharing is True:
         raise RunFailed(f'"prompt_sharing" is true, but {why_not}', 'with "auto" the padded rows are used instead')
@@ -86,36 +91,93 @@ def choose(model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: i
 
 
 def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[bool, str]:
-    """Score a micro-batch both ways: whether the log-probs are the same but for rounding, and the finding in words.
+    """Run a micro-batch both ways: whether the states that predict the responses are the same, and the finding in words.
 
-    What rounding does to this model in its dtype is measured: on each row by itself, with and without padding.
+    States and not log-probs, which the head makes of them alike on both ways; in float32, where rounding is a thousandth of
+    the least fault of a layout (tests/test_smollm2.py prints both).
     """
-    plain = _alone(model, batch, padding=0)
-    rounding = disagreement(plain, _alone(model, batch, padding=8), batch)
-    allowed = max(SMALLEST_ALLOWANCE, 4 * torch.finfo(model.dtype).eps, 4 * rounding)
+    layout = sharing.lay_out(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    sharing.enable(model)
     try:
-        apart = disagreement(plain, response_log_probs(model, shared_states, batch), batch)
+        with torch.no_grad(), in_float32(model):
+            plain = plain_states(model, **batch)
+            apart = disagreement(plain, _laid_out_states(model, batch["labels"], layout))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model unknown to us may fail in any way; it is then scored the way it was made for
         logging.getLogger("dpo").exception("shared prompts failed")
         return False, f"this model cannot run shared prompts ({type(error).__name__}: {error})"
-    if len(plain) and apart <= allowed:
-        return True, f"log-probs differ from those of separate rows by {apart:.0e} nats a token, which is rounding"
-    return False, f"shared prompts move this model's log-probs by {apart:.2g} nats a token ({allowed:.1g} allowed for rounding)"
+    finally:
+        sharing.disable(model)
+    if not layout.masks:
+        return False, "this model does not hand the layout of the pairs on to its attention"
+    if apart <= ALLOWANCE:
+        return True, f"the states that predict the responses differ by {apart:.0e} of their size, which is rounding"
+    return False, f"with shared prompts this model's states differ by {apart:.2g} of their size ({ALLOWANCE:g} allowed)"
 
 
-def _alone(model: PreTrainedModel, batch: Mapping[str, Tensor], padding: int) -> Tensor:
-    """The log-probs of a micro-batch, (n,), each of its rows run by itself with `padding` tokens after it."""
-    parts = []
-    for row, size in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
-        filler = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-        inputs = {
-            name: nn.functional.pad(batch[name][row : row + 1, :size], (0, padding), value=value)
-            for name, value in filler.items()
-        }
-        parts.append(response_log_probs(model, plain_states, inputs))
-    return torch.cat(parts)
+def disagreement(one: Tensor, other: Tensor) -> float:
+    """The largest |a - b| / |a| over the (n, H) states of two ways; infinite where there is nothing to compare, or a NaN."""
+    if not len(one):
+        return math.inf
+    apart = float(((one - other).norm(dim=1) / one.norm(dim=1)).max())
+    return math.inf if math.isnan(apart) else apart
+
+
+@contextmanager
+def in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Let each module compute in float32 while it runs, whatever its weights are held in; one module's at a time.
+
+    Quantised weights are no floats: bitsandbytes multiplies them in the dtype it is told.
+    """
+    held: dict[nn.Module, tuple[dict[nn.Parameter, Tensor], Any]] = {}
+
+    def widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        narrow = [p for p in module.parameters(recurse=False) if p.is_floating_point() and p.dtype.itemsize < 4]
+        if not isinstance(module, nn.Embedding):  # what is looked up is exact in any dtype, and the table is large
+            held[module] = {p: p.data for p in narrow}, getattr(module, "compute_dtype", None)
+            for parameter in narrow:
+                parameter.data = parameter.data.float()
+            if hasattr(module, "compute_dtype"):
+                setattr(module, "compute_dtype", torch.float32)  # noqa: B010 - mypy does not know bitsandbytes' attribute
+        return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() and a.dtype.itemsize < 4 else a for a in args)
+
+    def restore(module: nn.Module) -> None:
+        kept, compute_dtype = held.pop(module, ({}, None))
+        for parameter, data in kept.items():
+            parameter.data = data
+        if hasattr(module, "compute_dtype"):
+            setattr(module, "compute_dtype", compute_dtype)  # noqa: B010
+
+    def narrow_again(module: nn.Module, args: Any, output: Any) -> Any:
+        restore(module)
+        return output.float() if isinstance(module, nn.Embedding) else output
+
+    own = [module for module in model.base_model.modules() if next(module.parameters(recurse=False), None) is not None]
+    hooks = [module.register_forward_pre_hook(widen) for module in own]
+    hooks += [module.register_forward_hook(narrow_again) for module in own]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in list(held):  # those that an exception left while they ran
+            restore(module)
+
+
+def _require_our_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Compare the head's log-probs with those of the model's own logits; a family may do something to them unknown here."""
+    labels = batch["labels"][:, 1:]
+    scored = labels != IGNORED
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        ours = response_log_probs(model, plain_states, batch)
+        logits = model(**inputs, use_cache=False).logits[:, :-1][scored]
+    theirs = logits.to(ours.dtype).log_softmax(dim=-1).gather(-1, labels[scored][:, None])[:, 0]
+    apart = float((ours - theirs).abs().mean()) if len(ours) else 0.0
+    if not apart <= max(HEAD_ALLOWANCE, 16 * torch.finfo(logits.dtype).eps):
+        message = f"this model turns states into logits in a way not known here: log-probs differ by {apart:.2g} nats a token"
+        raise RunFailed(message, "choose another model, and please report this one")
 
 
 def response_log_probs(model: PreTrainedModel, states: States, batch: Mapping[str, Tensor]) -> Tensor:
@@ -123,13 +185,6 @@ def response_log_probs(model: PreTrainedModel, states: States, batch: Mapping[st
     labels = batch["labels"][:, 1:]
     with torch.no_grad():
         return score_tokens(states(model, **batch), labels[labels != IGNORED], Head.of(model)).log_probs
-
-
-def disagreement(one: Tensor, other: Tensor, batch: Mapping[str, Tensor]) -> float:
-    """The mean difference of two (n,) log-probs over the tokens of the response where it is largest, nats."""
-    scored = batch["labels"][:, 1:] != IGNORED
-    apart = one.new_zeros(scored.shape).masked_scatter(scored, (one - other).abs())
-    return float((apart.sum(dim=1) / scored.sum(dim=1).clamp(min=1)).max())
 
 
 def collate(pairs: Sequence[EncodedPair], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ def obstacle(model: PreTrainedModel) -> str | None:
     if model.config.is_encoder_decoder:
         return "this is an encoder-decoder model"
     if strange or model._is_stateful:
-        return f"this model has {', '.join(sorted(strange)) or 'recurrent'} layers, which pass a state from token to token"
+        return f"this model has layers other than plain attention ({', '.join(sorted(strange)) or 'recurrent'})"
     parts = {
         part.config._attn_implementation.removeprefix(PREFIX) for part in model.modules() if isinstance(part, PreTrainedModel)
     }
