@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 import dpo_cli
 from dpo_cli.config.config import load
+from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.console import Console
 from dpo_cli.errors import DpoError, Exit, UsageError
-from dpo_cli.hardware.probe import nvidia_gpus, probe
+from dpo_cli.hardware.probe import Machine, nvidia_gpus, probe
 from dpo_cli.hardware.recommend import recommend as make_recommendation
-from dpo_cli.plan import inspect
+from dpo_cli.inspection import inspect
 
 MAX_VRAM_GB = 100_000
 
@@ -76,41 +78,59 @@ def _composer() -> ModuleType:
 
 @app.command()
 def validate(
-    config: ConfigFile,
+    configs: Annotated[
+        list[str] | None, typer.Argument(metavar="CONFIG...", help="JSON configs; - reads standard input.")
+    ] = None,
     vram: Annotated[
         float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="Plan for a GPU with this much memory, in GB.")
     ] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the dataset.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    show_schema: Annotated[
+        bool, typer.Option("--schema", help='Print where the JSON schema is, for "$schema" in a config.')
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Is this going to work? Everything wrong at once, with the fix."""
     with session(as_json, debug) as console:
-        loaded = load(config)
-        found = inspect(loaded, probe(), vram, with_data=not no_data)
-        problems = [replace(p, severity="error") if strict and p.severity == "warning" else p for p in found.problems]
-        errors = [problem for problem in problems if problem.severity == "error"]
-        memory = found.plan.memory.to_json() if found.plan and found.plan.memory else None
+        if show_schema:
+            typer.echo(schema_path())
+            return
+        if not configs:
+            raise UsageError("no config is named", "dpo validate my-config.json")
+        machine = probe()
+        found = [_validated(console, path, machine, vram, not no_data, strict) for path in configs]
         if as_json:
-            document = {
-                "ok": not errors,
-                "problems": [problem.to_json() for problem in problems],
-                "config": found.plan.config.to_json() if found.plan else loaded.values,
-                "data": found.data.to_json() if found.data else None,
-                "memory": memory,
-            }
-            console.json(document)
-        console.problems(problems)
-        if found.data and found.data.pairs:
-            console.line(f"data: {len(found.data.pairs)} pairs of {found.data.prompts} prompts in {found.data.rows} rows")
-        for note in found.plan.notes if found.plan else ():
-            console.line(f"note: {note}")
-        if memory:
-            console.bill(memory)
-        console.line(f"{config}: {'valid' if not errors else f'not valid, errors: {len(errors)}'}")
-        if errors:
-            raise typer.Exit(int(Exit.UNFIT if found.errors and found.only_misfit else Exit.INVALID))
+            documents = [document for document, _ in found]
+            console.json(documents[0] if len(documents) == 1 else documents)
+        raise typer.Exit(int(max((code for _, code in found), key=[Exit.DONE, Exit.UNFIT, Exit.INVALID].index)))
+
+
+def _validated(
+    console: Console, path: str, machine: Machine, vram: float | None, with_data: bool, strict: bool
+) -> tuple[dict[str, Any], Exit]:
+    """What `validate --json` says of one config, shown on the way, and its exit code."""
+    loaded = load(path)
+    found = inspect(loaded, machine, vram, with_data).stricter(lambda _: strict)
+    plan, data = found.plan, found.data.train if found.data else None
+    memory = plan.memory.to_json() if plan and plan.memory else None
+    document = {
+        "ok": not found.errors,
+        "problems": [problem.to_json() for problem in found.problems],
+        "config": plan.config.to_json() if plan else loaded.values,
+        "data": data.to_json() if data else None,
+        "memory": memory,
+    }
+    console.problems(found.problems)
+    if data and data.pairs:
+        console.line(f"data: {len(data.pairs)} pairs of {data.prompts} prompts in {data.rows} rows")
+    for note in plan.notes if plan else ():
+        console.line(f"note: {note}")
+    if memory:
+        console.bill(memory)
+    console.line(f"{path}: {f'not valid, errors: {len(found.errors)}' if found.errors else 'valid'}")
+    return document, found.exit_code
 
 
 @app.command()
@@ -147,7 +167,15 @@ def recommend(
             console.json(made.to_json())
 
 
-@app.command()
+class _TrainCommand(TyperCommand):
+    """`dpo train --help` ends with the options of a config, which stand in its schema and nowhere else."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        typer.echo(options_help(shutil.get_terminal_size().columns))
+
+
+@app.command(cls=_TrainCommand)
 def train(
     config: ConfigFile,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")] = None,
@@ -159,7 +187,7 @@ def train(
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
         loaded, machine = load(config, overrides or ()), probe()
-        inspection = inspect(loaded, machine, with_fit=False)
+        inspection = inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)
         inspection.require()  # before torch is imported: a mistake is told at once
         result, code = _composer().train(loaded, inspection, machine, console, overwrite, dry_run)
         if as_json:

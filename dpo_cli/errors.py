@@ -51,12 +51,22 @@ class Problem:
     line: int | None = None
     column: int | None = None
     lines: tuple[int, ...] | None = None
+    stops_training: bool = False  # a warning here, since the config may be for another machine or version; here it cannot train
 
     def to_json(self) -> dict[str, Any]:
         """All keys, always, in the documented order."""
         order = ("severity", "code", "key", "file", "line", "column", "lines", "message", "fix")
         values = asdict(self)
         return {name: values[name] for name in order}
+
+
+def about_rows(severity: Severity, code: str, reason: str, fix: str, key: str, file: str, lines: Sequence[int]) -> Problem:
+    """A problem of these rows of a file; the message shows the first ten."""
+    lines = sorted(lines)
+    if len(lines) == 1:
+        return Problem(severity, code, reason, fix, key, file, lines[0])
+    shown = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
+    return Problem(severity, code, f"{len(lines)} rows (lines {shown}): {reason}", fix, key, file, lines=tuple(lines))
 
 
 class DpoError(Exception):

@@ -13,11 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.config import PLAN_VERSION, Config, Loaded, Source
-from dpo_cli.data import reader
-from dpo_cli.data.reader import Dataset
-from dpo_cli.data.split import split
-from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
+from dpo_cli.config.config import PLAN_VERSION, Loaded, Source
+from dpo_cli.config.options import Config
+from dpo_cli.errors import Problem
 from dpo_cli.hardware import models
 from dpo_cli.hardware.memory import Bill, Settings, fit
 from dpo_cli.hardware.probe import Machine
@@ -127,9 +125,12 @@ def resolve(
     memory: Bill | None = None
     notes: list[str] = []
     scoring = scoring or EXPECTED[config.prompt_sharing]
-    facts = models.model_facts(config.model_name)
-    if facts is None:
+    facts = models.model_facts(config.model_name) if config.strategy == "dpo" else None
+    if config.strategy != "dpo":
+        notes.append(f"there is no memory bill for {config.strategy} yet")
+    elif facts is None:
         notes.append("the shape of this model is not known here, so there is no memory bill")
+    if facts is None:
         if config.gradient_checkpointing == "auto":
             decided["gradient_checkpointing"] = decided["device"] == "cuda"
     else:
@@ -139,6 +140,8 @@ def resolve(
             pair_tokens=counts.longest_pair if counts and scoring.shared else None,
             rank=config.lora_r,
             four_bit=config.use_4bit,
+            nested_quantisation=config.use_nested_quant,
+            optimizer=config.optim,
             bytes_per_value=2 if decided["bf16"] or decided["fp16"] else 4,
             checkpointing=False,
             on_gpu=decided["device"] == "cuda",
@@ -161,82 +164,39 @@ def resolve(
 
 
 DOES_NOT_FIT = "does-not-fit"
+DPO_CARD_GB, HOST_GB = 12, 16  # dpo-strategy, "Minimum Requirements"
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """All that can be said of a config before torch is imported: every problem, the data, and the plan when there is one."""
+def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> Iterator[Problem]:
+    """What the plan asks of the hardware and the hardware does not have; with `vram_gb` it is meant for another machine.
 
-    problems: tuple[Problem, ...]
-    data: Dataset | None
-    plan: Plan | None
-
-    @property
-    def errors(self) -> tuple[Problem, ...]:
-        return tuple(problem for problem in self.problems if problem.severity == "error")
-
-    @property
-    def only_misfit(self) -> bool:
-        """Whether the hardware is all that is wrong."""
-        return all(problem.code == DOES_NOT_FIT for problem in self.errors)
-
-    def require(self) -> tuple[Dataset, Plan]:
-        """The data and the plan, or the error of what stands in the way."""
-        if self.data is not None and self.plan is not None and not self.errors:
-            return self.data, self.plan
-        raise (DoesNotFit if self.only_misfit else InvalidInput)(self.problems)
-
-
-def inspect(
-    loaded: Loaded, machine: Machine, vram_gb: float | None = None, with_data: bool = True, with_fit: bool = True
-) -> Inspection:
-    """Check config, data, model and hardware together, so that one look shows everything that is wrong.
-
-    Without `with_fit` the memory is not judged: a training judges it later, by its real lengths.
+    Warnings, since a config may be checked on one machine and used on another; a training on this one is stopped by them.
     """
-    found = list(loaded.problems)
-    model, dataset = loaded.values.get("model_name"), loaded.values.get("dataset")
-    damaged = list(models.problems(model)) if isinstance(model, str) else []
-    found += map(loaded.placed, damaged)
-    data = None
-    if with_data and isinstance(dataset, str) and dataset:
-        data = reader.read(dataset, skip=loaded.values.get("on_bad_rows") == "skip")
-        found += [problem if problem.file else loaded.placed(problem) for problem in data.problems]
-        found += map(loaded.placed, _split_problems(data, loaded))
-    plan = None
-    if loaded.config is not None and not damaged:
-        plan = resolve(loaded, machine, vram_gb=vram_gb)
-        found += map(loaded.placed, hardware_problems(plan, machine, for_this_machine=vram_gb is None))
-        if with_fit and (misfit := does_not_fit(plan)) is not None:
-            found.append(loaded.placed(misfit))
-    return Inspection(tuple(found), data, plan)
-
-
-def _split_problems(data: Dataset, loaded: Loaded) -> Iterator[Problem]:
-    config = loaded.config
-    if config is None or not data.pairs or not config.eval_split:
-        return
-    train, held_out = split(data.pairs, config.eval_split, config.seed)
-    if not train:
-        fix = "lower eval_split, or add pairs with other prompts"
-        yield Problem("error", "nothing-to-train", f"all {len(held_out)} pairs are held out", fix, "eval_split")
-    if not held_out:
-        fix = "raise eval_split, or add pairs with other prompts"
-        yield Problem("warning", "nothing-held-out", "no prompt falls into the held-out share", fix, "eval_split")
-
-
-def hardware_problems(plan: Plan, machine: Machine, for_this_machine: bool) -> Iterator[Problem]:
-    """What the plan asks of the hardware and the hardware does not have."""
     config = plan.config
     if config.fp16 and config.device != "cuda":
-        yield Problem("error", "fp16-device", "fp16 training needs CUDA", "use bf16, or leave both keys out", "fp16")
-    if not for_this_machine:
+        message, fix = f"fp16 needs CUDA; this would run on {config.device}", "use bf16, or leave both keys out"
+        yield Problem("warning", "fp16-device", message, fix, "fp16", stops_training=True)
+    if config.provider == "unsloth" and config.device != "cuda":
+        message = "unsloth needs a CUDA GPU"
+        fix = 'train on a machine with one, or write "provider": "huggingface"'
+        yield Problem("warning", "unsloth-without-cuda", message, fix, "provider", stops_training=True)
+    card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
+    if card_gb is not None and card_gb < DPO_CARD_GB - 0.5 and not config.use_4bit:  # a 12 GB card shows a little less
+        message = f"{card_gb:.0f} GB are less than the {DPO_CARD_GB} GB documented for DPO"
+        fix = f'write "use_4bit": true (QLoRA), or take a smaller model: `dpo recommend --vram {card_gb:.0f}`'
+        yield Problem("hint", "small-card", message, fix, "use_4bit")
+    if vram_gb is not None:
         return
+    if machine.memory_gb < HOST_GB - 1:  # the firmware keeps a part
+        message = f"this machine has {machine.memory_gb:g} GB of memory; {HOST_GB} GB and more are documented"
+        yield Problem("hint", "small-memory", message, "loading a model may fail: close other programs, or take a smaller one")
     if (config.device == "cuda" and not machine.gpus) or (config.device == "mps" and not machine.is_apple):
         message = f'there is no "{config.device}" device on this machine'
-        yield Problem("error", "device-missing", message, 'leave "device" out, or plan with --vram', "device")
+        fix = 'leave "device" out, or plan for another machine with --vram'
+        yield Problem("warning", "device-missing", message, fix, "device", stops_training=True)
     if config.bf16 and config.device == "cuda" and not all(gpu.has_bf16 for gpu in machine.gpus):
-        yield Problem("error", "bf16-device", "this GPU has no bfloat16", 'leave "bf16" out: fp16 is used', "bf16")
+        fix = 'leave "bf16" out: fp16 is used'
+        yield Problem("warning", "bf16-device", "this GPU has no bfloat16", fix, "bf16", stops_training=True)
 
 
 def does_not_fit(plan: Plan) -> Problem | None:
@@ -261,5 +221,6 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
         "lora_alpha": config.lora_alpha or 2 * config.lora_r,
         "output_dir": str(Path(config.output_dir or Path("runs") / name).absolute()),
         "dataset": str(Path(config.dataset).absolute()),
+        "eval_dataset": str(Path(config.eval_dataset).absolute()) if config.eval_dataset else None,
         "model_name": str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
     }

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from jsonschema.validators import Draft202012Validator
 
-from dpo_cli.config.config import Config, defaults, load, schema
+from dpo_cli.config.config import load
+from dpo_cli.config.options import Config
+from dpo_cli.config.schema import STRATEGIES, Option, defaults, options, profile_defaults, schema
 from dpo_cli.errors import Problem, UsageError
 
 
@@ -24,20 +27,38 @@ def codes(problems: tuple[Problem, ...]) -> list[tuple[str, str | None]]:
 
 
 def test_config_and_schema_declare_the_same_options() -> None:
-    options = schema()["properties"]
-    assert [field.name for field in fields(Config)] == [name for name in options if name != "$schema"]
-    assert all(option["description"] for option in options.values())
-    assert set(options) - set(defaults()) == set(schema()["required"])
-    assert not set(schema()["x-not-yet"]["keys"]) & set(options)
+    assert [field.name for field in fields(Config)] == list(options())
+    assert set(options()) - set(defaults()) == set(schema()["required"])
+    known = [name for option in options().values() for name in (option.name, *option.known_as)]
+    assert len(known) == len(set(known))
+
+
+@pytest.mark.parametrize("option", options().values(), ids=lambda option: option.name)
+def test_every_option_declares_all_that_is_asked_of_it(option: Option) -> None:
+    """Type, default within its own bounds, description, strategies, source; and what it refers to exists."""
+    assert option.description and option.source and option.group and option.type_words
+    assert set(option.strategies) <= set(STRATEGIES)
+    assert set(option.rule.get("x-default-for", {})) <= {*STRATEGIES, "low_end", "mid_range", "high_end"}
+    is_valid = Draft202012Validator(option.rule).is_valid
+    assert all(
+        is_valid(option.default(name)) for name in (*STRATEGIES, "low_end", "mid_range", "high_end") if option.name != "dataset"
+    )
+    for other, wanted in option.needs.items():
+        assert all(Draft202012Validator(options()[other].rule).is_valid(value) for value in wanted)
+    if isinstance(not_yet := option.rule.get("x-not-yet"), list):
+        assert all(map(is_valid, not_yet)) and option.works(option.default())
+    bounded = {"integer", "number"} & set(
+        [option.rule["type"]] if isinstance(option.rule.get("type"), str) else option.rule.get("type", [])
+    )
+    assert not bounded or {"minimum", "exclusiveMinimum"} & option.rule.keys()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
 def test_shipped_configs_have_only_what_they_leave_out(path: Path) -> None:
-    allowed = {"missing-key": {"model_name", "dataset"}, "not-yet": {"strategy", "provider"}}
-    for code, key in codes(load(str(path)).problems):
-        assert key in allowed.get(code, set()), (code, key)
-    if path.name in ("quickstart.json", "basic-dpo.json", "two-stage-dpo.json"):
-        assert load(str(path)).config is not None
+    loaded = load(str(path))
+    has_dataset = "dataset" in loaded.values
+    assert codes(loaded.problems) == ([] if has_dataset else [("missing-key", "dataset")])
+    assert (loaded.config is not None) == has_dataset
 
 
 def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None:
@@ -47,29 +68,78 @@ def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None
   "lora_r": "16",
   "beta": -5,
   "strategy": "sft",
-  "use_dora": true,
+  "use_dora": True,
+  'seed': 3
   "num_train_epochs": true
 }"""
     loaded = load(write(tmp_path, text))
-    found = {problem.key: problem for problem in loaded.problems if problem.severity == "error"}
-    assert {key: problem.code for key, problem in found.items()} == {
-        "dataset": "missing-key",
-        "lerning_rate": "unknown-key",
-        "lora_r": "bad-value",
-        "beta": "bad-value",
-        "strategy": "not-yet",
-        "use_dora": "not-yet",
-        "num_train_epochs": "bad-value",
-    }
-    assert "learning_rate" in (found["lerning_rate"].fix or "")
-    assert found["lora_r"].fix == "write it without quotes: 16"
-    assert (found["beta"].line, found["beta"].column) == (5, 11)
+    found = [(problem.code, problem.key, problem.line, problem.column) for problem in loaded.problems]
+    assert sorted(found, key=lambda place: place[2] or 0) == [
+        ("missing-key", "dataset", None, None),
+        ("nothing-to-judge", "eval_split", None, None),
+        ("unknown-key", "lerning_rate", 3, 19),
+        ("bad-value", "lora_r", 4, 13),
+        ("bad-value", "beta", 5, 11),
+        ("not-yet", "strategy", 6, 15),
+        ("json-syntax", "use_dora", 7, 15),
+        ("json-syntax", None, 8, 3),
+        ("json-syntax", None, 9, 3),
+        ("bad-value", "num_train_epochs", 9, 23),
+    ]
     assert loaded.config is None
 
 
-def test_a_syntax_error_brings_no_false_follow_ups(tmp_path: Path) -> None:
-    path = write(tmp_path, '{"learning_rate": NaN, "dataset": "d", "model_name": "m"}')
-    assert codes(load(path).problems) == [("json-nan", None)]
+def test_a_value_that_cannot_be_read_brings_no_false_follow_ups(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"learning_rate": NaN, "dataset": None, "model_name": \'m\'}')
+    found = [(problem.code, problem.key) for problem in load(path).problems if problem.code != "nothing-to-judge"]
+    assert found == [("json-nan", "learning_rate"), ("json-syntax", "dataset"), ("json-syntax", "model_name")]
+
+
+def test_a_default_said_in_other_words_is_the_default(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, '{"dataset": "d", "max_steps": -1, "max_seq_length": null, "num_train_epochs": 3}'))
+    config = loaded.require()
+    assert (config.max_steps, config.max_seq_length) == (None, 1024)
+    assert "epochs-ignored" not in [problem.code for problem in loaded.problems]
+
+
+def test_defaults_follow_the_strategy_and_the_profile(tmp_path: Path) -> None:
+    def made(text: str) -> Config:
+        return load(write(tmp_path, '{"dataset": "d", ' + text + "}")).require()
+
+    assert [made(f'"strategy": "{name}"').learning_rate for name in STRATEGIES] == [5e-7, 2e-4, 1.41e-5]
+    qlora = made('"strategy": "qlora"')
+    assert (qlora.strategy, qlora.use_4bit, qlora.learning_rate) == ("sft", True, 2e-4)
+    loaded = load(write(tmp_path, '{"dataset": "d", "compute_specs": "high_end", "lora_r": 8}'))
+    config = loaded.require()
+    assert (config.lora_r, config.use_4bit, config.max_seq_length, config.per_device_train_batch_size) == (8, True, 2048, 4)
+    assert [loaded.sources[key] for key in ("lora_r", "use_4bit", "seed")] == ["config", "profile", "default"]
+
+
+@pytest.mark.parametrize(("profile", "file"), [("mid_range", "mid-range.json"), ("high_end", "high-end.json")])
+def test_profiles_are_the_documented_settings(profile: str, file: str) -> None:
+    documented = json.loads((ROOT / "configs" / file).read_text(encoding="utf-8"))
+    assert {**profile_defaults(profile), "strategy": "dpo", "model_name": defaults()["model_name"]} == documented
+
+
+# Every key of ModelForge's TrainingConfig, as its own documentation shows it.
+MODELFORGE = """{
+  "task": "text-generation", "model_name": "meta-llama/Llama-3.1-8B-Instruct", "provider": "huggingface", "strategy": "dpo",
+  "dataset": "d.jsonl", "compute_specs": "mid_range",
+  "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.1,
+  "use_4bit": true, "use_8bit": false, "bnb_4bit_compute_dtype": "float16", "bnb_4bit_quant_type": "nf4",
+  "use_nested_quant": false, "fp16": false, "bf16": false,
+  "num_train_epochs": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+  "gradient_accumulation_steps": 4, "gradient_checkpointing": true, "max_grad_norm": 0.3, "learning_rate": 2e-4,
+  "weight_decay": 0.001, "optim": "paged_adamw_32bit", "lr_scheduler_type": "cosine", "max_steps": -1, "warmup_ratio": 0.03,
+  "group_by_length": true, "packing": false, "max_seq_length": null, "eval_split": 0.2, "eval_steps": 100
+}"""
+
+
+def test_a_config_of_modelforge_loads_and_means_the_same(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, MODELFORGE))
+    assert [problem.code for problem in loaded.problems if problem.severity != "hint"] == []
+    config, given = loaded.require().to_json(), json.loads(MODELFORGE)
+    assert {key: value for key, value in given.items() if config[key] != value} == {"max_steps": -1, "max_seq_length": None}
 
 
 def test_overrides_pass_the_same_schema_and_win(tmp_path: Path) -> None:
@@ -87,31 +157,8 @@ def test_overrides_pass_the_same_schema_and_win(tmp_path: Path) -> None:
 
 def test_a_plan_is_a_config(tmp_path: Path) -> None:
     values = {**defaults(), "model_name": "m", "dataset": "d", "beta": 0.7}
-    del values["$schema"]
     loaded = load(write(tmp_path, json.dumps({"plan_version": 1, "config": values, "sources": {}})))
     assert loaded.require().beta == 0.7
-
-
-@pytest.mark.parametrize(
-    ("values", "code", "severity"),
-    [
-        ({"bf16": True, "fp16": True}, "two-precisions", "error"),
-        ({"warmup_steps": 5, "warmup_ratio": 0.1}, "two-warmups", "error"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm-head-adapter", "error"),
-        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.1}, "warmup-ignored", "warning"),
-        ({"eval_steps": 5}, "eval-steps-ignored", "warning"),
-        ({"target_modules": ".*"}, "bad-value", "error"),
-        ({"learning_rate": 5e-7}, "learning-rate-small", "hint"),
-        ({"learning_rate": 5e-5}, "learning-rate-adapter", "hint"),
-        ({"num_train_epochs": 9}, "epochs", "hint"),
-        ({"lora_r": 16, "lora_alpha": 8}, "lora-alpha", "hint"),
-    ],
-)
-def test_rules(tmp_path: Path, values: dict[str, object], code: str, severity: str) -> None:
-    path = write(tmp_path, json.dumps({"model_name": "m", "dataset": "d", **values}))
-    assert (code, severity) in [(problem.code, problem.severity) for problem in load(path).problems]
-    plain = write(tmp_path, json.dumps({"model_name": "m", "dataset": "d", "learning_rate": 1e-6}))
-    assert code == "learning-rate-small" or code not in [problem.code for problem in load(plain).problems]
 
 
 @pytest.mark.parametrize("path", ["missing.json", ".", "tests"])

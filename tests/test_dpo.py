@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
-from dpo_cli.config.config import defaults, load
+from dpo_cli.config.config import load
+from dpo_cli.config.schema import defaults
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import EncodedPair, encode
 from dpo_cli.evaluation.metrics import score_pairs

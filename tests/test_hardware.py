@@ -236,7 +236,7 @@ def test_models_that_cannot_be_trained_are_told(tmp_path: Path, tiny_model_dir: 
         tmp_path / "cut.gguf": ["model-damaged"],
         tmp_path / "gone": ["model-missing"],
         tiny_model_dir: [],
-        Path("owner/model"): [],
+        Path("owner/model-Instruct"): [],
     }
     assert {path: [problem.code for problem in models.problems(str(path))] for path in expected} == expected
 

@@ -19,6 +19,7 @@ ORDER = [
     "data",
     "hardware",
     "plan",
+    "inspection",
     "providers",
     "training",
     "evaluation",

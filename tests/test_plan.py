@@ -11,7 +11,8 @@ import pytest
 from dpo_cli.config.config import load
 from dpo_cli.errors import DoesNotFit, InvalidInput
 from dpo_cli.hardware.probe import Gpu, Machine
-from dpo_cli.plan import Counts, inspect, resolve
+from dpo_cli.inspection import inspect
+from dpo_cli.plan import Counts, resolve
 
 CPU = Machine("cpu", 2, 16.0, has_amx=False, gpus=(), is_apple=False)
 AMX = replace(CPU, has_amx=True)

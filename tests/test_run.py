@@ -15,7 +15,7 @@ from dpo_cli.config.config import load
 from dpo_cli.console import Console
 from dpo_cli.errors import Exit, RunFailed
 from dpo_cli.hardware.probe import probe
-from dpo_cli.plan import inspect
+from dpo_cli.inspection import inspect
 from dpo_cli.training import sharing
 from dpo_cli.training.run import evaluate, train
 
@@ -48,9 +48,9 @@ def test_a_broken_mask_falls_back_to_the_plain_path(
     capsys.readouterr()
     fallen = run("fallen")
     shown = capsys.readouterr().out
-    assert "scoring: each prompt twice: shared prompts move this model's log-probs by" in shown
+    assert "scoring: each prompt twice: with shared prompts this model's states differ by" in shown
     assert "each prompt twice" in (tmp_path / "fallen" / "train.log").read_text(encoding="utf-8")
-    assert fallen["scoring"]["shared"] is False and "nats a token" in fallen["scoring"]["why"]
+    assert fallen["scoring"]["shared"] is False and "of their size" in fallen["scoring"]["why"]
     assert fallen["config"]["prompt_sharing"] == "auto"
     assert plain["scoring"] == {"shared": False, "why": 'each prompt twice: "prompt_sharing" is false'}
     weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "fallen")]

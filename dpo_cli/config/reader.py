@@ -2,6 +2,9 @@
 
 No library gives all of it at once: comments, trailing commas, positions, duplicate keys, NaN refused, and no recursion, so
 that a file of 100,000 opening brackets is an error message and not a crash. Hence this scanner of one loop.
+
+What is wrong with one value, key or comma is named and stepped over, so that one look shows everything; where the structure
+itself is lost, the reading stops.
 """
 
 from __future__ import annotations
@@ -22,18 +25,26 @@ MAX_DEPTH = 64
 MAX_DIGITS = 400  # beyond any float; Python itself refuses to convert integers of more than 4,300 digits
 _GAP = re.compile(r"(?:[ \t\r\n]+|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"')
+_SINGLE_QUOTED = re.compile(r"'[^'\n]*'")
 _WORD = re.compile(r"-?[A-Za-z0-9_.+][A-Za-z0-9_.+\-]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _CONSTANTS = {"true": True, "false": False, "null": None}
+_OTHER_LANGUAGES = {"True": "true", "False": "false", "None": "null"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed document: its value, where each value starts, and all that is wrong with the text."""
+    """A parsed document: its value, where each value starts, and all that is wrong with the text.
+
+    `damaged` are the first steps of the paths at which a value could not be read and stands as null; `complete` is False when
+    the reading stopped before the end.
+    """
 
     value: Any
     positions: dict[Path, tuple[int, int]]
-    problems: tuple[Problem, ...]
+    problems: tuple[Problem, ...] = ()
+    damaged: frozenset[str | int] = frozenset()
+    complete: bool = True
 
 
 class _Stop(Exception):
@@ -47,19 +58,22 @@ class _Scanner:
         self.positions: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
         self.root: list[Any] = []  # holds the document's value
+        self.damaged: set[str | int] = set()
+        self.complete = False
+        self.open: list[tuple[Any, Path]] = [(self.root, ())]  # containers that are not closed yet, each with its path
 
     def document(self) -> None:
-        """Read values into their containers until the document is complete; open containers are on a stack."""
-        stack: list[tuple[Any, Path]] = [(self.root, ())]
+        """Read values into their containers until the document is complete."""
         while True:
-            container, path = stack[-1]
+            container, path = self.open[-1]
             if container is self.root and self.root:
                 if char := self.peek():
                     self.stop("json-syntax", f"text after the end of the document: {char!r}", "delete it")
+                self.complete = True
                 return
             if container is not self.root and self.take("}" if isinstance(container, dict) else "]"):
-                stack.pop()
-                self.separator(stack[-1][0])
+                self.open.pop()
+                self.separator(self.open[-1][0])
                 continue
             key = self.key(container) if isinstance(container, dict) else len(container)
             where = () if container is self.root else (*path, key)
@@ -70,22 +84,33 @@ class _Scanner:
                 container.append(value)
             if not isinstance(value, dict | list):
                 self.separator(container)
-            elif len(stack) <= MAX_DEPTH:
-                stack.append((value, where))
+            elif len(self.open) <= MAX_DEPTH:
+                self.open.append((value, where))
             else:
                 self.stop("json-depth", f"nested deeper than {MAX_DEPTH} levels", "a config is flat")
 
     def key(self, container: dict[str, Any]) -> str:
-        if self.peek() != '"':
-            message = "expected a key in double quotes" if self.peek() else "the file ends inside an object"
-            self.stop("json-syntax", message, 'write "key": value, or close the object with }')
+        quoted = self.peek() == '"'
         at = self.at
-        key = self.string()
+        key = self.string() if quoted else self.unquoted_key()
         if not self.take(":"):
             self.stop("json-syntax", f"expected ':' after the key \"{key}\"", 'write "key": value')
         if key in container:
             fix = "keep one of them: other readers silently take the last"
             self.complain("duplicate-key", f'the key "{key}" stands twice', fix, at, key)
+        return key
+
+    def unquoted_key(self) -> str:
+        """A key as other languages write it: named, and read all the same."""
+        if not self.peek():
+            self.stop("json-syntax", "the file ends inside an object", "close the object with }")
+        match = _SINGLE_QUOTED.match(self.text, self.at) or _WORD.match(self.text, self.at)
+        if match is None:
+            message = f"expected a key in double quotes, found {self.peek()!r}"
+            self.stop("json-syntax", message, 'write "key": value, or close the object with }')
+        key = match.group().strip("'")
+        self.complain("json-syntax", f"the key {key} is not in double quotes", f'write "{key}":', self.at)
+        self.at = match.end()
         return key
 
     def value(self, where: Path) -> Any:
@@ -95,44 +120,62 @@ class _Scanner:
         if char and char in "{[":
             self.at += 1
             return {} if char == "{" else []
-        return self.string() if char == '"' else self.word()
+        return self.string(where) if char == '"' else self.word(where)
 
     def separator(self, container: Any) -> None:
         """What must follow a complete value in `container`: a comma, or its end."""
         closing = "}" if isinstance(container, dict) else "]"
-        if container is not self.root and not self.take(",") and self.peek() != closing:
-            found = repr(self.peek()) if self.peek() else "the end of the file"
-            fix = "add the comma or bracket"
-            self.stop("json-syntax", f"expected ',' or the closing bracket, found {found}", fix)
+        if container is self.root or self.take(",") or self.peek() == closing:
+            return
+        char = self.peek()
+        if (char and char in "\"'") or char.isalnum():  # the next member: only the comma is missing
+            self.complain("json-syntax", f"there is no comma before {char!r}", "add the comma", self.at)
+            return
+        found = repr(char) if char else "the end of the file"
+        self.stop("json-syntax", f"expected ',' or the closing bracket, found {found}", "add the comma or bracket")
 
-    def string(self) -> str:
+    def string(self, where: Path | None = None) -> Any:
         match = _STRING.match(self.text, self.at)
         if match is None:
             fix = "close it with a double quote; inside, write a newline as \\n and a backslash as \\\\"
             self.stop("json-syntax", "this string is not closed, or holds a raw control character", fix)
         value: str = json.loads(match.group())
         if any(0xD800 <= ord(char) <= 0xDFFF for char in value):
-            self.stop("json-surrogate", "half of a surrogate pair is not a character", "write the character itself")
+            self.damage("json-surrogate", "half of a surrogate pair is not a character", "write the character itself", where)
+            value = value.encode("utf-8", errors="replace").decode("utf-8")
         self.at = match.end()
         return value
 
-    def word(self) -> Any:
-        """A number or a constant."""
+    def word(self, where: Path) -> Any:
+        """A number or a constant; null for a word that is neither."""
+        if quoted := _SINGLE_QUOTED.match(self.text, self.at):
+            fix = f"write {json.dumps(quoted.group()[1:-1])}"
+            self.damage("json-syntax", "a string is in double quotes", fix, where)
+            self.at = quoted.end()
+            return None
         match = _WORD.match(self.text, self.at)
         word = match.group() if match else self.text[self.at : self.at + 1]
-        value: Any
+        value: Any = None
         if word in _CONSTANTS:
             value = _CONSTANTS[word]
-        elif word.lstrip("-") in ("NaN", "Infinity"):
-            self.stop("json-nan", f"{word} is not a JSON number", "write a finite number")
-        elif not _NUMBER.fullmatch(word):
-            found = f"found {word[:40]!r}" if word else "the file ends here"
-            fix = "strings need double quotes; true, false and null are lower case"
-            self.stop("json-syntax", f"expected a value, {found}", fix)
-        else:
+        elif word.lstrip("+-") in ("NaN", "Infinity", "nan", "inf"):
+            self.damage("json-nan", f"{word} is not a JSON number", "write a finite number", where)
+        elif _NUMBER.fullmatch(word):
             value = json.loads(word) if len(word) <= MAX_DIGITS else math.inf
-            if math.isinf(value):
-                self.stop("json-number", "this number is too large to be represented", "write a smaller number")
+            if isinstance(value, float) and math.isinf(value):
+                self.damage("json-number", "this number is too large to be represented", "write a smaller number", where)
+                value = None
+        elif match is None and word and word in ",]}":
+            self.damage("json-syntax", "there is no value here", "write a value, or delete the key", where)
+            return None
+        elif match is None:
+            found = f"found {word!r}" if word else "the file ends here"
+            self.stop("json-syntax", f"expected a value, {found}", "write a value, or delete the key")
+        else:
+            fix = f"write {_OTHER_LANGUAGES.get(word) or json.dumps(word)}"
+            if word[0] in "+-.0123456789":
+                fix = "write digits before and after the point, and neither a plus, a leading zero, hexadecimals nor _"
+            self.damage("json-syntax", f"expected a value, found {word[:40]!r}", fix, where)
         self.at += len(word)
         return value
 
@@ -157,14 +200,23 @@ class _Scanner:
         line, column = self.position(at)
         self.problems.append(Problem("error", code, message, fix, key, self.file, line, column))
 
+    def damage(self, code: str, message: str, fix: str, where: Path | None) -> None:
+        """A value at the cursor that cannot be read; `where` is None for a key. The document itself may be such a value."""
+        self.complain(code, message, fix, self.at, str(where[0]) if where else None)
+        self.damaged |= set(where[:1] if where else ())
+        if where == ():
+            raise _Stop
+
     def stop(self, code: str, message: str, fix: str) -> NoReturn:
         self.complain(code, message, fix, self.at)
         raise _Stop
 
 
 def parse(text: str, file: str) -> Document:
-    """Parse `text`; a syntax error ends the parse (what follows it cannot be trusted), a duplicate key does not."""
+    """Parse `text`. Never raises: what is wrong is in the document's problems."""
     scan = _Scanner(text.removeprefix("\ufeff"), file)
     with suppress(_Stop):
         scan.document()
-    return Document(scan.root[0] if scan.root else None, scan.positions, tuple(scan.problems))
+    scan.damaged |= {step for _, path in scan.open for step in path[:1]}
+    value = scan.root[0] if scan.root else None
+    return Document(value, scan.positions, tuple(scan.problems), frozenset(scan.damaged), scan.complete)

@@ -1,96 +1,194 @@
-"""Rules between options, and the documentation's guidance as hints. Each rule is one function that yields problems.
+"""Rules between options. Each rule is one function that yields problems; `RULES` at the end lists them.
 
-A rule receives the values (defaults filled in, only those that passed the schema on their own) and the keys the user gave.
+A rule receives the values (defaults filled in, only those that passed the schema on their own) and what the user gave.
 It reads with `.get`, because a value that failed the schema is absent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dpo_cli.config.schema import options, same
 from dpo_cli.errors import Problem
 
 Values = Mapping[str, Any]
-Rule = Callable[[Values, frozenset[str]], Iterator[Problem]]
+Rule = Callable[[Values, Values], Iterator[Problem]]
 
-# dpo-strategy documentation, "Learning Rate": the recommended value and range.
-LEARNING_RATE_RANGE = (1e-7, 1e-6)
-# What a LoRA adapter needs by measurement; the table is in the README, `make learning-rates` prints it.
-ADAPTER_LEARNING_RATE = 2e-4
+SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
 
 
-def one_precision(values: Values, given: frozenset[str]) -> Iterator[Problem]:
+def default_model(values: Values, given: Values) -> Iterator[Problem]:
+    if "model_name" not in given and "model_name" in values:
+        message = f'"model_name" is missing: {values["model_name"]}, the model of the documented examples, is taken'
+        yield Problem("warning", "default-model", message, 'name your model in "model_name"', "model_name")
+
+
+def qlora_is_sft(values: Values, given: Values) -> Iterator[Problem]:
+    if given.get("strategy") != "qlora":
+        return
+    fix = 'write "strategy": "sft", "use_4bit": true; for preference pairs "strategy": "dpo", "use_4bit": true'
+    if given.get("use_4bit") is False:
+        yield Problem("error", "qlora-without-4bit", "qlora means 4-bit weights, but use_4bit is false", fix, "use_4bit")
+    else:
+        yield Problem("hint", "qlora", "qlora is read as sft with use_4bit", fix, "strategy")
+
+
+def belongs_to_strategy(values: Values, given: Values) -> Iterator[Problem]:
+    strategy = values.get("strategy")
+    for name in given.keys() & options().keys() & values.keys():
+        option = options()[name]
+        if strategy and strategy not in option.strategies and not same(values[name], option.default()):
+            message = f'"{name}" has no effect with strategy {strategy}: it belongs to {" and ".join(option.strategies)}'
+            yield Problem("warning", "other-strategy", message, "remove the key", name)
+
+
+def has_an_effect(values: Values, given: Values) -> Iterator[Problem]:
+    """The schema says what an option needs of others (x-needs)."""
+    for name in given.keys() & options().keys() & values.keys():
+        option = options()[name]
+        if same(values[name], option.default()):
+            continue
+        for other, wanted in option.needs.items():
+            if other in values and not any(same(values[other], value) for value in wanted):
+                message = f'"{name}" has no effect: "{other}" is {json.dumps(values[other])}'
+                choices = " or ".join(json.dumps(value) for value in wanted)
+                yield Problem("warning", "no-effect", message, f'write "{other}": {choices}, or remove "{name}"', name)
+
+
+def one_precision(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("bf16") and values.get("fp16"):
         yield Problem("error", "two-precisions", "bf16 and fp16 are both true", "keep one: bf16 where there is it", "fp16")
 
 
-def one_warmup(values: Values, given: frozenset[str]) -> Iterator[Problem]:
+def one_quantisation(values: Values, given: Values) -> Iterator[Problem]:
+    if values.get("use_4bit") and values.get("use_8bit"):
+        fix = "keep one: use_4bit takes half the memory"
+        yield Problem("error", "two-quantisations", "use_4bit and use_8bit are both true", fix, "use_8bit")
+
+
+def one_warmup(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("warmup_steps") is not None and values.get("warmup_ratio"):
         message = "warmup_steps and warmup_ratio both say how long to warm up"
         yield Problem("error", "two-warmups", message, "remove one of them", "warmup_ratio")
 
 
-def learning_rate_range(values: Values, given: frozenset[str]) -> Iterator[Problem]:
-    rate = values.get("learning_rate")
-    low, high = LEARNING_RATE_RANGE
-    if rate is None:
+def one_length_of_training(values: Values, given: Values) -> Iterator[Problem]:
+    steps = values.get("max_steps")
+    if steps is not None and "num_train_epochs" in given:
+        message = f"max_steps is {steps}, so num_train_epochs has no effect"
+        yield Problem("hint", "epochs-ignored", message, "remove one of them", "num_train_epochs")
+
+
+def one_evaluation_set(values: Values, given: Values) -> Iterator[Problem]:
+    if values.get("eval_dataset") is not None and values.get("eval_split"):
+        message = "eval_dataset and eval_split both say what to judge on"
+        yield Problem("error", "two-evaluation-sets", message, "remove one of them", "eval_split")
+
+
+def evaluation_set_is_another(values: Values, given: Values) -> Iterator[Problem]:
+    if values.get("eval_dataset") is not None and values["eval_dataset"] == values.get("dataset"):
+        message = "eval_dataset is the dataset that is trained on: its figures would say nothing"
+        yield Problem("error", "eval-is-train", message, 'hold a share out with "eval_split": 0.1 instead', "eval_dataset")
+
+
+def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
+    if values.get("eval_split") != 0 or values.get("eval_dataset") is not None:
         return
-    if rate <= high:
-        where = "in" if rate >= low else "below"
-        message = f"learning_rate {rate:g} is {where} the documented range for DPO, at which a LoRA adapter hardly moves"
-        fix = f"a LoRA adapter learns at {ADAPTER_LEARNING_RATE:g} and around it: see the table in the README"
-        yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
-    else:
-        message = f"learning_rate {rate:g} is above the documented {low:g} to {high:g}; an adapter needs more than that"
-        yield Problem("hint", "learning-rate-adapter", message, "if the loss oscillates, lower it", "learning_rate")
+    for name in ("eval_steps", "early_stopping_patience"):
+        if values.get(name) is not None:
+            message = f"{name} has no effect: nothing is held out"
+            yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split", for example to 0.1', name)
 
 
-def epochs_range(values: Values, given: frozenset[str]) -> Iterator[Problem]:
-    epochs = values.get("num_train_epochs")
-    if epochs is not None and "num_train_epochs" in given and values.get("max_steps") is None and not 2 <= epochs <= 4:
-        message = f"num_train_epochs is {epochs:g}; the documentation advises 2 to 4 for DPO"
-        yield Problem("hint", "epochs", message, "fewer may not learn the preference, more may overfit", "num_train_epochs")
+def best_checkpoint_is_judged(values: Values, given: Values) -> Iterator[Problem]:
+    """Early stopping goes back to the best evaluation, which must then have a checkpoint (transformers demands it too)."""
+    save, judge = values.get("save_steps"), values.get("eval_steps")
+    if values.get("early_stopping_patience") is not None and save and judge and save % judge:
+        message = f"early stopping needs a checkpoint at an evaluation: save_steps {save} is no multiple of eval_steps {judge}"
+        yield Problem("error", "save-eval-steps", message, f'write "save_steps": {(save // judge + 1) * judge}', "save_steps")
 
 
-def alpha_twice_rank(values: Values, given: frozenset[str]) -> Iterator[Problem]:
-    alpha, rank = values.get("lora_alpha"), values.get("lora_r")
-    if alpha is not None and rank is not None and not rank <= alpha <= 4 * rank:
-        message = f"lora_alpha {alpha} is far from 2 x lora_r = {2 * rank}"
-        yield Problem("hint", "lora-alpha", message, f"lora_alpha is usually {2 * rank} at this rank", "lora_alpha")
+def smoothing_needs_its_loss(values: Values, given: Values) -> Iterator[Problem]:
+    loss, smoothing = values.get("loss_type"), values.get("label_smoothing")
+    if loss is not None and smoothing and loss not in SMOOTHED_LOSSES:
+        message = f"the loss {loss} ignores label_smoothing {smoothing:g}"
+        fix = f'write "loss_type": "robust" (it and {", ".join(SMOOTHED_LOSSES[1:])} know it), or remove label_smoothing'
+        yield Problem("error", "label-smoothing-ignored", message, fix, "label_smoothing")
 
 
-def no_head_adapter(values: Values, given: frozenset[str]) -> Iterator[Problem]:
+def loss_needs_its_smoothing(values: Values, given: Values) -> Iterator[Problem]:
+    loss = values.get("loss_type")
+    if values.get("label_smoothing") != 0:
+        return
+    if loss == "exo_pair":
+        message, fix = "the loss exo_pair needs label_smoothing above 0", 'write "label_smoothing": 0.001, its paper\'s value'
+        yield Problem("error", "loss-needs-smoothing", message, fix, "loss_type")
+    elif loss == "robust":
+        message = "the loss robust with label_smoothing 0 is plain DPO"
+        fix = 'write the share of labels that you think are flipped, "label_smoothing": 0.1 for example'
+        yield Problem("warning", "loss-needs-smoothing", message, fix, "loss_type")
+
+
+def one_compute_dtype(values: Values, given: Values) -> Iterator[Problem]:
+    """4-bit weights are multiplied in one dtype, the rest in another: each layer then casts to and fro, and fp16 overflows."""
+    wanted = values.get("bnb_4bit_compute_dtype")
+    training = "bfloat16" if values.get("bf16") else "float16" if values.get("fp16") else None
+    if values.get("use_4bit") and wanted and training and wanted != training:
+        message = f"4-bit weights would be multiplied in {wanted}, the rest computed in {training}"
+        fix = f'write "bnb_4bit_compute_dtype": "{training}", or leave it out'
+        yield Problem("warning", "two-compute-dtypes", message, fix, "bnb_4bit_compute_dtype")
+
+
+def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     modules = values.get("target_modules")
-    if (isinstance(modules, list) and "lm_head" in modules) or modules == "lm_head":
+    if isinstance(modules, list) and "lm_head" in modules:
         message = "an adapter on lm_head would never be trained: the log-probs use its weight directly"
         yield Problem("error", "lm-head-adapter", message, "remove lm_head from target_modules", "target_modules")
 
 
-def warmup_acts(values: Values, given: frozenset[str]) -> Iterator[Problem]:
-    if values.get("lr_scheduler_type") == "constant" and (values.get("warmup_ratio") or values.get("warmup_steps")):
-        message = "lr_scheduler_type constant has no warm-up"
-        yield Problem("warning", "warmup-ignored", message, 'use "constant_with_warmup"', "lr_scheduler_type")
+def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:
+    place = values.get("output_dir")
+    for name in ("model_name", "dataset", "eval_dataset"):
+        if place is not None and place == values.get(name):
+            message = f"output_dir is the {name} itself"
+            yield Problem(
+                "error", "output-is-input", message, "name a folder of its own, for example runs/my-run", "output_dir"
+            )
 
 
-def evaluation_has_data(values: Values, given: frozenset[str]) -> Iterator[Problem]:
-    if values.get("eval_steps") is not None and values.get("eval_split") == 0:
-        message = "eval_steps has no effect: nothing is held out"
-        yield Problem("warning", "eval-steps-ignored", message, 'set "eval_split", for example to 0.1', "eval_steps")
+def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Problem]:
+    """In "C:\\temp\\new" as Windows shows it, JSON reads a tab and a line break."""
+    for name in ("model_name", "dataset", "eval_dataset", "output_dir"):
+        value = values.get(name)
+        if isinstance(value, str) and any(ord(char) < 32 for char in value):
+            message = f'"{name}" holds a control character: {json.dumps(value)}'
+            yield Problem("error", "path-control-character", message, "write / or \\\\ between the folders", name)
 
 
-RULES: tuple[Rule, ...] = (
+RULES: Sequence[Rule] = (
+    paths_are_written_as_meant,
+    default_model,
+    qlora_is_sft,
+    belongs_to_strategy,
+    has_an_effect,
     one_precision,
+    one_quantisation,
     one_warmup,
-    learning_rate_range,
-    epochs_range,
-    alpha_twice_rank,
-    no_head_adapter,
-    warmup_acts,
+    one_length_of_training,
+    one_evaluation_set,
+    evaluation_set_is_another,
     evaluation_has_data,
+    best_checkpoint_is_judged,
+    smoothing_needs_its_loss,
+    loss_needs_its_smoothing,
+    one_compute_dtype,
+    no_head_adapter,
+    output_is_no_input,
 )
 
 
-def check(values: Values, given: frozenset[str]) -> list[Problem]:
+def check(values: Values, given: Values, rules: Sequence[Rule] = RULES) -> list[Problem]:
     """Every problem that every rule finds."""
-    return [problem for rule in RULES for problem in rule(values, given)]
+    return [problem for rule in rules for problem in rule(values, given)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_cli.config.reader import parse
 from dpo_cli.data.formats import BadRow, Pair, to_pair
-from dpo_cli.errors import Problem, Severity
+from dpo_cli.errors import Problem, Severity, about_rows
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]  # physical line, and what parses the row or raises BadRow
 
@@ -27,6 +27,7 @@ class Dataset:
     pairs: tuple[Pair, ...]
     rows: int
     problems: tuple[Problem, ...]
+    key: str = "dataset"  # of the config, that names the file
 
     @property
     def prompts(self) -> int:
@@ -36,16 +37,20 @@ class Dataset:
         return {"file": self.file, "rows": self.rows, "pairs": len(self.pairs), "prompts": self.prompts}
 
 
-def read(path: str, skip: bool = False) -> Dataset:
+def unreadable(path: str, key: str) -> list[Problem]:
+    """Why the file that `key` of a config names cannot be read at all; such a problem has its place in the config."""
+    problem = _unreadable(Path(path))
+    return [] if problem is None else [replace(problem, key=key)]
+
+
+def read(path: str, skip: bool = False, key: str = "dataset") -> Dataset:
     """Read a `.jsonl` (one row a line) or `.json` (a list of rows) file. Problems are returned, never raised.
 
-    A problem of the file as a whole has no place: it belongs to the config that names the file.
-
+    A problem of the file as a whole has no place: it belongs to the config that names the file as its `key`.
     Bad rows are errors, or warnings with `skip`.
     """
-    problem = _unreadable(Path(path))
-    if problem is not None:
-        return Dataset(path, (), 0, (replace(problem, key="dataset"),))
+    if problems := unreadable(path, key):
+        return Dataset(path, (), 0, tuple(problems), key)
     rows, problems = _json_list(path) if path.endswith(".json") else (_json_lines(path), [])
     pairs: list[Pair] = []
     bad: dict[tuple[str, str], list[int]] = defaultdict(list)
@@ -56,10 +61,12 @@ def read(path: str, skip: bool = False) -> Dataset:
             pairs.append(to_pair(parse_row(), line))
         except BadRow as error:  # kept, so that one pass names them all
             bad[error.code, error.reason].append(line)
-    problems += [_bad_rows(path, code, reason, lines, skip) for (code, reason), lines in bad.items()]
+    severity: Severity = "warning" if skip else "error"
+    fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
+    problems += [about_rows(severity, code, reason, fix, key, path, lines) for (code, reason), lines in bad.items()]
     if not pairs and not any(problem.severity == "error" for problem in problems):
         problems += [Problem("error", "dataset-empty", f"{path} holds no usable pair", "add pairs", "dataset", path)]
-    return Dataset(path, tuple(pairs), count, tuple(problems))
+    return Dataset(path, tuple(pairs), count, tuple(replace(problem, key=key) for problem in problems), key)
 
 
 def _unreadable(path: Path) -> Problem | None:
@@ -119,12 +126,3 @@ def _json_list(path: str) -> tuple[Rows, list[Problem]]:
 
 def _as_it_is(row: Any) -> Any:
     return row
-
-
-def _bad_rows(path: str, code: str, reason: str, lines: list[int], skip: bool) -> Problem:
-    first = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
-    where = "" if len(lines) == 1 else f"{len(lines)} rows (lines {first}): "
-    fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
-    line, several = (lines[0], None) if len(lines) == 1 else (None, tuple(lines))
-    severity: Severity = "warning" if skip else "error"
-    return Problem(severity, code, f"{where}{reason}", fix, "dataset", path, line, None, several)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_cli.data.formats import Message, Pair, Text
+from dpo_cli.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,14 +36,27 @@ class EncodedPair:
         return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
-def encode(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
-    """Tokenise pairs; plain strings become chat messages when the tokenizer has a chat template."""
-    return [_encode(pair, tokenizer) for pair in pairs]
+def encode(
+    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | str = "auto"
+) -> list[EncodedPair]:
+    """Tokenise pairs; plain strings become chat messages when the tokenizer has a chat template ("auto") or must have one.
+
+    Raises `InvalidInput` where a template is needed and there is none.
+    """
+    has_template = tokenizer.chat_template is not None
+    if use_chat_template is True and not has_template:
+        fix = 'write "use_chat_template": "auto", or start from an instruct model'
+        raise InvalidInput([Problem("error", "no-chat-template", "this model has no chat template", fix, "use_chat_template")])
+    as_chat = has_template and use_chat_template is not False
+    if not as_chat and (lines := tuple(pair.line for pair in pairs if not isinstance(pair.prompt, str))):
+        message = f"{len(lines)} rows are chat messages, which need a chat template"
+        why = "use_chat_template is false" if has_template else "this model has none: start from an instruct model"
+        raise InvalidInput([Problem("error", "messages-without-template", message, why, "use_chat_template", lines=lines)])
+    return [_encode(pair, tokenizer, as_chat) for pair in pairs]
 
 
-def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> EncodedPair:
-    chat = tokenizer.chat_template is not None
-    if chat or not isinstance(pair.prompt, str):
+def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> EncodedPair:
+    if as_chat:
         prompt = as_messages(pair.prompt, "user")
         prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
         chosen_ids = _template(tokenizer, prompt + as_messages(pair.chosen, "assistant"))

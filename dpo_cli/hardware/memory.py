@@ -17,6 +17,10 @@ from dpo_cli.hardware.probe import GIB
 # Bytes per 4-bit weight: half a byte; a one-byte scale per block of 64; a float32 per 256 of those (QLoRA, arXiv:2305.14314
 # section 3, double quantisation).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+PLAIN_4BIT_BYTES = 0.5 + 4 / 64  # without it: a float32 scale per block
+# Bytes of optimizer state per adapter weight, beside the weight's own width: AdamW's two moments, in the adapter's dtype or
+# in 8 bits; paged ones may leave the GPU and are billed all the same; Adafactor keeps a row and a column; SGD nothing.
+MOMENTS = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
 CUDA_CONTEXT_BYTES = 0.5 * GIB  # driver context and the libraries' workspaces
 ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation
 SCORING_CHUNK_BYTES = 4 * (1 << 24) * 4  # logits, log-softmax, probabilities and gradient of one chunk of the head, float32
@@ -33,6 +37,8 @@ class Settings:
     bytes_per_value: int  # 2 for bf16 and fp16, 4 for float32
     checkpointing: bool
     on_gpu: bool = True
+    nested_quantisation: bool = True
+    optimizer: str = "adamw_torch_fused"
     pair_tokens: int | None = None  # of the longest pair, its prompt counted once, where prompts are shared and lengths known
 
     @property
@@ -93,7 +99,8 @@ def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpoint
 
 def _components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
     width = settings.bytes_per_value
-    linear_width = NF4_BYTES if settings.four_bit else width
+    four_bit_width = NF4_BYTES if settings.nested_quantisation else PLAIN_4BIT_BYTES
+    linear_width = four_bit_width if settings.four_bit else width
     adapter = facts.num_hidden_layers * sum(settings.rank * (a + b) for a, b in facts.linear_shapes)
     adapter_width = 2 if settings.four_bit else 4  # TRL holds a QLoRA adapter in bf16; PEFT holds any other in float32
     tokens = settings.tokens
@@ -101,7 +108,7 @@ def _components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
         "weights": facts.linear_parameters * linear_width + facts.other_parameters * width,
         "adapter": adapter * adapter_width,
         "gradients": adapter * adapter_width,
-        "optimizer": 2 * adapter * adapter_width,  # AdamW's two moments, in the adapter's dtype
+        "optimizer": adapter * MOMENTS.get(settings.optimizer, 2 * adapter_width),
         "activations": _activations(facts, settings),
         "scoring": min(SCORING_CHUNK_BYTES, 4 * 4 * tokens * facts.vocab_size) + 2.0 * tokens * facts.hidden_size * width,
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from importlib.resources import files
@@ -12,6 +14,13 @@ from typing import Any
 
 from dpo_cli.errors import Problem
 from dpo_cli.hardware import gguf
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
+# Parts of the names of models that answer instructions; a name without one is most likely a base model's.
+INSTRUCT = re.compile(
+    r"instruct|chat|assistant|[-_.]it\b|sft|dpo|rlhf|orpo|tulu|zephyr|hermes|vicuna|alpaca|distill|qwen3|r1", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,12 @@ class ModelFacts:
 
 
 def problems(model_name: str) -> Iterator[Problem]:
-    """Why a local `model_name` cannot be trained; a hub id is only checked when it is fetched."""
+    """Why a local `model_name` cannot be trained, and advice; a hub id is only checked when it is fetched."""
+    wrong = list(_faults(model_name))
+    yield from wrong or _advice(model_name)
+
+
+def _faults(model_name: str) -> Iterator[Problem]:
     path = Path(model_name)
     if not os.path.exists(path):
         looks_local = path.suffix == ".gguf" or model_name.startswith((".", "/", "~")) or model_name.count("/") != 1
@@ -67,12 +81,60 @@ def problems(model_name: str) -> Iterator[Problem]:
     else:
         try:
             model_facts(model_name)
+            if path.is_dir():
+                yield from _directory_faults(path, _config_of(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged header makes of it
             yield _wrong("model-damaged", f"{path} is damaged: {error}", "download it again")
 
 
+def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """What a model directory with a readable config.json lacks."""
+    names = config.get("architectures") or []
+    if config.get("is_encoder_decoder") or (names and not any(mark in name for name in names for mark in CAUSAL)):
+        what = ", ".join(names) or "an encoder-decoder model"
+        yield _wrong(
+            "model-not-causal", f"{path} is no causal language model: {what}", "name an instruct model that writes text"
+        )
+    if not any(path.glob("*.safetensors")):
+        fix = "convert its weights with `save_pretrained`: others than safetensors can run code when they are read"
+        yield _wrong("model-no-weights", f"{path} has no .safetensors file", fix)
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER_FILES[0]} into it")
+
+
+def _advice(model_name: str) -> Iterator[Problem]:
+    """Hints about a model that could be trained."""
+    if not os.path.exists(model_name) and model_name not in (known := known_models()):
+        near = difflib.get_close_matches(model_name, known, 1, cutoff=0.9)
+        if near:
+            message = f"{model_name} is close to the common {near[0]}; whether it is there is known when it is fetched"
+            yield Problem("hint", "model-name-near", message, f'did you mean "{near[0]}"?', "model_name")
+    if not _answers_instructions(model_name):
+        message = f"{Path(model_name).name} seems to be a base model: the documentation advises to start with SFT"
+        fix = 'name its instruct version, or fine-tune it first with "strategy": "sft"'
+        yield Problem("hint", "start-with-sft", message, fix, "model_name")
+
+
+def _answers_instructions(model_name: str) -> bool:
+    """Whether the model has a chat template; of a hub id, whether its name says so."""
+    path = Path(model_name)
+    if gguf.is_gguf(path):
+        return "tokenizer.chat_template" in gguf.read_header(path).metadata
+    if path.is_dir():
+        config = path / "tokenizer_config.json"
+        return (path / "chat_template.jinja").is_file() or (
+            config.is_file() and "chat_template" in config.read_text(encoding="utf-8", errors="replace")
+        )
+    return INSTRUCT.search(path.name) is not None
+
+
 def _wrong(code: str, message: str, fix: str) -> Problem:
     return Problem("error", code, message, fix, "model_name")
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return loaded
 
 
 def model_facts(model_name: str) -> ModelFacts | None:
@@ -81,7 +143,7 @@ def model_facts(model_name: str) -> ModelFacts | None:
     if gguf.is_gguf(path):
         return _gguf_facts(gguf.read_header(path))
     if (path / "config.json").is_file():
-        return _config_facts(json.loads((path / "config.json").read_text(encoding="utf-8")))
+        return _config_facts(_config_of(path))
     table: dict[str, dict[str, Any]] = known_models()
     return ModelFacts(**table[model_name]) if model_name in table else None
 

@@ -1,4 +1,4 @@
-"""A config for a card: the documented preset of its profile, with the memory bill."""
+"""A config for a card: the documented settings of its profile (config/schema.json has them), with the memory bill."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from dpo_cli.config.schema import profile_defaults
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
 from dpo_cli.hardware.memory import Bill, Settings, fit
 from dpo_cli.hardware.models import known_models, model_facts
@@ -45,7 +46,7 @@ def recommend(
     What must fit is `free_gb`, where less than all of the card's memory is free.
     """
     name, profile = [(name, entry) for name, entry in profiles().items() if entry["from_gb"] <= vram_gb][-1]
-    preset = profile["preset"]
+    preset = {"strategy": "dpo", **profile_defaults(name)}
     models = [model] if model else profile["models"]
     ways = {candidate: _fit(candidate, preset, free_gb or vram_gb) for candidate in models}
     chosen = next((candidate for candidate in models if ways[candidate][1].fits), None)

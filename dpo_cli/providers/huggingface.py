@@ -64,6 +64,7 @@ class HuggingFace:
             r=plan.config.lora_r,
             lora_alpha=plan.config.lora_alpha,
             lora_dropout=plan.config.lora_dropout,
+            use_rslora=plan.config.use_rslora,
             target_modules=plan.config.target_modules,
         )
 
@@ -78,9 +79,9 @@ class HuggingFace:
         if plan.config.use_4bit:
             options["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=options["dtype"],
+                bnb_4bit_quant_type=plan.config.bnb_4bit_quant_type,
+                bnb_4bit_use_double_quant=plan.config.use_nested_quant,
+                bnb_4bit_compute_dtype=getattr(torch, plan.config.bnb_4bit_compute_dtype or plan.dtype),
             )
             options["device_map"] = {"": device}
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, use_safetensors=True, **options))

@@ -143,6 +143,9 @@ def trainer_arguments(plan: Plan, evaluates: bool) -> DPOConfig:
         lr_scheduler_type=config.lr_scheduler_type,
         # transformers 5.17 has no warmup_ratio: a fraction of warmup_steps is a share of all steps.
         warmup_steps=config.warmup_steps if config.warmup_steps is not None else config.warmup_ratio,
+        optim=config.optim,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        remove_unused_columns=False,  # the sampler reads the lengths; the collator takes what it knows
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         beta=config.beta,
@@ -166,4 +169,4 @@ def trainer_arguments(plan: Plan, evaluates: bool) -> DPOConfig:
 
 
 def _rows(pairs: Sequence[EncodedPair]) -> Dataset:
-    return Dataset.from_dict({name: [getattr(pair, name) for pair in pairs] for name in scoring.ID_COLUMNS})
+    return Dataset.from_dict({name: [getattr(pair, name) for pair in pairs] for name in (*scoring.ID_COLUMNS, "length")})

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,28 +15,30 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from dpo_cli.config.config import Loaded, defaults
+from dpo_cli.config.config import Loaded
 from dpo_cli.config.config import load as load_config
+from dpo_cli.config.schema import defaults
 from dpo_cli.console import Console
-from dpo_cli.data.formats import Pair
-from dpo_cli.data.split import split
 from dpo_cli.data.tokens import EncodedPair, encode
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.metrics import PairScores, figures, point_figures, score_pairs
 from dpo_cli.evaluation.samples import side_by_side
 from dpo_cli.hardware.probe import Machine, probe
-from dpo_cli.plan import Counts, Inspection, Plan, Scoring, does_not_fit, inspect, resolve
+from dpo_cli.inspection import Data, Inspection, inspect
+from dpo_cli.plan import Counts, Plan, Scoring, does_not_fit, resolve
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.card import card
 from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
 from dpo_cli.runs.manifest import manifest
+from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.callbacks.stop import StopOnSignal
 from dpo_cli.training.dpo import build_trainer
 from dpo_cli.training.scoring import choose, states_of
 
+PROVIDERS: dict[str, Callable[[str], Provider]] = {"huggingface": HuggingFace}
 SAMPLES = 3
 
 
@@ -50,9 +51,9 @@ def train(
     if not dry_run:
         RunDirectory.check(draft.run_dir, overwrite)
 
-    provider: Provider = HuggingFace(draft.config.model_name)
+    provider = PROVIDERS[draft.config.provider](draft.config.model_name)
     tokenizer = provider.tokenizer()
-    train_pairs, held_out, counts = _prepare(data.pairs, tokenizer, draft)
+    train_pairs, held_out, counts = _prepare(data, tokenizer, draft)
     plan = resolve(loaded, machine, counts)
     show_plan(plan, console)
     console.panel("the first pair, as the model sees it", _first_pair(train_pairs[0], tokenizer))
@@ -71,16 +72,17 @@ def train(
         adapter = provider.adapter_config(plan, base)
         evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
         trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, evaluate)
-        record = Record(trainer.totals, [run.append_line, view.show, log_line])
-        trainer.add_callback(record)
-        trainer.add_callback(stop)
+        health = Health(console.line)
+        record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see])
+        for callback in (record, health, stop):
+            trainer.add_callback(callback)
         if stop.received:
             raise KeyboardInterrupt  # there is nothing trained to keep
         started = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - started
 
-    status, code = _ending(stop, record)
+    status, code = _ending(stop, health)
     summary: dict[str, Any] = {
         "status": status,
         "steps": trainer.state.global_step,
@@ -89,7 +91,7 @@ def train(
         "eval": None,
         "base": None,
         "gain": None,
-        "health": [],
+        "health": [event.to_json() for event in health.events],
         "adapter_sha256": run.write_adapter(partial(_save, trainer.model, tokenizer)),
     }
     run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
@@ -109,14 +111,14 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
     # What that machine decided, this one decides anew: a run from a GPU can be judged on a CPU.
     measured = [key for key, source in run.read_json(PLAN)["sources"].items() if source == "measured"]
     overrides = [f"{key}={json.dumps(defaults()[key])}" for key in measured]
-    overrides += [f"dataset={dataset}", "eval_split=0"] if dataset else []
+    overrides += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"] if dataset else []
     inspection = inspect(load_config(str(run.path / PLAN), overrides), probe(), with_fit=False)
     data, plan = inspection.require()
     console.problems([problem for problem in inspection.problems if problem.severity == "warning"])
-    provider: Provider = HuggingFace(plan.config.model_name)
+    provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
     with log_to(run.log):
-        train_pairs, held_out, _ = _prepare(data.pairs, tokenizer, plan)
+        train_pairs, held_out, _ = _prepare(data, tokenizer, plan)
         pairs = train_pairs if dataset else held_out
         model = provider.with_adapter(plan, run.adapter)
         if pairs:
@@ -130,14 +132,11 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
     return {**judged, "thresholds": [], "samples": samples}
 
 
-def _ending(stop: StopOnSignal, record: Record) -> tuple[str, Exit]:
+def _ending(stop: StopOnSignal, health: Health) -> tuple[str, Exit]:
     """How a training ended: the status of metrics.json and the exit code."""
     if stop.received:
         return "interrupted", Exit[stop.received.name]
-    last = record.last_train
-    if last is None or not (math.isfinite(last["loss"]) and math.isfinite(last["grad_norm"])):
-        return "unhealthy", Exit.MISSED
-    return "completed", Exit.DONE
+    return ("unhealthy", Exit.MISSED) if health.stopped else ("completed", Exit.DONE)
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -162,12 +161,10 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.line(f"note: {note}")
 
 
-def _prepare(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, plan: Plan
-) -> tuple[list[EncodedPair], list[EncodedPair], Counts]:
+def _prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tuple[list[EncodedPair], list[EncodedPair], Counts]:
     """Split by prompt, tokenise, and leave out what is too long: (train, held out, counts)."""
     config = plan.config
-    sides = [encode(side, tokenizer) for side in split(pairs, config.eval_split, config.seed)]
+    sides = [encode(side, tokenizer, config.use_chat_template) for side in data.sides(config)]
     kept = [[pair for pair in side if pair.length <= config.max_seq_length] for side in sides]
     train, held_out = kept
     if not train:

@@ -1,0 +1,127 @@
+"""The documentation's advice on single values, as hints: dpo-strategy, "Hyperparameter Tuning", "Common Issues", "Best
+Practices". A hint never stops anything. Written like the rules of rules.py; `GUIDANCE` at the end lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from dpo_cli.config import rules
+from dpo_cli.config.rules import Rule, Values
+from dpo_cli.config.schema import profile_defaults
+from dpo_cli.errors import Problem
+
+LEARNING_RATE_RANGE = (1e-7, 1e-6)
+# What a LoRA adapter needs by measurement; the table is in the README, `make learning-rates` prints it.
+ADAPTER_LEARNING_RATE = 2e-4
+SFT_LEARNING_RATE = 2e-4
+EPOCHS = (2, 4)
+RANKS = (16, 32, 64)
+LARGEST_DROPOUT = 0.1  # the documented 0.05 is called low
+LARGEST_KL = 10
+BETAS = {0.1: "a weak preference signal", 0.5: "balanced, recommended", 2.0: "a strong preference signal"}
+
+
+def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
+    rate = values.get("learning_rate")
+    low, high = LEARNING_RATE_RANGE
+    if rate is None or values.get("strategy") != "dpo":
+        return
+    if rate <= high:
+        where = "in" if rate >= low else "below"
+        message = f"learning_rate {rate:g} is {where} the documented range for DPO, at which a LoRA adapter hardly moves"
+        fix = f"a LoRA adapter learns at {ADAPTER_LEARNING_RATE:g} and around it: see the table in the README"
+        yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
+    else:
+        message = f"learning_rate {rate:g} is above the documented {low:g} to {high:g}; an adapter needs more than that"
+        fix = "if the loss oscillates, lower it, or raise warmup_ratio"
+        yield Problem("hint", "learning-rate-adapter", message, fix, "learning_rate")
+
+
+def sft_learning_rate(values: Values, given: Values) -> Iterator[Problem]:
+    rate = values.get("learning_rate")
+    if rate is not None and values.get("strategy") == "sft" and not 0.1 <= rate / SFT_LEARNING_RATE <= 10:
+        message = f"learning_rate {rate:g} is far from the documented {SFT_LEARNING_RATE:g} for SFT"
+        yield Problem("hint", "learning-rate-sft", message, f'write "learning_rate": {SFT_LEARNING_RATE:g}', "learning_rate")
+
+
+def beta(values: Values, given: Values) -> Iterator[Problem]:
+    value = values.get("beta")
+    if value is None or "beta" not in given or values.get("strategy") == "sft":
+        return
+    near = min(BETAS, key=lambda point: abs(value - point))
+    points = ", ".join(f"{point:g} {meaning}" for point, meaning in BETAS.items())
+    message = f"beta {value:g} lies next to {near:g}, documented as {BETAS[near]}"
+    fix = f"documented: {points}; a larger beta keeps the policy closer to the reference and scales the reward"
+    yield Problem("hint", "beta", message, fix, "beta")
+
+
+def epochs(values: Values, given: Values) -> Iterator[Problem]:
+    value = values.get("num_train_epochs")
+    low, high = EPOCHS
+    if value is None or "num_train_epochs" not in given or values.get("max_steps") is not None or low <= value <= high:
+        return
+    message = f"num_train_epochs is {value:g}; the documentation advises {low} to {high} for DPO"
+    yield Problem("hint", "epochs", message, "fewer may not learn the preference, more may overfit", "num_train_epochs")
+
+
+def lora_rank(values: Values, given: Values) -> Iterator[Problem]:
+    rank = values.get("lora_r")
+    if rank is not None and "lora_r" in given and rank not in RANKS:
+        message = f"lora_r is {rank}; the documentation names {', '.join(map(str, RANKS))}"
+        yield Problem("hint", "lora-rank", message, "a smaller rank learns less, a larger one takes more memory", "lora_r")
+
+
+def lora_alpha(values: Values, given: Values) -> Iterator[Problem]:
+    alpha, rank = values.get("lora_alpha"), values.get("lora_r")
+    if alpha is not None and rank is not None and not rank <= alpha <= 4 * rank:
+        message = f"lora_alpha {alpha:g} is far from 2 x lora_r = {2 * rank}"
+        yield Problem("hint", "lora-alpha", message, f"lora_alpha is usually {2 * rank} at this rank", "lora_alpha")
+
+
+def lora_dropout(values: Values, given: Values) -> Iterator[Problem]:
+    dropout = values.get("lora_dropout")
+    if dropout is not None and dropout > LARGEST_DROPOUT:
+        message = f"lora_dropout is {dropout:g}; the documentation advises a low one, 0.05"
+        yield Problem("hint", "lora-dropout", message, 'write "lora_dropout": 0.05, or leave it out', "lora_dropout")
+
+
+def kl_limit(values: Values, given: Values) -> Iterator[Problem]:
+    limit = values.get("max_kl")
+    if limit is not None and limit > LARGEST_KL:
+        message = f"max_kl is {limit:g}; the documentation calls a divergence below {LARGEST_KL} reasonable"
+        yield Problem("hint", "max-kl", message, f'write "max_kl": {LARGEST_KL}', "max_kl")
+
+
+def something_is_held_out(values: Values, given: Values) -> Iterator[Problem]:
+    if values.get("eval_split") == 0 and "eval_dataset" in values and values["eval_dataset"] is None:
+        message = "nothing is held out, so accuracy, margin and KL divergence will not be known"
+        yield Problem("hint", "nothing-to-judge", message, 'set "eval_split": 0.1, or name an eval_dataset', "eval_split")
+
+
+def within_the_profile(values: Values, given: Values) -> Iterator[Problem]:
+    profile = values.get("compute_specs")
+    for name, documented in profile_defaults(str(profile)).items():
+        value = values.get(name)
+        if name in given and isinstance(documented, int) and isinstance(value, int) and value > documented:
+            message = f"{name} {value} is more than the {documented} documented for {profile}"
+            fix = f'write "{name}": {documented}, or check the memory with `dpo validate --vram`'
+            yield Problem("hint", "above-profile", message, fix, name)
+
+
+GUIDANCE: Sequence[Rule] = (
+    learning_rate,
+    sft_learning_rate,
+    beta,
+    epochs,
+    lora_rank,
+    lora_alpha,
+    lora_dropout,
+    kl_limit,
+    something_is_held_out,
+    within_the_profile,
+)
+
+
+def check(values: Values, given: Values) -> list[Problem]:
+    """Every hint."""
+    return rules.check(values, given, GUIDANCE)

@@ -1,0 +1,18 @@
+"""`Config`, made from schema.json: a frozen dataclass with a field for each option, in the order of the schema.
+
+Type checkers read options.pyi instead, which `make reference` writes from the same schema and a test keeps equal to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, make_dataclass
+from typing import Any
+
+from dpo_cli.config.schema import options
+
+
+def _to_json(self: Any) -> dict[str, Any]:
+    return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+Config = make_dataclass("Config", list(options()), frozen=True, namespace={"to_json": _to_json, "__module__": __name__})

@@ -1,0 +1,155 @@
+"""The options, as `schema.json` declares them. Whoever knows an option asks here: loader, `--help`, README, editor."""
+
+from __future__ import annotations
+
+import functools
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+STRATEGIES = ("dpo", "sft", "rlhf")
+NAMES = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "array": "a list"} | {
+    "object": "an object",
+    "null": "null",
+}
+
+
+def schema_path() -> Path:
+    """The file that a config's "$schema" names, for completion in an editor."""
+    return Path(str(files("dpo_cli.config").joinpath("schema.json")))
+
+
+@functools.cache
+def schema() -> dict[str, Any]:
+    """The parsed `schema.json`; its description says what the words with x- mean."""
+    loaded: dict[str, Any] = json.loads(schema_path().read_text(encoding="utf-8"))
+    return loaded
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: its name and its part of the schema."""
+
+    name: str
+    rule: Mapping[str, Any]
+
+    @property
+    def description(self) -> str:
+        return str(self.rule["description"])
+
+    @property
+    def group(self) -> str:
+        return str(self.rule["x-group"])
+
+    @property
+    def source(self) -> str:
+        """Where the option or its guidance comes from."""
+        return str(self.rule["x-source"])
+
+    @property
+    def strategies(self) -> list[str]:
+        return list(self.rule["x-strategies"])
+
+    @property
+    def known_as(self) -> list[str]:
+        """What other tools call it."""
+        return list(self.rule.get("x-known-as", ()))
+
+    @property
+    def needs(self) -> Mapping[str, list[Any]]:
+        """By the name of another option: the values of which it must have one, or this option has no effect."""
+        needs: Mapping[str, list[Any]] = self.rule.get("x-needs", {})
+        return needs
+
+    @property
+    def unset(self) -> list[Any]:
+        """Values that say the same as leaving the key out."""
+        return list(self.rule.get("x-unset", ()))
+
+    def default(self, *situations: str) -> Any:
+        """The default under these strategies and profiles."""
+        special: Mapping[str, Any] = self.rule.get("x-default-for", {})
+        fitting = [special[name] for name in situations if name in special]
+        return fitting[-1] if fitting else self.rule.get("default")
+
+    @property
+    def default_words(self) -> str:
+        """The default in words, with those that a strategy or a profile changes: "5e-07 (sft 0.0002)"."""
+        if "default" not in self.rule:
+            return "required"
+        special: Mapping[str, Any] = self.rule.get("x-default-for", {})
+        others = ", ".join(f"{name} {json.dumps(value)}" for name, value in special.items())
+        return json.dumps(self.default()) + (f" ({others})" if others else "")
+
+    @property
+    def not_yet_words(self) -> str:
+        """What this version cannot train with, in words; empty where everything works."""
+        not_yet = self.rule.get("x-not-yet", [])
+        return "not in this version yet" if not_yet is True else f"not yet: {', '.join(not_yet)}" if not_yet else ""
+
+    def works(self, value: Any) -> bool:
+        """Whether this version can train with the value."""
+        not_yet = self.rule.get("x-not-yet", [])
+        return same(value, self.rule.get("default")) if not_yet is True else value not in not_yet
+
+    @property
+    def type_words(self) -> str:
+        """What a value may be, in words: "an integer from 1 to 4,096"."""
+        if "enum" in self.rule:
+            return "one of " + ", ".join(json.dumps(choice) for choice in self.rule["enum"])
+        types = [self.rule["type"]] if isinstance(self.rule["type"], str) else self.rule["type"]
+        words = " or ".join(NAMES[name] for name in types if name != "null")
+        return words + "".join(self._bounds()) + (" or null" if "null" in types else "")
+
+    def _bounds(self) -> Iterator[str]:
+        if "examples" in self.rule:
+            yield f" like {' or '.join(map(json.dumps, self.rule['examples']))}"
+        low, high = self.rule.get("minimum"), self.rule.get("maximum")
+        if low is not None and high is not None:
+            yield f" from {low:,} to {high:,}"
+            return
+        bounds = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "of at most", "exclusiveMaximum": "below"}
+        yield from (f" {word} {self.rule[bound]:,}" for bound, word in bounds.items() if bound in self.rule)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality of JSON values: true is not 1."""
+    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+
+
+@functools.cache
+def options() -> dict[str, Option]:
+    """Every option by name, in the order of the schema; "$schema" is for editors and no option."""
+    return {name: Option(name, rule) for name, rule in schema()["properties"].items() if name != "$schema"}
+
+
+def defaults(*situations: str) -> dict[str, Any]:
+    """The default of every option that has one, under these strategies and profiles."""
+    return {name: option.default(*situations) for name, option in options().items() if "default" in option.rule}
+
+
+def profile_defaults(profile: str) -> dict[str, Any]:
+    """The documented settings of a hardware profile: the defaults that it alone decides."""
+    special = {name: option.rule.get("x-default-for", {}) for name, option in options().items()}
+    return {name: values[profile] for name, values in special.items() if profile in values}
+
+
+def options_help(width: int) -> str:
+    """Every option of a config in plain text: its name, what it may be, its default, its meaning."""
+
+    def wrapped(text: str, indent: int) -> str:
+        return textwrap.fill(text, max(40, width), initial_indent=" " * indent, subsequent_indent=" " * indent)
+
+    parts = [wrapped('Options of a config: "key": value in CONFIG, or key=value on the command line.', 1)]
+    for group in dict.fromkeys(option.group for option in options().values()):
+        parts.append(f"\n {group}")
+        for option in options().values():
+            if option.group == group:
+                only = f"; {', '.join(option.strategies)} only" if len(option.strategies) < len(STRATEGIES) else ""
+                parts.append(wrapped(f"{option.name}: {option.type_words}; default {option.default_words}{only}", 3))
+                parts.append(wrapped(option.description + (f" ({option.not_yet_words})" if option.not_yet_words else ""), 7))
+    return "\n".join(parts) + "\n"

@@ -1,0 +1,386 @@
+"""What people write into configs and data that is wrong or worth a word: each with the code, key, line and fix that name it.
+
+The tests run every case; `make reference` quotes the first case of each code in the README.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_cli.hardware.probe import Gpu, Machine
+
+CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),), is_apple=False)
+NO_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(), is_apple=False)
+OLD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("T4", 16.0, 15.5, 7.5),), is_apple=False)
+SMALL_HOST = Machine("cpu", 4, 8.0, has_amx=False, gpus=(), is_apple=False)
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HEAD = {"model_name": MODEL, "dataset": "pairs.jsonl", "eval_split": 0.1}  # lines 2 to 4 of a config
+FIRST = 5  # the line on which a case's own text starts
+
+
+@dataclass(frozen=True)
+class Case:
+    """`own` stands in a config behind the keys of HEAD that it does not give itself; or `text` is the whole file."""
+
+    code: str
+    key: str | None
+    own: str
+    fix: str  # part of the fix
+    line: int | None = FIRST
+    severity: str = "error"
+    machine: Machine = CARD
+    vram_gb: float | None = None
+    text: bytes | None = None
+    file: str = "config.json"  # that the problem lies in
+
+    @property
+    def config(self) -> bytes:
+        if self.text is not None:
+            return self.text
+        head = [f'  "{key}": {json.dumps(value)},' if f'"{key}"' not in self.own else "" for key, value in HEAD.items()]
+        return "\n".join(["{", *head, f"  {self.own}", "}"]).encode()
+
+
+def whole(code: str, text: bytes | str, fix: str, line: int | None = 1, key: str | None = None) -> Case:
+    return Case(code, key, "", fix, line, text=text if isinstance(text, bytes) else text.encode())
+
+
+def warning(code: str, key: str | None, own: str, fix: str, line: int | None = FIRST, machine: Machine = CARD) -> Case:
+    return Case(code, key, own, fix, line, "warning", machine)
+
+
+def hint(code: str, key: str | None, own: str, fix: str, line: int | None = FIRST, **options: object) -> Case:
+    return Case(code, key, own, fix, line, "hint", **options)  # type: ignore[arg-type]
+
+
+def rows(code: str, own: str, fix: str, line: int | None, severity: str = "error") -> Case:
+    name = json.loads("{" + own + "}")
+    return Case(code, next(iter(name)), own, fix, line, severity, file=next(iter(name.values())))
+
+
+SYNTAX = [
+    whole("json-syntax", "", "write a value"),
+    whole("json-syntax", "{", "close the object"),
+    whole("json-syntax", '{"dataset": "pairs.jsonl"', "add the comma or bracket"),
+    whole("json-syntax", '{"dataset": "pairs.jsonl", "beta": [1, 2}', "add the comma"),
+    whole("json-syntax", '{"dataset": "pairs.jsonl"} {"beta": 1}', "delete it"),
+    whole("json-syntax", '{"dataset": "pairs.jsonl",, "beta": 1}', 'write "key": value'),
+    whole("json-syntax", '{"dataset" "pairs.jsonl"}', 'write "key": value'),
+    whole("json-syntax", '{"dataset": "pairs.jsonl" // a comment\n', "add the comma", 2),
+    whole("json-syntax", "model_name: meta-llama/Llama-3.1-8B-Instruct\n", 'write "model_name"'),
+    Case("json-syntax", "beta", '"beta": .5', "digits before and after the point"),
+    Case("json-syntax", "beta", '"beta": +0.5', "a plus"),
+    Case("json-syntax", "seed", '"seed": 0x10', "hexadecimals"),
+    Case("json-syntax", "seed", '"seed": 1_000', "nor _"),
+    Case("json-syntax", "beta", '"beta": 0.1.2', "digits"),
+    Case("json-syntax", "beta", '"beta": ,\n  "seed": 1', "delete the key"),
+    Case("json-syntax", "beta", '"beta":', "delete the key", FIRST + 1),
+    Case("json-syntax", "use_4bit", '"use_4bit": True', "write true"),
+    Case("json-syntax", "use_4bit", '"use_4bit": False', "write false"),
+    Case("json-syntax", "output_dir", '"output_dir": None', "write null"),
+    Case("json-syntax", "use_4bit", '"use_4bit": yes', 'write "yes"'),
+    Case("json-syntax", "task", '"task": text-generation', 'write "text-generation"'),
+    Case("json-syntax", "task", "\"task\": 'text-generation'", 'write "text-generation"'),
+    Case("json-syntax", None, "beta: 0.1", 'write "beta":'),
+    Case("json-syntax", None, "'beta': 0.1", 'write "beta":'),
+    Case("json-syntax", None, '"beta": 0.1\n  "seed": 1', "add the comma", FIRST + 1),
+    Case("json-syntax", None, '"beta": 0.1;', "add the comma"),
+    Case("json-syntax", None, '"beta" = 0.1', 'write "key": value'),
+    Case("json-syntax", None, '"output_dir": "runs/a\n  b"', "close it with a double quote"),
+    Case("json-syntax", None, '"output_dir": "C:\\models"', "a backslash as \\\\"),
+    Case("json-nan", "beta", '"beta": NaN', "a finite number"),
+    Case("json-nan", "learning_rate", '"learning_rate": -Infinity', "a finite number"),
+    Case("json-number", "beta", '"beta": 1e999', "a smaller number"),
+    Case("json-number", "seed", '"seed": ' + "7" * 5000, "a smaller number"),
+    Case("json-surrogate", "output_dir", '"output_dir": "\\ud800"', "the character itself"),
+    Case("duplicate-key", "beta", '"beta": 0.1,\n  "beta": 0.5', "keep one", FIRST + 1),
+    whole("json-depth", "[" * 100_000, "a config is flat"),
+    whole("json-depth", '{"a": ' * 100_000, "a config is flat"),
+]
+
+FILES = [
+    whole("config-type", "[]", "write {"),
+    whole("config-type", "3", "write {"),
+    whole("config-type", '[{"prompt": "a", "chosen": "b", "rejected": "c"}]', "looks like a dataset"),
+    whole("config-unreadable", b"\xff\xfe{\x00}\x00", "save it as UTF-8", None),
+    whole("config-unreadable", "{}".encode("utf-32"), "save it as UTF-8", None),
+    whole("config-unreadable", "{}".encode("utf-16-le"), "save it as UTF-8", None),
+    whole("config-unreadable", b'{"dataset": "\xff"}', "save it as UTF-8", None),
+    whole("config-unreadable", b" " * (1 << 20) + b"{}", "is this the dataset?", None),
+    whole("missing-key", "{}", 'add "dataset"', None, "dataset"),
+    whole("missing-key", "\ufeff{}", 'add "dataset"', None, "dataset"),
+    whole("missing-key", '{"model_name": "' + MODEL + '", // no dataset\n}', 'add "dataset"', None, "dataset"),
+    Case("data-in-config", "prompt", '"prompt": "What is the capital of France?"', "into a .jsonl file"),
+    Case("data-in-config", "messages", '"messages": []', "into a .jsonl file"),
+]
+
+KEYS = [
+    Case("unknown-key", "lerning_rate", '"lerning_rate": 5e-7', 'did you mean "learning_rate"?'),
+    Case("unknown-key", "Beta", '"Beta": 0.1', 'did you mean "beta"?'),
+    Case("unknown-key", "per_device_batch_size", '"per_device_batch_size": 2', 'called "per_device_train_batch_size"'),
+    Case("unknown-key", "max_length", '"max_length": 512', 'called "max_seq_length"'),
+    Case("unknown-key", "lr", '"lr": 5e-7', 'called "learning_rate"'),
+    Case("unknown-key", "load_in_4bit", '"load_in_4bit": true', 'called "use_4bit"'),
+    Case("unknown-key", "micro_batch_size", '"micro_batch_size": 2', 'called "per_device_train_batch_size"'),
+    Case("unknown-key", "evaluation_strategy", '"evaluation_strategy": "steps"', 'called "eval_steps"'),
+    Case("unknown-key", "val_set_size", '"val_set_size": 0.1', 'called "eval_split"'),
+    Case("unknown-key", "trust_remote_code", '"trust_remote_code": true', "remove the key"),
+    Case("unknown-key", "", '"": 1', "remove the key"),
+]
+
+VALUES = [
+    Case("bad-value", "beta", '"beta": -5', 'for example "beta": 0.1'),
+    Case("bad-value", "beta", '"beta": 0', 'for example "beta": 0.1'),
+    Case("bad-value", "beta", '"beta": "0.1"', "without quotes: 0.1"),
+    Case("bad-value", "beta", '"beta": true', 'for example "beta": 0.1'),
+    Case("bad-value", "beta", '"beta": null', 'for example "beta": 0.1'),
+    Case("bad-value", "beta", '"beta": [0.1]', 'for example "beta": 0.1'),
+    Case("bad-value", "beta", '"beta": {"value": 0.1}', 'for example "beta": 0.1'),
+    Case("bad-value", "learning_rate", '"learning_rate": 0', 'for example "learning_rate": 5e-07'),
+    Case("bad-value", "learning_rate", '"learning_rate": 2', 'for example "learning_rate": 5e-07'),
+    Case("bad-value", "learning_rate", '"learning_rate": "5e-7"', "without quotes: 5e-7"),
+    Case("bad-value", "num_train_epochs", '"num_train_epochs": true', 'for example "num_train_epochs": 3'),
+    Case("bad-value", "num_train_epochs", '"num_train_epochs": 0', 'for example "num_train_epochs": 3'),
+    Case("bad-value", "num_train_epochs", '"num_train_epochs": -1', 'for example "num_train_epochs": 3'),
+    Case("bad-value", "max_steps", '"max_steps": 0', "-1 is no limit"),
+    Case("bad-value", "max_steps", '"max_steps": 10.5', "optimizer steps"),
+    Case("bad-value", "per_device_train_batch_size", '"per_device_train_batch_size": 0', "for example"),
+    Case("bad-value", "per_device_train_batch_size", '"per_device_train_batch_size": "auto"', "for example"),
+    Case("bad-value", "gradient_accumulation_steps", '"gradient_accumulation_steps": 1.5', "for example"),
+    Case("bad-value", "lora_r", '"lora_r": "16"', "without quotes: 16"),
+    Case("bad-value", "lora_r", '"lora_r": 0', 'for example "lora_r": 16'),
+    Case("bad-value", "lora_r", '"lora_r": 4096', 'for example "lora_r": 16'),
+    Case("bad-value", "lora_alpha", '"lora_alpha": 0', "2 x lora_r"),
+    Case("bad-value", "lora_dropout", '"lora_dropout": 1', "for example"),
+    Case("bad-value", "lora_dropout", '"lora_dropout": -0.1', "for example"),
+    Case("bad-value", "target_modules", '"target_modules": ".*"', "a list of names"),
+    Case("bad-value", "target_modules", '"target_modules": []', "a list of names"),
+    Case("bad-value", "target_modules", '"target_modules": [\n    "q_proj",\n    3\n  ]', "a list of names", FIRST + 2),
+    Case("bad-value", "target_modules", '"target_modules": "all_linear"', "all-linear"),
+    Case("bad-value", "use_4bit", '"use_4bit": "true"', "without quotes: true"),
+    Case("bad-value", "use_4bit", '"use_4bit": 1', "for example"),
+    Case("bad-value", "bf16", '"bf16": "bf16"', "Default"),
+    Case("bad-value", "strategy", '"strategy": "DPO"', 'did you mean "strategy": "dpo"?'),
+    Case("bad-value", "strategy", '"strategy": "ppo"', 'for example "strategy": "dpo"'),
+    Case("bad-value", "strategy", '"strategy": null', 'for example "strategy": "dpo"'),
+    Case("bad-value", "provider", '"provider": "hugging-face"', 'did you mean "provider": "huggingface"?'),
+    Case("bad-value", "provider", '"provider": "mlx"', 'for example "provider": "huggingface"'),
+    Case("bad-value", "task", '"task": "summarization"', "Other tasks are text generation too"),
+    Case("bad-value", "compute_specs", '"compute_specs": "midrange"', 'did you mean "compute_specs": "mid_range"?'),
+    Case("bad-value", "compute_specs", '"compute_specs": "high-end"', 'did you mean "compute_specs": "high_end"?'),
+    Case("bad-value", "loss_type", '"loss_type": "sigmod"', 'did you mean "loss_type": "sigmoid"?'),
+    Case("bad-value", "loss_type", '"loss_type": "kto"', 'for example "loss_type": "sigmoid"'),
+    Case("bad-value", "label_smoothing", '"label_smoothing": 0.5', "for example"),
+    Case("bad-value", "label_smoothing", '"label_smoothing": -0.1', "for example"),
+    Case("bad-value", "optim", '"optim": "adamw"', 'did you mean "optim": "adamw_torch_fused"?'),
+    Case("bad-value", "lr_scheduler_type", '"lr_scheduler_type": "cosin"', 'did you mean "lr_scheduler_type": "cosine"?'),
+    Case("bad-value", "warmup_ratio", '"warmup_ratio": 10', "for example"),
+    Case("bad-value", "warmup_steps", '"warmup_steps": -1', "instead of warmup_ratio"),
+    Case("bad-value", "max_seq_length", '"max_seq_length": 0', 'for example "max_seq_length": 1024'),
+    Case("bad-value", "max_seq_length", '"max_seq_length": -2', 'for example "max_seq_length": 1024'),
+    Case("bad-value", "eval_split", '"eval_split": 1', "for example"),
+    Case("bad-value", "eval_split", '"eval_split": "10%"', "for example"),
+    Case("bad-value", "seed", '"seed": -1', 'for example "seed": 42'),
+    Case("bad-value", "seed", '"seed": 4294967296', 'for example "seed": 42'),
+    Case("bad-value", "device", '"device": "gpu"', 'for example "device": "auto"'),
+    Case("bad-value", "device", '"device": "cuda:0"', 'did you mean "device": "cuda"?'),
+    Case(
+        "bad-value", "gradient_checkpointing", '"gradient_checkpointing": "yes"', 'for example "gradient_checkpointing": "auto"'
+    ),
+    Case("bad-value", "bnb_4bit_quant_type", '"bnb_4bit_quant_type": "int4"', 'for example "bnb_4bit_quant_type": "nf4"'),
+    Case("bad-value", "bnb_4bit_compute_dtype", '"bnb_4bit_compute_dtype": "bf16"', "Default"),
+    Case("bad-value", "hub_model_id", '"hub_model_id": "my-adapter"', "owner/name"),
+    Case("bad-value", "model_name", '"model_name": ""', "a hub id, a model directory"),
+    Case("bad-value", "model_name", '"model_name": 7', "a hub id, a model directory"),
+    Case("bad-value", "dataset", '"dataset": {"path": "pairs.jsonl"}', "preference pairs"),
+    Case("bad-value", "output_dir", '"output_dir": ""', "run directory"),
+]
+
+RULES = [
+    Case("two-precisions", "fp16", '"bf16": true,\n  "fp16": true', "keep one", FIRST + 1),
+    Case("two-quantisations", "use_8bit", '"use_4bit": true,\n  "use_8bit": true', "keep one", FIRST + 1),
+    Case("two-warmups", "warmup_ratio", '"warmup_steps": 5,\n  "warmup_ratio": 0.1', "remove one", FIRST + 1),
+    Case("two-evaluation-sets", "eval_split", '"eval_dataset": "others.jsonl",\n  "eval_split": 0.1', "remove one", FIRST + 1),
+    Case("eval-is-train", "eval_dataset", '"eval_split": 0, "eval_dataset": "pairs.jsonl"', '"eval_split": 0.1'),
+    Case("lm-head-adapter", "target_modules", '"target_modules": ["q_proj", "lm_head"]', "remove lm_head"),
+    Case("label-smoothing-ignored", "label_smoothing", '"label_smoothing": 0.1', '"loss_type": "robust"'),
+    Case("label-smoothing-ignored", "label_smoothing", '"loss_type": "ipo",\n  "label_smoothing": 0.1', '"robust"', FIRST + 1),
+    Case("loss-needs-smoothing", "loss_type", '"loss_type": "exo_pair"', '"label_smoothing": 0.001'),
+    warning("loss-needs-smoothing", "loss_type", '"loss_type": "robust"', '"label_smoothing": 0.1'),
+    Case(
+        "save-eval-steps",
+        "save_steps",
+        '"early_stopping_patience": 3, "eval_steps": 20,\n  "save_steps": 50',
+        '"save_steps": 60',
+        FIRST + 1,
+    ),
+    Case("qlora-without-4bit", "use_4bit", '"strategy": "qlora",\n  "use_4bit": false', '"use_4bit": true', FIRST + 1),
+    Case("output-is-input", "output_dir", '"output_dir": "pairs.jsonl"', "runs/my-run"),
+    Case("path-control-character", "dataset", '"dataset": "C:\\temp\\new.jsonl"', "write / or"),
+    Case("default-model", "model_name", "", "your model", None, "warning", text=b'{"dataset": "pairs.jsonl"}'),
+    warning("no-effect", "warmup_ratio", '"warmup_ratio": 0.1,\n  "lr_scheduler_type": "constant"', '"constant_with_warmup"'),
+    warning("no-effect", "bnb_4bit_quant_type", '"bnb_4bit_quant_type": "fp4"', '"use_4bit": true'),
+    warning("no-effect", "use_nested_quant", '"use_nested_quant": false', '"use_4bit": true'),
+    warning("no-effect", "hub_model_id", '"hub_model_id": "me/mine"', '"push_to_hub": true'),
+    warning("other-strategy", "packing", '"packing": true', "remove the key"),
+    warning("nothing-to-evaluate", "eval_steps", '"eval_split": 0,\n  "eval_steps": 5', '"eval_split"', FIRST + 1),
+    warning(
+        "two-compute-dtypes",
+        "bnb_4bit_compute_dtype",
+        '"use_4bit": true, "bf16": true,\n  "bnb_4bit_compute_dtype": "float16"',
+        '"bfloat16"',
+        FIRST + 1,
+    ),
+    warning("not-yet", "strategy", '"strategy": "sft"', '"strategy": "dpo"'),
+    warning("not-yet", "use_dora", '"use_dora": true', '"use_dora": false'),
+    warning("not-yet", "report_to", '"report_to": "wandb"', '"report_to": "none"'),
+]
+
+GUIDANCE = [
+    hint("learning-rate-small", "learning_rate", '"learning_rate": 5e-7', "learns at 0.0002"),
+    hint("learning-rate-small", "learning_rate", '"learning_rate": 1e-9', "learns at 0.0002"),
+    hint("learning-rate-adapter", "learning_rate", '"learning_rate": 5e-5', "raise warmup_ratio"),
+    hint(
+        "learning-rate-sft",
+        "learning_rate",
+        '"strategy": "sft",\n  "learning_rate": 5e-7',
+        '"learning_rate": 0.0002',
+        FIRST + 1,
+    ),
+    hint("beta", "beta", '"beta": 0.4', "0.1 a weak preference signal, 0.5 balanced"),
+    hint("epochs", "num_train_epochs", '"num_train_epochs": 9', "overfit"),
+    hint("epochs-ignored", "num_train_epochs", '"max_steps": 10,\n  "num_train_epochs": 3', "remove one", FIRST + 1),
+    hint("lora-rank", "lora_r", '"lora_r": 8', "more memory"),
+    hint("lora-alpha", "lora_alpha", '"lora_r": 16, "lora_alpha": 8', "usually 32"),
+    hint("lora-dropout", "lora_dropout", '"lora_dropout": 0.3', '"lora_dropout": 0.05'),
+    hint("max-kl", "max_kl", '"max_kl": 50', '"max_kl": 10'),
+    hint("nothing-to-judge", "eval_split", '"eval_split": 0', '"eval_split": 0.1'),
+    hint("above-profile", "lora_r", '"compute_specs": "mid_range",\n  "lora_r": 64', '"lora_r": 16', FIRST + 1),
+    hint("qlora", "strategy", '"strategy": "qlora"', '"strategy": "sft", "use_4bit": true'),
+]
+
+MODELS = [
+    Case("model-missing", "model_name", '"model_name": "/no/such/model"', "check the path"),
+    Case("model-missing", "model_name", '"model_name": "models/gone.gguf"', "check the path"),
+    Case("model-missing", "model_name", '"model_name": "llama"', "owner/model"),
+    Case("model-is-adapter", "model_name", '"model_name": "models/adapter"', "name the base model"),
+    Case("model-incomplete", "model_name", '"model_name": "models/empty"', "a complete model directory"),
+    Case("model-damaged", "model_name", '"model_name": "models/damaged"', "download it again"),
+    Case("model-damaged", "model_name", '"model_name": "models/cut.gguf"', "download it again"),
+    Case("model-not-gguf", "model_name", '"model_name": "pairs.jsonl"', "name a GGUF file"),
+    Case("model-not-causal", "model_name", '"model_name": "models/bert"', "an instruct model"),
+    Case("model-no-weights", "model_name", '"model_name": "models/pickled"', "save_pretrained"),
+    Case("model-no-tokenizer", "model_name", '"model_name": "models/mute"', "tokenizer.json"),
+    hint("model-name-near", "model_name", '"model_name": "meta-llama/Llama-3.1-8b-Instruct"', "Llama-3.1-8B-Instruct"),
+    hint("start-with-sft", "model_name", '"model_name": "meta-llama/Llama-3.1-8B"', '"strategy": "sft"'),
+]
+
+HARDWARE = [
+    Case("does-not-fit", None, '"model_name": "meta-llama/Llama-3.1-8B-Instruct"', '"use_4bit": true', None, vram_gb=16),
+    warning("fp16-device", "fp16", '"fp16": true', "use bf16", machine=NO_CARD),
+    warning("bf16-device", "bf16", '"bf16": true', "fp16 is used", machine=OLD_CARD),
+    warning("device-missing", "device", '"device": "cuda"', "--vram", machine=NO_CARD),
+    warning("device-missing", "device", '"device": "mps"', "--vram", machine=NO_CARD),
+    warning("unsloth-without-cuda", "provider", '"provider": "unsloth"', '"provider": "huggingface"', machine=NO_CARD),
+    hint("small-card", "use_4bit", '"use_4bit": false', "dpo recommend --vram 8", vram_gb=8),
+    hint("small-memory", None, '"seed": 1', "close other programs", None, machine=SMALL_HOST),
+]
+
+DATA = [
+    Case("dataset-missing", "dataset", '"dataset": "gone.jsonl"', "check the path"),
+    Case("dataset-missing", "eval_dataset", '"eval_split": 0, "eval_dataset": "gone.jsonl"', "check the path"),
+    Case("dataset-format", "dataset", '"dataset": "data/pairs.txt"', "use a .jsonl file"),
+    Case("dataset-unreadable", "dataset", '"dataset": "data/folder.jsonl"', "a readable file"),
+    Case("dataset-utf16", "dataset", '"dataset": "data/utf16.jsonl"', "UTF-8"),
+    rows("dataset-empty", '"dataset": "data/empty.jsonl"', "add pairs", None),
+    rows("dataset-not-list", '"dataset": "data/object.json"', "one object a line", 1),
+    rows("row-not-json", '"dataset": "data/row-not-json.jsonl"', "delete what is named", 2),
+    rows("row-not-object", '"dataset": "data/row-not-object.jsonl"', "delete what is named", 2),
+    rows("row-missing-key", '"dataset": "data/row-missing-key.jsonl"', "delete what is named", 2),
+    rows("row-wrong-type", '"dataset": "data/row-wrong-type.jsonl"', "delete what is named", 2),
+    rows("row-mixed-types", '"dataset": "data/row-mixed-types.jsonl"', "delete what is named", 2),
+    rows("row-empty", '"dataset": "data/row-empty.jsonl"', "delete what is named", 2),
+    rows("row-identical", '"dataset": "data/row-identical.jsonl"', "delete what is named", 2),
+    rows("row-role", '"dataset": "data/row-role.jsonl"', "delete what is named", 2),
+    rows("row-nul", '"dataset": "data/row-nul.jsonl"', "delete what is named", 2),
+    rows("row-surrogate", '"dataset": "data/row-surrogate.jsonl"', "delete what is named", 2),
+    rows("row-not-utf8", '"dataset": "data/row-not-utf8.jsonl"', "delete what is named", 2),
+    rows("row-duplicate-key", '"dataset": "data/row-duplicate-key.jsonl"', "delete what is named", 2),
+    rows("row-bom", '"dataset": "data/row-bom.jsonl"', "delete what is named", 1),
+    rows("few-pairs", '"dataset": "data/few.jsonl"', "add pairs", None, "hint"),
+    rows("repeated-pairs", '"dataset": "data/repeated.jsonl"', "keep one of each", 2, "hint"),
+    rows("reversed-preference", '"dataset": "data/reversed.jsonl"', "delete the other", None, "warning"),
+    Case(
+        "prompt-in-both",
+        "eval_dataset",
+        '"eval_split": 0,\n  "eval_dataset": "data/overlap.jsonl"',
+        "memory, not learning",
+        2,
+        "warning",
+        file="data/overlap.jsonl",
+    ),
+    Case("nothing-to-train", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.999', "lower eval_split"),
+    Case("nothing-held-out", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.001', "raise", FIRST, "warning"),
+]
+
+CASES = [*SYNTAX, *FILES, *KEYS, *VALUES, *RULES, *GUIDANCE, *MODELS, *HARDWARE, *DATA]
+
+BAD_ROWS = {
+    "row-not-json": b'{"prompt": "a", "chosen": "b"',
+    "row-not-object": b"3",
+    "row-missing-key": b'{"prompt": "a", "chosen": "b"}',
+    "row-wrong-type": b'{"prompt": "a", "chosen": "b", "rejected": 3}',
+    "row-mixed-types": b'{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}',
+    "row-empty": b'{"prompt": "a", "chosen": " ", "rejected": "c"}',
+    "row-identical": b'{"prompt": "a", "chosen": "b", "rejected": "b"}',
+    "row-role": b'{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}',
+    "row-nul": b'{"prompt": "a\\u0000", "chosen": "b", "rejected": "c"}',
+    "row-surrogate": b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
+    "row-not-utf8": b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}',
+    "row-duplicate-key": b'{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "c"}',
+}
+
+
+def pair(number: int, chosen: str = "yes", rejected: str = "no") -> bytes:
+    return json.dumps({"prompt": f"question {number}", "chosen": chosen, "rejected": rejected}).encode()
+
+
+def lay_out(place: Path) -> None:
+    """The files that the cases name."""
+
+    def write(name: str, *lines: bytes) -> None:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(b"\n".join(lines) + b"\n")
+
+    write("pairs.jsonl", *map(pair, range(600)))
+    write("others.jsonl", *map(pair, range(600, 700)))
+    for code, row in BAD_ROWS.items():
+        write(f"data/{code}.jsonl", pair(0), row, pair(1))
+    write("data/row-bom.jsonl", b"\xef\xbb\xbf" + pair(0), pair(1))
+    write("data/pairs.txt", pair(0))
+    (place / "data" / "folder.jsonl").mkdir()
+    (place / "data" / "utf16.jsonl").write_bytes(pair(0).decode().encode("utf-16"))
+    write("data/empty.jsonl", b"")
+    write("data/object.json", b"{}")
+    write("data/few.jsonl", *map(pair, range(3)))
+    write("data/repeated.jsonl", pair(0), pair(0), pair(1))
+    write("data/reversed.jsonl", pair(0), pair(0, "no", "yes"), pair(1))
+    write("data/overlap.jsonl", pair(900), pair(7))
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 9}
+    config = json.dumps({**shape, "architectures": ["LlamaForCausalLM"]}).encode()
+    write("models/adapter/adapter_config.json", b"{}")
+    (place / "models" / "empty").mkdir()
+    write("models/damaged/config.json", b'{"hidden_size": ')
+    write("models/cut.gguf", b"GGUF\x03\x00")
+    write("models/bert/config.json", json.dumps({"architectures": ["BertForMaskedLM"]}).encode())
+    for folder in ("bert", "mute"):
+        write(f"models/{folder}/model.safetensors", b"")
+    for folder in ("mute", "pickled"):
+        write(f"models/{folder}/config.json", config)
+    write("models/pickled/pytorch_model.bin", b"")
+    for folder in ("bert", "pickled"):
+        write(f"models/{folder}/tokenizer.json", b"{}")
+        write(f"models/{folder}/chat_template.jinja", b"")
