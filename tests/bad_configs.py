@@ -62,6 +62,7 @@ def rows(code: str, own: str, fix: str, line: int | None, severity: str = "error
 
 
 SYNTAX = [
+    Case("json-syntax", "use_4bit", '"use_4bit": True', "write true"),
     whole("json-syntax", "", "write a value"),
     whole("json-syntax", "{", "close the object"),
     whole("json-syntax", '{"dataset": "pairs.jsonl"', "add the comma or bracket"),
@@ -78,7 +79,6 @@ SYNTAX = [
     Case("json-syntax", "beta", '"beta": 0.1.2', "digits"),
     Case("json-syntax", "beta", '"beta": ,\n  "seed": 1', "delete the key"),
     Case("json-syntax", "beta", '"beta":', "delete the key", FIRST + 1),
-    Case("json-syntax", "use_4bit", '"use_4bit": True', "write true"),
     Case("json-syntax", "use_4bit", '"use_4bit": False', "write false"),
     Case("json-syntax", "output_dir", '"output_dir": None', "write null"),
     Case("json-syntax", "use_4bit", '"use_4bit": yes', 'write "yes"'),

@@ -55,7 +55,7 @@ def test_a_broken_mask_falls_back_to_the_plain_path(
     assert plain["scoring"] == {"shared": False, "why": 'each prompt twice: "prompt_sharing" is false'}
     weights = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("plain", "fallen")]
     assert all(bool((weights[0][name] == weights[1][name]).all()) for name in weights[0])
-    with pytest.raises(RunFailed, match="nats a token"):
+    with pytest.raises(RunFailed, match="of their size"):
         run("demanded", prompt_sharing=True)
 
 

@@ -4,17 +4,17 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Config:
-    strategy: Literal["dpo", "sft", "rlhf", "qlora"]
-    task: Literal["text-generation"]
+    strategy: Literal['dpo', 'sft', 'rlhf', 'qlora']
+    task: Literal['text-generation']
     model_name: str
     revision: str | None
     dataset: str
     eval_dataset: str | None
-    provider: Literal["huggingface", "unsloth"]
-    compute_specs: Literal["low_end", "mid_range", "high_end"] | None
+    provider: Literal['huggingface', 'unsloth']
+    compute_specs: Literal['low_end', 'mid_range', 'high_end'] | None
     output_dir: str | None
     seed: int
-    device: Literal["auto", "cpu", "cuda", "mps"]
+    device: Literal['auto', 'cpu', 'cuda', 'mps']
     num_processes: int
     stages: list[Any] | None
     num_train_epochs: float
@@ -22,37 +22,19 @@ class Config:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     learning_rate: float
-    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"]
+    lr_scheduler_type: Literal['linear', 'cosine', 'polynomial', 'constant', 'constant_with_warmup']
     warmup_ratio: float
     warmup_steps: int | None
-    optim: Literal[
-        "adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd"
-    ]
+    optim: Literal['adamw_torch_fused', 'adamw_torch', 'adamw_8bit', 'paged_adamw_32bit', 'paged_adamw_8bit', 'adafactor', 'sgd']
     weight_decay: float
     max_grad_norm: float
     group_by_length: bool
     packing: bool
     beta: float
-    loss_type: Literal[
-        "sigmoid",
-        "hinge",
-        "ipo",
-        "exo_pair",
-        "nca_pair",
-        "robust",
-        "bco_pair",
-        "sppo_hard",
-        "aot",
-        "aot_unpaired",
-        "apo_zero",
-        "apo_down",
-        "discopop",
-        "sft",
-        "sigmoid_norm",
-    ]
+    loss_type: Literal['sigmoid', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sft', 'sigmoid_norm']
     label_smoothing: float
-    reference: Literal["auto", "base", "adapter"]
-    prompt_sharing: Literal[True, False, "auto"]
+    reference: Literal['auto', 'base', 'adapter']
+    prompt_sharing: Literal[True, False, 'auto']
     max_kl: float | None
     lora_r: int
     lora_alpha: int | None
@@ -62,23 +44,23 @@ class Config:
     use_dora: bool
     use_4bit: bool
     use_8bit: bool
-    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None
-    bnb_4bit_quant_type: Literal["nf4", "fp4"]
+    bnb_4bit_compute_dtype: Literal['bfloat16', 'float16', 'float32'] | None
+    bnb_4bit_quant_type: Literal['nf4', 'fp4']
     use_nested_quant: bool
     bf16: bool | None
     fp16: bool | None
-    gradient_checkpointing: Literal[True, False, "auto"]
+    gradient_checkpointing: Literal[True, False, 'auto']
     max_seq_length: int
     eval_split: float
     columns: dict[str, Any] | None
-    on_bad_rows: Literal["stop", "skip"]
-    use_chat_template: Literal[True, False, "auto"]
+    on_bad_rows: Literal['stop', 'skip']
+    use_chat_template: Literal[True, False, 'auto']
     eval_steps: int | None
     per_device_eval_batch_size: int
     logging_steps: int
     save_steps: int | None
     early_stopping_patience: int | None
-    report_to: Literal["none", "tensorboard", "wandb", "trackio"]
+    report_to: Literal['none', 'tensorboard', 'wandb', 'trackio']
     push_to_hub: bool
     hub_model_id: str | None
 

@@ -112,8 +112,9 @@ class Option:
         if low is not None and high is not None:
             yield f" from {low:,} to {high:,}"
             return
-        bounds = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "of at most", "exclusiveMaximum": "below"}
-        yield from (f" {word} {self.rule[bound]:,}" for bound, word in bounds.items() if bound in self.rule)
+        bounds = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+        told = [f"{word} {self.rule[bound]:,}" for bound, word in bounds.items() if bound in self.rule]
+        yield " " + ", ".join(told) if told else ""
 
 
 def same(one: Any, other: Any) -> bool:

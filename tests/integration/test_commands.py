@@ -273,7 +273,7 @@ def test_recommend_writes_a_config_that_lacks_the_dataset_only(tmp_path: Path) -
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
 def test_nothing_breaks_on_a_terminal_of_60_columns(workplace: Path) -> None:
-    command = f"stty cols 60; {DPO} train tiny.json max_steps=3 output_dir=narrow"
+    command = f"unset COLUMNS; stty cols 60; {DPO} train tiny.json max_steps=3 output_dir=narrow"
     done = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True, cwd=workplace, check=False)
     assert done.returncode == 0, done.stdout
     assert "accuracy" in done.stdout and "loss" in done.stdout

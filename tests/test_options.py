@@ -1,0 +1,122 @@
+"""Options that act between config and TRL: the evaluation set, the chat template, the optimizer, the order, the 4-bit kinds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import made_row
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+
+from dpo_cli.config.config import load
+from dpo_cli.console import Console
+from dpo_cli.data.formats import to_pair
+from dpo_cli.data.tokens import encode
+from dpo_cli.errors import Exit, InvalidInput
+from dpo_cli.hardware.probe import probe
+from dpo_cli.inspection import inspect
+from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.training.callbacks.health import RULES, not_finite
+from dpo_cli.training.run import evaluate, train
+
+Run = Callable[..., tuple[dict[str, Any], Path]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Run:
+    """Trains two steps of a tiny model with these options; what metrics.json holds, and the run directory."""
+    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
+    values |= {"max_steps": 2, "lora_r": 4, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run")}
+
+    def start(**options: object) -> tuple[dict[str, Any], Path]:
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({**values, **options}), encoding="utf-8")
+        loaded = load(str(config))
+        summary, code = train(loaded, inspect(loaded, probe()), probe(), Console(), overwrite=True, dry_run=False)
+        assert code is Exit.DONE
+        return summary, tmp_path / "run"
+
+    return start
+
+
+def test_an_evaluation_set_is_judged_and_the_whole_dataset_trained_on(run: Run, tmp_path: Path) -> None:
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps({**made_row(i), "prompt": f"other {i}"}) + "\n" for i in range(5)), encoding="utf-8")
+    summary, place = run(eval_dataset=str(others))
+    counts = json.loads((place / "plan.json").read_text(encoding="utf-8"))["counts"]
+    assert (counts["train_pairs"], counts["eval_pairs"], counts["eval_prompts"]) == (24, 5, 5)
+    judged = evaluate(str(place), None, Console())
+    assert judged["pairs"] == 5
+    assert judged["policy"]["margin"]["value"] == pytest.approx(summary["eval"]["margin"]["value"], abs=1e-6)
+    assert evaluate(str(place), str(tmp_path / "pairs.jsonl"), Console())["pairs"] == 24
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd"])
+def test_every_optimizer_trains(run: Run, optim: str) -> None:
+    summary, _ = run(optim=optim, max_steps=4)
+    assert summary["steps"] == 4
+    assert summary["train"]["loss"] != pytest.approx(math.log(2), abs=1e-7)  # it has moved
+
+
+def test_rslora_scales_the_adapter_by_the_root_of_its_rank(run: Run) -> None:
+    _, place = run(use_rslora=True)
+    assert json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["use_rslora"] is True
+
+
+def test_grouping_by_length_puts_the_longest_first(run: Run, pairs_file: Callable[..., Path]) -> None:
+    """transformers' sampler begins with the longest batch, whatever the seed; at random the first pair would change with it."""
+    data = str(pairs_file([{"prompt": f"q{i}", "chosen": "the cat " * (1 + 3 * i), "rejected": "no"} for i in range(12)]))
+    one_pair = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 1}
+
+    def first_tokens(grouped: bool) -> set[int]:
+        runs = [run(dataset=data, group_by_length=grouped, seed=seed, **one_pair) for seed in range(3)]
+        return {summary["train"]["tokens"] for summary, _ in runs}
+
+    assert len(first_tokens(True)) == 1
+    assert len(first_tokens(False)) > 1
+
+
+def test_chat_template_auto_true_and_false(tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = to_pair(made_row(0), 1)
+    ids = {wish: encode([pair], tokenizer, wish)[0].prompt_ids for wish in ("auto", True, False)}
+    assert ids["auto"] == ids[True] != ids[False]
+    assert tokenizer.decode(ids[False]).startswith("question")
+    assert "<|im_start|>user" in tokenizer.decode(ids[True])
+    rows = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    messages = to_pair({key: [{"role": role, "content": key}] for key, role in rows.items()}, 7)
+    with pytest.raises(InvalidInput) as caught:
+        encode([pair, messages], tokenizer, False)
+    assert [(problem.code, problem.lines) for problem in caught.value.problems] == [("messages-without-template", (7,))]
+
+
+def test_a_template_that_is_demanded_must_be_there(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert encode([to_pair(made_row(0), 1)], tokenizer, "auto")
+    with pytest.raises(InvalidInput) as caught:
+        encode([to_pair(made_row(0), 1)], tokenizer, True)
+    assert caught.value.problems[0].code == "no-chat-template"
+
+
+def test_4bit_weights_are_what_the_config_says(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> None:
+    config = tmp_path / "config.json"
+    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": True, "use_4bit": True}
+    values |= {"bnb_4bit_quant_type": "fp4", "use_nested_quant": False, "bnb_4bit_compute_dtype": "float32"}
+    config.write_text(json.dumps(values), encoding="utf-8")
+    _, plan = inspect(load(str(config)), probe()).require()
+    made: Any = HuggingFace(str(tiny_model_dir)).base_model(plan).config.quantization_config
+    assert isinstance(made, BitsAndBytesConfig)
+    found = (made.bnb_4bit_quant_type, made.bnb_4bit_use_double_quant, made.bnb_4bit_compute_dtype)
+    assert found == ("fp4", False, torch.float32)
+
+
+def test_health_stops_at_what_is_not_finite() -> None:
+    assert (not_finite,) == RULES
+    assert not_finite({"split": "train", "step": 3, "loss": 0.69, "grad_norm": 1.0}) is None
+    event = not_finite({"split": "train", "step": 3, "loss": math.nan, "grad_norm": math.inf})
+    assert event is not None and (event.action, event.step) == ("stop", 3)
+    assert "loss and grad_norm" in event.message and event.remedy
