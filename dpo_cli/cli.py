@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.config.config import load
+from dpo_cli.config.config import Loaded, is_override, load
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.console import Console
 from dpo_cli.errors import DpoError, Exit, UsageError
@@ -78,8 +78,9 @@ def _composer() -> ModuleType:
 
 @app.command()
 def validate(
-    configs: Annotated[
-        list[str] | None, typer.Argument(metavar="CONFIG...", help="JSON configs; - reads standard input.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="JSON configs, - for standard input; values over theirs."),
     ] = None,
     vram: Annotated[
         float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="Plan for a GPU with this much memory, in GB.")
@@ -97,10 +98,12 @@ def validate(
         if show_schema:
             typer.echo(schema_path())
             return
+        overrides = [word for word in words or () if is_override(word)]
+        configs = [word for word in words or () if word not in overrides]
         if not configs:
             raise UsageError("no config is named", "dpo validate my-config.json")
         machine = probe()
-        found = [_validated(console, path, machine, vram, not no_data, strict) for path in configs]
+        found = [_validated(console, load(path, overrides), machine, vram, not no_data, strict) for path in configs]
         if as_json:
             documents = [document for document, _ in found]
             console.json(documents[0] if len(documents) == 1 else documents)
@@ -108,10 +111,9 @@ def validate(
 
 
 def _validated(
-    console: Console, path: str, machine: Machine, vram: float | None, with_data: bool, strict: bool
+    console: Console, loaded: Loaded, machine: Machine, vram: float | None, with_data: bool, strict: bool
 ) -> tuple[dict[str, Any], Exit]:
     """What `validate --json` says of one config, shown on the way, and its exit code."""
-    loaded = load(path)
     found = inspect(loaded, machine, vram, with_data).stricter(lambda _: strict)
     plan, data = found.plan, found.data.train if found.data else None
     memory = plan.memory.to_json() if plan and plan.memory else None
@@ -129,7 +131,7 @@ def _validated(
         console.line(f"note: {note}")
     if memory:
         console.bill(memory)
-    console.line(f"{path}: {f'not valid, errors: {len(found.errors)}' if found.errors else 'valid'}")
+    console.line(f"{loaded.file}: {f'not valid, errors: {len(found.errors)}' if found.errors else 'valid'}")
     return document, found.exit_code
 
 

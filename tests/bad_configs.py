@@ -72,11 +72,11 @@ SYNTAX = [
     whole("json-syntax", '{"dataset" "pairs.jsonl"}', 'write "key": value'),
     whole("json-syntax", '{"dataset": "pairs.jsonl" // a comment\n', "add the comma", 2),
     whole("json-syntax", "model_name: meta-llama/Llama-3.1-8B-Instruct\n", 'write "model_name"'),
-    Case("json-syntax", "beta", '"beta": .5', "digits before and after the point"),
-    Case("json-syntax", "beta", '"beta": +0.5', "a plus"),
-    Case("json-syntax", "seed", '"seed": 0x10', "hexadecimals"),
-    Case("json-syntax", "seed", '"seed": 1_000', "nor _"),
-    Case("json-syntax", "beta", '"beta": 0.1.2', "digits"),
+    Case("json-syntax", "beta", '"beta": .5', "write 0.5"),
+    Case("json-syntax", "beta", '"beta": +0.5', "write 0.5"),
+    Case("json-syntax", "seed", '"seed": 0x10', "write 16"),
+    Case("json-syntax", "seed", '"seed": 1_000', "write 1000"),
+    Case("json-syntax", "beta", '"beta": 0.1.2', "as JSON knows it"),
     Case("json-syntax", "beta", '"beta": ,\n  "seed": 1', "delete the key"),
     Case("json-syntax", "beta", '"beta":', "delete the key", FIRST + 1),
     Case("json-syntax", "use_4bit", '"use_4bit": False', "write false"),
@@ -311,6 +311,7 @@ DATA = [
     rows("row-duplicate-key", '"dataset": "data/row-duplicate-key.jsonl"', "delete what is named", 2),
     rows("row-bom", '"dataset": "data/row-bom.jsonl"', "delete what is named", 1),
     rows("few-pairs", '"dataset": "data/few.jsonl"', "add pairs", None, "hint"),
+    rows("few-prompts", '"dataset": "data/one-prompt.jsonl"', "other prompts", None, "hint"),
     rows("repeated-pairs", '"dataset": "data/repeated.jsonl"', "keep one of each", 2, "hint"),
     rows("reversed-preference", '"dataset": "data/reversed.jsonl"', "delete the other", None, "warning"),
     Case(
@@ -366,6 +367,7 @@ def lay_out(place: Path) -> None:
     write("data/empty.jsonl", b"")
     write("data/object.json", b"{}")
     write("data/few.jsonl", *map(pair, range(3)))
+    write("data/one-prompt.jsonl", *(pair(0, f"yes {number}") for number in range(60)))
     write("data/repeated.jsonl", pair(0), pair(0), pair(1))
     write("data/reversed.jsonl", pair(0), pair(0, "no", "yes"), pair(1))
     write("data/overlap.jsonl", pair(900), pair(7))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -131,6 +133,11 @@ def _read_bounded(path: Path) -> bytes:
 def _siblings(path: str) -> Iterator[Path]:
     parent = Path(path).parent
     return parent.iterdir() if parent.is_dir() else iter(())
+
+
+def is_override(word: str) -> bool:
+    """Whether a word of the command line is key=value, and not the name of a file."""
+    return re.match(r"[A-Za-z_]\w*=", word) is not None and not os.path.exists(word)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:

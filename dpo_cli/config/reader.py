@@ -9,6 +9,7 @@ itself is lost, the reading stops.
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -172,10 +173,7 @@ class _Scanner:
             found = f"found {word!r}" if word else "the file ends here"
             self.stop("json-syntax", f"expected a value, {found}", "write a value, or delete the key")
         else:
-            fix = f"write {_OTHER_LANGUAGES.get(word) or json.dumps(word)}"
-            if word[0] in "+-.0123456789":
-                fix = "write digits before and after the point, and neither a plus, a leading zero, hexadecimals nor _"
-            self.damage("json-syntax", f"expected a value, found {word[:40]!r}", fix, where)
+            self.damage("json-syntax", f"expected a value, found {word[:40]!r}", f"write {_as_json(word)}", where)
         self.at += len(word)
         return value
 
@@ -210,6 +208,15 @@ class _Scanner:
     def stop(self, code: str, message: str, fix: str) -> NoReturn:
         self.complain(code, message, fix, self.at)
         raise _Stop
+
+
+def _as_json(word: str) -> str:
+    """What a word of another language is in JSON: True, .5, +5, 0x10 or 1_000; any other is a string without its quotes."""
+    if word[0] not in "+-.0123456789":
+        return _OTHER_LANGUAGES.get(word) or json.dumps(word)
+    with suppress(ValueError, SyntaxError):
+        return json.dumps(ast.literal_eval(word.lstrip("+")))
+    return "a number as JSON knows it, for example 0.5 or 5e-7"
 
 
 def parse(text: str, file: str) -> Document:

@@ -15,6 +15,7 @@ from dpo_cli.errors import Problem, about_rows
 Finding = Callable[[Dataset], Iterator[Problem]]
 
 SUFFICIENT_PAIRS = 500  # dpo-strategy, "Best Practices": 500+ preference pairs recommended
+PAIRS_A_PROMPT = 5  # on average; more than that, and a model sees the same prompts again and again
 
 
 def few_pairs(data: Dataset) -> Iterator[Problem]:
@@ -24,6 +25,13 @@ def few_pairs(data: Dataset) -> Iterator[Problem]:
         yield Problem(
             "hint", "few-pairs", message, "add pairs, and judge with eval_split what these teach", "dataset", data.file
         )
+
+
+def few_prompts(data: Dataset) -> Iterator[Problem]:
+    """dpo-strategy, "Best Practices": diverse prompts, covering various scenarios."""
+    if len(data.pairs) >= PAIRS_A_PROMPT * 10 and len(data.pairs) > PAIRS_A_PROMPT * data.prompts:
+        message = f"{len(data.pairs)} pairs share {data.prompts} prompts; the documentation advises diverse ones"
+        yield Problem("hint", "few-prompts", message, "add pairs with other prompts", data.key, data.file)
 
 
 def repeated_pairs(data: Dataset) -> Iterator[Problem]:
@@ -48,7 +56,7 @@ def reversed_preferences(data: Dataset) -> Iterator[Problem]:
         yield about_rows("warning", "reversed-preference", reason, fix, data.key, data.file, lines)
 
 
-FINDINGS: Sequence[Finding] = (few_pairs, repeated_pairs, reversed_preferences)
+FINDINGS: Sequence[Finding] = (few_pairs, few_prompts, repeated_pairs, reversed_preferences)
 
 
 def check(data: Dataset) -> list[Problem]:

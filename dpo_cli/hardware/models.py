@@ -104,15 +104,19 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
 
 def _advice(model_name: str) -> Iterator[Problem]:
     """Hints about a model that could be trained."""
-    if not os.path.exists(model_name) and model_name not in (known := known_models()):
-        near = difflib.get_close_matches(model_name, known, 1, cutoff=0.9)
-        if near:
-            message = f"{model_name} is close to the common {near[0]}; whether it is there is known when it is fetched"
-            yield Problem("hint", "model-name-near", message, f'did you mean "{near[0]}"?', "model_name")
+    if not os.path.exists(model_name) and (near := common_name(model_name)):
+        message = f"{model_name} is close to the common {near}; whether it is there is known when it is fetched"
+        yield Problem("hint", "model-name-near", message, f'did you mean "{near}"?', "model_name")
     if not _answers_instructions(model_name):
         message = f"{Path(model_name).name} seems to be a base model: the documentation advises to start with SFT"
         fix = 'name its instruct version, or fine-tune it first with "strategy": "sft"'
         yield Problem("hint", "start-with-sft", message, fix, "model_name")
+
+
+def common_name(model_name: str) -> str | None:
+    """The common model that a name may be a misspelling of."""
+    near = difflib.get_close_matches(model_name, known_models(), 1, cutoff=0.9)
+    return near[0] if near and near[0] != model_name else None
 
 
 def _answers_instructions(model_name: str) -> bool:

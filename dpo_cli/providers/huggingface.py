@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
+from dpo_cli.hardware.models import common_name
 from dpo_cli.plan import Plan
 
 HUB_TIMEOUT_SECONDS = 8
@@ -120,7 +121,9 @@ def _hub_answers(model_name: str) -> bool:
     except GatedRepoError as error:
         raise RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        fix = "check the name (owner/model); a private model needs `hf auth login`"
+        near = common_name(model_name)
+        fix = f"did you mean {near}? " if near else "check the name (owner/model); "
+        fix += "a private model needs `hf auth login`"
         raise RunFailed(f"there is no model {model_name} on the hub", fix) from error
     except (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled):
         return False

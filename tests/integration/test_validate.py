@@ -79,6 +79,13 @@ def test_a_config_from_a_pipe_and_a_fifo(place: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_overrides_are_checked_like_the_file(place: Path) -> None:
+    done = dpo("validate", "good.json", "good.json", "beta=-1", cwd=place)
+    assert done.returncode == 3
+    assert done.stderr.count('command line: "beta": -1 is not a number above 0') == 2
+    assert dpo("validate", "bad.json", "beta=0.2", cwd=place).returncode == 0
+
+
 def test_a_place_is_file_line_and_column(place: Path) -> None:
     done = dpo("validate", "bad.json", cwd=place)
     assert 'bad.json:1:36: "beta": -1 is not a number above 0' in done.stderr
