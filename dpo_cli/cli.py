@@ -115,7 +115,7 @@ def _validated(
 ) -> tuple[dict[str, Any], Exit]:
     """What `validate --json` says of one config, shown on the way, and its exit code."""
     found = inspect(loaded, machine, vram, with_data).stricter(lambda _: strict)
-    plan, data = found.plan, found.data.train if found.data else None
+    plan, data = found.plan, found.data
     memory = plan.memory.to_json() if plan and plan.memory else None
     document = {
         "ok": not found.errors,
@@ -125,8 +125,12 @@ def _validated(
         "memory": memory,
     }
     console.problems(found.problems)
-    if data and data.pairs:
-        console.line(f"data: {len(data.pairs)} pairs of {data.prompts} prompts in {data.rows} rows")
+    if data and data.train.pairs:
+        console.line(f"data: {data.train.pairs} pairs of {data.train.prompts} prompts in {data.train.rows} rows")
+        longer, auc = data.length_bias["longer_chosen"], data.length_bias["length_auc"]
+        console.line(
+            f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
+        )
     for note in plan.notes if plan else ():
         console.line(f"note: {note}")
     if memory:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
+from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import lint, reader
 from dpo_cli.data.formats import Pair
+from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
-from dpo_cli.data.split import split
+from dpo_cli.data.split import is_held_out_prompt, split
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models
 from dpo_cli.hardware.probe import Machine
@@ -19,16 +22,20 @@ from dpo_cli.plan import DOES_NOT_FIT, Plan, does_not_fit, hardware_problems, re
 
 @dataclass(frozen=True)
 class Data:
-    """The pairs to train on, and those of "eval_dataset" where it is named."""
+    """The pairs to train on, and those of "eval_dataset" where it is named; `length_bias` says whether length decides."""
 
     train: Dataset
     held_out: Dataset | None
+    length_bias: dict[str, float]
 
     def sides(self, config: Config) -> tuple[Sequence[Pair], Sequence[Pair]]:
-        """(train, held out): two files, or one divided by prompt."""
+        """(train, held out): two sets, or one divided by prompt. Reads the files again, and keeps the pairs this time."""
         if self.held_out is not None:
-            return self.train.pairs, self.held_out.pairs
-        return split(self.train.pairs, config.eval_split, config.seed)
+            return self.train.load(), self.held_out.load()
+        return split(self.train.load(), config.eval_split, config.seed)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.train.to_json(), **self.length_bias, "held_out": self.held_out.to_json() if self.held_out else None}
 
 
 @dataclass(frozen=True)
@@ -92,35 +99,50 @@ def inspect(
 
 def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, list[Problem]]:
     """The data that the config names, and what is wrong with it. A key in `wrong` was told of already."""
+    values = {key: value for key, value in loaded.values.items() if key not in wrong}
+    given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
+    if values.get("strategy") == "sft":  # whose rows have other shapes, which this version does not read
+        return None, [problem for key, value in given.items() for problem in reader.unreadable(value, key)]
     found: list[Problem] = []
     sets: dict[str, Dataset] = {}
-    for key in ("dataset", "eval_dataset"):
-        path = loaded.values.get(key)
-        if not isinstance(path, str) or key in wrong:
-            continue
-        if loaded.values.get("strategy") == "sft":  # whose rows have other shapes, which this version does not read
-            found += reader.unreadable(path, key)
-            continue
-        sets[key] = reader.read(path, skip=loaded.values.get("on_bad_rows") == "skip", key=key)
+    quality, overlap, balance = (
+        Quality({**inner_defaults("quality"), **values.get("quality", {})}),
+        lint.Overlap(),
+        Balance(loaded.config),
+    )
+    observers: dict[str, list[reader.Observer]] = {"dataset": [quality, balance], "eval_dataset": [overlap.eval_side]}
+    if "eval_dataset" in given:
+        observers["dataset"].append(overlap)
+    for key, value in given.items():
+        skip, columns = values.get("on_bad_rows") == "skip", values.get("columns")
+        sets[key] = reader.read(value, skip, key, columns, observers[key])
         found += sets[key].problems
     if "dataset" not in sets:
         return None, found
-    data = Data(sets["dataset"], sets.get("eval_dataset"))
-    found += lint.check(data.train)
-    if data.held_out is not None:
-        found += lint.overlap(data.train, data.held_out)
-    elif loaded.config is not None:
-        found += _split_problems(data, loaded.config)
+    data = Data(sets["dataset"], sets.get("eval_dataset"), quality.length_bias())
+    found += quality.problems(data.train)
+    found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     return data, found
 
 
-def _split_problems(data: Data, config: Config) -> Iterator[Problem]:
-    if not data.train.pairs or not config.eval_split:
-        return
-    train, held_out = data.sides(config)
-    if not train:
-        fix = "lower eval_split, or add pairs with other prompts"
-        yield Problem("error", "nothing-to-train", f"all {len(held_out)} pairs are held out", fix, "eval_split")
-    if not held_out:
-        fix = "raise eval_split, or add pairs with other prompts"
-        yield Problem("warning", "nothing-held-out", "no prompt falls into the held-out share", fix, "eval_split")
+class Balance:
+    """Counts the pairs on both sides of the split; an observer of the pass over the dataset."""
+
+    def __init__(self, config: Config | None) -> None:
+        self.share, self.seed = (config.eval_split, config.seed) if config else (0.0, 0)
+        self.train = self.held_out = 0
+
+    def see(self, pair: Pair, prompt_key: str) -> None:
+        is_held_out = self.share > 0 and is_held_out_prompt(prompt_key, self.share, self.seed)
+        self.held_out += is_held_out
+        self.train += not is_held_out
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.share or not self.train + self.held_out:
+            return
+        if not self.train:
+            fix = "lower eval_split, or add pairs with other prompts"
+            yield Problem("error", "nothing-to-train", f"all {self.held_out} pairs are held out", fix, "eval_split")
+        if not self.held_out:
+            fix = "raise eval_split, or add pairs with other prompts"
+            yield Problem("warning", "nothing-held-out", "no prompt falls into the held-out share", fix, "eval_split")

@@ -220,7 +220,14 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
         "fp16": fp16,
         "lora_alpha": config.lora_alpha or 2 * config.lora_r,
         "output_dir": str(Path(config.output_dir or Path("runs") / name).absolute()),
-        "dataset": str(Path(config.dataset).absolute()),
-        "eval_dataset": str(Path(config.eval_dataset).absolute()) if config.eval_dataset else None,
+        "dataset": _absolute(config.dataset),
+        "eval_dataset": _absolute(config.eval_dataset) if config.eval_dataset else None,
         "model_name": str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
     }
+
+
+def _absolute(dataset: str | list[Any]) -> Any:
+    """The paths of a dataset, each absolute."""
+    if isinstance(dataset, str):
+        return str(Path(dataset).absolute())
+    return [{**entry, "path": _absolute(entry["path"])} if isinstance(entry, dict) else _absolute(entry) for entry in dataset]

@@ -195,7 +195,7 @@ VALUES = [
     Case("bad-value", "hub_model_id", '"hub_model_id": "my-adapter"', "owner/name"),
     Case("bad-value", "model_name", '"model_name": ""', "a hub id, a model directory"),
     Case("bad-value", "model_name", '"model_name": 7', "a hub id, a model directory"),
-    Case("bad-value", "dataset", '"dataset": {"path": "pairs.jsonl"}', "preference pairs"),
+    Case("bad-value", "dataset", '"dataset": {"path": "pairs.jsonl"}', "Preference pairs"),
     Case("bad-value", "output_dir", '"output_dir": ""', "run directory"),
 ]
 
@@ -296,7 +296,9 @@ DATA = [
     Case("dataset-unreadable", "dataset", '"dataset": "data/folder.jsonl"', "a readable file"),
     Case("dataset-utf16", "dataset", '"dataset": "data/utf16.jsonl"', "UTF-8"),
     rows("dataset-empty", '"dataset": "data/empty.jsonl"', "add pairs", None),
-    rows("dataset-not-list", '"dataset": "data/object.json"', "one object a line", 1),
+    rows("dataset-not-list", '"dataset": "data/object.json"', "delete what is named", 1),
+    Case("dataset-on-hub", "dataset", '"dataset": "trl-lib/ultrafeedback_binarized"', "download it"),
+    Case("dataset-damaged", "dataset", '"dataset": "data/text.parquet"', "write it again"),
     rows("row-not-json", '"dataset": "data/row-not-json.jsonl"', "delete what is named", 2),
     rows("row-not-object", '"dataset": "data/row-not-object.jsonl"', "delete what is named", 2),
     rows("row-missing-key", '"dataset": "data/row-missing-key.jsonl"', "delete what is named", 2),
@@ -305,6 +307,17 @@ DATA = [
     rows("row-empty", '"dataset": "data/row-empty.jsonl"', "delete what is named", 2),
     rows("row-identical", '"dataset": "data/row-identical.jsonl"', "delete what is named", 2),
     rows("row-role", '"dataset": "data/row-role.jsonl"', "delete what is named", 2),
+    rows("row-no-prompt", '"dataset": "data/row-no-prompt.jsonl"', "delete what is named", 2),
+    rows("row-tools", '"dataset": "data/row-tools.jsonl"', "delete what is named", 2),
+    rows("row-too-long", '"dataset": "data/row-too-long.jsonl"', "delete what is named", 2),
+    rows("row-not-csv", '"dataset": "data/cells.csv"', "delete what is named", 3),
+    rows("row-not-parquet", '"dataset": "data/cut.parquet"', "delete what is named", 1),
+    rows("rows-read-as", '"dataset": "data/questions.jsonl"', "columns", None, "hint"),
+    rows("too-similar", '"dataset": "data/similar.jsonl"', "clearly worse", 1, "warning"),
+    rows("chat-markers", '"dataset": "data/markers.jsonl"', "without their template", 2, "warning"),
+    rows("length-decides", '"dataset": "data/longer.jsonl"', "the other length", None, "hint"),
+    rows("refusals-on-one-side", '"dataset": "data/refusals.jsonl"', "a refusal is right", None, "hint"),
+    rows("mixed-languages", '"dataset": "data/languages.jsonl"', "asked for", 1, "hint"),
     rows("row-nul", '"dataset": "data/row-nul.jsonl"', "delete what is named", 2),
     rows("row-surrogate", '"dataset": "data/row-surrogate.jsonl"', "delete what is named", 2),
     rows("row-not-utf8", '"dataset": "data/row-not-utf8.jsonl"', "delete what is named", 2),
@@ -313,6 +326,7 @@ DATA = [
     rows("few-pairs", '"dataset": "data/few.jsonl"', "add pairs", None, "hint"),
     rows("few-prompts", '"dataset": "data/one-prompt.jsonl"', "other prompts", None, "hint"),
     rows("repeated-pairs", '"dataset": "data/repeated.jsonl"', "keep one of each", 2, "hint"),
+    rows("near-duplicates", '"dataset": "data/near.jsonl"', "keep one of each", 2, "hint"),
     rows("reversed-preference", '"dataset": "data/reversed.jsonl"', "delete the other", None, "warning"),
     Case(
         "prompt-in-both",
@@ -337,7 +351,9 @@ BAD_ROWS = {
     "row-mixed-types": b'{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}',
     "row-empty": b'{"prompt": "a", "chosen": " ", "rejected": "c"}',
     "row-identical": b'{"prompt": "a", "chosen": "b", "rejected": "b"}',
-    "row-role": b'{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}',
+    "row-role": b'{"prompt": "a", "chosen": {"from": "system", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}}',
+    "row-no-prompt": b'{"chosen": "b", "rejected": "c"}',
+    "row-tools": b'{"prompt": "a", "chosen": "b", "rejected": "c", "tools": "none"}',
     "row-nul": b'{"prompt": "a\\u0000", "chosen": "b", "rejected": "c"}',
     "row-surrogate": b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
     "row-not-utf8": b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}',
@@ -358,7 +374,7 @@ def lay_out(place: Path) -> None:
 
     write("pairs.jsonl", *map(pair, range(600)))
     write("others.jsonl", *map(pair, range(600, 700)))
-    for code, row in BAD_ROWS.items():
+    for code, row in {**BAD_ROWS, "row-too-long": b" " * (1 << 26) + BAD_ROWS["row-not-object"]}.items():
         write(f"data/{code}.jsonl", pair(0), row, pair(1))
     write("data/row-bom.jsonl", b"\xef\xbb\xbf" + pair(0), pair(1))
     write("data/pairs.txt", pair(0))
@@ -367,9 +383,27 @@ def lay_out(place: Path) -> None:
     write("data/empty.jsonl", b"")
     write("data/object.json", b"{}")
     write("data/few.jsonl", *map(pair, range(3)))
-    write("data/one-prompt.jsonl", *(pair(0, f"yes {number}") for number in range(60)))
+    write("data/one-prompt.jsonl", *(pair(0, f"yes {number}") for number in range(160)))
     write("data/repeated.jsonl", pair(0), pair(0), pair(1))
+    story = "Once there was a house by the river in which nobody had lived for as long as anyone could remember."
+    write("data/near.jsonl", pair(0, story), pair(0, story.replace("house", "home")), pair(1, story[::-1]))
     write("data/reversed.jsonl", pair(0), pair(0, "no", "yes"), pair(1))
+    write("data/cells.csv", b"prompt,chosen,rejected", b"a,b,c", b"d,e")
+    write("data/text.parquet", b"prompt,chosen,rejected")
+    write("data/cut.parquet", b"PAR1", b"x" * 100)
+    write("data/questions.jsonl", b'{"system": "Be brief.", "question": "q", "chosen": "yes", "rejected": "no"}')
+    write(
+        "data/similar.jsonl",
+        b'{"prompt": "Describe a sunset", "chosen": "The sunset was beautiful.", "rejected": "The sunset was pretty."}',
+    )
+    write("data/markers.jsonl", pair(0), pair(1, "<|im_start|>assistant\nyes<|im_end|>"))
+    write("data/longer.jsonl", *(pair(number, "yes and yes") for number in range(200)))
+    write("data/refusals.jsonl", *(pair(number, "yes", "I'm sorry, I cannot help with that.") for number in range(20)))
+    russian = "\u041a\u0430\u043a\u043e\u0439 " * 6
+    write(
+        "data/languages.jsonl",
+        json.dumps({"prompt": russian, "chosen": "Paris is the capital of France.", "rejected": "no"}).encode(),
+    )
     write("data/overlap.jsonl", pair(900), pair(7))
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 9}
     config = json.dumps({**shape, "architectures": ["LlamaForCausalLM"]}).encode()

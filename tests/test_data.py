@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bad_configs import BAD_ROWS
 from conftest import ROOT, made_row
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,22 +16,7 @@ from dpo_cli.data.formats import Pair
 from dpo_cli.data.reader import read
 from dpo_cli.data.split import split
 
-BAD_LINES = {
-    b'{"prompt": "a", "chosen": "b"': "row-not-json",
-    b"3": "row-not-object",
-    b'{"prompt": "a", "chosen": "b"}': "row-missing-key",
-    b'{"prompt": "a", "chosen": "b", "rejected": 3}': "row-wrong-type",
-    b'{"prompt": "a", "chosen": " ", "rejected": "c"}': "row-empty",
-    b'{"prompt": "a", "chosen": "b", "rejected": "b"}': "row-identical",
-    b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}': "row-not-utf8",
-    b'{"prompt": "a\\u0000", "chosen": "b", "rejected": "c"}': "row-nul",
-    b'{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "c"}': "row-duplicate-key",
-    b'{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}': "row-mixed-types",
-    b'{"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}': "row-wrong-type",
-    b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}': "row-surrogate",
-    b'{"prompt": [{"role": "user", "content": "\\u0000"}], "chosen": "b", "rejected": "c"}': "row-nul",
-    b'{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}': "row-role",
-}
+BAD_LINES = {row: code for code, row in BAD_ROWS.items()}
 GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}'
 
 
@@ -43,7 +29,7 @@ def test_every_bad_row_is_named_by_its_physical_line(tmp_path: Path) -> None:
         for line in problem.lines or [problem.line]:
             found[line] = problem.code
     assert found == {line: code for line, code in enumerate(BAD_LINES.values(), start=3)}
-    assert (data.rows, [pair.line for pair in data.pairs]) == (len(BAD_LINES) + 2, [1, len(BAD_LINES) + 3])
+    assert (data.rows, [pair.line for pair in data.load()]) == (len(BAD_LINES) + 2, [1, len(BAD_LINES) + 3])
     assert {problem.severity for problem in read(str(path), skip=True).problems} == {"warning"}
 
 
@@ -57,7 +43,7 @@ def test_a_json_list_has_lines_too(tmp_path: Path) -> None:
     path = tmp_path / "pairs.json"
     path.write_text('[\n{"prompt": "a", "chosen": "b", "rejected": "c"},\n\n{"prompt": "a"}\n]', encoding="utf-8")
     data = read(str(path))
-    assert [pair.line for pair in data.pairs] == [2]
+    assert [pair.line for pair in data.load()] == [2]
     assert (data.problems[0].code, data.problems[0].line) == ("row-missing-key", 4)
 
 
@@ -69,7 +55,7 @@ def test_a_json_list_has_lines_too(tmp_path: Path) -> None:
         ("empty.jsonl", b"\n\n", "dataset-empty"),
         ("wide.jsonl", GOOD.decode().encode("utf-16"), "dataset-utf16"),
         ("object.json", b"{}", "dataset-not-list"),
-        ("broken.json", b"[{]", "json-syntax"),
+        ("broken.json", b"[{]", "row-not-json"),
     ],
 )
 def test_an_unusable_file_is_one_problem(tmp_path: Path, name: str, content: bytes | None, code: str) -> None:
@@ -83,9 +69,9 @@ def test_shipped_samples_are_clean() -> None:
     for path in (ROOT / "data-samples").glob("*.jsonl"):
         assert read(str(path)).problems == (), path
     sample = read(str(ROOT / "data-samples" / "assistant-preferences.jsonl"))
-    assert len(sample.pairs) >= 240
+    assert sample.pairs >= 240
     assert sample.prompts >= 150
-    lengths = [(len(str(pair.chosen).split()), len(str(pair.rejected).split())) for pair in sample.pairs]
+    lengths = [(len(str(pair.chosen).split()), len(str(pair.rejected).split())) for pair in sample.load()]
     assert 0.3 < sum(rejected >= chosen for chosen, rejected in lengths) / len(lengths) < 0.7
     assert sum(max(both) > 80 for both in lengths) < 0.1 * len(lengths)
 
@@ -113,7 +99,7 @@ def test_split_holds_out_the_share_and_follows_the_seed() -> None:
 @pytest.mark.skipif(not (ROOT.parent / "shared" / "data").is_dir(), reason="../shared/data is not there")
 def test_real_sets_are_read() -> None:
     folder = ROOT.parent / "shared" / "data"
-    assert len(read(str(folder / "truthfulqa.train.jsonl")).pairs) == 2848
+    assert read(str(folder / "truthfulqa.train.jsonl")).pairs == 2848
     flipped = read(str(folder / "ultrafeedback_1k.label_flip_20.jsonl"))
     lines = sorted(line for problem in flipped.problems for line in problem.lines or [problem.line])
     assert lines == [307, 479, 656, 834, 911, 998]
@@ -122,4 +108,4 @@ def test_real_sets_are_read() -> None:
 def test_rows_of_messages(pairs_file: Callable[..., Path]) -> None:
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     row = {key: [{"role": roles[key], "content": str(value)}] for key, value in made_row(0).items()}
-    assert json.loads(read(str(pairs_file([row]))).pairs[0].prompt_key) == row["prompt"]
+    assert json.loads(read(str(pairs_file([row]))).load()[0].prompt_key) == row["prompt"]

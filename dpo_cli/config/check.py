@@ -80,14 +80,15 @@ def _better(option: Option, value: Any) -> str:
         if meant or near:
             return f'did you mean "{option.name}": {json.dumps((meant or near)[0])}?'
         unquoted = parse(value, "")
-        if not unquoted.problems and not isinstance(unquoted.value, str) and _fits(option, unquoted.value):
+        if not unquoted.problems and not isinstance(unquoted.value, str) and fits(option.name, unquoted.value):
             return f"write it without quotes: {value}"
     example = option.rule.get("default")
     fix = f'for example "{option.name}": {json.dumps(example)}. ' if example is not None and not same(example, value) else ""
     return fix + option.description
 
 
-def _fits(option: Option, value: Any) -> bool:
+def fits(name: str, value: Any) -> bool:
+    """Whether the value is one that the option declares."""
     from jsonschema.validators import Draft202012Validator
 
-    return bool(Draft202012Validator(option.rule).is_valid(value))
+    return name in options() and bool(Draft202012Validator(options()[name].rule).is_valid(value))

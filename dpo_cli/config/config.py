@@ -148,8 +148,8 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UsageError(f"{word!r} is not an override", "write key=value, for example learning_rate=5e-5")
         document = reader.parse(text, word)
-        is_text = key in options() and options()[key].rule.get("type") == "string" and not isinstance(document.value, str)
-        parsed[key] = text if document.problems or is_text else document.value
+        is_text = document.problems or (check.fits(key, text) and not check.fits(key, document.value))
+        parsed[key] = text if is_text else document.value
     return parsed
 
 

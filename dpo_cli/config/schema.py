@@ -117,6 +117,11 @@ class Option:
         yield " " + ", ".join(told) if told else ""
 
 
+def inner_defaults(name: str) -> dict[str, Any]:
+    """The defaults of the parts of an option that is an object."""
+    return {part: rule["default"] for part, rule in options()[name].rule["properties"].items()}
+
+
 def same(one: Any, other: Any) -> bool:
     """Equality of JSON values: true is not 1."""
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)

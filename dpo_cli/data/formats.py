@@ -1,35 +1,48 @@
-"""Rows as people write them, to `Pair`. A row is a preference pair of strings or of chat messages."""
+"""Rows as people write them, to `Pair`s. The shape of a row is known by its keys; any but the first is said aloud:
+
+prompt  chosen  rejected                 strings, or lists of {"role", "content"} messages: the documented one
+prompt  chosen  rejected                 conversations: the responses repeat the prompt as messages
+        chosen  rejected                 implicit prompt: both start with it
+conversations  chosen  rejected          ShareGPT: {"from", "value"}; or messages
+[system]  question  chosen  rejected     or instruction [input], or query
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, str]
+Message = dict[str, Any]
 Text = str | list[Message]
+Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
 
 KEYS = ("prompt", "chosen", "rejected")
 RESPONSE_ROLES = ("assistant", "tool")  # anything else in a response would put part of a prompt into the loss
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool", "function_call": "assistant"}
+QUESTIONS = ("question", "instruction", "query")
+CONVERSATIONS = ("conversations", "messages")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One prompt with its chosen and rejected response; all three strings, or all three lists of messages.
 
-    `line` is the physical line of the file it stands on, from 1.
+    `line` is the physical line of `file` it stands on, from 1 (in Parquet, which has no lines, the number of the row).
     """
 
     prompt: Text
     chosen: Text
     rejected: Text
     line: int
+    file: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()  # that the chat template is told of
 
     @property
     def prompt_key(self) -> str:
         """The same for two pairs exactly when their prompts are."""
-        return json.dumps(self.prompt, sort_keys=True, ensure_ascii=False)
+        return json.dumps([self.prompt, self.tools] if self.tools else self.prompt, sort_keys=True, ensure_ascii=False)
 
 
 class BadRow(Exception):
@@ -41,24 +54,62 @@ class BadRow(Exception):
         self.reason = reason
 
 
-def to_pair(row: Any, line: int) -> Pair:
-    """A parsed row to a pair, or `BadRow`."""
+@dataclass(frozen=True)
+class Shape:
+    """A way to write a pair: how it is told to the user, which rows are written so, and where their parts are."""
+
+    says: str | None
+    fits: Callable[[Mapping[str, Any]], bool]
+    parts: Callable[[Mapping[str, Any]], Parts]
+
+
+def shape_of(row: Any, columns: Mapping[str, str] | None = None) -> tuple[Shape, Mapping[str, Any]]:
+    """The shape of a parsed row, and the row with its `columns` under the names of the shape; or `BadRow`."""
     if not isinstance(row, Mapping):
         raise BadRow("row-not-object", "not a JSON object")
-    missing = [key for key in KEYS if key not in row]
-    if missing:
-        raise BadRow("row-missing-key", f"no {' and no '.join(missing)}; found {', '.join(sorted(row)) or 'nothing'}")
-    prompt, chosen, rejected = (_text(row[key], key) for key in KEYS)
-    if not isinstance(prompt, str) == isinstance(chosen, str) == isinstance(rejected, str):
-        raise BadRow("row-mixed-types", "prompt, chosen and rejected must all be strings, or all be message lists")
+    if columns:
+        row = {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}}
+    for shape in SHAPES:
+        if shape.fits(row):
+            return shape, row
+    missing = [(columns or {}).get(key, key) for key in KEYS if key not in row]
+    found = ", ".join(sorted(map(str, row))) or "nothing"
+    raise BadRow("row-missing-key", f'no {" and no ".join(missing)}; found {found} ("columns" can say what they are called)')
+
+
+def to_pair(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Pair:
+    """A parsed row to a pair, or `BadRow`."""
+    return pair_of(*shape_of(row, columns), line, file)
+
+
+def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
+    """A row of a known shape to a pair, or `BadRow`."""
+    prompt, chosen, rejected = map(_text, shape.parts(row), KEYS)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
+    if isinstance(prompt, str) != isinstance(chosen, str):  # one of them in messages: then all are
+        prompt, chosen, rejected = (
+            as_messages(prompt, "user"),
+            as_messages(chosen, "assistant"),
+            as_messages(rejected, "assistant"),
+        )
     if chosen == rejected:
         raise BadRow("row-identical", "chosen and rejected are identical")
-    return Pair(prompt, chosen, rejected, line)
+    if isinstance(prompt, list):
+        _check_roles(prompt, (chosen, rejected))
+    return Pair(prompt, chosen, rejected, line, file, _tools(row.get("tools")))
+
+
+def as_messages(text: Text, role: str) -> list[Message]:
+    """A plain string as one message of `role`; messages as they are."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 def _text(value: Any, key: str) -> Text:
     if isinstance(value, str):
         return _sound(value, key)
+    if isinstance(value, Mapping):  # ShareGPT gives a response as one message
+        return [_message(value, key)]
     if not isinstance(value, list):
         raise BadRow("row-wrong-type", f"{key} is {type(value).__name__}, not a string or a list of messages")
     if not value:
@@ -67,18 +118,111 @@ def _text(value: Any, key: str) -> Text:
 
 
 def _message(value: Any, key: str) -> Message:
-    if not isinstance(value, Mapping) or not all(isinstance(value.get(name), str) for name in ("role", "content")):
+    if not isinstance(value, Mapping):
+        raise BadRow("row-wrong-type", f"{key} holds a {type(value).__name__} where a message should be")
+    if "role" not in value and "from" in value:
+        value = {"role": value["from"], "content": value.get("value")}
+    role, content = value.get("role"), value.get("content")
+    if content is None and value.get("tool_calls"):
+        content = ""
+    if not isinstance(role, str) or not isinstance(content, str):
         raise BadRow("row-wrong-type", f'{key} holds a message without "role" and "content" strings')
-    if key != "prompt" and value["role"] not in RESPONSE_ROLES:
-        raise BadRow("row-role", f"{key} holds a message of another role than {' or '.join(RESPONSE_ROLES)}")
-    return {"role": value["role"], "content": _sound(value["content"], key)}
+    if not value.get("tool_calls"):
+        content = _sound(content, key)
+    return {**value, "role": ROLES.get(role, role), "content": content}
 
 
 def _sound(text: str, key: str) -> str:
-    if not text.strip():
+    if not text or text.isspace():
         raise BadRow("row-empty", f"{key} is empty")
     if "\0" in text:
         raise BadRow("row-nul", f"{key} holds a NUL character")
-    if any("\ud800" <= char <= "\udfff" for char in text):
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         raise BadRow("row-surrogate", f"{key} holds half of a surrogate pair, which is not a character")
     return text
+
+
+def _check_roles(prompt: list[Message], responses: tuple[Any, Any]) -> None:
+    for key, messages in zip(KEYS[1:], responses, strict=True):
+        if any(message["role"] not in RESPONSE_ROLES for message in messages):
+            raise BadRow("row-role", f"{key} holds a message of another role than {' or '.join(RESPONSE_ROLES)}")
+    if prompt[-1]["role"] == "assistant":
+        raise BadRow("row-role", "the prompt ends with an assistant message, so there is nothing to answer")
+
+
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(value, str):  # TRL takes them as JSON text too, since columns of objects need one type
+        try:
+            value = json.loads(value) if value.strip() else []
+        except ValueError as error:
+            raise BadRow("row-tools", "tools is text, but not JSON") from error
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow("row-tools", "tools is not a list of objects")
+    return tuple(value)
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _responses(row: Mapping[str, Any]) -> bool:
+    return "chosen" in row and "rejected" in row
+
+
+def _repeats_prompt(row: Mapping[str, Any]) -> bool:
+    """Whether both responses are conversations from their first user or system message on."""
+    both = (row["chosen"], row["rejected"])
+    if any(name in row for name in CONVERSATIONS):
+        return False
+    return all(_are_messages(value) and value[0].get("role", value[0].get("from")) not in RESPONSE_ROLES for value in both)
+
+
+def _common_start(row: Mapping[str, Any]) -> Parts:
+    """Both responses without what they have in common, which is the prompt; of strings, up to a space (as TRL does)."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if chosen == rejected:
+        raise BadRow("row-identical", "chosen and rejected are identical")
+    both_text = isinstance(chosen, str) and isinstance(rejected, str)
+    if not both_text and not (_are_messages(chosen) and _are_messages(rejected)):
+        raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
+    parting = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    start = next(parting, min(len(chosen), len(rejected)))
+    if both_text and start > 0 and chosen[start - 1] == " ":
+        start -= 1
+    if start == 0:
+        raise BadRow("row-no-prompt", "there is no prompt, and chosen and rejected do not start alike")
+    return chosen[:start], chosen[start:], rejected[start:]
+
+
+def _question(row: Mapping[str, Any]) -> Parts:
+    """A question with its system prompt and, as Alpaca has it, its input."""
+    text = next(row[name] for name in QUESTIONS if name in row)
+    if isinstance(text, str) and isinstance(row.get("input"), str) and row["input"].strip():
+        text = f"{text}\n{row['input']}"
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return text, row["chosen"], row["rejected"]
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}], row["chosen"], row["rejected"]
+
+
+SHAPES = (
+    Shape(
+        "conversations: chosen and rejected repeat the prompt, which is what they start with",
+        lambda row: isinstance(row.get("chosen"), list) and "rejected" in row and _repeats_prompt(row),
+        _common_start,
+    ),
+    Shape(None, lambda row: _responses(row) and "prompt" in row, lambda row: (row["prompt"], row["chosen"], row["rejected"])),
+    Shape(
+        "ShareGPT: the prompt is conversations (or messages); human is user, gpt is assistant",
+        lambda row: _responses(row) and any(name in row for name in CONVERSATIONS),
+        lambda row: (next(row[name] for name in CONVERSATIONS if name in row), row["chosen"], row["rejected"]),
+    ),
+    Shape(
+        "question: the prompt is system and question (or instruction or query, with input)",
+        lambda row: _responses(row) and any(name in row for name in QUESTIONS),
+        _question,
+    ),
+    Shape("implicit prompt: the prompt is what chosen and rejected start with", _responses, _common_start),
+)

@@ -1,77 +1,331 @@
 """What a set of pairs says about itself: findings on sound rows, from their text alone. A finding never stops anything.
 
-Each finding is one function that yields problems; `FINDINGS` at the end lists them.
+Each finding is a class that sees every pair of one pass over the files and then yields its problems; `FINDINGS` in quality.py
+lists them. Their limits are the option `quality` of config/schema.json.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import re
+import unicodedata
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-from dpo_cli.data.formats import Pair
+from rapidfuzz import fuzz, utils
+
+from dpo_cli.data.formats import Pair, Text
 from dpo_cli.data.reader import Dataset
-from dpo_cli.errors import Problem, about_rows
+from dpo_cli.errors import Problem, Severity, about_rows
 
-Finding = Callable[[Dataset], Iterator[Problem]]
+Limits = Mapping[str, float]
 
-SUFFICIENT_PAIRS = 500  # dpo-strategy, "Best Practices": 500+ preference pairs recommended
-PAIRS_A_PROMPT = 5  # on average; more than that, and a model sees the same prompts again and again
-
-
-def few_pairs(data: Dataset) -> Iterator[Problem]:
-    count = len(data.pairs)
-    if 0 < count < SUFFICIENT_PAIRS:
-        message = f"{count} pairs are few; {SUFFICIENT_PAIRS} and more are recommended"
-        yield Problem(
-            "hint", "few-pairs", message, "add pairs, and judge with eval_split what these teach", "dataset", data.file
-        )
+MOST_FILES = 1 << 16  # of one dataset
 
 
-def few_prompts(data: Dataset) -> Iterator[Problem]:
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A pair with its texts as one string each."""
+
+    pair: Pair
+    prompt: str
+    chosen: str
+    rejected: str
+    prompt_key: str
+
+    @classmethod
+    def of(cls, pair: Pair, prompt_key: str) -> Seen:
+        return cls(pair, _flat(pair.prompt), _flat(pair.chosen), _flat(pair.rejected), prompt_key)
+
+
+class Finding:
+    """Base of the findings: remembers the rows it was told of, and yields one problem for each file that has some."""
+
+    code: str
+    severity: Severity = "hint"
+    reason: str
+    fix: str
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.rows: dict[str, array[int]] = defaultdict(lambda: array("q"))
+
+    def see(self, seen: Seen) -> None:
+        """Look at one pair."""
+
+    def note(self, pair: Pair) -> None:
+        self.rows[pair.file].append(pair.line)
+
+    def problems(self, data: Dataset) -> Iterator[Problem]:
+        """What was found, at the end of the pass."""
+        for file, lines in self.rows.items():
+            yield about_rows(self.severity, self.code, self.reason, self.fix, data.key, file, lines)
+
+    def about_all(self, data: Dataset, message: str) -> Problem:
+        """A problem of the set, not of rows."""
+        return Problem(self.severity, self.code, message, self.fix, data.key, data.name)
+
+
+class FewPairs(Finding):
+    """dpo-strategy, "Best Practices": 500+ preference pairs recommended."""
+
+    code, fix = "few-pairs", "add pairs, and judge with eval_split what these teach"
+
+    def problems(self, data: Dataset) -> Iterator[Problem]:
+        if 0 < data.pairs < self.limits["few_pairs"]:
+            yield self.about_all(data, f"{data.pairs} pairs are few; {self.limits['few_pairs']:g} and more are recommended")
+
+
+class FewPrompts(Finding):
     """dpo-strategy, "Best Practices": diverse prompts, covering various scenarios."""
-    if len(data.pairs) >= PAIRS_A_PROMPT * 10 and len(data.pairs) > PAIRS_A_PROMPT * data.prompts:
-        message = f"{len(data.pairs)} pairs share {data.prompts} prompts; the documentation advises diverse ones"
-        yield Problem("hint", "few-prompts", message, "add pairs with other prompts", data.key, data.file)
+
+    code, fix = "few-prompts", "add pairs with other prompts"
+
+    def problems(self, data: Dataset) -> Iterator[Problem]:
+        most = self.limits["pairs_per_prompt"]
+        if data.pairs >= 10 * most and data.pairs > most * data.prompts:
+            message = f"{data.pairs} pairs share {data.prompts} prompts; the documentation advises diverse ones"
+            yield self.about_all(data, message)
 
 
-def repeated_pairs(data: Dataset) -> Iterator[Problem]:
-    first: dict[Hashable, Pair] = {}
-    repeated = [pair.line for pair in data.pairs if first.setdefault(_key(pair), pair) is not pair]
+class SeenBefore(Finding):
+    """The same two responses to the same prompt again: in the same order a copy, in the other a label that is wrong."""
+
+    code, reason = "repeated-pairs", "the same as an earlier pair, word for word"
     fix = "keep one of each: a repeated pair is trained on as often as it stands there"
-    if repeated:
-        reason = "the same as an earlier pair, word for word"
-        yield about_rows("hint", "repeated-pairs", reason, fix, data.key, data.file, repeated)
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self.other_order = Reversed(limits)
+        self.files: list[str] = []
+        # By prompt and both responses: which order, and where the first such pair stands. One number a pair, as there are many.
+        self.first: dict[int, int] = {}
+
+    def see(self, seen: Seen) -> None:
+        pair, order = seen.pair, seen.chosen < seen.rejected
+        if not self.files or self.files[-1] != pair.file:
+            self.files.append(pair.file)
+        key = hash((seen.prompt_key, *((seen.chosen, seen.rejected) if order else (seen.rejected, seen.chosen))))
+        place = (pair.line * MOST_FILES + len(self.files) - 1) * 2 + order
+        first = self.first.setdefault(key, place)
+        if first == place:
+            return
+        if first % 2 == order:
+            self.note(pair)
+        else:
+            self.other_order.note_both(first // 2 // MOST_FILES, self.files[first // 2 % MOST_FILES], pair)
+
+    def problems(self, data: Dataset) -> Iterator[Problem]:
+        yield from super().problems(data)
+        yield from self.other_order.problems(data)
 
 
-def reversed_preferences(data: Dataset) -> Iterator[Problem]:
-    """The same two responses to the same prompt, once in each order: one of the labels is wrong."""
-    orders: dict[Hashable, dict[Hashable, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for pair in data.pairs:
-        key = _key(pair)
-        orders[key[0], frozenset(key[1:])][key].append(pair.line)
-    lines = [line for both in orders.values() if len(both) > 1 for found in both.values() for line in found]
+class Reversed(Finding):
+    """What `SeenBefore` saw in both orders."""
+
+    code, severity = "reversed-preference", "warning"
+    reason = "the same prompt and responses, preferred in both orders"
     fix = "decide which response is better, and delete the other row"
-    if lines:
-        reason = "the same prompt and responses, preferred in both orders"
-        yield about_rows("warning", "reversed-preference", reason, fix, data.key, data.file, lines)
+
+    def note_both(self, line: int, file: str, pair: Pair) -> None:
+        if line not in self.rows[file]:
+            self.rows[file].append(line)
+        self.note(pair)
 
 
-FINDINGS: Sequence[Finding] = (few_pairs, few_prompts, repeated_pairs, reversed_preferences)
+class TooSimilar(Finding):
+    """Responses between which nobody could choose (dpo-strategy, "Bad Examples").
+
+    In the answer to a question one word can be the difference, so there both must say the same words in the same order, but
+    for those that any sentence has, and for words of the question that one of them repeats. In a text that was asked for,
+    similarity is enough.
+    """
+
+    code, severity = "too-similar", "warning"
+    reason = "chosen and rejected say nearly the same"
+    fix = "write a rejected response that is clearly worse, or delete the row"
+
+    def see(self, seen: Seen) -> None:
+        chosen, rejected = utils.default_process(seen.chosen), utils.default_process(seen.rejected)
+        prompt = utils.default_process(seen.prompt)
+        if "?" in seen.prompt or _QUESTION.search(prompt):
+            alike = _same_answer(chosen.split(), rejected.split(), set(prompt.split()))
+        else:
+            alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
+        if alike:
+            self.note(seen.pair)
 
 
-def check(data: Dataset) -> list[Problem]:
-    """Every problem that every finding finds."""
-    return [problem for finding in FINDINGS for problem in finding(data)]
+def _same_answer(one: list[str], other: list[str], question: set[str]) -> bool:
+    """Whether two answers are the same words in the same order, but for fillers and a repeated question."""
+    one, other = ([word for word in words if word not in FILLERS] for words in (one, other))
+    extra = {*one} - {*other}, {*other} - {*one}
+    if all(extra) or not (extra[0] | extra[1]) <= question:
+        return False
+    return [word for word in one if word not in extra[0]] == [word for word in other if word not in extra[1]]
 
 
-def overlap(train: Dataset, held_out: Dataset) -> Iterator[Problem]:
-    """Prompts of the evaluation set that are trained on."""
-    known = {pair.prompt_key for pair in train.pairs}
-    lines = [pair.line for pair in held_out.pairs if pair.prompt_key in known]
-    fix = f"delete them: on a prompt of {train.file} the figures show memory, not learning"
-    if lines:
-        yield about_rows("warning", "prompt-in-both", "the prompt is trained on too", fix, held_out.key, held_out.file, lines)
+class LongerWins(Finding):
+    """Whether the longer response is (nearly) always preferred: a model then learns to write more, or less.
+
+    Lengths in characters. The AUC is the chance that a chosen response, drawn at random, is longer than a rejected one, drawn
+    by itself (Mann-Whitney's U over the product of the counts): 0.5 when length says nothing.
+    """
+
+    code, fix = "length-decides", "add pairs in which the other length is better, or the model learns length alone"
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self.chosen, self.rejected = array("q"), array("q")
+
+    def see(self, seen: Seen) -> None:
+        self.chosen.append(len(seen.chosen))
+        self.rejected.append(len(seen.rejected))
+
+    @property
+    def share(self) -> float:
+        """Of pairs whose chosen response is the longer one; a tie counts one half."""
+        wins = sum((c > r) + (c == r) / 2 for c, r in zip(self.chosen, self.rejected, strict=True))
+        return wins / max(1, len(self.chosen))
+
+    @property
+    def auc(self) -> float:
+        return auc(self.chosen, self.rejected)
+
+    def problems(self, data: Dataset) -> Iterator[Problem]:
+        share, limit = self.share, self.limits["length_decides"]
+        if len(self.chosen) >= self.limits["length_pairs"] and max(share, 1 - share) >= limit:
+            which = "longer" if share > 0.5 else "shorter"
+            wins = f"{max(share, 1 - share):.0%}"
+            yield self.about_all(data, f"the {which} response is preferred in {wins} of pairs (AUC of length {self.auc:.2f})")
 
 
-def _key(pair: Pair) -> tuple[str, str, str]:
-    return pair.prompt_key, str(pair.chosen), str(pair.rejected)
+class OneSideRefuses(Finding):
+    """Refusals that stand (nearly) always on the same side: a model then learns to refuse, or never to."""
+
+    code, fix = "refusals-on-one-side", "add pairs in which a refusal is right, and pairs in which it is wrong"
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self.sides: dict[str, list[tuple[str, int]]] = {"chosen": [], "rejected": []}
+
+    def see(self, seen: Seen) -> None:
+        refuses = [side for side, text in (("chosen", seen.chosen), ("rejected", seen.rejected)) if _REFUSAL.match(text)]
+        if len(refuses) == 1:
+            self.sides[refuses[0]].append((seen.pair.file, seen.pair.line))
+
+    def problems(self, data: Dataset) -> Iterator[Problem]:
+        side, other = sorted(self.sides, key=lambda name: -len(self.sides[name]))
+        count, opposite = len(self.sides[side]), len(self.sides[other])
+        if count < max(10, self.limits["refusals"] * data.pairs) or opposite > count / 10:
+            return
+        by_file: dict[str, list[int]] = defaultdict(list)
+        for file, line in self.sides[side]:
+            by_file[file].append(line)
+        reason = f"only the {side} response refuses, and {'never' if not opposite else 'hardly ever'} the other"
+        for file, lines in by_file.items():
+            yield about_rows(self.severity, self.code, reason, self.fix, data.key, file, lines)
+
+
+class ChatMarkers(Finding):
+    """Texts that went through a chat template already: the model's own would be put around them again."""
+
+    code, severity, reason = "chat-markers", "warning", "the text holds the markers of a chat template"
+    fix = 'give the messages without their template, or write "use_chat_template": false'
+
+    def see(self, seen: Seen) -> None:
+        if any(_MARKERS.search(text) for text in (seen.prompt, seen.chosen, seen.rejected)):
+            self.note(seen.pair)
+
+
+class OtherScript(Finding):
+    """Prompts in one script (Latin, Cyrillic, Han) with a chosen response in another. Languages of one script look alike."""
+
+    code, reason = "mixed-languages", "the prompt is in another script than the chosen response"
+    fix = "check that the answer is in the language that was asked for"
+
+    def see(self, seen: Seen) -> None:
+        if (seen.prompt.isascii() and seen.chosen.isascii()) or _ABOUT_LANGUAGE.search(seen.prompt):
+            return
+        prompt, chosen = script(seen.prompt), script(seen.chosen)
+        if prompt and chosen and prompt != chosen:
+            self.note(seen.pair)
+
+
+class Overlap:
+    """Prompts of the evaluation set that are trained on; an observer of the dataset, and with `eval_side` of that set."""
+
+    def __init__(self) -> None:
+        self.trained: set[int] = set()
+        self.rows: dict[str, list[int]] = defaultdict(list)
+        self.eval_side = _EvalSide(self)
+
+    def see(self, pair: Pair, prompt_key: str) -> None:
+        self.trained.add(hash(prompt_key))
+
+    def problems(self, held_out: Dataset) -> Iterator[Problem]:
+        fix = "delete them: on a prompt that was trained on the figures show memory, not learning"
+        for file, lines in self.rows.items():
+            yield about_rows("warning", "prompt-in-both", "the prompt is trained on too", fix, held_out.key, file, lines)
+
+
+class _EvalSide:
+    def __init__(self, overlap: Overlap) -> None:
+        self.overlap = overlap
+
+    def see(self, pair: Pair, prompt_key: str) -> None:
+        if hash(prompt_key) in self.overlap.trained:
+            self.overlap.rows[pair.file].append(pair.line)
+
+
+def auc(above: Sequence[int], below: Sequence[int]) -> float:
+    """The chance that one of `above` exceeds one of `below`, a tie counting one half."""
+    if not above or not below:
+        return 0.5
+    highs, lows = Counter(above), Counter(below)
+    wins, smaller = 0.0, 0
+    for length in sorted(highs.keys() | lows.keys()):
+        wins += highs[length] * (smaller + lows[length] / 2)
+        smaller += lows[length]
+    return wins / (len(above) * len(below))
+
+
+def script(text: str) -> str | None:
+    """The script that most letters of a text are in; None with fewer than 20 letters, or when no script has two thirds."""
+    names = Counter(unicodedata.name(char, "").split(" ", 1)[0] for char in text[:2000] if char.isalpha())
+    scripts: Counter[str] = Counter()
+    for name, count in names.items():
+        scripts[_SCRIPTS.get(name, name)] += count
+    (name, count), total = max(scripts.items(), key=lambda item: item[1], default=("", 0)), scripts.total()
+    return name if total >= 20 and count * 3 >= total * 2 else None
+
+
+def _flat(text: Text) -> str:
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+
+
+_SCRIPTS = {"CJK": "Han or kana", "HIRAGANA": "Han or kana", "KATAKANA": "Han or kana", "FULLWIDTH": "LATIN"}
+_QUESTION = re.compile(
+    r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|will|would|should|has|have)\b"
+)
+FILLERS = frozenset(
+    """a an the it its this that these those there here he she they we you i is are was were be been being do does did has have
+    had will would can could of in on at to for from by with as and or so then well answer result equals equal makes correct
+    right s re""".split()  # noqa: SIM905 - a list of quoted words would be four times as long
+)
+_ABOUT_LANGUAGE = re.compile(
+    r"translat|language|english|spanish|french|german|italian|portuguese|russian|ukrainian|greek|chinese|mandarin|japanese|korean"
+    r"|arabic|persian|farsi|hebrew|hindi|urdu|bengali|tamil|thai|vietnamese|turkish",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"\s*(i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e"
+    r"|i can(no|['’])t (help|assist|do|provide|answer|fulfil|comply|create|write|engage)"
+    r"|i am (not able|unable)|i['’]m (not able|unable)|i won['’]t (help|assist|provide)|as an ai|i don['’]t know)",
+    re.IGNORECASE,
+)
+_MARKERS = re.compile(
+    r"<\|(im_start|im_end|eot_id|start_header_id|end_of_text|endoftext|user|assistant|system|end)\|>|\[/?INST\]|<</?SYS>>"
+    r"|<(start|end)_of_turn>|<｜(User|Assistant)｜>"
+)

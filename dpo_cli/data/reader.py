@@ -1,102 +1,214 @@
-"""A file of preference pairs to `Pair`s; every bad row is named, none stops the reading."""
+"""Files of rows to `Pair`s, as a stream: every bad row is named, none stops the reading, and no file is held in memory.
+
+A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a list of those with weights.
+"""
 
 from __future__ import annotations
 
 import codecs
+import csv
 import json
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from dpo_cli.config.reader import parse
-from dpo_cli.data.formats import BadRow, Pair, to_pair
+from dpo_cli.data.formats import BadRow, Pair, pair_of, shape_of
 from dpo_cli.errors import Problem, Severity, about_rows
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]  # physical line, and what parses the row or raises BadRow
 
+MAX_LINE_BYTES = 1 << 26  # a row of 64 MiB is no pair
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, and how often each of its pairs is seen in an epoch; below 1, that share of them."""
+
+    path: str
+    weight: float = 1.0
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable pairs of a file in its order, and what is wrong with the others."""
+    """What a pass over the sources found; `load` makes another that keeps the pairs."""
 
-    file: str
-    pairs: tuple[Pair, ...]
-    rows: int
-    problems: tuple[Problem, ...]
-    key: str = "dataset"  # of the config, that names the file
+    name: str
+    sources: tuple[Source, ...]
+    columns: Mapping[str, str] | None
+    rows: int = 0
+    pairs: int = 0
+    prompts: int = 0
+    problems: tuple[Problem, ...] = ()
+    key: str = "dataset"  # of the config, that names it
+    shapes: Mapping[str, int] = field(default_factory=dict)  # rows that are not written as documented, by what is said of them
 
-    @property
-    def prompts(self) -> int:
-        return len({pair.prompt_key for pair in self.pairs})
+    def load(self) -> list[Pair]:
+        """The usable pairs in the order of their files; a pair of weight 2 stands twice, of weight 0.5 every second stands."""
+        kept: list[Pair] = []
+        for source in self.sources:
+            due = 0.0
+            for pair in stream([source], self.columns):
+                if isinstance(pair, Pair):
+                    due += source.weight
+                    kept += [pair] * int(due)
+                    due -= int(due)
+        return kept
 
     def to_json(self) -> dict[str, Any]:
-        return {"file": self.file, "rows": self.rows, "pairs": len(self.pairs), "prompts": self.prompts}
+        return {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}
 
 
-def unreadable(path: str, key: str) -> list[Problem]:
-    """Why the file that `key` of a config names cannot be read at all; such a problem has its place in the config."""
-    problem = _unreadable(Path(path))
-    return [] if problem is None else [replace(problem, key=key)]
+class Observer(Protocol):
+    """Looks at every pair of a pass, and says at its end what it found."""
+
+    def see(self, pair: Pair, prompt_key: str) -> None: ...
 
 
-def read(path: str, skip: bool = False, key: str = "dataset") -> Dataset:
-    """Read a `.jsonl` (one row a line) or `.json` (a list of rows) file. Problems are returned, never raised.
+@dataclass(frozen=True)
+class Bad:
+    """A row that is no pair."""
 
-    A problem of the file as a whole has no place: it belongs to the config that names the file as its `key`.
-    Bad rows are errors, or warnings with `skip`.
+    file: str
+    line: int
+    code: str
+    reason: str
+
+
+def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, ...]:
+    """The files that a config's value names: a path or a list of paths and {"path", "weight"}; a folder is its files."""
+    entries = [value] if isinstance(value, str) else value
+    given = [Source(entry) if isinstance(entry, str) else Source(entry["path"], entry.get("weight", 1.0)) for entry in entries]
+    return tuple(Source(path, source.weight) for source in given for path in _files(source.path))
+
+
+def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
+    """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
+    found = [problem for source in sources_of(value) for problem in [_unreadable(Path(source.path))] if problem is not None]
+    return [replace(problem, key=key) for problem in found]
+
+
+def read(
+    value: str | Sequence[str | Mapping[str, Any]],
+    skip: bool = False,
+    key: str = "dataset",
+    columns: Mapping[str, str] | None = None,
+    observers: Sequence[Observer] = (),
+) -> Dataset:
+    """One pass over what `key` of a config names. Problems are returned, never raised; bad rows are warnings with `skip`.
+
+    A problem of a file as a whole has no place: it belongs to the config that names it.
     """
-    if problems := unreadable(path, key):
-        return Dataset(path, (), 0, tuple(problems), key)
-    rows, problems = _json_list(path) if path.endswith(".json") else (_json_lines(path), [])
-    pairs: list[Pair] = []
-    bad: dict[tuple[str, str], list[int]] = defaultdict(list)
-    count = 0
-    for line, parse_row in rows:
-        count += 1
-        try:
-            pairs.append(to_pair(parse_row(), line))
-        except BadRow as error:  # kept, so that one pass names them all
-            bad[error.code, error.reason].append(line)
+    sources = sources_of(value)
+    name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
+    data = Dataset(name, sources, columns, key=key)
+    if problems := unreadable(value, key):
+        return replace(data, problems=tuple(problems))
+    bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    shapes: Counter[str] = Counter()
+    prompts: set[int] = set()
+    rows = 0
+    for row in stream(sources, columns, shapes):
+        rows += 1
+        if isinstance(row, Bad):  # kept, so that one pass names them all
+            bad[row.file, row.code, row.reason].append(row.line)
+            continue
+        prompt_key = row.prompt_key
+        prompts.add(hash(prompt_key))
+        for observer in observers:
+            observer.see(row, prompt_key)
     severity: Severity = "warning" if skip else "error"
     fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
-    problems += [about_rows(severity, code, reason, fix, key, path, lines) for (code, reason), lines in bad.items()]
+    problems = [about_rows(severity, code, reason, fix, key, file, lines) for (file, code, reason), lines in bad.items()]
+    pairs = rows - sum(map(len, bad.values()))
     if not pairs and not any(problem.severity == "error" for problem in problems):
-        problems += [Problem("error", "dataset-empty", f"{path} holds no usable pair", "add pairs", "dataset", path)]
-    return Dataset(path, tuple(pairs), count, tuple(replace(problem, key=key) for problem in problems), key)
+        problems.append(Problem("error", "dataset-empty", f"{name} holds no usable pair", "add pairs", key, name))
+    for says, count in shapes.items():
+        fix = 'say what the columns are called with "columns" if that is not meant'
+        problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
+    return replace(data, rows=rows, pairs=pairs, prompts=len(prompts), problems=tuple(problems), shapes=shapes)
+
+
+def stream(
+    sources: Sequence[Source], columns: Mapping[str, str] | None = None, shapes: Counter[str] | None = None
+) -> Iterator[Pair | Bad]:
+    """The rows of the sources one after the other; `shapes` counts those that are not written as documented."""
+    for source in sources:
+        for line, parse_row in rows_of(source.path):
+            try:
+                shape, row = shape_of(parse_row(), columns)
+                pair = pair_of(shape, row, line, source.path)
+            except BadRow as error:
+                yield Bad(source.path, line, error.code, error.reason)
+                continue
+            if shapes is not None and shape.says:
+                shapes[shape.says] += 1
+            yield pair
+
+
+def rows_of(path: str) -> Rows:
+    """The rows of one readable file."""
+    return READERS[Path(path).suffix](path)
+
+
+def _files(path: str) -> list[str]:
+    """The files of a folder in the order of their names; a file itself."""
+    folder = Path(path)
+    if folder.suffix in READERS or not os.path.exists(path) or not folder.is_dir():
+        return [path]
+    return [str(file) for file in sorted(folder.iterdir()) if file.suffix in READERS and file.is_file()] or [path]
 
 
 def _unreadable(path: Path) -> Problem | None:
     if not os.path.exists(path):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix and not path.parent.exists():
+            fix = "download it, and name the file; this version reads no dataset from a hub"
+            return Problem("error", "dataset-on-hub", f"there is no file {path}; it may be a dataset of a hub", fix)
         return Problem("error", "dataset-missing", f"there is no file {path}", 'check the path in "dataset"')
-    if path.suffix not in (".jsonl", ".json"):
+    if path.suffix not in READERS:
+        what = "holds no" if path.is_dir() else "is not a"
         fix = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object a line'
-        return Problem("error", "dataset-format", f"{path} is not a .jsonl or .json file", fix)
+        return Problem("error", "dataset-format", f"{path} {what} {', '.join(READERS)} file", fix)
     try:
         path.open("rb").close()
     except OSError as error:  # a directory, or a file that may not be read: told as that
         return Problem("error", "dataset-unreadable", f"cannot read {path}: {error.strerror}", "name a readable file")
     with path.open("rb") as file:
-        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            return Problem("error", "dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
+        start = file.read(4)
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return Problem("error", "dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
+    if path.suffix == ".parquet" and start != b"PAR1":
+        return Problem("error", "dataset-damaged", f"{path} is not a Parquet file", "download or write it again")
     return None
 
 
 def _json_lines(path: str) -> Rows:
     with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES):
+            number += 1
+            if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):  # step over the rest without keeping it
+                    line = file.readline(MAX_LINE_BYTES)
+                yield number, partial(_refuse, "row-too-long", f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
+            elif not line.isspace():
                 yield number, partial(_parse_line, line, number)
 
 
+def _refuse(code: str, reason: str) -> Any:
+    raise BadRow(code, reason)
+
+
 def _parse_line(line: bytes, number: int) -> Any:
-    if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+    if number == 1 and line.startswith(codecs.BOM_UTF8):
         raise BadRow("row-bom", "the file starts with a byte order mark: save it as UTF-8 without BOM")
     try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        return _DECODER.decode(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
         raise BadRow("row-not-utf8", "not valid UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -110,19 +222,113 @@ def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _json_list(path: str) -> tuple[Rows, list[Problem]]:
-    """The rows of a JSON list with the line each starts on, and what is wrong with the file as a whole."""
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+
+
+def _json_list(path: str) -> Rows:
+    """The rows of a JSON list, each with the line it starts on. After what cannot be parsed no row can be found."""
+    data = Path(path).read_bytes()
     try:
-        document = parse(Path(path).read_bytes().decode("utf-8"), path)
-    except UnicodeDecodeError:
-        return iter(()), [Problem("error", "row-not-utf8", f"{path} is not UTF-8", "save it as UTF-8", "dataset", path)]
-    if not isinstance(document.value, list) or document.problems:
-        fix = 'write [{"prompt": ..., "chosen": ..., "rejected": ...}, ...], or one object a line in a .jsonl file'
-        wrong = Problem("error", "dataset-not-list", f"{path} is not a JSON list of rows", fix, "dataset", path, 1, 1)
-        return iter(()), list(document.problems) or [wrong]
-    rows = ((document.positions[(i,)][0], partial(_as_it_is, row)) for i, row in enumerate(document.value))
-    return rows, []
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield data.count(b"\n", 0, error.start) + 1, partial(_refuse, "row-not-utf8", "not valid UTF-8")
+        return
+    at, line, counted = _SPACE.match(text, 0).end(), 1, 0  # type: ignore[union-attr]
+    closed = text[at : at + 1] != "["
+    if closed:
+        yield 1, partial(_refuse, "dataset-not-list", "the file is not a JSON list of rows")
+    at += 1
+    while not closed:
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        line, counted = line + text.count("\n", counted, at), at
+        if text[at : at + 1] == "]":
+            return
+        try:
+            row, at = _DECODER.raw_decode(text, at)
+            yield line, partial(_as_it_is, row)
+        except BadRow as error:  # a duplicate key: the decoder does not say where the row ends
+            at = _raw_end(text, at)
+            yield line, partial(_refuse, error.code, error.reason)
+        except (ValueError, RecursionError):
+            yield line, partial(_refuse, "row-not-json", "not valid JSON, so what follows cannot be read")
+            return
+        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
+        if text[at : at + 1] not in (",", "]"):
+            line += text.count("\n", counted, at)
+            yield (
+                line,
+                partial(_refuse, "row-not-json", "a comma or the closing bracket is missing, so what follows cannot be read"),
+            )
+            return
+        at += text[at] == ","
+
+
+def _raw_end(text: str, at: int) -> int:
+    return json.JSONDecoder().raw_decode(text, at)[1]
 
 
 def _as_it_is(row: Any) -> Any:
     return row
+
+
+def _csv(path: str, delimiter: str = ",") -> Rows:
+    """The rows of a table with a header; a cell may hold several lines, and a row starts on the line after the last one."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        table = csv.reader(file, delimiter=delimiter, strict=True)
+        header = next(table, [])
+        while True:
+            line = table.line_num + 1
+            try:
+                cells = next(table)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, partial(_refuse, "row-not-csv", f"not valid CSV: {error}")
+                continue
+            if cells:
+                yield line, partial(_parse_cells, header, cells)
+
+
+def _parse_cells(header: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(header):
+        raise BadRow("row-not-csv", f"{len(cells)} cells under a header of {len(header)}")
+    if any("\udc80" <= char <= "\udcff" for cell in cells if not cell.isascii() for char in cell):
+        raise BadRow("row-not-utf8", "not valid UTF-8")
+    return {name: _maybe_messages(cell) for name, cell in zip(header, cells, strict=True)}
+
+
+def _maybe_messages(cell: str) -> Any:
+    """A cell that is a JSON list of messages, as tables hold them, or the text itself."""
+    if cell.startswith("[{"):
+        try:
+            return json.loads(cell)
+        except ValueError:  # text that happens to start like that
+            return cell
+    return cell
+
+
+def _parquet(path: str) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, partial(_as_it_is, row)
+    except (pyarrow.ArrowException, OSError) as error:
+        yield (
+            number + 1,
+            partial(_refuse, "row-not-parquet", f"the Parquet file cannot be read from here on: {str(error).splitlines()[0]}"),
+        )
+
+
+READERS: Mapping[str, Callable[[str], Rows]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_list,
+    ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".parquet": _parquet,
+}

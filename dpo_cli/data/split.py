@@ -16,8 +16,13 @@ def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], l
     train: list[Pair] = []
     held_out: list[Pair] = []
     for pair in pairs:
-        (held_out if _position(pair.prompt_key, seed) < share else train).append(pair)
+        (held_out if is_held_out_prompt(pair.prompt_key, share, seed) else train).append(pair)
     return train, held_out
+
+
+def is_held_out_prompt(prompt_key: str, share: float, seed: int) -> bool:
+    """On which side a prompt falls."""
+    return _position(prompt_key, seed) < share
 
 
 def _position(prompt: str, seed: int) -> float:

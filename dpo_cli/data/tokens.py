@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpo_cli.data.formats import Message, Pair, Text
+from dpo_cli.data.formats import Message, Pair, Text, as_messages
 from dpo_cli.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
@@ -69,11 +69,6 @@ def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> En
     # where the sequences part from the prompt.
     start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
     return EncodedPair(pair, prompt_ids[:start], chosen_ids[start:], rejected_ids[start:])
-
-
-def as_messages(text: Text, role: str) -> list[Message]:
-    """A plain string as one message of `role`; messages as they are."""
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: bool) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.data.reader import sources_of
 from dpo_cli.plan import Plan
 
 _TEMPLATE = """\
@@ -42,7 +43,7 @@ def card(plan: Plan, steps: int, judged: dict[str, Any]) -> str:
         rank=config.lora_r,
         model=plan.model_label,
         pairs=plan.counts.train_pairs,
-        dataset=Path(config.dataset).name,
+        dataset=", ".join(Path(source.path).name for source in sources_of(config.dataset)),
         beta=config.beta,
         rate=config.learning_rate,
         steps=steps,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_cli
+from dpo_cli.data.reader import sources_of
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan
 from dpo_cli.runs.directory import sha256
@@ -23,7 +24,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         "versions": {"dpo": dpo_cli.__version__, "python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
         "hardware": machine.to_json(),
-        "dataset": {"file": plan.config.dataset, "sha256": sha256(Path(plan.config.dataset))},
+        "dataset": {source.path: sha256(Path(source.path)) for source in sources_of(plan.config.dataset)},
         "model": {"name": plan.config.model_name, "sha256": {file.name: sha256(file) for file in weights}},
         "seed": plan.config.seed,
         "git_commit": _git_commit(),
