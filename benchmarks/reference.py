@@ -98,7 +98,9 @@ def code_table() -> str:
 def _problem(case: Case) -> Problem:
     Path("config.json").write_bytes(case.config)
     found = inspect(load("config.json"), case.machine, case.vram_gb).problems
-    return next(problem for problem in found if problem.code == case.code)
+    named = [problem for problem in found if problem.code == case.code]
+    assert named, f"no {case.code} is found in {case.config[:200]!r}, but {[problem.code for problem in found]}"
+    return named[0]
 
 
 def _example(case: Case) -> str:

@@ -96,7 +96,7 @@ def validate(
     """Is this going to work? Everything wrong at once, with the fix."""
     with session(as_json, debug) as console:
         if show_schema:
-            typer.echo(schema_path())
+            typer.echo(json.dumps({"schema": str(schema_path())}) if as_json else schema_path())
             return
         overrides = [word for word in words or () if is_override(word)]
         configs = [word for word in words or () if word not in overrides]
@@ -106,7 +106,8 @@ def validate(
         found = [_validated(console, load(path, overrides), machine, vram, not no_data, strict) for path in configs]
         if as_json:
             documents = [document for document, _ in found]
-            console.json(documents[0] if len(documents) == 1 else documents)
+            several = [{"file": path, **document} for path, document in zip(configs, documents, strict=True)]
+            console.json(documents[0] if len(documents) == 1 else several)
         raise typer.Exit(int(max((code for _, code in found), key=[Exit.DONE, Exit.UNFIT, Exit.INVALID].index)))
 
 

@@ -53,7 +53,7 @@ class Inspection:
     @property
     def only_misfit(self) -> bool:
         """Whether the hardware is all that is wrong."""
-        return all(problem.code == DOES_NOT_FIT for problem in self.errors)
+        return bool(self.errors) and all(problem.code == DOES_NOT_FIT for problem in self.errors)
 
     @property
     def exit_code(self) -> Exit:
@@ -81,7 +81,9 @@ def inspect(
     found = list(loaded.problems)
     wrong = {problem.key for problem in found if problem.severity == "error"}
     model = loaded.values.get("model_name") if "model_name" not in wrong else None
-    about_model = list(models.problems(model)) if isinstance(model, str) else []
+    about_model = (
+        list(models.problems(model, to_align=loaded.values.get("strategy") == "dpo")) if isinstance(model, str) else []
+    )
     found += map(loaded.placed, about_model)
     damaged = any(problem.severity == "error" for problem in about_model)
     data = None
@@ -93,6 +95,8 @@ def inspect(
         plan = resolve(loaded, machine, vram_gb=vram_gb)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
+            if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
+                misfit = replace(misfit, severity="warning", stops_training=True)
             found.append(loaded.placed(misfit))
     return Inspection(tuple(found), data, plan)
 

@@ -19,6 +19,7 @@ from dpo_cli.errors import Problem
 from dpo_cli.hardware import models
 from dpo_cli.hardware.memory import Bill, Settings, fit
 from dpo_cli.hardware.probe import Machine
+from dpo_cli.hardware.recommend import profiles
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def resolve(
 
 
 DOES_NOT_FIT = "does-not-fit"
-DPO_CARD_GB, HOST_GB = 12, 16  # dpo-strategy, "Minimum Requirements"
+HOST_GB = 16  # dpo-strategy, "Minimum Requirements"
 
 
 def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> Iterator[Problem]:
@@ -180,10 +181,12 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         message = "unsloth needs a CUDA GPU"
         fix = 'train on a machine with one, or write "provider": "huggingface"'
         yield Problem("warning", "unsloth-without-cuda", message, fix, "provider", stops_training=True)
+    documented_gb = profiles()["mid_range"]["from_gb"]
     card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
-    if card_gb is not None and card_gb < DPO_CARD_GB - 0.5 and not config.use_4bit:  # a 12 GB card shows a little less
-        message = f"{card_gb:.0f} GB are less than the {DPO_CARD_GB} GB documented for DPO"
-        fix = f'write "use_4bit": true (QLoRA), or take a smaller model: `dpo recommend --vram {card_gb:.0f}`'
+    # A card shows a little less than its name says.
+    if config.strategy == "dpo" and card_gb is not None and card_gb < documented_gb - 0.5 and not config.use_4bit:
+        message = f"{card_gb:g} GB are less than the {documented_gb} GB documented for DPO"
+        fix = f'write "use_4bit": true (QLoRA), or take a smaller model: `dpo recommend --vram {card_gb:g}`'
         yield Problem("hint", "small-card", message, fix, "use_4bit")
     if vram_gb is not None:
         return

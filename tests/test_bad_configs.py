@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from bad_configs import CASES, Case, lay_out
 from conftest import ROOT
+from test_schema import reference
 
 from dpo_cli.config.config import load
 from dpo_cli.inspection import inspect
@@ -40,16 +41,15 @@ def test_it_is_named(case: Case, place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (problem.severity, problem.line, problem.file) == (case.severity, case.line, case.file)
     assert case.fix in (problem.fix or "")
     assert problem.message and "\n" not in problem.message
+    assert (problem.column is None) == (case.line is None or case.file != "config.json")
     errors = [other.code for other in found.problems if other.severity == "error"]
     assert errors == ([case.code] if case.severity == "error" else [])
 
 
 def test_every_code_has_a_case() -> None:
     """The codes that the source can give, but for those of a training (tests/integration)."""
-    while_training = {"run-exists", "run-unwritable", "not-a-run", "adapter-changed", "no-such-module", "no-chat-template"}
-    while_training |= {"messages-without-template", "model-unknown"}
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "dpo_cli").rglob("*.py"))
     before = r'(?:"(?:error|warning|hint)", |(?:BadRow|_wrong|stop|complain|damage)\()'
     given = re.compile(before + r'"([a-z0-9]+(?:-[a-z0-9]+)*)"')
     codes = set(given.findall(source))
-    assert codes - {"error", "warning", "hint"} - {case.code for case in CASES} - while_training == set()
+    assert codes - {"error", "warning", "hint"} - {case.code for case in CASES} - reference.WHILE_RUNNING.keys() == set()

@@ -14,6 +14,8 @@ from dpo_cli.config.config import load
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import STRATEGIES, Option, defaults, options, profile_defaults, schema
 from dpo_cli.errors import Problem, UsageError
+from dpo_cli.hardware.probe import Machine
+from dpo_cli.inspection import inspect
 
 
 def write(tmp_path: Path, text: str) -> str:
@@ -55,10 +57,16 @@ def test_every_option_declares_all_that_is_asked_of_it(option: Option) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
 def test_shipped_configs_have_only_what_they_leave_out(path: Path) -> None:
-    loaded = load(str(path))
-    has_dataset = "dataset" in loaded.values
-    assert codes(loaded.problems) == ([] if has_dataset else [("missing-key", "dataset")])
-    assert (loaded.config is not None) == has_dataset
+    found = inspect(load(str(path)), Machine("cpu", 2, 8.0, has_amx=False, gpus=(), is_apple=False))
+    says = {
+        "high-end.json": "missing-key",
+        "mid-range.json": "missing-key",
+        "lora.json": "missing-key",
+        "epochs.json": "missing-key",
+    }
+    expected = [] if path.name == "quickstart.json" else [(says.get(path.name, "dataset-missing"), "dataset")]
+    expected += [("model-missing", "model_name")] if path.name == "two-stage-dpo.json" else []
+    assert sorted(codes(found.problems)) == expected
 
 
 def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None:
@@ -67,7 +75,7 @@ def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None
   "lerning_rate": 3,
   "lora_r": "16",
   "beta": -5,
-  "strategy": "sft",
+  "strategy": "rlhf",
   "use_dora": True,
   'seed': 3
   "num_train_epochs": true
@@ -155,10 +163,66 @@ def test_overrides_pass_the_same_schema_and_win(tmp_path: Path) -> None:
         load(path, ["beta"])
 
 
-def test_a_plan_is_a_config(tmp_path: Path) -> None:
-    values = {**defaults(), "model_name": "m", "dataset": "d", "beta": 0.7}
-    loaded = load(write(tmp_path, json.dumps({"plan_version": 1, "config": values, "sources": {}})))
+def test_a_plan_is_a_config_that_knows_where_its_values_came_from(tmp_path: Path) -> None:
+    values = {**defaults(), "dataset": "d", "beta": 0.7, "device": "cpu", "num_train_epochs": 9}
+    sources = {**dict.fromkeys(values, "default"), "beta": "override", "dataset": "config", "device": "measured"}
+    plan = write(tmp_path, json.dumps({"plan_version": 1, "config": values, "sources": sources}))
+    loaded = load(plan)
     assert loaded.require().beta == 0.7
+    assert loaded.sources == {**sources, "max_seq_length": "default"}
+    assert "beta" in [problem.code for problem in loaded.problems]
+    assert "epochs" not in [problem.code for problem in loaded.problems]  # nobody wrote that key
+    changed = load(plan, ["num_train_epochs=9"])
+    assert changed.sources["num_train_epochs"] == "override" and "epochs" in [problem.code for problem in changed.problems]
+
+
+def test_a_damaged_plan_is_told_as_a_damaged_value(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"plan_version": 1, "config": {"dataset": "d", "beta": NaN}, "sources": {}}')
+    assert [problem.code for problem in load(path).problems if problem.severity == "error"] == ["json-nan"]
+
+
+def test_overrides_are_text_where_the_option_is(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"dataset": "d"}')
+    config = load(path, ["output_dir=2024", "eval_dataset=5", 'dataset=["a.jsonl", "b.jsonl"]', "lora_alpha=null"]).require()
+    assert (config.output_dir, config.eval_dataset, config.dataset, config.lora_alpha) == (
+        "2024",
+        "5",
+        ["a.jsonl", "b.jsonl"],
+        None,
+    )
+
+
+def test_what_another_strategy_owns_is_told_once(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path, '{"strategy": "sft", "dataset": "d", "label_smoothing": 0.1, "num_train_epochs": 1}'))
+    found = [
+        (problem.severity, problem.code)
+        for problem in loaded.problems
+        if problem.key in ("label_smoothing", "num_train_epochs")
+    ]
+    assert found == [("warning", "not-yet"), ("warning", "other-strategy")]
+
+
+def test_a_user_wins_over_the_profile(tmp_path: Path) -> None:
+    config = load(write(tmp_path, '{"dataset": "d", "compute_specs": "mid_range", "use_8bit": true}')).require()
+    assert (config.use_8bit, config.use_4bit) == (True, False)
+
+
+def test_a_text_that_is_no_json_at_all_ends_soon(tmp_path: Path) -> None:
+    problems = load(write(tmp_path, "{" + "a: b, " * 100_000 + "}")).problems
+    assert len([problem for problem in problems if problem.code in ("json-syntax", "duplicate-key")]) == 100
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('"eval_dataset": "./d.jsonl"', "eval-is-train"),
+        ('"output_dir": "../here/d.jsonl"', "output-is-input"),
+    ],
+)
+def test_one_file_under_two_names_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, says: str) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert says in [code for code, _ in codes(load(write(tmp_path, '{"dataset": "d.jsonl", ' + text + "}")).problems)]
 
 
 @pytest.mark.parametrize("path", ["missing.json", ".", "tests"])

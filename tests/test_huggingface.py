@@ -6,12 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from conftest import ROOT, made_row, tiny_model
+from huggingface_hub.errors import GatedRepoError
 from peft import PeftModel
 from test_dpo import make_plan
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
@@ -106,3 +108,17 @@ def test_base_dropout_is_off(tmp_path: Path, tiny_model_dir: Path) -> None:
     model = HuggingFace(str(noisy)).base_model(make_plan(tmp_path)).train()
     ids = torch.arange(3, 20)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_gated_model_is_told_as_one(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub describes a gated model to anyone and refuses its files; transformers raises OSError from that refusal."""
+    response = httpx.Response(403, request=httpx.Request("GET", "https://hub.example/owner/model"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=response)
+
+    provider = HuggingFace(str(tiny_model_dir))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(RunFailed, match="is gated") as caught:
+        provider.tokenizer()
+    assert "hf auth login" in (caught.value.fix or "")

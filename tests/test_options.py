@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import made_row
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerFast
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from dpo_cli.config.config import load
 from dpo_cli.console import Console
@@ -21,7 +23,7 @@ from dpo_cli.errors import Exit, InvalidInput
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training.callbacks.health import RULES, not_finite
+from dpo_cli.training.callbacks.health import not_finite
 from dpo_cli.training.run import evaluate, train
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
@@ -64,8 +66,19 @@ def test_every_optimizer_trains(run: Run, optim: str) -> None:
 
 
 def test_rslora_scales_the_adapter_by_the_root_of_its_rank(run: Run) -> None:
-    _, place = run(use_rslora=True)
-    assert json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))["use_rslora"] is True
+    _, place = run(use_rslora=True)  # rank 4, alpha 8: 8 / sqrt(4), where 8 / 4 is usual
+    base = AutoModelForCausalLM.from_pretrained(
+        json.loads((place / "plan.json").read_text(encoding="utf-8"))["config"]["model_name"]
+    )
+    model = PeftModel.from_pretrained(base, str(place / "adapter"))
+    assert {module.scaling["default"] for module in model.modules() if isinstance(module, LoraLayer)} == {4.0}
+
+
+@pytest.mark.parametrize("wish", [True, False])
+def test_the_chat_template_is_used_in_training_as_the_config_says(run: Run, wish: bool) -> None:
+    _, place = run(use_chat_template=wish, max_steps=1)
+    counts = json.loads((place / "plan.json").read_text(encoding="utf-8"))["counts"]
+    assert (counts["longest"] > 30) == wish  # the markers of ChatML are more than half of such a short pair
 
 
 def test_grouping_by_length_puts_the_longest_first(run: Run, pairs_file: Callable[..., Path]) -> None:
@@ -115,7 +128,6 @@ def test_4bit_weights_are_what_the_config_says(tmp_path: Path, tiny_model_dir: P
 
 
 def test_health_stops_at_what_is_not_finite() -> None:
-    assert (not_finite,) == RULES
     assert not_finite({"split": "train", "step": 3, "loss": 0.69, "grad_norm": 1.0}) is None
     event = not_finite({"split": "train", "step": 3, "loss": math.nan, "grad_norm": math.inf})
     assert event is not None and (event.action, event.step) == ("stop", 3)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dpo_cli.config.reader import Path, parse
+from dpo_cli.config.reader import Path, as_json, parse
 from dpo_cli.config.schema import Option, options, same, schema
 from dpo_cli.errors import Problem
+
+if TYPE_CHECKING:
+    from jsonschema import ValidationError
 
 Found = tuple[Path, Problem]  # with the path of what is wrong, which may lie within a key's value
 PAIR_KEYS = {"prompt", "chosen", "rejected", "messages", "conversations"}
@@ -26,7 +29,7 @@ def problems(given: Mapping[str, Any]) -> Iterator[Found]:
     for error in Draft202012Validator(schema()).iter_errors(dict(given)):
         if error.absolute_path and (path := tuple(error.absolute_path)) not in wrong:  # the others are told in words of ours
             wrong.add(path)
-            yield path, _bad_value(options()[str(path[0])], error.instance)
+            yield path, _bad_value(str(path[0]), error)
     sound = [option for name, option in options().items() if name in given and name not in {path[0] for path in wrong}]
     for option in sound:
         if not option.works(given[option.name]):
@@ -34,6 +37,11 @@ def problems(given: Mapping[str, Any]) -> Iterator[Found]:
             message = f'this version cannot train with "{option.name}": {shown} yet'
             fix = f'remove the key, or write "{option.name}": {json.dumps(option.rule.get("default"))}'
             yield (option.name,), Problem("warning", "not-yet", message, fix, option.name, stops_training=True)
+
+
+def meant_by(given: Mapping[str, Any]) -> set[str]:
+    """The options that unknown keys stand for: what is said under another name is not missing as well."""
+    return {name for name, option in options().items() if given.keys() & {*option.known_as}}
 
 
 def missing(given: Mapping[str, Any]) -> Iterator[Problem]:
@@ -53,37 +61,56 @@ def _unknown(key: str) -> Problem:
 
 def _meant(key: str) -> str:
     """The option that an unknown key most likely stands for."""
+    if key in schema()["x-elsewhere"]:
+        return f"remove the key: {schema()['x-elsewhere'][key]}"
     elsewhere = {alias: name for name, option in options().items() for alias in option.known_as}
     if key in elsewhere:
         return f'here it is called "{elsewhere[key]}": {options()[elsewhere[key]].description}'
-    near = difflib.get_close_matches(key.lower(), [*options(), *elsewhere], 1)
+    near = difflib.get_close_matches(key.lower(), [*options(), *elsewhere], 1, cutoff=0.75)
     meant = elsewhere.get(near[0], near[0]) if near else None
     return f'did you mean "{meant}"?' if meant else "remove the key; `dpo train --help` lists every option"
 
 
-def _bad_value(option: Option, value: Any) -> Problem:
-    """`value` is the part of the option's value that is wrong."""
-    shown = json.dumps(value, ensure_ascii=False)
+def _bad_value(name: str, error: ValidationError) -> Problem:
+    """`error` is about the whole value of an option, or about a part of it."""
+    option = Option(name, schema()["properties"][name])
+    rule: Any = error.schema
+    part = Option(name, rule)
+    shown = json.dumps(error.instance, ensure_ascii=False)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    message = f'"{option.name}": {shown} is not {option.type_words}'
-    return Problem("error", "bad-value", message, _better(option, value), option.name)
+    where = "".join(f"[{json.dumps(step)}]" for step in list(error.absolute_path)[1:])
+    if "properties" in rule and isinstance(error.instance, dict):  # a key of it is unknown, or missing
+        message = f'"{name}"{where}: {shown} is not an object with {", ".join(rule["properties"])}'
+    elif error.instance == "":
+        message = f'"{name}"{where} is empty'
+    else:
+        message = f'"{name}"{where}: {shown} is not {part.type_words}'
+    fix = option.description if where else _better(option, error.instance)
+    return Problem("error", "bad-value", message, fix, name)
 
 
 def _better(option: Option, value: Any) -> str:
     """What to write instead."""
-    choices = option.rule.get("enum", ())
+    example = option.rule.get("default")
     if isinstance(value, str):
+        words = [choice for choice in option.rule.get("enum", ()) if isinstance(choice, str)]
         plain = value.lower().replace("-", "_")
-        words = [choice for choice in choices if isinstance(choice, str)]
         meant = [word for word in words if plain and (word.startswith(plain) or plain.startswith(word))]
         near = difflib.get_close_matches(plain, words, 1, cutoff=0.75)
         if meant or near:
             return f'did you mean "{option.name}": {json.dumps((meant or near)[0])}?'
-        unquoted = parse(value, "")
+        unquoted = parse(as_json(value.strip()) if value.strip() else "", "")
         if not unquoted.problems and not isinstance(unquoted.value, str) and fits(option.name, unquoted.value):
-            return f"write it without quotes: {value}"
-    example = option.rule.get("default")
-    fix = f'for example "{option.name}": {json.dumps(example)}. ' if example is not None and not same(example, value) else ""
+            is_json = parse(value, "").problems == ()
+            return f"write it without quotes: {value}" if is_json else f'write "{option.name}": {json.dumps(unquoted.value)}'
+        if (
+            option.rule.get("items", {}).get("type") == "string"
+            and plain != str(example).replace("-", "_")
+            and fits(option.name, [value])
+        ):
+            return f'write "{option.name}": {json.dumps([value])}'
+    is_telling = bool(example) and not isinstance(example, bool) and not same(example, value)  # 0 and false say nothing
+    fix = f'for example "{option.name}": {json.dumps(example)}. ' if is_telling else ""
     return fix + option.description
 
 

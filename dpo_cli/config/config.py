@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from dpo_cli.config import check, guidance, reader, rules
 from dpo_cli.config.options import Config
-from dpo_cli.config.schema import defaults, options, profile_defaults
+from dpo_cli.config.schema import defaults, options, profile_defaults, same
 from dpo_cli.errors import InvalidInput, Problem, UsageError
 
 Source = Literal["config", "override", "default", "profile", "measured"]
@@ -59,46 +59,67 @@ def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
         return Loaded(path, {}, {}, {}, problems)
     document = reader.parse(text, path)
     values, positions, problems = document.value, document.positions, document.problems
-    if not isinstance(values, dict):
-        return Loaded(path, {}, {}, {}, problems or (_not_an_object(path, values),))
+    is_data = isinstance(values, dict) and problems and len(check.PAIR_KEYS & values.keys()) > 1
+    if is_data or not isinstance(values, dict):
+        return Loaded(path, {}, {}, {}, (problems if not is_data else ()) or (_not_an_object(path, values),))
+    depth, authored = 0, frozenset(values) | changes.keys()
+    origin: dict[str, Source] = {}
     if values.get("plan_version") == PLAN_VERSION and isinstance(values.get("config"), dict):  # repeats its run
+        depth, origin = 1, values["sources"] if isinstance(values.get("sources"), dict) else {}
         positions = {key[1:]: where for key, where in positions.items() if key[:1] == ("config",)}
         values = values["config"]
-    readable = {key: value for key, value in values.items() if key not in document.damaged}
-    given = {key: value for key, value in {**readable, **changes}.items() if not _says_default(key, value)}
-    resolved, sources = _resolved(given, changes)
+        authored = frozenset(key for key in values if origin.get(key) in (None, "config", "override")) | changes.keys()
+    damaged = {place[depth] for place in document.damaged if len(place) > depth} - changes.keys()
+    given = {key: value for key, value in {**values, **changes}.items() if key not in damaged and not _says_default(key, value)}
+    given = {key: _at_home(key, value) for key, value in given.items()}
+    resolved, sources = _resolved(given, changes, origin)
     loaded = Loaded(path, resolved, sources, positions, problems)
     found = [loaded.placed(problem, place) for place, problem in check.problems(given)]
     if document.complete:
-        named = {**given, **dict.fromkeys(document.damaged - changes.keys())}
-        wrong = {problem.key for problem in found if problem.severity == "error"} | (named.keys() - given.keys())
+        named = {**given, **dict.fromkeys(damaged | check.meant_by(given))}
+        wrong = {problem.key for problem in found if problem.severity == "error"} | damaged
+        written = {key: value for key, value in named.items() if key in authored or key not in values}
         sound = {key: value for key, value in resolved.items() if key not in wrong}
-        related = [*check.missing(named), *rules.check(sound, named), *guidance.check(sound, named)]
+        related = [*check.missing(named), *rules.check(sound, written), *guidance.check(sound, written)]
         found += map(loaded.placed, related)
-    problems = (*problems, *found)
+    problems = tuple(sorted((*problems, *found), key=lambda p: (p.line is None, p.line or 0, p.column or 0)))
     failed = any(problem.severity == "error" for problem in problems)
     return replace(loaded, problems=problems, config=None if failed else Config(**_normalised(resolved)))
 
 
-def _resolved(given: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Source]]:
-    """The values with the defaults of their strategy and profile, and where each came from."""
+def _resolved(
+    given: Mapping[str, Any], changes: Mapping[str, Any], origin: Mapping[str, Source]
+) -> tuple[dict[str, Any], dict[str, Source]]:
+    """The values with the defaults of their strategy and profile, and where each came from; in a plan, `origin` says it."""
     strategy, profile = (str(given.get(key)) for key in ("strategy", "compute_specs"))
-    read_as = {"strategy": "sft", "use_4bit": given.get("use_4bit", True)} if strategy == "qlora" else {}
-    values = {**defaults("sft" if read_as else strategy, profile), **given, **read_as}
+    read_as: dict[str, Any] = {}
+    if strategy == "qlora":
+        read_as = {"strategy": "sft", "use_4bit": given.get("use_4bit", True)}
+    elif given.get("use_8bit") is True and "use_4bit" not in given:
+        read_as = {"use_4bit": False}  # rather than what a profile says
+    values = {**defaults(str(read_as.get("strategy", strategy)), profile), **given, **read_as}
     values.pop("$schema", None)
     sources: dict[str, Source] = dict.fromkeys(values, "default")
     sources |= dict.fromkeys(profile_defaults(profile), "profile")
     sources |= dict.fromkeys([*given, *read_as], "config")
+    sources |= {key: source for key, source in origin.items() if key in values}
     sources |= dict.fromkeys(changes, "override")
     return values, sources
 
 
 def _says_default(key: str, value: Any) -> bool:
-    return key in options() and any(value is word or value == word for word in options()[key].unset)
+    return key in options() and any(same(value, word) for word in options()[key].unset)
+
+
+def _at_home(key: str, value: Any) -> Any:
+    """A path with its ~ expanded."""
+    is_path = key in ("model_name", "dataset", "eval_dataset", "output_dir") and isinstance(value, str)
+    return str(Path(value).expanduser()) if is_path and value.startswith("~/") else value
 
 
 def _not_an_object(path: str, value: Any) -> Problem:
-    is_data = isinstance(value, list) and value and isinstance(value[0], dict) and check.PAIR_KEYS & value[0].keys()
+    row = value[0] if isinstance(value, list) and value else value
+    is_data = isinstance(row, dict) and check.PAIR_KEYS & row.keys()
     fix = 'this looks like a dataset: name it in the "dataset" of a config' if is_data else 'write { "dataset": "..." }'
     return Problem("error", "config-type", "a config is a JSON object", fix, None, path, 1, 1)
 
@@ -110,11 +131,13 @@ def _read_text(path: str) -> tuple[str | None, tuple[Problem, ...]]:
     try:
         data = sys.stdin.buffer.read(MAX_CONFIG_BYTES + 1) if path == "-" else _read_bounded(Path(path))
     except FileNotFoundError:
-        near = difflib.get_close_matches(Path(path).name, [file.name for file in _siblings(path)], 1)
+        near = difflib.get_close_matches(Path(path).name, [file.name for file in _siblings(path)], 1, cutoff=0.75)
         fix = f"did you mean {Path(path).parent / near[0]}?" if near else "check the path; see configs/ for examples"
         return unreadable(f"there is no file {path}", fix)
     except (OSError, ValueError) as error:  # a directory, a file that may not be read, a name no file can have
         return unreadable(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", "name a readable JSON file")
+    if data.startswith(b"GGUF"):
+        return unreadable(f"{path} is a model, not a config", f'name it in a config: "model_name": "{path}"')
     if len(data) > MAX_CONFIG_BYTES:
         return unreadable(f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes: not a config", "is this the dataset?")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:

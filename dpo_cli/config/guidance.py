@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 
 from dpo_cli.config import rules
 from dpo_cli.config.rules import Rule, Values
-from dpo_cli.config.schema import profile_defaults
+from dpo_cli.config.schema import options, profile_defaults
 from dpo_cli.errors import Problem
 
 LEARNING_RATE_RANGE = (1e-7, 1e-6)
 # What a LoRA adapter needs by measurement; the table is in the README, `make learning-rates` prints it.
 ADAPTER_LEARNING_RATE = 2e-4
-SFT_LEARNING_RATE = 2e-4
+LARGEST_LEARNING_RATE = 1e-2
 EPOCHS = (2, 4)
 RANKS = (16, 32, 64)
 LARGEST_DROPOUT = 0.1  # the documented 0.05 is called low
@@ -31,6 +31,10 @@ def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
         message = f"learning_rate {rate:g} is {where} the documented range for DPO, at which a LoRA adapter hardly moves"
         fix = f"a LoRA adapter learns at {ADAPTER_LEARNING_RATE:g} and around it: see the table in the README"
         yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
+    elif rate > LARGEST_LEARNING_RATE:
+        message = f"learning_rate {rate:g} is far above what any adapter was seen to learn at"
+        fix = f"a LoRA adapter learns at {ADAPTER_LEARNING_RATE:g} and around it: see the table in the README"
+        yield Problem("warning", "learning-rate-high", message, fix, "learning_rate")
     else:
         message = f"learning_rate {rate:g} is above the documented {low:g} to {high:g}; an adapter needs more than that"
         fix = "if the loss oscillates, lower it, or raise warmup_ratio"
@@ -38,15 +42,15 @@ def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
 
 
 def sft_learning_rate(values: Values, given: Values) -> Iterator[Problem]:
-    rate = values.get("learning_rate")
-    if rate is not None and values.get("strategy") == "sft" and not 0.1 <= rate / SFT_LEARNING_RATE <= 10:
-        message = f"learning_rate {rate:g} is far from the documented {SFT_LEARNING_RATE:g} for SFT"
-        yield Problem("hint", "learning-rate-sft", message, f'write "learning_rate": {SFT_LEARNING_RATE:g}', "learning_rate")
+    rate, documented = values.get("learning_rate"), options()["learning_rate"].default("sft")
+    if rate is not None and values.get("strategy") == "sft" and not 0.1 <= rate / documented <= 10:
+        message = f"learning_rate {rate:g} is far from the documented {documented:g} for SFT"
+        yield Problem("hint", "learning-rate-sft", message, f'write "learning_rate": {documented:g}', "learning_rate")
 
 
 def beta(values: Values, given: Values) -> Iterator[Problem]:
     value = values.get("beta")
-    if value is None or "beta" not in given or values.get("strategy") == "sft":
+    if value is None or "beta" not in given or value == options()["beta"].default():
         return
     near = min(BETAS, key=lambda point: abs(value - point))
     points = ", ".join(f"{point:g} {meaning}" for point, meaning in BETAS.items())
@@ -58,7 +62,9 @@ def beta(values: Values, given: Values) -> Iterator[Problem]:
 def epochs(values: Values, given: Values) -> Iterator[Problem]:
     value = values.get("num_train_epochs")
     low, high = EPOCHS
-    if value is None or "num_train_epochs" not in given or values.get("max_steps") is not None or low <= value <= high:
+    if values.get("strategy") != "dpo" or values.get("max_steps") is not None:
+        return
+    if value is None or "num_train_epochs" not in given or low <= value <= high:
         return
     message = f"num_train_epochs is {value:g}; the documentation advises {low} to {high} for DPO"
     yield Problem("hint", "epochs", message, "fewer may not learn the preference, more may overfit", "num_train_epochs")
@@ -73,7 +79,7 @@ def lora_rank(values: Values, given: Values) -> Iterator[Problem]:
 
 def lora_alpha(values: Values, given: Values) -> Iterator[Problem]:
     alpha, rank = values.get("lora_alpha"), values.get("lora_r")
-    if alpha is not None and rank is not None and not rank <= alpha <= 4 * rank:
+    if alpha is not None and rank is not None and not values.get("use_rslora") and not rank <= alpha <= 4 * rank:
         message = f"lora_alpha {alpha:g} is far from 2 x lora_r = {2 * rank}"
         yield Problem("hint", "lora-alpha", message, f"lora_alpha is usually {2 * rank} at this rank", "lora_alpha")
 
@@ -100,9 +106,10 @@ def something_is_held_out(values: Values, given: Values) -> Iterator[Problem]:
 
 def within_the_profile(values: Values, given: Values) -> Iterator[Problem]:
     profile = values.get("compute_specs")
-    for name, documented in profile_defaults(str(profile)).items():
-        value = values.get(name)
-        if name in given and isinstance(documented, int) and isinstance(value, int) and value > documented:
+    documented_values = profile_defaults(str(profile))
+    for name in documented_values.keys() & {"per_device_train_batch_size", "lora_r", "max_seq_length"}:
+        documented, value = documented_values[name], values.get(name)
+        if name in given and value is not None and value > documented:
             message = f"{name} {value} is more than the {documented} documented for {profile}"
             fix = f'write "{name}": {documented}, or check the memory with `dpo validate --vram`'
             yield Problem("hint", "above-profile", message, fix, name)

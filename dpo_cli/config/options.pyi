@@ -8,8 +8,8 @@ class Config:
     task: Literal['text-generation']
     model_name: str
     revision: str | None
-    dataset: str
-    eval_dataset: str | None
+    dataset: str | list[Any]
+    eval_dataset: str | list[Any] | None
     provider: Literal['huggingface', 'unsloth']
     compute_specs: Literal['low_end', 'mid_range', 'high_end'] | None
     output_dir: str | None
@@ -53,6 +53,7 @@ class Config:
     max_seq_length: int
     eval_split: float
     columns: dict[str, Any] | None
+    quality: dict[str, Any]
     on_bad_rows: Literal['stop', 'skip']
     use_chat_template: Literal[True, False, 'auto']
     eval_steps: int | None

@@ -23,28 +23,35 @@ from dpo_cli.errors import Problem
 Path = tuple[str | int, ...]
 
 MAX_DEPTH = 64
+MAX_PROBLEMS = 100  # a text with more is no JSON at all
 MAX_DIGITS = 400  # beyond any float; Python itself refuses to convert integers of more than 4,300 digits
 _GAP = re.compile(r"(?:[ \t\r\n]+|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"')
+_CLOSED = re.compile(r'"(?:[^"\\\n]|\\[^\n])*"')
+_ODD = re.compile(r'\\(?!["\\/bfnrt]|u[0-9a-fA-F]{4}).|[\x00-\x1f]|(?<=\\)\\')
 _SINGLE_QUOTED = re.compile(r"'[^'\n]*'")
 _WORD = re.compile(r"-?[A-Za-z0-9_.+][A-Za-z0-9_.+\-]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _CONSTANTS = {"true": True, "false": False, "null": None}
-_OTHER_LANGUAGES = {"True": "true", "False": "false", "None": "null"}
+OTHER_SIGNS = {"#": "a comment starts with //", "\xa0": "this is a no-break space: write a plain one"} | dict.fromkeys(
+    "“”„‘’«»", 'write straight double quotes: "'
+)
+_OTHER_LANGUAGES = dict.fromkeys(("true", "yes", "on"), "true") | dict.fromkeys(("false", "no", "off"), "false")
+_OTHER_LANGUAGES |= dict.fromkeys(("none", "null", "nil", "undefined"), "null")
 
 
 @dataclass(frozen=True)
 class Document:
     """A parsed document: its value, where each value starts, and all that is wrong with the text.
 
-    `damaged` are the first steps of the paths at which a value could not be read and stands as null; `complete` is False when
-    the reading stopped before the end.
+    At the paths in `damaged` a value could not be read and stands as null; `complete` is False when the reading stopped before
+    the end.
     """
 
     value: Any
     positions: dict[Path, tuple[int, int]]
     problems: tuple[Problem, ...] = ()
-    damaged: frozenset[str | int] = frozenset()
+    damaged: frozenset[Path] = frozenset()
     complete: bool = True
 
 
@@ -59,8 +66,9 @@ class _Scanner:
         self.positions: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
         self.root: list[Any] = []  # holds the document's value
-        self.damaged: set[str | int] = set()
+        self.damaged: set[Path] = set()
         self.complete = False
+        self.last: Path = ()  # of the value read last
         self.open: list[tuple[Any, Path]] = [(self.root, ())]  # containers that are not closed yet, each with its path
 
     def document(self) -> None:
@@ -103,13 +111,20 @@ class _Scanner:
 
     def unquoted_key(self) -> str:
         """A key as other languages write it: named, and read all the same."""
-        if not self.peek():
+        char = self.peek()
+        if not char:
             self.stop("json-syntax", "the file ends inside an object", "close the object with }")
+        if char in OTHER_SIGNS:
+            self.stop("json-syntax", f"found {char!r}", OTHER_SIGNS[char])
         match = _SINGLE_QUOTED.match(self.text, self.at) or _WORD.match(self.text, self.at)
         if match is None:
             message = f"expected a key in double quotes, found {self.peek()!r}"
             self.stop("json-syntax", message, 'write "key": value, or close the object with }')
         key = match.group().strip("'")
+        if key.isdigit() and self.text[self.at - 1] == ",":
+            message = f"found {key} where a key should be: are they the decimals of the number before?"
+            self.damaged |= {self.last}
+            self.stop("json-syntax", message, "a number has a point, not a comma: 0.1")
         self.complain("json-syntax", f"the key {key} is not in double quotes", f'write "{key}":', self.at)
         self.at = match.end()
         return key
@@ -118,6 +133,7 @@ class _Scanner:
         """The scalar at the cursor, or a container that is still to be filled."""
         char = self.peek()
         self.positions[where] = self.position(self.at)
+        self.last = where
         if char and char in "{[":
             self.at += 1
             return {} if char == "{" else []
@@ -133,19 +149,37 @@ class _Scanner:
             self.complain("json-syntax", f"there is no comma before {char!r}", "add the comma", self.at)
             return
         found = repr(char) if char else "the end of the file"
-        self.stop("json-syntax", f"expected ',' or the closing bracket, found {found}", "add the comma or bracket")
+        fix = OTHER_SIGNS.get(char, "add the comma or bracket")
+        self.stop("json-syntax", f"expected ',' or the closing bracket, found {found}", fix)
 
     def string(self, where: Path | None = None) -> Any:
         match = _STRING.match(self.text, self.at)
         if match is None:
-            fix = "close it with a double quote; inside, write a newline as \\n and a backslash as \\\\"
-            self.stop("json-syntax", "this string is not closed, or holds a raw control character", fix)
+            return self.odd_string(where)
         value: str = json.loads(match.group())
         if any(0xD800 <= ord(char) <= 0xDFFF for char in value):
             self.damage("json-surrogate", "half of a surrogate pair is not a character", "write the character itself", where)
             value = value.encode("utf-8", errors="replace").decode("utf-8")
         self.at = match.end()
         return value
+
+    def odd_string(self, where: Path | None) -> str:
+        """A string with a backslash or a character that must not stand there: named where it stands, and stepped over."""
+        start, closed = self.at, _CLOSED.match(self.text, self.at)
+        if closed is None:
+            fix = "close it with a double quote; a line break within is written \\n"
+            self.stop("json-syntax", "this string is not closed on its line", fix)
+        odd = _ODD.search(closed.group())
+        assert odd is not None  # else it would be a string
+        self.at += odd.start()
+        if odd.group().startswith("\\"):
+            message = f"{odd.group()} is no escape of JSON"
+            self.damage("json-syntax", message, "in a path write / between the folders; a backslash itself is \\\\", where)
+        else:
+            message = f"a raw control character ({ord(odd.group()):#04x}) in a string"
+            self.damage("json-syntax", message, "write a tab as \\t, or a space", where)
+        self.at = start + len(closed.group())
+        return closed.group()[1:-1]
 
     def word(self, where: Path) -> Any:
         """A number or a constant; null for a word that is neither."""
@@ -156,6 +190,10 @@ class _Scanner:
             return None
         match = _WORD.match(self.text, self.at)
         word = match.group() if match else self.text[self.at : self.at + 1]
+        if word.isalpha() and self.text[self.at + len(word) : self.at + len(word) + 1] == '"':  # Python's r"..."
+            self.complain("json-syntax", f"a string has no {word} before it", f"delete the {word}", self.at)
+            self.at += len(word)
+            return self.string(where)
         value: Any = None
         if word in _CONSTANTS:
             value = _CONSTANTS[word]
@@ -171,9 +209,11 @@ class _Scanner:
             return None
         elif match is None:
             found = f"found {word!r}" if word else "the file ends here"
-            self.stop("json-syntax", f"expected a value, {found}", "write a value, or delete the key")
+            fix = OTHER_SIGNS.get(word, "write a value, or delete the key" if where else 'write { "dataset": "..." }')
+            self.stop("json-syntax", f"expected a value, {found}", fix)
         else:
-            self.damage("json-syntax", f"expected a value, found {word[:40]!r}", f"write {_as_json(word)}", where)
+            fix = f"write {as_json(word)}" if where else 'a config is JSON: { "key": value, ... }'
+            self.damage("json-syntax", f"expected a value, found {word[:40]!r}", fix, where)
         self.at += len(word)
         return value
 
@@ -197,23 +237,25 @@ class _Scanner:
     def complain(self, code: str, message: str, fix: str, at: int, key: str | None = None) -> None:
         line, column = self.position(at)
         self.problems.append(Problem("error", code, message, fix, key, self.file, line, column))
+        if len(self.problems) == MAX_PROBLEMS:
+            raise _Stop
 
     def damage(self, code: str, message: str, fix: str, where: Path | None) -> None:
         """A value at the cursor that cannot be read; `where` is None for a key. The document itself may be such a value."""
         self.complain(code, message, fix, self.at, str(where[0]) if where else None)
-        self.damaged |= set(where[:1] if where else ())
         if where == ():
             raise _Stop
+        self.damaged |= {where} if where else set()
 
     def stop(self, code: str, message: str, fix: str) -> NoReturn:
         self.complain(code, message, fix, self.at)
         raise _Stop
 
 
-def _as_json(word: str) -> str:
+def as_json(word: str) -> str:
     """What a word of another language is in JSON: True, .5, +5, 0x10 or 1_000; any other is a string without its quotes."""
     if word[0] not in "+-.0123456789":
-        return _OTHER_LANGUAGES.get(word) or json.dumps(word)
+        return _OTHER_LANGUAGES.get(word.lower()) or json.dumps(word)
     with suppress(ValueError, SyntaxError):
         return json.dumps(ast.literal_eval(word.lstrip("+")))
     return "a number as JSON knows it, for example 0.5 or 5e-7"
@@ -224,6 +266,6 @@ def parse(text: str, file: str) -> Document:
     scan = _Scanner(text.removeprefix("\ufeff"), file)
     with suppress(_Stop):
         scan.document()
-    scan.damaged |= {step for _, path in scan.open for step in path[:1]}
+    scan.damaged |= {path for _, path in scan.open if path}
     value = scan.root[0] if scan.root else None
     return Document(value, scan.positions, tuple(scan.problems), frozenset(scan.damaged), scan.complete)

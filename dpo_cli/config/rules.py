@@ -7,6 +7,7 @@ It reads with `.get`, because a value that failed the schema is absent.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,16 +38,16 @@ def qlora_is_sft(values: Values, given: Values) -> Iterator[Problem]:
 
 def belongs_to_strategy(values: Values, given: Values) -> Iterator[Problem]:
     strategy = values.get("strategy")
-    for name in given.keys() & options().keys() & values.keys():
+    for name in sorted(given.keys() & options().keys()):
         option = options()[name]
-        if strategy and strategy not in option.strategies and not same(values[name], option.default()):
+        if strategy and strategy not in option.strategies and not same(given[name], option.default()):
             message = f'"{name}" has no effect with strategy {strategy}: it belongs to {" and ".join(option.strategies)}'
             yield Problem("warning", "other-strategy", message, "remove the key", name)
 
 
 def has_an_effect(values: Values, given: Values) -> Iterator[Problem]:
     """The schema says what an option needs of others (x-needs)."""
-    for name in given.keys() & options().keys() & values.keys():
+    for name in sorted(given.keys() & options().keys() & values.keys()):
         option = options()[name]
         if same(values[name], option.default()):
             continue
@@ -69,7 +70,7 @@ def one_quantisation(values: Values, given: Values) -> Iterator[Problem]:
 
 
 def one_warmup(values: Values, given: Values) -> Iterator[Problem]:
-    if values.get("warmup_steps") is not None and values.get("warmup_ratio"):
+    if values.get("warmup_steps") and values.get("warmup_ratio"):
         message = "warmup_steps and warmup_ratio both say how long to warm up"
         yield Problem("error", "two-warmups", message, "remove one of them", "warmup_ratio")
 
@@ -88,7 +89,7 @@ def one_evaluation_set(values: Values, given: Values) -> Iterator[Problem]:
 
 
 def evaluation_set_is_another(values: Values, given: Values) -> Iterator[Problem]:
-    if values.get("eval_dataset") is not None and values["eval_dataset"] == values.get("dataset"):
+    if "dataset" in values and _same_place(values.get("eval_dataset"), values["dataset"]):
         message = "eval_dataset is the dataset that is trained on: its figures would say nothing"
         yield Problem("error", "eval-is-train", message, 'hold a share out with "eval_split": 0.1 instead', "eval_dataset")
 
@@ -146,12 +147,21 @@ def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     if isinstance(modules, list) and "lm_head" in modules:
         message = "an adapter on lm_head would never be trained: the log-probs use its weight directly"
         yield Problem("error", "lm-head-adapter", message, "remove lm_head from target_modules", "target_modules")
+    if isinstance(modules, list) and "all-linear" in modules:
+        fix = 'write "target_modules": "all-linear"'
+        yield Problem("error", "all-linear-in-list", "no layer is called all-linear", fix, "target_modules")
+
+
+def _same_place(one: Any, other: Any) -> bool:
+    """Whether two values name the same file or folder, however they are written."""
+    both = isinstance(one, str) and isinstance(other, str)
+    return one == other is not None or (both and os.path.realpath(one) == os.path.realpath(other))
 
 
 def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:
     place = values.get("output_dir")
     for name in ("model_name", "dataset", "eval_dataset"):
-        if place is not None and place == values.get(name):
+        if _same_place(place, values.get(name)):
             message = f"output_dir is the {name} itself"
             yield Problem(
                 "error", "output-is-input", message, "name a folder of its own, for example runs/my-run", "output_dir"
@@ -190,5 +200,6 @@ RULES: Sequence[Rule] = (
 
 
 def check(values: Values, given: Values, rules: Sequence[Rule] = RULES) -> list[Problem]:
-    """Every problem that every rule finds."""
-    return [problem for rule in rules for problem in rule(values, given)]
+    """Every problem that every rule finds. An option of another strategy is told of once, and is then out of sight."""
+    own = {name: value for name, value in values.items() if values.get("strategy", "dpo") in options()[name].strategies}
+    return [problem for rule in rules for problem in rule(own, given)]

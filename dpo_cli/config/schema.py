@@ -99,6 +99,8 @@ class Option:
     @property
     def type_words(self) -> str:
         """What a value may be, in words: "an integer from 1 to 4,096"."""
+        if "x-words" in self.rule:
+            return str(self.rule["x-words"])
         if "enum" in self.rule:
             return "one of " + ", ".join(json.dumps(choice) for choice in self.rule["enum"])
         types = [self.rule["type"]] if isinstance(self.rule["type"], str) else self.rule["type"]

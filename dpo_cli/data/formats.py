@@ -46,12 +46,13 @@ class Pair:
 
 
 class BadRow(Exception):
-    """Why a row cannot be used: a stable code, and the reason in words."""
+    """Why a row cannot be used: a stable code, the reason in words, and what is particular to this row."""
 
-    def __init__(self, code: str, reason: str) -> None:
+    def __init__(self, code: str, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.code = code
         self.reason = reason
+        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Shape:
 
 def shape_of(row: Any, columns: Mapping[str, str] | None = None) -> tuple[Shape, Mapping[str, Any]]:
     """The shape of a parsed row, and the row with its `columns` under the names of the shape; or `BadRow`."""
+    if isinstance(row, list):
+        raise BadRow("row-not-object", "a list, not an object: a file that is one list of rows is called .json")
     if not isinstance(row, Mapping):
         raise BadRow("row-not-object", "not a JSON object")
     if columns:

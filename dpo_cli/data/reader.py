@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import difflib
 import json
 import os
 import re
@@ -78,6 +79,7 @@ class Bad:
     line: int
     code: str
     reason: str
+    detail: str  # what is particular to this row
 
 
 def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, ...]:
@@ -89,8 +91,8 @@ def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, 
 
 def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
     """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
-    found = [problem for source in sources_of(value) for problem in [_unreadable(Path(source.path))] if problem is not None]
-    return [replace(problem, key=key) for problem in found]
+    found = (_unreadable(Path(source.path), key) for source in sources_of(value))
+    return [problem for problem in found if problem is not None]
 
 
 def read(
@@ -110,6 +112,7 @@ def read(
     if problems := unreadable(value, key):
         return replace(data, problems=tuple(problems))
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    details: dict[tuple[str, str, str], str] = {}  # of the first such row
     shapes: Counter[str] = Counter()
     prompts: set[int] = set()
     rows = 0
@@ -117,6 +120,7 @@ def read(
         rows += 1
         if isinstance(row, Bad):  # kept, so that one pass names them all
             bad[row.file, row.code, row.reason].append(row.line)
+            details.setdefault((row.file, row.code, row.reason), f" (line {row.line}, {row.detail})" if row.detail else "")
             continue
         prompt_key = row.prompt_key
         prompts.add(hash(prompt_key))
@@ -124,7 +128,10 @@ def read(
             observer.see(row, prompt_key)
     severity: Severity = "warning" if skip else "error"
     fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
-    problems = [about_rows(severity, code, reason, fix, key, file, lines) for (file, code, reason), lines in bad.items()]
+    problems = [
+        about_rows(severity, code, reason + details[file, code, reason], fix, key, file, lines)
+        for (file, code, reason), lines in bad.items()
+    ]
     pairs = rows - sum(map(len, bad.values()))
     if not pairs and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", f"{name} holds no usable pair", "add pairs", key, name))
@@ -144,7 +151,7 @@ def stream(
                 shape, row = shape_of(parse_row(), columns)
                 pair = pair_of(shape, row, line, source.path)
             except BadRow as error:
-                yield Bad(source.path, line, error.code, error.reason)
+                yield Bad(source.path, line, error.code, error.reason, error.detail)
                 continue
             if shapes is not None and shape.says:
                 shapes[shape.says] += 1
@@ -164,26 +171,33 @@ def _files(path: str) -> list[str]:
     return [str(file) for file in sorted(folder.iterdir()) if file.suffix in READERS and file.is_file()] or [path]
 
 
-def _unreadable(path: Path) -> Problem | None:
+def _unreadable(path: Path, key: str) -> Problem | None:
+    def problem(code: str, message: str, fix: str) -> Problem:
+        return Problem("error", code, message, fix, key)
+
     if not os.path.exists(path):
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix and not path.parent.exists():
             fix = "download it, and name the file; this version reads no dataset from a hub"
-            return Problem("error", "dataset-on-hub", f"there is no file {path}; it may be a dataset of a hub", fix)
-        return Problem("error", "dataset-missing", f"there is no file {path}", 'check the path in "dataset"')
+            return problem("dataset-on-hub", f"there is no file {path}; it may be a dataset of a hub", fix)
+        siblings = [file.name for file in path.parent.iterdir()] if os.path.exists(path.parent) and path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, 1, cutoff=0.75)
+        fix = f"did you mean {path.parent / near[0]}?" if near else f'check the path in "{key}"'
+        return problem("dataset-missing", f"there is no file {path}", fix)
     if path.suffix not in READERS:
         what = "holds no" if path.is_dir() else "is not a"
         fix = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object a line'
-        return Problem("error", "dataset-format", f"{path} {what} {', '.join(READERS)} file", fix)
+        return problem("dataset-format", f"{path} {what} {', '.join(READERS)} file", fix)
+    if not path.is_file():  # a folder of that name, or a pipe, which could not be read twice
+        return problem("dataset-unreadable", f"{path} is not a file", "name a readable file")
     try:
-        path.open("rb").close()
-    except OSError as error:  # a directory, or a file that may not be read: told as that
-        return Problem("error", "dataset-unreadable", f"cannot read {path}: {error.strerror}", "name a readable file")
-    with path.open("rb") as file:
-        start = file.read(4)
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:  # a file that may not be read: told as that
+        return problem("dataset-unreadable", f"cannot read {path}: {error.strerror}", "name a readable file")
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return Problem("error", "dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
+        return problem("dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
     if path.suffix == ".parquet" and start != b"PAR1":
-        return Problem("error", "dataset-damaged", f"{path} is not a Parquet file", "download or write it again")
+        return problem("dataset-damaged", f"{path} is not a Parquet file", "download or write it again")
     return None
 
 
@@ -212,7 +226,8 @@ def _parse_line(line: bytes, number: int) -> Any:
     except UnicodeDecodeError as error:
         raise BadRow("row-not-utf8", "not valid UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise BadRow("row-not-json", "not valid JSON") from error
+        where = f"column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise BadRow("row-not-json", "not valid JSON", where) from error
 
 
 def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -236,7 +251,9 @@ def _json_list(path: str) -> Rows:
     at, line, counted = _SPACE.match(text, 0).end(), 1, 0  # type: ignore[union-attr]
     closed = text[at : at + 1] != "["
     if closed:
-        yield 1, partial(_refuse, "dataset-not-list", "the file is not a JSON list of rows")
+        rows_of_lines = text[at : at + 1] == "{" and text.count("\n{", at) > 0
+        reason = "one object a line: such a file is called .jsonl" if rows_of_lines else "the file is not a JSON list of rows"
+        yield 1, partial(_refuse, "dataset-not-list", reason)
     at += 1
     while not closed:
         at = _SPACE.match(text, at).end()  # type: ignore[union-attr]

@@ -17,10 +17,13 @@ from dpo_cli.hardware import gguf
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
-# Parts of the names of models that answer instructions; a name without one is most likely a base model's.
-INSTRUCT = re.compile(
-    r"instruct|chat|assistant|[-_.]it\b|sft|dpo|rlhf|orpo|tulu|zephyr|hermes|vicuna|alpaca|distill|qwen3|r1", re.I
+# Names of base models: marked as such, or of families that mark those that answer instructions.
+BASE = re.compile(
+    r"[-_.](base|pt)\b|^(meta-)?llama-?[23][\d.]*-\d+b(-hf)?$|^(qwen(1\.5|2|2\.5)|gemma|gemma-[23]|smollm2?|olmo(-2)?|falcon|pythia)-[\d.]+[bm]"
+    r"|^mistral-7b-v",
+    re.IGNORECASE,
 )
+INSTRUCT = re.compile(r"instruct|chat|[-_.]it\b|sft|dpo|tulu|zephyr|hermes", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,33 @@ class ModelFacts:
         return self.linear_parameters + self.other_parameters
 
 
-def problems(model_name: str) -> Iterator[Problem]:
-    """Why a local `model_name` cannot be trained, and advice; a hub id is only checked when it is fetched."""
+def problems(model_name: str, to_align: bool = True) -> Iterator[Problem]:
+    """Why a local `model_name` cannot be trained, and advice; a hub id is only checked when it is fetched.
+
+    With `to_align` it should answer instructions already.
+    """
     wrong = list(_faults(model_name))
-    yield from wrong or _advice(model_name)
+    yield from wrong or _advice(model_name, to_align)
 
 
 def _faults(model_name: str) -> Iterator[Problem]:
     path = Path(model_name)
     if not os.path.exists(path):
-        looks_local = path.suffix == ".gguf" or model_name.startswith((".", "/", "~")) or model_name.count("/") != 1
-        if looks_local or os.path.exists(path.parent):
+        if "://" in model_name:
+            fix = f'write the name alone: "{"/".join(model_name.split("/")[3:5])}"'
+            yield _wrong("model-missing", f"{model_name} is an address, not a name", fix)
+        elif (
+            path.suffix == ".gguf" or model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or "\\" in model_name
+        ):
             yield _wrong("model-missing", f"there is no model at {model_name}", "check the path, or name a hub id: owner/model")
-    elif path.is_file() and not gguf.is_gguf(path):
+        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_name):
+            yield _wrong("model-missing", f"{model_name!r} is neither a path nor a hub id", "a hub id is owner/model")
+        elif "/" not in model_name or os.path.exists(path.parent):
+            fix = "check the path; a hub id is owner/model"
+            yield Problem(
+                "warning", "model-not-here", f"there is no {model_name} here; the hub will be asked", fix, "model_name"
+            )
+    elif not path.is_dir() and not gguf.is_gguf(path):
         yield _wrong("model-not-gguf", f"{path} is not a GGUF file", "name a GGUF file or a model directory")
     elif (path / "adapter_config.json").is_file():
         fix = "name the base model; training on from an adapter does not work in this version"
@@ -102,12 +119,17 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER_FILES[0]} into it")
 
 
-def _advice(model_name: str) -> Iterator[Problem]:
+def _advice(model_name: str, to_align: bool) -> Iterator[Problem]:
     """Hints about a model that could be trained."""
     if not os.path.exists(model_name) and (near := common_name(model_name)):
         message = f"{model_name} is close to the common {near}; whether it is there is known when it is fetched"
         yield Problem("hint", "model-name-near", message, f'did you mean "{near}"?', "model_name")
-    if not _answers_instructions(model_name):
+    repacked = re.search(r"[-_](gguf|awq|gptq|exl2|mlx)\b", model_name, re.IGNORECASE)
+    if repacked and not os.path.exists(model_name):
+        message = f"{model_name} holds weights repacked for inference ({repacked[1].upper()})"
+        fix = "name the repository it was made from, or download a GGUF file and name that"
+        yield Problem("warning", "model-repacked", message, fix, "model_name")
+    if to_align and not _answers_instructions(model_name):
         message = f"{Path(model_name).name} seems to be a base model: the documentation advises to start with SFT"
         fix = 'name its instruct version, or fine-tune it first with "strategy": "sft"'
         yield Problem("hint", "start-with-sft", message, fix, "model_name")
@@ -116,11 +138,12 @@ def _advice(model_name: str) -> Iterator[Problem]:
 def common_name(model_name: str) -> str | None:
     """The common model that a name may be a misspelling of."""
     near = difflib.get_close_matches(model_name, known_models(), 1, cutoff=0.9)
-    return near[0] if near and near[0] != model_name else None
+    is_other_size = near and re.findall(r"\d+", near[0]) != re.findall(r"\d+", model_name)
+    return near[0] if near and near[0] != model_name and not is_other_size else None
 
 
 def _answers_instructions(model_name: str) -> bool:
-    """Whether the model has a chat template; of a hub id, whether its name says so."""
+    """Whether the model has a chat template; of a hub id, unless its name is that of a base model."""
     path = Path(model_name)
     if gguf.is_gguf(path):
         return "tokenizer.chat_template" in gguf.read_header(path).metadata
@@ -129,7 +152,7 @@ def _answers_instructions(model_name: str) -> bool:
         return (path / "chat_template.jinja").is_file() or (
             config.is_file() and "chat_template" in config.read_text(encoding="utf-8", errors="replace")
         )
-    return INSTRUCT.search(path.name) is not None
+    return BASE.search(path.name) is None or INSTRUCT.search(path.name) is not None
 
 
 def _wrong(code: str, message: str, fix: str) -> Problem:

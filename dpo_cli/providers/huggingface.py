@@ -58,7 +58,7 @@ class HuggingFace:
         linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
         if not isinstance(wanted, str) and (unknown := set(wanted) - linear):
             message = f"{plan.model_label} has no linear layer named {', '.join(sorted(unknown))}"
-            fix = f"it has {', '.join(sorted(linear))}"
+            fix = f"it has {', '.join(sorted(linear - {'lm_head'}))}"
             raise InvalidInput([Problem("error", "no-such-module", message, fix, "target_modules")])
         return LoraConfig(
             task_type="CAUSAL_LM",
@@ -104,6 +104,8 @@ class HuggingFace:
         try:
             return auto.from_pretrained(self.source, trust_remote_code=False, local_files_only=self.only_local, **options)
         except (OSError, ValueError) as error:
+            if isinstance(error.__cause__, GatedRepoError):  # its description is public, its files are not
+                raise _gated(self.name) from error
             if self.only_local and self.local_dir is None:
                 message = f"the hub cannot be reached, and {self.name} is not in the local cache"
                 raise RunFailed(message, "check the network, or name a local model directory or GGUF file") from error
@@ -119,7 +121,7 @@ def _hub_answers(model_name: str) -> bool:
     try:
         HfApi().model_info(model_name, timeout=HUB_TIMEOUT_SECONDS)
     except GatedRepoError as error:
-        raise RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`") from error
+        raise _gated(model_name) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         near = common_name(model_name)
         fix = f"did you mean {near}? " if near else "check the name (owner/model); "
@@ -128,6 +130,10 @@ def _hub_answers(model_name: str) -> bool:
     except (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled):
         return False
     return True
+
+
+def _gated(model_name: str) -> RunFailed:
+    return RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`")
 
 
 def cache_dir() -> Path:

@@ -142,7 +142,7 @@ def trainer_arguments(plan: Plan, evaluates: bool) -> DPOConfig:
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_scheduler_type,
         # transformers 5.17 has no warmup_ratio: a fraction of warmup_steps is a share of all steps.
-        warmup_steps=config.warmup_steps if config.warmup_steps is not None else config.warmup_ratio,
+        warmup_steps=config.warmup_steps or config.warmup_ratio,
         optim=config.optim,
         train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         remove_unused_columns=False,  # the sampler reads the lengths; the collator takes what it knows

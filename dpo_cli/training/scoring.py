@@ -112,7 +112,7 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
     if not layout.masks:
         return False, "this model does not hand the layout of the pairs on to its attention"
     if apart <= ALLOWANCE:
-        return True, f"the states that predict the responses differ by {apart:.0e} of their size, which is rounding"
+        return True, f"both ways compute the same, to {max(apart, torch.finfo(torch.float32).eps):.0e} of it"
     return False, f"with shared prompts this model's states differ by {apart:.2g} of their size ({ALLOWANCE:g} allowed)"
 
 

@@ -44,12 +44,14 @@ def test_several_configs_end_in_the_code_of_the_worst(place: Path, names: list[s
     assert done.returncode == code, done.stderr
     documents = json.loads(done.stdout)
     if len(names) > 1:
+        assert [document["file"] for document in documents] == names
         assert [document["ok"] for document in documents] == [name == "good.json" for name in names]
 
 
 def test_schema_names_a_file_that_an_editor_can_read() -> None:
     done = dpo("validate", "--schema")
     assert done.returncode == 0
+    assert json.loads(dpo("validate", "--schema", "--json").stdout) == {"schema": done.stdout.strip()}
     assert "properties" in json.loads(Path(done.stdout.strip()).read_text(encoding="utf-8"))
 
 
