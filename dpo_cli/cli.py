@@ -59,7 +59,8 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
 
 def _unexpected(error: Exception) -> DpoError:
     if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
-        return DpoError("the disk is full; what was written before is kept", "free space where output_dir is, and train again")
+        what = "the disk is full; what was written before is kept"
+        return DpoError(what, "free space where output_dir (or standard output) is, and start again")
     return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
 
 

@@ -7,13 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -62,27 +63,37 @@ class Console:
     def json(self, value: Any) -> None:
         """The one document of standard output."""
         sys.stdout.write(json_text(value, indent=2) + "\n")
+        sys.stdout.flush()  # so that a full disk is told here, and not when the process ends
 
     def line(self, text: str) -> None:
         self.out.print(Text(text))
 
     def problems(self, problems: Sequence[Problem]) -> None:
         """Every problem, errors first, each with its place and its remedy."""
-        for text in _problem_texts(problems):
-            self.errors.print(text)
+        self._print_told(_problem_texts(problems))
+
+    def _print_told(self, told: Sequence[tuple[Text, Text]]) -> None:
+        for text, fix in told:
+            if self.errors.is_terminal:
+                self.errors.print(text)
+                self.errors.print(Padding(fix, (0, 0, 0, 2)))
+            else:  # one line each, so that grep finds whole messages
+                self.errors.print(text, soft_wrap=True)
+                self.errors.print(Text("  ").append(fix), soft_wrap=True)
 
     def error(self, error: DpoError) -> None:
         """One panel on a terminal, plain lines otherwise; with --json a document too."""
         problems = error.problems if isinstance(error, InvalidInput) else ()
+        told = _problem_texts(problems) or [(Text("x error ").append(error.message), Text(error.fix or "", style="dim"))]
+        if self.errors.is_terminal:
+            lines = [part for text, fix in told for part in (text, Padding(fix, (0, 0, 0, 2)))]
+            self.errors.print(Panel(Group(*lines), title="dpo", border_style="red", title_align="left"))
+        else:
+            self._print_told(told)
         if self.as_json:
             found = [problem.to_json() for problem in problems]
-            self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": found})
-        texts = _problem_texts(problems) or [Text(error.message).append(f"\n  {error.fix}" if error.fix else "", style="dim")]
-        if self.errors.is_terminal:
-            self.errors.print(Panel(Group(*texts), title="dpo", border_style="red", title_align="left"))
-        else:
-            for text in texts:
-                self.errors.print(text if problems else Text("x error ").append(text))
+            with suppress(OSError):  # standard output may be what failed; standard error has the message
+                self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": found})
 
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Rows of text; the columns after the first are right-aligned where a header says that they are figures."""
@@ -166,7 +177,8 @@ class TrainingView:
         return Group(Text(text), self.progress)
 
 
-def _problem_texts(problems: Sequence[Problem]) -> list[Text]:
+def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
+    """What is wrong and what to do, of each problem; errors first."""
     texts = []
     order = list(COLOURS)
     for problem in sorted(problems, key=lambda problem: order.index(problem.severity)):
@@ -177,7 +189,7 @@ def _problem_texts(problems: Sequence[Problem]) -> list[Text]:
             (f"{place}: " if place else "", "bold"),
             problem.message,
         )
-        texts.append(text.append(f"\n  {problem.fix}" if problem.fix else "", style="dim"))
+        texts.append((text, Text(problem.fix or "", style="dim")))
     return texts
 
 

@@ -86,14 +86,15 @@ def inspect(
     )
     found += map(loaded.placed, about_model)
     damaged = any(problem.severity == "error" for problem in about_model)
-    data = None
+    data, balance = None, None
     if with_data:
-        data, about_data = _read_data(loaded, wrong)
+        data, balance, about_data = _read_data(loaded, wrong)
         found += [problem if problem.file else loaded.placed(problem) for problem in about_data]
     plan = None
     if loaded.config is not None and not damaged:
         plan = resolve(loaded, machine, vram_gb=vram_gb)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
+        found += map(loaded.placed, _step_problems(plan, balance.train if balance else 0))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
             if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
                 misfit = replace(misfit, severity="warning", stops_training=True)
@@ -101,12 +102,12 @@ def inspect(
     return Inspection(tuple(found), data, plan)
 
 
-def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, list[Problem]]:
+def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Balance | None, list[Problem]]:
     """The data that the config names, and what is wrong with it. A key in `wrong` was told of already."""
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
     given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
     if values.get("strategy") == "sft":  # whose rows have other shapes, which this version does not read
-        return None, [problem for key, value in given.items() for problem in reader.unreadable(value, key)]
+        return None, None, [problem for key, value in given.items() for problem in reader.unreadable(value, key)]
     found: list[Problem] = []
     sets: dict[str, Dataset] = {}
     quality, overlap, balance = (
@@ -122,11 +123,27 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, lis
         sets[key] = reader.read(value, skip, key, columns, observers[key])
         found += sets[key].problems
     if "dataset" not in sets:
-        return None, found
+        return None, None, found
     data = Data(sets["dataset"], sets.get("eval_dataset"), quality.length_bias())
     found += quality.problems(data.train)
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
-    return data, found
+    return data, balance, found
+
+
+def _step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
+    """What is asked for at a step that the training, of this many pairs, never comes to."""
+    config = plan.config
+    steps = plan.steps_over(pairs)
+    if not pairs or config.strategy != "dpo":
+        return
+    if config.eval_steps is not None and config.eval_steps > steps:
+        message = f"eval_steps is {config.eval_steps}, but the training has {steps} steps: it is judged at its end only"
+        yield Problem("warning", "never-evaluated", message, f'write "eval_steps": {max(1, steps // 4)}', "eval_steps")
+    if config.warmup_steps is not None and config.warmup_steps >= steps:
+        message = (
+            f"warmup_steps is {config.warmup_steps}, but the training has {steps} steps: it never reaches its learning rate"
+        )
+        yield Problem("warning", "never-warm", message, 'write "warmup_ratio": 0.1 instead', "warmup_steps")
 
 
 class Balance:

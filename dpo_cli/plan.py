@@ -84,11 +84,15 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run, as Trainer counts them: a last incomplete group of micro-batches is a step too."""
+        """Optimizer steps of the run."""
         assert self.counts is not None
+        return self.steps_over(self.counts.train_pairs)
+
+    def steps_over(self, pairs: int) -> int:
+        """Optimizer steps over so many pairs, as Trainer counts: a last incomplete group of micro-batches is a step too."""
         if self.config.max_steps is not None:
             return self.config.max_steps
-        batches = math.ceil(self.counts.train_pairs / self.config.per_device_train_batch_size)
+        batches = math.ceil(pairs / self.config.per_device_train_batch_size)
         return math.ceil(self.config.num_train_epochs * math.ceil(batches / self.config.gradient_accumulation_steps))
 
     def to_json(self) -> dict[str, Any]:

@@ -138,7 +138,7 @@ KEYS = [
     Case("unknown-key", "micro_batch_size", '"micro_batch_size": 2', 'called "per_device_train_batch_size"'),
     Case("unknown-key", "evaluation_strategy", '"evaluation_strategy": "epoch"', "at the end of each epoch"),
     Case("unknown-key", "max_prompt_length", '"max_prompt_length": 512', "together have a limit"),
-    Case("unknown-key", "torch_dtype", '"torch_dtype": "bfloat16"', "lists every option"),
+    Case("unknown-key", "torch_dtype", '"torch_dtype": "bfloat16"', '"bf16": true'),
     Case("unknown-key", "val_set_size", '"val_set_size": 0.1', 'called "eval_split"'),
     Case("unknown-key", "trust_remote_code", '"trust_remote_code": true', "runs no code of a model"),
     Case("unknown-key", "", '"": 1', "remove the key"),
@@ -364,6 +364,8 @@ DATA = [
         "warning",
         file="data/overlap.jsonl",
     ),
+    Case("never-evaluated", "eval_steps", '"eval_steps": 1000', '"eval_steps": 5', FIRST, "warning"),
+    Case("never-warm", "warmup_steps", '"warmup_steps": 1000', '"warmup_ratio": 0.1', FIRST, "warning"),
     Case("nothing-to-train", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.999', "lower eval_split"),
     Case("nothing-held-out", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.001', "raise", FIRST, "warning"),
 ]

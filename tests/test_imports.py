@@ -26,6 +26,7 @@ ORDER = [
     "runs",
     "training.run",
     "cli",
+    "__main__",
 ]
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas", "pyarrow")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

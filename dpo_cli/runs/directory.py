@@ -49,6 +49,10 @@ class RunDirectory:
             ) from error
         return cls(path)
 
+    def trained_on(self) -> list[str]:
+        """The data files of the run, by their absolute paths."""
+        return list(self.read_json(MANIFEST)["dataset"])
+
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
         """A directory that holds a finished run, with the adapter that the run wrote."""

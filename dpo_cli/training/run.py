@@ -115,6 +115,8 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
     inspection = inspect(load_config(str(run.path / PLAN), overrides), probe(), with_fit=False)
     data, plan = inspection.require()
     console.problems([problem for problem in inspection.problems if problem.severity == "warning"])
+    if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
+        console.line(f"note: the run was trained on {dataset}, so these figures show memory, not learning")
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
     with log_to(run.log):
