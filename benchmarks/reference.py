@@ -75,6 +75,10 @@ WHILE_RUNNING = {
     "not-a-run": ("`dpo eval .`", "the folder is no finished run"),
     "adapter-changed": ("a changed file in `adapter/`", "the adapter is not the one that the run wrote"),
     "no-such-module": ('`"target_modules": ["nope"]`', "the model has no linear layer of that name; those it has are named"),
+    "template-unbounded": (
+        "a chat template that loops for ever",
+        "it does not end within 3 s on one conversation, or asks for a gibibyte",
+    ),
     "no-chat-template": ('`"use_chat_template": true`', "the model has no chat template"),
     "messages-without-template": ('`"use_chat_template": false` and rows of messages', "such rows need a chat template"),
     "model-unknown": ("`dpo recommend --model me/mine`", "the shape of the model is not known, so nothing can be billed"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_cli.data.formats import Pair
-from dpo_cli.data.tokens import as_messages, encode
+from dpo_cli.data.formats import Pair, as_messages
+from dpo_cli.data.tokens import encode
+from dpo_cli.errors import InvalidInput
 
 PAIRS = [
     Pair("the cat", "sat on the mat", "the", 1),
@@ -72,3 +76,80 @@ def test_loss_covers_the_response_and_its_eos_only(tokenizer: PreTrainedTokenize
 def test_the_prompt_ends_with_the_generation_prompt_and_has_one_start(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = tokenizer.decode(encode(PAIRS[:1], tokenizer)[0].prompt_ids)
     assert prompt == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+
+
+def conversation(turns: int, words: int, system: bool) -> Pair:
+    roles = ["user" if turn % 2 == 0 else "assistant" for turn in range(2 * turns - 1)]
+    prompt = [{"role": role, "content": f"{turn} " + "the cat " * words} for turn, role in enumerate(roles)]
+    start = [{"role": "system", "content": "answer the cat"}] if system else []
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("the mat it is", "no"))
+    return Pair([*start, *prompt], chosen, rejected, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(turns=st.integers(1, 4), words=st.integers(0, 12), system=st.booleans(), room=st.integers(30, 160))
+def test_a_long_pair_loses_the_oldest_of_its_prompt(
+    tokenizer: PreTrainedTokenizerFast, turns: int, words: int, system: bool, room: int
+) -> None:
+    pair = conversation(turns, words, system)
+    (whole,), (made,) = encode([pair], tokenizer), encode([pair], tokenizer, "auto", room)
+    assert (made.chosen_ids, made.rejected_ids, made.pair) == (whole.chosen_ids, whole.rejected_ids, pair)
+    if whole.length <= room:
+        assert made == whole
+        return
+    text, before = tokenizer.decode(made.prompt_ids), tokenizer.decode(whole.prompt_ids)
+    if made.length > room:  # not even one character of the last message has a place: the pair is left out
+        assert not made.is_cut
+        return
+    assert made.is_cut
+    assert text.startswith(("<|im_start|>system\nanswer the cat<|im_end|>\n<|im_start|>user\n", "<|im_start|>user\n"))
+    assert before.endswith(
+        text[text.rindex("<|im_start|>user\n") + len("<|im_start|>user\n") :]
+    )  # the end of the prompt is whole
+    contents = [part.split("\n", 1)[1] for part in text.split("<|im_start|>")[1:]]
+    kept = [int(content.split()[0]) for content in contents if content[:1].isdigit()]
+    assert kept == list(range(2 * turns - 1))[-len(kept) :] if kept else True
+
+
+def test_a_plain_prompt_keeps_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = Pair("the cat sat on the mat " * 20 + "and then?", "yes", "no", 1)
+    for wish in (True, False):
+        (whole,), (made,) = encode([pair], tokenizer, wish), encode([pair], tokenizer, wish, 40)
+        assert made.is_cut and whole.length > made.length > 25 and made.length <= 40
+        assert "and then?" in tokenizer.decode(made.prompt_ids)
+        assert (made.chosen_ids, made.rejected_ids) == (whole.chosen_ids, whole.rejected_ids)
+
+
+def test_tools_reach_the_template(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ tools[0].name if tools }}" + str(tokenizer.chat_template))
+    made = encode([Pair("the cat", "yes", "no", 1, "", ({"name": "mat"},)), PAIRS[0]], tokenizer)
+    assert [tokenizer.decode(pair.prompt_ids).startswith("mat<|im_start|>") for pair in made] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
+        ("{{ 'x' * 20000000000 }}", "asks for more than"),
+    ],
+)
+def test_a_template_without_end_is_stopped(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, template: str, says: str
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    started = time.monotonic()
+    with pytest.raises(InvalidInput, match=says) as caught:
+        encode(PAIRS[:1], tokenizer)
+    assert caught.value.problems[0].code == "template-unbounded"
+    assert time.monotonic() - started < 5  # the issue's own bound, far above MAX_SECONDS
+    monkeypatch.undo()
+    assert encode(PAIRS[:1], tokenizer)  # clock and memory are as they were
+
+
+def test_a_template_that_renders_a_prompt_alone_otherwise_is_counted(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    (made,) = encode(PAIRS[:1], tokenizer)
+    assert made.parts_early and tokenizer.decode(made.chosen_ids) == "sat on the mat"

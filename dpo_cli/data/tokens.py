@@ -1,15 +1,17 @@
 """Pairs to token ids, the same ids that TRL 1.15's DPOTrainer makes of the same rows (tests/test_tokens.py compares).
 
 They are made here because training, evaluation and the plan's counts must see the same ids, and evaluation has no trainer.
+Only truncation differs: TRL keeps the start of a pair and cuts its responses; here the oldest of the prompt goes first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.data.formats import Message, Pair, Text, as_messages
+from dpo_cli.data.rendering import bounded
 from dpo_cli.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ class EncodedPair:
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+    is_cut: bool = False  # whether the prompt lost its beginning
+    parts_early: bool = False  # whether the template renders the prompt alone otherwise than before a response
 
     @property
     def length(self) -> int:
@@ -37,11 +41,15 @@ class EncodedPair:
 
 
 def encode(
-    pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | str = "auto"
+    pairs: Sequence[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    use_chat_template: bool | str = "auto",
+    max_length: int | None = None,
 ) -> list[EncodedPair]:
     """Tokenise pairs; plain strings become chat messages when the tokenizer has a chat template ("auto") or must have one.
 
-    Raises `InvalidInput` where a template is needed and there is none.
+    A pair longer than `max_length` tokens loses the oldest of its prompt; one that is still longer, because its responses
+    are, is returned as long as it is. Raises `InvalidInput` where a template is needed and there is none.
     """
     has_template = tokenizer.chat_template is not None
     if use_chat_template is True and not has_template:
@@ -52,15 +60,16 @@ def encode(
         message = f"{len(lines)} rows are chat messages, which need a chat template"
         why = "use_chat_template is false" if has_template else "this model has none: start from an instruct model"
         raise InvalidInput([Problem("error", "messages-without-template", message, why, "use_chat_template", lines=lines)])
-    return [_encode(pair, tokenizer, as_chat) for pair in pairs]
+    encoded = (_encode(pair, tokenizer, as_chat) for pair in pairs)
+    return [pair if max_length is None else _cut(pair, tokenizer, as_chat, max_length) for pair in encoded]
 
 
 def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> EncodedPair:
     if as_chat:
-        prompt = as_messages(pair.prompt, "user")
-        prompt_ids = _template(tokenizer, prompt, add_generation_prompt=True)
-        chosen_ids = _template(tokenizer, prompt + as_messages(pair.chosen, "assistant"))
-        rejected_ids = _template(tokenizer, prompt + as_messages(pair.rejected, "assistant"))
+        prompt, tools = as_messages(pair.prompt, "user"), [dict(tool) for tool in pair.tools] or None
+        prompt_ids = _template(tokenizer, prompt, tools, add_generation_prompt=True)
+        chosen_ids = _template(tokenizer, prompt + as_messages(pair.chosen, "assistant"), tools)
+        rejected_ids = _template(tokenizer, prompt + as_messages(pair.rejected, "assistant"), tools)
     else:
         prompt_ids = list(tokenizer(pair.prompt)["input_ids"])
         chosen_ids = _plain(tokenizer, pair.prompt, pair.chosen)
@@ -68,11 +77,72 @@ def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> En
     # A token may span the end of the prompt, or the template may render a prompt alone differently: the responses start
     # where the sequences part from the prompt.
     start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
-    return EncodedPair(pair, prompt_ids[:start], chosen_ids[start:], rejected_ids[start:])
+    early = start < len(prompt_ids)
+    return EncodedPair(pair, prompt_ids[:start], chosen_ids[start:], rejected_ids[start:], parts_early=early)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: bool) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+def _cut(whole: EncodedPair, tokenizer: PreTrainedTokenizerBase, as_chat: bool, max_length: int) -> EncodedPair:
+    """The pair with as much of its prompt as fits: first the oldest turns go, then the system message, then the oldest text.
+
+    Markers of the template, BOS and the generation prompt stay, and so do both responses.
+    """
+    if whole.length <= max_length:
+        return whole
+
+    def with_prompt(prompt: Text) -> EncodedPair:
+        made = _encode(replace(whole.pair, prompt=prompt), tokenizer, as_chat)
+        return replace(made, pair=whole.pair, is_cut=True)
+
+    def fits(prompt: Text) -> bool:
+        return with_prompt(prompt).length <= max_length
+
+    prompt = whole.pair.prompt
+    if isinstance(prompt, list):
+        system, turns = _turns(prompt)
+        kept = _fewest(len(turns) - 1, lambda dropped: fits(_joined(system, turns[dropped:])))
+        prompt = _joined(system if kept is not None else [], turns[-1:] if kept is None else turns[kept:])
+        if fits(prompt):
+            return with_prompt(prompt)
+        first, *after = prompt
+        text = str(first["content"])
+        dropped = _fewest(len(text) - 1, lambda count: fits([{**first, "content": text[count:]}, *after]))
+        return whole if dropped is None else with_prompt([{**first, "content": text[dropped:]}, *after])
+    dropped = _fewest(len(prompt) - 1, lambda count: fits(prompt[count:]))
+    return whole if dropped is None else with_prompt(prompt[dropped:])
+
+
+def _turns(prompt: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
+    """(leading system messages, turns); a turn is a user's message with all that follows until the next one."""
+    system = [message for i, message in enumerate(prompt) if all(earlier["role"] == "system" for earlier in prompt[: i + 1])]
+    turns: list[list[Message]] = []
+    for message in prompt[len(system) :]:
+        if message["role"] == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return system, turns or [[]]
+
+
+def _joined(system: list[Message], turns: Sequence[list[Message]]) -> list[Message]:
+    return [*system, *(message for turn in turns for message in turn)]
+
+
+def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
+    """The smallest count in 0..most for which `fits`, by bisection (what fits goes on fitting); None when none does."""
+    if most < 0 or not fits(most):
+        return None
+    low, high = 0, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
+
+
+def _template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool
+) -> list[int]:
+    with bounded():
+        made = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True, **options)
+    return list(made["input_ids"])
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> list[int]:

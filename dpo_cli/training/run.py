@@ -57,6 +57,9 @@ def train(
     plan = resolve(loaded, machine, counts)
     show_plan(plan, console)
     console.panel("the first pair, as the model sees it", _first_pair(train_pairs[0], tokenizer))
+    if tokenizer.eos_token_id not in train_pairs[0].chosen_ids:
+        end = tokenizer.decode(train_pairs[0].chosen_ids[-2:])
+        console.line(f"note: a response ends with {end!r}, and nowhere with the tokenizer's EOS {tokenizer.eos_token!r}")
     _require_fit(plan, loaded)
     if dry_run:
         return plan.to_json(), Exit.DONE
@@ -145,41 +148,49 @@ def show_plan(plan: Plan, console: Console) -> None:
     config, counts = plan.config, plan.counts
     assert counts is not None
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    all_pairs = counts.train_pairs + counts.eval_pairs
     held_out = f"{counts.eval_pairs} pairs of {counts.eval_prompts} prompts"
     rows = [
         ("model", plan.model_label),
         ("data", f"{counts.train_pairs} pairs of {counts.train_prompts} prompts, longest {counts.longest} tokens"),
         ("tokens", f"{counts.train_tokens:,} an epoch; {counts.shared_tokens:,} with each prompt once"),
         ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
-        ("left out", f"{counts.too_long} pairs longer than max_seq_length {config.max_seq_length}"),
+        ("cut", f"{counts.cut} pairs ({counts.cut / all_pairs:.0%}) lose the beginning of their prompt to max_seq_length"),
+        ("left out", f"{counts.too_long} pairs whose responses are longer than max_seq_length {config.max_seq_length}"),
+        ("parted", f"{counts.parted} prompts are rendered otherwise before a response: what both have in common is the prompt"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} pairs ({batch} x {accumulation})"),
         ("learning", f"rate {config.learning_rate:g}, beta {config.beta:g}, LoRA rank {config.lora_r}"),
         ("scoring", plan.scoring.why),
         ("runs on", f"{config.device}, {plan.dtype}" + (", 4-bit base" if config.use_4bit else "")),
         ("writes to", str(plan.run_dir)),
     ]
-    console.table("plan", [row for row in rows if row[0] != "left out" or counts.too_long])
+    told = {"cut": counts.cut, "left out": counts.too_long, "parted": counts.parted}
+    console.table("plan", [row for row in rows if told.get(row[0], True)])
     for note in plan.notes:
         console.line(f"note: {note}")
 
 
 def _prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tuple[list[EncodedPair], list[EncodedPair], Counts]:
-    """Split by prompt, tokenise, and leave out what is too long: (train, held out, counts)."""
+    """Split by prompt, tokenise, cut prompts to length, leave out what is still too long: (train, held out, counts)."""
     config = plan.config
-    sides = [encode(side, tokenizer, config.use_chat_template) for side in data.sides(config)]
+    sides = [encode(side, tokenizer, config.use_chat_template, config.max_seq_length) for side in data.sides(config)]
     kept = [[pair for pair in side if pair.length <= config.max_seq_length] for side in sides]
     train, held_out = kept
     if not train:
-        message = f"all {len(sides[0])} pairs to train on are longer than max_seq_length {config.max_seq_length}"
+        message = (
+            f"the responses of all {len(sides[0])} pairs to train on are longer than max_seq_length {config.max_seq_length}"
+        )
         shortest = min(pair.length for pair in sides[0])
-        fix = f"raise it: the shortest has {shortest} tokens"
+        fix = f"raise it: the shortest pair has {shortest} tokens"
         raise InvalidInput([Problem("error", "nothing-to-train", message, fix, "max_seq_length")])
     counts = Counts(
         train_pairs=len(train),
         eval_pairs=len(held_out),
         train_prompts=len({pair.pair.prompt_key for pair in train}),
         eval_prompts=len({pair.pair.prompt_key for pair in held_out}),
+        cut=sum(pair.is_cut for side in kept for pair in side),
         too_long=sum(map(len, sides)) - sum(map(len, kept)),
+        parted=sum(pair.parts_early for side in kept for pair in side),
         longest=max(pair.length for side in kept for pair in side),
         longest_pair=max(pair.shared_length for side in kept for pair in side),
         train_tokens=sum(pair.shared_length + len(pair.prompt_ids) for pair in train),

@@ -206,7 +206,7 @@ def test_too_long_pairs_are_left_out_and_counted(workplace: Path) -> None:
     counts = json.loads(done.stdout)["counts"]
     assert (counts["train_pairs"], counts["too_long"]) == (5, 1)
     assert counts["longest"] <= 60
-    assert "1 pairs longer than max_seq_length" in done.stderr
+    assert "1 pairs whose responses are longer than max_seq_length" in done.stderr
 
 
 def test_bad_rows_are_skipped_when_asked(workplace: Path) -> None:
