@@ -70,13 +70,14 @@ def shape_of(row: Any, columns: Mapping[str, str] | None = None) -> tuple[Shape,
         raise BadRow("row-not-object", "a list, not an object: a file that is one list of rows is called .json")
     if not isinstance(row, Mapping):
         raise BadRow("row-not-object", "not a JSON object")
-    if columns:
-        row = {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}}
-    for shape in SHAPES:
-        if shape.fits(row):
-            return shape, row
-    missing = [(columns or {}).get(key, key) for key in KEYS if key not in row]
-    found = ", ".join(sorted(map(str, row))) or "nothing"
+    columns = columns or {}
+    row = {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}} if columns else row
+    if all(theirs in row for theirs in columns.values()):
+        for shape in SHAPES:
+            if shape.fits(row):
+                return shape, row
+    missing = [columns.get(key, key) for key in KEYS if columns.get(key, key) not in row]
+    found = ", ".join(sorted(map(str, row.keys() - columns.keys()))) or "nothing"
     raise BadRow("row-missing-key", f'no {" and no ".join(missing)}; found {found} ("columns" can say what they are called)')
 
 

@@ -1,0 +1,267 @@
+"""Every shape and format of pairs, and every bad row of a file found by its line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bad_configs import BAD_ROWS
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_cli.config.schema import inner_defaults
+from dpo_cli.data.formats import BadRow, Pair, to_pair
+from dpo_cli.data.quality import Quality
+from dpo_cli.data.reader import READERS, Bad, Dataset, read, sources_of, stream
+from dpo_cli.errors import Problem
+
+USER = [{"role": "user", "content": "q"}]
+YES, NO = [{"role": "assistant", "content": "yes"}], [{"role": "assistant", "content": "no"}]
+SYSTEM = [{"role": "system", "content": "s"}]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "chosen"),
+    [
+        ({"prompt": "q", "chosen": "yes", "rejected": "no"}, "q", "yes"),
+        ({"prompt": USER, "chosen": YES, "rejected": NO}, USER, YES),
+        ({"prompt": USER, "chosen": "yes", "rejected": "no"}, USER, YES),
+        ({"prompt": "q", "chosen": YES, "rejected": NO}, USER, YES),
+        ({"prompt": "q", "chosen": USER + YES, "rejected": USER + NO}, USER, YES),
+        ({"chosen": SYSTEM + USER + YES, "rejected": SYSTEM + USER + NO}, SYSTEM + USER, YES),
+        ({"chosen": "q? yes", "rejected": "q? no"}, "q?", " yes"),
+        ({"system": "s", "question": "q", "chosen": "yes", "rejected": "no"}, SYSTEM + USER, YES),
+        ({"system": "", "question": "q", "chosen": "yes", "rejected": "no"}, "q", "yes"),
+        ({"instruction": "q", "input": "", "chosen": "yes", "rejected": "no"}, "q", "yes"),
+        ({"instruction": "q", "input": "i", "chosen": "yes", "rejected": "no"}, "q\ni", "yes"),
+        (
+            {
+                "conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}],
+                "chosen": {"from": "gpt", "value": "yes"},
+                "rejected": {"from": "gpt", "value": "no"},
+            },
+            SYSTEM + USER,
+            YES,
+        ),
+        ({"messages": USER, "chosen": YES, "rejected": NO}, USER, YES),
+        ({"conversations": USER, "chosen": "yes", "rejected": "no"}, USER, YES),
+    ],
+)
+def test_shapes(row: dict[str, Any], prompt: object, chosen: object) -> None:
+    pair = to_pair(row, 7)
+    assert [_bare(pair.prompt), _bare(pair.chosen), pair.line] == [prompt, chosen, 7]
+
+
+def _bare(text: Any) -> Any:
+    """Messages without what is neither role nor content."""
+    return text if isinstance(text, str) else [{key: message[key] for key in ("role", "content")} for message in text]
+
+
+def test_columns_name_what_is_called_otherwise() -> None:
+    row = {"ask": "q", "better": "yes", "worse": "no"}
+    columns = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
+    assert to_pair(row, 1, columns=columns) == to_pair({"prompt": "q", "chosen": "yes", "rejected": "no"}, 1)
+    with pytest.raises(BadRow, match="no ask; found better, worse"):
+        to_pair({"better": "yes", "worse": "no"}, 1, columns=columns)
+
+
+def test_tools_are_kept_and_checked() -> None:
+    tools = [{"name": "search"}]
+    base = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    assert to_pair({**base, "tools": tools}, 1).tools == to_pair({**base, "tools": json.dumps(tools)}, 1).tools == tuple(tools)
+    call = [{"role": "assistant", "content": None, "tool_calls": [{"name": "search"}]}]
+    assert to_pair({"prompt": USER, "chosen": call, "rejected": NO}, 1).chosen[0]["tool_calls"]  # type: ignore[index]
+    assert to_pair({**base, "tools": tools}, 1).prompt_key != to_pair(base, 1).prompt_key
+
+
+ROWS = [{"prompt": f"q{i}, with a comma", "chosen": f"yes\n{i} é", "rejected": f'no "{i}"'} for i in range(5)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        out = io.StringIO()
+        table = csv.DictWriter(out, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        table.writeheader()
+        table.writerows(rows)
+        path.write_text(out.getvalue(), encoding="utf-8", newline="")
+    return path
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_every_format_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
+    data = read(str(write(tmp_path / f"pairs{suffix}", ROWS)))
+    assert data.problems == () and (data.rows, data.pairs, data.prompts) == (5, 5, 5)
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in data.load()] == [tuple(row.values()) for row in ROWS]
+
+
+def test_lines_are_physical_ones(tmp_path: Path) -> None:
+    """In CSV a cell with a line break takes two lines; in an indented JSON list a row takes five."""
+    lines = {
+        suffix: [pair.line for pair in read(str(write(tmp_path / f"p{suffix}", ROWS))).load()] for suffix in (".csv", ".json")
+    }
+    assert lines == {".csv": [2, 4, 6, 8, 10], ".json": [2, 7, 12, 17, 22]}
+
+
+def test_messages_in_parquet_and_csv(tmp_path: Path) -> None:
+    rows = [{"prompt": USER, "chosen": YES, "rejected": NO}]
+    assert _bare(read(str(write(tmp_path / "p.parquet", rows))).load()[0].chosen) == YES
+    cells = [{key: json.dumps(value) for key, value in row.items()} for row in rows]
+    assert _bare(read(str(write(tmp_path / "p.csv", cells))).load()[0].prompt) == USER
+
+
+def test_folders_lists_and_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "b.jsonl", ROWS[:2])
+    write(folder / "a.csv", ROWS[2:])
+    (folder / "notes.txt").write_text("not data", encoding="utf-8")
+    assert [Path(source.path).name for source in sources_of(str(folder))] == ["a.csv", "b.jsonl"]
+    assert [pair.prompt for pair in read(str(folder)).load()] == [row["prompt"] for row in [*ROWS[2:], *ROWS[:2]]]
+    one = str(write(tmp_path / "one.jsonl", ROWS))
+    weighted = read([{"path": one, "weight": 2}, {"path": str(folder), "weight": 0.5}])
+    assert Counter(pair.file for pair in weighted.load()) == {one: 10, str(folder / "a.csv"): 1, str(folder / "b.jsonl"): 1}
+    assert weighted.name == "3 files"
+
+
+KINDS = {**BAD_ROWS, "row-too-deep": b"[" * 100_000}
+PLACES = st.lists(st.sampled_from([None, *KINDS]), min_size=1, max_size=60)
+
+
+@settings(max_examples=80, deadline=None)
+@given(places=PLACES, blank=st.booleans())
+def test_every_bad_line_among_good_ones_is_found_by_its_number(
+    tmp_path_factory: pytest.TempPathFactory, places: list[str | None], blank: bool
+) -> None:
+    """K bad lines of every kind among N good ones: exactly those physical line numbers, each once."""
+    path = tmp_path_factory.mktemp("bad") / "pairs.jsonl"
+    good = b'{"prompt": "q", "chosen": "yes", "rejected": "no"}'
+    between = b"\n\n" if blank else b"\n"
+    path.write_bytes(between.join(KINDS[kind] if kind else good for kind in places))
+    step = 2 if blank else 1
+    data = read(str(path))
+    found = sorted(
+        line for problem in data.problems if problem.code.startswith("row-") for line in problem.lines or [problem.line]
+    )
+    assert found == [1 + step * index for index, kind in enumerate(places) if kind]
+    assert (data.rows, data.pairs) == (len(places), places.count(None))
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ('[{"prompt": "q",\n "chosen": "a", "rejected": "b"}, 3]', [2]),
+        ('[\n{"prompt": "q", "prompt": "q", "chosen": "a", "rejected": "b"},\n\n{}]', [2, 4]),
+        ('[\n{"prompt": "q", "chosen": "a", "rejected": "b"}\n{"prompt": "r"}]', [3]),
+        ("[\n{'prompt': 1}]", [2]),
+        ("[\n", [2]),
+    ],
+)
+def test_bad_rows_of_a_json_list(tmp_path: Path, text: str, lines: list[int]) -> None:
+    path = tmp_path / "pairs.json"
+    path.write_text(text, encoding="utf-8")
+    assert [row.line for row in stream(sources_of(str(path))) if isinstance(row, Bad)] == lines
+
+
+def findings(rows: list[dict[str, Any]], tmp_path: Path) -> dict[str, Problem]:
+    return {problem.code: problem for problem in lint(write(tmp_path / "pairs.jsonl", rows))[1]}
+
+
+def lint(path: Path) -> tuple[Dataset, list[Problem]]:
+    quality = Quality(inner_defaults("quality"))
+    data = read(str(path), skip=True, observers=[quality])
+    return data, quality.problems(data)
+
+
+def documented(name: str) -> list[dict[str, Any]]:
+    lines = (ROOT / "data-samples" / f"documented-{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def others(count: int) -> list[dict[str, Any]]:
+    draw = random.Random(3)
+    words = ["".join(draw.choices("abcdefghij", k=6)) for _ in range(3000)]
+    return [
+        {key: " ".join(draw.choices(words, k=draw.randint(8, 20))) for key in ("prompt", "chosen", "rejected")}
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 600])
+def test_the_documented_bad_pairs_are_found_alone_and_among_hundreds(tmp_path: Path, count: int) -> None:
+    rows = [*others(count), *documented("bad")]
+    found = findings(rows, tmp_path)
+    assert found["too-similar"].lines == (count + 1, count + 2)
+
+
+@pytest.mark.parametrize("name", ["good", "format", "assistant"])
+@pytest.mark.parametrize("count", [0, 600])
+def test_the_documented_good_pairs_give_no_finding_about_a_row(tmp_path: Path, count: int, name: str) -> None:
+    found = findings([*others(count), *documented(name)], tmp_path)
+    assert [problem for problem in found.values() if problem.line or problem.lines] == []
+
+
+def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
+    rows = others(400)
+    for i in range(0, 400, 10):
+        copy = dict(rows[i])
+        words = str(copy["chosen"]).split()
+        copy["chosen"] = " ".join([*words[:-1], "changed"])
+        rows.append(copy)
+    found = findings(rows, tmp_path)["near-duplicates"]
+    assert len(set(found.lines or ()) & set(range(401, 441))) >= 38  # 1 - 0.002 are proposed at an overlap of 0.9
+    assert set(found.lines or ()) <= set(range(401, 441))
+
+
+def test_length_bias_by_hand(tmp_path: Path) -> None:
+    """Chosen lengths 3, 1, 2 and rejected 1, 2, 2: won, lost, tied, so 1.5 of 3; of the 9 comparisons 3>1 3>2 3>2 2>1 are won
+    and 1=1 2=2 2=2 tied: 5.5 / 9."""
+    rows = [{"prompt": f"q{i}", "chosen": "a" * c, "rejected": "b" * r} for i, (c, r) in enumerate([(3, 1), (1, 2), (2, 2)])]
+    quality = Quality(inner_defaults("quality"))
+    read(str(write(tmp_path / "p.jsonl", rows)), observers=[quality])
+    assert quality.length_bias() == {"longer_chosen": 0.5, "length_auc": round(5.5 / 9, 4)}
+
+
+def test_limits_are_settings(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", others(30))
+    codes = []
+    for limit in (20, 40):
+        quality = Quality({**inner_defaults("quality"), "few_pairs": limit})
+        codes.append("few-pairs" in [problem.code for problem in quality.problems(read(str(path), observers=[quality]))])
+    assert codes == [False, True]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
+def test_flipped_labels_are_noticed_where_a_prompt_has_both_orders(tmp_path: Path) -> None:
+    """The set with 20 % flipped labels beside the one it was made from: every flipped pair then stands in both orders."""
+    text = "".join(
+        (SHARED / f"ultrafeedback_1k.{name}.jsonl").read_text(encoding="utf-8") for name in ("train", "label_flip_20")
+    )
+    path = tmp_path / "both.jsonl"
+    path.write_text(text, encoding="utf-8")
+    _, problems = lint(path)
+    (reversed_,) = (problem for problem in problems if problem.code == "reversed-preference")
+    flipped = [problem for problem in problems if problem.code == "repeated-pairs"]
+    assert 300 <= len(reversed_.lines or ()) <= 500  # about 200 pairs, each named in both files
+    assert len(flipped[0].lines or ()) > 700
+
+
+def test_a_pair_says_where_it_stands(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", ROWS)
+    assert all(isinstance(row, Pair) and row.file == str(path) for row in stream(sources_of(str(path))))
