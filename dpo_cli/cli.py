@@ -19,6 +19,8 @@ import dpo_cli
 from dpo_cli.config.config import Loaded, is_override, load
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.console import Console
+from dpo_cli.data import reader
+from dpo_cli.data.hub import fetch
 from dpo_cli.errors import DpoError, Exit, UsageError
 from dpo_cli.hardware.probe import Machine, nvidia_gpus, probe
 from dpo_cli.hardware.recommend import recommend as make_recommendation
@@ -129,10 +131,7 @@ def _validated(
     console.problems(found.problems)
     if data and data.train.pairs:
         console.line(f"data: {data.train.pairs} pairs of {data.train.prompts} prompts in {data.train.rows} rows")
-        longer, auc = data.length_bias["longer_chosen"], data.length_bias["length_auc"]
-        console.line(
-            f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
-        )
+        console.lengths(data.said)
     for note in plan.notes if plan else ():
         console.line(f"note: {note}")
     if memory:
@@ -195,6 +194,9 @@ def train(
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
         loaded, machine = load(config, overrides or ()), probe()
+        for name in reader.hub_ids(loaded.values):
+            console.line(f"fetching the dataset {name}")
+            fetch(name)
         inspection = inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)
         inspection.require()  # before torch is imported: a mistake is told at once
         result, code = _composer().train(loaded, inspection, machine, console, overwrite, dry_run)

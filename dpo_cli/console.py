@@ -114,6 +114,18 @@ class Console:
         else:
             self.out.print(Text(f"{title}\n{text}"))
 
+    def lengths(self, said: dict[str, Any]) -> None:
+        """What `validate` says of the lengths of pairs, and of the preferred ones."""
+        length, where = said["length"], said["length"]["longest"]
+        unit, most = ("tokens", length["tokens"]) if length["tokens"] else ("characters", length["characters"])
+        over = f"; {most['share_over']:.0%} are longer than max_seq_length" if "share_over" in most else ""
+        place = f"{where['file']}:{where['line']}"
+        self.line(f"length: {most['median']:,.0f} {unit} in the middle, {most['most']:,} at most ({place}){over}")
+        longer, auc = said["longer_chosen"], said["length_auc"]
+        self.line(
+            f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
+        )
+
     def bill(self, memory: dict[str, Any]) -> None:
         """The memory bill with a bar per component."""
         largest = max(memory["components"].values())

@@ -11,6 +11,7 @@ from dpo_cli.config.options import Config
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import lint, reader
 from dpo_cli.data.formats import Pair
+from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.split import is_held_out_prompt, split
@@ -22,11 +23,11 @@ from dpo_cli.plan import DOES_NOT_FIT, Plan, does_not_fit, hardware_problems, re
 
 @dataclass(frozen=True)
 class Data:
-    """The pairs to train on, and those of "eval_dataset" where it is named; `length_bias` says whether length decides."""
+    """The pairs to train on, and those of "eval_dataset" where it is named; `said` is what their lengths say."""
 
     train: Dataset
     held_out: Dataset | None
-    length_bias: dict[str, float]
+    said: dict[str, Any]
 
     def sides(self, config: Config) -> tuple[Sequence[Pair], Sequence[Pair]]:
         """(train, held out): two sets, or one divided by prompt. Reads the files again, and keeps the pairs this time."""
@@ -35,7 +36,7 @@ class Data:
         return split(self.train.load(), config.eval_split, config.seed)
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.train.to_json(), **self.length_bias, "held_out": self.held_out.to_json() if self.held_out else None}
+        return {**self.train.to_json(), **self.said, "held_out": self.held_out.to_json() if self.held_out else None}
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,10 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
     """The data that the config names, and what is wrong with it. A key in `wrong` was told of already."""
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
     given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
-    if values.get("strategy") == "sft":  # whose rows have other shapes, which this version does not read
-        return None, None, [problem for key, value in given.items() for problem in reader.unreadable(value, key)]
+    if values.get("strategy") == "sft":  # whose rows have other shapes
+        skip = values.get("on_bad_rows") == "skip"
+        read = [reader.read(value, skip, key, demonstrations=True) for key, value in given.items()]
+        return None, None, [problem for data in read for problem in data.problems]
     found: list[Problem] = []
     sets: dict[str, Dataset] = {}
     quality, overlap, balance = (
@@ -115,7 +118,8 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
         lint.Overlap(),
         Balance(loaded.config),
     )
-    observers: dict[str, list[reader.Observer]] = {"dataset": [quality, balance], "eval_dataset": [overlap.eval_side]}
+    lengths = Lengths(str(values.get("model_name", "")))
+    observers: dict[str, list[reader.Observer]] = {"dataset": [quality, balance, lengths], "eval_dataset": [overlap.eval_side]}
     if "eval_dataset" in given:
         observers["dataset"].append(overlap)
     for key, value in given.items():
@@ -124,7 +128,8 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
         found += sets[key].problems
     if "dataset" not in sets:
         return None, None, found
-    data = Data(sets["dataset"], sets.get("eval_dataset"), quality.length_bias())
+    said = {**quality.length_bias(), "length": lengths.to_json(values.get("max_seq_length", 0))}
+    data = Data(sets["dataset"], sets.get("eval_dataset"), said)
     found += quality.problems(data.train)
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     return data, balance, found

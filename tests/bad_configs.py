@@ -324,7 +324,7 @@ DATA = [
     Case("dataset-utf16", "dataset", '"dataset": "data/utf16.jsonl"', "UTF-8"),
     rows("dataset-empty", '"dataset": "data/empty.jsonl"', "add pairs", None),
     rows("dataset-not-list", '"dataset": "data/object.json"', "delete what is named", 1),
-    Case("dataset-on-hub", "dataset", '"dataset": "trl-lib/ultrafeedback_binarized"', "download it"),
+    warning("dataset-on-hub", "dataset", '"dataset": "trl-lib/ultrafeedback_binarized"', "hf download"),
     Case("dataset-damaged", "dataset", '"dataset": "data/text.parquet"', "write it again"),
     rows("row-not-json", '"dataset": "data/row-not-json.jsonl"', "delete what is named", 2),
     rows("row-not-object", '"dataset": "data/row-not-object.jsonl"', "delete what is named", 2),

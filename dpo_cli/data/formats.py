@@ -45,6 +45,20 @@ class Pair:
         return json.dumps([self.prompt, self.tools] if self.tools else self.prompt, sort_keys=True, ensure_ascii=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What sft trains on: a prompt, which may be empty, and its completion; places as in `Pair`."""
+
+    prompt: Text
+    completion: Text
+    line: int
+    file: str = ""
+
+    @property
+    def prompt_key(self) -> str:
+        return json.dumps(self.prompt, sort_keys=True, ensure_ascii=False)
+
+
 class BadRow(Exception):
     """Why a row cannot be used: a stable code, the reason in words, and what is particular to this row."""
 
@@ -104,9 +118,35 @@ def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
     return Pair(prompt, chosen, rejected, line, file, _tools(row.get("tools")))
 
 
+def to_demonstration(row: Any, line: int, file: str = "") -> Demonstration:
+    """A parsed row of an sft set to a demonstration, or `BadRow`: messages, prompt + completion, text, or a pair's chosen."""
+    if not isinstance(row, Mapping):
+        raise BadRow("row-not-object", "not a JSON object")
+    if "chosen" in row and "rejected" in row:
+        pair = to_pair(row, line, file)
+        return Demonstration(pair.prompt, pair.chosen, line, file)
+    if "prompt" in row and "completion" in row:
+        return Demonstration(_text(row["prompt"], "prompt"), _text(row["completion"], "completion"), line, file)
+    if isinstance(row.get("text"), str):
+        return Demonstration("", _sound(row["text"], "text"), line, file)
+    conversation = next((row[name] for name in CONVERSATIONS if name in row), None)
+    if conversation is None:
+        found = ", ".join(sorted(map(str, row))) or "nothing"
+        raise BadRow("row-missing-key", f"neither messages, nor prompt and completion, nor text; found {found}")
+    messages = _text(conversation, "messages")
+    if isinstance(messages, str) or messages[-1]["role"] != "assistant":
+        raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
+    return Demonstration(messages[:-1] or "", messages[-1:], line, file)
+
+
 def as_messages(text: Text, role: str) -> list[Message]:
     """A plain string as one message of `role`; messages as they are."""
     return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+def flat(text: Text) -> str:
+    """The text itself, or that of all messages."""
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
 def _text(value: Any, key: str) -> Text:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rapidfuzz import fuzz, utils
 
-from dpo_cli.data.formats import Pair, Text
+from dpo_cli.data.formats import Pair, flat
 from dpo_cli.data.reader import Dataset
 from dpo_cli.errors import Problem, Severity, about_rows
 
@@ -36,7 +36,7 @@ class Seen:
 
     @classmethod
     def of(cls, pair: Pair, prompt_key: str) -> Seen:
-        return cls(pair, _flat(pair.prompt), _flat(pair.chosen), _flat(pair.rejected), prompt_key)
+        return cls(pair, flat(pair.prompt), flat(pair.chosen), flat(pair.rejected), prompt_key)
 
 
 class Finding:
@@ -299,10 +299,6 @@ def script(text: str) -> str | None:
         scripts[_SCRIPTS.get(name, name)] += count
     (name, count), total = max(scripts.items(), key=lambda item: item[1], default=("", 0)), scripts.total()
     return name if total >= 20 and count * 3 >= total * 2 else None
-
-
-def _flat(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
 _SCRIPTS = {"CJK": "Han or kana", "HIRAGANA": "Han or kana", "KATAKANA": "Han or kana", "FULLWIDTH": "LATIN"}

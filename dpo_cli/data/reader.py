@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_cli.data.formats import BadRow, Pair, pair_of, shape_of
+from dpo_cli.data import hub
+from dpo_cli.data.formats import BadRow, Demonstration, Pair, pair_of, shape_of, to_demonstration
 from dpo_cli.errors import Problem, Severity, about_rows
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]  # physical line, and what parses the row or raises BadRow
@@ -89,6 +90,13 @@ def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, 
     return tuple(Source(path, source.weight) for source in given for path in _files(source.path))
 
 
+def hub_ids(values: Mapping[str, Any]) -> list[str]:
+    """The datasets of a config that are on the hub and not here yet."""
+    named = [values[key] for key in ("dataset", "eval_dataset") if values.get(key)]
+    sources = [source for value in named for source in sources_of(value)]
+    return [source.path for source in sources if hub.is_hub_id(source.path)]
+
+
 def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
     """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
     found = (_unreadable(Path(source.path), key) for source in sources_of(value))
@@ -101,10 +109,12 @@ def read(
     key: str = "dataset",
     columns: Mapping[str, str] | None = None,
     observers: Sequence[Observer] = (),
+    demonstrations: bool = False,
 ) -> Dataset:
     """One pass over what `key` of a config names. Problems are returned, never raised; bad rows are warnings with `skip`.
 
-    A problem of a file as a whole has no place: it belongs to the config that names it.
+    A problem of a file as a whole has no place: it belongs to the config that names it. With `demonstrations` the rows are
+    those of sft, of which observers see nothing.
     """
     sources = sources_of(value)
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
@@ -116,7 +126,7 @@ def read(
     shapes: Counter[str] = Counter()
     prompts: set[int] = set()
     rows = 0
-    for row in stream(sources, columns, shapes):
+    for row in _demonstrations(sources) if demonstrations else stream(sources, columns, shapes):
         rows += 1
         if isinstance(row, Bad):  # kept, so that one pass names them all
             bad[row.file, row.code, row.reason].append(row.line)
@@ -124,8 +134,9 @@ def read(
             continue
         prompt_key = row.prompt_key
         prompts.add(hash(prompt_key))
-        for observer in observers:
-            observer.see(row, prompt_key)
+        if isinstance(row, Pair):
+            for observer in observers:
+                observer.see(row, prompt_key)
     severity: Severity = "warning" if skip else "error"
     fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
     problems = [
@@ -158,13 +169,24 @@ def stream(
             yield pair
 
 
+def _demonstrations(sources: Sequence[Source]) -> Iterator[Demonstration | Bad]:
+    for source in sources:
+        for line, parse_row in rows_of(source.path):
+            try:
+                yield to_demonstration(parse_row(), line, source.path)
+            except BadRow as error:
+                yield Bad(source.path, line, error.code, error.reason, error.detail)
+
+
 def rows_of(path: str) -> Rows:
     """The rows of one readable file."""
     return READERS[Path(path).suffix](path)
 
 
 def _files(path: str) -> list[str]:
-    """The files of a folder in the order of their names; a file itself."""
+    """The files of a folder in the order of their names, or of a dataset of the hub; a file itself."""
+    if hub.is_hub_id(path):
+        return hub.cached(path) or [path]
     folder = Path(path)
     if folder.suffix in READERS or not os.path.exists(path) or not folder.is_dir():
         return [path]
@@ -176,9 +198,10 @@ def _unreadable(path: Path, key: str) -> Problem | None:
         return Problem("error", code, message, fix, key)
 
     if not os.path.exists(path):
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix and not path.parent.exists():
-            fix = "download it, and name the file; this version reads no dataset from a hub"
-            return problem("dataset-on-hub", f"there is no file {path}; it may be a dataset of a hub", fix)
+        if hub.is_hub_id(str(path)):
+            message = f"{path} is not here yet: `dpo train` asks the hub for it"
+            fix = f"`hf download --repo-type dataset {path}` fetches it now; a local file has a suffix"
+            return Problem("warning", "dataset-on-hub", message, fix, key)
         siblings = [file.name for file in path.parent.iterdir()] if os.path.exists(path.parent) and path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, 1, cutoff=0.75)
         fix = f"did you mean {path.parent / near[0]}?" if near else f'check the path in "{key}"'

@@ -1,0 +1,92 @@
+"""Datasets of the hub, as far as can be seen without one: what is cached is read, what is not is told, nothing is asked twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from test_formats import ROWS, write
+
+from dpo_cli.data import hub
+from dpo_cli.data.lengths import Lengths
+from dpo_cli.data.reader import hub_ids, read, sources_of
+from dpo_cli.errors import RunFailed
+
+COMMIT = "0" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache as huggingface_hub lays it out, with owner/pairs fetched; the folder one stands in has no owner/."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    repository = tmp_path / "hub" / "datasets--owner--pairs"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT, encoding="utf-8")
+    folder = repository / "snapshots" / COMMIT / "data"
+    folder.mkdir(parents=True)
+    write(folder / "train-00000.parquet", ROWS)
+    write(folder / "test-00000.parquet", ROWS[:1])
+    (folder.parent / "dataset_info.json").write_text("{}", encoding="utf-8")
+    return folder
+
+
+def test_a_cached_dataset_is_its_training_files(cache: Path) -> None:
+    assert [Path(source.path).name for source in sources_of("owner/pairs")] == ["train-00000.parquet"]
+    assert read("owner/pairs").pairs == 5
+    assert hub_ids({"dataset": "owner/pairs"}) == []
+    hub.fetch("owner/pairs")  # is there, so nothing is asked
+
+
+def test_what_is_not_cached_is_a_warning_until_it_is_fetched(cache: Path) -> None:
+    (problem,) = read("owner/others").problems
+    assert (problem.severity, problem.code) == ("warning", "dataset-on-hub")
+    assert hub_ids({"dataset": ["owner/others", "owner/pairs"], "eval_dataset": None}) == ["owner/others"]
+    with pytest.raises(RunFailed, match="not in the local cache") as caught:
+        hub.fetch("owner/others")
+    assert "hf download" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize(
+    "name", ["data/pairs.jsonl", "pairs", "./owner/pairs", "/owner/pairs", "owner/pairs.jsonl", "a/b/c", "../pairs"]
+)
+def test_paths_are_no_hub_ids(name: str) -> None:
+    assert not hub.is_hub_id(name)
+
+
+def test_lengths_are_tokens_where_the_tokenizer_is_local(tmp_path: Path, tiny_model_dir: Path) -> None:
+    rows = [{"prompt": "q", "chosen": "the cat " * count, "rejected": "no"} for count in (1, 2, 60)]
+    path = write(tmp_path / "p.jsonl", rows)
+    for model, unit in ((str(tiny_model_dir), "tokens"), ("owner/model", None)):
+        lengths = Lengths(model)
+        read(str(path), observers=[lengths])
+        said = lengths.to_json(50)
+        assert said["longest"] == {"file": str(path), "line": 3}
+        assert said["characters"] == {"median": 17, "most": 481}
+        assert (said["tokens"] is None) == (unit is None)
+    said = Lengths(str(tiny_model_dir))
+    read(str(path), observers=[said])
+    assert said.to_json(50)["tokens"]["share_over"] == pytest.approx(1 / 3, abs=1e-3)
+    assert json.dumps(said.to_json(50))
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, None),
+        ({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, None),
+        ({"prompt": "q", "completion": "a"}, None),
+        ({"text": "a whole text"}, None),
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, None),
+        ({"prompt": "q"}, "row-missing-key"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "row-role"),
+        ({"text": " "}, "row-empty"),
+        ({"prompt": "q", "completion": ""}, "row-empty"),
+    ],
+)
+def test_demonstrations(tmp_path: Path, row: dict[str, object], code: str | None) -> None:
+    data = read(str(write(tmp_path / "d.jsonl", [row, {"text": "good"}])), demonstrations=True)
+    assert [(problem.code, problem.line) for problem in data.problems] == ([(code, 1)] if code else [])
+    assert data.pairs == (1 if code else 2)
