@@ -1,4 +1,4 @@
-"""Datasets of the hub, as far as can be seen without one: what is cached is read, what is not is told, nothing is asked twice."""
+"""Datasets of the hub, as far as can be seen without one: what is cached is read, what is not is told."""
 
 from __future__ import annotations
 
