@@ -79,6 +79,7 @@ WHILE_RUNNING = {
         "a chat template that loops for ever",
         "it does not end within 3 s on one conversation, or asks for a gibibyte",
     ),
+    "template-refuses": ("two user messages in a row, for Gemma", "the template's own words, and the rows"),
     "no-chat-template": ('`"use_chat_template": true`', "the model has no chat template"),
     "messages-without-template": ('`"use_chat_template": false` and rows of messages', "such rows need a chat template"),
     "model-unknown": ("`dpo recommend --model me/mine`", "the shape of the model is not known, so nothing can be billed"),

@@ -194,7 +194,7 @@ def train(
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
         loaded, machine = load(config, overrides or ()), probe()
-        for name in reader.hub_ids(loaded.values):
+        for name in reader.hub_ids(loaded.require().to_json()):
             console.line(f"fetching the dataset {name}")
             fetch(name)
         inspection = inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)

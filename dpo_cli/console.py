@@ -199,9 +199,9 @@ def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
             (f"{MARKS[problem.severity]} {problem.severity} ", f"bold {COLOURS[problem.severity]}"),
             (f"[{problem.code}] ", "dim"),
             (f"{place}: " if place else "", "bold"),
-            problem.message,
+            _printable(problem.message),
         )
-        texts.append((text, Text(problem.fix or "", style="dim")))
+        texts.append((text, Text(_printable(problem.fix or ""), style="dim")))
     return texts
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from dpo_cli.config.config import PLAN_VERSION, Loaded, Source
 from dpo_cli.config.options import Config
+from dpo_cli.data.hub import is_hub_id
 from dpo_cli.errors import Problem
 from dpo_cli.hardware import models
 from dpo_cli.hardware.memory import Bill, Settings, fit
@@ -238,5 +239,5 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
 def _absolute(dataset: str | list[Any]) -> Any:
     """The paths of a dataset, each absolute."""
     if isinstance(dataset, str):
-        return str(Path(dataset).absolute())
+        return dataset if is_hub_id(dataset) else str(Path(dataset).absolute())
     return [{**entry, "path": _absolute(entry["path"])} if isinstance(entry, dict) else _absolute(entry) for entry in dataset]

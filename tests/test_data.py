@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,4 +107,5 @@ def test_real_sets_are_read() -> None:
 def test_rows_of_messages(pairs_file: Callable[..., Path]) -> None:
     roles = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
     row = {key: [{"role": roles[key], "content": str(value)}] for key, value in made_row(0).items()}
-    assert json.loads(read(str(pairs_file([row]))).load()[0].prompt_key) == row["prompt"]
+    (pair,) = read(str(pairs_file([row]))).load()
+    assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt"], row["chosen"], row["rejected"])

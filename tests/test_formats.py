@@ -52,6 +52,20 @@ SHARED = ROOT.parent / "shared" / "data"
             YES,
         ),
         ({"messages": USER, "chosen": YES, "rejected": NO}, USER, YES),
+        (
+            {"prompt": "q", "messages": USER + YES, "chosen": USER + YES, "rejected": USER + NO},
+            USER,
+            YES,
+        ),  # UltraFeedback, binarized
+        ({"system": "s", "prompt": "q", "chosen": "yes", "rejected": "no"}, SYSTEM + USER, YES),
+        (
+            {"system": "s", "conversations": [{"from": "human", "value": "q"}], "chosen": YES, "rejected": NO},
+            SYSTEM + USER,
+            YES,
+        ),
+        ({"system": "s", "conversations": SYSTEM + USER, "chosen": YES, "rejected": NO}, SYSTEM + USER, YES),
+        ({"prompt": [{"role": "system", "content": ""}, *USER], "chosen": YES, "rejected": NO}, USER, YES),
+        ({"input": "q", "chosen": "The yes", "rejected": "The no"}, "q", "The yes"),
         ({"conversations": USER, "chosen": "yes", "rejected": "no"}, USER, YES),
     ],
 )
@@ -69,8 +83,29 @@ def test_columns_name_what_is_called_otherwise() -> None:
     row = {"ask": "q", "better": "yes", "worse": "no"}
     columns = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
     assert to_pair(row, 1, columns=columns) == to_pair({"prompt": "q", "chosen": "yes", "rejected": "no"}, 1)
-    with pytest.raises(BadRow, match="no ask; found better, worse"):
+    with pytest.raises(BadRow, match="no ask"):
         to_pair({"better": "yes", "worse": "no"}, 1, columns=columns)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question_text": "q", "chosen": "It is 4", "rejected": "It is 5"},
+        {"id": "x7", "chosen": "It is 4", "rejected": "It is 5"},
+    ],
+)
+def test_no_prompt_is_made_up_where_another_column_may_be_it(row: dict[str, Any]) -> None:
+    with pytest.raises(BadRow, match="no prompt"):
+        to_pair(row, 1)
+
+
+def test_one_prompt_in_two_forms_is_one_prompt() -> None:
+    forms = [
+        {"prompt": "q", "chosen": "yes", "rejected": "no"},
+        {"prompt": USER, "chosen": YES, "rejected": NO},
+        {"prompt": [{**USER[0], "id": 7}], "chosen": YES, "rejected": NO},
+    ]
+    assert len({to_pair(row, 1).prompt_key for row in forms}) == 1
 
 
 def test_tools_are_kept_and_checked() -> None:
@@ -135,6 +170,9 @@ def test_folders_lists_and_weights(tmp_path: Path) -> None:
     assert [Path(source.path).name for source in sources_of(str(folder))] == ["a.csv", "b.jsonl"]
     assert [pair.prompt for pair in read(str(folder)).load()] == [row["prompt"] for row in [*ROWS[2:], *ROWS[:2]]]
     one = str(write(tmp_path / "one.jsonl", ROWS))
+    small = [{"path": str(write(tmp_path / f"s{i}.jsonl", ROWS[:1])), "weight": 0.5} for i in range(4)]
+    assert len(read(small).load()) == 2  # weighed as a whole
+    assert len(read([{"path": one, "weight": 0.2}]).load()) == 1
     weighted = read([{"path": one, "weight": 2}, {"path": str(folder), "weight": 0.5}])
     assert Counter(pair.file for pair in weighted.load()) == {one: 10, str(folder / "a.csv"): 1, str(folder / "b.jsonl"): 1}
     assert weighted.name == "3 files"
@@ -215,6 +253,39 @@ def test_the_documented_bad_pairs_are_found_alone_and_among_hundreds(tmp_path: P
 def test_the_documented_good_pairs_give_no_finding_about_a_row(tmp_path: Path, count: int, name: str) -> None:
     found = findings([*others(count), *documented(name)], tmp_path)
     assert [problem for problem in found.values() if problem.line or problem.lines] == []
+
+
+GOOD = [
+    ("Compute 12 * 7.", "84", "86"),
+    ("Name the capital of Australia.", "Canberra is the capital.", "Sydney is the capital."),
+    ("What is 2 - 7?", "-5", "5"),
+    ("Fix the bug: def area(a, b): return a+b", "return a*b", "return a+b"),
+    ("For which x is 2x > 6?", "x > 3", "x < 3"),
+    ("Did you like it?", "👍", "👎"),
+    ("2+2等于几？", "4", "5"),
+    ("Who is older, Bob or Ann?", "Bob.", "Ann."),
+    ("Who is faster, a tortoise or a hare?", "A hare is faster", "A tortoise is faster"),
+    ("Is it legal?", "Yes, it is legal", "No, it is legal"),
+]
+
+
+def test_answers_that_differ_in_one_word_are_not_too_similar(tmp_path: Path) -> None:
+    rows = [dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)) for texts in GOOD]
+    found = findings(rows, tmp_path).get("too-similar")
+    assert found is None, [GOOD[line - 1] for line in found.lines or [found.line or 0]]
+
+
+def test_reversed_pairs_take_linear_time_and_copies_hide_nothing(tmp_path: Path) -> None:
+    """Each pair in both orders, 20,000 times: a list that is searched for each would take minutes. Copies come first."""
+    rows = [
+        {"prompt": f"q{i}", "chosen": a, "rejected": b}
+        for i in range(20_000)
+        for a, b in (("yes it is", "no"), ("no", "yes it is"))
+    ]
+    found = findings(rows, tmp_path)["reversed-preference"]
+    assert found.lines == tuple(range(1, 40_001))
+    near = [*others(1) * 3000, *others(20)[10:], *({**row, "chosen": row["chosen"] + " indeed"} for row in others(20)[10:])]
+    assert len(findings(near, tmp_path)["near-duplicates"].lines or ()) >= 9
 
 
 def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:

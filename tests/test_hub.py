@@ -36,14 +36,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_cached_dataset_is_its_training_files(cache: Path) -> None:
     assert [Path(source.path).name for source in sources_of("owner/pairs")] == ["train-00000.parquet"]
     assert read("owner/pairs").pairs == 5
-    assert hub_ids({"dataset": "owner/pairs"}) == []
-    hub.fetch("owner/pairs")  # is there, so nothing is asked
+    hub.fetch("owner/pairs")  # the hub does not answer, and what is there serves
 
 
 def test_what_is_not_cached_is_a_warning_until_it_is_fetched(cache: Path) -> None:
     (problem,) = read("owner/others").problems
     assert (problem.severity, problem.code) == ("warning", "dataset-on-hub")
-    assert hub_ids({"dataset": ["owner/others", "owner/pairs"], "eval_dataset": None}) == ["owner/others"]
+    assert hub_ids({"dataset": ["owner/others", "owner/pairs"], "eval_dataset": None}) == ["owner/others", "owner/pairs"]
     with pytest.raises(RunFailed, match="not in the local cache") as caught:
         hub.fetch("owner/others")
     assert "hf download" in (caught.value.fix or "")

@@ -131,6 +131,8 @@ def test_tools_reach_the_template(tokenizer: PreTrainedTokenizerFast, monkeypatc
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
         ("{{ 'x' * 20000000000 }}", "asks for more than"),
+        ("{{ 'ab cd ' * 3000000 }}", "characters of"),
+        ("{% for i in range(99999) %}{{ 'abcdefgh ' * 100 }}{% endfor %}", "characters of"),
     ],
 )
 def test_a_template_without_end_is_stopped(
@@ -153,3 +155,34 @@ def test_a_template_that_renders_a_prompt_alone_otherwise_is_counted(
     monkeypatch.setattr(tokenizer, "chat_template", template)
     (made,) = encode(PAIRS[:1], tokenizer)
     assert made.parts_early and tokenizer.decode(made.chosen_ids) == "sat on the mat"
+
+
+DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful<|im_end|>\n{% endif %}"
+
+
+def test_a_system_message_stays_where_the_users_text_can_be_cut(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template with a system prompt of its own puts that in the place of one that was cut away."""
+    monkeypatch.setattr(tokenizer, "chat_template", DEFAULT_SYSTEM + str(tokenizer.chat_template))
+    pair = conversation(1, 60, system=True)
+    (whole,) = encode([pair], tokenizer)
+    for room in range(70, whole.length, 20):
+        (made,) = encode([pair], tokenizer, "auto", room)
+        assert made.is_cut and made.length <= room
+        assert tokenizer.decode(made.prompt_ids).startswith("<|im_start|>system\nanswer the cat<|im_end|>")
+
+
+def test_what_a_template_refuses_is_named_by_its_rows(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template + str(tokenizer.chat_template))
+    with pytest.raises(InvalidInput, match="System role not supported") as caught:
+        encode([PAIRS[0], PAIRS[1], PAIRS[1]], tokenizer)
+    assert (caught.value.problems[0].code, caught.value.problems[0].lines) == ("template-refuses", (2, 2))
+
+
+def test_a_long_conversation_is_no_endless_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    (made,) = encode([Pair("the cat sat " * 300_000, "yes", "no", 1)], tokenizer)
+    assert made.length > 900_000

@@ -21,7 +21,7 @@ Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
 KEYS = ("prompt", "chosen", "rejected")
 RESPONSE_ROLES = ("assistant", "tool")  # anything else in a response would put part of a prompt into the loss
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool", "function_call": "assistant"}
-QUESTIONS = ("question", "instruction", "query")
+QUESTIONS = ("question", "instruction", "query", "input")
 CONVERSATIONS = ("conversations", "messages")
 
 
@@ -41,8 +41,12 @@ class Pair:
 
     @property
     def prompt_key(self) -> str:
-        """The same for two pairs exactly when their prompts are."""
-        return json.dumps([self.prompt, self.tools] if self.tools else self.prompt, sort_keys=True, ensure_ascii=False)
+        """The same for two pairs exactly when their prompts are: a text and that text as the only message are one prompt."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, list):
+            prompt = [[message["role"], message["content"], *map(str, message.get("tool_calls") or ())] for message in prompt]
+            prompt = prompt[0][1] if len(prompt) == 1 and prompt[0][0] == "user" else prompt
+        return json.dumps([prompt, list(map(str, self.tools))] if self.tools else prompt, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +90,14 @@ def shape_of(row: Any, columns: Mapping[str, str] | None = None) -> tuple[Shape,
         raise BadRow("row-not-object", "not a JSON object")
     columns = columns or {}
     row = {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}} if columns else row
-    if all(theirs in row for theirs in columns.values()):
+    if all(name in row for name in columns):
         for shape in SHAPES:
             if shape.fits(row):
                 return shape, row
-    missing = [columns.get(key, key) for key in KEYS if columns.get(key, key) not in row]
-    found = ", ".join(sorted(map(str, row.keys() - columns.keys()))) or "nothing"
-    raise BadRow("row-missing-key", f'no {" and no ".join(missing)}; found {found} ("columns" can say what they are called)')
+    missing = [columns.get(key, key) for key in KEYS if key not in row]
+    found = ", ".join(sorted(map(str, row.keys() - columns.keys())))[:200] or "nothing"
+    reason = f"no {' and no '.join(missing)}"
+    raise BadRow("row-missing-key", reason, f'which has {found}; "columns" can say what they are called')
 
 
 def to_pair(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Pair:
@@ -103,6 +108,9 @@ def to_pair(row: Any, line: int, file: str = "", columns: Mapping[str, str] | No
 def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
     """A row of a known shape to a pair, or `BadRow`."""
     prompt, chosen, rejected = map(_text, shape.parts(row), KEYS)
+    prompt = _with_system(prompt, row.get("system"))
+    if row.get("history"):
+        raise BadRow("row-history", 'earlier turns stand in "history", which is not read: write them as messages of the prompt')
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
     if isinstance(prompt, str) != isinstance(chosen, str):  # one of them in messages: then all are
@@ -131,8 +139,8 @@ def to_demonstration(row: Any, line: int, file: str = "") -> Demonstration:
         return Demonstration("", _sound(row["text"], "text"), line, file)
     conversation = next((row[name] for name in CONVERSATIONS if name in row), None)
     if conversation is None:
-        found = ", ".join(sorted(map(str, row))) or "nothing"
-        raise BadRow("row-missing-key", f"neither messages, nor prompt and completion, nor text; found {found}")
+        found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
+        raise BadRow("row-missing-key", "neither messages, nor prompt and completion, nor text", f"which has {found}")
     messages = _text(conversation, "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
@@ -158,7 +166,17 @@ def _text(value: Any, key: str) -> Text:
         raise BadRow("row-wrong-type", f"{key} is {type(value).__name__}, not a string or a list of messages")
     if not value:
         raise BadRow("row-empty", f"{key} is empty")
-    return [_message(message, key) for message in value]
+    said = [message for message in value if not _is_empty_system(message)]
+    return [_message(message, key) for message in said or value]
+
+
+def _is_empty_system(message: Any) -> bool:
+    """A system message without text says nothing, and many sets have one in every row."""
+    return (
+        isinstance(message, Mapping)
+        and "system" in (message.get("role"), message.get("from"))
+        and not (message.get("content") or message.get("value"))
+    )
 
 
 def _message(value: Any, key: str) -> Message:
@@ -194,11 +212,18 @@ def _check_roles(prompt: list[Message], responses: tuple[Any, Any]) -> None:
         raise BadRow("row-role", "the prompt ends with an assistant message, so there is nothing to answer")
 
 
+def _with_system(prompt: Text, system: Any) -> Text:
+    """The prompt after the system message of the row, where it has one and the prompt does not."""
+    if not isinstance(system, str) or not system.strip() or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
+        return prompt
+    return [{"role": "system", "content": _sound(system, "system")}, *as_messages(prompt, "user")]
+
+
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str):  # TRL takes them as JSON text too, since columns of objects need one type
         try:
             value = json.loads(value) if value.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRow("row-tools", "tools is text, but not JSON") from error
     if value is None:
         return ()
@@ -218,7 +243,7 @@ def _responses(row: Mapping[str, Any]) -> bool:
 def _repeats_prompt(row: Mapping[str, Any]) -> bool:
     """Whether both responses are conversations from their first user or system message on."""
     both = (row["chosen"], row["rejected"])
-    if any(name in row for name in CONVERSATIONS):
+    if "prompt" not in row and any(name in row for name in CONVERSATIONS):
         return False
     return all(_are_messages(value) and value[0].get("role", value[0].get("from")) not in RESPONSE_ROLES for value in both)
 
@@ -241,14 +266,16 @@ def _common_start(row: Mapping[str, Any]) -> Parts:
 
 
 def _question(row: Mapping[str, Any]) -> Parts:
-    """A question with its system prompt and, as Alpaca has it, its input."""
+    """A question, or an instruction with its input as Alpaca has it."""
     text = next(row[name] for name in QUESTIONS if name in row)
-    if isinstance(text, str) and isinstance(row.get("input"), str) and row["input"].strip():
+    if text is not row.get("input") and isinstance(text, str) and isinstance(row.get("input"), str) and row["input"].strip():
         text = f"{text}\n{row['input']}"
-    system = row.get("system")
-    if not isinstance(system, str) or not system.strip():
-        return text, row["chosen"], row["rejected"]
-    return [{"role": "system", "content": system}, {"role": "user", "content": text}], row["chosen"], row["rejected"]
+    return text, row["chosen"], row["rejected"]
+
+
+def _has_no_other_text(row: Mapping[str, Any]) -> bool:
+    """Whether only chosen and rejected are text, so that no other column can be the prompt."""
+    return not any(isinstance(value, str) and value.strip() for key, value in row.items() if key not in KEYS)
 
 
 SHAPES = (
@@ -264,9 +291,13 @@ SHAPES = (
         lambda row: (next(row[name] for name in CONVERSATIONS if name in row), row["chosen"], row["rejected"]),
     ),
     Shape(
-        "question: the prompt is system and question (or instruction or query, with input)",
+        "question: the prompt is question (or instruction, query, input), after system where there is one",
         lambda row: _responses(row) and any(name in row for name in QUESTIONS),
         _question,
     ),
-    Shape("implicit prompt: the prompt is what chosen and rejected start with", _responses, _common_start),
+    Shape(
+        "implicit prompt: the prompt is what chosen and rejected start with",
+        lambda row: _responses(row) and (not isinstance(row["chosen"], str) or _has_no_other_text(row)),
+        _common_start,
+    ),
 )

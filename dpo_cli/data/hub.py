@@ -13,7 +13,8 @@ TIMEOUT_SECONDS = 8
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no path here may be one there: owner/name."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).suffix and not Path(name).parent.exists()
+    is_file = Path(name).suffix.lower() in (*SUFFIXES, ".txt", ".gz", ".zip")
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not is_file and not Path(name).parent.exists()
 
 
 def cached(name: str) -> list[str]:
@@ -33,9 +34,10 @@ def cached(name: str) -> list[str]:
 
 
 def fetch(name: str) -> None:
-    """Bring the data files of a dataset into the local cache, unless they are there; `RunFailed` says why that cannot be."""
-    if cached(name):
-        return
+    """Bring the data files of a dataset into the local cache, and complete what is there; `RunFailed` says why it cannot be.
+
+    Where the hub does not answer, what was fetched before serves.
+    """
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -48,6 +50,8 @@ def fetch(name: str) -> None:
     except RepositoryNotFoundError as error:
         raise RunFailed(f"there is no dataset {name} on the hub", "check the name: owner/name, or name a file") from error
     except (httpx.TransportError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        if cached(name):
+            return
         fix = f"check the network, or fetch it elsewhere with `hf download --repo-type dataset {name}`, or name a local file"
         raise RunFailed(f"the hub cannot be reached, and the dataset {name} is not in the local cache", fix) from error
     if not cached(name):

@@ -128,8 +128,13 @@ class Reversed(Finding):
     reason = "the same prompt and responses, preferred in both orders"
     fix = "decide which response is better, and delete the other row"
 
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self.firsts: set[tuple[str, int]] = set()
+
     def note_both(self, line: int, file: str, pair: Pair) -> None:
-        if line not in self.rows[file]:
+        if (file, line) not in self.firsts:
+            self.firsts.add((file, line))
             self.rows[file].append(line)
         self.note(pair)
 
@@ -137,9 +142,9 @@ class Reversed(Finding):
 class TooSimilar(Finding):
     """Responses between which nobody could choose (dpo-strategy, "Bad Examples").
 
-    In the answer to a question one word can be the difference, so there both must say the same words in the same order, but
-    for those that any sentence has, and for words of the question that one of them repeats. In a text that was asked for,
-    similarity is enough.
+    An answer can differ in one word and be wrong, so two answers must be the same words in the same order, but for those that
+    any sentence has and those of the question that one of them repeats. Where a free text was asked for (a description, a
+    letter), similarity is enough.
     """
 
     code, severity = "too-similar", "warning"
@@ -147,23 +152,28 @@ class TooSimilar(Finding):
     fix = "write a rejected response that is clearly worse, or delete the row"
 
     def see(self, seen: Seen) -> None:
-        chosen, rejected = utils.default_process(seen.chosen), utils.default_process(seen.rejected)
-        prompt = utils.default_process(seen.prompt)
-        if "?" in seen.prompt or _QUESTION.search(prompt):
-            alike = _same_answer(chosen.split(), rejected.split(), set(prompt.split()))
-        else:
+        if _FREE_TEXT.search(seen.prompt):
+            chosen, rejected = utils.default_process(seen.chosen), utils.default_process(seen.rejected)
             alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
+        else:
+            alike = same_answer(_words(seen.chosen), _words(seen.rejected), set(_words(seen.prompt)))
         if alike:
             self.note(seen.pair)
 
 
-def _same_answer(one: list[str], other: list[str], question: set[str]) -> bool:
+def same_answer(one: list[str], other: list[str], question: set[str]) -> bool:
     """Whether two answers are the same words in the same order, but for fillers and a repeated question."""
     one, other = ([word for word in words if word not in FILLERS] for words in (one, other))
     extra = {*one} - {*other}, {*other} - {*one}
     if all(extra) or not (extra[0] | extra[1]) <= question:
         return False
-    return [word for word in one if word not in extra[0]] == [word for word in other if word not in extra[1]]
+    left = [word for word in one if word not in extra[0]], [word for word in other if word not in extra[1]]
+    return left[0] == left[1] and bool(left[0])
+
+
+def _words(text: str) -> list[str]:
+    """The words, numbers and signs of a text; only what ends a sentence or quotes it says nothing."""
+    return _WORDS.findall(text.lower())
 
 
 class LongerWins(Finding):
@@ -302,9 +312,12 @@ def script(text: str) -> str | None:
 
 
 _SCRIPTS = {"CJK": "Han or kana", "HIRAGANA": "Han or kana", "KATAKANA": "Han or kana", "FULLWIDTH": "LATIN"}
-_QUESTION = re.compile(
-    r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|will|would|should|has|have)\b"
+_FREE_TEXT = re.compile(
+    r"^\s*(please |can you |could you )*(describe|write|compose|draft|tell|create|explain|imagine|invent|narrate|summari[sz]e)\b"
+    r"(?!.*\?\s*$)",
+    re.IGNORECASE | re.DOTALL,
 )
+_WORDS = re.compile(r"[-+]?\d+(?:[.,]\d+)*|\w+(?:['’]\w+)?|[^\s\w.,;:!?\"'“”‘’()`]")
 FILLERS = frozenset(
     """a an the it its this that these those there here he she they we you i is are was were be been being do does did has have
     had will would can could of in on at to for from by with as and or so then well answer result equals equal makes correct

@@ -21,12 +21,12 @@ from dpo_cli.data.reader import Dataset, stream
 from dpo_cli.errors import Problem
 
 BANDS, ROWS = 6, 4
-CHUNK = 8192  # pairs whose signatures are made at once
+CHUNK_WORDS = 200_000  # signatures are made for about so many words at once
 MOST_COMPARED = 50_000  # candidates beyond these are not read again: a set with so many was made from a template
 
 
 class NearDuplicates(Finding):
-    """Pairs that are nearly the same as an earlier one in all three texts; those that are the same are SameTwice's."""
+    """Pairs that are nearly the same as an earlier one in each of their texts; exact copies are for `SeenBefore`."""
 
     code = "near-duplicates"
     reason = "nearly the same as an earlier pair"
@@ -36,20 +36,31 @@ class NearDuplicates(Finding):
         super().__init__(limits)
         self.words: list[list[str]] = []  # of the pairs whose signatures are still to be made
         self.bands = array("q")  # BANDS hashes a pair
+        self.numbers = array("q")  # of those pairs in the pass; exact copies have none
+        self.known: set[int] = set()
+        self.count = self.waiting = 0
 
     def see(self, seen: Seen) -> None:
-        words = _text(seen).split()
+        texts = _texts(seen)
+        self.count += 1
+        if (key := hash(texts)) in self.known:
+            return
+        self.known.add(key)
+        words = " ".join(texts).split()
         self.words.append([f"{one} {other}" for one, other in pairwise(words)] or words)
-        if len(self.words) == CHUNK:
+        self.numbers.append(self.count - 1)
+        self.waiting += len(words)
+        if self.waiting > CHUNK_WORDS:
             self._sign()
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         self._sign()
         candidates = self._candidates()
-        texts = self._texts(data, {index for both in candidates for index in both})
+        texts = self._read_again(data, {index for both in candidates for index in both})
         for index, earlier in sorted(candidates):
-            (pair, text), (_, before) = texts[index], texts[earlier]
-            near = text != before and fuzz.ratio(text, before, score_cutoff=self.limits["near_duplicate"]) > 0
+            (pair, mine), (_, before) = texts[index], texts[earlier]
+            limit = self.limits["near_duplicate"]
+            near = all(fuzz.ratio(one, other, score_cutoff=limit) > 0 for one, other in zip(mine, before, strict=True))
             if near and (not self.rows[pair.file] or self.rows[pair.file][-1] != pair.line):
                 self.note(pair)
         self.rows = {file: lines for file, lines in self.rows.items() if lines}
@@ -60,6 +71,7 @@ class NearDuplicates(Finding):
             for signature in RMinHash.digest_matrix_from_token_sets(self.words, BANDS * ROWS, 1).to_rows():
                 self.bands.extend(hash(tuple(signature[start : start + ROWS])) for start in range(0, BANDS * ROWS, ROWS))
             self.words.clear()
+            self.waiting = 0
 
     def _candidates(self) -> set[tuple[int, int]]:
         """(pair, first pair with the same band), by their numbers in the pass."""
@@ -68,17 +80,18 @@ class NearDuplicates(Finding):
             first: dict[int, int] = {}
             for index, value in enumerate(self.bands[band::BANDS]):
                 if (earlier := first.setdefault(value, index)) != index and len(found) < MOST_COMPARED:
-                    found.add((index, earlier))
+                    found.add((self.numbers[index], self.numbers[earlier]))
         return found
 
-    def _texts(self, data: Dataset, wanted: set[int]) -> dict[int, tuple[Pair, str]]:
+    def _read_again(self, data: Dataset, wanted: set[int]) -> dict[int, tuple[Pair, tuple[str, str, str]]]:
         """The pairs with these numbers and their texts, from another pass over the files."""
         if not wanted:
             return {}
         pairs = (row for row in stream(data.sources, data.columns) if isinstance(row, Pair))
         chosen = ((index, pair) for index, pair in enumerate(pairs) if index in wanted)
-        return {index: (pair, _text(Seen.of(pair, ""))) for index, pair in chosen}
+        return {index: (pair, _texts(Seen.of(pair, ""))) for index, pair in chosen}
 
 
-def _text(seen: Seen) -> str:
-    return utils.default_process(f"{seen.prompt} {seen.chosen} {seen.rejected}")
+def _texts(seen: Seen) -> tuple[str, str, str]:
+    prompt, chosen, rejected = map(utils.default_process, (seen.prompt, seen.chosen, seen.rejected))
+    return prompt, chosen, rejected

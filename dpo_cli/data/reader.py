@@ -9,6 +9,7 @@ import codecs
 import csv
 import difflib
 import json
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -53,13 +54,15 @@ class Dataset:
     def load(self) -> list[Pair]:
         """The usable pairs in the order of their files; a pair of weight 2 stands twice, of weight 0.5 every second stands."""
         kept: list[Pair] = []
+        seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighed as a whole
         for source in self.sources:
-            due = 0.0
             for pair in stream([source], self.columns):
                 if isinstance(pair, Pair):
-                    due += source.weight
-                    kept += [pair] * int(due)
-                    due -= int(due)
+                    seen[source.weight] += 1
+                    due = math.floor(seen[source.weight] * source.weight + 1e-9) - math.floor(
+                        (seen[source.weight] - 1) * source.weight + 1e-9
+                    )
+                    kept += [pair] * due
         return kept
 
     def to_json(self) -> dict[str, Any]:
@@ -85,16 +88,20 @@ class Bad:
 
 def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, ...]:
     """The files that a config's value names: a path or a list of paths and {"path", "weight"}; a folder is its files."""
+    return tuple(Source(file, weight) for path, weight in _entries(value) for file in _files(path))
+
+
+def _entries(value: str | Sequence[str | Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """(path, weight) of each entry, its ~ expanded."""
     entries = [value] if isinstance(value, str) else value
-    given = [Source(entry) if isinstance(entry, str) else Source(entry["path"], entry.get("weight", 1.0)) for entry in entries]
-    return tuple(Source(path, source.weight) for source in given for path in _files(source.path))
+    given = [(entry, 1.0) if isinstance(entry, str) else (entry["path"], entry.get("weight", 1.0)) for entry in entries]
+    return [(str(Path(path).expanduser()) if path.startswith("~/") else path, weight) for path, weight in given]
 
 
 def hub_ids(values: Mapping[str, Any]) -> list[str]:
-    """The datasets of a config that are on the hub and not here yet."""
+    """The datasets of a valid config that are on the hub."""
     named = [values[key] for key in ("dataset", "eval_dataset") if values.get(key)]
-    sources = [source for value in named for source in sources_of(value)]
-    return [source.path for source in sources if hub.is_hub_id(source.path)]
+    return [path for value in named for path, _ in _entries(value) if hub.is_hub_id(path)]
 
 
 def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
@@ -180,7 +187,7 @@ def _demonstrations(sources: Sequence[Source]) -> Iterator[Demonstration | Bad]:
 
 def rows_of(path: str) -> Rows:
     """The rows of one readable file."""
-    return READERS[Path(path).suffix](path)
+    return READERS[Path(path).suffix.lower()](path)
 
 
 def _files(path: str) -> list[str]:
@@ -188,9 +195,9 @@ def _files(path: str) -> list[str]:
     if hub.is_hub_id(path):
         return hub.cached(path) or [path]
     folder = Path(path)
-    if folder.suffix in READERS or not os.path.exists(path) or not folder.is_dir():
+    if folder.suffix.lower() in READERS or not os.path.exists(path) or not folder.is_dir():
         return [path]
-    return [str(file) for file in sorted(folder.iterdir()) if file.suffix in READERS and file.is_file()] or [path]
+    return [str(file) for file in sorted(folder.iterdir()) if file.suffix.lower() in READERS and file.is_file()] or [path]
 
 
 def _unreadable(path: Path, key: str) -> Problem | None:
@@ -206,7 +213,7 @@ def _unreadable(path: Path, key: str) -> Problem | None:
         near = difflib.get_close_matches(path.name, siblings, 1, cutoff=0.75)
         fix = f"did you mean {path.parent / near[0]}?" if near else f'check the path in "{key}"'
         return problem("dataset-missing", f"there is no file {path}", fix)
-    if path.suffix not in READERS:
+    if path.suffix.lower() not in READERS:
         what = "holds no" if path.is_dir() else "is not a"
         fix = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object a line'
         return problem("dataset-format", f"{path} {what} {', '.join(READERS)} file", fix)
@@ -219,7 +226,7 @@ def _unreadable(path: Path, key: str) -> Problem | None:
         return problem("dataset-unreadable", f"cannot read {path}: {error.strerror}", "name a readable file")
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return problem("dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
-    if path.suffix == ".parquet" and start != b"PAR1":
+    if path.suffix.lower() == ".parquet" and start != b"PAR1":
         return problem("dataset-damaged", f"{path} is not a Parquet file", "download or write it again")
     return None
 
@@ -265,11 +272,10 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 def _json_list(path: str) -> Rows:
     """The rows of a JSON list, each with the line it starts on. After what cannot be parsed no row can be found."""
-    data = Path(path).read_bytes()
     try:
-        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        yield data.count(b"\n", 0, error.start) + 1, partial(_refuse, "row-not-utf8", "not valid UTF-8")
+        yield error.object.count(b"\n", 0, error.start) + 1, partial(_refuse, "row-not-utf8", "not valid UTF-8")
         return
     at, line, counted = _SPACE.match(text, 0).end(), 1, 0  # type: ignore[union-attr]
     closed = text[at : at + 1] != "["
@@ -287,8 +293,11 @@ def _json_list(path: str) -> Rows:
             row, at = _DECODER.raw_decode(text, at)
             yield line, partial(_as_it_is, row)
         except BadRow as error:  # a duplicate key: the decoder does not say where the row ends
-            at = _raw_end(text, at)
             yield line, partial(_refuse, error.code, error.reason)
+            try:
+                at = json.JSONDecoder().raw_decode(text, at)[1]
+            except (ValueError, RecursionError):  # and after the row there is more that is wrong
+                return
         except (ValueError, RecursionError):
             yield line, partial(_refuse, "row-not-json", "not valid JSON, so what follows cannot be read")
             return
@@ -303,10 +312,6 @@ def _json_list(path: str) -> Rows:
         at += text[at] == ","
 
 
-def _raw_end(text: str, at: int) -> int:
-    return json.JSONDecoder().raw_decode(text, at)[1]
-
-
 def _as_it_is(row: Any) -> Any:
     return row
 
@@ -316,10 +321,12 @@ def _csv(path: str, delimiter: str = ",") -> Rows:
     csv.field_size_limit(MAX_LINE_BYTES)
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         table = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(table, [])
+        header: list[str] = []
         while True:
             line = table.line_num + 1
             try:
+                header = header or next(table)
+                line = table.line_num + 1
                 cells = next(table)
             except StopIteration:
                 return
@@ -343,7 +350,7 @@ def _maybe_messages(cell: str) -> Any:
     if cell.startswith("[{"):
         try:
             return json.loads(cell)
-        except ValueError:  # text that happens to start like that
+        except (ValueError, RecursionError):  # text that happens to start like that
             return cell
     return cell
 
@@ -354,7 +361,7 @@ def _parquet(path: str) -> Rows:
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield number, partial(_as_it_is, row)

@@ -6,13 +6,17 @@ Only truncation differs: TRL keeps the start of a pair and cuts its responses; h
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from dpo_cli.data.formats import Message, Pair, Text, as_messages
-from dpo_cli.data.rendering import bounded
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.data.rendering import bounded, check_size
+from dpo_cli.errors import InvalidInput, Problem, about_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,8 +64,25 @@ def encode(
         message = f"{len(lines)} rows are chat messages, which need a chat template"
         why = "use_chat_template is false" if has_template else "this model has none: start from an instruct model"
         raise InvalidInput([Problem("error", "messages-without-template", message, why, "use_chat_template", lines=lines)])
-    encoded = (_encode(pair, tokenizer, as_chat) for pair in pairs)
-    return [pair if max_length is None else _cut(pair, tokenizer, as_chat, max_length) for pair in encoded]
+    encoded: list[EncodedPair] = []
+    refused: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for pair in pairs:
+        try:
+            whole = _encode(pair, tokenizer, as_chat)
+            encoded.append(whole if max_length is None else _cut(whole, tokenizer, as_chat, max_length))
+        except TemplateError as error:  # kept, so that one pass names all rows that the template does not take
+            refused[pair.file, str(error)].append(pair.line)
+    if refused:
+        fix = "delete these rows, or change their roles to what the model knows"
+        raise InvalidInput(
+            [
+                about_rows(
+                    "error", "template-refuses", f"the model's chat template refuses them: {why}", fix, "dataset", file, rows
+                )
+                for (file, why), rows in refused.items()
+            ]
+        )
+    return encoded
 
 
 def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> EncodedPair:
@@ -82,7 +103,7 @@ def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> En
 
 
 def _cut(whole: EncodedPair, tokenizer: PreTrainedTokenizerBase, as_chat: bool, max_length: int) -> EncodedPair:
-    """The pair with as much of its prompt as fits: first the oldest turns go, then the system message, then the oldest text.
+    """The pair with as much of its prompt as fits: first the oldest turns go, then the oldest text, last the system message.
 
     Markers of the template, BOS and the generation prompt stay, and so do both responses.
     """
@@ -97,18 +118,26 @@ def _cut(whole: EncodedPair, tokenizer: PreTrainedTokenizerBase, as_chat: bool, 
         return with_prompt(prompt).length <= max_length
 
     prompt = whole.pair.prompt
-    if isinstance(prompt, list):
-        system, turns = _turns(prompt)
-        kept = _fewest(len(turns) - 1, lambda dropped: fits(_joined(system, turns[dropped:])))
-        prompt = _joined(system if kept is not None else [], turns[-1:] if kept is None else turns[kept:])
-        if fits(prompt):
-            return with_prompt(prompt)
-        first, *after = prompt
-        text = str(first["content"])
-        dropped = _fewest(len(text) - 1, lambda count: fits([{**first, "content": text[count:]}, *after]))
-        return whole if dropped is None else with_prompt([{**first, "content": text[dropped:]}, *after])
-    dropped = _fewest(len(prompt) - 1, lambda count: fits(prompt[count:]))
-    return whole if dropped is None else with_prompt(prompt[dropped:])
+    if isinstance(prompt, str):
+        dropped = _fewest(len(prompt) - 1, lambda count: fits(prompt[count:]))
+        return whole if dropped is None else with_prompt(prompt[dropped:])
+    system, turns = _turns(prompt)
+    kept = _fewest(len(turns) - 1, lambda dropped: fits(_joined(system, turns[dropped:])))
+    if kept is not None:
+        return with_prompt(_joined(system, turns[kept:]))
+    # The last turn alone is too long: text goes, with the system message kept where that is enough.
+    first, *after = turns[-1]
+    text = str(first["content"])
+
+    def shortened(before: list[Message], count: int) -> list[Message]:
+        return [*before, {**first, "content": text[count:]}, *after]
+
+    for before in (system, []):
+        shorter = partial(shortened, before)
+        dropped = _fewest(len(text) - 1, lambda count: fits(shorter(count)))  # noqa: B023 - called before the next round
+        if dropped is not None:
+            return with_prompt(shorter(dropped))
+    return whole
 
 
 def _turns(prompt: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
@@ -140,9 +169,11 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
 def _template(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool
 ) -> list[int]:
+    """The ids of a rendered conversation; the template writes its own BOS."""
     with bounded():
-        made = tokenizer.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=True, **options)
-    return list(made["input_ids"])
+        text = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
+    check_size(text, sum(len(str(message)) for message in messages) + len(str(tools)))
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> list[int]:

@@ -176,6 +176,9 @@ def _prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tupl
     sides = [encode(side, tokenizer, config.use_chat_template, config.max_seq_length) for side in data.sides(config)]
     kept = [[pair for pair in side if pair.length <= config.max_seq_length] for side in sides]
     train, held_out = kept
+    if not sides[0]:
+        fix = "raise the weights in dataset, or add pairs"
+        raise InvalidInput([Problem("error", "nothing-to-train", "no pair is left to train on", fix, "dataset")])
     if not train:
         message = (
             f"the responses of all {len(sides[0])} pairs to train on are longer than max_seq_length {config.max_seq_length}"
