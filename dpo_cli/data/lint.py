@@ -313,7 +313,8 @@ def script(text: str) -> str | None:
 
 _SCRIPTS = {"CJK": "Han or kana", "HIRAGANA": "Han or kana", "KATAKANA": "Han or kana", "FULLWIDTH": "LATIN"}
 _FREE_TEXT = re.compile(
-    r"^\s*(please |can you |could you )*(describe|write|compose|draft|tell|create|explain|imagine|invent|narrate|summari[sz]e)\b"
+    r"^\s*(please |can you |could you )*"
+    r"(describe|write|compose|draft|tell|create|explain|imagine|invent|narrate|summari[sz]e)\b"
     r"(?!.*\?\s*$)",
     re.IGNORECASE | re.DOTALL,
 )
