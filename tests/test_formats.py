@@ -139,6 +139,47 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_table_is_divided_by_what_divides_its_header(tmp_path: Path, delimiter: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(
+        delimiter.join(("prompt", "chosen", "rejected")) + "\n" + delimiter.join(("a", "b", "c")) + "\n", encoding="utf-8"
+    )
+    assert [pair.chosen for pair in read(str(path)).load()] == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("prompt,chosen,rejected\n\"[{'role': 'user', 'content': 'hi'}]\",a,b\n", 2),
+        ("prompt,chosen,rejected,chosen\na,b,c,d\n", 1),
+        ('prompt,chosen,rejected\n"a,b,c\n', 2),
+        ('"prompt', 1),
+    ],
+)
+def test_odd_tables_are_bad_rows(tmp_path: Path, text: str, line: int) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(text, encoding="utf-8")
+    assert [row.line for row in stream(sources_of(str(path))) if isinstance(row, Bad)] == [line]
+
+
+def test_what_can_be_read_is_read_beside_what_cannot(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.jsonl", [*ROWS, {"prompt": "x"}])
+    data = read([str(good), "gone.jsonl"])
+    assert sorted(problem.code for problem in data.problems) == ["dataset-missing", "row-missing-key"]
+    assert data.pairs == 5
+
+
+def test_roles_that_no_template_knows_are_bad(tmp_path: Path) -> None:
+    with pytest.raises(BadRow, match="unknown role"):
+        to_pair({"prompt": [{"role": "userr", "content": "q"}], "chosen": YES, "rejected": NO}, 1)
+
+
+def test_long_texts_are_compared_in_part(tmp_path: Path) -> None:
+    long = "the cat sat on the mat " * 40_000
+    assert "too-similar" in findings([{"prompt": "Write a story", "chosen": long, "rejected": long + " again"}], tmp_path)
+
+
 @pytest.mark.parametrize("suffix", READERS)
 def test_every_format_gives_the_same_pairs(tmp_path: Path, suffix: str) -> None:
     data = read(str(write(tmp_path / f"pairs{suffix}", ROWS)))

@@ -186,3 +186,17 @@ def test_what_a_template_refuses_is_named_by_its_rows(
 def test_a_long_conversation_is_no_endless_template(tokenizer: PreTrainedTokenizerFast) -> None:
     (made,) = encode([Pair("the cat sat " * 300_000, "yes", "no", 1)], tokenizer)
     assert made.length > 900_000
+
+
+def test_tools_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Else the model would learn to answer with nothing."""
+    call = [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "w", "arguments": {}}}]}]
+    prompt, no = [{"role": "user", "content": "weather?"}], [{"role": "assistant", "content": "no"}]
+    for pair in (
+        Pair(prompt, call, no, 4),
+        Pair(prompt, no, call, 5),
+        Pair(prompt, no, [{**no[0], "content": "yes"}], 6, "", ({"name": "w"},)),
+    ):
+        with pytest.raises(InvalidInput, match="does not know tool") as caught:
+            encode([PAIRS[0], pair], tokenizer)
+        assert caught.value.problems[0].line == pair.line

@@ -108,7 +108,7 @@ def _better(option: Option, value: Any) -> str:
             and plain != str(example).replace("-", "_")
             and fits(option.name, [value])
         ):
-            return f'write "{option.name}": {json.dumps([value])}'
+            return f'write "{option.name}": {json.dumps([part.strip() for part in value.split(",")])}'
     is_telling = bool(example) and not isinstance(example, bool) and not same(example, value)  # 0 and false say nothing
     fix = f'for example "{option.name}": {json.dumps(example)}. ' if is_telling else ""
     return fix + option.description

@@ -20,6 +20,7 @@ Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
 
 KEYS = ("prompt", "chosen", "rejected")
 RESPONSE_ROLES = ("assistant", "tool")  # anything else in a response would put part of a prompt into the loss
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool", "function_call": "assistant"}
 QUESTIONS = ("question", "instruction", "query", "input")
 CONVERSATIONS = ("conversations", "messages")
@@ -189,9 +190,14 @@ def _message(value: Any, key: str) -> Message:
         content = ""
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadRow("row-wrong-type", f'{key} holds a message without "role" and "content" strings')
+    role = ROLES.get(role, role)
+    if role not in KNOWN_ROLES:
+        raise BadRow(
+            "row-role", f"{key} holds a message of an unknown role; known are {', '.join(KNOWN_ROLES)}", f"{role[:40]!r}"
+        )
     if not value.get("tool_calls"):
         content = _sound(content, key)
-    return {**value, "role": ROLES.get(role, role), "content": content}
+    return {**value, "role": role, "content": content}
 
 
 def _sound(text: str, key: str) -> str:
@@ -245,7 +251,12 @@ def _repeats_prompt(row: Mapping[str, Any]) -> bool:
     both = (row["chosen"], row["rejected"])
     if "prompt" not in row and any(name in row for name in CONVERSATIONS):
         return False
-    return all(_are_messages(value) and value[0].get("role", value[0].get("from")) not in RESPONSE_ROLES for value in both)
+    if not all(map(_are_messages, both)):
+        return False
+    roles = [
+        [ROLES.get(role, role) for message in value for role in [message.get("role", message.get("from"))]] for value in both
+    ]
+    return all(said[0] not in RESPONSE_ROLES and "assistant" in said for said in roles)
 
 
 def _common_start(row: Mapping[str, Any]) -> Parts:
@@ -258,8 +269,10 @@ def _common_start(row: Mapping[str, Any]) -> Parts:
         raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
     parting = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     start = next(parting, min(len(chosen), len(rejected)))
-    if both_text and start > 0 and chosen[start - 1] == " ":
-        start -= 1
+    if both_text:
+        start -= start > 0 and chosen[start - 1] == " "
+        is_turn = "\n" in chosen[:start] or chosen[:start].rstrip().endswith((":", "?"))
+        start = start if is_turn else 0  # else two answers that happen to start alike
     if start == 0:
         raise BadRow("row-no-prompt", "there is no prompt, and chosen and rejected do not start alike")
     return chosen[:start], chosen[start:], rejected[start:]

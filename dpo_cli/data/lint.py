@@ -22,6 +22,7 @@ from dpo_cli.errors import Problem, Severity, about_rows
 Limits = Mapping[str, float]
 
 MOST_FILES = 1 << 16  # of one dataset
+COMPARED = 20_000  # characters of a text: a comparison takes time with the square of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class TooSimilar(Finding):
 
     def see(self, seen: Seen) -> None:
         if _FREE_TEXT.search(seen.prompt):
-            chosen, rejected = utils.default_process(seen.chosen), utils.default_process(seen.rejected)
+            chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.chosen, seen.rejected))
             alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
         else:
             alike = same_answer(_words(seen.chosen), _words(seen.rejected), set(_words(seen.prompt)))
@@ -337,5 +338,6 @@ _REFUSAL = re.compile(
 )
 _MARKERS = re.compile(
     r"<\|(im_start|im_end|eot_id|start_header_id|end_of_text|endoftext|user|assistant|system|end)\|>|\[/?INST\]|<</?SYS>>"
-    r"|<(start|end)_of_turn>|<｜(User|Assistant)｜>"
+    r"|<(start|end)_of_turn>|<｜(User|Assistant)｜>|\n\n(Human|Assistant): |^### (Instruction|Response):",
+    re.MULTILINE,
 )

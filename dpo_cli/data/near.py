@@ -16,7 +16,7 @@ from rapidfuzz import fuzz, utils
 from rensa import RMinHash
 
 from dpo_cli.data.formats import Pair
-from dpo_cli.data.lint import Finding, Limits, Seen
+from dpo_cli.data.lint import COMPARED, Finding, Limits, Seen
 from dpo_cli.data.reader import Dataset, stream
 from dpo_cli.errors import Problem
 
@@ -93,5 +93,5 @@ class NearDuplicates(Finding):
 
 
 def _texts(seen: Seen) -> tuple[str, str, str]:
-    prompt, chosen, rejected = map(utils.default_process, (seen.prompt, seen.chosen, seen.rejected))
+    prompt, chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.prompt, seen.chosen, seen.rejected))
     return prompt, chosen, rejected

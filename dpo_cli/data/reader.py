@@ -126,14 +126,14 @@ def read(
     sources = sources_of(value)
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
     data = Dataset(name, sources, columns, key=key)
-    if problems := unreadable(value, key):
-        return replace(data, problems=tuple(problems))
+    whole = unreadable(value, key)
+    readable = [source for source in sources if _unreadable(Path(source.path), key) is None]
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     details: dict[tuple[str, str, str], str] = {}  # of the first such row
     shapes: Counter[str] = Counter()
     prompts: set[int] = set()
     rows = 0
-    for row in _demonstrations(sources) if demonstrations else stream(sources, columns, shapes):
+    for row in _demonstrations(readable) if demonstrations else stream(readable, columns, shapes):
         rows += 1
         if isinstance(row, Bad):  # kept, so that one pass names them all
             bad[row.file, row.code, row.reason].append(row.line)
@@ -151,7 +151,8 @@ def read(
         for (file, code, reason), lines in bad.items()
     ]
     pairs = rows - sum(map(len, bad.values()))
-    if not pairs and not any(problem.severity == "error" for problem in problems):
+    problems = [*whole, *problems]
+    if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", f"{name} holds no usable pair", "add pairs", key, name))
     for says, count in shapes.items():
         fix = 'say what the columns are called with "columns" if that is not meant'
@@ -316,9 +317,15 @@ def _as_it_is(row: Any) -> Any:
     return row
 
 
-def _csv(path: str, delimiter: str = ",") -> Rows:
-    """The rows of a table with a header; a cell may hold several lines, and a row starts on the line after the last one."""
+def _csv(path: str) -> Rows:
+    """The rows of a table with a header; a cell may hold several lines, and a row starts on the line after the last one.
+
+    Cells are divided by what divides the header most often: a comma, a semicolon, a tab or a bar.
+    """
     csv.field_size_limit(MAX_LINE_BYTES)
+    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        header_line = file.readline(MAX_LINE_BYTES)
+    delimiter = max(",;\t|", key=header_line.count)
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         table = csv.reader(file, delimiter=delimiter, strict=True)
         header: list[str] = []
@@ -333,6 +340,9 @@ def _csv(path: str, delimiter: str = ",") -> Rows:
             except csv.Error as error:
                 yield line, partial(_refuse, "row-not-csv", f"not valid CSV: {error}")
                 continue
+            if len(set(header)) < len(header):
+                yield 1, partial(_refuse, "row-duplicate-key", "the header names a column twice")
+                return
             if cells:
                 yield line, partial(_parse_cells, header, cells)
 
@@ -350,8 +360,10 @@ def _maybe_messages(cell: str) -> Any:
     if cell.startswith("[{"):
         try:
             return json.loads(cell)
-        except (ValueError, RecursionError):  # text that happens to start like that
-            return cell
+        except (ValueError, RecursionError):
+            if re.match(r"\[\{'(role|content|from|value)'", cell):  # as pandas writes a list
+                raise BadRow("row-not-csv", "a cell holds messages as Python writes them; write them as JSON") from None
+            return cell  # text that happens to start like that
     return cell
 
 
@@ -376,6 +388,6 @@ READERS: Mapping[str, Callable[[str], Rows]] = {
     ".jsonl": _json_lines,
     ".json": _json_list,
     ".csv": _csv,
-    ".tsv": partial(_csv, delimiter="\t"),
+    ".tsv": _csv,
     ".parquet": _parquet,
 }

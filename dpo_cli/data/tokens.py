@@ -91,6 +91,10 @@ def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> En
         prompt_ids = _template(tokenizer, prompt, tools, add_generation_prompt=True)
         chosen_ids = _template(tokenizer, prompt + as_messages(pair.chosen, "assistant"), tools)
         rejected_ids = _template(tokenizer, prompt + as_messages(pair.rejected, "assistant"), tools)
+        if tools and prompt_ids == _template(tokenizer, prompt, None, add_generation_prompt=True):
+            raise TemplateError("it does not know tools, and would leave them out")
+        for response, ids in ((pair.chosen, chosen_ids), (pair.rejected, rejected_ids)):
+            _require_calls(tokenizer, prompt, response, tools, ids)
     else:
         prompt_ids = list(tokenizer(pair.prompt)["input_ids"])
         chosen_ids = _plain(tokenizer, pair.prompt, pair.chosen)
@@ -100,6 +104,16 @@ def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> En
     start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
     early = start < len(prompt_ids)
     return EncodedPair(pair, prompt_ids[:start], chosen_ids[start:], rejected_ids[start:], parts_early=early)
+
+
+def _require_calls(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], response: Text, tools: list[Any] | None, ids: list[int]
+) -> None:
+    """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
+    if isinstance(response, list) and any(message.get("tool_calls") for message in response):
+        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
+        if ids == _template(tokenizer, prompt + without, tools):
+            raise TemplateError("it does not know tool calls, and would leave them out")
 
 
 def _cut(whole: EncodedPair, tokenizer: PreTrainedTokenizerBase, as_chat: bool, max_length: int) -> EncodedPair:
