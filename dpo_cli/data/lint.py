@@ -6,17 +6,16 @@ lists them. Their limits are the option `quality` of config/schema.json.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from array import array
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.formats import Pair, flat
 from dpo_cli.data.reader import Dataset
+from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, same_answer, script, words
 from dpo_cli.errors import Problem, Severity, about_rows
 
 Limits = Mapping[str, float]
@@ -153,28 +152,13 @@ class TooSimilar(Finding):
     fix = "write a rejected response that is clearly worse, or delete the row"
 
     def see(self, seen: Seen) -> None:
-        if _FREE_TEXT.search(seen.prompt):
+        if FREE_TEXT.search(seen.prompt):
             chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.chosen, seen.rejected))
             alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
         else:
-            alike = same_answer(_words(seen.chosen), _words(seen.rejected), set(_words(seen.prompt)))
+            alike = same_answer(words(seen.chosen), words(seen.rejected), set(words(seen.prompt)))
         if alike:
             self.note(seen.pair)
-
-
-def same_answer(one: list[str], other: list[str], question: set[str]) -> bool:
-    """Whether two answers are the same words in the same order, but for fillers and a repeated question."""
-    one, other = ([word for word in words if word not in FILLERS] for words in (one, other))
-    extra = {*one} - {*other}, {*other} - {*one}
-    if all(extra) or not (extra[0] | extra[1]) <= question:
-        return False
-    left = [word for word in one if word not in extra[0]], [word for word in other if word not in extra[1]]
-    return left[0] == left[1] and bool(left[0])
-
-
-def _words(text: str) -> list[str]:
-    """The words, numbers and signs of a text; only what ends a sentence or quotes it says nothing."""
-    return _WORDS.findall(text.lower())
 
 
 class LongerWins(Finding):
@@ -222,7 +206,7 @@ class OneSideRefuses(Finding):
         self.sides: dict[str, list[tuple[str, int]]] = {"chosen": [], "rejected": []}
 
     def see(self, seen: Seen) -> None:
-        refuses = [side for side, text in (("chosen", seen.chosen), ("rejected", seen.rejected)) if _REFUSAL.match(text)]
+        refuses = [side for side, text in (("chosen", seen.chosen), ("rejected", seen.rejected)) if REFUSAL.match(text)]
         if len(refuses) == 1:
             self.sides[refuses[0]].append((seen.pair.file, seen.pair.line))
 
@@ -246,7 +230,7 @@ class ChatMarkers(Finding):
     fix = 'give the messages without their template, or write "use_chat_template": false'
 
     def see(self, seen: Seen) -> None:
-        if any(_MARKERS.search(text) for text in (seen.prompt, seen.chosen, seen.rejected)):
+        if any(MARKERS.search(text) for text in (seen.prompt, seen.chosen, seen.rejected)):
             self.note(seen.pair)
 
 
@@ -257,7 +241,7 @@ class OtherScript(Finding):
     fix = "check that the answer is in the language that was asked for"
 
     def see(self, seen: Seen) -> None:
-        if (seen.prompt.isascii() and seen.chosen.isascii()) or _ABOUT_LANGUAGE.search(seen.prompt):
+        if (seen.prompt.isascii() and seen.chosen.isascii()) or ABOUT_LANGUAGE.search(seen.prompt):
             return
         prompt, chosen = script(seen.prompt), script(seen.chosen)
         if prompt and chosen and prompt != chosen:
@@ -288,56 +272,3 @@ class _EvalSide:
     def see(self, pair: Pair, prompt_key: str) -> None:
         if hash(prompt_key) in self.overlap.trained:
             self.overlap.rows[pair.file].append(pair.line)
-
-
-def auc(above: Sequence[int], below: Sequence[int]) -> float:
-    """The chance that one of `above` exceeds one of `below`, a tie counting one half."""
-    if not above or not below:
-        return 0.5
-    highs, lows = Counter(above), Counter(below)
-    wins, smaller = 0.0, 0
-    for length in sorted(highs.keys() | lows.keys()):
-        wins += highs[length] * (smaller + lows[length] / 2)
-        smaller += lows[length]
-    return wins / (len(above) * len(below))
-
-
-def script(text: str) -> str | None:
-    """The script that most letters of a text are in; None with fewer than 20 letters, or when no script has two thirds."""
-    names = Counter(unicodedata.name(char, "").split(" ", 1)[0] for char in text[:2000] if char.isalpha())
-    scripts: Counter[str] = Counter()
-    for name, count in names.items():
-        scripts[_SCRIPTS.get(name, name)] += count
-    (name, count), total = max(scripts.items(), key=lambda item: item[1], default=("", 0)), scripts.total()
-    return name if total >= 20 and count * 3 >= total * 2 else None
-
-
-_SCRIPTS = {"CJK": "Han or kana", "HIRAGANA": "Han or kana", "KATAKANA": "Han or kana", "FULLWIDTH": "LATIN"}
-_FREE_TEXT = re.compile(
-    r"^\s*(please |can you |could you )*"
-    r"(describe|write|compose|draft|tell|create|explain|imagine|invent|narrate|summari[sz]e)\b"
-    r"(?!.*\?\s*$)",
-    re.IGNORECASE | re.DOTALL,
-)
-_WORDS = re.compile(r"[-+]?\d+(?:[.,]\d+)*|\w+(?:['’]\w+)?|[^\s\w.,;:!?\"'“”‘’()`]")
-FILLERS = frozenset(
-    """a an the it its this that these those there here he she they we you i is are was were be been being do does did has have
-    had will would can could of in on at to for from by with as and or so then well answer result equals equal makes correct
-    right s re""".split()  # noqa: SIM905 - a list of quoted words would be four times as long
-)
-_ABOUT_LANGUAGE = re.compile(
-    r"translat|language|english|spanish|french|german|italian|portuguese|russian|ukrainian|greek|chinese|mandarin|japanese|korean"
-    r"|arabic|persian|farsi|hebrew|hindi|urdu|bengali|tamil|thai|vietnamese|turkish",
-    re.IGNORECASE,
-)
-_REFUSAL = re.compile(
-    r"\s*(i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e"
-    r"|i can(no|['’])t (help|assist|do|provide|answer|fulfil|comply|create|write|engage)"
-    r"|i am (not able|unable)|i['’]m (not able|unable)|i won['’]t (help|assist|provide)|as an ai|i don['’]t know)",
-    re.IGNORECASE,
-)
-_MARKERS = re.compile(
-    r"<\|(im_start|im_end|eot_id|start_header_id|end_of_text|endoftext|user|assistant|system|end)\|>|\[/?INST\]|<</?SYS>>"
-    r"|<(start|end)_of_turn>|<｜(User|Assistant)｜>|\n\n(Human|Assistant): |^### (Instruction|Response):",
-    re.MULTILINE,
-)
