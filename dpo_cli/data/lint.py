@@ -15,7 +15,7 @@ from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.formats import Pair, flat
 from dpo_cli.data.reader import Dataset
-from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, same_answer, script, words
+from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, differ, same_answer, script, words
 from dpo_cli.errors import Problem, Severity, about_rows
 
 Limits = Mapping[str, float]
@@ -155,6 +155,8 @@ class TooSimilar(Finding):
         if FREE_TEXT.search(seen.prompt):
             chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.chosen, seen.rejected))
             alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
+        elif differ(seen.chosen.lower(), seen.rejected.lower()):
+            return  # which is nearly always so, and cheaper to see
         else:
             alike = same_answer(words(seen.chosen), words(seen.rejected), set(words(seen.prompt)))
         if alike:

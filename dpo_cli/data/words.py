@@ -8,6 +8,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 
+def differ(one: str, other: str) -> bool:
+    """Whether each of two texts, in lower case, has a word of its own that is no filler: then they do not say the same."""
+    left, right = {*one.split()}, {*other.split()}
+    return _has_own(left - right, other) and _has_own(right - left, one)
+
+
+def _has_own(words: set[str], text: str) -> bool:
+    return any(word.isalpha() and word not in FILLERS and word not in text for word in words)
+
+
 def same_answer(one: list[str], other: list[str], question: set[str]) -> bool:
     """Whether two answers are the same words in the same order, but for fillers and a repeated question."""
     one, other = ([word for word in words if word not in FILLERS] for words in (one, other))
