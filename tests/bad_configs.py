@@ -80,6 +80,7 @@ SYNTAX = [
     Case("json-syntax", "seed", '"seed": 0x10', "write 16"),
     Case("json-syntax", "seed", '"seed": 1_000', "write 1000"),
     Case("json-syntax", "beta", '"beta": 0.1.2', "as JSON knows it"),
+    Case("json-syntax", "beta", '"beta": 1.5j', "as JSON knows it"),
     Case("json-syntax", "beta", '"beta": ,\n  "seed": 1', "delete the key"),
     Case("json-syntax", "beta", '"beta":', "delete the key", FIRST + 1),
     Case("json-syntax", "use_4bit", '"use_4bit": False', "write false"),

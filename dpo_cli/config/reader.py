@@ -257,7 +257,9 @@ def as_json(word: str) -> str:
     if word[0] not in "+-.0123456789":
         return _OTHER_LANGUAGES.get(word.lower()) or json.dumps(word)
     with suppress(ValueError, SyntaxError):
-        return json.dumps(ast.literal_eval(word.lstrip("+")))
+        number = ast.literal_eval(word.lstrip("+"))
+        if isinstance(number, int | float) and abs(number) < 1e300:
+            return json.dumps(number)
     return "a number as JSON knows it, for example 0.5 or 5e-7"
 
 
