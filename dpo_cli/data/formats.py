@@ -5,6 +5,8 @@ prompt  chosen  rejected                 conversations: the responses repeat the
         chosen  rejected                 implicit prompt: both start with it
 conversations  chosen  rejected          ShareGPT: {"from", "value"}; or messages
 [system]  question  chosen  rejected     or instruction [input], or query
+
+Longer than other modules, since a shape, its check and its words belong together: who adds one finds all three here.
 """
 
 from __future__ import annotations

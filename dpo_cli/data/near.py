@@ -3,7 +3,7 @@
 A signature has 6 bands of 4 values; two pairs are compared when they have a band in common, which happens with probability
 1 - (1 - s^4)^6 for pairs whose sets overlap by s (Jaccard): 0.998 at 0.9, 0.05 at 0.3 (Leskovec, Rajaraman and Ullman, Mining
 of Massive Datasets, section 3.4). The sets are of words with the word after each, since words alone are the same everywhere.
-Per pair 48 bytes are kept, and the texts of those that are compared are read again.
+Per pair 56 bytes and a hash are kept, and the texts of those that are compared are read again.
 """
 
 from __future__ import annotations

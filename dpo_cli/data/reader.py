@@ -1,4 +1,6 @@
-"""Files of rows to `Pair`s, as a stream: every bad row is named, none stops the reading, and no file is held in memory.
+"""Files of rows to `Pair`s, as a stream: every bad row is named, and none stops the reading.
+
+Memory does not grow with the file, but for a JSON list, which has no lines to read one by one.
 
 A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a list of those with weights.
 """
@@ -9,7 +11,7 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +40,6 @@ class Dataset:
     prompts: int = 0
     problems: tuple[Problem, ...] = ()
     key: str = "dataset"  # of the config, that names it
-    shapes: Mapping[str, int] = field(default_factory=dict)  # rows that are not written as documented, by what is said of them
 
     def load(self) -> list[Pair]:
         """The usable pairs in the order of their files; a pair of weight 2 stands twice, of weight 0.5 every second stands."""
@@ -47,15 +48,18 @@ class Dataset:
         for source in self.sources:
             for pair in stream([source], self.columns):
                 if isinstance(pair, Pair):
+                    before = _due(seen[source.weight], source.weight)
                     seen[source.weight] += 1
-                    due = math.floor(seen[source.weight] * source.weight + 1e-9) - math.floor(
-                        (seen[source.weight] - 1) * source.weight + 1e-9
-                    )
-                    kept += [pair] * due
+                    kept += [pair] * (_due(seen[source.weight], source.weight) - before)
         return kept
 
     def to_json(self) -> dict[str, Any]:
         return {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}
+
+
+def _due(pairs: int, weight: float) -> int:
+    """How many of so many pairs stand in an epoch; 10 of weight 0.1 are 1, although ten tenths add up to less."""
+    return math.floor(pairs * weight + 1e-9)
 
 
 class Observer(Protocol):
@@ -146,7 +150,7 @@ def read(
     for says, count in shapes.items():
         fix = 'say what the columns are called with "columns" if that is not meant'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
-    return replace(data, rows=rows, pairs=pairs, prompts=len(prompts), problems=tuple(problems), shapes=shapes)
+    return replace(data, rows=rows, pairs=pairs, prompts=len(prompts), problems=tuple(problems))
 
 
 def stream(

@@ -45,7 +45,10 @@ SAMPLES = 3
 def train(
     loaded: Loaded, inspection: Inspection, machine: Machine, console: Console, overwrite: bool, dry_run: bool
 ) -> tuple[dict[str, Any], Exit]:
-    """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code."""
+    """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
+
+    Longer than other functions: the whole story of a run, in the order in which it happens.
+    """
     data, draft = inspection.require()
     console.problems(inspection.problems)
     if not dry_run:
