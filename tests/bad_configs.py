@@ -1,6 +1,6 @@
 """What people write into configs and data that is wrong or worth a word: each with the code, key, line and fix that name it.
 
-As long as there are ways to be wrong. The tests run every case; `make reference` quotes the first case of each code in the README.
+As long as there are ways to be wrong. The tests run every case; `make reference` quotes the first of each code in the README.
 """
 
 from __future__ import annotations
