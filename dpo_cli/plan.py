@@ -33,7 +33,7 @@ class Counts:
     eval_prompts: int
     cut: int  # pairs whose prompt lost its beginning to max_seq_length
     too_long: int  # pairs left out because their responses alone exceed it
-    parted: int  # pairs whose prompt the template renders otherwise before a response; it is what both have in common
+    parted: int  # pairs whose prompt the template renders otherwise before a response than alone
     longest: int  # tokens of the longest sequence kept
     longest_pair: int  # tokens of the longest pair kept, its prompt counted once
     train_tokens: int  # of all sequences of one epoch, prompts counted once per response

