@@ -82,6 +82,8 @@ WHILE_RUNNING = {
     "template-refuses": ("two user messages in a row, for Gemma", "the template's own words, and the rows"),
     "no-chat-template": ('`"use_chat_template": true`', "the model has no chat template"),
     "messages-without-template": ('`"use_chat_template": false` and rows of messages', "such rows need a chat template"),
+    "hub-split": ('`"dataset": "owner/name"`', "which split of a fetched hub dataset is read, and how many files that is"),
+    "dataset-split": ('`"dataset": "owner/name"`', "the hub dataset has several splits to train on, or not the one named"),
     "model-unknown": ("`dpo recommend --model me/mine`", "the shape of the model is not known, so nothing can be billed"),
 }
 
@@ -96,7 +98,10 @@ def code_table() -> str:
             problem = _problem(case)
             says = f"{problem.message}. *{problem.fix}*"
             rows.append(f"| `{case.code}` | {problem.severity} | {_cell(f'`{_example(case)}`')} | {_cell(says)} |")
-    rows += [f"| `{code}` | error | {example} | {says} |" for code, (example, says) in WHILE_RUNNING.items()]
+    rows += [
+        f"| `{code}` | {'hint' if code == 'hub-split' else 'error'} | {example} | {says} |"
+        for code, (example, says) in WHILE_RUNNING.items()
+    ]
     return "\n".join(rows)
 
 

@@ -117,7 +117,9 @@ class Console:
     def lengths(self, said: dict[str, Any]) -> None:
         """What `validate` says of the lengths of pairs, and of the preferred ones."""
         length, where = said["length"], said["length"]["longest"]
-        unit, most = ("tokens", length["tokens"]) if length["tokens"] else ("characters", length["characters"])
+        unit, most = ("characters", length["characters"])
+        if length["tokens"]:  # counted on a sample, and without the template's markers
+            unit, most = ("tokens, about,", length["tokens"])
         over = f"; {most['share_over']:.0%} are longer than max_seq_length" if "share_over" in most else ""
         place = f"{where['file']}:{where['line']}"
         self.line(f"length: {most['median']:,.0f} {unit} in the middle, {most['most']:,} at most ({place}){over}")

@@ -109,7 +109,8 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
     given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
     if values.get("strategy") == "sft":  # whose rows have other shapes
         skip = values.get("on_bad_rows") == "skip"
-        read = [reader.read(value, skip, key, demonstrations=True) for key, value in given.items()]
+        columns = values.get("columns")
+        read = [reader.read(value, skip, key, columns, demonstrations=True) for key, value in given.items()]
         return None, None, [problem for data in read for problem in data.problems]
     found: list[Problem] = []
     sets: dict[str, Dataset] = {}

@@ -34,7 +34,9 @@ class Counts:
     cut: int  # pairs whose prompt lost its beginning to max_seq_length
     too_long: int  # pairs left out because their responses alone exceed it
     parted: int  # pairs whose prompt the template renders otherwise before a response than alone
+    bad_rows: int  # rows left out because they are no pairs ("on_bad_rows": "skip")
     longest: int  # tokens of the longest sequence kept
+    longest_at: str  # file:line of that pair
     longest_pair: int  # tokens of the longest pair kept, its prompt counted once
     train_tokens: int  # of all sequences of one epoch, prompts counted once per response
     shared_tokens: int  # the same with each pair's prompt counted once

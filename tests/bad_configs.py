@@ -171,7 +171,7 @@ VALUES = [
     Case("bad-value", "lora_dropout", '"lora_dropout": 1', "Dropout on the adapter"),
     Case("bad-value", "lora_dropout", '"lora_dropout": -0.1', "Dropout on the adapter"),
     Case("bad-value", "target_modules", '"target_modules": "q_proj"', 'write "target_modules": ["q_proj"]'),
-    Case("bad-value", "columns", '"columns": {"question": "prompt"}', "What prompt, chosen and rejected are called"),
+    Case("bad-value", "columns", '"columns": {"question": "prompt"}', "What prompt, chosen and rejected (system"),
     Case("bad-value", "quality", '"quality": {\n    "few_pairs": "many"\n  }', "The limits of the findings", FIRST + 1),
     Case("bad-value", "dataset", '"dataset": [{"path": "pairs.jsonl", "wait": 2}]', "weight 0.5"),
     Case("bad-value", "use_4bit", '"use_4bit": "True"', 'write "use_4bit": true'),
@@ -244,6 +244,7 @@ RULES = [
     warning("no-effect", "use_nested_quant", '"use_nested_quant": false', '"use_4bit": true'),
     warning("no-effect", "hub_model_id", '"hub_model_id": "me/mine"', '"push_to_hub": true'),
     warning("other-strategy", "packing", '"packing": true', "remove the key"),
+    hint("weights-below-one", "dataset", '"dataset": [{"path": "pairs.jsonl", "weight": 0.5}]', "write 1"),
     warning("nothing-to-evaluate", "eval_steps", '"eval_split": 0,\n  "eval_steps": 5', '"eval_split"', FIRST + 1),
     warning(
         "two-compute-dtypes",

@@ -13,9 +13,8 @@ from pathlib import Path
 import mistral_common  # type: ignore[import-not-found]
 from mistral_common.protocol.instruct.request import ChatCompletionRequest  # type: ignore[import-not-found]
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # type: ignore[import-not-found]
-from transformers import LlamaTokenizer
-
 from test_templates import PROMPTS, USER
+from transformers import LlamaTokenizer
 
 # As Mistral 7B Instruct v0.3 publishes it, without its part for tools: the system message stands in the last user turn, and
 # only while that turn is the last message of all.

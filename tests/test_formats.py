@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.files import READERS
-from dpo_cli.data.formats import BadRow, Pair, to_pair
+from dpo_cli.data.formats import BadRow, Pair, to_demonstration, to_pair
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Bad, Dataset, read, sources_of, stream
 from dpo_cli.errors import Problem
@@ -86,6 +86,11 @@ def test_columns_name_what_is_called_otherwise() -> None:
     assert to_pair(row, 1, columns=columns) == to_pair({"prompt": "q", "chosen": "yes", "rejected": "no"}, 1)
     with pytest.raises(BadRow, match="no ask"):
         to_pair({"better": "yes", "worse": "no"}, 1, columns=columns)
+    with_system = to_pair({**row, "context": "s"}, 1, columns={**columns, "system": "context", "tools": "functions"})
+    assert with_system.prompt == SYSTEM + USER and with_system.tools == ()
+    shown = to_demonstration({"ask": "q", "better": "yes"}, 1, columns={"prompt": "ask", "completion": "better"})
+    assert (shown.prompt, shown.completion) == ("q", "yes")
+    assert to_demonstration({"turns": USER + YES}, 1, columns={"messages": "turns"}).completion == YES
 
 
 @pytest.mark.parametrize(
@@ -340,6 +345,28 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
     found = findings(rows, tmp_path)["near-duplicates"]
     assert len(set(found.lines or ()) & set(range(401, 441))) >= 38  # 1 - 0.002 are proposed at an overlap of 0.9
     assert set(found.lines or ()) <= set(range(401, 441))
+
+
+def test_case_and_blanks_make_no_other_pair_and_a_partner_is_named(tmp_path: Path) -> None:
+    story = "Once there was a house by the river in which nobody had lived for as long as anyone could remember."
+    rows = [
+        {"prompt": "Is it  so?", "chosen": "Yes, it is.", "rejected": "no"},
+        {"prompt": "is it so?", "chosen": "yes, it is. ", "rejected": "No"},
+        {"prompt": "Is it so?", "chosen": "NO", "rejected": "Yes, it is."},
+        {"prompt": "tell", "chosen": story, "rejected": "no"},
+        {"prompt": "tell", "chosen": story.replace("house", "home"), "rejected": "no"},
+    ]
+    found = findings(rows, tmp_path)
+    assert found["repeated-pairs"].line == 2 and "(line 2 is as line 1)" in found["repeated-pairs"].message
+    assert found["reversed-preference"].lines == (1, 3)
+    assert found["near-duplicates"].line == 5 and "(line 5 is as line 4)" in found["near-duplicates"].message
+
+
+def test_the_first_three_of_a_group_tell_their_own_fault(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": }\n{\n{"prompt": "a" "b"}\n{]\n', encoding="utf-8")
+    message = next(problem for problem in read(str(path)).problems if problem.code == "row-not-json").message
+    assert [f"line {n}, column" in message for n in (1, 2, 3, 4)] == [True, True, True, False]
 
 
 def test_length_bias_by_hand(tmp_path: Path) -> None:

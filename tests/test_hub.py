@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from test_formats import ROWS, write
+from tokenizers import Tokenizer
 
 from dpo_cli.data import hub
 from dpo_cli.data.lengths import Lengths
@@ -39,6 +40,42 @@ def test_a_cached_dataset_is_its_training_files(cache: Path) -> None:
     hub.fetch("owner/pairs")  # the hub does not answer, and what is there serves
 
 
+def test_the_split_is_said_and_can_be_named(cache: Path) -> None:
+    (said,) = [problem.message for problem in read("owner/pairs").problems if problem.code == "hub-split"]
+    assert said == "owner/pairs is read from its split train: 1 .parquet files"
+    assert [Path(source.path).name for source in sources_of("owner/pairs:test")] == ["test-00000.parquet"]
+    assert read("owner/pairs:test").pairs == 1
+    (wrong,) = read("owner/pairs:valid").problems
+    assert (wrong.code, wrong.severity) == ("dataset-split", "error") and "train" in (wrong.fix or "")
+    (cache / "train-00000.parquet").rename(cache / "train_prefs-00000-of-00001.parquet")
+    write(cache / "train_sft-00000-of-00001.parquet", ROWS)
+    (several,) = read("owner/pairs").problems
+    assert several.code == "dataset-split" and "train_prefs, train_sft" in (several.fix or "")
+    assert read(["owner/pairs:train_prefs"]).pairs == 5
+    hub.fetch("owner/pairs:train_prefs")
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["train.jsonl", "test.jsonl"], ["test", "train"]),
+        (["train/0000.jsonl", "train/0001.jsonl", "test/0000.jsonl"], ["test", "train"]),
+        (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"], ["train"]),
+        (["train/part-1.jsonl", "train/part-2.jsonl"], ["train"]),
+        (["pairs.jsonl"], ["pairs"]),
+    ],
+)
+def test_a_file_belongs_to_the_split_its_name_or_folder_says(cache: Path, files: list[str], expected: list[str]) -> None:
+    for file in cache.iterdir():
+        file.unlink()
+    for name in files:
+        (cache.parent / name).parent.mkdir(exist_ok=True)
+        write(cache.parent / name, ROWS[:1])
+    (cache.parent / "dataset_info.json").unlink()
+    assert sorted(hub.splits("owner/pairs")) == expected
+    assert len(sources_of("owner/pairs")) == sum("train" in name or name == "pairs.jsonl" for name in files)
+
+
 def test_what_is_not_cached_is_a_warning_until_it_is_fetched(cache: Path) -> None:
     (problem,) = read("owner/others").problems
     assert (problem.severity, problem.code) == ("warning", "dataset-on-hub")
@@ -65,6 +102,13 @@ def test_lengths_are_tokens_where_the_tokenizer_is_local(tmp_path: Path, tiny_mo
         assert said["longest"] == {"file": str(path), "line": 3}
         assert said["characters"] == {"median": 17, "most": 481}
         assert (said["tokens"] is None) == (unit is None)
+    late = Lengths(str(tiny_model_dir))  # 2,000 short pairs before 2,000 of other text: a sample of the first would be wrong
+    both = [{"prompt": "q", "chosen": text * 5, "rejected": "n"} for text in ("the cat ", "zq9") for _ in range(2_000)]
+    read(str(write(tmp_path / "late.jsonl", both)), observers=[late])
+    tokenizer = Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
+    counted = [len(tokenizer.encode(row["prompt"]).ids) + len(tokenizer.encode(row["chosen"]).ids) for row in both[::2_000]]
+    sizes = [1 + len(row["chosen"]) for row in both[::2_000]]
+    assert late.to_json(50)["tokens"]["most"] == pytest.approx(max(sizes) * sum(counted) / sum(sizes), rel=0.02)
     said = Lengths(str(tiny_model_dir))
     read(str(path), observers=[said])
     assert said.to_json(50)["tokens"]["share_over"] == pytest.approx(1 / 3, abs=1e-3)

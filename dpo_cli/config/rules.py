@@ -94,6 +94,16 @@ def evaluation_set_is_another(values: Values, given: Values) -> Iterator[Problem
         yield Problem("error", "eval-is-train", message, 'hold a share out with "eval_split": 0.1 instead', "eval_dataset")
 
 
+def some_set_is_whole(values: Values, given: Values) -> Iterator[Problem]:
+    dataset = values.get("dataset")
+    entries = dataset if isinstance(dataset, list) else []
+    weights = [entry.get("weight", 1) if isinstance(entry, dict) else 1 for entry in entries]
+    if weights and max(weights) < 1:
+        message = f"every dataset has a weight below 1, so an epoch sees {max(weights):.0%} of each at most"
+        fix = "a weight is how often a pair is seen in an epoch: write 1 for what is to be seen whole"
+        yield Problem("hint", "weights-below-one", message, fix, "dataset")
+
+
 def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("eval_split") != 0 or values.get("eval_dataset") is not None:
         return
@@ -189,6 +199,7 @@ RULES: Sequence[Rule] = (
     one_length_of_training,
     one_evaluation_set,
     evaluation_set_is_another,
+    some_set_is_whole,
     evaluation_has_data,
     best_checkpoint_is_judged,
     smoothing_needs_its_loss,

@@ -35,6 +35,11 @@ def fault(path: Path, key: str) -> Problem | None:
         return Problem("error", code, message, fix, key)
 
     if not os.path.exists(path):
+        if hub.is_hub_id(str(path)) and (splits := hub.splits(repository := str(path).partition(":")[0])):
+            wanted = str(path).partition(":")[2]
+            what = f"has no split {wanted}" if wanted else "has several splits to train on"
+            fix = f'write "{repository}:SPLIT" with one of {", ".join(splits)}'
+            return problem("dataset-split", f"{repository} {what}", fix)
         if hub.is_hub_id(str(path)):
             message = f"{path} is not here yet: `dpo train` asks the hub for it"
             fix = f"`hf download --repo-type dataset {path}` fetches it now; a local file has a suffix"

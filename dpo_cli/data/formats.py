@@ -87,13 +87,8 @@ class Shape:
 
 def shape_of(row: Any, columns: Mapping[str, str] | None = None) -> tuple[Shape, Mapping[str, Any]]:
     """The shape of a parsed row, and the row with its `columns` under the names of the shape; or `BadRow`."""
-    if isinstance(row, list):
-        raise BadRow("row-not-object", "a list, not an object: a file that is one list of rows is called .json")
-    if not isinstance(row, Mapping):
-        raise BadRow("row-not-object", "not a JSON object")
-    columns = columns or {}
-    row = {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}} if columns else row
-    if all(name in row for name in columns):
+    row = _renamed(row, columns := columns or {})
+    if all(name in row for name in KEYS if name in columns):
         for shape in SHAPES:
             if shape.fits(row):
                 return shape, row
@@ -101,6 +96,15 @@ def shape_of(row: Any, columns: Mapping[str, str] | None = None) -> tuple[Shape,
     found = ", ".join(sorted(map(str, row.keys() - columns.keys())))[:200] or "nothing"
     reason = f"no {' and no '.join(missing)}"
     raise BadRow("row-missing-key", reason, f'which has {found}; "columns" can say what they are called')
+
+
+def _renamed(row: Any, columns: Mapping[str, str]) -> Mapping[str, Any]:
+    """The row as an object, with its `columns` under our names."""
+    if isinstance(row, list):
+        raise BadRow("row-not-object", "a list, not an object: a file that is one list of rows is called .json")
+    if not isinstance(row, Mapping):
+        raise BadRow("row-not-object", "not a JSON object")
+    return {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}} if columns else row
 
 
 def to_pair(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Pair:
@@ -129,10 +133,9 @@ def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
     return Pair(prompt, chosen, rejected, line, file, _tools(row.get("tools")))
 
 
-def to_demonstration(row: Any, line: int, file: str = "") -> Demonstration:
+def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Demonstration:
     """A parsed row of an sft set to a demonstration, or `BadRow`: messages, prompt + completion, text, or a pair's chosen."""
-    if not isinstance(row, Mapping):
-        raise BadRow("row-not-object", "not a JSON object")
+    row = _renamed(row, columns or {})
     if "chosen" in row and "rejected" in row:
         pair = to_pair(row, line, file)
         return Demonstration(pair.prompt, pair.chosen, line, file)

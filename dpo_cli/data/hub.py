@@ -1,4 +1,7 @@
-"""Datasets of the hub: files alone, never a script. What was fetched once is read from the local cache."""
+"""Datasets of the hub: files alone, never a script. What was fetched once is read from the local cache.
+
+A name is owner/name, or owner/name:split where a dataset has several splits to train on.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,46 @@ from pathlib import Path
 from dpo_cli.errors import RunFailed
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # the first that a repository has is read
+SPLIT = re.compile(r"train|test|val|dev|eval", re.IGNORECASE)  # what the names of splits hold
 TIMEOUT_SECONDS = 8
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path here may be one there: owner/name."""
+    """Whether a name that is no path here may be one there: owner/name or owner/name:split."""
     is_file = Path(name).suffix.lower() in (*SUFFIXES, ".txt", ".gz", ".zip")
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not is_file and not Path(name).parent.exists()
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name) is not None and not is_file and not Path(name).parent.exists()
 
 
-def cached(name: str) -> list[str]:
-    """The data files of a fetched dataset: those of its training split where it is divided; none when it was not fetched."""
+def cached(name: str) -> tuple[str, list[str]]:
+    """(split, its data files) of a fetched dataset: the split that is named, or the only one to train on; else no files."""
+    repository, _, wanted = name.partition(":")
+    found = splits(repository)
+    training = [split for split in found if "train" in split] or list(found)
+    split = wanted or (training[0] if len(training) == 1 else "")
+    return split, found.get(split, [])
+
+
+def splits(repository: str) -> dict[str, list[str]]:
+    """The data files of a fetched dataset by their split; none when it was not fetched.
+
+    A file belongs to the split that its name says (train-00000-of-00002.parquet) or that its folder is called.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+        folder = Path(snapshot_download(repository, repo_type="dataset", local_files_only=True))
     except LocalEntryNotFoundError:
-        return []
+        return {}
     files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and "info" not in file.name)
     kinds = [[file for file in files if file.suffix == suffix] for suffix in SUFFIXES]
-    of_one_kind = next(filter(None, kinds), [])
-    training = [file for file in of_one_kind if "train" in str(file.relative_to(folder))]
-    return [str(file) for file in training or of_one_kind]
+    found: dict[str, list[str]] = {}
+    for file in next(filter(None, kinds), []):
+        own = re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem)
+        parent = file.parent.name if file.parent != folder else ""
+        is_told_by_folder = not own or (SPLIT.search(parent) is not None and SPLIT.search(own) is None)
+        found.setdefault(parent if is_told_by_folder and parent else own, []).append(str(file))
+    return found
 
 
 def fetch(name: str) -> None:
@@ -38,6 +58,7 @@ def fetch(name: str) -> None:
 
     Where the hub does not answer, what was fetched before serves.
     """
+    name = name.partition(":")[0]
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -50,11 +71,11 @@ def fetch(name: str) -> None:
     except RepositoryNotFoundError as error:
         raise RunFailed(f"there is no dataset {name} on the hub", "check the name: owner/name, or name a file") from error
     except (httpx.TransportError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        if cached(name):
+        if splits(name):
             return
         fix = f"check the network, or fetch it elsewhere with `hf download --repo-type dataset {name}`, or name a local file"
         raise RunFailed(f"the hub cannot be reached, and the dataset {name} is not in the local cache", fix) from error
-    if not cached(name):
+    if not splits(name):
         raise RunFailed(
             f"the dataset {name} has no {', '.join(SUFFIXES)} file", "download it in another form, and name the file"
         )

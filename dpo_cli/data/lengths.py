@@ -12,7 +12,7 @@ from dpo_cli.data.formats import Pair, flat
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SAMPLE = 500  # pairs whose tokens are counted; the others have as many a character
+SAMPLE = 500  # the tokens of so many pairs, spread over all, are counted at least; the others have as many a character
 
 
 class Lengths:
@@ -23,7 +23,8 @@ class Lengths:
         self.longest: Pair | None = None
         self._most = 0
         self._tokenizer = _tokenizer(model_name)
-        self._sampled = [0, 0]  # characters and tokens of the sample
+        self._sampled: list[tuple[int, int]] = []  # characters and tokens of every `_stride`th pair
+        self._stride = 1
 
     def see(self, pair: Pair, prompt_key: str) -> None:
         texts = [flat(pair.prompt), max(flat(pair.chosen), flat(pair.rejected), key=len)]
@@ -31,9 +32,12 @@ class Lengths:
         self.characters.append(size)
         if size > self._most:
             self._most, self.longest = size, pair
-        if self._tokenizer is not None and len(self.characters) <= SAMPLE:
-            self._sampled[0] += size
-            self._sampled[1] += sum(len(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+        if self._tokenizer is not None and (len(self.characters) - 1) % self._stride == 0:
+            tokens = sum(len(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+            self._sampled.append((size, tokens))
+            if len(self._sampled) == 2 * SAMPLE:  # a file may start with short pairs, so the sample goes on to its end
+                self._sampled = self._sampled[::2]
+                self._stride *= 2
 
     def to_json(self, max_length: int) -> dict[str, Any]:
         """Median and longest; with a tokenizer the tokens of both, and the share of pairs longer than `max_length`."""
@@ -43,7 +47,7 @@ class Lengths:
         where = {"file": self.longest.file, "line": self.longest.line}
         if self._tokenizer is None:
             return {"characters": characters, "tokens": None, "longest": where}
-        rate = self._sampled[1] / max(1, self._sampled[0])
+        rate = sum(tokens for _, tokens in self._sampled) / max(1, sum(size for size, _ in self._sampled))
         over = sum(size * rate > max_length for size in self.characters) / len(self.characters)
         tokens = {name: round(size * rate) for name, size in characters.items()}
         return {"characters": characters, "tokens": {**tokens, "share_over": round(over, 4)}, "longest": where}

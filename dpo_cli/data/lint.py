@@ -15,7 +15,7 @@ from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.formats import Pair, flat
 from dpo_cli.data.reader import Dataset
-from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, differ, same_answer, script, words
+from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, differ, plain, same_answer, script, words
 from dpo_cli.errors import Problem, Severity, about_rows
 
 Limits = Mapping[str, float]
@@ -26,17 +26,18 @@ COMPARED = 20_000  # characters of a text: a comparison takes time with the squa
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A pair with its texts as one string each."""
+    """A pair with its texts as one string each, and what stands for them where case and blanks make no difference."""
 
     pair: Pair
     prompt: str
     chosen: str
     rejected: str
-    prompt_key: str
+    same: tuple[str, str, str]
 
     @classmethod
     def of(cls, pair: Pair, prompt_key: str) -> Seen:
-        return cls(pair, flat(pair.prompt), flat(pair.chosen), flat(pair.rejected), prompt_key)
+        chosen, rejected = flat(pair.chosen), flat(pair.rejected)
+        return cls(pair, flat(pair.prompt), chosen, rejected, (plain(prompt_key), plain(chosen), plain(rejected)))
 
 
 class Finding:
@@ -50,17 +51,24 @@ class Finding:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.rows: dict[str, array[int]] = defaultdict(lambda: array("q"))
+        self.examples: dict[str, str] = {}  # by file, where the first such row has a partner
 
     def see(self, seen: Seen) -> None:
         """Look at one pair."""
 
-    def note(self, pair: Pair) -> None:
+    def note(self, pair: Pair, partner: tuple[str, int] | None = None) -> None:
+        """Remember a row, and of the first of a file the place of the earlier pair that it is like."""
         self.rows[pair.file].append(pair.line)
+        if partner is not None and pair.file not in self.examples:
+            file, line = partner
+            where = f"line {line}" if file == pair.file else f"{file}:{line}"
+            self.examples[pair.file] = f" (line {pair.line} is as {where})"
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         """What was found, at the end of the pass."""
         for file, lines in self.rows.items():
-            yield about_rows(self.severity, self.code, self.reason, self.fix, data.key, file, lines)
+            reason = self.reason + self.examples.get(file, "")
+            yield about_rows(self.severity, self.code, reason, self.fix, data.key, file, lines)
 
     def about_all(self, data: Dataset, message: str) -> Problem:
         """A problem of the set, not of rows."""
@@ -92,7 +100,7 @@ class FewPrompts(Finding):
 class SeenBefore(Finding):
     """The same two responses to the same prompt again: in the same order a copy, in the other a label that is wrong."""
 
-    code, reason = "repeated-pairs", "the same as an earlier pair, word for word"
+    code, reason = "repeated-pairs", "the same as an earlier pair, but for case and blanks"
     fix = "keep one of each: a repeated pair is trained on as often as it stands there"
 
     def __init__(self, limits: Limits) -> None:
@@ -103,18 +111,20 @@ class SeenBefore(Finding):
         self.first: dict[int, int] = {}
 
     def see(self, seen: Seen) -> None:
-        pair, order = seen.pair, seen.chosen < seen.rejected
+        pair, (prompt, chosen, rejected) = seen.pair, seen.same
+        order = chosen < rejected
         if not self.files or self.files[-1] != pair.file:
             self.files.append(pair.file)
-        key = hash((seen.prompt_key, *((seen.chosen, seen.rejected) if order else (seen.rejected, seen.chosen))))
+        key = hash((prompt, *((chosen, rejected) if order else (rejected, chosen))))
         place = (pair.line * MOST_FILES + len(self.files) - 1) * 2 + order
         first = self.first.setdefault(key, place)
         if first == place:
             return
+        line, file = first // 2 // MOST_FILES, self.files[first // 2 % MOST_FILES]
         if first % 2 == order:
-            self.note(pair)
+            self.note(pair, (file, line))
         else:
-            self.other_order.note_both(first // 2 // MOST_FILES, self.files[first // 2 % MOST_FILES], pair)
+            self.other_order.note_both(line, file, pair)
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         yield from super().problems(data)
@@ -259,7 +269,7 @@ class Overlap:
         self.eval_side = _EvalSide(self)
 
     def see(self, pair: Pair, prompt_key: str) -> None:
-        self.trained.add(hash(prompt_key))
+        self.trained.add(hash(plain(prompt_key)))
 
     def problems(self, held_out: Dataset) -> Iterator[Problem]:
         fix = "delete them: on a prompt that was trained on the figures show memory, not learning"
@@ -272,5 +282,5 @@ class _EvalSide:
         self.overlap = overlap
 
     def see(self, pair: Pair, prompt_key: str) -> None:
-        if hash(prompt_key) in self.overlap.trained:
+        if hash(plain(prompt_key)) in self.overlap.trained:
             self.overlap.rows[pair.file].append(pair.line)

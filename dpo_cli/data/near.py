@@ -43,7 +43,7 @@ class NearDuplicates(Finding):
     def see(self, seen: Seen) -> None:
         texts = _texts(seen)
         self.count += 1
-        if (key := hash(texts)) in self.known:
+        if (key := hash(seen.same)) in self.known:
             return
         self.known.add(key)
         words = " ".join(texts).split()
@@ -58,11 +58,11 @@ class NearDuplicates(Finding):
         candidates = self._candidates()
         texts = self._read_again(data, {index for both in candidates for index in both})
         for index, earlier in sorted(candidates):
-            (pair, mine), (_, before) = texts[index], texts[earlier]
+            (pair, mine), (first, before) = texts[index], texts[earlier]
             limit = self.limits["near_duplicate"]
             near = all(fuzz.ratio(one, other, score_cutoff=limit) > 0 for one, other in zip(mine, before, strict=True))
             if near and (not self.rows[pair.file] or self.rows[pair.file][-1] != pair.line):
-                self.note(pair)
+                self.note(pair, (first.file, first.line))
         self.rows = {file: lines for file, lines in self.rows.items() if lines}
         yield from super().problems(data)
 

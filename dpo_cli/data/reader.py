@@ -19,6 +19,8 @@ from dpo_cli.data import files, hub
 from dpo_cli.data.formats import BadRow, Demonstration, Pair, pair_of, shape_of, to_demonstration
 from dpo_cli.errors import Problem, Severity, about_rows
 
+SHOWN = 3  # of a group of bad rows, those whose own fault is told
+
 
 @dataclass(frozen=True)
 class Source:
@@ -122,15 +124,17 @@ def read(
     whole = unreadable(value, key)
     readable = [source for source in sources if files.fault(Path(source.path), key) is None]
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    details: dict[tuple[str, str, str], str] = {}  # of the first such row
+    details: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # of the first such rows
     shapes: Counter[str] = Counter()
     prompts: set[int] = set()
     rows = 0
-    for row in _demonstrations(readable) if demonstrations else stream(readable, columns, shapes):
+    for row in _demonstrations(readable, columns) if demonstrations else stream(readable, columns, shapes):
         rows += 1
         if isinstance(row, Bad):  # kept, so that one pass names them all
             bad[row.file, row.code, row.reason].append(row.line)
-            details.setdefault((row.file, row.code, row.reason), f" (line {row.line}, {row.detail})" if row.detail else "")
+            told = details[row.file, row.code, row.reason]
+            if row.detail and len(told) < SHOWN and not any(row.detail in other for other in told):
+                told.append(f"line {row.line}, {row.detail}")
             continue
         prompt_key = row.prompt_key
         prompts.add(hash(prompt_key))
@@ -140,13 +144,19 @@ def read(
     severity: Severity = "warning" if skip else "error"
     fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
     problems = [
-        about_rows(severity, code, reason + details[file, code, reason], fix, key, file, lines)
+        about_rows(severity, code, f"{reason} ({'; '.join(told)})" if told else reason, fix, key, file, lines)
         for (file, code, reason), lines in bad.items()
+        for told in [details[file, code, reason]]
     ]
     pairs = rows - sum(map(len, bad.values()))
     problems = [*whole, *problems]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", f"{name} holds no usable pair", "add pairs", key, name))
+    for path in hub_ids({key: value}):
+        split, its_files = hub.cached(path)
+        if its_files:
+            message = f"{path} is read from its split {split}: {len(its_files)} {Path(its_files[0]).suffix} files"
+            problems.append(Problem("hint", "hub-split", message, f'"{path.partition(":")[0]}:SPLIT" names another', key))
     for says, count in shapes.items():
         fix = 'say what the columns are called with "columns" if that is not meant'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
@@ -170,11 +180,11 @@ def stream(
             yield pair
 
 
-def _demonstrations(sources: Sequence[Source]) -> Iterator[Demonstration | Bad]:
+def _demonstrations(sources: Sequence[Source], columns: Mapping[str, str] | None) -> Iterator[Demonstration | Bad]:
     for source in sources:
         for line, parse_row in files.rows_of(source.path):
             try:
-                yield to_demonstration(parse_row(), line, source.path)
+                yield to_demonstration(parse_row(), line, source.path, columns)
             except BadRow as error:
                 yield Bad(source.path, line, error.code, error.reason, error.detail)
 
@@ -182,7 +192,7 @@ def _demonstrations(sources: Sequence[Source]) -> Iterator[Demonstration | Bad]:
 def _files(path: str) -> list[str]:
     """The files of a folder in the order of their names, or of a dataset of the hub; a file itself."""
     if hub.is_hub_id(path):
-        return hub.cached(path) or [path]
+        return hub.cached(path)[1] or [path]
     folder = Path(path)
     if folder.suffix.lower() in files.READERS or not os.path.exists(path) or not folder.is_dir():
         return [path]

@@ -114,16 +114,20 @@ def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str,
     prompt = _template(tokenizer, messages, tools, add_generation_prompt=True)
     if tools and prompt == _template(tokenizer, messages, None, add_generation_prompt=True):
         raise TemplateError("it does not know tools, and would leave them out")
-    both = [_template(tokenizer, messages + as_messages(said, "assistant"), tools) for said in (pair.chosen, pair.rejected)]
-    for response, text in zip((pair.chosen, pair.rejected), both, strict=True):
-        _require_calls(tokenizer, messages, response, tools, text)
-    if all(text.startswith(prompt) for text in both):
-        return prompt, *both, False
-    one, other = (_template(tokenizer, messages + as_messages(letter, "assistant"), tools) for letter in "AB")
+
+    def followed_by(response: Text) -> str:
+        return _template(tokenizer, messages + as_messages(response, "assistant"), tools)
+
+    chosen, rejected = followed_by(pair.chosen), followed_by(pair.rejected)
+    _require_calls(tokenizer, messages, pair.chosen, tools, chosen)
+    _require_calls(tokenizer, messages, pair.rejected, tools, rejected)
+    if chosen.startswith(prompt) and rejected.startswith(prompt):
+        return prompt, chosen, rejected, False
+    one, other = followed_by("A"), followed_by("B")
     before = one[: _common(one, other)]
-    if not prompt.startswith(before) and all(text.startswith(before) for text in both):
-        both = [prompt + text.removeprefix(before) for text in both]
-    return prompt, *both, True
+    if not prompt.startswith(before) and chosen.startswith(before) and rejected.startswith(before):
+        return prompt, prompt + chosen.removeprefix(before), prompt + rejected.removeprefix(before), True
+    return prompt, chosen, rejected, True
 
 
 def _require_calls(

@@ -84,3 +84,8 @@ MARKERS = re.compile(
     r"|<(start|end)_of_turn>|<｜(User|Assistant)｜>|\n\n(Human|Assistant): |^### (Instruction|Response):",
     re.MULTILINE,
 )
+
+
+def plain(text: str) -> str:
+    """The text without differences of case and blanks."""
+    return " ".join(text.casefold().split())

@@ -155,7 +155,9 @@ def show_plan(plan: Plan, console: Console) -> None:
     held_out = f"{counts.eval_pairs} pairs of {counts.eval_prompts} prompts"
     rows = [
         ("model", plan.model_label),
-        ("data", f"{counts.train_pairs} pairs of {counts.train_prompts} prompts, longest {counts.longest} tokens"),
+        ("data", f"{counts.train_pairs} pairs of {counts.train_prompts} prompts"),
+        ("bad rows", f"{counts.bad_rows} are no pairs, and left out"),
+        ("longest", f"{counts.longest} tokens ({counts.longest_at})"),
         ("tokens", f"{counts.train_tokens:,} an epoch; {counts.shared_tokens:,} with each prompt once"),
         ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
         ("cut", f"{counts.cut} pairs ({counts.cut / all_pairs:.0%}) lose the beginning of their prompt to max_seq_length"),
@@ -167,7 +169,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("runs on", f"{config.device}, {plan.dtype}" + (", 4-bit base" if config.use_4bit else "")),
         ("writes to", str(plan.run_dir)),
     ]
-    told = {"cut": counts.cut, "left out": counts.too_long, "parted": counts.parted}
+    told = {"bad rows": counts.bad_rows, "cut": counts.cut, "left out": counts.too_long, "parted": counts.parted}
     console.table("plan", [row for row in rows if told.get(row[0], True)])
     for note in plan.notes:
         console.line(f"note: {note}")
@@ -189,6 +191,7 @@ def _prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tupl
         shortest = min(pair.length for pair in sides[0])
         fix = f"raise it: the shortest pair has {shortest} tokens"
         raise InvalidInput([Problem("error", "nothing-to-train", message, fix, "max_seq_length")])
+    longest = max((pair for side in kept for pair in side), key=lambda pair: pair.length)
     counts = Counts(
         train_pairs=len(train),
         eval_pairs=len(held_out),
@@ -197,7 +200,9 @@ def _prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tupl
         cut=sum(pair.is_cut for side in kept for pair in side),
         too_long=sum(map(len, sides)) - sum(map(len, kept)),
         parted=sum(pair.parts_early for side in kept for pair in side),
-        longest=max(pair.length for side in kept for pair in side),
+        bad_rows=sum(data_set.rows - data_set.pairs for data_set in (data.train, data.held_out) if data_set is not None),
+        longest=longest.length,
+        longest_at=f"{Path(longest.pair.file).name}:{longest.pair.line}",
         longest_pair=max(pair.shared_length for side in kept for pair in side),
         train_tokens=sum(pair.shared_length + len(pair.prompt_ids) for pair in train),
         shared_tokens=sum(pair.shared_length for pair in train),
