@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -22,9 +22,10 @@ from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.hub import fetch
 from dpo_cli.errors import DpoError, Exit, UsageError
-from dpo_cli.hardware.probe import Machine, nvidia_gpus, probe
+from dpo_cli.hardware.probe import Machine, probe
+from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
-from dpo_cli.inspection import inspect
+from dpo_cli.inspection import inspect, longest_of
 
 MAX_VRAM_GB = 100_000
 
@@ -146,20 +147,17 @@ def recommend(
         float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="GPU memory in GB; asked of this machine without it.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model to train; else the profile's.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="The dataset to put into the config.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The dataset to put into the config, whose lengths then count.")] = None,
+    strategy: Annotated[Literal["dpo", "sft", "rlhf"], typer.Option(help="How to train.")] = "dpo",
     write: Annotated[Path | None, typer.Option(help="Write the config to this file.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """A config for this hardware, with its memory bill."""
     with session(as_json, debug) as console:
-        gpus = nvidia_gpus() if vram is None else ()
-        if vram is None and not gpus:
-            raise UsageError("there is no NVIDIA GPU on this machine", "say what to plan for, for example --vram 12")
         if write is not None and write.exists():
             raise UsageError(f"{write} exists already", "name a new file")
-        card_gb, free_gb = (vram, None) if vram else (float(round(gpus[0].memory_gb)), gpus[0].free_gb)
-        made = make_recommendation(card_gb, model, dataset, free_gb)
+        made = make_recommendation(_request(console, vram, model, dataset, strategy))
         for reason in made.reasons:
             console.line(reason)
         console.bill(made.memory.to_json())
@@ -172,6 +170,21 @@ def recommend(
         console.line(f"wrote {write}" if write else text)
         if as_json:
             console.json(made.to_json())
+
+
+def _request(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Request:
+    """What is asked of `recommend`, for this machine's card where none is named."""
+    free_gb, has_4bit = None, True
+    if vram is None:
+        machine = probe()
+        if machine.card is None:
+            raise UsageError("there is no GPU on this machine", "say what to plan for, for example --vram 12")
+        vram, free_gb, what = machine.card
+        console.line(f"this machine: {what}")
+        if machine.is_apple:  # bitsandbytes has no Metal backend
+            has_4bit = False
+    longest = longest_of(dataset, model or "") if dataset else None
+    return Request(vram, model, dataset, strategy, free_gb, longest, has_4bit)
 
 
 class _TrainCommand(TyperCommand):

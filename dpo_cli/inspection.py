@@ -23,11 +23,12 @@ from dpo_cli.plan import DOES_NOT_FIT, Plan, does_not_fit, hardware_problems, re
 
 @dataclass(frozen=True)
 class Data:
-    """The pairs to train on, and those of "eval_dataset" where it is named; `said` is what their lengths say."""
+    """The pairs to train on, and those of "eval_dataset" where it is named; `said` is what is told of their lengths."""
 
     train: Dataset
     held_out: Dataset | None
     said: dict[str, Any]
+    longest: int | None  # tokens that the longest sequence may have
 
     def sides(self, config: Config) -> tuple[Sequence[Pair], Sequence[Pair]]:
         """(train, held out): two sets, or one divided by prompt. Reads the files again, and keeps the pairs this time."""
@@ -93,7 +94,7 @@ def inspect(
         found += [problem if problem.file else loaded.placed(problem) for problem in about_data]
     plan = None
     if loaded.config is not None and not damaged:
-        plan = resolve(loaded, machine, vram_gb=vram_gb)
+        plan = resolve(loaded, machine, vram_gb=vram_gb, longest=data.longest if data else None)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
         found += map(loaded.placed, _step_problems(plan, balance.train if balance else 0))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
@@ -130,10 +131,21 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
     if "dataset" not in sets:
         return None, None, found
     said = {**quality.length_bias(), "length": lengths.to_json(values.get("max_seq_length", 0))}
-    data = Data(sets["dataset"], sets.get("eval_dataset"), said)
+    data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
     found += quality.problems(data.train)
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     return data, balance, found
+
+
+def longest_of(dataset: str, model_name: str) -> int:
+    """How many tokens the longest sequence of a dataset may have with this model (data/lengths.py)."""
+    lengths = Lengths(model_name)
+    data = reader.read(dataset, skip=True, observers=[lengths])
+    if wrong := [problem for problem in data.problems if problem.severity == "error"]:
+        raise InvalidInput(wrong)
+    if lengths.most_tokens is None:  # on the hub, and not fetched
+        raise InvalidInput(data.problems)
+    return lengths.most_tokens
 
 
 def _step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:

@@ -17,8 +17,9 @@ from dpo_cli.config.config import PLAN_VERSION, Loaded, Source
 from dpo_cli.config.options import Config
 from dpo_cli.data.hub import is_hub_id
 from dpo_cli.errors import Problem
-from dpo_cli.hardware import models
-from dpo_cli.hardware.memory import Bill, Settings, fit
+from dpo_cli.hardware.facts import model_facts
+from dpo_cli.hardware.fit import fit
+from dpo_cli.hardware.memory import Bill, Settings
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.hardware.recommend import profiles
 
@@ -38,6 +39,7 @@ class Counts:
     longest: int  # tokens of the longest sequence kept
     longest_at: str  # file:line of that pair
     longest_pair: int  # tokens of the longest pair kept, its prompt counted once
+    longest_responses: int  # most tokens of both responses of a pair together
     train_tokens: int  # of all sequences of one epoch, prompts counted once per response
     shared_tokens: int  # the same with each pair's prompt counted once
 
@@ -125,37 +127,25 @@ def resolve(
     counts: Counts | None = None,
     scoring: Scoring | None = None,
     vram_gb: float | None = None,
+    longest: int | None = None,
 ) -> Plan:
     """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's.
 
-    `scoring` is what the loaded model decided; before that, prompts are taken to be shared unless the config says no.
+    `longest` is what the longest sequence is taken to have before `counts` are there, if less than max_seq_length. `scoring` is
+    what the loaded model decided; before that, prompts are taken to be shared unless the config says no.
     """
     config = loaded.require()
     decided = _decided(config, loaded.file, machine, on_gpu=vram_gb is not None)
     memory: Bill | None = None
     notes: list[str] = []
     scoring = scoring or EXPECTED[config.prompt_sharing]
-    facts = models.model_facts(config.model_name) if config.strategy == "dpo" else None
-    if config.strategy != "dpo":
-        notes.append(f"there is no memory bill for {config.strategy} yet")
-    elif facts is None:
-        notes.append("the shape of this model is not known here, so there is no memory bill")
+    facts = model_facts(config.model_name)
     if facts is None:
+        notes.append("the shape of this model is not known here, so there is no memory bill")
         if config.gradient_checkpointing == "auto":
             decided["gradient_checkpointing"] = decided["device"] == "cuda"
     else:
-        wanted = Settings(
-            batch=config.per_device_train_batch_size,
-            length=counts.longest if counts else config.max_seq_length,
-            pair_tokens=counts.longest_pair if counts and scoring.shared else None,
-            rank=config.lora_r,
-            four_bit=config.use_4bit,
-            nested_quantisation=config.use_nested_quant,
-            optimizer=config.optim,
-            bytes_per_value=2 if decided["bf16"] or decided["fp16"] else 4,
-            checkpointing=False,
-            on_gpu=decided["device"] == "cuda",
-        )
+        wanted = settings_of(replace(config, **decided), counts, scoring, longest)
         if decided["device"] == "cuda":
             budget_gb = vram_gb or (machine.gpus[0].free_gb if machine.gpus else None)
         else:
@@ -171,6 +161,26 @@ def resolve(
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys(changed & MEASURED, "measured")
     return Plan(replace(config, **decided), sources, counts, memory, scoring, tuple(notes))
+
+
+def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest: int | None) -> Settings:
+    """What of a config with its device and precision decided makes its memory, with the real lengths once they are counted."""
+    targets = config.target_modules
+    return Settings(
+        batch=config.per_device_train_batch_size,
+        length=counts.longest if counts else min(config.max_seq_length, longest or config.max_seq_length),
+        pair_tokens=counts.longest_pair if counts and scoring.shared else None,
+        response_tokens=counts.longest_responses if counts else None,
+        rank=config.lora_r,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        strategy=config.strategy,
+        bits=4 if config.use_4bit else 8 if config.use_8bit else None,
+        nested_quantisation=config.use_nested_quant,
+        optimizer=config.optim,
+        bytes_per_value=2 if config.bf16 or config.fp16 else 4,
+        checkpointing=config.gradient_checkpointing is True,
+        on_gpu=config.device == "cuda",
+    )
 
 
 DOES_NOT_FIT = "does-not-fit"

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_cli.errors import DoesNotFit, InvalidInput
 from dpo_cli.hardware import gguf, models
+from dpo_cli.hardware.facts import _config_facts, model_facts
 from dpo_cli.hardware.memory import NF4_BYTES, Settings, bill, fit
-from dpo_cli.hardware.models import _config_facts, model_facts
 from dpo_cli.hardware.probe import GIB
 from dpo_cli.hardware.recommend import recommend
 from dpo_cli.training import sharing

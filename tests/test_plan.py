@@ -31,6 +31,7 @@ COUNTS = Counts(
     longest=90,
     longest_at="pairs.jsonl:1",
     longest_pair=150,
+    longest_responses=60,
     train_tokens=4000,
     shared_tokens=2600,
 )

@@ -12,6 +12,8 @@ from dpo_cli.data.formats import Pair, flat
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+BYTES_A_TOKEN = 2  # of UTF-8, at the least: English has about 4, Chinese 3, code and numbers 2 to 3
+TEMPLATE_TOKENS = 64  # that a chat template may put around a pair
 SAMPLE = 500  # the tokens of so many pairs, spread over all, are counted at least; the others have as many a character
 
 
@@ -21,7 +23,7 @@ class Lengths:
     def __init__(self, model_name: str) -> None:
         self.characters = array("q")
         self.longest: Pair | None = None
-        self._most = 0
+        self._most = self._most_bytes = 0
         self._tokenizer = _tokenizer(model_name)
         self._sampled: list[tuple[int, int]] = []  # characters and tokens of every `_stride`th pair
         self._stride = 1
@@ -30,6 +32,9 @@ class Lengths:
         texts = [flat(pair.prompt), max(flat(pair.chosen), flat(pair.rejected), key=len)]
         size = sum(map(len, texts))
         self.characters.append(size)
+        self._most_bytes = max(
+            self._most_bytes, size if all(map(str.isascii, texts)) else sum(len(text.encode()) for text in texts)
+        )
         if size > self._most:
             self._most, self.longest = size, pair
         if self._tokenizer is not None and (len(self.characters) - 1) % self._stride == 0:
@@ -38,6 +43,16 @@ class Lengths:
             if len(self._sampled) == 2 * SAMPLE:  # a file may start with short pairs, so the sample goes on to its end
                 self._sampled = self._sampled[::2]
                 self._stride *= 2
+
+    @property
+    def most_tokens(self) -> int | None:
+        """No fewer tokens than the longest sequence has, in all likelihood; None without pairs."""
+        if self.longest is None:
+            return None
+        if not self._sampled:
+            return self._most_bytes // BYTES_A_TOKEN + TEMPLATE_TOKENS
+        densest = max(tokens / max(1, size) for size, tokens in self._sampled)
+        return round(self._most * densest) + TEMPLATE_TOKENS
 
     def to_json(self, max_length: int) -> dict[str, Any]:
         """Median and longest; with a tokenizer the tokens of both, and the share of pairs longer than `max_length`."""

@@ -1,4 +1,4 @@
-"""What can be known of a model without loading it: its shape, and whether it can be a base model at all. No torch."""
+"""Whether a model can be trained, as far as its files or its name tell before it is loaded. No torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import Problem
 from dpo_cli.hardware import gguf
+from dpo_cli.hardware.facts import known_models, model_facts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
@@ -24,42 +23,6 @@ BASE = re.compile(
     re.IGNORECASE,
 )
 INSTRUCT = re.compile(r"instruct|chat|[-_.]it\b|sft|dpo|tulu|zephyr|hermes", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The shape of a decoder, by the names of its config.json."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    tie_word_embeddings: bool
-    attn_logit_softcapping: float | None = None  # such attention runs without a fused kernel (Gemma 2)
-
-    @property
-    def linear_shapes(self) -> list[tuple[int, int]]:
-        """(in, out) of each linear layer of one block: q, k, v, o, gate, up, down."""
-        h, i = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        return [(h, q), (h, kv), (h, kv), (q, h), (h, i), (h, i), (i, h)]
-
-    @property
-    def linear_parameters(self) -> int:
-        return self.num_hidden_layers * sum(a * b for a, b in self.linear_shapes)
-
-    @property
-    def other_parameters(self) -> int:
-        """Embedding, head and norms, which stay unquantised."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + (2 * self.num_hidden_layers + 1) * self.hidden_size
-
-    @property
-    def parameters(self) -> int:
-        return self.linear_parameters + self.other_parameters
 
 
 def problems(model_name: str, to_align: bool = True) -> Iterator[Problem]:
@@ -162,59 +125,3 @@ def _wrong(code: str, message: str, fix: str) -> Problem:
 def _config_of(path: Path) -> dict[str, Any]:
     loaded: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
     return loaded
-
-
-def model_facts(model_name: str) -> ModelFacts | None:
-    """The shape of a model: from a GGUF header, a local config.json or the table of common models; None when unknown."""
-    path = Path(model_name)
-    if gguf.is_gguf(path):
-        return _gguf_facts(gguf.read_header(path))
-    if (path / "config.json").is_file():
-        return _config_facts(_config_of(path))
-    table: dict[str, dict[str, Any]] = known_models()
-    return ModelFacts(**table[model_name]) if model_name in table else None
-
-
-def known_models() -> dict[str, dict[str, Any]]:
-    loaded: dict[str, dict[str, Any]] = json.loads(
-        files("dpo_cli.hardware").joinpath("models.json").read_text(encoding="utf-8")
-    )
-    return loaded
-
-
-def _config_facts(config: Mapping[str, Any]) -> ModelFacts | None:
-    text = config.get("text_config", config)
-    if any(text.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
-        return None  # a mixture of experts is larger than its dense shape
-    names = [field.name for field in fields(ModelFacts) if field.default is MISSING]
-    values = {name: text.get(name) for name in names}
-    heads = values["num_attention_heads"]
-    values["num_key_value_heads"] = values["num_key_value_heads"] or heads
-    if values["hidden_size"] and heads:
-        values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
-    values["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
-    if None in values.values():
-        return None
-    facts = ModelFacts(**values, attn_logit_softcapping=text.get("attn_logit_softcapping"))
-    return facts if facts.parameters > 0 else None
-
-
-def _gguf_facts(header: gguf.Header) -> ModelFacts | None:
-    values = header.metadata
-    family = values.get("general.architecture", "")
-    if values.get(f"{family}.expert_count"):
-        return None
-    heads, hidden = values.get(f"{family}.attention.head_count"), values.get(f"{family}.embedding_length")
-    if not isinstance(heads, int) or not isinstance(hidden, int):
-        return None
-    return ModelFacts(
-        hidden_size=hidden,
-        num_hidden_layers=values[f"{family}.block_count"],
-        intermediate_size=values[f"{family}.feed_forward_length"],
-        num_attention_heads=heads,
-        num_key_value_heads=values.get(f"{family}.attention.head_count_kv", heads),
-        head_dim=values.get(f"{family}.attention.key_length", hidden // heads),
-        vocab_size=values["tokenizer.ggml.tokens"],
-        tie_word_embeddings="output.weight" not in header.tensors,
-        attn_logit_softcapping=values.get(f"{family}.attn_logit_softcapping"),
-    )

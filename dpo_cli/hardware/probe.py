@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+SMALLEST_CARD_BYTES = 2 * GIB  # what the BIOS gives an integrated GPU is less
+APPLE_SHARE = 2 / 3  # of unified memory, that Metal lets a process hold (recommendedMaxWorkingSetSize, of smaller machines)
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Gpu:
     name: str
     memory_gb: float  # in total
     free_gb: float
-    compute_capability: float
+    compute_capability: float  # of an NVIDIA one; 0 for others
+    maker: str = "nvidia"
 
     @property
     def has_bf16(self) -> bool:
-        return self.compute_capability >= 8.0  # Ampere and later
+        """Whether it computes in bfloat16: NVIDIA's from Ampere on; ROCm has it for all of AMD's that it supports."""
+        return self.maker == "amd" or self.compute_capability >= 8.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,18 @@ class Machine:
         """What "auto" means here."""
         return "cuda" if self.gpus else "mps" if self.is_apple else "cpu"
 
+    @property
+    def card(self) -> tuple[float, float, str] | None:
+        """(GB in all, GB free, what it is) of the memory that a training here would use; None where there is no GPU."""
+        if self.gpus:
+            gpu = self.gpus[0]
+            driver = " through ROCm" if gpu.maker == "amd" else ""
+            return float(round(gpu.memory_gb)), gpu.free_gb, f"{gpu.name}{driver}, {gpu.free_gb:.1f} GB free"
+        if self.is_apple:
+            share = round(APPLE_SHARE * self.memory_gb, 1)
+            return share, share, f"unified memory, of which Metal lets a process hold about {share:g} GB"
+        return None
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -55,7 +71,7 @@ def probe() -> Machine:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         has_amx="amx_bf16" in cpuinfo,
-        gpus=nvidia_gpus(),
+        gpus=nvidia_gpus() or amd_gpus(),
         is_apple=platform.system() == "Darwin" and platform.machine() == "arm64",
     )
 
@@ -74,6 +90,21 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
     rows = (re.fullmatch(r"(.*), ([\d.]+), ([\d.]+), ([\d.]+)", line.strip()) for line in done.stdout.splitlines())
     found = (row.groups() for row in rows if row and done.returncode == 0)
     return tuple(Gpu(name, float(total) / 1024, float(free) / 1024, float(cc)) for name, total, free, cc in found)
+
+
+def amd_gpus(root: Path = Path("/")) -> tuple[Gpu, ...]:
+    """AMD's GPUs where ROCm's driver is loaded (/dev/kfd), from the kernel's files below `root`; integrated ones are left out."""
+    if not (root / "dev/kfd").exists():
+        return ()
+    found = []
+    for device in sorted((root / "sys/class/drm").glob("card[0-9]*/device")):
+        total = _read(str(device / "mem_info_vram_total")).strip()
+        if _read(str(device / "vendor")).strip() == "0x1002" and total.isdigit() and int(total) >= SMALLEST_CARD_BYTES:
+            used = _read(str(device / "mem_info_vram_used")).strip()
+            name = _read(str(device / "product_name")).strip() or "AMD GPU"
+            free = int(total) - int(used or 0)
+            found.append(Gpu(name, int(total) / GIB, free / GIB, 0.0, "amd"))
+    return tuple(found)
 
 
 def _read(path: str) -> str:

@@ -1,24 +1,69 @@
-"""A config for a card: the documented settings of its profile (config/schema.json has them), with the memory bill."""
+"""A config for a card: the documented settings of its profile, and the best that fits beyond them or below. No torch.
+
+The documented preset (config/schema.json has its values) is where it starts. What fits with a margin is improved, one step
+after the other, each kept when it fits; what does not fit is given up in the order of the documentation's remedies. Pairs per
+optimizer step stay as documented on both ways.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 from dpo_cli.config.schema import profile_defaults
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
-from dpo_cli.hardware.memory import Bill, Settings, fit
-from dpo_cli.hardware.models import known_models, model_facts
+from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
+from dpo_cli.hardware.fit import fit, largest_model
+from dpo_cli.hardware.memory import Bill, Settings
+
+MARGIN = 0.1  # of the card, left free: the bill is no measurement
+CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB that cards are sold with
+QLORA_BELOW_GB = 12  # dpo-strategy, "Minimum Requirements"; below, weights stay in 4 bits
+
+
+@dataclass(frozen=True)
+class Step:
+    """One change of one key, and why it is made."""
+
+    why: str
+    key: str
+    value: Any
+
+
+BATCH, LENGTH = "per_device_train_batch_size", "max_seq_length"
+# A speed-up changes no result; 16-bit weights are exact; a longer sequence loses less of long prompts.
+IMPROVEMENTS: Sequence[Step] = (
+    Step("weights in 16 bits, without the error of quantisation", "use_4bit", False),
+    Step("longer sequences", LENGTH, 2048),
+    Step("longer sequences", LENGTH, 4096),
+    Step("larger micro-batches, which are faster", BATCH, 4),
+    Step("larger micro-batches, which are faster", BATCH, 8),
+    Step("no recomputation in the backward pass, which is faster", "gradient_checkpointing", False),
+)
+# The documentation's remedies ("High Memory Usage") after those that cost nothing here (4 bits in every preset; micro-batches,
+# which training makes smaller by itself), and a smaller adapter where the preset's is large.
+CONCESSIONS: Sequence[Step] = (
+    Step("shorter sequences: longer prompts lose their beginning", LENGTH, 1024),
+    Step("a smaller adapter", "lora_r", 16),
+    Step("shorter sequences: longer prompts lose their beginning", LENGTH, 512),
+    Step("a smaller adapter", "lora_r", 8),
+    Step("shorter sequences: longer prompts lose their beginning", LENGTH, 256),
+)
 
 
 @dataclass(frozen=True)
 class Recommendation:
+    """`config` fits `budget_gb` less the margin; `preset` is the documented one it started from, with its own bill."""
+
     profile: str
     vram_gb: float
     config: dict[str, Any]
     memory: Bill
+    preset: dict[str, Any]
+    preset_memory: Bill
     reasons: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -27,8 +72,27 @@ class Recommendation:
             "vram_gb": self.vram_gb,
             "config": self.config,
             "memory": self.memory.to_json(),
+            "preset": self.preset,
+            "preset_memory": self.preset_memory.to_json(),
             "reasons": self.reasons,
         }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: a card, of which `free_gb` are free where that is less, and what is known beside it."""
+
+    vram_gb: float
+    model: str | None = None
+    dataset: str | None = None
+    strategy: str = "dpo"
+    free_gb: float | None = None
+    longest: int | None = None  # tokens that the longest sequence of the dataset may have
+    has_4bit: bool = True  # bitsandbytes runs there
+
+    @property
+    def budget_gb(self) -> float:
+        return min(self.free_gb or self.vram_gb, self.vram_gb)
 
 
 def profiles() -> dict[str, dict[str, Any]]:
@@ -38,44 +102,139 @@ def profiles() -> dict[str, dict[str, Any]]:
     return loaded
 
 
-def recommend(
-    vram_gb: float, model: str | None = None, dataset: str | None = None, free_gb: float | None = None
-) -> Recommendation:
-    """The preset of the profile that `vram_gb` belongs to, for `model` or the profile's largest model that fits.
-
-    What must fit is `free_gb`, where less than all of the card's memory is free.
-    """
-    name, profile = [(name, entry) for name, entry in profiles().items() if entry["from_gb"] <= vram_gb][-1]
-    preset = {"strategy": "dpo", **profile_defaults(name)}
-    models = [model] if model else profile["models"]
-    ways = {candidate: _fit(candidate, preset, free_gb or vram_gb) for candidate in models}
-    chosen = next((candidate for candidate in models if ways[candidate][1].fits), None)
-    if chosen is None:
-        memory = ways[models[-1]][1]
-        message = f"{models[-1]} needs {memory.total_gb:.1f} GB with the {name} preset; there are {free_gb or vram_gb:g}"
-        raise DoesNotFit([Problem("error", "does-not-fit", message, memory.largest_change)])
-    settings, memory = ways[chosen]
-    reasons = [f"{vram_gb:g} GB is the profile {name}: {profile['advice']}"]
-    reasons += [f"{other} does not fit: {ways[other][1].total_gb:.1f} GB" for other in models[: models.index(chosen)]]
-    if settings.batch < preset["per_device_train_batch_size"]:
-        reasons.append(f"training will run it in micro-batches of {settings.batch}, so that it fits; the steps stay the same")
-    reasons.append("learning_rate keeps its documented default; the README has a table of what an adapter needs")
-    config = {"strategy": preset["strategy"], "model_name": chosen, **({"dataset": dataset} if dataset else {}), **preset}
-    return Recommendation(name, vram_gb, config, memory, reasons)
+def recommend(request: Request) -> Recommendation:
+    """The best config for `request`, for its model or the profile's largest that fits; `DoesNotFit` names one that would."""
+    made = _best(request)
+    larger = next((card for card in CARDS if card > request.vram_gb), None)
+    if larger is not None:
+        after = _best(replace(request, vram_gb=float(larger), free_gb=None))
+        gains = [f"{key} {_told(after.config[key])}" for key, value in made.config.items() if after.config[key] != value]
+        gain = f"would allow {', '.join(gains)}" if gains else "would change nothing"
+        made.reasons.append(f"the next larger card, {larger} GB, {gain}")
+    return made
 
 
-def _fit(model: str, preset: dict[str, Any], vram_gb: float) -> tuple[Settings, Bill]:
+def _best(request: Request) -> Recommendation:
+    name, profile = [(name, entry) for name, entry in profiles().items() if entry["from_gb"] <= request.vram_gb][-1]
+    preset = {"strategy": request.strategy, **profile_defaults(name)}
+    start = {**preset, "gradient_checkpointing": True}
+    if not request.has_4bit:
+        start["use_4bit"] = False
+    models = [request.model] if request.model else profile["models"]
+    shapes = {candidate: _facts(candidate) for candidate in models}
+    reasons = [f"{request.vram_gb:g} GB is the profile {name}: {profile['advice']}"]
+    for model, facts in shapes.items():
+        documented = _bill(facts, start, request)[1]
+        made = _settled(facts, dict(start), request)
+        if made is None:
+            reasons.append(f"{model} does not fit: {documented.total_gb:.1f} GB")
+            continue
+        values, steps = made
+        settings, memory = _bill(facts, values, request)
+        margin = f"{MARGIN:.0%} of the card are left free"
+        reasons.append(
+            f"the documented preset takes {documented.total_gb:.1f} GB of {request.budget_gb:.1f} with {model}; {margin}"
+        )
+        config = {"strategy": values.pop("strategy"), "model_name": model}
+        config |= {**({"dataset": request.dataset} if request.dataset else {}), **values}
+        if settings.batch < values[BATCH]:
+            steps.append(f"training runs it in micro-batches of {settings.batch}, so that it fits; the steps stay the same")
+        if request.longest is not None:
+            reasons.append(
+                f"the longest sequence of the dataset has about {request.longest} tokens at most, and is what is billed"
+            )
+        reasons += [*steps, "learning_rate keeps its documented default; the README has a table of what an adapter needs"]
+        whole = replace(memory, budget_gb=request.budget_gb)
+        return Recommendation(name, request.vram_gb, config, whole, preset, documented, reasons)
+    raise DoesNotFit([_misfit(models[-1], shapes[models[-1]], start, request)])
+
+
+def _settled(facts: ModelFacts, values: dict[str, Any], request: Request) -> tuple[dict[str, Any], list[str]] | None:
+    """(values that fit, what was changed and why); None when nothing fits."""
+    told: list[str] = []
+
+    def take(kind: str, step: Step) -> None:
+        told.append(f"{kind}: {step.key} {_told(step.value)} instead of {_told(values[step.key])} ({step.why})")
+        values.update(_changed(values, step))
+
+    for step in CONCESSIONS:
+        if _fits(facts, values, request):
+            break
+        if step.value < values[step.key]:
+            take("given up", step)
+    if not _fits(facts, values, request):
+        return None
+    for step in IMPROVEMENTS:
+        if _improves(values, step, request) and _runs_as_written(facts, _changed(values, step), request):
+            take("improved", step)
+    return values, told
+
+
+def _improves(values: dict[str, Any], step: Step, request: Request) -> bool:
+    now = values[step.key]
+    if step.key == "use_4bit":
+        return bool(now) and request.vram_gb >= QLORA_BELOW_GB
+    if step.key == LENGTH:
+        return bool(step.value > now) and (request.longest is None or now < request.longest)
+    if step.key == BATCH:
+        return bool(step.value > now) and values[BATCH] * values["gradient_accumulation_steps"] % step.value == 0
+    return bool(now)
+
+
+def _changed(values: dict[str, Any], step: Step) -> dict[str, Any]:
+    """The values with the step, as many pairs an optimizer step as before."""
+    pairs = values[BATCH] * values["gradient_accumulation_steps"]
+    changed = {**values, step.key: step.value}
+    return {**changed, "gradient_accumulation_steps": pairs // changed[BATCH]}
+
+
+def _fits(facts: ModelFacts, values: dict[str, Any], request: Request) -> bool:
+    return bool(_bill(facts, values, request)[1].fits)
+
+
+def _runs_as_written(facts: ModelFacts, values: dict[str, Any], request: Request) -> bool:
+    settings, memory = _bill(facts, values, request)
+    return bool(memory.fits) and settings.batch == values[BATCH]
+
+
+def _bill(facts: ModelFacts, values: dict[str, Any], request: Request) -> tuple[Settings, Bill]:
+    """How these values would be run within the budget less the margin, and the bill."""
+    return fit(
+        facts, _settings(values, request), request.budget_gb - MARGIN * request.vram_gb, values["gradient_checkpointing"]
+    )
+
+
+def _settings(values: dict[str, Any], request: Request) -> Settings:
+    return Settings(
+        batch=values[BATCH],
+        length=min(values[LENGTH], request.longest or values[LENGTH]),
+        rank=values["lora_r"],
+        bits=4 if values["use_4bit"] else None,
+        bytes_per_value=2,
+        checkpointing=values["gradient_checkpointing"],
+        strategy=values["strategy"],
+    )
+
+
+def _facts(model: str) -> ModelFacts:
     facts = model_facts(model)
     if facts is None:
         message = f"the shape of {model} is not known here"
         fix = "name a local model directory, a GGUF file, or one of: " + ", ".join(known_models())
         raise InvalidInput([Problem("error", "model-unknown", message, fix, "model_name")])
-    settings = Settings(
-        batch=preset["per_device_train_batch_size"],
-        length=preset["max_seq_length"],
-        rank=preset["lora_r"],
-        four_bit=preset["use_4bit"],
-        bytes_per_value=2,
-        checkpointing=False,
-    )
-    return fit(facts, settings, vram_gb, "auto")
+    return facts
+
+
+def _misfit(model: str, facts: ModelFacts, preset: dict[str, Any], request: Request) -> Problem:
+    least = dict(preset)
+    for step in CONCESSIONS:
+        least = _changed(least, replace(step, value=min(step.value, least[step.key])))
+    needs = _bill(facts, least, request)[1].total_gb
+    largest = largest_model(_settings(least, request), request.budget_gb - MARGIN * request.vram_gb)
+    message = f"{model} needs {needs:.1f} GB and a margin at the least; there are {request.budget_gb:g}"
+    fix = f"use a smaller model: {largest} is the largest known here that fits" if largest else "no model known here fits"
+    return Problem("error", "does-not-fit", message, fix)
+
+
+def _told(value: Any) -> str:
+    return json.dumps(value)

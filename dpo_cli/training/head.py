@@ -48,21 +48,25 @@ class Head:
         return cls(linear.weight, linear.bias, scale, softcap, temperature)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(n, H) hidden states to (n, V) logits in float32 or wider; the product runs in the dtype of `hidden`."""
+        """(n, H) hidden states to (n, V) logits in float32 or wider; the product runs in the dtype of `hidden`. No gradient."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         raw = nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
         raw = raw.to(torch.promote_types(raw.dtype, torch.float32))
         if self.scale != 1.0:
-            raw = raw * self.scale
+            raw.mul_(self.scale)
         if self.softcap is not None:
-            raw = torch.tanh(raw / self.softcap) * self.softcap
-        return raw if self.temperature == 1.0 else raw / self.temperature
+            raw.div_(self.softcap).tanh_().mul_(self.softcap)
+        return raw if self.temperature == 1.0 else raw.div_(self.temperature)
 
-    def raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """d loss / d logits, (n, V), to d loss / d (hidden @ weight.T + bias); tanh' = 1 - tanh^2."""
-        if self.softcap is not None:
-            gradient = gradient * (1 - (logits * self.temperature / self.softcap) ** 2)
-        return gradient * (self.scale / self.temperature)
+    def raw_gradient(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
+        """d loss / d logits, (n, V), to d loss / d (hidden @ weight.T + bias), in place; tanh' = 1 - tanh^2.
+
+        `logits` are needed, and used up, where there is a soft-cap.
+        """
+        if self.softcap is not None and logits is not None:
+            gradient.mul_(logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1))
+        factor = self.scale / self.temperature
+        return gradient if factor == 1.0 else gradient.mul_(factor)
 
     def chunks(self, positions: int) -> Iterator[slice]:
         """Slices of `positions` hidden states whose logits stay within `CHUNK_ELEMENTS`."""
@@ -101,8 +105,9 @@ class _ScoreTokens(torch.autograd.Function):
             mean_logits[part] = logits.mean(dim=-1)
             is_top1[part] = logits.argmax(dim=-1) == targets[part]
             log_p = logits.log_softmax(dim=-1)
+            del logits  # two tensors of a chunk at a time, here and below, are all that the memory bill counts
             log_probs[part] = log_p.gather(-1, targets[part, None])[:, 0]
-            entropy[part] = -(log_p.exp() * log_p).sum(dim=-1)
+            entropy[part] = -log_p.exp().mul_(log_p).sum(dim=-1)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.head, ctx.dtype = head, dtype
         ctx.mark_non_differentiable(mean_logits, is_top1)
@@ -123,14 +128,17 @@ class _ScoreTokens(torch.autograd.Function):
             chunk = hidden[part].to(ctx.dtype)
             logits = head.logits(chunk)
             log_p = logits.log_softmax(dim=-1)
-            p = log_p.exp()
-            gradient = torch.zeros_like(p)
-            if grad_log_probs is not None:
-                gradient.addcmul_(p, grad_log_probs[part, None], value=-1)
-                gradient.scatter_add_(-1, targets[part, None], grad_log_probs[part, None])
+            if head.softcap is None:
+                del logits
+            # -p * (g + c * (log p + H)) with the gradients g of log p_t and c of H, in place of log p.
+            factor = 0.0 if grad_log_probs is None else grad_log_probs[part, None]
             if grad_entropy is not None:
-                gradient.addcmul_(p * (log_p + entropy[part, None]), grad_entropy[part, None], value=-1)
-            raw = head.raw_gradient(gradient, logits).to(ctx.dtype)
+                factor = (log_p + entropy[part, None]).mul_(grad_entropy[part, None]).add_(factor)
+            gradient = log_p.exp_().mul_(factor).neg_()
+            if grad_log_probs is not None:
+                gradient.scatter_add_(-1, targets[part, None], grad_log_probs[part, None])
+            raw = head.raw_gradient(gradient, None if head.softcap is None else logits).to(ctx.dtype)
+            del log_p, gradient, factor
             if grad_hidden is not None:
                 grad_hidden[part] = raw @ head.weight.to(ctx.dtype)
             if grad_weight is not None:

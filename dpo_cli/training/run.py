@@ -204,6 +204,7 @@ def _prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tupl
         longest=longest.length,
         longest_at=f"{Path(longest.pair.file).name}:{longest.pair.line}",
         longest_pair=max(pair.shared_length for side in kept for pair in side),
+        longest_responses=max(len(pair.chosen_ids) + len(pair.rejected_ids) for side in kept for pair in side),
         train_tokens=sum(pair.shared_length + len(pair.prompt_ids) for pair in train),
         shared_tokens=sum(pair.shared_length for pair in train),
     )

@@ -1,0 +1,228 @@
+"""What one training step has alive at its peak, beside the memory bill: `make memory` on a CPU, gpu_memory.py on a GPU.
+
+Models are made from their configs with random weights, so nothing is downloaded; trainer, head and layout are those of
+`dpo train`. Measured is the second micro-batch of a step, when the adapter's gradients are there already, above what was
+there before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import resource
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler tells of every start
+
+import torch
+from machine import machine_line
+from peft import LoraConfig
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+from dpo_cli.config.config import load
+from dpo_cli.data.formats import Pair
+from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.hardware.facts import _config_facts
+from dpo_cli.hardware.memory import Settings, components
+from dpo_cli.hardware.probe import probe
+from dpo_cli.plan import resolve
+from dpo_cli.training import sharing
+from dpo_cli.training.dpo import PairTrainer, build_trainer
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+def random_model(config: PreTrainedConfig, settings: Settings, device: str) -> PreTrainedModel:
+    """The model of a config with random weights on `device`, in the dtype of the settings, quantised as they say."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[settings.bytes_per_value])
+    if settings.bits == 4:
+        _quantise(model, settings)
+        model.is_loaded_in_4bit = True
+    return model
+
+
+def _quantise(model: PreTrainedModel, settings: Settings) -> None:
+    """Replace each linear layer of the blocks by bitsandbytes' 4-bit one, as transformers does while it loads."""
+    import bitsandbytes as bnb
+
+    layers = [(parent, name, child) for parent in model.base_model.modules() for name, child in parent.named_children()]
+    for parent, name, child in layers:
+        if isinstance(child, nn.Linear):
+            made = bnb.nn.Linear4bit(
+                child.in_features,
+                child.out_features,
+                bias=child.bias is not None,
+                compute_dtype=child.weight.dtype,
+                compress_statistics=settings.nested_quantisation,
+                quant_type="nf4",
+                device="meta",
+            )
+            device = child.weight.device
+            made.weight = bnb.nn.Params4bit(
+                child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=settings.nested_quantisation
+            )
+            made.bias = child.bias
+            setattr(parent, name, made.to(device))
+            if hasattr(made, "support_avx512bf16_for_cpu"):  # see providers/huggingface.py
+                made.support_avx512bf16_for_cpu = False
+
+
+def trainer_for(
+    model: PreTrainedModel, settings: Settings, prompt: int, response: int, device: str, place: Path
+) -> PairTrainer:
+    """The trainer of `dpo train` on random pairs of these lengths, for two micro-batches."""
+    is_shared = settings.pair_tokens is not None
+    (sharing.enable if is_shared else sharing.disable)(model)
+    half = settings.bytes_per_value == 2
+    values = {"model_name": "random/model", "dataset": "none.jsonl", "output_dir": str(place / "run"), "device": device}
+    values |= {"bf16": half, "fp16": False, "gradient_checkpointing": settings.checkpointing, "prompt_sharing": is_shared}
+    values |= {"per_device_train_batch_size": settings.batch, "gradient_accumulation_steps": 2, "lora_r": settings.rank}
+    file = place / "config.json"
+    file.write_text(json.dumps({**values, "max_steps": 1, "optim": settings.optimizer}), encoding="utf-8")
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(2, model.config.vocab_size, (count,), generator=generator).tolist()
+
+    # Rejected responses are a token shorter, so that padded rows are padded, as they are in any real micro-batch.
+    pairs = [EncodedPair(Pair("", "", "", 1), ids(prompt), ids(response), ids(response - 1)) for _ in range(2 * settings.batch)]
+    modules: Any = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
+    adapter = LoraConfig(task_type="CAUSAL_LM", r=settings.rank, lora_alpha=2 * settings.rank, target_modules=modules)
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    return build_trainer(model, adapter, tokenizer, resolve(load(str(file)), probe()), pairs, [], lambda _: {})
+
+
+class Peak:
+    """Bytes that torch allocated beyond what it had, at their most."""
+
+    bytes = 0
+
+
+@contextmanager
+def measured(device: str) -> Iterator[Peak]:
+    """Fill `Peak.bytes` with the peak of the code inside: CUDA's own counter, or on a CPU the profiler's allocations."""
+    peak = Peak()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated() - before
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield peak
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak.bytes = max(peak.bytes, live)
+
+
+def step_peak(trainer: PairTrainer, device: str) -> int:
+    """Bytes of activations and scoring at the peak of the second micro-batch of a step."""
+    step, calls, peaks = trainer.training_step, [], []
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) != 2:
+            return step(*args, **kwargs)
+        with measured(device) as peak:
+            loss = step(*args, **kwargs)
+        peaks.append(peak.bytes)
+        return loss
+
+    trainer.training_step = training_step
+    trainer.train()
+    return int(peaks[0])
+
+
+def with_lengths(settings: Settings, prompt: int, response: int, shared: bool) -> Settings:
+    """The settings with what the plan would know of pairs of these lengths."""
+    pair = prompt + 2 * response - 1
+    return replace(settings, length=prompt + response, pair_tokens=pair if shared else None, response_tokens=2 * response - 1)
+
+
+def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response: int, shared: bool) -> tuple[float, int]:
+    """(predicted, measured) bytes of activations and scoring on this CPU."""
+    settings = with_lengths(settings, prompt, response, shared)
+    facts = _config_facts(config.to_dict())
+    assert facts is not None
+    parts = components(facts, settings)
+    with tempfile.TemporaryDirectory() as place:
+        trainer = trainer_for(random_model(config, settings, "cpu"), settings, prompt, response, "cpu", Path(place))
+        return parts["activations"] + parts["scoring"], step_peak(trainer, "cpu")
+
+
+SHAPE = {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
+FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
+HALF = Settings(batch=2, length=0, rank=16, bytes_per_value=2, checkpointing=False, on_gpu=False)
+FULL = replace(HALF, bytes_per_value=4)
+# (family, settings, prompt, response, shared)
+GRID: list[tuple[str, Settings, int, int, bool]] = [
+    ("llama", HALF, 192, 64, True),
+    ("llama", HALF, 192, 64, False),
+    ("llama", HALF, 768, 256, True),
+    ("llama", replace(HALF, batch=1), 3072, 512, True),
+    ("llama", replace(HALF, batch=1, checkpointing=True), 6144, 1024, True),
+    ("llama", replace(HALF, batch=1, checkpointing=True), 1536, 512, False),
+    ("llama", replace(HALF, checkpointing=True), 768, 256, True),
+    ("llama", replace(HALF, batch=8, checkpointing=True), 192, 64, True),
+    ("llama", replace(HALF, rank=64, batch=4), 384, 128, True),
+    ("llama", replace(HALF, target_modules=("q_proj", "v_proj")), 384, 128, True),
+    ("llama", FULL, 384, 128, True),
+    ("llama", FULL, 384, 128, False),
+    ("llama", replace(FULL, checkpointing=True), 768, 256, True),
+    ("llama", replace(HALF, bits=4), 384, 128, True),
+    ("llama", replace(HALF, bits=4, checkpointing=True), 768, 256, True),
+    ("qwen3", HALF, 384, 128, True),
+    ("qwen3", replace(HALF, checkpointing=True), 768, 256, True),
+    ("gemma3", HALF, 384, 128, True),
+    ("gemma3", replace(HALF, checkpointing=True), 768, 256, True),
+]
+
+
+def main() -> None:
+    libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    logging.disable(logging.WARNING)
+    print(
+        "| model | dtype | batch | tokens | rank | targets | checkpointing | prompts | predicted MiB | measured MiB | ratio |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for family, settings, prompt, response, shared in GRID:
+        predicted, peak = compare(FAMILIES[family](**SHAPE, **HEADS), settings, prompt, response, shared)
+        dtype = "4-bit" if settings.bits else {2: "bf16", 4: "float32"}[settings.bytes_per_value]
+        told = [family, dtype, settings.batch, prompt + response, settings.rank, _targets(settings)]
+        told += ["yes" if settings.checkpointing else "no", "once" if shared else "twice"]
+        print(
+            f"| {' | '.join(map(str, told))} | {predicted / 2**20:.1f} | {peak / 2**20:.1f} | {predicted / peak:.3f} |",
+            flush=True,
+        )
+    print(f"\nResident size after all imports: {libraries:.2f} GB. {machine_line()}")
+
+
+def _targets(settings: Settings) -> str:
+    return settings.target_modules if isinstance(settings.target_modules, str) else ", ".join(settings.target_modules)
+
+
+if __name__ == "__main__":
+    main()

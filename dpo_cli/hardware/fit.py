@@ -1,0 +1,91 @@
+"""How a run is made to fit: what may change by itself, and what the user can change, in the documentation's order. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
+from dpo_cli.hardware.memory import Bill, Settings, bill
+
+LENGTHS = (4096, 2048, 1024, 512, 256)  # that a remedy goes down to
+
+
+Change = tuple[str, dict[str, Any]]  # what to write into a config, and what it changes of the settings
+
+
+def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
+    """The first way to run `wanted` that fits the budget, or the smallest with its bill when none does.
+
+    Only what leaves the training unchanged is tried: `checkpointing` when it is "auto", then smaller micro-batches (the
+    accumulation grows by the same factor, so pairs per optimizer step stay).
+    """
+    choices = (False, True) if checkpointing == "auto" else (bool(checkpointing),)
+    batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0]
+    ways = [replace(wanted, batch=wanted.batch, checkpointing=choice) for choice in choices]
+    ways += [replace(wanted, batch=size, checkpointing=choices[-1]) for size in batches[1:]]
+    for settings in ways:
+        made = bill(facts, settings, budget_gb)
+        if made.fits is not False:
+            return settings, made
+    return settings, replace(made, largest_change=advice(facts, settings, made))
+
+
+def advice(facts: ModelFacts, settings: Settings, made: Bill) -> str:
+    """What makes it fit, in the documentation's order and no more than needed, each with what it saves on top of the others."""
+    chosen: list[Change] = []
+    for change in _changes(settings):
+        chosen.append(change)
+        if bill(facts, _changed(settings, chosen), made.budget_gb).fits:
+            break
+    else:
+        return _smaller_model(settings, made.budget_gb)
+    for change in chosen[:-1]:
+        without = [other for other in chosen if other is not change]
+        if bill(facts, _changed(settings, without), made.budget_gb).fits:
+            chosen = without
+    totals = [bill(facts, _changed(settings, chosen[:count]), None).total_gb for count in range(len(chosen) + 1)]
+    savings = (
+        f"{text} saves {before - after:.1f} GB" for (text, _), before, after in zip(chosen, totals, totals[1:], strict=False)
+    )
+    return "; ".join(savings)
+
+
+def _changes(settings: Settings) -> Iterator[Change]:
+    """dpo-strategy, "High Memory Usage", in its order, after what changes only the speed; a length replaces a longer one."""
+    if not settings.checkpointing:
+        yield '"gradient_checkpointing": true', {"checkpointing": True}
+    if settings.bits != 4 and settings.rank:
+        yield '"use_4bit": true', {"bits": 4}
+    if settings.batch > 1:
+        fix = f'"per_device_train_batch_size": 1 with {settings.batch} times the "gradient_accumulation_steps"'
+        yield fix, {"batch": 1}
+    for length in LENGTHS:
+        if length < settings.length:
+            shorter: dict[str, Any] = {"length": length}
+            if settings.pair_tokens is not None:  # responses stay whole: a pair loses what its prompt loses
+                shorter["pair_tokens"] = max(length, settings.pair_tokens - settings.length + length)
+            yield f'"max_seq_length": {length}', shorter
+
+
+def _changed(settings: Settings, changes: Sequence[Change]) -> Settings:
+    for _, change in changes:
+        settings = replace(settings, **change)
+    return settings
+
+
+def largest_model(settings: Settings, budget_gb: float) -> str | None:
+    """The largest of the common models that fits with these settings, checkpointed and one pair at a time."""
+    least = replace(settings, checkpointing=True, batch=1)
+    shapes = {name: facts for name in known_models() if (facts := model_facts(name)) is not None}
+    fitting = [name for name, facts in shapes.items() if bill(facts, least, budget_gb).fits]
+    return max(fitting, key=lambda name: shapes[name].parameters, default=None)
+
+
+def _smaller_model(settings: Settings, budget_gb: float | None) -> str:
+    least = replace(
+        settings, bits=4 if settings.rank else settings.bits, length=min(settings.length, LENGTHS[-1]), pair_tokens=None
+    )
+    name = largest_model(least, budget_gb) if budget_gb else None
+    return "use a smaller model" + (f": {name} is the largest known here that fits" if name else "; none known here fits")
