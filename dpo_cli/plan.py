@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.config import PLAN_VERSION, Loaded, Source
+from dpo_cli.config.guidance import ADAPTER_LEARNING_RATE
 from dpo_cli.config.options import Config
 from dpo_cli.data.hub import is_hub_id
 from dpo_cli.errors import Problem
 from dpo_cli.hardware.facts import model_facts
-from dpo_cli.hardware.fit import fit
+from dpo_cli.hardware.fit import fit, savings
+from dpo_cli.hardware.gguf import is_gguf
 from dpo_cli.hardware.memory import Bill, Settings
-from dpo_cli.hardware.probe import Machine
+from dpo_cli.hardware.probe import GIB, Machine
 from dpo_cli.hardware.recommend import profiles
 
 
@@ -83,6 +85,17 @@ class Plan:
     def model_label(self) -> str:
         """The model's name without the folder of a local one."""
         return Path(self.config.model_name).name if Path(self.config.model_name).is_absolute() else self.config.model_name
+
+    @property
+    def predicted_gb(self) -> float | None:
+        """What the bill says that torch holds at its most: on a GPU without the context and the allocator's slack, on a CPU all
+        that the process holds."""
+        if self.memory is None:
+            return None
+        if self.config.device != "cuda":
+            return round(self.memory.host_gb, 3)
+        beside = sum(self.memory.components.get(name, 0.0) for name in ("cuda_context", "allocator_slack"))
+        return round(self.memory.total_gb - beside / GIB, 3)
 
     @property
     def dtype(self) -> str:
@@ -157,6 +170,9 @@ def resolve(
         decided["gradient_accumulation_steps"] = config.gradient_accumulation_steps * factor
         if factor > 1:
             notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
+    if config.strategy == "dpo" and loaded.sources.get("learning_rate") == "default":
+        learns = f"a LoRA adapter hardly moves at it, and learns at {ADAPTER_LEARNING_RATE:g} and around it (README)"
+        notes.append(f"learning_rate is the documented default {config.learning_rate:g}: {learns}")
     changed = {key for key, value in decided.items() if getattr(config, key) != value}
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys(changed & MEASURED, "measured")
@@ -180,6 +196,7 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
         bytes_per_value=2 if config.bf16 or config.fp16 else 4,
         checkpointing=config.gradient_checkpointing is True,
         on_gpu=config.device == "cuda",
+        from_gguf=is_gguf(Path(config.model_name)),
     )
 
 
@@ -207,6 +224,11 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         message = f"{card_gb:g} GB are less than the {documented_gb} GB documented for DPO"
         fix = f'write "use_4bit": true (QLoRA), or take a smaller model: `dpo recommend --vram {card_gb:g}`'
         yield Problem("hint", "small-card", message, fix, "use_4bit")
+    host_gb = HOST_GB if vram_gb is not None else machine.memory_gb
+    if plan.memory is not None and config.device == "cuda" and plan.memory.host_gb > host_gb:
+        message = f"loading this model takes {plan.memory.host_gb:.0f} GB of the machine's memory; there are {host_gb:g}"
+        fix = "name the model's safetensors instead of a GGUF file, or a smaller model"
+        yield Problem("warning", "host-memory", message, fix, "model_name")
     if vram_gb is not None:
         return
     if machine.memory_gb < HOST_GB - 1:  # the firmware keeps a part
@@ -227,6 +249,21 @@ def does_not_fit(plan: Plan) -> Problem | None:
         return None
     message = f"this run needs {plan.memory.total_gb:.1f} GB; there are {plan.memory.budget_gb:.1f}"
     return Problem("error", DOES_NOT_FIT, message, plan.memory.largest_change)
+
+
+def out_of_memory(plan: Plan) -> Problem:
+    """The problem of a training whose longest pair, alone, did not fit."""
+    assert plan.counts is not None
+    message = f"the longest pair ({plan.counts.longest} tokens, {plan.counts.longest_at}) alone runs out of memory"
+    return Problem("error", DOES_NOT_FIT, message, remedies(plan) or "lower max_seq_length, or use a smaller model")
+
+
+def remedies(plan: Plan) -> str | None:
+    """What the user can change, each with its saving, where the bill is not over its budget by itself."""
+    facts = model_facts(plan.config.model_name)
+    if facts is None:
+        return None
+    return "; ".join(savings(facts, settings_of(plan.config, plan.counts, plan.scoring, None))) or None
 
 
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[str, Any]:

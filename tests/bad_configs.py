@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_files import write_gguf
+
 from dpo_cli.hardware.probe import Gpu, Machine
 
 CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),), is_apple=False)
@@ -311,6 +313,7 @@ HARDWARE = [
     warning("device-missing", "device", '"device": "cuda"', "--vram", machine=NO_CARD),
     warning("device-missing", "device", '"device": "mps"', "--vram", machine=NO_CARD),
     warning("unsloth-without-cuda", "provider", '"provider": "unsloth"', '"provider": "huggingface"', machine=NO_CARD),
+    warning("host-memory", "model_name", '"model_name": "models/large.gguf", "use_4bit": true', "safetensors"),
     hint("small-card", "use_4bit", '"use_4bit": false', "dpo recommend --vram 8", vram_gb=8),
     hint("small-memory", None, '"seed": 1', "close other programs", None, machine=SMALL_HOST),
 ]
@@ -444,6 +447,9 @@ def lay_out(place: Path) -> None:
     (place / "models" / "empty").mkdir()
     write("models/damaged/config.json", b'{"hidden_size": ')
     write("models/cut.gguf", b"GGUF\x03\x00")
+    large = {"embedding_length": 5120, "block_count": 40, "feed_forward_length": 13824, "attention.head_count": 40}
+    header = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in large.items()}}
+    write_gguf(place / "models/large.gguf", {**header, "tokenizer.chat_template": "", "tokenizer.ggml.tokens": ["a"] * 32_000})
     write("models/bert/config.json", json.dumps({"architectures": ["BertForMaskedLM"]}).encode())
     for folder in ("bert", "mute"):
         write(f"models/{folder}/model.safetensors", b"")

@@ -24,8 +24,8 @@ BETAS = {0.1: "a weak preference signal", 0.5: "balanced, recommended", 2.0: "a 
 def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
     rate = values.get("learning_rate")
     low, high = LEARNING_RATE_RANGE
-    if rate is None or values.get("strategy") != "dpo":
-        return
+    if rate is None or "learning_rate" not in given or values.get("strategy") != "dpo":
+        return  # of the default the plan says the same
     if rate <= high:
         where = "in" if rate >= low else "below"
         message = f"learning_rate {rate:g} is {where} the documented range for DPO, at which a LoRA adapter hardly moves"

@@ -32,9 +32,8 @@ class Lengths:
         texts = [flat(pair.prompt), max(flat(pair.chosen), flat(pair.rejected), key=len)]
         size = sum(map(len, texts))
         self.characters.append(size)
-        self._most_bytes = max(
-            self._most_bytes, size if all(map(str.isascii, texts)) else sum(len(text.encode()) for text in texts)
-        )
+        is_ascii = all(map(str.isascii, texts))
+        self._most_bytes = max(self._most_bytes, size if is_ascii else sum(len(text.encode()) for text in texts))
         if size > self._most:
             self._most, self.longest = size, pair
         if self._tokenizer is not None and (len(self.characters) - 1) % self._stride == 0:

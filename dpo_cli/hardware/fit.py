@@ -9,6 +9,7 @@ from typing import Any
 from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
 from dpo_cli.hardware.memory import Bill, Settings, bill
 
+LEAST_GB = 0.05  # a saving that is told
 LENGTHS = (4096, 2048, 1024, 512, 256)  # that a remedy goes down to
 
 
@@ -45,11 +46,18 @@ def advice(facts: ModelFacts, settings: Settings, made: Bill) -> str:
         without = [other for other in chosen if other is not change]
         if bill(facts, _changed(settings, without), made.budget_gb).fits:
             chosen = without
+    return "; ".join(_told(facts, settings, chosen))
+
+
+def savings(facts: ModelFacts, settings: Settings) -> list[str]:
+    """All that the user can change, in the documentation's order, each with what it saves on top of those before it."""
+    return _told(facts, settings, list(_changes(settings)))
+
+
+def _told(facts: ModelFacts, settings: Settings, chosen: Sequence[Change]) -> list[str]:
     totals = [bill(facts, _changed(settings, chosen[:count]), None).total_gb for count in range(len(chosen) + 1)]
-    savings = (
-        f"{text} saves {before - after:.1f} GB" for (text, _), before, after in zip(chosen, totals, totals[1:], strict=False)
-    )
-    return "; ".join(savings)
+    steps = zip(chosen, totals, totals[1:], strict=False)
+    return [f"{text} saves {before - after:.1f} GB" for (text, _), before, after in steps if before - after >= LEAST_GB]
 
 
 def _changes(settings: Settings) -> Iterator[Change]:

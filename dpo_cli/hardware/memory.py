@@ -30,7 +30,7 @@ MOMENTS = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "sgd": 
 CUDA_CONTEXT_BYTES = 0.5 * GIB  # driver context and the workspaces of cuBLAS; fitcheck-llm 0.3 assumes the same
 ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation; likewise
 CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (training/head.py, CHUNK_ELEMENTS)
-FULL_LOGITS_COPIES = 4  # float32 copies of padded logits in a loss that makes them whole; fitcheck-llm 0.3 measured 3.5 to 4
+FULL_LOGITS_COPIES = 3.5  # float32 copies of logits in a loss that makes them whole; fitcheck-llm 0.3 measured 3.5 to 4
 LIBRARIES_BYTES = 0.5 * GIB  # resident size of this program's imports on a CPU: `make memory` prints it
 
 
@@ -49,6 +49,7 @@ class Settings:
     optimizer: str = "adamw_torch_fused"
     target_modules: str | tuple[str, ...] = "all-linear"
     on_gpu: bool = True
+    from_gguf: bool = False
     pair_tokens: int | None = None  # of the longest pair, its prompt counted once, where prompts are shared and lengths known
     response_tokens: int | None = None  # scored tokens of the longest pair, where lengths are known
 
@@ -170,11 +171,14 @@ def host_bytes(facts: ModelFacts, settings: Settings) -> float:
     """What the run takes of the machine's own memory.
 
     transformers maps safetensors and copies a tensor at a time to the GPU, so a GPU run holds the libraries and the largest
-    tensor, in the file's 16 bits and once more as it is quantised. A run on the CPU holds everything.
+    tensor, in the file's 16 bits and once more as it is converted. A run on the CPU holds everything, and the pages of the file
+    beside it. A GGUF file is first made a float32 model of, whole.
     """
-    if not settings.on_gpu:
-        return LIBRARIES_BYTES + sum(components(facts, settings).values())
-    return LIBRARIES_BYTES + 2 * 2.0 * facts.vocab_size * facts.hidden_size
+    if settings.on_gpu:
+        loaded = 2 * 2.0 * facts.vocab_size * facts.hidden_size
+    else:
+        loaded = sum(components(facts, settings).values()) + 2.0 * facts.parameters
+    return LIBRARIES_BYTES + max(loaded, 4.0 * facts.parameters if settings.from_gguf else 0.0)
 
 
 def _trained_width(settings: Settings) -> int:

@@ -93,7 +93,7 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
 
 
 def amd_gpus(root: Path = Path("/")) -> tuple[Gpu, ...]:
-    """AMD's GPUs where ROCm's driver is loaded (/dev/kfd), from the kernel's files below `root`; integrated ones are left out."""
+    """AMD's GPUs where ROCm's driver is loaded (/dev/kfd), from the kernel's files below `root`; no integrated ones."""
     if not (root / "dev/kfd").exists():
         return ()
     found = []

@@ -20,6 +20,7 @@ from dpo_cli.hardware.fit import fit, largest_model
 from dpo_cli.hardware.memory import Bill, Settings
 
 MARGIN = 0.1  # of the card, left free: the bill is no measurement
+EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": what is held out judges the adapter
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB that cards are sold with
 QLORA_BELOW_GB = 12  # dpo-strategy, "Minimum Requirements"; below, weights stay in 4 bits
 
@@ -49,7 +50,6 @@ CONCESSIONS: Sequence[Step] = (
     Step("shorter sequences: longer prompts lose their beginning", LENGTH, 1024),
     Step("a smaller adapter", "lora_r", 16),
     Step("shorter sequences: longer prompts lose their beginning", LENGTH, 512),
-    Step("a smaller adapter", "lora_r", 8),
     Step("shorter sequences: longer prompts lose their beginning", LENGTH, 256),
 )
 
@@ -136,13 +136,11 @@ def _best(request: Request) -> Recommendation:
             f"the documented preset takes {documented.total_gb:.1f} GB of {request.budget_gb:.1f} with {model}; {margin}"
         )
         config = {"strategy": values.pop("strategy"), "model_name": model}
-        config |= {**({"dataset": request.dataset} if request.dataset else {}), **values}
+        config |= {**({"dataset": request.dataset} if request.dataset else {}), **values, "eval_split": EVAL_SPLIT}
         if settings.batch < values[BATCH]:
             steps.append(f"training runs it in micro-batches of {settings.batch}, so that it fits; the steps stay the same")
         if request.longest is not None:
-            reasons.append(
-                f"the longest sequence of the dataset has about {request.longest} tokens at most, and is what is billed"
-            )
+            reasons.append(f"billed are {request.longest} tokens, no fewer than the longest sequence of the dataset has")
         reasons += [*steps, "learning_rate keeps its documented default; the README has a table of what an adapter needs"]
         whole = replace(memory, budget_gb=request.budget_gb)
         return Recommendation(name, request.vram_gb, config, whole, preset, documented, reasons)
@@ -199,9 +197,8 @@ def _runs_as_written(facts: ModelFacts, values: dict[str, Any], request: Request
 
 def _bill(facts: ModelFacts, values: dict[str, Any], request: Request) -> tuple[Settings, Bill]:
     """How these values would be run within the budget less the margin, and the bill."""
-    return fit(
-        facts, _settings(values, request), request.budget_gb - MARGIN * request.vram_gb, values["gradient_checkpointing"]
-    )
+    budget_gb = request.budget_gb - MARGIN * request.vram_gb
+    return fit(facts, _settings(values, request), budget_gb, values["gradient_checkpointing"])
 
 
 def _settings(values: dict[str, Any], request: Request) -> Settings:

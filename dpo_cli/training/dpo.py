@@ -5,6 +5,7 @@ What is overridden, and why (tests/test_dpo.py fails when TRL moves any of it):
   and evaluation alike, and are the same ids (tests/test_tokens.py).
 - `compute_loss`: the response log-probs are read off the two model calls TRL makes for a micro-batch, policy first and
   reference second, because its own averages count ties as losses.
+- `training_step`: a micro-batch that does not fit is run in halves (training/parts.py).
 - `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
 """
 
@@ -18,15 +19,16 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback, TrainerControl
+from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.data.tokens import EncodedPair
 from dpo_cli.plan import Plan
-from dpo_cli.training import scoring
+from dpo_cli.training import parts, scoring
 
 Evaluate = Callable[[PeftModel], dict[str, float]]
+Tell = Callable[[str], None]
 
 
 def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
@@ -62,17 +64,26 @@ class PairTotals:
         self._figures.clear()
         return dict(zip(FIGURES, means, strict=True))
 
+    def mark(self) -> tuple[int, int]:
+        """A place to go back to."""
+        return len(self._figures), self.tokens
+
+    def back_to(self, mark: tuple[int, int]) -> None:
+        """Forget what was added since the mark, in a try that failed."""
+        count, self.tokens = mark
+        del self._figures[count:]
+
 
 class PairTrainer(DPOTrainer):
     """DPOTrainer on encoded pairs, scoring with our head."""
 
     control: TrainerControl
 
-    def __init__(self, *args: Any, states: scoring.States, run_evaluation: Evaluate | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, states: scoring.States, run_evaluation: Evaluate | None, tell: Tell, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         scoring.attach(self.model.get_base_model(), states)
         self.totals = PairTotals()
-        self._run_evaluation = run_evaluation
+        self._run_evaluation, self._tell = run_evaluation, tell
         self._calls: list[Tensor] = []
         self.model.register_forward_hook(self._keep_log_probs)
 
@@ -90,6 +101,32 @@ class PairTrainer(DPOTrainer):
         self.totals.add(reward_figures(policy, reference, self.beta), int(inputs["attention_mask"].sum()))
         return loss
 
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        step, trained = super().training_step, [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def attempt(batch: parts.Batch) -> Tensor:
+            mark = self.totals.mark()
+            try:
+                loss: Tensor = step(model, dict(batch), *args, **kwargs)
+            except torch.OutOfMemoryError:
+                self.totals.back_to(mark)
+                raise
+            return loss
+
+        return parts.run_in_parts(attempt, self._prepare_inputs(inputs), trained, self._tell)
+
+    def probe_longest(self) -> None:
+        """Run the longest pairs forward and backward once and leave no trace, so that what does not fit fails at once."""
+        rows = sorted(range(len(self.train_dataset)), key=lambda i: -self.train_dataset[i]["length"])
+        batch = self.data_collator([self.train_dataset[i] for i in rows[: self.args.per_device_train_batch_size]])
+        self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
+        mark = self.totals.mark()
+        with torch.random.fork_rng():
+            self.training_step(self.model_wrapped, batch)
+        self.totals.back_to(mark)
+        self._metrics["train"].clear()
+        self.model.zero_grad(set_to_none=True)
+
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         assert self._run_evaluation is not None
         self.model.eval()  # TRL's log() asks the model which of its own averages to add
@@ -102,6 +139,16 @@ class PairTrainer(DPOTrainer):
         return metrics
 
 
+class ProbeFirst(TrainerCallback):
+    """Probes the longest pairs once the trainer has put the model where it trains it, and before the first step."""
+
+    def __init__(self, trainer: PairTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.probe_longest()
+
+
 def build_trainer(
     model: PreTrainedModel,
     adapter: LoraConfig,
@@ -110,6 +157,7 @@ def build_trainer(
     train: Sequence[EncodedPair],
     held_out: Sequence[EncodedPair],
     run_evaluation: Evaluate,
+    tell: Tell = print,
 ) -> PairTrainer:
     """The trainer of a plan, with a fresh adapter on `model`; its figures leave through callbacks.
 
@@ -124,7 +172,9 @@ def build_trainer(
         peft_config=adapter,
         states=scoring.states_of(plan.scoring),
         run_evaluation=run_evaluation,
+        tell=tell,
     )
+    trainer.add_callback(ProbeFirst(trainer))
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -25,7 +25,7 @@ from dpo_cli.evaluation.metrics import PairScores, figures, point_figures, score
 from dpo_cli.evaluation.samples import side_by_side
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.inspection import Data, Inspection, inspect
-from dpo_cli.plan import Counts, Plan, Scoring, does_not_fit, resolve
+from dpo_cli.plan import Counts, Plan, Scoring, does_not_fit, out_of_memory, resolve
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.card import card
@@ -77,7 +77,7 @@ def train(
         run.write_json(PLAN, plan.to_json())
         adapter = provider.adapter_config(plan, base)
         evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
-        trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, evaluate)
+        trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, evaluate, console.line)
         health = Health(console.line)
         record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see])
         for callback in (record, health, stop):
@@ -85,7 +85,10 @@ def train(
         if stop.received:
             raise KeyboardInterrupt  # there is nothing trained to keep
         started = time.monotonic()
-        trainer.train()
+        try:
+            trainer.train()
+        except torch.OutOfMemoryError as error:  # one pair alone: the user has to change something
+            raise DoesNotFit([loaded.placed(out_of_memory(plan))]) from error
         seconds = time.monotonic() - started
 
     status, code = _ending(stop, health)
@@ -97,6 +100,7 @@ def train(
         "eval": None,
         "base": None,
         "gain": None,
+        "memory": {"predicted_gb": plan.predicted_gb, "measured_gb": record.peak_gb},
         "health": [event.to_json() for event in health.events],
         "adapter_sha256": run.write_adapter(partial(_save, trainer.model, tokenizer)),
     }

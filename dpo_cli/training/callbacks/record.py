@@ -23,6 +23,7 @@ class Record(TrainerCallback):
     def __init__(self, totals: PairTotals, sinks: list[Sink]) -> None:
         self.totals, self.sinks = totals, sinks
         self.last_train: dict[str, Any] | None = None
+        self.peak_gb: float | None = None  # the most memory until the last step
         self._tokens, self._time = 0, time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -41,7 +42,7 @@ class Record(TrainerCallback):
             optimizer = {name: logs[name] for name in ("grad_norm", "learning_rate")}
             line = {"split": "train", **where, "loss": logs["loss"], **self.totals.take(), **optimizer, **self._speed()}
             line["peak_memory_gb"] = peak_memory_gb(args.device)
-            self.last_train = line
+            self.last_train, self.peak_gb = line, line["peak_memory_gb"]
             self._emit(line)
 
     def _speed(self) -> dict[str, float]:
