@@ -54,36 +54,32 @@ def random_model(config: PreTrainedConfig, settings: Settings, device: str) -> P
     """The model of a config with random weights on `device`, in the dtype of the settings, quantised as they say."""
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[settings.bytes_per_value])
-    if settings.bits == 4:
+    if settings.bits:
         _quantise(model, settings)
-        model.is_loaded_in_4bit = True
+        setattr(model, f"is_loaded_in_{settings.bits}bit", True)
     return model
 
 
 def _quantise(model: PreTrainedModel, settings: Settings) -> None:
-    """Replace each linear layer of the blocks by bitsandbytes' 4-bit one, as transformers does while it loads."""
+    """Replace each linear layer of the blocks by bitsandbytes' own, as transformers does while it loads."""
     import bitsandbytes as bnb
 
     layers = [(parent, name, child) for parent in model.base_model.modules() for name, child in parent.named_children()]
     for parent, name, child in layers:
-        if isinstance(child, nn.Linear):
-            made = bnb.nn.Linear4bit(
-                child.in_features,
-                child.out_features,
-                bias=child.bias is not None,
-                compute_dtype=child.weight.dtype,
-                compress_statistics=settings.nested_quantisation,
-                quant_type="nf4",
-                device="meta",
-            )
-            device = child.weight.device
-            made.weight = bnb.nn.Params4bit(
-                child.weight.data.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=settings.nested_quantisation
-            )
-            made.bias = child.bias
-            setattr(parent, name, made.to(device))
-            if hasattr(made, "support_avx512bf16_for_cpu"):  # see providers/huggingface.py
-                made.support_avx512bf16_for_cpu = False
+        if not isinstance(child, nn.Linear):
+            continue
+        size, bias, device = (child.in_features, child.out_features), child.bias is not None, child.weight.device
+        if settings.bits == 4:
+            how = {"compress_statistics": settings.nested_quantisation, "quant_type": "nf4"}
+            made = bnb.nn.Linear4bit(*size, bias=bias, compute_dtype=child.weight.dtype, device="meta", **how)
+            made.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, **how)
+        else:
+            made = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False, device="meta")
+            made.weight = bnb.nn.Int8Params(child.weight.data, requires_grad=False, has_fp16_weights=False)
+        made.bias = child.bias
+        setattr(parent, name, made.to(device))
+        if hasattr(made, "support_avx512bf16_for_cpu"):  # see providers/huggingface.py
+            made.support_avx512bf16_for_cpu = False
 
 
 def trainer_for(
@@ -194,6 +190,8 @@ GRID: list[tuple[str, Settings, int, int, bool]] = [
     ("llama", replace(FULL, checkpointing=True), 768, 256, True),
     ("llama", replace(HALF, bits=4), 384, 128, True),
     ("llama", replace(HALF, bits=4, checkpointing=True), 768, 256, True),
+    ("llama", replace(HALF, bits=8), 384, 128, True),
+    ("llama", replace(HALF, bits=8, checkpointing=True), 768, 256, True),
     ("qwen3", HALF, 384, 128, True),
     ("qwen3", replace(HALF, checkpointing=True), 768, 256, True),
     ("gemma3", HALF, 384, 128, True),
@@ -210,7 +208,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for family, settings, prompt, response, shared in GRID:
         predicted, peak = compare(FAMILIES[family](**SHAPE, **HEADS), settings, prompt, response, shared)
-        dtype = "4-bit" if settings.bits else {2: "bf16", 4: "float32"}[settings.bytes_per_value]
+        dtype = f"{settings.bits}-bit" if settings.bits else {2: "bf16", 4: "float32"}[settings.bytes_per_value]
         told = [family, dtype, settings.batch, prompt + response, settings.rank, _targets(settings)]
         told += ["yes" if settings.checkpointing else "no", "once" if shared else "twice"]
         print(

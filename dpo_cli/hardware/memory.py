@@ -197,8 +197,10 @@ def _step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     width, tokens = settings.bytes_per_value, settings.tokens
     h, i = facts.hidden_size, facts.intermediate_size
     block = _block_bytes(facts, settings)
-    # A checkpointed block keeps what comes into it.
-    kept: float = facts.num_hidden_layers * (tokens * width * h if settings.checkpointing else block)
+    # A checkpointed block keeps what comes into it; and in 8 bits what each of its layers reads, since bitsandbytes 0.50 keeps
+    # that as attributes of its autograd function (MatMul8bitLt, `ctx.tensors`), where checkpointing cannot free it.
+    checkpoint = h + (sum({linear.reads: linear.inputs for linear in facts.linears}.values()) if settings.bits == 8 else 0)
+    kept: float = facts.num_hidden_layers * (tokens * width * checkpoint if settings.checkpointing else block)
     if settings.copies_inputs:  # autocast keeps its 16-bit copy of the adapter until the backward pass
         kept += width * trained_parameters(facts, settings)
     kept += _masked(facts, settings)  # the mask itself, a byte for each query and key, which all blocks share
@@ -236,7 +238,7 @@ def _block_bytes(facts: ModelFacts, settings: Settings) -> float:
     """
     width, tokens, heads = float(settings.bytes_per_value), settings.tokens, facts.num_attention_heads
     q, kv = facts.q, facts.kv
-    targets = _targets(facts, settings) if settings.rank else facts.linears
+    targets = _targets(facts, settings) if settings.rank and settings.bits != 8 else list(facts.linears)
     inputs = {linear.reads: linear.inputs for linear in targets}
     is_shared = settings.pair_tokens is not None
     if settings.copies_inputs:

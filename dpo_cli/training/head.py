@@ -101,13 +101,8 @@ class _ScoreTokens(torch.autograd.Function):
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         log_probs, entropy, mean_logits = columns
         for part in head.chunks(len(hidden)):
-            logits = head.logits(hidden[part].to(dtype))
-            mean_logits[part] = logits.mean(dim=-1)
-            is_top1[part] = logits.argmax(dim=-1) == targets[part]
-            log_p = logits.log_softmax(dim=-1)
-            del logits  # two tensors of a chunk at a time, here and below, are all that the memory bill counts
-            log_probs[part] = log_p.gather(-1, targets[part, None])[:, 0]
-            entropy[part] = -log_p.exp().mul_(log_p).sum(dim=-1)
+            found = _scores(head, hidden[part].to(dtype), targets[part])
+            log_probs[part], entropy[part], mean_logits[part], is_top1[part] = found
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.head, ctx.dtype = head, dtype
         ctx.mark_non_differentiable(mean_logits, is_top1)
@@ -126,27 +121,47 @@ class _ScoreTokens(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=entropy.dtype) if needs_bias else None
         for part in head.chunks(len(hidden)):
             chunk = hidden[part].to(ctx.dtype)
-            logits = head.logits(chunk)
-            log_p = logits.log_softmax(dim=-1)
-            if head.softcap is None:
-                del logits
-            # -p * (g + c * (log p + H)) with the gradients g of log p_t and c of H, in place of log p.
-            factor = 0.0 if grad_log_probs is None else grad_log_probs[part, None]
-            if grad_entropy is not None:
-                factor = (log_p + entropy[part, None]).mul_(grad_entropy[part, None]).add_(factor)
-            gradient = log_p.exp_().mul_(factor).neg_()
-            if grad_log_probs is not None:
-                gradient.scatter_add_(-1, targets[part, None], grad_log_probs[part, None])
-            raw = head.raw_gradient(gradient, None if head.softcap is None else logits).to(ctx.dtype)
-            del log_p, gradient, factor
+            shares = [None if grad is None else grad[part, None] for grad in (grad_log_probs, grad_entropy)]
+            raw = _raw_gradient(head, chunk, targets[part], entropy[part, None], *shares)
             if grad_hidden is not None:
                 grad_hidden[part] = raw @ head.weight.to(ctx.dtype)
             if grad_weight is not None:
                 grad_weight += raw.T @ chunk
             if grad_bias is not None:
                 grad_bias += raw.sum(dim=0, dtype=grad_bias.dtype)
+            del raw
         cast = [(grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias)]
         return (*(None if grad is None else grad.to(like.dtype) for grad, like in cast), None, None)
+
+
+# Functions of one chunk, which give back its memory on return: two float32 tensors of (chunk, vocabulary) are alive at a time.
+
+
+def _scores(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log p(target), entropy, mean logit, target is argmax) of a chunk, each (n,)."""
+    logits = head.logits(hidden)
+    mean, is_top1 = logits.mean(dim=-1), logits.argmax(dim=-1) == targets
+    log_p = logits.log_softmax(dim=-1)
+    del logits
+    return log_p.gather(-1, targets[:, None])[:, 0], -log_p.exp().mul_(log_p).sum(dim=-1), mean, is_top1
+
+
+def _raw_gradient(head: Head, hidden: Tensor, targets: Tensor, entropy: Tensor, g: Tensor | None, c: Tensor | None) -> Tensor:
+    """d loss / d (hidden @ weight.T + bias) of a chunk, (n, V), in the dtype of `hidden`; g and c are (n, 1).
+
+    With the gradients g of log p_t and c of the entropy H: d loss / dz = onehot(t) * g - p * (g + c * (log p + H)).
+    """
+    logits = head.logits(hidden)
+    log_p = logits.log_softmax(dim=-1)
+    kept = None if head.softcap is None else logits
+    del logits
+    factor: Tensor | float = 0.0 if g is None else g
+    if c is not None:
+        factor = (log_p + entropy).mul_(c).add_(factor)
+    gradient = log_p.exp_().mul_(factor).neg_()
+    if g is not None:
+        gradient.scatter_add_(-1, targets[:, None], g)
+    return head.raw_gradient(gradient, kept).to(hidden.dtype)
 
 
 def score_tokens(hidden: Tensor, targets: Tensor, head: Head) -> TokenScores:

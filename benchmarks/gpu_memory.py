@@ -1,0 +1,169 @@
+"""The memory bill against a GPU: real steps of real shapes with random weights, predicted and measured peak of each.
+
+    python benchmarks/gpu_memory.py                on a CUDA machine: prints a table, writes results/gpu-memory-NAME.json
+    python benchmarks/gpu_memory.py --device cpu   the same on tiny shapes, to see that it runs
+
+It needs torch and the packages of this repository, downloads nothing, and stops after `--minutes`. What could not be run (no
+bitsandbytes, out of memory) is a row that says so. Measured is torch's own peak of allocated bytes, which a bill without
+context and slack predicts; reserved bytes and the context stand beside it in the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine_line
+from step_memory import random_model, step_peak, trainer_for, with_lengths
+from transformers import LlamaConfig, PreTrainedModel
+
+from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
+from dpo_cli.hardware.memory import Settings, components
+from dpo_cli.hardware.probe import GIB
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
+BITS = (None, 4, 8)
+MINUTES = 8.0
+RESPONSE_SHARE = 0.25  # of a sequence
+BASE = Settings(batch=2, length=1024, rank=16, bytes_per_value=2, checkpointing=True)
+# One thing changed at a time, then the corners; the flag says whether prompts go through once.
+GRID: tuple[tuple[Settings, bool], ...] = (
+    (BASE, True),
+    (replace(BASE, length=512), True),
+    (replace(BASE, length=2048), True),
+    (replace(BASE, length=4096, batch=1), True),
+    (replace(BASE, batch=1), True),
+    (replace(BASE, batch=8), True),
+    (replace(BASE, rank=64), True),
+    (replace(BASE, checkpointing=False, length=512), True),
+    (replace(BASE, checkpointing=False, batch=1), True),
+    (BASE, False),
+    (replace(BASE, length=4096, batch=4, rank=64), True),
+)
+
+
+def shapes(device: str) -> Iterator[tuple[str, ModelFacts]]:
+    """The models to measure; on a CPU the first one's shape divided by sixteen, with four blocks."""
+    for name in MODELS:
+        facts = model_facts(name)
+        assert facts is not None
+        if device == "cpu":
+            small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
+            yield f"{name}, tiny", replace(facts, **small, num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+            return
+        yield name, facts
+
+
+def config_of(facts: ModelFacts) -> LlamaConfig:
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    shape = {name: getattr(facts, name) for name in names}
+    return LlamaConfig(**shape, vocab_size=facts.vocab_size, tie_word_embeddings=facts.tie_word_embeddings)
+
+
+def measure(model: PreTrainedModel, facts: ModelFacts, settings: Settings, shared: bool, device: str) -> dict[str, Any]:
+    """One row: the bill of the settings and what torch allocated at its most, in GB."""
+    response = max(2, int(RESPONSE_SHARE * settings.length))
+    prompt = settings.length - response
+    known = with_lengths(settings, prompt, response, shared)
+    parts = {name: size / GIB for name, size in components(facts, replace(known, on_gpu=False)).items()}
+    row: dict[str, Any] = {"settings": asdict(known), "shared": shared, "predicted": parts, "predicted_gb": sum(parts.values())}
+    model.gradient_checkpointing_disable()
+    trainer = None
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            trainer = trainer_for(model, known, prompt, response, device, Path(place))
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            row["step_gb"] = step_peak(trainer, device) / GIB
+        if device == "cuda":
+            row["measured_gb"] = torch.cuda.max_memory_allocated() / GIB
+            row["reserved_gb"] = torch.cuda.max_memory_reserved() / GIB
+            free, total = torch.cuda.mem_get_info()
+            row["context_gb"] = (total - free - torch.cuda.memory_reserved()) / GIB
+        else:  # a CPU process has no counter of its own: what comes and goes is measured, the rest taken from the bill
+            row["measured_gb"] = row["step_gb"] + sum(parts.values()) - parts["activations"] - parts["scoring"]
+    except torch.OutOfMemoryError as error:
+        row["failed"] = str(error).splitlines()[0]
+    finally:
+        if trainer is not None:
+            trainer.model.unload()
+        del trainer
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return row
+
+
+def rows(device: str, deadline: float) -> Iterator[dict[str, Any]]:
+    """Every model in every precision over the grid, until the time is over."""
+    for name, facts in shapes(device):
+        for bits in BITS:
+            if time.monotonic() > deadline:
+                return
+            about = {"model": name, "bits": bits}
+            try:
+                model = random_model(config_of(facts), replace(BASE, bits=bits), device)
+            except (ImportError, RuntimeError) as error:  # bitsandbytes is not there, or has no kernels for this machine
+                yield {**about, "failed": (str(error) or type(error).__name__).splitlines()[0]}
+                continue
+            for settings, shared in GRID:
+                if time.monotonic() > deadline:
+                    break
+                smaller = replace(settings, length=settings.length // 8) if device == "cpu" else settings
+                yield {**about, **measure(model, facts, replace(smaller, bits=bits), shared, device)}
+            del model
+            gc.collect()
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    told = [row["model"].split("/")[-1], "16" if row["bits"] is None else str(row["bits"])]
+    if "settings" in row:
+        settings = row["settings"]
+        told += [str(settings[name]) for name in ("batch", "length", "rank")]
+        told += ["yes" if settings["checkpointing"] else "no", "once" if row["shared"] else "twice"]
+    if "measured_gb" not in row:
+        return f"| {' | '.join(told)} | {row.get('failed', '')} |"
+    ratio = row["predicted_gb"] / row["measured_gb"]
+    return f"| {' | '.join(told)} | {row['predicted_gb']:.2f} | {row['measured_gb']:.2f} | {ratio:.3f} |"
+
+
+def main() -> None:
+    assert all(name in known_models() for name in MODELS)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--out", type=Path, help="where to write the JSON; else results/ beside this file, from a GPU only")
+    given = parser.parse_args()
+    logging.disable(logging.WARNING)
+    print("| model | bits | batch | tokens | rank | checkpointing | prompts | predicted GB | measured GB | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    found = []
+    for row in rows(given.device, time.monotonic() + 60 * given.minutes):
+        found.append(row)
+        print(line(row), flush=True)
+    errors = [abs(row["predicted_gb"] / row["measured_gb"] - 1) for row in found if "measured_gb" in row]
+    if errors:
+        print(f"\n{len(errors)} rows: mean error {sum(errors) / len(errors):.1%}, worst {max(errors):.1%}. {machine_line()}")
+    name = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
+    at_home = RESULTS / f"gpu-memory-{re.sub('[^a-z0-9]+', '-', name.lower())}.json" if given.device == "cuda" else None
+    out = given.out or at_home
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"machine": machine_line(), "rows": found}, indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
