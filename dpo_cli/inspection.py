@@ -93,8 +93,9 @@ def inspect(
         data, balance, about_data = _read_data(loaded, wrong)
         found += [problem if problem.file else loaded.placed(problem) for problem in about_data]
     plan = None
-    if loaded.config is not None and not damaged:
-        plan = resolve(loaded, machine, vram_gb=vram_gb, longest=data.longest if data else None)
+    draft = loaded.draft()
+    if draft.config is not None and not damaged:
+        plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
         found += map(loaded.placed, _step_problems(plan, balance.train if balance else 0))
         if with_fit and (misfit := does_not_fit(plan)) is not None:

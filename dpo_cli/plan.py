@@ -288,5 +288,5 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
 def _absolute(dataset: str | list[Any]) -> Any:
     """The paths of a dataset, each absolute."""
     if isinstance(dataset, str):
-        return dataset if is_hub_id(dataset) else str(Path(dataset).absolute())
+        return dataset if not dataset or is_hub_id(dataset) else str(Path(dataset).absolute())
     return [{**entry, "path": _absolute(entry["path"])} if isinstance(entry, dict) else _absolute(entry) for entry in dataset]

@@ -44,6 +44,13 @@ class Loaded:
         line, column = self.positions.get(where, (None, None)) if where else (None, None)
         return replace(problem, file=self.file, line=line, column=column)
 
+    def draft(self) -> Loaded:
+        """The same with an empty dataset, where a config lacks nothing else: its memory can be known before its data."""
+        errors = [(problem.code, problem.key) for problem in self.problems if problem.severity == "error"]
+        if errors != [("missing-key", "dataset")]:
+            return self
+        return replace(self, config=Config(**_normalised({**self.values, "dataset": ""})))
+
     def require(self) -> Config:
         """The config, or `InvalidInput` with every problem."""
         if self.config is None:

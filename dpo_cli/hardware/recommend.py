@@ -72,8 +72,6 @@ class Recommendation:
             "vram_gb": self.vram_gb,
             "config": self.config,
             "memory": self.memory.to_json(),
-            "preset": self.preset,
-            "preset_memory": self.preset_memory.to_json(),
             "reasons": self.reasons,
         }
 
