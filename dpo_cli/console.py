@@ -131,7 +131,8 @@ class Console:
     def bill(self, memory: dict[str, Any]) -> None:
         """The memory bill with a bar per component."""
         largest = max(memory["components"].values())
-        bars = [(name, f"{size:.2f} GB", "#" * round(20 * size / largest)) for name, size in memory["components"].items()]
+        parts = {name: size for name, size in memory["components"].items() if size}
+        bars = [(name, f"{size:.2f} GB", "#" * round(20 * size / largest)) for name, size in parts.items()]
         budget = f" of {memory['budget_gb']:.1f}" if memory["budget_gb"] else ""
         self.table(f"memory: {memory['total_gb']:.2f}{budget} GB", bars)
 

@@ -168,7 +168,7 @@ def resolve(
         decided["gradient_checkpointing"] = settings.checkpointing
         decided["per_device_train_batch_size"] = settings.batch
         decided["gradient_accumulation_steps"] = config.gradient_accumulation_steps * factor
-        if factor > 1:
+        if factor > 1 and memory.fits is not False:
             notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
     if config.strategy == "dpo" and loaded.sources.get("learning_rate") == "default":
         learns = f"a LoRA adapter hardly moves at it, and learns at {ADAPTER_LEARNING_RATE:g} and around it (README)"

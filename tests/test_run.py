@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_scoring import rejected_sees_chosen
 
 from dpo_cli.config.config import load
 from dpo_cli.console import Console
-from dpo_cli.errors import Exit, RunFailed
+from dpo_cli.errors import DoesNotFit, Exit, RunFailed
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.training import sharing
+from dpo_cli.training.dpo import PairTrainer
 from dpo_cli.training.run import evaluate, train
 
 
@@ -85,3 +87,29 @@ def test_an_evaluation_checks_again(
     assert "each prompt twice" in capsys.readouterr().out
     for name, figure in checked["policy"].items():
         assert figure is None or figure["value"] == pytest.approx(right["policy"][name]["value"], abs=1e-3)
+
+
+def test_a_pair_that_does_not_fit_alone_is_told_with_what_to_change(
+    run: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 4 before the first step, with the longest pair's place and each remedy's saving; a second try is not in the way."""
+
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("none left")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(PairTrainer, "compute_loss", none_left)
+        with pytest.raises(DoesNotFit) as caught:
+            run("large", gradient_checkpointing=False)
+    (problem,) = caught.value.problems
+    assert "the longest pair (" in problem.message and "pairs.jsonl:" in problem.message
+    assert problem.fix is not None
+    run("large")
+
+
+def test_the_measured_peak_stands_beside_the_bill(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    run("measured")
+    memory = json.loads((tmp_path / "measured" / "metrics.json").read_text(encoding="utf-8"))["memory"]
+    lines = [json.loads(line) for line in (tmp_path / "measured" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert memory["measured_gb"] == [line["peak_memory_gb"] for line in lines if line["split"] == "train"][-1]
+    assert 0 < memory["predicted_gb"] <= memory["measured_gb"]  # of a tiny model the libraries are nearly all

@@ -106,7 +106,6 @@ class Bill:
             "budget_gb": self.budget_gb,
             "fits": self.fits,
             "largest_change": self.largest_change,
-            "host_gb": round(self.host_gb, 3),
         }
 
 

@@ -40,6 +40,7 @@ IMPROVEMENTS: Sequence[Step] = (
     Step("weights in 16 bits, without the error of quantisation", "use_4bit", False),
     Step("longer sequences", LENGTH, 2048),
     Step("longer sequences", LENGTH, 4096),
+    Step("larger micro-batches, which are faster", BATCH, 2),
     Step("larger micro-batches, which are faster", BATCH, 4),
     Step("larger micro-batches, which are faster", BATCH, 8),
     Step("no recomputation in the backward pass, which is faster", "gradient_checkpointing", False),

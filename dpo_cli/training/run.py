@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -73,7 +74,9 @@ def train(
     with log_to(run.log), StopOnSignal(console.line) as stop, console.training(plan.total_steps) as view:
         base = provider.base_model(plan)
         pairs, pad_token_id = [*train_pairs, *held_out], int(tokenizer.pad_token_id)
-        plan = _settled(plan, choose(base, pairs, pad_token_id, plan.config.prompt_sharing), loaded, machine, console)
+        with _fitting(plan, loaded):
+            scoring = choose(base, pairs, pad_token_id, plan.config.prompt_sharing)
+        plan = _settled(plan, scoring, loaded, machine, console)
         run.write_json(PLAN, plan.to_json())
         adapter = provider.adapter_config(plan, base)
         evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
@@ -85,10 +88,8 @@ def train(
         if stop.received:
             raise KeyboardInterrupt  # there is nothing trained to keep
         started = time.monotonic()
-        try:
+        with _fitting(plan, loaded):
             trainer.train()
-        except torch.OutOfMemoryError as error:  # one pair alone: the user has to change something
-            raise DoesNotFit([loaded.placed(out_of_memory(plan))]) from error
         seconds = time.monotonic() - started
 
     status, code = _ending(stop, health)
@@ -230,6 +231,15 @@ def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, con
 def _tell_scoring(plan: Plan, console: Console) -> None:
     console.line(f"scoring: {plan.scoring.why}")
     logging.getLogger("dpo").info("scoring: %s", plan.scoring.why)
+
+
+@contextmanager
+def _fitting(plan: Plan, loaded: Loaded) -> Iterator[None]:
+    """What runs out of memory inside, with one pair at a time, is for the user to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFit([loaded.placed(out_of_memory(plan))]) from error
 
 
 def _require_fit(plan: Plan, loaded: Loaded) -> None:
