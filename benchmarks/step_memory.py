@@ -31,6 +31,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -45,7 +46,7 @@ from dpo_cli.hardware.memory import Settings, components
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import resolve
 from dpo_cli.training import sharing
-from dpo_cli.training.dpo import PairTrainer, build_trainer
+from dpo_cli.training.dpo import PairTrainer, ProbeFirst, build_trainer
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -102,10 +103,18 @@ def trainer_for(
     # Rejected responses are a token shorter, so that padded rows are padded, as they are in any real micro-batch.
     pairs = [EncodedPair(Pair("", "", "", 1), ids(prompt), ids(response), ids(response - 1)) for _ in range(2 * settings.batch)]
     modules: Any = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
-    adapter = LoraConfig(task_type="CAUSAL_LM", r=settings.rank, lora_alpha=2 * settings.rank, target_modules=modules)
+    adapter = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        lora_dropout=DROPOUT if settings.dropout else 0.0,
+        target_modules=modules,
+    )
     backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    return build_trainer(model, adapter, tokenizer, resolve(load(str(file)), probe()), pairs, [], lambda _: {})
+    trainer = build_trainer(model, adapter, tokenizer, resolve(load(str(file)), probe()), pairs, [], lambda _: {})
+    trainer.remove_callback(ProbeFirst)
+    return trainer
 
 
 class Peak:
@@ -141,6 +150,7 @@ def step_peak(trainer: PairTrainer, device: str) -> int:
         calls.append(1)
         if len(calls) != 2:
             return step(*args, **kwargs)
+        assert any(parameter.grad is not None for parameter in trainer.model.parameters())
         with measured(device) as peak:
             loss = step(*args, **kwargs)
         peaks.append(peak.bytes)
@@ -170,7 +180,8 @@ def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response:
 
 SHAPE = {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
-FAMILIES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
+DROPOUT = 0.05  # the documented one
+FAMILIES = {"phi3": Phi3Config, "llama": LlamaConfig, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
 HALF = Settings(batch=2, length=0, rank=16, bytes_per_value=2, checkpointing=False, on_gpu=False)
 FULL = replace(HALF, bytes_per_value=4)
 # (family, settings, prompt, response, shared)
@@ -184,6 +195,11 @@ GRID: list[tuple[str, Settings, int, int, bool]] = [
     ("llama", replace(HALF, checkpointing=True), 768, 256, True),
     ("llama", replace(HALF, batch=8, checkpointing=True), 192, 64, True),
     ("llama", replace(HALF, rank=64, batch=4), 384, 128, True),
+    ("llama", replace(HALF, rank=256), 48, 16, True),
+    ("llama", replace(HALF, rank=256, checkpointing=True), 96, 32, True),
+    ("llama", replace(HALF, dropout=True), 192, 64, True),
+    ("llama", replace(HALF, dropout=True, bits=4), 192, 64, True),
+    ("phi3", HALF, 192, 64, True),
     ("llama", replace(HALF, target_modules=("q_proj", "v_proj")), 384, 128, True),
     ("llama", FULL, 384, 128, True),
     ("llama", FULL, 384, 128, False),
@@ -209,7 +225,8 @@ def main() -> None:
     for family, settings, prompt, response, shared in GRID:
         predicted, peak = compare(FAMILIES[family](**SHAPE, **HEADS), settings, prompt, response, shared)
         dtype = f"{settings.bits}-bit" if settings.bits else {2: "bf16", 4: "float32"}[settings.bytes_per_value]
-        told = [family, dtype, settings.batch, prompt + response, settings.rank, _targets(settings)]
+        name = family + (", dropout" if settings.dropout else "")
+        told = [name, dtype, settings.batch, prompt + response, settings.rank, _targets(settings)]
         told += ["yes" if settings.checkpointing else "no", "once" if shared else "twice"]
         print(
             f"| {' | '.join(map(str, told))} | {predicted / 2**20:.1f} | {peak / 2**20:.1f} | {predicted / peak:.3f} |",

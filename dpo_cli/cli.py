@@ -8,6 +8,7 @@ import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -25,7 +26,7 @@ from dpo_cli.errors import DpoError, Exit, UsageError
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
-from dpo_cli.inspection import inspect, longest_of
+from dpo_cli.inspection import inspect, lengths_of
 
 MAX_VRAM_GB = 100_000
 
@@ -160,6 +161,8 @@ def recommend(
         made = make_recommendation(_request(console, vram, model, dataset, strategy))
         for reason in made.reasons:
             console.line(reason)
+        if strategy != "dpo":
+            console.line(f"this version cannot train {strategy} yet: the config is for a later one")
         console.bill(made.memory.to_json())
         text = json.dumps(made.config, indent=2)
         if write is not None:
@@ -174,17 +177,20 @@ def recommend(
 
 def _request(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Request:
     """What is asked of `recommend`, for this machine's card where none is named."""
-    free_gb, has_4bit = None, True
+    asked = Request(vram or 0.0, model, dataset, strategy)
     if vram is None:
         machine = probe()
         if machine.card is None:
             raise UsageError("there is no GPU on this machine", "say what to plan for, for example --vram 12")
-        vram, free_gb, what = machine.card
+        total_gb, free_gb, what = machine.card
         console.line(f"this machine: {what}")
-        if machine.is_apple:  # bitsandbytes has no Metal backend
-            has_4bit = False
-    longest = longest_of(dataset, model or "") if dataset else None
-    return Request(vram, model, dataset, strategy, free_gb, longest, has_4bit)
+        asked = replace(asked, vram_gb=total_gb, free_gb=free_gb, is_apple=machine.is_apple and not machine.gpus)
+    if dataset is None:
+        return asked
+    lengths = lengths_of(dataset, model or "")
+    if lengths.most_tokens is None:
+        console.line(f"{dataset} is not here yet, so its lengths do not count")
+    return replace(asked, longest=lengths.most_tokens, share_over=lengths.share_over)
 
 
 class _TrainCommand(TyperCommand):

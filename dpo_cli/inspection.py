@@ -20,6 +20,8 @@ from dpo_cli.hardware import models
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import DOES_NOT_FIT, Plan, does_not_fit, hardware_problems, resolve
 
+MUCH_TOO_LONG = 0.1  # a share of pairs longer than max_seq_length that is told of
+
 
 @dataclass(frozen=True)
 class Data:
@@ -132,21 +134,29 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
     if "dataset" not in sets:
         return None, None, found
     said = {**quality.length_bias(), "length": lengths.to_json(values.get("max_seq_length", 0))}
+    found += _length_problems(lengths, values.get("max_seq_length"))
     data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
     found += quality.problems(data.train)
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     return data, balance, found
 
 
-def longest_of(dataset: str, model_name: str) -> int:
-    """How many tokens the longest sequence of a dataset may have with this model (data/lengths.py)."""
+def _length_problems(lengths: Lengths, max_length: int | None) -> Iterator[Problem]:
+    if max_length and (share := lengths.share_over(max_length)) >= MUCH_TOO_LONG:
+        message = (
+            f"about {share:.0%} of the pairs are longer than max_seq_length {max_length}: their prompts lose their beginning, "
+            "and those whose responses alone are longer are left out"
+        )
+        yield Problem("warning", "pairs-too-long", message, "raise it, or write a dataset of shorter pairs", "max_seq_length")
+
+
+def lengths_of(dataset: str, model_name: str) -> Lengths:
+    """The lengths of a dataset's pairs with this model, without pairs where it is on the hub and was not fetched."""
     lengths = Lengths(model_name)
     data = reader.read(dataset, skip=True, observers=[lengths])
     if wrong := [problem for problem in data.problems if problem.severity == "error"]:
         raise InvalidInput(wrong)
-    if lengths.most_tokens is None:  # on the hub, and not fetched
-        raise InvalidInput(data.problems)
-    return lengths.most_tokens
+    return lengths
 
 
 def _step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:

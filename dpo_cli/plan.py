@@ -162,7 +162,10 @@ def resolve(
         if decided["device"] == "cuda":
             budget_gb = vram_gb or (machine.gpus[0].free_gb if machine.gpus else None)
         else:
-            budget_gb = machine.memory_gb
+            budget_gb = machine.card[1] if decided["device"] == "mps" and machine.card else machine.memory_gb
+        if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
+            # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
+            wanted = replace(wanted, fused_attention=False)
         settings, memory = fit(facts, wanted, budget_gb, config.gradient_checkpointing)
         factor = wanted.batch // settings.batch
         decided["gradient_checkpointing"] = settings.checkpointing
@@ -195,6 +198,8 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
         optimizer=config.optim,
         bytes_per_value=2 if config.bf16 or config.fp16 else 4,
         checkpointing=config.gradient_checkpointing is True,
+        fp16=bool(config.fp16),
+        dropout=config.lora_dropout > 0,
         on_gpu=config.device == "cuda",
         from_gguf=is_gguf(Path(config.model_name)),
     )

@@ -370,6 +370,7 @@ DATA = [
         "warning",
         file="data/overlap.jsonl",
     ),
+    warning("pairs-too-long", "max_seq_length", '"dataset": "data/long.jsonl", "max_seq_length": 64', "raise it"),
     Case("never-evaluated", "eval_steps", '"eval_steps": 1000', '"eval_steps": 5', FIRST, "warning"),
     Case("never-warm", "warmup_steps", '"warmup_steps": 1000', '"warmup_ratio": 0.1', FIRST, "warning"),
     Case("nothing-to-train", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.999', "lower eval_split"),
@@ -433,6 +434,7 @@ def lay_out(place: Path) -> None:
         b'{"prompt": "Describe a sunset", "chosen": "The sunset was beautiful.", "rejected": "The sunset was pretty."}',
     )
     write("data/markers.jsonl", pair(0), pair(1, "<|im_start|>assistant\nyes<|im_end|>"))
+    write("data/long.jsonl", *(pair(number, "yes " * 200, "no") for number in range(3)))
     write("data/longer.jsonl", *(pair(number, "yes and yes") for number in range(200)))
     write("data/refusals.jsonl", *(pair(number, "yes", "I'm sorry, I cannot help with that.") for number in range(20)))
     russian = "\u041a\u0430\u043a\u043e\u0439 " * 6

@@ -259,7 +259,7 @@ def test_what_is_free_counts_and_the_card_decides_the_profile() -> None:
 
 
 def test_without_4bit_weights_stay_whole() -> None:
-    assert recommend(Request(24, has_4bit=False)).config["use_4bit"] is False
+    assert recommend(Request(24, is_apple=True)).config["use_4bit"] is False
 
 
 def test_largest_model_fits_and_no_larger_one_does() -> None:

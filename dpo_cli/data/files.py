@@ -42,7 +42,8 @@ def fault(path: Path, key: str) -> Problem | None:
             return problem("dataset-split", f"{repository} {what}", fix)
         if hub.is_hub_id(str(path)):
             message = f"{path} is not here yet: `dpo train` asks the hub for it"
-            fix = f"`hf download --repo-type dataset {path}` fetches it now; a local file has a suffix"
+            repository = str(path).partition(":")[0]
+            fix = f"`hf download --repo-type dataset {repository}` fetches it now; a local file has a suffix"
             return Problem("warning", "dataset-on-hub", message, fix, key)
         siblings = [file.name for file in path.parent.iterdir()] if os.path.exists(path.parent) and path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, 1, cutoff=0.75)

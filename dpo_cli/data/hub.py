@@ -46,7 +46,7 @@ def splits(repository: str) -> dict[str, list[str]]:
     kinds = [[file for file in files if file.suffix == suffix] for suffix in SUFFIXES]
     found: dict[str, list[str]] = {}
     for file in next(filter(None, kinds), []):
-        own = re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem)
+        own = re.sub(r"(?:^|[-_.])\d+(?:-of-\d+(?:-[0-9a-f]+)?)?$", "", file.stem)
         parent = file.parent.name if file.parent != folder else ""
         is_told_by_folder = not own or (SPLIT.search(parent) is not None and SPLIT.search(own) is None)
         found.setdefault(parent if is_told_by_folder and parent else own, []).append(str(file))

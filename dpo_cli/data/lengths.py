@@ -12,8 +12,8 @@ from dpo_cli.data.formats import Pair, flat
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BYTES_A_TOKEN = 2  # of UTF-8, at the least: English has about 4, Chinese 3, code and numbers 2 to 3
-TEMPLATE_TOKENS = 64  # that a chat template may put around a pair
+BYTES_A_TOKEN = 2  # of UTF-8, in nearly all text: English has about 4, Chinese 3, code 2 to 3; digits alone have 1
+TEMPLATE_TOKENS, TURN_TOKENS = 64, 8  # that a chat template may put around a pair, and around each message
 SAMPLE = 500  # the tokens of so many pairs, spread over all, are counted at least; the others have as many a character
 
 
@@ -23,17 +23,21 @@ class Lengths:
     def __init__(self, model_name: str) -> None:
         self.characters = array("q")
         self.longest: Pair | None = None
-        self._most = self._most_bytes = 0
+        self._most = self._most_bytes = self._most_turns = self._bytes = 0
         self._tokenizer = _tokenizer(model_name)
         self._sampled: list[tuple[int, int]] = []  # characters and tokens of every `_stride`th pair
         self._stride = 1
 
     def see(self, pair: Pair, prompt_key: str) -> None:
-        texts = [flat(pair.prompt), max(flat(pair.chosen), flat(pair.rejected), key=len)]
+        texts = [flat(pair.prompt), max(flat(pair.chosen), flat(pair.rejected), key=len), *map(str, pair.tools)]
         size = sum(map(len, texts))
         self.characters.append(size)
         is_ascii = all(map(str.isascii, texts))
-        self._most_bytes = max(self._most_bytes, size if is_ascii else sum(len(text.encode()) for text in texts))
+        size_in_bytes = size if is_ascii else sum(len(text.encode()) for text in texts)
+        self._bytes += size_in_bytes
+        self._most_bytes = max(self._most_bytes, size_in_bytes)
+        if isinstance(pair.prompt, list):
+            self._most_turns = max(self._most_turns, len(pair.prompt))
         if size > self._most:
             self._most, self.longest = size, pair
         if self._tokenizer is not None and (len(self.characters) - 1) % self._stride == 0:
@@ -48,10 +52,23 @@ class Lengths:
         """No fewer tokens than the longest sequence has, in all likelihood; None without pairs."""
         if self.longest is None:
             return None
+        template = TEMPLATE_TOKENS + TURN_TOKENS * self._most_turns
         if not self._sampled:
-            return self._most_bytes // BYTES_A_TOKEN + TEMPLATE_TOKENS
+            return self._most_bytes // BYTES_A_TOKEN + template
         densest = max(tokens / max(1, size) for size, tokens in self._sampled)
-        return round(self._most * densest) + TEMPLATE_TOKENS
+        return round(self._most * densest) + template
+
+    @property
+    def _rate(self) -> float:
+        """Tokens a character: of the sample, or where nothing was sampled what four bytes of UTF-8 a token make."""
+        if not self._sampled:
+            return self._bytes / 4 / max(1, sum(self.characters))
+        return sum(tokens for _, tokens in self._sampled) / max(1, sum(size for size, _ in self._sampled))
+
+    def share_over(self, max_length: int) -> float:
+        """About which share of the pairs is longer than `max_length` tokens."""
+        rate = self._rate
+        return sum(size * rate > max_length for size in self.characters) / max(1, len(self.characters))
 
     def to_json(self, max_length: int) -> dict[str, Any]:
         """Median and longest; with a tokenizer the tokens of both, and the share of pairs longer than `max_length`."""
@@ -61,9 +78,8 @@ class Lengths:
         where = {"file": self.longest.file, "line": self.longest.line}
         if self._tokenizer is None:
             return {"characters": characters, "tokens": None, "longest": where}
-        rate = sum(tokens for _, tokens in self._sampled) / max(1, sum(size for size, _ in self._sampled))
-        over = sum(size * rate > max_length for size in self.characters) / len(self.characters)
-        tokens = {name: round(size * rate) for name, size in characters.items()}
+        tokens = {name: round(size * self._rate) for name, size in characters.items()}
+        over = self.share_over(max_length)
         return {"characters": characters, "tokens": {**tokens, "share_over": round(over, 4)}, "longest": where}
 
 

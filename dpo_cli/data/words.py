@@ -87,5 +87,6 @@ MARKERS = re.compile(
 
 
 def plain(text: str) -> str:
-    """The text without differences of case and blanks."""
-    return " ".join(text.casefold().split())
+    """The text without differences of case and blanks, but for those at the start of a line, which mean something in code."""
+    lines = text.casefold().strip().splitlines()
+    return "\n".join(line[: len(line) - len(line.lstrip())] + " ".join(line.split()) for line in lines)

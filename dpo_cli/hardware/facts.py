@@ -139,7 +139,7 @@ def _config_facts(config: Mapping[str, Any], place: Path | None = None) -> Model
     facts = ModelFacts(**values, **caps, sliding_window=window, model_type=text.get("model_type", "llama"))
     if facts.parameters <= 0:
         return None
-    stored = sum(map(_stored_parameters, place.glob("*.safetensors"))) if place else 0
+    stored = sum(map(_stored_parameters, place.glob("model*.safetensors"))) if place else 0
     beside = stored - facts.parameters
     # A quantised file stores other numbers of other tensors; biases and the like are too few to count.
     is_plain = not config.get("quantization_config") and beside > facts.parameters // 100

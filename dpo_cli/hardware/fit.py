@@ -9,7 +9,9 @@ from typing import Any
 from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
 from dpo_cli.hardware.memory import Bill, Settings, bill
 
+MARGIN = 0.1  # of the budget, left free where there is a choice: a bill is no measurement
 LEAST_GB = 0.05  # a saving that is told
+LARGE_RANK = 16  # the smallest documented one
 LENGTHS = (4096, 2048, 1024, 512, 256)  # that a remedy goes down to
 
 
@@ -20,17 +22,20 @@ def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpoint
     """The first way to run `wanted` that fits the budget, or the smallest with its bill when none does.
 
     Only what leaves the training unchanged is tried: `checkpointing` when it is "auto", then smaller micro-batches (the
-    accumulation grows by the same factor, so pairs per optimizer step stay).
+    accumulation grows by the same factor, so pairs per optimizer step stay). A way with a margin goes before one without.
     """
     choices = (False, True) if checkpointing == "auto" else (bool(checkpointing),)
     batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0]
-    ways = [replace(wanted, batch=wanted.batch, checkpointing=choice) for choice in choices]
+    ways = [replace(wanted, checkpointing=choice) for choice in choices]
     ways += [replace(wanted, batch=size, checkpointing=choices[-1]) for size in batches[1:]]
-    for settings in ways:
-        made = bill(facts, settings, budget_gb)
-        if made.fits is not False:
-            return settings, made
-    return settings, replace(made, largest_change=advice(facts, settings, made))
+    bills = [bill(facts, settings, budget_gb) for settings in ways]
+    if budget_gb is None:
+        return ways[0], bills[0]
+    for limit_gb in ((1 - MARGIN) * budget_gb, budget_gb):
+        for settings, made in zip(ways, bills, strict=True):
+            if made.total_gb <= limit_gb:
+                return settings, made
+    return ways[-1], replace(bills[-1], largest_change=advice(facts, ways[-1], bills[-1]))
 
 
 def advice(facts: ModelFacts, settings: Settings, made: Bill) -> str:
@@ -41,7 +46,7 @@ def advice(facts: ModelFacts, settings: Settings, made: Bill) -> str:
         if bill(facts, _changed(settings, chosen), made.budget_gb).fits:
             break
     else:
-        return _smaller_model(settings, made.budget_gb)
+        return smaller_model(settings, made.budget_gb)
     for change in chosen[:-1]:
         without = [other for other in chosen if other is not change]
         if bill(facts, _changed(settings, without), made.budget_gb).fits:
@@ -65,7 +70,7 @@ def _changes(settings: Settings) -> Iterator[Change]:
     if not settings.checkpointing:
         yield '"gradient_checkpointing": true', {"checkpointing": True}
     if settings.bits != 4 and settings.rank:
-        yield '"use_4bit": true', {"bits": 4}
+        yield '"use_4bit": true' + (', "use_8bit": false' if settings.bits == 8 else ""), {"bits": 4}
     if settings.batch > 1:
         fix = f'"per_device_train_batch_size": 1 with {settings.batch} times the "gradient_accumulation_steps"'
         yield fix, {"batch": 1}
@@ -75,6 +80,8 @@ def _changes(settings: Settings) -> Iterator[Change]:
             if settings.pair_tokens is not None:  # responses stay whole: a pair loses what its prompt loses
                 shorter["pair_tokens"] = max(length, settings.pair_tokens - settings.length + length)
             yield f'"max_seq_length": {length}', shorter
+    if settings.rank > LARGE_RANK:  # beyond the documentation's remedies, which know no such rank
+        yield f'"lora_r": {LARGE_RANK}', {"rank": LARGE_RANK}
 
 
 def _changed(settings: Settings, changes: Sequence[Change]) -> Settings:
@@ -83,17 +90,20 @@ def _changed(settings: Settings, changes: Sequence[Change]) -> Settings:
     return settings
 
 
+def smaller_model(settings: Settings, budget_gb: float | None) -> str:
+    """Which of the common models fits with these settings, or with the least; checkpointed and one pair at a time."""
+    name = largest_model(settings, budget_gb) if budget_gb else None
+    if name is not None:
+        return f"use a smaller model: {name} is the largest known here that fits with these settings"
+    changes = list(_changes(settings))
+    name = largest_model(_changed(settings, changes), budget_gb) if budget_gb else None
+    with_changes = f" with {', '.join(text for text, _ in changes)}" if changes else ""
+    return f"use a smaller model: {name} fits{with_changes}" if name else "use a larger card: no model known here fits"
+
+
 def largest_model(settings: Settings, budget_gb: float) -> str | None:
     """The largest of the common models that fits with these settings, checkpointed and one pair at a time."""
     least = replace(settings, checkpointing=True, batch=1)
     shapes = {name: facts for name in known_models() if (facts := model_facts(name)) is not None}
     fitting = [name for name, facts in shapes.items() if bill(facts, least, budget_gb).fits]
     return max(fitting, key=lambda name: shapes[name].parameters, default=None)
-
-
-def _smaller_model(settings: Settings, budget_gb: float | None) -> str:
-    least = replace(
-        settings, bits=4 if settings.rank else settings.bits, length=min(settings.length, LENGTHS[-1]), pair_tokens=None
-    )
-    name = largest_model(least, budget_gb) if budget_gb else None
-    return "use a smaller model" + (f": {name} is the largest known here that fits" if name else "; none known here fits")

@@ -26,7 +26,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 PLAIN_4BIT_BYTES = 0.5 + 4 / 64  # without it: a float32 scale per block
 # Bytes of optimizer state a trained weight, where it is not two moments of the weight's own width (AdamW): in 8 bits with
 # their scales; Adafactor keeps a row and a column; SGD nothing. Paged states can leave the GPU, but are there at the step.
-MOMENTS = {"adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
+MOMENTS = {"paged_adamw_32bit": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
 CUDA_CONTEXT_BYTES = 0.5 * GIB  # driver context and the workspaces of cuBLAS; fitcheck-llm 0.3 assumes the same
 ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation; likewise
 CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (training/head.py, CHUNK_ELEMENTS)
@@ -48,6 +48,8 @@ class Settings:
     nested_quantisation: bool = True
     optimizer: str = "adamw_torch_fused"
     target_modules: str | tuple[str, ...] = "all-linear"
+    fp16: bool = False
+    dropout: bool = False  # on the inputs of the adapter
     on_gpu: bool = True
     from_gguf: bool = False
     pair_tokens: int | None = None  # of the longest pair, its prompt counted once, where prompts are shared and lengths known
@@ -77,9 +79,10 @@ class Settings:
         """Whether each adapted layer keeps its own copy of its input.
 
         PEFT hands the input in the adapter's float32, and autocast casts it back to 16 bits, once a layer. Adapters on
-        quantised weights are in bf16 (TRL 1.15, DPOTrainer), and in float32 nothing is cast: then layers share what they read.
+        quantised weights are in bf16 (TRL 1.15, DPOTrainer; training/dpo.py but for fp16), and in float32 nothing is cast: then
+        layers share what they read, unless dropout makes another of it for each.
         """
-        return self.bits is None and self.bytes_per_value < 4 and self.rank > 0
+        return self.rank > 0 and (self.dropout or (self.bytes_per_value < 4 and (self.bits is None or self.fp16)))
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def host_bytes(facts: ModelFacts, settings: Settings) -> float:
 
 def _trained_width(settings: Settings) -> int:
     """Bytes a trained weight: TRL holds an adapter on quantised weights in bf16, PEFT any other in float32."""
-    return 2 if settings.bits else 4
+    return 2 if settings.bits and not settings.fp16 else 4
 
 
 def _targets(facts: ModelFacts, settings: Settings) -> list[Linear]:
@@ -200,7 +203,9 @@ def _step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     # that as attributes of its autograd function (MatMul8bitLt, `ctx.tensors`), where checkpointing cannot free it.
     checkpoint = h + (sum({linear.reads: linear.inputs for linear in facts.linears}.values()) if settings.bits == 8 else 0)
     kept: float = facts.num_hidden_layers * (tokens * width * checkpoint if settings.checkpointing else block)
-    if settings.copies_inputs:  # autocast keeps its 16-bit copy of the adapter until the backward pass
+    if (
+        settings.bytes_per_value < 4 and _trained_width(settings) == 4
+    ):  # autocast keeps its 16-bit copy of the adapter until the backward pass
         kept += width * trained_parameters(facts, settings)
     kept += _masked(facts, settings)  # the mask itself, a byte for each query and key, which all blocks share
     end = tokens * (4 * h + width * h)  # the final norm's float32 input and its result; gone when the blocks' turn comes
@@ -216,6 +221,10 @@ def _step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
         backward, forward = backward + one_layer, forward + one_layer
     refers = settings.strategy != "sft" and settings.reference == "off"
     moments = [(kept + end, gathered + _logits_bytes(facts, settings)), (kept + backward, 0.0)]
+    # At the end of the backward pass a micro-batch's gradients stand beside those of the ones before it (training/parts.py).
+    new_gradients = trained_parameters(facts, settings) * _trained_width(settings)
+    last_block = backward if settings.checkpointing else block + backward - end
+    moments.append((last_block + new_gradients, 0.0))
     if refers:
         moments.append((kept + forward, settings.scored * h * width))
     return max(moments, key=sum)
@@ -245,6 +254,8 @@ def _block_bytes(facts: ModelFacts, settings: Settings) -> float:
     else:  # a padded row's attention output is read as it lies there
         read = sum(size for name, size in inputs.items() if is_shared or name != "attention")
     each = width * (read + settings.rank * len(targets) + 2 * q + 2 * kv + 3 * facts.intermediate_size)
+    if settings.rank and settings.dropout:  # what was dropped: a byte on a GPU, a number on a CPU
+        each += sum(linear.inputs for linear in targets) * (1.0 if settings.on_gpu else float(_trained_width(settings)))
     each += 4.0 * (facts.norms * (facts.hidden_size + 1) + heads)
     if facts.has_qk_norm:
         each += 4 * (q + kv + heads + facts.num_key_value_heads)
@@ -268,7 +279,10 @@ def _attention_bytes(facts: ModelFacts, settings: Settings) -> float:
         repeated = settings.tokens * 2 * (facts.q - facts.kv) if _masked(facts, settings) else 0
     extra += width * repeated
     if facts.attn_logit_softcapping is not None or not settings.fused_attention:
-        extra += settings.sequences * facts.num_attention_heads * length**2 * (2 * width + 4)
+        pairs = settings.sequences * length**2
+        if settings.pair_tokens is not None:  # of a shared pair the rejected response alone meets all its keys again
+            pairs = settings.batch * (length + max(0, settings.pair_tokens - length)) * length
+        extra += pairs * facts.num_attention_heads * (2 * width + 4)
     return extra
 
 

@@ -89,7 +89,11 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
     # A GPU that shares the processor's memory prints [N/A] for its own: it has no bill, and is left out.
     rows = (re.fullmatch(r"(.*), ([\d.]+), ([\d.]+), ([\d.]+)", line.strip()) for line in done.stdout.splitlines())
     found = (row.groups() for row in rows if row and done.returncode == 0)
-    return tuple(Gpu(name, float(total) / 1024, float(free) / 1024, float(cc)) for name, total, free, cc in found)
+    gpus = [Gpu(name, float(total) / 1024, float(free) / 1024, float(cc)) for name, total, free, cc in found]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers as nvidia-smi counts with CUDA_DEVICE_ORDER=PCI_BUS_ID
+    if chosen is None or not re.fullmatch(r"\d+(,\d+)*", chosen):
+        return tuple(gpus)
+    return tuple(gpus[int(number)] for number in chosen.split(",") if int(number) < len(gpus))
 
 
 def amd_gpus(root: Path = Path("/")) -> tuple[Gpu, ...]:

@@ -8,7 +8,7 @@ optimizer step stay as documented on both ways.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
@@ -16,10 +16,10 @@ from typing import Any
 from dpo_cli.config.schema import profile_defaults
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
 from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
-from dpo_cli.hardware.fit import fit, largest_model
+from dpo_cli.hardware.fit import MARGIN, fit, smaller_model
 from dpo_cli.hardware.memory import Bill, Settings
+from dpo_cli.hardware.models import problems
 
-MARGIN = 0.1  # of the card, left free: the bill is no measurement
 EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": what is held out judges the adapter
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB that cards are sold with
 QLORA_BELOW_GB = 12  # dpo-strategy, "Minimum Requirements"; below, weights stay in 4 bits
@@ -48,10 +48,10 @@ IMPROVEMENTS: Sequence[Step] = (
 # The documentation's remedies ("High Memory Usage") after those that cost nothing here (4 bits in every preset; micro-batches,
 # which training makes smaller by itself), and a smaller adapter where the preset's is large.
 CONCESSIONS: Sequence[Step] = (
-    Step("shorter sequences: longer prompts lose their beginning", LENGTH, 1024),
+    Step("shorter sequences: longer pairs are cut or left out", LENGTH, 1024),
     Step("a smaller adapter", "lora_r", 16),
-    Step("shorter sequences: longer prompts lose their beginning", LENGTH, 512),
-    Step("shorter sequences: longer prompts lose their beginning", LENGTH, 256),
+    Step("shorter sequences: longer pairs are cut or left out", LENGTH, 512),
+    Step("shorter sequences: longer pairs are cut or left out", LENGTH, 256),
 )
 
 
@@ -87,7 +87,8 @@ class Request:
     strategy: str = "dpo"
     free_gb: float | None = None
     longest: int | None = None  # tokens that the longest sequence of the dataset may have
-    has_4bit: bool = True  # bitsandbytes runs there
+    share_over: Callable[[int], float] = lambda length: 0.0  # which share of its pairs is longer
+    is_apple: bool = False  # no bitsandbytes there, and float32
 
     @property
     def budget_gb(self) -> float:
@@ -104,22 +105,38 @@ def profiles() -> dict[str, dict[str, Any]]:
 def recommend(request: Request) -> Recommendation:
     """The best config for `request`, for its model or the profile's largest that fits; `DoesNotFit` names one that would."""
     made = _best(request)
-    larger = next((card for card in CARDS if card > request.vram_gb), None)
-    if larger is not None:
-        after = _best(replace(request, vram_gb=float(larger), free_gb=None))
-        gains = [f"{key} {_told(after.config[key])}" for key, value in made.config.items() if after.config[key] != value]
-        gain = f"would allow {', '.join(gains)}" if gains else "would change nothing"
-        made.reasons.append(f"the next larger card, {larger} GB, {gain}")
+    for card in (card for card in CARDS if card > request.vram_gb):
+        gains = _gains(made, replace(request, vram_gb=float(card), free_gb=None))
+        if gains:
+            made.reasons.append(f"a card of {card} GB would allow {', '.join(gains)}")
+            break
     return made
+
+
+def _gains(made: Recommendation, request: Request) -> list[str]:
+    """What the best config for another card has more of."""
+    try:
+        config = _best(request).config
+    except DoesNotFit:  # of the profile of that card, not of its memory
+        return []
+    larger = [key for key in ("lora_r", BATCH, LENGTH) if config[key] > made.config[key]]
+    if request.longest is not None and request.longest <= made.config[LENGTH]:
+        larger = [key for key in larger if key != LENGTH]
+    without = [key for key in ("use_4bit", "gradient_checkpointing") if made.config[key] and not config[key]]
+    model = ["model_name"] if config["model_name"] != made.config["model_name"] else []
+    return [f"{key} {_told(config[key])}" for key in (*model, *without, *larger)]
 
 
 def _best(request: Request) -> Recommendation:
     name, profile = [(name, entry) for name, entry in profiles().items() if entry["from_gb"] <= request.vram_gb][-1]
     preset = {"strategy": request.strategy, **profile_defaults(name)}
     start = {**preset, "gradient_checkpointing": True}
-    if not request.has_4bit:
+    if request.is_apple:
         start["use_4bit"] = False
-    models = [request.model] if request.model else profile["models"]
+    smaller = [
+        model for entry in reversed(profiles().values()) if entry["from_gb"] < profile["from_gb"] for model in entry["models"]
+    ]
+    models = [request.model] if request.model else list(dict.fromkeys([*profile["models"], *smaller]))
     shapes = {candidate: _facts(candidate) for candidate in models}
     reasons = [f"{request.vram_gb:g} GB is the profile {name}: {profile['advice']}"]
     for model, facts in shapes.items():
@@ -139,10 +156,14 @@ def _best(request: Request) -> Recommendation:
         if settings.batch < values[BATCH]:
             steps.append(f"training runs it in micro-batches of {settings.batch}, so that it fits; the steps stay the same")
         if request.longest is not None:
-            reasons.append(f"billed are {request.longest} tokens, no fewer than the longest sequence of the dataset has")
+            billed = min(request.longest, values[LENGTH])
+            reasons.append(
+                f"the longest sequence of the dataset has about {request.longest} tokens at most; {billed} are billed"
+            )
+            if share := request.share_over(values[LENGTH]):
+                reasons.append(f"about {share:.0%} of the pairs are longer than {values[LENGTH]}, and are cut or left out")
         reasons += [*steps, "learning_rate keeps its documented default; the README has a table of what an adapter needs"]
-        whole = replace(memory, budget_gb=request.budget_gb)
-        return Recommendation(name, request.vram_gb, config, whole, preset, documented, reasons)
+        return Recommendation(name, request.vram_gb, config, memory, preset, documented, reasons)
     raise DoesNotFit([_misfit(models[-1], shapes[models[-1]], start, request)])
 
 
@@ -186,18 +207,21 @@ def _changed(values: dict[str, Any], step: Step) -> dict[str, Any]:
 
 
 def _fits(facts: ModelFacts, values: dict[str, Any], request: Request) -> bool:
-    return bool(_bill(facts, values, request)[1].fits)
+    return _bill(facts, values, request)[1].total_gb <= _limit_gb(request)
 
 
 def _runs_as_written(facts: ModelFacts, values: dict[str, Any], request: Request) -> bool:
     settings, memory = _bill(facts, values, request)
-    return bool(memory.fits) and settings.batch == values[BATCH]
+    return memory.total_gb <= _limit_gb(request) and settings.batch == values[BATCH]
+
+
+def _limit_gb(request: Request) -> float:
+    return (1 - MARGIN) * request.budget_gb
 
 
 def _bill(facts: ModelFacts, values: dict[str, Any], request: Request) -> tuple[Settings, Bill]:
-    """How these values would be run within the budget less the margin, and the bill."""
-    budget_gb = request.budget_gb - MARGIN * request.vram_gb
-    return fit(facts, _settings(values, request), budget_gb, values["gradient_checkpointing"])
+    """How these values would be run, and the bill, as `validate` and `train` find them."""
+    return fit(facts, _settings(values, request), request.budget_gb, values["gradient_checkpointing"])
 
 
 def _settings(values: dict[str, Any], request: Request) -> Settings:
@@ -206,13 +230,20 @@ def _settings(values: dict[str, Any], request: Request) -> Settings:
         length=min(values[LENGTH], request.longest or values[LENGTH]),
         rank=values["lora_r"],
         bits=4 if values["use_4bit"] else None,
-        bytes_per_value=2,
+        bytes_per_value=4 if request.is_apple else 2,
         checkpointing=values["gradient_checkpointing"],
         strategy=values["strategy"],
     )
 
 
 def _facts(model: str) -> ModelFacts:
+    wrong = [
+        problem
+        for problem in problems(model, to_align=False)
+        if problem.severity == "error" or problem.code == "model-name-near"
+    ]
+    if wrong:
+        raise InvalidInput([replace(problem, severity="error") for problem in wrong])
     facts = model_facts(model)
     if facts is None:
         message = f"the shape of {model} is not known here"
@@ -226,9 +257,8 @@ def _misfit(model: str, facts: ModelFacts, preset: dict[str, Any], request: Requ
     for step in CONCESSIONS:
         least = _changed(least, replace(step, value=min(step.value, least[step.key])))
     needs = _bill(facts, least, request)[1].total_gb
-    largest = largest_model(_settings(least, request), request.budget_gb - MARGIN * request.vram_gb)
     message = f"{model} needs {needs:.1f} GB and a margin at the least; there are {request.budget_gb:g}"
-    fix = f"use a smaller model: {largest} is the largest known here that fits" if largest else "no model known here fits"
+    fix = smaller_model(_settings(least, request), _limit_gb(request))
     return Problem("error", "does-not-fit", message, fix)
 
 

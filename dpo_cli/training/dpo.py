@@ -44,6 +44,8 @@ def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     return torch.stack([accuracy, margin, reward_chosen, reward_rejected, pi_chosen, pi_rejected], dim=1)
 
 
+TRL_TOKENS = "_total_train_tokens"  # TRL's own count
+SIZE = "tokens_in_a_batch"  # column: what decides how much memory a pair takes
 FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
 
@@ -103,12 +105,14 @@ class PairTrainer(DPOTrainer):
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         step, trained = super().training_step, [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.accelerator.num_processes > 1:  # whose processes add up gradients while they come, and must all do the same
+            return step(model, inputs, *args, **kwargs)
 
         def attempt(batch: parts.Batch) -> Tensor:
             mark = self.totals.mark()
             try:
                 loss: Tensor = step(model, dict(batch), *args, **kwargs)
-            except torch.OutOfMemoryError:
+            except RuntimeError:
                 self.totals.back_to(mark)
                 raise
             return loss
@@ -116,14 +120,24 @@ class PairTrainer(DPOTrainer):
         return parts.run_in_parts(attempt, self._prepare_inputs(inputs), trained, self._tell)
 
     def probe_longest(self) -> None:
-        """Run the longest pairs forward and backward once and leave no trace, so that what does not fit fails at once."""
-        rows = sorted(range(len(self.train_dataset)), key=lambda i: -self.train_dataset[i]["length"])
-        batch = self.data_collator([self.train_dataset[i] for i in rows[: self.args.per_device_train_batch_size]])
+        """Run the pairs with most tokens forward and backward once and leave no trace: what does not fit fails at once.
+
+        The room of what only later steps hold, gradients and two moments of each, is kept free of it.
+        """
+        sizes = self.train_dataset[SIZE]
+        rows = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
+        batch = self.data_collator([self.train_dataset[i] for i in rows])
         self.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        mark = self.totals.mark()
-        with torch.random.fork_rng():
+        mark, device = self.totals.mark(), self.args.device
+        seen: Any = getattr(self, TRL_TOKENS)
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        later = torch.empty(3 * trained, dtype=torch.uint8, device=device)
+        on_gpu = [device] if device.type != "cpu" else []
+        with torch.random.fork_rng(on_gpu, device_type=device.type if on_gpu else "cuda"):
             self.training_step(self.model_wrapped, batch)
+        del later
         self.totals.back_to(mark)
+        setattr(self, TRL_TOKENS, seen)
         self._metrics["train"].clear()
         self.model.zero_grad(set_to_none=True)
 
@@ -166,14 +180,18 @@ def build_trainer(
     trainer = PairTrainer(
         model=model,
         args=trainer_arguments(plan, evaluates=bool(held_out)),
-        train_dataset=_rows(train),
-        eval_dataset=_rows(held_out) if held_out else None,
+        train_dataset=_rows(train, plan.scoring.shared),
+        eval_dataset=_rows(held_out, plan.scoring.shared) if held_out else None,
         processing_class=tokenizer,
         peft_config=adapter,
         states=scoring.states_of(plan.scoring),
         run_evaluation=run_evaluation,
         tell=tell,
     )
+    if plan.config.fp16:  # TRL makes a 4-bit model's adapter bf16, which fp16's gradient scaler cannot unscale
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     trainer.add_callback(ProbeFirst(trainer))
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -218,5 +236,6 @@ def trainer_arguments(plan: Plan, evaluates: bool) -> DPOConfig:
     )
 
 
-def _rows(pairs: Sequence[EncodedPair]) -> Dataset:
-    return Dataset.from_dict({name: [getattr(pair, name) for pair in pairs] for name in (*scoring.ID_COLUMNS, "length")})
+def _rows(pairs: Sequence[EncodedPair], shared: bool) -> Dataset:
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in (*scoring.ID_COLUMNS, "length")}
+    return Dataset.from_dict({**columns, SIZE: [pair.shared_length if shared else pair.length for pair in pairs]})

@@ -1,4 +1,4 @@
-"""A micro-batch that does not fit the GPU, run in halves: the same gradient, and the run goes on.
+"""A micro-batch that does not fit the GPU, run in halves: the same gradient but for dropout drawn anew, and the run goes on.
 
 The loss of a micro-batch is the mean over its pairs, so its gradient is the mean of its halves' gradients, weighted by their
 pairs. A backward pass that runs out of memory has added to some gradients already. So each try starts without gradients, and
@@ -23,8 +23,14 @@ def pairs_in(batch: Batch) -> int:
 def halves(batch: Batch) -> list[Batch]:
     """Two micro-batches with the first and the second half of the pairs; chosen rows stand before rejected ones."""
     count = pairs_in(batch)
+    assert all(len(rows) == 2 * count for rows in batch.values())
     cuts = (slice(0, count // 2), slice(count // 2, count))
     return [{name: torch.cat([rows[:count][cut], rows[count:][cut]]) for name, rows in batch.items()} for cut in cuts]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch had no memory left, or cuBLAS none for its workspace, which is told otherwise."""
+    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
 def run_in_parts(
@@ -42,7 +48,9 @@ def run_in_parts(
             parameter.grad = None
         try:
             losses.append(share * step(part))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             lacking = error.with_traceback(None)  # whose frames hold the tensors that fill the memory
         else:
             for i, parameter in enumerate(parameters):
