@@ -17,6 +17,7 @@ from dpo_cli.data.reader import Dataset
 from dpo_cli.data.split import is_held_out_prompt, split
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models
+from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import DOES_NOT_FIT, Plan, does_not_fit, hardware_problems, resolve
 
@@ -99,6 +100,7 @@ def inspect(
     if draft.config is not None and not damaged:
         plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
+        found += map(loaded.placed, _model_problems(plan))
         found += map(loaded.placed, _step_problems(plan, balance.train if balance else 0))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
             if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
@@ -139,6 +141,22 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
     found += quality.problems(data.train)
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     return data, balance, found
+
+
+def _model_problems(plan: Plan) -> Iterator[Problem]:
+    """What a config asks of a model that, by its shape, it does not have."""
+    config, facts = plan.config, model_facts(plan.config.model_name)
+    if facts is None:
+        return
+    context = facts.max_position_embeddings
+    if context is not None and config.max_seq_length > context:
+        message = f"{plan.model_label} was made for {context} tokens, and max_seq_length is {config.max_seq_length}"
+        yield Problem("warning", "beyond-context", message, f'write "max_seq_length": {context}', "max_seq_length")
+    known = {linear.name for linear in facts.linears} | {"embed_tokens", "lm_head"}
+    if not isinstance(config.target_modules, str) and (unknown := sorted(set(config.target_modules) - known)):
+        message = f"{plan.model_label} has no linear layer named {', '.join(unknown)}"
+        fix = f"it has {', '.join(linear.name for linear in facts.linears)}"
+        yield Problem("warning", "no-such-layer", message, fix, "target_modules")
 
 
 def _length_problems(lengths: Lengths, max_length: int | None) -> Iterator[Problem]:

@@ -313,6 +313,8 @@ HARDWARE = [
     warning("device-missing", "device", '"device": "cuda"', "--vram", machine=NO_CARD),
     warning("device-missing", "device", '"device": "mps"', "--vram", machine=NO_CARD),
     warning("unsloth-without-cuda", "provider", '"provider": "unsloth"', '"provider": "huggingface"', machine=NO_CARD),
+    warning("beyond-context", "max_seq_length", '"model_name": "google/gemma-2-2b-it", "max_seq_length": 16384', ": 8192"),
+    warning("no-such-layer", "target_modules", '"target_modules": ["q_porj"]', "q_proj"),
     warning("host-memory", "model_name", '"model_name": "models/large.gguf", "use_4bit": true', "safetensors"),
     hint("small-card", "use_4bit", '"use_4bit": false', "dpo recommend --vram 8", vram_gb=8),
     hint("small-memory", None, '"seed": 1', "close other programs", None, machine=SMALL_HOST),

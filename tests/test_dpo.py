@@ -75,9 +75,10 @@ def make_trainer(
     family: str = "llama",
     dropout: float = 0.0,
     states: scoring.States = scoring.shared_states,
+    pairs: list[EncodedPair] | None = None,
     **options: object,
 ) -> tuple[PairTrainer, list[EncodedPair]]:
-    pairs = encode([to_pair(made_row(i), i + 1) for i in range(8)], tokenizer)
+    pairs = pairs or encode([to_pair(made_row(i), i + 1) for i in range(8)], tokenizer)
     plan = make_plan(tmp_path, lora_dropout=dropout, prompt_sharing=states is scoring.shared_states, **options)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
     model = tiny_model(family, torch.float32)

@@ -295,3 +295,48 @@ def test_apple_s_memory_is_shared() -> None:
 
 def test_profiles_are_where_the_documentation_has_them() -> None:
     assert {name: entry["from_gb"] for name, entry in profiles().items()} == {"low_end": 0, "mid_range": 12, "high_end": 16}
+
+
+def test_no_longer_sequences_than_a_model_was_made_for(tmp_path: Path) -> None:
+    assert recommend(Request(24, "TinyLlama/TinyLlama-1.1B-Chat-v1.0")).config["max_seq_length"] == 2048
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 99}
+    config = {**shape, "max_position_embeddings": 300, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert recommend(Request(24, str(tmp_path))).config["max_seq_length"] == 300
+
+
+def test_what_is_wrong_with_a_model_is_told_as_validate_tells_it() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        recommend(Request(12, "meta-llama/Llama-3.1-8b-Instruct"))
+    (problem,) = caught.value.problems
+    assert problem.code == "model-name-near" and "Llama-3.1-8B-Instruct" in str(problem.fix)
+
+
+@pytest.mark.parametrize("memory_gb", [8, 16, 24, 36, 64, 128])
+def test_an_apple_machine_gets_a_config_that_its_own_plan_fits(memory_gb: float, tmp_path: Path) -> None:
+    machine = replace(MACHINE, is_apple=True, memory_gb=memory_gb)
+    assert machine.card is not None
+    made = recommend(Request(machine.card[0], free_gb=machine.card[1], is_apple=True))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(made.config), encoding="utf-8")
+    plan = inspect(load(str(path)), machine).plan
+    assert plan is not None and plan.memory is not None and plan.memory.fits and plan.memory.budget_gb == machine.card[1]
+
+
+def test_advice_is_true() -> None:
+    """What is said to fit does, with the settings that it is said to fit with."""
+    for change, vram in (({"bits": None}, 12), ({"length": 8192, "batch": 16}, 12), ({"rank": 512}, 12), ({}, 7)):
+        settings = replace(MID, **change)  # type: ignore[arg-type]
+        _, made = fit(facts_of(LLAMA), settings, vram, "auto")
+        assert made.fits is False and made.largest_change is not None, change
+        named = [name for name in known_models() if name in made.largest_change]
+        if named and "with these settings" in made.largest_change:
+            assert fit(facts_of(max(named, key=len)), settings, vram, "auto")[1].fits
+        elif not named:
+            values = {"use_4bit": {"bits": 4}, "per_device": {"batch": 1}, "lora_r": {"rank": 16}}
+            lengths = {f'"max_seq_length": {length}': {"length": length} for length in (4096, 2048, 1024, 512, 256)}
+            for text, changed in {**values, **lengths}.items():
+                settings = replace(settings, **changed) if text in made.largest_change else settings  # type: ignore[arg-type]
+            assert fit(facts_of(LLAMA), settings, vram, "auto")[1].fits, made.largest_change

@@ -90,3 +90,21 @@ def test_scores_equal_full_logits_pair_by_pair(tokenizer: PreTrainedTokenizerFas
             assert scores.reference[i, side] == pytest.approx(log_q.gather(-1, targets).sum().item(), abs=1e-3)
             assert scores.kl[i, side] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), abs=1e-3)
             assert scores.tokens[i, side] == len(response)
+
+
+def test_a_batch_that_is_out_of_memory_is_scored_in_halves(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = get_peft_model(tiny_model("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear"))
+    pairs = encode([to_pair(made_row(i), i + 1) for i in range(7)], tokenizer)
+    rows: list[int] = []
+
+    def states(base: object, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        rows.append(len(labels) // 2)
+        if len(labels) > 4:
+            raise torch.OutOfMemoryError("none left")
+        return scoring.plain_states(base, labels, **inputs)  # type: ignore[arg-type]
+
+    whole = score_pairs(model, pairs, scoring.plain_states, 2, 7, torch.float32)
+    parted = score_pairs(model, pairs, states, 2, 7, torch.float32)
+    assert rows[:3] == [7, 3, 1] and max(rows[3:]) <= 4
+    np.testing.assert_allclose(whole.policy, parted.policy, rtol=1e-5)
+    np.testing.assert_allclose(whole.kl, parted.kl, atol=1e-5)

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import made_row
 from test_dpo import make_trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dpo_cli.data.formats import to_pair
+from dpo_cli.data.tokens import encode
+from dpo_cli.training import scoring
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.dpo import ProbeFirst
 from dpo_cli.training.parts import halves, pairs_in, run_in_parts
@@ -101,15 +105,23 @@ def test_the_probe_leaves_no_trace(tmp_path: Path, tokenizer: PreTrainedTokenize
     assert [line["loss"] for line in lines] == [line["loss"] for line in others]
 
 
-def test_the_probe_takes_the_longest_pairs(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    trainer, pairs = make_trainer(tmp_path, tokenizer, per_device_train_batch_size=2, max_steps=1)
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_probe_takes_the_pairs_with_most_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, shared: bool) -> None:
+    """One pair has the longest sequence, another, of two long responses, has more tokens once its prompt counts once."""
+    long_prompt = {"prompt": "the cat sat " * 12, "chosen": "yes", "rejected": "no"}
+    long_answers = {"prompt": "q", "chosen": "the mat is " * 10, "rejected": "the answer " * 10}
+    pairs = encode([to_pair(row, 1) for row in (long_prompt, long_answers, made_row(0))], tokenizer)
+    assert pairs[0].length > pairs[1].length and pairs[0].shared_length < pairs[1].shared_length
+    states = scoring.shared_states if shared else scoring.plain_states
+    trainer, _ = make_trainer(tmp_path, tokenizer, states=states, pairs=pairs, per_device_train_batch_size=1, max_steps=1)
     seen: list[int] = []
     step = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(int(inputs["attention_mask"].sum(dim=1).max()))
+        seen.append(int(inputs["attention_mask"].sum()))
         return step(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = compute_loss
     trainer.train()
-    assert len(seen) > 1 and seen[0] == max(pair.length for pair in pairs)
+    probed = pairs[1] if shared else pairs[0]
+    assert len(seen) > 1 and seen[0] == probed.shared_length + len(probed.prompt_ids)

@@ -9,7 +9,7 @@ For pair i with summed response log-probs pi (policy) and ref (reference), EOS i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from torch import Tensor
 
 from dpo_cli.data.tokens import EncodedPair
 from dpo_cli.training.head import Head, score_tokens, token_kl
+from dpo_cli.training.parts import is_out_of_memory
 from dpo_cli.training.scoring import States, collate
 from dpo_cli.training.sharing import IGNORED
 
@@ -45,28 +47,40 @@ def score_pairs(
 ) -> PairScores:
     """Score pairs under the adapter and under the base model (adapter off), in evaluation mode and without gradient.
 
-    `states` is the path of the run (training/scoring.py).
+    `states` is the path of the run (training/scoring.py). A batch that is out of memory is scored in halves.
     """
     model.eval()
     base = model.get_base_model()
     head = Head.of(base)
     columns = np.zeros((4, len(pairs), 2))
     by_length = sorted(range(len(pairs)), key=lambda i: pairs[i].length)  # so that little is padded
-    for start in range(0, len(pairs), batch_size):
-        rows = by_length[start : start + batch_size]
-        batch = collate([pairs[i] for i in rows], pad_token_id, base.device)
-        with torch.no_grad(), torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32):
-            policy = states(base, **batch)
-            with model.disable_adapter():
-                reference = states(base, **batch)
-            labels = batch["labels"][:, 1:]
-            scored = labels != IGNORED
-            values = [score_tokens(hidden, labels[scored], head).log_probs for hidden in (policy, reference)]
-            values += [torch.ones_like(values[0]), token_kl(policy, reference, head)]
-        for column, value in zip(columns, values, strict=True):
-            sums = value.new_zeros(scored.shape).masked_scatter(scored, value).double().sum(dim=1)
+    waiting = [by_length[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    while waiting:
+        rows = waiting.pop(0)
+        try:
+            scores = _score(model, states, head, collate([pairs[i] for i in rows], pad_token_id, base.device), dtype)
+        except RuntimeError as error:
+            if len(rows) == 1 or not is_out_of_memory(error):
+                raise
+            waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+            continue
+        for column, sums in zip(columns, scores, strict=True):
             column[rows] = sums.view(2, len(rows)).T.cpu().numpy()
     return PairScores(*columns)
+
+
+def _score(model: PeftModel, states: States, head: Head, batch: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Sums over each row's response of the columns of `PairScores`, each (2B,), in float64."""
+    base = model.get_base_model()
+    with torch.no_grad(), torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32):
+        policy = states(base, **batch)
+        with model.disable_adapter():
+            reference = states(base, **batch)
+        labels = batch["labels"][:, 1:]
+        scored = labels != IGNORED
+        values = [score_tokens(hidden, labels[scored], head).log_probs for hidden in (policy, reference)]
+        values += [torch.ones_like(values[0]), token_kl(policy, reference, head)]
+    return [value.new_zeros(scored.shape).masked_scatter(scored, value).double().sum(dim=1) for value in values]
 
 
 def point_figures(scores: PairScores, beta: float) -> dict[str, float]:

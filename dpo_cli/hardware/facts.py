@@ -50,6 +50,7 @@ class ModelFacts:
     attn_logit_softcapping: float | None = None  # such attention runs without a fused kernel (Gemma 2)
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None  # tokens that (most) layers look back
+    max_position_embeddings: int | None = None  # tokens of the longest sequence that it was made for
     extra_parameters: int = 0  # beside the decoder: an image encoder
 
     @property
@@ -136,6 +137,7 @@ def _config_facts(config: Mapping[str, Any], place: Path | None = None) -> Model
         return None
     caps = {name: text.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    caps["max_position_embeddings"] = text.get("max_position_embeddings")
     facts = ModelFacts(**values, **caps, sliding_window=window, model_type=text.get("model_type", "llama"))
     if facts.parameters <= 0:
         return None
@@ -174,6 +176,7 @@ def _gguf_facts(header: gguf.Header) -> ModelFacts | None:
         tie_word_embeddings="output.weight" not in header.tensors,
         model_type=family,
         attn_logit_softcapping=values.get(f"{family}.attn_logit_softcapping"),
+        max_position_embeddings=values.get(f"{family}.context_length"),
         sliding_window=values.get(f"{family}.attention.sliding_window"),
         final_logit_softcapping=values.get(f"{family}.final_logit_softcapping"),
     )

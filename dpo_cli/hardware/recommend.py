@@ -175,6 +175,9 @@ def _settled(facts: ModelFacts, values: dict[str, Any], request: Request) -> tup
         told.append(f"{kind}: {step.key} {_told(step.value)} instead of {_told(values[step.key])} ({step.why})")
         values.update(_changed(values, step))
 
+    context = facts.max_position_embeddings
+    if context is not None and context < values[LENGTH]:
+        take("given up", Step("the model was made for no longer sequences", LENGTH, context))
     for step in CONCESSIONS:
         if _fits(facts, values, request):
             break
@@ -183,6 +186,8 @@ def _settled(facts: ModelFacts, values: dict[str, Any], request: Request) -> tup
     if not _fits(facts, values, request):
         return None
     for step in IMPROVEMENTS:
+        if step.key == LENGTH and context is not None and step.value > context:
+            continue
         if _improves(values, step, request) and _runs_as_written(facts, _changed(values, step), request):
             take("improved", step)
     return values, told
