@@ -348,6 +348,7 @@ DATA = [
     rows("row-not-csv", '"dataset": "data/cells.csv"', "delete what is named", 3),
     rows("row-not-parquet", '"dataset": "data/cut.parquet"', "delete what is named", 1),
     rows("rows-read-as", '"dataset": "data/questions.jsonl"', "columns", None, "hint"),
+    warning("column-missing", "columns", '"dataset": "pairs.jsonl", "columns": {"system": "sytem"}', "correct its name"),
     rows("too-similar", '"dataset": "data/similar.jsonl"', "clearly worse", 1, "warning"),
     rows("chat-markers", '"dataset": "data/markers.jsonl"', "without their template", 2, "warning"),
     rows("length-decides", '"dataset": "data/longer.jsonl"', "the other length", None, "hint"),

@@ -126,9 +126,10 @@ def read(
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     details: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # of the first such rows
     shapes: Counter[str] = Counter()
+    met: set[str] = set()  # of the columns that the config names
     prompts: set[int] = set()
     rows = 0
-    for row in _demonstrations(readable, columns) if demonstrations else stream(readable, columns, shapes):
+    for row in _demonstrations(readable, columns) if demonstrations else stream(readable, columns, shapes, met):
         rows += 1
         if isinstance(row, Bad):  # kept, so that one pass names them all
             bad[row.file, row.code, row.reason].append(row.line)
@@ -152,6 +153,10 @@ def read(
     problems = [*whole, *problems]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", f"{name} holds no usable pair", "add pairs", key, name))
+    for name, column in (columns or {}).items() if pairs and not demonstrations else ():
+        if column not in met:
+            message = f'no row has a column "{column}", which "columns" names for {name}'
+            problems.append(Problem("warning", "column-missing", message, "correct its name, or leave it out", "columns"))
     for path in hub_ids({key: value}):
         split, its_files = hub.cached(path)
         if its_files:
@@ -164,13 +169,22 @@ def read(
 
 
 def stream(
-    sources: Sequence[Source], columns: Mapping[str, str] | None = None, shapes: Counter[str] | None = None
+    sources: Sequence[Source],
+    columns: Mapping[str, str] | None = None,
+    shapes: Counter[str] | None = None,
+    met: set[str] | None = None,
 ) -> Iterator[Pair | Bad]:
-    """The rows of the sources one after the other; `shapes` counts those that are not written as documented."""
+    """The rows of the sources one after the other.
+
+    `shapes` counts those that are not written as documented, and `met` gathers the `columns` that some row has.
+    """
     for source in sources:
         for line, parse_row in files.rows_of(source.path):
             try:
-                shape, row = shape_of(parse_row(), columns)
+                row = parse_row()
+                if columns and met is not None and isinstance(row, Mapping):
+                    met.update(row.keys() & columns.values())
+                shape, row = shape_of(row, columns)
                 pair = pair_of(shape, row, line, source.path)
             except BadRow as error:
                 yield Bad(source.path, line, error.code, error.reason, error.detail)
