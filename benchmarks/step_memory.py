@@ -179,7 +179,7 @@ def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response:
 
 
 SHAPE = {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True, "pad_token_id": 0}
 DROPOUT = 0.05  # the documented one
 FAMILIES = {"phi3": Phi3Config, "llama": LlamaConfig, "qwen3": Qwen3Config, "gemma3": Gemma3TextConfig}
 HALF = Settings(batch=2, length=0, rank=16, bytes_per_value=2, checkpointing=False, on_gpu=False)

@@ -135,7 +135,7 @@ def test_sft_bills_agree_with_fitcheck(name: str, length: int, checkpointing: bo
 def row_of(row: tuple[str, Settings, int, int, bool]) -> object:
     """The long ones take most of the time: `make exact` runs them."""
     tokens = row[2] + row[3]
-    return pytest.param(row, id=f"{row[0]}-{tokens}", marks=[pytest.mark.slow] if tokens > 1024 else [])
+    return pytest.param(row, id=f"{row[0]}-{tokens}", marks=[pytest.mark.slow] if tokens > 512 else [])
 
 
 @pytest.mark.parametrize("row", map(row_of, step_memory.GRID))
