@@ -138,7 +138,7 @@ def row_of(row: tuple[str, Settings, int, int, bool]) -> object:
     return pytest.param(row, id=f"{row[0]}-{tokens}", marks=[pytest.mark.slow] if tokens > 512 else [])
 
 
-@pytest.mark.parametrize("row", map(row_of, step_memory.GRID))
+@pytest.mark.parametrize("row", [row_of(row) for row in step_memory.GRID])
 def test_a_step_has_alive_what_is_billed(row: tuple[str, Settings, int, int, bool]) -> None:
     """Activations and scoring of a real step of the trainer, at the peak that torch's profiler sees: within 10 %."""
     family, settings, prompt, response, shared = row
