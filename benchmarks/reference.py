@@ -70,21 +70,42 @@ def _rows(group: str) -> Iterator[str]:
 
 # What only a command that loads the model can find.
 WHILE_RUNNING = {
-    "run-exists": ("`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
-    "run-unwritable": ('`"output_dir": "/proc/run"`', "output_dir cannot be written"),
-    "not-a-run": ("`dpo eval .`", "the folder is no finished run"),
-    "adapter-changed": ("a changed file in `adapter/`", "the adapter is not the one that the run wrote"),
-    "no-such-module": ('`"target_modules": ["nope"]`', "the model has no linear layer of that name; those it has are named"),
+    "run-exists": ("error", "`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
+    "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),
+    "not-a-run": ("error", "`dpo eval .`", "the folder is no finished run"),
+    "adapter-changed": ("error", "a changed file in `adapter/`", "the adapter is not the one that the run wrote"),
+    "no-such-module": (
+        "error",
+        '`"target_modules": ["nope"]`',
+        "the model has no linear layer of that name; those it has are named",
+    ),
     "template-unbounded": (
+        "error",
         "a chat template that loops for ever",
         "it does not end within 3 s on one conversation, or asks for a gibibyte",
     ),
-    "template-refuses": ("two user messages in a row, for Gemma", "the template's own words, and the rows"),
-    "no-chat-template": ('`"use_chat_template": true`', "the model has no chat template"),
-    "messages-without-template": ('`"use_chat_template": false` and rows of messages', "such rows need a chat template"),
-    "hub-split": ('`"dataset": "owner/name"`', "which split of a fetched hub dataset is read, and how many files that is"),
-    "dataset-split": ('`"dataset": "owner/name"`', "the hub dataset has several splits to train on, or not the one named"),
-    "model-unknown": ("`dpo recommend --model me/mine`", "the shape of the model is not known, so nothing can be billed"),
+    "template-refuses": ("error", "two user messages in a row, for Gemma", "the template's own words, and the rows"),
+    "no-chat-template": ("error", '`"use_chat_template": true`', "the model has no chat template"),
+    "messages-without-template": (
+        "error",
+        '`"use_chat_template": false` and rows of messages',
+        "such rows need a chat template",
+    ),
+    "hub-split": (
+        "hint",
+        '`"dataset": "owner/name"`',
+        "which split of a fetched hub dataset is read, and how many files that is",
+    ),
+    "dataset-split": (
+        "error",
+        '`"dataset": "owner/name"`',
+        "the hub dataset has several splits to train on, or not the one named",
+    ),
+    "model-unknown": (
+        "error",
+        "`dpo recommend --model me/mine`",
+        "the shape of the model is not known, so nothing can be billed",
+    ),
 }
 
 
@@ -98,10 +119,7 @@ def code_table() -> str:
             problem = _problem(case)
             says = f"{problem.message}. *{problem.fix}*"
             rows.append(f"| `{case.code}` | {problem.severity} | {_cell(f'`{_example(case)}`')} | {_cell(says)} |")
-    rows += [
-        f"| `{code}` | {'hint' if code == 'hub-split' else 'error'} | {example} | {says} |"
-        for code, (example, says) in WHILE_RUNNING.items()
-    ]
+    rows += [f"| `{code}` | {severity} | {example} | {says} |" for code, (severity, example, says) in WHILE_RUNNING.items()]
     return "\n".join(rows)
 
 

@@ -41,7 +41,7 @@ from transformers import (
 from dpo_cli.config.config import load
 from dpo_cli.data.formats import Pair
 from dpo_cli.data.tokens import EncodedPair
-from dpo_cli.hardware.facts import _config_facts
+from dpo_cli.hardware.facts import config_facts
 from dpo_cli.hardware.memory import Settings, components
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import resolve
@@ -170,7 +170,7 @@ def with_lengths(settings: Settings, prompt: int, response: int, shared: bool) -
 def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response: int, shared: bool) -> tuple[float, int]:
     """(predicted, measured) bytes of activations and scoring on this CPU."""
     settings = with_lengths(settings, prompt, response, shared)
-    facts = _config_facts(config.to_dict())
+    facts = config_facts(config.to_dict())
     assert facts is not None
     parts = components(facts, settings)
     with tempfile.TemporaryDirectory() as place:

@@ -109,7 +109,7 @@ def model_facts(model_name: str) -> ModelFacts | None:
         return _gguf_facts(gguf.read_header(path))
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return _config_facts(config, path)
+        return config_facts(config, path)
     table: dict[str, dict[str, Any]] = known_models()
     return ModelFacts(**table[model_name]) if model_name in table else None
 
@@ -121,7 +121,7 @@ def known_models() -> dict[str, dict[str, Any]]:
     return loaded
 
 
-def _config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelFacts | None:
+def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelFacts | None:
     """The facts of a config.json, with what the headers of the weights in `place` count beside the decoder."""
     text = config.get("text_config", config)
     if any(text.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):

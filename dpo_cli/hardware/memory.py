@@ -7,8 +7,8 @@ goes with a micro-batch of T tokens is the largest of the moments of a step:
     the reference        the same + the widest moment of one block's forward, its adapter off   (dpo and rlhf)
     a block's backward   the same + that block, recomputed when it was checkpointed, with its gradients
 
-Every number of bytes a token was read off torch: benchmarks/step_memory.py lists what autograd keeps in one step of this
-program and what is alive at the peak, and tests/test_memory.py holds the bill to it. GB are 2^30 bytes.
+The bytes a token are those of the tensors that autograd saves in a step of this program. benchmarks/step_memory.py measures
+what is alive at the peak of such a step, and tests/test_memory.py holds the bill to it. GB are 2^30 bytes.
 Names: h hidden, i intermediate, q and kv the widths of queries and of keys or values, L the longest sequence, w bytes a value.
 """
 
@@ -203,9 +203,7 @@ def _step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     # that as attributes of its autograd function (MatMul8bitLt, `ctx.tensors`), where checkpointing cannot free it.
     checkpoint = h + (sum({linear.reads: linear.inputs for linear in facts.linears}.values()) if settings.bits == 8 else 0)
     kept: float = facts.num_hidden_layers * (tokens * width * checkpoint if settings.checkpointing else block)
-    if (
-        settings.bytes_per_value < 4 and _trained_width(settings) == 4
-    ):  # autocast keeps its 16-bit copy of the adapter until the backward pass
+    if width < 4 and _trained_width(settings) == 4:  # autocast keeps 16-bit copies of the adapter
         kept += width * trained_parameters(facts, settings)
     kept += _masked(facts, settings)  # the mask itself, a byte for each query and key, which all blocks share
     end = tokens * (4 * h + width * h)  # the final norm's float32 input and its result; gone when the blocks' turn comes

@@ -61,7 +61,7 @@ def run_in_parts(
         count = pairs_in(part)
         if count == 1:
             raise lacking
-        tell(f"out of memory with {count} pairs at once: this micro-batch goes on in halves")
+        tell(f"out of memory with {count} pairs at once: they go on in halves; a smaller per_device_train_batch_size is faster")
         waiting[:0] = [(half, share * pairs_in(half) / count) for half in halves(part)]
     for parameter, grad in zip(parameters, sums, strict=True):
         parameter.grad = grad
