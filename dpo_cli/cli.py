@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 import dpo_cli
 from dpo_cli.config.config import Loaded, is_override, load
+from dpo_cli.config.options import Config
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.console import Console
 from dpo_cli.data import reader
@@ -68,11 +69,15 @@ def _unexpected(error: Exception) -> DpoError:
     return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
 
 
-def _composer() -> ModuleType:
-    """The module that trains and judges, imported late: it brings torch."""
+def _composer(config: Config | None = None) -> ModuleType:
+    """The module that trains (by this config) and judges, imported late: it brings torch."""
     # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
     # a lone training nothing, and two at once much less: `make spin` prints both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if config is not None and config.provider == "unsloth":  # which changes what is imported next
+        from dpo_cli.providers.unsloth_import import import_unsloth
+
+        import_unsloth(config.device)
     from dpo_cli.runs.log import hush
 
     hush()
@@ -217,8 +222,8 @@ def train(
             console.line(f"fetching the dataset {name}")
             fetch(name)
         inspection = inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)
-        inspection.require()  # before torch is imported: a mistake is told at once
-        result, code = _composer().train(loaded, inspection, machine, console, overwrite, dry_run)
+        _, plan = inspection.require()  # before torch is imported: a mistake is told at once
+        result, code = _composer(plan.config).train(loaded, inspection, machine, console, overwrite, dry_run)
         if as_json:
             console.json(result)
         raise typer.Exit(int(code))

@@ -18,6 +18,7 @@ from dpo_cli.config.guidance import ADAPTER_LEARNING_RATE
 from dpo_cli.config.options import Config
 from dpo_cli.data.hub import is_hub_id
 from dpo_cli.errors import Problem
+from dpo_cli.hardware import unsloth
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.fit import fit, savings
 from dpo_cli.hardware.gguf import is_gguf
@@ -60,6 +61,13 @@ EXPECTED: dict[bool | str, Scoring] = {
     True: Scoring(True, "each prompt once"),
     False: Scoring(False, 'each prompt twice: "prompt_sharing" is false'),
 }
+
+
+def expected_scoring(config: Config) -> Scoring:
+    """How a run scores, as far as its config tells."""
+    if config.provider == "unsloth" and config.prompt_sharing is not False:
+        return Scoring(False, f"each prompt twice: {unsloth.NO_SHARING}")
+    return EXPECTED[config.prompt_sharing]
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ def resolve(
     decided = _decided(config, loaded.file, machine, on_gpu=vram_gb is not None)
     memory: Bill | None = None
     notes: list[str] = []
-    scoring = scoring or EXPECTED[config.prompt_sharing]
+    scoring = scoring or expected_scoring(config)
     facts = model_facts(config.model_name)
     if facts is None:
         notes.append("the shape of this model is not known here, so there is no memory bill")
@@ -218,10 +226,8 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
     if config.fp16 and config.device != "cuda":
         message, fix = f"fp16 needs CUDA; this would run on {config.device}", "use bf16, or leave both keys out"
         yield Problem("warning", "fp16-device", message, fix, "fp16", stops_training=True)
-    if config.provider == "unsloth" and config.device != "cuda":
-        message = "unsloth needs a CUDA GPU"
-        fix = 'train on a machine with one, or write "provider": "huggingface"'
-        yield Problem("warning", "unsloth-without-cuda", message, fix, "provider", stops_training=True)
+    cpu_is_said = config.device == "cpu" and plan.sources.get("device") != "measured"
+    yield from unsloth.problems(config, cpu_is_said, machine, for_another=vram_gb is not None)
     documented_gb = profiles()["mid_range"]["from_gb"]
     card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
     # A card shows a little less than its name says.

@@ -187,6 +187,12 @@ def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Proble
             yield Problem("error", "path-control-character", message, "write / or \\\\ between the folders", name)
 
 
+def unsloth_shares_no_prompts(values: Values, given: Values) -> Iterator[Problem]:
+    if values.get("provider") == "unsloth" and values.get("prompt_sharing") is True:
+        message = "unsloth cannot share prompts: it drops the mask that keeps the responses of a pair apart"
+        yield Problem("error", "sharing-with-unsloth", message, 'write "prompt_sharing": "auto"', "prompt_sharing")
+
+
 RULES: Sequence[Rule] = (
     paths_are_written_as_meant,
     default_model,
@@ -207,6 +213,7 @@ RULES: Sequence[Rule] = (
     one_compute_dtype,
     no_head_adapter,
     output_is_no_input,
+    unsloth_shares_no_prompts,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -40,6 +41,7 @@ class Machine:
     has_amx: bool  # bfloat16 matrix units of the processor
     gpus: tuple[Gpu, ...]
     is_apple: bool
+    has_unsloth: bool = False  # the package
 
     @property
     def device(self) -> str:
@@ -73,6 +75,7 @@ def probe() -> Machine:
         has_amx="amx_bf16" in cpuinfo,
         gpus=nvidia_gpus() or amd_gpus(),
         is_apple=platform.system() == "Darwin" and platform.machine() == "arm64",
+        has_unsloth=importlib.util.find_spec("unsloth") is not None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 class Provider(Protocol):
     """The seam to a library that loads models. A provider is made for one model and holds none itself."""
 
+    no_sharing: str | None  # why none of its models can share prompts; None where each model decides
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with EOS and padding set."""
 
@@ -27,6 +30,14 @@ class Provider(Protocol):
     def with_adapter(self, plan: Plan, directory: Path) -> PeftModel:
         """The base model with a saved adapter, in evaluation mode."""
 
+    def ready(self, model: PeftModel, plan: Plan) -> None:
+        """Called once the trainer has put the adapter on the base model, and before the first step."""
+
     @property
     def local_dir(self) -> Path | None:
         """Where the model's safetensors are, None when it is on the hub."""
+
+
+def cache_dir() -> Path:
+    """Where this program keeps what it can make again: $XDG_CACHE_HOME/dpo or ~/.cache/dpo."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,12 +26,15 @@ from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
 from dpo_cli.hardware.models import common_name
 from dpo_cli.plan import Plan
+from dpo_cli.providers.base import cache_dir
 
 HUB_TIMEOUT_SECONDS = 8
 
 
 class HuggingFace:
     """Loads `model_name`: a hub id, a model directory, or a GGUF file."""
+
+    no_sharing: str | None = None
 
     def __init__(self, model_name: str) -> None:
         self.name = model_name
@@ -46,7 +48,7 @@ class HuggingFace:
         return Path(self.source) if Path(self.source).is_dir() else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer))
+        tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source))
         if tokenizer.eos_token is None:
             raise RunFailed(f"the tokenizer of {self.name} names no EOS token", "use an instruct model")
         if tokenizer.pad_token is None:
@@ -73,36 +75,25 @@ class HuggingFace:
         return cast(PeftModel, PeftModel.from_pretrained(self.base_model(plan), str(directory)).eval())
 
     def base_model(self, plan: Plan) -> PreTrainedModel:
-        device = torch.device(plan.config.device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise RunFailed("this torch cannot use CUDA", 'install a CUDA build of torch, or set "device": "cpu"')
+        return _settled(self._model(plan, self.source))
+
+    def ready(self, model: PeftModel, plan: Plan) -> None:
+        """Nothing: the trainer has put on the adapter, and PEFT runs it."""
+
+    def _model(self, plan: Plan, source: str) -> PreTrainedModel:
+        """The model in `source` on the plan's device, in 4-bit when the plan says so."""
+        device = require_device(plan)
         options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype)}
         if plan.config.use_4bit:
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=plan.config.bnb_4bit_quant_type,
-                bnb_4bit_use_double_quant=plan.config.use_nested_quant,
-                bnb_4bit_compute_dtype=getattr(torch, plan.config.bnb_4bit_compute_dtype or plan.dtype),
-            )
+            options["quantization_config"] = quantisation(plan)
             options["device_map"] = {"": device}
-        model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, use_safetensors=True, **options))
-        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            # transformers 5.17 loads Gemma 2 with SDPA, which leaves the attention's soft-cap out without a word.
-            model.set_attn_implementation("eager")
-        for module in model.modules():
-            # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and it loses its gradients for good.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-            # The reference is computed in training mode too, so only the adapter may have dropout.
-            for name, value in vars(module).items():
-                if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
-                    setattr(module, name, 0.0)
+        model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
         return model if plan.config.use_4bit else cast(PreTrainedModel, model.to(device))
 
-    def _load(self, auto: Any, **options: Any) -> Any:
+    def _load(self, auto: Any, source: str, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
-            return auto.from_pretrained(self.source, trust_remote_code=False, local_files_only=self.only_local, **options)
+            return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
         except (OSError, ValueError) as error:
             if isinstance(error.__cause__, GatedRepoError):  # its description is public, its files are not
                 raise _gated(self.name) from error
@@ -111,6 +102,41 @@ class HuggingFace:
                 raise RunFailed(message, "check the network, or name a local model directory or GGUF file") from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(f"cannot load {self.name}: {reason}", "check that it is a complete model directory") from error
+
+
+def require_device(plan: Plan) -> torch.device:
+    """The plan's device; `RunFailed` where this torch cannot use it."""
+    device = torch.device(plan.config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RunFailed("this torch cannot use CUDA", 'install a CUDA build of torch, or set "device": "cpu"')
+    return device
+
+
+def quantisation(plan: Plan) -> transformers.BitsAndBytesConfig:
+    """The 4-bit weights that the plan asks for."""
+    config = plan.config
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_nested_quant,
+        bnb_4bit_compute_dtype=getattr(torch, config.bnb_4bit_compute_dtype or plan.dtype),
+    )
+
+
+def _settled(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it may be trained: attention with all it has, no dropout of its own, 4-bit layers that keep their gradients."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # transformers 5.17 loads Gemma 2 with SDPA, which leaves the attention's soft-cap out without a word.
+        model.set_attn_implementation("eager")
+    for module in model.modules():
+        # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and it loses its gradients for good.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        # The reference is computed in training mode too, so only the adapter may have dropout.
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
+                setattr(module, name, 0.0)
+    return model
 
 
 def _hub_answers(model_name: str) -> bool:
@@ -134,11 +160,6 @@ def _hub_answers(model_name: str) -> bool:
 
 def _gated(model_name: str) -> RunFailed:
     return RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`")
-
-
-def cache_dir() -> Path:
-    """Where dequantised GGUF models are kept: $XDG_CACHE_HOME/dpo or ~/.cache/dpo."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo"
 
 
 def _dequantised(path: Path) -> Path:

@@ -15,14 +15,16 @@ from dpo_cli.plan import Plan
 from dpo_cli.runs.directory import sha256
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
+OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}
 
 
 def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, Any]:
     """The content of manifest.json. `model_dir` holds the model's safetensors when it is local."""
+    packages = (*PACKAGES, *OF_PROVIDER.get(plan.config.provider, ()))
     weights = sorted(model_dir.glob("*.safetensors")) if model_dir else []
     return {
         "versions": {"dpo": dpo_cli.__version__, "python": platform.python_version()}
-        | {package: version(package) for package in PACKAGES},
+        | {package: version(package) for package in packages},
         "hardware": machine.to_json(),
         "dataset": {source.path: sha256(Path(source.path)) for source in sources_of(plan.config.dataset)},
         "model": {"name": plan.config.model_name, "sha256": {file.name: sha256(file) for file in weights}},

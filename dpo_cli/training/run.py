@@ -29,6 +29,7 @@ from dpo_cli.inspection import Data, Inspection, inspect
 from dpo_cli.plan import Counts, Plan, Scoring, does_not_fit, out_of_memory, resolve
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.providers.unsloth import Unsloth
 from dpo_cli.runs.card import card
 from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
@@ -39,7 +40,7 @@ from dpo_cli.training.callbacks.stop import StopOnSignal
 from dpo_cli.training.dpo import build_trainer
 from dpo_cli.training.scoring import choose, states_of
 
-PROVIDERS: dict[str, Callable[[str], Provider]] = {"huggingface": HuggingFace}
+PROVIDERS: dict[str, Callable[[str], Provider]] = {"huggingface": HuggingFace, "unsloth": Unsloth}
 SAMPLES = 3
 
 
@@ -75,12 +76,13 @@ def train(
         base = provider.base_model(plan)
         pairs, pad_token_id = [*train_pairs, *held_out], int(tokenizer.pad_token_id)
         with _fitting(plan, loaded):
-            scoring = choose(base, pairs, pad_token_id, plan.config.prompt_sharing)
+            scoring = choose(base, pairs, pad_token_id, plan.config.prompt_sharing, provider.no_sharing)
         plan = _settled(plan, scoring, loaded, machine, console)
         run.write_json(PLAN, plan.to_json())
         adapter = provider.adapter_config(plan, base)
         evaluate = partial(_point_figures, pairs=held_out, tokenizer=tokenizer, plan=plan)
         trainer = build_trainer(base, adapter, tokenizer, plan, train_pairs, held_out, evaluate, console.line)
+        provider.ready(trainer.model, plan)
         health = Health(console.line)
         record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see])
         for callback in (record, health, stop):
@@ -122,6 +124,7 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
     # What that machine decided, this one decides anew: a run from a GPU can be judged on a CPU.
     measured = [key for key, source in run.read_json(PLAN)["sources"].items() if source == "measured"]
     overrides = [f"{key}={json.dumps(defaults()[key])}" for key in measured]
+    overrides.append("provider=huggingface")  # any provider's adapter is PEFT's, and is judged where its provider is not
     overrides += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"] if dataset else []
     inspection = inspect(load_config(str(run.path / PLAN), overrides), probe(), with_fit=False)
     data, plan = inspection.require()

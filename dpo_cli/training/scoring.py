@@ -67,16 +67,23 @@ def states_of(scoring: Scoring) -> States:
     return shared_states if scoring.shared else plain_states
 
 
-def choose(model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, prompt_sharing: bool | str) -> Scoring:
+def choose(
+    model: PreTrainedModel,
+    pairs: Sequence[EncodedPair],
+    pad_token_id: int,
+    prompt_sharing: bool | str,
+    no_sharing: str | None = None,
+) -> Scoring:
     """How a run scores, by its `prompt_sharing`: shared prompts only where this model then computes the same.
 
+    `no_sharing` is why it cannot, where its provider knows that.
     Raises `RunFailed` where sharing is demanded (true) and not exact, and for a model whose head is not known here.
     """
     by_length = sorted(pairs, key=lambda pair: pair.length)
     _require_our_head(model, collate(by_length[:1], pad_token_id, model.device))
     if prompt_sharing is False:
         return EXPECTED[False]
-    why_not = sharing.obstacle(model)
+    why_not = no_sharing or sharing.obstacle(model)
     if why_not is None:
         # The longest pair exceeds a window if any does; with the shortest beside it there are two in the row, and padding.
         batch = collate([by_length[-1], by_length[0]], pad_token_id, model.device)

@@ -1,0 +1,62 @@
+"""The Unsloth provider: its loader and its kernels; tokenizer, adapter and all that is trained with are the Hugging Face provider's.
+
+`import_unsloth` must have run before this module is imported, as it brings transformers and peft.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from dpo_cli.errors import RunFailed
+from dpo_cli.hardware.unsloth import NO_SHARING
+from dpo_cli.plan import Plan
+from dpo_cli.providers.huggingface import HuggingFace, quantisation, require_device
+from dpo_cli.providers.unsloth_import import prints_to_log
+
+
+class Unsloth(HuggingFace):
+    """Loads what the Hugging Face provider does, through FastLanguageModel."""
+
+    no_sharing = NO_SHARING
+
+    def ready(self, model: PeftModel, plan: Plan) -> None:
+        """Put Unsloth's fused LoRA kernels on the adapter; its CPU fallback has none."""
+        from unsloth import FastLanguageModel
+
+        if plan.config.device == "cuda":
+            with prints_to_log():
+                FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing=plan.config.gradient_checkpointing)
+
+    def _model(self, plan: Plan, source: str) -> PreTrainedModel:
+        from unsloth import FastLanguageModel
+
+        require_device(plan)
+        config = plan.config
+        options: dict[str, Any] = {
+            "max_seq_length": config.max_seq_length,
+            "dtype": getattr(torch, plan.dtype),
+            "load_in_4bit": config.use_4bit,
+            "use_gradient_checkpointing": config.gradient_checkpointing,
+            "use_exact_model_name": True,  # not the copy of a model that Unsloth keeps under its own name
+            "use_safetensors": True,
+        }
+        if config.use_4bit:
+            options["quantization_config"] = quantisation(plan)
+        with prints_to_log():
+            model, _ = self._load(FastLanguageModel, source, **options)
+        _require_quantisation(model, plan)
+        return cast(PreTrainedModel, model)
+
+
+def _require_quantisation(model: Any, plan: Plan) -> None:
+    """Unsloth's CPU fallback loads 16 bits where it cannot do what was asked, and knows one kind of 4 bits; then `RunFailed`."""
+    made = getattr(model.config, "quantization_config", None)
+    wanted = quantisation(plan) if plan.config.use_4bit else None
+    names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    if (made is None) != (wanted is None) or any(getattr(made, name, None) != getattr(wanted, name, None) for name in names):
+        message = "Unsloth did not quantise this model as the config says"
+        raise RunFailed(message, 'leave the bnb_4bit keys out, change "use_4bit", or write "provider": "huggingface"')

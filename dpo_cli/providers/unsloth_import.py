@@ -1,0 +1,55 @@
+"""`import unsloth`, before the libraries that it changes: transformers, trl and peft. So nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+from dpo_cli.errors import RunFailed
+from dpo_cli.hardware.unsloth import INSTALL
+from dpo_cli.providers.base import cache_dir
+
+
+def import_unsloth(device: str) -> None:
+    """Import Unsloth for "cuda", or for "cpu" its fallback without kernels. Raises `RunFailed` with its reason.
+
+    What release 2026.10.9 reads from the environment while it is imported is decided here.
+    """
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # else each load of a model is reported to the hub
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth"))  # else a folder where dpo was started
+    if device == "cpu":
+        os.environ["UNSLOTH_FORCE_CPU"] = "1"
+    else:
+        # It would rewrite TRL's DPOTrainer, and the rewritten one passes over peft_config: it would train every weight.
+        # Under this name, meant for tests, it changes models and kernels alone. tests/test_unsloth.py shows both.
+        os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+    logging.getLogger().addHandler(logging.NullHandler())  # else it adds one of its own, to the screen
+    try:
+        with prints_to_log():
+            importlib.import_module("unsloth")
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunFailed(f"unsloth cannot be imported: {reason}", f'{INSTALL}, or write "provider": "huggingface"') from error
+
+
+@contextmanager
+def prints_to_log() -> Iterator[None]:
+    """Within, what is printed becomes records for train.log: standard output may hold one JSON document and nothing else."""
+    log = _Log()
+    with redirect_stdout(log), redirect_stderr(log):
+        yield
+
+
+class _Log(io.TextIOBase):
+    """A stream whose lines are log records. It stays open: handlers that libraries make meanwhile keep it."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        for line in filter(str.strip, text.splitlines()):
+            logging.getLogger("dpo").info("unsloth: %s", line)
+        return len(text)
