@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 
-.PHONY: install demo check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture clean
+.PHONY: install demo check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture check-unsloth clean
 
 install: .venv/installed $(MODEL)
 
@@ -75,6 +75,23 @@ memory: install
 learning-rates: install
 	$(BIN)/python benchmarks/learning_rates.py
 
+# The provider "unsloth" for real, in a virtual environment of its own. It asks for a certifi newer than our tested one, so that
+# one version is left open; all other tested versions hold. torchvision's build on the index needs CUDA, and beside a CPU build
+# of torch it cannot be imported; Unsloth trains text without it.
+UNSLOTH := .venv-unsloth/bin
+
+.venv-unsloth/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-unsloth
+	$(UNSLOTH)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	grep -v '^certifi==' constraints.txt > .venv-unsloth/constraints.txt
+	$(UNSLOTH)/pip install -q --disable-pip-version-check -c .venv-unsloth/constraints.txt -e '.[dev,unsloth]'
+	$(UNSLOTH)/python -c 'import torchvision' 2> .venv-unsloth/torchvision.log || $(UNSLOTH)/pip uninstall -q -y torchvision
+	touch $@
+
+check-unsloth: $(MODEL) .venv-unsloth/installed
+	HF_HUB_OFFLINE=1 $(UNSLOTH)/pytest tests/test_unsloth.py
+	HF_HUB_OFFLINE=1 $(UNSLOTH)/python benchmarks/check_unsloth.py
+
 spin: install
 	$(BIN)/python benchmarks/spin.py
 
@@ -82,4 +99,4 @@ picture: install
 	$(BIN)/python benchmarks/picture.py docs/demo.svg
 
 clean:
-	rm -rf .venv models runs build *.egg-info
+	rm -rf .venv .venv-unsloth models runs build *.egg-info

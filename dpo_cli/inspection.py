@@ -151,7 +151,9 @@ def _model_problems(plan: Plan) -> Iterator[Problem]:
     context = facts.max_position_embeddings
     if context is not None and config.max_seq_length > context:
         message = f"{plan.model_label} was made for {context} tokens, and max_seq_length is {config.max_seq_length}"
-        yield Problem("warning", "beyond-context", message, f'write "max_seq_length": {context}', "max_seq_length")
+        stretches = config.provider == "unsloth"  # the positions: another model than whoever loads the adapter will have
+        fix = f'write "max_seq_length": {context}'
+        yield Problem("warning", "beyond-context", message, fix, "max_seq_length", stops_training=stretches)
     known = {linear.name for linear in facts.linears} | {"embed_tokens", "lm_head"}
     if not isinstance(config.target_modules, str) and (unknown := sorted(set(config.target_modules) - known)):
         message = f"{plan.model_label} has no linear layer named {', '.join(unknown)}"

@@ -16,6 +16,7 @@ from dpo_cli.hardware.probe import Gpu, Machine
 CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),), is_apple=False)
 NO_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(), is_apple=False)
 OLD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("T4", 16.0, 15.5, 7.5),), is_apple=False)
+AMD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RX 7900", 24.0, 23.5, 0.0, "amd"),), is_apple=False)
 SMALL_HOST = Machine("cpu", 4, 8.0, has_amx=False, gpus=(), is_apple=False)
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -313,6 +314,10 @@ HARDWARE = [
     warning("device-missing", "device", '"device": "cuda"', "--vram", machine=NO_CARD),
     warning("device-missing", "device", '"device": "mps"', "--vram", machine=NO_CARD),
     warning("unsloth-without-cuda", "provider", '"provider": "unsloth"', '"provider": "huggingface"', machine=NO_CARD),
+    warning("unsloth-without-cuda", "provider", '"provider": "unsloth", "seed": 1', "dpo-cli[unsloth]", machine=AMD_CARD),
+    warning("unsloth-not-installed", "provider", '"provider": "unsloth", "seed": 2', "pip install 'dpo-cli[unsloth]'"),
+    warning("unsloth-on-cpu", "provider", '"provider": "unsloth", "device": "cpu"', '"provider": "huggingface"'),
+    Case("sharing-with-unsloth", "prompt_sharing", '"prompt_sharing": true, "provider": "unsloth"', '"auto"'),
     warning("beyond-context", "max_seq_length", '"model_name": "google/gemma-2-2b-it", "max_seq_length": 16384', ": 8192"),
     warning("no-such-layer", "target_modules", '"target_modules": ["q_porj"]', "q_proj"),
     warning("host-memory", "model_name", '"model_name": "models/large.gguf", "use_4bit": true', "safetensors"),

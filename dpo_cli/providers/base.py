@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class Provider(Protocol):
     """The seam to a library that loads models. A provider is made for one model and holds none itself."""
 
-    no_sharing: str | None  # why none of its models can share prompts; None where each model decides
+    @property
+    def no_sharing(self) -> str | None:
+        """Why none of its models can share prompts; None where each model decides."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with EOS and padding set."""

@@ -34,7 +34,7 @@ HUB_TIMEOUT_SECONDS = 8
 class HuggingFace:
     """Loads `model_name`: a hub id, a model directory, or a GGUF file."""
 
-    no_sharing: str | None = None
+    no_sharing: str | None = None  # each model decides (training/sharing.py)
 
     def __init__(self, model_name: str) -> None:
         self.name = model_name
@@ -124,7 +124,7 @@ def quantisation(plan: Plan) -> transformers.BitsAndBytesConfig:
 
 
 def _settled(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it may be trained: attention with all it has, no dropout of its own, 4-bit layers that keep their gradients."""
+    """The model as it may be trained: whole attention, no dropout of its own, 4-bit layers that keep their gradients."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         # transformers 5.17 loads Gemma 2 with SDPA, which leaves the attention's soft-cap out without a word.
         model.set_attn_implementation("eager")

@@ -1,6 +1,6 @@
-"""The Unsloth provider: its loader and its kernels; tokenizer, adapter and all that is trained with are the Hugging Face provider's.
+"""The Unsloth provider: FastLanguageModel and its kernels; the tokenizer and the adapter are the Hugging Face provider's.
 
-`import_unsloth` must have run before this module is imported, as it brings transformers and peft.
+A training has run `import_unsloth` before this module is imported, which brings transformers and peft.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpo_cli.providers.unsloth_import import prints_to_log
 class Unsloth(HuggingFace):
     """Loads what the Hugging Face provider does, through FastLanguageModel."""
 
-    no_sharing = NO_SHARING
+    no_sharing: str | None = NO_SHARING
 
     def ready(self, model: PeftModel, plan: Plan) -> None:
         """Put Unsloth's fused LoRA kernels on the adapter; its CPU fallback has none."""
@@ -53,7 +53,7 @@ class Unsloth(HuggingFace):
 
 
 def _require_quantisation(model: Any, plan: Plan) -> None:
-    """Unsloth's CPU fallback loads 16 bits where it cannot do what was asked, and knows one kind of 4 bits; then `RunFailed`."""
+    """`RunFailed` where Unsloth's CPU fallback loaded 16 bits instead of 4, or nf4, the only kind that it knows, for fp4."""
     made = getattr(model.config, "quantization_config", None)
     wanted = quantisation(plan) if plan.config.use_4bit else None
     names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")

@@ -155,7 +155,7 @@ def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, c
         (["train", "broken.json"], 3, "broken.json:2:3"),
         (["train", "nodata.json"], 3, '"dataset" is missing'),
         (["train", "tiny.json", "dataset=gone.jsonl"], 3, "there is no file gone.jsonl"),
-        (["train", "tiny.json", "provider=unsloth"], 3, "this version cannot train with"),
+        (["train", "tiny.json", "provider=unsloth", "device=auto"], 3, "pip install 'dpo-cli[unsloth]'"),
         (["train", "tiny.json", "strategy=sft"], 3, "this version cannot train with"),
         (["train", "tiny.json", "use_dora=true"], 3, "this version cannot train with"),
         (["train", "tiny.json", "model_name=nobody/no-such-model", "output_dir=hub"], 1, "not in the local cache"),
