@@ -132,7 +132,7 @@ def _validated(
     }
     console.problems(found.problems)
     if data and data.train.pairs:
-        console.line(f"data: {data.train.pairs} pairs of {data.train.prompts} prompts in {data.train.rows} rows")
+        console.line(f"data: {data.train.pairs} {data.train.noun} of {data.train.prompts} prompts in {data.train.rows} rows")
         console.lengths(data.said)
     for note in plan.notes if plan else ():
         console.line(f"note: {note}")
