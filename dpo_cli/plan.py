@@ -10,12 +10,14 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.config import PLAN_VERSION, Loaded, Source
+from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.guidance import ADAPTER_LEARNING_RATE
 from dpo_cli.config.options import Config
+from dpo_cli.config.stages import PLAN_VERSION
 from dpo_cli.data.hub import is_hub_id
 from dpo_cli.errors import Problem
 from dpo_cli.hardware.adapters import adapter_at
@@ -248,6 +250,10 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         message = "unsloth needs a CUDA GPU"
         fix = 'train on a machine with one, or write "provider": "huggingface"'
         yield Problem("warning", "unsloth-without-cuda", message, fix, "provider", stops_training=True)
+    if (config.use_4bit or config.use_8bit) and find_spec("bitsandbytes") is None:
+        key = "use_4bit" if config.use_4bit else "use_8bit"
+        message = f"{key} needs the package bitsandbytes, which is not installed"
+        yield Problem("warning", "bitsandbytes-missing", message, BITSANDBYTES_FIX, key, stops_training=True)
     documented_gb = profiles()["mid_range"]["from_gb"]
     card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
     # A card shows a little less than its name says.

@@ -59,6 +59,13 @@ def has_an_effect(values: Values, given: Values) -> Iterator[Problem]:
                 yield Problem("warning", "no-effect", message, f'write "{other}": {choices}, or remove "{name}"', name)
 
 
+def stages_stand_in_the_file(values: Values, given: Values) -> Iterator[Problem]:
+    """Those of a file are taken apart before its configs are checked (stages.py)."""
+    if values.get("stages") is not None:
+        message = "a stage has no stages of its own, and none are given on the command line"
+        yield Problem("error", "stages-within", message, "write one list of stages into the config file", "stages")
+
+
 def one_precision(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("bf16") and values.get("fp16"):
         yield Problem("error", "two-precisions", "bf16 and fp16 are both true", "keep one: bf16 where there is it", "fp16")
@@ -248,6 +255,7 @@ RULES: Sequence[Rule] = (
     qlora_is_sft,
     belongs_to_strategy,
     has_an_effect,
+    stages_stand_in_the_file,
     one_precision,
     one_quantisation,
     one_warmup,

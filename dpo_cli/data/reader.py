@@ -106,6 +106,11 @@ def hub_ids(values: Mapping[str, Any]) -> list[str]:
     return [path for value in named for path, _ in _entries(value) if hub.is_hub_id(path)]
 
 
+def holds_pairs(path: str) -> bool:
+    """Whether the first usable row of a dataset is a preference pair."""
+    return next((True for row in stream(sources_of(path)) if isinstance(row, Pair)), False)
+
+
 def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
     """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
     found = (files.fault(Path(source.path), key) for source in sources_of(value))

@@ -20,6 +20,7 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.config.config import load as load_config
 from dpo_cli.config.schema import defaults
 from dpo_cli.console import Console
+from dpo_cli.data import reader
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
@@ -54,8 +55,6 @@ def train(
     """
     data, draft = inspection.require()
     console.problems(inspection.problems)
-    if not dry_run:
-        RunDirectory.check(draft.run_dir, overwrite)
 
     provider = PROVIDERS[draft.config.provider](draft.config.model_name)
     tokenizer = provider.tokenizer()
@@ -128,7 +127,9 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
     # What that machine decided, this one decides anew: a run from a GPU can be judged on a CPU.
     measured = [key for key, source in run.read_json(PLAN)["sources"].items() if source == "measured"]
     overrides = [f"{key}={json.dumps(defaults()[key])}" for key in measured]
-    overrides += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"] if dataset else []
+    if dataset:
+        overrides += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
+        overrides += ["strategy=dpo"] if reader.holds_pairs(dataset) else []  # pairs tell more, whatever was trained on
     inspection = inspect(load_config(str(run.path / PLAN), overrides), probe(), with_fit=False)
     data, plan = inspection.require()
     console.problems([problem for problem in inspection.problems if problem.severity == "warning"])
