@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -56,6 +57,13 @@ def has_an_effect(values: Values, given: Values) -> Iterator[Problem]:
                 message = f'"{name}" has no effect: "{other}" is {json.dumps(values[other])}'
                 choices = " or ".join(json.dumps(value) for value in wanted)
                 yield Problem("warning", "no-effect", message, f'write "{other}": {choices}, or remove "{name}"', name)
+
+
+def stages_stand_in_the_file(values: Values, given: Values) -> Iterator[Problem]:
+    """Those of a file are taken apart before its configs are checked (stages.py)."""
+    if values.get("stages") is not None:
+        message = "a stage has no stages of its own, and none are given on the command line"
+        yield Problem("error", "stages-within", message, "write one list of stages into the config file", "stages")
 
 
 def one_precision(values: Values, given: Values) -> Iterator[Problem]:
@@ -121,25 +129,60 @@ def best_checkpoint_is_judged(values: Values, given: Values) -> Iterator[Problem
         yield Problem("error", "save-eval-steps", message, f'write "save_steps": {(save // judge + 1) * judge}', "save_steps")
 
 
+def losses(values: Values) -> list[str]:
+    """The losses of loss_type, which is one or a list."""
+    named = values.get("loss_type", [])
+    return [named] if isinstance(named, str) else list(named)
+
+
 def smoothing_needs_its_loss(values: Values, given: Values) -> Iterator[Problem]:
-    loss, smoothing = values.get("loss_type"), values.get("label_smoothing")
-    if loss is not None and smoothing and loss not in SMOOTHED_LOSSES:
-        message = f"the loss {loss} ignores label_smoothing {smoothing:g}"
+    named, smoothing = losses(values), values.get("label_smoothing")
+    if named and smoothing and not set(named) & set(SMOOTHED_LOSSES):
+        message = f"the loss {' + '.join(named)} ignores label_smoothing {smoothing:g}"
         fix = f'write "loss_type": "robust" (it and {", ".join(SMOOTHED_LOSSES[1:])} know it), or remove label_smoothing'
         yield Problem("error", "label-smoothing-ignored", message, fix, "label_smoothing")
 
 
 def loss_needs_its_smoothing(values: Values, given: Values) -> Iterator[Problem]:
-    loss = values.get("loss_type")
     if values.get("label_smoothing") != 0:
         return
-    if loss == "exo_pair":
+    if "exo_pair" in losses(values):
         message, fix = "the loss exo_pair needs label_smoothing above 0", 'write "label_smoothing": 0.001, its paper\'s value'
         yield Problem("error", "loss-needs-smoothing", message, fix, "loss_type")
-    elif loss == "robust":
+    elif "robust" in losses(values):
         message = "the loss robust with label_smoothing 0 is plain DPO"
         fix = 'write the share of labels that you think are flipped, "label_smoothing": 0.1 for example'
         yield Problem("warning", "loss-needs-smoothing", message, fix, "loss_type")
+
+
+def one_weight_a_loss(values: Values, given: Values) -> Iterator[Problem]:
+    named, weights = losses(values), values.get("loss_weights")
+    if named and weights is not None and len(weights) != len(named):
+        message = f"loss_weights has {len(weights)} weights for {len(named)} losses ({', '.join(named)})"
+        yield Problem("error", "loss-weights", message, "write one weight for each loss of loss_type", "loss_weights")
+
+
+def sorted_loss_has_a_batch(values: Values, given: Values) -> Iterator[Problem]:
+    """AOT (arXiv:2406.05882) sorts the log-ratios of a micro-batch; a single pair is sorted already."""
+    sorting = [name for name in losses(values) if name in ("aot", "aot_unpaired")]
+    if sorting and values.get("per_device_train_batch_size") == 1:
+        message = f"{sorting[0]} compares the sorted pairs of one forward pass, and of one pair it is plain DPO"
+        fix = "raise per_device_train_batch_size, and lower gradient_accumulation_steps"
+        yield Problem("warning", "loss-needs-batch", message, fix, "per_device_train_batch_size")
+
+
+def whole_model_is_not_quantised(values: Values, given: Values) -> Iterator[Problem]:
+    for name in ("use_4bit", "use_8bit"):
+        if values.get("lora_r") == 0 and values.get(name):
+            message = f"lora_r 0 trains every weight, and those of {name} are too coarse to be trained"
+            yield Problem("error", "full-quantised", message, f'remove "{name}", or train an adapter: "lora_r": 16', name)
+
+
+def whole_model_has_no_adapter(values: Values, given: Values) -> Iterator[Problem]:
+    adapter = [name for name, option in options().items() if option.group == "Adapter" and name != "lora_r" and name in given]
+    if values.get("lora_r") == 0 and adapter:
+        message = f"{', '.join(adapter)} has no effect: lora_r 0 trains every weight, and there is no adapter"
+        yield Problem("warning", "no-effect", message, "remove it, or raise lora_r", adapter[0])
 
 
 def one_compute_dtype(values: Values, given: Values) -> Iterator[Problem]:
@@ -160,6 +203,25 @@ def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     if isinstance(modules, list) and "all-linear" in modules:
         fix = 'write "target_modules": "all-linear"'
         yield Problem("error", "all-linear-in-list", "no layer is called all-linear", fix, "target_modules")
+
+
+def targets_are_a_pattern(values: Values, given: Values) -> Iterator[Problem]:
+    """A text is matched with whole names (PEFT 0.21), so that a name alone matches nothing."""
+    modules = values.get("target_modules")
+    if not isinstance(modules, str) or modules == "all-linear":
+        return
+    if re.fullmatch(r"[\w ,]+", modules):
+        message = f'a layer\'s whole name is longer than "{modules}": as a regular expression it matches nothing'
+        is_all = modules.strip().replace("_", "-").replace(" ", "-") == "all-linear"
+        meant = "all-linear" if is_all else [part.strip() for part in modules.split(",")]
+        fix = f'write "target_modules": {json.dumps(meant)}'
+        yield Problem("error", "target-is-name", message, fix, "target_modules")
+        return
+    try:
+        re.compile(modules)
+    except re.error as error:
+        fix = r'for example "target_modules": ".*\\.self_attn\\.(q|v)_proj"'
+        yield Problem("error", "bad-regex", f"target_modules is no regular expression: {error}", fix, "target_modules")
 
 
 def _same_place(one: Any, other: Any) -> bool:
@@ -187,10 +249,17 @@ def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Proble
             yield Problem("error", "path-control-character", message, "write / or \\\\ between the folders", name)
 
 
-def unsloth_shares_no_prompts(values: Values, given: Values) -> Iterator[Problem]:
-    if values.get("provider") == "unsloth" and values.get("prompt_sharing") is True:
-        message = "unsloth cannot share prompts: it drops the mask that keeps the responses of a pair apart"
-        yield Problem("error", "sharing-with-unsloth", message, 'write "prompt_sharing": "auto"', "prompt_sharing")
+def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
+    """Prompts, as it drops the mask that keeps the responses of a pair apart; the rest, as nobody has tried it."""
+    limits = {
+        "prompt_sharing": (True, "cannot share prompts", '"auto"'),
+        "lora_r": (0, "trains adapters here, and no whole model", "16"),
+        "use_8bit": (True, "loads 16 or 4 bits here", "false"),
+    }
+    for key, (value, what, instead) in limits.items():
+        if values.get("provider") == "unsloth" and key in values and same(values[key], value):
+            fix = f'write "{key}": {instead}, or "provider": "huggingface"'
+            yield Problem("error", "not-with-unsloth", f"unsloth {what}", fix, key)
 
 
 RULES: Sequence[Rule] = (
@@ -199,6 +268,7 @@ RULES: Sequence[Rule] = (
     qlora_is_sft,
     belongs_to_strategy,
     has_an_effect,
+    stages_stand_in_the_file,
     one_precision,
     one_quantisation,
     one_warmup,
@@ -210,10 +280,15 @@ RULES: Sequence[Rule] = (
     best_checkpoint_is_judged,
     smoothing_needs_its_loss,
     loss_needs_its_smoothing,
+    one_weight_a_loss,
+    sorted_loss_has_a_batch,
+    whole_model_is_not_quantised,
+    whole_model_has_no_adapter,
     one_compute_dtype,
     no_head_adapter,
+    targets_are_a_pattern,
     output_is_no_input,
-    unsloth_shares_no_prompts,
+    unsloth_has_limits,
 )
 
 

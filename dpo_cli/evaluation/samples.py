@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.providers.policy import Policy
 
 MAX_NEW_TOKENS = 64
 
@@ -25,26 +26,26 @@ class Sample:
 
 
 def side_by_side(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], count: int, dtype: torch.dtype
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], count: int, dtype: torch.dtype
 ) -> list[Sample]:
     """Greedy answers of at most `MAX_NEW_TOKENS` tokens to the first `count` different prompts."""
-    chosen = list({pair.pair.prompt_key: pair for pair in reversed(pairs)}.values())[::-1][:count]
-    model.eval()
-    device = model.get_base_model().device
+    chosen = list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
+    policy.model.eval()
+    device = policy.network.device
     samples = []
     with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for pair in chosen:
-            ids = torch.tensor([pair.prompt_ids], device=device)
-            adapter = _answer(model, tokenizer, ids)
-            with model.disable_adapter():
-                base = _answer(model, tokenizer, ids)
-            prompt = pair.pair.prompt
+        for row in chosen:
+            ids = torch.tensor([row.prompt_ids], device=device)
+            adapter = _answer(policy.network, tokenizer, ids)
+            with policy.as_reference() as reference:
+                base = _answer(reference, tokenizer, ids)
+            prompt = row.row.prompt
             samples.append(Sample(prompt if isinstance(prompt, str) else prompt[-1]["content"], base, adapter))
     return samples
 
 
-def _answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
-    made = model.generate(
+def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
+    made: Any = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=MAX_NEW_TOKENS,

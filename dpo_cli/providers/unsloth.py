@@ -23,7 +23,7 @@ class Unsloth(HuggingFace):
 
     no_sharing: str | None = NO_SHARING
 
-    def ready(self, model: PeftModel, plan: Plan) -> None:
+    def ready(self, model: PreTrainedModel | PeftModel, plan: Plan) -> None:
         """Put Unsloth's fused LoRA kernels on the adapter; its CPU fallback has none."""
         from unsloth import FastLanguageModel
 
