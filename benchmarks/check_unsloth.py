@@ -35,9 +35,10 @@ def dpo(*words: object) -> dict[str, Any]:
     return result
 
 
-def train(provider: str, run: Path) -> dict[str, Any]:
-    words = [f"provider={provider}", f"device={DEVICE}", "prompt_sharing=false", f"output_dir={run}", *SETTINGS]
+def train(provider: str, run: Path, *more: str) -> dict[str, Any]:
+    words = [f"provider={provider}", f"device={DEVICE}", "prompt_sharing=false", f"output_dir={run}", *SETTINGS, *more]
     summary = dpo("train", "configs/quickstart.json", *words)
+    assert ("Unsloth" in (run / "train.log").read_text(encoding="utf-8")) == (provider == "unsloth"), "another loader ran"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {**summary, "losses": [line["loss"] for line in lines if line["split"] == "train"]}
 
@@ -46,6 +47,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         runs = {provider: Path(name) / provider for provider in ("unsloth", "huggingface")}
         ours, theirs = (train(provider, run) for provider, run in runs.items())
+        on, too = (train(provider, Path(name) / f"{provider}-on", f"model_name={runs['unsloth']}") for provider in runs)
         weights, others = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs.values())
         judged = dpo("eval", runs["unsloth"])  # by the provider huggingface
     apart = max(float((weights[key] - others[key]).abs().max()) for key in weights)
@@ -54,6 +56,8 @@ def main() -> int:
         ("loss of step 1 (ln 2 = 0.693147)", ours["losses"][0], theirs["losses"][0], NOISE),
         (f"loss of step {len(ours['losses'])}", ours["losses"][-1], theirs["losses"][-1], NOISE),
     ]
+    for number, what in ((0, "1, going on from the adapter of the unsloth run"), (-1, f"{len(on['losses'])} of that")):
+        rows.append((f"loss of step {what}", on["losses"][number], too["losses"][number], NOISE))
     for figure in ("margin", "accuracy", "kl_token"):
         values = [summary["eval"][figure]["value"] for summary in (ours, theirs)]
         rows.append((f"held-out {figure}, each run's own judgement", *values, NOISE))
@@ -68,7 +72,8 @@ def main() -> int:
     print(f"\n{moved} of {len(weights) // 2} LoRA layers have moved. {', '.join(SETTINGS)}, {DEVICE}.")
     print(f"unsloth {version('unsloth')}, unsloth_zoo {version('unsloth_zoo')}. {machine_line()}.")
     agree = all(abs(one - other) <= allowed for _, one, other, allowed in rows if allowed is not None)
-    sound = math.isclose(ours["losses"][0], math.log(2), abs_tol=1e-5) and moved == len(weights) // 2
+    starts = [run["losses"][0] for run in (ours, on)]  # an adapter that is gone on from is its own reference
+    sound = all(math.isclose(loss, math.log(2), abs_tol=1e-5) for loss in starts) and moved == len(weights) // 2
     print("the providers agree" if agree and sound else "THE PROVIDERS DO NOT AGREE")
     return int(not (agree and sound))
 

@@ -199,6 +199,7 @@ def test_a_run_through_the_fallback_is_that_of_huggingface(config: Path, options
         words = ["train", config, "device=cpu", f"provider={provider}", f"output_dir={place}", "--json", *own, *options]
         code, told, _ = dpo(*words)
         assert code == 0, told
+        assert ("Unsloth (CPU)" in (place / "train.log").read_text(encoding="utf-8")) == (provider == "unsloth")
         summaries[provider] = json.loads((place / "metrics.json").read_text(encoding="utf-8"))
         assert json.loads(told[: told.rindex("\n}") + 2])["run_dir"] == str(place)  # one document on standard output
     ours, theirs = summaries["unsloth"], summaries["huggingface"]
