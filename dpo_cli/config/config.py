@@ -49,7 +49,8 @@ class Loaded:
         errors = [(problem.code, problem.key) for problem in self.problems if problem.severity == "error"]
         if errors != [("missing-key", "dataset")]:
             return self
-        return replace(self, config=Config(**_normalised({**self.values, "dataset": ""})))
+        told = tuple(problem for problem in self.problems if problem.severity != "error")
+        return replace(self, problems=told, config=Config(**_normalised({**self.values, "dataset": ""})))
 
     def require(self) -> Config:
         """The config, or `InvalidInput` with every problem."""
