@@ -23,7 +23,7 @@ from dpo_cli.console import Console
 from dpo_cli.data.tokens import EncodedPair, encode
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.metrics import PairScores, figures, point_figures, score_pairs
-from dpo_cli.evaluation.samples import side_by_side
+from dpo_cli.evaluation.samples import answer_tokens, side_by_side
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.inspection import Data, Inspection, inspect
 from dpo_cli.plan import Counts, Plan, Scoring, does_not_fit, out_of_memory, resolve
@@ -40,7 +40,7 @@ from dpo_cli.training.dpo import build_trainer
 from dpo_cli.training.scoring import choose, states_of
 
 PROVIDERS: dict[str, Callable[[str], Provider]] = {"huggingface": HuggingFace}
-SAMPLES = 3
+ANSWERS, SAMPLES = 32, 3  # held-out prompts that an evaluation answers, and of those that it shows
 
 
 def train(
@@ -139,8 +139,9 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
             plan = replace(plan, scoring=choose(base, pairs, pad_token_id, plan.config.prompt_sharing))
             _tell_scoring(plan, console)
         judged = _judge(model, tokenizer, pairs, plan)
-        shown = side_by_side(model, tokenizer, pairs, SAMPLES, getattr(torch, plan.dtype))
-    samples = [sample.to_json() for sample in shown]
+        answers = side_by_side(model, tokenizer, pairs, ANSWERS, getattr(torch, plan.dtype))
+    judged["answer_tokens"] = answer_tokens(answers)
+    samples = [sample.to_json() for sample in answers[:SAMPLES]]
     console.judgement(judged, samples)
     return {**judged, "thresholds": [], "samples": samples}
 
