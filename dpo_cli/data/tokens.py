@@ -111,12 +111,12 @@ def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str,
     when the model is asked, with the responses put after it; else a part of it would be in the loss.
     """
     messages, tools = as_messages(pair.prompt, "user"), [dict(tool) for tool in pair.tools] or None
-    prompt = _template(tokenizer, messages, tools, add_generation_prompt=True)
-    if tools and prompt == _template(tokenizer, messages, None, add_generation_prompt=True):
+    prompt = render(tokenizer, messages, tools, add_generation_prompt=True)
+    if tools and prompt == render(tokenizer, messages, None, add_generation_prompt=True):
         raise TemplateError("it does not know tools, and would leave them out")
 
     def followed_by(response: Text) -> str:
-        return _template(tokenizer, messages + as_messages(response, "assistant"), tools)
+        return render(tokenizer, messages + as_messages(response, "assistant"), tools)
 
     chosen, rejected = followed_by(pair.chosen), followed_by(pair.rejected)
     _require_calls(tokenizer, messages, pair.chosen, tools, chosen)
@@ -136,7 +136,7 @@ def _require_calls(
     """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
     if isinstance(response, list) and any(message.get("tool_calls") for message in response):
         without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
-        if rendered == _template(tokenizer, prompt + without, tools):
+        if rendered == render(tokenizer, prompt + without, tools):
             raise TemplateError("it does not know tool calls, and would leave them out")
 
 
@@ -204,7 +204,7 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool) -> str:
     """A rendered conversation; the template writes its own BOS."""
     with bounded():
         text = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))

@@ -21,7 +21,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
@@ -98,6 +104,14 @@ class HuggingFace:
                 if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
                     setattr(module, name, 0.0)
         return model if plan.config.use_4bit else cast(PreTrainedModel, model.to(device))
+
+    def reward_model(self, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model as a classifier whose one label is the reward, in evaluation mode, and its tokenizer."""
+        options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+        model, info = self._load(AutoModelForSequenceClassification, **options)
+        if model.config.num_labels != 1 or info["missing_keys"]:  # transformers would make up a head that is not there
+            raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
+        return cast(PreTrainedModel, model.to(device).eval()), cast(PreTrainedTokenizerBase, self._load(AutoTokenizer))
 
     def _load(self, auto: Any, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
