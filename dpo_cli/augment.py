@@ -25,6 +25,7 @@ from dpo_cli.console import Console, json_text
 from dpo_cli.data.formats import Question
 from dpo_cli.data.prompts import Prompts
 from dpo_cli.data.tokens import EncodedPair, encode
+from dpo_cli.data.words import plain
 from dpo_cli.errors import DoesNotFit, Problem
 from dpo_cli.evaluation.samples import Answer, Sampling, generate
 from dpo_cli.plan import DOES_NOT_FIT, Plan
@@ -41,7 +42,7 @@ COUNTED = {
     "unfinished": "did not end within max_new_tokens: rejected at most, never chosen",
     "empty": "empty or with a NUL character, left out",
     "short": "shorter than min_tokens, left out",
-    "identical": "the same as another to their prompt, left out",
+    "identical": "the same as another to their prompt, but for case and blanks, left out",
     "without_pair": "prompts gave no pair",
 }
 
@@ -132,10 +133,10 @@ def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) ->
             counts["empty"] += 1
         elif answer.tokens < min_tokens:
             counts["short"] += 1
-        elif answer.text in kept:
+        elif plain(answer.text) in kept:
             counts["identical"] += 1
         else:
-            kept[answer.text] = answer
+            kept[plain(answer.text)] = answer
     return list(kept.values())
 
 
