@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 
-.PHONY: install demo demo-concise concise-data check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture clean
+.PHONY: install demo demo-two-stage demo-concise concise-data check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture clean
 
 install: .venv/installed $(MODEL)
 
@@ -80,6 +80,9 @@ prompt-sharing: install
 
 memory: install
 	KINETO_LOG_LEVEL=5 $(BIN)/python benchmarks/step_memory.py
+
+demo-two-stage: install
+	$(BIN)/python benchmarks/two_stage.py
 
 learning-rates: install
 	$(BIN)/python benchmarks/learning_rates.py

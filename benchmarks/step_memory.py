@@ -40,13 +40,14 @@ from transformers import (
 
 from dpo_cli.config.config import load
 from dpo_cli.data.formats import Pair
-from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.data.tokens import Encoded
 from dpo_cli.hardware.facts import config_facts
 from dpo_cli.hardware.memory import Settings, components
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import resolve
 from dpo_cli.training import sharing
-from dpo_cli.training.dpo import PairTrainer, ProbeFirst, build_trainer
+from dpo_cli.training.dpo import PairTrainer, build_trainer
+from dpo_cli.training.trainer import ProbeFirst
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -101,7 +102,7 @@ def trainer_for(
         return torch.randint(2, model.config.vocab_size, (count,), generator=generator).tolist()
 
     # Rejected responses are a token shorter, so that padded rows are padded, as they are in any real micro-batch.
-    pairs = [EncodedPair(Pair("", "", "", 1), ids(prompt), ids(response), ids(response - 1)) for _ in range(2 * settings.batch)]
+    pairs = [Encoded(Pair("", "", "", 1), ids(prompt), (ids(response), ids(response - 1))) for _ in range(2 * settings.batch)]
     modules: Any = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
     adapter = LoraConfig(
         task_type="CAUSAL_LM",

@@ -19,15 +19,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import dpo_cli
-from dpo_cli.config.rules import RANK_PARTS
+from dpo_cli.config.augmenting import RANK_PARTS
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.console import Console, json_text
 from dpo_cli.data.formats import Question
 from dpo_cli.data.prompts import Prompts
-from dpo_cli.data.tokens import EncodedPair, encode
+from dpo_cli.data.tokens import encode
 from dpo_cli.data.words import plain
 from dpo_cli.errors import DoesNotFit, Problem
 from dpo_cli.evaluation.samples import Answer, Sampling, generate
+from dpo_cli.hardware.adapters import adapter_at, model_of
 from dpo_cli.plan import DOES_NOT_FIT, Plan
 from dpo_cli.ranking import Rank, best_pairs, ranking
 from dpo_cli.runs.directory import sha256
@@ -53,7 +54,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[s
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
     asked, left = _encoded(prompts.questions, tokenizer, plan, options)
-    model = provider.base_model(plan)
+    model = provider.start(plan, provider.base_model(plan))  # with its adapter, where model_name is one
     origin = _origin(plan, options, model)
     maker = Maker(model, tokenizer, ranking(options, plan.config.device, getattr(torch, plan.dtype)), plan, options, origin)
     with closing(ResumableFile(out, _settings(plan, prompts, options, origin))) as file:
@@ -146,7 +147,7 @@ def _encoded(
     """Each question with its token ids as training will see them, cut so that an answer has room; and what that cost."""
     room = plan.config.max_seq_length - options["max_new_tokens"]
     pairs = [question.with_answers("A", "B") for question in questions]  # whose answers are no matter
-    encoded: list[EncodedPair] = encode(pairs, tokenizer, plan.config.use_chat_template, room)
+    encoded = encode(pairs, tokenizer, plan.config.use_chat_template, room)
     kept = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
     left = {"cut": sum(pair.is_cut for _, pair in kept), "too_long": len(questions) - len(kept)}
     return [(question, pair.prompt_ids) for question, pair in kept], left
@@ -182,14 +183,15 @@ def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[st
 
 
 def _identity(name: str, revision: str | None) -> dict[str, Any]:
-    """A model by its name, without the folder of a local one, and a hash of its weights or the hub's commit."""
-    path = Path(name)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    """A model by its name, without the folder of a local one, and a hash of its own weights or the hub's commit."""
+    adapter = adapter_at(name)
+    place = adapter.directory if adapter else Path(model_of(name))
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) if place.is_dir() else []
     digests = [sha256(file) for file in files]
     if not digests:
         return {"name": name, "revision": revision}
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return {"name": path.name, "sha256": whole}
+    return {"name": Path(name).name, "sha256": whole}
 
 
 def _tell(found: Mapping[str, int], out: Path, console: Console) -> None:

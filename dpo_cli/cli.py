@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.config.config import Loaded, is_override, load
+from dpo_cli.config.config import Loaded, is_override, load, load_stages
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.console import Console
 from dpo_cli.data import reader
@@ -26,10 +26,12 @@ from dpo_cli.errors import DpoError, Exit, UsageError
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
-from dpo_cli.inspection import inspect, inspect_prompts, lengths_of
+from dpo_cli.inspection import Inspection, inspect, inspect_prompts, lengths_of
+from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.resumable import ResumableFile
 
 MAX_VRAM_GB = 100_000
+ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]  # of the exit codes of several configs, the last is told
 
 app = typer.Typer(
     name="dpo",
@@ -109,12 +111,31 @@ def validate(
         if not configs:
             raise UsageError("no config is named", "dpo validate my-config.json")
         machine = probe()
-        found = [_validated(console, load(path, overrides), machine, vram, not no_data, strict) for path in configs]
+        found = [_validated_file(console, path, overrides, machine, vram, not no_data, strict) for path in configs]
         if as_json:
             documents = [document for document, _ in found]
             several = [{"file": path, **document} for path, document in zip(configs, documents, strict=True)]
             console.json(documents[0] if len(documents) == 1 else several)
-        raise typer.Exit(int(max((code for _, code in found), key=[Exit.DONE, Exit.UNFIT, Exit.INVALID].index)))
+        raise typer.Exit(int(max((code for _, code in found), key=ORDER.index)))
+
+
+def _validated_file(console: Console, path: str, overrides: list[str], *options: Any) -> tuple[dict[str, Any], Exit]:
+    """What `validate --json` says of a file, and its exit code; of stages, all that is wrong and the largest memory."""
+    found = [_validated(console, loaded.on_foundation(), *options) for loaded in load_stages(path, overrides)]
+    documents = [document for document, _ in found]
+    if len(found) == 1:
+        return found[0]
+    problems = {json.dumps(problem): problem for document in documents for problem in document["problems"]}
+    bills = [document["memory"] for document in documents if document["memory"]]
+    whole = {
+        "ok": all(document["ok"] for document in documents),
+        "problems": list(problems.values()),  # of what the stages share, once
+        "config": {"stages": [document["config"] for document in documents]},
+        "data": None,
+        "memory": max(bills, key=lambda bill: bill["total_gb"], default=None),
+        "stages": documents,
+    }
+    return whole, max((code for _, code in found), key=ORDER.index)
 
 
 def _validated(
@@ -133,13 +154,13 @@ def _validated(
     }
     console.problems(found.problems)
     if data and data.train.pairs:
-        console.line(f"data: {data.train.pairs} pairs of {data.train.prompts} prompts in {data.train.rows} rows")
+        console.line(f"data: {data.train.pairs} {data.train.noun} of {data.train.prompts} prompts in {data.train.rows} rows")
         console.lengths(data.said)
     for note in plan.notes if plan else ():
         console.line(f"note: {note}")
     if memory:
         console.bill(memory)
-    console.line(f"{loaded.file}: {f'not valid, errors: {len(found.errors)}' if found.errors else 'valid'}")
+    console.line(f"{loaded.label}: {f'not valid, errors: {len(found.errors)}' if found.errors else 'valid'}")
     return document, found.exit_code
 
 
@@ -213,16 +234,30 @@ def train(
 ) -> None:
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
-        loaded, machine = load(config, overrides or ()), probe()
-        for name in reader.hub_ids(loaded.require().to_json()):
+        stages, machine = load_stages(config, overrides or ()), probe()
+        for name in dict.fromkeys(name for loaded in stages for name in reader.hub_ids(loaded.require().to_json())):
             console.line(f"fetching the dataset {name}")
             fetch(name)
-        inspection = inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)
-        inspection.require()  # before torch is imported: a mistake is told at once
-        result, code = _composer().train(loaded, inspection, machine, console, overwrite, dry_run)
+        for loaded in stages:  # before torch is imported and anything is trained: a mistake is told at once
+            _, plan = _inspected(loaded.on_foundation(), machine).require()
+            RunDirectory.check(plan.run_dir, overwrite or dry_run)
+        results, code = [], Exit.DONE
+        for loaded in stages:
+            if loaded.stage:
+                console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
+            ready = loaded.on_foundation() if dry_run else loaded
+            result, code = _composer().train(ready, _inspected(ready, machine), machine, console, overwrite, dry_run)
+            results.append(result)
+            if code is not Exit.DONE:
+                break
         if as_json:
-            console.json(result)
+            console.json({**results[-1], "stages": results} if len(stages) > 1 else results[0])
         raise typer.Exit(int(code))
+
+
+def _inspected(loaded: Loaded, machine: Machine) -> Inspection:
+    """What a training needs to know of a config; memory is judged later, by its real lengths."""
+    return inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)
 
 
 @app.command("eval")

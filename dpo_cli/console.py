@@ -123,10 +123,11 @@ class Console:
         over = f"; {most['share_over']:.0%} are longer than max_seq_length" if "share_over" in most else ""
         place = f"{where['file']}:{where['line']}"
         self.line(f"length: {most['median']:,.0f} {unit} in the middle, {most['most']:,} at most ({place}){over}")
-        longer, auc = said["longer_chosen"], said["length_auc"]
-        self.line(
-            f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
-        )
+        if "longer_chosen" in said:
+            longer, auc = said["longer_chosen"], said["length_auc"]
+            self.line(
+                f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
+            )
 
     def bill(self, memory: dict[str, Any]) -> None:
         """The memory bill with a bar per component."""
@@ -148,7 +149,8 @@ class Console:
         ]
         if tokens := judged.get("answer_tokens"):
             rows.append(["answer tokens", *(_interval(tokens[group]) for group in ("policy", "base", "gain"))])
-        title = f"{judged['pairs']} pairs of {judged['prompts']} prompts; 95 % intervals"
+        noun = "pairs" if "pairs" in judged else "demonstrations"
+        title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]

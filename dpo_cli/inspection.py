@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,14 +11,15 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import lint, reader
-from dpo_cli.data.formats import Pair
+from dpo_cli.data.formats import Row
 from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.split import is_held_out_prompt, split
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
-from dpo_cli.hardware import models
+from dpo_cli.hardware import models, starting
+from dpo_cli.hardware.adapters import foundation
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import DOES_NOT_FIT, Plan, does_not_fit, hardware_problems, resolve
@@ -27,15 +29,15 @@ MUCH_TOO_LONG = 0.1  # a share of pairs longer than max_seq_length that is told 
 
 @dataclass(frozen=True)
 class Data:
-    """The pairs to train on, and those of "eval_dataset" where it is named; `said` is what is told of their lengths."""
+    """The rows to train on, and those of "eval_dataset" where it is named; `said` is what is told of their lengths."""
 
     train: Dataset
     held_out: Dataset | None
     said: dict[str, Any]
     longest: int | None  # tokens that the longest sequence may have
 
-    def sides(self, config: Config) -> tuple[Sequence[Pair], Sequence[Pair]]:
-        """(train, held out): two sets, or one divided by prompt. Reads the files again, and keeps the pairs this time."""
+    def sides(self, config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
+        """(train, held out): two sets, or one divided by prompt. Reads the files again, and keeps the rows this time."""
         if self.held_out is not None:
             return self.train.load(), self.held_out.load()
         return split(self.train.load(), config.eval_split, config.seed)
@@ -101,6 +103,7 @@ def inspect(
     if draft.config is not None and not damaged:
         plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
+        found += map(loaded.placed, starting.problems(draft, draft.require()))
         found += map(loaded.placed, _model_problems(plan))
         found += map(loaded.placed, _step_problems(plan, balance.train if balance else 0))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
@@ -131,32 +134,27 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
     """The data that the config names, and what is wrong with it. A key in `wrong` was told of already."""
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
     given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
-    if values.get("strategy") == "sft":  # whose rows have other shapes
-        skip = values.get("on_bad_rows") == "skip"
-        columns = values.get("columns")
-        read = [reader.read(value, skip, key, columns, demonstrations=True) for key, value in given.items()]
-        return None, None, [problem for data in read for problem in data.problems]
-    found: list[Problem] = []
-    sets: dict[str, Dataset] = {}
+    skip, columns, is_sft = values.get("on_bad_rows") == "skip", values.get("columns"), values.get("strategy") == "sft"
     quality, overlap, balance = (
         Quality({**inner_defaults("quality"), **values.get("quality", {})}),
         lint.Overlap(),
         Balance(loaded.config),
     )
-    lengths = Lengths(str(values.get("model_name", "")))
-    observers: dict[str, list[reader.Observer]] = {"dataset": [quality, balance, lengths], "eval_dataset": [overlap.eval_side]}
-    if "eval_dataset" in given:
-        observers["dataset"].append(overlap)
+    lengths = Lengths(foundation(str(values.get("model_name", ""))))
+    observers: dict[str, list[reader.Observer]] = {"dataset": [balance, lengths], "eval_dataset": [overlap.eval_side]}
+    observers["dataset"] += [overlap] if "eval_dataset" in given else []
+    observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no other answer to compare with
+    found: list[Problem] = []
+    sets: dict[str, Dataset] = {}
     for key, value in given.items():
-        skip, columns = values.get("on_bad_rows") == "skip", values.get("columns")
-        sets[key] = reader.read(value, skip, key, columns, observers[key])
+        sets[key] = reader.read(value, skip, key, columns, observers[key], demonstrations=is_sft)
         found += sets[key].problems
     if "dataset" not in sets:
         return None, None, found
-    said = {**quality.length_bias(), "length": lengths.to_json(values.get("max_seq_length", 0))}
-    found += _length_problems(lengths, values.get("max_seq_length"))
+    said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
+    found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
     data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
-    found += quality.problems(data.train)
+    found += quality.problems(data.train) if not is_sft else ()
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     return data, balance, found
 
@@ -170,20 +168,26 @@ def _model_problems(plan: Plan) -> Iterator[Problem]:
     if context is not None and config.max_seq_length > context:
         message = f"{plan.model_label} was made for {context} tokens, and max_seq_length is {config.max_seq_length}"
         yield Problem("warning", "beyond-context", message, f'write "max_seq_length": {context}', "max_seq_length")
-    known = {linear.name for linear in facts.linears} | {"embed_tokens", "lm_head"}
-    if not isinstance(config.target_modules, str) and (unknown := sorted(set(config.target_modules) - known)):
-        message = f"{plan.model_label} has no linear layer named {', '.join(unknown)}"
-        fix = f"it has {', '.join(linear.name for linear in facts.linears)}"
+    wanted, names = config.target_modules, facts.linear_names()
+    unknown = set() if isinstance(wanted, str) else set(wanted) - names.keys() - {"embed_tokens", "lm_head"}
+    is_lost = (
+        isinstance(wanted, str)
+        and wanted != "all-linear"
+        and not any(re.fullmatch(wanted, name) for all_names in names.values() for name in all_names)
+    )
+    if unknown or is_lost:
+        message = f"{plan.model_label} has no linear layer named {', '.join(sorted(unknown)) or wanted}"
+        fix = f"it has {', '.join(names)}, in names like {names['o_proj'][0]}"
         yield Problem("warning", "no-such-layer", message, fix, "target_modules")
 
 
-def _length_problems(lengths: Lengths, max_length: int | None) -> Iterator[Problem]:
+def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Iterator[Problem]:
     if max_length and (share := lengths.share_over(max_length)) >= MUCH_TOO_LONG:
         message = (
-            f"about {share:.0%} of the pairs are longer than max_seq_length {max_length}: their prompts lose their beginning, "
+            f"about {share:.0%} of the {noun} are longer than max_seq_length {max_length}: their prompts lose their beginning, "
             "and those whose responses alone are longer are left out"
         )
-        yield Problem("warning", "pairs-too-long", message, "raise it, or write a dataset of shorter pairs", "max_seq_length")
+        yield Problem("warning", "pairs-too-long", message, "raise it, or write a shorter dataset", "max_seq_length")
 
 
 def lengths_of(dataset: str, model_name: str) -> Lengths:
@@ -199,7 +203,7 @@ def _step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
     """What is asked for at a step that the training, of this many pairs, never comes to."""
     config = plan.config
     steps = plan.steps_over(pairs)
-    if not pairs or config.strategy != "dpo":
+    if not pairs or config.strategy == "rlhf":
         return
     if config.eval_steps is not None and config.eval_steps > steps:
         message = f"eval_steps is {config.eval_steps}, but the training has {steps} steps: it is judged at its end only"
@@ -218,7 +222,7 @@ class Balance:
         self.share, self.seed = (config.eval_split, config.seed) if config else (0.0, 0)
         self.train = self.held_out = 0
 
-    def see(self, pair: Pair, prompt_key: str) -> None:
+    def see(self, row: Row, prompt_key: str) -> None:
         is_held_out = self.share > 0 and is_held_out_prompt(prompt_key, self.share, self.seed)
         self.held_out += is_held_out
         self.train += not is_held_out

@@ -10,25 +10,29 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.config import PLAN_VERSION, Loaded, Source
+from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.guidance import ADAPTER_LEARNING_RATE
 from dpo_cli.config.options import Config
+from dpo_cli.config.stages import PLAN_VERSION
 from dpo_cli.data.hub import is_hub_id
 from dpo_cli.errors import Problem
+from dpo_cli.hardware.adapters import adapter_at
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.fit import fit, savings
 from dpo_cli.hardware.gguf import is_gguf
 from dpo_cli.hardware.memory import Bill, Settings
 from dpo_cli.hardware.probe import GIB, Machine
 from dpo_cli.hardware.recommend import profiles
+from dpo_cli.hardware.starting import started
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Pairs and tokens of a run, as measured with the model's own tokenizer."""
+    """Rows (pairs, or demonstrations) and tokens of a run, as measured with the model's own tokenizer."""
 
     train_pairs: int
     eval_pairs: int
@@ -60,6 +64,12 @@ EXPECTED: dict[bool | str, Scoring] = {
     True: Scoring(True, "each prompt once"),
     False: Scoring(False, 'each prompt twice: "prompt_sharing" is false'),
 }
+ONE_RESPONSE = Scoring(False, "each demonstration once: a prompt has one response")
+
+
+def expected_scoring(config: Config) -> Scoring:
+    """How a run scores, as far as its config tells."""
+    return ONE_RESPONSE if config.strategy == "sft" else EXPECTED[config.prompt_sharing]
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,21 @@ class Plan:
     def run_dir(self) -> Path:
         assert self.config.output_dir is not None  # resolve() sets it
         return Path(self.config.output_dir)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the adapter that model_name names is trained on, with a frozen copy of it as the reference."""
+        return self.config.reference == "adapter"
+
+    @property
+    def merges(self) -> bool:
+        """Whether the adapter that model_name names is merged into its base first."""
+        return not self.goes_on and adapter_at(self.config.model_name) is not None
+
+    @property
+    def noun(self) -> str:
+        """What it trains on."""
+        return "demonstrations" if self.config.strategy == "sft" else "pairs"
 
     @property
     def model_label(self) -> str:
@@ -127,6 +152,8 @@ class Plan:
         }
 
 
+BITSANDBYTES_FIX = "install it: pip install bitsandbytes (it is among this program's requirements)"
+
 # What the machine, not the user or a default, decides.
 MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
     "per_device_train_batch_size",
@@ -148,10 +175,10 @@ def resolve(
     what the loaded model decided; before that, prompts are taken to be shared unless the config says no.
     """
     config = loaded.require()
-    decided = _decided(config, loaded.file, machine, on_gpu=vram_gb is not None)
+    start, notes = started(loaded, config)
+    decided = {**_decided(replace(config, **start), loaded.file, machine, on_gpu=vram_gb is not None), **start}
     memory: Bill | None = None
-    notes: list[str] = []
-    scoring = scoring or EXPECTED[config.prompt_sharing]
+    scoring = scoring or expected_scoring(config)
     facts = model_facts(config.model_name)
     if facts is None:
         notes.append("the shape of this model is not known here, so there is no memory bill")
@@ -173,7 +200,7 @@ def resolve(
         decided["gradient_accumulation_steps"] = config.gradient_accumulation_steps * factor
         if factor > 1 and memory.fits is not False:
             notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
-    if config.strategy == "dpo" and loaded.sources.get("learning_rate") == "default":
+    if config.strategy == "dpo" and loaded.sources.get("learning_rate") == "default" and config.lora_r:
         learns = f"a LoRA adapter hardly moves at it, and learns at {ADAPTER_LEARNING_RATE:g} and around it (README)"
         notes.append(f"learning_rate is the documented default {config.learning_rate:g}: {learns}")
     changed = {key for key, value in decided.items() if getattr(config, key) != value}
@@ -193,6 +220,7 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
         rank=config.lora_r,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         strategy=config.strategy,
+        reference="adapter" if config.reference == "adapter" else "off" if config.lora_r else "copy",
         bits=4 if config.use_4bit else 8 if config.use_8bit else None,
         nested_quantisation=config.use_nested_quant,
         optimizer=config.optim,
@@ -222,6 +250,10 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         message = "unsloth needs a CUDA GPU"
         fix = 'train on a machine with one, or write "provider": "huggingface"'
         yield Problem("warning", "unsloth-without-cuda", message, fix, "provider", stops_training=True)
+    if (config.use_4bit or config.use_8bit) and find_spec("bitsandbytes") is None:
+        key = "use_4bit" if config.use_4bit else "use_8bit"
+        message = f"{key} needs the package bitsandbytes, which is not installed"
+        yield Problem("warning", "bitsandbytes-missing", message, BITSANDBYTES_FIX, key, stops_training=True)
     documented_gb = profiles()["mid_range"]["from_gb"]
     card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
     # A card shows a little less than its name says.
@@ -282,7 +314,7 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
         "device": device,
         "bf16": bf16,
         "fp16": fp16,
-        "lora_alpha": config.lora_alpha or 2 * config.lora_r,
+        "lora_alpha": config.lora_alpha or 2 * config.lora_r or None,
         "output_dir": str(Path(config.output_dir or Path("runs") / name).absolute()),
         "dataset": _absolute(config.dataset),
         "eval_dataset": _absolute(config.eval_dataset) if config.eval_dataset else None,

@@ -171,12 +171,11 @@ VALUES = [
     Case("bad-value", "per_device_train_batch_size", '"per_device_train_batch_size": "auto"', "for example"),
     Case("bad-value", "gradient_accumulation_steps", '"gradient_accumulation_steps": 1.5', "for example"),
     Case("bad-value", "lora_r", '"lora_r": "16"', "without quotes: 16"),
-    Case("bad-value", "lora_r", '"lora_r": 0', 'for example "lora_r": 16'),
+    Case("bad-value", "lora_r", '"lora_r": -1', 'for example "lora_r": 16'),
     Case("bad-value", "lora_r", '"lora_r": 4096', 'for example "lora_r": 16'),
     Case("bad-value", "lora_alpha", '"lora_alpha": 0', "2 x lora_r"),
     Case("bad-value", "lora_dropout", '"lora_dropout": 1', "Dropout on the adapter"),
     Case("bad-value", "lora_dropout", '"lora_dropout": -0.1', "Dropout on the adapter"),
-    Case("bad-value", "target_modules", '"target_modules": "q_proj"', 'write "target_modules": ["q_proj"]'),
     Case("bad-value", "columns", '"columns": {"question": "prompt"}', "What prompt, chosen and rejected (system"),
     Case("bad-value", "quality", '"quality": {\n    "few_pairs": "many"\n  }', "The limits of the findings", FIRST + 1),
     Case("bad-value", "augment", '"augment": {"rank": "best"}', "How `dpo augment` makes pairs"),
@@ -186,7 +185,8 @@ VALUES = [
     Case("bad-value", "$schema", '"$schema": 3', "Where an editor finds"),
     Case("bad-value", "target_modules", '"target_modules": []', "a list of names"),
     Case("bad-value", "target_modules", '"target_modules": [\n    "q_proj",\n    3\n  ]', "a list of names", FIRST + 2),
-    Case("bad-value", "target_modules", '"target_modules": "all_linear"', 'for example "target_modules": "all-linear"'),
+    Case("bad-value", "loss_type", '"loss_type": "sigmod"', 'did you mean "loss_type": "sigmoid"'),
+    Case("bad-value", "loss_type", '"loss_type": ["sigmoid", "sftt"]', "a list of losses"),
     Case("bad-value", "use_4bit", '"use_4bit": "true"', "without quotes: true"),
     Case("bad-value", "use_4bit", '"use_4bit": 1', "in 4 bits"),
     Case("bad-value", "bf16", '"bf16": "bf16"', "Default: where the hardware has it"),
@@ -198,7 +198,6 @@ VALUES = [
     Case("bad-value", "task", '"task": "summarization"', "Other tasks are text generation too"),
     Case("bad-value", "compute_specs", '"compute_specs": "midrange"', 'did you mean "compute_specs": "mid_range"?'),
     Case("bad-value", "compute_specs", '"compute_specs": "high-end"', 'did you mean "compute_specs": "high_end"?'),
-    Case("bad-value", "loss_type", '"loss_type": "sigmod"', 'did you mean "loss_type": "sigmoid"?'),
     Case("bad-value", "loss_type", '"loss_type": "kto"', 'for example "loss_type": "sigmoid"'),
     Case("bad-value", "label_smoothing", '"label_smoothing": 0.5', "flipped labels"),
     Case("bad-value", "label_smoothing", '"label_smoothing": -0.1', "flipped labels"),
@@ -232,6 +231,20 @@ RULES = [
     Case("eval-is-train", "eval_dataset", '"eval_split": 0, "eval_dataset": "pairs.jsonl"', '"eval_split": 0.1'),
     Case("lm-head-adapter", "target_modules", '"target_modules": ["q_proj", "lm_head"]', "remove lm_head"),
     Case("all-linear-in-list", "target_modules", '"target_modules": ["all-linear"]', 'write "target_modules": "all-linear"'),
+    Case("target-is-name", "target_modules", '"target_modules": "q_proj"', 'write "target_modules": ["q_proj"]'),
+    Case("target-is-name", "target_modules", '"target_modules": "q_proj, v_proj"', '["q_proj", "v_proj"]'),
+    Case("target-is-name", "target_modules", '"target_modules": "all_linear"', 'write "target_modules": "all-linear"'),
+    Case("bad-regex", "target_modules", '"target_modules": "(q_proj"', "for example"),
+    Case("full-quantised", "use_4bit", '"lora_r": 0,\n  "use_4bit": true', '"lora_r": 16', FIRST + 1),
+    warning("no-effect", "lora_dropout", '"lora_r": 0,\n  "lora_dropout": 0.05', "raise lora_r", FIRST + 1),
+    Case("loss-weights", "loss_weights", '"loss_type": ["sigmoid", "sft"],\n  "loss_weights": [1]', "one weight", FIRST + 1),
+    warning(
+        "loss-needs-batch",
+        "per_device_train_batch_size",
+        '"loss_type": "aot",\n  "per_device_train_batch_size": 1',
+        "lower gradient_accumulation_steps",
+        FIRST + 1,
+    ),
     Case("label-smoothing-ignored", "label_smoothing", '"label_smoothing": 0.1', '"loss_type": "robust"'),
     Case("label-smoothing-ignored", "label_smoothing", '"loss_type": "ipo",\n  "label_smoothing": 0.1', '"robust"', FIRST + 1),
     Case("loss-needs-smoothing", "loss_type", '"loss_type": "exo_pair"', '"label_smoothing": 0.001'),
@@ -264,15 +277,14 @@ RULES = [
     Case("rank-incomplete", "augment", '"augment": {"rank": "regex"}', 'add "pattern"'),
     Case("rank-incomplete", "augment", '"augment": {"rank": "reward", "reward_model": null}', 'add "reward_model"'),
     Case("rank-incomplete", "augment", '"augment": {"rank": "judge", "judge_model": "m"}', 'add "judge_url"'),
-    Case("pattern-invalid", "augment", '"augment": {"rank": "regex", "pattern": "("}', "a regular expression"),
+    Case("bad-regex", "augment", '"augment": {"rank": "regex", "pattern": "("}', "a regular expression"),
     Case("judge-url", "augment", judged("https://me:secret@host/v1"), "OPENAI_API_KEY"),
     Case("judge-url", "augment", judged("https://host/v1?key=secret"), "OPENAI_API_KEY"),
     Case("judge-url", "augment", judged("host:8000/v1"), '"http://localhost:8000/v1"'),
     Case("too-few-responses", "augment", '"augment": {"responses": 3, "pairs_per_prompt": 4}', 'raise "responses"'),
     Case("augment-too-long", "augment", '"max_seq_length": 256,\n  "augment": {}', 'raise "max_seq_length"', FIRST + 1),
     warning("no-effect", "augment", '"augment": {"rank": "shorter", "pattern": "yes"}', 'write "rank": "regex"'),
-    warning("not-yet", "strategy", '"strategy": "sft"', '"strategy": "dpo"'),
-    warning("not-yet", "use_dora", '"use_dora": true', '"use_dora": false'),
+    warning("not-yet", "strategy", '"strategy": "rlhf"', '"strategy": "dpo"'),
     warning("not-yet", "report_to", '"report_to": "wandb"', '"report_to": "none"'),
 ]
 
@@ -291,6 +303,7 @@ GUIDANCE = [
     hint("beta", "beta", '"beta": 0.4', "0.1 a weak preference signal, 0.5 balanced"),
     hint("epochs", "num_train_epochs", '"num_train_epochs": 9', "overfit"),
     hint("epochs-ignored", "num_train_epochs", '"max_steps": 10,\n  "num_train_epochs": 3', "remove one", FIRST + 1),
+    warning("learning-rate-full", "learning_rate", '"lora_r": 0,\n  "learning_rate": 1e-4', "5e-7", FIRST + 1),
     hint("lora-rank", "lora_r", '"lora_r": 8', "more memory"),
     hint("lora-alpha", "lora_alpha", '"lora_r": 16, "lora_alpha": 8', "usually 32"),
     hint("lora-dropout", "lora_dropout", '"lora_dropout": 0.3', '"lora_dropout": 0.05'),
@@ -310,7 +323,17 @@ MODELS = [
     warning("model-repacked", "model_name", '"model_name": "owner/Model-7B-Instruct-AWQ"', "it was made from"),
     warning("model-not-here", "model_name", '"model_name": "llama"', "owner/model"),
     warning("model-not-here", "model_name", '"model_name": "models/llama"', "owner/model"),
-    Case("model-is-adapter", "model_name", '"model_name": "models/adapter"', "name the base model"),
+    Case("adapter-unusable", "model_name", '"model_name": "models/adapter"', "a complete adapter"),
+    Case("adapter-unusable", "model_name", '"model_name": "models/run"', "a finished run"),
+    Case("model-missing", "model_name", '"model_name": "models/lora-on-nothing"', "check the path"),
+    Case("reference-adapter", "reference", '"reference": "adapter"', "name a run or an adapter"),
+    Case(
+        "reference-adapter",
+        "reference",
+        '"model_name": "models/lora",\n  "lora_r": 64,\n  "reference": "adapter"',
+        '"reference": "base"',
+        FIRST + 2,
+    ),
     Case("model-incomplete", "model_name", '"model_name": "models/empty"', "a complete model directory"),
     Case("model-damaged", "model_name", '"model_name": "models/damaged"', "download it again"),
     Case("model-damaged", "model_name", '"model_name": "models/cut.gguf"', "download it again"),
@@ -331,6 +354,7 @@ HARDWARE = [
     warning("unsloth-without-cuda", "provider", '"provider": "unsloth"', '"provider": "huggingface"', machine=NO_CARD),
     warning("beyond-context", "max_seq_length", '"model_name": "google/gemma-2-2b-it", "max_seq_length": 16384', ": 8192"),
     warning("no-such-layer", "target_modules", '"target_modules": ["q_porj"]', "q_proj"),
+    warning("no-such-layer", "target_modules", '"target_modules": ".*\\\\.q_porj"', "in names like model.layers.0.self_attn"),
     warning("host-memory", "model_name", '"model_name": "models/large.gguf", "use_4bit": true', "safetensors"),
     hint("small-card", "use_4bit", '"use_4bit": false', "dpo recommend --vram 8", vram_gb=8),
     hint("small-memory", None, '"seed": 1', "close other programs", None, machine=SMALL_HOST),
@@ -465,6 +489,18 @@ def lay_out(place: Path) -> None:
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 9}
     config = json.dumps({**shape, "architectures": ["LlamaForCausalLM"]}).encode()
     write("models/adapter/adapter_config.json", b"{}")
+    write("models/run/plan.json", b"{}")
+    lora = {
+        "peft_type": "LORA",
+        "r": 16,
+        "lora_alpha": 32,
+        "target_modules": ["q_proj"],
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    for folder, base in (("lora", "owner/Model-Instruct"), ("lora-on-nothing", "/no/model")):
+        write(f"models/{folder}/adapter_config.json", json.dumps({**lora, "base_model_name_or_path": base}).encode())
+        write(f"models/{folder}/adapter_model.safetensors", b"")
     (place / "models" / "empty").mkdir()
     write("models/damaged/config.json", b'{"hidden_size": ')
     write("models/cut.gguf", b"GGUF\x03\x00")

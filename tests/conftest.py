@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -28,6 +30,14 @@ from transformers import (
     Qwen3Config,
 )
 
+from dpo_cli.config.config import load
+from dpo_cli.console import Console
+from dpo_cli.errors import Exit
+from dpo_cli.hardware.probe import probe
+from dpo_cli.inspection import inspect
+from dpo_cli.training.run import train
+
+Run = Callable[..., tuple[dict[str, Any], Path]]
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 300
 SHAPE = {
@@ -112,9 +122,32 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrain
 
 
 @pytest.fixture
+def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Run:
+    """Trains two steps of a tiny model with these options; what metrics.json holds, and the run directory."""
+    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
+    values |= {"max_steps": 2, "lora_r": 4, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run")}
+
+    def start(**options: object) -> tuple[dict[str, Any], Path]:
+        config = tmp_path / "config.json"
+        config.write_text(json.dumps({**values, **options}), encoding="utf-8")
+        loaded = load(str(config))
+        summary, code = train(
+            loaded,
+            inspect(loaded, probe()).stricter(lambda found: found.stops_training),
+            probe(),
+            Console(),
+            overwrite=True,
+            dry_run=False,
+        )
+        assert code is Exit.DONE
+        return summary, tmp_path / "run"
+
+    return start
+
+
+@pytest.fixture
 def pairs_file(tmp_path: Path) -> Callable[..., Path]:
     """Writes rows to a .jsonl file; without rows, 24 short pairs over 12 prompts."""
-    import json
 
     def write(rows: list[dict[str, object]] | None = None) -> Path:
         rows = rows if rows is not None else [made_row(i) for i in range(24)]

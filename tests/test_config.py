@@ -199,7 +199,7 @@ def test_what_another_strategy_owns_is_told_once(tmp_path: Path) -> None:
         for problem in loaded.problems
         if problem.key in ("label_smoothing", "num_train_epochs")
     ]
-    assert found == [("warning", "not-yet"), ("warning", "other-strategy")]
+    assert found == [("warning", "other-strategy")]
 
 
 def test_a_user_wins_over_the_profile(tmp_path: Path) -> None:

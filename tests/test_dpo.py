@@ -20,14 +20,15 @@ from trl.trainer import dpo_trainer
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import defaults
 from dpo_cli.data.formats import to_pair
-from dpo_cli.data.tokens import EncodedPair, encode
-from dpo_cli.evaluation.metrics import score_pairs
+from dpo_cli.data.tokens import Encoded, encode
+from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.training import scoring, sharing
 from dpo_cli.training.callbacks.record import Record
-from dpo_cli.training.dpo import FIGURES, PairTotals, PairTrainer, build_trainer, reward_figures, trainer_arguments
+from dpo_cli.training.dpo import FIGURES, PairTrainer, build_trainer, reward_figures, trainer_arguments
+from dpo_cli.training.trainer import Totals
 
 
 def test_trl_contract() -> None:
@@ -75,9 +76,9 @@ def make_trainer(
     family: str = "llama",
     dropout: float = 0.0,
     states: scoring.States = scoring.shared_states,
-    pairs: list[EncodedPair] | None = None,
+    pairs: list[Encoded] | None = None,
     **options: object,
-) -> tuple[PairTrainer, list[EncodedPair]]:
+) -> tuple[PairTrainer, list[Encoded]]:
     pairs = pairs or encode([to_pair(made_row(i), i + 1) for i in range(8)], tokenizer)
     plan = make_plan(tmp_path, lora_dropout=dropout, prompt_sharing=states is scoring.shared_states, **options)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
@@ -115,7 +116,7 @@ def test_loss_is_the_equation_on_full_logits(tmp_path: Path, tokenizer: PreTrain
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum()
 
-    def scores(pair: EncodedPair) -> torch.Tensor:
+    def scores(pair: Encoded) -> torch.Tensor:
         return torch.stack([log_prob(pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)])
 
     with torch.no_grad():
@@ -125,7 +126,7 @@ def test_loss_is_the_equation_on_full_logits(tmp_path: Path, tokenizer: PreTrain
     pi_logratios, ref_logratios = pi[:, 0] - pi[:, 1], ref[:, 0] - ref[:, 1]
     expected = -torch.nn.functional.logsigmoid(0.3 * (pi_logratios - ref_logratios)).mean()
     batch = trainer.data_collator([row for row in trainer.train_dataset])
-    trainer.totals = PairTotals()
+    trainer.totals = Totals(FIGURES)
     got = trainer.compute_loss(model, batch)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert abs(expected.item() - math.log(2)) > 0.01  # the adapter has moved, so the comparison is not of zeros
@@ -148,7 +149,7 @@ def test_each_prompt_goes_through_the_model_once(tmp_path: Path, tokenizer: PreT
     assert seen == [tokens, tokens]
     assert sum(pair.shared_length for pair in pairs) == tokens
     seen.clear()
-    score_pairs(trainer.model, pairs, scoring.shared_states, tokenizer.pad_token_id, 3, torch.float32)
+    score_rows(trainer.policy, pairs, scoring.shared_states, tokenizer.pad_token_id, 3, torch.float32)
     assert sum(seen) == 2 * tokens
 
 

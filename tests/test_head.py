@@ -56,5 +56,5 @@ def test_token_kl_is_the_kl_of_the_full_distributions() -> None:
     policy, reference = torch.randn(2, 5, 6, dtype=torch.float64)
     p, q = (torch.distributions.Categorical(logits=states @ head.weight.T) for states in (policy, reference))
     expected = torch.distributions.kl_divergence(p, q)
-    torch.testing.assert_close(heads.token_kl(policy, reference, head), expected, rtol=0, atol=1e-12)
-    assert not heads.token_kl(policy, policy, head).any()
+    torch.testing.assert_close(heads.token_kl(policy, reference, head, head), expected, rtol=0, atol=1e-12)
+    assert not heads.token_kl(policy, policy, head, head).any()

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import RunFailed
-from dpo_cli.evaluation.metrics import score_pairs
+from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.providers import huggingface
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.training.dpo import build_trainer
@@ -79,7 +79,7 @@ def test_4bit_trains_after_an_evaluation(tmp_path: Path, tiny_model_dir: Path, t
         assert type(base.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
         if evaluate_first:
             assert isinstance(trainer.model, PeftModel)
-            score_pairs(trainer.model, pairs, states_of(plan.scoring), tokenizer.pad_token_id, 4, torch.float32)
+            score_rows(trainer.policy, pairs, states_of(plan.scoring), tokenizer.pad_token_id, 4, torch.float32)
         trainer.train()
         return float(trainer.state.log_history[0]["grad_norm"])
 

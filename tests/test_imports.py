@@ -17,6 +17,7 @@ ORDER = [
     "console",
     "config",
     "data",
+    "runs.directory",
     "hardware",
     "plan",
     "inspection",

@@ -13,13 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
-from dpo_cli.evaluation.metrics import Intervals, PairScores, figures, point_figures, score_pairs
+from dpo_cli.evaluation.metrics import Intervals, Scores, figures, point_figures, score_rows
+from dpo_cli.providers.policy import Policy
 from dpo_cli.training import scoring, sharing
 
 # Pair 1: pi = (-10, -12), ref = (-11, -10), tokens (5, 2). Pair 2: pi = (-8, -6), ref = (-8, -6), tokens (4, 2).
-SCORES = PairScores(
+SCORES = Scores(
     policy=np.array([[-10.0, -12], [-8, -6]]),
     reference=np.array([[-11.0, -10], [-8, -6]]),
+    policy_right=np.array([[4.0, 1], [2, 0]]),
+    reference_right=np.array([[3.0, 1], [2, 0]]),
     tokens=np.array([[5.0, 2], [4, 2]]),
     kl=np.array([[1.0, 0.5], [0, 0.1]]),
 )
@@ -77,7 +80,7 @@ def test_scores_equal_full_logits_pair_by_pair(tokenizer: PreTrainedTokenizerFas
                 parameter.normal_(std=0.1)
     pairs = encode([to_pair(made_row(i), i) for i in range(5)], tokenizer)
     sharing.enable(model.get_base_model())
-    scores = score_pairs(model, pairs, states, tokenizer.pad_token_id, batch_size=2, dtype=torch.float32)
+    scores = score_rows(Policy(model), pairs, states, tokenizer.pad_token_id, batch_size=2, dtype=torch.float32)
     for i, pair in enumerate(pairs):
         for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
             ids = torch.tensor([pair.prompt_ids + response])
@@ -103,8 +106,8 @@ def test_a_batch_that_is_out_of_memory_is_scored_in_halves(tokenizer: PreTrained
             raise torch.OutOfMemoryError("none left")
         return scoring.plain_states(base, labels, **inputs)  # type: ignore[arg-type]
 
-    whole = score_pairs(model, pairs, scoring.plain_states, 2, 7, torch.float32)
-    parted = score_pairs(model, pairs, states, 2, 7, torch.float32)
+    whole = score_rows(Policy(model), pairs, scoring.plain_states, 2, 7, torch.float32)
+    parted = score_rows(Policy(model), pairs, states, 2, 7, torch.float32)
     assert rows[:3] == [7, 3, 1] and max(rows[3:]) <= 4
     np.testing.assert_allclose(whole.policy, parted.policy, rtol=1e-5)
     np.testing.assert_allclose(whole.kl, parted.kl, atol=1e-5)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import made_row
+from conftest import Run, made_row
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -19,31 +19,12 @@ from dpo_cli.config.config import load
 from dpo_cli.console import Console
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
-from dpo_cli.errors import Exit, InvalidInput
+from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.training.callbacks.health import not_finite
-from dpo_cli.training.run import evaluate, train
-
-Run = Callable[..., tuple[dict[str, Any], Path]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Run:
-    """Trains two steps of a tiny model with these options; what metrics.json holds, and the run directory."""
-    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
-    values |= {"max_steps": 2, "lora_r": 4, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run")}
-
-    def start(**options: object) -> tuple[dict[str, Any], Path]:
-        config = tmp_path / "config.json"
-        config.write_text(json.dumps({**values, **options}), encoding="utf-8")
-        loaded = load(str(config))
-        summary, code = train(loaded, inspect(loaded, probe()), probe(), Console(), overwrite=True, dry_run=False)
-        assert code is Exit.DONE
-        return summary, tmp_path / "run"
-
-    return start
+from dpo_cli.training.run import evaluate
 
 
 def test_an_evaluation_set_is_judged_and_the_whole_dataset_trained_on(run: Run, tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.training import scoring
 from dpo_cli.training.callbacks.record import Record
-from dpo_cli.training.dpo import ProbeFirst
-from dpo_cli.training.parts import halves, pairs_in, run_in_parts
+from dpo_cli.training.parts import halves, run_in_parts, units_in
+from dpo_cli.training.trainer import ProbeFirst
 
 
 def test_halves_keep_the_pairs_together() -> None:
     batch = {"ids": torch.tensor([[1], [2], [3], [-1], [-2], [-3]])}
-    first, second = halves(batch)
+    first, second = halves(batch, 2)
     assert first["ids"].flatten().tolist() == [1, -1]
     assert second["ids"].flatten().tolist() == [2, 3, -2, -3]
 
@@ -38,7 +38,7 @@ def test_gradients_by_hand() -> None:
     tried, told = [], []
 
     def step(batch: Any) -> Tensor:
-        count = pairs_in(batch)
+        count = units_in(batch, 2)
         loss = (weight * batch["x"][:count]).mean()
         loss.backward()
         tried.append(count)

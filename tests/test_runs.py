@@ -31,16 +31,16 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         place.mkdir()
         (place / WEIGHTS).write_bytes(b"one")
 
-    first = run.write_adapter(save)
+    first = run.write_trained(save, whole=False)
 
     def fail(place: Path) -> None:
         place.mkdir()
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        run.write_adapter(fail)
+        run.write_trained(fail, whole=False)
     assert (run.path / ADAPTER / WEIGHTS).read_bytes() == b"one"
-    assert run.write_adapter(save) == first
+    assert run.write_trained(save, whole=False) == first
 
 
 def test_an_unwritable_place_is_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation import samples
 from dpo_cli.evaluation.samples import Answer, Sample, Sampling, answer_tokens, generate, side_by_side
+from dpo_cli.providers.policy import Policy
 
 SAMPLED = Sampling(24, temperature=1.5)
 
@@ -77,10 +78,11 @@ def test_side_by_side_answers_different_prompts_in_halves_too(
             if "lora_B" in name:
                 parameter.normal_(std=0.5)
     pairs = encode([to_pair(made_row(i), i + 1) for i in range(6)], tokenizer)
-    whole = side_by_side(model, tokenizer, pairs, 2, torch.float32)
+    policy = Policy(model)
+    whole = side_by_side(policy, tokenizer, pairs, 2, torch.float32)
     assert [sample.prompt for sample in whole] == ["question 0", "question 1"]
     assert all(sample.base != sample.adapter for sample in whole)
-    assert side_by_side(model, tokenizer, [], 2, torch.float32) == []
+    assert side_by_side(policy, tokenizer, [], 2, torch.float32) == []
 
     def small(model: object, tokenizer: object, prompts: list[list[int]], *rest: object) -> list[list[Answer]]:
         if len(prompts) > 1:
@@ -88,7 +90,7 @@ def test_side_by_side_answers_different_prompts_in_halves_too(
         return generate(model, tokenizer, prompts, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(samples, "generate", small)
-    assert side_by_side(model, tokenizer, pairs, 2, torch.float32) == whole
+    assert side_by_side(policy, tokenizer, pairs, 2, torch.float32) == whole
 
 
 def test_answer_tokens_by_hand() -> None:

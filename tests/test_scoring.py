@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from dpo_cli.data.formats import Pair
-from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import RunFailed
 from dpo_cli.training import head as heads
 from dpo_cli.training import scoring, sharing
@@ -100,11 +100,11 @@ def test_other_calls_are_unchanged() -> None:
     assert model.generate(input_ids=ids[:1], max_new_tokens=3, do_sample=False).shape == (1, 12)
 
 
-def pairs(sizes: list[tuple[int, int, int]]) -> list[EncodedPair]:
+def pairs(sizes: list[tuple[int, int, int]]) -> list[Encoded]:
     """Pairs of random ids with these numbers of prompt, chosen and rejected tokens."""
     random = torch.Generator().manual_seed(6)
     rows = [[torch.randint(3, 300, (size,), generator=random).tolist() for size in row] for row in sizes]
-    return [EncodedPair(Pair("", "", "", 1), *row) for row in rows]
+    return [Encoded(Pair("", "", "", 1), row[0], tuple(row[1:])) for row in rows]
 
 
 PAIRS = pairs([(9, 7, 8), (2, 3, 1), (5, 6, 2)])

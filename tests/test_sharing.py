@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made import norms_in_float64
 
 from dpo_cli.data.formats import Pair
-from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.data.tokens import Encoded
 from dpo_cli.training import scoring, sharing
 from dpo_cli.training.head import Head, score_tokens
 
@@ -22,7 +22,7 @@ Ids = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
 
 def collate(pairs: Sequence[Ids]) -> dict[str, torch.Tensor]:
-    encoded = [EncodedPair(Pair("", "", "", 1), *ids) for ids in pairs]
+    encoded = [Encoded(Pair("", "", "", 1), ids[0], tuple(ids[1:])) for ids in pairs]
     return scoring.collate(encoded, PAD, torch.device("cpu"))
 
 

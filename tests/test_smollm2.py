@@ -15,7 +15,7 @@ from test_scoring import BREAKS
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.data.formats import to_pair
-from dpo_cli.data.tokens import EncodedPair, encode
+from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.training import scoring, sharing
 from dpo_cli.training.dpo import build_trainer
@@ -25,7 +25,7 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = 20
 
 
-def some_pairs(count: int, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
+def some_pairs(count: int, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
     return encode([to_pair(row, i + 1) for i, row in enumerate(conversation_pairs(count, 8, 8))], tokenizer)
 
 

@@ -93,7 +93,7 @@ def test_a_long_pair_loses_the_oldest_of_its_prompt(
 ) -> None:
     pair = conversation(turns, words, system)
     (whole,), (made,) = encode([pair], tokenizer), encode([pair], tokenizer, "auto", room)
-    assert (made.chosen_ids, made.rejected_ids, made.pair) == (whole.chosen_ids, whole.rejected_ids, pair)
+    assert (made.chosen_ids, made.rejected_ids, made.row) == (whole.chosen_ids, whole.rejected_ids, pair)
     if whole.length <= room:
         assert made == whole
         return

@@ -93,7 +93,8 @@ def _better(option: Option, value: Any) -> str:
     """What to write instead."""
     example = option.rule.get("default")
     if isinstance(value, str):
-        words = [choice for choice in option.rule.get("enum", ()) if isinstance(choice, str)]
+        choices = option.rule.get("enum") or option.rule.get("items", {}).get("enum", ())
+        words = [choice for choice in choices if isinstance(choice, str)]
         plain = value.lower().replace("-", "_")
         meant = [word for word in words if plain and (word.startswith(plain) or plain.startswith(word))]
         near = difflib.get_close_matches(plain, words, 1, cutoff=0.75)

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_cli.config import check, guidance, reader, rules
+from dpo_cli.config import check, guidance, reader, rules, stages
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
 from dpo_cli.errors import InvalidInput, Problem, UsageError
 
 Source = Literal["config", "override", "default", "profile", "measured"]
-PLAN_VERSION = 1  # of plan.json, which is read as a config too
 MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -35,6 +34,12 @@ class Loaded:
     positions: Mapping[reader.Path, tuple[int, int]]
     problems: tuple[Problem, ...] = ()
     config: Config | None = None
+    stage: int | None = None  # of a config with stages, from 1
+    foundation: str | None = None  # the model below the runs that this stage stands on, which may not be there yet
+
+    @property
+    def label(self) -> str:
+        return f"{self.file}, stage {self.stage}" if self.stage else self.file
 
     def placed(self, problem: Problem, path: reader.Path = ()) -> Problem:
         """The problem with its place in the file, or on the command line; `path` leads into the value of its key."""
@@ -42,6 +47,8 @@ class Loaded:
             return replace(problem, file="command line")
         where = path or ((problem.key,) if problem.key else ())
         line, column = self.positions.get(where, (None, None)) if where else (None, None)
+        if self.stage and line is None:
+            problem = replace(problem, message=f"stage {self.stage}: {problem.message}")
         return replace(problem, file=self.file, line=line, column=column)
 
     def draft(self) -> Loaded:
@@ -52,6 +59,13 @@ class Loaded:
         told = tuple(problem for problem in self.problems if problem.severity != "error")
         return replace(self, problems=told, config=Config(**_normalised({**self.values, "dataset": ""})))
 
+    def on_foundation(self) -> Loaded:
+        """The same with the model below the stages before, by which it can be checked when they have not run."""
+        if self.foundation is None:
+            return self
+        config = replace(self.config, model_name=self.foundation) if self.config else None
+        return replace(self, values={**self.values, "model_name": self.foundation}, config=config)
+
     def require(self) -> Config:
         """The config, or `InvalidInput` with every problem."""
         if self.config is None:
@@ -60,43 +74,48 @@ class Loaded:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
-    """Read, override and check the config at `path`; `-` is standard input. Never raises for what the file says."""
+    """Read, override and check the config at `path`; `-` is standard input. Of one with stages, the first."""
+    return load_stages(path, overrides)[0]
+
+
+def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
+    """The configs in the file at `path`: one, or one a stage; overrides go to each. Never raises for what the file says."""
     changes = _parse_overrides(overrides)
     text, problems = _read_text(path)
     if text is None:
-        return Loaded(path, {}, {}, {}, problems)
+        return [Loaded(path, {}, {}, {}, problems)]
     document = reader.parse(text, path)
-    values, positions, problems = document.value, document.positions, document.problems
+    values, problems = document.value, document.problems
     is_data = isinstance(values, dict) and problems and len(check.PAIR_KEYS & values.keys()) > 1
     if is_data or not isinstance(values, dict):
-        return Loaded(path, {}, {}, {}, (problems if not is_data else ()) or (_not_an_object(path, values),))
-    depth, authored = 0, frozenset(values) | changes.keys()
-    origin: dict[str, Source] = {}
-    if values.get("plan_version") == PLAN_VERSION and isinstance(values.get("config"), dict):  # repeats its run
-        depth, origin = 1, values["sources"] if isinstance(values.get("sources"), dict) else {}
-        positions = {key[1:]: where for key, where in positions.items() if key[:1] == ("config",)}
-        values = values["config"]
-        authored = frozenset(key for key in values if origin.get(key) in (None, "config", "override")) | changes.keys()
-    damaged = {place[depth] for place in document.damaged if len(place) > depth} - changes.keys()
+        return [Loaded(path, {}, {}, {}, (problems if not is_data else ()) or (_not_an_object(path, values),))]
+    return [_checked(written, document, changes) for written in stages.written(path, document)]
+
+
+def _checked(written: stages.Written, document: reader.Document, changes: Mapping[str, Any]) -> Loaded:
+    """A written config with its defaults, and everything that is wrong with it."""
+    path, values, positions, origin = written.path, written.values, written.positions, written.origin
+    authored = frozenset(key for key in values if origin.get(key) in (None, "config", "override")) | changes.keys()
+    damaged = written.damaged - changes.keys()
     given = {key: value for key, value in {**values, **changes}.items() if key not in damaged and not _says_default(key, value)}
     given = {key: _at_home(key, value) for key, value in given.items()}
     resolved, sources = _resolved(given, changes, origin)
-    loaded = Loaded(path, resolved, sources, positions, problems)
+    loaded = Loaded(path, resolved, sources, positions, document.problems, stage=written.stage, foundation=written.foundation)
     found = [loaded.placed(problem, place) for place, problem in check.problems(given)]
     if document.complete:
         named = {**given, **dict.fromkeys(damaged | check.meant_by(given))}
         wrong = {problem.key for problem in found if problem.severity == "error"} | damaged
-        written = {key: value for key, value in named.items() if key in authored or key not in values}
+        stated = {key: value for key, value in named.items() if key in authored or key not in values}
         sound = {key: value for key, value in resolved.items() if key not in wrong}
-        related = [*check.missing(named), *rules.check(sound, written), *guidance.check(sound, written)]
+        related = [*check.missing(named), *rules.check(sound, stated), *guidance.check(sound, stated)]
         found += map(loaded.placed, related)
-    problems = tuple(sorted((*problems, *found), key=lambda p: (p.line is None, p.line or 0, p.column or 0)))
+    problems = tuple(sorted((*document.problems, *found), key=lambda p: (p.line is None, p.line or 0, p.column or 0)))
     failed = any(problem.severity == "error" for problem in problems)
     return replace(loaded, problems=problems, config=None if failed else Config(**_normalised(resolved)))
 
 
 def _resolved(
-    given: Mapping[str, Any], changes: Mapping[str, Any], origin: Mapping[str, Source]
+    given: Mapping[str, Any], changes: Mapping[str, Any], origin: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Source]]:
     """The values with the defaults of their strategy and profile, and where each came from; in a plan, `origin` says it."""
     strategy, profile = (str(given.get(key)) for key in ("strategy", "compute_specs"))

@@ -26,7 +26,11 @@ def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
     low, high = LEARNING_RATE_RANGE
     if rate is None or "learning_rate" not in given or values.get("strategy") != "dpo":
         return  # of the default the plan says the same
-    if rate <= high:
+    if values.get("lora_r") == 0:
+        if rate > high:
+            message = f"learning_rate {rate:g} is above the documented {low:g} to {high:g}, and every weight is trained at it"
+            yield Problem("warning", "learning-rate-full", message, 'write "learning_rate": 5e-7', "learning_rate")
+    elif rate <= high:
         where = "in" if rate >= low else "below"
         message = f"learning_rate {rate:g} is {where} the documented range for DPO, at which a LoRA adapter hardly moves"
         fix = f"a LoRA adapter learns at {ADAPTER_LEARNING_RATE:g} and around it: see the table in the README"
@@ -72,14 +76,14 @@ def epochs(values: Values, given: Values) -> Iterator[Problem]:
 
 def lora_rank(values: Values, given: Values) -> Iterator[Problem]:
     rank = values.get("lora_r")
-    if rank is not None and "lora_r" in given and rank not in RANKS:
+    if rank and "lora_r" in given and rank not in RANKS:
         message = f"lora_r is {rank}; the documentation names {', '.join(map(str, RANKS))}"
         yield Problem("hint", "lora-rank", message, "a smaller rank learns less, a larger one takes more memory", "lora_r")
 
 
 def lora_alpha(values: Values, given: Values) -> Iterator[Problem]:
     alpha, rank = values.get("lora_alpha"), values.get("lora_r")
-    if alpha is not None and rank is not None and not values.get("use_rslora") and not rank <= alpha <= 4 * rank:
+    if alpha is not None and rank and not values.get("use_rslora") and not rank <= alpha <= 4 * rank:
         message = f"lora_alpha {alpha:g} is far from 2 x lora_r = {2 * rank}"
         yield Problem("hint", "lora-alpha", message, f"lora_alpha is usually {2 * rank} at this rank", "lora_alpha")
 

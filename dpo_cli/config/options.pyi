@@ -31,7 +31,8 @@ class Config:
     group_by_length: bool
     packing: bool
     beta: float
-    loss_type: Literal['sigmoid', 'hinge', 'ipo', 'exo_pair', 'nca_pair', 'robust', 'bco_pair', 'sppo_hard', 'aot', 'aot_unpaired', 'apo_zero', 'apo_down', 'discopop', 'sft', 'sigmoid_norm']
+    loss_type: str | list[Any]
+    loss_weights: list[Any] | None
     label_smoothing: float
     reference: Literal['auto', 'base', 'adapter']
     prompt_sharing: Literal[True, False, 'auto']
@@ -40,6 +41,7 @@ class Config:
     lora_alpha: int | None
     lora_dropout: float
     target_modules: str | list[Any]
+    modules_to_save: list[Any] | None
     use_rslora: bool
     use_dora: bool
     use_4bit: bool

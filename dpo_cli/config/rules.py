@@ -7,22 +7,19 @@ It reads with `.get`, because a value that failed the schema is absent.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from dpo_cli.config.schema import inner_defaults, options, same
+from dpo_cli.config import augmenting
+from dpo_cli.config.schema import options, same
 from dpo_cli.errors import Problem
 
 Values = Mapping[str, Any]
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
-
-# What a rank of `augment` needs, and no other does.
-RANK_PARTS = {"regex": ("pattern",), "reward": ("reward_model",), "judge": ("judge_url", "judge_model", "criterion")}
 
 
 def default_model(values: Values, given: Values) -> Iterator[Problem]:
@@ -61,6 +58,13 @@ def has_an_effect(values: Values, given: Values) -> Iterator[Problem]:
                 message = f'"{name}" has no effect: "{other}" is {json.dumps(values[other])}'
                 choices = " or ".join(json.dumps(value) for value in wanted)
                 yield Problem("warning", "no-effect", message, f'write "{other}": {choices}, or remove "{name}"', name)
+
+
+def stages_stand_in_the_file(values: Values, given: Values) -> Iterator[Problem]:
+    """Those of a file are taken apart before its configs are checked (stages.py)."""
+    if values.get("stages") is not None:
+        message = "a stage has no stages of its own, and none are given on the command line"
+        yield Problem("error", "stages-within", message, "write one list of stages into the config file", "stages")
 
 
 def one_precision(values: Values, given: Values) -> Iterator[Problem]:
@@ -126,25 +130,60 @@ def best_checkpoint_is_judged(values: Values, given: Values) -> Iterator[Problem
         yield Problem("error", "save-eval-steps", message, f'write "save_steps": {(save // judge + 1) * judge}', "save_steps")
 
 
+def losses(values: Values) -> list[str]:
+    """The losses of loss_type, which is one or a list."""
+    named = values.get("loss_type", [])
+    return [named] if isinstance(named, str) else list(named)
+
+
 def smoothing_needs_its_loss(values: Values, given: Values) -> Iterator[Problem]:
-    loss, smoothing = values.get("loss_type"), values.get("label_smoothing")
-    if loss is not None and smoothing and loss not in SMOOTHED_LOSSES:
-        message = f"the loss {loss} ignores label_smoothing {smoothing:g}"
+    named, smoothing = losses(values), values.get("label_smoothing")
+    if named and smoothing and not set(named) & set(SMOOTHED_LOSSES):
+        message = f"the loss {' + '.join(named)} ignores label_smoothing {smoothing:g}"
         fix = f'write "loss_type": "robust" (it and {", ".join(SMOOTHED_LOSSES[1:])} know it), or remove label_smoothing'
         yield Problem("error", "label-smoothing-ignored", message, fix, "label_smoothing")
 
 
 def loss_needs_its_smoothing(values: Values, given: Values) -> Iterator[Problem]:
-    loss = values.get("loss_type")
     if values.get("label_smoothing") != 0:
         return
-    if loss == "exo_pair":
+    if "exo_pair" in losses(values):
         message, fix = "the loss exo_pair needs label_smoothing above 0", 'write "label_smoothing": 0.001, its paper\'s value'
         yield Problem("error", "loss-needs-smoothing", message, fix, "loss_type")
-    elif loss == "robust":
+    elif "robust" in losses(values):
         message = "the loss robust with label_smoothing 0 is plain DPO"
         fix = 'write the share of labels that you think are flipped, "label_smoothing": 0.1 for example'
         yield Problem("warning", "loss-needs-smoothing", message, fix, "loss_type")
+
+
+def one_weight_a_loss(values: Values, given: Values) -> Iterator[Problem]:
+    named, weights = losses(values), values.get("loss_weights")
+    if named and weights is not None and len(weights) != len(named):
+        message = f"loss_weights has {len(weights)} weights for {len(named)} losses ({', '.join(named)})"
+        yield Problem("error", "loss-weights", message, "write one weight for each loss of loss_type", "loss_weights")
+
+
+def sorted_loss_has_a_batch(values: Values, given: Values) -> Iterator[Problem]:
+    """AOT (arXiv:2406.05882) sorts the log-ratios of a micro-batch; a single pair is sorted already."""
+    sorting = [name for name in losses(values) if name in ("aot", "aot_unpaired")]
+    if sorting and values.get("per_device_train_batch_size") == 1:
+        message = f"{sorting[0]} compares the sorted pairs of one forward pass, and of one pair it is plain DPO"
+        fix = "raise per_device_train_batch_size, and lower gradient_accumulation_steps"
+        yield Problem("warning", "loss-needs-batch", message, fix, "per_device_train_batch_size")
+
+
+def whole_model_is_not_quantised(values: Values, given: Values) -> Iterator[Problem]:
+    for name in ("use_4bit", "use_8bit"):
+        if values.get("lora_r") == 0 and values.get(name):
+            message = f"lora_r 0 trains every weight, and those of {name} are too coarse to be trained"
+            yield Problem("error", "full-quantised", message, f'remove "{name}", or train an adapter: "lora_r": 16', name)
+
+
+def whole_model_has_no_adapter(values: Values, given: Values) -> Iterator[Problem]:
+    adapter = [name for name, option in options().items() if option.group == "Adapter" and name != "lora_r" and name in given]
+    if values.get("lora_r") == 0 and adapter:
+        message = f"{', '.join(adapter)} has no effect: lora_r 0 trains every weight, and there is no adapter"
+        yield Problem("warning", "no-effect", message, "remove it, or raise lora_r", adapter[0])
 
 
 def one_compute_dtype(values: Values, given: Values) -> Iterator[Problem]:
@@ -165,6 +204,25 @@ def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     if isinstance(modules, list) and "all-linear" in modules:
         fix = 'write "target_modules": "all-linear"'
         yield Problem("error", "all-linear-in-list", "no layer is called all-linear", fix, "target_modules")
+
+
+def targets_are_a_pattern(values: Values, given: Values) -> Iterator[Problem]:
+    """A text is matched with whole names (PEFT 0.21), so that a name alone matches nothing."""
+    modules = values.get("target_modules")
+    if not isinstance(modules, str) or modules == "all-linear":
+        return
+    if re.fullmatch(r"[\w ,]+", modules):
+        message = f'a layer\'s whole name is longer than "{modules}": as a regular expression it matches nothing'
+        is_all = modules.strip().replace("_", "-").replace(" ", "-") == "all-linear"
+        meant = "all-linear" if is_all else [part.strip() for part in modules.split(",")]
+        fix = f'write "target_modules": {json.dumps(meant)}'
+        yield Problem("error", "target-is-name", message, fix, "target_modules")
+        return
+    try:
+        re.compile(modules)
+    except re.error as error:
+        fix = r'for example "target_modules": ".*\\.self_attn\\.(q|v)_proj"'
+        yield Problem("error", "bad-regex", f"target_modules is no regular expression: {error}", fix, "target_modules")
 
 
 def _same_place(one: Any, other: Any) -> bool:
@@ -192,68 +250,13 @@ def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Proble
             yield Problem("error", "path-control-character", message, "write / or \\\\ between the folders", name)
 
 
-def _augment(values: Values, given: Values) -> Values | None:
-    """The parts of `augment` with their defaults, None where it is not used."""
-    return {**inner_defaults("augment"), **values["augment"]} if "augment" in given and "augment" in values else None
-
-
-def rank_has_its_parts(values: Values, given: Values) -> Iterator[Problem]:
-    if (augment := _augment(values, given)) is None:
-        return
-    rank = augment["rank"]
-    if missing := [name for name in RANK_PARTS.get(rank, ()) if augment[name] is None]:
-        message = f'"augment": the rank {rank} needs {" and ".join(missing)}'
-        yield Problem("error", "rank-incomplete", message, f'add "{missing[0]}": "..." to "augment"', "augment")
-    for other, names in RANK_PARTS.items():
-        for name in values["augment"].keys() & {*names} if other != rank else ():
-            message, fix = f'"augment": "{name}" has no effect: it belongs to the rank {other}', f'write "rank": "{other}"'
-            yield Problem("warning", "no-effect", message, f'{fix}, or remove "{name}"', "augment")
-
-
-def pattern_is_one(values: Values, given: Values) -> Iterator[Problem]:
-    augment = _augment(values, given)
-    try:
-        re.compile((augment and augment["pattern"]) or "")
-    except re.error as error:
-        message = f'"augment": the pattern is no regular expression: {error}'
-        yield Problem("error", "pattern-invalid", message, "write a regular expression as Python's re knows it", "augment")
-
-
-def judge_is_a_plain_url(values: Values, given: Values) -> Iterator[Problem]:
-    """The URL is written into every row, so nothing secret may be in it."""
-    augment = _augment(values, given)
-    if (
-        augment
-        and augment["judge_url"]
-        and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./~%-]*)?", augment["judge_url"], re.ASCII)
-    ):
-        message = '"augment": judge_url is not http(s)://HOST/PATH, without user and query'
-        fix = 'for example "judge_url": "http://localhost:8000/v1"; a key stands in the environment, as OPENAI_API_KEY'
-        yield Problem("error", "judge-url", message, fix, "augment")
-
-
-def answers_make_pairs(values: Values, given: Values) -> Iterator[Problem]:
-    if (augment := _augment(values, given)) is None:
-        return
-    responses, pairs, longest = augment["responses"], augment["pairs_per_prompt"], values.get("max_seq_length")
-    if pairs > math.comb(responses, 2):
-        message = f'"augment": {responses} responses make {math.comb(responses, 2)} pairs, not {pairs}'
-        yield Problem(
-            "error", "too-few-responses", message, f'raise "responses", or lower "pairs_per_prompt" {pairs}', "augment"
-        )
-    if longest is not None and augment["max_new_tokens"] >= longest:
-        message = (
-            f'"augment": max_new_tokens {augment["max_new_tokens"]} leaves no room for a prompt in max_seq_length {longest}'
-        )
-        yield Problem("error", "augment-too-long", message, 'raise "max_seq_length", or lower "max_new_tokens"', "augment")
-
-
 RULES: Sequence[Rule] = (
     paths_are_written_as_meant,
     default_model,
     qlora_is_sft,
     belongs_to_strategy,
     has_an_effect,
+    stages_stand_in_the_file,
     one_precision,
     one_quantisation,
     one_warmup,
@@ -265,13 +268,15 @@ RULES: Sequence[Rule] = (
     best_checkpoint_is_judged,
     smoothing_needs_its_loss,
     loss_needs_its_smoothing,
+    one_weight_a_loss,
+    sorted_loss_has_a_batch,
+    whole_model_is_not_quantised,
+    whole_model_has_no_adapter,
     one_compute_dtype,
     no_head_adapter,
+    targets_are_a_pattern,
     output_is_no_input,
-    rank_has_its_parts,
-    pattern_is_one,
-    judge_is_a_plain_url,
-    answers_make_pairs,
+    *augmenting.RULES,
 )
 
 

@@ -43,27 +43,46 @@ class Pair:
     tools: tuple[Mapping[str, Any], ...] = ()  # that the chat template is told of
 
     @property
+    def responses(self) -> tuple[Text, ...]:
+        return self.chosen, self.rejected
+
+    @property
     def prompt_key(self) -> str:
         """The same for two pairs exactly when their prompts are: a text and that text as the only message are one prompt."""
-        prompt: Any = self.prompt
-        if isinstance(prompt, list):
-            prompt = [[message["role"], message["content"], *map(str, message.get("tool_calls") or ())] for message in prompt]
-            prompt = prompt[0][1] if len(prompt) == 1 and prompt[0][0] == "user" else prompt
-        return json.dumps([prompt, list(map(str, self.tools))] if self.tools else prompt, ensure_ascii=False)
+        return _key(self.prompt, self.tools)
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What sft trains on: a prompt, which may be empty, and its completion; places as in `Pair`."""
+    """What sft trains on: a prompt and its completion, both strings or both lists of messages; places as in `Pair`.
+
+    A text as a whole is a completion to an empty prompt, and so is what an assistant says unasked.
+    """
 
     prompt: Text
     completion: Text
     line: int
     file: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def responses(self) -> tuple[Text, ...]:
+        return (self.completion,)
 
     @property
     def prompt_key(self) -> str:
-        return json.dumps(self.prompt, sort_keys=True, ensure_ascii=False)
+        """As of a pair; what has no prompt is told apart by its text."""
+        return _key(self.prompt or self.completion, self.tools)
+
+
+Row = Pair | Demonstration
+
+
+def _key(prompt: Any, tools: tuple[Mapping[str, Any], ...]) -> str:
+    if isinstance(prompt, list):
+        prompt = [[message["role"], message["content"], *map(str, message.get("tool_calls") or ())] for message in prompt]
+        prompt = prompt[0][1] if len(prompt) == 1 and prompt[0][0] == "user" else prompt
+    return json.dumps([prompt, list(map(str, tools))] if tools else prompt, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,18 +166,27 @@ def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
     if chosen == rejected:
         raise BadRow("row-identical", "chosen and rejected are identical")
     if isinstance(prompt, list):
-        _check_roles(prompt, (chosen, rejected))
+        _check_roles(prompt, {"chosen": chosen, "rejected": rejected})
     return Pair(prompt, chosen, rejected, line, file, _tools(row.get("tools")))
 
 
 def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Demonstration:
     """A parsed row of an sft set to a demonstration, or `BadRow`: messages, prompt + completion, text, or a pair's chosen."""
     row = _renamed(row, columns or {})
-    if "chosen" in row and "rejected" in row:
+    if _responses(row):
         pair = to_pair(row, line, file)
-        return Demonstration(pair.prompt, pair.chosen, line, file)
+        return Demonstration(pair.prompt, pair.chosen, line, file, pair.tools)
+    tools = _tools(row.get("tools"))
     if "prompt" in row and "completion" in row:
-        return Demonstration(_text(row["prompt"], "prompt"), _text(row["completion"], "completion"), line, file)
+        prompt, completion = (
+            _with_system(_text(row["prompt"], "prompt"), row.get("system")),
+            _text(row["completion"], "completion"),
+        )
+        if isinstance(prompt, str) != isinstance(completion, str):
+            prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
+        if isinstance(completion, list):
+            _check_roles(prompt, {"completion": completion})
+        return Demonstration(prompt, completion, line, file, tools)
     if isinstance(row.get("text"), str):
         return Demonstration("", _sound(row["text"], "text"), line, file)
     conversation = next((row[name] for name in CONVERSATIONS if name in row), None)
@@ -168,7 +196,7 @@ def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, 
     messages = _text(conversation, "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
-    return Demonstration(messages[:-1] or "", messages[-1:], line, file)
+    return Demonstration(_with_system(messages[:-1], row.get("system")), messages[-1:], line, file, tools)
 
 
 def to_question(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Question:
@@ -190,8 +218,8 @@ def to_question(row: Any, line: int, file: str = "", columns: Mapping[str, str] 
 
 
 def as_messages(text: Text, role: str) -> list[Message]:
-    """A plain string as one message of `role`; messages as they are."""
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
+    """A plain string as one message of `role`; messages as they are, and an empty string as none."""
+    return text if isinstance(text, list) else [{"role": role, "content": text}] if text else []
 
 
 def flat(text: Text) -> str:
@@ -251,21 +279,25 @@ def _sound(text: str, key: str) -> str:
     return text
 
 
-def _check_roles(prompt: list[Message], responses: tuple[Any, Any]) -> None:
-    for key, messages in zip(KEYS[1:], responses, strict=True):
+def _check_roles(prompt: Text, responses: Mapping[str, Any]) -> None:
+    for key, messages in responses.items():
         if any(message["role"] not in RESPONSE_ROLES for message in messages):
             raise BadRow("row-role", f"{key} holds a message of another role than {' or '.join(RESPONSE_ROLES)}")
     _require_open(prompt)
 
 
-def _require_open(prompt: list[Message]) -> None:
-    if prompt[-1]["role"] == "assistant":
+def _require_open(prompt: Text) -> None:
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise BadRow("row-role", "the prompt ends with an assistant message, so there is nothing to answer")
 
 
 def _with_system(prompt: Text, system: Any) -> Text:
     """The prompt after the system message of the row, where it has one and the prompt does not."""
-    if not isinstance(system, str) or not system.strip() or (isinstance(prompt, list) and prompt[0]["role"] == "system"):
+    if (
+        not isinstance(system, str)
+        or not system.strip()
+        or (isinstance(prompt, list) and prompt[:1] and prompt[0]["role"] == "system")
+    ):
         return prompt
     return [{"role": "system", "content": _sound(system, "system")}, *as_messages(prompt, "user")]
 

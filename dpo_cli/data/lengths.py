@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.data.formats import Pair, flat
+from dpo_cli.data.formats import Row, flat
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,24 +22,24 @@ class Lengths:
 
     def __init__(self, model_name: str) -> None:
         self.characters = array("q")
-        self.longest: Pair | None = None
+        self.longest: Row | None = None
         self._most = self._most_bytes = self._most_turns = self._bytes = 0
         self._tokenizer = _tokenizer(model_name)
         self._sampled: list[tuple[int, int]] = []  # characters and tokens of every `_stride`th pair
         self._stride = 1
 
-    def see(self, pair: Pair, prompt_key: str) -> None:
-        texts = [flat(pair.prompt), max(flat(pair.chosen), flat(pair.rejected), key=len), *map(str, pair.tools)]
+    def see(self, row: Row, prompt_key: str) -> None:
+        texts = [flat(row.prompt), max(map(flat, row.responses), key=len), *map(str, row.tools)]
         size = sum(map(len, texts))
         self.characters.append(size)
         is_ascii = all(map(str.isascii, texts))
         size_in_bytes = size if is_ascii else sum(len(text.encode()) for text in texts)
         self._bytes += size_in_bytes
         self._most_bytes = max(self._most_bytes, size_in_bytes)
-        if isinstance(pair.prompt, list):
-            self._most_turns = max(self._most_turns, len(pair.prompt))
+        if isinstance(row.prompt, list):
+            self._most_turns = max(self._most_turns, len(row.prompt))
         if size > self._most:
-            self._most, self.longest = size, pair
+            self._most, self.longest = size, row
         if self._tokenizer is not None and (len(self.characters) - 1) % self._stride == 0:
             tokens = sum(len(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
             self._sampled.append((size, tokens))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_cli.data import files, hub
-from dpo_cli.data.formats import BadRow, Demonstration, Pair, pair_of, shape_of, to_demonstration
+from dpo_cli.data.formats import BadRow, Pair, Row, pair_of, shape_of, to_demonstration
 from dpo_cli.errors import Problem, Severity, about_rows
 
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
@@ -32,7 +32,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a pass over the sources found; `load` makes another that keeps the pairs."""
+    """What a pass over the sources found; `load` makes another that keeps the rows. `pairs` may count demonstrations."""
 
     name: str
     sources: tuple[Source, ...]
@@ -42,18 +42,25 @@ class Dataset:
     prompts: int = 0
     problems: tuple[Problem, ...] = ()
     key: str = "dataset"  # of the config, that names it
+    demonstrations: bool = False  # as sft reads rows
 
-    def load(self) -> list[Pair]:
-        """The usable pairs in the order of their files; a pair of weight 2 stands twice, of weight 0.5 every second stands."""
-        kept: list[Pair] = []
+    def load(self) -> list[Row]:
+        """The usable rows in the order of their files; a pair of weight 2 stands twice, of weight 0.5 every second stands."""
+        kept: list[Row] = []
         seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighed as a whole
         for source in self.sources:
-            for pair in stream([source], self.columns):
-                if isinstance(pair, Pair):
+            rows = _demonstrations([source], self.columns) if self.demonstrations else stream([source], self.columns)
+            for row in rows:
+                if not isinstance(row, Bad):
                     before = _due(seen[source.weight], source.weight)
                     seen[source.weight] += 1
-                    kept += [pair] * (_due(seen[source.weight], source.weight) - before)
+                    kept += [row] * (_due(seen[source.weight], source.weight) - before)
         return kept
+
+    @property
+    def noun(self) -> str:
+        """What its rows are."""
+        return "demonstrations" if self.demonstrations else "pairs"
 
     def to_json(self) -> dict[str, Any]:
         return {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}
@@ -65,9 +72,9 @@ def _due(pairs: int, weight: float) -> int:
 
 
 class Observer(Protocol):
-    """Looks at every pair of a pass, and says at its end what it found."""
+    """Looks at every usable row of a pass, and says at its end what it found."""
 
-    def see(self, pair: Pair, prompt_key: str) -> None: ...
+    def see(self, row: Any, prompt_key: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,11 @@ def hub_ids(values: Mapping[str, Any]) -> list[str]:
     return [path for value in named for path, _ in _entries(value) if hub.is_hub_id(path)]
 
 
+def holds_pairs(path: str) -> bool:
+    """Whether the first usable row of a dataset is a preference pair."""
+    return next((True for row in stream(sources_of(path)) if isinstance(row, Pair)), False)
+
+
 def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
     """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
     found = (files.fault(Path(source.path), key) for source in sources_of(value))
@@ -116,11 +128,11 @@ def read(
     """One pass over what `key` of a config names. Problems are returned, never raised; bad rows are warnings with `skip`.
 
     A problem of a file as a whole has no place: it belongs to the config that names it. With `demonstrations` the rows are
-    those of sft, of which observers see nothing.
+    those of sft.
     """
     sources = sources_of(value)
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
-    data = Dataset(name, sources, columns, key=key)
+    data = Dataset(name, sources, columns, key=key, demonstrations=demonstrations)
     whole = unreadable(value, key)
     readable = [source for source in sources if files.fault(Path(source.path), key) is None]
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
@@ -139,9 +151,8 @@ def read(
             continue
         prompt_key = row.prompt_key
         prompts.add(hash(prompt_key))
-        if isinstance(row, Pair):
-            for observer in observers:
-                observer.see(row, prompt_key)
+        for observer in observers:
+            observer.see(row, prompt_key)
     severity: Severity = "warning" if skip else "error"
     fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
     problems = [
@@ -152,7 +163,7 @@ def read(
     pairs = rows - sum(map(len, bad.values()))
     problems = [*whole, *problems]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
-        problems.append(Problem("error", "dataset-empty", f"{name} holds no usable pair", "add pairs", key, name))
+        problems.append(Problem("error", "dataset-empty", f"{name} holds no usable row", f"add {data.noun}", key, name))
     for name, column in (columns or {}).items() if pairs and not demonstrations else ():
         if column not in met:
             message = f'no row has a column "{column}", which "columns" names for {name}'
@@ -194,7 +205,7 @@ def stream(
             yield pair
 
 
-def _demonstrations(sources: Sequence[Source], columns: Mapping[str, str] | None) -> Iterator[Demonstration | Bad]:
+def _demonstrations(sources: Sequence[Source], columns: Mapping[str, str] | None) -> Iterator[Row | Bad]:
     for source in sources:
         for line, parse_row in files.rows_of(source.path):
             try:

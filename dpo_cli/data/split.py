@@ -1,22 +1,25 @@
-"""Train and held-out pairs, divided by prompt."""
+"""Train and held-out rows, divided by prompt."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TypeVar
 
-from dpo_cli.data.formats import Pair
+from dpo_cli.data.formats import Row
+
+R = TypeVar("R", bound=Row)
 
 
-def split(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split(rows: Sequence[R], share: float, seed: int) -> tuple[list[R], list[R]]:
     """(train, held out): each prompt falls on one side by its own hash, so appended rows move no other row.
 
     `share` of the prompts are held out in expectation.
     """
-    train: list[Pair] = []
-    held_out: list[Pair] = []
-    for pair in pairs:
-        (held_out if is_held_out_prompt(pair.prompt_key, share, seed) else train).append(pair)
+    train: list[R] = []
+    held_out: list[R] = []
+    for row in rows:
+        (held_out if is_held_out_prompt(row.prompt_key, share, seed) else train).append(row)
     return train, held_out
 
 

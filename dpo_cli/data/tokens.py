@@ -1,4 +1,4 @@
-"""Pairs to token ids, the same ids that TRL 1.15's DPOTrainer makes of the same rows (tests/test_tokens.py compares).
+"""Rows to token ids, the same ids that TRL 1.15's DPOTrainer makes of the same pairs (tests/test_tokens.py compares).
 
 They are made here because training, evaluation and the plan's counts must see the same ids, and evaluation has no trainer.
 Two things differ. TRL keeps the start of a pair and cuts its responses; here the oldest of the prompt goes first. Where a
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from dpo_cli.data.formats import Message, Pair, Text, as_messages
+from dpo_cli.data.formats import Message, Row, Text, as_messages
 from dpo_cli.data.rendering import bounded, check_size
 from dpo_cli.errors import InvalidInput, Problem, about_rows
 
@@ -24,93 +24,107 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EncodedPair:
-    """Token ids of one pair. A response is scored after the prompt; it ends with what the template puts after it."""
+class Encoded:
+    """Token ids of one row. A response is scored after the prompt; it ends with what the template puts after it.
 
-    pair: Pair
+    A pair has two responses, chosen and rejected; a demonstration has one.
+    """
+
+    row: Row
     prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    is_cut: bool = False  # whether the prompt lost its beginning
+    responses: tuple[list[int], ...]
+    is_cut: bool = False  # whether the prompt lost its beginning, or a text without a prompt its end
     parts_early: bool = False  # whether the prompt is rendered otherwise alone than before a response
 
     @property
+    def chosen_ids(self) -> list[int]:
+        return self.responses[0]
+
+    @property
+    def rejected_ids(self) -> list[int]:
+        return self.responses[1]
+
+    @property
     def length(self) -> int:
-        """Tokens of the longer of the two sequences."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        """Tokens of the longest sequence."""
+        return len(self.prompt_ids) + max(map(len, self.responses))
+
+    @property
+    def response_length(self) -> int:
+        """Tokens of all responses."""
+        return sum(map(len, self.responses))
 
     @property
     def shared_length(self) -> int:
-        """Tokens of the pair with its prompt counted once."""
-        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        """Tokens of the row with its prompt counted once."""
+        return len(self.prompt_ids) + self.response_length
 
 
 def encode(
-    pairs: Sequence[Pair],
+    rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     use_chat_template: bool | str = "auto",
     max_length: int | None = None,
-) -> list[EncodedPair]:
-    """Tokenise pairs; plain strings become chat messages when the tokenizer has a chat template ("auto") or must have one.
+) -> list[Encoded]:
+    """Tokenise rows; plain strings become chat messages when the tokenizer has a chat template ("auto") or must have one.
 
-    A pair longer than `max_length` tokens loses the oldest of its prompt; one that is still longer, because its responses
-    are, is returned as long as it is. Raises `InvalidInput` where a template is needed and there is none.
+    A row longer than `max_length` tokens loses the oldest of its prompt; one that is still longer, because its responses
+    are, is returned as long as it is, but a text without a prompt ends there. Raises `InvalidInput` where a template is needed
+    and there is none.
     """
     has_template = tokenizer.chat_template is not None
     if use_chat_template is True and not has_template:
         fix = 'write "use_chat_template": "auto", or start from an instruct model'
         raise InvalidInput([Problem("error", "no-chat-template", "this model has no chat template", fix, "use_chat_template")])
     as_chat = has_template and use_chat_template is not False
-    if not as_chat and (lines := tuple(pair.line for pair in pairs if not isinstance(pair.prompt, str))):
+    if not as_chat and (lines := tuple(row.line for row in rows if not isinstance(row.responses[0], str))):
         message = f"{len(lines)} rows are chat messages, which need a chat template"
         why = "use_chat_template is false" if has_template else "this model has none: start from an instruct model"
         raise InvalidInput([Problem("error", "messages-without-template", message, why, "use_chat_template", lines=lines)])
-    encoded: list[EncodedPair] = []
+    encoded: list[Encoded] = []
     refused: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for pair in pairs:
+    for row in rows:
         try:
-            whole = _encode(pair, tokenizer, as_chat)
-            encoded.append(whole if max_length is None else _cut(whole, tokenizer, as_chat, max_length))
+            is_chat = as_chat and row.prompt != ""  # a text as a whole is no answer to anything
+            whole = _encode(row, tokenizer, is_chat)
+            encoded.append(whole if max_length is None else _cut(whole, tokenizer, is_chat, max_length))
         except TemplateError as error:  # kept, so that one pass names all rows that the template does not take
-            refused[pair.file, str(error)].append(pair.line)
+            refused[row.file, str(error)].append(row.line)
     if refused:
         fix = "delete these rows, or change their roles to what the model knows"
         raise InvalidInput(
             [
                 about_rows(
-                    "error", "template-refuses", f"the model's chat template refuses them: {why}", fix, "dataset", file, rows
+                    "error", "template-refuses", f"the model's chat template refuses them: {why}", fix, "dataset", file, lines
                 )
-                for (file, why), rows in refused.items()
+                for (file, why), lines in refused.items()
             ]
         )
     return encoded
 
 
-def _encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> EncodedPair:
+def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> Encoded:
     if as_chat:
-        prompt, chosen, rejected, is_changed = _rendered(pair, tokenizer)
-        prompt_ids, chosen_ids, rejected_ids = (
-            list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, chosen, rejected)
-        )
+        prompt, followed, is_changed = _rendered(row, tokenizer)
+        prompt_ids, *sequences = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, *followed))
     else:
         is_changed = False
-        prompt_ids = list(tokenizer(pair.prompt)["input_ids"])
-        chosen_ids = _plain(tokenizer, pair.prompt, pair.chosen)
-        rejected_ids = _plain(tokenizer, pair.prompt, pair.rejected)
+        prompt_ids = list(tokenizer(row.prompt)["input_ids"])
+        sequences = [_plain(tokenizer, row.prompt, response) for response in row.responses]
     # A token may span the end of the prompt: the responses start where the sequences part from the prompt.
-    start = min(_common(prompt_ids, chosen_ids), _common(prompt_ids, rejected_ids))
+    start = min(_common(prompt_ids, sequence) for sequence in sequences)
     parts = is_changed or start < len(prompt_ids)
-    return EncodedPair(pair, prompt_ids[:start], chosen_ids[start:], rejected_ids[start:], parts_early=parts)
+    return Encoded(row, prompt_ids[:start], tuple(sequence[start:] for sequence in sequences), parts_early=parts)
 
 
-def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str, bool]:
-    """(prompt, prompt with chosen, prompt with rejected, whether the template changes a prompt that a response follows).
+def _rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], bool]:
+    """(prompt, prompt with each response, whether the template changes a prompt that a response follows).
 
     A template may render a prompt otherwise before a response than alone. Where it only ends sooner (no "<think>"), what both
     have in common is the prompt. Where they part before that (Mistral's system message goes), the prompt stays as it is
     when the model is asked, with the responses put after it; else a part of it would be in the loss.
     """
-    messages, tools = as_messages(pair.prompt, "user"), [dict(tool) for tool in pair.tools] or None
+    messages, tools = as_messages(row.prompt, "user"), [dict(tool) for tool in row.tools] or None
     prompt = render(tokenizer, messages, tools, add_generation_prompt=True)
     if tools and prompt == render(tokenizer, messages, None, add_generation_prompt=True):
         raise TemplateError("it does not know tools, and would leave them out")
@@ -118,16 +132,16 @@ def _rendered(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str,
     def followed_by(response: Text) -> str:
         return render(tokenizer, messages + as_messages(response, "assistant"), tools)
 
-    chosen, rejected = followed_by(pair.chosen), followed_by(pair.rejected)
-    _require_calls(tokenizer, messages, pair.chosen, tools, chosen)
-    _require_calls(tokenizer, messages, pair.rejected, tools, rejected)
-    if chosen.startswith(prompt) and rejected.startswith(prompt):
-        return prompt, chosen, rejected, False
+    followed = [followed_by(response) for response in row.responses]
+    for response, text in zip(row.responses, followed, strict=True):
+        _require_calls(tokenizer, messages, response, tools, text)
+    if all(text.startswith(prompt) for text in followed):
+        return prompt, followed, False
     one, other = followed_by("A"), followed_by("B")
     before = one[: _common(one, other)]
-    if not prompt.startswith(before) and chosen.startswith(before) and rejected.startswith(before):
-        return prompt, prompt + chosen.removeprefix(before), prompt + rejected.removeprefix(before), True
-    return prompt, chosen, rejected, True
+    if not prompt.startswith(before) and all(text.startswith(before) for text in followed):
+        return prompt, [prompt + text.removeprefix(before) for text in followed], True
+    return prompt, followed, True
 
 
 def _require_calls(
@@ -140,22 +154,25 @@ def _require_calls(
             raise TemplateError("it does not know tool calls, and would leave them out")
 
 
-def _cut(whole: EncodedPair, tokenizer: PreTrainedTokenizerBase, as_chat: bool, max_length: int) -> EncodedPair:
-    """The pair with as much of its prompt as fits: first the oldest turns go, then the oldest text, last the system message.
+def _cut(whole: Encoded, tokenizer: PreTrainedTokenizerBase, as_chat: bool, max_length: int) -> Encoded:
+    """The row with as much of its prompt as fits: first the oldest turns go, then the oldest text, last the system message.
 
     Markers of the template, BOS and the generation prompt stay, and so do both responses.
     """
     if whole.length <= max_length:
         return whole
 
-    def with_prompt(prompt: Text) -> EncodedPair:
-        made = _encode(replace(whole.pair, prompt=prompt), tokenizer, as_chat)
-        return replace(made, pair=whole.pair, is_cut=True)
+    def with_prompt(prompt: Text) -> Encoded:
+        made = _encode(replace(whole.row, prompt=prompt), tokenizer, as_chat)
+        return replace(made, row=whole.row, is_cut=True)
 
     def fits(prompt: Text) -> bool:
         return with_prompt(prompt).length <= max_length
 
-    prompt = whole.pair.prompt
+    prompt = whole.row.prompt
+    if not prompt:
+        start = whole.responses[0][: max_length - len(whole.prompt_ids)]
+        return replace(whole, responses=(start,), is_cut=True)
     if isinstance(prompt, str):
         dropped = _fewest(len(prompt) - 1, lambda count: fits(prompt[count:]))
         return whole if dropped is None else with_prompt(prompt[dropped:])

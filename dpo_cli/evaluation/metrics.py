@@ -1,9 +1,12 @@
-"""The figures of an adapter against its base on preference pairs, each with a 95 % bootstrap interval over prompts.
+"""The figures of a policy against its reference, each with a 95 % bootstrap interval over prompts.
 
 For pair i with summed response log-probs pi (policy) and ref (reference), EOS included:
     reward r = beta * (pi - ref)        margin = r_chosen - r_rejected        loss = -log sigmoid(margin)
     accuracy: share with r_chosen > r_rejected; logp_accuracy: share with log p(chosen) > log p(rejected) under one model;
     normalized_logp_accuracy: the same after dividing each by its number of tokens. A tie counts one half.
+For demonstrations, under one model:
+    loss: -log p averaged over the completions' tokens, nats; token_accuracy: share of them that the model finds most likely.
+For both:
     kl_token: KL(policy || reference) over the full vocabulary, averaged over response tokens, nats.
 """
 
@@ -16,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel
 from torch import Tensor
 
-from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.providers.policy import Policy
 from dpo_cli.training.head import Head, score_tokens, token_kl
 from dpo_cli.training.parts import is_out_of_memory
 from dpo_cli.training.scoring import States, collate
@@ -28,88 +31,84 @@ from dpo_cli.training.sharing import IGNORED
 Array = NDArray[np.float64]
 
 RESAMPLES = 2000
-# A sum over pairs divided by a sum over pairs; with weights over prompts both sums are resampled together.
+# A sum over rows divided by a sum over rows; with weights over prompts both sums are resampled together.
 Ratio = tuple[Array, Array]
 
 
 @dataclass(frozen=True)
-class PairScores:
-    """Per pair, in the order of the pairs: (n, 2) arrays with chosen first, rejected second."""
+class Scores:
+    """Per row, in the order of the rows: (n, k) arrays, of a pair's chosen and rejected or a demonstration's completion."""
 
     policy: Array  # summed log-probs, nats
     reference: Array
+    policy_right: Array  # tokens that the model finds most likely
+    reference_right: Array
     tokens: Array  # response tokens
     kl: Array  # summed over the response's tokens, nats
 
+    @property
+    def of_pairs(self) -> bool:
+        return bool(self.policy.shape[1] == 2)
 
-def score_pairs(
-    model: PeftModel, pairs: Sequence[EncodedPair], states: States, pad_token_id: int, batch_size: int, dtype: torch.dtype
-) -> PairScores:
-    """Score pairs under the adapter and under the base model (adapter off), in evaluation mode and without gradient.
+
+def score_rows(
+    policy: Policy, rows: Sequence[Encoded], states: States, pad_token_id: int, batch_size: int, dtype: torch.dtype
+) -> Scores:
+    """Score rows under the policy and under its reference, in evaluation mode and without gradient.
 
     `states` is the path of the run (training/scoring.py). A batch that is out of memory is scored in halves.
     """
-    model.eval()
-    base = model.get_base_model()
-    head = Head.of(base)
-    columns = np.zeros((4, len(pairs), 2))
-    by_length = sorted(range(len(pairs)), key=lambda i: pairs[i].length)  # so that little is padded
-    waiting = [by_length[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
+    policy.model.eval()
+    kinds = len(rows[0].responses)
+    columns = np.zeros((6, len(rows), kinds))
+    by_length = sorted(range(len(rows)), key=lambda i: rows[i].length)  # so that little is padded
+    waiting = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     while waiting:
-        rows = waiting.pop(0)
+        batch = waiting.pop(0)
         try:
-            scores = _score(model, states, head, collate([pairs[i] for i in rows], pad_token_id, base.device), dtype)
+            collated = collate([rows[i] for i in batch], pad_token_id, policy.network.device)
+            scores = _score(policy, states, collated, dtype)
         except RuntimeError as error:
-            if len(rows) == 1 or not is_out_of_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
-            waiting[:0] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+            waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             continue
         for column, sums in zip(columns, scores, strict=True):
-            column[rows] = sums.view(2, len(rows)).T.cpu().numpy()
-    return PairScores(*columns)
+            column[batch] = sums.view(kinds, len(batch)).T.cpu().numpy()
+    return Scores(*columns)
 
 
-def _score(model: PeftModel, states: States, head: Head, batch: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Sums over each row's response of the columns of `PairScores`, each (2B,), in float64."""
-    base = model.get_base_model()
-    with torch.no_grad(), torch.autocast(base.device.type, dtype, enabled=dtype != torch.float32):
-        policy = states(base, **batch)
-        with model.disable_adapter():
-            reference = states(base, **batch)
-        labels = batch["labels"][:, 1:]
-        scored = labels != IGNORED
-        values = [score_tokens(hidden, labels[scored], head).log_probs for hidden in (policy, reference)]
-        values += [torch.ones_like(values[0]), token_kl(policy, reference, head)]
-    return [value.new_zeros(scored.shape).masked_scatter(scored, value).double().sum(dim=1) for value in values]
+def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Sums over each row's response of the columns of `Scores`, each (kB,), in float64."""
+    labels = batch["labels"][:, 1:]
+    scored = labels != IGNORED
+    device = policy.network.device.type
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        hidden, head = states(policy.network, **batch), Head.of(policy.network)
+        made = score_tokens(hidden, labels[scored], head)
+        with policy.as_reference() as reference:
+            ref_hidden, ref_head = states(reference, **batch), Head.of(reference)
+            ref_made = score_tokens(ref_hidden, labels[scored], ref_head)
+        values = [made.log_probs, ref_made.log_probs, made.is_top1, ref_made.is_top1, torch.ones_like(made.log_probs)]
+        values.append(token_kl(hidden, ref_hidden, head, ref_head))
+    return [value.double().new_zeros(scored.shape).masked_scatter(scored, value.double()).sum(dim=1) for value in values]
 
 
-def point_figures(scores: PairScores, beta: float) -> dict[str, float]:
+def point_figures(scores: Scores, beta: float) -> dict[str, float]:
     """The figures of an evaluation line of metrics.jsonl: plain means."""
-    reward = beta * (scores.policy - scores.reference)
-    columns = {
-        **_policy_ratios(scores, beta),
-        "reward_chosen": _mean(reward[:, 0]),
-        "reward_rejected": _mean(reward[:, 1]),
-        "logp_chosen": _mean(scores.policy[:, 0]),
-        "logp_rejected": _mean(scores.policy[:, 1]),
-    }
-    names = (
-        "loss",
-        "accuracy",
-        "margin",
-        "reward_chosen",
-        "reward_rejected",
-        "logp_chosen",
-        "logp_rejected",
-        "kl_token",
-    )
-    return {name: float(columns[name][0].sum() / columns[name][1].sum()) for name in names}
+    columns = _policy_ratios(scores, beta)
+    if scores.of_pairs:
+        reward = beta * (scores.policy - scores.reference)
+        for name in ("logp_accuracy", "normalized_logp_accuracy"):
+            del columns[name]
+        for kind, name in enumerate(("chosen", "rejected")):
+            columns |= {f"reward_{name}": _mean(reward[:, kind]), f"logp_{name}": _mean(scores.policy[:, kind])}
+    return {name: float(above.sum() / below.sum()) for name, (above, below) in columns.items()}
 
 
-def figures(scores: PairScores, prompts: Sequence[str], beta: float) -> dict[str, Any]:
+def figures(scores: Scores, prompts: Sequence[str], beta: float) -> dict[str, Any]:
     """`policy`, `base` and `gain` (policy - base, paired), every figure {"value", "low", "high"}."""
-    policy = _policy_ratios(scores, beta)
-    base = _logp_ratios(scores.reference, scores.tokens)
+    policy, base = _policy_ratios(scores, beta), _base_ratios(scores)
     gain = {name: (policy[name][0] - base[name][0], base[name][1]) for name in base}
     intervals = Intervals(prompts)
     made: dict[str, Any] = {
@@ -120,16 +119,25 @@ def figures(scores: PairScores, prompts: Sequence[str], beta: float) -> dict[str
     return made
 
 
-def _policy_ratios(scores: PairScores, beta: float) -> dict[str, Ratio]:
+def _policy_ratios(scores: Scores, beta: float) -> dict[str, Ratio]:
+    kl_token = {"kl_token": (scores.kl.sum(axis=1), scores.tokens.sum(axis=1))}
+    if not scores.of_pairs:
+        return {**_token_ratios(scores.policy, scores.policy_right, scores.tokens), **kl_token}
     reward = beta * (scores.policy - scores.reference)
     margin = reward[:, 0] - reward[:, 1]
-    return {
-        "accuracy": _mean(_wins(reward)),
-        "margin": _mean(margin),
-        "loss": _mean(np.logaddexp(0, -margin)),
-        "kl_token": (scores.kl.sum(axis=1), scores.tokens.sum(axis=1)),
-        **_logp_ratios(scores.policy, scores.tokens),
-    }
+    preference = {"accuracy": _mean(_wins(reward)), "margin": _mean(margin), "loss": _mean(np.logaddexp(0, -margin))}
+    return {**preference, **kl_token, **_logp_ratios(scores.policy, scores.tokens)}
+
+
+def _base_ratios(scores: Scores) -> dict[str, Ratio]:
+    """What can be said of the reference alone."""
+    if scores.of_pairs:
+        return _logp_ratios(scores.reference, scores.tokens)
+    return _token_ratios(scores.reference, scores.reference_right, scores.tokens)
+
+
+def _token_ratios(log_probs: Array, right: Array, tokens: Array) -> dict[str, Ratio]:
+    return {"loss": (-log_probs[:, 0], tokens[:, 0]), "token_accuracy": (right[:, 0], tokens[:, 0])}
 
 
 def _logp_ratios(log_probs: Array, tokens: Array) -> dict[str, Ratio]:

@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.metrics import Intervals
+from dpo_cli.providers.policy import Policy
 from dpo_cli.training.parts import is_out_of_memory
 
 
@@ -98,23 +99,24 @@ def _answer(row: Sequence[int], ends: set[int], tokenizer: PreTrainedTokenizerBa
 
 
 def side_by_side(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[EncodedPair], count: int, dtype: torch.dtype
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], count: int, dtype: torch.dtype
 ) -> list[Sample]:
-    """Greedy answers of the base model and the adapter to the first `count` different prompts."""
-    first = list({pair.pair.prompt_key: pair for pair in reversed(pairs)}.values())[::-1][:count]
+    """Greedy answers of the reference and the policy to the first `count` different prompts."""
+    first = list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
     if not first:
         return []
-    prompts = [pair.prompt_ids for pair in first]
-    adapter = _greedy(model, tokenizer, prompts, dtype)
-    with model.disable_adapter():
-        base = _greedy(model, tokenizer, prompts, dtype)
-    said = [pair.pair.prompt for pair in first]
-    last = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in said]
+    policy.model.eval()
+    prompts = [row.prompt_ids for row in first]
+    adapter = _greedy(policy.network, tokenizer, prompts, dtype)
+    with policy.as_reference() as reference:
+        base = _greedy(reference, tokenizer, prompts, dtype)
+    said = [row.row.prompt for row in first]
+    last = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in said]
     return [Sample(*parts) for parts in zip(last, base, adapter, strict=True)]
 
 
 def _greedy(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], dtype: torch.dtype
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> list[Answer]:
     """An answer to each prompt; a batch that is out of memory is made in halves."""
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.hardware import gguf
+from dpo_cli.hardware.adapters import foundation
 
 # Traits of families, by their `model_type` in transformers 5.17.
 FUSED = frozenset({"phi3"})  # q, k, v in one linear layer, gate and up in another
@@ -87,6 +88,13 @@ class ModelFacts:
             *last,
         )
 
+    def linear_names(self) -> dict[str, list[str]]:
+        """The whole names of each linear layer, in all blocks."""
+        attention = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+        part = {linear.name: "self_attn" if linear.name in attention else "mlp" for linear in self.linears}
+        blocks = range(self.num_hidden_layers)
+        return {name: [f"model.layers.{block}.{within}.{name}" for block in blocks] for name, within in part.items()}
+
     @property
     def linear_parameters(self) -> int:
         return self.num_hidden_layers * sum(linear.parameters for linear in self.linears)
@@ -103,7 +111,11 @@ class ModelFacts:
 
 
 def model_facts(model_name: str) -> ModelFacts | None:
-    """The shape of a model: from a GGUF header, a local config.json or the table of common models; None when unknown."""
+    """The shape of a model: from a GGUF header, a local config.json or the table of common models; None when unknown.
+
+    An adapter has that of the model it stands on.
+    """
+    model_name = foundation(model_name)
     path = Path(model_name)
     if gguf.is_gguf(path):
         return _gguf_facts(gguf.read_header(path))

@@ -14,6 +14,7 @@ Names: h hidden, i intermediate, q and kv the widths of queries and of keys or v
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +57,7 @@ class Settings:
     response_tokens: int | None = None  # scored tokens of the longest pair, where lengths are known
 
     full_logits: bool = False  # padded rows whose logits are made whole
-    reference: str = "off"  # the adapter off; "copy": a second model; "cache": computed before
+    reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
     fused_attention: bool = True  # false: the probabilities are kept, as eager attention does
 
     @property
@@ -122,8 +123,8 @@ def components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
     trained, width = trained_parameters(facts, settings), _trained_width(settings)
     frozen = weight_bytes(facts, settings)
     parts = {"weights": frozen, "adapter": trained * width if settings.rank else 0.0}
-    if settings.reference == "copy" and settings.strategy != "sft":
-        parts["reference"] = frozen
+    if settings.strategy != "sft" and settings.reference in ("copy", "adapter"):
+        parts["reference"] = frozen if settings.reference == "copy" else parts["adapter"]
     parts["gradients"] = trained * width
     parts["optimizer"] = trained * MOMENTS.get(settings.optimizer, 2 * width)
     parts["activations"], parts["scoring"] = _step_bytes(facts, settings)
@@ -189,9 +190,14 @@ def _trained_width(settings: Settings) -> int:
 
 
 def _targets(facts: ModelFacts, settings: Settings) -> list[Linear]:
-    """The layers of a block that are trained."""
+    """The layers of a block that an adapter is on; those that a regular expression finds in any block count in all."""
     wanted = settings.target_modules
-    return [linear for linear in facts.linears if wanted == "all-linear" or linear.name in wanted]
+    if isinstance(wanted, tuple):
+        return [linear for linear in facts.linears if linear.name in wanted]
+    if wanted == "all-linear":
+        return list(facts.linears)
+    names = facts.linear_names()
+    return [linear for linear in facts.linears if any(re.fullmatch(wanted, name) for name in names[linear.name])]
 
 
 def _step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
@@ -217,7 +223,7 @@ def _step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     if settings.bits:  # a layer is dequantised to be multiplied
         one_layer = width * max(linear.parameters for linear in facts.linears)
         backward, forward = backward + one_layer, forward + one_layer
-    refers = settings.strategy != "sft" and settings.reference == "off"
+    refers = settings.strategy != "sft" and settings.reference != "cache"
     moments = [(kept + end, gathered + _logits_bytes(facts, settings)), (kept + backward, 0.0)]
     # At the end of the backward pass a micro-batch's gradients stand beside those of the ones before it (training/parts.py).
     new_gradients = trained_parameters(facts, settings) * _trained_width(settings)

@@ -7,12 +7,15 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import Problem
 from dpo_cli.hardware import gguf
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, foundation, model_of
 from dpo_cli.hardware.facts import known_models, model_facts
+from dpo_cli.runs.directory import PLAN
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
 CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
@@ -53,9 +56,8 @@ def _faults(model_name: str) -> Iterator[Problem]:
             )
     elif not path.is_dir() and not gguf.is_gguf(path):
         yield _wrong("model-not-gguf", f"{path} is not a GGUF file", "name a GGUF file or a model directory")
-    elif (path / "adapter_config.json").is_file():
-        fix = "name the base model; training on from an adapter does not work in this version"
-        yield _wrong("model-is-adapter", f"{model_name} is an adapter, not a model", fix)
+    elif path.is_dir() and ((path / PLAN).is_file() or (path / ADAPTER_CONFIG).is_file()):
+        yield from _adapter_faults(model_name)
     elif path.is_dir() and not (path / "config.json").is_file():
         yield _wrong("model-incomplete", f"{model_name} has no config.json", "name a complete model directory")
     else:
@@ -65,6 +67,18 @@ def _faults(model_name: str) -> Iterator[Problem]:
                 yield from _directory_faults(path, _config_of(path))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged header makes of it
             yield _wrong("model-damaged", f"{path} is damaged: {error}", "download it again")
+
+
+def _adapter_faults(model_name: str) -> Iterator[Problem]:
+    """Why a run or an adapter cannot be trained on; what it stands on is looked at too."""
+    try:
+        adapter = adapter_at(model_name)
+    except (OSError, ValueError) as error:
+        fix = "name the directory of a finished run, or of a complete adapter"
+        yield _wrong("adapter-unusable", f"{model_name} cannot be trained on: {error}", fix)
+        return
+    for problem in _faults(adapter.model_name if adapter else model_of(model_name)):
+        yield replace(problem, message=f"{model_name} stands on another model: {problem.message}")
 
 
 def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -107,6 +121,8 @@ def common_name(model_name: str) -> str | None:
 
 def _answers_instructions(model_name: str) -> bool:
     """Whether the model has a chat template; of a hub id, unless its name is that of a base model."""
+    if os.path.exists(model_name) and foundation(model_name) != model_name:
+        return True  # a run, or an adapter, was trained on something already
     path = Path(model_name)
     if gguf.is_gguf(path):
         return "tokenizer.chat_template" in gguf.read_header(path).metadata

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dpo_cli.plan import Plan
+    from dpo_cli.providers.policy import Policy
+    from dpo_cli.runs.directory import RunDirectory
 
 
 class Provider(Protocol):
@@ -19,13 +21,17 @@ class Provider(Protocol):
         """The model's tokenizer, with EOS and padding set."""
 
     def base_model(self, plan: Plan) -> PreTrainedModel:
-        """The base model on the plan's device, without dropout, in 4-bit when the plan says so."""
+        """The model below the adapter in training, on the plan's device, without dropout, quantised when the plan says so."""
 
-    def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig:
-        """The fresh adapter that the trainer puts on `base`; `InvalidInput` when a target module is not in it."""
+    def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig | None:
+        """The fresh adapter that the trainer puts on `base`; None where there is none: all weights are trained, or an adapter
+        is trained on. `InvalidInput` when a target module is not in `base`."""
 
-    def with_adapter(self, plan: Plan, directory: Path) -> PeftModel:
-        """The base model with a saved adapter, in evaluation mode."""
+    def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        """What the trainer takes: `base`, with the adapter that the plan's model_name names where that is trained on."""
+
+    def trained(self, plan: Plan, run: RunDirectory) -> Policy:
+        """What a finished run trained, with its reference, in evaluation mode."""
 
     @property
     def local_dir(self) -> Path | None:

@@ -1,11 +1,13 @@
-"""The Hugging Face provider: transformers for the model, PEFT for the adapter, bitsandbytes for 4-bit weights."""
+"""The Hugging Face provider: transformers for the model, PEFT for the adapter, bitsandbytes for 4-bit and 8-bit weights."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,20 +33,24 @@ from transformers import (
 
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
+from dpo_cli.hardware.adapters import adapter_at, foundation
 from dpo_cli.hardware.models import common_name
-from dpo_cli.plan import Plan
+from dpo_cli.plan import BITSANDBYTES_FIX, Plan
+from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
+from dpo_cli.runs.directory import RunDirectory
 
 HUB_TIMEOUT_SECONDS = 8
 
 
 class HuggingFace:
-    """Loads `model_name`: a hub id, a model directory, or a GGUF file."""
+    """Loads `model_name`: a hub id, a model directory, a GGUF file, or a run or PEFT adapter on one of them."""
 
     def __init__(self, model_name: str) -> None:
         self.name = model_name
-        path = Path(model_name)
-        self.source = str(_dequantised(path)) if gguf.is_gguf(path) else model_name
-        self.only_local = path.exists() or not _hub_answers(model_name)
+        self.foundation = foundation(model_name)
+        path = Path(self.foundation)
+        self.source = str(_dequantised(path)) if gguf.is_gguf(path) else self.foundation
+        self.only_local = path.exists() or not _hub_answers(self.foundation)
 
     @property
     def local_dir(self) -> Path | None:
@@ -52,71 +58,96 @@ class HuggingFace:
         return Path(self.source) if Path(self.source).is_dir() else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer))
+        adapter = adapter_at(self.name)
+        has_own = adapter is not None and (adapter.directory / "tokenizer_config.json").is_file()
+        source = str(adapter.directory) if adapter and has_own else self.source
+        tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, source))
         if tokenizer.eos_token is None:
             raise RunFailed(f"the tokenizer of {self.name} names no EOS token", "use an instruct model")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig:
-        wanted = plan.config.target_modules
-        linear = {name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-        if not isinstance(wanted, str) and (unknown := set(wanted) - linear):
-            message = f"{plan.model_label} has no linear layer named {', '.join(sorted(unknown))}"
-            fix = f"it has {', '.join(sorted(linear - {'lm_head'}))}"
-            raise InvalidInput([Problem("error", "no-such-module", message, fix, "target_modules")])
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=plan.config.lora_r,
-            lora_alpha=plan.config.lora_alpha,
-            lora_dropout=plan.config.lora_dropout,
-            use_rslora=plan.config.use_rslora,
-            target_modules=plan.config.target_modules,
-        )
-
-    def with_adapter(self, plan: Plan, directory: Path) -> PeftModel:
-        return cast(PeftModel, PeftModel.from_pretrained(self.base_model(plan), str(directory)).eval())
-
     def base_model(self, plan: Plan) -> PreTrainedModel:
-        device = torch.device(plan.config.device)
+        name = plan.config.model_name
+        if plan.goes_on and (adapter := adapter_at(name)) is not None:
+            name = adapter.model_name
+        return _settled(self._merged(plan, name))
+
+    def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig | None:
+        config = plan.config
+        if plan.goes_on or config.lora_r == 0:
+            return None
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            target_modules=config.target_modules,
+            modules_to_save=config.modules_to_save,
+        )
+        _require_modules(plan, base, adapter)
+        return adapter
+
+    def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
+        if not plan.goes_on or (adapter := adapter_at(plan.config.model_name)) is None:
+            return base
+        config = LoraConfig.from_pretrained(str(adapter.directory))
+        config.lora_dropout = plan.config.lora_dropout
+        return cast(PeftModel, PeftModel.from_pretrained(base, str(adapter.directory), is_trainable=True, config=config))
+
+    def trained(self, plan: Plan, run: RunDirectory) -> Policy:
+        base = self.base_model(plan)
+        if plan.config.lora_r == 0:
+            return Policy(_settled(self._model(plan, str(run.trained))).eval(), base.eval())
+        model = PeftModel.from_pretrained(base, str(run.trained), adapter_name=TRAINED)
+        if plan.goes_on and (start := adapter_at(plan.config.model_name)) is not None:
+            model.load_adapter(str(start.directory), FROZEN)
+        return Policy(model.eval())
+
+    def _merged(self, plan: Plan, name: str) -> PreTrainedModel:
+        """The model of this name; where that is an adapter, merged into what it stands on."""
+        adapter = adapter_at(name)
+        if adapter is None:
+            return self._model(plan, self.source)
+        below = self._merged(plan, adapter.model_name)
+        return cast(PreTrainedModel, PeftModel.from_pretrained(below, str(adapter.directory)).merge_and_unload())
+
+    def _model(self, plan: Plan, source: str) -> PreTrainedModel:
+        """The model in `source` on the plan's device, quantised when the plan says so."""
+        config, device = plan.config, torch.device(plan.config.device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RunFailed("this torch cannot use CUDA", 'install a CUDA build of torch, or set "device": "cpu"')
-        options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype)}
-        if plan.config.use_4bit:
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type=plan.config.bnb_4bit_quant_type,
-                bnb_4bit_use_double_quant=plan.config.use_nested_quant,
-                bnb_4bit_compute_dtype=getattr(torch, plan.config.bnb_4bit_compute_dtype or plan.dtype),
-            )
+        # Trained weights are float32 whatever is computed in: updates are smaller than bf16 can add.
+        options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype) if config.lora_r else torch.float32}
+        if config.use_4bit or config.use_8bit:
+            options["quantization_config"] = _quantisation(plan)
             options["device_map"] = {"": device}
-        model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, use_safetensors=True, **options))
-        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            # transformers 5.17 loads Gemma 2 with SDPA, which leaves the attention's soft-cap out without a word.
-            model.set_attn_implementation("eager")
-        for module in model.modules():
-            # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and it loses its gradients for good.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
-            # The reference is computed in training mode too, so only the adapter may have dropout.
-            for name, value in vars(module).items():
-                if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
-                    setattr(module, name, 0.0)
-        return model if plan.config.use_4bit else cast(PreTrainedModel, model.to(device))
+        model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
+        if "quantization_config" not in options:
+            return cast(PreTrainedModel, model.to(device))
+        if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
+            raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "leave use_4bit and use_8bit out")
+        return model
 
     def reward_model(self, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model as a classifier whose one label is the reward, in evaluation mode, and its tokenizer."""
         options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
-        model, info = self._load(AutoModelForSequenceClassification, **options)
+        model, info = self._load(AutoModelForSequenceClassification, self.source, **options)
         if model.config.num_labels != 1 or info["missing_keys"]:  # transformers would make up a head that is not there
             raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
-        return cast(PreTrainedModel, model.to(device).eval()), cast(PreTrainedTokenizerBase, self._load(AutoTokenizer))
+        return cast(PreTrainedModel, model.to(device).eval()), cast(
+            PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source)
+        )
 
-    def _load(self, auto: Any, **options: Any) -> Any:
+    def _load(self, auto: Any, source: str, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
-            return auto.from_pretrained(self.source, trust_remote_code=False, local_files_only=self.only_local, **options)
+            return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
+        except ImportError as error:  # transformers asks for the package only now
+            raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
         except (OSError, ValueError) as error:
             if isinstance(error.__cause__, GatedRepoError):  # its description is public, its files are not
                 raise _gated(self.name) from error
@@ -125,6 +156,55 @@ class HuggingFace:
                 raise RunFailed(message, "check the network, or name a local model directory or GGUF file") from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(f"cannot load {self.name}: {reason}", "check that it is a complete model directory") from error
+
+
+def _quantisation(plan: Plan) -> transformers.BitsAndBytesConfig:
+    config = plan.config
+    if config.use_8bit:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=config.use_nested_quant,
+        bnb_4bit_compute_dtype=getattr(torch, config.bnb_4bit_compute_dtype or plan.dtype),
+    )
+
+
+def _settled(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it may be trained: with its whole attention, no dropout, and 4-bit layers that keep their gradients."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # transformers 5.17 loads Gemma 2 with SDPA, which leaves the attention's soft-cap out without a word.
+        model.set_attn_implementation("eager")
+    for module in model.modules():
+        # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and it loses its gradients for good.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        # The reference is computed in training mode too, so only the adapter may have dropout.
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
+                setattr(module, name, 0.0)
+    return model
+
+
+def _require_modules(plan: Plan, base: PreTrainedModel, adapter: LoraConfig) -> None:
+    """`InvalidInput` where the adapter names what is not in the model: PEFT would pass over a name, and keep silent."""
+    modules = dict(base.named_modules())
+    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    wanted = plan.config.target_modules
+    if isinstance(wanted, list) and (unknown := set(wanted) - linear):
+        key, message = "target_modules", f"no linear layer named {', '.join(sorted(unknown))}"
+    elif isinstance(wanted, str) and wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in modules):
+        key, message = "target_modules", f"no layer whose whole name matches {wanted!r}"
+    elif unknown := set(adapter.modules_to_save or ()) - {name.rpartition(".")[2] for name in modules}:
+        key, message = "modules_to_save", f"no module named {', '.join(sorted(unknown))}"
+    else:
+        return
+    fix = f"its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, in names like {_example(modules)}"
+    raise InvalidInput([Problem("error", "no-such-module", f"{plan.model_label} has {message}", fix, key)])
+
+
+def _example(modules: Mapping[str, Any]) -> str:
+    return next((name for name, module in modules.items() if isinstance(module, torch.nn.Linear)), "none")
 
 
 def _hub_answers(model_name: str) -> bool:

@@ -1,6 +1,7 @@
 """The run directory: what a run leaves, and the only place that knows the file names.
 
-plan.json  manifest.json  metrics.jsonl  metrics.json  adapter/  train.log
+plan.json  manifest.json  metrics.jsonl  metrics.json  train.log
+adapter/, a PEFT adapter, or model/, where every weight was trained
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
 
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
-ADAPTER, WEIGHTS, CARD, LOG = "adapter", "adapter_model.safetensors", "README.md", "train.log"
+ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
+SAFE = "*.safetensors"
 
 
 class RunDirectory:
@@ -28,7 +30,7 @@ class RunDirectory:
     @classmethod
     def check(cls, path: Path, overwrite: bool) -> None:
         """Refuse a directory that holds results of a run, unless `overwrite`."""
-        if any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER)) and not overwrite:
+        if any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL)) and not overwrite:
             message = f"{path} holds a run already"
             fix = "choose another with output_dir=..., or replace it with --overwrite"
             raise InvalidInput([Problem("error", "run-exists", message, fix, "output_dir")])
@@ -55,20 +57,23 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> RunDirectory:
-        """A directory that holds a finished run, with the adapter that the run wrote."""
+        """A directory that holds a finished run, with the weights that the run wrote."""
         run = cls(path)
-        missing = [name for name in (PLAN, SUMMARY, f"{ADAPTER}/{WEIGHTS}") if not (path / name).is_file()]
+        missing = [name for name in (PLAN, SUMMARY) if not (path / name).is_file()]
+        if not any(run.trained.glob(SAFE)):
+            missing.append(f"{ADAPTER}/{WEIGHTS}")
         if missing:
             message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
             raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a finished `dpo train`")])
-        if run.read_json(SUMMARY)["adapter_sha256"] != sha256(run.adapter / WEIGHTS):
-            message = f"the adapter in {path} is not the one that this run wrote"
+        if run.read_json(SUMMARY)["adapter_sha256"] != _sha256_of_all(run.trained):
+            message = f"the {run.trained.name} in {path} is not the one that this run wrote"
             raise InvalidInput([Problem("error", "adapter-changed", message, "train again, or restore the file")])
         return run
 
     @property
-    def adapter(self) -> Path:
-        return self.path / ADAPTER
+    def trained(self) -> Path:
+        """The folder of what was trained: the adapter, or the whole model."""
+        return self.path / (MODEL if (self.path / MODEL).is_dir() else ADAPTER)
 
     @property
     def log(self) -> Path:
@@ -86,13 +91,16 @@ class RunDirectory:
         with (self.path / LINES).open("a", encoding="utf-8") as file:
             file.write(json_text(line) + "\n")
 
-    def write_adapter(self, save: Callable[[Path], Any]) -> str:
-        """`save` fills a folder that then becomes adapter/; returns the SHA-256 of the weights."""
-        self._replace(self.adapter, save)
-        return sha256(self.adapter / WEIGHTS)
+    def write_trained(self, save: Callable[[Path], Any], whole: bool) -> str:
+        """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights."""
+        place, other = self.path / (MODEL if whole else ADAPTER), self.path / (ADAPTER if whole else MODEL)
+        self._replace(place, save)
+        if other.is_dir():  # of the run that this one replaces
+            shutil.rmtree(other)
+        return _sha256_of_all(place)
 
     def write_card(self, text: str) -> None:
-        self._replace(self.adapter / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+        self._replace(self.trained / CARD, lambda part: part.write_text(text, encoding="utf-8"))
 
     def _replace(self, place: Path, write: Callable[[Path], Any]) -> None:
         part = place.with_name(f".{place.name}.part")
@@ -102,6 +110,12 @@ class RunDirectory:
         if place.is_dir():
             shutil.rmtree(place)
         part.replace(place)
+
+
+def _sha256_of_all(folder: Path) -> str:
+    """The SHA-256 of the folder's weights; of several files, that of their digests in the order of their names."""
+    digests = [sha256(file) for file in sorted(folder.glob(SAFE))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:

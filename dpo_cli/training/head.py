@@ -169,8 +169,8 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: Head) -> TokenScores:
     return TokenScores(*_ScoreTokens.apply(hidden, head.weight, head.bias, targets, head))  # type: ignore[no-untyped-call]
 
 
-def token_kl(policy: Tensor, reference: Tensor, head: Head) -> Tensor:
-    """Exact KL(policy || reference) in nats at each position, (n,), from both models' hidden states (n, H).
+def token_kl(policy: Tensor, reference: Tensor, head: Head, ref_head: Head) -> Tensor:
+    """Exact KL(policy || reference) in nats at each position, (n,), from both models' hidden states (n, H) and heads.
 
     KL = sum_v p(v) * (log p(v) - log q(v)) over the full vocabulary. No gradient.
     """
@@ -178,6 +178,6 @@ def token_kl(policy: Tensor, reference: Tensor, head: Head) -> Tensor:
         parts = []
         for part in head.chunks(len(policy)):
             log_p = head.logits(policy[part]).log_softmax(dim=-1)
-            log_q = head.logits(reference[part]).log_softmax(dim=-1)
+            log_q = ref_head.logits(reference[part]).log_softmax(dim=-1)
             parts.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
         return torch.cat(parts)

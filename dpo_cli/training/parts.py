@@ -1,8 +1,9 @@
 """A micro-batch that does not fit the GPU, run in halves: the same gradient but for dropout drawn anew, and the run goes on.
 
-The loss of a micro-batch is the mean over its pairs, so its gradient is the mean of its halves' gradients, weighted by their
-pairs. A backward pass that runs out of memory has added to some gradients already. So each try starts without gradients, and
-only those of a whole one are added to what was there, as autograd itself would have added them.
+The loss of a micro-batch of DPO is the mean over its pairs, so its gradient is the mean of its halves' gradients, weighted by
+their pairs. That of SFT is its tokens' share of the whole step's loss, so the gradients of its halves add up. A backward pass
+that runs out of memory has added to some gradients already. So each try starts without gradients, and only those of a whole one
+are added to what was there, as autograd itself would have added them.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from torch import Tensor, nn
 Batch = Mapping[str, Tensor]
 
 
-def pairs_in(batch: Batch) -> int:
-    """Pairs of a micro-batch of TRL's, whose tensors have two rows a pair."""
-    return len(next(iter(batch.values()))) // 2
+def units_in(batch: Batch, rows_a_unit: int) -> int:
+    """Units of a micro-batch of TRL's: pairs, whose tensors have two rows each, or demonstrations, which have one."""
+    return len(next(iter(batch.values()))) // rows_a_unit
 
 
-def halves(batch: Batch) -> list[Batch]:
-    """Two micro-batches with the first and the second half of the pairs; chosen rows stand before rejected ones."""
-    count = pairs_in(batch)
-    assert all(len(rows) == 2 * count for rows in batch.values())
+def halves(batch: Batch, rows_a_unit: int) -> list[Batch]:
+    """Two micro-batches with the first and the second half of the units; first rows of all units stand before second ones."""
+    count = units_in(batch, rows_a_unit)
+    assert all(len(rows) == rows_a_unit * count for rows in batch.values())
     cuts = (slice(0, count // 2), slice(count // 2, count))
-    return [{name: torch.cat([rows[:count][cut], rows[count:][cut]]) for name, rows in batch.items()} for cut in cuts]
+    return [{name: torch.cat([part[cut] for part in torch.split(rows, count)]) for name, rows in batch.items()} for cut in cuts]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -34,11 +35,17 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def run_in_parts(
-    step: Callable[[Batch], Tensor], batch: Batch, parameters: Sequence[nn.Parameter], tell: Callable[[str], None]
+    step: Callable[[Batch], Tensor],
+    batch: Batch,
+    parameters: Sequence[nn.Parameter],
+    tell: Callable[[str], None],
+    rows_a_unit: int = 2,
+    is_mean: bool = True,
 ) -> Tensor:
-    """`step(batch)`, forward and backward; where that is out of memory, the same in halves, down to one pair.
+    """`step(batch)`, forward and backward; where that is out of memory, the same in halves, down to one unit.
 
-    The gradients of `parameters` are then what they were, plus those of the whole micro-batch. Returns its loss.
+    The gradients of `parameters` are then what they were, plus those of the whole micro-batch. Returns its loss, which is the
+    mean over units with `is_mean`, else a sum.
     """
     sums = [parameter.grad for parameter in parameters]
     waiting, losses = [(batch, 1.0)], []
@@ -58,11 +65,12 @@ def run_in_parts(
             continue
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        count = pairs_in(part)
+        count = units_in(part, rows_a_unit)
         if count == 1:
             raise lacking
-        tell(f"out of memory with {count} pairs at once: they go on in halves; a smaller per_device_train_batch_size is faster")
-        waiting[:0] = [(half, share * pairs_in(half) / count) for half in halves(part)]
+        tell(f"out of memory with {count} rows at once: they go on in halves; a smaller per_device_train_batch_size is faster")
+        made = [(half, units_in(half, rows_a_unit)) for half in halves(part, rows_a_unit)]
+        waiting[:0] = [(half, share * units / count if is_mean else share) for half, units in made]
     for parameter, grad in zip(parameters, sums, strict=True):
         parameter.grad = grad
     return torch.stack(losses).sum()

@@ -25,12 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_cli.data.tokens import EncodedPair
+from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import RunFailed
-from dpo_cli.plan import EXPECTED, Scoring
+from dpo_cli.plan import EXPECTED, ONE_RESPONSE, Scoring
 from dpo_cli.training import sharing
 from dpo_cli.training.head import Head, score_tokens
 from dpo_cli.training.sharing import IGNORED, Layout
@@ -67,13 +66,15 @@ def states_of(scoring: Scoring) -> States:
     return shared_states if scoring.shared else plain_states
 
 
-def choose(model: PreTrainedModel, pairs: Sequence[EncodedPair], pad_token_id: int, prompt_sharing: bool | str) -> Scoring:
+def choose(model: PreTrainedModel, rows: Sequence[Encoded], pad_token_id: int, prompt_sharing: bool | str) -> Scoring:
     """How a run scores, by its `prompt_sharing`: shared prompts only where this model then computes the same.
 
     Raises `RunFailed` where sharing is demanded (true) and not exact, and for a model whose head is not known here.
     """
-    by_length = sorted(pairs, key=lambda pair: pair.length)
+    by_length = sorted(rows, key=lambda row: row.length)
     _require_our_head(model, collate(by_length[:1], pad_token_id, model.device))
+    if len(rows[0].responses) == 1:
+        return ONE_RESPONSE
     if prompt_sharing is False:
         return EXPECTED[False]
     why_not = sharing.obstacle(model)
@@ -187,11 +188,19 @@ def response_log_probs(model: PreTrainedModel, states: States, batch: Mapping[st
         return score_tokens(states(model, **batch), labels[labels != IGNORED], Head.of(model)).log_probs
 
 
-def collate(pairs: Sequence[EncodedPair], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """TRL's micro-batch of these pairs: `labels`, `input_ids` and `attention_mask`, each (2B, L)."""
-    batch = DataCollatorForPreference(pad_token_id)([{name: getattr(pair, name) for name in ID_COLUMNS} for pair in pairs])
-    labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, IGNORED)
-    return {name: value.to(device) for name, value in {**batch, "labels": labels}.items()}
+def collate(rows: Sequence[Encoded], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """TRL's micro-batch of these B rows with k responses each: `labels`, `input_ids` and `attention_mask`, each (kB, L)."""
+    kinds = range(len(rows[0].responses))
+    sequences = [(row.prompt_ids, row.responses[kind]) for kind in kinds for row in rows]  # all chosen, then all rejected
+    columns = {
+        "input_ids": ([prompt + response for prompt, response in sequences], pad_token_id),
+        "attention_mask": ([[1] * (len(prompt) + len(response)) for prompt, response in sequences], 0),
+        "labels": ([[IGNORED] * len(prompt) + response for prompt, response in sequences], IGNORED),
+    }
+    return {
+        name: nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in values], batch_first=True, padding_value=pad).to(device)
+        for name, (values, pad) in columns.items()
+    }
 
 
 def attach(model: PreTrainedModel, states: States, temperature: float = 1.0) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from dpo_cli.hardware.probe import GIB
-from dpo_cli.training.dpo import PairTotals
+from dpo_cli.training.trainer import Totals
 
 Sink = Callable[[dict[str, Any]], None]
 
@@ -20,7 +20,7 @@ Sink = Callable[[dict[str, Any]], None]
 class Record(TrainerCallback):
     """Hands each line of metrics.jsonl to the sinks: the file, the screen."""
 
-    def __init__(self, totals: PairTotals, sinks: list[Sink]) -> None:
+    def __init__(self, totals: Totals, sinks: list[Sink]) -> None:
         self.totals, self.sinks = totals, sinks
         self.last_train: dict[str, Any] | None = None
         self.peak_gb: float | None = None  # the most memory until the last step

@@ -1,0 +1,74 @@
+"""What a config file holds: one config, that of a plan.json, or one for each of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.config import reader
+from dpo_cli.config.schema import STRATEGIES, defaults, options
+
+PLAN_VERSION = 1  # of plan.json, which is read as a config too
+
+
+@dataclass(frozen=True)
+class Written:
+    """A config as it is written: its values, where each stands, and in a plan where each came from."""
+
+    path: str
+    values: Mapping[str, Any]
+    positions: Mapping[reader.Path, tuple[int, int]]
+    damaged: frozenset[Any]  # keys whose values could not be read
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    stage: int | None = None
+    foundation: str | None = None
+
+
+def written(path: str, document: reader.Document) -> list[Written]:
+    """The configs of a document that is an object."""
+    values: dict[str, Any] = document.value
+    whole = Written(path, values, document.positions, _damaged(document, ()))
+    if values.get("plan_version") == PLAN_VERSION and isinstance(values.get("config"), dict):  # repeats its run
+        origin = values["sources"] if isinstance(values.get("sources"), dict) else {}
+        positions = {key[1:]: where for key, where in document.positions.items() if key[:1] == ("config",)}
+        return [Written(path, values["config"], positions, _damaged(document, ("config",)), origin)]
+    named = values.get("stages")
+    if not isinstance(named, list) or not named or not all(isinstance(stage, dict) for stage in named):
+        return [whole]  # with a value of "stages" that the schema refuses, where there is one
+    made: list[Written] = []
+    for number in range(len(named)):
+        made.append(_stage(document, path, number, made[-1] if made else None))
+    return made
+
+
+def _stage(document: reader.Document, path: str, number: int, before: Written | None) -> Written:
+    """The stage's own values over those of the file that belong to its strategy.
+
+    It trains on what the stage before left, unless it names a model; its run directory is a folder of the file's.
+    """
+    own, place = document.value["stages"][number], ("stages", number)
+    strategy = str(own.get("strategy", document.value.get("strategy", defaults()["strategy"])))
+    read_as = "sft" if strategy == "qlora" else strategy
+    shared = {
+        key: value
+        for key, value in document.value.items()
+        if key != "stages" and (key not in options() or read_as in options()[key].strategies or read_as not in STRATEGIES)
+    }
+    values = {**shared, **own}
+    root = Path(shared.get("output_dir") or Path("runs") / (Path(path).stem if path != "-" else "stdin"))
+    values["output_dir"] = own.get("output_dir") or str(root / f"{number + 1}-{strategy}")
+    foundation = None
+    if before is not None and "model_name" not in own:
+        foundation = before.foundation or str(before.values.get("model_name", defaults()["model_name"]))
+        values["model_name"] = before.values["output_dir"]
+    positions = {key: where for key, where in document.positions.items() if key[:1] != ("stages",) and not own.keys() & key[:1]}
+    positions |= {key[2:]: where for key, where in document.positions.items() if key[:2] == place and len(key) > 2}
+    damaged = _damaged(document, ()) - {"stages"} - own.keys() | _damaged(document, place)
+    return Written(path, values, positions, damaged, {}, number + 1, foundation)
+
+
+def _damaged(document: reader.Document, within: tuple[Any, ...]) -> frozenset[Any]:
+    depth = len(within)
+    return frozenset(place[depth] for place in document.damaged if len(place) > depth and place[:depth] == within)

@@ -1,0 +1,85 @@
+"""TRL's SFTTrainer as this program uses it; what both trainers share is in trainer.py.
+
+Rows come with their token ids and labels, which TRL takes as they are (`skip_prepare_dataset`). `compute_loss` is overridden
+only to read the figures off the model call that TRL makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.plan import Plan
+from dpo_cli.training import scoring
+from dpo_cli.training.sharing import IGNORED
+from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, ready
+
+FIGURES = ("token_accuracy",)  # share of the completion's tokens that the model finds most likely
+
+
+class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
+    """SFTTrainer on encoded demonstrations, scoring with our head.
+
+    The loss is the mean of -log p over all completion tokens of a step, whatever micro-batches they came in.
+    """
+
+    ROWS_A_UNIT = 1
+    IS_MEAN = False
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls.clear()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        (call,) = self.calls
+        tokens = call.label_mask.sum(dim=1)
+        accuracy = call.is_top1.sum(dim=1) / tokens.clamp(min=1)
+        self.totals.add(accuracy[:, None], int(inputs["attention_mask"].sum()), weights=tokens)
+        return loss
+
+
+def build_trainer(
+    model: PreTrainedModel | PeftModel,
+    adapter: LoraConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    train: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    run_evaluation: Evaluate,
+    tell: Tell = print,
+    frozen: PreTrainedModel | None = None,
+) -> DemonstrationTrainer:
+    """The trainer of a plan, with a fresh `adapter`, that of `model`, or none; `frozen` is what evaluations compare with."""
+    trainer = DemonstrationTrainer(
+        model=model,
+        args=trainer_arguments(plan, evaluates=bool(held_out)),
+        train_dataset=_rows(train),
+        eval_dataset=_rows(held_out) if held_out else None,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    trainer.ref_model = frozen
+    trainer.take_over(scoring.plain_states, Totals(FIGURES), run_evaluation, tell)
+    ready(trainer, plan)
+    return trainer
+
+
+def trainer_arguments(plan: Plan, evaluates: bool) -> SFTConfig:
+    """The plan in TRL's words."""
+    return SFTConfig(**common_arguments(plan, evaluates), dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
+
+
+def _rows(demonstrations: Sequence[Encoded]) -> Dataset:
+    made = [(row.prompt_ids, row.responses[0]) for row in demonstrations]
+    return Dataset.from_dict(
+        {
+            "input_ids": [prompt + completion for prompt, completion in made],
+            "labels": [[IGNORED] * len(prompt) + completion for prompt, completion in made],
+            "length": [row.length for row in demonstrations],
+            SIZE: [row.length for row in demonstrations],
+        }
+    )

@@ -1,0 +1,209 @@
+"""What both trainers add to TRL's: steps that halve, a probe of the longest rows, and evaluations by our own figures.
+
+Beside dpo.py and sft.py the only module that overrides anything of TRL's (tests/test_dpo.py and tests/test_sft.py fail when TRL
+moves any of it):
+- `training_step`: a micro-batch that does not fit is run in parts (training/parts.py).
+- `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
+- the forward of the model: our head in the place of TRL's, which is a Triton kernel (training/scoring.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
+from trl.trainer.utils import FusedCausalLMOutput
+
+from dpo_cli.plan import Plan
+from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
+from dpo_cli.training import parts, scoring
+
+Evaluate = Callable[[Policy], dict[str, float]]
+Tell = Callable[[str], None]
+
+TRL_TOKENS = "_total_train_tokens"  # TRL's own count
+SIZE = "tokens_in_a_batch"  # column: what decides how much memory a row takes
+
+
+class Totals:
+    """Sums of the figures of what was trained on, and the tokens, since they were last taken."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+        self._figures: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self.tokens = 0  # of all sequences since the start, so a shared prompt counts twice on either path
+
+    def add(self, figures: Tensor, tokens: int, weights: Tensor | None = None) -> None:
+        """`figures` are (n, names), of n rows that count as `weights` (n,), or alike."""
+        self._figures.append(figures.cpu())
+        self._weights.append(torch.ones(len(figures)) if weights is None else weights.cpu())
+        self.tokens += tokens
+
+    def take(self) -> dict[str, float]:
+        """The means over the rows added since the last call."""
+        figures, weights = torch.cat(self._figures).double(), torch.cat(self._weights).double()
+        means = (figures * weights[:, None]).sum(dim=0) / weights.sum()
+        self.back_to((0, self.tokens))
+        return dict(zip(self.names, means.tolist(), strict=True))
+
+    def mark(self) -> tuple[int, int]:
+        """A place to go back to."""
+        return len(self._figures), self.tokens
+
+    def back_to(self, mark: tuple[int, int]) -> None:
+        """Forget what was added since the mark, in a try that failed."""
+        count, self.tokens = mark
+        del self._figures[count:], self._weights[count:]
+
+
+class CarefulTrainer:
+    """The part of a trainer that is ours; stands before one of TRL's trainers among the bases."""
+
+    ROWS_A_UNIT: int  # rows of a micro-batch that belong together
+    IS_MEAN: bool  # whether the loss is the mean over a micro-batch's units; else each row has its share of the step's loss
+
+    args: Any
+    model: Any
+    accelerator: Any
+    train_dataset: Any
+    control: TrainerControl
+
+    def take_over(self, states: scoring.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
+        """Put our head on the models that TRL's constructor made ready, and remember what is called later."""
+        self.policy = Policy(self.model, getattr(self, "ref_model", None))
+        self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
+        self.calls: list[FusedCausalLMOutput] = []  # of the head, since compute_loss began
+        for model in filter(None, (self.policy.network, self.policy.frozen)):
+            scoring.attach(model, states)
+        for model in filter(None, (self.policy.model, self.policy.frozen)):
+            model.register_forward_hook(self._keep_call)
+
+    def _keep_call(self, model: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, FusedCausalLMOutput):
+            self.calls.append(output)
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        step: Any = super().training_step  # type: ignore[misc]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if self.accelerator.num_processes > 1:  # whose processes add up gradients while they come, and must all do the same
+            return step(model, inputs, *args, **kwargs)
+
+        def attempt(batch: parts.Batch) -> Tensor:
+            mark = self.totals.mark()
+            try:
+                loss: Tensor = step(model, dict(batch), *args, **kwargs)
+            except RuntimeError:
+                self.totals.back_to(mark)
+                raise
+            return loss
+
+        batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        return parts.run_in_parts(attempt, batch, trained, self._tell, self.ROWS_A_UNIT, self.IS_MEAN)
+
+    def probe_longest(self) -> None:
+        """Run the rows with most tokens forward and backward once and leave no trace: what does not fit fails at once.
+
+        The room of what only later steps hold, gradients and two moments of each, is kept free of it.
+        """
+        sizes = self.train_dataset[SIZE]
+        rows = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
+        trainer: Any = self
+        batch = trainer.data_collator([self.train_dataset[i] for i in rows])
+        trainer.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
+        mark, device = self.totals.mark(), self.args.device
+        seen: Any = getattr(self, TRL_TOKENS)
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        later = torch.empty(3 * trained, dtype=torch.uint8, device=device)
+        on_gpu = [device] if device.type != "cpu" else []
+        with torch.random.fork_rng(on_gpu, device_type=device.type if on_gpu else "cuda"):
+            self.training_step(trainer.model_wrapped, batch)
+        del later
+        self.totals.back_to(mark)
+        setattr(self, TRL_TOKENS, seen)
+        trainer._metrics["train"].clear()
+        self.model.zero_grad(set_to_none=True)
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        self.model.eval()  # TRL's log() asks the model which of its own averages to add
+        figures = self._run_evaluation(self.policy)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        trainer: Any = self
+        trainer.log(dict(metrics))
+        self.model.train()
+        self.control = trainer.callback_handler.on_evaluate(self.args, trainer.state, self.control, metrics)
+        return metrics
+
+
+class ProbeFirst(TrainerCallback):
+    """Probes the longest rows once the trainer has put the model where it trains it, and before the first step."""
+
+    def __init__(self, trainer: CarefulTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.probe_longest()
+
+
+def ready(trainer: Any, plan: Plan) -> None:
+    """Give a built trainer's weights the dtypes they train in, and it the callbacks that every training has."""
+    _set_dtypes(trainer.model, plan)
+    trainer.add_callback(ProbeFirst(trainer))
+    trainer.remove_callback(PrinterCallback)
+
+
+def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan) -> None:
+    """TRL makes the adapter of a quantised model bf16, as QLoRA has it (arXiv:2305.14314, section 3).
+
+    That is right where bf16 is computed in. fp16's gradient scaler cannot unscale it, and float32 would lose by it. The frozen
+    copy of the adapter has the same dtype, or the policy would differ from it at step 0.
+    """
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values() if plan.dtype != "bfloat16" else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for name, parameter in parameters.items():
+        if f".{FROZEN}." in name:
+            parameter.data = parameter.data.to(parameters[name.replace(f".{FROZEN}.", f".{TRAINED}.")].dtype)
+
+
+def common_arguments(plan: Plan, evaluates: bool) -> dict[str, Any]:
+    """What of the plan every trainer is told, in TRL's words."""
+    config = plan.config
+    return {
+        "output_dir": str(plan.run_dir),
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps or -1,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.lr_scheduler_type,
+        # transformers 5.17 has no warmup_ratio: a fraction of warmup_steps is a share of all steps.
+        "warmup_steps": config.warmup_steps or config.warmup_ratio,
+        "optim": config.optim,
+        "train_sampling_strategy": "group_by_length" if config.group_by_length else "random",
+        "remove_unused_columns": False,  # the sampler reads the lengths; the collator takes what it knows
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": config.bf16,
+        "fp16": config.fp16,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "max_length": None,  # rows are fitted to max_seq_length before they come here
+        "router_aux_loss_coef": 0.0,  # mixture-of-experts routers are frozen, so there is no load to balance
+        "eval_strategy": "no" if not evaluates else "epoch" if config.eval_steps is None else "steps",
+        "eval_steps": config.eval_steps,
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,  # a NaN is to be seen, not replaced by the last average
+        "save_strategy": "no",
+        "report_to": "none",
+        "seed": config.seed,
+        "use_cpu": config.device == "cpu",
+        "dataloader_pin_memory": config.device == "cuda",
+        "disable_tqdm": True,
+    }
