@@ -95,6 +95,18 @@ def test_pairs_have_their_provenance_and_train(place: Path, talker_dir: Path) ->
     assert json.loads(trained.stdout)["steps"] == 2
 
 
+def test_an_adapter_answers_for_itself(place: Path) -> None:
+    """Drawn with the same seed, its answers are not the base's; and the rows name it."""
+    assert run().exit_code == 0
+    options = ["learning_rate=1e-2", "max_steps=4"]
+    assert CliRunner().invoke(app, ["train", "config.json", "output_dir=tuned", *options]).exit_code == 0
+    done = run("model_name=tuned", out="again.jsonl")
+    assert done.exit_code == 0, done.output
+    weights = sha256(place / "tuned" / "adapter" / "adapter_model.safetensors")
+    assert {row["provenance"]["model"]["sha256"] for row in rows("again.jsonl")} == {weights}
+    assert {row["chosen"] for row in rows("again.jsonl")} != {row["chosen"] for row in rows()}
+
+
 def test_a_killed_file_goes_on_to_the_same_bytes(place: Path) -> None:
     """One process is killed while it writes; another, with the same arguments, goes on from what is there."""
     assert run(out="whole.jsonl").exit_code == 0
@@ -200,7 +212,7 @@ def test_rows_of_every_kind_are_prompts(place: Path) -> None:
         {"prompt": "question 2", "system": "Be kind.", "other": 1},
     ]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
-    done = run("--json", rule(rank="longer", responses=12, temperature=3), prompts="rows.jsonl")
+    done = run("--json", rule(rank="longer", responses=24), prompts="rows.jsonl")
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert (told["prompts"], told["repeated"], told["pairs"]) == (3, 1, 6)
@@ -233,7 +245,7 @@ def test_a_reference_ranks_and_must_be_there(place: Path) -> None:
 
 def test_a_judge_ranks_and_its_key_is_nowhere(place: Path, endpoint: Endpoint) -> None:  # noqa: F811 - the fixture
     endpoint.reply = longer_is_better
-    asked = rule(rank="judge", judge_url=endpoint.url, judge_model="judge-1", criterion="longer", responses=6)
+    asked = rule(rank="judge", judge_url=endpoint.url, judge_model="judge-1", criterion="longer", responses=3)
     done = run(asked, "--json")
     assert done.exit_code == 0, done.output
     made = rows()

@@ -125,7 +125,7 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
     monkeypatch.setattr(judge, "PAUSES_SECONDS", (0.0, 0.0))
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     made = Endpoint()
-    thread = threading.Thread(target=made.server.serve_forever)
+    thread = threading.Thread(target=made.server.serve_forever, args=(0.01,))
     thread.start()
     yield made
     made.server.shutdown()
