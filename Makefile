@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 
-.PHONY: install demo demo-two-stage check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture check-unsloth clean
+.PHONY: install demo demo-two-stage demo-concise concise-data check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture check-unsloth clean
 
 install: .venv/installed $(MODEL)
 
@@ -28,6 +28,15 @@ $(MODEL): | .venv/installed
 demo: install
 	$(BIN)/dpo train configs/quickstart.json --overwrite
 	$(BIN)/dpo eval runs/quickstart
+
+# The same on pairs that the model itself made: `concise-data` samples and ranks them (10 minutes; the file is in the repository).
+demo-concise: install
+	$(BIN)/dpo train configs/concise.json --overwrite
+	$(BIN)/dpo eval runs/concise
+
+concise-data: install
+	rm -f data-samples/concise-preferences.jsonl
+	$(BIN)/dpo augment data-samples/concise-prompts.txt configs/concise.json --out data-samples/concise-preferences.jsonl
 
 check: .venv/installed
 	$(BIN)/ruff check .

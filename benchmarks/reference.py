@@ -102,6 +102,18 @@ WHILE_RUNNING = {
         '`"dataset": "owner/name"`',
         "the hub dataset has several splits to train on, or not the one named",
     ),
+    "rank-missing": (
+        "error",
+        "`dpo augment` without a rank",
+        '`"augment"` in the config does not say what makes an answer better',
+    ),
+    "row-no-reference": ("error", '`"rank": "reference"`', "the prompts that have no reference (or chosen) to compare with"),
+    "prompts-missing": ("error", "`dpo augment gone.txt`", "there is no such file"),
+    "prompts-format": ("error", "`dpo augment prompts.doc`", "which files of prompts are read"),
+    "prompts-unreadable": ("error", "`dpo augment folder.txt`", "the file cannot be read"),
+    "no-prompts": ("error", "`dpo augment` of an empty file", "the file holds no prompt"),
+    "out-changed": ("error", "an edited, unfinished `--out` file", "it is not what was written so far"),
+    "out-other-settings": ("error", "`dpo augment` gone on with another seed", "each setting that differs, with both values"),
     "model-unknown": (
         "error",
         "`dpo recommend --model me/mine`",

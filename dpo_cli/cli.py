@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.config.config import Loaded, is_override, load_stages
+from dpo_cli.config.config import Loaded, is_override, load, load_stages
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.console import Console
@@ -27,8 +27,9 @@ from dpo_cli.errors import DpoError, Exit, UsageError
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
-from dpo_cli.inspection import Inspection, inspect, lengths_of
+from dpo_cli.inspection import Inspection, inspect, inspect_prompts, lengths_of
 from dpo_cli.runs.directory import RunDirectory
+from dpo_cli.runs.resumable import ResumableFile
 
 MAX_VRAM_GB = 100_000
 ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]  # of the exit codes of several configs, the last is told
@@ -277,6 +278,37 @@ def evaluate(
     """Judge a run's adapter against its base model on held-out pairs."""
     with session(as_json, debug) as console:
         result = _composer().evaluate(run_dir, dataset, console)
+        if as_json:
+            console.json(result)
+
+
+@app.command()
+def augment(
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="A .txt file with a prompt a line, or rows with a prompt (.jsonl, ...).")
+    ],
+    config: ConfigFile,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The .jsonl file of pairs to write; an unfinished one goes on.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make preference pairs of the model's own answers to prompts, ranked as "augment" in CONFIG says."""
+    with session(as_json, debug) as console:
+        if out.suffix != ".jsonl":
+            raise UsageError(f"{out} is not called .jsonl", "name a .jsonl file: it gets a pair a line")
+        ResumableFile.check(out)
+        plan, asked, warnings = inspect_prompts(load(config, overrides or ()), probe(), prompts)
+        console.problems(warnings)
+        _composer()  # sets up the libraries
+        from dpo_cli.augment import augment as make_pairs
+
+        try:
+            result = make_pairs(plan, asked, out, console)
+        except KeyboardInterrupt:
+            console.line(f"stopped: the same command goes on with what {out} holds")
+            raise
         if as_json:
             console.json(result)
 

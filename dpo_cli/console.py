@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -147,6 +147,8 @@ class Console:
             [name.replace("_", " "), *(_interval(judged[group].get(name)) for group in ("policy", "base", "gain"))]
             for name in names
         ]
+        if tokens := judged.get("answer_tokens"):
+            rows.append(["answer tokens", *(_interval(tokens[group]) for group in ("policy", "base", "gain"))])
         noun = "pairs" if "pairs" in judged else "demonstrations"
         title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
@@ -154,6 +156,27 @@ class Console:
             base, adapter = sample["base"], sample["adapter"]
             text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
             self.panel(sample["prompt"][-200:], text)
+
+    @contextmanager
+    def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        """A progress bar over `total` of something, `done` of them before; a line now and then when piped.
+
+        The callable that it gives is told how many are done, and a few words about it.
+        """
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+        progress = Progress(*columns, console=self.out, expand=True)
+        task = progress.add_task(what, total=total, completed=done, said="")
+        told = done * PIPED_LINES // max(1, total)
+
+        def show(now: int, said: str) -> None:
+            nonlocal told
+            progress.update(task, completed=now, said=said)
+            if not self.out.is_terminal and (part := now * PIPED_LINES // total) > told:
+                told = part
+                self.line(f"{what} {now}/{total}  {said}")
+
+        with progress if self.out.is_terminal else _nothing():
+            yield show
 
     @contextmanager
     def training(self, steps: int) -> Iterator[TrainingView]:

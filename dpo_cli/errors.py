@@ -60,7 +60,9 @@ class Problem:
         return {name: values[name] for name in order}
 
 
-def about_rows(severity: Severity, code: str, reason: str, fix: str, key: str, file: str, lines: Sequence[int]) -> Problem:
+def about_rows(
+    severity: Severity, code: str, reason: str, fix: str, key: str | None, file: str, lines: Sequence[int]
+) -> Problem:
     """A problem of these rows of a file; the message shows the first ten."""
     lines = sorted(lines)
     if len(lines) == 1:

@@ -13,6 +13,7 @@ from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import lint, reader
 from dpo_cli.data.formats import Row
 from dpo_cli.data.lengths import Lengths
+from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.split import is_held_out_prompt, split
@@ -110,6 +111,23 @@ def inspect(
                 misfit = replace(misfit, severity="warning", stops_training=True)
             found.append(loaded.placed(misfit))
     return Inspection(tuple(found), data, plan)
+
+
+def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, Prompts, list[Problem]]:
+    """Check config and prompts of an augmentation, which needs no dataset: the plan, the prompts, and the warnings."""
+    draft = loaded.draft()
+    inspection = inspect(draft, machine, with_data=False, with_fit=False).stricter(lambda problem: problem.stops_training)
+    prompts = read_prompts(path, draft.values.get("columns"), draft.values.get("on_bad_rows") == "skip")
+    found = [*inspection.problems, *prompts.problems]
+    rank = inspection.plan.config.augment.get("rank") if inspection.plan else None
+    if rank is None and not inspection.errors:
+        fix = 'say what makes an answer the better one: "augment": {"rank": "shorter"}; the README lists the others'
+        found.append(draft.placed(Problem("error", "rank-missing", '"augment" names no "rank"', fix, "augment")))
+    if rank == "reference":
+        found += without_reference(prompts, path)
+    if inspection.plan is None or any(problem.severity == "error" for problem in found):
+        raise InvalidInput(found)
+    return inspection.plan, prompts, [problem for problem in found if problem.severity == "warning"]
 
 
 def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Balance | None, list[Problem]]:

@@ -64,6 +64,10 @@ def rows(code: str, own: str, fix: str, line: int | None, severity: str = "error
     return Case(code, next(iter(name)), own, fix, line, severity, file=next(iter(name.values())))
 
 
+def judged(url: str) -> str:
+    return f'"augment": {{"rank": "judge", "judge_model": "m", "judge_url": "{url}"}}'
+
+
 SYNTAX = [
     Case("json-syntax", "use_4bit", '"use_4bit": True', "write true"),
     whole("json-syntax", "", 'write { "dataset"'),
@@ -175,6 +179,8 @@ VALUES = [
     Case("bad-value", "lora_dropout", '"lora_dropout": -0.1', "Dropout on the adapter"),
     Case("bad-value", "columns", '"columns": {"question": "prompt"}', "What prompt, chosen and rejected (system"),
     Case("bad-value", "quality", '"quality": {\n    "few_pairs": "many"\n  }', "The limits of the findings", FIRST + 1),
+    Case("bad-value", "augment", '"augment": {"rank": "best"}', "How `dpo augment` makes pairs"),
+    Case("bad-value", "augment", '"augment": {"api_key": "secret"}', "How `dpo augment` makes pairs"),
     Case("bad-value", "dataset", '"dataset": [{"path": "pairs.jsonl", "wait": 2}]', "weight 0.5"),
     Case("bad-value", "use_4bit", '"use_4bit": "True"', 'write "use_4bit": true'),
     Case("bad-value", "$schema", '"$schema": 3', "Where an editor finds"),
@@ -269,6 +275,16 @@ RULES = [
         '"bfloat16"',
         FIRST + 1,
     ),
+    Case("rank-incomplete", "augment", '"augment": {"rank": "regex"}', 'add "pattern"'),
+    Case("rank-incomplete", "augment", '"augment": {"rank": "reward", "reward_model": null}', 'add "reward_model"'),
+    Case("rank-incomplete", "augment", '"augment": {"rank": "judge", "judge_model": "m"}', 'add "judge_url"'),
+    Case("bad-regex", "augment", '"augment": {"rank": "regex", "pattern": "("}', "a regular expression"),
+    Case("judge-url", "augment", judged("https://me:secret@host/v1"), "OPENAI_API_KEY"),
+    Case("judge-url", "augment", judged("https://host/v1?key=secret"), "OPENAI_API_KEY"),
+    Case("judge-url", "augment", judged("host:8000/v1"), '"http://localhost:8000/v1"'),
+    Case("too-few-responses", "augment", '"augment": {"responses": 3, "pairs_per_prompt": 4}', 'raise "responses"'),
+    Case("augment-too-long", "augment", '"max_seq_length": 256,\n  "augment": {}', 'raise "max_seq_length"', FIRST + 1),
+    warning("no-effect", "augment", '"augment": {"rank": "shorter", "pattern": "yes"}', 'write "rank": "regex"'),
     warning("not-yet", "strategy", '"strategy": "rlhf"', '"strategy": "dpo"'),
     warning("not-yet", "report_to", '"report_to": "wandb"', '"report_to": "none"'),
 ]

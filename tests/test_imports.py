@@ -26,6 +26,9 @@ ORDER = [
     "evaluation",
     "runs",
     "training.run",
+    "judge",
+    "ranking",
+    "augment",
     "cli",
     "__main__",
 ]
@@ -72,7 +75,9 @@ def test_the_readme_maps_every_module_and_its_links_exist() -> None:
     assert not [path for path in MODULES if f"`{path.relative_to(ROOT)}`" not in text]
 
 
-@pytest.mark.parametrize("command", ["validate configs/quickstart.json", "recommend --vram 12", "train --help"])
+@pytest.mark.parametrize(
+    "command", ["validate configs/quickstart.json", "recommend --vram 12", "train --help", "augment --help"]
+)
 def test_light_commands_load_no_heavy_module(command: str) -> None:
     code = (
         "import sys\n"

@@ -56,7 +56,8 @@ class Loaded:
         errors = [(problem.code, problem.key) for problem in self.problems if problem.severity == "error"]
         if errors != [("missing-key", "dataset")]:
             return self
-        return replace(self, config=Config(**_normalised({**self.values, "dataset": ""})))
+        told = tuple(problem for problem in self.problems if problem.severity != "error")
+        return replace(self, problems=told, config=Config(**_normalised({**self.values, "dataset": ""})))
 
     def on_foundation(self) -> Loaded:
         """The same with the model below the stages before, by which it can be checked when they have not run."""

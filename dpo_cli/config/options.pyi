@@ -58,6 +58,7 @@ class Config:
     quality: dict[str, Any]
     on_bad_rows: Literal['stop', 'skip']
     use_chat_template: Literal[True, False, 'auto']
+    augment: dict[str, Any]
     eval_steps: int | None
     per_device_eval_batch_size: int
     logging_steps: int

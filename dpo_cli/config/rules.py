@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from dpo_cli.config import augmenting
 from dpo_cli.config.schema import options, same
 from dpo_cli.errors import Problem
 
@@ -289,6 +290,7 @@ RULES: Sequence[Rule] = (
     targets_are_a_pattern,
     output_is_no_input,
     unsloth_has_limits,
+    *augmenting.RULES,
 )
 
 

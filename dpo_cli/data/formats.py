@@ -85,6 +85,24 @@ def _key(prompt: Any, tools: tuple[Mapping[str, Any], ...]) -> str:
     return json.dumps([prompt, list(map(str, tools))] if tools else prompt, ensure_ascii=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt to answer, and an answer to compare with where its row has one; places and tools as in `Pair`."""
+
+    prompt: Text
+    reference: str | None
+    line: int
+    file: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def with_answers(self, chosen: str, rejected: str) -> Pair:
+        """The question as a pair: answers to messages are messages."""
+        one, other = (
+            (as_messages(text, "assistant") if isinstance(self.prompt, list) else text) for text in (chosen, rejected)
+        )
+        return Pair(self.prompt, one, other, self.line, self.file, self.tools)
+
+
 class BadRow(Exception):
     """Why a row cannot be used: a stable code, the reason in words, and what is particular to this row."""
 
@@ -181,6 +199,24 @@ def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, 
     return Demonstration(_with_system(messages[:-1], row.get("system")), messages[-1:], line, file, tools)
 
 
+def to_question(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Question:
+    """A parsed row to a question, or `BadRow`: a pair's prompt, or "prompt" alone; the reference is "reference" or "chosen"."""
+    row = _renamed(row, columns or {})
+    reference = row.get("reference")
+    if reference is not None:
+        reference = flat(_text(reference, "reference"))
+    if _responses(row):
+        pair = to_pair(row, line, file)
+        return Question(pair.prompt, reference or flat(pair.chosen), line, file, pair.tools)
+    if "prompt" not in row:
+        found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
+        raise BadRow("row-missing-key", "no prompt", f'which has {found}; "columns" can say what it is called')
+    prompt = _with_system(_text(row["prompt"], "prompt"), row.get("system"))
+    if isinstance(prompt, list):
+        _require_open(prompt)
+    return Question(prompt, reference, line, file, _tools(row.get("tools")))
+
+
 def as_messages(text: Text, role: str) -> list[Message]:
     """A plain string as one message of `role`; messages as they are, and an empty string as none."""
     return text if isinstance(text, list) else [{"role": role, "content": text}] if text else []
@@ -247,6 +283,10 @@ def _check_roles(prompt: Text, responses: Mapping[str, Any]) -> None:
     for key, messages in responses.items():
         if any(message["role"] not in RESPONSE_ROLES for message in messages):
             raise BadRow("row-role", f"{key} holds a message of another role than {' or '.join(RESPONSE_ROLES)}")
+    _require_open(prompt)
+
+
+def _require_open(prompt: Text) -> None:
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise BadRow("row-role", "the prompt ends with an assistant message, so there is nothing to answer")
 

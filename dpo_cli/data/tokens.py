@@ -125,12 +125,12 @@ def _rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[s
     when the model is asked, with the responses put after it; else a part of it would be in the loss.
     """
     messages, tools = as_messages(row.prompt, "user"), [dict(tool) for tool in row.tools] or None
-    prompt = _template(tokenizer, messages, tools, add_generation_prompt=True)
-    if tools and prompt == _template(tokenizer, messages, None, add_generation_prompt=True):
+    prompt = render(tokenizer, messages, tools, add_generation_prompt=True)
+    if tools and prompt == render(tokenizer, messages, None, add_generation_prompt=True):
         raise TemplateError("it does not know tools, and would leave them out")
 
     def followed_by(response: Text) -> str:
-        return _template(tokenizer, messages + as_messages(response, "assistant"), tools)
+        return render(tokenizer, messages + as_messages(response, "assistant"), tools)
 
     followed = [followed_by(response) for response in row.responses]
     for response, text in zip(row.responses, followed, strict=True):
@@ -150,7 +150,7 @@ def _require_calls(
     """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
     if isinstance(response, list) and any(message.get("tool_calls") for message in response):
         without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
-        if rendered == _template(tokenizer, prompt + without, tools):
+        if rendered == render(tokenizer, prompt + without, tools):
             raise TemplateError("it does not know tool calls, and would leave them out")
 
 
@@ -221,7 +221,7 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool) -> str:
     """A rendered conversation; the template writes its own BOS."""
     with bounded():
         text = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))

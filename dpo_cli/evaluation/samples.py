@@ -1,55 +1,144 @@
-"""Answers of the base model and the adapter to the same prompts, side by side."""
+"""Answers of a model to prompts, in batches: greedy or sampled, and those of a base and its adapter side by side."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.data.tokens import Encoded
+from dpo_cli.evaluation.metrics import Intervals
 from dpo_cli.providers.policy import Policy
+from dpo_cli.training.parts import is_out_of_memory
 
-MAX_NEW_TOKENS = 64
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote: the text, its tokens without the one that ends it, and whether that one came."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; without a temperature the likeliest is taken."""
+
+    max_new_tokens: int
+    temperature: float | None = None
+    top_p: float = 1.0
+
+
+GREEDY = Sampling(128)  # of an evaluation
 
 
 @dataclass(frozen=True)
 class Sample:
+    """A prompt's last message, and the answers of both models to the prompt."""
+
     prompt: str
-    base: str
-    adapter: str
+    base: Answer
+    adapter: Answer
 
     def to_json(self) -> dict[str, str]:
-        return asdict(self)
+        return {"prompt": self.prompt, "base": self.base.text, "adapter": self.adapter.text}
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    dtype: torch.dtype,
+    count: int = 1,
+) -> list[list[Answer]]:
+    """`count` answers to each prompt (token ids), made as one batch of left-padded rows, in evaluation mode.
+
+    Sampled answers follow torch's random state and, through rounding, the whole batch: the same batch has the same answers.
+    """
+    model.eval()
+    device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (prompts, width)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ends = _ends(model, tokenizer)
+    is_sampled = sampling.temperature is not None
+    # What is left out here would be taken from the model's own generation_config.
+    wanted = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=is_sampled,
+        num_return_sequences=count,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad,
+        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0} if is_sampled else {}),
+    )
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
+    rows: list[list[int]] = made[:, width:].tolist()
+    answers = [_answer(row, ends, tokenizer) for row in rows]
+    return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+
+def _ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the tokenizer's EOS, and those that the model adds (Llama 3 has two more)."""
+    known = model.generation_config.eos_token_id
+    return {int(tokenizer.eos_token_id), *(known if isinstance(known, list) else [] if known is None else [known])}
+
+
+def _answer(row: Sequence[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    tokens = next((i for i, token in enumerate(row) if token in ends), None)
+    text = str(tokenizer.decode(row[:tokens], skip_special_tokens=True)).strip()
+    return Answer(text, len(row) if tokens is None else tokens, finished=tokens is not None)
 
 
 def side_by_side(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], count: int, dtype: torch.dtype
 ) -> list[Sample]:
-    """Greedy answers of at most `MAX_NEW_TOKENS` tokens to the first `count` different prompts."""
-    chosen = list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
+    """Greedy answers of the reference and the policy to the first `count` different prompts."""
+    first = list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
+    if not first:
+        return []
     policy.model.eval()
-    device = policy.network.device
-    samples = []
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for row in chosen:
-            ids = torch.tensor([row.prompt_ids], device=device)
-            adapter = _answer(policy.network, tokenizer, ids)
-            with policy.as_reference() as reference:
-                base = _answer(reference, tokenizer, ids)
-            prompt = row.row.prompt
-            samples.append(Sample(prompt if isinstance(prompt, str) else prompt[-1]["content"], base, adapter))
-    return samples
+    prompts = [row.prompt_ids for row in first]
+    adapter = _greedy(policy.network, tokenizer, prompts, dtype)
+    with policy.as_reference() as reference:
+        base = _greedy(reference, tokenizer, prompts, dtype)
+    said = [row.row.prompt for row in first]
+    last = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in said]
+    return [Sample(*parts) for parts in zip(last, base, adapter, strict=True)]
 
 
-def _answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> str:
-    made: Any = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
+def _greedy(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], dtype: torch.dtype
+) -> list[Answer]:
+    """An answer to each prompt; a batch that is out of memory is made in halves."""
+    try:
+        return [answer for (answer,) in generate(model, tokenizer, prompts, GREEDY, dtype)]
+    except RuntimeError as error:
+        if len(prompts) == 1 or not is_out_of_memory(error):
+            raise
+    half = len(prompts) // 2
+    return [answer for part in (prompts[:half], prompts[half:]) for answer in _greedy(model, tokenizer, part, dtype)]
+
+
+def answer_tokens(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """Mean tokens of the answers of `base` and of `policy`, and `gain`, their paired difference, with intervals.
+
+    An answer that did not end counts with the tokens it has.
+    """
+    if not samples:
+        return None
+    base, policy = (
+        np.array([float(answer.tokens) for answer in side])
+        for side in ([sample.base for sample in samples], [sample.adapter for sample in samples])
     )
-    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    intervals = Intervals([str(i) for i in range(len(samples))])
+    figures = {"base": base, "policy": policy, "gain": policy - base}
+    return {name: intervals.of((values, np.ones_like(values))) for name, values in figures.items()}

@@ -22,7 +22,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
@@ -128,6 +134,16 @@ class HuggingFace:
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
             raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "leave use_4bit and use_8bit out")
         return model
+
+    def reward_model(self, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model as a classifier whose one label is the reward, in evaluation mode, and its tokenizer."""
+        options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
+        model, info = self._load(AutoModelForSequenceClassification, self.source, **options)
+        if model.config.num_labels != 1 or info["missing_keys"]:  # transformers would make up a head that is not there
+            raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
+        return cast(PreTrainedModel, model.to(device).eval()), cast(
+            PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source)
+        )
 
     def _load(self, auto: Any, source: str, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""

@@ -24,7 +24,7 @@ from dpo_cli.data import reader
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
-from dpo_cli.evaluation.samples import side_by_side
+from dpo_cli.evaluation.samples import answer_tokens, side_by_side
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.inspection import Data, Inspection, inspect
 from dpo_cli.plan import Counts, Plan, Scoring, does_not_fit, out_of_memory, resolve
@@ -44,7 +44,7 @@ from dpo_cli.training.scoring import choose, states_of
 
 PROVIDERS: dict[str, Callable[[str], Provider]] = {"huggingface": HuggingFace, "unsloth": Unsloth}
 TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo.build_trainer, "sft": sft.build_trainer}
-SAMPLES = 3
+ANSWERS, SAMPLES = 32, 3  # held-out prompts that an evaluation answers, and of those that it shows
 
 
 def train(
@@ -151,8 +151,9 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
             plan = replace(plan, scoring=scoring)
             _tell_scoring(plan, console)
         judged = _judge(policy, tokenizer, rows, plan)
-        shown = side_by_side(policy, tokenizer, rows, SAMPLES, getattr(torch, plan.dtype))
-    samples = [sample.to_json() for sample in shown]
+        answers = side_by_side(policy, tokenizer, rows, ANSWERS, getattr(torch, plan.dtype))
+    judged["answer_tokens"] = answer_tokens(answers)
+    samples = [sample.to_json() for sample in answers[:SAMPLES]]
     console.judgement(judged, samples)
     return {**judged, "thresholds": [], "samples": samples}
 

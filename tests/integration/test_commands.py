@@ -92,6 +92,10 @@ def test_eval_repeats_the_figures_of_the_run(workplace: Path) -> None:
     assert set(judged["base"]) == set(judged["gain"]) == {"logp_accuracy", "normalized_logp_accuracy"}
     assert judged["policy"]["margin"]["value"] > 0.05
     assert len(judged["samples"]) == 3
+    tokens = judged["answer_tokens"]
+    assert set(tokens) == {"base", "policy", "gain"} and all(set(figure) == FIGURE for figure in tokens.values())
+    assert tokens["gain"]["value"] == pytest.approx(tokens["policy"]["value"] - tokens["base"]["value"])
+    assert 0 < tokens["base"]["value"] <= 128
     assert judged["thresholds"] == []
 
 
@@ -101,6 +105,7 @@ def test_eval_on_another_file_and_as_a_table(workplace: Path) -> None:
     assert "40 pairs of 20 prompts" in done.stdout
     assert done.stdout.count("adapter: ") == 3
     assert "normalized logp accuracy" in done.stdout
+    assert "answer tokens" in done.stdout
 
 
 def test_a_plan_repeats_its_run_bit_by_bit(workplace: Path) -> None:

@@ -1,0 +1,75 @@
+"""Rules within the option `augment`, as rules.py has them between options."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from dpo_cli.config.schema import inner_defaults
+from dpo_cli.errors import Problem
+
+Values = Mapping[str, Any]
+
+# What a rank needs, and no other does.
+RANK_PARTS = {"regex": ("pattern",), "reward": ("reward_model",), "judge": ("judge_url", "judge_model", "criterion")}
+
+
+def _augment(values: Values, given: Values) -> Values | None:
+    """The parts of `augment` with their defaults, None where it is not used."""
+    return {**inner_defaults("augment"), **values["augment"]} if "augment" in given and "augment" in values else None
+
+
+def rank_has_its_parts(values: Values, given: Values) -> Iterator[Problem]:
+    if (augment := _augment(values, given)) is None:
+        return
+    rank = augment["rank"]
+    if missing := [name for name in RANK_PARTS.get(rank, ()) if augment[name] is None]:
+        message = f'"augment": the rank {rank} needs {" and ".join(missing)}'
+        yield Problem("error", "rank-incomplete", message, f'add "{missing[0]}": "..." to "augment"', "augment")
+    for other, names in RANK_PARTS.items():
+        for name in values["augment"].keys() & {*names} if other != rank else ():
+            message, fix = f'"augment": "{name}" has no effect: it belongs to the rank {other}', f'write "rank": "{other}"'
+            yield Problem("warning", "no-effect", message, f'{fix}, or remove "{name}"', "augment")
+
+
+def pattern_is_one(values: Values, given: Values) -> Iterator[Problem]:
+    augment = _augment(values, given)
+    try:
+        re.compile((augment and augment["pattern"]) or "")
+    except re.error as error:
+        message = f'"augment": the pattern is no regular expression: {error}'
+        yield Problem("error", "bad-regex", message, "write a regular expression as Python's re knows it", "augment")
+
+
+def judge_is_a_plain_url(values: Values, given: Values) -> Iterator[Problem]:
+    """The URL is written into every row, so nothing secret may be in it."""
+    augment = _augment(values, given)
+    if (
+        augment
+        and augment["judge_url"]
+        and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./~%-]*)?", augment["judge_url"], re.ASCII)
+    ):
+        message = '"augment": judge_url is not http(s)://HOST/PATH, without user and query'
+        fix = 'for example "judge_url": "http://localhost:8000/v1"; a key stands in the environment, as OPENAI_API_KEY'
+        yield Problem("error", "judge-url", message, fix, "augment")
+
+
+def answers_make_pairs(values: Values, given: Values) -> Iterator[Problem]:
+    if (augment := _augment(values, given)) is None:
+        return
+    responses, pairs, longest = augment["responses"], augment["pairs_per_prompt"], values.get("max_seq_length")
+    if pairs > math.comb(responses, 2):
+        message = f'"augment": {responses} responses make {math.comb(responses, 2)} pairs, not {pairs}'
+        yield Problem(
+            "error", "too-few-responses", message, f'raise "responses", or lower "pairs_per_prompt" {pairs}', "augment"
+        )
+    if longest is not None and augment["max_new_tokens"] >= longest:
+        message = (
+            f'"augment": max_new_tokens {augment["max_new_tokens"]} leaves no room for a prompt in max_seq_length {longest}'
+        )
+        yield Problem("error", "augment-too-long", message, 'raise "max_seq_length", or lower "max_new_tokens"', "augment")
+
+
+RULES = (rank_has_its_parts, pattern_is_one, judge_is_a_plain_url, answers_make_pairs)

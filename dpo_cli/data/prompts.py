@@ -1,0 +1,92 @@
+"""Files of prompts to `Question`s: rows with a prompt, preference rows, or text with a prompt a line."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dpo_cli.data import files
+from dpo_cli.data.formats import BadRow, Question, to_question
+from dpo_cli.errors import Problem, Severity, about_rows
+
+TEXT = ".txt"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The questions of a file, each once, in its order; how many rows repeat an earlier one, and how many are none."""
+
+    sha256: str  # of the file
+    questions: tuple[Question, ...]
+    repeated: int
+    bad_rows: int
+    problems: tuple[Problem, ...]
+
+
+def read_prompts(path: str, columns: Mapping[str, str] | None = None, skip: bool = False) -> Prompts:
+    """Read a whole file. Problems are returned, never raised; bad rows are warnings with `skip`."""
+    fault = _fault(path)
+    if fault is not None:
+        return Prompts("", (), 0, 0, (fault,))
+    bad: dict[tuple[str, str], list[int]] = defaultdict(list)
+    questions: dict[str, Question] = {}
+    rows = 0
+    for line, parse_row in _lines(path) if path.lower().endswith(TEXT) else files.rows_of(path):
+        rows += 1
+        try:
+            question = to_question(parse_row(), line, path, columns)
+        except BadRow as error:  # kept, so that one pass names them all
+            bad[error.code, f"{error.reason} ({error.detail})" if error.detail else error.reason].append(line)
+            continue
+        questions.setdefault(question.with_answers("", "").prompt_key, question)
+    severity: Severity = "warning" if skip else "error"
+    fix = "left out" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
+    problems = [about_rows(severity, code, reason, fix, None, path, lines) for (code, reason), lines in bad.items()]
+    bad_rows = sum(map(len, bad.values()))
+    if not questions and (skip or not bad):
+        problems.append(Problem("error", "no-prompts", f"{path} holds no prompt", "write a prompt a line", None, path))
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Prompts(digest, tuple(questions.values()), rows - bad_rows - len(questions), bad_rows, tuple(problems))
+
+
+def without_reference(prompts: Prompts, path: str) -> list[Problem]:
+    """The problem of the questions that have no answer to compare with, where there are some."""
+    lines = [question.line for question in prompts.questions if question.reference is None]
+    fix = 'give each row a "reference" (or "chosen"), or another "rank" in "augment"'
+    return [about_rows("error", "row-no-reference", "no reference to compare with", fix, None, path, lines)] if lines else []
+
+
+def _fault(path: str) -> Problem | None:
+    """Why the file cannot be read at all."""
+    suffixes, suffix = (TEXT, *files.READERS), Path(path).suffix.lower()
+    if not os.path.exists(path):
+        return Problem("error", "prompts-missing", f"there is no file {path}", "check the path of the prompts")
+    if suffix not in suffixes:
+        message = f"{path} is not a {', '.join(suffixes)} file"
+        return Problem("error", "prompts-format", message, "use a .txt file with a prompt a line, or a .jsonl file")
+    if suffix != TEXT:
+        return files.fault(Path(path), "prompts")
+    if Path(path).is_file() and os.access(path, os.R_OK):
+        return None
+    return Problem("error", "prompts-unreadable", f"cannot read {path}", "name a readable file")
+
+
+def _lines(path: str) -> files.Rows:
+    """Each line that is not blank as a row with that prompt."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                yield number, partial(_prompt_of, line, number)
+
+
+def _prompt_of(line: bytes, number: int) -> dict[str, str]:
+    try:
+        return {"prompt": line.decode("utf-8-sig" if number == 1 else "utf-8").strip()}
+    except UnicodeDecodeError as error:
+        raise BadRow("row-not-utf8", "not valid UTF-8") from error
