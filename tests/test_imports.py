@@ -25,7 +25,9 @@ ORDER = [
     "training",
     "evaluation",
     "runs",
+    "publish",
     "training.run",
+    "export",
     "cli",
     "__main__",
 ]
