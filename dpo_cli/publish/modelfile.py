@@ -130,8 +130,11 @@ def _told(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> st
 def _bare(tokenizer: PreTrainedTokenizerBase) -> Turns:
     """The texts around a user's and an assistant's messages; `ValueError` where a message is not in the rendering once."""
     first, between, again, last = _split(rendered(tokenizer, conversation(USER, ASSISTANT, NEXT)), USER, ASSISTANT, NEXT)
-    user_after = _split(rendered(tokenizer, conversation(USER), answer=False), USER)[1]
-    assistant_after = _split(rendered(tokenizer, conversation(USER, ASSISTANT), answer=False), USER, ASSISTANT)[2]
+    user_end = _split(rendered(tokenizer, conversation(USER), answer=False), USER)[1]
+    assistant_end = _split(rendered(tokenizer, conversation(USER, ASSISTANT), answer=False), USER, ASSISTANT)[2]
+    eos = str(tokenizer.eos_token)  # which Phi 3 writes after the last turn too
+    user_after = user_end if between.startswith(user_end) else user_end.removesuffix(eos)
+    assistant_after = assistant_end if again.startswith(assistant_end) else assistant_end.removesuffix(eos)
     user_before = _without(again, assistant_after)
     if not first.endswith(user_before):
         raise ValueError("the first turn is another")
