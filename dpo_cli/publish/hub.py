@@ -6,7 +6,6 @@ from pathlib import Path
 
 import httpx
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from dpo_cli.errors import RunFailed
 
@@ -20,7 +19,7 @@ def push(folder: Path, repository: str) -> str:
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by dpo")
-    except (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError) as error:
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # a refusal, no network, no token, half a large file
         response = getattr(error, "response", None)
         needs_login = response is not None and response.status_code in (401, 403)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
