@@ -39,9 +39,7 @@ def main() -> None:
     print(
         f"\n{rows[0][1]['pairs']} held-out pairs of {rows[0][1]['prompts']} prompts, {STEPS} steps; before -> after merging\n"
     )
-    print(
-        "| trained on | written in | accuracy | margin | log-probs differ by (most) | GGUF | same token | logits differ by |"
-    )
+    print("| trained on | written in | accuracy | margin | log-probs differ by (most) | GGUF | same token | logits differ by |")
     print("|---|---|---|---|---|---|---|---|")
     for kind, made in rows:
         change = {name: [made[side][name]["value"] for side in ("before", "after")] for name in ("accuracy", "margin")}
