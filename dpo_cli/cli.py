@@ -313,6 +313,33 @@ def augment(
             console.json(result)
 
 
+@app.command("export")
+def export_run(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")],
+    out: Annotated[Path, typer.Option(help="The new folder to write the model to.")],
+    gguf: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None, typer.Option(help="Write a GGUF file of this type too, and a Modelfile.")
+    ] = None,
+    converter: Annotated[
+        Path | None, typer.Option(envvar="DPO_GGUF_CONVERTER", help="llama.cpp's convert_hf_to_gguf.py, if not on PATH.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what the run held out.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this hub repository.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Merge a run's adapter into its base, judge what was written, and refuse a model that got worse."""
+    with session(as_json, debug) as console:
+        _composer()
+        from dpo_cli.export import Request as Export
+        from dpo_cli.export import export
+
+        result, code = export(Export(run_dir, out.resolve(), dataset, gguf, converter, push), console)
+        if as_json:
+            console.json(result)
+        raise typer.Exit(int(code))
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"dpo {dpo_cli.__version__}")

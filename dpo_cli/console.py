@@ -157,6 +157,14 @@ class Console:
             text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
             self.panel(sample["prompt"][-200:], text)
 
+    def comparison(self, made: dict[str, Any]) -> None:
+        """The figures of a run beside those of what it is exported to (export.json), and how far their log-probs are apart."""
+        limits = {limit["metric"]: f"{limit['limit']:.3f}{'' if limit['ok'] else ' missed'}" for limit in made["limits"]}
+        rows = [(name, *(_interval(made[side][name]) for side in ("before", "after")), limits[name]) for name in limits]
+        self.table("the run, and the model read back; 95 % intervals", rows, ("figure", "run", "merged", "limit"))
+        apart = made["difference"]
+        self.line(f"log-probs of responses differ by {apart['mean']:.3g} nats on average, by {apart['max']:.3g} at most")
+
     @contextmanager
     def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
         """A progress bar over `total` of something, `done` of them before; a line now and then when piped.

@@ -218,6 +218,7 @@ VALUES = [
     Case("bad-value", "bnb_4bit_quant_type", '"bnb_4bit_quant_type": "int4"', 'for example "bnb_4bit_quant_type": "nf4"'),
     Case("bad-value", "bnb_4bit_compute_dtype", '"bnb_4bit_compute_dtype": "bf16"', "Default"),
     Case("bad-value", "hub_model_id", '"hub_model_id": "my-adapter"', "owner/name"),
+    Case("hub-id-missing", "push_to_hub", '"push_to_hub": true', '"hub_model_id": "me/my-adapter"'),
     Case("bad-value", "model_name", '"model_name": ""', "a hub id, a model directory"),
     Case("bad-value", "model_name", '"model_name": 7', "a hub id, a model directory"),
     Case("bad-value", "dataset", '"dataset": {"path": "pairs.jsonl"}', "Preference pairs"),

@@ -25,10 +25,12 @@ ORDER = [
     "training",
     "evaluation",
     "runs",
+    "publish",
     "training.run",
     "judge",
     "ranking",
     "augment",
+    "export",
     "cli",
     "__main__",
 ]

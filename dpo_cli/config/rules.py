@@ -241,6 +241,12 @@ def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:
             )
 
 
+def upload_has_a_place(values: Values, given: Values) -> Iterator[Problem]:
+    if values.get("push_to_hub") and "hub_model_id" in values and values["hub_model_id"] is None:
+        fix = 'write "hub_model_id": "me/my-adapter", with your name on the hub'
+        yield Problem("error", "hub-id-missing", "push_to_hub does not say where to", fix, "push_to_hub")
+
+
 def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Problem]:
     """In "C:\\temp\\new" as Windows shows it, JSON reads a tab and a line break."""
     for name in ("model_name", "dataset", "eval_dataset", "output_dir"):
@@ -291,6 +297,7 @@ RULES: Sequence[Rule] = (
     output_is_no_input,
     unsloth_has_limits,
     *augmenting.RULES,
+    upload_has_a_place,
 )
 
 

@@ -1,18 +1,20 @@
-"""The model card of what a run trained."""
+"""The model cards: of what a run trained, and of an exported model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.data.hub import is_hub_id
 from dpo_cli.data.reader import sources_of
+from dpo_cli.hardware.adapters import foundation
 from dpo_cli.plan import Plan
 
 _TEMPLATE = """\
 ---
 library_name: {library}
 tags: [{tags}]
----
+{base}---
 # {name}
 
 {what} `{model}`, trained with {method} on {rows} {noun} of `{dataset}`:
@@ -28,6 +30,23 @@ LOAD = """\
 from {module} import {loader}
 model = {loader}.from_pretrained("path/to/this/folder")
 ```"""
+PEFT = {"module": "peft", "loader": "AutoPeftModelForCausalLM"}
+TRANSFORMERS = {"module": "transformers", "loader": "AutoModelForCausalLM"}
+MERGE = """\
+Trained on {trained} weights and written in {dtype}. The same rows, judged as the run trained it and as these files hold it:
+
+| figure | run | these files |
+|---|---|---|
+{rows}
+
+The log-probability of a response differs by {mean:.3g} nats on average, by {max:.3g} at most.
+
+"""
+GGUF = """\
+`{file}` has the same most likely token as these files at {same_argmax:.2%} of {positions} positions of held-out responses;
+its logits differ by {max_difference:.3g} at most.
+
+"""
 MERGED = "It stands on the run `{model}`, merged; `dpo export` makes one model of all."
 # The figures of a card: its words, the group of `judged` and the name in it.
 ROWS = {
@@ -46,27 +65,45 @@ ROWS = {
 
 
 def card(plan: Plan, steps: int, judged: dict[str, Any]) -> str:
-    """The text of README.md; `judged` are the figures on held-out prompts, null when nothing is."""
-    config = plan.config
+    """The text of README.md beside what was trained; `judged` are the figures on held-out prompts, null when nothing is."""
     assert plan.counts is not None
+    is_peft = plan.config.lora_r > 0
+    what = f"A LoRA adapter (rank {plan.config.lora_r}) for" if is_peft else "All weights of"
+    use = MERGED.format(model=plan.model_label) if plan.merges else LOAD.format(**(PEFT if is_peft else TRANSFORMERS))
+    return _card(plan, plan.run_dir.name, what, plan.counts.train_pairs, steps, judged, use, is_peft)
+
+
+def export_card(plan: Plan, name: str, train_rows: int, steps: int, judged: dict[str, Any], made: dict[str, Any]) -> str:
+    """The text of README.md beside an exported model; `made` is the content of export.json."""
+    rank = plan.config.lora_r
+    what = f"A LoRA adapter (rank {rank}) merged into" if rank else "All weights of"
+    rows = "\n".join(
+        f"| {name} | {made['before'][name]['value']:.3f} | {made['after'][name]['value']:.3f} |" for name in made["before"]
+    )
+    merge = MERGE.format(rows=rows, trained=made["trained_on"], dtype=made["dtype"], **made["difference"])
+    file = GGUF.format(**made["gguf"]) if made["gguf"] else ""
+    return _card(plan, name, what, train_rows, steps, judged, merge + file + LOAD.format(**TRANSFORMERS), is_peft=False)
+
+
+def _card(
+    plan: Plan, name: str, what: str, train_rows: int, steps: int, judged: dict[str, Any], use: str, is_peft: bool
+) -> str:
+    config, base = plan.config, foundation(plan.config.model_name)
     figures = "Nothing was held out, so there are no figures."
     if judged["policy"] is not None:
         rows = [(words, judged[group][name]) for words, group, name in ROWS[config.strategy]]
         table = "\n".join(f"| {words} | {f['value']:.3f} | {f['low']:.3f} to {f['high']:.3f} |" for words, f in rows)
-        held_out = f"On {plan.counts.eval_pairs} held-out {plan.noun}"
+        held_out = f"On {judged[plan.noun]} held-out {plan.noun}"
         figures = f"{held_out}:\n\n| figure | value | 95 % interval |\n|---|---|---|\n{table}"
-    has_adapter = config.lora_r > 0
-    load = {"module": "peft", "loader": "AutoPeftModelForCausalLM"}
-    if not has_adapter:
-        load = {"module": "transformers", "loader": "AutoModelForCausalLM"}
     return _TEMPLATE.format(
-        library="peft" if has_adapter else "transformers",
-        tags=", ".join([config.strategy, *(["lora"] if has_adapter else [])]),
-        name=plan.run_dir.name,
-        what=f"A LoRA adapter (rank {config.lora_r}) for" if has_adapter else "All weights of",
+        library="peft" if is_peft else "transformers",
+        tags=", ".join([config.strategy, *(["lora"] if is_peft else [])]),
+        base=f"base_model: {base}\n" if is_hub_id(base) else "",
+        name=name,
+        what=what,
         model=plan.model_label,
         method=METHODS[config.strategy],
-        rows=plan.counts.train_pairs,
+        rows=train_rows,
         noun=plan.noun,
         dataset=", ".join(Path(source.path).name for source in sources_of(config.dataset)),
         beta=f"beta {config.beta:g}, " if config.strategy == "dpo" else "",
@@ -74,5 +111,5 @@ def card(plan: Plan, steps: int, judged: dict[str, Any]) -> str:
         steps=steps,
         per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         figures=figures,
-        use=MERGED.format(model=plan.model_label) if plan.merges else LOAD.format(**load),
+        use=use,
     )

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.providers.unsloth import Unsloth
+from dpo_cli.publish.hub import push
 from dpo_cli.runs.card import card
 from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
@@ -120,11 +121,37 @@ def train(
     if code is Exit.DONE:
         console.judgement(judged, [])
     console.line(f"{status} after step {summary['steps']}; {run.trained.name}: {run.trained}")
+    if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
+        console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
     return {**summary, "run_dir": str(run.path)}, code
 
 
 def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, Any]:
     """Judge a finished run's adapter against its base, on what it held out or on another file."""
+    opened = open_run(run_path, dataset, console)
+    with log_to(opened.run.log):
+        policy, plan = load_policy(opened, console)
+        judged = _judge(policy, opened.tokenizer, opened.rows, plan)
+        answers = side_by_side(policy, opened.tokenizer, opened.rows, ANSWERS, getattr(torch, plan.dtype))
+    judged["answer_tokens"] = answer_tokens(answers)
+    samples = [sample.to_json() for sample in answers[:SAMPLES]]
+    console.judgement(judged, samples)
+    return {**judged, "thresholds": [], "samples": samples}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished run on this machine: its plan, as this machine decides it, and the rows to judge it on."""
+
+    run: RunDirectory
+    plan: Plan
+    provider: Provider
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[Encoded]
+
+
+def open_run(run_path: str, dataset: str | None, console: Console) -> Opened:
+    """Open a finished run with what it held out, or with all rows of another file. No model is loaded."""
     run = RunDirectory.open(Path(run_path))
     # What that machine decided, this one decides anew: a run from a GPU can be judged on a CPU.
     measured = [key for key, source in run.read_json(PLAN)["sources"].items() if source == "measured"]
@@ -142,20 +169,20 @@ def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, 
     tokenizer = provider.tokenizer()
     with log_to(run.log):
         train_rows, held_out, _ = _prepare(data, tokenizer, plan)
-        rows = train_rows if dataset else held_out
-        policy = provider.trained(plan, run)
-        if rows:
-            scoring = choose(policy.network, rows, int(tokenizer.pad_token_id), plan.config.prompt_sharing)
-            if policy.frozen is not None:
-                choose(policy.frozen, rows, int(tokenizer.pad_token_id), scoring.shared)
-            plan = replace(plan, scoring=scoring)
-            _tell_scoring(plan, console)
-        judged = _judge(policy, tokenizer, rows, plan)
-        answers = side_by_side(policy, tokenizer, rows, ANSWERS, getattr(torch, plan.dtype))
-    judged["answer_tokens"] = answer_tokens(answers)
-    samples = [sample.to_json() for sample in answers[:SAMPLES]]
-    console.judgement(judged, samples)
-    return {**judged, "thresholds": [], "samples": samples}
+    return Opened(run, plan, provider, tokenizer, train_rows if dataset else held_out)
+
+
+def load_policy(opened: Opened, console: Console) -> tuple[Policy, Plan]:
+    """What the run trained, with its reference, and the plan with how this model is scored here."""
+    plan, rows, pad_token_id = opened.plan, opened.rows, int(opened.tokenizer.pad_token_id)
+    policy = opened.provider.trained(plan, opened.run)
+    if rows:
+        scoring = choose(policy.network, rows, pad_token_id, plan.config.prompt_sharing)
+        if policy.frozen is not None:
+            choose(policy.frozen, rows, pad_token_id, scoring.shared)
+        plan = replace(plan, scoring=scoring)
+        _tell_scoring(plan, console)
+    return policy, plan
 
 
 def _ending(stop: StopOnSignal, health: Health) -> tuple[str, Exit]:
@@ -266,10 +293,10 @@ def _require_fit(plan: Plan, loaded: Loaded) -> None:
 
 
 def _point_figures(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> dict[str, float]:
-    return point_figures(_score(policy, rows, tokenizer, plan), plan.config.beta)
+    return point_figures(score(policy, rows, tokenizer, plan), plan.config.beta)
 
 
-def _score(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Scores:
+def score(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Scores:
     batch_size, dtype = plan.config.per_device_eval_batch_size, getattr(torch, plan.dtype)
     return score_rows(policy, rows, states_of(plan.scoring), int(tokenizer.pad_token_id), batch_size, dtype)
 
@@ -280,7 +307,7 @@ def _judge(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[En
     counts: dict[str, Any] = {plan.noun: len(rows), "prompts": len(set(prompts))}
     if not rows:
         return {**counts, "policy": None, "base": None, "gain": None}
-    return {**counts, **figures(_score(policy, rows, tokenizer, plan), prompts, plan.config.beta)}
+    return {**counts, **figures(score(policy, rows, tokenizer, plan), prompts, plan.config.beta)}
 
 
 def _save(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, place: Path) -> None:

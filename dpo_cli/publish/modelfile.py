@@ -1,0 +1,192 @@
+"""An Ollama Modelfile, with the model's chat template in Ollama's language (Go's text/template).
+
+Chat templates are programs in jinja, and Ollama runs none. But nearly all put fixed texts around each message. These texts are
+read off the jinja template's own renderings, and taken only if conversations that are put together from them are rendered to
+the letter as jinja renders them:
+
+    opening  (user before)question(user after)  (assistant before)answer(assistant after)  ...  (assistant before)
+
+A system message has a turn of its own (ChatML, Llama), or stands in the first user turn (Gemma) or the last (Mistral). BOS is
+left out, since Ollama adds it. What a template does beyond that (tools, thinking, trimming of blanks) is not carried over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from jinja2 import TemplateError
+
+from dpo_cli.data.formats import Message
+from dpo_cli.data.rendering import bounded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Around = tuple[str, str]  # the texts before and after a message
+
+SYSTEM, USER, ASSISTANT = "The rules.", "First question?", "An answer."
+NEXT = "Another question?"
+
+
+def conversation(*turns: str, system: str | None = None) -> list[Message]:
+    """Messages of a user and an assistant in turns, after a system message where there is one."""
+    before: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    return before + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+# What a template must render alike; the first two must not be refused by it.
+CHECKED = (
+    conversation("Hello"),
+    conversation("Is it blue?", "Yes, it is.", "And at night?"),
+    conversation("Hello", system="Be brief."),
+    conversation("Is it blue?", "Yes, it is.", "And at night?", system="Be brief.\nBe kind."),
+    conversation("One", "Two", "Three", "Four", 'Five "quoted" {{ braces }}'),
+)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The texts that a chat template puts around messages."""
+
+    opening: str  # before the first turn, where there is no system message
+    system: Around
+    user: Around
+    assistant: Around
+    answer: str  # before the model's answer
+    place: Literal["turn", "first", "last"]  # of the system message: a turn of its own, or in a turn of the user
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation, as `go` renders it in Ollama."""
+        system = next((message["content"] for message in messages if message["role"] == "system"), None)
+        turns = [message for message in messages if message["role"] != "system"]
+        has_turn = self.place == "turn" and system is not None
+        made = f"{self.system[0]}{system}{self.system[1]}" if has_turn else self.opening
+        host = {"first": 0, "last": len(turns) - 1}.get(self.place)
+        for i, message in enumerate(turns):
+            before, after = self.user if message["role"] == "user" else self.assistant
+            within = f"{self.system[0]}{system}{self.system[1]}" if i == host and system is not None else ""
+            made += before + within + message["content"] + after
+        return made + self.answer
+
+    def go(self) -> str:
+        """The template in Go's text/template. Texts are quoted, so that no blank is lost or added."""
+        own, start, within = _around(self.system, "$.System"), _text(self.opening), ""
+        if self.place == "turn":
+            otherwise = f"{{{{ else }}}}{start}" if start else ""
+            start = f"{{{{ if .System }}}}{own}{otherwise}{{{{ end }}}}"
+        else:  # with a system message the first turn of the user is the second message
+            is_host = "(eq $i 1)" if self.place == "first" else "(eq (len (slice $.Messages $i)) 1)"
+            within = f"{{{{ if and $.System {is_host} }}}}{own}{{{{ end }}}}"
+        user = _text(self.user[0]) + within + "{{ .Content }}" + _text(self.user[1])
+        roles = (
+            f'{{{{- if eq .Role "user" }}}}{user}',
+            f'{{{{- else if eq .Role "assistant" }}}}{_around(self.assistant, ".Content")}',
+            "{{- end }}",
+        )
+        return "\n".join((start, "{{- range $i, $_ := .Messages }}", *roles, "{{- end }}" + _text(self.answer)))
+
+
+def _text(text: str) -> str:
+    """An action that writes a text as it is: what JSON escapes, Go's quoted strings escape alike."""
+    return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+
+
+def _around(around: Around, value: str) -> str:
+    return f"{_text(around[0])}{{{{ {value} }}}}{_text(around[1])}"
+
+
+def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
+    """What a tokenizer's chat template puts around messages; None where it does anything else."""
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        bare = _bare(tokenizer)
+    except (TemplateError, ValueError):  # refused, or a text is not where it should be
+        return None
+    for made in (bare, *_with_system(tokenizer, bare)):
+        if all(made.render(messages) == told for messages in CHECKED if (told := _told(tokenizer, messages)) is not None):
+            return made
+    return None
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: bool = True) -> str:
+    """A conversation as the chat template renders it, without BOS."""
+    with bounded():
+        made = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer, bos_token="")
+    return str(made)
+
+
+def _told(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
+    """The same, and None for a conversation that the template refuses because of its system message."""
+    try:
+        return rendered(tokenizer, messages)
+    except TemplateError:
+        return None
+
+
+def _bare(tokenizer: PreTrainedTokenizerBase) -> Turns:
+    """The texts around a user's and an assistant's messages; `ValueError` where a message is not in the rendering once."""
+    first, between, again, last = _split(rendered(tokenizer, conversation(USER, ASSISTANT, NEXT)), USER, ASSISTANT, NEXT)
+    user_end = _split(rendered(tokenizer, conversation(USER), answer=False), USER)[1]
+    assistant_end = _split(rendered(tokenizer, conversation(USER, ASSISTANT), answer=False), USER, ASSISTANT)[2]
+    eos = str(tokenizer.eos_token)  # which Phi 3 writes after the last turn too
+    user_after = user_end if between.startswith(user_end) else user_end.removesuffix(eos)
+    assistant_after = assistant_end if again.startswith(assistant_end) else assistant_end.removesuffix(eos)
+    user_before = _without(again, assistant_after)
+    if not first.endswith(user_before):
+        raise ValueError("the first turn is another")
+    return Turns(
+        opening=first.removesuffix(user_before),
+        system=("", ""),
+        user=(user_before, user_after),
+        assistant=(_without(between, user_after), assistant_after),
+        answer=_without(last, user_after),
+        place="turn",
+    )
+
+
+def _with_system(tokenizer: PreTrainedTokenizerBase, bare: Turns) -> list[Turns]:
+    """The same with the places that a system message may have, by what stands around one."""
+    try:
+        head, middle, _ = _split(rendered(tokenizer, conversation(USER, system=SYSTEM)), SYSTEM, USER)
+    except (TemplateError, ValueError):
+        return []
+    start = bare.opening + bare.user[0]
+    if bare.user[0] and middle.endswith(bare.user[0]):
+        return [replace(bare, system=(head, middle.removesuffix(bare.user[0])))]
+    if not head.startswith(start):
+        return []
+    around = (head.removeprefix(start), middle)
+    return [replace(bare, system=around, place="first"), replace(bare, system=around, place="last")]
+
+
+def _split(text: str, *messages: str) -> list[str]:
+    """The texts around messages, each of which must stand in `text` once and in this order."""
+    parts = []
+    for message in messages:
+        before, found, text = text.partition(message)
+        if not found or message in text:
+            raise ValueError(f"{message!r} is not in the rendering once")
+        parts.append(before)
+    return [*parts, text]
+
+
+def _without(text: str, start: str) -> str:
+    if not text.startswith(start):
+        raise ValueError(f"{text!r} does not start with {start!r}")
+    return text.removeprefix(start)
+
+
+def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """The Modelfile of a GGUF file beside it, and whether it has the chat template."""
+    turns = turns_of(tokenizer)
+    stop = (turns.assistant[1].strip() if turns else "") or str(tokenizer.eos_token)
+    lines = ["# ollama create NAME -f Modelfile", f"FROM ./{gguf_name}"]
+    if turns:
+        lines.append(f'TEMPLATE """{turns.go()}"""')
+    else:
+        lines.append("# No TEMPLATE: this chat template does more than put texts around messages. Ollama takes the file's own.")
+    return "\n".join([*lines, f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}", ""]), turns is not None
