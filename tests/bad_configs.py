@@ -233,6 +233,9 @@ RULES = [
     Case("eval-is-train", "eval_dataset", '"eval_split": 0, "eval_dataset": "pairs.jsonl"', '"eval_split": 0.1'),
     Case("lm-head-adapter", "target_modules", '"target_modules": ["q_proj", "lm_head"]', "remove lm_head"),
     Case("all-linear-in-list", "target_modules", '"target_modules": ["all-linear"]', 'write "target_modules": "all-linear"'),
+    Case(
+        "stages-within", "stages", '"stages": [\n    {"strategy": "sft", "stages": [{}]}\n  ]', "one list of stages", FIRST + 1
+    ),
     Case("target-is-name", "target_modules", '"target_modules": "q_proj"', 'write "target_modules": ["q_proj"]'),
     Case("target-is-name", "target_modules", '"target_modules": "q_proj, v_proj"', '["q_proj", "v_proj"]'),
     Case("target-is-name", "target_modules", '"target_modules": "all_linear"', 'write "target_modules": "all-linear"'),
