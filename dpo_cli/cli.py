@@ -301,7 +301,7 @@ def augment(
         ResumableFile.check(out)
         plan, asked, warnings = inspect_prompts(load(config, overrides or ()), probe(), prompts)
         console.problems(warnings)
-        _composer()  # sets up the libraries
+        _composer([plan.config])  # sets up the libraries
         from dpo_cli.augment import augment as make_pairs
 
         try:

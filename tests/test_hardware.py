@@ -47,7 +47,7 @@ def test_models_that_cannot_be_trained_are_told(tmp_path: Path, tiny_model_dir: 
     (tmp_path / "x.gguf").write_bytes(b"not a model")
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00")
     expected = {
-        adapter: ["model-is-adapter"],
+        adapter: ["adapter-unusable"],
         empty: ["model-incomplete"],
         tmp_path / "x.gguf": ["model-not-gguf"],
         tmp_path / "cut.gguf": ["model-damaged"],
