@@ -42,12 +42,12 @@ from dpo_cli.config.config import load
 from dpo_cli.data.formats import Pair
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.hardware.facts import config_facts
-from dpo_cli.hardware.memory import Settings, components
+from dpo_cli.hardware.memory import components
 from dpo_cli.hardware.probe import probe
+from dpo_cli.hardware.settings import Settings
 from dpo_cli.plan import resolve
-from dpo_cli.training import sharing
-from dpo_cli.training.dpo import PairTrainer, build_trainer
-from dpo_cli.training.trainer import ProbeFirst
+from dpo_cli.training import dpo, sft, sharing
+from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
@@ -55,7 +55,8 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 def random_model(config: PreTrainedConfig, settings: Settings, device: str) -> PreTrainedModel:
     """The model of a config with random weights on `device`, in the dtype of the settings, quantised as they say."""
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[settings.bytes_per_value])
+        dtype = DTYPES[settings.bytes_per_value] if settings.rank else torch.float32  # what is trained is float32
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     if settings.bits:
         _quantise(model, settings)
         setattr(model, f"is_loaded_in_{settings.bits}bit", True)
@@ -86,14 +87,19 @@ def _quantise(model: PreTrainedModel, settings: Settings) -> None:
 
 def trainer_for(
     model: PreTrainedModel, settings: Settings, prompt: int, response: int, device: str, place: Path
-) -> PairTrainer:
+) -> CarefulTrainer:
     """The trainer of `dpo train` on random pairs of these lengths, for two micro-batches."""
     is_shared = settings.pair_tokens is not None
     (sharing.enable if is_shared else sharing.disable)(model)
     half = settings.bytes_per_value == 2
     values = {"model_name": "random/model", "dataset": "none.jsonl", "output_dir": str(place / "run"), "device": device}
     values |= {"bf16": half, "fp16": False, "gradient_checkpointing": settings.checkpointing, "prompt_sharing": is_shared}
-    values |= {"per_device_train_batch_size": settings.batch, "gradient_accumulation_steps": 2, "lora_r": settings.rank}
+    values |= {
+        "strategy": settings.strategy,
+        "per_device_train_batch_size": settings.batch,
+        "gradient_accumulation_steps": 2,
+        "lora_r": settings.rank,
+    }
     file = place / "config.json"
     file.write_text(json.dumps({**values, "max_steps": 1, "optim": settings.optimizer}), encoding="utf-8")
     generator = torch.Generator().manual_seed(0)
@@ -101,19 +107,28 @@ def trainer_for(
     def ids(count: int) -> list[int]:
         return torch.randint(2, model.config.vocab_size, (count,), generator=generator).tolist()
 
-    # Rejected responses are a token shorter, so that padded rows are padded, as they are in any real micro-batch.
-    pairs = [Encoded(Pair("", "", "", 1), ids(prompt), (ids(response), ids(response - 1))) for _ in range(2 * settings.batch)]
+    # Rejected responses (of sft, every second prompt) are a token shorter, so that padded rows are padded, as real ones are.
+    count = 1 if settings.strategy == "sft" else 2
+    rows = [
+        Encoded(Pair("", "", "", 1), ids(prompt - (count == 1 and i % 2)), (ids(response), ids(response - 1))[:count])
+        for i in range(2 * settings.batch)
+    ]
     modules: Any = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
-        r=settings.rank,
-        lora_alpha=2 * settings.rank,
+        r=settings.rank or 1,
+        lora_alpha=2 * settings.rank or 1,
         lora_dropout=DROPOUT if settings.dropout else 0.0,
+        use_dora=settings.dora,
         target_modules=modules,
     )
     backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    trainer = build_trainer(model, adapter, tokenizer, resolve(load(str(file)), probe()), pairs, [], lambda _: {})
+    plan, frozen = resolve(load(str(file)), probe()), None
+    if not settings.rank:
+        adapter, frozen = None, copy.deepcopy(model) if settings.strategy == "dpo" else None
+    build = {"dpo": dpo.build_trainer, "sft": sft.build_trainer}[settings.strategy]
+    trainer = build(model, adapter, tokenizer, plan, rows, [], lambda _: {}, frozen=frozen)
     trainer.remove_callback(ProbeFirst)
     return trainer
 
@@ -143,7 +158,7 @@ def measured(device: str) -> Iterator[Peak]:
         peak.bytes = max(peak.bytes, live)
 
 
-def step_peak(trainer: PairTrainer, device: str) -> int:
+def step_peak(trainer: Any, device: str) -> int:
     """Bytes of activations and scoring at the peak of the second micro-batch of a step."""
     step, calls, peaks = trainer.training_step, [], []
 
@@ -164,8 +179,8 @@ def step_peak(trainer: PairTrainer, device: str) -> int:
 
 def with_lengths(settings: Settings, prompt: int, response: int, shared: bool) -> Settings:
     """The settings with what the plan would know of pairs of these lengths."""
-    pair = prompt + 2 * response - 1
-    return replace(settings, length=prompt + response, pair_tokens=pair if shared else None, response_tokens=2 * response - 1)
+    scored = response if settings.strategy == "sft" else 2 * response - 1
+    return replace(settings, length=prompt + response, pair_tokens=prompt + scored if shared else None, response_tokens=scored)
 
 
 def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response: int, shared: bool) -> tuple[float, int]:
@@ -200,6 +215,16 @@ GRID: list[tuple[str, Settings, int, int, bool]] = [
     ("llama", replace(HALF, rank=256, checkpointing=True), 96, 32, True),
     ("llama", replace(HALF, dropout=True), 192, 64, True),
     ("llama", replace(HALF, dropout=True, bits=4), 192, 64, True),
+    ("llama", replace(HALF, dora=True), 384, 128, True),
+    ("llama", replace(HALF, dora=True, checkpointing=True), 768, 256, True),
+    ("llama", replace(HALF, dora=True, bits=4), 384, 128, True),
+    ("llama", replace(HALF, strategy="sft", batch=4), 384, 128, False),
+    ("llama", replace(HALF, strategy="sft", batch=4, checkpointing=True), 768, 256, False),
+    ("llama", replace(HALF, strategy="sft", batch=4, bits=4), 384, 128, False),
+    ("llama", replace(FULL, rank=0), 384, 128, True),
+    ("llama", replace(HALF, rank=0), 384, 128, True),
+    ("llama", replace(HALF, rank=0, checkpointing=True), 768, 256, True),
+    ("llama", replace(HALF, rank=0, strategy="sft", batch=4), 384, 128, False),
     ("phi3", HALF, 192, 64, True),
     ("llama", replace(HALF, target_modules=("q_proj", "v_proj")), 384, 128, True),
     ("llama", FULL, 384, 128, True),
@@ -226,7 +251,8 @@ def main() -> None:
     for family, settings, prompt, response, shared in GRID:
         predicted, peak = compare(FAMILIES[family](**SHAPE, **HEADS), settings, prompt, response, shared)
         dtype = f"{settings.bits}-bit" if settings.bits else {2: "bf16", 4: "float32"}[settings.bytes_per_value]
-        name = family + (", dropout" if settings.dropout else "")
+        name = family + (", dropout" if settings.dropout else "") + (", DoRA" if settings.dora else "")
+        name += ", sft" if settings.strategy == "sft" else ""
         told = [name, dtype, settings.batch, prompt + response, settings.rank, _targets(settings)]
         told += ["yes" if settings.checkpointing else "no", "once" if shared else "twice"]
         print(

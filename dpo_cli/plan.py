@@ -25,9 +25,10 @@ from dpo_cli.hardware.adapters import adapter_at
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.fit import fit, savings
 from dpo_cli.hardware.gguf import is_gguf
-from dpo_cli.hardware.memory import Bill, Settings
+from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.probe import GIB, Machine
 from dpo_cli.hardware.recommend import profiles
+from dpo_cli.hardware.settings import Settings
 from dpo_cli.hardware.starting import started
 
 
@@ -233,6 +234,8 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
         checkpointing=config.gradient_checkpointing is True,
         fp16=bool(config.fp16),
         dropout=config.lora_dropout > 0,
+        dora=config.use_dora,
+        whole_modules=tuple(config.modules_to_save or ()),
         on_gpu=config.device == "cuda",
         from_gguf=is_gguf(Path(config.model_name)),
     )

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
-from dpo_cli.hardware.memory import Bill, Settings, bill
+from dpo_cli.hardware.memory import Bill, bill
+from dpo_cli.hardware.settings import Settings
 
 MARGIN = 0.1  # of the budget, left free where there is a choice: a bill is no measurement
 LEAST_GB = 0.05  # a saving that is told

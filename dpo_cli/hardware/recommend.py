@@ -17,8 +17,9 @@ from dpo_cli.config.schema import profile_defaults
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
 from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
 from dpo_cli.hardware.fit import MARGIN, fit, smaller_model
-from dpo_cli.hardware.memory import Bill, Settings
+from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.models import problems
+from dpo_cli.hardware.settings import Settings
 
 EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": what is held out judges the adapter
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB that cards are sold with

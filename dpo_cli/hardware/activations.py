@@ -1,0 +1,146 @@
+"""What comes and goes with a micro-batch of T tokens: the largest of the moments of a step. No torch.
+
+    the head             all that the blocks keep for the backward pass + one chunk of logits
+    the reference        the same + the widest moment of one block's forward, its adapter off   (dpo and rlhf)
+    a block's backward   the same + that block, recomputed when it was checkpointed, with its gradients
+
+The bytes a token are those of the tensors that autograd saves in a step of this program. benchmarks/step_memory.py measures
+what is alive at the peak of such a step, and tests/test_memory.py holds the bill to it.
+Names: h hidden, i intermediate, q and kv the widths of queries and of keys or values, L the longest sequence, w bytes a value.
+"""
+
+from __future__ import annotations
+
+from dpo_cli.hardware.facts import ModelFacts
+from dpo_cli.hardware.settings import Settings, targets_of, trained_parameters, trained_width
+
+CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (training/head.py, CHUNK_ELEMENTS)
+FULL_LOGITS_COPIES = 3.5  # float32 copies of logits in a loss that makes them whole; fitcheck-llm 0.3 measured 3.5 to 4
+
+
+def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
+    """(activations, scoring) at the fullest moment of a micro-batch."""
+    width, tokens = settings.bytes_per_value, settings.tokens
+    h, i = facts.hidden_size, facts.intermediate_size
+    block = _block_bytes(facts, settings)
+    # A checkpointed block keeps what comes into it; and in 8 bits what each of its layers reads, since bitsandbytes 0.50 keeps
+    # that as attributes of its autograd function (MatMul8bitLt, `ctx.tensors`), where checkpointing cannot free it.
+    checkpoint = h + (sum({linear.reads: linear.inputs for linear in facts.linears}.values()) if settings.bits == 8 else 0)
+    kept: float = facts.num_hidden_layers * (tokens * width * checkpoint if settings.checkpointing else block)
+    if width < 4 and trained_width(settings) == 4:  # autocast keeps 16-bit copies of what it multiplies with
+        kept += width * _multiplied(facts, settings)
+    kept += _masked(facts, settings)  # the mask itself, a byte for each query and key, which all blocks share
+    end = tokens * (4 * h + width * h)  # the final norm's float32 input and its result; gone when the blocks' turn comes
+    gathered = settings.scored * h * (width + 4)  # the states that meet the head, and their gradient
+
+    # Gradients of the MLP's product and of what it is made of, and of the float32 copies that adapters on it read.
+    has_mlp_copies = settings.copies_inputs and any(
+        linear.reads in ("mlp", "product") for linear in targets_of(facts, settings)
+    )
+    backward: float = tokens * width * ((3 if settings.copies_inputs else 2) * i + (5 if has_mlp_copies else 1) * h)
+    backward += block if settings.checkpointing else end
+    forward: float = end + tokens * width * (3 * i + 4 * h)
+    if settings.bits:  # a layer is dequantised to be multiplied
+        one_layer = width * max(linear.parameters for linear in facts.linears)
+        backward, forward = backward + one_layer, forward + one_layer
+    refers = settings.strategy != "sft" and settings.reference != "cache"
+    head = gathered + _logits_bytes(facts, settings) + _head_gradient_bytes(facts, settings)
+    moments = [(kept + end, head), (kept + backward, 0.0)]
+    # At the end of the backward pass a micro-batch's gradients stand beside those of the ones before it (training/parts.py).
+    new_gradients = trained_parameters(facts, settings) * trained_width(settings)
+    last_block = backward if settings.checkpointing else block + backward - end
+    moments.append((last_block + new_gradients, 0.0))
+    if refers:
+        moments.append((kept + forward, settings.scored * h * width))
+    return max(moments, key=sum)
+
+
+def _logits_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """The widest moment of the head: float32 logits and their log-softmax, a chunk at a time."""
+    if settings.full_logits:
+        return 4.0 * FULL_LOGITS_COPIES * settings.tokens * facts.vocab_size
+    return 2.0 * min(CHUNK_BYTES, 4 * settings.scored * facts.vocab_size)
+
+
+def _multiplied(facts: ModelFacts, settings: Settings) -> int:
+    """Trained float32 weights that the blocks multiply with; where blocks are recomputed, a whole model's are cast anew."""
+    if settings.rank:
+        return trained_parameters(facts, settings)
+    return 0 if settings.checkpointing else facts.linear_parameters
+
+
+def _head_gradient_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """Where the head is trained: its gradient in float32, a chunk's share of it, and its copy in 16 bits."""
+    if settings.rank and "lm_head" not in settings.whole_modules:
+        return 0.0
+    width = settings.bytes_per_value
+    return float(facts.vocab_size * facts.hidden_size * (4 + (2 * width if width < 4 else width)))
+
+
+def _block_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """What one block keeps for the backward pass of a micro-batch.
+
+    A token: in the compute dtype the attention's q, k, v and output (2q + 2kv), the MLP's gate, up and silu(gate) (3i), and
+    of each adapted layer its input and the product with A (r); in float32 the input of each norm (Qwen 3, Gemma 3 and
+    OLMo 2 have them on q and k too), and one number a head and norm.
+    """
+    width, tokens, heads = float(settings.bytes_per_value), settings.tokens, facts.num_attention_heads
+    q, kv = facts.q, facts.kv
+    targets = targets_of(facts, settings) if settings.rank and settings.bits != 8 else list(facts.linears)
+    inputs = {linear.reads: linear.inputs for linear in targets}
+    is_shared = settings.pair_tokens is not None
+    if settings.copies_inputs:
+        read = sum(linear.inputs for linear in targets)
+    else:  # a padded row's attention output is read as it lies there
+        read = sum(size for name, size in inputs.items() if is_shared or name != "attention")
+    each = width * (read + settings.rank * len(targets) + 2 * q + 2 * kv + 3 * facts.intermediate_size)
+    if settings.rank and settings.dropout:  # what was dropped: a byte on a GPU, a number on a CPU
+        each += sum(linear.inputs for linear in targets) * (1.0 if settings.on_gpu else float(trained_width(settings)))
+    if settings.dora:  # what the base layer and the adapter make, which the magnitude scales
+        each += 2 * width * sum(linear.outputs for linear in targets)
+    each += 4.0 * (facts.norms * (facts.hidden_size + 1) + heads)
+    if not settings.rank:  # the norms' weights are trained too, on what they normalised
+        each += 4.0 * facts.norms * facts.hidden_size
+    if facts.has_qk_norm:
+        each += 4 * (q + kv + heads + facts.num_key_value_heads)
+    return tokens * each + _attention_bytes(facts, settings)
+
+
+def _attention_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """What a block's attention keeps beyond its inputs and output.
+
+    With a mask, SDPA takes keys and values repeated to one a query head, and the mask in the compute dtype. Without a fused
+    kernel, as with a soft-cap (Gemma 2), each query keeps of each key of its sequence the softmax in float32, the
+    probabilities and the capped scores in the compute dtype.
+    """
+    width, length = float(settings.bytes_per_value), settings.length
+    extra = width * _masked(facts, settings)
+    if settings.pair_tokens is not None:
+        repeated: float = settings.batch * length * 2 * facts.q
+        if _slides(facts, settings):  # the chosen response is masked too
+            repeated += settings.batch * length * 2 * (facts.q - facts.kv)
+    else:
+        repeated = settings.tokens * 2 * (facts.q - facts.kv) if _masked(facts, settings) else 0
+    extra += width * repeated
+    if facts.attn_logit_softcapping is not None or not settings.fused_attention:
+        pairs = settings.sequences * length**2
+        if settings.pair_tokens is not None:  # of a shared pair the rejected response alone meets all its keys again
+            pairs = settings.batch * (length + max(0, settings.pair_tokens - length)) * length
+        extra += pairs * facts.num_attention_heads * (2 * width + 4)
+    return extra
+
+
+def _masked(facts: ModelFacts, settings: Settings) -> int:
+    """Query-key pairs that a mask has: padded rows are masked whole; of a shared pair only the rejected response is.
+
+    Its r = pair - L queries then meet L keys (training/sharing.py). A window that is shorter than a sequence is a mask too.
+    """
+    length = settings.length
+    if settings.pair_tokens is not None:
+        rejected = settings.batch * max(0, settings.pair_tokens - length) * length
+        return rejected + (settings.batch * length**2 if _slides(facts, settings) else 0)
+    return settings.sequences * length**2 if settings.sequences > 1 or _slides(facts, settings) else 0
+
+
+def _slides(facts: ModelFacts, settings: Settings) -> bool:
+    return facts.sliding_window is not None and settings.length > facts.sliding_window
