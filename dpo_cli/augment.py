@@ -26,15 +26,16 @@ from dpo_cli.data.formats import Question
 from dpo_cli.data.prompts import Prompts
 from dpo_cli.data.tokens import encode
 from dpo_cli.data.words import plain
+from dpo_cli.demands import DOES_NOT_FIT
 from dpo_cli.errors import DoesNotFit, Problem
 from dpo_cli.evaluation.samples import Answer, Sampling, generate
 from dpo_cli.hardware.adapters import adapter_at, model_of
-from dpo_cli.plan import DOES_NOT_FIT, Plan
+from dpo_cli.plan import Plan
+from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.ranking import Rank, best_pairs, ranking
 from dpo_cli.runs.directory import sha256
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.training.parts import is_out_of_memory
-from dpo_cli.training.run import PROVIDERS
 
 Options = Mapping[str, Any]  # the parts of the option `augment`
 

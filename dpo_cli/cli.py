@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import typer
@@ -18,18 +13,18 @@ from typer.core import TyperCommand
 
 import dpo_cli
 from dpo_cli.config.config import Loaded, is_override, load, load_stages
-from dpo_cli.config.options import Config
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.hub import fetch
-from dpo_cli.errors import DpoError, Exit, UsageError
+from dpo_cli.errors import Exit, UsageError
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
 from dpo_cli.inspection import Inspection, inspect, inspect_prompts, lengths_of
 from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.resumable import ResumableFile
+from dpo_cli.session import composer_for, session
 
 MAX_VRAM_GB = 100_000
 ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]  # of the exit codes of several configs, the last is told
@@ -45,48 +40,6 @@ app = typer.Typer(
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, all else on standard error.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A JSON config; - reads standard input.")]
-
-
-@contextmanager
-def session(as_json: bool, debug: bool) -> Iterator[Console]:
-    """The console of one command; whatever is raised becomes a message and an exit code."""
-    console = Console(as_json)
-    try:
-        yield console
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except KeyboardInterrupt:
-        raise typer.Exit(int(Exit.SIGINT)) from None
-    except Exception as error:  # a DpoError, or a fault of ours or of the machine: told, and the exit code says which
-        if debug:
-            traceback.print_exc()
-        told = error if isinstance(error, DpoError) else _unexpected(error)
-        console.error(told)
-        raise typer.Exit(int(told.exit_code)) from error
-
-
-def _unexpected(error: Exception) -> DpoError:
-    if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
-        what = "the disk is full; what was written before is kept"
-        return DpoError(what, "free space where output_dir (or standard output) is, and start again")
-    return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
-
-
-def _composer(configs: Sequence[Config] = ()) -> ModuleType:
-    """The module that trains (by these configs) and judges, imported late: it brings torch."""
-    # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
-    # a lone training nothing, and two at once much less: `make spin` prints both.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if devices := {config.device for config in configs if config.provider == "unsloth"}:  # it changes what is imported next
-        from dpo_cli.providers.unsloth_import import import_unsloth
-
-        import_unsloth(max(devices))  # stages on cpu and cuda: with its kernels
-    from dpo_cli.runs.log import hush
-
-    hush()
-    from dpo_cli.training import run
-
-    return run
 
 
 @app.command()
@@ -248,7 +201,7 @@ def train(
             _, plan = _inspected(loaded.on_foundation(), machine).require()
             RunDirectory.check(plan.run_dir, overwrite or dry_run)
             configs.append(plan.config)
-        composer = _composer(configs)
+        composer = composer_for(configs)
         results, code = [], Exit.DONE
         for loaded in stages:
             if loaded.stage:
@@ -277,7 +230,10 @@ def evaluate(
 ) -> None:
     """Judge a run's adapter against its base model on held-out pairs."""
     with session(as_json, debug) as console:
-        result = _composer().evaluate(run_dir, dataset, console)
+        composer_for()
+        from dpo_cli.evaluation.judging import evaluate as evaluate_run
+
+        result = evaluate_run(run_dir, dataset, console)
         if as_json:
             console.json(result)
 
@@ -301,7 +257,7 @@ def augment(
         ResumableFile.check(out)
         plan, asked, warnings = inspect_prompts(load(config, overrides or ()), probe(), prompts)
         console.problems(warnings)
-        _composer([plan.config])  # sets up the libraries
+        composer_for([plan.config])  # sets up the libraries
         from dpo_cli.augment import augment as make_pairs
 
         try:
@@ -330,7 +286,7 @@ def export_run(
 ) -> None:
     """Merge a run's adapter into its base, judge what was written, and refuse a model that got worse."""
     with session(as_json, debug) as console:
-        _composer()
+        composer_for()
         from dpo_cli.export import Request as Export
         from dpo_cli.export import export
 

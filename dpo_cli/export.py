@@ -20,6 +20,7 @@ from peft import PeftModel
 from dpo_cli.config.check import fits
 from dpo_cli.console import Console, json_text
 from dpo_cli.errors import Exit, InvalidInput, Problem, RunFailed, UsageError
+from dpo_cli.evaluation.judging import Opened, load_policy, open_run, score
 from dpo_cli.evaluation.metrics import Scores, figures
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.probe import GIB
@@ -31,7 +32,6 @@ from dpo_cli.publish.modelfile import modelfile
 from dpo_cli.runs.card import export_card
 from dpo_cli.runs.directory import CARD, PLAN, SUMMARY
 from dpo_cli.runs.log import log_to
-from dpo_cli.training.run import Opened, load_policy, open_run, score
 from dpo_cli.training.scoring import choose
 
 FACTS, MODELFILE = "export.json", "Modelfile"

@@ -17,12 +17,13 @@ from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.split import is_held_out_prompt, split
+from dpo_cli.demands import DOES_NOT_FIT, does_not_fit, hardware_problems
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models, starting
 from dpo_cli.hardware.adapters import foundation
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.probe import Machine
-from dpo_cli.plan import DOES_NOT_FIT, Plan, does_not_fit, hardware_problems, resolve
+from dpo_cli.plan import Plan, resolve
 
 MUCH_TOO_LONG = 0.1  # a share of pairs longer than max_seq_length that is told of
 

@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT, Run
 from safetensors.torch import load_file
 
-from dpo_cli import plan
+from dpo_cli import demands
 from dpo_cli.console import Console
 from dpo_cli.errors import Exit, InvalidInput
-from dpo_cli.training.run import evaluate
+from dpo_cli.evaluation.judging import evaluate
 
 
 def trained_names(place: Path) -> set[str]:
@@ -62,7 +62,7 @@ def test_quantised_weights_train_and_are_judged_alike(run: Run, bits: int) -> No
 
 def test_without_bitsandbytes_no_training_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never a silent 16-bit run: that it is missing is told by validate too, before anything is loaded."""
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(demands, "find_spec", lambda name: None)
     with pytest.raises(InvalidInput) as caught:
         run(use_4bit=True)
     assert [problem.code for problem in caught.value.problems if problem.severity == "error"] == ["bitsandbytes-missing"]

@@ -300,7 +300,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
     def loaded(*_: object) -> None:
         raise AssertionError("the libraries are loaded")
 
-    monkeypatch.setattr("dpo_cli.cli._composer", loaded)
+    monkeypatch.setattr("dpo_cli.cli.composer_for", loaded)
     done = run(*[word for word in words if "=" in word], **options)
     assert done.exit_code == code, done.output
     assert says in " ".join(done.stderr.split())

@@ -23,11 +23,12 @@ from dpo_cli.config.config import load_stages
 from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import Exit, InvalidInput, RunFailed, UsageError
+from dpo_cli.evaluation.judging import evaluate, load_policy, open_run
 from dpo_cli.export import Request, as_trained, export, limit
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training.run import evaluate, load_policy, open_run, train
+from dpo_cli.training.run import train
 
 Train = Callable[..., Path]
 

@@ -20,11 +20,11 @@ from dpo_cli.console import Console
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import InvalidInput
+from dpo_cli.evaluation.judging import evaluate
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.training.callbacks.health import not_finite
-from dpo_cli.training.run import evaluate
 
 
 def test_an_evaluation_set_is_judged_and_the_whole_dataset_trained_on(run: Run, tmp_path: Path) -> None:

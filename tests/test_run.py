@@ -15,11 +15,12 @@ from test_scoring import rejected_sees_chosen
 from dpo_cli.config.config import load
 from dpo_cli.console import Console
 from dpo_cli.errors import DoesNotFit, Exit, RunFailed
+from dpo_cli.evaluation.judging import evaluate
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.training import sharing
 from dpo_cli.training.dpo import PairTrainer
-from dpo_cli.training.run import evaluate, train
+from dpo_cli.training.run import train
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.cli import _unexpected
 from dpo_cli.errors import InvalidInput
 from dpo_cli.runs.directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
+from dpo_cli.session import unexpected
 
 
 def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
@@ -51,8 +51,8 @@ def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_as_such() -> None:
     for error in (OSError(28, "No space left on device"), ValueError("I/O error: No space left on device (os error 28)")):
-        assert _unexpected(error).message.startswith("the disk is full")
-    assert _unexpected(ValueError("x")).message == "ValueError: x"
+        assert unexpected(error).message.startswith("the disk is full")
+    assert unexpected(ValueError("x")).message == "ValueError: x"
 
 
 def test_opening_what_is_no_run_is_told(tmp_path: Path) -> None:

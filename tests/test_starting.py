@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 from dpo_cli.config.config import load_stages
 from dpo_cli.console import Console
 from dpo_cli.errors import Exit, InvalidInput
+from dpo_cli.evaluation.judging import evaluate
 from dpo_cli.hardware.adapters import adapter_at, foundation
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
-from dpo_cli.training.run import evaluate, train
+from dpo_cli.training.run import train
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 

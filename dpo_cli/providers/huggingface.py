@@ -30,11 +30,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
 from dpo_cli.hardware.adapters import adapter_at, foundation
 from dpo_cli.hardware.models import common_name
-from dpo_cli.plan import BITSANDBYTES_FIX, Plan
+from dpo_cli.plan import Plan
 from dpo_cli.providers.base import cache_dir
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.directory import RunDirectory

@@ -1,0 +1,57 @@
+"""What every command is run within: errors become messages and exit codes, and heavy libraries come late."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import typer
+
+from dpo_cli.config.options import Config
+from dpo_cli.console import Console
+from dpo_cli.errors import DpoError, Exit
+
+
+@contextmanager
+def session(as_json: bool, debug: bool) -> Iterator[Console]:
+    """The console of one command; whatever is raised becomes a message and an exit code."""
+    console = Console(as_json)
+    try:
+        yield console
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        raise typer.Exit(int(Exit.SIGINT)) from None
+    except Exception as error:  # a DpoError, or a fault of ours or of the machine: told, and the exit code says which
+        if debug:
+            traceback.print_exc()
+        told = error if isinstance(error, DpoError) else unexpected(error)
+        console.error(told)
+        raise typer.Exit(int(told.exit_code)) from error
+
+
+def unexpected(error: Exception) -> DpoError:
+    if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
+        what = "the disk is full; what was written before is kept"
+        return DpoError(what, "free space where output_dir (or standard output) is, and start again")
+    return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
+
+
+def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
+    """The module that trains (by these configs) and judges, imported late: it brings torch."""
+    # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
+    # a lone training nothing, and two at once much less: `make spin` prints both.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if devices := {config.device for config in configs if config.provider == "unsloth"}:  # it changes what is imported next
+        from dpo_cli.providers.unsloth_import import import_unsloth
+
+        import_unsloth(max(devices))  # stages on cpu and cuda: with its kernels
+    from dpo_cli.runs.log import hush
+
+    hush()
+    from dpo_cli.training import run
+
+    return run
