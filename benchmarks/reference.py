@@ -70,6 +70,7 @@ def _rows(group: str) -> Iterator[str]:
 
 # What only a command that loads the model can find.
 WHILE_RUNNING = {
+    "stages-one-place": ("error", "two stages with one `output_dir`", "the second would replace the first"),
     "bitsandbytes-missing": ("warning", '`"use_4bit": true`', "bitsandbytes is not installed; stops a training"),
     "run-exists": ("error", "`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
     "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),

@@ -29,7 +29,7 @@ from dpo_cli.data.words import plain
 from dpo_cli.demands import DOES_NOT_FIT
 from dpo_cli.errors import DoesNotFit, Problem
 from dpo_cli.evaluation.samples import Answer, Sampling, generate
-from dpo_cli.hardware.adapters import adapter_at, model_of
+from dpo_cli.hardware.adapters import adapter_at, chain_of, model_of
 from dpo_cli.plan import Plan
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.ranking import Rank, best_pairs, ranking
@@ -39,6 +39,10 @@ from dpo_cli.training.parts import is_out_of_memory
 
 Options = Mapping[str, Any]  # the parts of the option `augment`
 
+DECIDING = (  # options that decide what is sampled
+    *("seed", "device", "provider", "use_4bit", "use_8bit", "use_chat_template", "max_seq_length"),
+    *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "use_nested_quant"),
+)
 COUNTED = {
     "responses": "responses sampled",
     "unfinished": "did not end within max_new_tokens: rejected at most, never chosen",
@@ -172,12 +176,13 @@ def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> dict[str, A
 def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides what the file holds."""
     config = plan.config
-    shared = {name: getattr(config, name) for name in ("seed", "device", "use_4bit", "use_chat_template", "max_seq_length")}
+    shared = {name: getattr(config, name) for name in DECIDING}
     return {
         **shared,
         "dtype": plan.dtype,
         "augment": {**options, "rank": origin["rule"]},
         "model": origin["model"],
+        "below": list(chain_of(config.model_name).values()),
         "prompts": prompts.sha256,
         "dpo": origin["dpo"],
     }

@@ -13,11 +13,12 @@ from typer.core import TyperCommand
 
 import dpo_cli
 from dpo_cli.config.config import Loaded, is_override, load, load_stages
+from dpo_cli.config.options import Config
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.hub import fetch
-from dpo_cli.errors import Exit, UsageError
+from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
@@ -26,6 +27,7 @@ from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.session import composer_for, session
 
+STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
 MAX_VRAM_GB = 100_000
 ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]  # of the exit codes of several configs, the last is told
 
@@ -196,10 +198,15 @@ def train(
         for name in dict.fromkeys(name for loaded in stages for name in reader.hub_ids(loaded.require().to_json())):
             console.line(f"fetching the dataset {name}")
             fetch(name)
-        configs = []
+        configs: list[Config] = []
         for loaded in stages:  # before torch is imported and anything is trained: a mistake is told at once
             _, plan = _inspected(loaded.on_foundation(), machine).require()
             RunDirectory.check(plan.run_dir, overwrite or dry_run)
+            if plan.run_dir in [Path(str(config.output_dir)) for config in configs]:
+                problem = Problem(
+                    "error", "stages-one-place", f"two stages would write {plan.run_dir}", STAGES_FIX, "output_dir"
+                )
+                raise InvalidInput([loaded.placed(problem)])
             configs.append(plan.config)
         composer = composer_for(configs)
         results, code = [], Exit.DONE

@@ -91,7 +91,8 @@ def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
 def as_trained(opened: Opened) -> Plan:
     """The plan with the data and precision of the training, its base unquantised, and on the CPU, which has the most memory."""
     then = opened.run.read_json(PLAN)["config"]
-    config = replace(opened.plan.config, bf16=then["bf16"], fp16=then["fp16"], dataset=then["dataset"])
+    same = {name: then[name] for name in ("bf16", "fp16", "dataset", "strategy")}
+    config = replace(opened.plan.config, **same)
     return replace(opened.plan, config=replace(config, use_4bit=False, use_8bit=False, device="cpu"))
 
 

@@ -104,7 +104,7 @@ def inspect(
     if draft.config is not None and not damaged:
         plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
-        found += map(loaded.placed, starting.problems(draft, draft.require()))
+        found += map(loaded.placed, starting.problems(draft, plan.run_dir))
         found += map(loaded.placed, _model_problems(plan))
         found += map(loaded.placed, _step_problems(plan, balance.train if balance else 0))
         if with_fit and (misfit := does_not_fit(plan)) is not None:

@@ -15,6 +15,7 @@ from typing import Any
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.guidance import ADAPTER_LEARNING_RATE
 from dpo_cli.config.options import Config
+from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.config.stages import PLAN_VERSION
 from dpo_cli.data.hub import is_hub_id
 from dpo_cli.hardware import unsloth
@@ -193,7 +194,9 @@ def resolve(
         if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
             # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
             wanted = replace(wanted, fused_attention=False)
-        settings, memory = fit(facts, wanted, budget_gb, config.gradient_checkpointing)
+        settings, memory = fit(
+            facts, wanted, budget_gb, config.gradient_checkpointing, may_part=not sorts_pairs(config.loss_type)
+        )
         factor = wanted.batch // settings.batch
         decided["gradient_checkpointing"] = settings.checkpointing
         decided["per_device_train_batch_size"] = settings.batch

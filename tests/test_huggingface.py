@@ -19,7 +19,7 @@ from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import RunFailed
 from dpo_cli.evaluation.metrics import score_rows
-from dpo_cli.providers import huggingface
+from dpo_cli.providers import made
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.training.dpo import build_trainer
 from dpo_cli.training.scoring import choose, states_of
@@ -44,7 +44,7 @@ def test_gguf_is_dequantised_once_with_its_own_special_tokens(tmp_path: Path, mo
     def not_again(*_: object) -> None:
         raise AssertionError("dequantised twice")
 
-    monkeypatch.setattr(huggingface, "_convert", not_again)
+    monkeypatch.setattr(made, "_convert", not_again)
     assert HuggingFace(str(DEMO_MODEL)).local_dir == provider.local_dir
 
 

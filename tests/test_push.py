@@ -67,14 +67,19 @@ class Hub:
         if path.startswith("/blob/"):
             self.blobs[path.removeprefix("/blob/")] = body
             return 200, {}
-        assert path.endswith("/commit/main"), path
         name = "/".join(path.split("/")[3:5])
+        if path.endswith("/tree/main"):
+            files = self.files[name].items()
+            return 200, [{"type": "file", "path": file, "size": len(content), "oid": "0" * 40} for file, content in files]
+        assert path.endswith("/commit/main"), path
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
             if line["key"] == "file":
                 self.files[name][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.files[name][value["path"]] = self.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.files[name][value["path"]]
         return 200, {"commitUrl": f"{self.address}/{name}/commit/0", "commitOid": "0", "success": True}
 
 
@@ -177,7 +182,8 @@ def test_an_export_is_uploaded_and_a_repository_that_is_there_is_taken(
     trained: Callable[..., Path],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    hub.files["me/merged"] = {"notes.txt": b"mine"}
+    """What was uploaded before goes where it would be loaded with, or instead of, the new weights; all else stays."""
+    hub.files["me/merged"] = {"notes.txt": b"mine", "adapter_config.json": b"{}", "model-00002-of-00002.safetensors": b""}
     words = ["export", str(of_kind(trained, "adapter")), "--out", str(tmp_path / "out"), "--push", "me/merged", "--json"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr

@@ -8,16 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from dpo_cli.cli import app
 from dpo_cli.config.config import load_stages
 from dpo_cli.console import Console
 from dpo_cli.errors import Exit, InvalidInput
-from dpo_cli.evaluation.judging import evaluate
+from dpo_cli.evaluation.judging import evaluate, load_policy, open_run, score
 from dpo_cli.hardware.adapters import adapter_at, foundation
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
@@ -61,6 +62,17 @@ def assert_starts_at_its_reference(place: Path) -> None:
     assert (line["margin"], line["reward_chosen"], line["reward_rejected"]) == (0, 0, 0)
 
 
+def assert_reference_is(place: Path, sft: Path, within: float = 1e-5) -> None:
+    """What dpo was held to gives all pairs the margin that the policy of sft gives them, which is not the base model's."""
+    pairs = str(place.parent / "pairs.jsonl")
+    of_sft, of_dpo = (load_policy(open_run(str(folder), pairs, Console()), Console()) for folder in (sft, place))
+    opened = open_run(str(place), pairs, Console())
+    ours = score(of_dpo[0], opened.rows, opened.tokenizer, of_dpo[1])
+    theirs = score(of_sft[0], opened.rows, opened.tokenizer, of_sft[1])
+    apart, moved = np.abs(ours.reference - theirs.policy).mean(), np.abs(theirs.policy - theirs.reference).mean()
+    assert moved > 0.1 and apart <= within * np.abs(theirs.policy).mean()
+
+
 @pytest.fixture
 def sft(run: Run) -> Path:
     _, place = run("sft", strategy="sft")
@@ -74,28 +86,12 @@ def test_dpo_goes_on_from_the_sft_adapter_and_is_held_to_a_frozen_copy(run: Run,
     plan = plan_of(place)
     assert plan["config"]["reference"] == "adapter" and plan["config"]["lora_r"] == 4
     assert any("training goes on from the adapter of sft (rank 4)" in note for note in plan["notes"])
-    pairs = str(sft.parent / "pairs.jsonl")
-    on_sft, on_dpo = (evaluate(str(folder), pairs, Console()) for folder in (sft, place))
-    for name, figure in on_dpo["base"].items():  # the reference of dpo is the policy of sft
-        assert figure["value"] == pytest.approx(on_sft["policy"][name]["value"])
-    assert on_sft["policy"]["kl_token"]["value"] > 0.01  # which is not the base model
+    assert_reference_is(place, sft)
     assert evaluate(str(place), None, Console())["policy"] == summary["eval"]  # as the run itself judged it
     # The saved adapter is one, on the base model, as PEFT loads it; and it has moved on from the SFT adapter.
     assert sorted(file.name for file in (place / "adapter").iterdir() if file.is_dir()) == []
     before, after = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (sft, place))
     assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_the_reference_is_the_sft_model_in_plain_transformers(run: Run, sft: Path, tiny_model_dir: Path) -> None:
-    """log ref of the first line's pairs, by transformers and PEFT alone."""
-    _, place = run("dpo", model_name=str(sft), lora_r=None, max_steps=1, per_device_train_batch_size=8, logging_steps=1)
-    plain = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with_sft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), str(sft / "adapter"))
-    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), str(place / "adapter"))
-    ids = torch.arange(3, 40)[None]
-    logits = [model.eval()(input_ids=ids).logits for model in (plain, with_sft, trained)]
-    assert not torch.allclose(logits[0], logits[1], atol=1e-3)  # the SFT run has moved the model
-    assert (logits[2] - logits[1]).abs().max() < (logits[2] - logits[0]).abs().max()  # and DPO went on from there
 
 
 @pytest.mark.parametrize("why", [{"lora_r": 2}, {"lora_r": None, "reference": "base"}])
@@ -106,6 +102,7 @@ def test_another_shape_is_trained_on_the_merged_model(run: Run, sft: Path, tiny_
     assert plan["config"]["reference"] == "base"
     assert any("is merged into its base model" in note for note in plan["notes"])
     assert evaluate(str(place), None, Console())["policy"] == summary["eval"]
+    assert_reference_is(place, sft)
     config = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(sft)  # not the bare model, on which it would answer otherwise
     # A third run on top stands on both: its reference is the second run's policy.
@@ -152,4 +149,75 @@ def test_every_weight_is_trained_when_the_rank_is_0(run: Run, strategy: str, tin
 def test_4bit_goes_on_from_a_4bit_adapter(run: Run) -> None:
     _, place = run("sft", strategy="sft", use_4bit=True, bf16=True)
     _, on_top = run("dpo", model_name=str(place), use_4bit=True, bf16=True, lora_r=None, max_steps=1)
+    assert plan_of(on_top)["config"]["reference"] == "adapter"
     assert_starts_at_its_reference(on_top)
+    assert_reference_is(on_top, place, within=1e-2)
+
+
+def test_an_adapter_is_not_lost_in_4bit_weights(run: Run) -> None:
+    """bitsandbytes' steps are larger than what an adapter adds: merged into quantised weights, it would be gone."""
+    _, place = run("sft", strategy="sft", use_4bit=True, learning_rate=1e-2, max_steps=10)
+    _, on_top = run("dpo", model_name=str(place), use_4bit=True, lora_r=2, max_steps=1)
+    assert plan_of(on_top)["config"]["reference"] == "base"
+    assert_starts_at_its_reference(on_top)
+    pairs = str(place.parent / "pairs.jsonl")
+    (of_sft, plan), (of_dpo, _) = (
+        load_policy(open_run(str(folder), pairs, Console()), Console()) for folder in (place, on_top)
+    )
+    opened = open_run(str(on_top), pairs, Console())
+    theirs, ours = (score(policy, opened.rows, opened.tokenizer, plan) for policy in (of_sft, of_dpo))
+    to_sft, to_base = (np.abs(ours.reference - scores).mean() for scores in (theirs.policy, theirs.reference))
+    assert to_sft < 0.7 * to_base
+
+
+def test_a_frozen_adapter_has_no_dropout(run: Run, sft: Path) -> None:
+    """With dropout in the reference, no two passes of it would agree; the policy's own acts."""
+    _, place = run("dpo", model_name=str(sft), lora_r=None, lora_dropout=0.3, max_steps=1)
+    line = first_line(place)
+    assert line["reward_chosen"] != 0
+    policy, plan = load_policy(open_run(str(place), None, Console()), Console())
+    opened = open_run(str(place), None, Console())
+    first, again = (score(policy, opened.rows, opened.tokenizer, plan).reference for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+def test_sft_on_sft_is_judged_alike_by_run_and_eval(run: Run, sft: Path) -> None:
+    summary, place = run("more", strategy="sft", model_name=str(sft), lora_r=None)
+    judged = evaluate(str(place), None, Console())
+    assert (judged["policy"], judged["base"]) == (summary["eval"], summary["base"])
+
+
+def test_a_run_below_that_changed_is_told(run: Run, sft: Path) -> None:
+    _, place = run("dpo", model_name=str(sft), lora_r=2, max_steps=1)
+    run("sft", strategy="sft", seed=1)
+    with pytest.raises(InvalidInput, match="not the one that it was trained on"):
+        evaluate(str(place), None, Console())
+    (sft / "metrics.json").unlink()  # as in a run that was replaced and died
+    with pytest.raises(InvalidInput) as caught:
+        run("third", model_name=str(sft), lora_r=None)
+    assert "adapter-unusable" in [problem.code for problem in caught.value.problems]
+
+
+def test_a_run_is_not_written_over_what_it_stands_on(run: Run, sft: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        run("sft", model_name=str(sft / "adapter"), lora_r=None)
+    assert [problem.code for problem in caught.value.problems if problem.severity == "error"] == ["output-is-input"]
+    assert (sft / "metrics.json").is_file()
+
+
+def test_stages_train_one_on_the_other(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> None:
+    config = tmp_path / "two.json"
+    common = {"dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False, "eval_split": 0.3, "lora_r": 4}
+    stages = [{"strategy": "sft", "learning_rate": 1e-2}, {"strategy": "dpo", "reference": "adapter"}]
+    config.write_text(json.dumps({**common, "model_name": "/no/model", "stages": stages}), encoding="utf-8")
+    place = tmp_path / "both"
+    words = ["train", str(config), f"model_name={tiny_model_dir}", f"output_dir={place}", "max_steps=2", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [Path(stage["run_dir"]).name for stage in told["stages"]] == ["1-sft", "2-dpo"]
+    assert_starts_at_its_reference(place / "2-dpo")
+    assert plan_of(place / "2-dpo")["config"]["model_name"] == str(place / "1-sft")
+    assert CliRunner().invoke(app, [*words[:-1], "strategy=dpo"]).exit_code == Exit.USAGE
+    again = CliRunner().invoke(app, words)
+    assert (again.exit_code, "holds a run already" in again.stderr) == (Exit.INVALID, True)

@@ -89,12 +89,13 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
     is_data = isinstance(values, dict) and problems and len(check.PAIR_KEYS & values.keys()) > 1
     if is_data or not isinstance(values, dict):
         return [Loaded(path, {}, {}, {}, (problems if not is_data else ()) or (_not_an_object(path, values),))]
-    return [_checked(written, document, changes) for written in stages.written(path, document)]
+    return [_checked(written, document) for written in stages.written(path, document, changes)]
 
 
-def _checked(written: stages.Written, document: reader.Document, changes: Mapping[str, Any]) -> Loaded:
+def _checked(written: stages.Written, document: reader.Document) -> Loaded:
     """A written config with its defaults, and everything that is wrong with it."""
     path, values, positions, origin = written.path, written.values, written.positions, written.origin
+    changes = written.changes
     authored = frozenset(key for key in values if origin.get(key) in (None, "config", "override")) | changes.keys()
     damaged = written.damaged - changes.keys()
     given = {key: value for key, value in {**values, **changes}.items() if key not in damaged and not _says_default(key, value)}

@@ -136,6 +136,11 @@ def losses(values: Values) -> list[str]:
     return [named] if isinstance(named, str) else list(named)
 
 
+def sorts_pairs(loss_type: str | Sequence[str]) -> bool:
+    """Whether a loss compares the sorted pairs of a micro-batch (AOT, arXiv:2406.05882), so that its parts have another."""
+    return any(name.startswith("aot") for name in ([loss_type] if isinstance(loss_type, str) else loss_type))
+
+
 def smoothing_needs_its_loss(values: Values, given: Values) -> Iterator[Problem]:
     named, smoothing = losses(values), values.get("label_smoothing")
     if named and smoothing and not set(named) & set(SMOOTHED_LOSSES):

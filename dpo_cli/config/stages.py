@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo_cli.config import reader
 from dpo_cli.config.schema import STRATEGIES, defaults, options
+from dpo_cli.errors import UsageError
 
 PLAN_VERSION = 1  # of plan.json, which is read as a config too
 
@@ -22,28 +23,34 @@ class Written:
     positions: Mapping[reader.Path, tuple[int, int]]
     damaged: frozenset[Any]  # keys whose values could not be read
     origin: Mapping[str, Any] = field(default_factory=dict)
+    changes: Mapping[str, Any] = field(default_factory=dict)  # of the command line
     stage: int | None = None
     foundation: str | None = None
 
 
-def written(path: str, document: reader.Document) -> list[Written]:
-    """The configs of a document that is an object."""
+def written(path: str, document: reader.Document, changes: Mapping[str, Any]) -> list[Written]:
+    """The configs of a document that is an object, with what the command line says over it.
+
+    Of stages, a model and an output_dir said there are those of the file: the model of the first stage, and the folder of all.
+    """
     values: dict[str, Any] = document.value
-    whole = Written(path, values, document.positions, _damaged(document, ()))
+    whole = Written(path, values, document.positions, _damaged(document, ()), changes=changes)
     if values.get("plan_version") == PLAN_VERSION and isinstance(values.get("config"), dict):  # repeats its run
         origin = values["sources"] if isinstance(values.get("sources"), dict) else {}
         positions = {key[1:]: where for key, where in document.positions.items() if key[:1] == ("config",)}
-        return [Written(path, values["config"], positions, _damaged(document, ("config",)), origin)]
+        return [Written(path, values["config"], positions, _damaged(document, ("config",)), origin, changes)]
     named = values.get("stages")
     if not isinstance(named, list) or not named or not all(isinstance(stage, dict) for stage in named):
         return [whole]  # with a value of "stages" that the schema refuses, where there is one
+    if "strategy" in changes:
+        raise UsageError("a strategy on the command line would be that of every stage", "write it into the stages")
     made: list[Written] = []
     for number in range(len(named)):
-        made.append(_stage(document, path, number, made[-1] if made else None))
+        made.append(_stage(document, path, number, made[-1] if made else None, changes))
     return made
 
 
-def _stage(document: reader.Document, path: str, number: int, before: Written | None) -> Written:
+def _stage(document: reader.Document, path: str, number: int, before: Written | None, changes: Mapping[str, Any]) -> Written:
     """The stage's own values over those of the file that belong to its strategy.
 
     It trains on what the stage before left, unless it names a model; its run directory is a folder of the file's.
@@ -57,16 +64,21 @@ def _stage(document: reader.Document, path: str, number: int, before: Written | 
         if key != "stages" and (key not in options() or read_as in options()[key].strategies or read_as not in STRATEGIES)
     }
     values = {**shared, **own}
-    root = Path(shared.get("output_dir") or Path("runs") / (Path(path).stem if path != "-" else "stdin"))
+    root = Path(
+        changes.get("output_dir") or shared.get("output_dir") or Path("runs") / (Path(path).stem if path != "-" else "stdin")
+    )
     values["output_dir"] = own.get("output_dir") or str(root / f"{number + 1}-{strategy}")
     foundation = None
     if before is not None and "model_name" not in own:
-        foundation = before.foundation or str(before.values.get("model_name", defaults()["model_name"]))
+        named = {**before.values, **before.changes}.get("model_name", defaults()["model_name"])
+        foundation = before.foundation or str(named)
         values["model_name"] = before.values["output_dir"]
     positions = {key: where for key, where in document.positions.items() if key[:1] != ("stages",) and not own.keys() & key[:1]}
     positions |= {key[2:]: where for key, where in document.positions.items() if key[:2] == place and len(key) > 2}
     damaged = _damaged(document, ()) - {"stages"} - own.keys() | _damaged(document, place)
-    return Written(path, values, positions, damaged, {}, number + 1, foundation)
+    first = () if before is None else ("model_name",)
+    own_changes = {key: value for key, value in changes.items() if key not in ("output_dir", *first)}
+    return Written(path, values, positions, damaged, {}, own_changes, number + 1, foundation)
 
 
 def _damaged(document: reader.Document, within: tuple[Any, ...]) -> frozenset[Any]:

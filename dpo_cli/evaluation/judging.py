@@ -16,6 +16,7 @@ from dpo_cli.config.schema import defaults
 from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.tokens import Encoded
+from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.evaluation.metrics import Scores, figures, score_rows
 from dpo_cli.evaluation.samples import answer_tokens, side_by_side
 from dpo_cli.hardware.probe import probe
@@ -24,7 +25,7 @@ from dpo_cli.plan import Plan
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.providers.policy import Policy
-from dpo_cli.runs.directory import PLAN, RunDirectory
+from dpo_cli.runs.directory import MANIFEST, PLAN, RunDirectory, sha256_of_all
 from dpo_cli.runs.log import log_to
 from dpo_cli.training.prepare import prepare, tell_scoring
 from dpo_cli.training.scoring import choose, states_of
@@ -59,8 +60,12 @@ class Opened:
 def open_run(run_path: str, dataset: str | None, console: Console) -> Opened:
     """Open a finished run with what it held out, or with all rows of another file. No model is loaded."""
     run = RunDirectory.open(Path(run_path))
+    _require_same_below(run)
     # What that machine decided, this one decides anew: a run from a GPU can be judged on a CPU.
-    measured = [key for key, source in run.read_json(PLAN)["sources"].items() if source == "measured"]
+    then = run.read_json(PLAN)
+    measured = {key for key, source in then["sources"].items() if source == "measured"}
+    if then["config"]["device"] not in ("cpu", probe().device):  # named in the config, and not here
+        measured |= {"device", "bf16", "fp16"}
     overrides = [f"{key}={json.dumps(defaults()[key])}" for key in measured]
     overrides.append("provider=huggingface")  # any provider's adapter is PEFT's, and is judged where its provider is not
     if dataset:
@@ -76,6 +81,14 @@ def open_run(run_path: str, dataset: str | None, console: Console) -> Opened:
     with log_to(run.log):
         train_rows, held_out, _ = prepare(data, tokenizer, plan)
     return Opened(run, plan, provider, tokenizer, train_rows if dataset else held_out)
+
+
+def _require_same_below(run: RunDirectory) -> None:
+    """`InvalidInput` where a run or an adapter that this run stands on is gone or has changed: its figures would be others."""
+    for folder, digest in run.read_json(MANIFEST)["model"].get("below", {}).items():
+        if not Path(folder).is_dir() or sha256_of_all(Path(folder)) != digest:
+            message = f"{run.path} stands on {folder}, which is not the one that it was trained on"
+            raise InvalidInput([Problem("error", "adapter-changed", message, "restore that folder, or train both again")])
 
 
 def load_policy(opened: Opened, console: Console) -> tuple[Policy, Plan]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.runs.directory import ADAPTER, MODEL, PLAN, WEIGHTS
+from dpo_cli.runs.directory import ADAPTER, MODEL, PLAN, SUMMARY, WEIGHTS, sha256_of_all
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The options that an adapter was made with and that cannot change under it, by PEFT's names.
@@ -35,10 +35,12 @@ class Adapter:
 def adapter_at(model_name: str) -> Adapter | None:
     """The adapter that `model_name` names, None when it names a model. Raises `ValueError` for one that cannot be used."""
     path = Path(model_name)
+    if (path / PLAN).is_file() and not (path / SUMMARY).is_file():
+        raise ValueError("the run in it is not finished")
     if (path / PLAN).is_file() and not (path / MODEL).is_dir():
         directory = path / ADAPTER
         if not (directory / ADAPTER_CONFIG).is_file():
-            raise ValueError("the run in it has no adapter yet")
+            raise ValueError("the run in it has no adapter")
     elif (path / ADAPTER_CONFIG).is_file():
         directory = path
     else:
@@ -64,6 +66,20 @@ def model_of(model_name: str) -> str:
     """The directory of a run's whole model, where `model_name` is such a run; else the name itself."""
     place = Path(model_name) / MODEL
     return str(place) if place.is_dir() and (place.parent / PLAN).is_file() else model_name
+
+
+def chain_of(model_name: str) -> dict[str, str]:
+    """The folders of all runs and adapters that a model stands on, itself first, each with the SHA-256 of its weights."""
+    chain: dict[str, str] = {}
+    adapter = adapter_at(model_name)
+    while adapter is not None:
+        if str(adapter.directory) in chain:
+            raise ValueError("it stands on itself")
+        chain[str(adapter.directory)] = sha256_of_all(adapter.directory)
+        model_name = adapter.model_name
+        adapter = adapter_at(model_name)
+    whole = model_of(model_name)
+    return chain if whole == model_name else {**chain, whole: sha256_of_all(Path(whole))}
 
 
 def foundation(model_name: str) -> str:

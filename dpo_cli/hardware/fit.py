@@ -19,14 +19,17 @@ LENGTHS = (4096, 2048, 1024, 512, 256)  # that a remedy goes down to
 Change = tuple[str, dict[str, Any]]  # what to write into a config, and what it changes of the settings
 
 
-def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
+def fit(
+    facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str, may_part: bool = True
+) -> tuple[Settings, Bill]:
     """The first way to run `wanted` that fits the budget, or the smallest with its bill when none does.
 
     Only what leaves the training unchanged is tried: `checkpointing` when it is "auto", then smaller micro-batches (the
-    accumulation grows by the same factor, so pairs per optimizer step stay). A way with a margin goes before one without.
+    accumulation grows by the same factor, so pairs per optimizer step stay) where the loss `may_part` one. A way with a margin
+    goes before one without.
     """
     choices = (False, True) if checkpointing == "auto" else (bool(checkpointing),)
-    batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0]
+    batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0][: None if may_part else 1]
     ways = [replace(wanted, checkpointing=choice) for choice in choices]
     ways += [replace(wanted, batch=size, checkpointing=choices[-1]) for size in batches[1:]]
     bills = [bill(facts, settings, budget_gb) for settings in ways]

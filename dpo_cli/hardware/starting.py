@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
 from dpo_cli.errors import Problem
-from dpo_cli.hardware.adapters import SHAPE, Adapter, adapter_at
+from dpo_cli.hardware.adapters import SHAPE, Adapter, adapter_at, chain_of
 from dpo_cli.hardware.facts import model_facts
 
 
@@ -37,8 +38,18 @@ def started(loaded: Loaded, config: Config) -> tuple[dict[str, Any], list[str]]:
     return {"reference": "adapter", **shape}, [note]
 
 
-def problems(loaded: Loaded, config: Config) -> Iterator[Problem]:
-    """Where "reference" asks for what model_name does not give."""
+def problems(loaded: Loaded, run_dir: Path) -> Iterator[Problem]:
+    """Where "reference" asks for what model_name does not give, and where the run would overwrite what it stands on."""
+    config, place = loaded.require(), Path(os.path.realpath(run_dir))
+    try:
+        below = [Path(os.path.realpath(folder)) for folder in chain_of(config.model_name)]
+    except (OSError, ValueError):  # told of as a fault of model_name
+        below = []
+    if any(folder.is_relative_to(place) for folder in below):
+        message = f"output_dir {run_dir} holds what the run stands on"
+        yield Problem("error", "output-is-input", message, "name a folder of its own, for example runs/my-run", "output_dir")
+    if loaded.foundation is not None:  # a stage, whose adapter is not there yet
+        return
     if config.reference != "adapter" or loaded.sources.get("reference") not in ("config", "override"):
         return
     try:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,10 +31,10 @@ from transformers import (
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
-from dpo_cli.hardware.adapters import adapter_at, foundation
+from dpo_cli.hardware.adapters import adapter_at, chain_of, foundation
 from dpo_cli.hardware.models import common_name
 from dpo_cli.plan import Plan
-from dpo_cli.providers.base import cache_dir
+from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.directory import RunDirectory
 
@@ -52,7 +50,7 @@ class HuggingFace:
         self.name = model_name
         self.foundation = foundation(model_name)
         path = Path(self.foundation)
-        self.source = str(_dequantised(path)) if gguf.is_gguf(path) else self.foundation
+        self.source = str(dequantised(path)) if gguf.is_gguf(path) else self.foundation
         self.only_local = path.exists() or not _hub_answers(self.foundation)
 
     @property
@@ -99,7 +97,10 @@ class HuggingFace:
             return base
         config = LoraConfig.from_pretrained(str(adapter.directory))
         config.lora_dropout = plan.config.lora_dropout
-        return cast(PeftModel, PeftModel.from_pretrained(base, str(adapter.directory), is_trainable=True, config=config))
+        model = PeftModel.from_pretrained(base, str(adapter.directory), is_trainable=True, config=config)
+        if plan.config.strategy != "dpo":  # whose trainer makes the frozen copy itself
+            model.load_adapter(str(adapter.directory), FROZEN)
+        return cast(PeftModel, model)
 
     def trained(self, plan: Plan, run: RunDirectory) -> Policy:
         base = self.base_model(plan)
@@ -114,11 +115,25 @@ class HuggingFace:
         """Nothing: PEFT runs what the trainer has put on."""
 
     def _merged(self, plan: Plan, name: str) -> PreTrainedModel:
-        """The model of this name; where that is an adapter, merged into what it stands on."""
+        """The model of this name; where that is an adapter, merged into what it stands on.
+
+        Never into quantised weights, whose steps are larger than what an adapter adds: it would be gone. The merged model is
+        made in the precision of the run, kept in the cache, and then quantised as any other model is.
+        """
+        if adapter_at(name) is None:
+            return self._model(plan, self.source)
+        if not (plan.config.use_4bit or plan.config.use_8bit):
+            return self._unquantised(plan, name)
+        whole = replace(plan, config=replace(plan.config, use_4bit=False, use_8bit=False, device="cpu"))
+        content = "\n".join([plan.dtype, self.source, *chain_of(name).values()])
+        place = made_once("merged", content, lambda work: self._unquantised(whole, name).save_pretrained(work))
+        return self._model(plan, str(place))
+
+    def _unquantised(self, plan: Plan, name: str) -> PreTrainedModel:
         adapter = adapter_at(name)
         if adapter is None:
             return self._model(plan, self.source)
-        below = self._merged(plan, adapter.model_name)
+        below = self._unquantised(plan, adapter.model_name)
         return cast(PreTrainedModel, PeftModel.from_pretrained(below, str(adapter.directory)).merge_and_unload())
 
     def _model(self, plan: Plan, source: str) -> PreTrainedModel:
@@ -241,43 +256,3 @@ def _hub_answers(model_name: str) -> bool:
 
 def _gated(model_name: str) -> RunFailed:
     return RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`")
-
-
-def _dequantised(path: Path) -> Path:
-    """The GGUF file as a float32 model directory with safetensors, made once per content and transformers version."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    target = cache_dir() / "gguf" / f"{digest[:32]}-transformers-{transformers.__version__}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
-    try:
-        _convert(path, work)
-        work.rename(target)
-    except ValueError as error:
-        raise RunFailed(f"{path} cannot be dequantised: {error}", "download it again") from error
-    except OSError:
-        if not target.is_dir():  # else another process finished first, and its copy serves
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-def _convert(path: Path, target: Path) -> None:
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    # transformers 5.17 guesses the special tokens of a GGUF (SmolLM2's EOS comes out as its BOS); the header knows them.
-    header = gguf.read_header(path).metadata
-    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
-        token_id = header.get(f"tokenizer.ggml.{key}_token_id")
-        if token_id is not None:
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
-    tokenizer.clean_up_tokenization_spaces = False
-    tokenizer.save_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    model.save_pretrained(target)

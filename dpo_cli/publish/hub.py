@@ -9,6 +9,8 @@ from huggingface_hub import HfApi
 
 from dpo_cli.errors import RunFailed
 
+WEIGHTS = ["adapter_*", "*.safetensors*", "*.gguf", "Modelfile"]
+
 
 def push(folder: Path, repository: str) -> str:
     """Upload the files of `folder` as the model owner/name, and return its address. A new repository is private.
@@ -18,7 +20,8 @@ def push(folder: Path, repository: str) -> str:
     api = HfApi()
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by dpo")
+        # Weights of another upload would be loaded with, or instead of, these.
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by dpo", delete_patterns=WEIGHTS)
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # a refusal, no network, no token, half a large file
         response = getattr(error, "response", None)
         needs_login = response is not None and response.status_code in (401, 403)

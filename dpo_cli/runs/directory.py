@@ -65,7 +65,7 @@ class RunDirectory:
         if missing:
             message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
             raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a finished `dpo train`")])
-        if run.read_json(SUMMARY)["adapter_sha256"] != _sha256_of_all(run.trained):
+        if run.read_json(SUMMARY)["adapter_sha256"] != sha256_of_all(run.trained):
             message = f"the {run.trained.name} in {path} is not the one that this run wrote"
             raise InvalidInput([Problem("error", "adapter-changed", message, "train again, or restore the file")])
         return run
@@ -97,7 +97,7 @@ class RunDirectory:
         self._replace(place, save)
         if other.is_dir():  # of the run that this one replaces
             shutil.rmtree(other)
-        return _sha256_of_all(place)
+        return sha256_of_all(place)
 
     def write_card(self, text: str) -> None:
         self._replace(self.trained / CARD, lambda part: part.write_text(text, encoding="utf-8"))
@@ -112,7 +112,7 @@ class RunDirectory:
         part.replace(place)
 
 
-def _sha256_of_all(folder: Path) -> str:
+def sha256_of_all(folder: Path) -> str:
     """The SHA-256 of the folder's weights; of several files, that of their digests in the order of their names."""
     digests = [sha256(file) for file in sorted(folder.glob(SAFE))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 
 import dpo_cli
 from dpo_cli.data.reader import sources_of
+from dpo_cli.hardware.adapters import chain_of
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan
 from dpo_cli.runs.directory import sha256
@@ -27,7 +28,8 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         | {package: version(package) for package in packages},
         "hardware": machine.to_json(),
         "dataset": {source.path: sha256(Path(source.path)) for source in sources_of(plan.config.dataset)},
-        "model": {"name": plan.config.model_name, "sha256": {file.name: sha256(file) for file in weights}},
+        "model": {"name": plan.config.model_name, "sha256": {file.name: sha256(file) for file in weights}}
+        | {"below": chain_of(plan.config.model_name)},
         "seed": plan.config.seed,
         "git_commit": _git_commit(),
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
+from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan import Plan
 from dpo_cli.training import scoring
@@ -82,6 +83,7 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
+    trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
     trainer.take_over(scoring.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell)
     ready(trainer, plan)
     return trainer

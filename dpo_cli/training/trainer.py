@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
@@ -68,6 +69,8 @@ class CarefulTrainer:
     ROWS_A_UNIT: int  # rows of a micro-batch that belong together
     IS_MEAN: bool  # whether the loss is the mean over a micro-batch's units; else each row has its share of the step's loss
 
+    IS_WHOLE = False  # whether the loss compares units, so that halves have another
+
     args: Any
     model: Any
     accelerator: Any
@@ -91,7 +94,8 @@ class CarefulTrainer:
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         step: Any = super().training_step  # type: ignore[misc]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if self.accelerator.num_processes > 1:  # whose processes add up gradients while they come, and must all do the same
+        # Processes add up gradients while they come, and must all do the same; some losses are of the whole micro-batch.
+        if self.accelerator.num_processes > 1 or self.IS_WHOLE:
             return step(model, inputs, *args, **kwargs)
 
         def attempt(batch: parts.Batch) -> Tensor:
@@ -153,6 +157,9 @@ class ProbeFirst(TrainerCallback):
 def ready(trainer: Any, plan: Plan) -> None:
     """Give a built trainer's weights the dtypes they train in, and it the callbacks that every training has."""
     _set_dtypes(trainer.model, plan)
+    for module in trainer.model.modules():  # the frozen copy takes the dropout of the adapter over, and is to be exact
+        if isinstance(module, LoraLayer) and FROZEN in module.lora_dropout:
+            module.lora_dropout[FROZEN] = torch.nn.Identity()
     trainer.add_callback(ProbeFirst(trainer))
     trainer.remove_callback(PrinterCallback)
 

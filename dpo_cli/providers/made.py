@@ -1,0 +1,63 @@
+"""Models that are made once and kept in the cache: of a GGUF file, and of an adapter merged into what it stands on."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_cli.errors import RunFailed
+from dpo_cli.hardware import gguf
+from dpo_cli.providers.base import cache_dir
+from dpo_cli.runs.directory import sha256
+
+
+def dequantised(path: Path) -> Path:
+    """The GGUF file as a float32 model directory with safetensors, made once per content and transformers version."""
+    try:
+        return made_once("gguf", sha256(path), lambda work: _convert(path, work))
+    except ValueError as error:
+        raise RunFailed(f"{path} cannot be dequantised: {error}", "download it again") from error
+
+
+def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, kept under a hash of all that decides its `content` and the transformers version."""
+    digest = hashlib.sha256(content.encode()).hexdigest()[:32]
+    target = cache_dir() / kind / f"{digest}-transformers-{transformers.__version__}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    try:
+        make(work)
+        work.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process finished first, and its copy serves
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _convert(path: Path, target: Path) -> None:
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # transformers 5.17 guesses the special tokens of a GGUF (SmolLM2's EOS comes out as its BOS); the header knows them.
+    header = gguf.read_header(path).metadata
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        token_id = header.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.save_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(target)
