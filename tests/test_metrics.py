@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
-from dpo_cli.evaluation.metrics import Intervals, Scores, figures, point_figures, score_rows
+from dpo_cli.evaluation.intervals import Intervals
+from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.providers.policy import Policy
 from dpo_cli.training import scoring, sharing
 

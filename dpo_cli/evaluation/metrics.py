@@ -18,21 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.data.tokens import Encoded
+from dpo_cli.evaluation.intervals import Array, Intervals, Ratio, mean
 from dpo_cli.providers.policy import Policy
 from dpo_cli.training.head import Head, score_tokens, token_kl
 from dpo_cli.training.parts import is_out_of_memory
 from dpo_cli.training.scoring import States, collate
 from dpo_cli.training.sharing import IGNORED
-
-Array = NDArray[np.float64]
-
-RESAMPLES = 2000
-# A sum over rows divided by a sum over rows; with weights over prompts both sums are resampled together.
-Ratio = tuple[Array, Array]
 
 
 @dataclass(frozen=True)
@@ -102,7 +96,7 @@ def point_figures(scores: Scores, beta: float) -> dict[str, float]:
         for name in ("logp_accuracy", "normalized_logp_accuracy"):
             del columns[name]
         for kind, name in enumerate(("chosen", "rejected")):
-            columns |= {f"reward_{name}": _mean(reward[:, kind]), f"logp_{name}": _mean(scores.policy[:, kind])}
+            columns |= {f"reward_{name}": mean(reward[:, kind]), f"logp_{name}": mean(scores.policy[:, kind])}
     return {name: float(above.sum() / below.sum()) for name, (above, below) in columns.items()}
 
 
@@ -125,7 +119,7 @@ def _policy_ratios(scores: Scores, beta: float) -> dict[str, Ratio]:
         return {**_token_ratios(scores.policy, scores.policy_right, scores.tokens), **kl_token}
     reward = beta * (scores.policy - scores.reference)
     margin = reward[:, 0] - reward[:, 1]
-    preference = {"accuracy": _mean(_wins(reward)), "margin": _mean(margin), "loss": _mean(np.logaddexp(0, -margin))}
+    preference = {"accuracy": mean(_wins(reward)), "margin": mean(margin), "loss": mean(np.logaddexp(0, -margin))}
     return {**preference, **kl_token, **_logp_ratios(scores.policy, scores.tokens)}
 
 
@@ -141,27 +135,8 @@ def _token_ratios(log_probs: Array, right: Array, tokens: Array) -> dict[str, Ra
 
 
 def _logp_ratios(log_probs: Array, tokens: Array) -> dict[str, Ratio]:
-    return {"logp_accuracy": _mean(_wins(log_probs)), "normalized_logp_accuracy": _mean(_wins(log_probs / tokens))}
+    return {"logp_accuracy": mean(_wins(log_probs)), "normalized_logp_accuracy": mean(_wins(log_probs / tokens))}
 
 
 def _wins(scores: Array) -> Array:
     return np.sign(scores[:, 0] - scores[:, 1]) / 2 + 0.5
-
-
-def _mean(values: Array) -> Ratio:
-    return values, np.ones_like(values)
-
-
-class Intervals:
-    """95 % percentile bootstrap over prompts: pairs of one prompt are drawn together, since they are not independent."""
-
-    def __init__(self, prompts: Sequence[str], seed: int = 0) -> None:
-        _, self.group = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
-        count = int(self.group.max()) + 1
-        draws = np.random.default_rng(seed)
-        self.weights = np.stack([np.bincount(draws.integers(count, size=count), minlength=count) for _ in range(RESAMPLES)])
-
-    def of(self, ratio: Ratio) -> dict[str, float]:
-        above, below = (np.bincount(self.group, weights=side) for side in ratio)
-        low, high = np.percentile((self.weights @ above) / (self.weights @ below), [2.5, 97.5])
-        return {"value": float(above.sum() / below.sum()), "low": float(low), "high": float(high)}

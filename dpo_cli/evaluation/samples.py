@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.evaluation.metrics import Intervals
+from dpo_cli.evaluation.intervals import Intervals, mean
 from dpo_cli.providers.policy import Policy
 from dpo_cli.training.parts import is_out_of_memory
 
@@ -141,4 +141,4 @@ def answer_tokens(samples: Sequence[Sample]) -> dict[str, Any] | None:
     )
     intervals = Intervals([str(i) for i in range(len(samples))])
     figures = {"base": base, "policy": policy, "gain": policy - base}
-    return {name: intervals.of((values, np.ones_like(values))) for name, values in figures.items()}
+    return {name: intervals.of(mean(values)) for name, values in figures.items()}
