@@ -91,6 +91,16 @@ def test_side_by_side_answers_different_prompts_in_halves_too(
 
     monkeypatch.setattr(samples, "generate", small)
     assert side_by_side(policy, tokenizer, pairs, 2, torch.float32) == whole
+    monkeypatch.undo()
+    monkeypatch.setattr(samples, "AT_ONCE", 1)
+    assert side_by_side(policy, tokenizer, pairs, 2, torch.float32) == whole
+
+
+def test_a_sample_keeps_the_conversation_and_shows_its_last_message() -> None:
+    prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
+    sample = Sample(prompt, Answer("So.", 2, True), Answer("Because.", 3, True))
+    assert sample.prompt == prompt
+    assert sample.to_json() == {"prompt": "Why?", "base": "So.", "adapter": "Because."}
 
 
 def test_answer_tokens_by_hand() -> None:

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_cli.data.formats import Text
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.intervals import Intervals, mean
 from dpo_cli.providers.policy import Policy
@@ -36,18 +37,21 @@ class Sampling:
 
 
 GREEDY = Sampling(128)  # of an evaluation
+AT_ONCE = 32  # prompts that an evaluation answers in one batch
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt's last message, and the answers of both models to the prompt."""
+    """A prompt, and the answers of both models to it."""
 
-    prompt: str
+    prompt: Text
     base: Answer
     adapter: Answer
 
     def to_json(self) -> dict[str, str]:
-        return {"prompt": self.prompt, "base": self.base.text, "adapter": self.adapter.text}
+        """The answers to the last message of the prompt."""
+        last = self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
+        return {"prompt": last, "base": self.base.text, "adapter": self.adapter.text}
 
 
 def generate(
@@ -101,18 +105,20 @@ def _answer(row: Sequence[int], ends: set[int], tokenizer: PreTrainedTokenizerBa
 def side_by_side(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], count: int, dtype: torch.dtype
 ) -> list[Sample]:
-    """Greedy answers of the reference and the policy to the first `count` different prompts."""
+    """Greedy answers of the reference and the policy to the first `count` different prompts.
+
+    The answers to the first prompts are the same whatever `count` is, as far as they fill batches of `AT_ONCE`.
+    """
     first = list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
     if not first:
         return []
     policy.model.eval()
     prompts = [row.prompt_ids for row in first]
-    adapter = _greedy(policy.network, tokenizer, prompts, dtype)
+    batches = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
+    adapter = [answer for batch in batches for answer in _greedy(policy.network, tokenizer, batch, dtype)]
     with policy.as_reference() as reference:
-        base = _greedy(reference, tokenizer, prompts, dtype)
-    said = [row.row.prompt for row in first]
-    last = [prompt if isinstance(prompt, str) else str(prompt[-1]["content"]) for prompt in said]
-    return [Sample(*parts) for parts in zip(last, base, adapter, strict=True)]
+        base = [answer for batch in batches for answer in _greedy(reference, tokenizer, batch, dtype)]
+    return [Sample(row.row.prompt, *answers) for row, *answers in zip(first, base, adapter, strict=True)]
 
 
 def _greedy(
