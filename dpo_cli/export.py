@@ -20,8 +20,9 @@ from peft import PeftModel
 from dpo_cli.config.check import fits
 from dpo_cli.console import Console, json_text
 from dpo_cli.errors import Exit, InvalidInput, Problem, RunFailed, UsageError
-from dpo_cli.evaluation.judging import Opened, load_policy, open_run, score
+from dpo_cli.evaluation.judging import score
 from dpo_cli.evaluation.metrics import Scores, figures
+from dpo_cli.evaluation.opening import Opened, load_policy, open_run
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.probe import GIB
 from dpo_cli.plan import Plan
@@ -184,7 +185,7 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
     counts = {opened.plan.noun: len(opened.rows), "prompts": len(set(prompts))}
     before, after = ({**counts, **figures(scores, prompts, config.beta)} for scores in (own, merged))
     for group in before, after:
-        del group["policy"]["kl_token"], group["policy"]["kl_sequence"]  # the merged one is not known
+        del group["policy"]["kl_token"]  # the merged one is not known
     apart = np.abs(merged.policy - own.policy)
     limits = [
         limit(name, sign, before["policy"][name], after["policy"][name], counts["prompts"])

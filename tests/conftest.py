@@ -126,6 +126,7 @@ def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -
     """Trains two steps of a tiny model with these options; what metrics.json holds, and the run directory."""
     values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
     values |= {"max_steps": 2, "lora_r": 4, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run")}
+    values |= {"kl_prompts": 2, "max_new_tokens": 4}
 
     def start(**options: object) -> tuple[dict[str, Any], Path]:
         config = tmp_path / "config.json"

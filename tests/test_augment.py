@@ -51,6 +51,7 @@ def place(tmp_path: Path, talker_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rule = {"rank": "shorter", "pairs_per_prompt": 2, "max_new_tokens": 24, "temperature": 1.5, "prompts_per_batch": 3}
     values = {"model_name": str(talker_dir), "dataset": "pairs.jsonl", "augment": rule, "learning_rate": 1e-3, "lora_r": 4}
     values |= {"device": "cpu", "bf16": False, "fp16": False, "eval_split": 0.3, "max_steps": 2}
+    values |= {"kl_prompts": 2, "max_new_tokens": 4}
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     return tmp_path
 

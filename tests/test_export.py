@@ -23,7 +23,8 @@ from dpo_cli.config.config import load_stages
 from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import Exit, InvalidInput, RunFailed, UsageError
-from dpo_cli.evaluation.judging import evaluate, load_policy, open_run
+from dpo_cli.evaluation.judging import evaluate
+from dpo_cli.evaluation.opening import load_policy, open_run
 from dpo_cli.export import Request, as_trained, export, limit
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
@@ -47,6 +48,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> T
     write(place / "varied.jsonl", conversation_pairs(40, 4, 6))
     values = {"model_name": str(tiny_model_dir), "dataset": str(data), "device": "cpu", "bf16": False, "fp16": False}
     values |= {"learning_rate": 5e-3, "eval_split": 0.4, "max_steps": 10, "lora_r": 4}
+    values |= {"kl_prompts": 2, "max_new_tokens": 4}
 
     def train_in(name: str, **options: object) -> Path:
         if "dataset" in options:

@@ -28,6 +28,7 @@ def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -
     """Trains five steps in a folder of the given name and gives the plan it left."""
     values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
     values |= {"learning_rate": 5e-3, "eval_split": 0.3, "max_steps": 5, "lora_r": 4}
+    values |= {"kl_prompts": 2, "max_new_tokens": 4}
 
     def train_in(name: str, **options: object) -> dict[str, Any]:
         config = tmp_path / f"{name}.json"

@@ -79,10 +79,10 @@ def test_side_by_side_answers_different_prompts_in_halves_too(
                 parameter.normal_(std=0.5)
     pairs = encode([to_pair(made_row(i), i + 1) for i in range(6)], tokenizer)
     policy = Policy(model)
-    whole = side_by_side(policy, tokenizer, pairs, 2, torch.float32)
+    whole = side_by_side(policy, tokenizer, pairs, 2, 128, torch.float32)
     assert [sample.prompt for sample in whole] == ["question 0", "question 1"]
     assert all(sample.base != sample.adapter for sample in whole)
-    assert side_by_side(policy, tokenizer, [], 2, torch.float32) == []
+    assert side_by_side(policy, tokenizer, [], 2, 128, torch.float32) == []
 
     def small(model: object, tokenizer: object, prompts: list[list[int]], *rest: object) -> list[list[Answer]]:
         if len(prompts) > 1:
@@ -90,10 +90,10 @@ def test_side_by_side_answers_different_prompts_in_halves_too(
         return generate(model, tokenizer, prompts, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(samples, "generate", small)
-    assert side_by_side(policy, tokenizer, pairs, 2, torch.float32) == whole
+    assert side_by_side(policy, tokenizer, pairs, 2, 128, torch.float32) == whole
     monkeypatch.undo()
     monkeypatch.setattr(samples, "AT_ONCE", 1)
-    assert side_by_side(policy, tokenizer, pairs, 2, torch.float32) == whole
+    assert side_by_side(policy, tokenizer, pairs, 2, 128, torch.float32) == whole
 
 
 def test_a_sample_keeps_the_conversation_and_shows_its_last_message() -> None:

@@ -18,7 +18,8 @@ from dpo_cli.cli import app
 from dpo_cli.config.config import load_stages
 from dpo_cli.console import Console
 from dpo_cli.errors import Exit, InvalidInput
-from dpo_cli.evaluation.judging import evaluate, load_policy, open_run, score
+from dpo_cli.evaluation.judging import evaluate, score
+from dpo_cli.evaluation.opening import load_policy, open_run
 from dpo_cli.hardware.adapters import adapter_at, foundation
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
@@ -32,6 +33,7 @@ def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -
     """Trains in a folder of the given name: metrics.json and the folder."""
     common = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
     common |= {"eval_split": 0.3, "max_steps": 3, "lora_r": 4, "learning_rate": 5e-2}
+    common |= {"kl_prompts": 2, "max_new_tokens": 4}
 
     def train_in(name: str, **options: Any) -> tuple[dict[str, Any], Path]:
         config = tmp_path / f"{name}.json"

@@ -37,6 +37,9 @@ class Config:
     reference: Literal['auto', 'base', 'adapter']
     prompt_sharing: Literal[True, False, 'auto']
     max_kl: float | None
+    kl_prompts: int
+    max_new_tokens: int
+    stop_on: list[Any]
     lora_r: int
     lora_alpha: int | None
     lora_dropout: float

@@ -41,6 +41,7 @@ class Pair:
     line: int
     file: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()  # that the chat template is told of
+    category: str = ""  # by which figures are told apart
 
     @property
     def responses(self) -> tuple[Text, ...]:
@@ -64,6 +65,7 @@ class Demonstration:
     line: int
     file: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    category: str = ""
 
     @property
     def responses(self) -> tuple[Text, ...]:
@@ -167,7 +169,7 @@ def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
         raise BadRow("row-identical", "chosen and rejected are identical")
     if isinstance(prompt, list):
         _check_roles(prompt, {"chosen": chosen, "rejected": rejected})
-    return Pair(prompt, chosen, rejected, line, file, _tools(row.get("tools")))
+    return Pair(prompt, chosen, rejected, line, file, _tools(row.get("tools")), _category(row))
 
 
 def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Demonstration:
@@ -175,8 +177,8 @@ def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, 
     row = _renamed(row, columns or {})
     if _responses(row):
         pair = to_pair(row, line, file)
-        return Demonstration(pair.prompt, pair.chosen, line, file, pair.tools)
-    tools = _tools(row.get("tools"))
+        return Demonstration(pair.prompt, pair.chosen, line, file, pair.tools, pair.category)
+    tools, category = _tools(row.get("tools")), _category(row)
     if "prompt" in row and "completion" in row:
         prompt, completion = (
             _with_system(_text(row["prompt"], "prompt"), row.get("system")),
@@ -186,9 +188,9 @@ def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, 
             prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
         if isinstance(completion, list):
             _check_roles(prompt, {"completion": completion})
-        return Demonstration(prompt, completion, line, file, tools)
+        return Demonstration(prompt, completion, line, file, tools, category)
     if isinstance(row.get("text"), str):
-        return Demonstration("", _sound(row["text"], "text"), line, file)
+        return Demonstration("", _sound(row["text"], "text"), line, file, category=category)
     conversation = next((row[name] for name in CONVERSATIONS if name in row), None)
     if conversation is None:
         found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
@@ -196,7 +198,7 @@ def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, 
     messages = _text(conversation, "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
-    return Demonstration(_with_system(messages[:-1], row.get("system")), messages[-1:], line, file, tools)
+    return Demonstration(_with_system(messages[:-1], row.get("system")), messages[-1:], line, file, tools, category)
 
 
 def to_question(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Question:
@@ -313,6 +315,12 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise BadRow("row-tools", "tools is not a list of objects")
     return tuple(value)
+
+
+def _category(row: Mapping[str, Any]) -> str:
+    """A name or a number; anything else that sets call so is no category."""
+    value = row.get("category")
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def _are_messages(value: Any) -> bool:

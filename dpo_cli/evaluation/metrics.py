@@ -44,6 +44,10 @@ class Scores:
     def of_pairs(self) -> bool:
         return bool(self.policy.shape[1] == 2)
 
+    def of(self, places: Sequence[int]) -> Scores:
+        """The scores of these rows alone."""
+        return Scores(**{name: column[list(places)] for name, column in vars(self).items()})
+
 
 def score_rows(
     policy: Policy, rows: Sequence[Encoded], states: States, pad_token_id: int, batch_size: int, dtype: torch.dtype
@@ -105,12 +109,10 @@ def figures(scores: Scores, prompts: Sequence[str], beta: float) -> dict[str, An
     policy, base = _policy_ratios(scores, beta), _base_ratios(scores)
     gain = {name: (policy[name][0] - base[name][0], base[name][1]) for name in base}
     intervals = Intervals(prompts)
-    made: dict[str, Any] = {
+    return {
         group: {name: intervals.of(ratio) for name, ratio in ratios.items()}
         for group, ratios in {"policy": policy, "base": base, "gain": gain}.items()
     }
-    made["policy"]["kl_sequence"] = None  # needs samples from the policy
-    return made
 
 
 def _policy_ratios(scores: Scores, beta: float) -> dict[str, Ratio]:

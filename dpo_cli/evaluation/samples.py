@@ -25,6 +25,7 @@ class Answer:
     text: str
     tokens: int
     finished: bool
+    ids: tuple[int, ...] = ()  # the end's among them
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Sampling:
     top_p: float = 1.0
 
 
-GREEDY = Sampling(128)  # of an evaluation
 AT_ONCE = 32  # prompts that an evaluation answers in one batch
 
 
@@ -99,39 +99,54 @@ def _ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 def _answer(row: Sequence[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     tokens = next((i for i, token in enumerate(row) if token in ends), None)
     text = str(tokenizer.decode(row[:tokens], skip_special_tokens=True)).strip()
-    return Answer(text, len(row) if tokens is None else tokens, finished=tokens is not None)
+    said = row if tokens is None else row[: tokens + 1]
+    return Answer(text, len(row) if tokens is None else tokens, finished=tokens is not None, ids=tuple(said))
+
+
+def first_of_each_prompt(rows: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The first row of each of the first `count` different prompts; what has no prompt is left out."""
+    return list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
 
 
 def side_by_side(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], count: int, dtype: torch.dtype
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    count: int,
+    max_new_tokens: int,
+    dtype: torch.dtype,
 ) -> list[Sample]:
     """Greedy answers of the reference and the policy to the first `count` different prompts.
 
     The answers to the first prompts are the same whatever `count` is, as far as they fill batches of `AT_ONCE`.
     """
-    first = list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
-    if not first:
-        return []
-    policy.model.eval()
+    first, greedy = first_of_each_prompt(rows, count), Sampling(max_new_tokens)
     prompts = [row.prompt_ids for row in first]
-    batches = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
-    adapter = [answer for batch in batches for answer in _greedy(policy.network, tokenizer, batch, dtype)]
+    adapter = answers(policy.network, tokenizer, prompts, greedy, dtype)
     with policy.as_reference() as reference:
-        base = [answer for batch in batches for answer in _greedy(reference, tokenizer, batch, dtype)]
-    return [Sample(row.row.prompt, *answers) for row, *answers in zip(first, base, adapter, strict=True)]
+        base = answers(reference, tokenizer, prompts, greedy, dtype)
+    return [Sample(row.row.prompt, *both) for row, *both in zip(first, base, adapter, strict=True)]
 
 
-def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], dtype: torch.dtype
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    dtype: torch.dtype,
 ) -> list[Answer]:
-    """An answer to each prompt; a batch that is out of memory is made in halves."""
-    try:
-        return [answer for (answer,) in generate(model, tokenizer, prompts, GREEDY, dtype)]
-    except RuntimeError as error:
-        if len(prompts) == 1 or not is_out_of_memory(error):
-            raise
-    half = len(prompts) // 2
-    return [answer for part in (prompts[:half], prompts[half:]) for answer in _greedy(model, tokenizer, part, dtype)]
+    """An answer to each prompt, in batches of `AT_ONCE`; one that is out of memory is made in halves."""
+    made: list[Answer] = []
+    waiting = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
+    while waiting:
+        batch = waiting.pop(0)
+        try:
+            made += [answer for (answer,) in generate(model, tokenizer, batch, sampling, dtype)]
+        except RuntimeError as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return made
 
 
 def answer_tokens(samples: Sequence[Sample]) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """The run directory: what a run leaves, and the only place that knows the file names.
 
-plan.json  manifest.json  metrics.jsonl  metrics.json  train.log
+plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  train.log
 adapter/, a PEFT adapter, or model/, where every weight was trained
 """
 
@@ -17,6 +17,7 @@ from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
 
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
+EVALUATION = "evaluation.json"
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
 SAFE = "*.safetensors"
 
@@ -41,7 +42,7 @@ class RunDirectory:
         cls.check(path, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in (PLAN, MANIFEST, LINES, SUMMARY, LOG):
+            for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, LOG):
                 (path / name).unlink(missing_ok=True)
             (path / LOG).touch()
         except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
@@ -78,6 +79,9 @@ class RunDirectory:
     @property
     def log(self) -> Path:
         return self.path / LOG
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
 
     def read_json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text(encoding="utf-8"))

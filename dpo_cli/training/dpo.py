@@ -25,11 +25,11 @@ from dpo_cli.plan import Plan
 from dpo_cli.training import scoring
 from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, ready
 
-FIGURES = ("accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
+FIGURES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
 
 def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """Per-pair figures from summed response log-probs, both (2B,) with the B chosen first: (B, 6), named by `FIGURES`.
+    """Per-pair figures from summed response log-probs, both (2B,) with the B chosen first: (B, 6), named by `FIGURES[1:]`.
 
     The reward is beta * (log pi - log ref) (Rafailov et al., arXiv:2305.18290, equation 5 without its constant); a tie counts
     one half.
@@ -54,7 +54,9 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         self.calls.clear()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         policy, reference = (call.log_probs.detach().sum(dim=1) for call in self.calls)
-        self.totals.add(reward_figures(policy, reference, self.beta), int(inputs["attention_mask"].sum()))
+        figures = reward_figures(policy, reference, self.beta)
+        losses = loss.detach().double().expand(len(figures), 1)
+        self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))
         return loss
 
 

@@ -17,8 +17,7 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.console import Console
 from dpo_cli.demands import does_not_fit, out_of_memory
 from dpo_cli.errors import DoesNotFit, Exit
-from dpo_cli.evaluation.judging import judge, score
-from dpo_cli.evaluation.metrics import point_figures
+from dpo_cli.evaluation.judging import judge, line_figures, score
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.inspection import Inspection
 from dpo_cli.plan import Plan, Scoring, resolve
@@ -26,7 +25,7 @@ from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.publish.hub import push
 from dpo_cli.runs.card import card
-from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
 from dpo_cli.runs.manifest import manifest
 from dpo_cli.training import dpo, sft
@@ -36,6 +35,7 @@ from dpo_cli.training.callbacks.stop import StopOnSignal
 from dpo_cli.training.prepare import first_row, prepare, show_plan, tell_scoring
 from dpo_cli.training.scoring import choose
 
+START_ROWS = 4  # pairs on which the policy has to be its reference before the first step
 TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo.build_trainer, "sft": sft.build_trainer}
 
 
@@ -78,12 +78,12 @@ def train(
             choose(frozen, rows, pad_token_id, plan.scoring.shared)  # its attention then takes the same layout
 
         def evaluate(policy: Policy) -> dict[str, float]:
-            return point_figures(score(policy, held_out, tokenizer, plan), plan.config.beta)
+            return line_figures(policy, held_out, tokenizer, plan)
 
         build = TRAINERS[plan.config.strategy]
         trainer = build(start, adapter, tokenizer, plan, train_rows, held_out, evaluate, console.line, frozen)
         provider.ready(trainer.model, plan)
-        health = Health(console.line)
+        health = Health(plan, trainer.totals, lambda event: console.line(event.told()))
         record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see])
         for callback in (record, health, stop):
             trainer.add_callback(callback)
@@ -91,7 +91,10 @@ def train(
             raise KeyboardInterrupt  # there is nothing trained to keep
         started = time.monotonic()
         with _fitting(plan, loaded):
-            trainer.train()
+            if plan.config.strategy == "dpo":
+                health.see_start(score(trainer.policy, train_rows[:START_ROWS], tokenizer, plan))
+            if not health.stopped:
+                trainer.train()
         seconds = time.monotonic() - started
 
     status, code = _ending(stop, health)
@@ -108,11 +111,14 @@ def train(
         "adapter_sha256": run.write_trained(partial(_save, trainer.model, tokenizer, plan), whole=plan.config.lora_r == 0),
     }
     run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
-    judged = judge(trainer.policy, tokenizer, held_out if code is Exit.DONE else [], plan)
+    can_be_judged = not stop.received and health.can_be_judged
+    judged = judge(trainer.policy, tokenizer, held_out if can_be_judged else [], plan)
     summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
     run.write_json(SUMMARY, summary)
+    if judged["policy"] is not None:
+        run.write_json(EVALUATION, judged)
     run.write_card(card(plan, summary["steps"], judged))
-    if code is Exit.DONE:
+    if can_be_judged:
         console.judgement(judged, [])
     console.line(f"{status} after step {summary['steps']}; {run.trained.name}: {run.trained}")
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:

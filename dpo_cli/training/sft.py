@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ from dpo_cli.training import scoring
 from dpo_cli.training.sharing import IGNORED
 from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, ready
 
-FIGURES = ("token_accuracy",)  # share of the completion's tokens that the model finds most likely
+FIGURES = ("loss", "token_accuracy")  # nats a token; share of the completion's tokens that the model finds most likely
 
 
 class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
@@ -37,8 +38,8 @@ class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         (call,) = self.calls
         tokens = call.label_mask.sum(dim=1)
-        accuracy = call.is_top1.sum(dim=1) / tokens.clamp(min=1)
-        self.totals.add(accuracy[:, None], int(inputs["attention_mask"].sum()), weights=tokens)
+        sums = torch.stack([-call.log_probs.detach().sum(dim=1), call.is_top1.sum(dim=1)], dim=1)
+        self.totals.add(sums / tokens.clamp(min=1)[:, None], int(inputs["attention_mask"].sum()), weights=tokens)
         return loss
 
 

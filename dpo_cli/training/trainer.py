@@ -32,12 +32,13 @@ SIZE = "tokens_in_a_batch"  # column: what decides how much memory a row takes
 
 
 class Totals:
-    """Sums of the figures of what was trained on, and the tokens, since they were last taken."""
+    """The figures of the rows that were trained on, and the tokens, since they were last taken."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self._figures: list[Tensor] = []
         self._weights: list[Tensor] = []
+        self._step_begins = 0  # the place of the first row that `of_step` has not told of
         self.tokens = 0  # of all sequences since the start, so a shared prompt counts twice on either path
 
     def add(self, figures: Tensor, tokens: int, weights: Tensor | None = None) -> None:
@@ -48,9 +49,20 @@ class Totals:
 
     def take(self) -> dict[str, float]:
         """The means over the rows added since the last call."""
-        figures, weights = torch.cat(self._figures).double(), torch.cat(self._weights).double()
-        means = (figures * weights[:, None]).sum(dim=0) / weights.sum()
+        means = self._means(0)
         self.back_to((0, self.tokens))
+        self._step_begins = 0
+        return means
+
+    def of_step(self) -> dict[str, float]:
+        """The means over the rows added since the last call of this, or since they were taken."""
+        means = self._means(self._step_begins)
+        self._step_begins = len(self._figures)
+        return means
+
+    def _means(self, begin: int) -> dict[str, float]:
+        figures, weights = torch.cat(self._figures[begin:]).double(), torch.cat(self._weights[begin:]).double()
+        means = (figures * weights[:, None]).sum(dim=0) / weights.sum()
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def mark(self) -> tuple[int, int]:

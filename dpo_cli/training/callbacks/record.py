@@ -40,7 +40,8 @@ class Record(TrainerCallback):
             self._time = time.monotonic()  # an evaluation is not training time
         elif "loss" in logs:
             optimizer = {name: logs[name] for name in ("grad_norm", "learning_rate")}
-            line = {"split": "train", **where, "loss": logs["loss"], **self.totals.take(), **optimizer, **self._speed()}
+            figures = {**self.totals.take(), "loss": logs["loss"]}  # whose loss is of all processes
+            line = {"split": "train", **where, **figures, **optimizer, **self._speed()}
             line["peak_memory_gb"] = peak_memory_gb(args.device)
             self.last_train, self.peak_gb = line, line["peak_memory_gb"]
             self._emit(line)
