@@ -22,7 +22,7 @@ from dpo_cli.console import Console, json_text
 from dpo_cli.errors import Exit, InvalidInput, Problem, RunFailed, UsageError
 from dpo_cli.evaluation.judging import score
 from dpo_cli.evaluation.metrics import Scores, figures
-from dpo_cli.evaluation.opening import Opened, load_policy, open_run
+from dpo_cli.evaluation.opening import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.probe import GIB
 from dpo_cli.plan import Plan
@@ -89,7 +89,7 @@ def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
     return {**made, "out": str(asked.out), "address": address}, Exit.DONE
 
 
-def as_trained(opened: Opened) -> Plan:
+def as_trained(opened: OpenedRun) -> Plan:
     """The plan with the data and precision of the training, its base unquantised, and on the CPU, which has the most memory."""
     then = opened.run.read_json(PLAN)["config"]
     same = {name: then[name] for name in ("bf16", "fp16", "dataset", "strategy")}
@@ -141,7 +141,7 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     base that is quantised in its own files.
     """
     _free_memory()
-    model: Any = HuggingFace(trained.config.model_name).trained(trained, opened.run).model
+    model: Any = HuggingFace(trained.config.model_name).trained(trained, opened.folder).model
     if isinstance(model, PeftModel):
         try:
             model = model.merge_and_unload(safe_merge=True, adapter_names=[TRAINED])
@@ -192,7 +192,7 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
         for name, sign in WATCHED[config.strategy].items()
     ]
     made = {
-        "run": str(opened.run.path.absolute()),
+        "run": str(opened.folder.parent.absolute()),
         "model": trained.config.model_name,
         "dtype": trained.dtype,
         "trained_on": "4-bit" if config.use_4bit else "8-bit" if config.use_8bit else trained.dtype,

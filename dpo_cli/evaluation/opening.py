@@ -1,11 +1,13 @@
-"""A finished run opened on this machine: its plan, the rows to judge it on, and what it trained."""
+"""A finished run, or any adapter on a model, opened on this machine: its plan, the rows to judge it on, what was trained."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.config.config import load
@@ -14,13 +16,14 @@ from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, foundation
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.plan import Plan
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.providers.policy import Policy
-from dpo_cli.runs.directory import MANIFEST, PLAN, RunDirectory, sha256_of_all
+from dpo_cli.runs.directory import ADAPTER, MANIFEST, PLAN, WEIGHTS, RunDirectory, sha256_of_all
 from dpo_cli.runs.log import log_to
 from dpo_cli.training.prepare import prepare, tell_scoring
 from dpo_cli.training.scoring import choose
@@ -28,16 +31,21 @@ from dpo_cli.training.scoring import choose
 
 @dataclass(frozen=True)
 class Opened:
-    """A finished run on this machine: its plan, as this machine decides it, and the rows to judge it on."""
+    """The folder of what was trained, its plan, as this machine decides it, and the rows to judge it on."""
 
-    run: RunDirectory
+    folder: Path
     plan: Plan
     provider: Provider
     tokenizer: PreTrainedTokenizerBase
     rows: list[Encoded]
 
 
-def open_run(run_path: str, dataset: str | None, console: Console) -> Opened:
+@dataclass(frozen=True)
+class OpenedRun(Opened):
+    run: RunDirectory
+
+
+def open_run(run_path: str, dataset: str | None, console: Console) -> OpenedRun:
     """Open a finished run with what it held out, or with all rows of another file. No model is loaded."""
     run = RunDirectory.open(Path(run_path))
     _require_same_below(run)
@@ -47,20 +55,60 @@ def open_run(run_path: str, dataset: str | None, console: Console) -> Opened:
     if then["config"]["device"] not in ("cpu", probe().device):  # named in the config, and not here
         measured |= {"device", "bf16", "fp16"}
     overrides = [f"{key}={json.dumps(defaults()[key])}" for key in measured]
-    overrides.append("provider=huggingface")  # any provider's adapter is PEFT's, and is judged where its provider is not
-    if dataset:
-        overrides += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
-        overrides += ["strategy=dpo"] if reader.holds_pairs(dataset) else []  # pairs tell more, whatever was trained on
-    inspection = inspect(load(str(run.path / PLAN), overrides), probe(), with_fit=False)
-    data, plan = inspection.require()
-    console.problems([problem for problem in inspection.problems if problem.severity == "warning"])
+    with log_to(run.log):
+        opened = _opened(str(run.path / PLAN), overrides, run.trained, dataset, console)
     if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
         console.line(f"note: the run was trained on {dataset}, so these figures show memory, not learning")
+    return OpenedRun(**vars(opened), run=run)
+
+
+def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Sequence[str], console: Console) -> Opened:
+    """Open any PEFT adapter on the model of a config, with what the config holds out, or with all rows of another file.
+
+    `config` may be the directory of a run, for its plan, and `adapter` too, for its adapter.
+    """
+    path, folder = Path(config), adapter / ADAPTER if (adapter / PLAN).is_file() else adapter
+    made_on = _base_of(folder)
+    opened = _opened(str(path / PLAN if path.is_dir() else path), overrides, folder, dataset, console)
+    name = opened.plan.config.model_name
+    if made_on and Path(made_on).name != Path(name).name and foundation(made_on) != foundation(name):
+        console.line(f"note: the adapter says that it was made on {made_on}, and is judged on {name}")
+    return opened
+
+
+def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | None, console: Console) -> Opened:
+    changes = [*overrides, "provider=huggingface"]  # any provider's adapter is PEFT's, and is judged where its provider is not
+    if dataset:
+        changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
+        changes += ["strategy=dpo"] if reader.holds_pairs(dataset) else []  # pairs tell more, whatever was trained on
+    inspection = inspect(load(config, changes), probe(), with_fit=False)
+    data, plan = inspection.require()
+    console.problems([problem for problem in inspection.problems if problem.severity == "warning"])
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
-    with log_to(run.log):
-        train_rows, held_out, _ = prepare(data, tokenizer, plan)
-    return Opened(run, plan, provider, tokenizer, train_rows if dataset else held_out)
+    train_rows, held_out, _ = prepare(data, tokenizer, plan)
+    return Opened(folder, plan, provider, tokenizer, train_rows if dataset else held_out)
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter names as its base; `InvalidInput` for a folder that holds no adapter that can be judged."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        problem = f"{folder} holds no PEFT adapter: it has no {ADAPTER_CONFIG}"
+        fix = "name the folder of an adapter, or of a run that trained one"
+    elif not (folder / WEIGHTS).is_file():
+        problem = f"{folder} has no {WEIGHTS}; other files of weights are not read, since they may run code"
+        fix = "save it again with PEFT, which writes safetensors"
+    else:
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+        except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
+            message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
+            raise InvalidInput([Problem("error", "not-an-adapter", message, "save it again with PEFT")]) from error
+        if not config.is_prompt_learning:
+            return config.base_model_name_or_path or ""
+        problem = f"the adapter in {folder} puts virtual tokens before a prompt, which are not scored here"
+        fix = "name an adapter of the weights, such as LoRA"
+    raise InvalidInput([Problem("error", "not-an-adapter", problem, fix)])
 
 
 def _require_same_below(run: RunDirectory) -> None:
@@ -72,9 +120,9 @@ def _require_same_below(run: RunDirectory) -> None:
 
 
 def load_policy(opened: Opened, console: Console) -> tuple[Policy, Plan]:
-    """What the run trained, with its reference, and the plan with how this model is scored here."""
+    """What was trained, with its reference, and the plan with how this model is scored here."""
     plan, rows, pad_token_id = opened.plan, opened.rows, int(opened.tokenizer.pad_token_id)
-    policy = opened.provider.trained(plan, opened.run)
+    policy = opened.provider.trained(plan, opened.folder)
     if rows:
         scoring = choose(policy.network, rows, pad_token_id, plan.config.prompt_sharing)
         if policy.frozen is not None:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
     from dpo_cli.plan import Plan
     from dpo_cli.providers.policy import Policy
-    from dpo_cli.runs.directory import RunDirectory
 
 
 class Provider(Protocol):
@@ -35,8 +34,11 @@ class Provider(Protocol):
     def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
         """What the trainer takes: `base`, with the adapter that the plan's model_name names where that is trained on."""
 
-    def trained(self, plan: Plan, run: RunDirectory) -> Policy:
-        """What a finished run trained, with its reference, in evaluation mode."""
+    def trained(self, plan: Plan, folder: Path) -> Policy:
+        """What a training left in `folder`, a PEFT adapter or a whole model, with its reference, in evaluation mode.
+
+        `RunFailed` for an adapter that is not the model's.
+        """
 
     def ready(self, model: PreTrainedModel | PeftModel, plan: Plan) -> None:
         """Called once the trainer has put on the adapter, and before the first step."""

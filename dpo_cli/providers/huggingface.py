@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -31,14 +32,15 @@ from transformers import (
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
-from dpo_cli.hardware.adapters import adapter_at, chain_of, foundation
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
 from dpo_cli.hardware.models import common_name
 from dpo_cli.plan import Plan
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
-from dpo_cli.runs.directory import RunDirectory
+from dpo_cli.runs.directory import WEIGHTS
 
 HUB_TIMEOUT_SECONDS = 8
+OTHER_BASE = "name the model that it was made on as model_name"
 
 
 class HuggingFace:
@@ -102,11 +104,16 @@ class HuggingFace:
             model.load_adapter(str(adapter.directory), FROZEN)
         return cast(PeftModel, model)
 
-    def trained(self, plan: Plan, run: RunDirectory) -> Policy:
+    def trained(self, plan: Plan, folder: Path) -> Policy:
         base = self.base_model(plan)
-        if plan.config.lora_r == 0:
-            return Policy(_settled(self._model(plan, str(run.trained))).eval(), base.eval())
-        model = PeftModel.from_pretrained(base, str(run.trained), adapter_name=TRAINED)
+        if not (folder / ADAPTER_CONFIG).is_file():
+            return Policy(_settled(self._model(plan, str(folder))).eval(), base.eval())
+        try:
+            model = PeftModel.from_pretrained(base, str(folder), adapter_name=TRAINED)
+        except (RuntimeError, ValueError) as error:  # tensors of another shape; modules that are not there
+            reason = str(error).strip().splitlines()[0]
+            raise RunFailed(f"{folder} is no adapter of {plan.model_label}: {reason}", OTHER_BASE) from error
+        _require_whole(model, folder, plan)
         if plan.goes_on and (start := adapter_at(plan.config.model_name)) is not None:
             model.load_adapter(str(start.directory), FROZEN)
         return Policy(model.eval())
@@ -212,6 +219,15 @@ def _settled(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
                 setattr(module, name, 0.0)
     return model
+
+
+def _require_whole(model: PeftModel, folder: Path, plan: Plan) -> None:
+    """`RunFailed` unless each tensor of the file has its place in the model: PEFT passes over one that has none."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        written = set(file.keys())
+    if lost := sorted(written ^ set(get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False))):
+        what = f"{len(lost)} of its tensors and of the model's places for them have no counterpart, {lost[0]} the first"
+        raise RunFailed(f"{folder} is no adapter of {plan.model_label}: {what}", OTHER_BASE)
 
 
 def _require_modules(plan: Plan, base: PreTrainedModel, adapter: LoraConfig) -> None:

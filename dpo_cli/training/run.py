@@ -63,7 +63,8 @@ def train(
         return plan.to_json(), Exit.DONE
 
     run = RunDirectory.create(plan.run_dir, overwrite)
-    run.write_json(PLAN, plan.to_json())
+    found = {"problems": [problem.to_json() for problem in inspection.problems], "data": data.to_json()}
+    run.write_json(PLAN, {**plan.to_json(), **found})
     run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
     with log_to(run.log), StopOnSignal(console.line) as stop, console.training(plan.total_steps) as view:
         base = provider.base_model(plan)
@@ -71,7 +72,7 @@ def train(
         with _fitting(plan, loaded):
             scoring = choose(base, rows, pad_token_id, plan.config.prompt_sharing, provider.no_sharing)
         plan = _settled(plan, scoring, loaded, machine, console)
-        run.write_json(PLAN, plan.to_json())
+        run.write_json(PLAN, {**plan.to_json(), **found})
         start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
         frozen = None if plan.config.lora_r else provider.base_model(plan)
         if frozen is not None:
