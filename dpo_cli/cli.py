@@ -230,17 +230,44 @@ def _inspected(loaded: Loaded, machine: Machine) -> Inspection:
 
 @app.command("eval")
 def evaluate(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")],
+    run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help='"augment" over the run\'s: how answers are compared.')
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what the run held out.")] = None,
+    side_by_side: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Write a page that asks which answer to N prompts is better.")
+    ] = None,
+    by_judge: Annotated[
+        bool, typer.Option("--judge", help='With --side-by-side: ask the judge that "augment" names, and count its votes.')
+    ] = False,
+    tally_file: Annotated[Path | None, typer.Option("--tally", metavar="FILE", help="Count the votes in a votes.json.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Judge a run's adapter against its base model on held-out pairs."""
+    """Judge a run's adapter against its base model on held-out pairs; or count votes."""
     with session(as_json, debug) as console:
+        if tally_file is not None:
+            if run_dir or dataset or side_by_side or by_judge:
+                raise UsageError("--tally counts a file by itself", f"dpo eval --tally {tally_file}")
+            from dpo_cli.evaluation.votes import count
+
+            counted = count(tally_file)
+            console.tally(counted)
+            if as_json:
+                console.json(counted)
+            return
+        if run_dir is None:
+            raise UsageError("no run is named", "dpo eval RUN_DIR, or dpo eval --tally votes.json")
+        if side_by_side is None and (by_judge or overrides):
+            told = "--judge and augment=... say how answers are compared, which --side-by-side asks for"
+            raise UsageError(told, f"dpo eval {run_dir} --side-by-side 20")
         composer_for()
+        from dpo_cli.evaluation.contest import Asked
         from dpo_cli.evaluation.judging import evaluate as evaluate_run
 
-        result = evaluate_run(run_dir, dataset, console)
+        asked = Asked(side_by_side, by_judge, tuple(overrides or ())) if side_by_side else None
+        result = evaluate_run(run_dir, dataset, console, asked)
         if as_json:
             console.json(result)
 

@@ -157,6 +157,20 @@ class Console:
             text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
             self.panel(sample["prompt"][-200:], text)
 
+    def tally(self, counted: dict[str, Any]) -> None:
+        """The count of a file of votes."""
+        voted = counted["prompts"] - counted["missing"]
+        by = f", judged by {judge['model']}" if (judge := counted["judge"]) else ""
+        rows = [(name, str(counted[name])) for name in ("wins", "losses", "ties")]
+        rows.append(("win rate", _interval(counted["win_rate"])))
+        rows.append(("sign test", f"p = {counted['sign_test']:.2g}"))
+        title = f"the adapter of {counted['run']} against its base, {voted} of {counted['prompts']} prompts{by}; 95 % interval"
+        self.table(title, rows)
+        if counted["same_text"]:
+            self.line(f"ties: {counted['same_text']} are the same text from both, which nobody was asked about")
+        if counted["missing"]:
+            self.line(f"note: {counted['missing']} of {counted['prompts']} prompts have no vote yet, and are not counted")
+
     def comparison(self, made: dict[str, Any]) -> None:
         """The figures of a run beside those of what it is exported to (export.json), and how far their log-probs are apart."""
         limits = {limit["metric"]: f"{limit['limit']:.3f}{'' if limit['ok'] else ' missed'}" for limit in made["limits"]}

@@ -17,6 +17,7 @@ from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.evaluation.contest import Asked
 from dpo_cli.evaluation.metrics import Scores, figures, score_rows
 from dpo_cli.evaluation.samples import answer_tokens, side_by_side
 from dpo_cli.hardware.probe import probe
@@ -33,17 +34,20 @@ from dpo_cli.training.scoring import choose, states_of
 ANSWERS, SAMPLES = 32, 3  # held-out prompts that an evaluation answers, and of those that it shows
 
 
-def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, Any]:
+def evaluate(run_path: str, dataset: str | None, console: Console, asked: Asked | None = None) -> dict[str, Any]:
     """Judge a finished run's adapter against its base, on what it held out or on another file."""
     opened = open_run(run_path, dataset, console)
+    contest = asked.contest(opened.run, opened.plan.config.seed) if asked else None
     with log_to(opened.run.log):
         policy, plan = load_policy(opened, console)
         judged = judge(policy, opened.tokenizer, opened.rows, plan)
-        answers = side_by_side(policy, opened.tokenizer, opened.rows, ANSWERS, getattr(torch, plan.dtype))
-    judged["answer_tokens"] = answer_tokens(answers)
+        count = max(ANSWERS, asked.prompts if asked else 0)
+        answers = side_by_side(policy, opened.tokenizer, opened.rows, count, getattr(torch, plan.dtype))
+    judged["answer_tokens"] = answer_tokens(answers[:ANSWERS])
     samples = [sample.to_json() for sample in answers[:SAMPLES]]
     console.judgement(judged, samples)
-    return {**judged, "thresholds": [], "samples": samples}
+    held = contest.hold(answers, console) if contest else None
+    return {**judged, "thresholds": [], "samples": samples, "side_by_side": held}
 
 
 @dataclass(frozen=True)
