@@ -158,16 +158,15 @@ class Console:
             self.panel(sample["prompt"][-200:], text)
 
     def tally(self, counted: dict[str, Any]) -> None:
-        """The count of a file of votes."""
+        """The count of a file of votes, which may come from anybody."""
+        rows = [("run", _printable(counted["run"]))]
+        rows += [("judge", _printable(counted["judge"]["model"]))] if counted["judge"] else []
+        rows += [(name, str(counted[name])) for name in ("wins", "losses", "ties")]
+        rows += [("win rate", _interval(counted["win_rate"])), ("sign test", f"p = {counted['sign_test']:.2g}")]
         voted = counted["prompts"] - counted["missing"]
-        by = f", judged by {judge['model']}" if (judge := counted["judge"]) else ""
-        rows = [(name, str(counted[name])) for name in ("wins", "losses", "ties")]
-        rows.append(("win rate", _interval(counted["win_rate"])))
-        rows.append(("sign test", f"p = {counted['sign_test']:.2g}"))
-        title = f"the adapter of {counted['run']} against its base, {voted} of {counted['prompts']} prompts{by}; 95 % interval"
-        self.table(title, rows)
+        self.table(f"the adapter against its base, {voted} of {counted['prompts']} prompts; 95 % interval", rows)
         if counted["same_text"]:
-            self.line(f"ties: {counted['same_text']} are the same text from both, which nobody was asked about")
+            self.line(f"note: {counted['same_text']} of the ties are the same text from both, which nobody was asked about")
         if counted["missing"]:
             self.line(f"note: {counted['missing']} of {counted['prompts']} prompts have no vote yet, and are not counted")
 

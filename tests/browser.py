@@ -78,8 +78,8 @@ class Page:
             for kind in ("keyDown", "keyUp"):
                 self.call("Input.dispatchKeyEvent", type=kind, key=key)
 
-    def click(self, selector: str) -> None:
-        """A click of the mouse on the middle of an element, which has to be in sight."""
+    def click(self, selector: str, count: int = 1) -> None:
+        """A click of the mouse, or the `count`th of a row, on the middle of an element, which has to be in sight."""
         box = self.js(
             f"(() => {{ const element = document.querySelector({json.dumps(selector)});"
             " element.scrollIntoView({ block: 'nearest' }); const box = element.getBoundingClientRect();"
@@ -88,7 +88,7 @@ class Page:
         )
         assert box[2], f"{selector} is not in sight"
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
+            self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=count)
 
     def look(self, width: int, height: int, dark: bool = False) -> None:
         """The size of the window in CSS pixels, that of a phone where it is small, and the colours that the system asks for."""

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli import app
 from dpo_cli.errors import InvalidInput
-from dpo_cli.evaluation import votes
+from dpo_cli.evaluation import samples, votes
+from dpo_cli.evaluation.samples import Sampling
 
 ORIGIN = {"run": "quickstart", "adapter_sha256": "ab" * 32, "criterion": "clearer"}
 CONVERSATION = [
@@ -87,6 +88,7 @@ def test_the_page_is_blind_balanced_and_follows_its_seed() -> None:
         ('{"learning_rate": 2e-4}', "not-votes", "votes_version"),
         (json.dumps(made() | {"votes_version": 2}), "not-votes", "votes_version: 1 was expected"),
         (json.dumps(voted("nobody")), "not-votes", "votes[0].winner: 'nobody' is not one of"),
+        (json.dumps(made() | {"judge": {}}), "not-votes", "judge: 'url' is a required property"),
         (json.dumps(voted(None, None)), "no-votes", "no vote yet"),
     ],
 )
@@ -208,6 +210,25 @@ def test_a_browser_that_keeps_nothing_says_so_and_votes_all_the_same(page: Page,
     assert page.console == []
 
 
+def test_nothing_is_asked_where_all_answers_are_the_same(page: Page, tmp_path: Path) -> None:
+    document = made([("one", "Yes.", "Yes."), ("two", "No.", "No.")])
+    (tmp_path / "same.html").write_text(votes.page(document, 1), encoding="utf-8")
+    page.open((tmp_path / "same.html").as_uri())
+    page.press("1", "Backspace")
+    assert page.js("heading.innerText") == "Nothing to ask: all answers are the same text"
+    assert downloaded(page, tmp_path) == document
+    assert votes.tally(document)["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert page.console == []
+
+
+def test_the_second_click_of_a_double_one_is_no_vote(page: Page) -> None:
+    page.click("#bar [data-does='1']")
+    page.click("#bar [data-does='1']", count=2)
+    assert page.js("at") == 1
+    page.click("#bar [data-does='1']")
+    assert page.js("at") == 2
+
+
 def test_the_page_fits_a_phone_and_its_buttons_a_thumb(page: Page) -> None:
     page.look(360, 640)
     assert page.js("document.documentElement.scrollWidth") == 360
@@ -224,6 +245,7 @@ def test_a_run_is_put_before_a_judge(run: Run, endpoint: Endpoint, monkeypatch: 
     options = {"judge_url": endpoint.url, "judge_model": "judge-1", "criterion": "longer"}
     words = ["eval", str(place), f"augment={json.dumps(options)}", "--side-by-side", "99", "--judge", "--json"]
     refused(place, words)
+    monkeypatch.setattr(samples, "GREEDY", Sampling(16))
     monkeypatch.setattr("dpo_cli.evaluation.contest.AT_ONCE", 1)
     left = iter(range(3))
     endpoint.reply = lambda asked: longer_is_better(asked) if next(left, None) is not None else (404, "")

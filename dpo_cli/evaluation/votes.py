@@ -55,7 +55,7 @@ _FILE = {
     "properties": {
         "votes_version": {"const": VERSION},
         **dict.fromkeys(("run", "adapter_sha256", "criterion", "page"), _TEXT),
-        "judge": {"type": ["object", "null"], "properties": {"url": _TEXT, "model": _TEXT}},
+        "judge": {"type": ["object", "null"], "required": ["url", "model"], "properties": {"url": _TEXT, "model": _TEXT}},
         "votes": {"type": "array", "minItems": 1, "items": _VOTE},
     },
 }
