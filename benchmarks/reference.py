@@ -81,6 +81,14 @@ WHILE_RUNNING = {
         '`dpo export` of a run with `"eval_split": 0`',
         "nothing tells whether the merged model is as good: name a `--dataset`",
     ),
+    "votes-unreadable": ("error", "`dpo eval --tally gone.json`", "there is no such file, or it is damaged"),
+    "not-votes": ("error", "`dpo eval --tally config.json`", "the file is another JSON file; the first place that differs"),
+    "no-votes": ("error", "`dpo eval --tally votes.json`", "nobody has voted yet"),
+    "votes-of-people": (
+        "error",
+        "`dpo eval --side-by-side 20 --judge`",
+        "`votes.json` in the run directory holds votes of people, which would be replaced",
+    ),
     "export-worse": (
         "error",
         "`dpo export` of a 4-bit run",

@@ -19,6 +19,8 @@ from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.hub import fetch
 from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
+from dpo_cli.evaluation.request import Request as Judged
+from dpo_cli.evaluation.thresholds import judged_by
 from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
@@ -230,19 +232,46 @@ def _inspected(loaded: Loaded, machine: Machine) -> Inspection:
 
 @app.command("eval")
 def evaluate(
-    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")],
-    dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what the run held out.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(metavar="RUN_DIR|CONFIG", help="The output_dir of a finished run; a config with --adapter.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the run's or file's.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Judge this PEFT adapter, of any tool, on CONFIG's model.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what was held out.")] = None,
+    fail_under: Annotated[
+        str | None, typer.Option(metavar="LIMITS", help="accuracy=0.6,kl_sequence<10: exit 5 where a figure misses its limit.")
+    ] = None,
+    side_by_side: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Write a page that asks which answer to N prompts is better.")
+    ] = None,
+    by_judge: Annotated[
+        bool, typer.Option("--judge", help='With --side-by-side: ask the judge that "augment" names, and count its votes.')
+    ] = False,
+    tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Count the votes in a votes.json.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Judge a run's adapter against its base model on held-out pairs."""
+    """Judge an adapter against its base model on held-out pairs; or count votes."""
     with session(as_json, debug) as console:
-        composer_for()
-        from dpo_cli.evaluation.judging import evaluate as evaluate_run
+        asked = Judged(target or "", adapter, dataset, tuple(overrides or ()), fail_under, side_by_side, by_judge, tally)
+        if tally is not None:
+            from dpo_cli.evaluation.votes import count
 
-        result = evaluate_run(run_dir, dataset, console)
+            result = count(tally)
+            console.tally(result)
+        else:
+            composer_for()
+            from dpo_cli.evaluation.evaluate import evaluate as evaluate_it
+
+            result = evaluate_it(asked, console)
+        result["thresholds"] = judged_by(asked.thresholds, result)
+        console.thresholds(asked.thresholds, result["thresholds"])
         if as_json:
             console.json(result)
+        if not all(threshold["ok"] for threshold in result["thresholds"]):
+            raise typer.Exit(int(Exit.MISSED))
 
 
 @app.command()

@@ -157,6 +157,25 @@ class Console:
             text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
             self.panel(sample["prompt"][-200:], text)
 
+    def thresholds(self, asked: Sequence[Any], made: Sequence[dict[str, Any]]) -> None:
+        """Each limit that a figure was asked to keep, and whether it did."""
+        for threshold, found in zip(asked, made, strict=True):
+            value = "no value" if found["value"] is None else f"{found['value']:.3f}"
+            self.line(f"{found['metric']} is {value}, {threshold.sign} {found['limit']:g}: {'ok' if found['ok'] else 'missed'}")
+
+    def tally(self, counted: dict[str, Any]) -> None:
+        """The count of a file of votes, which may come from anybody."""
+        rows = [("run", _printable(counted["run"]))]
+        rows += [("judge", _printable(counted["judge"]["model"]))] if counted["judge"] else []
+        rows += [(name, str(counted[name])) for name in ("wins", "losses", "ties")]
+        rows += [("win rate", _interval(counted["win_rate"])), ("sign test", f"p = {counted['sign_test']:.2g}")]
+        voted = counted["prompts"] - counted["missing"]
+        self.table(f"the adapter against its base, {voted} of {counted['prompts']} prompts; 95 % interval", rows)
+        if counted["same_text"]:
+            self.line(f"note: {counted['same_text']} of the ties are the same text from both, which nobody was asked about")
+        if counted["missing"]:
+            self.line(f"note: {counted['missing']} of {counted['prompts']} prompts have no vote yet, and are not counted")
+
     def comparison(self, made: dict[str, Any]) -> None:
         """The figures of a run beside those of what it is exported to (export.json), and how far their log-probs are apart."""
         limits = {limit["metric"]: f"{limit['limit']:.3f}{'' if limit['ok'] else ' missed'}" for limit in made["limits"]}

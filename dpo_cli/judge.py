@@ -62,12 +62,14 @@ class Judge:
             verdicts = list(pool.map(lambda order: self.compare(prompt, *(answers[place].text for place in order)), orders))
         scores = [0.0] * len(answers)
         for i, (one, other) in enumerate(duels):
-            first, second = verdicts[2 * i : 2 * i + 2]
-            if (first, second) in (("A", "B"), ("B", "A")):
-                won = 1.0 if first == "A" else -1.0
-                scores[one] += won
-                scores[other] -= won
+            won = settled(*verdicts[2 * i : 2 * i + 2])
+            scores[one] += won
+            scores[other] -= won
         return scores
+
+    def better(self, prompt: str, one: str, other: str) -> float:
+        """1 where the judge prefers the one in both orders, -1 where it prefers the other, else 0."""
+        return settled(self.compare(prompt, one, other), self.compare(prompt, other, one))
 
     def compare(self, prompt: str, one: str, other: str) -> Verdict:
         """The judge's word on two answers in this order; what is no verdict is a tie."""
@@ -98,6 +100,11 @@ class Judge:
             if pause is not None:
                 time.sleep(pause)
         raise RunFailed(f"the judge cannot be reached: {self.url}: {why}", "check the endpoint; the same command goes on then")
+
+
+def settled(first: Verdict, second: Verdict) -> float:
+    """What the verdicts on two answers in both orders say together; those that disagree are a tie."""
+    return {("A", "B"): 1.0, ("B", "A"): -1.0}.get((first, second), 0.0)
 
 
 def verdict(reply: str) -> Verdict:

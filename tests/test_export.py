@@ -23,8 +23,9 @@ from dpo_cli.config.config import load_stages
 from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import Exit, InvalidInput, RunFailed, UsageError
-from dpo_cli.evaluation.judging import evaluate
+from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.opening import load_policy, open_run
+from dpo_cli.evaluation.request import Request as Judged
 from dpo_cli.export import Request, as_trained, export, limit
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
@@ -173,7 +174,7 @@ def test_a_4bit_run_is_merged_into_the_16_bit_base_and_the_difference_measured(t
     apart = (own - merged).abs()
     assert apart.max() > 1
     assert made["difference"] == pytest.approx({"mean": float(apart.mean()), "max": float(apart.max())}, abs=1e-3)
-    judged = evaluate(str(run), None, Console())["policy"]
+    judged = evaluate(Judged(str(run)), Console())["policy"]
     for name in ("accuracy", "margin", "loss"):
         assert made["before"][name] == pytest.approx(judged[name], abs=1e-4)
     rewards = plan.config.beta * (merged - reference)

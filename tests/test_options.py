@@ -20,7 +20,8 @@ from dpo_cli.console import Console
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import InvalidInput
-from dpo_cli.evaluation.judging import evaluate
+from dpo_cli.evaluation.evaluate import evaluate
+from dpo_cli.evaluation.request import Request
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.providers.huggingface import HuggingFace
@@ -33,10 +34,10 @@ def test_an_evaluation_set_is_judged_and_the_whole_dataset_trained_on(run: Run, 
     summary, place = run(eval_dataset=str(others))
     counts = json.loads((place / "plan.json").read_text(encoding="utf-8"))["counts"]
     assert (counts["train_pairs"], counts["eval_pairs"], counts["eval_prompts"]) == (24, 5, 5)
-    judged = evaluate(str(place), None, Console())
+    judged = evaluate(Request(str(place)), Console())
     assert judged["pairs"] == 5
     assert judged["policy"]["margin"]["value"] == pytest.approx(summary["eval"]["margin"]["value"], abs=1e-6)
-    assert evaluate(str(place), str(tmp_path / "pairs.jsonl"), Console())["pairs"] == 24
+    assert evaluate(Request(str(place), dataset=str(tmp_path / "pairs.jsonl")), Console())["pairs"] == 24
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd"])

@@ -15,7 +15,8 @@ from test_scoring import rejected_sees_chosen
 from dpo_cli.config.config import load
 from dpo_cli.console import Console
 from dpo_cli.errors import DoesNotFit, Exit, RunFailed
-from dpo_cli.evaluation.judging import evaluate
+from dpo_cli.evaluation.evaluate import evaluate
+from dpo_cli.evaluation.request import Request
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.training import sharing
@@ -81,11 +82,11 @@ def test_an_evaluation_checks_again(
 ) -> None:
     """The plan keeps what was decided on its machine; another machine, or another version of a library, may be different."""
     assert run("shared")["scoring"]["shared"] is True
-    right = evaluate(str(tmp_path / "shared"), None, Console())
+    right = evaluate(Request(str(tmp_path / "shared")), Console())
     lay_out = sharing.lay_out
     monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
     capsys.readouterr()
-    checked = evaluate(str(tmp_path / "shared"), None, Console())
+    checked = evaluate(Request(str(tmp_path / "shared")), Console())
     assert "each prompt twice" in capsys.readouterr().out
     for name, figure in checked["policy"].items():
         assert figure is None or figure["value"] == pytest.approx(right["policy"][name]["value"], abs=1e-3)

@@ -11,34 +11,18 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.divergence import sequence_kl
 from dpo_cli.evaluation.intervals import Array, Intervals, mean
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
-from dpo_cli.evaluation.opening import load_policy, open_run
 from dpo_cli.evaluation.rows import extremes, row_figures
 from dpo_cli.evaluation.samples import Sample, answer_tokens, side_by_side
 from dpo_cli.plan import Plan
 from dpo_cli.providers.policy import Policy
-from dpo_cli.runs.directory import EVALUATION
-from dpo_cli.runs.log import log_to
 from dpo_cli.training.scoring import states_of
 
-ANSWERS, SAMPLES, SHOWN = 32, 8, 3  # held-out prompts that an evaluation answers, those that it keeps, and shows
+ANSWERS, SAMPLES = 32, 8  # held-out prompts that an evaluation answers, and those whose answers it keeps
 ROW_BY_ROW = ("rows", "best", "worst")  # what evaluation.json has beside what `eval --json` prints
-
-
-def evaluate(run_path: str, dataset: str | None, console: Console) -> dict[str, Any]:
-    """Judge a finished run's adapter against its base, on what it held out or on another file."""
-    opened = open_run(run_path, dataset, console)
-    with log_to(opened.run.log):
-        policy, plan = load_policy(opened, console)
-        judged = judge(policy, opened.tokenizer, opened.rows, plan)
-    if dataset is None and judged["policy"] is not None and not opened.run.has(EVALUATION):
-        opened.run.write_json(EVALUATION, judged)
-    console.judgement(judged, judged["samples"][:SHOWN])
-    return {**{name: value for name, value in judged.items() if name not in ROW_BY_ROW}, "thresholds": []}
 
 
 def score(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Scores:
@@ -53,7 +37,16 @@ def line_figures(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedT
     return {**made, "kl_sequence": float(values.mean())} if len(values) else made
 
 
-def judge(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan) -> dict[str, Any]:
+def answered(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan, count: int = ANSWERS
+) -> list[Sample]:
+    """Greedy answers of the reference and the policy to the first prompts of the rows."""
+    return side_by_side(policy, tokenizer, rows, count, plan.config.max_new_tokens, getattr(torch, plan.dtype))
+
+
+def judge(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan, samples: Sequence[Sample]
+) -> dict[str, Any]:
     """What evaluation.json holds: the figures of `eval --json`, null when there is nothing to judge on, and the rows."""
     counts: dict[str, Any] = _counts(rows, plan)
     if not rows:
@@ -61,17 +54,15 @@ def judge(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Enc
         return counts | nothing | {"categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
     beta, scores = plan.config.beta, score(policy, rows, tokenizer, plan)
     made: dict[str, Any] = figures(scores, [row.row.prompt_key for row in rows], beta)
-    loss = made["policy"]["loss"]["value"]
-    values = _kl_values(policy, rows, tokenizer, plan, loss)
+    values = _kl_values(policy, rows, tokenizer, plan, made["policy"]["loss"]["value"])
     made["policy"]["kl_sequence"] = Intervals([str(i) for i in range(len(values))]).of(mean(values)) if len(values) else None
-    answers = _answers(policy, rows if math.isfinite(loss) else [], tokenizer, plan)
     table = row_figures(rows, scores, beta)
     return {
         **counts,
         **made,
-        "answer_tokens": answer_tokens(answers),
+        "answer_tokens": answer_tokens(samples[:ANSWERS]),
         "categories": _by_category(rows, scores, plan),
-        "samples": [sample.to_json() for sample in answers[:SAMPLES]],
+        "samples": [sample.to_json() for sample in samples[:SAMPLES]],
         "rows": table,
         **extremes(rows, table),
     }
@@ -101,8 +92,3 @@ def _kl_values(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTok
     if plan.config.strategy != "dpo" or not math.isfinite(loss):
         return np.zeros(0)
     return sequence_kl(policy, tokenizer, rows, plan)
-
-
-def _answers(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> list[Sample]:
-    config, dtype = plan.config, getattr(torch, plan.dtype)
-    return side_by_side(policy, tokenizer, rows, ANSWERS, config.max_new_tokens, dtype)

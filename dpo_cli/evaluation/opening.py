@@ -45,8 +45,11 @@ class OpenedRun(Opened):
     run: RunDirectory
 
 
-def open_run(run_path: str, dataset: str | None, console: Console) -> OpenedRun:
-    """Open a finished run with what it held out, or with all rows of another file. No model is loaded."""
+def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequence[str] = ()) -> OpenedRun:
+    """Open a finished run with what it held out, or with all rows of another file. No model is loaded.
+
+    `changes` are overrides that say how it is judged.
+    """
     run = RunDirectory.open(Path(run_path))
     _require_same_below(run)
     # What that machine decided, this one decides anew: a run from a GPU can be judged on a CPU.
@@ -56,7 +59,7 @@ def open_run(run_path: str, dataset: str | None, console: Console) -> OpenedRun:
         measured |= {"device", "bf16", "fp16"}
     overrides = [f"{key}={json.dumps(defaults()[key])}" for key in measured]
     with log_to(run.log):
-        opened = _opened(str(run.path / PLAN), overrides, run.trained, dataset, console)
+        opened = _opened(str(run.path / PLAN), [*overrides, *changes], run.trained, dataset, console)
     if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
         console.line(f"note: the run was trained on {dataset}, so these figures show memory, not learning")
     return OpenedRun(**vars(opened), run=run)

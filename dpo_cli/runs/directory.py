@@ -2,6 +2,7 @@
 
 plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  train.log
 adapter/, a PEFT adapter, or model/, where every weight was trained
+side-by-side.html  votes.json, where an evaluation was asked for them
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dpo_cli.errors import InvalidInput, Problem
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
 EVALUATION = "evaluation.json"
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
+PAGE, VOTES = "side-by-side.html", "votes.json"
 SAFE = "*.safetensors"
 
 
@@ -42,7 +44,7 @@ class RunDirectory:
         cls.check(path, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, LOG):
+            for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, LOG, PAGE):  # votes stay: they say whose they are
                 (path / name).unlink(missing_ok=True)
             (path / LOG).touch()
         except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
@@ -87,7 +89,9 @@ class RunDirectory:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def write_json(self, name: str, value: Any) -> None:
-        text = json_text(value, indent=2) + "\n"
+        self.write_text(name, json_text(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
         self._replace(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
 
     def append_line(self, line: dict[str, Any]) -> None:

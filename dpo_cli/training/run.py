@@ -17,7 +17,7 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.console import Console
 from dpo_cli.demands import does_not_fit, out_of_memory
 from dpo_cli.errors import DoesNotFit, Exit
-from dpo_cli.evaluation.judging import judge, line_figures, score
+from dpo_cli.evaluation.judging import answered, judge, line_figures, score
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.inspection import Inspection
 from dpo_cli.plan import Plan, Scoring, resolve
@@ -113,7 +113,8 @@ def train(
     }
     run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
     can_be_judged = not stop.received and health.can_be_judged
-    judged = judge(trainer.policy, tokenizer, held_out if can_be_judged else [], plan)
+    rows = held_out if can_be_judged else []
+    judged = judge(trainer.policy, tokenizer, rows, plan, answered(trainer.policy, tokenizer, rows, plan))
     summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
     run.write_json(SUMMARY, summary)
     if judged["policy"] is not None:

@@ -1,0 +1,36 @@
+"""The story of `dpo eval`: open, load, judge, put before people."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from dpo_cli.console import Console
+from dpo_cli.evaluation.contest import contest_of
+from dpo_cli.evaluation.judging import ANSWERS, ROW_BY_ROW, answered, judge
+from dpo_cli.evaluation.opening import OpenedRun, load_policy, open_adapter, open_run
+from dpo_cli.evaluation.request import Request
+from dpo_cli.runs.directory import EVALUATION
+from dpo_cli.runs.log import log_to
+
+SHOWN = 3  # prompts whose answers are printed
+
+
+def evaluate(asked: Request, console: Console) -> dict[str, Any]:
+    """Judge what was trained against its reference: what `eval --json` prints, without its thresholds."""
+    if asked.adapter is not None:
+        opened = open_adapter(asked.target, asked.adapter, asked.dataset, asked.overrides, console)
+    else:
+        opened = open_run(asked.target, asked.dataset, console, asked.overrides)
+    run = opened.run if isinstance(opened, OpenedRun) else None
+    contest = contest_of(asked.side_by_side, asked.by_judge, asked.overrides, run, opened.plan) if run else None
+    with log_to(run.log) if run else nullcontext():
+        policy, plan = load_policy(opened, console)
+        samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.side_by_side or 0))
+        judged = judge(policy, opened.tokenizer, opened.rows, plan, samples)
+    if run and asked.dataset is None and judged["policy"] is not None and not run.has(EVALUATION):
+        run.write_json(EVALUATION, judged)  # of a training that was stopped, which judges nothing
+    console.judgement(judged, judged["samples"][:SHOWN])
+    held = contest.hold(samples, console) if contest else None
+    told = {name: value for name, value in judged.items() if name not in ROW_BY_ROW}
+    return {**told, "side_by_side": held}
