@@ -28,6 +28,7 @@ ORDER = [
     "runs",
     "publish",
     "judge",
+    "evaluation.opening",
     "evaluation.contest",
     "evaluation.evaluate",
     "training.callbacks",

@@ -1,0 +1,233 @@
+"""`dpo eval` beside plain transformers and PEFT, adapters of other tools, categories, and limits for scripts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Run, made_row
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_cli.console import Console
+from dpo_cli.errors import InvalidInput, RunFailed, UsageError
+from dpo_cli.evaluation.evaluate import evaluate
+from dpo_cli.evaluation.request import Request
+from dpo_cli.evaluation.thresholds import OF_VOTES, judged_by, parse
+
+
+def by_hand(model_dir: Path, adapter: Path, rows: list[dict[str, Any]], beta: float) -> dict[str, float]:
+    """The figures of DESIGN 6 with transformers and PEFT alone, in float32, one response at a time over the full vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    policy = PeftModel.from_pretrained(base, str(adapter)).eval()
+    wins = margins = losses = kl = tokens = logp_wins = base_wins = 0.0
+    for row in rows:
+        ask = [{"role": "user", "content": row["prompt"]}]
+        start = tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False)
+        sums = {}
+        for side in ("chosen", "rejected"):
+            whole = tokenizer.apply_chat_template([*ask, {"role": "assistant", "content": row[side]}], tokenize=False)
+            ids = tokenizer(whole, add_special_tokens=False, return_tensors="pt").input_ids
+            first = len(tokenizer(start, add_special_tokens=False).input_ids)
+            with torch.no_grad():
+                log_pi = policy(ids).logits[0, first - 1 : -1].double().log_softmax(-1)
+                with policy.disable_adapter():
+                    log_ref = policy(ids).logits[0, first - 1 : -1].double().log_softmax(-1)
+            said = ids[0, first:, None]
+            sums[side] = (float(log_pi.gather(1, said).sum()), float(log_ref.gather(1, said).sum()))
+            kl += float((log_pi.exp() * (log_pi - log_ref)).sum())
+            tokens += len(said)
+        margin = beta * (sums["chosen"][0] - sums["chosen"][1]) - beta * (sums["rejected"][0] - sums["rejected"][1])
+        wins += 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0
+        logp_wins += sums["chosen"][0] > sums["rejected"][0]
+        base_wins += sums["chosen"][1] > sums["rejected"][1]
+        margins += margin
+        losses += float(torch.nn.functional.softplus(torch.tensor(-margin, dtype=torch.float64)))
+    n = len(rows)
+    figures = {"accuracy": wins / n, "margin": margins / n, "loss": losses / n, "kl_token": kl / tokens}
+    return figures | {"logp_accuracy": logp_wins / n, "base_logp_accuracy": base_wins / n}
+
+
+def test_figures_equal_an_independent_computation(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Accuracy exactly; margin, loss and kl_token to 1e-4, in float32."""
+    run(max_steps=8, learning_rate=3e-2, beta=0.3, eval_split=0)
+    rows = [made_row(i) | {"prompt": f"which cat {i}"} for i in range(20)]
+    file = tmp_path / "others.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    judged = evaluate(Request(str(tmp_path / "run"), dataset=str(file)), Console())
+    expected = by_hand(tiny_model_dir, tmp_path / "run" / "adapter", rows, 0.3)
+    found = {name: judged["policy"][name]["value"] for name in ("accuracy", "margin", "loss", "kl_token", "logp_accuracy")}
+    assert found["accuracy"] == expected["accuracy"] and found["logp_accuracy"] == expected["logp_accuracy"]
+    assert judged["base"]["logp_accuracy"]["value"] == expected["base_logp_accuracy"]
+    for name in ("margin", "loss", "kl_token"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-4), name
+    assert abs(expected["margin"]) > 0.1 and expected["kl_token"] > 0.01  # there is something to agree on
+
+
+def test_an_adapter_of_another_tool_is_judged_by_a_config(
+    tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A LoRA with modules_to_save and an IA3 that PEFT alone wrote: figures as by hand; the config's beta counts."""
+    config = tmp_path / "config.json"
+    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
+    config.write_text(json.dumps({**values, "beta": 0.5, "eval_split": 0.5, "kl_prompts": 2, "max_new_tokens": 4}))
+    made = {
+        "lora": LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+    }
+    rows = [made_row(i) for i in range(24)]
+    for name, peft_config in made.items():
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), peft_config)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key))) * 0.2)
+        model.save_pretrained(str(tmp_path / name))
+        AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / name)
+        judged = evaluate(Request(str(config), tmp_path / name, values["dataset"]), Console())
+        expected = by_hand(tiny_model_dir, tmp_path / name, rows, 0.5)
+        assert judged["pairs"] == 24
+        assert judged["policy"]["margin"]["value"] == pytest.approx(expected["margin"], abs=1e-4)
+        assert judged["policy"]["kl_token"]["value"] == pytest.approx(expected["kl_token"], abs=1e-4)
+    held_out = evaluate(Request(str(config), tmp_path / "lora", overrides=("beta=0.1",)), Console())
+    assert 0 < held_out["pairs"] < 24
+    assert "was made on" not in capsys.readouterr().out
+
+
+def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path, run: Run, tiny_model_dir: Path) -> None:
+    _, place = run(eval_split=0)
+    config = str(tmp_path / "config.json")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InvalidInput, match="has no adapter_config.json"):
+        evaluate(Request(config, empty), Console())
+    (empty / "adapter_config.json").write_text("{}")
+    (empty / "adapter_model.bin").touch()
+    with pytest.raises(InvalidInput, match="may run code"):
+        evaluate(Request(config, empty), Console())
+    (empty / "adapter_model.safetensors").touch()
+    with pytest.raises(InvalidInput, match="PEFT cannot read"):
+        evaluate(Request(config, empty), Console())
+    virtual = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), virtual).save_pretrained(str(tmp_path / "prefix"))
+    with pytest.raises(InvalidInput, match="virtual tokens"):
+        evaluate(Request(config, tmp_path / "prefix"), Console())
+    adapter_config = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    for change in ({"target_modules": ["q_proj"]}, {"r": 2}):  # fewer places than tensors; tensors of another shape
+        (place / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config | change), encoding="utf-8")
+        with pytest.raises(RunFailed, match="is no adapter of"):
+            evaluate(Request(config, place / "adapter", str(tmp_path / "pairs.jsonl")), Console())
+
+
+def test_rows_with_a_category_are_judged_apart(run: Run, pairs_file: Callable[..., Path], tmp_path: Path) -> None:
+    topics = ["maths", "small talk", None, 3]
+    pairs_file([made_row(i) | {"topic": topics[i % 4]} for i in range(24)])
+    summary, place = run(eval_split=0.6, columns={"category": "topic"}, learning_rate=3e-2)
+    found = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
+    assert set(found["categories"]) <= {"maths", "small talk", "(none)", "3"} and len(found["categories"]) > 2
+    assert sum(part["pairs"] for part in found["categories"].values()) == found["pairs"] == len(found["rows"])
+    assert found["policy"] == summary["eval"] and summary["eval"]["kl_sequence"] is not None
+    for name, part in found["categories"].items():
+        margins = [row["margin"] for row in found["rows"] if (row["category"] or "(none)") == name]
+        assert part["policy"]["margin"]["value"] == pytest.approx(sum(margins) / len(margins))
+        assert part["pairs"] == len(margins) and set(part["gain"]) == {"logp_accuracy", "normalized_logp_accuracy"}
+    order = sorted((row["margin"] for row in found["rows"]), reverse=True)
+    count = len(found["best"])
+    assert [row["margin"] for row in found["best"]] == order[:count]
+    assert [row["margin"] for row in found["worst"]] == order[::-1][: len(found["worst"])]
+    assert len(found["worst"]) == min(10, found["pairs"] - count)
+    lines = (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    for row in found["best"] + found["worst"]:
+        written = json.loads(lines[row["line"] - 1])
+        assert {name: row[name] for name in ("prompt", "chosen", "rejected")} == {
+            name: written[name] for name in ("prompt", "chosen", "rejected")
+        }
+
+
+def test_a_stopped_run_gets_its_evaluation_from_eval(run: Run) -> None:
+    _, place = run()
+    (place / "evaluation.json").rename(place / "before.json")
+    evaluate(Request(str(place)), Console())
+    again, before = (json.loads((place / f"{name}.json").read_text(encoding="utf-8")) for name in ("evaluation", "before"))
+    assert again == before
+
+
+FIGURE = {"value": 0.7, "low": 0.6, "high": 0.8}
+JUDGED: dict[str, Any] = {
+    "policy": {"accuracy": FIGURE, "loss": FIGURE, "kl_sequence": None},
+    "base": {"logp_accuracy": FIGURE},
+    "gain": {"logp_accuracy": {"value": -0.1, "low": -0.2, "high": 0.0}},
+    "answer_tokens": {"policy": FIGURE, "base": FIGURE, "gain": FIGURE},
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_met"),
+    [
+        ("accuracy=0.7", True),
+        ("accuracy>=0.7", True),
+        ("accuracy>0.7", False),
+        ("accuracy=0.71", False),
+        ("loss<0.7", False),
+        ("loss<=7e-1", True),
+        ("kl_sequence<10", False),  # which was not sampled: a limit on nothing is not kept
+        ("gain.logp_accuracy>-0.2", True),
+        ("gain.logp_accuracy>0", False),
+        ("base.logp_accuracy < 1", True),
+        ("answer_tokens<1", True),
+        ("margin>0", False),  # of sft: there is none
+    ],
+)
+def test_limits(text: str, is_met: bool) -> None:
+    (made,) = judged_by(parse(text), JUDGED)
+    assert made["ok"] is is_met and set(made) == {"metric", "limit", "value", "ok"}
+
+
+def test_no_number_keeps_no_limit() -> None:
+    broken = {**JUDGED, "policy": {"accuracy": {"value": float("nan")}}}
+    assert [made["ok"] for made in judged_by(parse("accuracy>0,accuracy<1"), broken)] == [False, False]
+    assert [made["ok"] for made in judged_by(parse("accuracy>0"), {**JUDGED, "policy": None})] == [False]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("acuracy=0.6", "there is no figure acuracy"),
+        ("accuracy", "is no limit"),
+        ("accuracy=high", "is no number"),
+        ("accuracy=nan", "is no limit"),
+        ("accuracy=0.5,", "'' is no limit"),
+        ("loss=0.6", "would ask for a loss of 0.6 or more"),
+        ("gain.kl_token<1", "there is no figure gain.kl_token"),
+    ],
+)
+def test_what_is_no_limit(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({}, "no run is named"),
+        ({"target": "r", "by_judge": True}, "--judge fills"),
+        ({"target": "r", "adapter": Path("a"), "side_by_side": 3}, "directory of a run"),
+        ({"target": "r", "overrides": ("beta=1",)}, "dpo eval takes no beta="),
+        ({"target": "r", "tally": Path("v")}, "by itself"),
+        ({"target": __file__}, "is a file"),
+        ({"tally": Path("v"), "fail_under": "accuracy=1"}, "there is no figure accuracy"),
+    ],
+)
+def test_what_does_not_go_together(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Request(**asked)
+
+
+def test_votes_have_a_limit_too() -> None:
+    request = Request(tally=Path("votes.json"), fail_under="win_rate=0.5")
+    assert judged_by(request.thresholds, {"win_rate": FIGURE})[0]["ok"] and OF_VOTES == ("win_rate",)
