@@ -165,12 +165,12 @@ class Console:
 
     def tally(self, counted: dict[str, Any]) -> None:
         """The count of a file of votes, which may come from anybody."""
-        rows = [("run", _printable(counted["run"]))]
+        voted = counted["prompts"] - counted["missing"]
+        rows = [("run", _printable(counted["run"])), ("prompts", f"{voted} of {counted['prompts']}")]
         rows += [("judge", _printable(counted["judge"]["model"]))] if counted["judge"] else []
         rows += [(name, str(counted[name])) for name in ("wins", "losses", "ties")]
         rows += [("win rate", _interval(counted["win_rate"])), ("sign test", f"p = {counted['sign_test']:.2g}")]
-        voted = counted["prompts"] - counted["missing"]
-        self.table(f"the adapter against its base, {voted} of {counted['prompts']} prompts; 95 % interval", rows)
+        self.table("votes for the adapter", rows)
         if counted["same_text"]:
             self.line(f"note: {counted['same_text']} of the ties are the same text from both, which nobody was asked about")
         if counted["missing"]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_cli.config.augmenting import RANK_PARTS, judge_is_a_plain_url, rank_has_its_parts
-from dpo_cli.config.config import load
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.console import Console
 from dpo_cli.data.formats import flat
@@ -17,23 +16,26 @@ from dpo_cli.evaluation import votes
 from dpo_cli.evaluation.samples import Sample
 from dpo_cli.judge import AT_ONCE, Judge
 from dpo_cli.plan import Plan
-from dpo_cli.runs.directory import PAGE, PLAN, SUMMARY, VOTES, RunDirectory
+from dpo_cli.runs.directory import PAGE, SUMMARY, VOTES, RunDirectory
 
+JUDGE_FIX = (
+    """add 'augment={"judge_url": "http://localhost:8000/v1", "judge_model": "..."}' to the command; """
+    "a key stands in the environment, as OPENAI_API_KEY"
+)
 WINNERS = {1.0: "adapter", -1.0: "base", 0.0: "tie"}
 
 
-def contest_of(prompts: int | None, by_judge: bool, overrides: Sequence[str], run: RunDirectory, plan: Plan) -> Contest | None:
+def contest_of(prompts: int | None, by_judge: bool, run: RunDirectory, plan: Plan) -> Contest | None:
     """What `dpo eval RUN_DIR --side-by-side` holds over so many prompts, None over none; checked before any model is loaded."""
     if prompts is None:
         return None
-    given = load(str(run.path / PLAN), overrides).require().augment
-    parts = {name: given[name] for name in RANK_PARTS["judge"] if name in given}
+    parts = {name: value for name, value in plan.config.augment.items() if name in RANK_PARTS["judge"]}
     options = {**inner_defaults("augment"), **parts}
     if not by_judge:
         return Contest(run, plan.config.seed, prompts, str(options["criterion"]), None)
     values = {"augment": {**parts, "rank": "judge"}}
     if wrong := [problem for rule in (rank_has_its_parts, judge_is_a_plain_url) for problem in rule(values, values)]:
-        raise InvalidInput(wrong)
+        raise InvalidInput([replace(problem, fix=JUDGE_FIX) for problem in wrong])
     _require_no_human_votes(run)
     judge = Judge(options["judge_url"], options["judge_model"], options["criterion"])
     return Contest(run, plan.config.seed, prompts, judge.criterion, judge)

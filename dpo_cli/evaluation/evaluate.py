@@ -23,7 +23,7 @@ def evaluate(asked: Request, console: Console) -> dict[str, Any]:
     else:
         opened = open_run(asked.target, asked.dataset, console, asked.overrides)
     run = opened.run if isinstance(opened, OpenedRun) else None
-    contest = contest_of(asked.side_by_side, asked.by_judge, asked.overrides, run, opened.plan) if run else None
+    contest = contest_of(asked.side_by_side, asked.by_judge, run, opened.plan) if run else None
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
         samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.side_by_side or 0))

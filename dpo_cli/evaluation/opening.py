@@ -86,7 +86,8 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
         changes += ["strategy=dpo"] if reader.holds_pairs(dataset) else []  # pairs tell more, whatever was trained on
     inspection = inspect(load(config, changes), probe(), with_fit=False)
     data, plan = inspection.require()
-    console.problems([problem for problem in inspection.problems if problem.severity == "warning"])
+    found = [problem for problem in inspection.problems if problem.severity == "warning"]
+    console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
     train_rows, held_out, _ = prepare(data, tokenizer, plan)

@@ -113,12 +113,12 @@ def read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
     except OSError as error:
-        raise _invalid("votes-unreadable", f"cannot read {path}: {error.strerror}", path) from error
+        raise _invalid("votes-unreadable", f"cannot be read: {error.strerror}", path) from error
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or brackets without end
-        raise _invalid("votes-unreadable", f"{path} is not JSON, or damaged: {error}", path) from error
+        raise _invalid("votes-unreadable", f"not JSON, or damaged: {error}", path) from error
     if (wrong := best_match(Draft202012Validator(_FILE).iter_errors(document))) is not None:
         place = f"{wrong.json_path.removeprefix('$').removeprefix('.')}: " if wrong.path else ""
-        raise _invalid("not-votes", f"{path} is no file of votes: {place}{wrong.message[:200]}", path)
+        raise _invalid("not-votes", f"no file of votes: {place}{wrong.message[:200]}", path)
     return dict(document)
 
 
@@ -130,7 +130,7 @@ def count(path: Path) -> dict[str, Any]:
     """What `eval --tally` prints of a file that holds at least one vote."""
     document = read(path)
     if all(vote["winner"] is None for vote in document["votes"]):
-        raise _invalid("no-votes", f"{path} holds no vote yet", path, "vote on side-by-side.html, and save votes.json again")
+        raise _invalid("no-votes", "nobody has voted yet", path, "vote on side-by-side.html, and save votes.json again")
     return tally(document)
 
 
