@@ -104,7 +104,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path, run: Run, ti
     config = str(tmp_path / "config.json")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(InvalidInput, match="has no adapter_config.json"):
+    with pytest.raises(InvalidInput, match=r"has no adapter_config\.json"):
         evaluate(Request(config, empty), Console())
     (empty / "adapter_config.json").write_text("{}")
     (empty / "adapter_model.bin").touch()
@@ -150,7 +150,7 @@ def test_rows_with_a_category_are_judged_apart(run: Run, pairs_file: Callable[..
 
 
 def test_a_stopped_run_gets_its_evaluation_from_eval(run: Run) -> None:
-    _, place = run()
+    _, place = run(eval_split=0.4)
     (place / "evaluation.json").rename(place / "before.json")
     evaluate(Request(str(place)), Console())
     again, before = (json.loads((place / f"{name}.json").read_text(encoding="utf-8")) for name in ("evaluation", "before"))

@@ -91,7 +91,7 @@ def test_eval_repeats_the_figures_of_the_run(workplace: Path) -> None:
         assert judged["policy"][name] == pytest.approx(summary["eval"][name], abs=1e-4)
     assert set(judged["base"]) == set(judged["gain"]) == {"logp_accuracy", "normalized_logp_accuracy"}
     assert judged["policy"]["margin"]["value"] > 0.05
-    assert len(judged["samples"]) == 8
+    assert len(judged["samples"]) == judged["prompts"] == 5
     tokens = judged["answer_tokens"]
     assert set(tokens) == {"base", "policy", "gain"} and all(set(figure) == FIGURE for figure in tokens.values())
     assert tokens["gain"]["value"] == pytest.approx(tokens["policy"]["value"] - tokens["base"]["value"])
