@@ -1,0 +1,182 @@
+"""What a run came to, in one sentence: a pure function of its figures.
+
+An accuracy is never told without the margin, the loss and the gain: it reaches 1 long before a model has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MAX_KL = 10.0  # nats a sampled answer: the documentation says below 10
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+Figure = Mapping[str, float]  # value, low, high
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verdict is about. `judged` is the evaluation (`policy`, `gain`), None where there was none."""
+
+    strategy: str
+    status: str  # completed, interrupted, unhealthy, unfinished
+    steps: int
+    judged: Mapping[str, Any] | None
+    rows: int  # held out
+    health: tuple[Mapping[str, Any], ...] = ()
+    max_kl: float = MAX_KL
+    whole: bool = False  # every weight was trained, not an adapter
+
+    @property
+    def who(self) -> str:
+        return "the model" if self.whole else "the adapter"
+
+    @property
+    def warnings(self) -> int:
+        return sum(event["action"] in ("warn", "stop") for event in self.health)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`title` is the sentence in few words; the tone is its colour."""
+
+    tone: Literal["good", "doubtful", "bad", "open"]
+    title: str
+    sentence: str
+
+
+def verdict(outcome: Outcome) -> Verdict:
+    """The verdict on a run, honest about what was not measured."""
+    if outcome.judged is None:
+        return _unjudged(outcome)
+    found = _pairs(outcome) if outcome.strategy == "dpo" else _demonstrations(outcome)
+    if outcome.status == "completed":
+        return found
+    tone = "bad" if found.tone == "bad" or outcome.status == "unhealthy" else "doubtful"
+    sentence = f"{ENDINGS[outcome.status].format(steps=outcome.steps)}; {found.sentence[0].lower()}{found.sentence[1:]}"
+    return Verdict(tone, TITLES[outcome.status], sentence)
+
+
+TITLES = {"completed": "Not judged", "interrupted": "Interrupted", "unhealthy": "Unhealthy", "unfinished": "Not finished"}
+ENDINGS = {
+    "completed": "The training finished all of its {steps} steps",
+    "interrupted": "The training was interrupted after step {steps}",
+    "unhealthy": "The training was stopped as unhealthy after step {steps}",
+    "unfinished": "The training has not ended; it has come to step {steps}",
+}
+
+
+def _unjudged(outcome: Outcome) -> Verdict:
+    """A run without figures on held-out rows: the training's own say only what was fitted."""
+    parts = [ENDINGS[outcome.status].format(steps=outcome.steps)]
+    stops = [event for event in outcome.health if event["action"] == "stop"]
+    if outcome.status == "unhealthy" and stops:
+        parts.append(f": {stops[-1]['message']}; {outcome.who} as it was then is saved and not judged.")
+    elif outcome.status == "unfinished":
+        parts.append(", and nothing is judged before its end.")
+    elif outcome.status == "interrupted":
+        parts.append(f"; {outcome.who} so far is saved and not judged.")
+    else:
+        parts.append(", but nothing was held out, so nothing tells whether it is better than its base.")
+    return Verdict("bad" if outcome.status == "unhealthy" else "open", TITLES[outcome.status], "".join(parts))
+
+
+def _pairs(outcome: Outcome) -> Verdict:
+    assert outcome.judged is not None
+    policy, gain = outcome.judged["policy"], outcome.judged["gain"]["logp_accuracy"]
+    accuracy, margin, loss = (policy[name] for name in ("accuracy", "margin", "loss"))
+    prefers = f"{_sentence_case(outcome.who)} prefers the chosen response in {share(accuracy)} of {outcome.rows} held-out pairs"
+    by = {1: "by a margin of", 0: "by a margin not clear of zero,", -1: "with a margin below zero,"}[sign(margin)]
+    changed = {
+        1: f"the base's own preferences improved by {points(gain, signed=False)}",
+        0: f"that the base's own preferences changed is not clear, {points(gain)}",
+        -1: f"the base's own preferences got worse, {points(gain)}",
+    }[sign(gain)]
+    kl, is_far = _distance(outcome)
+    sentence = f"{prefers}, {by} {number(margin)} at a loss of {loss['value']:.3f}; {changed}, and {kl}{_warned(outcome)}."
+    if sign(margin) < 0 or sign(gain) < 0:
+        return Verdict("bad", "Worse than its base", sentence)
+    if sign(margin) == 0:
+        return Verdict("doubtful", "No clear effect", sentence)
+    if sign(gain) == 0:
+        return Verdict("doubtful", "No clear gain over its base", sentence)
+    return Verdict(*_of_gain(outcome, is_far), sentence)
+
+
+def _demonstrations(outcome: Outcome) -> Verdict:
+    assert outcome.judged is not None
+    policy, gain = outcome.judged["policy"], outcome.judged["gain"]
+    loss, right = gain["loss"], gain["token_accuracy"]
+    fell = {
+        -1: f"below the base's by {number(_negative(loss))}",
+        0: f"not clearly another than the base's ({number(loss, signed=True)})",
+        1: f"above the base's by {number(loss)}",
+    }[sign(loss)]
+    whose = "model's" if outcome.whole else "adapter's"
+    kl, is_far = _distance(outcome)
+    sentence = (
+        f"On {outcome.rows} held-out demonstrations the {whose} loss is {number(policy['loss'])} nats a token, {fell}; "
+        f"it finds {share(policy['token_accuracy'])} of their tokens most likely ({points(right)}), and {kl}{_warned(outcome)}."
+    )
+    if sign(loss) > 0:
+        return Verdict("bad", "Worse than its base", sentence)
+    if sign(loss) == 0:
+        return Verdict("doubtful", "No clear gain over its base", sentence)
+    return Verdict(*_of_gain(outcome, is_far), sentence)
+
+
+def _of_gain(outcome: Outcome, is_far: bool) -> tuple[Literal["good", "doubtful"], str]:
+    """The tone and the title where the gain is clear."""
+    if is_far:
+        return "doubtful", "Clear gain, but far from its base"
+    if outcome.warnings:
+        return "doubtful", "Clear gain, with a warning"
+    return "good", "Clear gain over its base"
+
+
+def _distance(outcome: Outcome) -> tuple[str, bool]:
+    """How far the policy is from its reference, and whether that is over the limit: known of sampled answers alone."""
+    assert outcome.judged is not None
+    policy = outcome.judged["policy"]
+    if sampled := policy.get("kl_sequence"):
+        is_far = sampled["value"] > outcome.max_kl
+        limit = f"over the limit of {outcome.max_kl:g}" if is_far else f"limit {outcome.max_kl:g}"
+        return f"it is {sampled['value']:.3g} nats an answer from the base ({limit})", is_far
+    return f"it is {policy['kl_token']['value']:.2g} nats a token from the base", False
+
+
+def _warned(outcome: Outcome) -> str:
+    count = outcome.warnings
+    words = NUMBERS[count] if count < len(NUMBERS) else str(count)
+    return f"; {words} warning{' was' if count == 1 else 's were'} raised" if count else ""
+
+
+def sign(figure: Figure) -> int:
+    """1 or -1 where the whole interval is on one side of zero, else 0: not clear of it."""
+    return (figure["low"] > 0) - (figure["high"] < 0)
+
+
+def share(figure: Figure) -> str:
+    """98.8 % [96, 100]"""
+    return f"{100 * figure['value']:.1f} % [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+
+
+def points(figure: Figure, signed: bool = True) -> str:
+    """+14.1 points [+8, +21]: a difference of two shares."""
+    one, whole = ("+.1f", "+.0f") if signed else (".1f", ".0f")
+    return f"{100 * figure['value']:{one}} points [{100 * figure['low']:{whole}}, {100 * figure['high']:{whole}}]"
+
+
+def number(figure: Figure, signed: bool = False) -> str:
+    """1.401 [1.193, 1.620]"""
+    form = "+.3f" if signed else ".3f"
+    return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
+
+
+def _negative(figure: Figure) -> Figure:
+    return {"value": -figure["value"], "low": -figure["high"], "high": -figure["low"]}
+
+
+def _sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]
