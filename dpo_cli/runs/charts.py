@@ -10,9 +10,9 @@ from functools import cached_property
 Point = tuple[float, float | None]  # a step and its value; None where that was not finite
 
 WIDTH, HEIGHT = 360, 200  # of a plot, in the units of its viewBox
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24  # around the area that is drawn on
+LEFT, RIGHT, TOP, BOTTOM = 48, 16, 12, 24  # around the area that is drawn on
 MOST_POINTS = 240  # of a drawn curve: about one for each pixel that it has
-DIGITS = 4  # of a value that is read off a curve
+DIGITS = 3  # of a value that is read off a curve
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class Curve:
         return ", ".join(word for word in words if word)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the curve is more of an area."""
+        return len(self.points) > MOST_POINTS // 2
+
+    @property
     def last(self) -> float | None:
         return self.points[-1][1] if self.points else None
 
@@ -62,6 +67,7 @@ class Plot:
     note: str
     curves: Sequence[Curve]
     levels: Sequence[tuple[float, str]] = ()
+    end: float = 0  # the last step of all plots beside it
 
     width, height, left, right, top, bottom = WIDTH, HEIGHT, LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
 
@@ -69,14 +75,18 @@ class Plot:
     def drawn(self) -> list[Curve]:
         return [Curve(curve.name, curve.split, thinned(curve.points), curve.colour) for curve in self.curves if curve.points]
 
+    @property
+    def named(self) -> dict[str, list[Curve]]:
+        """The curves of each name."""
+        names = dict.fromkeys(curve.name for curve in self.drawn)
+        return {name: [curve for curve in self.drawn if curve.name == name] for name in names}
+
     @cached_property
     def x(self) -> Axis:
         steps = [step for curve in self.drawn for step, _ in curve.points]
-        low, high = min(steps), max(steps)
-        if low == high:
-            low, high = low - 1, high + 1
-        marks = [mark for mark in ticks(low, high) if low <= mark <= high and mark == int(mark)]
-        return Axis(low, high, self.left, self.right, marks or [low])
+        high = max(*steps, self.end, 1)
+        marks = [mark for mark in ticks(0, high, 5) if mark <= high and mark == int(mark)]
+        return Axis(0, high, self.left, self.right, marks)
 
     @cached_property
     def y(self) -> Axis:
@@ -98,7 +108,7 @@ class Plot:
 
     def dots(self, curve: Curve) -> list[tuple[float, float]]:
         """Where the measured values of a curve lie; of a curve with many there are none to see."""
-        if curve.split == "train" and len(curve.points) > 1 or len(curve.points) > MOST_POINTS // 4:
+        if (curve.split == "train" and len(curve.points) > 1) or len(curve.points) > MOST_POINTS // 4:
             return []
         return [(self.x.at(step), self.y.at(value)) for step, value in curve.points if value is not None]
 
@@ -110,9 +120,7 @@ class Plot:
     @property
     def data(self) -> list[list[list[float | None]]]:
         """What is read off under the pointer: of each curve its steps and its values."""
-        return [
-            [[step for step, _ in curve.points], [rounded(value) for _, value in curve.points]] for curve in self.drawn
-        ]
+        return [[[step for step, _ in curve.points], [rounded(value) for _, value in curve.points]] for curve in self.drawn]
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
@@ -135,11 +143,11 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that span low to high, about so many stretches."""
-    step = round_step((high - low) / about) if high > low else round_step(abs(low) / about or 1.0)
+    """Multiples of 1, 2 or 5 times a power of ten that span low to high, in at most so many stretches and one."""
+    if low == high:  # one value is shown against zero
+        low, high = min(low, 0.0), max(high, 0.0) or 1.0 + low
+    step = round_step((high - low) / about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    if first == last:
-        first, last = first - 1, last + 1
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
@@ -154,7 +162,9 @@ def mark_text(value: float, step: float) -> str:
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(step)) + 1e-9)
-    if abs(value) >= 1e5 or exponent < -3:
+    if exponent >= 3:
+        return f"{value / 1e6:g}M" if exponent >= 6 else f"{value / 1e3:g}k"
+    if exponent < -3:
         digits = max(0, math.floor(math.log10(abs(value)) + 1e-9) - exponent)
         mantissa, power = f"{value:.{digits}e}".split("e")
         return f"{mantissa}e{int(power)}"
@@ -173,7 +183,7 @@ class Bin:
     count: int
 
 
-def histogram(values: Sequence[float], about: int = 24) -> list[Bin]:
+def histogram(values: Sequence[float], about: int = 20) -> list[Bin]:
     """Counts in stretches of one round width; zero is an edge, so that no bar holds both signs."""
     low, high = min(0.0, *values), max(0.0, *values)
     edges = ticks(low, high, about) if high > low else [-1.0, 0.0, 1.0]
@@ -190,12 +200,12 @@ class Bars:
 
     bins: Sequence[Bin]
 
-    width, height, left, right, top, bottom = 2 * WIDTH, HEIGHT, LEFT, 2 * WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
+    width, height, left, right, top, bottom = 480, 220, LEFT, 480 - RIGHT, TOP, 220 - BOTTOM
 
     @cached_property
     def x(self) -> Axis:
         low, high = self.bins[0].low, self.bins[-1].high
-        return Axis(low, high, self.left, self.right, [mark for mark in ticks(low, high, 8) if low <= mark <= high])
+        return Axis(low, high, self.left, self.right, [mark for mark in ticks(low, high, 6) if low <= mark <= high])
 
     @cached_property
     def y(self) -> Axis:

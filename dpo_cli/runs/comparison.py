@@ -9,7 +9,9 @@ from typing import Any
 from dpo_cli.console import json_text
 from dpo_cli.runs.charts import Curve, Plot
 from dpo_cli.runs.contents import Contents
-from dpo_cli.runs.views import COMPARED, KINDS, TERMS, duration, levels
+from dpo_cli.runs.curves import COMPARED, KINDS, levels
+from dpo_cli.runs.views import duration
+from dpo_cli.runs.words import TERMS
 
 PLACES = {"output_dir"}  # differ between any two runs, and say nothing
 
@@ -41,7 +43,7 @@ def distinct_names(runs: Sequence[Contents]) -> list[str]:
 
 
 def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int]) -> list[Plot]:
-    made = []
+    made, end = [], max((line["step"] for number in numbers for line in runs[number].lines), default=0)
     for kind in KINDS:
         if kind.title not in COMPARED:
             continue
@@ -53,7 +55,7 @@ def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int
         ]
         if any(curve.points for curve in curves):
             shared = {level for number in numbers for level in levels(kind, runs[number])}
-            made.append(Plot(kind.title, kind.note, curves, sorted(shared) if len(shared) == 1 else []))
+            made.append(Plot(kind.title, kind.note, curves, sorted(shared) if len(shared) == 1 else [], end))
     return made
 
 
@@ -65,7 +67,11 @@ def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
             figures = [run.judged[side].get(name) if run.judged else None for run in runs]
             if any(figures):
                 show = term.gain if side == "gain" else term.text
-                rows.append((words.format(term.label), [show(figure) if figure else "not judged" for figure in figures]))
+                cells = [
+                    show(figure) if figure else "" if run.judged else "not judged"
+                    for figure, run in zip(figures, runs, strict=True)
+                ]
+                rows.append((words.format(term.label), cells))
     summaries = [run.summary or {} for run in runs]
     rows.append(("status", [str(summary.get("status", "unfinished")) for summary in summaries]))
     rows.append(("steps", [f"{summary['steps']:,}" if summary else "" for summary in summaries]))
@@ -98,8 +104,8 @@ def warnings(runs: Sequence[Contents]) -> list[str]:
     }
     if others := [name for name, what in told.items() if differ(what)]:
         found.append(
-            f"The held-out sets are not the same ({', '.join(others)} differ), so figures do not compare: "
-            "judge each run on one file with `dpo eval --dataset`."
+            f"The held-out sets are not the same (they differ in {', '.join(others)}), so figures do not compare: "
+            "judge each run on one file with dpo eval --dataset."
         )
     if differ(lambda run: run.strategy):
         found.append("The strategies differ: a loss of pairs and one of demonstrations are different quantities.")

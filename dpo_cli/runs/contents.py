@@ -32,9 +32,7 @@ class Contents:
         if not (path / PLAN).is_file() or not (path / MANIFEST).is_file():
             message = f"{path} is not a run: it has no {PLAN if not (path / PLAN).is_file() else MANIFEST}"
             raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a `dpo train`")])
-        summary, evaluation = (
-            run.read_json(name) if (path / name).is_file() else None for name in (SUMMARY, EVALUATION)
-        )
+        summary, evaluation = (run.read_json(name) if (path / name).is_file() else None for name in (SUMMARY, EVALUATION))
         return cls(path.absolute(), run.read_json(PLAN), run.read_json(MANIFEST), run.read_lines(), summary, evaluation)
 
     @property
@@ -110,4 +108,5 @@ class Contents:
 
     def points(self, split: str, key: str) -> list[Point]:
         """The values of one key over the steps; a step that was logged twice (after a resume) counts as it was last."""
-        return list({line["step"]: (line["step"], line[key]) for line in self.lines if line["split"] == split and key in line}.values())
+        lines = (line for line in self.lines if line["split"] == split and key in line)
+        return sorted({line["step"]: line[key] for line in lines}.items())

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -13,9 +14,10 @@ from markupsafe import Markup
 
 import dpo_cli
 from dpo_cli.errors import UsageError
-from dpo_cli.runs import comparison, views
+from dpo_cli.runs import comparison, curves, views
 from dpo_cli.runs.contents import Contents
 from dpo_cli.runs.directory import REPORT, RunDirectory
+from dpo_cli.runs.words import TERMS
 
 PAGES = Path(__file__).parent / "pages"
 MARK = '<meta name="generator" content="dpo '  # of a page that may be replaced
@@ -41,29 +43,27 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
 
 def report(run: Contents) -> str:
     """The page of one run."""
-    bars, spread = views.spread(run)
     lengths = (run.evaluation or {}).get("answer_tokens")
     answer_lengths = ""
     if lengths:
         base, policy = (lengths[side]["value"] for side in ("base", "policy"))
-        answer_lengths = f"; on average the base's have {base:.0f} tokens, and those of {run.who} {policy:.0f}"
+        answer_lengths = f"; on average the base's have {base:.0f} tokens, and the {run.who}'s {policy:.0f}"
     return _page(
         "report.html.j2",
         run=run,
         facts=views.facts(run),
         tiles=views.tiles(run),
-        plots=views.plots(run),
+        plots=curves.plots(run),
         against=views.against(run) if run.judged else [],
         categories=views.categories(run),
-        bars=bars,
-        spread=spread,
+        spread=curves.spread(run),
         answer_lengths=answer_lengths,
         data=views.data(run),
         bill=views.bill(run),
         config=views.config(run),
         command=views.command(run),
         made_with=views.made_with(run),
-        terms=[(term.label, term.meaning) for name, term in views.TERMS.items() if run.judged and run.judged["policy"].get(name)],
+        terms=[(term.label, term.meaning) for name, term in TERMS.items() if run.judged and run.judged["policy"].get(name)],
     )
 
 
@@ -74,13 +74,13 @@ def _page(template: str, **content: Any) -> str:
     environment.filters |= {
         "said": views.said,
         "shortened": views.shortened,
-        "one_line": lambda text: " ".join(text.split())[:160],
+        "one_line": lambda text: shorten(text, 110, placeholder=" ..."),
         "file_name": lambda file: Path(file).name,
     }
     environment.globals |= {
         "reading": views.reading,
-        "signed": lambda value: views.reading(value) if value is None else f"{value:+.3f}",
-        "row_figure": lambda row: views.reading(views.row_value(row)) if views.row_value(row) is None else f"{views.row_value(row):+.3f}",
+        "signed": views.signed,
+        "row_value": curves.row_value,
         "place_of": _place,
         "hash_of": _hash,
         "css": Markup((PAGES / "page.css").read_text(encoding="utf-8")),

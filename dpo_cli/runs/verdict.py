@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo_cli.runs.words import Figure, number, points, share, sign
+
 MAX_KL = 10.0  # nats a sampled answer: the documentation says below 10
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-Figure = Mapping[str, float]  # value, low, high
+
+Tone = Literal["good", "doubtful", "bad", "open"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Outcome:
 class Verdict:
     """`title` is the sentence in few words; the tone is its colour."""
 
-    tone: Literal["good", "doubtful", "bad", "open"]
+    tone: Tone
     title: str
     sentence: str
 
@@ -53,7 +56,7 @@ def verdict(outcome: Outcome) -> Verdict:
     found = _pairs(outcome) if outcome.strategy == "dpo" else _demonstrations(outcome)
     if outcome.status == "completed":
         return found
-    tone = "bad" if found.tone == "bad" or outcome.status == "unhealthy" else "doubtful"
+    tone: Tone = "bad" if found.tone == "bad" or outcome.status == "unhealthy" else "doubtful"
     sentence = f"{ENDINGS[outcome.status].format(steps=outcome.steps)}; {found.sentence[0].lower()}{found.sentence[1:]}"
     return Verdict(tone, TITLES[outcome.status], sentence)
 
@@ -126,7 +129,7 @@ def _demonstrations(outcome: Outcome) -> Verdict:
     return Verdict(*_of_gain(outcome, is_far), sentence)
 
 
-def _of_gain(outcome: Outcome, is_far: bool) -> tuple[Literal["good", "doubtful"], str]:
+def _of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
     """The tone and the title where the gain is clear."""
     if is_far:
         return "doubtful", "Clear gain, but far from its base"
@@ -142,36 +145,14 @@ def _distance(outcome: Outcome) -> tuple[str, bool]:
     if sampled := policy.get("kl_sequence"):
         is_far = sampled["value"] > outcome.max_kl
         limit = f"over the limit of {outcome.max_kl:g}" if is_far else f"limit {outcome.max_kl:g}"
-        return f"it is {sampled['value']:.3g} nats an answer from the base ({limit})", is_far
-    return f"it is {policy['kl_token']['value']:.2g} nats a token from the base", False
+        return f"it is {sampled['value']:.3g} nats per answer from the base ({limit})", is_far
+    return f"it is {policy['kl_token']['value']:.2g} nats per token from the base", False
 
 
 def _warned(outcome: Outcome) -> str:
     count = outcome.warnings
     words = NUMBERS[count] if count < len(NUMBERS) else str(count)
     return f"; {words} warning{' was' if count == 1 else 's were'} raised" if count else ""
-
-
-def sign(figure: Figure) -> int:
-    """1 or -1 where the whole interval is on one side of zero, else 0: not clear of it."""
-    return (figure["low"] > 0) - (figure["high"] < 0)
-
-
-def share(figure: Figure) -> str:
-    """98.8 % [96, 100]"""
-    return f"{100 * figure['value']:.1f} % [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
-
-
-def points(figure: Figure, signed: bool = True) -> str:
-    """+14.1 points [+8, +21]: a difference of two shares."""
-    one, whole = ("+.1f", "+.0f") if signed else (".1f", ".0f")
-    return f"{100 * figure['value']:{one}} points [{100 * figure['low']:{whole}}, {100 * figure['high']:{whole}}]"
-
-
-def number(figure: Figure, signed: bool = False) -> str:
-    """1.401 [1.193, 1.620]"""
-    form = "+.3f" if signed else ".3f"
-    return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
 
 
 def _negative(figure: Figure) -> Figure:

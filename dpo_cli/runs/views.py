@@ -1,128 +1,18 @@
-"""What a report shows of a run, as plain values: the curves, the tables, the words. The templates only lay them out."""
+"""What a report tells of a run, as plain values: tables and lines. The templates only lay them out."""
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.console import json_text
-from dpo_cli.runs.charts import DIGITS, Bars, Curve, Plot, histogram
+from dpo_cli.runs.charts import DIGITS
 from dpo_cli.runs.contents import Contents
-from dpo_cli.runs.verdict import number, points, share
+from dpo_cli.runs.words import TERMS, TOGETHER
 
 MOST_TEXT = 1500  # characters shown of one text
-SHORT_HASH = 12
-
-
-@dataclass(frozen=True)
-class Term:
-    """A figure in words. A `share` is shown in per cent; `less_is_better` says which gain is good."""
-
-    label: str
-    meaning: str
-    is_share: bool = False
-    less_is_better: bool = False
-
-    def text(self, figure: Mapping[str, float] | None) -> str:
-        return "" if figure is None else share(figure) if self.is_share else number(figure)
-
-    def gain(self, figure: Mapping[str, float]) -> str:
-        return points(figure) if self.is_share else number(figure, signed=True)
-
-
-# Each figure of an evaluation, in the order in which they are shown.
-TERMS = {
-    "accuracy": Term(
-        "reward accuracy",
-        "The share of pairs whose chosen response has the larger reward, beta * (log p of the adapter - log p of the base); "
-        "a tie counts half. It reaches 1 long before a model has changed, so read it with the margin.",
-        is_share=True,
-    ),
-    "margin": Term("margin", "The reward of the chosen response minus that of the rejected one, on average."),
-    "loss": Term(
-        "loss", "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats a token.",
-        less_is_better=True,
-    ),  # fmt: skip
-    "token_accuracy": Term("token accuracy", "The share of tokens that the model finds most likely.", is_share=True),
-    "logp_accuracy": Term(
-        "log-prob accuracy",
-        "The share of pairs in which one model alone gives the chosen response the larger probability. The gain, adapter minus "
-        "base on the same pairs, is what training changed.",
-        is_share=True,
-    ),
-    "normalized_logp_accuracy": Term(
-        "the same, by length", "Log-prob accuracy after dividing by the responses' tokens.", is_share=True
-    ),
-    "kl_sequence": Term(
-        "KL an answer",
-        "How far the policy has moved from its base: log p of both over answers that the policy samples, nats an answer. The "
-        "documentation says below 10.",
-        less_is_better=True,
-    ),
-    "kl_token": Term(
-        "KL a token", "The exact KL divergence from the base at each token of the responses, nats.", less_is_better=True
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One plot: its words, and the keys of metrics.jsonl that are drawn, each with what it is called there."""
-
-    title: str
-    note: str
-    keys: Mapping[str, str]
-
-
-KINDS = (
-    Kind("Loss", "Falls from ln 2 where preferences are learned. Held out it should not rise again.", {"loss": ""}),
-    Kind("Accuracy", "Share of pairs with the larger reward for chosen. Read it with the margin.", {"accuracy": ""}),
-    Kind("Token accuracy", "Share of tokens that the model finds most likely.", {"token_accuracy": ""}),
-    Kind("Margin", "Reward of chosen minus reward of rejected.", {"margin": ""}),
-    Kind(
-        "Rewards",
-        "Chosen may fall while the margin grows: common, and worth a look at the answers.",
-        {"reward_chosen": "chosen", "reward_rejected": "rejected"},
-    ),
-    Kind("KL a token", "Distance from the base, nats.", {"kl_token": ""}),
-    Kind("KL an answer", "Distance from the base over sampled answers, nats.", {"kl_sequence": ""}),
-    Kind("Learning rate", "As the schedule had it.", {"learning_rate": ""}),
-    Kind("Memory", "The most held so far, GB.", {"peak_memory_gb": ""}),
-)
-COMPARED = ("Loss", "Margin", "Accuracy", "Token accuracy", "KL a token", "KL an answer")
-
-
-def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
-    """What the values of a plot compare with."""
-    known: dict[str, tuple[float | None, str]] = {
-        "Accuracy": (0.5, "chance"),
-        "KL an answer": (run.max_kl, "max_kl"),
-        "Memory": (((run.summary or {}).get("memory") or {}).get("predicted_gb"), "billed"),
-    }
-    if run.strategy == "dpo" and run.config["loss_type"] == "sigmoid":
-        known["Loss"] = (math.log(2), "ln 2")
-    value, name = known.get(kind.title, (None, ""))
-    return [] if value is None else [(value, name)]
-
-
-def plots(run: Contents) -> list[Plot]:
-    """Every plot for which the run has lines."""
-    made = []
-    for kind in KINDS:
-        curves = [
-            Curve(name, split, run.points(split, key), colour)
-            for colour, (key, name) in enumerate(kind.keys.items())
-            for split in ("train", "eval")
-        ]
-        if kind.title == "Memory":  # one peak for both: that of the lines in their order is the whole curve
-            curves = curves[:1]
-        if any(curve.points for curve in curves):
-            made.append(Plot(kind.title, kind.note, curves, levels(kind, run)))
-    return made
 
 
 def tiles(run: Contents) -> list[dict[str, str]]:
@@ -130,21 +20,18 @@ def tiles(run: Contents) -> list[dict[str, str]]:
     if run.judged is None:
         return []
     policy, gain = run.judged["policy"], run.judged["gain"]
-    made = []
-    for name in ("accuracy", "margin", "loss", "token_accuracy"):
-        if name in policy:
-            made.append(_tile(TERMS[name].label, TERMS[name].text(policy[name])))
-    gained = "logp_accuracy" if "logp_accuracy" in gain else "loss"
-    words = "gain in preferences" if gained == "logp_accuracy" else "loss against base"
-    made.append(_tile(words, TERMS[gained].gain(gain[gained])))
+    shown, gained = TOGETHER[run.strategy]
     far = "kl_sequence" if policy.get("kl_sequence") else "kl_token"
-    made.append(_tile(TERMS[far].label, TERMS[far].text(policy[far])))
-    return made
+    return [
+        *(_tile(TERMS[name].label, TERMS[name].text(policy[name])) for name in shown),
+        _tile(f"gain in {TERMS[gained].label}", TERMS[gained].gain(gain[gained])),
+        _tile(TERMS[far].label, TERMS[far].text(policy[far])),
+    ]
 
 
 def _tile(label: str, text: str) -> dict[str, str]:
-    value, _, interval = text.partition(" [")
-    return {"label": label, "value": value, "about": f"[{interval}" if interval else ""}
+    value, _, about = text.partition(" points" if " points" in text else " [")
+    return {"label": label, "value": value, "about": f"points{about}" if " points" in text else f"[{about}"}
 
 
 def against(run: Contents) -> list[dict[str, Any]]:
@@ -174,41 +61,12 @@ def categories(run: Contents) -> dict[str, Any] | None:
     found = (run.evaluation or {}).get("categories")
     if not found:
         return None
-    shown = [name for name in TERMS if any(part["policy"].get(name) for part in found.values()) and name != "kl_sequence"]
-    rows = [
-        (name, part[run.noun], [TERMS[figure].text(part["policy"].get(figure)) for figure in shown])
-        for name, part in found.items()
-    ]
-    return {"names": [TERMS[name].label for name in shown], "rows": rows}
-
-
-def spread(run: Contents) -> tuple[Bars | None, dict[str, str]]:
-    """The histogram over the held-out rows, and its words."""
-    if run.evaluation is None:
-        return None, {}
-    rows = run.evaluation["rows"]
-    values = [value for row in rows if (value := row_value(row)) is not None]
-    below = sum(value < 0 for value in values)
-    if run.strategy == "sft":
-        words = {
-            "title": "Gain of each demonstration",
-            "about": f"The base's loss minus the adapter's, nats a token. {below} of {len(values)} got worse.",
-            "listed": "By how far the loss fell below the base's, nats a token.",
-        }
-    else:
-        words = {
-            "title": "Margins",
-            "about": f"Of each held-out pair. {below} of {len(values)} are below zero: there the rejected response is preferred.",
-            "listed": "By their margins. The worst are worth reading first: a wrong label, or something that was not learned.",
-        }
-    return (Bars(histogram(values)) if values else None), words
-
-
-def row_value(row: Mapping[str, Any]) -> float | None:
-    """What rows are sorted by: a pair's margin, or how far a demonstration's loss fell."""
-    if "margin" in row:
-        return None if row["margin"] is None else float(row["margin"])
-    return None if row["loss"] is None or row["base_loss"] is None else float(row["base_loss"] - row["loss"])
+    shown, gained = TOGETHER[run.strategy]
+    rows = []
+    for name, part in found.items():
+        cells = [TERMS[figure].text(part["policy"][figure]) for figure in shown]
+        rows.append((name, part[run.noun], [*cells, TERMS[gained].gain(part["gain"][gained])]))
+    return {"names": [*(TERMS[name].label for name in shown), f"gain in {TERMS[gained].label}"], "rows": rows}
 
 
 def data(run: Contents) -> list[tuple[str, str]]:
@@ -250,9 +108,9 @@ def bill(run: Contents) -> dict[str, Any] | None:
     about = "What the plan billed for the fullest moment of a step"
     about += f", of {memory['budget_gb']:.1f} GB that were there." if memory["budget_gb"] else "."
     if known.get("measured_gb") and known.get("predicted_gb"):
-        ratio = known["measured_gb"] / known["predicted_gb"]
-        where = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, with what malloc keeps"
-        about += f" Measured: {known['measured_gb']:.2f} GB ({where}) against {known['predicted_gb']:.2f} billed for that, {ratio:.2f}x."
+        what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, with what malloc keeps"
+        measured, billed = known["measured_gb"], known["predicted_gb"]
+        about += f" Measured: {measured:.2f} GB ({what}) against {billed:.2f} billed for that, {measured / billed:.2f}x."
     return {"parts": parts, "total": f"{memory['total_gb']:.2f}", "about": about}
 
 
@@ -263,7 +121,8 @@ OTHERS = {"default": "default", "profile": "profile", "measured": "machine"}
 def config(run: Contents) -> dict[str, list[tuple[str, str, str]]]:
     """What the user set, and the rest; each key with its value and where that came from."""
     sources = run.plan["sources"]
-    given, rest = [], []
+    given: list[tuple[str, str, str]] = []
+    rest: list[tuple[str, str, str]] = []
     for key, value in run.config.items():
         source = sources.get(key, "default")
         row = (key, json_text(value), {**GIVEN, **OTHERS}[source])
@@ -311,15 +170,21 @@ def facts(run: Contents) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """3 h 12 min, 4 min 10 s, 12 s"""
+    """3 h 12 min, 4 min 10 s, 12 s; never broken over two lines."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    words = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return words.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def reading(value: float | None) -> str:
     """A value of a curve."""
     return "not finite" if value is None else f"{value:.{DIGITS}g}"
+
+
+def signed(value: float | None) -> str:
+    """A reward, a margin."""
+    return "not finite" if value is None else f"{value:+.3f}"
 
 
 def said(prompt: str | Iterable[Mapping[str, Any]]) -> str:
