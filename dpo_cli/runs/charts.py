@@ -145,7 +145,7 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten that span low to high, in at most so many stretches and one."""
     if low == high:  # one value is shown against zero
-        low, high = min(low, 0.0), max(high, 0.0) or 1.0 + low
+        low, high = min(low, 0.0), max(high, 0.0) if low else 1.0
     step = round_step((high - low) / about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
