@@ -64,15 +64,18 @@ MARGIN = "by a margin of 1.400 [1.300, 1.500] at a loss of 0.325"
     [
         (
             *(1.4, 0.14, 4.0, (NOTE,), "good", "Clear gain over its base"),
-            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], and it is 4 nats per answer from the base (limit 10).",
+            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], "
+            "and it is 4 nats per answer from the base (limit 10).",
         ),
         (
             *(1.4, 0.14, 12.0, (WARNING, NOTE), "doubtful", "Clear gain, but far from its base"),
-            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], and it is 12 nats per answer from the base (over the limit of 10); one warning was raised.",
+            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], "
+            "and it is 12 nats per answer from the base (over the limit of 10); one warning was raised.",
         ),
         (
             *(1.4, 0.14, None, (WARNING, WARNING), "doubtful", "Clear gain, with a warning"),
-            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], and it is 0.046 nats per token from the base; two warnings were raised.",
+            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], "
+            "and it is 0.046 nats per token from the base; two warnings were raised.",
         ),
         (
             *(1.4, 0.02, None, (), "doubtful", "No clear gain over its base"),
@@ -108,6 +111,9 @@ def test_the_limit_of_the_config_decides_what_is_far() -> None:
     outcome = Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.2, 4.0), 85, max_kl=3.0)
     assert verdict(outcome).title == "Clear gain, but far from its base"
     assert verdict(outcome).sentence.endswith("4 nats per answer from the base (over the limit of 3).")
+    outcome = Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.2, 40.0), 85, max_kl=None)
+    assert verdict(outcome).title == "Clear gain over its base"
+    assert verdict(outcome).sentence.endswith("and it is 40 nats per answer from the base.")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,8 @@ def test_the_verdict_where_nothing_was_judged(status: str, health: tuple[Any, ..
 
 def test_an_unhealthy_run_that_was_judged_all_the_same_is_not_good() -> None:
     said = verdict(Outcome("dpo", "unhealthy", 3, judged_pairs(1.4, 0.2, 4.0), 85, (STOP,)))
-    assert said.tone == "bad" and said.sentence.startswith("The training was stopped as unhealthy after step 3; the adapter")
+    told = "The training was stopped as unhealthy after step 3: loss of step 3 is not finite; the adapter prefers"
+    assert said.tone == "bad" and said.sentence.startswith(told)
 
 
 # --- what is drawn

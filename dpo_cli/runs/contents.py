@@ -80,8 +80,10 @@ class Contents:
         return int((self.plan["counts"] or {}).get("eval_prompts", 0))
 
     @property
-    def max_kl(self) -> float:
-        return float(self.config.get("max_kl") or MAX_KL)
+    def max_kl(self) -> float | None:
+        """The limit of kl_sequence; None where the config wants none."""
+        limit = self.config.get("max_kl", MAX_KL)
+        return None if limit is None else float(limit)
 
     @property
     def judged(self) -> dict[str, Any] | None:

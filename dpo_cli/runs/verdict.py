@@ -28,7 +28,7 @@ class Outcome:
     judged: Mapping[str, Any] | None
     rows: int  # held out
     health: tuple[Mapping[str, Any], ...] = ()
-    max_kl: float = MAX_KL
+    max_kl: float | None = MAX_KL
     whole: bool = False  # every weight was trained, not an adapter
 
     @property
@@ -57,8 +57,7 @@ def verdict(outcome: Outcome) -> Verdict:
     if outcome.status == "completed":
         return found
     tone: Tone = "bad" if found.tone == "bad" or outcome.status == "unhealthy" else "doubtful"
-    sentence = f"{ENDINGS[outcome.status].format(steps=outcome.steps)}; {found.sentence[0].lower()}{found.sentence[1:]}"
-    return Verdict(tone, TITLES[outcome.status], sentence)
+    return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}; {found.sentence[0].lower()}{found.sentence[1:]}")
 
 
 TITLES = {"completed": "Not judged", "interrupted": "Interrupted", "unhealthy": "Unhealthy", "unfinished": "Not finished"}
@@ -70,19 +69,23 @@ ENDINGS = {
 }
 
 
+def _ending(outcome: Outcome) -> str:
+    """How the training ended, and what stopped it."""
+    stops = [event["message"] for event in outcome.health if event["action"] == "stop"]
+    told = ENDINGS[outcome.status].format(steps=outcome.steps)
+    return f"{told}: {stops[-1]}" if outcome.status == "unhealthy" and stops else told
+
+
 def _unjudged(outcome: Outcome) -> Verdict:
     """A run without figures on held-out rows: the training's own say only what was fitted."""
-    parts = [ENDINGS[outcome.status].format(steps=outcome.steps)]
-    stops = [event for event in outcome.health if event["action"] == "stop"]
-    if outcome.status == "unhealthy" and stops:
-        parts.append(f": {stops[-1]['message']}; {outcome.who} as it was then is saved and not judged.")
-    elif outcome.status == "unfinished":
-        parts.append(", and nothing is judged before its end.")
-    elif outcome.status == "interrupted":
-        parts.append(f"; {outcome.who} so far is saved and not judged.")
-    else:
-        parts.append(", but nothing was held out, so nothing tells whether it is better than its base.")
-    return Verdict("bad" if outcome.status == "unhealthy" else "open", TITLES[outcome.status], "".join(parts))
+    rest = {
+        "completed": ", but nothing was held out, so nothing tells whether it is better than its base",
+        "interrupted": f"; {outcome.who} so far is saved and not judged",
+        "unhealthy": f"; {outcome.who} as it was then is saved and not judged",
+        "unfinished": ", and nothing is judged before its end",
+    }
+    tone: Tone = "bad" if outcome.status == "unhealthy" else "open"
+    return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}{rest[outcome.status]}.")
 
 
 def _pairs(outcome: Outcome) -> Verdict:
@@ -143,9 +146,11 @@ def _distance(outcome: Outcome) -> tuple[str, bool]:
     assert outcome.judged is not None
     policy = outcome.judged["policy"]
     if sampled := policy.get("kl_sequence"):
-        is_far = sampled["value"] > outcome.max_kl
-        limit = f"over the limit of {outcome.max_kl:g}" if is_far else f"limit {outcome.max_kl:g}"
-        return f"it is {sampled['value']:.3g} nats per answer from the base ({limit})", is_far
+        is_far = outcome.max_kl is not None and sampled["value"] > outcome.max_kl
+        told = f"it is {sampled['value']:.3g} nats per answer from the base"
+        if outcome.max_kl is None:
+            return told, False
+        return f"{told} ({'over the limit of' if is_far else 'limit'} {outcome.max_kl:g})", is_far
     return f"it is {policy['kl_token']['value']:.2g} nats per token from the base", False
 
 
