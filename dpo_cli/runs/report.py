@@ -72,10 +72,8 @@ def _page(template: str, **content: Any) -> str:
         loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "said": views.said,
         "shortened": views.shortened,
         "one_line": lambda text: shorten(text, 110, placeholder=" ..."),
-        "file_name": lambda file: Path(file).name,
     }
     environment.globals |= {
         "reading": views.reading,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_cli.runs.words import Figure, number, points, share, sign
+from dpo_cli.runs.words import Figure, is_finite, number, points, share, sign
 
 MAX_KL = 10.0  # nats a sampled answer: the documentation says below 10
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -53,6 +53,9 @@ def verdict(outcome: Outcome) -> Verdict:
     """The verdict on a run, honest about what was not measured."""
     if outcome.judged is None:
         return _unjudged(outcome)
+    if not is_finite(outcome.judged["policy"]["loss"]):
+        told = f"{_ending(outcome)}; on held-out rows its loss is not finite, so {outcome.who} is broken."
+        return Verdict("bad", "Broken", told)
     found = _pairs(outcome) if outcome.strategy == "dpo" else _demonstrations(outcome)
     if outcome.status == "completed":
         return found

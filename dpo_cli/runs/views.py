@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.console import json_text
 from dpo_cli.runs.charts import DIGITS
 from dpo_cli.runs.contents import Contents
-from dpo_cli.runs.words import TERMS, TOGETHER
+from dpo_cli.runs.words import TERMS, TOGETHER, is_finite
 
 MOST_TEXT = 1500  # characters shown of one text
 
@@ -44,7 +44,14 @@ def against(run: Contents) -> list[dict[str, Any]]:
             continue
         gain = sides["gain"].get(name)
         row = {"label": term.label, "base": term.text(sides["base"].get(name)), "policy": term.text(sides["policy"][name])}
-        rows.append({**row, "gain": term.gain(gain) if gain else "", "whisker": gain, "good": not term.less_is_better})
+        rows.append(
+            {
+                **row,
+                "gain": term.gain(gain) if gain else "",
+                "whisker": gain if gain and is_finite(gain) else None,
+                "good": not term.less_is_better,
+            }
+        )
     if run.evaluation and (tokens := run.evaluation.get("answer_tokens")):
         length = {side: lengths(tokens[side]) for side in ("base", "policy")}
         rows.append({"label": "answer tokens", **length, "gain": lengths(tokens["gain"], "+"), "whisker": None, "good": True})
@@ -185,16 +192,6 @@ def reading(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """A reward, a margin."""
     return "not finite" if value is None else f"{value:+.3f}"
-
-
-def said(prompt: str | Iterable[Mapping[str, Any]]) -> str:
-    """A prompt or a response, which may be messages."""
-    if isinstance(prompt, str):
-        return prompt
-    messages = list(prompt)
-    if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def shortened(text: str) -> str:

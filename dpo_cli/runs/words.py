@@ -8,6 +8,11 @@ from dataclasses import dataclass
 Figure = Mapping[str, float]  # value, low, high: a 95 % interval
 
 
+def is_finite(figure: Figure) -> bool:
+    """Whether there is a value: JSON has null where it was not a number."""
+    return None not in figure.values()
+
+
 def sign(figure: Figure) -> int:
     """1 or -1 where the whole interval is on one side of zero, else 0: not clear of it."""
     return (figure["low"] > 0) - (figure["high"] < 0)
@@ -41,9 +46,13 @@ class Term:
     digits: int = 3
 
     def text(self, figure: Figure | None) -> str:
-        return "" if figure is None else share(figure) if self.is_share else number(figure, digits=self.digits)
+        if figure is None or not is_finite(figure):
+            return "" if figure is None else "not finite"
+        return share(figure) if self.is_share else number(figure, digits=self.digits)
 
     def gain(self, figure: Figure) -> str:
+        if not is_finite(figure):
+            return "not finite"
         return points(figure) if self.is_share else number(figure, signed=True, digits=self.digits)
 
 
