@@ -132,7 +132,7 @@ def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told:
     said = verdict(Outcome("sft", "completed", 58, {"policy": policy, "gain": gain}, 20))
     assert (said.tone, said.title) == (tone, title)
     assert said.sentence == (
-        f"On 20 held-out demonstrations the adapter's loss is 1.300 [1.200, 1.400] nats a token, {told}; it finds 61.1 % "
+        f"On 20 held-out demonstrations the adapter's loss is 1.300 [1.200, 1.400] nats per token, {told}; it finds 61.1 % "
         "[59, 63] of their tokens most likely (+5.0 points [+3, +7]), and it is 0.3 nats per token from the base."
     )
 

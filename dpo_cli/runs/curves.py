@@ -91,8 +91,8 @@ def spread(run: Contents) -> Spread | None:
     if run.strategy == "sft":
         words = {
             "title": "Gain of each demonstration",
-            "about": f"The base's loss minus the adapter's, nats a token. {below} of {len(values)} got worse.",
-            "listed": "By how far the loss fell below the base's, nats a token.",
+            "about": f"The base's loss minus the adapter's, nats per token. {below} of {len(values)} got worse.",
+            "listed": "By how far the loss fell below the base's, nats per token.",
         }
     else:
         words = {

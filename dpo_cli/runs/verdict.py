@@ -125,7 +125,7 @@ def _demonstrations(outcome: Outcome) -> Verdict:
     whose = "model's" if outcome.whole else "adapter's"
     kl, is_far = _distance(outcome)
     sentence = (
-        f"On {outcome.rows} held-out demonstrations the {whose} loss is {number(policy['loss'])} nats a token, {fell}; "
+        f"On {outcome.rows} held-out demonstrations the {whose} loss is {number(policy['loss'])} nats per token, {fell}; "
         f"it finds {share(policy['token_accuracy'])} of their tokens most likely ({points(right)}), and {kl}{_warned(outcome)}."
     )
     if sign(loss) > 0:

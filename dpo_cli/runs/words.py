@@ -70,7 +70,7 @@ TERMS = {
     "margin": Term("margin", "The reward of the chosen response minus that of the rejected one, on average."),
     "loss": Term(
         "loss",
-        "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats a token.",
+        "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats per token.",
         less_is_better=True,
     ),
     "token_accuracy": Term("token accuracy", "The share of tokens that the model finds most likely.", is_share=True),
