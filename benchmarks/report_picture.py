@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from browser import Browser  # noqa: E402
+from browser import Browser
 
 WIDTH, HEIGHT = 1100, 1300  # some 190 KB
 

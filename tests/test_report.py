@@ -325,9 +325,13 @@ def test_a_long_run_has_a_small_page(trained: Path) -> None:
     assert len(report(replace(run, lines=many)).encode()) < 300_000
 
 
-def test_what_is_no_run_is_told(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["report", str(tmp_path), "--json"])
-    assert done.exit_code == 3 and json.loads(done.stdout)["problems"][0]["code"] == "not-a-run"
+def test_what_is_no_run_is_told(copied: Path, tmp_path: Path) -> None:
+    (copied / "metrics.json").write_text('{"status": "comp', encoding="utf-8")
+    for place, told in ((tmp_path, "it has no plan.json and no manifest.json"), (copied, "is damaged")):
+        done = CliRunner().invoke(app, ["report", str(place), "--json"])
+        problem = json.loads(done.stdout)["problems"][0]
+        assert (done.exit_code, problem["code"]) == (3, "not-a-run") and told in problem["message"]
+    assert CliRunner().invoke(app, ["report", str(copied), "--out", str(tmp_path / "page.html")]).exit_code == 2
 
 
 def test_a_comparison_tells_what_differs_and_what_does_not_compare(copied: Path, tmp_path: Path) -> None:

@@ -29,11 +29,17 @@ class Contents:
     @classmethod
     def read(cls, path: Path) -> Contents:
         run = RunDirectory(path)
-        if not (path / PLAN).is_file() or not (path / MANIFEST).is_file():
-            message = f"{path} is not a run: it has no {PLAN if not (path / PLAN).is_file() else MANIFEST}"
+        if missing := [name for name in (PLAN, MANIFEST) if not run.has(name)]:
+            message = f"{path} is not a run: it has no {' and no '.join(missing)}"
             raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a `dpo train`")])
-        summary, evaluation = (run.read_json(name) if (path / name).is_file() else None for name in (SUMMARY, EVALUATION))
-        return cls(path.absolute(), run.read_json(PLAN), run.read_json(MANIFEST), run.read_lines(), summary, evaluation)
+        try:
+            plan, manifest, lines = run.read_json(PLAN), run.read_json(MANIFEST), run.read_lines()
+            summary, evaluation = (run.read_json(name) if run.has(name) else None for name in (SUMMARY, EVALUATION))
+        except ValueError as error:
+            message = f"a file in {path} is damaged: {error}"
+            fix = "restore it, or train again"
+            raise InvalidInput([Problem("error", "not-a-run", message, fix)]) from error
+        return cls(path.absolute(), plan, manifest, lines, summary, evaluation)
 
     @property
     def name(self) -> str:
