@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from browser import Browser
+from browser import CHROMIUM, browser
 
 WIDTH, HEIGHT = 1100, 1300  # some 190 KB
 
 
 def main() -> None:
     page, picture = map(Path, sys.argv[1:])
-    program = shutil.which("chromium")
-    if program is None:
+    if CHROMIUM is None:
         raise SystemExit("chromium is not installed")
-    with Browser(program) as browser:
-        browser.open(page, WIDTH, HEIGHT)
-        picture.write_bytes(browser.screenshot())
+    with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as opened:
+        opened.look(WIDTH, HEIGHT)
+        opened.open(page.absolute().as_uri())
+        picture.write_bytes(opened.picture())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser
+from browser import CHROMIUM, Page, browser
 from conftest import ROOT, made_row
 from typer.testing import CliRunner
 
@@ -369,55 +369,61 @@ def test_a_comparison_replaces_its_own_pages_alone(copied: Path, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    program = shutil.which("chromium")
-    if program is None:
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if CHROMIUM is None:
         pytest.skip("chromium is not installed")
-    with Browser(program) as opened:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
         yield opened
 
 
-def test_the_pages_draw_say_nothing_and_ask_for_nothing(browser: Browser, copied: Path, tmp_path: Path) -> None:
+def test_the_pages_draw_say_nothing_and_ask_for_nothing(page: Page, copied: Path, tmp_path: Path) -> None:
     """Both pages at two widths and in both schemes; no page is wider than the window."""
     two = write_comparison([copied, copied], tmp_path / "two.html")
-    for page, plots in ((copied / REPORT, 9), (two, 5)):
-        for width, height, scheme in ((390, 844, "light"), (1200, 900, "dark")):
-            browser.open(page, width, height, scheme)
-            assert browser.errors() == [] and browser.requests() == [page.absolute().as_uri()]
-            assert browser.value("document.querySelectorAll('svg.drawing').length") == plots
-            assert browser.value("[...document.querySelectorAll('.curve')].every(c => c.getTotalLength() > 0)")
-            assert browser.value("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
-            assert browser.screenshot().startswith(b"\x89PNG")
+    for file, plots in ((copied / REPORT, 9), (two, 5)):
+        for width, height, dark in ((390, 844, False), (1200, 900, True)):
+            page.console.clear()
+            page.requests.clear()
+            page.look(width, height, dark)
+            page.open(file.as_uri())
+            assert page.console == [] and page.requests == [file.as_uri()]
+            assert page.js("document.querySelectorAll('svg.drawing').length") == plots
+            assert page.js("[...document.querySelectorAll('.curve')].every(curve => curve.getTotalLength() > 0)")
+            assert page.js("document.documentElement.scrollWidth") == width
+            assert page.picture().startswith(b"\x89PNG")
 
 
-def test_a_curve_tells_its_values_under_the_pointer(browser: Browser, trained: Path) -> None:
-    """Half of the way is step 2 of 4; away from the curve the legend has the last values again."""
+def test_a_curve_tells_its_values_under_the_pointer(page: Page, trained: Path) -> None:
+    """Half of the way is step 2 of 4, the arrow leads to step 3; away from the curve the legend has the last values again."""
     lines = {(line["split"], line["step"]): line["loss"] for line in RunDirectory(trained).read_lines()}
-    browser.open(trained / REPORT)
+    page.look(1200, 900)
+    page.open((trained / REPORT).as_uri())
     plot = "document.querySelector('[data-curves]')"
-    said = f"[{plot}.querySelector('.at').textContent, ...[...{plot}.querySelectorAll('.legend b')].map(b => b.textContent)]"
-    final = browser.value(said)
-    box = browser.value(
+    said = f"[{plot}.querySelector('.at'), ...{plot}.querySelectorAll('.legend b')].map(part => part.textContent)"
+    final = page.js(said)
+    box = page.js(
         f"(() => {{ {plot}.scrollIntoView(); return {plot}.querySelector('svg.drawing').getBoundingClientRect().toJSON() }})()"
     )
     middle = (48 + (344 - 48) / 2) / 360 * box["width"] + box["x"]
-    browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=middle, y=box["y"] + box["height"] / 2)
-    step, *values = browser.value(said)
-    assert step == "step 2" and [float(value) for value in values] == pytest.approx(
-        [lines["train", 2], lines["eval", 2]], rel=5e-3
-    )
-    browser.send("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
-    assert browser.value(said) == final and final[0] == "at the end"
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=middle, y=box["y"] + box["height"] / 2)
+    step, *values = page.js(said)
+    assert step == "step 2"
+    assert [float(value) for value in values] == pytest.approx([lines["train", 2], lines["eval", 2]], rel=5e-3)
+    page.js(f"{plot}.querySelector('svg.drawing').focus()")
+    page.press("ArrowRight")
+    step, *values = page.js(said)
+    assert step == "step 3"  # where nothing held out was judged, so that the last judgement stays
+    assert [float(value) for value in values] == pytest.approx([lines["train", 3], lines["eval", 2]], rel=5e-3)
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=1, y=1)
+    assert page.js(said) == final and final[0] == "at the end"
 
 
-def test_the_page_forbids_itself_the_network(browser: Browser, trained: Path) -> None:
-    browser.open(trained / REPORT)
+def test_the_page_forbids_itself_the_network(page: Page, trained: Path) -> None:
+    page.open((trained / REPORT).as_uri())
     blocked = """new Promise((resolve) => {
       addEventListener("securitypolicyviolation", (event) => resolve(event.effectiveDirective));
       document.body.append(Object.assign(document.createElement("img"), { src: "http://127.0.0.1:9/x.png" }));
     })"""
-    made = browser.send("Runtime.evaluate", expression=blocked, awaitPromise=True, returnByValue=True)
-    assert made["result"]["value"] == "img-src"
+    assert page.js(blocked) == "img-src"
 
 
 def test_text_and_curves_stand_out_in_both_schemes() -> None:
