@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Page, browser
-from conftest import ROOT, made_row
+from conftest import ROOT, Run, made_row
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
@@ -315,6 +315,29 @@ def test_a_run_that_broke_off_has_a_report(copied: Path) -> None:
     (copied / "metrics.jsonl").unlink()
     page = report(Contents.read(copied))
     assert "it has come to step 0" in page and '<svg class="drawing"' not in page
+
+
+def test_the_findings_about_config_and_data_are_shown(copied: Path) -> None:
+    """As `dpo validate` tells them of the run's own plan."""
+    found = inspect(load(str(copied / "plan.json")), probe())
+    assert found.data is not None and "few-pairs" in {problem.code for problem in found.problems}
+    change(copied, "plan.json", problems=[problem.to_json() for problem in found.problems], data=found.data.to_json())
+    page = report(Contents.read(copied))
+    assert page.count('<span class="tag hint">') == sum(problem.severity == "hint" for problem in found.problems)
+    assert all(f"<code>{problem.code}</code>" in page for problem in found.problems)
+    assert f"in {found.data.said['longer_chosen']:.0%} of pairs" in page
+
+
+def test_a_run_of_sft_has_its_own_figures(run: Run, copied: Path) -> None:
+    summary, place = run(strategy="sft", eval_split=0.4)
+    page = (place / REPORT).read_text(encoding="utf-8")
+    loss = summary["eval"]["loss"]
+    assert f"loss is {loss['value']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}] nats per token" in page
+    assert page.count('<svg class="drawing"') == 6  # loss, token accuracy, KL, learning rate, gradient norm, memory
+    assert "Gain of each demonstration" in page and "ln 2</text>" not in page
+    both = comparison.compared([Contents.read(place), Contents.read(copied)])
+    assert [group["strategy"] for group in both["groups"]] == ["sft", "dpo"]
+    assert any(warning.startswith("The strategies differ") for warning in both["warnings"])
 
 
 def test_a_long_run_has_a_small_page(trained: Path) -> None:
