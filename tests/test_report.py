@@ -201,7 +201,15 @@ def test_ticks_are_round_and_span_the_values(low: float, high: float, marks: lis
 
 @pytest.mark.parametrize(
     ("value", "step", "text"),
-    [(0.2, 0.2, "0.2"), (2, 1, "2"), (-0.05, 0.05, "-0.05"), (4e-4, 2e-4, "4e-4"), (40_000, 20_000, "40k"), (2e6, 1e6, "2M")],
+    [
+        (0.2, 0.2, "0.2"),
+        (2, 1, "2"),
+        (-0.05, 0.05, "-0.05"),
+        (4e-4, 2e-4, "4e-4"),
+        (40_000, 20_000, "40k"),
+        (2e6, 1e6, "2M"),
+        (-2e13, 1e13, "-2e13"),
+    ],
 )
 def test_marks_have_the_digits_that_they_need(value: float, step: float, text: str) -> None:
     assert mark_text(value, step) == text

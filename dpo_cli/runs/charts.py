@@ -162,9 +162,9 @@ def mark_text(value: float, step: float) -> str:
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(step)) + 1e-9)
-    if exponent >= 3:
+    if 3 <= exponent < 9:
         return f"{value / 1e6:g}M" if exponent >= 6 else f"{value / 1e3:g}k"
-    if exponent < -3:
+    if not -3 <= exponent < 9:
         digits = max(0, math.floor(math.log10(abs(value)) + 1e-9) - exponent)
         mantissa, power = f"{value:.{digits}e}".split("e")
         return f"{mantissa}e{int(power)}"
