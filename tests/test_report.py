@@ -233,6 +233,13 @@ def test_a_curve_is_interrupted_where_it_was_not_finite() -> None:
     assert plot.broken == [196.0]
 
 
+def test_a_distance_is_drawn_from_zero() -> None:
+    """9.7 of a limit of 10 would else look like nothing."""
+    curve, limit = Curve("", "eval", [(4, 9.7)]), [(10.0, "max_kl")]
+    assert Plot("KL", "", [curve], limit, from_zero=True).y.marks == [0, 5, 10]
+    assert Plot("Loss", "", [curve], limit).y.marks == [9.7, 9.8, 9.9, 10]
+
+
 def test_the_bars_of_a_histogram_never_hold_both_signs() -> None:
     """Twenty stretches over 2.2 are 0.11 wide; the next round width is 0.2."""
     bins = histogram([-0.2, -0.1, 0.0, 0.1, 0.2, 1.95, 2.0])

@@ -68,6 +68,7 @@ class Plot:
     curves: Sequence[Curve]
     levels: Sequence[tuple[float, str]] = ()
     end: float = 0  # the last step of all plots beside it
+    from_zero: bool = False  # of a distance or a size, whose zero means something
 
     width, height, left, right, top, bottom = WIDTH, HEIGHT, LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
 
@@ -91,7 +92,7 @@ class Plot:
     @cached_property
     def y(self) -> Axis:
         values = [value for curve in self.drawn for _, value in curve.points if value is not None]
-        values += [level for level, _ in self.levels]
+        values += [level for level, _ in self.levels] + [0.0] * self.from_zero
         marks = ticks(min(values, default=0.0), max(values, default=1.0))
         return Axis(marks[0], marks[-1], self.bottom, self.top, marks)
 

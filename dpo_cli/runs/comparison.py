@@ -55,7 +55,8 @@ def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int
         ]
         if any(curve.points for curve in curves):
             shared = {level for number in numbers for level in levels(kind, runs[number])}
-            made.append(Plot(kind.title, kind.note, curves, sorted(shared) if len(shared) == 1 else [], end))
+            common = list(shared) if len(shared) == 1 else []
+            made.append(Plot(kind.title, kind.note, curves, common, end, kind.from_zero))
     return made
 
 

@@ -19,6 +19,7 @@ class Kind:
     title: str
     note: str
     keys: Mapping[str, str]
+    from_zero: bool = False
 
 
 KINDS = (
@@ -31,11 +32,11 @@ KINDS = (
         "Chosen may fall while the margin grows: common, and worth a look at the answers.",
         {"reward_chosen": "chosen", "reward_rejected": "rejected"},
     ),
-    Kind("KL per token", "Distance from the base, nats.", {"kl_token": ""}),
-    Kind("KL per answer", "Distance from the base over sampled answers, nats.", {"kl_sequence": ""}),
+    Kind("KL per token", "Distance from the base, nats.", {"kl_token": ""}, from_zero=True),
+    Kind("KL per answer", "Distance from the base over sampled answers, nats.", {"kl_sequence": ""}, from_zero=True),
     Kind("Learning rate", "As the schedule had it.", {"learning_rate": ""}),
     Kind("Gradient norm", "Before clipping, of a step.", {"grad_norm": ""}),
-    Kind("Memory", "The most held so far, GB.", {"peak_memory_gb": ""}),
+    Kind("Memory", "The most held so far, GB.", {"peak_memory_gb": ""}, from_zero=True),
 )
 COMPARED = ("Loss", "Margin", "Accuracy", "Token accuracy", "KL per token", "KL per answer")
 
@@ -65,7 +66,7 @@ def plots(run: Contents) -> list[Plot]:
         if kind.title == "Memory":  # one peak for both: that of the lines in their order is the whole curve
             curves = curves[:1]
         if any(curve.points for curve in curves):
-            made.append(Plot(kind.title, kind.note, curves, levels(kind, run), end))
+            made.append(Plot(kind.title, kind.note, curves, levels(kind, run), end, kind.from_zero))
     return made
 
 
