@@ -125,8 +125,12 @@ check-unsloth: $(MODEL) .venv-unsloth/installed
 spin: install
 	$(BIN)/python benchmarks/spin.py
 
-picture: install
+picture: install runs/quickstart/report.html
 	$(BIN)/python benchmarks/picture.py docs/demo.svg
+	$(BIN)/python benchmarks/report_picture.py runs/quickstart/report.html docs/report.png
+
+runs/quickstart/report.html: | install
+	$(BIN)/dpo train configs/quickstart.json --overwrite
 
 clean:
 	rm -rf .venv .venv-unsloth models runs build *.egg-info

@@ -275,6 +275,26 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR ...", help="The output_dir of a run, or of several.")],
+    out: Annotated[Path | None, typer.Option(help="The page about several; else comparison.html.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's report.html anew; of several runs, one page that compares them."""
+    with session(as_json, debug) as console:
+        from dpo_cli.runs.report import write_comparison, write_report
+
+        paths = [Path(name) for name in run_dirs]
+        if len(paths) == 1 and out is not None:
+            raise UsageError("--out is for several runs", "leave it out: the report of one run is written into its directory")
+        page = write_report(paths[0]) if len(paths) == 1 else write_comparison(paths, out or Path("comparison.html"))
+        console.line(f"report: {page}")
+        if as_json:
+            console.json({"reports": [str(page)]})
+
+
+@app.command()
 def augment(
     prompts: Annotated[
         str, typer.Argument(metavar="PROMPTS", help="A .txt file with a prompt a line, or rows with a prompt (.jsonl, ...).")

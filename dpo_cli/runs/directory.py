@@ -1,6 +1,6 @@
 """The run directory: what a run leaves, and the only place that knows the file names.
 
-plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  train.log
+plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.html  train.log
 adapter/, a PEFT adapter, or model/, where every weight was trained
 side-by-side.html  votes.json, where an evaluation was asked for them
 """
@@ -18,8 +18,8 @@ from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
 
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
-EVALUATION = "evaluation.json"
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
+EVALUATION, REPORT = "evaluation.json", "report.html"
 PAGE, VOTES = "side-by-side.html", "votes.json"
 SAFE = "*.safetensors"
 
@@ -44,7 +44,7 @@ class RunDirectory:
         cls.check(path, overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, LOG, PAGE):  # votes stay: they say whose they are
+            for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, REPORT, LOG, PAGE):  # votes stay: they say whose they are
                 (path / name).unlink(missing_ok=True)
             (path / LOG).touch()
         except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
@@ -90,6 +90,13 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json_text(value, indent=2) + "\n")
+
+    def read_lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, none before the first step. The last one may be half written: it is left out then."""
+        if not (self.path / LINES).is_file():
+            return []
+        text = (self.path / LINES).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def write_text(self, name: str, text: str) -> None:
         self._replace(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))

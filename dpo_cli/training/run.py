@@ -28,6 +28,7 @@ from dpo_cli.runs.card import card
 from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
 from dpo_cli.runs.manifest import manifest
+from dpo_cli.runs.report import write_report
 from dpo_cli.training import dpo, sft
 from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.record import Record
@@ -123,6 +124,7 @@ def train(
     if can_be_judged:
         console.judgement(judged, [])
     console.line(f"{status} after step {summary['steps']}; {run.trained.name}: {run.trained}")
+    console.line(f"report: {write_report(run.path)}")  # the last of a run's files, made of the others
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
     return {**summary, "run_dir": str(run.path)}, code

@@ -1,0 +1,117 @@
+"""Several runs beside each other, as plain values: their curves, their figures, and what differs between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_cli.console import json_text
+from dpo_cli.runs.charts import Curve, Plot
+from dpo_cli.runs.contents import Contents
+from dpo_cli.runs.curves import COMPARED, KINDS, levels
+from dpo_cli.runs.views import duration
+from dpo_cli.runs.words import TERMS
+
+PLACES = {"output_dir"}  # differ between any two runs, and say nothing
+
+
+def compared(runs: Sequence[Contents]) -> dict[str, Any]:
+    """What the page of a comparison shows."""
+    names = distinct_names(runs)
+    by_strategy: dict[str, list[int]] = {}
+    for number, run in enumerate(runs):
+        by_strategy.setdefault(run.strategy, []).append(number)
+    groups = [
+        {
+            "strategy": strategy,
+            "names": [names[number] for number in numbers],
+            "plots": _plots(runs, names, numbers),
+            "figures": _figures([runs[number] for number in numbers]),
+        }
+        for strategy, numbers in by_strategy.items()
+    ]
+    keys = [Curve(name, "eval", [], colour) for colour, name in enumerate(names)]
+    made = {"runs": runs, "names": names, "keys": keys, "groups": groups}
+    return {**made, "warnings": warnings(runs), "differing": differing(runs)}
+
+
+def distinct_names(runs: Sequence[Contents]) -> list[str]:
+    """The names of the run directories; where two are called alike, with the folder that each is in."""
+    count = Counter(run.name for run in runs)
+    return [run.name if count[run.name] == 1 else f"{run.path.parent.name}/{run.name}" for run in runs]
+
+
+def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int]) -> list[Plot]:
+    made, end = [], max((line["step"] for number in numbers for line in runs[number].lines), default=0)
+    for kind in KINDS:
+        if kind.title not in COMPARED:
+            continue
+        curves = [
+            Curve(names[number], split, runs[number].points(split, key), number)
+            for key in kind.keys
+            for number in numbers
+            for split in ("train", "eval")
+        ]
+        if any(curve.points for curve in curves):
+            shared = {level for number in numbers for level in levels(kind, runs[number])}
+            common = list(shared) if len(shared) == 1 else []
+            made.append(Plot(kind.title, kind.note, curves, common, end, kind.from_zero))
+    return made
+
+
+def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
+    """A row for each figure that one of the runs has."""
+    rows = []
+    for side, words in (("policy", "{}"), ("base", "{}, base"), ("gain", "gain in {}")):
+        for name, term in TERMS.items():
+            figures = [run.judged[side].get(name) if run.judged else None for run in runs]
+            if any(figures):
+                show = term.gain if side == "gain" else term.text
+                cells = [
+                    show(figure) if figure else "" if run.judged else "not judged"
+                    for figure, run in zip(figures, runs, strict=True)
+                ]
+                rows.append((words.format(term.label), cells))
+    summaries = [run.summary or {} for run in runs]
+    rows.append(("status", [str(summary.get("status", "unfinished")) for summary in summaries]))
+    rows.append(("steps", [f"{summary['steps']:,}" if summary else "" for summary in summaries]))
+    rows.append(("time", [duration(summary["seconds"]) if summary else "" for summary in summaries]))
+    peaks = [(summary.get("memory") or {}).get("measured_gb") for summary in summaries]
+    rows.append(("peak memory", [f"{peak:.2f} GB" if peak else "" for peak in peaks]))
+    return rows
+
+
+def differing(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
+    """The keys of the config whose values are not the same in all runs."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    rows = [(key, [json_text(run.config.get(key)) for run in runs]) for key in keys if key not in PLACES]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def warnings(runs: Sequence[Contents]) -> list[str]:
+    """What stands in the way of comparing the figures."""
+
+    def differ(what: Any) -> bool:
+        return len({json_text(what(run)) for run in runs}) > 1
+
+    found = []
+    told = {
+        "the data files": lambda run: sorted(run.manifest["dataset"].values()),
+        "eval_dataset": lambda run: bool(run.config.get("eval_dataset")),
+        "eval_split": lambda run: run.config["eval_split"],
+        "seed": lambda run: run.config["seed"],
+        "the number of held-out rows": lambda run: (run.plan["counts"] or {}).get("eval_pairs"),
+    }
+    if others := [name for name, what in told.items() if differ(what)]:
+        found.append(
+            f"The held-out sets are not the same (they differ in {', '.join(others)}), so figures do not compare: "
+            "judge each run on one file with dpo eval --dataset."
+        )
+    if differ(lambda run: run.strategy):
+        found.append("The strategies differ: a loss of pairs and one of demonstrations are different quantities.")
+    elif differ(lambda run: run.config.get("beta")):
+        found.append("beta differs, and scales rewards, margins and losses: compare accuracies, gains and KL.")
+    if differ(lambda run: (run.manifest["model"]["sha256"], run.manifest["model"]["name"])):
+        found.append("The base models differ: rewards, KL and gains are each against another base.")
+    return found

@@ -1,0 +1,120 @@
+"""What a report reads of a run directory. No torch, and no model: a run can be told of on any machine.
+
+Of a run that has not ended there is less: `summary` and `evaluation` are None then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.runs.charts import Point
+from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.runs.verdict import MAX_KL, Outcome, Verdict, verdict
+
+
+@dataclass(frozen=True)
+class Contents:
+    """The files of a run, parsed."""
+
+    path: Path
+    plan: dict[str, Any]
+    manifest: dict[str, Any]
+    lines: list[dict[str, Any]]  # of metrics.jsonl
+    summary: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, path: Path) -> Contents:
+        run = RunDirectory(path)
+        if missing := [name for name in (PLAN, MANIFEST) if not run.has(name)]:
+            message = f"{path} is not a run: it has no {' and no '.join(missing)}"
+            raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a `dpo train`")])
+        try:
+            plan, manifest, lines = run.read_json(PLAN), run.read_json(MANIFEST), run.read_lines()
+            summary, evaluation = (run.read_json(name) if run.has(name) else None for name in (SUMMARY, EVALUATION))
+        except ValueError as error:
+            message = f"a file in {path} is damaged: {error}"
+            fix = "restore it, or train again"
+            raise InvalidInput([Problem("error", "not-a-run", message, fix)]) from error
+        return cls(path.absolute(), plan, manifest, lines, summary, evaluation)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.plan["config"]
+        return config
+
+    @property
+    def strategy(self) -> str:
+        return str(self.config["strategy"])
+
+    @property
+    def noun(self) -> str:
+        """What it was trained on."""
+        return "demonstrations" if self.strategy == "sft" else "pairs"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every weight was trained, and not an adapter."""
+        return bool(self.config["lora_r"] == 0)
+
+    @property
+    def who(self) -> str:
+        return "model" if self.is_whole else "adapter"
+
+    @property
+    def health(self) -> list[dict[str, Any]]:
+        return list((self.summary or {}).get("health", ()))
+
+    @property
+    def findings(self) -> list[dict[str, Any]]:
+        """The problems of config and data that were told before the training."""
+        return list(self.plan.get("problems", ()))
+
+    @property
+    def held_out(self) -> int:
+        return int((self.plan["counts"] or {}).get("eval_pairs", 0))
+
+    @property
+    def held_out_prompts(self) -> int:
+        return int((self.plan["counts"] or {}).get("eval_prompts", 0))
+
+    @property
+    def max_kl(self) -> float | None:
+        """The limit of kl_sequence; None where the config wants none."""
+        limit = self.config.get("max_kl", MAX_KL)
+        return None if limit is None else float(limit)
+
+    @property
+    def judged(self) -> dict[str, Any] | None:
+        """`policy`, `base` and `gain` on what was held out."""
+        if self.summary is None or self.summary["eval"] is None:
+            return None
+        return {"policy": self.summary["eval"], "base": self.summary["base"], "gain": self.summary["gain"]}
+
+    @property
+    def verdict(self) -> Verdict:
+        summary = self.summary or {"status": "unfinished", "steps": max((line["step"] for line in self.lines), default=0)}
+        return verdict(
+            Outcome(
+                strategy=self.strategy,
+                status=summary["status"],
+                steps=summary["steps"],
+                judged=self.judged,
+                rows=self.held_out,
+                health=tuple(self.health),
+                max_kl=self.max_kl,
+                whole=self.is_whole,
+            )
+        )
+
+    def points(self, split: str, key: str) -> list[Point]:
+        """The values of one key over the steps; a step that was logged twice (after a resume) counts as it was last."""
+        lines = (line for line in self.lines if line["split"] == split and key in line)
+        return sorted({line["step"]: line[key] for line in lines}.items())

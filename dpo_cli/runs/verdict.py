@@ -1,0 +1,171 @@
+"""What a run came to, in one sentence: a pure function of its figures.
+
+An accuracy is never told without the margin, the loss and the gain: it reaches 1 long before a model has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpo_cli.runs.words import Figure, is_finite, number, points, share, sign
+
+MAX_KL = 10.0  # nats a sampled answer: the documentation says below 10
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+Tone = Literal["good", "doubtful", "bad", "open"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verdict is about. `judged` is the evaluation (`policy`, `gain`), None where there was none."""
+
+    strategy: str
+    status: str  # completed, interrupted, unhealthy, unfinished
+    steps: int
+    judged: Mapping[str, Any] | None
+    rows: int  # held out
+    health: tuple[Mapping[str, Any], ...] = ()
+    max_kl: float | None = MAX_KL
+    whole: bool = False  # every weight was trained, not an adapter
+
+    @property
+    def who(self) -> str:
+        return "the model" if self.whole else "the adapter"
+
+    @property
+    def warnings(self) -> int:
+        return sum(event["action"] in ("warn", "stop") for event in self.health)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`title` is the sentence in few words; the tone is its colour."""
+
+    tone: Tone
+    title: str
+    sentence: str
+
+
+def verdict(outcome: Outcome) -> Verdict:
+    """The verdict on a run, honest about what was not measured."""
+    if outcome.judged is None:
+        return _unjudged(outcome)
+    if not is_finite(outcome.judged["policy"]["loss"]):
+        told = f"{_ending(outcome)}; on held-out rows its loss is not finite, so {outcome.who} is broken."
+        return Verdict("bad", "Broken", told)
+    found = _pairs(outcome) if outcome.strategy == "dpo" else _demonstrations(outcome)
+    if outcome.status == "completed":
+        return found
+    tone: Tone = "bad" if found.tone == "bad" or outcome.status == "unhealthy" else "doubtful"
+    return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}; {found.sentence[0].lower()}{found.sentence[1:]}")
+
+
+TITLES = {"completed": "Not judged", "interrupted": "Interrupted", "unhealthy": "Unhealthy", "unfinished": "Not finished"}
+ENDINGS = {
+    "completed": "The training finished all of its {steps} steps",
+    "interrupted": "The training was interrupted after step {steps}",
+    "unhealthy": "The training was stopped as unhealthy after step {steps}",
+    "unfinished": "The training has not ended; it has come to step {steps}",
+}
+
+
+def _ending(outcome: Outcome) -> str:
+    """How the training ended, and what stopped it."""
+    stops = [event["message"] for event in outcome.health if event["action"] == "stop"]
+    told = ENDINGS[outcome.status].format(steps=outcome.steps)
+    return f"{told}: {stops[-1]}" if outcome.status == "unhealthy" and stops else told
+
+
+def _unjudged(outcome: Outcome) -> Verdict:
+    """A run without figures on held-out rows: the training's own say only what was fitted."""
+    rest = {
+        "completed": ", but nothing was held out, so nothing tells whether it is better than its base",
+        "interrupted": f"; {outcome.who} so far is saved and not judged",
+        "unhealthy": f"; {outcome.who} as it was then is saved and not judged",
+        "unfinished": ", and nothing is judged before its end",
+    }
+    tone: Tone = "bad" if outcome.status == "unhealthy" else "open"
+    return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}{rest[outcome.status]}.")
+
+
+def _pairs(outcome: Outcome) -> Verdict:
+    assert outcome.judged is not None
+    policy, gain = outcome.judged["policy"], outcome.judged["gain"]["logp_accuracy"]
+    accuracy, margin, loss = (policy[name] for name in ("accuracy", "margin", "loss"))
+    prefers = f"{_sentence_case(outcome.who)} prefers the chosen response in {share(accuracy)} of {outcome.rows} held-out pairs"
+    by = {1: "by a margin of", 0: "by a margin not clear of zero,", -1: "with a margin below zero,"}[sign(margin)]
+    changed = {
+        1: f"the base's own preferences improved by {points(gain, signed=False)}",
+        0: f"that the base's own preferences changed is not clear, {points(gain)}",
+        -1: f"the base's own preferences got worse, {points(gain)}",
+    }[sign(gain)]
+    kl, is_far = _distance(outcome)
+    sentence = f"{prefers}, {by} {number(margin)} at a loss of {loss['value']:.3f}; {changed}, and {kl}{_warned(outcome)}."
+    if sign(margin) < 0 or sign(gain) < 0:
+        return Verdict("bad", "Worse than its base", sentence)
+    if sign(margin) == 0:
+        return Verdict("doubtful", "No clear effect", sentence)
+    if sign(gain) == 0:
+        return Verdict("doubtful", "No clear gain over its base", sentence)
+    return Verdict(*_of_gain(outcome, is_far), sentence)
+
+
+def _demonstrations(outcome: Outcome) -> Verdict:
+    assert outcome.judged is not None
+    policy, gain = outcome.judged["policy"], outcome.judged["gain"]
+    loss, right = gain["loss"], gain["token_accuracy"]
+    fell = {
+        -1: f"below the base's by {number(_negative(loss))}",
+        0: f"not clearly another than the base's ({number(loss, signed=True)})",
+        1: f"above the base's by {number(loss)}",
+    }[sign(loss)]
+    whose = "model's" if outcome.whole else "adapter's"
+    kl, is_far = _distance(outcome)
+    sentence = (
+        f"On {outcome.rows} held-out demonstrations the {whose} loss is {number(policy['loss'])} nats per token, {fell}; "
+        f"it finds {share(policy['token_accuracy'])} of their tokens most likely ({points(right)}), and {kl}{_warned(outcome)}."
+    )
+    if sign(loss) > 0:
+        return Verdict("bad", "Worse than its base", sentence)
+    if sign(loss) == 0:
+        return Verdict("doubtful", "No clear gain over its base", sentence)
+    return Verdict(*_of_gain(outcome, is_far), sentence)
+
+
+def _of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
+    """The tone and the title where the gain is clear."""
+    if is_far:
+        return "doubtful", "Clear gain, but far from its base"
+    if outcome.warnings:
+        return "doubtful", "Clear gain, with a warning"
+    return "good", "Clear gain over its base"
+
+
+def _distance(outcome: Outcome) -> tuple[str, bool]:
+    """How far the policy is from its reference, and whether that is over the limit: known of sampled answers alone."""
+    assert outcome.judged is not None
+    policy = outcome.judged["policy"]
+    if sampled := policy.get("kl_sequence"):
+        is_far = outcome.max_kl is not None and sampled["value"] > outcome.max_kl
+        told = f"it is {sampled['value']:.3g} nats per answer from the base"
+        if outcome.max_kl is None:
+            return told, False
+        return f"{told} ({'over the limit of' if is_far else 'limit'} {outcome.max_kl:g})", is_far
+    return f"it is {policy['kl_token']['value']:.2g} nats per token from the base", False
+
+
+def _warned(outcome: Outcome) -> str:
+    count = outcome.warnings
+    words = NUMBERS[count] if count < len(NUMBERS) else str(count)
+    return f"; {words} warning{' was' if count == 1 else 's were'} raised" if count else ""
+
+
+def _negative(figure: Figure) -> Figure:
+    return {"value": -figure["value"], "low": -figure["high"], "high": -figure["low"]}
+
+
+def _sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]

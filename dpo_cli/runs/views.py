@@ -1,0 +1,202 @@
+"""What a report tells of a run, as plain values: tables and lines. The templates only lay them out."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.console import json_text
+from dpo_cli.runs.charts import DIGITS
+from dpo_cli.runs.contents import Contents
+from dpo_cli.runs.words import TERMS, TOGETHER, is_finite
+
+MOST_TEXT = 1500  # characters shown of one text
+
+
+def tiles(run: Contents) -> list[dict[str, str]]:
+    """The figures that a reader looks for first; those that belong together stand together."""
+    if run.judged is None:
+        return []
+    policy, gain = run.judged["policy"], run.judged["gain"]
+    shown, gained = TOGETHER[run.strategy]
+    far = "kl_sequence" if policy.get("kl_sequence") else "kl_token"
+    return [
+        *(_tile(TERMS[name].label, TERMS[name].text(policy[name])) for name in shown),
+        _tile(f"gain in {TERMS[gained].label}", TERMS[gained].gain(gain[gained])),
+        _tile(TERMS[far].label, TERMS[far].text(policy[far])),
+    ]
+
+
+def _tile(label: str, text: str) -> dict[str, str]:
+    value, _, about = text.partition(" points" if " points" in text else " [")
+    return {"label": label, "value": value, "about": f"points{about}" if " points" in text else f"[{about}"}
+
+
+def against(run: Contents) -> list[dict[str, Any]]:
+    """The rows of the table of base, adapter and gain."""
+    assert run.judged is not None
+    sides = run.judged
+    rows = []
+    for name, term in TERMS.items():
+        if sides["policy"].get(name) is None:
+            continue
+        gain = sides["gain"].get(name)
+        row = {"label": term.label, "base": term.text(sides["base"].get(name)), "policy": term.text(sides["policy"][name])}
+        rows.append(
+            {
+                **row,
+                "gain": term.gain(gain) if gain else "",
+                "whisker": gain if gain and is_finite(gain) else None,
+                "good": not term.less_is_better,
+            }
+        )
+    if run.evaluation and (tokens := run.evaluation.get("answer_tokens")):
+        length = {side: lengths(tokens[side]) for side in ("base", "policy")}
+        rows.append({"label": "answer tokens", **length, "gain": lengths(tokens["gain"], "+"), "whisker": None, "good": True})
+    return rows
+
+
+def lengths(figure: Mapping[str, float], sign: str = "") -> str:
+    """Tokens, with one digit after the point."""
+    return "{value:{form}} [{low:{form}}, {high:{form}}]".format(**figure, form=f"{sign}.1f")
+
+
+def categories(run: Contents) -> dict[str, Any] | None:
+    """A line for each category of the held-out rows, where they have some."""
+    found = (run.evaluation or {}).get("categories")
+    if not found:
+        return None
+    shown, gained = TOGETHER[run.strategy]
+    rows = []
+    for name, part in found.items():
+        cells = [TERMS[figure].text(part["policy"][figure]) for figure in shown]
+        rows.append((name, part[run.noun], [*cells, TERMS[gained].gain(part["gain"][gained])]))
+    return {"names": [*(TERMS[name].label for name in shown), f"gain in {TERMS[gained].label}"], "rows": rows}
+
+
+def data(run: Contents) -> list[tuple[str, str]]:
+    """What was counted before the training."""
+    counts = run.plan["counts"]
+    if counts is None:
+        return []
+    rows = [
+        ("trained on", f"{counts['train_pairs']:,} {run.noun} of {counts['train_prompts']:,} prompts"),
+        ("held out", f"{counts['eval_pairs']:,} {run.noun} of {counts['eval_prompts']:,} prompts"),
+        ("longest", f"{counts['longest']:,} tokens ({counts['longest_at']})"),
+        ("tokens an epoch", f"{counts['train_tokens']:,}"),
+    ]
+    told = {
+        "cut": "prompts that lost their beginning to max_seq_length",
+        "too_long": "left out: responses longer than max_seq_length",
+        "parted": "prompts that the chat template renders otherwise before a response",
+        "bad_rows": "left out: bad rows",
+    }
+    rows += [(words, f"{counts[name]:,}") for name, words in told.items() if counts[name]]
+    said = run.plan.get("data") or {}
+    if said.get("longer_chosen") is not None:
+        rows.append(("longer one chosen", f"in {said['longer_chosen']:.0%} of pairs (AUC of length {said['length_auc']:.2f})"))
+    return rows
+
+
+def bill(run: Contents) -> dict[str, Any] | None:
+    """The memory bill, beside what was measured."""
+    memory = run.plan["memory"]
+    if memory is None:
+        return None
+    largest = max(memory["components"].values()) or 1.0
+    parts = [
+        (name.replace("_", " "), f"{size:.2f}", round(300 * size / largest, 1))
+        for name, size in memory["components"].items()
+        if size
+    ]
+    known = (run.summary or {}).get("memory") or {}
+    about = "What the plan billed for the fullest moment of a step"
+    about += f", of {memory['budget_gb']:.1f} GB that were there." if memory["budget_gb"] else "."
+    if known.get("measured_gb") and known.get("predicted_gb"):
+        what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, with what malloc keeps"
+        measured, billed = known["measured_gb"], known["predicted_gb"]
+        about += f" Measured: {measured:.2f} GB ({what}) against {billed:.2f} billed for that, {measured / billed:.2f}x."
+    return {"parts": parts, "total": f"{memory['total_gb']:.2f}", "about": about}
+
+
+GIVEN = {"config": "config", "override": "command line"}
+OTHERS = {"default": "default", "profile": "profile", "measured": "machine"}
+
+
+def config(run: Contents) -> dict[str, list[tuple[str, str, str]]]:
+    """What the user set, and the rest; each key with its value and where that came from."""
+    sources = run.plan["sources"]
+    given: list[tuple[str, str, str]] = []
+    rest: list[tuple[str, str, str]] = []
+    for key, value in run.config.items():
+        source = sources.get(key, "default")
+        row = (key, json_text(value), {**GIVEN, **OTHERS}[source])
+        (given if source in GIVEN else rest).append(row)
+    return {"given": given, "rest": rest}
+
+
+def command(run: Contents) -> str:
+    """What trains the run again, beside it."""
+    again = run.path.with_name(f"{run.name}-again")
+    return f"dpo train {shlex.quote(str(run.path / 'plan.json'))} output_dir={shlex.quote(str(again))}"
+
+
+def made_with(run: Contents) -> list[tuple[str, str]]:
+    """Versions, hardware, hashes: what else has to be the same."""
+    made = run.manifest
+    hardware = made["hardware"]
+    machine = f"{hardware['cores']} cores of {hardware['processor']}, {hardware['memory_gb']:g} GB"
+    gpus = [str(gpu["name"]) for gpu in hardware["gpus"]]
+    rows = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in made["versions"].items())),
+        ("machine", ", ".join([*gpus, machine])),
+        ("seed", str(made["seed"])),
+        ("git commit", made["git_commit"] or "outside a repository"),
+    ]
+    rows += [(f"dataset {Path(file).name}", f"SHA-256 {digest}") for file, digest in made["dataset"].items()]
+    rows += [(f"model {file}", f"SHA-256 {digest}") for file, digest in made["model"]["sha256"].items()]
+    if run.summary:
+        rows.append(("what was trained", f"SHA-256 {run.summary['adapter_sha256']}"))
+    return rows
+
+
+def facts(run: Contents) -> list[str]:
+    """The run in a line."""
+    settings = run.config
+    model = Path(settings["model_name"]).name if Path(settings["model_name"]).is_absolute() else settings["model_name"]
+    trained = "every weight" if run.is_whole else f"LoRA rank {settings['lora_r']}"
+    made = [settings["strategy"], model, ", ".join(Path(file).name for file in run.manifest["dataset"]), trained]
+    made.append(f"learning rate {settings['learning_rate']:g}")
+    if run.strategy == "dpo":
+        made.append(f"beta {settings['beta']:g}")
+    if run.summary:
+        made += [f"{run.summary['steps']:,} steps", duration(run.summary["seconds"])]
+    return [fact for fact in made if fact]
+
+
+def duration(seconds: float) -> str:
+    """3 h 12 min, 4 min 10 s, 12 s; never broken over two lines."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    words = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return words.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def reading(value: float | None) -> str:
+    """A value of a curve."""
+    return "not finite" if value is None else f"{value:.{DIGITS}g}"
+
+
+def signed(value: float | None) -> str:
+    """A reward, a margin."""
+    return "not finite" if value is None else f"{value:+.3f}"
+
+
+def shortened(text: str) -> str:
+    """A long text without its middle: of a prompt the end matters, of a response the beginning."""
+    if len(text) <= MOST_TEXT:
+        return text
+    half = MOST_TEXT // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"
