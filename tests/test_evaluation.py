@@ -111,6 +111,9 @@ def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path, run: Run, ti
     with pytest.raises(InvalidInput, match="may run code"):
         evaluate(Request(config, empty), Console())
     (empty / "adapter_model.safetensors").touch()
+    with pytest.raises(InvalidInput, match="names no peft_type"):
+        evaluate(Request(config, empty), Console())
+    (empty / "adapter_config.json").write_text('{"peft_type": "NEW"}')
     with pytest.raises(InvalidInput, match="PEFT cannot read"):
         evaluate(Request(config, empty), Console())
     virtual = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)

@@ -108,10 +108,12 @@ def _base_of(folder: Path) -> str:
         except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
             message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
             raise InvalidInput([Problem("error", "not-an-adapter", message, "save it again with PEFT")]) from error
-        if not config.is_prompt_learning:
+        if config.peft_type is not None and not config.is_prompt_learning:
             return config.base_model_name_or_path or ""
-        problem = f"the adapter in {folder} puts virtual tokens before a prompt, which are not scored here"
-        fix = "name an adapter of the weights, such as LoRA"
+        problem, fix = f"{folder / ADAPTER_CONFIG} names no peft_type", "save it again with PEFT"
+        if config.is_prompt_learning:
+            problem = f"the adapter in {folder} puts virtual tokens before a prompt, which are not scored here"
+            fix = "name an adapter of the weights, such as LoRA"
     raise InvalidInput([Problem("error", "not-an-adapter", problem, fix)])
 
 
