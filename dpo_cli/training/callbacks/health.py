@@ -255,6 +255,7 @@ class Health(TrainerCallback):
             control.should_evaluate = False
 
     on_evaluate = on_log
+    on_epoch_end = on_log  # where transformers asks for an evaluation
 
     def _ask(self) -> None:
         told = {event.rule for event in self.events}
