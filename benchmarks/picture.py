@@ -1,4 +1,4 @@
-"""A picture of a real run: what `make demo` leaves on a terminal, as an SVG without web fonts.
+"""Pictures of a real run, as SVGs without web fonts: what `make demo` leaves on a terminal, and the live view on the way.
 
 The commands run on a pseudo-terminal of their own; pyte plays what they write, Rich draws the screen that results.
 """
