@@ -131,7 +131,7 @@ spin: install
 	$(BIN)/python benchmarks/spin.py
 
 picture: install runs/quickstart/report.html
-	$(BIN)/python benchmarks/picture.py docs/demo.svg
+	$(BIN)/python benchmarks/picture.py
 	$(BIN)/python benchmarks/report_picture.py runs/quickstart/report.html docs/report.png
 
 runs/quickstart/report.html: | install
