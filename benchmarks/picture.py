@@ -55,7 +55,7 @@ def played(words: list[str], until: str | None = None) -> list[Text]:
         if not data:
             break
         stream.feed(data)
-        if until and re.search(until, "\n".join(screen.display), re.MULTILINE):
+        if until and re.search(until, "\n".join(screen.display), re.MULTILINE | re.DOTALL):
             process.send_signal(signal.SIGINT)
             os.close(parent)
             process.wait()
@@ -89,8 +89,8 @@ def live(dpo: str) -> None:
     """The view a little after the middle of the run, with two evaluations behind it; what is above it is left out."""
     words = ["train", "configs/quickstart.json", "eval_steps=7"]
     with tempfile.TemporaryDirectory() as place:
-        lines = played([dpo, *words, f"output_dir={place}/quickstart"], until=r"^15/21 (.|\n)*^memory ")
-    top = next(i for i, text in enumerate(lines) if text.plain.startswith("15/21 "))
+        lines = played([dpo, *words, f"output_dir={place}/quickstart"], until=r"^16/\d+ .*^memory ")
+    top = next(i for i, text in enumerate(lines) if text.plain.startswith("16/"))
     draw("live.svg", {f"$ dpo {' '.join(words)}": [Text("..."), *lines[top:]]})
 
 
