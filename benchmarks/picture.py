@@ -9,7 +9,6 @@ import fcntl
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -56,7 +55,7 @@ def played(words: list[str], until: str | None = None) -> list[Text]:
             break
         stream.feed(data)
         if until and re.search(until, "\n".join(screen.display), re.MULTILINE | re.DOTALL):
-            process.send_signal(signal.SIGINT)
+            process.kill()
             os.close(parent)
             process.wait()
             return [line(screen, row) for row in range(screen.cursor.y + 1)]
