@@ -226,17 +226,15 @@ def test_a_long_run_keeps_few_points() -> None:
     assert curve.points[0] == pytest.approx(sum(range(2**10)) / (2**10 - 1))  # without the one that was NaN
 
 
-def test_a_real_training_is_seen_on_a_terminal(
-    tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_real_training_is_seen_on_a_terminal(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> None:
     values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
-    values |= {"max_steps": 4, "eval_steps": 2, "eval_split": 0.3, "lora_r": 4, "learning_rate": 1e-2}
+    values |= {"max_steps": 2, "gradient_accumulation_steps": 1, "eval_split": 0.3, "lora_r": 4, "learning_rate": 1e-2}
     (tmp_path / "config.json").write_text(json.dumps({**values, "output_dir": str(tmp_path / "run")}), encoding="utf-8")
     terminal = Terminal(100, 60)
     loaded = load(str(tmp_path / "config.json"))
     summary, _ = train(loaded, inspect(loaded, probe()), probe(), terminal.console, overwrite=False, dry_run=False)
     shown = terminal.play()
-    top = next(i for i, line in enumerate(shown) if line.startswith("4/4 ━"))
+    top = next(i for i, line in enumerate(shown) if line.startswith("2/2 ━"))
     rows = {line.split()[0]: line.split() for line in shown[top:] if line}
     assert {"loss", "accuracy", "margin", "KL/token", "KL/seq", "tok/s", "memory"} <= rows.keys()
     assert rows["margin"][1] == f"{summary['train']['margin']:.3f}" and rows["KL/token"][1][:2] == "0."
