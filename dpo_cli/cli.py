@@ -66,7 +66,7 @@ def validate(
     """Is this going to work? Everything wrong at once, with the fix."""
     with session(as_json, debug) as console:
         if show_schema:
-            typer.echo(json.dumps({"schema": str(schema_path())}) if as_json else schema_path())
+            console.json({"schema": str(schema_path())}) if as_json else typer.echo(schema_path())
             return
         overrides = [word for word in words or () if is_override(word)]
         configs = [word for word in words or () if word not in overrides]

@@ -13,7 +13,6 @@ from typing import Any
 from rich import box
 from rich.console import Console as RichConsole
 from rich.console import Group
-from rich.live import Live
 from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,7 +24,6 @@ from dpo_cli.errors import DpoError, InvalidInput, Problem
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
 PIPED_WIDTH = 120
-TRAIN_FIGURES = {"loss": "loss", "accuracy": "accuracy", "margin": "margin", "tokens_per_second": "tok/s"}
 PIPED_LINES = 20  # progress lines of a piped run
 
 
@@ -50,20 +48,26 @@ class _Stream(RichConsole):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno() if self.stderr else sys.stdout.fileno())
 
 
+def _stream(stderr: bool) -> _Stream:
+    """A pipe has a width of its own, and nothing on it is drawn anew, whatever FORCE_COLOR makes of it."""
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return _Stream(stderr=stderr, highlight=False)
+    return _Stream(stderr=stderr, highlight=False, width=PIPED_WIDTH, force_interactive=False)
+
+
 class Console:
     """Results on standard output, the rest on standard error; with `as_json` everything but the JSON is the rest."""
 
     def __init__(self, as_json: bool = False) -> None:
-        width = None if sys.stderr.isatty() else PIPED_WIDTH
         self.as_json = as_json
-        self.errors = _Stream(stderr=True, width=width, highlight=False)
-        plain = None if sys.stdout.isatty() else PIPED_WIDTH
-        self.out = self.errors if as_json else _Stream(width=plain, highlight=False)
+        self._document = sys.stdout
+        self.errors = _stream(stderr=True)
+        self.out = self.errors if as_json else _stream(stderr=False)
 
     def json(self, value: Any) -> None:
         """The one document of standard output."""
-        sys.stdout.write(json_text(value, indent=2) + "\n")
-        sys.stdout.flush()  # so that a full disk is told here, and not when the process ends
+        self._document.write(json_text(value, indent=2) + "\n")
+        self._document.flush()  # so that a full disk is told here, and not when the process ends
 
     def line(self, text: str) -> None:
         self.out.print(Text(text))
@@ -198,50 +202,12 @@ class Console:
         def show(now: int, said: str) -> None:
             nonlocal told
             progress.update(task, completed=now, said=said)
-            if not self.out.is_terminal and (part := now * PIPED_LINES // total) > told:
+            if not self.out.is_interactive and (part := now * PIPED_LINES // total) > told:
                 told = part
                 self.line(f"{what} {now}/{total}  {said}")
 
-        with progress if self.out.is_terminal else _nothing():
+        with progress if self.out.is_interactive else _nothing():
             yield show
-
-    @contextmanager
-    def training(self, steps: int) -> Iterator[TrainingView]:
-        """A live view of `steps` optimizer steps."""
-        view = TrainingView(self, steps)
-        with view.live if self.out.is_terminal else _nothing():
-            yield view
-
-
-class TrainingView:
-    """A progress bar with the latest figures; a line now and then when piped."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        columns = [
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True),
-        ]
-        self.console, self.steps = console, steps
-        self.progress = Progress(*columns, console=console.out, expand=True)
-        self.task = self.progress.add_task("training", total=steps)
-        self.live = Live(self._render(""), console=console.out, refresh_per_second=4)
-
-    def show(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, as it is written."""
-        text = "  ".join(f"{label} {_short(line[key])}" for key, label in TRAIN_FIGURES.items() if key in line)
-        if line["split"] == "eval":
-            self.console.line(f"step {line['step']}/{self.steps}  held out: {text}  KL/token {_short(line['kl_token'])}")
-            return
-        self.progress.update(self.task, completed=line["step"])
-        if self.console.out.is_terminal:
-            self.live.update(self._render(text))
-        elif line["step"] % max(1, self.steps // PIPED_LINES) == 0 or line["step"] == self.steps:
-            self.console.line(f"step {line['step']}/{self.steps}  {text}")
-
-    def _render(self, text: str) -> Group:
-        return Group(Text(text), self.progress)
 
 
 def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
@@ -267,10 +233,6 @@ def _printable(text: str) -> str:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-def _short(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
 def _interval(figure: dict[str, float] | None) -> str:

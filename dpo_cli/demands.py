@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from dpo_cli import trackers
 from dpo_cli.errors import Problem
 from dpo_cli.hardware import unsloth
 from dpo_cli.hardware.facts import model_facts
@@ -47,6 +48,7 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         yield Problem("warning", "host-memory", message, fix, "model_name")
     if vram_gb is not None:
         return
+    yield from trackers.problems(config)
     if machine.memory_gb < HOST_GB - 1:  # the firmware keeps a part
         message = f"this machine has {machine.memory_gb:g} GB of memory; {HOST_GB} GB and more are documented"
         yield Problem("hint", "small-memory", message, "loading a model may fail: close other programs, or take a smaller one")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from types import ModuleType
 
 import typer
@@ -17,10 +18,14 @@ from dpo_cli.errors import DpoError, Exit
 
 @contextmanager
 def session(as_json: bool, debug: bool) -> Iterator[Console]:
-    """The console of one command; whatever is raised becomes a message and an exit code."""
+    """The console of one command; whatever is raised becomes a message and an exit code.
+
+    With `as_json` what libraries print goes to standard error too (trackio prints).
+    """
     console = Console(as_json)
     try:
-        yield console
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            yield console
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt:

@@ -290,7 +290,6 @@ RULES = [
     Case("augment-too-long", "augment", '"max_seq_length": 256,\n  "augment": {}', 'raise "max_seq_length"', FIRST + 1),
     warning("no-effect", "augment", '"augment": {"rank": "shorter", "pattern": "yes"}', 'write "rank": "regex"'),
     warning("not-yet", "strategy", '"strategy": "rlhf"', '"strategy": "dpo"'),
-    warning("not-yet", "report_to", '"report_to": "wandb"', '"report_to": "none"'),
 ]
 
 GUIDANCE = [

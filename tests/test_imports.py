@@ -15,11 +15,13 @@ PACKAGE = ROOT / "dpo_cli"
 ORDER = [
     "errors",
     "console",
+    "live",
     "config",
     "data",
     "runs.directory",
     "hardware",
     "plan",
+    "trackers",
     "demands",
     "inspection",
     "providers",

@@ -67,7 +67,7 @@ class Config:
     logging_steps: int
     save_steps: int | None
     early_stopping_patience: int | None
-    report_to: Literal['none', 'tensorboard', 'wandb', 'trackio']
+    report_to: str | list[Any]
     push_to_hub: bool
     hub_model_id: str | None
 

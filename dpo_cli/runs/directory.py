@@ -3,6 +3,7 @@
 plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.html  train.log
 adapter/, a PEFT adapter, or model/, where every weight was trained
 side-by-side.html  votes.json, where an evaluation was asked for them
+tensorboard/, where report_to names it
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", 
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
 EVALUATION, REPORT = "evaluation.json", "report.html"
 PAGE, VOTES = "side-by-side.html", "votes.json"
+TENSORBOARD = "tensorboard"
 SAFE = "*.safetensors"
 
 
@@ -46,6 +48,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, REPORT, LOG, PAGE):  # votes stay: they say whose they are
                 (path / name).unlink(missing_ok=True)
+            shutil.rmtree(path / TENSORBOARD, ignore_errors=True)
             (path / LOG).touch()
         except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
             message = f"cannot write to {path}: {error.strerror}"

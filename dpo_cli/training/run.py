@@ -20,6 +20,7 @@ from dpo_cli.errors import DoesNotFit, Exit
 from dpo_cli.evaluation.judging import answered, judge, line_figures, score
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.inspection import Inspection
+from dpo_cli.live import LiveView
 from dpo_cli.plan import Plan, Scoring, resolve
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.providers.policy import TRAINED, Policy
@@ -67,12 +68,14 @@ def train(
     found = {"problems": [problem.to_json() for problem in inspection.problems], "data": data.to_json()}
     run.write_json(PLAN, {**plan.to_json(), **found})
     run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
-    with log_to(run.log), StopOnSignal(console.line) as stop, console.training(plan.total_steps) as view:
+    view = LiveView(console, plan.total_steps, plan.predicted_gb)
+    with log_to(run.log), StopOnSignal(console.line) as stop, view:
         base = provider.base_model(plan)
         rows, pad_token_id = [*train_rows, *held_out], int(tokenizer.pad_token_id)
         with _fitting(plan, loaded):
             scoring = choose(base, rows, pad_token_id, plan.config.prompt_sharing, provider.no_sharing)
         plan = _settled(plan, scoring, loaded, machine, console)
+        view.predicted_gb = plan.predicted_gb
         run.write_json(PLAN, {**plan.to_json(), **found})
         start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
         frozen = None if plan.config.lora_r else provider.base_model(plan)
@@ -85,7 +88,7 @@ def train(
         build = TRAINERS[plan.config.strategy]
         trainer = build(start, adapter, tokenizer, plan, train_rows, held_out, evaluate, console.line, frozen)
         provider.ready(trainer.model, plan)
-        health = Health(plan, trainer.totals, lambda event: console.line(event.told()))
+        health = Health(plan, trainer.totals, view.note)
         record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see])
         for callback in (record, health, stop):
             trainer.add_callback(callback)

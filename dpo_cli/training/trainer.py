@@ -4,12 +4,14 @@ Beside dpo.py and sft.py the only module that overrides anything of TRL's (tests
 moves any of it):
 - `training_step`: a micro-batch that does not fit is run in parts (training/parts.py).
 - `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
+- `log`: a training line takes our figures along.
 - the forward of the model: our head in the place of TRL's, which is a Triton kernel (training/scoring.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -17,11 +19,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.plan import Plan
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
+from dpo_cli.runs.directory import TENSORBOARD
 from dpo_cli.training import parts, scoring
 
 Evaluate = Callable[[Policy], dict[str, float]]
@@ -145,6 +149,12 @@ class CarefulTrainer:
         trainer._metrics["train"].clear()
         self.model.zero_grad(set_to_none=True)
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Our figures join the line here, so that they also reach the trackers of `report_to`."""
+        if "loss" in logs:
+            logs.update({**self.totals.take(), "loss": logs["loss"]})  # whose loss is of all processes
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         self.model.eval()  # TRL's log() asks the model which of its own averages to add
         figures = self._run_evaluation(self.policy)
@@ -174,6 +184,9 @@ def ready(trainer: Any, plan: Plan) -> None:
             module.lora_dropout[FROZEN] = torch.nn.Identity()
     trainer.add_callback(ProbeFirst(trainer))
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = str(plan.run_dir / TENSORBOARD)
 
 
 def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan) -> None:
@@ -220,7 +233,9 @@ def common_arguments(plan: Plan, evaluates: bool) -> dict[str, Any]:
         "logging_steps": config.logging_steps,
         "logging_nan_inf_filter": False,  # a NaN is to be seen, not replaced by the last average
         "save_strategy": "no",
-        "report_to": "none",
+        "report_to": config.report_to,
+        # With the time, since trackio goes on with the run of the same name.
+        "run_name": f"{plan.run_dir.name} {datetime.now():%Y-%m-%d %H:%M:%S}",
         "seed": config.seed,
         "use_cpu": config.device == "cpu",
         "dataloader_pin_memory": config.device == "cuda",

@@ -24,12 +24,13 @@ class Record(TrainerCallback):
         self.totals, self.sinks = totals, sinks
         self.last_train: dict[str, Any] | None = None
         self.peak_gb: float | None = None  # the most memory until the last step
-        self._tokens, self._time = 0, time.monotonic()
+        self._tokens, self._time, self._step_end = 0, 0.0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._time = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_end = time.monotonic()
         control.should_log = control.should_log or state.global_step >= state.max_steps  # the last step has a line
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
@@ -37,11 +38,10 @@ class Record(TrainerCallback):
         if "eval_loss" in logs:
             figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
             self._emit({"split": "eval", **where, **figures, "peak_memory_gb": peak_memory_gb(args.device)})
-            self._time = time.monotonic()  # an evaluation is not training time
+            self._time += time.monotonic() - max(self._step_end, self._time)  # an evaluation is not training time
         elif "loss" in logs:
-            optimizer = {name: logs[name] for name in ("grad_norm", "learning_rate")}
-            figures = {**self.totals.take(), "loss": logs["loss"]}  # whose loss is of all processes
-            line = {"split": "train", **where, **figures, **optimizer, **self._speed()}
+            names = (*self.totals.names, "grad_norm", "learning_rate")
+            line = {"split": "train", **where, **{name: logs[name] for name in names}, **self._speed()}
             line["peak_memory_gb"] = peak_memory_gb(args.device)
             self.last_train, self.peak_gb = line, line["peak_memory_gb"]
             self._emit(line)
