@@ -77,6 +77,7 @@ WHILE_RUNNING = {
     "run-exists": ("error", "`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
     "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),
     "not-a-run": ("error", "`dpo eval .`", "the folder is no finished run"),
+    "not-an-adapter": ("error", "`dpo eval my-config.json --adapter .`", "the folder holds no PEFT adapter that can be judged"),
     "adapter-changed": ("error", "a changed file in `adapter/`", "the adapter is not the one that the run wrote"),
     "nothing-to-compare": (
         "error",
