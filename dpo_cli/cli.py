@@ -28,10 +28,10 @@ from dpo_cli.inspection import Inspection, inspect, inspect_prompts, lengths_of
 from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.session import composer_for, session
+from dpo_cli.validation import validated_file, worst
 
 STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
 MAX_VRAM_GB = 100_000
-ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]  # of the exit codes of several configs, the last is told
 
 app = typer.Typer(
     name="dpo",
@@ -73,57 +73,12 @@ def validate(
         if not configs:
             raise UsageError("no config is named", "dpo validate my-config.json")
         machine = probe()
-        found = [_validated_file(console, path, overrides, machine, vram, not no_data, strict) for path in configs]
+        found = [validated_file(console, path, overrides, machine, vram, not no_data, strict) for path in configs]
         if as_json:
             documents = [document for document, _ in found]
             several = [{"file": path, **document} for path, document in zip(configs, documents, strict=True)]
             console.json(documents[0] if len(documents) == 1 else several)
-        raise typer.Exit(int(max((code for _, code in found), key=ORDER.index)))
-
-
-def _validated_file(console: Console, path: str, overrides: list[str], *options: Any) -> tuple[dict[str, Any], Exit]:
-    """What `validate --json` says of a file, and its exit code; of stages, all that is wrong and the largest memory."""
-    found = [_validated(console, loaded.on_foundation(), *options) for loaded in load_stages(path, overrides)]
-    documents = [document for document, _ in found]
-    if len(found) == 1:
-        return found[0]
-    problems = {json.dumps(problem): problem for document in documents for problem in document["problems"]}
-    bills = [document["memory"] for document in documents if document["memory"]]
-    whole = {
-        "ok": all(document["ok"] for document in documents),
-        "problems": list(problems.values()),  # of what the stages share, once
-        "config": {"stages": [document["config"] for document in documents]},
-        "data": None,
-        "memory": max(bills, key=lambda bill: bill["total_gb"], default=None),
-        "stages": documents,
-    }
-    return whole, max((code for _, code in found), key=ORDER.index)
-
-
-def _validated(
-    console: Console, loaded: Loaded, machine: Machine, vram: float | None, with_data: bool, strict: bool
-) -> tuple[dict[str, Any], Exit]:
-    """What `validate --json` says of one config, shown on the way, and its exit code."""
-    found = inspect(loaded, machine, vram, with_data).stricter(lambda _: strict)
-    plan, data = found.plan, found.data
-    memory = plan.memory.to_json() if plan and plan.memory else None
-    document = {
-        "ok": not found.errors,
-        "problems": [problem.to_json() for problem in found.problems],
-        "config": plan.config.to_json() if plan else loaded.values,
-        "data": data.to_json() if data else None,
-        "memory": memory,
-    }
-    console.problems(found.problems)
-    if data and data.train.pairs:
-        console.line(f"data: {data.train.pairs} {data.train.noun} of {data.train.prompts} prompts in {data.train.rows} rows")
-        console.lengths(data.said)
-    for note in plan.notes if plan else ():
-        console.line(f"note: {note}")
-    if memory:
-        console.bill(memory)
-    console.line(f"{loaded.label}: {f'not valid, errors: {len(found.errors)}' if found.errors else 'valid'}")
-    return document, found.exit_code
+        raise typer.Exit(int(worst(code for _, code in found)))
 
 
 @app.command()

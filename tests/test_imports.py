@@ -24,6 +24,7 @@ ORDER = [
     "trackers",
     "demands",
     "inspection",
+    "validation",
     "providers",
     "training",
     "evaluation",

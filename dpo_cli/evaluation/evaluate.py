@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_cli.console import Console
 from dpo_cli.evaluation.contest import contest_of
-from dpo_cli.evaluation.judging import ANSWERS, ROW_BY_ROW, answered, judge
+from dpo_cli.evaluation.judging import ANSWERS, ROW_BY_ROW, answered, judge, measure
 from dpo_cli.evaluation.opening import OpenedRun, load_policy, open_adapter, open_run
 from dpo_cli.evaluation.request import Request
 from dpo_cli.runs.directory import EVALUATION
@@ -27,7 +27,8 @@ def evaluate(asked: Request, console: Console) -> dict[str, Any]:
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
         samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.side_by_side or 0))
-        judged = judge(policy, opened.tokenizer, opened.rows, plan, samples)
+        measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
+        judged = judge(opened.rows, measured, samples, plan)
     if run and asked.dataset is None and judged["policy"] is not None and not run.has(EVALUATION):
         run.write_json(EVALUATION, judged)  # of a training that was stopped, which judges nothing
     console.judgement(judged, judged["samples"][:SHOWN])

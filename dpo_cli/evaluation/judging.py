@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,25 @@ def score(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenize
     return score_rows(policy, rows, states_of(plan.scoring), int(tokenizer.pad_token_id), batch_size, dtype)
 
 
-def line_figures(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> dict[str, float]:
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation computes with the model: the rest is counted from it."""
+
+    scores: Scores
+    kl: Array  # the samples of kl_sequence, nats an answer; empty where none are drawn
+
+
+def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
+    """Score the rows, and sample answers to their prompts; not of sft, nor from a policy whose log-probs are no numbers."""
+    scores = score(policy, rows, tokenizer, plan)
+    samples_kl = plan.config.strategy == "dpo" and bool(np.isfinite(scores.policy).all())
+    return Measured(scores, sequence_kl(policy, tokenizer, rows, plan) if samples_kl else np.zeros(0))
+
+
+def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
     """The figures of an evaluation line of metrics.jsonl: plain means."""
-    made = point_figures(score(policy, rows, tokenizer, plan), plan.config.beta)
-    values = _kl_values(policy, rows, tokenizer, plan, made["loss"])
-    return {**made, "kl_sequence": float(values.mean())} if len(values) else made
+    made = point_figures(measured.scores, plan.config.beta)
+    return {**made, "kl_sequence": float(measured.kl.mean())} if len(measured.kl) else made
 
 
 def answered(
@@ -44,21 +58,17 @@ def answered(
     return side_by_side(policy, tokenizer, rows, count, plan.config.max_new_tokens, getattr(torch, plan.dtype))
 
 
-def judge(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan, samples: Sequence[Sample]
-) -> dict[str, Any]:
-    """What evaluation.json holds: the figures of `eval --json`, null when there is nothing to judge on, and the rows."""
-    counts: dict[str, Any] = _counts(rows, plan)
-    if not rows:
+def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[Sample], plan: Plan) -> dict[str, Any]:
+    """What evaluation.json holds: the figures of `eval --json`, null when nothing was measured, and the rows."""
+    if measured is None:
         nothing: dict[str, Any] = dict.fromkeys(("policy", "base", "gain", "answer_tokens"))
-        return counts | nothing | {"categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
-    beta, scores = plan.config.beta, score(policy, rows, tokenizer, plan)
+        return _counts([], plan) | nothing | {"categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
+    beta, scores, kl = plan.config.beta, measured.scores, measured.kl
     made: dict[str, Any] = figures(scores, [row.row.prompt_key for row in rows], beta)
-    values = _kl_values(policy, rows, tokenizer, plan, made["policy"]["loss"]["value"])
-    made["policy"]["kl_sequence"] = Intervals([str(i) for i in range(len(values))]).of(mean(values)) if len(values) else None
+    made["policy"]["kl_sequence"] = Intervals([str(i) for i in range(len(kl))]).of(mean(kl)) if len(kl) else None
     table = row_figures(rows, scores, beta)
     return {
-        **counts,
+        **_counts(rows, plan),
         **made,
         "answer_tokens": answer_tokens(samples[:ANSWERS]),
         "categories": _by_category(rows, scores, plan),
@@ -85,10 +95,3 @@ def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[st
         name: _counts(own, plan) | figures(theirs, [row.row.prompt_key for row in own], plan.config.beta)
         for name, own, theirs in of_one
     }
-
-
-def _kl_values(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan, loss: float) -> Array:
-    """The samples of kl_sequence; none of sft, and none of a policy whose loss is no number, which cannot be sampled from."""
-    if plan.config.strategy != "dpo" or not math.isfinite(loss):
-        return np.zeros(0)
-    return sequence_kl(policy, tokenizer, rows, plan)

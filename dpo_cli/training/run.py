@@ -15,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.console import Console
+from dpo_cli.data.tokens import Encoded
 from dpo_cli.demands import does_not_fit, out_of_memory
 from dpo_cli.errors import DoesNotFit, Exit
-from dpo_cli.evaluation.judging import answered, judge, line_figures, score
+from dpo_cli.evaluation.judging import Measured, answered, judge, line_figures, measure, score
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.inspection import Inspection
 from dpo_cli.live import LiveView
@@ -82,8 +83,12 @@ def train(
         if frozen is not None:
             choose(frozen, rows, pad_token_id, plan.scoring.shared)  # its attention then takes the same layout
 
+        measured: dict[int, Measured] = {}  # the last evaluation, by its step
+
         def evaluate(policy: Policy) -> dict[str, float]:
-            return line_figures(policy, held_out, tokenizer, plan)
+            measured.clear()
+            measured[trainer.state.global_step] = measure(policy, held_out, tokenizer, plan)
+            return line_figures(measured[trainer.state.global_step], plan)
 
         build = TRAINERS[plan.config.strategy]
         trainer = build(start, adapter, tokenizer, plan, train_rows, held_out, evaluate, console.line, frozen)
@@ -117,8 +122,8 @@ def train(
     }
     run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
     can_be_judged = not stop.received and health.can_be_judged
-    rows = held_out if can_be_judged else []
-    judged = judge(trainer.policy, tokenizer, rows, plan, answered(trainer.policy, tokenizer, rows, plan))
+    rows, last = held_out if can_be_judged else [], measured.get(trainer.state.global_step)
+    judged = _judged(trainer.policy, rows, tokenizer, plan, last)
     summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
     run.write_json(SUMMARY, summary)
     if judged["policy"] is not None:
@@ -138,6 +143,15 @@ def _ending(stop: StopOnSignal, health: Health) -> tuple[str, Exit]:
     if stop.received:
         return "interrupted", Exit[stop.received.name]
     return ("unhealthy", Exit.MISSED) if health.stopped else ("completed", Exit.DONE)
+
+
+def _judged(
+    policy: Policy, rows: list[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan, last: Measured | None
+) -> dict[str, Any]:
+    """What evaluation.json holds; `last` is the evaluation of the last step, if there was one."""
+    if not rows:
+        return judge([], None, [], plan)
+    return judge(rows, last or measure(policy, rows, tokenizer, plan), answered(policy, tokenizer, rows, plan), plan)
 
 
 def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console) -> Plan:
