@@ -38,6 +38,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.received is not None:
+            control.should_log = True  # so that the last step has a line
             control.should_training_stop = True
             control.should_evaluate = False
 
