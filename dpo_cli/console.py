@@ -156,15 +156,33 @@ class Console:
         noun = "pairs" if "pairs" in judged else "demonstrations"
         title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
+        self._categories(judged["categories"], noun)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]
             text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
             self.panel(sample["prompt"][-200:], text)
 
+    def _categories(self, categories: dict[str, Any], noun: str) -> None:
+        """The first two figures of the rows of each category, and the gain in one."""
+        if not categories:
+            return
+        some = next(iter(categories.values()))
+        (one, other), gain = list(some["policy"])[:2], next(iter(some["gain"]))
+        rows = [
+            (
+                _printable(name),
+                str(made[noun]),
+                *(_interval(made["policy"][key]) for key in (one, other)),
+                _interval(made["gain"][gain]),
+            )
+            for name, made in categories.items()
+        ]
+        self.table("by category", rows, ("category", noun, one, other, f"gain in {gain.replace('_', ' ')}"))
+
     def thresholds(self, asked: Sequence[Any], made: Sequence[dict[str, Any]]) -> None:
         """Each limit that a figure was asked to keep, and whether it did."""
         for threshold, found in zip(asked, made, strict=True):
-            value = "no value" if found["value"] is None else f"{found['value']:.3f}"
+            value = "no value" if found["value"] is None else f"{found['value']:.6g}"
             self.line(f"{found['metric']} is {value}, {threshold.sign} {found['limit']:g}: {'ok' if found['ok'] else 'missed'}")
 
     def tally(self, counted: dict[str, Any]) -> None:

@@ -7,16 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import Run, made_row
+from conftest import Run, made_row, tiny_model
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.console import Console
 from dpo_cli.errors import InvalidInput, RunFailed, UsageError
+from dpo_cli.evaluation import divergence, judging
 from dpo_cli.evaluation.evaluate import evaluate
+from dpo_cli.evaluation.intervals import Intervals
 from dpo_cli.evaluation.request import Request
+from dpo_cli.evaluation.samples import Answer, Sampling, generate
 from dpo_cli.evaluation.thresholds import OF_VOTES, judged_by, parse
 
 
@@ -234,3 +238,76 @@ def test_what_does_not_go_together(asked: dict[str, Any], says: str) -> None:
 def test_votes_have_a_limit_too() -> None:
     request = Request(tally=Path("votes.json"), fail_under="win_rate=0.5")
     assert judged_by(request.thresholds, {"win_rate": FIGURE})[0]["ok"] and OF_VOTES == ("win_rate",)
+
+
+def test_a_run_that_adapts_the_embedding_is_judged_as_it_was(run: Run) -> None:
+    """PEFT then writes the base's embedding beside the adapter."""
+    summary, place = run(target_modules=".*(q_proj|embed_tokens)", eval_split=0.4)
+    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]
+
+
+def test_categories_by_the_hundred_are_told_as_twenty(run: Run, pairs_file: Callable[..., Path]) -> None:
+    """An id in each row; the rows that are not among the first nineteen count as one category."""
+    pairs_file([made_row(2 * i) | {"category": 1000 + i} for i in range(60)])
+    _, place = run(eval_split=0.7)
+    found = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
+    sizes = [part["pairs"] for part in found["categories"].values()]
+    assert len(sizes) == 20 and sizes[:19] == [1] * 19 and sizes[19] == found["pairs"] - 19 > 1
+    assert list(found["categories"])[-1] == "(others)"
+
+
+def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
+    run: Run, tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """log pi - log ref of the very tokens, ends included, with transformers and PEFT alone; and the dice lie where they lay."""
+    _, place = run(max_steps=8, learning_rate=3e-2, eval_split=0.5, kl_prompts=6, max_new_tokens=12)
+    asked, made = [], []
+    answers = divergence.answers
+
+    def watched(model: Any, tokenizer: Any, prompts: Any, sampling: Any, dtype: Any) -> Any:
+        asked.extend(prompts)
+        made.extend(found := answers(model, tokenizer, prompts, sampling, dtype))
+        return found
+
+    def with_dice(*args: Any) -> Any:
+        before = torch.get_rng_state()
+        values = divergence.sequence_kl(*args)
+        assert bool((torch.get_rng_state() == before).all())
+        return values
+
+    monkeypatch.setattr(divergence, "answers", watched)
+    monkeypatch.setattr(judging, "sequence_kl", with_dice)
+    judged = evaluate(Request(str(place)), Console())
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    policy = PeftModel.from_pretrained(base, str(place / "adapter")).eval()
+    differences = []
+    for prompt, answer in zip(asked, made, strict=True):
+        ids = torch.tensor([[*prompt, *answer.ids]])
+        said = ids[0, len(prompt) :, None]
+        with torch.no_grad():
+            log_pi = policy(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+            with policy.disable_adapter():
+                log_ref = policy(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        differences.append(float((log_pi - log_ref).gather(1, said).sum()))
+    assert len(differences) == judged["prompts"] > 3 and len({answer.ids for answer in made}) > 1
+    assert all(len(answer.ids) == answer.tokens + answer.finished for answer in made)
+    assert judged["policy"]["kl_sequence"]["value"] == pytest.approx(sum(differences) / len(differences), abs=1e-4)
+    assert abs(sum(differences)) > 0.1
+
+
+def test_intervals_of_many_prompts_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [str(i) for i in range(40)]
+    ratio = (np.random.default_rng(3).random(40), np.ones(40))
+    kept = Intervals(prompts).of(ratio)
+    monkeypatch.setattr("dpo_cli.evaluation.intervals.KEPT", 0)
+    drawn = Intervals(prompts)
+    assert drawn.of(ratio) == kept == drawn.of(ratio)
+
+
+def test_no_answer_goes_beyond_the_context(tokenizer: Any) -> None:
+    """GPT-2's positions end with its context: 5 tokens are left after 1,019, and none after 1,024."""
+    model = tiny_model("gpt2", torch.float32)
+    sampling = Sampling(12)
+    ((answer,),) = generate(model, tokenizer, [[5] * 1019], sampling, torch.float32)
+    assert answer.tokens <= 5
+    assert generate(model, tokenizer, [[5] * 1024], sampling, torch.float32) == [[Answer("", 0, False)]]

@@ -25,7 +25,6 @@ from dpo_cli.evaluation.request import Request
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training.callbacks.health import not_finite
 
 
 def test_an_evaluation_set_is_judged_and_the_whole_dataset_trained_on(run: Run, tmp_path: Path) -> None:
@@ -107,10 +106,3 @@ def test_4bit_weights_are_what_the_config_says(tmp_path: Path, tiny_model_dir: P
     assert isinstance(made, BitsAndBytesConfig)
     found = (made.bnb_4bit_quant_type, made.bnb_4bit_use_double_quant, made.bnb_4bit_compute_dtype)
     assert found == ("fp4", False, torch.float32)
-
-
-def test_health_stops_at_what_is_not_finite() -> None:
-    assert not_finite({"split": "train", "step": 3, "loss": 0.69, "grad_norm": 1.0}) is None
-    event = not_finite({"split": "train", "step": 3, "loss": math.nan, "grad_norm": math.inf})
-    assert event is not None and (event.action, event.step) == ("stop", 3)
-    assert "loss and grad_norm" in event.message and event.remedy

@@ -35,7 +35,9 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
         torch.manual_seed(config.seed)
         sampling = Sampling(config.max_new_tokens, temperature=1.0)
         made = answers(policy.network, tokenizer, [row.prompt_ids for row in asked], sampling, dtype)
-    sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in zip(asked, made, strict=True)]
+    sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in zip(asked, made, strict=True) if answer.ids]
+    if not sampled:
+        return np.zeros(0)
     # A sampled answer ends where the policy ended it: with the end, or without one at the limit.
     scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), config.per_device_eval_batch_size, dtype)
     difference: Array = (scores.policy - scores.reference)[:, 0]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-RESAMPLES = 2000
+RESAMPLES, AT_ONCE = 2000, 50
+KEPT = 20_000_000  # weights, 160 MB; with more prompts they are drawn anew for each figure
 # A sum over rows divided by a sum over rows; with weights over prompts both sums are resampled together.
 Ratio = tuple[Array, Array]
 
@@ -23,11 +24,18 @@ class Intervals:
 
     def __init__(self, prompts: Sequence[str], seed: int = 0) -> None:
         _, self.group = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
-        count = int(self.group.max()) + 1
-        draws = np.random.default_rng(seed)
-        self.weights = np.stack([np.bincount(draws.integers(count, size=count), minlength=count) for _ in range(RESAMPLES)])
+        self.count, self.seed = int(self.group.max()) + 1, seed
+        self._kept = list(self._draw()) if self.count * RESAMPLES <= KEPT else None
+
+    def _draw(self) -> Iterator[Array]:
+        """How often each prompt is in a resample: (`AT_ONCE`, prompts), for all resamples and the same each time."""
+        draws, count = np.random.default_rng(self.seed), self.count
+        for _ in range(RESAMPLES // AT_ONCE):
+            drawn = [np.bincount(draws.integers(count, size=count), minlength=count) for _ in range(AT_ONCE)]
+            yield np.stack(drawn).astype(np.float64)
 
     def of(self, ratio: Ratio) -> dict[str, float]:
         above, below = (np.bincount(self.group, weights=side) for side in ratio)
-        low, high = np.percentile((self.weights @ above) / (self.weights @ below), [2.5, 97.5])
+        ratios = [(weights @ above) / (weights @ below) for weights in self._kept or self._draw()]
+        low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
         return {"value": float(above.sum() / below.sum()), "low": float(low), "high": float(high)}

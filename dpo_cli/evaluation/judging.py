@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from dpo_cli.providers.policy import Policy
 from dpo_cli.training.scoring import states_of
 
 ANSWERS, SAMPLES = 32, 8  # held-out prompts that an evaluation answers, and those whose answers it keeps
+CATEGORIES, NONE, OTHERS = 20, "(none)", "(others)"  # a column called so may be an id, another one in each row
 ROW_BY_ROW = ("rows", "best", "worst")  # what evaluation.json has beside what `eval --json` prints
 
 
@@ -83,14 +84,16 @@ def _counts(rows: Sequence[Encoded], plan: Plan) -> dict[str, Any]:
 
 
 def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[str, Any]:
-    """The figures of the rows of each category, the largest first; empty where no row has one."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        places[row.row.category or "(none)"].append(i)
-    if set(places) == {"(none)"}:
+    """The figures of the rows of each category, the largest first and many small ones as one; empty where no row has one."""
+    sizes = Counter(row.row.category or NONE for row in rows)
+    if set(sizes) == {NONE}:
         return {}
-    largest_first = sorted(places.items(), key=lambda item: (-len(item[1]), item[0]))
-    of_one = ((name, [rows[i] for i in found], scores.of(found)) for name, found in largest_first)
+    told = [name for name, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))]
+    told = told if len(told) <= CATEGORIES else [*told[: CATEGORIES - 1], OTHERS]
+    places: dict[str, list[int]] = {name: [] for name in told}
+    for i, row in enumerate(rows):
+        places.get(row.row.category or NONE, places[told[-1]]).append(i)
+    of_one = ((name, [rows[i] for i in found], scores.of(found)) for name, found in places.items())
     return {
         name: _counts(own, plan) | figures(theirs, [row.row.prompt_key for row in own], plan.config.beta)
         for name, own, theirs in of_one

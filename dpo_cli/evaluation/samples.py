@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,13 +70,18 @@ def generate(
     model.eval()
     device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
     width = max(map(len, prompts))
+    # Learned positions end with the context; of others none is asked for that the model was not made for.
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = int(min(sampling.max_new_tokens, context - width))
+    if room < 1:
+        return [[Answer("", 0, False)] * count for _ in prompts]
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (prompts, width)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     ends = _ends(model, tokenizer)
     is_sampled = sampling.temperature is not None
     # What is left out here would be taken from the model's own generation_config.
     wanted = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
+        max_new_tokens=room,
         do_sample=is_sampled,
         num_return_sequences=count,
         repetition_penalty=1.0,

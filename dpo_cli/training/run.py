@@ -123,7 +123,8 @@ def train(
     run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
     can_be_judged = not stop.received and health.can_be_judged
     rows, last = held_out if can_be_judged else [], measured.get(trainer.state.global_step)
-    judged = _judged(trainer.policy, rows, tokenizer, plan, last)
+    with log_to(run.log):
+        judged = _judged(trainer.policy, rows, tokenizer, plan, last)
     summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
     run.write_json(SUMMARY, summary)
     if judged["policy"] is not None:
