@@ -54,8 +54,9 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_imports.py
 
+# As many tests at once as there are cores, each with one thread: two that share all cores stall each other.
 test: install
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8
 
 # What is made from the schema and from the cases of tests/bad_configs.py: options.pyi, and the tables of the README.
 reference: .venv/installed
