@@ -120,23 +120,26 @@ class Pace:
     """Seconds a step and seconds an evaluation, as the lines tell, and what is left by them."""
 
     def __init__(self, now: float) -> None:
-        self._step, self._tokens, self._time = 0, 0, now  # of the last line
+        self._step, self._time = 0, now  # of the last line
+        self._trained, self._tokens = 0, 0  # step and tokens of the last line of training
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)  # steps and their seconds
         self._evaluated, self._every, self._evaluation = 0, 0, 0.0  # step of the last one, steps between, seconds
 
     def see(self, line: Line, now: float) -> None:
-        steps = line["step"] - self._step
         if line["split"] == "eval":
-            self._evaluation = max(0.0, now - self._time - steps * self._step_seconds)
+            training = (line["step"] - self._step) * self._step_seconds
+            self._evaluation = max(0.0, now - self._time - training)
             self._evaluated, self._every = line["step"], line["step"] - self._evaluated
-        elif steps and line.get("tokens_per_second"):  # which leaves out what is no training: loading, evaluating
-            self._recent.append((steps, (line["tokens"] - self._tokens) / line["tokens_per_second"]))
-            self._tokens = line["tokens"]
+        elif line["step"] > self._trained and line.get("tokens_per_second"):  # which leaves out loading and evaluating
+            seconds = (line["tokens"] - self._tokens) / line["tokens_per_second"]
+            self._recent.append((line["step"] - self._trained, seconds))
+            self._trained, self._tokens = line["step"], line["tokens"]
         self._step, self._time = line["step"], now
 
     @property
     def _step_seconds(self) -> float:
-        return sum(seconds for _, seconds in self._recent) / (sum(steps for steps, _ in self._recent) or 1)
+        recent = tuple(self._recent)  # a copy: the view is drawn in a thread of Rich's, while lines come
+        return sum(seconds for _, seconds in recent) / (sum(steps for steps, _ in recent) or 1)
 
     def left(self, total: int, now: float) -> float | None:
         """Seconds until the last of `total` steps, with the evaluations on the way; nothing before the first step."""

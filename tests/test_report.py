@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -22,10 +23,12 @@ from dpo_cli.config.config import load
 from dpo_cli.console import Console
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
-from dpo_cli.runs import comparison
+from dpo_cli.plan import resolve
+from dpo_cli.runs import comparison, curves
 from dpo_cli.runs.charts import MOST_POINTS, Curve, Plot, histogram, mark_text, thinned, ticks
 from dpo_cli.runs.contents import Contents
 from dpo_cli.runs.directory import REPORT, RunDirectory
+from dpo_cli.runs.manifest import manifest
 from dpo_cli.runs.report import PAGES, report, write_comparison
 from dpo_cli.runs.verdict import Outcome, verdict
 from dpo_cli.training.run import train
@@ -65,38 +68,40 @@ MARGIN = "by a margin of 1.400 [1.300, 1.500] at a loss of 0.325"
     [
         (
             *(1.4, 0.14, 4.0, (NOTE,), "good", "Clear gain over its base"),
-            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], "
+            f"{MARGIN}; by its log-probs alone it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 4 nats per answer from the base (limit 10).",
         ),
         (
             *(1.4, 0.14, 12.0, (WARNING, NOTE), "doubtful", "Clear gain, but far from its base"),
-            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], "
+            f"{MARGIN}; by its log-probs alone it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 12 nats per answer from the base (over the limit of 10); one warning was raised.",
         ),
         (
             *(1.4, 0.14, None, (WARNING, WARNING), "doubtful", "Clear gain, with a warning"),
-            f"{MARGIN}; the base's own preferences improved by 14.0 points [4, 24], "
+            f"{MARGIN}; by its log-probs alone it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 0.046 nats per token from the base; two warnings were raised.",
         ),
         (
             *(1.4, 0.02, None, (), "doubtful", "No clear gain over its base"),
-            f"{MARGIN}; that the base's own preferences changed is not clear, "
+            f"{MARGIN}; by its log-probs alone it does not clearly prefer it in more of the pairs than the base does, "
             "+2.0 points [-8, +12], and it is 0.046 nats per token from the base.",
         ),
         (
             *(0.05, 0.2, None, (), "doubtful", "No clear effect"),
-            "by a margin not clear of zero, 0.050 [-0.050, 0.150] at a loss of 0.325; the base's own preferences improved by "
-            "20.0 points [10, 30], and it is 0.046 nats per token from the base.",
+            "by a margin not clear of zero, 0.050 [-0.050, 0.150] at a loss of 0.325; by its log-probs alone it "
+            "prefers it in 20.0 points [10, 30] more of the pairs than the base does, "
+            "and it is 0.046 nats per token from the base.",
         ),
         (
             *(1.4, -0.2, None, (), "bad", "Worse than its base"),
-            f"{MARGIN}; the base's own preferences got worse, "
-            "-20.0 points [-30, -10], and it is 0.046 nats per token from the base.",
+            f"{MARGIN}; by its log-probs alone it prefers it in 20.0 points [10, 30] fewer of the pairs than the base does, "
+            "and it is 0.046 nats per token from the base.",
         ),
         (
             *(-0.5, 0.2, None, (), "bad", "Worse than its base"),
-            "with a margin below zero, -0.500 [-0.600, -0.400] at a loss of 0.325; the base's own preferences improved by "
-            "20.0 points [10, 30], and it is 0.046 nats per token from the base.",
+            "with a margin below zero, -0.500 [-0.600, -0.400] at a loss of 0.325; by its log-probs alone it "
+            "prefers it in 20.0 points [10, 30] more of the pairs than the base does, "
+            "and it is 0.046 nats per token from the base.",
         ),
     ],
 )
@@ -104,15 +109,15 @@ def test_the_verdict_on_pairs(
     margin: float, gain: float, kl: float | None, health: tuple[Any, ...], tone: str, title: str, tail: str
 ) -> None:
     """Whether an interval is clear of zero decides, not its middle; and accuracy never stands alone."""
-    said = verdict(Outcome("dpo", "completed", 29, judged_pairs(margin, gain, kl), 85, health))
+    said = verdict(Outcome("dpo", "completed", 29, judged_pairs(margin, gain, kl), 85, 40, health, max_kl=10))
     assert (said.tone, said.title, said.sentence) == (tone, title, HEAD + tail)
 
 
 def test_the_limit_of_the_config_decides_what_is_far() -> None:
-    outcome = Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.2, 4.0), 85, max_kl=3.0)
+    outcome = Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.2, 4.0), 85, 40, max_kl=3.0)
     assert verdict(outcome).title == "Clear gain, but far from its base"
     assert verdict(outcome).sentence.endswith("4 nats per answer from the base (over the limit of 3).")
-    outcome = Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.2, 40.0), 85, max_kl=None)
+    outcome = Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.2, 40.0), 85, 40)
     assert verdict(outcome).title == "Clear gain over its base"
     assert verdict(outcome).sentence.endswith("and it is 40 nats per answer from the base.")
 
@@ -129,7 +134,7 @@ def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told:
     """Of a loss, less is better."""
     policy = {"loss": figure(1.3, 1.2, 1.4), "token_accuracy": figure(0.611, 0.59, 0.63), "kl_token": figure(0.3, 0.2, 0.4)}
     gain = {"loss": figure(loss, loss - 0.1, loss + 0.1), "token_accuracy": figure(0.05, 0.03, 0.07)}
-    said = verdict(Outcome("sft", "completed", 58, {"policy": policy, "gain": gain}, 20))
+    said = verdict(Outcome("sft", "completed", 58, {"policy": policy, "gain": gain}, 20, 20))
     assert (said.tone, said.title) == (tone, title)
     assert said.sentence == (
         f"On 20 held-out demonstrations the adapter's loss is 1.300 [1.200, 1.400] nats per token, {told}; it finds 61.1 % "
@@ -138,35 +143,58 @@ def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told:
 
 
 @pytest.mark.parametrize(
-    ("status", "health", "tone", "sentence"),
+    ("status", "rows", "health", "tone", "sentence"),
     [
         (
-            *("completed", (), "open"),
+            *("completed", 0, (), "open"),
             "The training finished all of its 3 steps, but nothing was held out, so nothing tells whether it is better than "
             "its base.",
         ),
         (
-            *("interrupted", (), "open"),
+            *("completed", 9, (), "open"),
+            "The training finished all of its 3 steps, but its judging did not come to an end (dpo eval judges it anew), so "
+            "nothing tells whether it is better than its base.",
+        ),
+        (
+            *("interrupted", 9, (), "open"),
             "The training was interrupted after step 3; the adapter so far is saved and not judged.",
         ),
         (
-            *("unhealthy", (WARNING, STOP), "bad"),
+            *("unhealthy", 9, (WARNING, STOP), "bad"),
             "The training was stopped as unhealthy after step 3: loss of step 3 is not finite; the adapter as it was then is "
             "saved and not judged.",
         ),
         (
-            *("unfinished", (), "open"),
-            "The training has not ended; it has come to step 3, and nothing is judged before its end.",
+            *("unfinished", 9, (), "open"),
+            "There is no end of this training here; it came to step 3, and nothing is judged before an end.",
         ),
     ],
 )
-def test_the_verdict_where_nothing_was_judged(status: str, health: tuple[Any, ...], tone: str, sentence: str) -> None:
-    said = verdict(Outcome("dpo", status, 3, None, 0, health))
+def test_the_verdict_where_nothing_was_judged(
+    status: str, rows: int, health: tuple[Any, ...], tone: str, sentence: str
+) -> None:
+    said = verdict(Outcome("dpo", status, 3, None, rows, rows, health))
     assert (said.tone, said.sentence) == (tone, sentence)
 
 
+@pytest.mark.parametrize(("prompts", "told"), [(1, "one prompt alone"), (19, "19 prompts alone")])
+def test_figures_of_few_prompts_are_never_good(prompts: int, told: str) -> None:
+    """The interval of one prompt is its value, which would be clear of zero."""
+    said = verdict(Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, prompts))
+    assert (said.tone, said.title) == ("doubtful", "Too few held-out prompts")
+    assert said.sentence.startswith(f"{HEAD}{MARGIN}; ")
+    assert said.sentence.endswith(f"; these are figures of {told}, which say little of others (take 20 or more).")
+    assert verdict(Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, 20)).tone == "good"
+
+
+def test_what_it_started_from_is_called_by_its_name() -> None:
+    said = verdict(Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, 40, base="starting adapter"))
+    assert said.title == "Clear gain over its starting adapter"
+    assert said.sentence.count("starting adapter") == 2 and "base" not in said.sentence
+
+
 def test_an_unhealthy_run_that_was_judged_all_the_same_is_not_good() -> None:
-    said = verdict(Outcome("dpo", "unhealthy", 3, judged_pairs(1.4, 0.2, 4.0), 85, (STOP,)))
+    said = verdict(Outcome("dpo", "unhealthy", 3, judged_pairs(1.4, 0.2, 4.0), 85, 40, (STOP,)))
     told = "The training was stopped as unhealthy after step 3: loss of step 3 is not finite; the adapter prefers"
     assert said.tone == "bad" and said.sentence.startswith(told)
 
@@ -174,7 +202,7 @@ def test_an_unhealthy_run_that_was_judged_all_the_same_is_not_good() -> None:
 def test_a_loss_that_is_not_finite_is_told() -> None:
     judged = judged_pairs(1.4, 0.2, None)
     judged["policy"]["loss"] = {"value": None, "low": None, "high": None}
-    said = verdict(Outcome("dpo", "completed", 3, judged, 85))
+    said = verdict(Outcome("dpo", "completed", 3, judged, 85, 40))
     told = "The training finished all of its 3 steps; on held-out rows its loss is not finite, so the adapter is broken."
     assert (said.tone, said.sentence) == ("bad", told)
 
@@ -326,10 +354,64 @@ def test_a_run_that_broke_off_has_a_report(copied: Path) -> None:
     (copied / "metrics.json").unlink()
     with (copied / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"split": "train", "ste')
-    assert "it has come to step 4" in report(Contents.read(copied))
+    assert "it came to step 4" in report(Contents.read(copied))
     (copied / "metrics.jsonl").unlink()
     page = report(Contents.read(copied))
-    assert "it has come to step 0" in page and '<svg class="drawing"' not in page
+    assert "it came to step 0" in page and '<svg class="drawing"' not in page
+
+
+def test_figures_of_a_later_evaluation_count(copied: Path) -> None:
+    """A training that was stopped judges nothing; `dpo eval` writes evaluation.json, and the report with it."""
+    change(copied, "metrics.json", status="interrupted", eval=None, base=None, gain=None)
+    (copied / "evaluation.json").unlink()
+    assert "the adapter so far is saved and not judged" in report(Contents.read(copied))
+    done = CliRunner().invoke(app, ["eval", str(copied)])
+    assert done.exit_code == 0 and f"report: {copied / REPORT}" in "".join(done.stdout.splitlines())
+    page = (copied / REPORT).read_text(encoding="utf-8")
+    assert "was interrupted after step 4; the adapter prefers" in page and "not judged" not in page
+    assert page.count("<dt>") > 4 and "Against the base" in page
+
+
+def test_a_judging_that_broke_off_is_not_nothing_held_out(copied: Path) -> None:
+    change(copied, "metrics.json", eval=None, base=None, gain=None)
+    (copied / "evaluation.json").unlink()
+    page = report(Contents.read(copied))
+    assert "its judging did not come to an end" in page and "nothing was held out" not in page
+
+
+def test_a_run_from_an_adapter_is_compared_with_that_adapter(copied: Path) -> None:
+    config = RunDirectory(copied).read_json("plan.json")["config"]
+    change(copied, "plan.json", config={**config, "reference": "adapter"})
+    page = report(Contents.read(copied))
+    assert "Against the starting adapter" in page and '<th class="n">starting adapter</th>' in page
+    text = re.sub(r"<(style|script)>.*?</\1>|<[^>]+>", " ", page, flags=re.S)
+    assert not re.search(r"\bbase\b(?! *config)", text.split("Config")[0])
+
+
+def test_another_loss_than_dpos_own_is_drawn_apart(trained: Path) -> None:
+    """The loss of ipo starts at 25 with beta 0.1, that of an evaluation at ln 2."""
+    run = Contents.read(trained)
+    ipo = replace(run, plan={**run.plan, "config": {**run.config, "loss_type": "ipo"}})
+    splits = {plot.title: [curve.split for curve in plot.curves if curve.points] for plot in curves.plots(ipo)}
+    assert (splits["Loss"], splits["Training loss"]) == (["eval"], ["train"])
+    assert "Training loss" not in {plot.title for plot in curves.plots(run)}
+    levels = {plot.title: [name for _, name in plot.levels] for plot in curves.plots(ipo)}
+    assert (levels["Loss"], levels["Training loss"]) == (["ln 2"], [])
+    assert any(warning.startswith("loss_type differs") for warning in comparison.warnings([run, ipo]))
+
+
+def test_a_figure_that_is_not_finite_has_no_interval(trained: Path) -> None:
+    run = Contents.read(trained)
+    assert run.summary is not None
+    nothing = {"value": None, "low": None, "high": None}
+    broken = replace(run, summary={**run.summary, "eval": dict.fromkeys(run.summary["eval"], nothing)})
+    assert report(broken).count("<dd>not finite</dd></div>") == 4  # accuracy, margin, loss, KL: and nothing after it
+
+
+def test_an_older_plan_without_max_kl_tells_no_limit(trained: Path) -> None:
+    run = Contents.read(trained)
+    older = replace(run, plan={**run.plan, "config": {key: value for key, value in run.config.items() if key != "max_kl"}})
+    assert "limit" in run.verdict.sentence and "limit" not in older.verdict.sentence
 
 
 def test_the_findings_about_config_and_data_are_shown(copied: Path) -> None:
@@ -388,6 +470,50 @@ def test_a_comparison_tells_what_differs_and_what_does_not_compare(copied: Path,
     assert done.exit_code == 0 and json.loads(done.stdout) == {"reports": [str(tmp_path / "two.html")]}
     page = (tmp_path / "two.html").read_text(encoding="utf-8")
     assert page.count("curve eval") >= 2 * 4 and "2 runs compared" in page
+
+
+def with_config(run: Contents, files: dict[str, str] | None = None, **config: Any) -> Contents:
+    """The run with other options, and with these hashes of its eval_dataset; None as an older run has it."""
+    manifest = {key: value for key, value in run.manifest.items() if key != "eval_dataset"}
+    manifest |= {} if files is None else {"eval_dataset": files}
+    return replace(run, plan={**run.plan, "config": {**run.config, **config}}, manifest=manifest)
+
+
+def test_held_out_sets_are_compared_by_what_decides_them(trained: Path) -> None:
+    """A file of its own by its hash, whatever the seed and the dataset; a share of the dataset by these."""
+    run = Contents.read(trained)
+    one, same, other = ({f"/{name}.jsonl": digest * 64} for name, digest in (("a", "0"), ("b", "0"), ("c", "1")))
+    first = with_config(run, one, eval_dataset="/a.jsonl", seed=1)
+    assert comparison.warnings([first, with_config(run, same, eval_dataset="/b.jsonl", seed=2)]) == []
+    for second in (with_config(run, other, eval_dataset="/c.jsonl", seed=1), with_config(run, {}, seed=1)):
+        (told,) = comparison.warnings([first, second])
+        assert "they differ in eval_dataset)" in told
+    older = [with_config(run, None, eval_dataset=name) for name in ("/a.jsonl", "/a.jsonl", "/c.jsonl")]
+    assert comparison.warnings(older[:2]) == [] and len(comparison.warnings(older)) == 1
+
+
+@pytest.mark.parametrize(("changed", "told"), [({"max_new_tokens": 5}, "KL per answer"), ({"kl_prompts": 1}, "KL per answer")])
+def test_answers_sampled_otherwise_do_not_compare(trained: Path, changed: dict[str, int], told: str) -> None:
+    run = Contents.read(trained)
+    (warning,) = comparison.warnings([run, with_config(run, {}, **changed)])
+    assert told in warning
+
+
+def test_a_comparison_with_another_start_says_so(trained: Path) -> None:
+    run = Contents.read(trained)
+    runs = [run, with_config(run, {}, reference="adapter")]
+    (warning,) = comparison.warnings(runs)
+    assert warning.startswith("The models that the runs started from differ")
+    (group,) = comparison.compared(runs)["groups"]
+    assert "log-prob accuracy, base or starting adapter" in dict(group["figures"])
+
+
+def test_the_manifest_names_what_is_judged_on_by_its_hash(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "eval.jsonl"
+    file.write_text(json.dumps(made_row(99)) + "\n", encoding="utf-8")
+    loaded = load(str(trained / "plan.json"), ["eval_split=0", f"eval_dataset={file}"])
+    hashes = manifest(resolve(loaded, probe()), probe(), None)["eval_dataset"]
+    assert hashes == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def test_a_comparison_replaces_its_own_pages_alone(copied: Path, tmp_path: Path) -> None:

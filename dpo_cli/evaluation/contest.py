@@ -11,9 +11,10 @@ from dpo_cli.config.augmenting import RANK_PARTS, judge_is_a_plain_url, rank_has
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.console import Console
 from dpo_cli.data.formats import flat
+from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.evaluation import votes
-from dpo_cli.evaluation.samples import Sample
+from dpo_cli.evaluation.samples import Sample, first_of_each_prompt
 from dpo_cli.judge import AT_ONCE, Judge
 from dpo_cli.plan import Plan
 from dpo_cli.runs.directory import PAGE, SUMMARY, VOTES, RunDirectory
@@ -25,10 +26,13 @@ JUDGE_FIX = (
 WINNERS = {1.0: "adapter", -1.0: "base", 0.0: "tie"}
 
 
-def contest_of(prompts: int | None, by_judge: bool, run: RunDirectory, plan: Plan) -> Contest | None:
+def contest_of(prompts: int | None, by_judge: bool, run: RunDirectory, plan: Plan, rows: Sequence[Encoded]) -> Contest | None:
     """What `dpo eval RUN_DIR --side-by-side` holds over so many prompts, None over none; checked before any model is loaded."""
     if prompts is None:
         return None
+    if not first_of_each_prompt(rows, 1):
+        message, fix = "there is no prompt to answer", "name a file with prompts: --dataset"
+        raise InvalidInput([Problem("error", "nothing-to-compare", message, fix)])
     parts = {name: value for name, value in plan.config.augment.items() if name in RANK_PARTS["judge"]}
     options = {**inner_defaults("augment"), **parts}
     if not by_judge:
@@ -62,9 +66,6 @@ class Contest:
     def hold(self, samples: Sequence[Sample], console: Console) -> dict[str, Any]:
         """Write the page, and the votes of the judge: `side_by_side` of what `eval --json` prints."""
         answers = [(sample.prompt, sample.adapter.text, sample.base.text) for sample in samples[: self.prompts]]
-        if not answers:
-            message, fix = "there is no prompt to answer", "name a file with prompts: --dataset"
-            raise InvalidInput([Problem("error", "nothing-to-compare", message, fix)])
         sha256 = self.run.read_json(SUMMARY)["adapter_sha256"]
         origin = {"run": self.run.path.resolve().name, "adapter_sha256": sha256, "criterion": self.criterion}
         document = votes.unvoted(origin, answers, self.seed)

@@ -12,6 +12,7 @@ from dpo_cli.evaluation.opening import OpenedRun, load_policy, open_adapter, ope
 from dpo_cli.evaluation.request import Request
 from dpo_cli.runs.directory import EVALUATION
 from dpo_cli.runs.log import log_to
+from dpo_cli.runs.report import write_report
 
 SHOWN = 3  # prompts whose answers are printed
 
@@ -23,7 +24,7 @@ def evaluate(asked: Request, console: Console) -> dict[str, Any]:
     else:
         opened = open_run(asked.target, asked.dataset, console, asked.overrides)
     run = opened.run if isinstance(opened, OpenedRun) else None
-    contest = contest_of(asked.side_by_side, asked.by_judge, run, opened.plan) if run else None
+    contest = contest_of(asked.side_by_side, asked.by_judge, run, opened.plan, opened.rows) if run else None
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
         samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.side_by_side or 0))
@@ -31,6 +32,7 @@ def evaluate(asked: Request, console: Console) -> dict[str, Any]:
         judged = judge(opened.rows, measured, samples, plan)
     if run and asked.dataset is None and judged["policy"] is not None and not run.has(EVALUATION):
         run.write_json(EVALUATION, judged)  # of a training that was stopped, which judges nothing
+        console.line(f"report: {write_report(run.path)}")  # which told of no figures
     console.judgement(judged, judged["samples"][:SHOWN])
     held = contest.hold(samples, console) if contest else None
     told = {name: value for name, value in judged.items() if name not in ROW_BY_ROW}

@@ -52,14 +52,8 @@ def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequ
     """
     run = RunDirectory.open(Path(run_path))
     _require_same_below(run)
-    # What that machine decided, this one decides anew: a run from a GPU can be judged on a CPU.
-    then = run.read_json(PLAN)
-    measured = {key for key, source in then["sources"].items() if source == "measured"}
-    if then["config"]["device"] not in ("cpu", probe().device):  # named in the config, and not here
-        measured |= {"device", "bf16", "fp16"}
-    overrides = [f"{key}={json.dumps(defaults()[key])}" for key in measured]
     with log_to(run.log):
-        opened = _opened(str(run.path / PLAN), [*overrides, *changes], run.trained, dataset, console)
+        opened = _opened(str(run.path / PLAN), changes, run.trained, dataset, console)
     if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
         console.line(f"note: the run was trained on {dataset}, so these figures show memory, not learning")
     return OpenedRun(**vars(opened), run=run)
@@ -84,7 +78,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
         changes += ["strategy=dpo"] if reader.holds_pairs(dataset) else []  # pairs tell more, whatever was trained on
-    inspection = inspect(load(config, changes), probe(), with_fit=False)
+    inspection = inspect(load(config, [*_decided_anew(config), *changes]), probe(), with_fit=False)
     data, plan = inspection.require()
     found = [problem for problem in inspection.problems if problem.severity == "warning"]
     console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
@@ -92,6 +86,17 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     tokenizer = provider.tokenizer()
     train_rows, held_out, _ = prepare(data, tokenizer, plan)
     return Opened(folder, plan, provider, tokenizer, train_rows if dataset else held_out)
+
+
+def _decided_anew(config: str) -> list[str]:
+    """Overrides for what the machine of a plan decided, so that this one decides it: a run from a GPU is judged on a CPU."""
+    if Path(config).name != PLAN:
+        return []
+    then = load(config)
+    keys = {key for key, source in then.sources.items() if source == "measured"}
+    if then.values.get("device") not in ("cpu", probe().device):  # named in the config of that run, and not here
+        keys |= {"device", "bf16", "fp16"}
+    return [f"{key}={json.dumps(defaults()[key])}" for key in sorted(keys)]
 
 
 def _base_of(folder: Path) -> str:

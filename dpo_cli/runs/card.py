@@ -89,7 +89,7 @@ def _card(
     plan: Plan, name: str, what: str, train_rows: int, steps: int, judged: dict[str, Any], use: str, is_peft: bool
 ) -> str:
     config, base = plan.config, foundation(plan.config.model_name)
-    figures = "Nothing was held out, so there are no figures."
+    figures = "It was not judged, so there are no figures."
     if judged["policy"] is not None:
         rows = [(words, judged[group][name]) for words, group, name in ROWS[config.strategy]]
         table = "\n".join(f"| {words} | {f['value']:.3f} | {f['low']:.3f} to {f['high']:.3f} |" for words, f in rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_cli.console import json_text
@@ -63,13 +63,14 @@ def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int
 def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
     """A row for each figure that one of the runs has."""
     rows = []
-    for side, words in (("policy", "{}"), ("base", "{}, base"), ("gain", "gain in {}")):
+    base = " or ".join(sorted({run.base for run in runs}))
+    for side, words in (("policy", "{}"), ("base", f"{{}}, {base}"), ("gain", "gain in {}")):
         for name, term in TERMS.items():
             figures = [run.judged[side].get(name) if run.judged else None for run in runs]
             if any(figures):
-                show = term.gain if side == "gain" else term.text
+                show = term.gain if side == "gain" else term.told
                 cells = [
-                    show(figure) if figure else "" if run.judged else "not judged"
+                    str(show(figure)) if figure else "" if run.judged else "not judged"
                     for figure, run in zip(figures, runs, strict=True)
                 ]
                 rows.append((words.format(term.label), cells))
@@ -91,27 +92,48 @@ def differing(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
 
 def warnings(runs: Sequence[Contents]) -> list[str]:
     """What stands in the way of comparing the figures."""
-
-    def differ(what: Any) -> bool:
-        return len({json_text(what(run)) for run in runs}) > 1
-
     found = []
-    told = {
-        "the data files": lambda run: sorted(run.manifest["dataset"].values()),
-        "eval_dataset": lambda run: bool(run.config.get("eval_dataset")),
-        "eval_split": lambda run: run.config["eval_split"],
-        "seed": lambda run: run.config["seed"],
-        "the number of held-out rows": lambda run: (run.plan["counts"] or {}).get("eval_pairs"),
-    }
-    if others := [name for name, what in told.items() if differ(what)]:
+    if others := _held_out_otherwise(runs):
         found.append(
             f"The held-out sets are not the same (they differ in {', '.join(others)}), so figures do not compare: "
             "judge each run on one file with dpo eval --dataset."
         )
-    if differ(lambda run: run.strategy):
+    if differ(runs, lambda run: run.strategy):
         found.append("The strategies differ: a loss of pairs and one of demonstrations are different quantities.")
-    elif differ(lambda run: run.config.get("beta")):
+    elif differ(runs, lambda run: run.config.get("beta")):
         found.append("beta differs, and scales rewards, margins and losses: compare accuracies, gains and KL.")
-    if differ(lambda run: (run.manifest["model"]["sha256"], run.manifest["model"]["name"])):
-        found.append("The base models differ: rewards, KL and gains are each against another base.")
+    pairs = [run for run in runs if run.strategy == "dpo"]
+    if differ(pairs, lambda run: run.config["loss_type"]):
+        found.append("loss_type differs: losses of the training are different quantities; those held out are all of sigmoid.")
+    if differ(pairs, lambda run: [run.config[key] for key in ("kl_prompts", "max_new_tokens")]):
+        found.append(
+            "kl_prompts or max_new_tokens differ: KL per answer does not compare, since its answers are sampled by them."
+        )
+    if differ(runs, lambda run: (run.manifest["model"], run.base)):
+        found.append("The models that the runs started from differ: rewards, KL and gains are each against another one.")
     return found
+
+
+def differ(runs: Sequence[Contents], what: Callable[[Contents], Any]) -> bool:
+    return len({json_text(what(run)) for run in runs}) > 1
+
+
+def _held_out_otherwise(runs: Sequence[Contents]) -> list[str]:
+    """In what the held-out sets differ, in words: in their own files, or in what a share of the dataset follows from."""
+    decides: dict[str, Callable[[Contents], Any]]
+    if any(run.config.get("eval_dataset") for run in runs):
+        decides = {"eval_dataset": _eval_files}
+    else:
+        decides = {
+            "the data files": lambda run: sorted(run.manifest["dataset"].values()),
+            "eval_split": lambda run: run.config["eval_split"],
+            "seed": lambda run: run.config["seed"],
+        }
+    decides["the number of held-out rows"] = lambda run: run.held_out
+    return [name for name, what in decides.items() if differ(runs, what)]
+
+
+def _eval_files(run: Contents) -> Any:
+    """The hashes of the files of eval_dataset; of a run that noted none, their paths."""
+    hashes = run.manifest.get("eval_dataset")
+    return run.config.get("eval_dataset") if hashes is None else sorted(hashes.values())

@@ -12,7 +12,7 @@ from typing import Any
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.runs.charts import Point
 from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
-from dpo_cli.runs.verdict import MAX_KL, Outcome, Verdict, verdict
+from dpo_cli.runs.verdict import Outcome, Verdict, verdict
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,16 @@ class Contents:
         return "model" if self.is_whole else "adapter"
 
     @property
+    def base(self) -> str:
+        """What it started from, and is compared with."""
+        return "starting adapter" if self.config.get("reference") == "adapter" else "base"
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether it minimised another loss than that of an evaluation, which is always DPO's sigmoid loss."""
+        return self.strategy == "dpo" and self.config["loss_type"] != "sigmoid"
+
+    @property
     def health(self) -> list[dict[str, Any]]:
         return list((self.summary or {}).get("health", ()))
 
@@ -87,16 +97,15 @@ class Contents:
 
     @property
     def max_kl(self) -> float | None:
-        """The limit of kl_sequence; None where the config wants none."""
-        limit = self.config.get("max_kl", MAX_KL)
-        return None if limit is None else float(limit)
+        """The limit of kl_sequence; None where the config has none."""
+        return self.config.get("max_kl")
 
     @property
     def judged(self) -> dict[str, Any] | None:
-        """`policy`, `base` and `gain` on what was held out."""
-        if self.summary is None or self.summary["eval"] is None:
-            return None
-        return {"policy": self.summary["eval"], "base": self.summary["base"], "gain": self.summary["gain"]}
+        """`policy`, `base` and `gain` on what was held out; where a run did not come to it, as `dpo eval` found them."""
+        if self.summary is not None and self.summary["eval"] is not None:
+            return {"policy": self.summary["eval"], "base": self.summary["base"], "gain": self.summary["gain"]}
+        return self.evaluation if self.evaluation is not None and self.evaluation["policy"] is not None else None
 
     @property
     def verdict(self) -> Verdict:
@@ -108,13 +117,20 @@ class Contents:
                 steps=summary["steps"],
                 judged=self.judged,
                 rows=self.held_out,
+                prompts=self.held_out_prompts,
                 health=tuple(self.health),
                 max_kl=self.max_kl,
                 whole=self.is_whole,
+                base=self.base,
             )
         )
 
     def points(self, split: str, key: str) -> list[Point]:
-        """The values of one key over the steps; a step that was logged twice (after a resume) counts as it was last."""
+        """The values of one key over the steps; a step that was logged twice (after a resume) counts as it was last.
+
+        What a training minimised is its `loss` where an evaluation has the same, else its `own_loss`.
+        """
+        if split == "train" and self.has_own_loss:
+            key = {"loss": "", "own_loss": "loss"}.get(key, key)
         lines = (line for line in self.lines if line["split"] == split and key in line)
         return sorted({line["step"]: line[key] for line in lines}.items())

@@ -24,6 +24,7 @@ class Kind:
 
 KINDS = (
     Kind("Loss", "Held out it should fall too. Where it rises again, the training rows are memorised.", {"loss": ""}),
+    Kind("Training loss", "Of the loss_type of the config; held out the loss is always DPO's, of sigmoid.", {"own_loss": ""}),
     Kind("Accuracy", "Share of pairs with the larger reward for chosen. Read it with the margin.", {"accuracy": ""}),
     Kind("Token accuracy", "Share of tokens that the model finds most likely.", {"token_accuracy": ""}),
     Kind("Margin", "Reward of chosen minus reward of rejected.", {"margin": ""}),
@@ -32,24 +33,23 @@ KINDS = (
         "Chosen may fall while the margin grows: common, and worth a look at the answers.",
         {"reward_chosen": "chosen", "reward_rejected": "rejected"},
     ),
-    Kind("KL per token", "Distance from the base, nats.", {"kl_token": ""}, from_zero=True),
-    Kind("KL per answer", "Distance from the base over sampled answers, nats.", {"kl_sequence": ""}, from_zero=True),
+    Kind("KL per token", "Distance from before the training, nats.", {"kl_token": ""}, from_zero=True),
+    Kind("KL per answer", "Distance from before the training over sampled answers, nats.", {"kl_sequence": ""}, from_zero=True),
     Kind("Learning rate", "As the schedule had it.", {"learning_rate": ""}),
     Kind("Gradient norm", "Before clipping, of a step.", {"grad_norm": ""}),
     Kind("Memory", "The most held so far, GB.", {"peak_memory_gb": ""}, from_zero=True),
 )
-COMPARED = ("Loss", "Margin", "Accuracy", "Token accuracy", "KL per token", "KL per answer")
+COMPARED = ("Loss", "Training loss", "Margin", "Accuracy", "Token accuracy", "KL per token", "KL per answer")
 
 
 def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
     """What the values of a plot compare with."""
     known: dict[str, tuple[float | None, str]] = {
+        "Loss": (math.log(2) if run.strategy == "dpo" else None, "ln 2"),
         "Accuracy": (0.5, "chance"),
         "KL per answer": (run.max_kl, "max_kl"),
         "Memory": (((run.summary or {}).get("memory") or {}).get("predicted_gb"), "billed"),
     }
-    if run.strategy == "dpo" and run.config["loss_type"] == "sigmoid":
-        known["Loss"] = (math.log(2), "ln 2")
     value, name = known.get(kind.title, (None, ""))
     return [] if value is None else [(value, name)]
 
@@ -92,8 +92,8 @@ def spread(run: Contents) -> Spread | None:
     if run.strategy == "sft":
         words = {
             "title": "Gain of each demonstration",
-            "about": f"The base's loss minus the adapter's, nats per token. {below} of {len(values)} got worse.",
-            "listed": "By how far the loss fell below the base's, nats per token.",
+            "about": f"The {run.base}'s loss minus the {run.who}'s, nats per token. {below} of {len(values)} got worse.",
+            "listed": f"By how far the loss fell below the {run.base}'s, nats per token.",
         }
     else:
         words = {

@@ -27,12 +27,18 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         "versions": {"dpo": dpo_cli.__version__, "python": platform.python_version()}
         | {package: version(package) for package in packages},
         "hardware": machine.to_json(),
-        "dataset": {source.path: sha256(Path(source.path)) for source in sources_of(plan.config.dataset)},
+        "dataset": _hashes(plan.config.dataset),
+        "eval_dataset": _hashes(plan.config.eval_dataset or []),
         "model": {"name": plan.config.model_name, "sha256": {file.name: sha256(file) for file in weights}}
         | {"below": chain_of(plan.config.model_name)},
         "seed": plan.config.seed,
         "git_commit": _git_commit(),
     }
+
+
+def _hashes(dataset: str | list[Any]) -> dict[str, str]:
+    """The SHA-256 of each file that a config's value names."""
+    return {source.path: sha256(Path(source.path)) for source in sources_of(dataset)}
 
 
 def _git_commit() -> str | None:

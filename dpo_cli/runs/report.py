@@ -47,7 +47,7 @@ def report(run: Contents) -> str:
     answer_lengths = ""
     if lengths:
         base, policy = (lengths[side]["value"] for side in ("base", "policy"))
-        answer_lengths = f"; on average the base's have {base:.0f} tokens, and the {run.who}'s {policy:.0f}"
+        answer_lengths = f"; on average the {run.base}'s have {base:.0f} tokens, and the {run.who}'s {policy:.0f}"
     return _page(
         "report.html.j2",
         run=run,

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_cli.runs.words import Figure, is_finite, number, points, share, sign
+from dpo_cli.runs.words import is_finite, negative, number, points, share, sign
 
-MAX_KL = 10.0  # nats a sampled answer: the documentation says below 10
+FEW_PROMPTS = 20  # below it an interval over prompts is too narrow: over one prompt it is [v, v]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -26,10 +26,12 @@ class Outcome:
     status: str  # completed, interrupted, unhealthy, unfinished
     steps: int
     judged: Mapping[str, Any] | None
-    rows: int  # held out
+    rows: int  # held out, and their different prompts
+    prompts: int
     health: tuple[Mapping[str, Any], ...] = ()
-    max_kl: float | None = MAX_KL
+    max_kl: float | None = None
     whole: bool = False  # every weight was trained, not an adapter
+    base: str = "base"  # what it is compared with, in words
 
     @property
     def who(self) -> str:
@@ -57,6 +59,10 @@ def verdict(outcome: Outcome) -> Verdict:
         told = f"{_ending(outcome)}; on held-out rows its loss is not finite, so {outcome.who} is broken."
         return Verdict("bad", "Broken", told)
     found = _pairs(outcome) if outcome.strategy == "dpo" else _demonstrations(outcome)
+    if outcome.prompts < FEW_PROMPTS:
+        few = "of one prompt alone" if outcome.prompts == 1 else f"of {outcome.prompts} prompts alone"
+        told = f"{found.sentence[:-1]}; these are figures {few}, which say little of others (take {FEW_PROMPTS} or more)."
+        found = Verdict("doubtful", "Too few held-out prompts", told)
     if outcome.status == "completed":
         return found
     tone: Tone = "bad" if found.tone == "bad" or outcome.status == "unhealthy" else "doubtful"
@@ -68,7 +74,7 @@ ENDINGS = {
     "completed": "The training finished all of its {steps} steps",
     "interrupted": "The training was interrupted after step {steps}",
     "unhealthy": "The training was stopped as unhealthy after step {steps}",
-    "unfinished": "The training has not ended; it has come to step {steps}",
+    "unfinished": "There is no end of this training here; it came to step {steps}",
 }
 
 
@@ -81,11 +87,12 @@ def _ending(outcome: Outcome) -> str:
 
 def _unjudged(outcome: Outcome) -> Verdict:
     """A run without figures on held-out rows: the training's own say only what was fitted."""
+    missed = "its judging did not come to an end (dpo eval judges it anew)" if outcome.rows else "nothing was held out"
     rest = {
-        "completed": ", but nothing was held out, so nothing tells whether it is better than its base",
+        "completed": f", but {missed}, so nothing tells whether it is better than its {outcome.base}",
         "interrupted": f"; {outcome.who} so far is saved and not judged",
         "unhealthy": f"; {outcome.who} as it was then is saved and not judged",
-        "unfinished": ", and nothing is judged before its end",
+        "unfinished": ", and nothing is judged before an end",
     }
     tone: Tone = "bad" if outcome.status == "unhealthy" else "open"
     return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}{rest[outcome.status]}.")
@@ -98,18 +105,19 @@ def _pairs(outcome: Outcome) -> Verdict:
     prefers = f"{_sentence_case(outcome.who)} prefers the chosen response in {share(accuracy)} of {outcome.rows} held-out pairs"
     by = {1: "by a margin of", 0: "by a margin not clear of zero,", -1: "with a margin below zero,"}[sign(margin)]
     changed = {
-        1: f"the base's own preferences improved by {points(gain, signed=False)}",
-        0: f"that the base's own preferences changed is not clear, {points(gain)}",
-        -1: f"the base's own preferences got worse, {points(gain)}",
+        1: f"prefers it in {points(gain, signed=False)} more of the pairs than the {outcome.base} does",
+        0: f"does not clearly prefer it in more of the pairs than the {outcome.base} does, {points(gain)}",
+        -1: f"prefers it in {points(negative(gain), signed=False)} fewer of the pairs than the {outcome.base} does",
     }[sign(gain)]
     kl, is_far = _distance(outcome)
-    sentence = f"{prefers}, {by} {number(margin)} at a loss of {loss['value']:.3f}; {changed}, and {kl}{_warned(outcome)}."
+    told = f"{prefers}, {by} {number(margin)} at a loss of {loss['value']:.3f}; by its log-probs alone it {changed}"
+    sentence = f"{told}, and {kl}{_warned(outcome)}."
     if sign(margin) < 0 or sign(gain) < 0:
-        return Verdict("bad", "Worse than its base", sentence)
+        return Verdict("bad", f"Worse than its {outcome.base}", sentence)
     if sign(margin) == 0:
         return Verdict("doubtful", "No clear effect", sentence)
     if sign(gain) == 0:
-        return Verdict("doubtful", "No clear gain over its base", sentence)
+        return Verdict("doubtful", f"No clear gain over its {outcome.base}", sentence)
     return Verdict(*_of_gain(outcome, is_far), sentence)
 
 
@@ -118,9 +126,9 @@ def _demonstrations(outcome: Outcome) -> Verdict:
     policy, gain = outcome.judged["policy"], outcome.judged["gain"]
     loss, right = gain["loss"], gain["token_accuracy"]
     fell = {
-        -1: f"below the base's by {number(_negative(loss))}",
-        0: f"not clearly another than the base's ({number(loss, signed=True)})",
-        1: f"above the base's by {number(loss)}",
+        -1: f"below the {outcome.base}'s by {number(negative(loss))}",
+        0: f"not clearly another than the {outcome.base}'s ({number(loss, signed=True)})",
+        1: f"above the {outcome.base}'s by {number(loss)}",
     }[sign(loss)]
     whose = "model's" if outcome.whole else "adapter's"
     kl, is_far = _distance(outcome)
@@ -129,19 +137,19 @@ def _demonstrations(outcome: Outcome) -> Verdict:
         f"it finds {share(policy['token_accuracy'])} of their tokens most likely ({points(right)}), and {kl}{_warned(outcome)}."
     )
     if sign(loss) > 0:
-        return Verdict("bad", "Worse than its base", sentence)
+        return Verdict("bad", f"Worse than its {outcome.base}", sentence)
     if sign(loss) == 0:
-        return Verdict("doubtful", "No clear gain over its base", sentence)
+        return Verdict("doubtful", f"No clear gain over its {outcome.base}", sentence)
     return Verdict(*_of_gain(outcome, is_far), sentence)
 
 
 def _of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
     """The tone and the title where the gain is clear."""
     if is_far:
-        return "doubtful", "Clear gain, but far from its base"
+        return "doubtful", f"Clear gain, but far from its {outcome.base}"
     if outcome.warnings:
         return "doubtful", "Clear gain, with a warning"
-    return "good", "Clear gain over its base"
+    return "good", f"Clear gain over its {outcome.base}"
 
 
 def _distance(outcome: Outcome) -> tuple[str, bool]:
@@ -150,21 +158,17 @@ def _distance(outcome: Outcome) -> tuple[str, bool]:
     policy = outcome.judged["policy"]
     if sampled := policy.get("kl_sequence"):
         is_far = outcome.max_kl is not None and sampled["value"] > outcome.max_kl
-        told = f"it is {sampled['value']:.3g} nats per answer from the base"
+        told = f"it is {sampled['value']:.3g} nats per answer from the {outcome.base}"
         if outcome.max_kl is None:
             return told, False
         return f"{told} ({'over the limit of' if is_far else 'limit'} {outcome.max_kl:g})", is_far
-    return f"it is {policy['kl_token']['value']:.2g} nats per token from the base", False
+    return f"it is {policy['kl_token']['value']:.2g} nats per token from the {outcome.base}", False
 
 
 def _warned(outcome: Outcome) -> str:
     count = outcome.warnings
     words = NUMBERS[count] if count < len(NUMBERS) else str(count)
     return f"; {words} warning{' was' if count == 1 else 's were'} raised" if count else ""
-
-
-def _negative(figure: Figure) -> Figure:
-    return {"value": -figure["value"], "low": -figure["high"], "high": -figure["low"]}
 
 
 def _sentence_case(text: str) -> str:

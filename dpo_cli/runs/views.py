@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.console import json_text
 from dpo_cli.runs.charts import DIGITS
 from dpo_cli.runs.contents import Contents
-from dpo_cli.runs.words import TERMS, TOGETHER, is_finite
+from dpo_cli.runs.words import TERMS, TOGETHER, Told, is_better_large, is_finite, number
 
 MOST_TEXT = 1500  # characters shown of one text
 
 
-def tiles(run: Contents) -> list[dict[str, str]]:
+def tiles(run: Contents) -> list[tuple[str, Told]]:
     """The figures that a reader looks for first; those that belong together stand together."""
     if run.judged is None:
         return []
@@ -23,44 +22,32 @@ def tiles(run: Contents) -> list[dict[str, str]]:
     shown, gained = TOGETHER[run.strategy]
     far = "kl_sequence" if policy.get("kl_sequence") else "kl_token"
     return [
-        *(_tile(TERMS[name].label, TERMS[name].text(policy[name])) for name in shown),
-        _tile(f"gain in {TERMS[gained].label}", TERMS[gained].gain(gain[gained])),
-        _tile(TERMS[far].label, TERMS[far].text(policy[far])),
+        *((TERMS[name].label, TERMS[name].told(policy[name])) for name in shown),
+        (f"gain in {TERMS[gained].label}", TERMS[gained].gain(gain[gained])),
+        (TERMS[far].label, TERMS[far].told(policy[far])),
     ]
 
 
-def _tile(label: str, text: str) -> dict[str, str]:
-    value, _, about = text.partition(" points" if " points" in text else " [")
-    return {"label": label, "value": value, "about": f"points{about}" if " points" in text else f"[{about}"}
-
-
 def against(run: Contents) -> list[dict[str, Any]]:
-    """The rows of the table of base, adapter and gain."""
+    """The rows of the table of base, adapter and gain; the whisker is drawn where the gain is a number."""
     assert run.judged is not None
     sides = run.judged
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, term in TERMS.items():
         if sides["policy"].get(name) is None:
             continue
-        gain = sides["gain"].get(name)
-        row = {"label": term.label, "base": term.text(sides["base"].get(name)), "policy": term.text(sides["policy"][name])}
-        rows.append(
-            {
-                **row,
-                "gain": term.gain(gain) if gain else "",
-                "whisker": gain if gain and is_finite(gain) else None,
-                "good": not term.less_is_better,
-            }
-        )
+        base, gain = sides["base"].get(name), sides["gain"].get(name)
+        row: dict[str, Any] = {
+            "label": term.label,
+            "base": term.told(base) if base else "",
+            "policy": term.told(sides["policy"][name]),
+        }
+        row |= {"gain": term.gain(gain) if gain else "", "whisker": gain if gain and is_finite(gain) else None}
+        rows.append({**row, "good": is_better_large(name)})
     if run.evaluation and (tokens := run.evaluation.get("answer_tokens")):
-        length = {side: lengths(tokens[side]) for side in ("base", "policy")}
-        rows.append({"label": "answer tokens", **length, "gain": lengths(tokens["gain"], "+"), "whisker": None, "good": True})
+        row = {"label": "answer tokens"} | {side: number(tokens[side], digits=1) for side in ("base", "policy")}
+        rows.append({**row, "gain": number(tokens["gain"], signed=True, digits=1), "whisker": None, "good": True})
     return rows
-
-
-def lengths(figure: Mapping[str, float], sign: str = "") -> str:
-    """Tokens, with one digit after the point."""
-    return "{value:{form}} [{low:{form}}, {high:{form}}]".format(**figure, form=f"{sign}.1f")
 
 
 def categories(run: Contents) -> dict[str, Any] | None:
@@ -71,8 +58,8 @@ def categories(run: Contents) -> dict[str, Any] | None:
     shown, gained = TOGETHER[run.strategy]
     rows = []
     for name, part in found.items():
-        cells = [TERMS[figure].text(part["policy"][figure]) for figure in shown]
-        rows.append((name, part[run.noun], [*cells, TERMS[gained].gain(part["gain"][gained])]))
+        figures = [TERMS[figure].told(part["policy"][figure]) for figure in shown]
+        rows.append((name, part[run.noun], [*figures, TERMS[gained].gain(part["gain"][gained])]))
     return {"names": [*(TERMS[name].label for name in shown), f"gain in {TERMS[gained].label}"], "rows": rows}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dpo_cli.evaluation.thresholds import BETTER_SMALL
+
 Figure = Mapping[str, float]  # value, low, high: a 95 % interval
 
 
@@ -18,42 +20,64 @@ def sign(figure: Figure) -> int:
     return (figure["low"] > 0) - (figure["high"] < 0)
 
 
-def share(figure: Figure) -> str:
+def negative(figure: Figure) -> Figure:
+    return {"value": -figure["value"], "low": -figure["high"], "high": -figure["low"]}
+
+
+@dataclass(frozen=True)
+class Told:
+    """A figure as text: its value, and its interval with the unit where that is a word."""
+
+    value: str
+    about: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.about}".rstrip()
+
+
+NOT_FINITE = Told("not finite")
+
+
+def share(figure: Figure) -> Told:
     """98.8 % [96, 100]"""
-    return f"{100 * figure['value']:.1f} % [{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]"
+    return Told(f"{100 * figure['value']:.1f} %", f"[{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]")
 
 
-def points(figure: Figure, signed: bool = True) -> str:
+def points(figure: Figure, signed: bool = True) -> Told:
     """+14.1 points [+8, +21]: a difference of two shares."""
     one, whole = ("+.1f", "+.0f") if signed else (".1f", ".0f")
-    return f"{100 * figure['value']:{one}} points [{100 * figure['low']:{whole}}, {100 * figure['high']:{whole}}]"
+    return Told(f"{100 * figure['value']:{one}}", f"points [{100 * figure['low']:{whole}}, {100 * figure['high']:{whole}}]")
 
 
-def number(figure: Figure, signed: bool = False, digits: int = 3) -> str:
+def number(figure: Figure, signed: bool = False, digits: int = 3) -> Told:
     """1.401 [1.193, 1.620]"""
     form = f"{'+' if signed else ''}.{digits}f"
-    return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
+    return Told(f"{figure['value']:{form}}", f"[{figure['low']:{form}}, {figure['high']:{form}}]")
 
 
 @dataclass(frozen=True)
 class Term:
-    """A figure in words. A `share` is shown in per cent; `less_is_better` says which gain is good."""
+    """A figure in words. A `share` is shown in per cent."""
 
     label: str
     meaning: str
     is_share: bool = False
-    less_is_better: bool = False
     digits: int = 3
 
-    def text(self, figure: Figure | None) -> str:
-        if figure is None or not is_finite(figure):
-            return "" if figure is None else "not finite"
+    def told(self, figure: Figure) -> Told:
+        if not is_finite(figure):
+            return NOT_FINITE
         return share(figure) if self.is_share else number(figure, digits=self.digits)
 
-    def gain(self, figure: Figure) -> str:
+    def gain(self, figure: Figure) -> Told:
         if not is_finite(figure):
-            return "not finite"
+            return NOT_FINITE
         return points(figure) if self.is_share else number(figure, signed=True, digits=self.digits)
+
+
+def is_better_large(name: str) -> bool:
+    """Whether a gain in the figure above zero is a good one."""
+    return name not in BETTER_SMALL
 
 
 # The figures that are never told without each other, and the one whose gain goes with them.
@@ -63,7 +87,7 @@ TOGETHER = {"dpo": (("accuracy", "margin", "loss"), "logp_accuracy"), "sft": (("
 TERMS = {
     "accuracy": Term(
         "reward accuracy",
-        "The share of pairs whose chosen response has the larger reward, beta * (log p of the adapter - log p of the base); "
+        "The share of pairs whose chosen response has the larger reward, beta * (log p after - log p before the training); "
         "a tie counts half. It reaches 1 long before a model has changed, so read it with the margin.",
         is_share=True,
     ),
@@ -71,13 +95,12 @@ TERMS = {
     "loss": Term(
         "loss",
         "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats per token.",
-        less_is_better=True,
     ),
     "token_accuracy": Term("token accuracy", "The share of tokens that the model finds most likely.", is_share=True),
     "logp_accuracy": Term(
         "log-prob accuracy",
-        "The share of pairs in which one model alone gives the chosen response the larger probability. The gain, adapter minus "
-        "base on the same pairs, is what training changed.",
+        "The share of pairs in which one model alone gives the chosen response the larger probability. The gain, after "
+        "minus before on the same pairs, is what training changed.",
         is_share=True,
     ),
     "normalized_logp_accuracy": Term(
@@ -85,12 +108,9 @@ TERMS = {
     ),
     "kl_sequence": Term(
         "KL per answer",
-        "How far the policy has moved from its base: log p of both over answers that the policy samples, nats. The "
+        "How far the training has moved the model: log p after - log p before over answers sampled after it, nats. The "
         "documentation says below 10.",
-        less_is_better=True,
         digits=1,
     ),
-    "kl_token": Term(
-        "KL per token", "The exact KL divergence from the base at each token of the responses, nats.", less_is_better=True
-    ),
+    "kl_token": Term("KL per token", "The exact KL divergence from before the training at each token of the responses, nats."),
 }
