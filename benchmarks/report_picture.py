@@ -16,7 +16,8 @@ def main() -> None:
     page, picture = map(Path, sys.argv[1:])
     if CHROMIUM is None:
         raise SystemExit("chromium is not installed")
-    with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as opened:
+    with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as started:
+        opened = started.page(Path(folder))
         opened.look(WIDTH, HEIGHT)
         opened.open(page.absolute().as_uri())
         picture.write_bytes(opened.picture())

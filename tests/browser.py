@@ -1,12 +1,14 @@
-"""A headless Chromium with one page in it, driven over the DevTools protocol on a pipe: no driver to install, no open port."""
+"""A headless Chromium and pages in it, driven over the DevTools protocol on a pipe: no driver to install, no open port."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,16 +25,51 @@ FLAGS = (
 )
 
 
-class Page:
-    """The page; `console` has what it logged or threw, `requests` the addresses that it asked for."""
+WAIT = 30.0  # seconds until a browser that says nothing has failed
+
+
+class Browser:
+    """A running browser: what is written to it, and what it writes."""
 
     def __init__(self, commands: int, events: int) -> None:
-        self.commands, self.events, self.number = commands, os.fdopen(events, "rb"), 0
+        self.commands, self.events, self.number = commands, events, 0
+        self.unread = b""
+
+    def page(self, downloads: Path) -> Page:
+        """A page that shares no storage with another; what it saves lands in `downloads`."""
+        return Page(self, downloads)
+
+    def send(self, message: dict[str, Any]) -> int:
+        self.number += 1
+        os.write(self.commands, json.dumps({"id": self.number, **message}).encode() + b"\0")
+        return self.number
+
+    def next(self) -> dict[str, Any]:
+        """The next answer or event."""
+        deadline = time.monotonic() + WAIT
+        while b"\0" not in self.unread:
+            ready, _, _ = select.select([self.events], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"the browser said nothing for {WAIT:.0f} s"
+            part = os.read(self.events, 1 << 20)
+            assert part, "the browser is gone"
+            self.unread += part
+        text, _, self.unread = self.unread.partition(b"\0")
+        message: dict[str, Any] = json.loads(text)
+        return message
+
+
+class Page:
+    """A page; `console` has what it logged or threw, `requests` the addresses that it asked for."""
+
+    def __init__(self, browser: Browser, downloads: Path) -> None:
+        self.browser = browser
         self.console: list[str] = []
         self.requests: list[str] = []
         self.loaded = 0
         self.session: dict[str, str] = {}
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        own = {"browserContextId": self.call("Target.createBrowserContext")["browserContextId"]}
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads), **own)
+        target = self.call("Target.createTarget", url="about:blank", **own)["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self.session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -40,20 +77,16 @@ class Page:
 
     def call(self, method: str, **parameters: Any) -> Any:
         """What the browser answers; the events that come before are noted."""
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters, **self.session}
-        os.write(self.commands, json.dumps(message).encode() + b"\0")
-        while (answer := self._next()).get("id") != self.number:
+        number = self.browser.send({"method": method, "params": parameters, **self.session})
+        while (answer := self._next()).get("id") != number:
             pass
         assert "error" not in answer, answer
         return answer["result"]
 
     def _next(self) -> dict[str, Any]:
-        text = bytearray()
-        while (byte := self.events.read(1)) != b"\0":
-            assert byte, "the browser is gone"
-            text += byte
-        event: dict[str, Any] = json.loads(text)
+        event = self.browser.next()
+        if event.get("sessionId") != self.session.get("sessionId"):  # of a page before
+            return event
         method, parameters = event.get("method"), event.get("params", {})
         if method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.console.append(json.dumps(parameters))
@@ -110,8 +143,8 @@ class Page:
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Page]:
-    """A browser with a profile of its own in `folder`, where downloads land too."""
+def browser(folder: Path) -> Iterator[Browser]:
+    """A browser with a profile of its own in `folder`."""
     assert CHROMIUM
     to_browser, commands = os.pipe()
     events, from_browser = os.pipe()
@@ -128,11 +161,9 @@ def browser(folder: Path) -> Iterator[Page]:
     os.close(to_browser)
     os.close(from_browser)
     try:
-        page = Page(commands, events)
-        page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
-        yield page
+        yield Browser(commands, events)
     finally:
         process.terminate()
-        process.wait()
+        process.wait(WAIT)
         os.close(commands)
         os.close(events)

@@ -164,6 +164,20 @@ def test_a_stopped_run_gets_its_evaluation_from_eval(run: Run) -> None:
     assert again == before
 
 
+def test_a_plan_of_another_machine_judges_an_adapter_here(run: Run) -> None:
+    """What that machine decided or had is decided anew, with --adapter as without."""
+    _, place = run(eval_split=0.4)
+    here = evaluate(Request(str(place)), Console())
+    plan = json.loads((place / "plan.json").read_text(encoding="utf-8"))
+    plan["config"] |= {"device": "cuda", "bf16": True}
+    for sources in ({"device": "config", "bf16": "measured"}, {"device": "measured", "bf16": "measured"}):
+        plan["sources"] |= sources
+        (place / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+        assert (
+            evaluate(Request(str(place), place / "adapter", overrides=("bf16=false",)), Console())["policy"] == here["policy"]
+        )
+
+
 FIGURE = {"value": 0.7, "low": 0.6, "high": 0.8}
 JUDGED: dict[str, Any] = {
     "policy": {"accuracy": FIGURE, "loss": FIGURE, "kl_sequence": None},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +187,39 @@ def test_time_left_counts_the_evaluations_on_the_way() -> None:
     pace.see({"split": "eval", "step": 20}, 200.0)
     assert pace.left(100, 200.0) == 80 * 2 + 8 * 30
     assert pace.left(100, 9999.0) == 0
+
+
+def test_time_left_where_evaluations_fall_between_lines() -> None:
+    """Steps of 2 s and 50 tokens; a line every 10 and an evaluation of 30 s every 15, which is on the way once more."""
+    pace = Pace(now=0.0)
+    pace.see({"split": "train", "step": 10, "tokens": 500, "tokens_per_second": 25.0}, 20.0)
+    pace.see({"split": "eval", "step": 15}, 60.0)
+    pace.see({"split": "train", "step": 20, "tokens": 1000, "tokens_per_second": 25.0}, 70.0)
+    assert pace.left(30, 70.0) == 10 * 2 + 30
+
+
+def test_the_time_left_is_read_while_lines_come() -> None:
+    """Rich draws in a thread of its own, and an error would end it."""
+    pace, failed, ended = Pace(now=0.0), [], threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            try:
+                pace.left(10**6, 0.0)
+            except RuntimeError as error:
+                failed.append(error)
+                return
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    for step in range(1, 5001):
+        pace.see({"split": "train", "step": step, "tokens": step, "tokens_per_second": 1.0}, float(step))
+    ended.set()
+    drawing.join()
+    sys.setswitchinterval(interval)
+    assert failed == []
 
 
 def test_an_evaluation_between_two_lines_is_no_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -536,8 +536,9 @@ def test_a_comparison_replaces_its_own_pages_alone(copied: Path, tmp_path: Path)
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
+    folder = tmp_path_factory.mktemp("browser")
+    with browser(folder) as started:
+        yield started.page(folder)
 
 
 def test_the_pages_draw_say_nothing_and_ask_for_nothing(page: Page, copied: Path, tmp_path: Path) -> None:

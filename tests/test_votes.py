@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM, Page, browser
+from browser import CHROMIUM, WAIT, Browser, Page, browser
 from conftest import ROOT, Run
 from test_ranking import Endpoint, endpoint, longer_is_better, shown  # noqa: F401 - endpoint is a fixture
 from typer.testing import CliRunner
@@ -130,14 +131,21 @@ def test_what_does_not_go_together_is_wrong_usage(words: list[str]) -> None:
     assert CliRunner().invoke(app, ["eval", *words]).exit_code == 2
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[Page]:
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here")
+    with browser(tmp_path_factory.mktemp("browser")) as started:
+        yield started
+
+
+@pytest.fixture
+def page(chromium: Browser, tmp_path: Path) -> Page:
+    """The page of votes in a window that remembers nothing of the tests before."""
     (tmp_path / "side-by-side.html").write_text(votes.page(made(), 1), encoding="utf-8")
-    with browser(tmp_path) as opened:
-        opened.open((tmp_path / "side-by-side.html").as_uri())
-        yield opened
+    opened = chromium.page(tmp_path)
+    opened.open((tmp_path / "side-by-side.html").as_uri())
+    return opened
 
 
 def seen(page: Page) -> tuple[str, list[str]]:
@@ -150,7 +158,9 @@ def downloaded(page: Page, folder: Path) -> dict[str, Any]:
     place = folder / "votes.json"
     place.unlink(missing_ok=True)
     page.js("save()")
+    deadline = time.monotonic() + WAIT
     while not place.exists():
+        assert time.monotonic() < deadline, f"the page saved nothing within {WAIT:.0f} s"
         page.js("new Promise((resolve) => setTimeout(resolve, 20))")
     return votes.read(place)
 
@@ -279,6 +289,12 @@ def refused(place: Path, words: list[str]) -> None:
     """What is wrong with a contest is told before a model is loaded, and votes of people stay."""
     told = CliRunner().invoke(app, ["eval", str(place), "--side-by-side", "2", "--judge"])
     assert told.exit_code == 3 and "judge_url" in told.stderr and "[rank-incomplete]" in told.stderr
+    plan = (place / "plan.json").read_text(encoding="utf-8")
+    (place / "plan.json").write_text(plan.replace('"eval_split": 0.5', '"eval_split": 0'), encoding="utf-8")
+    told = CliRunner().invoke(app, ["eval", str(place), "--side-by-side", "2"])
+    assert told.exit_code == 3 and "[nothing-to-compare]" in told.stderr
+    assert "nothing was held out" not in told.stdout  # as an evaluation says it
+    (place / "plan.json").write_text(plan, encoding="utf-8")
     told = CliRunner().invoke(app, ["eval", str(place), "beta=0.5", "--side-by-side", "2"])
     assert told.exit_code == 2 and "dpo eval takes no beta=" in told.stderr
     (place / "votes.json").write_text(json.dumps(voted("adapter")), encoding="utf-8")
