@@ -238,7 +238,7 @@ def report(
 ) -> None:
     """Write a run's report.html anew; of several runs, one page that compares them."""
     with session(as_json, debug) as console:
-        from dpo_cli.runs.report import write_comparison, write_report
+        from dpo_cli.report.writing import write_comparison, write_report
 
         paths = [Path(name) for name in run_dirs]
         if len(paths) == 1 and out is not None:

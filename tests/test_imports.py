@@ -29,6 +29,7 @@ ORDER = [
     "training",
     "evaluation",
     "runs",
+    "report",
     "publish",
     "judge",
     "evaluation.opening",

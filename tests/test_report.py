@@ -24,13 +24,13 @@ from dpo_cli.console import Console
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.plan import resolve
-from dpo_cli.runs import comparison, curves
-from dpo_cli.runs.charts import MOST_POINTS, Curve, Plot, histogram, mark_text, thinned, ticks
-from dpo_cli.runs.contents import Contents
+from dpo_cli.report import comparison, curves
+from dpo_cli.report.charts import MOST_POINTS, Curve, Plot, histogram, mark_text, thinned, ticks
+from dpo_cli.report.contents import Contents
+from dpo_cli.report.verdict import Outcome, verdict
+from dpo_cli.report.writing import PAGES, report, write_comparison
 from dpo_cli.runs.directory import REPORT, RunDirectory
 from dpo_cli.runs.manifest import manifest
-from dpo_cli.runs.report import PAGES, report, write_comparison
-from dpo_cli.runs.verdict import Outcome, verdict
 from dpo_cli.training.run import train
 
 NASTY = "</script><script>alert(1)</script>'\"&"

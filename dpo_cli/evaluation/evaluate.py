@@ -10,9 +10,9 @@ from dpo_cli.evaluation.contest import contest_of
 from dpo_cli.evaluation.judging import ANSWERS, ROW_BY_ROW, answered, judge, measure
 from dpo_cli.evaluation.opening import OpenedRun, load_policy, open_adapter, open_run
 from dpo_cli.evaluation.request import Request
+from dpo_cli.report.writing import write_report
 from dpo_cli.runs.directory import EVALUATION
 from dpo_cli.runs.log import log_to
-from dpo_cli.runs.report import write_report
 
 SHOWN = 3  # prompts whose answers are printed
 

@@ -26,11 +26,11 @@ from dpo_cli.plan import Plan, Scoring, resolve
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.publish.hub import push
+from dpo_cli.report.writing import write_report
 from dpo_cli.runs.card import card
 from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
 from dpo_cli.runs.manifest import manifest
-from dpo_cli.runs.report import write_report
 from dpo_cli.training import dpo, sft
 from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.record import Record

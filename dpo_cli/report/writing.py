@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 import dpo_cli
 from dpo_cli.errors import UsageError
-from dpo_cli.runs import comparison, curves, views
-from dpo_cli.runs.contents import Contents
+from dpo_cli.report import comparison, curves, views
+from dpo_cli.report.contents import Contents
+from dpo_cli.report.words import TERMS
 from dpo_cli.runs.directory import REPORT, RunDirectory
-from dpo_cli.runs.words import TERMS
 
 PAGES = Path(__file__).parent / "pages"
 MARK = '<meta name="generator" content="dpo '  # of a page that may be replaced

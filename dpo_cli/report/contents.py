@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.runs.charts import Point
+from dpo_cli.report.charts import Point
+from dpo_cli.report.verdict import Outcome, Verdict, verdict
 from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
-from dpo_cli.runs.verdict import Outcome, Verdict, verdict
 
 
 @dataclass(frozen=True)

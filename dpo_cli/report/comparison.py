@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from dpo_cli.console import json_text
-from dpo_cli.runs.charts import Curve, Plot
-from dpo_cli.runs.contents import Contents
-from dpo_cli.runs.curves import COMPARED, KINDS, levels
-from dpo_cli.runs.views import duration
-from dpo_cli.runs.words import TERMS
+from dpo_cli.report.charts import Curve, Plot
+from dpo_cli.report.contents import Contents
+from dpo_cli.report.curves import COMPARED, KINDS, levels
+from dpo_cli.report.views import duration
+from dpo_cli.report.words import TERMS
 
 PLACES = {"output_dir"}  # differ between any two runs, and say nothing
 

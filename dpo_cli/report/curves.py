@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import quantiles
 from typing import Any
 
-from dpo_cli.runs.charts import Bars, Curve, Plot, histogram
-from dpo_cli.runs.contents import Contents
+from dpo_cli.report.charts import Bars, Curve, Plot, histogram
+from dpo_cli.report.contents import Contents
 
 
 @dataclass(frozen=True)

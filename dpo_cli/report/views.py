@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.console import json_text
-from dpo_cli.runs.charts import DIGITS
-from dpo_cli.runs.contents import Contents
-from dpo_cli.runs.words import TERMS, TOGETHER, Told, is_better_large, is_finite, number
+from dpo_cli.report.charts import DIGITS
+from dpo_cli.report.contents import Contents
+from dpo_cli.report.words import TERMS, TOGETHER, Told, is_better_large, is_finite, number
 
 MOST_TEXT = 1500  # characters shown of one text
 
