@@ -172,12 +172,13 @@ def _model_problems(plan: Plan) -> Iterator[Problem]:
         fix = f'write "max_seq_length": {context}'
         yield Problem("warning", "beyond-context", message, fix, "max_seq_length", stops_training=stretches)
     wanted, names = config.target_modules, facts.linear_names()
-    unknown = set() if isinstance(wanted, str) else set(wanted) - names.keys() - {"embed_tokens", "lm_head"}
-    is_lost = (
-        isinstance(wanted, str)
-        and wanted != "all-linear"
-        and not any(re.fullmatch(wanted, name) for all_names in names.values() for name in all_names)
-    )
+    whole = [name for all_names in names.values() for name in all_names]
+    unknown = {
+        name
+        for name in ([] if isinstance(wanted, str) else wanted)
+        if name not in (*names, *whole, "embed_tokens", "lm_head") and not any(one.endswith(f".{name}") for one in whole)
+    }
+    is_lost = isinstance(wanted, str) and wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in whole)
     if unknown or is_lost:
         message = f"{plan.model_label} has no linear layer named {', '.join(sorted(unknown)) or wanted}"
         fix = f"it has {', '.join(names)}, in names like {names['o_proj'][0]}"

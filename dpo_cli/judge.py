@@ -62,17 +62,18 @@ class Judge:
             verdicts = list(pool.map(lambda order: self.compare(prompt, *(answers[place].text for place in order)), orders))
         scores = [0.0] * len(answers)
         for i, (one, other) in enumerate(duels):
-            won = settled(*verdicts[2 * i : 2 * i + 2])
+            won = settled(*(said or "T" for said in verdicts[2 * i : 2 * i + 2]))  # no verdict is a tie here
             scores[one] += won
             scores[other] -= won
         return scores
 
-    def better(self, prompt: str, one: str, other: str) -> float:
-        """1 where the judge prefers the one in both orders, -1 where it prefers the other, else 0."""
-        return settled(self.compare(prompt, one, other), self.compare(prompt, other, one))
+    def better(self, prompt: str, one: str, other: str) -> float | None:
+        """1 where the judge prefers the one in both orders, -1 where it prefers the other, else 0; None without a verdict."""
+        first, second = self.compare(prompt, one, other), self.compare(prompt, other, one)
+        return settled(first, second) if first and second else None
 
-    def compare(self, prompt: str, one: str, other: str) -> Verdict:
-        """The judge's word on two answers in this order; what is no verdict is a tie."""
+    def compare(self, prompt: str, one: str, other: str) -> Verdict | None:
+        """The judge's word on two answers in this order; None for a reply that is no verdict."""
         asked = ASK.format(criterion=self.criterion, prompt=prompt, one=one, other=other)
         body = {"model": self.model, "messages": [{"role": "user", "content": asked}], "temperature": 0}
         try:
@@ -107,8 +108,8 @@ def settled(first: Verdict, second: Verdict) -> float:
     return {("A", "B"): 1.0, ("B", "A"): -1.0}.get((first, second), 0.0)
 
 
-def verdict(reply: str) -> Verdict:
-    """The letter in the last line of a reply; anything but one letter is a tie."""
+def verdict(reply: str) -> Verdict | None:
+    """The letter in the last line of a reply; None for anything but one letter."""
     last = next((line for line in reversed(reply.splitlines()) if line.strip()), "")
     found = re.fullmatch(r"\W*(?:answer|verdict)?\W*([ABT])\W*", last, re.IGNORECASE)
-    return found[1].upper() if found else "T"  # type: ignore[return-value]
+    return found[1].upper() if found else None  # type: ignore[return-value]

@@ -14,6 +14,7 @@ from conftest import Run, made_row, tiny_model
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_cli.config.config import load
 from dpo_cli.console import Console
 from dpo_cli.errors import InvalidInput, RunFailed, UsageError
 from dpo_cli.evaluation import divergence, judging
@@ -22,6 +23,8 @@ from dpo_cli.evaluation.intervals import Intervals
 from dpo_cli.evaluation.request import Request
 from dpo_cli.evaluation.samples import Answer, Sampling, generate
 from dpo_cli.evaluation.thresholds import OF_VOTES, judged_by, parse
+from dpo_cli.hardware.probe import probe
+from dpo_cli.inspection import inspect
 
 
 def by_hand(model_dir: Path, adapter: Path, rows: list[dict[str, Any]], beta: float) -> dict[str, float]:
@@ -325,3 +328,22 @@ def test_no_answer_goes_beyond_the_context(tokenizer: Any) -> None:
     ((answer,),) = generate(model, tokenizer, [[5] * 1019], sampling, torch.float32)
     assert answer.tokens <= 5
     assert generate(model, tokenizer, [[5] * 1024], sampling, torch.float32) == [[Answer("", 0, False)]]
+
+
+def test_a_dataset_that_is_not_there_is_told(run: Run) -> None:
+    _, place = run(eval_split=0)
+    with pytest.raises(InvalidInput) as caught:
+        evaluate(Request(str(place), dataset="/nowhere/pairs.jsonl"), Console())
+    assert any(problem.key == "dataset" and problem.severity == "error" for problem in caught.value.problems)
+
+
+def test_layers_may_be_named_by_their_whole_names(
+    tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]
+) -> None:
+    """As PEFT writes them into an adapter of "all-linear", whose shape a next stage takes over."""
+    config = tmp_path / "config.json"
+    for names, found in [(["model.layers.0.mlp.down_proj", "0.self_attn.q_proj"], 0), (["model.layers.9.mlp.down_proj"], 1)]:
+        values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "target_modules": names}
+        config.write_text(json.dumps(values), encoding="utf-8")
+        codes = [problem.code for problem in inspect(load(str(config)), probe()).problems]
+        assert codes.count("no-such-layer") == found

@@ -189,5 +189,6 @@ def test_a_judge_that_cannot_be_used_is_told_at_once(endpoint: Endpoint, status:
 
 
 def test_verdicts() -> None:
-    said = {"A": "A", " b.\n": "B", "**B**": "B", "Both are right.\n\nAnswer: A": "A", "T": "T", "A is better than B": "T"}
-    assert {reply: verdict(reply) for reply in (*said, "", "maybe")} == {**said, "": "T", "maybe": "T"}
+    said = {"A": "A", " b.\n": "B", "**B**": "B", "Both are right.\n\nAnswer: A": "A", "T": "T"}
+    unclear = dict.fromkeys(("A is better than B", "", "maybe", "1"))
+    assert {reply: verdict(reply) for reply in (*said, *unclear)} == {**said, **unclear}

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from dpo_cli.cli import app
 from dpo_cli.config.config import load
 from dpo_cli.console import Console
+from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.plan import resolve
@@ -452,6 +453,15 @@ def test_what_is_no_run_is_told(copied: Path, tmp_path: Path) -> None:
         problem = json.loads(done.stdout)["problems"][0]
         assert (done.exit_code, problem["code"]) == (3, "not-a-run") and told in problem["message"]
     assert CliRunner().invoke(app, ["report", str(copied), "--out", str(tmp_path / "page.html")]).exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["plan.json", "manifest.json", "metrics.json", "evaluation.json", "metrics.jsonl"])
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"step": "one", "split": "train"}', "{"])
+def test_a_damaged_file_is_named(copied: Path, name: str, text: str) -> None:
+    (copied / name).write_text(f"{text}\n", encoding="utf-8")
+    with pytest.raises(InvalidInput, match="is damaged: ") as caught:
+        Contents.read(copied)
+    assert f"{name} is damaged" in caught.value.problems[0].message
 
 
 def test_a_comparison_tells_what_differs_and_what_does_not_compare(copied: Path, tmp_path: Path) -> None:

@@ -302,3 +302,23 @@ def refused(place: Path, words: list[str]) -> None:
     assert told.exit_code == 3 and "[votes-of-people]" in told.stderr
     assert votes.read(place / "votes.json") == voted("adapter")
     (place / "votes.json").unlink()
+
+
+def test_a_reply_that_is_no_verdict_is_no_vote(run: Run, endpoint: Endpoint) -> None:  # noqa: F811
+    """Half of the replies say nothing: these prompts stay open, and the same command asks for them again; all: exit 1."""
+    _, place = run(eval_split=0.5, learning_rate=1.0, max_new_tokens=16)
+    options = {"judge_url": endpoint.url, "judge_model": "judge-1"}
+    words = ["eval", str(place), f"augment={json.dumps(options)}", "--side-by-side", "99", "--judge"]
+    endpoint.reply = lambda _: (200, "I really cannot say, both are great!")
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 1 and "its replies are not A, B or T" in told.stderr
+    open_before = [
+        vote["prompt"]
+        for vote in json.loads((place / "votes.json").read_text(encoding="utf-8"))["votes"]
+        if vote["winner"] is None
+    ]
+    endpoint.reply = lambda asked: (200, "T" if f"[Prompt]\n{open_before[0]}\n" in asked else "perhaps")
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0 and "have no verdict of the judge" in told.stdout
+    kept = json.loads((place / "votes.json").read_text(encoding="utf-8"))["votes"]
+    assert [vote["prompt"] for vote in kept if vote["by"] == "judge"] == open_before[:1]

@@ -12,7 +12,7 @@ from dpo_cli.config.schema import inner_defaults
 from dpo_cli.console import Console
 from dpo_cli.data.formats import flat
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.evaluation import votes
 from dpo_cli.evaluation.samples import Sample, first_of_each_prompt
 from dpo_cli.judge import AT_ONCE, Judge
@@ -91,8 +91,9 @@ class Contest:
         asked = [vote for vote in document["votes"] if vote["winner"] is None]
 
         def ask(vote: dict[str, Any]) -> None:
-            winner = WINNERS[judge.better(flat(vote["prompt"]), vote["adapter"], vote["base"])]
-            vote |= {"winner": winner, "by": "judge"}
+            won = judge.better(flat(vote["prompt"]), vote["adapter"], vote["base"])
+            if won is not None:  # else nobody has voted: the same command asks again
+                vote |= {"winner": WINNERS[won], "by": "judge"}
 
         try:
             with console.counting("judged", len(asked), 0) as show, ThreadPoolExecutor(AT_ONCE) as pool:
@@ -100,3 +101,8 @@ class Contest:
                     show(done, "")
         finally:
             self.run.write_json(VOTES, document)
+        if asked and (silent := sum(vote["winner"] is None for vote in asked)):
+            told = f"{silent} of {len(asked)} prompts have no verdict of the judge: its replies are not A, B or T"
+            if silent == len(asked):
+                raise RunFailed(told, "ask a model that follows instructions, or another criterion")
+            console.line(f"note: {told}")

@@ -111,7 +111,7 @@ class HuggingFace:
         try:
             model = PeftModel.from_pretrained(base, str(folder), adapter_name=TRAINED)
         except (RuntimeError, ValueError) as error:  # tensors of another shape; modules that are not there
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join(str(error).split())[:300]
             raise RunFailed(f"{folder} is no adapter of {plan.model_label}: {reason}", OTHER_BASE) from error
         _require_whole(model, folder, plan)
         if plan.goes_on and (start := adapter_at(plan.config.model_name)) is not None:

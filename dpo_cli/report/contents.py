@@ -12,7 +12,43 @@ from typing import Any
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.report.charts import Point
 from dpo_cli.report.verdict import Outcome, Verdict, verdict
-from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.runs.directory import EVALUATION, LINES, MANIFEST, PLAN, SUMMARY, RunDirectory
+
+# What a file of a run has to have at least.
+NEEDED = {
+    PLAN: ("config", "sources", "counts"),
+    MANIFEST: ("dataset", "model", "versions"),
+    SUMMARY: ("status", "steps", "seconds", "eval", "base", "gain", "health"),
+    EVALUATION: ("policy", "rows", "best", "worst", "samples"),
+}
+
+
+def _parsed(run: RunDirectory, name: str) -> dict[str, Any]:
+    """A file of the run; `InvalidInput` where it is damaged."""
+    try:
+        value = run.read_json(name)
+    except ValueError as error:
+        raise _damaged(run, name, str(error)) from error
+    missing = [key for key in NEEDED[name] if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise _damaged(run, name, f"it has no {' and no '.join(missing)}")
+    return dict(value)
+
+
+def _lines(run: RunDirectory) -> list[dict[str, Any]]:
+    try:
+        lines = run.read_lines()
+    except ValueError as error:
+        raise _damaged(run, LINES, str(error)) from error
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, dict) or "split" not in line or not isinstance(line.get("step"), int):
+            raise _damaged(run, LINES, f"line {number} has no split and step")
+    return lines
+
+
+def _damaged(run: RunDirectory, name: str, why: str) -> InvalidInput:
+    message = f"{run.path / name} is damaged: {why}"
+    return InvalidInput([Problem("error", "not-a-run", message, "restore it, or train again")])
 
 
 @dataclass(frozen=True)
@@ -32,14 +68,9 @@ class Contents:
         if missing := [name for name in (PLAN, MANIFEST) if not run.has(name)]:
             message = f"{path} is not a run: it has no {' and no '.join(missing)}"
             raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a `dpo train`")])
-        try:
-            plan, manifest, lines = run.read_json(PLAN), run.read_json(MANIFEST), run.read_lines()
-            summary, evaluation = (run.read_json(name) if run.has(name) else None for name in (SUMMARY, EVALUATION))
-        except ValueError as error:
-            message = f"a file in {path} is damaged: {error}"
-            fix = "restore it, or train again"
-            raise InvalidInput([Problem("error", "not-a-run", message, fix)]) from error
-        return cls(path.absolute(), plan, manifest, lines, summary, evaluation)
+        plan, manifest = (_parsed(run, name) for name in (PLAN, MANIFEST))
+        summary, evaluation = (_parsed(run, name) if run.has(name) else None for name in (SUMMARY, EVALUATION))
+        return cls(path.absolute(), plan, manifest, _lines(run), summary, evaluation)
 
     @property
     def name(self) -> str:

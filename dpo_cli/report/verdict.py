@@ -39,7 +39,7 @@ class Outcome:
 
     @property
     def warnings(self) -> int:
-        return sum(event["action"] in ("warn", "stop") for event in self.health)
+        return sum(event["action"] == "warn" for event in self.health)
 
 
 @dataclass(frozen=True)
