@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from dpo_cli.errors import Exit
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.training.run import train
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it for them
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 ROOT = Path(__file__).parent.parent
