@@ -1,4 +1,7 @@
-"""The commands: parse, call, print, exit. Heavy modules are imported by the commands that need them."""
+"""The commands: parse, call, print, exit. Heavy modules are imported by the commands that need them.
+
+Longer than other modules: each command's words stand in its signature, and all commands in one place.
+"""
 
 from __future__ import annotations
 

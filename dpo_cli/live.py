@@ -58,7 +58,7 @@ SIDES = (Side("train", "train", "cyan", share=2, most=48), Side("eval", "held ou
 
 
 class Event(Protocol):
-    """What a health rule found (training/callbacks/health.py, which brings torch)."""
+    """What a health rule found (training/callbacks/rules.py, which brings torch)."""
 
     @property
     def action(self) -> str: ...

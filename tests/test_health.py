@@ -22,7 +22,7 @@ from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.plan import Counts, Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training.callbacks.health import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, wrong_start
+from dpo_cli.training.callbacks.rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, wrong_start
 from dpo_cli.training.dpo import PairTrainer
 from dpo_cli.training.run import train
 

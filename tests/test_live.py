@@ -22,8 +22,8 @@ from dpo_cli.console import Console
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.live import ASCII_BARS, BARS, POINTS, Curve, LiveView, Pace, sparkline
-from dpo_cli.training.callbacks.health import Event
 from dpo_cli.training.callbacks.record import Record
+from dpo_cli.training.callbacks.rules import Event
 from dpo_cli.training.run import train
 from dpo_cli.training.trainer import Totals
 

@@ -77,9 +77,8 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     changes = [*overrides, "provider=huggingface"]  # any provider's adapter is PEFT's, and is judged where its provider is not
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
-        changes += (
-            ["strategy=dpo"] if not reader.unreadable(dataset, "dataset") and reader.holds_pairs(dataset) else []
-        )  # pairs tell more, whatever was trained on
+        if not reader.unreadable(dataset, "dataset") and reader.holds_pairs(dataset):
+            changes.append("strategy=dpo")  # pairs tell more, whatever was trained on
     inspection = inspect(load(config, [*_decided_anew(config), *changes]), probe(), with_fit=False)
     data, plan = inspection.require()
     found = [problem for problem in inspection.problems if problem.severity == "warning"]

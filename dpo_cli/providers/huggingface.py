@@ -110,6 +110,8 @@ class HuggingFace:
             return Policy(_settled(self._model(plan, str(folder))).eval(), base.eval())
         try:
             model = PeftModel.from_pretrained(base, str(folder), adapter_name=TRAINED)
+        except torch.OutOfMemoryError:  # no fault of the adapter
+            raise
         except (RuntimeError, ValueError) as error:  # tensors of another shape; modules that are not there
             reason = " ".join(str(error).split())[:300]
             raise RunFailed(f"{folder} is no adapter of {plan.model_label}: {reason}", OTHER_BASE) from error
