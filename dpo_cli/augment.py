@@ -33,7 +33,7 @@ from dpo_cli.hardware.adapters import adapter_at, chain_of, model_of
 from dpo_cli.plan import Plan
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.ranking import Rank, best_pairs, ranking
-from dpo_cli.runs.directory import sha256
+from dpo_cli.runs.digests import sha256
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.training.parts import is_out_of_memory
 

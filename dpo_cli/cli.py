@@ -148,12 +148,17 @@ def train(
     config: ConfigFile,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; start where there is none.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, train nothing, write nothing.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
+        if overwrite and resume:
+            raise UsageError("--overwrite starts anew, and --resume goes on", "leave one of them out")
         stages, machine = load_stages(config, overrides or ()), probe()
         for name in dict.fromkeys(name for loaded in stages for name in reader.hub_ids(loaded.require().to_json())):
             console.line(f"fetching the dataset {name}")
@@ -161,7 +166,7 @@ def train(
         configs: list[Config] = []
         for loaded in stages:  # before torch is imported and anything is trained: a mistake is told at once
             _, plan = _inspected(loaded.on_foundation(), machine).require()
-            RunDirectory.check(plan.run_dir, overwrite or dry_run)
+            RunDirectory.check(plan.run_dir, overwrite or dry_run or resume)
             if plan.run_dir in [Path(str(config.output_dir)) for config in configs]:
                 problem = Problem(
                     "error", "stages-one-place", f"two stages would write {plan.run_dir}", STAGES_FIX, "output_dir"
@@ -174,7 +179,8 @@ def train(
             if loaded.stage:
                 console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
             ready = loaded.on_foundation() if dry_run else loaded
-            result, code = composer.train(ready, _inspected(ready, machine), machine, console, overwrite, dry_run)
+            inspection = _inspected(ready, machine)
+            result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
             results.append(result)
             if code is not Exit.DONE:
                 break

@@ -174,14 +174,29 @@ class LiveView:
         self._ended = True
         self._live.stop()
 
+    def recall(self, lines: Sequence[Line]) -> None:
+        """The lines of the training that this one continues."""
+        for line in lines:
+            self._add(line)
+            self._told = max(self._told, self._part(line))
+            if line["split"] == "train":  # how long an evaluation took is not told
+                self.pace.see(line, self.clock())
+
     def show(self, line: Line) -> None:
         """A line of metrics.jsonl, as it is written."""
         self.pace.see(line, self.clock())
+        self._add(line)
+        if not self.console.out.is_interactive:
+            self._tell(line)
+
+    def _add(self, line: Line) -> None:
         for name in FIGURES.keys() & line.keys():
             self.curves[line["split"]][name].add(line[name])
         self.step, self.peak_gb = line["step"], line["peak_memory_gb"]
-        if not self.console.out.is_interactive:
-            self._tell(line)
+
+    def _part(self, line: Line) -> int:
+        """The twentieths of the run that are done."""
+        return int(line["step"]) * PIPED_LINES // self.steps
 
     def note(self, event: Event) -> None:
         """A health event: printed once, and kept in view until the next."""
@@ -190,7 +205,7 @@ class LiveView:
 
     def _tell(self, line: Line) -> None:
         """A line of text for an evaluation, and for each twentieth of the run."""
-        part = line["step"] * PIPED_LINES // self.steps
+        part = self._part(line)
         if line["split"] == "eval" or part > self._told:
             self._told = max(part, self._told)
             figures = "  ".join(f"{label} {_short(line[name])}" for name, label in FIGURES.items() if name in line)

@@ -47,6 +47,7 @@ class Counts:
     longest_responses: int  # most tokens of both responses of a pair together
     train_tokens: int  # of all sequences of one epoch, prompts counted once per response
     shared_tokens: int  # the same with each pair's prompt counted once
+    digest: str  # SHA-256 of the token ids of all rows, in their order
 
 
 @dataclass(frozen=True)

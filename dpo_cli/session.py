@@ -28,8 +28,8 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
             yield console
     except (typer.Exit, BrokenPipeError):
         raise
-    except KeyboardInterrupt:
-        raise typer.Exit(int(Exit.SIGINT)) from None
+    except KeyboardInterrupt as error:  # of a training that was asked to stop: with the code of the signal
+        raise typer.Exit(int(error.args[0] if error.args else Exit.SIGINT)) from None
     except Exception as error:  # a DpoError, or a fault of ours or of the machine: told, and the exit code says which
         if debug:
             traceback.print_exc()

@@ -25,7 +25,7 @@ from dpo_cli.cli import app
 from dpo_cli.config.config import load
 from dpo_cli.data.reader import read
 from dpo_cli.evaluation.samples import Answer, generate
-from dpo_cli.runs.directory import sha256
+from dpo_cli.runs.digests import sha256
 
 PROMPTS = [f"question {i}" for i in range(14)]
 BATCHES = 5  # of three prompts, the last of two

@@ -70,6 +70,11 @@ class Option:
         """Values that say the same as leaving the key out."""
         return list(self.rule.get("x-unset", ()))
 
+    @property
+    def may_change(self) -> bool:
+        """Whether a run goes on where its value is another one."""
+        return bool(self.rule.get("x-resume", False))
+
     def default(self, *situations: str) -> Any:
         """The default under these strategies and profiles."""
         special: Mapping[str, Any] = self.rule.get("x-default-for", {})

@@ -23,7 +23,8 @@ from dpo_cli.plan import Plan
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.providers.policy import Policy
-from dpo_cli.runs.directory import ADAPTER, MANIFEST, PLAN, WEIGHTS, RunDirectory, sha256_of_all
+from dpo_cli.runs.digests import sha256_of_all
+from dpo_cli.runs.directory import ADAPTER, MANIFEST, PLAN, WEIGHTS, RunDirectory
 from dpo_cli.runs.log import log_to
 from dpo_cli.training.prepare import prepare, tell_scoring
 from dpo_cli.training.scoring import choose

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.runs.directory import ADAPTER, MODEL, PLAN, SUMMARY, WEIGHTS, sha256_of_all
+from dpo_cli.runs.digests import sha256_of_all
+from dpo_cli.runs.directory import ADAPTER, MODEL, PLAN, SUMMARY, WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The options that an adapter was made with and that cannot change under it, by PEFT's names.

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_cli.errors import RunFailed
 from dpo_cli.hardware import gguf
 from dpo_cli.providers.base import cache_dir
-from dpo_cli.runs.directory import sha256
+from dpo_cli.runs.digests import sha256
 
 
 def dequantised(path: Path) -> Path:

@@ -1,29 +1,33 @@
 """The run directory: what a run leaves, and the only place that knows the file names.
 
-plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.html  train.log
+plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.html  train.log  run.lock
 adapter/, a PEFT adapter, or model/, where every weight was trained
+checkpoints/, see runs/checkpoint.py
 side-by-side.html  votes.json, where an evaluation was asked for them
 tensorboard/, where report_to names it
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.runs.checkpoint import Checkpoints
+from dpo_cli.runs.digests import SAFE, sha256_of_all
+from dpo_cli.runs.durable import sync, sync_all, write_whole, writing
+from dpo_cli.runs.lock import locked
 
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
 EVALUATION, REPORT = "evaluation.json", "report.html"
 PAGE, VOTES = "side-by-side.html", "votes.json"
-TENSORBOARD = "tensorboard"
-SAFE = "*.safetensors"
+TENSORBOARD, CHECKPOINTS, LOCK = "tensorboard", "checkpoints", "run.lock"
 
 
 class RunDirectory:
@@ -33,29 +37,42 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def check(cls, path: Path, overwrite: bool) -> None:
-        """Refuse a directory that holds results of a run, unless `overwrite`."""
-        if any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL)) and not overwrite:
+    def check(cls, path: Path, replace: bool) -> None:
+        """Refuse a directory that holds a run, or what is left of one, unless it is to be replaced, or gone on with."""
+        if any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL, CHECKPOINTS)) and not replace:
             message = f"{path} holds a run already"
-            fix = "choose another with output_dir=..., or replace it with --overwrite"
+            fix = "go on with it with --resume, replace it with --overwrite, or choose another with output_dir=..."
             raise InvalidInput([Problem("error", "run-exists", message, fix, "output_dir")])
 
     @classmethod
-    def create(cls, path: Path, overwrite: bool) -> RunDirectory:
-        """A directory for a new run. An adapter that is there stays until the new one takes its place."""
-        cls.check(path, overwrite)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, REPORT, LOG, PAGE):  # votes stay: they say whose they are
-                (path / name).unlink(missing_ok=True)
-            shutil.rmtree(path / TENSORBOARD, ignore_errors=True)
-            (path / LOG).touch()
-        except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
-            message = f"cannot write to {path}: {error.strerror}"
-            raise InvalidInput(
-                [Problem("error", "run-unwritable", message, "choose another output_dir", "output_dir")]
-            ) from error
-        return cls(path)
+    @contextmanager
+    def claim(cls, path: Path, overwrite: bool, resume: bool) -> Iterator[RunDirectory]:
+        """The directory for a run, which no other process can have while the context lasts.
+
+        With `overwrite` it is emptied. An adapter that is there stays until the new one takes its place.
+        """
+        with ExitStack() as held:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(path / LOCK))
+                cls.check(path, overwrite or resume)
+                run = cls(path)
+                if not resume:
+                    run.clear()
+                    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+                run.log.open("a").close()
+            except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
+                message = f"cannot write to {path}: {error.strerror}"
+                raise InvalidInput(
+                    [Problem("error", "run-unwritable", message, "choose another output_dir", "output_dir")]
+                ) from error
+            yield run
+
+    def clear(self) -> None:
+        """Take away what an earlier run wrote, but for its adapter, its checkpoints, and votes, which say whose they are."""
+        for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, REPORT, LOG, PAGE):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
 
     def trained_on(self) -> list[str]:
         """The data files of the run, by their absolute paths."""
@@ -82,6 +99,10 @@ class RunDirectory:
         return self.path / (MODEL if (self.path / MODEL).is_dir() else ADAPTER)
 
     @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path / CHECKPOINTS)
+
+    @property
     def log(self) -> Path:
         return self.path / LOG
 
@@ -102,7 +123,17 @@ class RunDirectory:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def write_text(self, name: str, text: str) -> None:
-        self._replace(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def take_lines(self, folder: Path) -> None:
+        """Bring metrics.jsonl to what it was when the checkpoint in `folder` was written."""
+        text = (folder / LINES).read_text(encoding="utf-8") if (folder / LINES).is_file() else ""
+        self.write_text(LINES, text)
+
+    def forget_end(self) -> None:
+        """The run goes on: what was said at its end is no longer so."""
+        for name in (SUMMARY, EVALUATION, REPORT):
+            (self.path / name).unlink(missing_ok=True)
 
     def append_line(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, flushed."""
@@ -112,31 +143,16 @@ class RunDirectory:
     def write_trained(self, save: Callable[[Path], Any], whole: bool) -> str:
         """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights."""
         place, other = self.path / (MODEL if whole else ADAPTER), self.path / (ADAPTER if whole else MODEL)
-        self._replace(place, save)
-        if other.is_dir():  # of the run that this one replaces
-            shutil.rmtree(other)
+        part = self.path / f".{place.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        with writing(self.path):
+            save(part)
+        sync_all(part)
+        shutil.rmtree(place, ignore_errors=True)
+        part.rename(place)
+        sync(self.path)
+        shutil.rmtree(other, ignore_errors=True)  # of the run that this one replaces
         return sha256_of_all(place)
 
     def write_card(self, text: str) -> None:
-        self._replace(self.trained / CARD, lambda part: part.write_text(text, encoding="utf-8"))
-
-    def _replace(self, place: Path, write: Callable[[Path], Any]) -> None:
-        part = place.with_name(f".{place.name}.part")
-        if part.is_dir():
-            shutil.rmtree(part)
-        write(part)
-        if place.is_dir():
-            shutil.rmtree(place)
-        part.replace(place)
-
-
-def sha256_of_all(folder: Path) -> str:
-    """The SHA-256 of the folder's weights; of several files, that of their digests in the order of their names."""
-    digests = [sha256(file) for file in sorted(folder.glob(SAFE))]
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        write_whole(self.trained / CARD, lambda part: part.write_text(text, encoding="utf-8"))

@@ -13,7 +13,7 @@ from dpo_cli.data.reader import sources_of
 from dpo_cli.hardware.adapters import chain_of
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan
-from dpo_cli.runs.directory import sha256
+from dpo_cli.runs.digests import sha256
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}

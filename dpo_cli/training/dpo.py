@@ -79,7 +79,7 @@ def build_trainer(
     trainer = PairTrainer(
         model=model,
         ref_model=frozen,
-        args=trainer_arguments(plan, evaluates=bool(held_out)),
+        args=trainer_arguments(plan),
         train_dataset=_rows(train, plan.scoring.shared),
         eval_dataset=_rows(held_out, plan.scoring.shared) if held_out else None,
         processing_class=tokenizer,
@@ -91,11 +91,11 @@ def build_trainer(
     return trainer
 
 
-def trainer_arguments(plan: Plan, evaluates: bool) -> DPOConfig:
+def trainer_arguments(plan: Plan) -> DPOConfig:
     """The plan in TRL's words."""
     config = plan.config
     return DPOConfig(
-        **common_arguments(plan, evaluates),
+        **common_arguments(plan),
         beta=config.beta,
         loss_type=config.loss_type,
         loss_weights=config.loss_weights,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +15,19 @@ from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.inspection import Data
 from dpo_cli.plan import Counts, Plan
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a run trains and is judged on, and the tokenizer that made it."""
+
+    train: list[Encoded]
+    held_out: list[Encoded]
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def all(self) -> list[Encoded]:
+        return [*self.train, *self.held_out]
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -79,8 +95,19 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tuple
         longest_responses=max(row.response_length for side in kept for row in side),
         train_tokens=sum(row.response_length + len(row.responses) * len(row.prompt_ids) for row in train),
         shared_tokens=sum(row.shared_length for row in train),
+        digest=_digest(kept),
     )
     return train, held_out, counts
+
+
+def _digest(sides: Sequence[Sequence[Encoded]]) -> str:
+    """Of what is trained and judged on: whatever of dataset, split, tokenizer and template changes, changes it."""
+    digest = hashlib.sha256()
+    for side in sides:
+        digest.update(f"{len(side)} rows\n".encode())
+        for row in side:
+            digest.update(f"{row.prompt_ids} {row.responses}\n".encode())
+    return digest.hexdigest()
 
 
 def first_row(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,32 +23,41 @@ from dpo_cli.hardware.probe import Machine
 from dpo_cli.inspection import Inspection
 from dpo_cli.live import LiveView
 from dpo_cli.plan import Plan, Scoring, resolve
+from dpo_cli.providers.base import Provider
 from dpo_cli.providers.choice import PROVIDERS
-from dpo_cli.providers.policy import TRAINED, Policy
+from dpo_cli.providers.policy import Policy
 from dpo_cli.publish.hub import push
 from dpo_cli.report.writing import write_report
 from dpo_cli.runs.card import card
-from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
 from dpo_cli.runs.manifest import manifest
+from dpo_cli.runs.resume import Begun, go_on, tell_skipped, told_how_to_go_on
 from dpo_cli.training import dpo, sft
+from dpo_cli.training.callbacks.early import StopEarly
 from dpo_cli.training.callbacks.health import Health
+from dpo_cli.training.callbacks.keep import Keep
 from dpo_cli.training.callbacks.record import Record
+from dpo_cli.training.callbacks.schedule import Schedule
 from dpo_cli.training.callbacks.stop import StopOnSignal
-from dpo_cli.training.prepare import first_row, prepare, show_plan, tell_scoring
+from dpo_cli.training.prepare import Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.training.scoring import choose
+from dpo_cli.training.trainer import save_trained
 
 START_ROWS = 4  # pairs on which the policy has to be its reference before the first step
 TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo.build_trainer, "sft": sft.build_trainer}
 
 
 def train(
-    loaded: Loaded, inspection: Inspection, machine: Machine, console: Console, overwrite: bool, dry_run: bool
+    loaded: Loaded,
+    inspection: Inspection,
+    machine: Machine,
+    console: Console,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    resume: bool = False,
 ) -> tuple[dict[str, Any], Exit]:
-    """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
-
-    Longer than other functions: the whole story of a run, in the order in which it happens.
-    """
+    """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code."""
     data, draft = inspection.require()
     console.problems(inspection.problems)
 
@@ -65,52 +74,91 @@ def train(
     if dry_run:
         return plan.to_json(), Exit.DONE
 
-    run = RunDirectory.create(plan.run_dir, overwrite)
-    found = {"problems": [problem.to_json() for problem in inspection.problems], "data": data.to_json()}
-    run.write_json(PLAN, {**plan.to_json(), **found})
-    run.write_json(MANIFEST, manifest(plan, machine, provider.local_dir))
+    with RunDirectory.claim(plan.run_dir, overwrite, resume) as run, told_how_to_go_on(run, loaded.file):
+        begun = Begun.find(run, partial(tell_skipped, console)) if resume else None
+        if begun is None:
+            run.clear()
+        else:
+            loaded = begun.as_decided(loaded)
+            plan = resolve(loaded, machine, counts)
+        about = manifest(plan, machine, provider.local_dir)
+        if begun is not None:
+            begun.require_same(loaded, plan, about)
+            if begun.is_finished(plan):
+                return _finished(run, console)
+            about["resumed"] = go_on(run, begun, about, console)
+        found = {"problems": [problem.to_json() for problem in inspection.problems], "data": data.to_json()}
+        run.write_json(PLAN, {**plan.to_json(), **found})
+        run.write_json(MANIFEST, about)
+        rows = Rows(train_rows, held_out, tokenizer)
+        return _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
+
+
+def _trained(
+    run: RunDirectory,
+    begun: Begun | None,
+    plan: Plan,
+    found: dict[str, Any],
+    provider: Provider,
+    rows: Rows,
+    loaded: Loaded,
+    machine: Machine,
+    console: Console,
+) -> tuple[dict[str, Any], Exit]:
+    """The story from the model on. Longer than other functions: it is told whole, in the order in which it happens."""
+    tokenizer, pad_token_id = rows.tokenizer, int(rows.tokenizer.pad_token_id)
     view = LiveView(console, plan.total_steps, plan.predicted_gb)
     with log_to(run.log), StopOnSignal(console.line) as stop, view:
         base = provider.base_model(plan)
-        rows, pad_token_id = [*train_rows, *held_out], int(tokenizer.pad_token_id)
         with _fitting(plan, loaded):
-            scoring = choose(base, rows, pad_token_id, plan.config.prompt_sharing, provider.no_sharing)
+            wanted = begun.plan["scoring"]["shared"] if begun else plan.config.prompt_sharing
+            scoring = choose(base, rows.all, pad_token_id, wanted, provider.no_sharing)
+        scoring = Scoring(**begun.plan["scoring"]) if begun else scoring
         plan = _settled(plan, scoring, loaded, machine, console)
         view.predicted_gb = plan.predicted_gb
         run.write_json(PLAN, {**plan.to_json(), **found})
         start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
         frozen = None if plan.config.lora_r else provider.base_model(plan)
         if frozen is not None:
-            choose(frozen, rows, pad_token_id, plan.scoring.shared)  # its attention then takes the same layout
+            choose(frozen, rows.all, pad_token_id, plan.scoring.shared)  # its attention then takes the same layout
 
         measured: dict[int, Measured] = {}  # the last evaluation, by its step
 
         def evaluate(policy: Policy) -> dict[str, float]:
             measured.clear()
-            measured[trainer.state.global_step] = measure(policy, held_out, tokenizer, plan)
+            with stop.interruptible():
+                measured[trainer.state.global_step] = measure(policy, rows.held_out, tokenizer, plan)
             return line_figures(measured[trainer.state.global_step], plan)
 
         build = TRAINERS[plan.config.strategy]
-        trainer = build(start, adapter, tokenizer, plan, train_rows, held_out, evaluate, console.line, frozen)
+        trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen)
         provider.ready(trainer.model, plan)
         health = Health(plan, trainer.totals, view.note)
-        record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see])
-        for callback in (record, health, stop):
+        early = StopEarly(trainer.model, plan.config.early_stopping_patience)
+        record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see, early.see])
+        keep = Keep(run, trainer, health, early, stop)
+        for callback in (Schedule(plan, bool(rows.held_out)), record, health, early, stop, keep):
             trainer.add_callback(callback)
-        if stop.received:
-            raise KeyboardInterrupt  # there is nothing trained to keep
-        started = time.monotonic()
         with _fitting(plan, loaded):
-            if plan.config.strategy == "dpo":
-                health.see_start(score(trainer.policy, train_rows[:START_ROWS], tokenizer, plan))
-            if not health.stopped:
-                trainer.train()
-        seconds = time.monotonic() - started
+            if begun is not None and begun.checkpoint is not None:
+                keep.go_back_to(begun.checkpoint)
+                record.recall(run.read_lines())
+                view.recall(run.read_lines())
+                if keep.missed_evaluation:
+                    trainer.evaluate()
+            elif plan.config.strategy == "dpo":
+                health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
+            if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
+                keep.train()
+        seconds = time.monotonic() - keep.begun
 
     status, code = _ending(stop, health)
+    early.put_best_back()
+    steps = trainer.state.global_step
     summary: dict[str, Any] = {
         "status": status,
-        "steps": trainer.state.global_step,
+        "steps": steps,
+        "best_step": early.best_step or None,
         "seconds": round(seconds, 3),
         "train": record.last_train,
         "eval": None,
@@ -118,24 +166,36 @@ def train(
         "gain": None,
         "memory": {"predicted_gb": plan.predicted_gb, "measured_gb": record.peak_gb},
         "health": [event.to_json() for event in health.events],
-        "adapter_sha256": run.write_trained(partial(_save, trainer.model, tokenizer, plan), whole=plan.config.lora_r == 0),
+        "adapter_sha256": run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0),
     }
     run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
     can_be_judged = not stop.received and health.can_be_judged
-    rows, last = held_out if can_be_judged else [], measured.get(trainer.state.global_step)
     with log_to(run.log):
-        judged = _judged(trainer.policy, rows, tokenizer, plan, last)
+        last = measured.get(early.best_step or steps)
+        judged = _judged(trainer.policy, rows.held_out if can_be_judged else [], tokenizer, plan, last)
     summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
-    run.write_json(SUMMARY, summary)
     if judged["policy"] is not None:
         run.write_json(EVALUATION, judged)
-    run.write_card(card(plan, summary["steps"], judged))
+    run.write_card(card(plan, steps, judged))
+    run.write_json(SUMMARY, summary)
     if can_be_judged:
         console.judgement(judged, [])
-    console.line(f"{status} after step {summary['steps']}; {run.trained.name}: {run.trained}")
+    console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
     console.line(f"report: {write_report(run.path)}")  # the last of a run's files, made of the others
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
+    return {**summary, "run_dir": str(run.path)}, code
+
+
+def _finished(run: RunDirectory, console: Console) -> tuple[dict[str, Any], Exit]:
+    """The figures of a run that is finished already."""
+    summary = run.read_json(SUMMARY)
+    if not run.has(REPORT):
+        write_report(run.path)
+    if run.has(EVALUATION):
+        console.judgement(run.read_json(EVALUATION), [])
+    console.line(f"{summary['status']} already, after step {summary['steps']}; {run.trained.name}: {run.trained}")
+    code = Exit.DONE if summary["status"] == "completed" else Exit.MISSED
     return {**summary, "run_dir": str(run.path)}, code
 
 
@@ -181,12 +241,6 @@ def _require_fit(plan: Plan, loaded: Loaded) -> None:
         raise DoesNotFit([loaded.placed(misfit)])
 
 
-def _save(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, place: Path) -> None:
-    """Write what was trained: the adapter without the frozen one beside it, or the whole model."""
-    if isinstance(model, PeftModel):
-        if plan.merges:  # not on the model below that adapter, then
-            model.peft_config[TRAINED].base_model_name_or_path = plan.config.model_name
-        model.save_pretrained(str(place), selected_adapters=[TRAINED])
-    else:
-        model.save_pretrained(str(place))
+def _save(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    save_trained(model, place)
     tokenizer.save_pretrained(place)

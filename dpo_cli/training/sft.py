@@ -57,7 +57,7 @@ def build_trainer(
     """The trainer of a plan, with a fresh `adapter`, that of `model`, or none; `frozen` is what evaluations compare with."""
     trainer = DemonstrationTrainer(
         model=model,
-        args=trainer_arguments(plan, evaluates=bool(held_out)),
+        args=trainer_arguments(plan),
         train_dataset=_rows(train),
         eval_dataset=_rows(held_out) if held_out else None,
         processing_class=tokenizer,
@@ -69,9 +69,9 @@ def build_trainer(
     return trainer
 
 
-def trainer_arguments(plan: Plan, evaluates: bool) -> SFTConfig:
+def trainer_arguments(plan: Plan) -> SFTConfig:
     """The plan in TRL's words."""
-    return SFTConfig(**common_arguments(plan, evaluates), dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
+    return SFTConfig(**common_arguments(plan), dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
 
 
 def _rows(demonstrations: Sequence[Encoded]) -> Dataset:

@@ -5,6 +5,9 @@ moves any of it):
 - `training_step`: a micro-batch that does not fit is run in parts (training/parts.py).
 - `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
 - `log`: a training line takes our figures along.
+- `_save`, `_load_from_checkpoint`: a checkpoint holds the adapter in training alone, and what is loaded is what was written;
+  Trainer passes over the adapter where a frozen one lies beside it.
+- `_save_checkpoint`: it is written where it may fail.
 - the forward of the model: our head in the place of TRL's, which is a Triton kernel (training/scoring.py).
 """
 
@@ -12,20 +15,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from trl.trainer.utils import FusedCausalLMOutput
 
+from dpo_cli.errors import RunFailed
 from dpo_cli.plan import Plan
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
-from dpo_cli.runs.directory import TENSORBOARD
+from dpo_cli.runs.checkpoint import PART
+from dpo_cli.runs.directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from dpo_cli.training import parts, scoring
 
 Evaluate = Callable[[Policy], dict[str, float]]
@@ -33,6 +40,10 @@ Tell = Callable[[str], None]
 
 TRL_TOKENS = "_total_train_tokens"  # TRL's own count
 SIZE = "tokens_in_a_batch"  # column: what decides how much memory a row takes
+
+
+class Stopped(KeyboardInterrupt):
+    """An evaluation ends here, since the training is to stop."""
 
 
 class Totals:
@@ -78,6 +89,17 @@ class Totals:
         count, self.tokens = mark
         del self._figures[count:], self._weights[count:]
 
+    def state(self) -> dict[str, Any]:
+        """All of it, for a checkpoint, as JSON has it."""
+        added = [[part.tolist() for part in parts] for parts in (self._figures, self._weights)]
+        return {"tokens": self.tokens, "step_begins": self._step_begins, "figures": added[0], "weights": added[1]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.tokens, self._step_begins = state["tokens"], state["step_begins"]
+        self._figures, self._weights = (
+            [torch.tensor(part, dtype=torch.float64) for part in state[name]] for name in ("figures", "weights")
+        )
+
 
 class CarefulTrainer:
     """The part of a trainer that is ours; stands before one of TRL's trainers among the bases."""
@@ -92,6 +114,7 @@ class CarefulTrainer:
     accelerator: Any
     train_dataset: Any
     control: TrainerControl
+    write_checkpoint: Callable[[Callable[[], None]], None]  # calls what makes Trainer write one, into its output_dir
 
     def take_over(self, states: scoring.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
         """Put our head on the models that TRL's constructor made ready, and remember what is called later."""
@@ -149,6 +172,22 @@ class CarefulTrainer:
         trainer._metrics["train"].clear()
         self.model.zero_grad(set_to_none=True)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        save_trained(self.model, Path(str(output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        written = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        set_peft_model_state_dict(self.model, dict(written), adapter_name=TRAINED)
+        loaded = get_peft_model_state_dict(self.model, adapter_name=TRAINED, save_embedding_layers=False)
+        if lost := [name for name, tensor in loaded.items() if not torch.equal(tensor.cpu(), written[name])]:
+            raise RunFailed(f"{lost[0]} of {resume_from_checkpoint} cannot be loaded", "start anew with --overwrite")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.write_checkpoint(lambda: super(CarefulTrainer, self)._save_checkpoint(model, trial))  # type: ignore[misc]
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Our figures join the line here, so that they also reach the trackers of `report_to`."""
         if "loss" in logs:
@@ -157,7 +196,15 @@ class CarefulTrainer:
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         self.model.eval()  # TRL's log() asks the model which of its own averages to add
-        figures = self._run_evaluation(self.policy)
+        before = torch.get_rng_state(), torch.cuda.get_rng_state_all()  # of no GPU it is an empty list
+        try:
+            figures = self._run_evaluation(self.policy)
+        except Stopped:  # the checkpoint that is written now is that of the step before the evaluation
+            torch.set_rng_state(before[0])
+            torch.cuda.set_rng_state_all(before[1])
+            self.control.should_training_stop = self.control.should_save = True
+            self.control.should_evaluate = False
+            return {}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         trainer: Any = self
         trainer.log(dict(metrics))
@@ -179,6 +226,8 @@ class ProbeFirst(TrainerCallback):
 def ready(trainer: Any, plan: Plan) -> None:
     """Give a built trainer's weights the dtypes they train in, and it the callbacks that every training has."""
     _set_dtypes(trainer.model, plan)
+    if plan.merges and plan.config.lora_r:  # it is not an adapter of the model below the one that model_name names
+        trainer.model.peft_config[TRAINED].base_model_name_or_path = plan.config.model_name
     for module in trainer.model.modules():  # the frozen copy takes the dropout of the adapter over, and is to be exact
         if isinstance(module, LoraLayer) and FROZEN in module.lora_dropout:
             module.lora_dropout[FROZEN] = torch.nn.Identity()
@@ -187,6 +236,14 @@ def ready(trainer: Any, plan: Plan) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
             callback.logging_dir = str(plan.run_dir / TENSORBOARD)
+
+
+def save_trained(model: PeftModel | PreTrainedModel, place: Path) -> None:
+    """Write what is trained: the adapter without the frozen one beside it, or the whole model."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(place), selected_adapters=[TRAINED])
+    else:
+        model.save_pretrained(str(place))
 
 
 def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan) -> None:
@@ -204,11 +261,11 @@ def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan) -> None:
             parameter.data = parameter.data.to(parameters[name.replace(f".{FROZEN}.", f".{TRAINED}.")].dtype)
 
 
-def common_arguments(plan: Plan, evaluates: bool) -> dict[str, Any]:
+def common_arguments(plan: Plan) -> dict[str, Any]:
     """What of the plan every trainer is told, in TRL's words."""
     config = plan.config
     return {
-        "output_dir": str(plan.run_dir),
+        "output_dir": str(plan.run_dir / CHECKPOINTS / PART),
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps or -1,
         "per_device_train_batch_size": config.per_device_train_batch_size,
@@ -228,11 +285,11 @@ def common_arguments(plan: Plan, evaluates: bool) -> dict[str, Any]:
         "gradient_checkpointing": config.gradient_checkpointing,
         "max_length": None,  # rows are fitted to max_seq_length before they come here
         "router_aux_loss_coef": 0.0,  # mixture-of-experts routers are frozen, so there is no load to balance
-        "eval_strategy": "no" if not evaluates else "epoch" if config.eval_steps is None else "steps",
-        "eval_steps": config.eval_steps,
-        "logging_steps": config.logging_steps,
-        "logging_nan_inf_filter": False,  # a NaN is to be seen, not replaced by the last average
+        # When is the matter of callbacks/schedule.py.
+        "eval_strategy": "no",
+        "logging_strategy": "no",
         "save_strategy": "no",
+        "logging_nan_inf_filter": False,  # a NaN is to be seen, not replaced by the last average
         "report_to": config.report_to,
         # With the time, since trackio goes on with the run of the same name.
         "run_name": f"{plan.run_dir.name} {datetime.now():%Y-%m-%d %H:%M:%S}",

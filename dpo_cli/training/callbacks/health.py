@@ -60,7 +60,13 @@ class Health(TrainerCallback):
             control.should_evaluate = False
 
     on_evaluate = on_log
-    on_epoch_end = on_log  # where transformers asks for an evaluation
+
+    def state(self) -> dict[str, Any]:
+        return {"course": self.course.state(), "events": [event.to_json() for event in self.events]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.course.restore(state["course"])
+        self.events = [Event(**event) for event in state["events"]]
 
     def _ask(self) -> None:
         told = {event.rule for event in self.events}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,17 @@ class Record(TrainerCallback):
         self.peak_gb: float | None = None  # the most memory until the last step
         self._tokens, self._time, self._step_end = 0, 0.0, 0.0
 
+    def recall(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Go on after these lines, of the training that this one continues."""
+        told = [line for line in lines if line["split"] == "train"]
+        if told:
+            self.last_train, self.peak_gb = told[-1], max(line["peak_memory_gb"] for line in told)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._time = time.monotonic()
+        self._time, self._tokens = time.monotonic(), self.totals.tokens
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._step_end = time.monotonic()
-        control.should_log = control.should_log or state.global_step >= state.max_steps  # the last step has a line
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         where = {"step": state.global_step, "epoch": round(state.epoch, 4)}
@@ -43,7 +48,7 @@ class Record(TrainerCallback):
             names = (*self.totals.names, "grad_norm", "learning_rate")
             line = {"split": "train", **where, **{name: logs[name] for name in names}, **self._speed()}
             line["peak_memory_gb"] = peak_memory_gb(args.device)
-            self.last_train, self.peak_gb = line, line["peak_memory_gb"]
+            self.last_train, self.peak_gb = line, max(self.peak_gb or 0.0, line["peak_memory_gb"])
             self._emit(line)
 
     def _speed(self) -> dict[str, float]:

@@ -79,6 +79,16 @@ class Course:
         self.done += 1
         self.all_right = self.all_right + 1 if step.get("accuracy") == 1 else 0
 
+    def state(self) -> dict[str, Any]:
+        """What there is of it, for a checkpoint."""
+        kept = ("first", "done", "all_right", "line", "evaluation")
+        return {"last": list(self.last), **{name: getattr(self, name) for name in kept}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.last = deque(state.pop("last"), maxlen=self.last.maxlen)
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def values(self, name: str, count: int, before: int = 0) -> list[float]:
         """A figure of the last `count` steps, or of those that end `before` steps ago."""
         end = len(self.last) - before

@@ -1,23 +1,31 @@
-"""Ends training after the current step when SIGINT or SIGTERM arrives."""
+"""Ends training when SIGINT or SIGTERM arrives: after the current step, with a checkpoint of it."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback
 
+from dpo_cli.training.trainer import Stopped
+
 
 class StopOnSignal(TrainerCallback):
-    """While used as a context, the first signal asks for a stop, and a second one acts as it would without us."""
+    """While used as a context, the first signal asks for a stop, and a second one acts as it would without us.
+
+    Before and after the steps, where nothing is half done, it raises `Stopped` at once.
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.tell = tell
         self.received: signal.Signals | None = None
+        self.missed_evaluation = False  # the stop came at a step that was to be evaluated, and was not, or not to its end
+        self._is_training = self._may_interrupt = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -27,20 +35,42 @@ class StopOnSignal(TrainerCallback):
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within a training, where a signal raises `Stopped` at once: an evaluation takes minutes, and can be made again."""
+        self._may_interrupt = True
+        try:
+            if self.received is not None:
+                raise Stopped(128 + self.received)
+            yield
+        except Stopped:
+            self.missed_evaluation = True
+            raise
+        finally:
+            self._may_interrupt = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
-        self.tell(f"{self.received.name}: stopping after this step; once more to leave at once, without saving")
+        if not self._is_training:
+            raise Stopped(128 + self.received)
+        self.tell(f"{self.received.name}: stopping with a checkpoint; once more to leave at once, without")
+        if self._may_interrupt:
+            raise Stopped(128 + self.received)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received is not None:
-            control.should_log = True  # so that the last step has a line
-            control.should_training_stop = True
-            control.should_evaluate = False
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._is_training = True
 
-    on_substep_end = on_step_end
-    on_epoch_end = on_step_end
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._is_training = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Not between the micro-batches of a step, where nothing could be kept."""
+        if self.received is not None:
+            self.missed_evaluation = control.should_evaluate
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False

@@ -1,0 +1,63 @@
+"""Writing that survives: what was synced is on the disk when the machine loses power, and a file is whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+LITTLE = 1 << 20  # free bytes: torch does not say why it could not write
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """Bring a folder with all that is in it to the disk."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
+def write_whole(place: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file beside its place, then put it there: readers see the old one or the new one, and a crash leaves either."""
+    part = place.with_name(f".{place.name}.part")
+    write(part)
+    sync(part)
+    part.replace(place)
+    sync(place.parent)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Within, libraries write below `place`; what torch and safetensors tell in errors of their own leaves as an `OSError`."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        is_full = "No space left" in str(error) or free_bytes(place) < LITTLE
+        number = errno.ENOSPC if is_full else errno.EIO
+        raise OSError(number, os.strerror(number), str(place)) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether what failed is a write for which there was no room."""
+    return isinstance(error, OSError) and error.errno in FULL
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write where `path` is, or will be."""
+    while not path.exists():
+        path = path.parent
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize

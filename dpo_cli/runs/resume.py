@@ -1,0 +1,160 @@
+"""Going on with a run: what there is of it, and whether what is asked for now is still that run. No torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_cli.config.config import Loaded
+from dpo_cli.config.schema import options
+from dpo_cli.console import Console
+from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.plan import MEASURED, Plan
+from dpo_cli.runs.checkpoint import Checkpoint
+from dpo_cli.runs.digests import sha256_of_all
+from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.runs.durable import free_bytes, is_full
+
+ENDING = ("num_train_epochs", "max_steps", "early_stopping_patience", "stop_on")  # with another value, a finished run goes on
+REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
+START_ANEW = "go on with it as it was, or start anew with --overwrite"
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A run that was begun: its plan and manifest, its newest whole checkpoint if there is one, and what it ended with."""
+
+    plan: Json
+    manifest: Json
+    checkpoint: Checkpoint | None
+    summary: Json | None
+
+    @classmethod
+    def find(cls, run: RunDirectory, skipped: Callable[[Checkpoint, str], None]) -> Begun | None:
+        """What there is to go on with; nothing where a run came to no checkpoint. `skipped` is told of damaged ones."""
+        checkpoint = next(run.checkpoints.verified(skipped), None)
+        summary = run.read_json(SUMMARY) if run.has(SUMMARY) else None
+        is_whole = summary is not None and _is_whole(run, summary)
+        if checkpoint is None and not is_whole:
+            return None
+        # Those of the checkpoint are known to be as they were written.
+        place = checkpoint.folder if checkpoint else run.path
+        plan, manifest = (json.loads((place / name).read_text(encoding="utf-8")) for name in (PLAN, MANIFEST))
+        return cls(plan, manifest, checkpoint, summary if is_whole else None)
+
+    @property
+    def step(self) -> int:
+        """The steps that are done."""
+        return self.checkpoint.step if self.checkpoint else int(self.summary["steps"]) if self.summary else 0
+
+    def is_finished(self, plan: Plan) -> bool:
+        """Whether there is nothing left to do of what is asked for now."""
+        if self.summary is None or self.summary["status"] == "interrupted":
+            return False
+        return not any(_differs(self.plan["config"], plan, name) for name in ENDING)
+
+    def as_decided(self, loaded: Loaded) -> Loaded:
+        """The config with what the machine decided when the run began, where it leaves that open still."""
+        config, before = loaded.require(), self.plan["config"]
+        sources = self.plan["sources"]
+        kept = {key for key in MEASURED if sources.get(key) == "measured" and getattr(config, key) in ("auto", None)}
+        is_as_large = config.per_device_train_batch_size * config.gradient_accumulation_steps == _product(before)
+        kept |= {*REGROUPED} if is_as_large else set()
+        now = replace(config, **{key: before[key] for key in kept})
+        return replace(loaded, config=now, sources={**loaded.sources, **{key: sources[key] for key in kept}})
+
+    def require_same(self, loaded: Loaded, plan: Plan, manifest: Json) -> None:
+        """`InvalidInput` with each difference that would make another adapter of it."""
+        if found := [loaded.placed(problem) for problem in self._differences(plan, manifest)]:
+            raise InvalidInput(found)
+
+    def _differences(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
+        for name, option in options().items():
+            if not option.may_change and _differs(self.plan["config"], plan, name):
+                was, now = (json.dumps(value) for value in (self.plan["config"][name], getattr(plan.config, name)))
+                yield _other(f"{name} was {was}, and is {now}", name)
+        for name in ("dataset", "eval_dataset"):
+            if _contents(self.manifest[name]) != _contents(manifest[name]):
+                yield _other(f"{name} has other content than when the run began", name)
+        if _contents(self.manifest["model"]["sha256"]) != _contents(manifest["model"]["sha256"]) or (
+            _contents(self.manifest["model"]["below"]) != _contents(manifest["model"]["below"])
+        ):
+            yield _other("model_name names other weights than when the run began", "model_name")
+        assert plan.counts is not None
+        if self.plan["counts"]["digest"] != plan.counts.digest:
+            yield _other("the rows are other ones, or have other tokens, than when the run began", "dataset")
+        if plan.total_steps < self.step:
+            key = "max_steps" if plan.config.max_steps else "num_train_epochs"
+            yield _other(f"{self.step} steps are done, and the config asks for {plan.total_steps}", key)
+
+    def other_versions(self, manifest: Json) -> list[str]:
+        """What the run was begun with, where that is another version now."""
+        before, now = self.manifest["versions"], manifest["versions"]
+        return [f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)]
+
+
+def _is_whole(run: RunDirectory, summary: Json) -> bool:
+    """Whether a run came to its end: what it left is as it wrote it, and was judged where it could be."""
+    plan = run.read_json(PLAN)
+    is_judged = summary["eval"] is not None or not plan["counts"]["eval_pairs"] or summary["status"] != "completed"
+    return is_judged and run.trained.is_dir() and sha256_of_all(run.trained) == summary["adapter_sha256"]
+
+
+def _differs(before: Json, plan: Plan, name: str) -> bool:
+    return name in before and bool(before[name] != getattr(plan.config, name))
+
+
+def _contents(hashes: Mapping[str, str]) -> list[str]:
+    """The hashes of files, wherever they lie now."""
+    return sorted(hashes.values())
+
+
+def _product(config: Json) -> int:
+    return int(config["per_device_train_batch_size"]) * int(config["gradient_accumulation_steps"])
+
+
+def _other(message: str, key: str) -> Problem:
+    return Problem("error", "resume-differs", message, START_ANEW, key)
+
+
+def tell_skipped(console: Console, checkpoint: Checkpoint, damage: str) -> None:
+    """Name a checkpoint that is not gone on from, and why."""
+    _tell(console, f"checkpoint {checkpoint.folder.name} is skipped: {damage}")
+
+
+def go_on(run: RunDirectory, begun: Begun, manifest: Json, console: Console) -> list[int]:
+    """Bring the run directory to where the checkpoint left it: the steps at which it was gone on with, for its manifest."""
+    if begun.checkpoint is None:
+        message = f"{run.path} has no checkpoint to go on from"
+        raise InvalidInput([Problem("error", "resume-differs", message, START_ANEW, "output_dir")])
+    run.take_lines(begun.checkpoint.folder)
+    run.forget_end()
+    _tell(console, f"going on from {begun.checkpoint.folder.name}")
+    if others := begun.other_versions(manifest):
+        _tell(console, f"note: begun with {'; '.join(others)}: the last bits may come out otherwise")
+    return [*begun.manifest.get("resumed", []), begun.step]
+
+
+@contextmanager
+def told_how_to_go_on(run: RunDirectory, config: str) -> Iterator[None]:
+    """What cannot be written inside ends the run, and is told with what is left of it and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        checkpoints = run.checkpoints.all()
+        left = f"{checkpoints[0].folder.name} is kept" if checkpoints else "there was no checkpoint yet"
+        where = error.filename or run.path
+        message = f"cannot write {where}: {error.strerror or error}; {left}"
+        again = f"`dpo train {config} --resume` {'goes on from there' if checkpoints else 'starts again'}"
+        free = f"free space on the disk of {run.path} ({free_bytes(run.path) / 1e6:,.0f} MB are free), then "
+        raise RunFailed(message, (free if is_full(error) else "") + again) from error
+
+
+def _tell(console: Console, text: str) -> None:
+    console.line(text)
+    logging.getLogger("dpo").info("%s", text)

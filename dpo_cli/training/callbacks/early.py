@@ -1,0 +1,60 @@
+"""Early stopping: the best of a training by its loss on what is held out, and its end when none has been better for long."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+
+class StopEarly(TrainerCallback):
+    """Keeps the weights of the best evaluation, in the machine's memory; with a `patience`, ends the training by it.
+
+    Without one it keeps nothing. A sink of `Record`, which tells it of evaluations.
+    """
+
+    def __init__(self, model: nn.Module, patience: int | None) -> None:
+        self.model, self.patience = model, patience
+        self.best_step, self.best_loss, self.waited = 0, math.inf, 0
+        self.weights: dict[str, Tensor] = {}  # of the best evaluation, by their names in the model
+
+    @property
+    def ended(self) -> bool:
+        return self.patience is not None and self.waited >= self.patience
+
+    def see(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, as it is written."""
+        if self.patience is None or line["split"] != "eval":
+            return
+        if line["loss"] < self.best_loss:
+            self.best_step, self.best_loss, self.waited = line["step"], line["loss"], 0
+            self.weights = self._copy()
+        else:
+            self.waited += 1
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.ended:
+            control.should_training_stop = control.should_save = True
+
+    def put_best_back(self) -> None:
+        """Give the model the weights of its best evaluation, where there was one."""
+        with torch.no_grad():
+            for name, weight in self._trained() if self.weights else ():
+                weight.copy_(self.weights[name])
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: weight.detach().to("cpu", copy=True) for name, weight in self._trained()}
+
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        return [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
+
+    def state(self) -> dict[str, Any]:
+        return {"best_step": self.best_step, "best_loss": self.best_loss, "waited": self.waited}
+
+    def restore(self, state: dict[str, Any], weights: dict[str, Tensor] | None) -> None:
+        """Go on as from `state`, by the patience that is asked for now; without `weights`, the model has the best ones."""
+        self.best_step, self.best_loss, self.waited = state["best_step"], state["best_loss"], state["waited"]
+        self.weights = weights if weights is not None else self._copy() if self.best_step else {}
