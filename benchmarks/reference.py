@@ -75,6 +75,13 @@ WHILE_RUNNING = {
     "tracker-missing": ("warning", '`"report_to": "wandb"`', "the package of a tracker is not installed; stops a training"),
     "wandb-login": ("warning", '`"report_to": "wandb"`', "wandb has no key, or one that cannot be; stops a training"),
     "run-exists": ("error", "`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
+    "run-locked": ("error", "`dpo train` twice at once", "another process is using output_dir; it is named"),
+    "resume-differs": (
+        "error",
+        "`dpo train --resume` with another `learning_rate`",
+        "the run was begun otherwise, and would become another one; each difference is named",
+    ),
+    "disk-too-full": ("error", "a small disk", "the checkpoints and the adapter find no room where output_dir is; exit 4"),
     "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),
     "not-a-run": ("error", "`dpo eval .`", "the folder is no finished run"),
     "not-an-adapter": ("error", "`dpo eval my-config.json --adapter .`", "the folder holds no PEFT adapter that can be judged"),

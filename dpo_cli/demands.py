@@ -10,12 +10,15 @@ from dpo_cli.errors import Problem
 from dpo_cli.hardware import unsloth
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.fit import savings
-from dpo_cli.hardware.probe import Machine
+from dpo_cli.hardware.probe import GIB, Machine
 from dpo_cli.hardware.recommend import profiles
 from dpo_cli.plan import Plan, settings_of
+from dpo_cli.runs.checkpoint import KEPT
+from dpo_cli.runs.durable import free_bytes
 
 BITSANDBYTES_FIX = "install it: pip install bitsandbytes (it is among this program's requirements)"
-DOES_NOT_FIT = "does-not-fit"
+DOES_NOT_FIT, NO_ROOM = "does-not-fit", "disk-too-full"
+BESIDE_BYTES = 16 << 20  # of tokenizer, log, report and the like
 HOST_GB = 16  # dpo-strategy, "Minimum Requirements"
 
 
@@ -67,6 +70,25 @@ def does_not_fit(plan: Plan) -> Problem | None:
         return None
     message = f"this run needs {plan.memory.total_gb:.1f} GB; there are {plan.memory.budget_gb:.1f}"
     return Problem("error", DOES_NOT_FIT, message, plan.memory.largest_change)
+
+
+def disk_problem(plan: Plan) -> Problem | None:
+    """The problem of a run whose files find no room on the disk of its output_dir.
+
+    Beside what is kept there must be room for the next checkpoint, and for the adapter beside the one it replaces. A checkpoint
+    holds what is trained, which is as large as its gradients, and the optimizer's state.
+    """
+    if plan.memory is None:
+        return None
+    trained, optimizer = (plan.memory.components[name] for name in ("gradients", "optimizer"))
+    best = trained if plan.config.early_stopping_patience else 0.0
+    needed, free = (KEPT + 1) * (trained + optimizer + best) + 2 * trained + BESIDE_BYTES, free_bytes(plan.run_dir)
+    if free >= needed:
+        return None
+    message = (
+        f"the checkpoints and the adapter need {needed / GIB:.2f} GB on the disk of {plan.run_dir}; {free / GIB:.2f} are free"
+    )
+    return Problem("error", NO_ROOM, message, "free space there, or name an output_dir on another disk", "output_dir")
 
 
 def out_of_memory(plan: Plan) -> Problem:

@@ -17,7 +17,7 @@ from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.split import is_held_out_prompt, split
-from dpo_cli.demands import DOES_NOT_FIT, does_not_fit, hardware_problems
+from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models, starting
 from dpo_cli.hardware.adapters import foundation
@@ -62,7 +62,7 @@ class Inspection:
     @property
     def only_misfit(self) -> bool:
         """Whether the hardware is all that is wrong."""
-        return bool(self.errors) and all(problem.code == DOES_NOT_FIT for problem in self.errors)
+        return bool(self.errors) and all(problem.code in (DOES_NOT_FIT, NO_ROOM) for problem in self.errors)
 
     @property
     def exit_code(self) -> Exit:
@@ -111,6 +111,8 @@ def inspect(
             if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
                 misfit = replace(misfit, severity="warning", stops_training=True)
             found.append(loaded.placed(misfit))
+        if with_fit and vram_gb is None and (lack := disk_problem(plan)) is not None:
+            found.append(loaded.placed(replace(lack, severity="warning", stops_training=True)))
     return Inspection(tuple(found), data, plan)
 
 

@@ -195,8 +195,6 @@ def test_every_option_reaches_trl_and_peft(tmp_path: Path) -> None:
         "weight_decay": 0.02,
         "max_grad_norm": 0.7,
         "beta": 0.4,
-        "eval_steps": 6,
-        "logging_steps": 2,
         "seed": 11,
         "gradient_checkpointing": True,
         "optim": "sgd",
@@ -204,14 +202,11 @@ def test_every_option_reaches_trl_and_peft(tmp_path: Path) -> None:
     adapter = {"lora_r": 12, "lora_alpha": 18, "lora_dropout": 0.2, "target_modules": ["q_proj"]}
     assert not {key for key, value in {**same, **adapter}.items() if defaults()[key] == value}
     plan = make_plan(tmp_path, **same, **adapter)
-    args = trainer_arguments(plan, evaluates=True)
+    args = trainer_arguments(plan)
     assert {key: getattr(args, key) for key in same} == same
-    assert (
-        trainer_arguments(make_plan(tmp_path, group_by_length=True), evaluates=False).train_sampling_strategy
-        == "group_by_length"
-    )
+    assert trainer_arguments(make_plan(tmp_path, group_by_length=True)).train_sampling_strategy == "group_by_length"
     ratio = make_plan(tmp_path, warmup_ratio=0.25, warmup_steps=0)
-    assert trainer_arguments(ratio, evaluates=False).get_warmup_steps(100) == 25
+    assert trainer_arguments(ratio).get_warmup_steps(100) == 25
     made = HuggingFace("tiny/tiny").adapter_config(plan, tiny_model("llama"))
     assert (made.r, made.lora_alpha, made.lora_dropout, made.target_modules) == (12, 18, 0.2, {"q_proj"})
 

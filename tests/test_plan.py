@@ -33,6 +33,7 @@ COUNTS = Counts(
     longest_pair=150,
     longest_responses=60,
     train_tokens=4000,
+    digest="",
     shared_tokens=2600,
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -11,21 +12,26 @@ from dpo_cli.runs.directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
 from dpo_cli.session import unexpected
 
 
+def claimed(path: Path, overwrite: bool = False) -> AbstractContextManager[RunDirectory]:
+    return RunDirectory.claim(path, overwrite, resume=False)
+
+
 def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path / "run", overwrite=False)
-    run.write_json(PLAN, {})
-    RunDirectory.create(tmp_path / "run", overwrite=False)  # a run that failed before its first step is no run
-    run.write_json(SUMMARY, {"status": "completed"})
+    with claimed(tmp_path / "run") as run:
+        run.write_json(PLAN, {})
+    with claimed(tmp_path / "run"):  # a run that failed before its first step is no run
+        run.write_json(SUMMARY, {"status": "completed"})
     (run.path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(InvalidInput):
-        RunDirectory.create(tmp_path / "run", overwrite=False)
-    RunDirectory.create(tmp_path / "run", overwrite=True)
+    with pytest.raises(InvalidInput), claimed(tmp_path / "run"):
+        pass
+    with claimed(tmp_path / "run", overwrite=True) as run:
+        run.clear()
     assert not (run.path / PLAN).exists() and not (run.path / SUMMARY).exists()
     assert (run.path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
-    run = RunDirectory.create(tmp_path, overwrite=False)
+    run = RunDirectory(tmp_path)
 
     def save(place: Path) -> None:
         place.mkdir()
@@ -45,8 +51,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(InvalidInput):
-        RunDirectory.create(tmp_path / "file" / "run", overwrite=False)
+    with pytest.raises(InvalidInput), claimed(tmp_path / "file" / "run"):
+        pass
 
 
 def test_a_full_disk_is_told_as_such() -> None:

@@ -39,7 +39,8 @@ class RunDirectory:
     @classmethod
     def check(cls, path: Path, replace: bool) -> None:
         """Refuse a directory that holds a run, or what is left of one, unless it is to be replaced, or gone on with."""
-        if any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL, CHECKPOINTS)) and not replace:
+        holds_run = any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL)) or cls(path).checkpoints.all()
+        if holds_run and not replace:
             message = f"{path} holds a run already"
             fix = "go on with it with --resume, replace it with --overwrite, or choose another with output_dir=..."
             raise InvalidInput([Problem("error", "run-exists", message, fix, "output_dir")])
@@ -49,30 +50,28 @@ class RunDirectory:
     def claim(cls, path: Path, overwrite: bool, resume: bool) -> Iterator[RunDirectory]:
         """The directory for a run, which no other process can have while the context lasts.
 
-        With `overwrite` it is emptied. An adapter that is there stays until the new one takes its place.
+        `InvalidInput` where another has it, where it cannot be written, or where it holds a run that is neither to be replaced
+        nor gone on with.
         """
         with ExitStack() as held:
             try:
                 path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(path / LOCK))
                 cls.check(path, overwrite or resume)
-                run = cls(path)
-                if not resume:
-                    run.clear()
-                    shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
-                run.log.open("a").close()
+                (path / LOG).open("a").close()
             except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
                 message = f"cannot write to {path}: {error.strerror}"
                 raise InvalidInput(
                     [Problem("error", "run-unwritable", message, "choose another output_dir", "output_dir")]
                 ) from error
-            yield run
+            yield cls(path)
 
     def clear(self) -> None:
-        """Take away what an earlier run wrote, but for its adapter, its checkpoints, and votes, which say whose they are."""
+        """Take away what an earlier run wrote, but for its adapter, which stays until there is a new one, and for votes."""
         for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, REPORT, LOG, PAGE):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
+        for name in (TENSORBOARD, CHECKPOINTS):
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def trained_on(self) -> list[str]:
         """The data files of the run, by their absolute paths."""

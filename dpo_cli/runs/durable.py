@@ -57,7 +57,7 @@ def is_full(error: BaseException) -> bool:
 
 def free_bytes(path: Path) -> int:
     """Bytes that this user may still write where `path` is, or will be."""
-    while not path.exists():
+    while not os.path.exists(path):
         path = path.parent
     disk = os.statvfs(path)
     return disk.f_bavail * disk.f_frsize

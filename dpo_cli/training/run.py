@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_cli.config.config import Loaded
 from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.demands import does_not_fit, out_of_memory
+from dpo_cli.demands import disk_problem, does_not_fit, out_of_memory
 from dpo_cli.errors import DoesNotFit, Exit
 from dpo_cli.evaluation.judging import Measured, answered, judge, line_figures, measure, score
 from dpo_cli.hardware.probe import Machine
@@ -38,7 +38,6 @@ from dpo_cli.training.callbacks.early import StopEarly
 from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.keep import Keep
 from dpo_cli.training.callbacks.record import Record
-from dpo_cli.training.callbacks.schedule import Schedule
 from dpo_cli.training.callbacks.stop import StopOnSignal
 from dpo_cli.training.prepare import Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.training.scoring import choose
@@ -137,7 +136,7 @@ def _trained(
         early = StopEarly(trainer.model, plan.config.early_stopping_patience)
         record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see, early.see])
         keep = Keep(run, trainer, health, early, stop)
-        for callback in (Schedule(plan, bool(rows.held_out)), record, health, early, stop, keep):
+        for callback in (record, health, early, stop, keep):
             trainer.add_callback(callback)
         with _fitting(plan, loaded):
             if begun is not None and begun.checkpoint is not None:
@@ -237,8 +236,8 @@ def _fitting(plan: Plan, loaded: Loaded) -> Iterator[None]:
 
 
 def _require_fit(plan: Plan, loaded: Loaded) -> None:
-    if (misfit := does_not_fit(plan)) is not None:
-        raise DoesNotFit([loaded.placed(misfit)])
+    if misfits := [loaded.placed(misfit) for misfit in (does_not_fit(plan), disk_problem(plan)) if misfit is not None]:
+        raise DoesNotFit(misfits)
 
 
 def _save(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:

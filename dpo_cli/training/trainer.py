@@ -34,6 +34,7 @@ from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.checkpoint import PART
 from dpo_cli.runs.directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from dpo_cli.training import parts, scoring
+from dpo_cli.training.schedule import Schedule
 
 Evaluate = Callable[[Policy], dict[str, float]]
 Tell = Callable[[str], None]
@@ -114,7 +115,8 @@ class CarefulTrainer:
     accelerator: Any
     train_dataset: Any
     control: TrainerControl
-    write_checkpoint: Callable[[Callable[[], None]], None]  # calls what makes Trainer write one, into its output_dir
+    # Calls what makes Trainer write a checkpoint into its output_dir; without it there are none.
+    write_checkpoint: Callable[[Callable[[], None]], None] | None = None
 
     def take_over(self, states: scoring.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
         """Put our head on the models that TRL's constructor made ready, and remember what is called later."""
@@ -186,7 +188,8 @@ class CarefulTrainer:
             raise RunFailed(f"{lost[0]} of {resume_from_checkpoint} cannot be loaded", "start anew with --overwrite")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.write_checkpoint(lambda: super(CarefulTrainer, self)._save_checkpoint(model, trial))  # type: ignore[misc]
+        if self.write_checkpoint is not None:
+            self.write_checkpoint(lambda: super(CarefulTrainer, self)._save_checkpoint(model, trial))  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Our figures join the line here, so that they also reach the trackers of `report_to`."""
@@ -232,6 +235,7 @@ def ready(trainer: Any, plan: Plan) -> None:
         if isinstance(module, LoraLayer) and FROZEN in module.lora_dropout:
             module.lora_dropout[FROZEN] = torch.nn.Identity()
     trainer.add_callback(ProbeFirst(trainer))
+    trainer.add_callback(Schedule(plan, evaluates=trainer.eval_dataset is not None))
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):
@@ -285,7 +289,7 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
         "gradient_checkpointing": config.gradient_checkpointing,
         "max_length": None,  # rows are fitted to max_seq_length before they come here
         "router_aux_loss_coef": 0.0,  # mixture-of-experts routers are frozen, so there is no load to balance
-        # When is the matter of callbacks/schedule.py.
+        # When is the matter of training/schedule.py.
         "eval_strategy": "no",
         "logging_strategy": "no",
         "save_strategy": "no",

@@ -1,0 +1,255 @@
+"""A training that was stopped anywhere goes on to the same bits, or says why it does not."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import made_row
+
+from dpo_cli.config.config import load
+from dpo_cli.console import Console
+from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
+from dpo_cli.hardware.probe import probe
+from dpo_cli.inspection import inspect
+from dpo_cli.runs.directory import RunDirectory
+from dpo_cli.training.run import train
+
+TIMED = ("tokens_per_second", "peak_memory_gb")
+Go = Callable[..., tuple[dict[str, Any], Exit]]
+
+
+class Killed(BaseException):
+    """Ends a training where no code of ours expects it."""
+
+
+@pytest.fixture
+def go(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Go:
+    """Trains eight steps in two epochs of 16 pairs, in the folder of that name."""
+    data = str(pairs_file([made_row(i) for i in range(24)]))
+    values = {"model_name": str(tiny_model_dir), "dataset": data, "device": "cpu", "bf16": False, "fp16": False, "lora_r": 4}
+    values |= {"learning_rate": 1e-2, "lora_dropout": 0.1, "eval_split": 0.3, "num_train_epochs": 2, "kl_prompts": 0}
+    values |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2, "max_new_tokens": 2}
+
+    def start(name: str, resume: bool = True, **options: object) -> tuple[dict[str, Any], Exit]:
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps({**values, "output_dir": str(tmp_path / name), **options}), encoding="utf-8")
+        loaded = load(str(config))
+        inspection = inspect(loaded, probe(), with_fit=False).stricter(lambda found: found.stops_training)
+        return train(loaded, inspection, probe(), Console(), resume=resume)
+
+    return start
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, when: Callable[[dict[str, Any]], bool], stop: Callable[[], None]) -> None:
+    """Calls `stop` once, when such a line is written."""
+    append, stopped = RunDirectory.append_line, []
+
+    def line(self: RunDirectory, told: dict[str, Any]) -> None:
+        append(self, told)
+        if when(told) and not stopped:
+            stopped.append(True)
+            stop()
+
+    monkeypatch.setattr(RunDirectory, "append_line", line)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    told = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [{key: value for key, value in line.items() if key not in TIMED} for line in told]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "no dropout": {"lora_dropout": 0.0},
+    "evaluations": {"eval_steps": 1},
+    "lines of three steps": {"logging_steps": 3, "save_steps": 1},
+    "grouped by length": {"group_by_length": True, "save_steps": 1},
+    "every weight": {"lora_r": 0, "learning_rate": 1e-3},
+    "dora": {"use_dora": True, "modules_to_save": ["embed_tokens"]},
+    "sft": {"strategy": "sft"},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("step", "stop"), [(3, kill), (5, interrupt), (7, kill)], ids=["killed", "interrupted", "killed late"])
+def test_it_goes_on_to_the_same_bits(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], step: int, stop: Callable[[], None]
+) -> None:
+    whole, _ = go("whole", **options)
+    with monkeypatch.context() as patched:
+        stopping(patched, lambda line: line["step"] >= step, stop)
+        if stop is kill:
+            with pytest.raises(Killed):
+                go("stopped", **options)
+        else:
+            summary, code = go("stopped", **options)
+            assert (summary["status"], code) == ("interrupted", Exit.SIGINT)
+            assert summary["steps"] < whole["steps"]
+    gone_on, code = go("stopped", **options)
+    assert code is Exit.DONE and gone_on["adapter_sha256"] == whole["adapter_sha256"]
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    resumed = json.loads((tmp_path / "stopped" / "manifest.json").read_text(encoding="utf-8"))["resumed"]
+    assert len(resumed) == 1 and 0 < resumed[0] < whole["steps"]
+
+
+def test_going_on_from_an_adapter_keeps_its_reference(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the adapter in training lies a frozen one, of which Trainer alone would restore only the latter."""
+    go("first", strategy="sft")
+    options = {"model_name": str(tmp_path / "first")}
+    whole, _ = go("whole", **options)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stopping(patched, lambda line: line["step"] == 5, kill)
+        go("stopped", **options)
+    gone_on, _ = go("stopped", **options)
+    assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_early_stopping_leaves_the_best_and_goes_on(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    options = {"early_stopping_patience": 2, "eval_steps": 1, "learning_rate": 0.6, "num_train_epochs": 4, "save_steps": 1}
+    whole, _ = go("whole", **options)
+    losses = {line["step"]: line["loss"] for line in lines(tmp_path / "whole") if line["split"] == "eval"}
+    best = min(losses, key=losses.__getitem__)
+    assert whole["best_step"] == best and whole["steps"] == best + 2 < 16
+    assert whole["eval"]["loss"]["value"] == pytest.approx(losses[best], rel=1e-6)
+    step = min(step, whole["steps"] - 1)
+    for name, split, stop in (("killed", "train", kill), ("interrupted", "train", interrupt), ("mid", "eval", interrupt)):
+        with monkeypatch.context() as patched:
+            stopping(patched, lambda line: line["step"] == step and line["split"] == split, stop)
+            if stop is kill:
+                with pytest.raises(Killed):
+                    go(name, **options)
+            else:
+                assert go(name, **options)[1] is Exit.SIGINT
+        gone_on, code = go(name, **options)
+        assert code is Exit.DONE
+        assert (gone_on["adapter_sha256"], gone_on["best_step"]) == (whole["adapter_sha256"], best)
+        assert lines(tmp_path / name) == lines(tmp_path / "whole")
+
+
+def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpo_cli.training import run
+
+    whole, _ = go("whole")
+    measure, calls = run.measure, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(torch.rand(1))  # which a checkpoint must not remember
+        signal.raise_signal(signal.SIGTERM)
+        return measure(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "measure", interrupted)
+        summary, code = go("stopped")
+    assert (summary["status"], code, len(calls)) == ("interrupted", Exit.SIGTERM, 1)
+    assert [line["split"] for line in lines(tmp_path / "stopped")] == ["train"] * summary["steps"]
+    gone_on, _ = go("stopped")
+    assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = go("whole")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stopping(patched, lambda line: line["step"] == 5, kill)
+        go("stopped")
+    optimizer = tmp_path / "stopped" / "checkpoints" / "step-4" / "optimizer.pt"
+    data = bytearray(optimizer.read_bytes())
+    data[len(data) // 2] ^= 1
+    optimizer.write_bytes(data)
+    capsys.readouterr()
+    gone_on, _ = go("stopped")
+    said = capsys.readouterr().out
+    assert "checkpoint step-4 is skipped: optimizer.pt has changed" in said and "going on from step-2" in said
+    assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
+    for folder in (tmp_path / "whole" / "checkpoints").iterdir():
+        (folder / "rng_state.pth").unlink()
+    (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    again, _ = go("whole")  # nothing of it can be believed, so it starts again
+    assert again["adapter_sha256"] == whole["adapter_sha256"]
+
+
+def test_a_finished_run_is_told_and_not_touched(go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _ = go("run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "run.lock"}
+    capsys.readouterr()
+    assert go("run", logging_steps=2) == (first, Exit.DONE)
+    assert "completed already, after step 8" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_more_epochs_go_on_and_other_settings_are_refused(go: Go, tmp_path: Path) -> None:
+    first, _ = go("run")
+    for options, told in (
+        ({"learning_rate": 2e-2}, "learning_rate was 0.01, and is 0.02"),
+        ({"beta": 0.2}, "beta was 0.1, and is 0.2"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps was 2, and is 4"),
+        ({"num_train_epochs": 1}, "8 steps are done, and the config asks for 4"),
+        ({"seed": 7}, "seed was 42, and is 7"),
+    ):
+        with pytest.raises(InvalidInput) as caught:
+            go("run", **options)
+        found = {problem.message: (problem.code, problem.key) for problem in caught.value.problems}
+        assert found[told][0] == "resume-differs" and found[told][1] in told + "num_train_epochs"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(made_row(i)) + "\n" for i in range(26)), encoding="utf-8")
+    with pytest.raises(InvalidInput) as caught:
+        go("run")
+    assert "dataset has other content than when the run began" in [problem.message for problem in caught.value.problems]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(made_row(i)) + "\n" for i in range(24)), encoding="utf-8")
+    more, _ = go("run", num_train_epochs=3)
+    assert more["steps"] == 12 and more["adapter_sha256"] != first["adapter_sha256"]
+    assert [line["step"] for line in lines(tmp_path / "run") if line["split"] == "train"] == list(range(1, 13))
+
+
+def test_a_moved_run_and_a_moved_dataset_are_the_same_run(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = go("whole")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stopping(patched, lambda line: line["step"] == 5, kill)
+        go("stopped")
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "renamed.jsonl")
+    gone_on, _ = go("moved", dataset=str(tmp_path / "renamed.jsonl"))
+    assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
+
+
+def test_a_second_process_is_refused_and_told_who_is_there(go: Go, tmp_path: Path) -> None:
+    with RunDirectory.claim(tmp_path / "run", overwrite=False, resume=False):
+        code = "import sys; from pathlib import Path; from dpo_cli.runs.directory import RunDirectory as R\n"
+        code += f"with R.claim(Path({str(tmp_path / 'run')!r}), False, True): pass"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert "is in use by process " in done.stderr
+        with pytest.raises(InvalidInput) as caught:
+            go("run")
+        assert [problem.code for problem in caught.value.problems] == ["run-locked"]
+    assert go("run")[1] is Exit.DONE
+
+
+def test_a_disk_without_room_is_told_before_anything_is_loaded(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_cli import demands
+
+    monkeypatch.setattr(demands, "free_bytes", lambda path: 1 << 20)
+    with pytest.raises(DoesNotFit) as caught:
+        go("run")
+    (problem,) = caught.value.problems
+    assert problem.code == "disk-too-full" and "0.00 are free" in problem.message
+    assert not (tmp_path / "run").exists()
