@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def go(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Go:
-    """Trains eight steps in two epochs of 16 pairs, in the folder of that name."""
+    """Trains ten steps in two epochs of 18 pairs, in the folder of that name."""
     data = str(pairs_file([made_row(i) for i in range(24)]))
     values = {"model_name": str(tiny_model_dir), "dataset": data, "device": "cpu", "bf16": False, "fp16": False, "lora_r": 4}
     values |= {"learning_rate": 1e-2, "lora_dropout": 0.1, "eval_split": 0.3, "num_train_epochs": 2, "kl_prompts": 0}
@@ -59,6 +60,10 @@ def stopping(monkeypatch: pytest.MonkeyPatch, when: Callable[[dict[str, Any]], b
             stop()
 
     monkeypatch.setattr(RunDirectory, "append_line", line)
+
+
+def is_line(line: dict[str, Any], step: int, split: str) -> bool:
+    return bool(line["step"] == step and line["split"] == split)
 
 
 def kill() -> None:
@@ -126,12 +131,12 @@ def test_early_stopping_leaves_the_best_and_goes_on(go: Go, tmp_path: Path, monk
     whole, _ = go("whole", **options)
     losses = {line["step"]: line["loss"] for line in lines(tmp_path / "whole") if line["split"] == "eval"}
     best = min(losses, key=losses.__getitem__)
-    assert whole["best_step"] == best and whole["steps"] == best + 2 < 16
+    assert whole["best_step"] == best and whole["steps"] == best + 2 < 20
     assert whole["eval"]["loss"]["value"] == pytest.approx(losses[best], rel=1e-6)
     step = min(step, whole["steps"] - 1)
     for name, split, stop in (("killed", "train", kill), ("interrupted", "train", interrupt), ("mid", "eval", interrupt)):
         with monkeypatch.context() as patched:
-            stopping(patched, lambda line: line["step"] == step and line["split"] == split, stop)
+            stopping(patched, partial(is_line, step=step, split=split), stop)
             if stop is kill:
                 with pytest.raises(Killed):
                     go(name, **options)
@@ -194,7 +199,7 @@ def test_a_finished_run_is_told_and_not_touched(go: Go, tmp_path: Path, capsys: 
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "run.lock"}
     capsys.readouterr()
     assert go("run", logging_steps=2) == (first, Exit.DONE)
-    assert "completed already, after step 8" in capsys.readouterr().out
+    assert "completed already, after step 10" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -204,7 +209,7 @@ def test_more_epochs_go_on_and_other_settings_are_refused(go: Go, tmp_path: Path
         ({"learning_rate": 2e-2}, "learning_rate was 0.01, and is 0.02"),
         ({"beta": 0.2}, "beta was 0.1, and is 0.2"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps was 2, and is 4"),
-        ({"num_train_epochs": 1}, "8 steps are done, and the config asks for 4"),
+        ({"num_train_epochs": 1}, "10 steps are done, and the config asks for 5"),
         ({"seed": 7}, "seed was 42, and is 7"),
     ):
         with pytest.raises(InvalidInput) as caught:
@@ -217,8 +222,8 @@ def test_more_epochs_go_on_and_other_settings_are_refused(go: Go, tmp_path: Path
     assert "dataset has other content than when the run began" in [problem.message for problem in caught.value.problems]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(made_row(i)) + "\n" for i in range(24)), encoding="utf-8")
     more, _ = go("run", num_train_epochs=3)
-    assert more["steps"] == 12 and more["adapter_sha256"] != first["adapter_sha256"]
-    assert [line["step"] for line in lines(tmp_path / "run") if line["split"] == "train"] == list(range(1, 13))
+    assert more["steps"] == 15 and more["adapter_sha256"] != first["adapter_sha256"]
+    assert [line["step"] for line in lines(tmp_path / "run") if line["split"] == "train"] == list(range(1, 16))
 
 
 def test_a_moved_run_and_a_moved_dataset_are_the_same_run(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
