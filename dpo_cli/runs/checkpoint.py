@@ -96,16 +96,30 @@ class Checkpoints:
         checkpoint = Checkpoint(self.place / f"step-{step}", step)
         others = [other for other in self.all() if other.step != step]
         if checkpoint.folder.exists():  # a damaged one
-            self._remove(checkpoint)
+            self._set_aside(checkpoint)
         made.rename(checkpoint.folder)
         sync(self.place)
         older = [other for other in others if other.step < step]
         for other in [*older[KEPT - 1 :], *(other for other in others if other.step > step)]:
-            self._remove(other)
+            self._set_aside(other)
         self._clear()
         return checkpoint
 
-    def _remove(self, checkpoint: Checkpoint) -> None:
+    def drop_after(self, step: int) -> None:
+        """Take away the damaged ones that are newer than the one that is gone on from: among the newest they would count."""
+        self.part.mkdir(exist_ok=True)
+        for other in self.all():
+            if other.step > step:
+                self._set_aside(other)
+        self._clear()
+
+    def clear(self, with_damaged: bool) -> None:
+        """Take away all checkpoints; damaged ones, which somebody may want to look at, can be left until there are new ones."""
+        if with_damaged and self.place.exists():
+            shutil.rmtree(self.place)
+        self._clear()
+
+    def _set_aside(self, checkpoint: Checkpoint) -> None:
         checkpoint.folder.rename(self.part / checkpoint.folder.name)
 
     def _clear(self) -> None:

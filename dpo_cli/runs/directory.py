@@ -67,11 +67,10 @@ class RunDirectory:
             yield cls(path)
 
     def clear(self) -> None:
-        """Take away what an earlier run wrote, but for its adapter, which stays until there is a new one, and for votes."""
+        """Take away what an earlier run wrote, but for checkpoints, votes, and its adapter, which stays until there is a new one."""
         for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, REPORT, LOG, PAGE):
             (self.path / name).unlink(missing_ok=True)
-        for name in (TENSORBOARD, CHECKPOINTS):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
 
     def trained_on(self) -> list[str]:
         """The data files of the run, by their absolute paths."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +28,17 @@ def log_line(line: dict[str, Any]) -> None:
     logging.getLogger("dpo").info("%s", line)
 
 
+class _Patient(logging.FileHandler):
+    """A full disk costs records, and not the training: what must be written is written elsewhere, and fails there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Within, every log record, warning and failure is added to the file at `path`."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Within, every log record, warning and failure is added to the file at `path`, where that can be written."""
+    handler = _Patient(path, encoding="utf-8") if os.access(path.parent, os.W_OK) else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

@@ -132,6 +132,7 @@ def go_on(run: RunDirectory, begun: Begun, manifest: Json, console: Console) -> 
     if begun.checkpoint is None:
         message = f"{run.path} has no checkpoint to go on from"
         raise InvalidInput([Problem("error", "resume-differs", message, START_ANEW, "output_dir")])
+    run.checkpoints.drop_after(begun.step)
     run.take_lines(begun.checkpoint.folder)
     run.forget_end()
     _tell(console, f"going on from {begun.checkpoint.folder.name}")

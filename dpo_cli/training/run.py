@@ -77,6 +77,7 @@ def train(
         begun = Begun.find(run, partial(tell_skipped, console)) if resume else None
         if begun is None:
             run.clear()
+            run.checkpoints.clear(with_damaged=not resume)
         else:
             loaded = begun.as_decided(loaded)
             plan = resolve(loaded, machine, counts)
