@@ -31,7 +31,7 @@ def log_line(line: dict[str, Any]) -> None:
 class _Patient(logging.FileHandler):
     """A full disk costs records, and not the training: what must be written is written elsewhere, and fails there."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - a name of logging
         pass
 
 
