@@ -67,7 +67,7 @@ class RunDirectory:
             yield cls(path)
 
     def clear(self) -> None:
-        """Take away what an earlier run wrote, but for checkpoints, votes, and its adapter, which stays for a new one to replace."""
+        """Take away what an earlier run wrote, but for checkpoints, votes, and its adapter, which a new one replaces."""
         for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, REPORT, LOG, PAGE):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
