@@ -13,7 +13,7 @@ import typer
 
 from dpo_cli.config.options import Config
 from dpo_cli.console import Console
-from dpo_cli.errors import DpoError, Exit
+from dpo_cli.errors import DpoError, Exit, UsageError
 
 
 @contextmanager
@@ -24,6 +24,8 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
     """
     console = Console(as_json)
     try:
+        if not os.path.exists(os.curdir):
+            raise UsageError("the folder that this was started in is gone", "change to one that is there")
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             yield console
     except (typer.Exit, BrokenPipeError):

@@ -142,7 +142,7 @@ def go_on(run: RunDirectory, begun: Begun, manifest: Json, console: Console) -> 
 
 
 @contextmanager
-def told_how_to_go_on(run: RunDirectory, config: str) -> Iterator[None]:
+def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
     """What cannot be written inside ends the run, and is told with what is left of it and how to go on."""
     try:
         yield
@@ -151,7 +151,7 @@ def told_how_to_go_on(run: RunDirectory, config: str) -> Iterator[None]:
         left = f"{checkpoints[0].folder.name} is kept" if checkpoints else "there was no checkpoint yet"
         where = error.filename or run.path
         message = f"cannot write {where}: {error.strerror or error}; {left}"
-        again = f"`dpo train {config} --resume` {'goes on from there' if checkpoints else 'starts again'}"
+        again = f"the same command with --resume {'goes on from there' if checkpoints else 'starts again'}"
         free = f"free space on the disk of {run.path} ({free_bytes(run.path) / 1e6:,.0f} MB are free), then "
         raise RunFailed(message, (free if is_full(error) else "") + again) from error
 

@@ -73,7 +73,7 @@ def train(
     if dry_run:
         return plan.to_json(), Exit.DONE
 
-    with RunDirectory.claim(plan.run_dir, overwrite, resume) as run, told_how_to_go_on(run, loaded.file):
+    with RunDirectory.claim(plan.run_dir, overwrite, resume) as run, told_how_to_go_on(run):
         begun = Begun.find(run, partial(tell_skipped, console)) if resume else None
         if begun is None:
             run.clear()
