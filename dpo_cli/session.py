@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from types import ModuleType
 
 import typer
@@ -24,8 +25,7 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
     """
     console = Console(as_json)
     try:
-        if not os.path.exists(os.curdir):
-            raise UsageError("the folder that this was started in is gone", "change to one that is there")
+        _require_folder()
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             yield console
     except (typer.Exit, BrokenPipeError):
@@ -38,6 +38,14 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
         told = error if isinstance(error, DpoError) else unexpected(error)
         console.error(told)
         raise typer.Exit(int(told.exit_code)) from error
+
+
+def _require_folder() -> None:
+    """`UsageError` where the current folder was deleted: no path is absolute in it."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the folder that this was started in is gone", "change to one that is there") from error
 
 
 def unexpected(error: Exception) -> DpoError:

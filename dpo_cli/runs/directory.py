@@ -68,7 +68,7 @@ class RunDirectory:
 
     def clear(self) -> None:
         """Take away what an earlier run wrote, but for checkpoints, votes, and its adapter, which a new one replaces."""
-        for name in (PLAN, MANIFEST, LINES, SUMMARY, EVALUATION, REPORT, LOG, PAGE):
+        for name in (SUMMARY, LINES, EVALUATION, REPORT, LOG, PAGE, MANIFEST, PLAN):  # first what says that a run is finished
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
 

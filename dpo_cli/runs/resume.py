@@ -38,8 +38,8 @@ class Begun:
     def find(cls, run: RunDirectory, skipped: Callable[[Checkpoint, str], None]) -> Begun | None:
         """What there is to go on with; nothing where a run came to no checkpoint. `skipped` is told of damaged ones."""
         checkpoint = next(run.checkpoints.verified(skipped), None)
-        summary = run.read_json(SUMMARY) if run.has(SUMMARY) else None
-        is_whole = summary is not None and _is_whole(run, summary)
+        summary = _end(run)
+        is_whole = summary is not None and run.trained.is_dir() and sha256_of_all(run.trained) == summary["adapter_sha256"]
         if checkpoint is None and not is_whole:
             return None
         # Those of the checkpoint are known to be as they were written.
@@ -98,11 +98,14 @@ class Begun:
         return [f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)]
 
 
-def _is_whole(run: RunDirectory, summary: Json) -> bool:
-    """Whether a run came to its end: what it left is as it wrote it, and was judged where it could be."""
-    plan = run.read_json(PLAN)
+def _end(run: RunDirectory) -> Json | None:
+    """What metrics.json says of a run that came to its end and was judged where it could be."""
+    try:
+        summary, plan, _ = (run.read_json(name) for name in (SUMMARY, PLAN, MANIFEST))
+    except (FileNotFoundError, ValueError):  # not there, or damaged: then a checkpoint is gone on from
+        return None
     is_judged = summary["eval"] is not None or not plan["counts"]["eval_pairs"] or summary["status"] != "completed"
-    return is_judged and run.trained.is_dir() and sha256_of_all(run.trained) == summary["adapter_sha256"]
+    return dict(summary) if is_judged else None
 
 
 def _differs(before: Json, plan: Plan, name: str) -> bool:
