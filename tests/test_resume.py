@@ -178,17 +178,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     with monkeypatch.context() as patched, pytest.raises(Killed):
         stopping(patched, lambda line: line["step"] == 5, kill)
         go("stopped")
-    optimizer = tmp_path / "stopped" / "checkpoints" / "step-4" / "optimizer.pt"
+    optimizer = tmp_path / "stopped" / "checkpoints" / "step-4" / "optimizer.safetensors"
     data = bytearray(optimizer.read_bytes())
     data[len(data) // 2] ^= 1
     optimizer.write_bytes(data)
     capsys.readouterr()
     gone_on, _ = go("stopped")
     said = capsys.readouterr().out
-    assert "checkpoint step-4 is skipped: optimizer.pt has changed" in said and "going on from step-2" in said
+    assert "checkpoint step-4 is skipped: optimizer.safetensors has changed" in said and "going on from step-2" in said
     assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
     for folder in (tmp_path / "whole" / "checkpoints").iterdir():
-        (folder / "rng_state.pth").unlink()
+        (folder / "random.json").unlink()
     (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     again, _ = go("whole")  # nothing of it can be believed, so it starts again
     assert again["adapter_sha256"] == whole["adapter_sha256"]

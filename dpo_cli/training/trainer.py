@@ -7,7 +7,7 @@ moves any of it):
 - `log`: a training line takes our figures along.
 - `_save`, `_load_from_checkpoint`: a checkpoint holds the adapter in training alone, and what is loaded is what was written;
   Trainer passes over the adapter where a frozen one lies beside it.
-- `_save_checkpoint`: it is written where it may fail.
+- `_save_checkpoint`: it is written where it may fail. What is in it beside weights Trainer would pickle (training/states.py).
 - the forward of the model: our head in the place of TRL's, which is a Triton kernel (training/scoring.py).
 """
 
@@ -35,10 +35,12 @@ from dpo_cli.runs.checkpoint import PART
 from dpo_cli.runs.directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from dpo_cli.training import parts, scoring
 from dpo_cli.training.schedule import Schedule
+from dpo_cli.training.states import load_state, random_state, save_state, set_random_state
 
 Evaluate = Callable[[Policy], dict[str, float]]
 Tell = Callable[[str], None]
 
+OPTIMIZER, SCHEDULE, SCALER, RANDOM = "optimizer", "schedule", "scaler", "random"  # files of a checkpoint
 TRL_TOKENS = "_total_train_tokens"  # TRL's own count
 SIZE = "tokens_in_a_batch"  # column: what decides how much memory a row takes
 
@@ -115,6 +117,8 @@ class CarefulTrainer:
     accelerator: Any
     train_dataset: Any
     control: TrainerControl
+    optimizer: Any
+    lr_scheduler: Any
     # Calls what makes Trainer write a checkpoint into its output_dir; without it there are none.
     write_checkpoint: Callable[[Callable[[], None]], None] | None = None
 
@@ -187,6 +191,30 @@ class CarefulTrainer:
         if lost := [name for name, tensor in loaded.items() if not torch.equal(tensor.cpu(), written[name])]:
             raise RunFailed(f"{lost[0]} of {resume_from_checkpoint} cannot be loaded", "start anew with --overwrite")
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        save_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
+        save_state(Path(output_dir) / SCHEDULE, self.lr_scheduler.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(load_state(Path(checkpoint) / OPTIMIZER))
+            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULE))
+
+    def _save_scaler(self, output_dir: str) -> None:
+        if self.accelerator.scaler is not None:  # of fp16
+            save_state(Path(output_dir) / SCALER, self.accelerator.scaler.state_dict())
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(load_state(Path(checkpoint) / SCALER))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        save_state(Path(output_dir) / RANDOM, random_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(load_state(Path(checkpoint) / RANDOM))
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.write_checkpoint is not None:
             self.write_checkpoint(lambda: super(CarefulTrainer, self)._save_checkpoint(model, trial))  # type: ignore[misc]
@@ -199,12 +227,11 @@ class CarefulTrainer:
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         self.model.eval()  # TRL's log() asks the model which of its own averages to add
-        before = torch.get_rng_state(), torch.cuda.get_rng_state_all()  # of no GPU it is an empty list
+        before = random_state()
         try:
             figures = self._run_evaluation(self.policy)
         except Stopped:  # the checkpoint that is written now is that of the step before the evaluation
-            torch.set_rng_state(before[0])
-            torch.cuda.set_rng_state_all(before[1])
+            set_random_state(before)
             self.control.should_training_stop = self.control.should_save = True
             self.control.should_evaluate = False
             return {}

@@ -1,6 +1,6 @@
 """What a checkpoint holds beside what Trainer writes, and how a training goes on from it to the same bits.
 
-    Trainer's          adapter_model.safetensors or model.safetensors, optimizer.pt, scheduler.pt, rng_state.pth, ...
+    Trainer's          adapter_model.safetensors or model.safetensors, trainer_state.json, optimizer, schedule, random
     the run's          plan.json, manifest.json, metrics.jsonl, as they were
     progress.json      what only this process knows: rows that no line tells of yet, the course that health looks at, ...
     best.safetensors   the weights of the best evaluation, where early stopping keeps others than the last
@@ -23,7 +23,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_pt_utils import safe_globals
 
 from dpo_cli.runs.checkpoint import Checkpoint
 from dpo_cli.runs.directory import LINES, MANIFEST, PLAN, RunDirectory
@@ -115,6 +114,5 @@ def _read_back(folder: Path) -> None:
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, framework="pt"):
             pass
-    with safe_globals():
-        for path in (*folder.glob("*.pt"), *folder.glob("*.pth")):
-            torch.load(path, map_location="cpu", weights_only=True)
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,76 @@
+"""The state of an optimizer, a schedule, random generators: nested containers with tensors, as JSON and safetensors.
+
+torch.save would write a pickle, and reading one may run code. What is read here is text and numbers, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def save_state(place: Path, state: Any) -> None:
+    """Write `state` to `place`.json, its tensors to `place`.safetensors; TypeError for a kind of value that is not known."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[Any, str] = {}  # of tensors by where they lie: bitsandbytes has the same one in many places
+
+    def written(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            own = value.detach()
+            name = names.setdefault((own.data_ptr(), own.shape, own.stride(), own.dtype, own.device), str(len(names)))
+            tensors[name] = own.cpu().contiguous()
+            return {"tensor": name}
+        if isinstance(value, np.ndarray):
+            return {"array": value.tolist(), "dtype": str(value.dtype)}
+        if isinstance(value, dict):  # whose keys need not be text
+            return {"dict": [[written(key), written(part)] for key, part in value.items()]}
+        if isinstance(value, tuple | list):
+            return {type(value).__name__: [written(part) for part in value]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise TypeError(f"a {type(value).__name__} in the state of a training")
+
+    text = json.dumps(written(state))
+    if tensors:
+        save_file(tensors, place.with_suffix(".safetensors"))
+    place.with_suffix(".json").write_text(text, encoding="utf-8")
+
+
+def load_state(place: Path) -> Any:
+    """What `save_state` wrote to `place`, its tensors on the CPU."""
+    file = place.with_suffix(".safetensors")
+    tensors = load_file(file) if file.is_file() else {}
+
+    def read(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kind, content = next(iter(value.items()))
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "array":
+            return np.array(content, dtype=value["dtype"])
+        if kind == "dict":
+            return {read(key): read(part) for key, part in content}
+        return {"tuple": tuple, "list": list}[kind](map(read, content))
+
+    return read(json.loads(place.with_suffix(".json").read_text(encoding="utf-8")))
+
+
+def random_state() -> dict[str, Any]:
+    """torch's random generators, of the CPU and of each GPU; and those of Python and numpy, which libraries may draw from."""
+    of_gpus = torch.cuda.get_rng_state_all()  # none where there is no GPU
+    return {"torch": torch.get_rng_state(), "cuda": of_gpus, "python": random.getstate(), "numpy": np.random.get_state()}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
