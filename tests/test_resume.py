@@ -21,6 +21,8 @@ from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.runs.directory import RunDirectory
+from dpo_cli.runs.resume import _weights
+from dpo_cli.training import schedule
 from dpo_cli.training.run import train
 
 TIMED = ("tokens_per_second", "peak_memory_gb")
@@ -258,3 +260,22 @@ def test_a_disk_without_room_is_told_before_anything_is_loaded(go: Go, tmp_path:
     (problem,) = caught.value.problems
     assert problem.code == "disk-too-full" and "0.00 are free" in problem.message
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_come_by_the_clock_where_no_steps_are_named(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(name: str) -> list[str]:
+        return sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+
+    go("slow", save_steps=None, eval_split=0)
+    assert kept("slow") == ["step-12"]  # the end alone: ten minutes have not passed
+    monkeypatch.setattr(schedule, "BETWEEN_SECONDS", 0.0)
+    go("fast", save_steps=None, eval_split=0)
+    assert kept("fast") == ["step-11", "step-12"]
+
+
+def test_another_version_of_a_hub_model_is_other_weights(tmp_path: Path) -> None:
+    manifest = {"model": {"sha256": {}, "revision": "a", "below": {}}}
+    assert _weights(manifest) == _weights({"model": {"sha256": {}, "revision": "a", "below": {}}})
+    assert _weights(manifest) != _weights({"model": {"sha256": {}, "revision": "b", "below": {}}})

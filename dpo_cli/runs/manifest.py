@@ -10,7 +10,7 @@ from typing import Any
 
 import dpo_cli
 from dpo_cli.data.reader import sources_of
-from dpo_cli.hardware.adapters import chain_of
+from dpo_cli.hardware.adapters import chain_of, foundation
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan
 from dpo_cli.runs.digests import sha256
@@ -29,8 +29,12 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         "hardware": machine.to_json(),
         "dataset": _hashes(plan.config.dataset),
         "eval_dataset": _hashes(plan.config.eval_dataset or []),
-        "model": {"name": plan.config.model_name, "sha256": {file.name: sha256(file) for file in weights}}
-        | {"below": chain_of(plan.config.model_name)},
+        "model": {
+            "name": plan.config.model_name,
+            "sha256": {file.name: sha256(file) for file in weights},
+            "revision": None if model_dir else _revision(foundation(plan.config.model_name)),
+            "below": chain_of(plan.config.model_name),
+        },
         "seed": plan.config.seed,
         "git_commit": _git_commit(),
     }
@@ -39,6 +43,14 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
 def _hashes(dataset: str | list[Any]) -> dict[str, str]:
     """The SHA-256 of each file that a config's value names."""
     return {source.path: sha256(Path(source.path)) for source in sources_of(dataset)}
+
+
+def _revision(model_name: str) -> str | None:
+    """The commit of a hub model that is in the cache: its files lie in a folder of that name."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model_name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _git_commit() -> str | None:

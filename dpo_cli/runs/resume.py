@@ -81,9 +81,7 @@ class Begun:
         for name in ("dataset", "eval_dataset"):
             if _contents(self.manifest[name]) != _contents(manifest[name]):
                 yield _other(f"{name} has other content than when the run began", name)
-        if _contents(self.manifest["model"]["sha256"]) != _contents(manifest["model"]["sha256"]) or (
-            _contents(self.manifest["model"]["below"]) != _contents(manifest["model"]["below"])
-        ):
+        if _weights(self.manifest) != _weights(manifest):
             yield _other("model_name names other weights than when the run began", "model_name")
         assert plan.counts is not None
         if self.plan["counts"]["digest"] != plan.counts.digest:
@@ -115,6 +113,12 @@ def _differs(before: Json, plan: Plan, name: str) -> bool:
 def _contents(hashes: Mapping[str, str]) -> list[str]:
     """The hashes of files, wherever they lie now."""
     return sorted(hashes.values())
+
+
+def _weights(manifest: Json) -> tuple[list[str], str | None, list[str]]:
+    """What tells the weights of a model apart: of a local one, of one of the hub, and of what it stands on."""
+    model = manifest["model"]
+    return _contents(model["sha256"]), model["revision"], _contents(model["below"])
 
 
 def _product(config: Json) -> int:
