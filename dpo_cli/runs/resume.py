@@ -84,7 +84,7 @@ class Begun:
         if _weights(self.manifest) != _weights(manifest):
             yield _other("model_name names other weights than when the run began", "model_name")
         assert plan.counts is not None
-        if self.plan["counts"]["digest"] != plan.counts.digest:
+        if self.plan["counts"].get("digest") != plan.counts.digest:
             yield _other("the rows are other ones, or have other tokens, than when the run began", "dataset")
         if plan.total_steps < self.step:
             key = "max_steps" if plan.config.max_steps else "num_train_epochs"
@@ -118,7 +118,7 @@ def _contents(hashes: Mapping[str, str]) -> list[str]:
 def _weights(manifest: Json) -> tuple[list[str], str | None, list[str]]:
     """What tells the weights of a model apart: of a local one, of one of the hub, and of what it stands on."""
     model = manifest["model"]
-    return _contents(model["sha256"]), model["revision"], _contents(model["below"])
+    return _contents(model["sha256"]), model.get("revision"), _contents(model["below"])
 
 
 def _product(config: Json) -> int:
