@@ -15,6 +15,7 @@ import typer
 from dpo_cli.config.options import Config
 from dpo_cli.console import Console
 from dpo_cli.errors import DpoError, Exit, UsageError
+from dpo_cli.hub import ask_nobody
 
 
 @contextmanager
@@ -23,6 +24,7 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
 
     With `as_json` what libraries print goes to standard error too (trackio prints).
     """
+    ask_nobody()
     console = Console(as_json)
     try:
         _require_folder()

@@ -16,6 +16,7 @@ ORDER = [
     "errors",
     "console",
     "live",
+    "hub",
     "config",
     "data",
     "runs.digests",

@@ -8,17 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
 import torch
 import transformers
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
@@ -29,17 +21,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
-from dpo_cli.hardware.models import common_name
 from dpo_cli.plan import Plan
+from dpo_cli.providers.hub import answers
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.directory import WEIGHTS
 
-HUB_TIMEOUT_SECONDS = 8
 OTHER_BASE = "name the model that it was made on as model_name"
 
 
@@ -53,7 +45,7 @@ class HuggingFace:
         self.foundation = foundation(model_name)
         path = Path(self.foundation)
         self.source = str(dequantised(path)) if gguf.is_gguf(path) else self.foundation
-        self.only_local = path.exists() or not _hub_answers(self.foundation)
+        self.only_local = path.exists() or not answers(self.foundation)
 
     @property
     def local_dir(self) -> Path | None:
@@ -178,10 +170,9 @@ class HuggingFace:
             raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
         except (OSError, ValueError) as error:
             if isinstance(error.__cause__, GatedRepoError):  # its description is public, its files are not
-                raise _gated(self.name) from error
+                raise hub.gated("model", self.foundation) from error
             if self.only_local and self.local_dir is None:
-                message = f"the hub cannot be reached, and {self.name} is not in the local cache"
-                raise RunFailed(message, "check the network, or name a local model directory or GGUF file") from error
+                raise hub.unreachable("model", self.foundation) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(f"cannot load {self.name}: {reason}", "check that it is a complete model directory") from error
 
@@ -251,26 +242,3 @@ def _require_modules(plan: Plan, base: PreTrainedModel, adapter: LoraConfig) -> 
 
 def _example(modules: Mapping[str, Any]) -> str:
     return next((name for name, module in modules.items() if isinstance(module, torch.nn.Linear)), "none")
-
-
-def _hub_answers(model_name: str) -> bool:
-    """Whether the hub has the model; False when it cannot be reached, so that only what is cached can be used.
-
-    Asked once, because from_pretrained alone retries for most of a minute.
-    """
-    try:
-        HfApi().model_info(model_name, timeout=HUB_TIMEOUT_SECONDS)
-    except GatedRepoError as error:
-        raise _gated(model_name) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        near = common_name(model_name)
-        fix = f"did you mean {near}? " if near else "check the name (owner/model); "
-        fix += "a private model needs `hf auth login`"
-        raise RunFailed(f"there is no model {model_name} on the hub", fix) from error
-    except (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled):
-        return False
-    return True
-
-
-def _gated(model_name: str) -> RunFailed:
-    return RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`")
