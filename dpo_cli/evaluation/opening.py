@@ -115,6 +115,9 @@ def _base_of(folder: Path) -> str:
         except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
             message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
             raise InvalidInput([Problem("error", "not-an-adapter", message, "save it again with PEFT")]) from error
+        if config.peft_type == "XLORA":
+            message = f"{folder / ADAPTER_CONFIG} names other adapters, which are not read with it"
+            raise InvalidInput([Problem("error", "not-an-adapter", message, "name one of them")])
         if config.peft_type is not None and not config.is_prompt_learning:
             return config.base_model_name_or_path or ""
         problem, fix = f"{folder / ADAPTER_CONFIG} names no peft_type", "save it again with PEFT"

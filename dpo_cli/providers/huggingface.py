@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,12 +21,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
-from dpo_cli.hardware import gguf
+from dpo_cli.hardware import foreign, gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
+from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.plan import Plan
 from dpo_cli.providers.hub import answers
 from dpo_cli.providers.made import dequantised, made_once
@@ -57,6 +60,7 @@ class HuggingFace:
         has_own = adapter is not None and (adapter.directory / "tokenizer_config.json").is_file()
         source = str(adapter.directory) if adapter and has_own else self.source
         tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, source))
+        tokenizer.init_kwargs.pop("auto_map", None)  # names of code that is not run, and would be written with the adapter
         if tokenizer.eos_token is None:
             raise RunFailed(f"the tokenizer of {self.name} names no EOS token", "use an instruct model")
         if tokenizer.pad_token is None:
@@ -100,6 +104,7 @@ class HuggingFace:
         base = self.base_model(plan)
         if not (folder / ADAPTER_CONFIG).is_file():
             return Policy(_settled(self._model(plan, str(folder))).eval(), base.eval())
+        _require_plain(folder)
         try:
             model = PeftModel.from_pretrained(base, str(folder), adapter_name=TRAINED)
         except torch.OutOfMemoryError:  # no fault of the adapter
@@ -146,6 +151,7 @@ class HuggingFace:
             options["quantization_config"] = quantisation(plan)
             options["device_map"] = {"": device}
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
+        vars(model.config).pop("auto_map", None)  # likewise
         if "quantization_config" not in options:
             return cast(PreTrainedModel, model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
@@ -165,6 +171,7 @@ class HuggingFace:
     def _load(self, auto: Any, source: str, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
+            self._require_no_code(source)
             return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
         except ImportError as error:  # transformers asks for the package only now
             raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
@@ -175,6 +182,22 @@ class HuggingFace:
                 raise hub.unreachable("model", self.foundation) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(f"cannot load {self.name}: {reason}", "check that it is a complete model directory") from error
+
+    def _require_no_code(self, source: str) -> None:
+        """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
+        read = {}
+        for name in ("config.json", TOKENIZER_CONFIG):
+            found = cached_file(
+                source,
+                name,
+                local_files_only=self.only_local,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            read[name] = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        for problem in foreign.problems(*read.values(), self.name):
+            if problem.severity == "error":
+                raise RunFailed(problem.message, problem.fix)
 
 
 def require_device(plan: Plan) -> torch.device:
@@ -212,6 +235,15 @@ def _settled(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
                 setattr(module, name, 0.0)
     return model
+
+
+def _require_plain(folder: Path) -> None:
+    """`RunFailed` for an adapter that PEFT would unpickle, or import a module for that it names."""
+    if not (folder / WEIGHTS).is_file():
+        raise RunFailed(f"{folder} has no {WEIGHTS}; other files of weights are not read", "save it again with PEFT")
+    if code := foreign.in_adapter(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))):
+        message = f"{folder / ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run"
+        raise RunFailed(message, "remove that from the file, if you know where the adapter comes from")
 
 
 def _require_whole(model: PeftModel, folder: Path, plan: Plan) -> None:
