@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
+import logging
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,12 +18,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CHATML
 from gguf_files import write_gguf
+from jinja2 import TemplateError
 from safetensors.torch import save_file
+from transformers import AutoModelForSequenceClassification, tokenization_utils_base
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli import app
+from dpo_cli.data import rendering
+from dpo_cli.data.rendering import render
+from dpo_cli.errors import InvalidInput
+from dpo_cli.redaction import MASK, redact, redacted
+from dpo_cli.runs.digests import sha256_of_all
 
 Pairs = Callable[..., Path]
 OPTIONS: dict[str, Any] = {
@@ -195,7 +206,9 @@ def adapter(config: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_an_adapter_that_is_no_safetensors_is_never_unpickled(config: Path, adapter: Path, marker: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_is_no_safetensors_is_never_unpickled(
+    config: Path, adapter: Path, marker: Path, tmp_path: Path
+) -> None:
     for place in (adapter, tmp_path / "run" / "adapter"):
         (place / "adapter_model.safetensors").unlink()
         (place / "adapter_model.bin").write_bytes(pickle.dumps(Pickled(marker)))
@@ -205,16 +218,17 @@ def test_an_adapter_that_is_no_safetensors_is_never_unpickled(config: Path, adap
         assert codes(dpo(*command, "--json")) == ["not-a-run"]
     # With other safetensors beside it, whose sum is the one that the run names.
     save_file({"x": torch.zeros(1)}, str(tmp_path / "run" / "adapter" / "other.safetensors"))
-    from dpo_cli.runs.directory import sha256_of_all
-
     changed(tmp_path / "run" / "metrics.json", adapter_sha256=sha256_of_all(tmp_path / "run" / "adapter"))
     assert dpo("eval", tmp_path / "run").exit_code == 1
 
 
 @pytest.mark.parametrize(
     "named",
-    [{"megatron_config": {}, "megatron_core": "hostile"}, {"megatron_config": {"a": 1}, "megatron_core": "hostile"}]
-    + [{"auto_mapping": {"base_model_class": "HostileModel", "parent_library": "hostile"}}],
+    [
+        {"megatron_config": {}, "megatron_core": "hostile"},
+        {"megatron_config": {"a": 1}, "megatron_core": "hostile"},
+        {"auto_mapping": {"base_model_class": "HostileModel", "parent_library": "hostile"}},
+    ],
 )
 def test_an_adapter_imports_nothing(
     named: dict[str, Any], config: Path, adapter: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -241,7 +255,9 @@ def test_the_tokenizer_of_an_adapter_runs_no_code(config: Path, adapter: Path, m
     assert dpo("eval", config, f"model_name={tmp_path / 'run'}", "--adapter", tmp_path / "run").exit_code in (1, 3)
 
 
-def test_a_gguf_file_is_read_alone(model: Path, config: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_is_read_alone(
+    model: Path, config: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers looks for a tokenizer_config.json beside the file, and asks on the terminal whether to run its code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     put(model / "hostile.py", hostile(marker))
@@ -258,3 +274,215 @@ def test_a_plan_is_a_config_like_any_other(config: Path, adapter: Path, tmp_path
     result = dpo("train", put(tmp_path / "plan.json", plan), f"output_dir={tmp_path / 'again'}", "--json")
     (problem,) = [problem for problem in json.loads(result.stdout)["problems"] if problem["severity"] == "error"]
     assert (result.exit_code, problem["code"]) == (3, "unknown-key") and "runs no code of a model" in problem["fix"]
+
+
+# Chat templates
+
+SAID = [{"role": "user", "content": "hello"}]
+HOSTILE_TEMPLATES = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 9 ** 9 ** 9 ** 9 }}",
+    "{{ 'x' * 20000000000 }}",
+    "{{ '%020000000000d' % 1 }}",
+    "{{ ('ab' * 1000000)|replace('a', 'b' * 100000) }}",
+    "{{ 'x'|center(20000000000) }}",
+    "{% set held = namespace(text='x') %}{% for i in range(99999) %}{% set held.text = held.text * 2 %}{% endfor %}",
+    "{% macro again() %}{{ again() }}{{ again() }}{% endmacro %}{{ again() }}",
+    "{{ [[1] * 99999] * 99999 }}",
+    "{% for i in range(99) %}" * 99 + "{% endfor %}" * 99,
+    "{{ " + "(" * 99999 + "1" + ")" * 99999 + " }}",
+    "{{ " + "-" * 99999 + "1 }}",
+    "{{ 1 }}" * 7_000_000,  # 49 MB
+    "x" * 50_000_000,
+    "{{ 1 // 0 }}",
+    "{{ messages.nothing.more }}",
+    "{{ messages[0]['content'].__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}{{ os.getcwd() }}",
+]
+
+
+@pytest.mark.parametrize("template", HOSTILE_TEMPLATES, ids=lambda template: template[:40])
+def test_a_hostile_template_ends_as_a_problem(template: str, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises((InvalidInput, TemplateError)):
+        render(tokenizer, SAID, None)
+    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
+    assert render(tokenizer, SAID, None) == "<|im_start|>user\nhello<|im_end|>\n"  # and the next is rendered
+
+
+def test_no_template_is_rendered_outside_the_bound(
+    config: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rendering that transformers is asked for, by us or by a library, in all commands that load a tokenizer."""
+    renderings: list[bool] = []
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        renderings.append(signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+        return real(*arguments, **options)
+
+    real = tokenization_utils_base.render_jinja_template
+    monkeypatch.setattr(tokenization_utils_base, "render_jinja_template", seen)
+    reward = tmp_path / "reward"
+    shutil.copytree(model, reward)
+    scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)
+    scored.save_pretrained(reward)
+    changed(config, augment={**AUGMENT, "rank": "reward", "reward_model": str(reward)})
+    out = tmp_path / "made.jsonl"
+    for command in (
+        ["train", config],
+        ["train", config, "strategy=sft", f"output_dir={tmp_path / 'sft'}"],
+        ["eval", tmp_path / "run"],
+        ["export", tmp_path / "run", "--out", tmp_path / "out"],
+        ["augment", put(tmp_path / "p.txt", "hello\n"), config, "--out", out],
+    ):
+        before = len(renderings)
+        result = dpo(*command)
+        assert result.exit_code == 0, result.output
+        assert len(renderings) > before
+    assert all(renderings)
+
+
+# Nothing written elsewhere
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A folder with a file, to which links lead, and which must stay as it is."""
+    return put(tmp_path / "outside" / "file.txt", "keep").parent
+
+
+PLACES = (
+    *("adapter", "model", "checkpoints", "tensorboard", "run.lock", "train.log", "metrics.jsonl", "plan.json", "report.html"),
+    *(".plan.json.part", ".adapter.part", ".report.html.part", "adapter/README.md", "checkpoints/.part"),
+)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_no_link_leads_out_of_a_run(name: str, config: Path, outside: Path, tmp_path: Path) -> None:
+    """With --overwrite, and with a link to a folder as well as to a file."""
+    place = tmp_path / "run" / name
+    place.parent.mkdir(parents=True)
+    for target in (outside, outside / "file.txt"):
+        place.symlink_to(target)
+        result = dpo("train", config, "--overwrite", "--json")
+        assert (result.exit_code, codes(result)) == (3, ["run-link"])
+        place.unlink()
+    assert [file.name for file in outside.iterdir()] == ["file.txt"]
+    assert (outside / "file.txt").read_text(encoding="utf-8") == "keep"
+
+
+def test_what_judges_a_run_writes_through_no_link(config: Path, adapter: Path, outside: Path, tmp_path: Path) -> None:
+    run, kept = tmp_path / "run", outside / "file.txt"
+    for name in ("train.log", ".report.html.part", ".side-by-side.html.part"):
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(kept)
+        for command in (["eval", run], ["export", run, "--out", tmp_path / "out"]):
+            assert codes(dpo(*command, "--json")) == ["run-link"]
+        assert dpo("report", run).exit_code == 0
+        (run / name).unlink(missing_ok=True)
+        assert kept.read_text(encoding="utf-8") == "keep"
+
+
+def test_names_from_data_are_no_paths(config: Path, outside: Path, tmp_path: Path) -> None:
+    """A category, the texts of a pair, and the name of a dataset's file, which is quoted in a card."""
+    texts = {"chosen": "/etc/passwd and more", "rejected": "../../outside/file.txt", "category": "../../outside"}
+    rows = [{"prompt": f"../../{i}", **texts} for i in range(12)]
+    name = "`]<img src=x>(..)\n---\nbase_model: x.jsonl"
+    data = put(tmp_path / name, "".join(json.dumps(row) + "\n" for row in rows))
+    before = {path for path in tmp_path.rglob("*")}
+    assert dpo("train", config, f"dataset={json.dumps(str(data))}").exit_code == 0
+    made = {path for path in tmp_path.rglob("*")} - before
+    assert made and all(path.is_relative_to(tmp_path / "run") for path in made)
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert card.count("\n---\n") == 1 and "<img" not in card and "\nbase_model" not in card
+
+
+# Secrets
+
+TOKEN = "hf_CanaryCanaryCanaryCanary0123"
+SECRETS = {
+    "HF_TOKEN": TOKEN,
+    "HUGGING_FACE_HUB_TOKEN": 'canary "quoted" & <marked>',
+    "OPENAI_API_KEY": "canary-of-openai-0123",
+    "WANDB_API_KEY": "canary0of0wandb0123",
+}
+IN_TEXT = ("sk-proj-canaryCanary0123canary", "canary:secret", "canaryInAQuery")
+URL = f"http://{IN_TEXT[1]}@localhost:1/v1?api_key={IN_TEXT[2]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        (f"a {TOKEN}, b", f"a {MASK}, b"),
+        (URL, f"http://{MASK}@localhost:1/v1?api_key={MASK}"),
+        (f'{{"key": "{IN_TEXT[0]}"}}', f'{{"key": "{MASK}"}}'),
+        ("Authorization: Bearer abcdef.0123456789", f"Authorization: Bearer {MASK}"),
+        ("hf_model and sk-learn-like-estimators: sorted(a, key=len), me@here.org", None),
+        ("https://huggingface.co/owner/model?revision=main", None),
+    ],
+)
+def test_secrets_are_known_by_their_form(text: str, left: str | None) -> None:
+    assert redact(text) == (text if left is None else left)
+    assert redacted({"a": [text]}) == {"a": [redact(text)]}
+
+
+def test_secrets_are_known_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SECRETS, "TOKENIZERS_PARALLELISM": "true-and-longer", "SSL_KEY": "/etc/ssl/keys/my.key"}.items():
+        monkeypatch.setenv(name, value)
+    told = {"values": list(SECRETS.values()), "beside": ["true-and-longer", "/etc/ssl/keys/my.key"]}
+    assert redacted(told) == {"values": [MASK] * 4, "beside": ["true-and-longer", "/etc/ssl/keys/my.key"]}
+    assert html.escape(SECRETS["HUGGING_FACE_HUB_TOKEN"]) not in redact(html.escape(json.dumps(told)))
+
+
+def test_no_secret_is_in_any_file_or_output(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the environment, in pairs and prompts, in a config, and in what a library raises or logs or prints."""
+    canaries = (*SECRETS.values(), *IN_TEXT)
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    leaks = " ".join([*SECRETS.values(), IN_TEXT[0], URL])
+    rows = [{"prompt": f"q {i}", "chosen": f"{leaks} yes {i}", "rejected": f"no {i} {TOKEN}"} for i in range(12)]
+    # Texts of this folder are the input: all that is made of them lies in the other.
+    data = put(tmp_path / "input" / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    prompts = put(tmp_path / "input" / "prompts.jsonl", json.dumps({"prompt": f"{leaks}?"}) + "\n")
+    made = tmp_path / "made"
+    made.mkdir()
+    changed(config, dataset=str(data), output_dir=str(made / "run"), augment=AUGMENT, max_seq_length=1024)
+    config = config.rename(tmp_path / "input" / "config.json")
+    said: list[str] = []
+
+    def command(*words: object, code: int = 0) -> None:
+        result = dpo(*words)
+        assert (words, result.exit_code) == (words, code), result.output
+        said.append(result.stdout + result.stderr)
+
+    command("train", config, "--debug")
+    command("eval", made / "run", "--json")
+    command("eval", made / "run", "--side-by-side", 3)
+    command("report", made / "run")
+    command("export", made / "run", "--out", made / "whole")
+    command("augment", prompts, config, "--out", made / "pairs.jsonl")
+    judge = {**AUGMENT, "rank": "judge", "judge_url": URL, "judge_model": "m"}
+    command("validate", config, f"augment={json.dumps(judge)}", "--json", code=3)
+    command("augment", prompts, config, f"augment={json.dumps(judge)}", "--out", made / "judged.jsonl", code=3)
+
+    def leaking(*_: Any, **__: Any) -> None:
+        print(leaks)
+        logging.getLogger("some.library").warning(leaks)
+        raise RuntimeError(leaks)
+
+    monkeypatch.setattr("trl.DPOTrainer.train", leaking)
+    for more in ([], ["--debug"], ["--json"]):
+        command("train", config, f"output_dir={made / 'failed'}", "--overwrite", *more, code=1)
+    assert "RuntimeError" in said[-2] and MASK in said[-2]
+
+    files = [file for file in made.rglob("*") if file.is_file()]
+    assert len(files) > 25 and MASK in (made / "failed" / "train.log").read_text(encoding="utf-8")
+    texts = {str(file): file.read_bytes().decode("utf-8", errors="replace") for file in files} | dict(enumerate(said))
+    page = (made / "run" / "side-by-side.html").read_text(encoding="utf-8")
+    sealed = json.loads(page.split('id="data">')[1].split("</script>")[0])["sealed"]
+    texts["sealed"] = base64.b64decode(sealed).decode()
+    escaped = [form for canary in canaries for form in (canary, json.dumps(canary)[1:-1], html.escape(canary))]
+    assert [(name, canary) for name, text in texts.items() for canary in escaped if canary in text] == []

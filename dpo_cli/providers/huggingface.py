@@ -185,17 +185,13 @@ class HuggingFace:
 
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
-        read = {}
-        for name in ("config.json", TOKENIZER_CONFIG):
-            found = cached_file(
-                source,
-                name,
-                local_files_only=self.only_local,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            read[name] = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
-        for problem in foreign.problems(*read.values(), self.name):
+        there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+        def read(name: str) -> dict[str, Any]:
+            found = cached_file(source, name, local_files_only=self.only_local, **there)
+            return dict(json.loads(Path(found).read_text(encoding="utf-8"))) if found else {}
+
+        for problem in foreign.problems(read("config.json"), read(TOKENIZER_CONFIG), self.name):
             if problem.severity == "error":
                 raise RunFailed(problem.message, problem.fix)
 
