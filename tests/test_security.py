@@ -398,6 +398,14 @@ def test_names_from_data_are_no_paths(config: Path, outside: Path, tmp_path: Pat
     assert made and all(path.is_relative_to(tmp_path / "run") for path in made)
     card = (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
     assert card.count("\n---\n") == 1 and "<img" not in card and "\nbase_model" not in card
+    # As little is the name of a run, and the dataset's, anything but text on a page.
+    (tmp_path / "run").rename(named := tmp_path / "<img src=x onerror=alert(1)>")
+    shutil.copytree(named, tmp_path / "'\"><script>alert(2)<")
+    page = tmp_path / "page.html"
+    assert dpo("report", named, tmp_path / "'\"><script>alert(2)<", "--out", page).exit_code == 0
+    assert dpo("report", named).exit_code == 0
+    for text in (page.read_text(encoding="utf-8"), (named / "report.html").read_text(encoding="utf-8")):
+        assert "<img" not in text and text.count("<script") == 1 and "&lt;img src=x" in text
 
 
 # Secrets
