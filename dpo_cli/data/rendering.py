@@ -24,6 +24,7 @@ MAX_SECONDS = 3.0  # one conversation takes milliseconds
 MAX_BYTES = 1 << 30  # of memory beyond what the process has
 # What Python raises for a template that divides by zero, calls itself without end, or nests more than Python compiles.
 FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
+AGAIN_SECONDS = 1.0  # until the next signal, should a library have lost one
 GROWTH = 16  # a template adds markers to a conversation; what is so many times as long is no rendering of it
 
 
@@ -43,8 +44,10 @@ def bounded() -> Iterator[None]:
             hard = limits[1]
             resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
         if is_main:
-            signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, AGAIN_SECONDS)
         yield
+    except _TooSlow:
+        _refuse(f"does not end within {MAX_SECONDS:g} s")
     except MemoryError:
         _refuse(f"asks for more than {MAX_BYTES >> 30} GiB of memory")
     finally:
@@ -75,8 +78,12 @@ def check_size(text: str, said: int) -> None:
         _refuse(f"makes {len(text):,} characters of {said:,}")
 
 
+class _TooSlow(BaseException):
+    """No `Exception`: jinja computes constants while it compiles, passes over what that raises, and computes them again."""
+
+
 def _too_slow(number: int, frame: FrameType | None) -> NoReturn:
-    _refuse(f"does not end within {MAX_SECONDS:g} s")
+    raise _TooSlow
 
 
 def _refuse(what: str) -> NoReturn:

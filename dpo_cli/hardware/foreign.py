@@ -43,8 +43,10 @@ def problems(config: Mapping[str, Any], tokenizer: Mapping[str, Any], name: str)
         yield Problem("hint", "model-code-unused", message, "nothing is to be done", "model_name")
 
 
-def in_adapter(config: Mapping[str, Any]) -> str | None:
+def in_adapter(config: Any) -> str | None:
     """What of an adapter_config.json makes PEFT import a module that the file names; None where nothing does."""
+    if not isinstance(config, Mapping):
+        return None
     if config.get("megatron_config"):
         return f"megatron_core {config.get('megatron_core')}"
     mapping = config.get("auto_mapping")
