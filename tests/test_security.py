@@ -387,17 +387,17 @@ def test_what_judges_a_run_writes_through_no_link(config: Path, adapter: Path, o
 
 
 def test_names_from_data_are_no_paths(config: Path, outside: Path, tmp_path: Path) -> None:
-    """A category, the texts of a pair, and the name of a dataset's file, which is quoted in a card."""
+    """A category, the texts of a pair, and the name of a file in a dataset's folder, which is quoted in a card."""
     texts = {"chosen": "/etc/passwd and more", "rejected": "../../outside/file.txt", "category": "../../outside"}
     rows = [{"prompt": f"../../{i}", **texts} for i in range(12)]
     name = "`]<img src=x>(..)\n---\nbase_model: x.jsonl"
-    data = put(tmp_path / name, "".join(json.dumps(row) + "\n" for row in rows))
+    data = put(tmp_path / "folder" / name, "".join(json.dumps(row) + "\n" for row in rows))
     before = {path for path in tmp_path.rglob("*")}
-    assert dpo("train", config, f"dataset={json.dumps(str(data))}").exit_code == 0
+    assert dpo("train", config, f"dataset={data.parent}").exit_code == 0
     made = {path for path in tmp_path.rglob("*")} - before
     assert made and all(path.is_relative_to(tmp_path / "run") for path in made)
     card = (tmp_path / "run" / "adapter" / "README.md").read_text(encoding="utf-8")
-    assert card.count("\n---\n") == 1 and "<img" not in card and "\nbase_model" not in card
+    assert ".jsonl`" in card and card.count("\n---\n") == 1 and "<img" not in card and "\nbase_model" not in card
     # As little is the name of a run, and the dataset's, anything but text on a page.
     (tmp_path / "run").rename(named := tmp_path / "<img src=x onerror=alert(1)>")
     shutil.copytree(named, tmp_path / "'\"><script>alert(2)<")
