@@ -83,6 +83,7 @@ WHILE_RUNNING = {
     ),
     "disk-too-full": ("error", "a small disk", "the checkpoints and the adapter find no room where output_dir is; exit 4"),
     "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),
+    "run-link": ("error", "a link in a run directory", "what is written there would be written elsewhere"),
     "not-a-run": ("error", "`dpo eval .`", "the folder is no finished run"),
     "not-an-adapter": ("error", "`dpo eval my-config.json --adapter .`", "the folder holds no PEFT adapter that can be judged"),
     "adapter-changed": ("error", "a changed file in `adapter/`", "the adapter is not the one that the run wrote"),

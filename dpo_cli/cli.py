@@ -28,6 +28,7 @@ from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
 from dpo_cli.inspection import Inspection, inspect, inspect_prompts, lengths_of
+from dpo_cli.providers.hub import require
 from dpo_cli.runs.directory import PLAN, RunDirectory
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.session import composer_for, session
@@ -175,6 +176,8 @@ def train(
                 )
                 raise InvalidInput([loaded.placed(problem)])
             configs.append(plan.config)
+        for name in dict.fromkeys(config.model_name for config in configs):
+            require(name)
         composer = composer_for(configs)
         results, code = [], Exit.DONE
         for loaded in stages:

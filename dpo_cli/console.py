@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.errors import DpoError, InvalidInput, Problem
+from dpo_cli.redaction import redact
 
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
@@ -70,7 +71,7 @@ class Console:
         self._document.flush()  # so that a full disk is told here, and not when the process ends
 
     def line(self, text: str) -> None:
-        self.out.print(Text(text))
+        self.out.print(Text(redact(text)))
 
     def problems(self, problems: Sequence[Problem]) -> None:
         """Every problem, errors first, each with its place and its remedy."""
@@ -88,7 +89,9 @@ class Console:
     def error(self, error: DpoError) -> None:
         """One panel on a terminal, plain lines otherwise; with --json a document too."""
         problems = error.problems if isinstance(error, InvalidInput) else ()
-        told = _problem_texts(problems) or [(Text("x error ").append(error.message), Text(error.fix or "", style="dim"))]
+        told = _problem_texts(problems) or [
+            (Text("x error ").append(redact(error.message)), Text(redact(error.fix or ""), style="dim"))
+        ]
         if self.errors.is_terminal:
             lines = [part for text, fix in told for part in (text, Padding(fix, (0, 0, 0, 2)))]
             self.errors.print(Panel(Group(*lines), title="dpo", border_style="red", title_align="left"))
@@ -107,7 +110,7 @@ class Console:
             name = header[column] if header else ""
             table.add_column(name, justify="right" if column and header else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(Text(redact(cell)) for cell in row))
         self.out.print(table)
 
     def panel(self, title: str, text: str) -> None:
@@ -245,7 +248,8 @@ def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
 
 
 def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+    """What may be shown, before it is broken into lines, in which no secret could be found any more."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in redact(text))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.formats import Question, as_messages, flat
-from dpo_cli.data.tokens import render
+from dpo_cli.data.rendering import render
 from dpo_cli.evaluation.samples import Answer
 from dpo_cli.judge import Judge
 from dpo_cli.providers.huggingface import HuggingFace

@@ -6,15 +6,18 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
+from typing import TextIO, cast
 
 import typer
 
 from dpo_cli.config.options import Config
 from dpo_cli.console import Console
 from dpo_cli.errors import DpoError, Exit, UsageError
+from dpo_cli.hub import ask_nobody
+from dpo_cli.redaction import Redacted
 
 
 @contextmanager
@@ -23,11 +26,18 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
 
     With `as_json` what libraries print goes to standard error too (trackio prints).
     """
-    console = Console(as_json)
-    try:
-        _require_folder()
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    ask_nobody()
+    with redirect_stdout(cast(TextIO, Redacted(sys.stdout))), redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
+        console = Console(as_json)
+        with _told(console, debug), redirect_stdout(sys.stderr) if as_json else nullcontext():
+            _require_folder()
             yield console
+
+
+@contextmanager
+def _told(console: Console, debug: bool) -> Iterator[None]:
+    try:
+        yield
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:  # of a training that was asked to stop: with the code of the signal

@@ -345,6 +345,8 @@ MODELS = [
     Case("model-not-causal", "model_name", '"model_name": "models/bert"', "an instruct model"),
     Case("model-no-weights", "model_name", '"model_name": "models/pickled"', "save_pretrained"),
     Case("model-no-tokenizer", "model_name", '"model_name": "models/mute"', "tokenizer.json"),
+    Case("model-code", "model_name", '"model_name": "models/own-code"', "no option changes that"),
+    hint("model-code-unused", "model_name", '"model_name": "models/phi"', "nothing is to be done"),
     hint("model-name-near", "model_name", '"model_name": "meta-llama/Llama-3.1-8b-Instruct"', "Llama-3.1-8B-Instruct"),
     hint("start-with-sft", "model_name", '"model_name": "meta-llama/Llama-3.1-8B"', '"strategy": "sft"'),
 ]
@@ -517,6 +519,11 @@ def lay_out(place: Path) -> None:
     large = {"embedding_length": 5120, "block_count": 40, "feed_forward_length": 13824, "attention.head_count": 40}
     header = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in large.items()}}
     write_gguf(place / "models/large.gguf", {**header, "tokenizer.chat_template": "", "tokenizer.ggml.tokens": ["a"] * 32_000})
+    code = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
+    for folder, family in (("own-code", "own"), ("phi", "phi3")):
+        write(f"models/{folder}/config.json", json.dumps({**shape, "model_type": family, **code}).encode())
+        write(f"models/{folder}/model.safetensors", b"")
+        write(f"models/{folder}/tokenizer.json", b"{}")
     write("models/bert/config.json", json.dumps({"architectures": ["BertForMaskedLM"]}).encode())
     for folder in ("bert", "mute"):
         write(f"models/{folder}/model.safetensors", b"")

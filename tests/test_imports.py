@@ -14,8 +14,10 @@ PACKAGE = ROOT / "dpo_cli"
 # The way of the data. A module may import from its own room and from what stands before it.
 ORDER = [
     "errors",
+    "redaction",
     "console",
     "live",
+    "hub",
     "config",
     "data",
     "runs.digests",

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from dpo_cli import hub
 from dpo_cli.errors import RunFailed
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # the first that a repository has is read
 SPLIT = re.compile(r"train|test|val|dev|eval", re.IGNORECASE)  # what the names of splits hold
-TIMEOUT_SECONDS = 8
 
 
 def is_hub_id(name: str) -> bool:
@@ -60,21 +60,21 @@ def fetch(name: str) -> None:
     """
     name = name.partition(":")[0]
     import httpx
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
+        hub.answer(lambda: HfApi().dataset_info(name, timeout=hub.DEADLINE_SECONDS))
         patterns = [f"*{suffix}" for suffix in SUFFIXES]
-        snapshot_download(name, repo_type="dataset", allow_patterns=patterns, etag_timeout=TIMEOUT_SECONDS)
+        snapshot_download(name, repo_type="dataset", allow_patterns=patterns, etag_timeout=hub.DEADLINE_SECONDS)
     except GatedRepoError as error:
-        raise RunFailed(f"the dataset {name} is gated", "ask for access on its page, then `hf auth login`") from error
+        raise hub.gated("dataset", name) from error
     except RepositoryNotFoundError as error:
         raise RunFailed(f"there is no dataset {name} on the hub", "check the name: owner/name, or name a file") from error
-    except (httpx.TransportError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except (hub.Unreachable, httpx.TransportError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         if splits(name):
             return
-        fix = f"check the network, or fetch it elsewhere with `hf download --repo-type dataset {name}`, or name a local file"
-        raise RunFailed(f"the hub cannot be reached, and the dataset {name} is not in the local cache", fix) from error
+        raise hub.unreachable("dataset", name) from error
     if not splits(name):
         raise RunFailed(
             f"the dataset {name} has no {', '.join(SUFFIXES)} file", "download it in another form, and name the file"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from dpo_cli.data.formats import Message, Row, Text, as_messages
-from dpo_cli.data.rendering import bounded, check_size
+from dpo_cli.data.rendering import render
 from dpo_cli.errors import InvalidInput, Problem, about_rows
 
 if TYPE_CHECKING:
@@ -219,14 +219,6 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
     return high
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: list[Any] | None, **options: bool) -> str:
-    """A rendered conversation; the template writes its own BOS."""
-    with bounded():
-        text = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
-    check_size(text, sum(len(str(message)) for message in messages) + len(str(tools)))
-    return text
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> list[int]:

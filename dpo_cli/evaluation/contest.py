@@ -17,6 +17,7 @@ from dpo_cli.evaluation import votes
 from dpo_cli.evaluation.samples import Sample, first_of_each_prompt
 from dpo_cli.judge import AT_ONCE, Judge
 from dpo_cli.plan import Plan
+from dpo_cli.redaction import redacted
 from dpo_cli.runs.directory import PAGE, SUMMARY, VOTES, RunDirectory
 
 JUDGE_FIX = (
@@ -68,7 +69,7 @@ class Contest:
         answers = [(sample.prompt, sample.adapter.text, sample.base.text) for sample in samples[: self.prompts]]
         sha256 = self.run.read_json(SUMMARY)["adapter_sha256"]
         origin = {"run": self.run.path.resolve().name, "adapter_sha256": sha256, "criterion": self.criterion}
-        document = votes.unvoted(origin, answers, self.seed)
+        document = votes.unvoted(origin, redacted(answers), self.seed)  # before they are sealed, where nothing can be found
         self.run.write_text(PAGE, votes.page(document, self.seed))
         page = str(self.run.path / PAGE)
         fewer = f" (all there are; {self.prompts} were asked for)" if len(answers) < self.prompts else ""

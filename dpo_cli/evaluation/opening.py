@@ -17,6 +17,7 @@ from dpo_cli.data import reader
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, foundation
+from dpo_cli.hardware.foreign import in_adapter
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.plan import Plan
@@ -111,10 +112,17 @@ def _base_of(folder: Path) -> str:
         fix = "save it again with PEFT, which writes safetensors"
     else:
         try:
+            code = in_adapter(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
             config = PeftConfig.from_pretrained(str(folder))
         except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
             message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
             raise InvalidInput([Problem("error", "not-an-adapter", message, "save it again with PEFT")]) from error
+        if code:
+            message = f"{folder / ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run"
+            raise InvalidInput([Problem("error", "not-an-adapter", message, "take an adapter without it")])
+        if config.peft_type == "XLORA":
+            message = f"{folder / ADAPTER_CONFIG} names other adapters, which are not read with it"
+            raise InvalidInput([Problem("error", "not-an-adapter", message, "name one of them")])
         if config.peft_type is not None and not config.is_prompt_learning:
             return config.base_model_name_or_path or ""
         problem, fix = f"{folder / ADAPTER_CONFIG} names no peft_type", "save it again with PEFT"

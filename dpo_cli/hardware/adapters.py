@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.hardware.foreign import in_adapter
 from dpo_cli.runs.digests import sha256_of_all
 from dpo_cli.runs.directory import ADAPTER, MODEL, PLAN, SUMMARY, WEIGHTS
 
@@ -51,6 +52,8 @@ def adapter_at(model_name: str) -> Adapter | None:
         raise ValueError(f"its adapter is of the type {config.get('peft_type')}, and only LORA can be trained on")
     if not (directory / WEIGHTS).is_file():
         raise ValueError(f"its adapter has no {WEIGHTS}")
+    if code := in_adapter(config):
+        raise ValueError(f"its {ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run")
     shape = {name: config.get(theirs) for name, theirs in SHAPE.items()}
     if isinstance(shape["target_modules"], list):
         shape["target_modules"] = sorted(shape["target_modules"])

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import Problem
-from dpo_cli.hardware import gguf
+from dpo_cli.hardware import foreign, gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, foundation, model_of
 from dpo_cli.hardware.facts import known_models, model_facts
 from dpo_cli.runs.directory import PLAN
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "tekken.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CONVERT = "convert its weights with `save_pretrained`: others than safetensors can run code when they are read"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "vocab.json", "tekken.json")
 CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
 # Names of base models: marked as such, or of families that mark those that answer instructions.
 BASE = re.compile(
@@ -34,7 +36,9 @@ def problems(model_name: str, to_align: bool = True) -> Iterator[Problem]:
     With `to_align` it should answer instructions already.
     """
     wrong = list(_faults(model_name))
-    yield from wrong or _advice(model_name, to_align)
+    yield from wrong
+    if all(problem.severity == "hint" for problem in wrong):
+        yield from _advice(model_name, to_align)
 
 
 def _faults(model_name: str) -> Iterator[Problem]:
@@ -64,7 +68,7 @@ def _faults(model_name: str) -> Iterator[Problem]:
         try:
             model_facts(model_name)
             if path.is_dir():
-                yield from _directory_faults(path, _config_of(path))
+                yield from _directory_faults(path, _object(path / "config.json"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged header makes of it
             yield _wrong("model-damaged", f"{path} is damaged: {error}", "download it again")
 
@@ -77,6 +81,9 @@ def _adapter_faults(model_name: str) -> Iterator[Problem]:
         fix = "name the directory of a finished run, or of a complete adapter"
         yield _wrong("adapter-unusable", f"{model_name} cannot be trained on: {error}", fix)
         return
+    if adapter is not None:
+        tokenizer = _object(adapter.directory / TOKENIZER_CONFIG)
+        yield from foreign.problems({}, tokenizer, str(adapter.directory))
     for problem in _faults(adapter.model_name if adapter else model_of(model_name)):
         yield replace(problem, message=f"{model_name} stands on another model: {problem.message}")
 
@@ -89,9 +96,13 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield _wrong(
             "model-not-causal", f"{path} is no causal language model: {what}", "name an instruct model that writes text"
         )
+    yield from foreign.problems(config, _object(path / TOKENIZER_CONFIG), str(path))
     if not any(path.glob("*.safetensors")):
-        fix = "convert its weights with `save_pretrained`: others than safetensors can run code when they are read"
-        yield _wrong("model-no-weights", f"{path} has no .safetensors file", fix)
+        yield _wrong("model-no-weights", f"{path} has no .safetensors file", CONVERT)
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and (files := foreign.unsafe_shards(_object(index))):
+        message = f"{index} names {', '.join(files)}, which are no .safetensors files beside it"
+        yield _wrong("model-no-weights", message, CONVERT)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER_FILES[0]} into it")
 
@@ -138,6 +149,9 @@ def _wrong(code: str, message: str, fix: str) -> Problem:
     return Problem("error", code, message, fix, "model_name")
 
 
-def _config_of(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+def _object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; nothing where there is no file."""
+    if not file.is_file():
+        return {}
+    loaded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return loaded

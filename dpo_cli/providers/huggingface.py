@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import httpx
 import torch
 import transformers
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
@@ -28,18 +21,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
+from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
-from dpo_cli.hardware import gguf
+from dpo_cli.hardware import foreign, gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
-from dpo_cli.hardware.models import common_name
+from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.plan import Plan
+from dpo_cli.providers.hub import answers
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.directory import WEIGHTS
 
-HUB_TIMEOUT_SECONDS = 8
 OTHER_BASE = "name the model that it was made on as model_name"
 
 
@@ -53,7 +48,7 @@ class HuggingFace:
         self.foundation = foundation(model_name)
         path = Path(self.foundation)
         self.source = str(dequantised(path)) if gguf.is_gguf(path) else self.foundation
-        self.only_local = path.exists() or not _hub_answers(self.foundation)
+        self.only_local = path.exists() or not answers(self.foundation)
 
     @property
     def local_dir(self) -> Path | None:
@@ -65,6 +60,7 @@ class HuggingFace:
         has_own = adapter is not None and (adapter.directory / "tokenizer_config.json").is_file()
         source = str(adapter.directory) if adapter and has_own else self.source
         tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, source))
+        tokenizer.init_kwargs.pop("auto_map", None)  # names of code that is not run, and would be written with the adapter
         if tokenizer.eos_token is None:
             raise RunFailed(f"the tokenizer of {self.name} names no EOS token", "use an instruct model")
         if tokenizer.pad_token is None:
@@ -108,6 +104,7 @@ class HuggingFace:
         base = self.base_model(plan)
         if not (folder / ADAPTER_CONFIG).is_file():
             return Policy(_settled(self._model(plan, str(folder))).eval(), base.eval())
+        _require_plain(folder)
         try:
             model = PeftModel.from_pretrained(base, str(folder), adapter_name=TRAINED)
         except torch.OutOfMemoryError:  # no fault of the adapter
@@ -154,6 +151,7 @@ class HuggingFace:
             options["quantization_config"] = quantisation(plan)
             options["device_map"] = {"": device}
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
+        vars(model.config).pop("auto_map", None)  # likewise
         if "quantization_config" not in options:
             return cast(PreTrainedModel, model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
@@ -173,17 +171,29 @@ class HuggingFace:
     def _load(self, auto: Any, source: str, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
+            self._require_no_code(source)
             return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
         except ImportError as error:  # transformers asks for the package only now
             raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
         except (OSError, ValueError) as error:
             if isinstance(error.__cause__, GatedRepoError):  # its description is public, its files are not
-                raise _gated(self.name) from error
+                raise hub.gated("model", self.foundation) from error
             if self.only_local and self.local_dir is None:
-                message = f"the hub cannot be reached, and {self.name} is not in the local cache"
-                raise RunFailed(message, "check the network, or name a local model directory or GGUF file") from error
+                raise hub.unreachable("model", self.foundation) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(f"cannot load {self.name}: {reason}", "check that it is a complete model directory") from error
+
+    def _require_no_code(self, source: str) -> None:
+        """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
+        there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+
+        def read(name: str) -> dict[str, Any]:
+            found = cached_file(source, name, local_files_only=self.only_local, **there)
+            return dict(json.loads(Path(found).read_text(encoding="utf-8"))) if found else {}
+
+        for problem in foreign.problems(read("config.json"), read(TOKENIZER_CONFIG), self.name):
+            if problem.severity == "error":
+                raise RunFailed(problem.message, problem.fix)
 
 
 def require_device(plan: Plan) -> torch.device:
@@ -223,6 +233,15 @@ def _settled(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _require_plain(folder: Path) -> None:
+    """`RunFailed` for an adapter that PEFT would unpickle, or import a module for that it names."""
+    if not (folder / WEIGHTS).is_file():
+        raise RunFailed(f"{folder} has no {WEIGHTS}; other files of weights are not read", "save it again with PEFT")
+    if code := foreign.in_adapter(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))):
+        message = f"{folder / ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run"
+        raise RunFailed(message, "remove that from the file, if you know where the adapter comes from")
+
+
 def _require_whole(model: PeftModel, folder: Path, plan: Plan) -> None:
     """`RunFailed` unless each tensor of the file has its place in the model: PEFT passes over one that has none."""
     with safe_open(folder / WEIGHTS, framework="pt") as file:
@@ -251,26 +270,3 @@ def _require_modules(plan: Plan, base: PreTrainedModel, adapter: LoraConfig) -> 
 
 def _example(modules: Mapping[str, Any]) -> str:
     return next((name for name, module in modules.items() if isinstance(module, torch.nn.Linear)), "none")
-
-
-def _hub_answers(model_name: str) -> bool:
-    """Whether the hub has the model; False when it cannot be reached, so that only what is cached can be used.
-
-    Asked once, because from_pretrained alone retries for most of a minute.
-    """
-    try:
-        HfApi().model_info(model_name, timeout=HUB_TIMEOUT_SECONDS)
-    except GatedRepoError as error:
-        raise _gated(model_name) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        near = common_name(model_name)
-        fix = f"did you mean {near}? " if near else "check the name (owner/model); "
-        fix += "a private model needs `hf auth login`"
-        raise RunFailed(f"there is no model {model_name} on the hub", fix) from error
-    except (httpx.TransportError, HfHubHTTPError, OfflineModeIsEnabled):
-        return False
-    return True
-
-
-def _gated(model_name: str) -> RunFailed:
-    return RunFailed(f"{model_name} is gated", "ask for access on its page, then `hf auth login`")

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -46,7 +47,14 @@ def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
 
 
 def _convert(path: Path, target: Path) -> None:
-    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    with tempfile.TemporaryDirectory() as alone:  # what lies beside the file (a tokenizer, code for it) is not part of it
+        (Path(alone) / path.name).symlink_to(path.absolute())
+        _dequantise(path, alone, target)
+
+
+def _dequantise(path: Path, folder: str, target: Path) -> None:
+    where: dict[str, Any] = {"pretrained_model_name_or_path": folder, "gguf_file": path.name}
+    where |= {"trust_remote_code": False, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     # transformers 5.17 guesses the special tokens of a GGUF (SmolLM2's EOS comes out as its BOS); the header knows them.
     header = gguf.read_header(path).metadata

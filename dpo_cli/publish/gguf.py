@@ -103,7 +103,8 @@ def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], token
 
 def _logits(rows: Sequence[Encoded], **source: str) -> Tensor:
     """The logits that predict the first tokens of each row's first response, (positions, vocabulary), in float32."""
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, local_files_only=True).eval()
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(**source, **options).eval()
     made = []
     with torch.no_grad():
         for row in rows[:ROWS]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from jinja2 import TemplateError
 
 from dpo_cli.data.formats import Message
-from dpo_cli.data.rendering import bounded
+from dpo_cli.data.rendering import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,9 +114,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: bool = True) -> str:
     """A conversation as the chat template renders it, without BOS."""
-    with bounded():
-        made = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer, bos_token="")
-    return str(made)
+    return render(tokenizer, messages, None, add_generation_prompt=answer, bos_token="")
 
 
 def _told(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 import dpo_cli
 from dpo_cli.errors import UsageError
+from dpo_cli.redaction import redact
 from dpo_cli.report import comparison, curves, views
 from dpo_cli.report.contents import Contents
 from dpo_cli.report.words import TERMS
@@ -35,7 +36,7 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
         raise UsageError(f"{out} exists already, and is no page of dpo", "name another file with --out")
     page = _page("comparison.html.j2", **comparison.compared([Contents.read(path) for path in paths]))
     try:
-        out.write_text(page, encoding="utf-8")
+        out.write_text(redact(page), encoding="utf-8")
     except OSError as error:  # a folder that is not there, or may not be written: the user's to change
         raise UsageError(f"cannot write {out}: {error.strerror}", "name a file in a folder that exists") from error
     return out

@@ -69,7 +69,7 @@ def card(plan: Plan, steps: int, judged: dict[str, Any]) -> str:
     assert plan.counts is not None
     is_peft = plan.config.lora_r > 0
     what = f"A LoRA adapter (rank {plan.config.lora_r}) for" if is_peft else "All weights of"
-    use = MERGED.format(model=plan.model_label) if plan.merges else LOAD.format(**(PEFT if is_peft else TRANSFORMERS))
+    use = MERGED.format(model=_plain(plan.model_label)) if plan.merges else LOAD.format(**(PEFT if is_peft else TRANSFORMERS))
     return _card(plan, plan.run_dir.name, what, plan.counts.train_pairs, steps, judged, use, is_peft)
 
 
@@ -83,6 +83,11 @@ def export_card(plan: Plan, name: str, train_rows: int, steps: int, judged: dict
     merge = MERGE.format(rows=rows, trained=made["trained_on"], dtype=made["dtype"], **made["difference"])
     file = GGUF.format(**made["gguf"]) if made["gguf"] else ""
     return _card(plan, name, what, train_rows, steps, judged, merge + file + LOAD.format(**TRANSFORMERS), is_peft=False)
+
+
+def _plain(name: str) -> str:
+    """The name of a file, which may be a stranger's, as one that neither ends a line, quotes, nor starts a tag of a card."""
+    return "".join(char if char.isprintable() and char not in "`<>[]" else "\N{REPLACEMENT CHARACTER}" for char in name)
 
 
 def _card(
@@ -99,13 +104,13 @@ def _card(
         library="peft" if is_peft else "transformers",
         tags=", ".join([config.strategy, *(["lora"] if is_peft else [])]),
         base=f"base_model: {base}\n" if is_hub_id(base) else "",
-        name=name,
+        name=_plain(name),
         what=what,
-        model=plan.model_label,
+        model=_plain(plan.model_label),
         method=METHODS[config.strategy],
         rows=train_rows,
         noun=plan.noun,
-        dataset=", ".join(Path(source.path).name for source in sources_of(config.dataset)),
+        dataset=", ".join(_plain(Path(source.path).name) for source in sources_of(config.dataset)),
         beta=f"beta {config.beta:g}, " if config.strategy == "dpo" else "",
         rate=config.learning_rate,
         steps=steps,

@@ -10,6 +10,7 @@ tensorboard/, where report_to names it
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 
 from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.redaction import redact
 from dpo_cli.runs.checkpoint import Checkpoints
 from dpo_cli.runs.digests import SAFE, sha256_of_all
 from dpo_cli.runs.durable import sync, sync_all, write_whole, writing
@@ -56,6 +58,7 @@ class RunDirectory:
         with ExitStack() as held:
             try:
                 path.mkdir(parents=True, exist_ok=True)
+                _require_no_links(path)
                 held.enter_context(locked(path / LOCK))
                 cls.check(path, overwrite or resume)
                 (path / LOG).open("a").close()
@@ -86,6 +89,7 @@ class RunDirectory:
         if missing:
             message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
             raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a finished `dpo train`")])
+        _require_no_links(path)
         if run.read_json(SUMMARY)["adapter_sha256"] != sha256_of_all(run.trained):
             message = f"the {run.trained.name} in {path} is not the one that this run wrote"
             raise InvalidInput([Problem("error", "adapter-changed", message, "train again, or restore the file")])
@@ -121,7 +125,7 @@ class RunDirectory:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def write_text(self, name: str, text: str) -> None:
-        write_whole(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(self.path / name, lambda part: part.write_text(redact(text), encoding="utf-8"))
 
     def take_lines(self, folder: Path) -> None:
         """Bring metrics.jsonl to what it was when the checkpoint in `folder` was written."""
@@ -136,7 +140,7 @@ class RunDirectory:
     def append_line(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, flushed."""
         with (self.path / LINES).open("a", encoding="utf-8") as file:
-            file.write(json_text(line) + "\n")
+            file.write(redact(json_text(line)) + "\n")
 
     def write_trained(self, save: Callable[[Path], Any], whole: bool) -> str:
         """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights."""
@@ -153,4 +157,14 @@ class RunDirectory:
         return sha256_of_all(place)
 
     def write_card(self, text: str) -> None:
-        write_whole(self.trained / CARD, lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(self.trained / CARD, lambda part: part.write_text(redact(text), encoding="utf-8"))
+
+
+def _require_no_links(path: Path) -> None:
+    """`InvalidInput` for a directory that holds a link: what is written, or taken away, there would be so elsewhere."""
+    for folder, folders, files in os.walk(path):
+        for place in (Path(folder, name) for name in (*folders, *files)):
+            if place.is_symlink():
+                message = f"{place} is a link to {place.readlink()}, and a run writes nothing outside its directory"
+                fix = f"remove the link, or copy what it leads to: cp -rL {path} ANOTHER"
+                raise InvalidInput([Problem("error", "run-link", message, fix, "output_dir")])

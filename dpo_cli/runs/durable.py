@@ -33,6 +33,7 @@ def sync_all(folder: Path) -> None:
 def write_whole(place: Path, write: Callable[[Path], object]) -> None:
     """`write` a file beside its place, then put it there: readers see the old one or the new one, and a crash leaves either."""
     part = place.with_name(f".{place.name}.part")
+    part.unlink(missing_ok=True)  # through a link, what it leads to would be written
     write(part)
     sync(part)
     part.replace(place)

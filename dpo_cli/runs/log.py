@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.redaction import redact
+
 
 def hush() -> None:
     """Stop transformers, datasets and warnings from writing to the terminal; their records reach the root logger."""
@@ -35,11 +37,18 @@ class _Patient(logging.FileHandler):
         pass
 
 
+class _Formatter(logging.Formatter):
+    """Records, with their tracebacks, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
     """Within, every log record, warning and failure is added to the file at `path`, where that can be written."""
     handler = _Patient(path, encoding="utf-8") if os.access(path.parent, os.W_OK) else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     before = root.level

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem, UsageError
+from dpo_cli.redaction import redact, redacted
 
 
 class ResumableFile:
@@ -26,7 +27,7 @@ class ResumableFile:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self.path, self.marks = path, _marks_of(path)
+        self.path, self.marks, settings = path, _marks_of(path), redacted(settings)
         self.state: dict[str, Any] = {}
         self.digest = hashlib.sha256()
         with ExitStack() as opened:
@@ -60,7 +61,7 @@ class ResumableFile:
 
     def append(self, text: str, state: Mapping[str, Any]) -> None:
         """Add a part. What is given as `state` is remembered with it, whatever happens afterwards."""
-        data = text.encode()
+        data = redact(text).encode()
         self._file.write(data)
         _sync(self._file)
         self.digest.update(data)
@@ -86,7 +87,7 @@ class ResumableFile:
         return size
 
     def _mark(self, mark: Mapping[str, Any]) -> None:
-        self._marks.write(f"{json_text(mark)}\n".encode())
+        self._marks.write(f"{redact(json_text(mark))}\n".encode())
         _sync(self._marks)
 
 

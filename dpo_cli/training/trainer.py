@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback, Trai
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.errors import RunFailed
+from dpo_cli.hub import saving
 from dpo_cli.plan import Plan
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.checkpoint import PART
@@ -272,7 +273,8 @@ def ready(trainer: Any, plan: Plan) -> None:
 def save_trained(model: PeftModel | PreTrainedModel, place: Path) -> None:
     """Write what is trained: the adapter without the frozen one beside it, or the whole model."""
     if isinstance(model, PeftModel):
-        model.save_pretrained(str(place), selected_adapters=[TRAINED])
+        with saving():
+            model.save_pretrained(str(place), selected_adapters=[TRAINED])
     else:
         model.save_pretrained(str(place))
 

@@ -1,0 +1,94 @@
+"""Code that comes with a model, a tokenizer or an adapter: found in its files, and never run. No torch.
+
+transformers runs `auto_map` only where it is trusted, and here nothing is. So such a model loads where transformers has its
+classes itself, and cannot where it would need the code.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.errors import Problem
+
+GENERIC = frozenset({"PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend", "PythonBackend"})
+KNOWN_LIBRARIES = ("transformers", "peft")
+FIX = "take a model whose classes transformers has itself: no code of a model is run, and no option changes that"
+
+
+def problems(config: Mapping[str, Any], tokenizer: Mapping[str, Any], name: str) -> Iterator[Problem]:
+    """Code that config.json and tokenizer_config.json ask for: an error where the model cannot do without, else a hint."""
+    is_known = _has("auto_mappings.py", config.get("model_type"))
+    unused = []
+    if code := _named_code(config.get("auto_map")):
+        if not is_known:
+            message = f"{name} needs code of its own ({code}): transformers has no model of the type {config.get('model_type')}"
+            yield Problem("error", "model-code", message, FIX, "model_name")
+        unused.append(code)
+    if code := _named_code(tokenizer.get("auto_map")):
+        made = str(tokenizer.get("tokenizer_class") or "")
+        if not (_is_tokenizer(made) if made else is_known):
+            message = f"the tokenizer of {name} needs code of its own ({code}): transformers has no {made or 'class for it'}"
+            yield Problem("error", "model-code", message, FIX, "model_name")
+        unused.append(code)
+    for key, value in _implementations(config):
+        message = f"config.json of {name} asks for kernels from elsewhere ({key}: {value}), which are code"
+        yield Problem("error", "model-code", message, f"remove {key} from its config.json", "model_name")
+    if unused:
+        message = f"{name} comes with code ({', '.join(unused)}), which is not run: transformers has these classes itself"
+        yield Problem("hint", "model-code-unused", message, "nothing is to be done", "model_name")
+
+
+def in_adapter(config: Any) -> str | None:
+    """What of an adapter_config.json makes PEFT import a module that the file names; None where nothing does."""
+    if not isinstance(config, Mapping):
+        return None
+    if config.get("megatron_config"):
+        return f"megatron_core {config.get('megatron_core')}"
+    mapping = config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, Mapping) else mapping
+    if library and str(library).partition(".")[0] not in KNOWN_LIBRARIES:
+        return f"parent_library {library}"
+    return None
+
+
+def unsafe_shards(index: Mapping[str, Any]) -> list[str]:
+    """Files of weights that an index names and that are no safetensors beside it."""
+    files = {str(file) for file in (index.get("weight_map") or {}).values()}
+    return sorted(file for file in files if not file.endswith(".safetensors") or Path(file).name != file)
+
+
+def _named_code(auto_map: Any) -> str:
+    """The modules that an auto_map names, in words; it is a table, or a list of a slow and a fast class."""
+    classes = auto_map.values() if isinstance(auto_map, Mapping) else auto_map if isinstance(auto_map, list) else ()
+    flat = [one for made in classes for one in (made if isinstance(made, list) else [made])]
+    return ", ".join(sorted({f"{str(one).rpartition('.')[0] or one}.py" for one in flat if one}))
+
+
+def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Kernels that the config takes from a repository: transformers fetches and runs those that are written owner/name."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _implementations(value) if not key.endswith("_implementation") else ((key, str(value)),)
+        elif key.endswith("_implementation") and "/" in str(value):
+            yield key, str(value)
+
+
+def _is_tokenizer(name: str) -> bool:
+    return name in GENERIC or any(_has("tokenization_auto.py", made) for made in (name, name.removesuffix("Fast")))
+
+
+def _has(file: str, name: Any) -> bool:
+    """Whether a table of transformers names this; the package is read, not imported."""
+    return isinstance(name, str) and re.search(rf'"{re.escape(name)}"', _table(file)) is not None
+
+
+@functools.cache
+def _table(file: str) -> str:
+    found = find_spec("transformers")
+    assert found is not None and found.origin is not None  # among the requirements
+    return (Path(found.origin).parent / "models" / "auto" / file).read_text(encoding="utf-8")

@@ -1,0 +1,91 @@
+"""The hub: asked where a name is on it, under a deadline, and never by a library on its own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Event, Thread
+from typing import Any, TypeVar
+
+from dpo_cli.errors import RunFailed
+
+DEADLINE_SECONDS = 6.0  # a name server that never answers has no end of its own
+SETTINGS = "https://huggingface.co/settings/tokens"
+
+Said = TypeVar("Said")
+_silent = Event()  # the hub has let a deadline pass: it is not waited for again
+
+
+class Unreachable(Exception):
+    """The hub has not answered."""
+
+
+def ask_nobody() -> None:
+    """Stop what libraries do on the network unasked. What they read while they are imported has to be there before.
+
+    Telemetry of TRL and of huggingface_hub; transformers asks a bot to convert weights that are no safetensors.
+    """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+
+
+@contextmanager
+def saving() -> Iterator[None]:
+    """Within, PEFT asks the hub for no config.json of the base, to see whether the vocabulary grew: here it never does."""
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
+
+
+def answer(ask: Callable[[], Said]) -> Said:
+    """What `ask` returns or raises; `Unreachable` where there is no hub, or none that answers by the deadline."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if _silent.is_set():
+        raise Unreachable
+    made: list[Any] = []
+
+    def run() -> None:
+        try:
+            made.append((ask(), None))
+        except Exception as error:  # raised again by who waits
+            made.append((None, error))
+
+    asking = Thread(target=run, daemon=True)  # looking up a name cannot be stopped: the process does not wait for it
+    asking.start()
+    asking.join(DEADLINE_SECONDS)
+    if not made:
+        _silent.set()
+        raise Unreachable
+    value, error = made[0]
+    if isinstance(error, RepositoryNotFoundError):  # which a gated one is, too
+        raise error
+    if isinstance(error, httpx.TransportError | HfHubHTTPError | OfflineModeIsEnabled):
+        raise Unreachable from error
+    if error is not None:
+        raise error
+    return value  # type: ignore[no-any-return]
+
+
+def unreachable(kind: str, name: str) -> RunFailed:
+    """The error of a model or a dataset that is neither cached nor to be had now."""
+    command = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{name}"
+    fix = f"where there is a network, `{command}` fetches it; once it is in the cache, HF_HUB_OFFLINE=1 asks nobody; "
+    fix += "or name a local file" if kind == "dataset" else "or name a local model directory or GGUF file"
+    return RunFailed(f"the hub cannot be reached, and the {kind} {name} is not in the local cache", fix)
+
+
+def gated(kind: str, name: str) -> RunFailed:
+    """The error of a repository whose owner decides who may have its files."""
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+    fix = f"1. ask for access on {page}, and wait until it is granted; 2. make a token that may read, on {SETTINGS}; "
+    fix += "3. `hf auth login`, or set HF_TOKEN to the token"
+    return RunFailed(f"the {kind} {name} is gated: its owner decides who may download it", fix)

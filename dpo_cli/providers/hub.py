@@ -1,0 +1,42 @@
+"""Models of the hub, before anything is loaded: whether there is one of that name, and where it comes from. No torch."""
+
+from __future__ import annotations
+
+import os
+
+from dpo_cli import hub
+from dpo_cli.errors import RunFailed
+from dpo_cli.hardware.adapters import foundation
+from dpo_cli.hardware.models import common_name
+
+
+def require(model_name: str) -> None:
+    """`RunFailed` unless the model is here, in the local cache, or on a hub that can be reached."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = foundation(model_name)
+    if os.path.exists(name) or answers(name) or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    raise hub.unreachable("model", name)
+
+
+def answers(name: str) -> bool:
+    """Whether the hub has the model; False when it cannot be reached, so that only what is cached can be used.
+
+    Asked once, because from_pretrained alone retries for most of a minute.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        hub.answer(lambda: HfApi().model_info(name, timeout=hub.DEADLINE_SECONDS))
+    except hub.Unreachable:
+        return False
+    except GatedRepoError as error:
+        raise hub.gated("model", name) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        near = common_name(name)
+        fix = f"did you mean {near}? " if near else "check the name (owner/model); "
+        fix += "a private model needs `hf auth login`, or HF_TOKEN"
+        raise RunFailed(f"there is no model {name} on the hub", fix) from error
+    return True
