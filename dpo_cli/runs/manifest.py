@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -32,7 +33,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         "model": {
             "name": plan.config.model_name,
             "sha256": {file.name: sha256(file) for file in weights},
-            "revision": None if model_dir else _revision(foundation(plan.config.model_name)),
+            "revision": _revision(foundation(plan.config.model_name)),
             "below": chain_of(plan.config.model_name),
         },
         "seed": plan.config.seed,
@@ -46,9 +47,11 @@ def _hashes(dataset: str | list[Any]) -> dict[str, str]:
 
 
 def _revision(model_name: str) -> str | None:
-    """The commit of a hub model that is in the cache: its files lie in a folder of that name."""
+    """The commit of a hub model: in the cache its files lie in a folder of that name. None of a local one."""
     from huggingface_hub import try_to_load_from_cache
 
+    if os.path.exists(model_name):
+        return None
     found = try_to_load_from_cache(model_name, "config.json")
     return Path(found).parent.name if isinstance(found, str) else None
 
