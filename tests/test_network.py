@@ -11,8 +11,15 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import httpx
 import pytest
 from conftest import ROOT
+from huggingface_hub import HfApi
+from huggingface_hub.errors import GatedRepoError
+
+from dpo_cli.data.hub import fetch
+from dpo_cli.errors import RunFailed
+from dpo_cli.providers.hub import require
 
 HAS_NAMESPACES = shutil.which("unshare") and subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0
 LONGEST = 60  # seconds until a command that hangs has failed
@@ -108,3 +115,20 @@ def test_a_name_server_that_never_answers_is_not_waited_for(place: Path) -> None
     (place / "sitecustomize.py").write_text(hanging, encoding="utf-8")
     done = dpo(place, "train", "config.json", "model_name=owner/model", PYTHONPATH=f"{place}:{ROOT}")
     assert done.returncode == 1 and "the hub cannot be reached" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "ask", "page"), [("model_info", require, "owner/gated"), ("dataset_info", fetch, "datasets/owner/gated")]
+)
+def test_what_is_gated_is_told_with_all_steps_in_order(
+    call: str, ask: Callable[[str], None], page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co")))
+
+    monkeypatch.setattr(HfApi, call, refused)
+    with pytest.raises(RunFailed, match="is gated") as caught:
+        ask("owner/gated")
+    fix = str(caught.value.fix)
+    steps = [fix.find(step) for step in (f"https://huggingface.co/{page},", "settings/tokens", "hf auth login", "HF_TOKEN")]
+    assert -1 not in steps and steps == sorted(steps)
