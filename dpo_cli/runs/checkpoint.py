@@ -114,9 +114,13 @@ class Checkpoints:
         self._clear()
 
     def clear(self, with_damaged: bool) -> None:
-        """Take away all checkpoints; damaged ones, which somebody may want to look at, can be left until there are new ones."""
+        """Take away all checkpoints, at once; damaged ones, which somebody may want to see, can stay until there are new ones."""
+        gone = self.place.with_name(f".{self.place.name}.part")
         if with_damaged and self.place.exists():
-            shutil.rmtree(self.place)
+            shutil.rmtree(gone, ignore_errors=True)  # of a process that was killed here
+            self.place.rename(gone)
+            sync(gone.parent)
+        shutil.rmtree(gone, ignore_errors=True)
         self._clear()
 
     def _set_aside(self, checkpoint: Checkpoint) -> None:

@@ -76,8 +76,8 @@ def train(
     with RunDirectory.claim(plan.run_dir, overwrite, resume) as run, told_how_to_go_on(run):
         begun = Begun.find(run, partial(tell_skipped, console)) if resume else None
         if begun is None:
-            run.clear()
             run.checkpoints.clear(with_damaged=not resume)
+            run.clear()
         else:
             loaded = begun.as_decided(loaded)
             plan = resolve(loaded, machine, counts)
