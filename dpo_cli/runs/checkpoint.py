@@ -114,7 +114,7 @@ class Checkpoints:
         self._clear()
 
     def clear(self, with_damaged: bool) -> None:
-        """Take away all checkpoints, at once; damaged ones, which somebody may want to see, can stay until there are new ones."""
+        """Take away all checkpoints, at once; damaged ones, which one may want to see, can stay until there are new ones."""
         gone = self.place.with_name(f".{self.place.name}.part")
         if with_damaged and self.place.exists():
             shutil.rmtree(gone, ignore_errors=True)  # of a process that was killed here
