@@ -41,7 +41,10 @@ def _told(console: Console, debug: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:  # of a training that was asked to stop: with the code of the signal
-        raise typer.Exit(int(error.args[0] if error.args else Exit.SIGINT)) from None
+        stopped = DpoError("stopped")
+        stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
+        console.error(stopped)
+        raise typer.Exit(int(stopped.exit_code)) from None
     except Exception as error:  # a DpoError, or a fault of ours or of the machine: told, and the exit code says which
         if debug:
             traceback.print_exc()

@@ -28,13 +28,15 @@ def problems(config: Mapping[str, Any], tokenizer: Mapping[str, Any], name: str)
         if not is_known:
             message = f"{name} needs code of its own ({code}): transformers has no model of the type {config.get('model_type')}"
             yield Problem("error", "model-code", message, FIX, "model_name")
-        unused.append(code)
+        else:
+            unused.append(code)
     if code := _named_code(tokenizer.get("auto_map")):
         made = str(tokenizer.get("tokenizer_class") or "")
         if not (_is_tokenizer(made) if made else is_known):
             message = f"the tokenizer of {name} needs code of its own ({code}): transformers has no {made or 'class for it'}"
             yield Problem("error", "model-code", message, FIX, "model_name")
-        unused.append(code)
+        else:
+            unused.append(code)
     for key, value in _implementations(config):
         message = f"config.json of {name} asks for kernels from elsewhere ({key}: {value}), which are code"
         yield Problem("error", "model-code", message, f"remove {key} from its config.json", "model_name")

@@ -9,6 +9,7 @@ tensorboard/, where report_to names it
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.redaction import redact
 from dpo_cli.runs.checkpoint import Checkpoints
 from dpo_cli.runs.digests import SAFE, sha256_of_all
-from dpo_cli.runs.durable import sync, sync_all, write_whole, writing
+from dpo_cli.runs.durable import let_others_read, sync, sync_all, write_whole, writing
 from dpo_cli.runs.lock import locked
 
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
@@ -57,6 +58,8 @@ class RunDirectory:
         """
         with ExitStack() as held:
             try:
+                if path.is_file():
+                    raise NotADirectoryError(errno.ENOTDIR, "it is a file")
                 path.mkdir(parents=True, exist_ok=True)
                 _require_no_links(path)
                 held.enter_context(locked(path / LOCK))
@@ -149,6 +152,7 @@ class RunDirectory:
         shutil.rmtree(part, ignore_errors=True)
         with writing(self.path):
             save(part)
+        let_others_read(part)
         sync_all(part)
         shutil.rmtree(place, ignore_errors=True)
         part.rename(place)

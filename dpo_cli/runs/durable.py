@@ -30,6 +30,14 @@ def sync_all(folder: Path) -> None:
     sync(folder)
 
 
+def let_others_read(folder: Path) -> None:
+    """Give files the rights that a file has where this user makes one: safetensors keeps its files to their owner."""
+    os.umask(mask := os.umask(0))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
+
+
 def write_whole(place: Path, write: Callable[[Path], object]) -> None:
     """`write` a file beside its place, then put it there: readers see the old one or the new one, and a crash leaves either."""
     part = place.with_name(f".{place.name}.part")

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from dpo_cli.config.config import Loaded
@@ -22,7 +23,9 @@ from dpo_cli.runs.durable import free_bytes, is_full
 ENDING = ("num_train_epochs", "max_steps", "early_stopping_patience", "stop_on")  # with another value, a finished run goes on
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 START_ANEW = "go on with it as it was, or start anew with --overwrite"
+PLACES = ("model_name", "dataset", "eval_dataset", "output_dir")  # where things lie
 Json = Mapping[str, Any]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,16 @@ class Begun:
     summary: Json | None
 
     @classmethod
-    def find(cls, run: RunDirectory, skipped: Callable[[Checkpoint, str], None]) -> Begun | None:
-        """What there is to go on with; nothing where a run came to no checkpoint. `skipped` is told of damaged ones."""
-        checkpoint = next(run.checkpoints.verified(skipped), None)
-        summary = _end(run)
-        is_whole = summary is not None and run.trained.is_dir() and sha256_of_all(run.trained) == summary["adapter_sha256"]
-        if checkpoint is None and not is_whole:
+    def find(cls, run: RunDirectory, tell: Tell) -> Begun | None:
+        """What there is to go on with; nothing where a run came to no checkpoint. `tell` is told of what is damaged."""
+        skipped = partial(_tell_skipped, tell)
+        checkpoint, summary = next(run.checkpoints.verified(skipped), None), _end(run, tell)
+        if checkpoint is None and summary is None:
             return None
         # Those of the checkpoint are known to be as they were written.
         place = checkpoint.folder if checkpoint else run.path
         plan, manifest = (json.loads((place / name).read_text(encoding="utf-8")) for name in (PLAN, MANIFEST))
-        return cls(plan, manifest, checkpoint, summary if is_whole else None)
+        return cls(plan, manifest, checkpoint, summary)
 
     @property
     def step(self) -> int:
@@ -54,9 +56,11 @@ class Begun:
 
     def is_finished(self, plan: Plan) -> bool:
         """Whether there is nothing left to do of what is asked for now."""
-        if self.summary is None or self.summary["status"] == "interrupted":
-            return False
-        return not any(_differs(self.plan["config"], plan, name) for name in ENDING)
+        return self.summary is not None and not any(_differs(self.plan["config"], plan, name) for name in ENDING)
+
+    def left_out(self, plan: Plan) -> list[str]:
+        """The options that a finished run does not take up any more."""
+        return [name for name in options() if name not in PLACES and _differs(self.plan["config"], plan, name)]
 
     def as_decided(self, loaded: Loaded) -> Loaded:
         """The config with what the machine decided when the run began, where it leaves that open still."""
@@ -74,6 +78,17 @@ class Begun:
             raise InvalidInput(found)
 
     def _differences(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
+        assert plan.counts is not None
+        if told := [*self._other_words(plan, manifest)]:
+            yield from told
+        elif self.plan["counts"].get("digest") != plan.counts.digest:
+            yield _other("the rows have other tokens than when the run began, or another order", "dataset")
+        if plan.total_steps < self.step:
+            key = "max_steps" if plan.config.max_steps else "num_train_epochs"
+            yield _other(f"{self.step} steps are done, and the config asks for {plan.total_steps}", key)
+
+    def _other_words(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
+        """What a user has changed."""
         for name, option in options().items():
             if not option.may_change and _differs(self.plan["config"], plan, name):
                 was, now = (json.dumps(value) for value in (self.plan["config"][name], getattr(plan.config, name)))
@@ -83,12 +98,6 @@ class Begun:
                 yield _other(f"{name} has other content than when the run began", name)
         if _weights(self.manifest) != _weights(manifest):
             yield _other("model_name names other weights than when the run began", "model_name")
-        assert plan.counts is not None
-        if self.plan["counts"].get("digest") != plan.counts.digest:
-            yield _other("the rows are other ones, or have other tokens, than when the run began", "dataset")
-        if plan.total_steps < self.step:
-            key = "max_steps" if plan.config.max_steps else "num_train_epochs"
-            yield _other(f"{self.step} steps are done, and the config asks for {plan.total_steps}", key)
 
     def other_versions(self, manifest: Json) -> list[str]:
         """What the run was begun with, where that is another version now."""
@@ -96,14 +105,22 @@ class Begun:
         return [f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)]
 
 
-def _end(run: RunDirectory) -> Json | None:
-    """What metrics.json says of a run that came to its end and was judged where it could be."""
+def _end(run: RunDirectory, tell: Tell) -> Json | None:
+    """The metrics.json of a run that came to its end, was judged where it could be, and left what is there."""
+    if not run.has(SUMMARY):
+        return None
     try:
         summary, plan, _ = (run.read_json(name) for name in (SUMMARY, PLAN, MANIFEST))
-    except (FileNotFoundError, ValueError):  # not there, or damaged: then a checkpoint is gone on from
+        status, judged, held_out = summary["status"], summary["eval"], plan["counts"]["eval_pairs"]
+        is_same = run.trained.is_dir() and sha256_of_all(run.trained) == summary["adapter_sha256"]
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:  # gone or damaged: a checkpoint is gone on from
+        tell(f"{SUMMARY}, {PLAN} or {MANIFEST} is not what the run wrote ({error}): its end is made again")
         return None
-    is_judged = summary["eval"] is not None or not plan["counts"]["eval_pairs"] or summary["status"] != "completed"
-    return dict(summary) if is_judged else None
+    if status == "interrupted" or (status == "completed" and judged is None and held_out):
+        return None
+    if not is_same:
+        tell(f"the {run.trained.name} is not the one that the run wrote: it is made again")
+    return dict(summary) if is_same else None
 
 
 def _differs(before: Json, plan: Plan, name: str) -> bool:
@@ -129,22 +146,21 @@ def _other(message: str, key: str) -> Problem:
     return Problem("error", "resume-differs", message, START_ANEW, key)
 
 
-def tell_skipped(console: Console, checkpoint: Checkpoint, damage: str) -> None:
-    """Name a checkpoint that is not gone on from, and why."""
-    _tell(console, f"checkpoint {checkpoint.folder.name} is skipped: {damage}")
+def _tell_skipped(tell: Tell, checkpoint: Checkpoint, damage: str) -> None:
+    tell(f"checkpoint {checkpoint.folder.name} is skipped: {damage}")
 
 
-def go_on(run: RunDirectory, begun: Begun, manifest: Json, console: Console) -> list[int]:
+def go_on(run: RunDirectory, begun: Begun, manifest: Json, tell: Tell) -> list[int]:
     """Bring the run directory to where the checkpoint left it: the steps at which it was gone on with, for its manifest."""
     if begun.checkpoint is None:
-        message = f"{run.path} has no checkpoint to go on from"
-        raise InvalidInput([Problem("error", "resume-differs", message, START_ANEW, "output_dir")])
+        message = f"{run.path} is finished, and has no checkpoint to go on from to what is asked for now"
+        raise InvalidInput([Problem("error", "resume-differs", message, "start anew with --overwrite", "output_dir")])
     run.checkpoints.drop_after(begun.step)
     run.take_lines(begun.checkpoint.folder)
     run.forget_end()
-    _tell(console, f"going on from {begun.checkpoint.folder.name}")
+    tell(f"going on from {begun.checkpoint.folder.name}")
     if others := begun.other_versions(manifest):
-        _tell(console, f"note: begun with {'; '.join(others)}: the last bits may come out otherwise")
+        tell(f"note: begun with {'; '.join(others)}: the last bits may come out otherwise")
     return [*begun.manifest.get("resumed", []), begun.step]
 
 
@@ -163,6 +179,11 @@ def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
         raise RunFailed(message, (free if is_full(error) else "") + again) from error
 
 
-def _tell(console: Console, text: str) -> None:
-    console.line(text)
-    logging.getLogger("dpo").info("%s", text)
+def tell_on(console: Console) -> Tell:
+    """Tells on the screen and in the log."""
+
+    def tell(text: str) -> None:
+        console.line(text)
+        logging.getLogger("dpo").info("%s", text)
+
+    return tell

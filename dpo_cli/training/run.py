@@ -32,7 +32,7 @@ from dpo_cli.runs.card import card
 from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
 from dpo_cli.runs.manifest import manifest
-from dpo_cli.runs.resume import Begun, go_on, tell_skipped, told_how_to_go_on
+from dpo_cli.runs.resume import Begun, go_on, tell_on, told_how_to_go_on
 from dpo_cli.training import dpo, sft
 from dpo_cli.training.callbacks.early import StopEarly
 from dpo_cli.training.callbacks.health import Health
@@ -70,11 +70,17 @@ def train(
         end = tokenizer.decode(train_rows[0].responses[0][-2:])
         console.line(f"note: a response ends with {end!r}, and nowhere with the tokenizer's EOS {tokenizer.eos_token!r}")
     _require_fit(plan, loaded)
+    tell = tell_on(console)
     if dry_run:
+        begun = Begun.find(RunDirectory(plan.run_dir), tell) if resume else None
+        if begun is not None:
+            plan = resolve(begun.as_decided(loaded), machine, counts)
+            begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
+            tell("it is finished" if begun.is_finished(plan) else f"it would go on from step {begun.step}")
         return plan.to_json(), Exit.DONE
 
     with RunDirectory.claim(plan.run_dir, overwrite, resume) as run, told_how_to_go_on(run):
-        begun = Begun.find(run, partial(tell_skipped, console)) if resume else None
+        begun = Begun.find(run, tell) if resume else None
         if begun is None:
             run.checkpoints.clear(with_damaged=not resume)
             run.clear()
@@ -85,8 +91,8 @@ def train(
         if begun is not None:
             begun.require_same(loaded, plan, about)
             if begun.is_finished(plan):
-                return _finished(run, console)
-            about["resumed"] = go_on(run, begun, about, console)
+                return _finished(run, begun.left_out(plan), console)
+            about["resumed"] = go_on(run, begun, about, tell)
         found = {"problems": [problem.to_json() for problem in inspection.problems], "data": data.to_json()}
         run.write_json(PLAN, {**plan.to_json(), **found})
         run.write_json(MANIFEST, about)
@@ -187,13 +193,15 @@ def _trained(
     return {**summary, "run_dir": str(run.path)}, code
 
 
-def _finished(run: RunDirectory, console: Console) -> tuple[dict[str, Any], Exit]:
+def _finished(run: RunDirectory, left_out: list[str], console: Console) -> tuple[dict[str, Any], Exit]:
     """The figures of a run that is finished already."""
     summary = run.read_json(SUMMARY)
     if not run.has(REPORT):
         write_report(run.path)
     if run.has(EVALUATION):
         console.judgement(run.read_json(EVALUATION), [])
+    if left_out:
+        console.line(f"note: a finished run takes no other {', '.join(left_out)} any more; `dpo eval` judges it anew")
     console.line(f"{summary['status']} already, after step {summary['steps']}; {run.trained.name}: {run.trained}")
     code = Exit.DONE if summary["status"] == "completed" else Exit.MISSED
     return {**summary, "run_dir": str(run.path)}, code
