@@ -29,7 +29,7 @@ from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
 from dpo_cli.inspection import Inspection, inspect, inspect_prompts, lengths_of
 from dpo_cli.providers.hub import require
-from dpo_cli.runs.directory import PLAN, RunDirectory
+from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.session import composer_for, session
 from dpo_cli.validation import validated_file, worst
@@ -160,7 +160,7 @@ def train(
     with session(as_json, debug) as console:
         if overwrite and resume:
             raise UsageError("--overwrite starts anew, and --resume goes on", "leave one of them out")
-        if resume and Path(config).name == PLAN:  # of the run that it lies in, wherever that was moved to
+        if resume and RunDirectory.is_plan(Path(config)):  # of the run that it lies in, wherever that was moved to
             overrides = [f"output_dir={Path(config).absolute().parent}", *(overrides or ())]
         stages, machine = load_stages(config, overrides or ()), probe()
         for name in dict.fromkeys(name for loaded in stages for name in reader.hub_ids(loaded.require().to_json())):

@@ -14,6 +14,7 @@ from dpo_cli.hardware.probe import GIB, Machine
 from dpo_cli.hardware.recommend import profiles
 from dpo_cli.plan import Plan, settings_of
 from dpo_cli.runs.checkpoint import KEPT
+from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.durable import free_bytes
 
 BITSANDBYTES_FIX = "install it: pip install bitsandbytes (it is among this program's requirements)"
@@ -75,14 +76,15 @@ def does_not_fit(plan: Plan) -> Problem | None:
 def disk_problem(plan: Plan) -> Problem | None:
     """The problem of a run whose files find no room on the disk of its output_dir.
 
-    Beside what is kept there must be room for the next checkpoint, and for the adapter beside the one it replaces. A checkpoint
-    holds what is trained, which is as large as its gradients, and the optimizer's state.
+    Beside what is kept, which may be there already, there must be room for the next checkpoint, and for the adapter beside the
+    one it replaces. A checkpoint holds what is trained, which is as large as its gradients, and the optimizer's state.
     """
     if plan.memory is None:
         return None
     trained, optimizer = (plan.memory.components[name] for name in ("gradients", "optimizer"))
     best = trained if plan.config.early_stopping_patience else 0.0
-    needed, free = (KEPT + 1) * (trained + optimizer + best) + 2 * trained + BESIDE_BYTES, free_bytes(plan.run_dir)
+    needed = (KEPT + 1) * (trained + optimizer + best) + 2 * trained + BESIDE_BYTES
+    free = free_bytes(plan.run_dir) + RunDirectory(plan.run_dir).held_bytes()
     if free >= needed:
         return None
     message = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event, Thread
@@ -24,10 +25,12 @@ class Unreachable(Exception):
 def ask_nobody() -> None:
     """Stop what libraries do on the network unasked. What they read while they are imported has to be there before.
 
-    Telemetry of TRL and of huggingface_hub; transformers asks a bot to convert weights that are no safetensors.
+    Telemetry of TRL and of huggingface_hub; transformers asks a bot to convert weights that are no safetensors; where `kernels`
+    is installed, bitsandbytes fetches code from the hub and runs it.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    sys.modules["kernels"] = None  # type: ignore[assignment] # as if it were not installed
 
 
 @contextmanager

@@ -21,7 +21,7 @@ IN_QUERIES = ("token", "access_token", "key", "api_key", "apikey", "secret", "pa
 FORMS = re.compile(
     r"""
       (?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{16,}                         # Hugging Face
-    | (?<![A-Za-z0-9])(?:sk-|wandb_v1_|gh[opsu]_)(?=[\w-]*\d)[\w-]{16,}        # OpenAI, W&B, GitHub
+    | (?<![A-Za-z0-9/])(?:sk-|wandb_v1_|gh[opsu]_)(?=[\w-]*\d)[\w-]{16,}        # OpenAI, W&B, GitHub
     | (?<=\bBearer\ )[\w.~+/=-]{8,}
     | (?<=://)[^\s/@"'<>]+(?=@)                                                # user and password of an address
     """
@@ -65,7 +65,9 @@ class Redacted:
 
 def _known() -> list[str]:
     """What the environment holds of secrets, as text and as JSON, HTML and an address write it; the longest first."""
-    values = [value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= FEWEST]
+    values = [
+        value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= FEWEST and not value.isdecimal()
+    ]
     forms = {
         form
         for value in values

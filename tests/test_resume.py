@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import made_row
 
+from dpo_cli import demands
 from dpo_cli.config.config import load
 from dpo_cli.console import Console
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
@@ -252,8 +254,6 @@ def test_a_second_process_is_refused_and_told_who_is_there(go: Go, tmp_path: Pat
 
 
 def test_a_disk_without_room_is_told_before_anything_is_loaded(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpo_cli import demands
-
     monkeypatch.setattr(demands, "free_bytes", lambda path: 1 << 20)
     with pytest.raises(DoesNotFit) as caught:
         go("run")
@@ -279,3 +279,81 @@ def test_another_version_of_a_hub_model_is_other_weights(tmp_path: Path) -> None
     manifest = {"model": {"sha256": {}, "revision": "a", "below": {}}}
     assert _weights(manifest) == _weights({"model": {"sha256": {}, "revision": "a", "below": {}}})
     assert _weights(manifest) != _weights({"model": {"sha256": {}, "revision": "b", "below": {}}})
+
+
+def test_without_patience_the_last_is_kept_however_good_the_best_was(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"eval_steps": 1, "save_steps": 1, "learning_rate": 0.6}
+    whole, _ = go("whole", **options)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stopping(patched, partial(is_line, step=5, split="train"), kill)
+        go("stopped", **options, early_stopping_patience=9)
+    gone_on, _ = go("stopped", **options)
+    assert (gone_on["adapter_sha256"], gone_on["best_step"]) == (whole["adapter_sha256"], None)
+
+
+def test_a_longer_training_has_its_own_learning_rates(go: Go, tmp_path: Path) -> None:
+    go("run")
+    go("run", num_train_epochs=3)
+    rates = [line["learning_rate"] for line in lines(tmp_path / "run") if line["split"] == "train"]
+    assert rates[10:] == pytest.approx([1e-2 * (15 - step) / 15 for step in range(10, 15)])
+
+
+def test_the_size_of_micro_batches_is_taken_over_and_told(
+    go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = go("whole")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stopping(patched, partial(is_line, step=5, split="train"), kill)
+        go("stopped")
+    gone_on, _ = go("stopped", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
+    assert "micro-batches are 2 x 2, as when the run began" in capsys.readouterr().out
+
+
+def test_an_unhealthy_run_goes_on_only_where_another_end_is_asked_for(go: Go) -> None:
+    options = {"stop_on": ["kl"], "max_kl": 1e-6, "kl_prompts": 2, "eval_steps": 2}
+    stopped, code = go("run", **options)
+    assert (stopped["status"], code) == ("unhealthy", Exit.MISSED) and stopped["steps"] < 10
+    assert go("run", **options) == (stopped, Exit.MISSED)
+    gone_on, code = go("run", **{**options, "max_kl": 1e6})
+    assert (gone_on["status"], gone_on["steps"], code) == ("completed", 10, Exit.DONE)
+
+
+def test_what_a_run_replaces_is_no_lack_of_room(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = go("run")
+    needed: list[int] = []
+    monkeypatch.setattr(demands, "free_bytes", lambda path: needed[0])
+    needed.append(demands.BESIDE_BYTES)
+    with pytest.raises(DoesNotFit):
+        go("other")
+    assert go("run") == (whole, Exit.DONE)
+
+
+def test_somebody_elses_model_is_not_replaced(go: Go, tmp_path: Path) -> None:
+    (tmp_path / "home" / "model").mkdir(parents=True)
+    (tmp_path / "home" / "model" / "mine").write_text("mine", encoding="utf-8")
+    with pytest.raises(InvalidInput) as caught:
+        go("home")
+    assert "a folder model that no run wrote" in caught.value.problems[0].message
+    assert [path.name for path in (tmp_path / "home").rglob("*")] == ["model", "mine"]
+
+
+def test_a_plan_is_told_from_a_config_that_is_called_so(tmp_path: Path, go: Go) -> None:
+    (tmp_path / "plan.json").write_text("{}", encoding="utf-8")
+    assert not RunDirectory.is_plan(tmp_path / "plan.json")
+    go("run")
+    assert RunDirectory.is_plan(tmp_path / "run" / "plan.json")
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-10")
+    assert not RunDirectory.is_plan(checkpoint / "plan.json")
+
+
+def test_a_config_of_the_model_counts_as_its_weights_do(go: Go, tmp_path: Path, tiny_model_dir: Path) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    go("run", model_name=str(model))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}), encoding="utf-8")
+    with pytest.raises(InvalidInput) as caught:
+        go("run", model_name=str(model))
+    assert [problem.key for problem in caught.value.problems] == ["model_name"]

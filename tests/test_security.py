@@ -494,3 +494,22 @@ def test_no_secret_is_in_any_file_or_output(config: Path, tmp_path: Path, monkey
     texts["sealed"] = base64.b64decode(sealed).decode()
     escaped = [form for canary in canaries for form in (canary, json.dumps(canary)[1:-1], html.escape(canary))]
     assert [(name, canary) for name, text in texts.items() for canary in escaped if canary in text] == []
+
+
+def test_no_kernels_are_fetched(marker: Path, tmp_path: Path) -> None:
+    """bitsandbytes runs code that the package `kernels` fetches, while it is imported: the package is as if it were not there."""
+    put(tmp_path / "way" / "kernels" / "__init__.py", hostile(marker))
+    libraries = "import transformers, bitsandbytes, peft"
+    for first, is_run in (("import kernels", True), ("from dpo_cli.hub import ask_nobody; ask_nobody()", False)):
+        code = f"import sys; sys.path.insert(0, {str(tmp_path / 'way')!r}); {first}; {libraries}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 or is_run, done.stderr
+        assert marker.exists() == is_run
+        marker.unlink(missing_ok=True)
+
+
+def test_a_number_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a figure with the same digits would be none any more, and its line no JSON."""
+    monkeypatch.setenv("SOME_API_KEY", "314159265358")
+    assert redact('{"loss": 0.314159265358}') == '{"loss": 0.314159265358}'
+    assert redact("/data/sk-learn-preferences-v2.jsonl") == "/data/sk-learn-preferences-v2.jsonl"

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_dpo import make_trainer
+from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.training.states import load_state, random_state, save_state, set_random_state
 
@@ -68,3 +70,26 @@ def test_the_state_of_bitsandbytes(tmp_path: Path) -> None:
     save_state(tmp_path / "again", made.state_dict())
     assert str(load_state(tmp_path / "again")) == str(again)
     assert torch.equal(made.state[weights[1]]["qmap1"], table)
+
+
+def test_adafactor_keeps_its_precision_beside_weights_in_bf16(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """torch alone gives a loaded state the dtype of its weight."""
+    trainers = []
+    for _ in range(2):
+        trainer, _ = make_trainer(tmp_path, tokenizer, optim="adafactor", max_steps=1)
+        for weight in trainer.model.parameters():
+            weight.data = weight.data.bfloat16() if weight.requires_grad else weight.data
+        trainer.create_optimizer_and_scheduler(1)
+        trainers.append(trainer)
+    for weight in trainers[0].model.parameters():
+        weight.grad = torch.randn_like(weight) if weight.requires_grad else None
+    trainers[0].optimizer.step()
+    trainers[0]._save_optimizer_and_scheduler(str(tmp_path))
+    trainers[1]._load_optimizer_and_scheduler(str(tmp_path))
+    kept, loaded = (trainer.optimizer.state_dict()["state"] for trainer in trainers)
+    assert kept[0]["exp_avg_sq_row"].dtype == torch.float32
+    for i, state in kept.items():
+        for name, value in state.items():
+            assert not isinstance(value, torch.Tensor) or (
+                loaded[i][name].dtype == value.dtype and torch.equal(loaded[i][name], value)
+            )

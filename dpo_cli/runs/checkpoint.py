@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from dpo_cli.runs.digests import sha256
@@ -79,11 +80,12 @@ class Checkpoints:
     def write(self, step: int, fill: Callable[[Path], Path]) -> Checkpoint:
         """A new checkpoint: the folder that `fill` makes in the empty folder that it is given, and then returns.
 
-        What goes wrong on the way leaves the checkpoints that are there as they are. Then the old ones go: all but the newest
-        `KEPT`, and any of later steps, which are damaged, or this one would not have been made.
+        What goes wrong on the way leaves the checkpoints that are there as they are. Then they go: all but the newest whole
+        ones before it. Those of later steps are damaged, or this one would not have been made.
         """
         self._clear()
         self.part.mkdir(parents=True)
+        sync(self.place.parent)
         sync(self.place)
         try:
             with writing(self.place):
@@ -99,19 +101,13 @@ class Checkpoints:
             self._set_aside(checkpoint)
         made.rename(checkpoint.folder)
         sync(self.place)
-        older = [other for other in others if other.step < step]
-        for other in [*older[KEPT - 1 :], *(other for other in others if other.step > step)]:
-            self._set_aside(other)
-        self._clear()
-        return checkpoint
-
-    def drop_after(self, step: int) -> None:
-        """Take away the damaged ones that are newer than the one that is gone on from: among the newest they would count."""
-        self.part.mkdir(exist_ok=True)
-        for other in self.all():
-            if other.step > step:
+        older = (other for other in others if other.step < step and other.damage() is None)
+        kept = list(islice(older, KEPT - 1))
+        for other in others:
+            if other not in kept:
                 self._set_aside(other)
         self._clear()
+        return checkpoint
 
     def clear(self, with_damaged: bool) -> None:
         """Take away all checkpoints, at once; damaged ones, which one may want to see, can stay until there are new ones."""

@@ -42,11 +42,20 @@ class RunDirectory:
     @classmethod
     def check(cls, path: Path, replace: bool) -> None:
         """Refuse a directory that holds a run, or what is left of one, unless it is to be replaced, or gone on with."""
+        foreign = [name for name in (ADAPTER, MODEL) if (path / name).exists()]
+        if foreign and not any((path / name).exists() for name in (LOCK, MANIFEST)):
+            message = f"{path} holds a folder {foreign[0]} that no run wrote, and that a run would replace"
+            raise InvalidInput([Problem("error", "run-exists", message, "choose another output_dir", "output_dir")])
         holds_run = any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL)) or cls(path).checkpoints.all()
         if holds_run and not replace:
             message = f"{path} holds a run already"
             fix = "go on with it with --resume, replace it with --overwrite, or choose another with output_dir=..."
             raise InvalidInput([Problem("error", "run-exists", message, fix, "output_dir")])
+
+    @staticmethod
+    def is_plan(path: Path) -> bool:
+        """Whether this is the plan of a run that lies around it; another file may be called so."""
+        return path.name == PLAN and (path.parent / MANIFEST).is_file() and (path.parent / LOCK).is_file()
 
     @classmethod
     @contextmanager
@@ -58,6 +67,7 @@ class RunDirectory:
         """
         with ExitStack() as held:
             try:
+                cls.check(path, overwrite or resume)
                 if path.is_file():
                     raise NotADirectoryError(errno.ENOTDIR, "it is a file")
                 path.mkdir(parents=True, exist_ok=True)
@@ -134,6 +144,11 @@ class RunDirectory:
         """Bring metrics.jsonl to what it was when the checkpoint in `folder` was written."""
         text = (folder / LINES).read_text(encoding="utf-8") if (folder / LINES).is_file() else ""
         self.write_text(LINES, text)
+
+    def held_bytes(self) -> int:
+        """Bytes of what a run that goes on replaces: its checkpoints, and what it trained."""
+        folders = (self.path / name for name in (CHECKPOINTS, ADAPTER, MODEL))
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
     def forget_end(self) -> None:
         """The run goes on: what was said at its end is no longer so."""

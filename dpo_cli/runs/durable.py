@@ -10,7 +10,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-LITTLE = 1 << 20  # free bytes: torch does not say why it could not write
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -50,12 +49,11 @@ def write_whole(place: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Within, libraries write below `place`; what torch and safetensors tell in errors of their own leaves as an `OSError`."""
+    """Within, libraries write below `place`; what safetensors tells in an error of its own leaves as an `OSError`."""
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
-        is_full = "No space left" in str(error) or free_bytes(place) < LITTLE
-        number = errno.ENOSPC if is_full else errno.EIO
+    except SafetensorError as error:
+        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, os.strerror(number), str(place)) from error
 
 

@@ -23,7 +23,12 @@ OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}
 def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, Any]:
     """The content of manifest.json. `model_dir` holds the model's safetensors when it is local."""
     packages = (*PACKAGES, *OF_PROVIDER.get(plan.config.provider, ()))
-    weights = sorted(model_dir.glob("*.safetensors")) if model_dir else []
+    # Beside the weights config.json, which says how they are computed with.
+    weights = (
+        [file for file in sorted(model_dir.iterdir()) if file.suffix == ".safetensors" or file.name == "config.json"]
+        if model_dir
+        else []
+    )
     return {
         "versions": {"dpo": dpo_cli.__version__, "python": platform.python_version()}
         | {package: version(package) for package in packages},

@@ -20,7 +20,13 @@ from dpo_cli.runs.digests import sha256_of_all
 from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.durable import free_bytes, is_full
 
-ENDING = ("num_train_epochs", "max_steps", "early_stopping_patience", "stop_on")  # with another value, a finished run goes on
+ENDING = (
+    "num_train_epochs",
+    "max_steps",
+    "early_stopping_patience",
+    "stop_on",
+    "max_kl",
+)  # with another value, a finished run goes on
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 START_ANEW = "go on with it as it was, or start anew with --overwrite"
 PLACES = ("model_name", "dataset", "eval_dataset", "output_dir")  # where things lie
@@ -36,6 +42,7 @@ class Begun:
     manifest: Json
     checkpoint: Checkpoint | None
     summary: Json | None
+    asked: Json  # the config that a finished run ended by, which may be a later one than that of its last checkpoint
 
     @classmethod
     def find(cls, run: RunDirectory, tell: Tell) -> Begun | None:
@@ -47,7 +54,7 @@ class Begun:
         # Those of the checkpoint are known to be as they were written.
         place = checkpoint.folder if checkpoint else run.path
         plan, manifest = (json.loads((place / name).read_text(encoding="utf-8")) for name in (PLAN, MANIFEST))
-        return cls(plan, manifest, checkpoint, summary)
+        return cls(plan, manifest, checkpoint, summary, run.read_json(PLAN)["config"] if summary else plan["config"])
 
     @property
     def step(self) -> int:
@@ -56,13 +63,17 @@ class Begun:
 
     def is_finished(self, plan: Plan) -> bool:
         """Whether there is nothing left to do of what is asked for now."""
-        return self.summary is not None and not any(_differs(self.plan["config"], plan, name) for name in ENDING)
+        return self.summary is not None and not self.asks_on(plan)
+
+    def asks_on(self, plan: Plan) -> bool:
+        """Whether another end is asked for than when the run was begun, or gone on with."""
+        return any(_differs(self.asked, plan, name) for name in ENDING)
 
     def left_out(self, plan: Plan) -> list[str]:
         """The options that a finished run does not take up any more."""
         return [name for name in options() if name not in PLACES and _differs(self.plan["config"], plan, name)]
 
-    def as_decided(self, loaded: Loaded) -> Loaded:
+    def as_decided(self, loaded: Loaded, tell: Tell) -> Loaded:
         """The config with what the machine decided when the run began, where it leaves that open still."""
         config, before = loaded.require(), self.plan["config"]
         sources = self.plan["sources"]
@@ -70,6 +81,9 @@ class Begun:
         is_as_large = config.per_device_train_batch_size * config.gradient_accumulation_steps == _product(before)
         kept |= {*REGROUPED} if is_as_large else set()
         now = replace(config, **{key: before[key] for key in kept})
+        if is_as_large and now.per_device_train_batch_size != config.per_device_train_batch_size:
+            told = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"
+            tell(f"note: micro-batches are {told}, as when the run began: others would round otherwise")
         return replace(loaded, config=now, sources={**loaded.sources, **{key: sources[key] for key in kept}})
 
     def require_same(self, loaded: Loaded, plan: Plan, manifest: Json) -> None:
@@ -150,15 +164,16 @@ def _tell_skipped(tell: Tell, checkpoint: Checkpoint, damage: str) -> None:
     tell(f"checkpoint {checkpoint.folder.name} is skipped: {damage}")
 
 
-def go_on(run: RunDirectory, begun: Begun, manifest: Json, tell: Tell) -> list[int]:
+def go_on(run: RunDirectory, begun: Begun, plan: Plan, manifest: Json, tell: Tell) -> list[int]:
     """Bring the run directory to where the checkpoint left it: the steps at which it was gone on with, for its manifest."""
     if begun.checkpoint is None:
         message = f"{run.path} is finished, and has no checkpoint to go on from to what is asked for now"
         raise InvalidInput([Problem("error", "resume-differs", message, "start anew with --overwrite", "output_dir")])
-    run.checkpoints.drop_after(begun.step)
-    run.take_lines(begun.checkpoint.folder)
     run.forget_end()
+    run.take_lines(begun.checkpoint.folder)
     tell(f"going on from {begun.checkpoint.folder.name}")
+    if any(_differs(begun.plan["config"], plan, name) for name in ("num_train_epochs", "max_steps")):
+        tell(f"note: from here on the learning rate is that of a training of {plan.total_steps} steps")
     if others := begun.other_versions(manifest):
         tell(f"note: begun with {'; '.join(others)}: the last bits may come out otherwise")
     return [*begun.manifest.get("resumed", []), begun.step]
@@ -169,11 +184,13 @@ def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
     """What cannot be written inside ends the run, and is told with what is left of it and how to go on."""
     try:
         yield
+    except BrokenPipeError:  # nobody reads standard output any more: no fault of the disk
+        raise
     except OSError as error:
         checkpoints = run.checkpoints.all()
         left = f"{checkpoints[0].folder.name} is kept" if checkpoints else "there was no checkpoint yet"
         where = error.filename or run.path
-        message = f"cannot write {where}: {error.strerror or error}; {left}"
+        message = f"{where}: {error.strerror or error}; {left}"
         again = f"the same command with --resume {'goes on from there' if checkpoints else 'starts again'}"
         free = f"free space on the disk of {run.path} ({free_bytes(run.path) / 1e6:,.0f} MB are free), then "
         raise RunFailed(message, (free if is_full(error) else "") + again) from error

@@ -74,7 +74,7 @@ def train(
     if dry_run:
         begun = Begun.find(RunDirectory(plan.run_dir), tell) if resume else None
         if begun is not None:
-            plan = resolve(begun.as_decided(loaded), machine, counts)
+            plan = resolve(begun.as_decided(loaded, tell), machine, counts)
             begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
             tell("it is finished" if begun.is_finished(plan) else f"it would go on from step {begun.step}")
         return plan.to_json(), Exit.DONE
@@ -82,17 +82,19 @@ def train(
     with RunDirectory.claim(plan.run_dir, overwrite, resume) as run, told_how_to_go_on(run):
         begun = Begun.find(run, tell) if resume else None
         if begun is None:
+            if resume:
+                tell("there is nothing to go on from: starting")
             run.checkpoints.clear(with_damaged=not resume)
             run.clear()
         else:
-            loaded = begun.as_decided(loaded)
+            loaded = begun.as_decided(loaded, tell)
             plan = resolve(loaded, machine, counts)
         about = manifest(plan, machine, provider.local_dir)
         if begun is not None:
             begun.require_same(loaded, plan, about)
             if begun.is_finished(plan):
                 return _finished(run, begun.left_out(plan), console)
-            about["resumed"] = go_on(run, begun, about, tell)
+            about["resumed"] = go_on(run, begun, plan, about, tell)
         found = {"problems": [problem.to_json() for problem in inspection.problems], "data": data.to_json()}
         run.write_json(PLAN, {**plan.to_json(), **found})
         run.write_json(MANIFEST, about)
@@ -114,7 +116,7 @@ def _trained(
     """The story from the model on. Longer than other functions: it is told whole, in the order in which it happens."""
     tokenizer, pad_token_id = rows.tokenizer, int(rows.tokenizer.pad_token_id)
     view = LiveView(console, plan.total_steps, plan.predicted_gb)
-    with log_to(run.log), StopOnSignal(console.line) as stop, view:
+    with log_to(run.log), StopOnSignal() as stop, view:
         base = provider.base_model(plan)
         with _fitting(plan, loaded):
             wanted = begun.plan["scoring"]["shared"] if begun else plan.config.prompt_sharing
@@ -148,6 +150,8 @@ def _trained(
         with _fitting(plan, loaded):
             if begun is not None and begun.checkpoint is not None:
                 keep.go_back_to(begun.checkpoint)
+                if begun.asks_on(plan):
+                    health.forget_stops()
                 record.recall(run.read_lines())
                 view.recall(run.read_lines())
                 if keep.missed_evaluation:

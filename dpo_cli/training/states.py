@@ -32,7 +32,7 @@ def save_state(place: Path, state: Any) -> None:
         if isinstance(value, dict):  # whose keys need not be text
             return {"dict": [[written(key), written(part)] for key, part in value.items()]}
         if isinstance(value, tuple | list):
-            return {type(value).__name__: [written(part) for part in value]}
+            return {"tuple" if isinstance(value, tuple) else "list": [written(part) for part in value]}
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise TypeError(f"a {type(value).__name__} in the state of a training")
@@ -65,7 +65,8 @@ def load_state(place: Path) -> Any:
 
 def random_state() -> dict[str, Any]:
     """torch's random generators, of the CPU and of each GPU; and those of Python and numpy, which libraries may draw from."""
-    of_gpus = torch.cuda.get_rng_state_all()  # none where there is no GPU
+    uses_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    of_gpus = torch.cuda.get_rng_state_all() if uses_gpu else []
     return {"torch": torch.get_rng_state(), "cuda": of_gpus, "python": random.getstate(), "numpy": np.random.get_state()}
 
 

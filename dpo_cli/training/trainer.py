@@ -118,6 +118,7 @@ class CarefulTrainer:
     accelerator: Any
     train_dataset: Any
     control: TrainerControl
+    missed_evaluation = False  # the training was stopped while it was evaluated, or when it was to be
     optimizer: Any
     lr_scheduler: Any
     # Calls what makes Trainer write a checkpoint into its output_dir; without it there are none.
@@ -169,7 +170,10 @@ class CarefulTrainer:
         mark, device = self.totals.mark(), self.args.device
         seen: Any = getattr(self, TRL_TOKENS)
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        later = torch.empty(3 * trained, dtype=torch.uint8, device=device)
+        held = (
+            1 if self.optimizer is not None and self.optimizer.state else 3
+        )  # of a training that goes on the moments are there
+        later = torch.empty(held * trained, dtype=torch.uint8, device=device)
         on_gpu = [device] if device.type != "cpu" else []
         with torch.random.fork_rng(on_gpu, device_type=device.type if on_gpu else "cuda"):
             self.training_step(trainer.model_wrapped, batch)
@@ -197,9 +201,24 @@ class CarefulTrainer:
         save_state(Path(output_dir) / SCHEDULE, self.lr_scheduler.state_dict())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.optimizer.load_state_dict(load_state(Path(checkpoint) / OPTIMIZER))
-            self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / SCHEDULE))
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint) / OPTIMIZER)
+        self.optimizer.load_state_dict(state)
+        # torch gives each state the dtype of its weight; Adafactor keeps float32 beside weights in bf16.
+        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        for i, kept in state["state"].items():
+            for name, value in kept.items():
+                now = self.optimizer.state[weights[i]].get(name)
+                if isinstance(value, Tensor) and isinstance(now, Tensor) and now.dtype != value.dtype:
+                    self.optimizer.state[weights[i]][name] = value.to(now.device)
+        schedule = self.lr_scheduler
+        schedule.load_state_dict(load_state(Path(checkpoint) / SCHEDULE))
+        # Of as many steps as there are now: the rate that was kept is that of the run as it was asked for then.
+        rates = [base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        schedule._last_lr = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
     def _save_scaler(self, output_dir: str) -> None:
         if self.accelerator.scaler is not None:  # of fp16
@@ -233,6 +252,7 @@ class CarefulTrainer:
             figures = self._run_evaluation(self.policy)
         except Stopped:  # the checkpoint that is written now is that of the step before the evaluation
             set_random_state(before)
+            self.missed_evaluation = True
             self.control.should_training_stop = self.control.should_save = True
             self.control.should_evaluate = False
             return {}

@@ -56,5 +56,7 @@ class StopEarly(TrainerCallback):
 
     def restore(self, state: dict[str, Any], weights: dict[str, Tensor] | None) -> None:
         """Go on as from `state`, by the patience that is asked for now; without `weights`, the model has the best ones."""
+        if self.patience is None:  # as in a training that never had one
+            return
         self.best_step, self.best_loss, self.waited = state["best_step"], state["best_loss"], state["waited"]
         self.weights = weights if weights is not None else self._copy() if self.best_step else {}

@@ -61,6 +61,10 @@ class Health(TrainerCallback):
 
     on_evaluate = on_log
 
+    def forget_stops(self) -> None:
+        """Another end is asked for than when these rules ended the training: they are asked again."""
+        self.events = [event for event in self.events if event.action != "stop"]
+
     def state(self) -> dict[str, Any]:
         return {"course": self.course.state(), "events": [event.to_json() for event in self.events]}
 

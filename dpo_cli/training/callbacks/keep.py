@@ -55,7 +55,7 @@ class Keep(TrainerCallback):
             if self.run.has(name):
                 shutil.copyfile(self.run.path / name, folder / name)
         progress = {
-            "missed_evaluation": self.stop.missed_evaluation,
+            "missed_evaluation": self.stop.missed_evaluation or self.trainer.missed_evaluation,
             "threads": torch.get_num_threads(),
             "seconds": time.monotonic() - self.begun,
             "run_name": self.trainer.args.run_name,

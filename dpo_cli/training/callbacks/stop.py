@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,10 +22,9 @@ class StopOnSignal(TrainerCallback):
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell = tell
+    def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.missed_evaluation = False  # the stop came at a step that was to be evaluated, and was not, or not to its end
+        self.missed_evaluation = False  # the stop came at a step that was to be evaluated
         self._is_training = self._may_interrupt = False
         self._before: dict[signal.Signals, Any] = {}
 
@@ -43,9 +43,6 @@ class StopOnSignal(TrainerCallback):
             if self.received is not None:
                 raise Stopped(128 + self.received)
             yield
-        except Stopped:
-            self.missed_evaluation = True
-            raise
         finally:
             self._may_interrupt = False
 
@@ -54,7 +51,10 @@ class StopOnSignal(TrainerCallback):
         self._restore()
         if not self._is_training:
             raise Stopped(128 + self.received)
-        self.tell(f"{self.received.name}: stopping with a checkpoint; once more to leave at once, without")
+        # Not through Python's streams: the signal may have come in the middle of a write to one.
+        told = f"\n{self.received.name}: stopping with a checkpoint; once more to leave at once, without\n"
+        with suppress(OSError):  # nobody may be reading any more
+            os.write(2, told.encode())
         if self._may_interrupt:
             raise Stopped(128 + self.received)
 
