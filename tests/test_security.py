@@ -497,7 +497,7 @@ def test_no_secret_is_in_any_file_or_output(config: Path, tmp_path: Path, monkey
 
 
 def test_no_kernels_are_fetched(marker: Path, tmp_path: Path) -> None:
-    """bitsandbytes runs code that the package `kernels` fetches, while it is imported: the package is as if it were not there."""
+    """bitsandbytes runs what the package `kernels` fetches, while it is imported: the package is as if it were not there."""
     put(tmp_path / "way" / "kernels" / "__init__.py", hostile(marker))
     libraries = "import transformers, bitsandbytes, peft"
     for first, is_run in (("import kernels", True), ("from dpo_cli.hub import ask_nobody; ask_nobody()", False)):
