@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -17,12 +18,13 @@ from forks import Child, start
 from made import tiny_tokenizer
 
 from dpo_cli.__main__ import main as dpo
+from dpo_cli.config.config import load
 from dpo_cli.runs.digests import sha256_of_all
 from dpo_cli.runs.directory import SUMMARY, RunDirectory
 from dpo_cli.session import composer_for
 
 MEASURED = ("tokens_per_second", "peak_memory_gb")  # the keys of a line that are not the same twice
-SHORT = {"max_steps": 2, "save_steps": 1, "lora_dropout": 0.1}
+SHORT = {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "eval_split": 0.25}
 SHAPES: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.3, "save_steps": 1},
     "no dropout, accumulation": {"save_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
@@ -71,8 +73,12 @@ class Bench:
         for i, row in enumerate(rows):  # of several lengths
             row["chosen"] = " ".join([str(row["chosen"])] * (1 + i % 4))
         (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        bench = cls(place)
+        load(str(bench.config("loaded", {})))  # imports what reads a config
         composer_for()
-        return cls(place)
+        gc.collect()
+        gc.freeze()  # the children look only at what is their own
+        return bench
 
     def config(self, name: str, options: dict[str, Any]) -> Path:
         """The file of a config, by whose name it is remembered."""
