@@ -73,10 +73,11 @@ def start(work: Callable[[], object], log: Path) -> Child:
         return Child(pid, log, begun)
     code = UNEXPECTED
     try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number in (1, 2):
             os.dup2(output, number)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: PTH123, SIM115
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
         for seed in (random.seed, np.random.seed, torch.seed):  # as they are in a process of its own
             seed()
         work()

@@ -32,7 +32,19 @@ NAMES = {
     74: "fsync", 75: "fdatasync", 77: "ftruncate", 285: "fallocate", 2: "open", 76: "truncate", 82: "rename", 83: "mkdir",
     84: "rmdir", 85: "creat", 87: "unlink", 257: "open", 258: "mkdir", 263: "unlink", 264: "rename", 316: "rename",
 }  # fmt: skip
-TAKES_ROOM = {"write", "pwrite", "writev", "sendfile", "pwritev", "copy_file_range", "pwritev2", "fallocate", "mkdir", "open", "creat"}
+TAKES_ROOM = {
+    "write",
+    "pwrite",
+    "writev",
+    "sendfile",
+    "pwritev",
+    "copy_file_range",
+    "pwritev2",
+    "fallocate",
+    "mkdir",
+    "open",
+    "creat",
+}
 FREES = {"unlink", "rmdir"}
 FLAGS = {2: 1, 257: 2}  # the argument with the flags of an open
 NOTIFICATION, ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct("=QqiI")
@@ -131,15 +143,15 @@ def _call(pid: int, number: int, arguments: list[int]) -> Call | None:
     """What a call is about to change; None where that is nothing: what is only read, made again, or not there to be removed."""
     name = NAMES[number]
     if number in DESCRIPTOR:
-        return Call(name, Path(os.readlink(f"/proc/{pid}/fd/{arguments[DESCRIPTOR[number]] & 0xFFFFFFFF}")), False)
+        return Call(name, Path(f"/proc/{pid}/fd/{arguments[DESCRIPTOR[number]] & 0xFFFFFFFF}").readlink(), False)
     if number in FLAGS and not arguments[FLAGS[number]] & (os.O_CREAT | os.O_TRUNC):
         return None
     folder, place = PATH[number]
     text = _string(pid, arguments[place])
     start = "cwd" if folder is None or arguments[folder] & 0xFFFFFFFF == CWD else f"fd/{arguments[folder]}"
-    path = Path(text) if text.startswith("/") else Path(os.readlink(f"/proc/{pid}/{start}")) / text
+    path = Path(text) if text.startswith("/") else Path(f"/proc/{pid}/{start}").readlink() / text
     exists = os.path.lexists(path)
-    if name == "mkdir" and exists or name in FREES and not exists:
+    if exists if name == "mkdir" else name in FREES and not exists:
         return None
     return Call(name, path, not exists)
 

@@ -25,12 +25,14 @@ from dpo_cli.session import composer_for
 
 MEASURED = ("tokens_per_second", "peak_memory_gb")  # the keys of a line that are not the same twice
 SHORT = {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "eval_split": 0.25}
+STOPPED = {"max_steps": 8, "lora_dropout": 0.1, "eval_split": 0.25, "eval_steps": 2}  # no checkpoint but that of its end
 SHAPES: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.3, "save_steps": 1},
     "no dropout, accumulation": {"save_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
     "evaluations": {"lora_dropout": 0.1, "save_steps": 1, "eval_split": 0.25, "eval_steps": 2, "kl_prompts": 2},
     "early stopping": {
-        "save_steps": 2, "eval_split": 0.25, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.3, "max_steps": 12,
+        "save_steps": 2, "eval_split": 0.25, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.3,
+        "max_steps": 12,
     },
     "group_by_length": {"lora_dropout": 0.1, "save_steps": 1, "group_by_length": True, "logging_steps": 3, "max_steps": 8},
     "sft": {"strategy": "sft", "lora_dropout": 0.1, "save_steps": 2, "eval_split": 0.25},
@@ -94,7 +96,7 @@ class Bench:
 
     def know_all(self) -> None:
         """Know the short run and all shapes."""
-        for name, options in {"short": SHORT, "adapter": {"max_steps": 4}, **SHAPES}.items():
+        for name, options in {"short": SHORT, "stopped": STOPPED, "adapter": {"max_steps": 4}, **SHAPES}.items():
             self.know(name, options)
 
     def know(self, name: str, options: dict[str, Any]) -> None:
