@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"  # before torch is there
@@ -21,7 +22,7 @@ from machine import machine_line  # noqa: E402
 from runs import Bench, Outcome  # noqa: E402
 from signals import signals  # noqa: E402
 from starts import starts  # noqa: E402
-from writes import WAYS, writes  # noqa: E402
+from writes import WAYS, interrupt, writes  # noqa: E402
 
 HEAD = "| check | tries | passed |\n|---|---|---|"
 
@@ -37,8 +38,10 @@ def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
         yield lambda: whole_kills(bench, 8)
     yield lambda: detection(bench, 500)
     yield lambda: falling_back(bench, many(5, 20))
-    for number in WAYS if is_possible() else ():
-        yield lambda number=number: writes(bench, number, every=many(40, 1), first=many(20, 1))  # type: ignore[misc]
+    if is_possible():
+        interrupt(bench)
+        for way in WAYS:
+            yield partial(writes, bench, way, first=many(30, 1), every=many(40, 1))
     yield lambda: starts(bench, many(2, 20))
     if can_mount(bench.place):
         yield lambda: full_disks(bench, many(3, 20))

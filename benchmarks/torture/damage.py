@@ -84,7 +84,7 @@ def falling_back(bench: Bench, count: int, seed: int = 0) -> Outcome:
 
 def _interrupted(bench: Bench) -> Path:
     """A run that was killed when its third checkpoint was there."""
-    run = bench.place / "interrupted"
+    run = bench.place / "to-be-damaged"
     child = train(bench.place / f"{NAME}.json", run)
     while not (run / "checkpoints" / "step-3").exists():
         time.sleep(0.001)
@@ -99,8 +99,8 @@ def _fell(bench: Bench, interrupted: Path, case: tuple[int, int]) -> str | None:
     draw = random.Random(f"fall {seed} {number}")
     run = bench.place / f"damaged-{number}"
     shutil.copytree(interrupted, run)
-    newest, older = RunDirectory(run).checkpoints.all()
-    broken = [newest, older] if number % 5 == 4 else [newest]
+    newest, *older = RunDirectory(run).checkpoints.all()
+    broken = [newest, *older] if number % 5 == 4 else [newest]
     for checkpoint in broken:
         path = draw.choice(sorted(path for path in checkpoint.folder.rglob("*") if path.is_file()))
         KINDS[list(KINDS)[number % len(KINDS)]](draw.random())(path)
@@ -108,6 +108,6 @@ def _fell(bench: Bench, interrupted: Path, case: tuple[int, int]) -> str | None:
     if fault := bench.goes_on(NAME, run):
         return fault
     said = run.with_name(f"{run.name}.log").read_text(encoding="utf-8")
-    wanted = reasons if len(broken) == 2 else [*reasons, f"going on from {older.folder.name}"]
+    wanted = reasons if len(broken) > 1 else [*reasons, f"going on from {older[0].folder.name}"]
     silent = [text for text in wanted if text not in " ".join(said.split())]
     return f"{run} does not say {silent}: {said}" if silent else None

@@ -29,7 +29,7 @@ def kills(bench: Bench, count: int, seed: int = 0) -> Outcome:
         for fault, moments in each(partial(_killed, bench), batch):
             done.add(fault, len(moments))
             found.update(moments)
-    done.notes = [f"{number} {moment}" for moment, number in found.most_common()]
+    done.notes = [f"{done.counted} kills", *(f"{number} {moment}" for moment, number in found.most_common())]
     return done
 
 

@@ -19,6 +19,7 @@ from made import tiny_tokenizer
 
 from dpo_cli.__main__ import main as dpo
 from dpo_cli.config.config import load
+from dpo_cli.errors import InvalidInput
 from dpo_cli.runs.digests import sha256_of_all
 from dpo_cli.runs.directory import SUMMARY, RunDirectory
 from dpo_cli.session import composer_for
@@ -112,7 +113,10 @@ class Bench:
 
     def other(self, name: str, run: Path) -> str | None:
         """Where what a run left is not, bit for bit, what one that was let alone did."""
-        left, alone = Left.by(run), self.alone[name]
+        try:
+            left, alone = Left.by(run), self.alone[name]
+        except InvalidInput as error:  # a fault like any other, for the table
+            return f"{run} of {name}: {error}"
         apart = [field for field in vars(alone) if getattr(left, field) != getattr(alone, field)]
         return f"{run} of {name}: {' and '.join(apart)} are other ones" if apart else None
 

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import errno
+import shutil
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from forks import AT_ONCE, each
+from forks import Child, each
 from gate import Call, counted, takes_room, watched
 from runs import Bench, Outcome, train
 
 from dpo_cli.runs.directory import RunDirectory
 
 KILLED = 0
-WAYS = {
-    errno.ENOSPC: "ENOSPC from the Nth write boundary on, for every N; then --resume",
-    errno.EIO: "EIO at the Nth write boundary, for every N; then --resume",
-    KILLED: "SIGKILL at the Nth write boundary, for every N; then --resume",
-}
 MESSAGES = (1, 3)  # exit codes that come with a message
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is done at a boundary, to which run: a new one, or the words of one in a directory where there is one already."""
+
+    check: str
+    number: int
+    words: tuple[str, ...] = ()
+    found: str = ""
+
+
+WAYS = (
+    Way("ENOSPC from the Nth write boundary on, for every N; then --resume", errno.ENOSPC),
+    Way("EIO at the Nth write boundary, for every N; then --resume", errno.EIO),
+    Way("SIGKILL at the Nth write boundary, for every N; then --resume", KILLED),
+    Way("the same of a run that replaces a finished one (--overwrite)", KILLED, ("--overwrite",), "alone/short"),
+    Way("the same of a run that goes on (--resume)", KILLED, ("--resume",), "interrupted"),
+)
 
 
 class Failing:
@@ -46,31 +62,49 @@ def newest(run: Path) -> int:
     return next((made.step for made in RunDirectory(run).checkpoints.verified(lambda *_: None)), 0)
 
 
-def writes(bench: Bench, number: int, every: int = 1, first: int = 1) -> Outcome:
-    """One run for each `every`th boundary, until a run passes without being hit."""
-    done = Outcome(WAYS[number])
-    nth, whole = first, False
-    while not whole:
-        cases = range(nth, nth + 8 * AT_ONCE * every, every)
-        for fault, is_hit in each(partial(_failed, bench, number), cases):
-            whole = whole or not is_hit
-            if is_hit or fault:
-                done.add(fault)
-        nth = cases.stop
+def writes(bench: Bench, way: Way, first: int = 1, every: int = 1) -> Outcome:
+    """One run for each boundary, or for each `every`th."""
+    done = Outcome(way.check)
+    counting = _run(bench, way, _place(bench, way, 0), nth=0)[0]
+    for fault, is_hit in each(partial(_failed, bench, way), range(first, counting.seen + 1, every)):
+        if is_hit or fault:
+            done.add(fault)
+    done.notes = [f"{counting.seen} boundaries"]
     return done
 
 
-def _failed(bench: Bench, number: int, nth: int) -> tuple[str | None, bool]:
-    """What is wrong with a run whose `nth` boundary failed with this errno, and whether it has so many."""
-    run = bench.place / f"{errno.errorcode.get(number, 'killed')}-{nth}"
-    failing = Failing(run, nth, number)
-    child, code = watched(lambda arm: train(bench.place / "short.json", run, before=arm), run, failing)
+def interrupt(bench: Bench) -> None:
+    """Leave the run that `WAYS` calls interrupted: killed when its second checkpoint was there."""
+
+    def kill(call: Call) -> int | None:
+        return KILLED if (run / "checkpoints" / "step-2").exists() else None
+
+    run = bench.place / "interrupted"
+    watched(lambda arm: train(bench.place / "short.json", run, before=arm), run, kill)
+
+
+def _place(bench: Bench, way: Way, nth: int) -> Path:
+    return bench.place / "-".join((errno.errorcode.get(way.number, "killed"), *way.words, str(nth)))
+
+
+def _run(bench: Bench, way: Way, run: Path, nth: int) -> tuple[Failing, Child, int]:
+    failing = Failing(run, nth, way.number)
+    if way.found:
+        shutil.copytree(bench.place / way.found, run)
+    child, code = watched(lambda arm: train(bench.place / "short.json", run, *way.words, before=arm), run, failing)
+    return failing, child, code
+
+
+def _failed(bench: Bench, way: Way, nth: int) -> tuple[str | None, bool]:
+    """What is wrong with a run whose `nth` boundary failed in this way, and whether it has so many."""
+    run = _place(bench, way, nth)
+    failing, child, code = _run(bench, way, run, nth)
     if failing.hit is None:
         return (f"let alone, it ended with {code}" if code else bench.other("short", run)), False
     where = f"{run} at {failing.hit.name} of {failing.hit.path.relative_to(run)}"
-    if number != KILLED and (fault := _badly_told(bench, run, code, child.said())):
+    if way.number != KILLED and (fault := _badly_told(bench, run, code, child.said())):
         return f"{where}: {fault}", True
-    if newest(run) < failing.kept:
+    if "--overwrite" not in way.words and newest(run) < failing.kept:
         return f"{where}: the checkpoint of step {failing.kept} is lost", True
     fault = bench.torn(run) or bench.goes_on("short", run)
     return (f"{where}: {fault}" if fault else None), True
