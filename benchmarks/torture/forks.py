@@ -24,16 +24,19 @@ UNEXPECTED = 70  # exit code of a child whose work raised what nobody caught
 Case, Result = TypeVar("Case"), TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Child:
     """A forked process; what it prints goes to `log`."""
 
     pid: int
     log: Path
     begun: float
+    code: int | None = None
 
     def wait(self, seconds: float = SECONDS) -> int | None:
         """Its exit code, as a shell has it: 128 and the number of the signal that ended it. None while it runs on."""
+        if self.code is not None:
+            return self.code
         watched = os.pidfd_open(self.pid)
         try:
             if not select.select([watched], [], [], max(seconds, 0))[0]:
@@ -41,7 +44,8 @@ class Child:
         finally:
             os.close(watched)
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return code if code >= 0 else 128 - code
+        self.code = code if code >= 0 else 128 - code
+        return self.code
 
     def wait_until(self, seconds: float) -> int | None:
         """The same, at this many seconds after its start."""

@@ -14,7 +14,7 @@ from runs import Bench, Outcome, train
 
 from dpo_cli.runs.directory import RunDirectory
 
-KILLED = 0
+KILLED, NEVER = 0, 10**9
 MESSAGES = (1, 3)  # exit codes that come with a message
 
 
@@ -65,7 +65,7 @@ def newest(run: Path) -> int:
 def writes(bench: Bench, way: Way, first: int = 1, every: int = 1) -> Outcome:
     """One run for each boundary, or for each `every`th."""
     done = Outcome(way.check)
-    counting = _run(bench, way, _place(bench, way, 0), nth=0)[0]
+    counting = _run(bench, way, _place(bench, way, NEVER), NEVER)[0]
     for fault, is_hit in each(partial(_failed, bench, way), range(first, counting.seen + 1, every)):
         if is_hit or fault:
             done.add(fault)
@@ -84,7 +84,7 @@ def interrupt(bench: Bench) -> None:
 
 
 def _place(bench: Bench, way: Way, nth: int) -> Path:
-    return bench.place / "-".join((errno.errorcode.get(way.number, "killed"), *way.words, str(nth)))
+    return bench.place / "-".join(("boundary", errno.errorcode.get(way.number, "killed"), *way.words, str(nth)))
 
 
 def _run(bench: Bench, way: Way, run: Path, nth: int) -> tuple[Failing, Child, int]:
