@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from runs import Bench, Outcome, train
 from writes import newest
 
 from dpo_cli.errors import Exit
+from dpo_cli.runs.durable import free_bytes
 
-MEGABYTES = 16
+MEGABYTES = 128
 BEFORE = (Exit.FAILED, Exit.INVALID, Exit.UNFIT)  # how a run ends for which there is no room
 
 
@@ -42,7 +42,7 @@ def disk(place: Path) -> Iterator[None]:
 
 
 def full_disks(bench: Bench, count: int, seed: int = 0) -> Outcome:
-    """Runs whose disk has random room from the start, or is filled by someone else at a random moment."""
+    """Runs whose disk someone else fills at a random moment, all but for random room, so that they come upon its end later."""
     done = Outcome(f"a disk of {MEGABYTES} MB that fills up; then room is made, and --resume")
     number = 0
     while done.tries < count:
@@ -61,11 +61,9 @@ def _filled(bench: Bench, case: tuple[int, int]) -> tuple[str | None, bool]:
     place = bench.place / f"disk-{number}"
     with disk(place):
         run, filler = place / "run", place / "filler"
-        if number % 2:
-            fill(filler, draw.randrange(_needed(bench)))
         child = train(bench.place / "short.json", run)
-        if number % 2 == 0 and child.wait_until(draw.uniform(0, bench.seconds["short"])) is None:
-            fill(filler, draw.randrange(100_000))
+        if child.wait_until(draw.uniform(0, bench.seconds["short"])) is None:
+            fill(filler, draw.randrange(_needed(bench)))
         code, said = child.end(), child.said()
         if code == Exit.DONE:
             return bench.other("short", run), False
@@ -85,9 +83,7 @@ def _needed(bench: Bench) -> int:
 
 
 def fill(filler: Path, room: int) -> None:
-    """Take all of a disk but some room."""
-    disk = os.statvfs(filler.parent)
-    size = disk.f_bavail * disk.f_frsize - room
-    with filler.open("wb") as file:
-        if size > 0:
-            os.posix_fallocate(file.fileno(), 0, size)
+    """Take all of a disk but some room, while a run may be writing to it."""
+    with filler.open("wb", buffering=0) as file, suppress(OSError):  # full is full, whoever was faster
+        while (size := free_bytes(filler) - room) > 0:
+            file.write(bytes(min(size, 1 << 20)))

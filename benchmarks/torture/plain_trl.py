@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -56,11 +57,13 @@ class TrlBench:
 
     def outcome(self, run: Path) -> str:
         """What going on with a run comes to."""
-        return self.judged(run, self.train(run).end())
+        return self.judged(run, [self.train(run)])
 
-    def judged(self, run: Path, code: int) -> str:
-        if code:
-            return FAILED
+    def judged(self, run: Path, children: list[Child]) -> str:
+        """What one or several runs in a directory came to; of one that failed, with the error."""
+        if failed := [child for child in children if child.end()]:
+            (*_, error) = [line for line in failed[0].said().splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
+            return f"{FAILED}: {error.split(':')[0]}"
         return SAME if sha256_of_all(run / "adapter") == self.sha256 else OTHER
 
 
@@ -121,7 +124,7 @@ def started(bench: TrlBench, number: int) -> str:
     """Two to four at once in one directory. All of them run; what they leave is judged, and each has to end well."""
     draw, run = random.Random(f"starts {number}"), bench.place / f"starts-{number}"
     children = [bench.train(run) for _ in range(draw.randint(2, 4))]
-    return bench.judged(run, max(child.end() for child in children))
+    return bench.judged(run, children)
 
 
 def tried(work: Callable[[int], str | None], count: int, at_once: int = 2) -> Counter[str]:
@@ -154,6 +157,7 @@ def prepared(place: Path) -> TrlBench:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = prepared(Path(folder))
+        errors: Counter[str] = Counter()
         print(HEAD)
         lines = [
             ("SIGKILL at a random moment; then resume_from_checkpoint", partial(killed, bench), KILLS, 2),
@@ -166,8 +170,11 @@ def main() -> None:
             )
         for check, work, count, at_once in lines:
             found = tried(work, count, at_once)
-            print(f"| {check} | {count} | {found[SAME]} | {found[FAILED]} | {found[OTHER]} |", flush=True)
-    print(f"\n{machine_line()}.")
+            errors.update({what.removeprefix(f"{FAILED}: "): n for what, n in found.items() if what.startswith(FAILED)})
+            failed = found.total() - found[SAME] - found[OTHER]
+            print(f"| {check} | {found.total()} | {found[SAME]} | {failed} | {found[OTHER]} |", flush=True)
+    print(f"\nfailed with: {', '.join(f'{error} ({number})' for error, number in errors.most_common())}.")
+    print(f"{machine_line()}.")
 
 
 if __name__ == "__main__":
