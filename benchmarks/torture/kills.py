@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,8 @@ from dpo_cli.runs.directory import RunDirectory
 MOST_IN_A_ROW = 3
 
 
-def kills(bench: Bench, count: int, seed: int = 0) -> Outcome:
-    """`count` kills or a few more, over all shapes in turns."""
-    shapes = list(SHAPES)
+def kills(bench: Bench, count: int, shapes: Sequence[str], seed: int = 0) -> Outcome:
+    """`count` kills or a few more, over these shapes in turns."""
     done = Outcome("SIGKILL at a random moment, once to three times in a row; then --resume")
     found: Counter[str] = Counter()
     while (missing := count - done.counted) > 0:

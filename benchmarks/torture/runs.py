@@ -25,8 +25,11 @@ from dpo_cli.runs.directory import SUMMARY, RunDirectory
 from dpo_cli.session import composer_for
 
 MEASURED = ("tokens_per_second", "peak_memory_gb")  # the keys of a line that are not the same twice
-SHORT = {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "eval_split": 0.25}
-STOPPED = {"max_steps": 8, "lora_dropout": 0.1, "eval_split": 0.25, "eval_steps": 2}  # no checkpoint but that of its end
+BESIDE: dict[str, dict[str, Any]] = {
+    "short": {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "eval_split": 0.25},
+    "stopped": {"max_steps": 8, "lora_dropout": 0.1, "eval_split": 0.25, "eval_steps": 2},  # no checkpoint but that of its end
+    "adapter": {"max_steps": 4},  # which another goes on with
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.3, "save_steps": 1},
     "no dropout, accumulation": {"save_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
@@ -95,14 +98,9 @@ class Bench:
         path.write_text(json.dumps(values, indent=2), encoding="utf-8")
         return path
 
-    def know_all(self) -> None:
-        """Know the short run and all shapes."""
-        for name, options in {"short": SHORT, "stopped": STOPPED, "adapter": {"max_steps": 4}, **SHAPES}.items():
-            self.know(name, options)
-
-    def know(self, name: str, options: dict[str, Any]) -> None:
-        """Let a run of a config come to its end, and remember what it leaves."""
-        config, run = self.config(name, options), self.place / "alone" / name
+    def know(self, name: str) -> None:
+        """Let a run come to its end, and remember what it leaves."""
+        config, run = self.config(name, {**BESIDE, **SHAPES}[name]), self.place / "alone" / name
         run.parent.mkdir(exist_ok=True)
         child = train(config, run)
         code = child.end()
