@@ -26,14 +26,21 @@ class Way:
     number: int
     words: tuple[str, ...] = ()
     found: str = ""
+    every: int = 1
 
 
 WAYS = (
     Way("ENOSPC from the Nth write boundary on, for every N; then --resume", errno.ENOSPC),
     Way("EIO at the Nth write boundary, for every N; then --resume", errno.EIO),
     Way("SIGKILL at the Nth write boundary, for every N; then --resume", KILLED),
-    Way("the same of a run that replaces a finished one (--overwrite)", KILLED, ("--overwrite",), "alone/short"),
-    Way("the same of a run that goes on (--resume)", KILLED, ("--resume",), "interrupted"),
+    Way(
+        "the same of a run that replaces a finished one (--overwrite), every third N",
+        KILLED,
+        ("--overwrite",),
+        "alone/short",
+        3,
+    ),
+    Way("the same of a run that goes on (--resume), every third N", KILLED, ("--resume",), "interrupted", 3),
 )
 
 
@@ -62,11 +69,11 @@ def newest(run: Path) -> int:
     return next((made.step for made in RunDirectory(run).checkpoints.verified(lambda *_: None)), 0)
 
 
-def writes(bench: Bench, way: Way, first: int = 1, every: int = 1) -> Outcome:
-    """One run for each boundary, or for each `every`th."""
+def writes(bench: Bench, way: Way, first: int = 1, every: int | None = None) -> Outcome:
+    """One run for each boundary, or for some of them."""
     done = Outcome(way.check)
     counting = _run(bench, way, _place(bench, way, NEVER), NEVER)[0]
-    for fault, is_hit in each(partial(_failed, bench, way), range(first, counting.seen + 1, every)):
+    for fault, is_hit in each(partial(_failed, bench, way), range(first, counting.seen + 1, every or way.every)):
         if is_hit or fault:
             done.add(fault)
     done.notes = [f"{counting.seen} boundaries"]
