@@ -25,6 +25,7 @@ from starts import starts  # noqa: E402
 from writes import WAYS, interrupt, writes  # noqa: E402
 
 FEW = ("dropout", "evaluations", "early stopping")  # shapes, of the short torture
+SHOWN = 10  # faults, in full
 HEAD = "| check | tries | passed |\n|---|---|---|"
 
 
@@ -71,7 +72,7 @@ def main() -> None:
     if as_json:
         print(json.dumps([{"check": done.check, "tries": done.tries, "faults": done.faults} for done in made]))
     else:
-        print("\n\n".join(faults), file=sys.stderr)
+        print("\n\n".join(faults[:SHOWN]), file=sys.stderr)
     sys.exit(bool(faults))
 
 

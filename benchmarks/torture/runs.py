@@ -31,14 +31,14 @@ BESIDE: dict[str, dict[str, Any]] = {
     "adapter": {"max_steps": 4},  # which another goes on with
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "dropout": {"lora_dropout": 0.3, "save_steps": 1},
+    "dropout": {"lora_dropout": 0.3, "save_steps": 1, "max_steps": 10},
     "no dropout, accumulation": {"save_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 3},
     "evaluations": {"lora_dropout": 0.1, "save_steps": 1, "eval_split": 0.25, "eval_steps": 2, "kl_prompts": 2},
     "early stopping": {
         "save_steps": 2, "eval_split": 0.25, "eval_steps": 1, "early_stopping_patience": 2, "learning_rate": 0.3,
         "max_steps": 12,
     },
-    "group_by_length": {"lora_dropout": 0.1, "save_steps": 1, "group_by_length": True, "logging_steps": 3, "max_steps": 8},
+    "group_by_length": {"lora_dropout": 0.1, "save_steps": 1, "group_by_length": True, "logging_steps": 3, "max_steps": 14},
     "sft": {"strategy": "sft", "lora_dropout": 0.1, "save_steps": 2, "eval_split": 0.25},
     "an adapter goes on": {"model_name": "alone/adapter", "lora_dropout": 0.1, "save_steps": 1, "logging_steps": 2},
     "every weight": {"lora_r": 0, "save_steps": 2, "learning_rate": 1e-3},
