@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture clean
+.PHONY: install demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -127,6 +127,13 @@ UNSLOTH := .venv-unsloth/bin
 check-unsloth: $(MODEL) .venv-unsloth/installed
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/pytest tests/test_unsloth.py
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/python benchmarks/check_unsloth.py
+
+# Kills, damages and fills up what runs write, some 1,700 times (18 minutes); then the same on plain TRL.
+torture: install
+	$(BIN)/python benchmarks/torture
+
+torture-trl: install
+	$(BIN)/python benchmarks/torture/plain_trl.py
 
 spin: install
 	$(BIN)/python benchmarks/spin.py

@@ -14,7 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from made import VOCABULARY, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -42,7 +42,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts 
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
 ROOT = Path(__file__).parent.parent
-VOCABULARY = 300
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -79,10 +78,6 @@ CONFIGS = {
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),  # as the provider sets them
     ),
 }
-CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
@@ -98,21 +93,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedMod
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with a ChatML template; pad = eos = <|im_end|>, as in SmolLM2."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        ["the cat sat on the mat; the answer is"] * 3,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet),
-    )
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    made.chat_template = CHATML
-    return made
+    return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")

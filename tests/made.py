@@ -1,4 +1,4 @@
-"""Made up for tests and benchmarks: conversations of several turns with two answers, from a list of words; exact norms."""
+"""Made up for tests and benchmarks: conversations of several turns with two answers, a tokenizer; exact norms."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 WORDS = """
 the a this that my your one some cat dog house river mountain bread letter garden winter morning train city friend song idea
 question answer reason color window runs likes sees makes keeps finds opens follows asks tells under over near before after
 while because slowly quickly often never again tomorrow really quite small large green old new warm
 """
+VOCABULARY = 300
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def conversation_pairs(count: int, turn_words: int, answer_words: int, seed: int = 0) -> list[dict[str, object]]:
@@ -30,6 +37,24 @@ def conversation_pairs(count: int, turn_words: int, answer_words: int, seed: int
         return {"prompt": prompt, **answers}
 
     return [row() for _ in range(count)]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with a ChatML template; pad = eos = <|im_end|>, as in SmolLM2."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        ["the cat sat on the mat; the answer is"] * 3,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet),
+    )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    made.chat_template = CHATML
+    return made
 
 
 def norms_in_float64(model: torch.nn.Module) -> None:

@@ -1,0 +1,80 @@
+"""`make torture`: what a run survives, as one table. With --short a few tries of each, with --json for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"  # before torch is there
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks/torture", "benchmarks", "tests")]
+
+from damage import detection, falling_back  # noqa: E402
+from disk import can_mount, full_disks  # noqa: E402
+from gate import is_possible  # noqa: E402
+from kills import kills, whole_kills  # noqa: E402
+from machine import machine_line  # noqa: E402
+from runs import BESIDE, SHAPES, Bench, Outcome  # noqa: E402
+from signals import signals  # noqa: E402
+from starts import starts  # noqa: E402
+from writes import WAYS, interrupt, writes  # noqa: E402
+
+FEW = ("dropout", "evaluations", "early stopping")  # shapes, of the short torture
+SHOWN = 10  # faults, in full
+HEAD = "| check | tries | passed |\n|---|---|---|"
+
+
+def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
+    """The lines of the table, in their order."""
+
+    def many(short: int, whole: int) -> int:
+        return short if is_short else whole
+
+    yield lambda: kills(bench, many(8, 200), FEW if is_short else tuple(SHAPES))
+    if not is_short:
+        yield lambda: whole_kills(bench, 8)
+    yield lambda: detection(bench, 500)
+    yield lambda: falling_back(bench, many(5, 20))
+    if is_possible():
+        interrupt(bench)
+        for way in WAYS:
+            yield partial(writes, bench, way, first=many(30, 1), every=90 if is_short else None)
+    yield lambda: starts(bench, many(2, 20))
+    if can_mount(bench.place):
+        yield lambda: full_disks(bench, many(3, 20))
+    yield lambda: signals(bench, many(4, 20))
+
+
+def main() -> None:
+    is_short, as_json = "--short" in sys.argv, "--json" in sys.argv
+    made: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as place:
+        bench = Bench.make(Path(place))
+        for name in (*BESIDE, *(FEW if is_short else SHAPES)):
+            bench.know(name)
+        tell = (lambda *_, **__: None) if as_json else print
+        tell(HEAD)
+        for part in parts(bench, is_short):
+            made.append(done := part())
+            notes = f" ({', '.join(done.notes)})" if done.notes else ""
+            tell(f"| {done.check}{notes} | {done.tries} | {done.tries - len(done.faults)} |", flush=True)
+        if not is_possible():
+            tell("\nNo write was failed: that needs Linux 5.5 on x86_64, and seccomp.")
+        if not can_mount(bench.place):
+            tell("\nNo disk was filled: that needs the right to mount (`unshare -rm make torture`).")
+    tell(f"\n{machine_line()}.")
+    faults = [fault for done in made for fault in done.faults]
+    if as_json:
+        print(json.dumps([{"check": done.check, "tries": done.tries, "faults": done.faults} for done in made]))
+    else:
+        print("\n\n".join(faults[:SHOWN]), file=sys.stderr)
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()

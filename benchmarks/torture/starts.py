@@ -1,0 +1,33 @@
+"""Several starts at once in one directory."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+from forks import each
+from runs import Bench, Outcome, train
+
+from dpo_cli.errors import Exit
+
+WORDS = ((), ("--resume",), ("--overwrite",))
+
+
+def starts(bench: Bench, count: int, seed: int = 0) -> Outcome:
+    """Two to four, with nothing, --resume or --overwrite: one runs, and it runs as if it were alone."""
+    done = Outcome("2 to 4 starts at once in one directory: exactly one runs")
+    for fault in each(partial(_started, bench), [(seed, number) for number in range(count)], at_once=1):
+        done.add(fault)
+    return done
+
+
+def _started(bench: Bench, case: tuple[int, int]) -> str | None:
+    seed, number = case
+    draw = random.Random(f"starts {seed} {number}")
+    run = bench.place / f"starts-{number}"
+    config = bench.place / "evaluations.json"
+    children = [train(config, run, *draw.choice(WORDS)) for _ in range(draw.randint(2, 4))]
+    codes = sorted(child.end() for child in children)
+    if codes != [Exit.DONE, *[Exit.INVALID] * (len(children) - 1)]:
+        return f"{run}: exit codes {codes}: {children[0].said()[-2000:]}"
+    return bench.torn(run) or bench.other("evaluations", run)
