@@ -14,12 +14,12 @@ os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"  # before tor
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks/torture", "benchmarks", "tests")]
 
+from bench import BESIDE, SHAPES, Bench, Outcome  # noqa: E402
 from damage import detection, falling_back  # noqa: E402
 from disk import can_mount, full_disks  # noqa: E402
 from gate import is_possible  # noqa: E402
 from kills import kills, whole_kills  # noqa: E402
 from machine import machine_line  # noqa: E402
-from runs import BESIDE, SHAPES, Bench, Outcome  # noqa: E402
 from signals import signals  # noqa: E402
 from starts import starts  # noqa: E402
 from writes import WAYS, interrupt, writes  # noqa: E402

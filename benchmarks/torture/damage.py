@@ -10,8 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from bench import Bench, Outcome, train
 from forks import SECONDS, each
-from runs import Bench, Outcome, train
 
 from dpo_cli.runs.checkpoint import Checkpoint
 from dpo_cli.runs.directory import RunDirectory

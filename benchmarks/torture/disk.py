@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from bench import Bench, Outcome, train
 from forks import each
-from runs import Bench, Outcome, train
 from writes import newest
 
 from dpo_cli.errors import Exit

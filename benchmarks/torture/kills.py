@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from bench import SHAPES, Bench, Outcome, train
 from forks import SECONDS, each
-from runs import SHAPES, Bench, Outcome, train
 
 from dpo_cli.runs.directory import RunDirectory
 

@@ -24,13 +24,13 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks/torture", "benchmarks", "tests")]
 
 import torch  # noqa: E402
+from bench import Bench  # noqa: E402
 from damage import KINDS  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from disk import can_mount, disk, fill  # noqa: E402
 from forks import SECONDS, Child, each, start  # noqa: E402
 from machine import machine_line  # noqa: E402
 from peft import LoraConfig  # noqa: E402
-from runs import Bench  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402

@@ -6,8 +6,8 @@ import random
 import signal
 from functools import partial
 
+from bench import Bench, Outcome, train
 from forks import each
-from runs import Bench, Outcome, train
 from writes import newest
 
 from dpo_cli.runs.directory import SUMMARY, RunDirectory

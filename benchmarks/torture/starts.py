@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from functools import partial
 
+from bench import Bench, Outcome, train
 from forks import each
-from runs import Bench, Outcome, train
 
 from dpo_cli.errors import Exit
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bench import Bench, Outcome, train
 from forks import Child, each
 from gate import Call, counted, takes_room, watched
-from runs import Bench, Outcome, train
 
 from dpo_cli.runs.directory import RunDirectory
 
