@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMED} for line in told]
 
 
+WAYS = ((3, kill), (5, interrupt), (7, kill))
 CASES: dict[str, dict[str, Any]] = {
+    "in an evaluated epoch": {},
     "no dropout": {"lora_dropout": 0.0},
     "evaluations": {"eval_steps": 1},
     "lines of three steps": {"logging_steps": 3, "save_steps": 1},
@@ -94,11 +97,12 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-@pytest.mark.parametrize(("step", "stop"), [(3, kill), (5, interrupt), (7, kill)], ids=["killed", "interrupted", "killed late"])
+@pytest.mark.parametrize(("options", "way"), zip(CASES.values(), cycle(WAYS), strict=False), ids=CASES)
 def test_it_goes_on_to_the_same_bits(
-    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], step: int, stop: Callable[[], None]
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], way: tuple[int, Callable[[], None]]
 ) -> None:
+    """Each in one way; `make torture` tries them all."""
+    step, stop = way
     whole, _ = go("whole", **options)
     with monkeypatch.context() as patched:
         stopping(patched, lambda line: line["step"] >= step, stop)
@@ -129,15 +133,14 @@ def test_going_on_from_an_adapter_keeps_its_reference(go: Go, tmp_path: Path, mo
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("step", [3, 6])
-def test_early_stopping_leaves_the_best_and_goes_on(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def test_early_stopping_leaves_the_best_and_goes_on(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"early_stopping_patience": 2, "eval_steps": 1, "learning_rate": 0.6, "num_train_epochs": 4, "save_steps": 1}
     whole, _ = go("whole", **options)
     losses = {line["step"]: line["loss"] for line in lines(tmp_path / "whole") if line["split"] == "eval"}
     best = min(losses, key=losses.__getitem__)
     assert whole["best_step"] == best and whole["steps"] == best + 2 < 20
     assert whole["eval"]["loss"]["value"] == pytest.approx(losses[best], rel=1e-6)
-    step = min(step, whole["steps"] - 1)
+    step = whole["steps"] - 1  # after the best, whose weights are then in the checkpoint beside the last ones
     for name, split, stop in (("killed", "train", kill), ("interrupted", "train", interrupt), ("mid", "eval", interrupt)):
         with monkeypatch.context() as patched:
             stopping(patched, partial(is_line, step=step, split=split), stop)

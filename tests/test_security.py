@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHATML
 from gguf_files import write_gguf
 from jinja2 import TemplateError
+from made import CHATML
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, tokenization_utils_base
 from typer.testing import CliRunner, Result
@@ -499,9 +499,9 @@ def test_no_secret_is_in_any_file_or_output(config: Path, tmp_path: Path, monkey
 def test_no_kernels_are_fetched(marker: Path, tmp_path: Path) -> None:
     """bitsandbytes runs what the package `kernels` fetches, while it is imported: the package is as if it were not there."""
     put(tmp_path / "way" / "kernels" / "__init__.py", hostile(marker))
-    libraries = "import transformers, bitsandbytes, peft"
-    for first, is_run in (("import kernels", True), ("from dpo_cli.hub import ask_nobody; ask_nobody()", False)):
-        code = f"import sys; sys.path.insert(0, {str(tmp_path / 'way')!r}); {first}; {libraries}"
+    guarded = "from dpo_cli.hub import ask_nobody; ask_nobody(); import transformers, bitsandbytes, peft"
+    for first, is_run in (("import kernels", True), (guarded, False)):
+        code = f"import sys; sys.path.insert(0, {str(tmp_path / 'way')!r}); {first}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert done.returncode == 0 or is_run, done.stderr
         assert marker.exists() == is_run

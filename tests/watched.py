@@ -1,10 +1,11 @@
-"""`python watched.py REPORT dpo-arguments...`: a command, and in REPORT what it asked of the network, a line each.
+"""`python watched.py REPORT COMMANDS`: commands (a JSON list of lists), and in REPORT what they asked of the network.
 
 An audit hook sees every use of Python's sockets, also one whose failure a library swallows.
 """
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ def see(event: str, arguments: tuple[Any, ...]) -> None:
 if __name__ == "__main__":
     REPORT.touch()
     sys.addaudithook(see)
-    sys.argv = ["dpo", *sys.argv[2:]]
-    from dpo_cli.__main__ import main
+    from dpo_cli.cli import app
 
-    main()
+    for arguments in json.loads(sys.argv[2]):
+        if code := app(arguments, standalone_mode=False) or 0:
+            sys.exit(f"{arguments}: exit code {code}")
+        if asked := REPORT.read_text(encoding="utf-8"):
+            sys.exit(f"{arguments}: {asked}")

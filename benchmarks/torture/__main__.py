@@ -35,19 +35,19 @@ def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
     def many(short: int, whole: int) -> int:
         return short if is_short else whole
 
-    yield lambda: kills(bench, many(8, 200), FEW if is_short else tuple(SHAPES))
+    yield lambda: kills(bench, many(4, 200), FEW if is_short else tuple(SHAPES))
     if not is_short:
         yield lambda: whole_kills(bench, 8)
     yield lambda: detection(bench, 500)
-    yield lambda: falling_back(bench, many(5, 20))
+    yield lambda: falling_back(bench, many(2, 20))
     if is_possible():
         interrupt(bench)
         for way in WAYS:
-            yield partial(writes, bench, way, first=many(30, 1), every=90 if is_short else None)
+            yield partial(writes, bench, way, first=many(30, 1), every=150 if is_short else None)
     yield lambda: starts(bench, many(2, 20))
     if can_mount(bench.place):
-        yield lambda: full_disks(bench, many(3, 20))
-    yield lambda: signals(bench, many(4, 20))
+        yield lambda: full_disks(bench, many(1, 20))
+    yield lambda: signals(bench, many(2, 20))
 
 
 def main() -> None:

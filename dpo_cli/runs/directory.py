@@ -42,6 +42,7 @@ class RunDirectory:
     @classmethod
     def check(cls, path: Path, replace: bool) -> None:
         """Refuse a directory that holds a run, or what is left of one, unless it is to be replaced, or gone on with."""
+        _require_no_links(path)
         foreign = [name for name in (ADAPTER, MODEL) if (path / name).exists()]
         if foreign and not any((path / name).exists() for name in (LOCK, MANIFEST)):
             message = f"{path} holds a folder {foreign[0]} that no run wrote, and that a run would replace"
@@ -71,7 +72,6 @@ class RunDirectory:
                 if path.is_file():
                     raise NotADirectoryError(errno.ENOTDIR, "it is a file")
                 path.mkdir(parents=True, exist_ok=True)
-                _require_no_links(path)
                 held.enter_context(locked(path / LOCK))
                 cls.check(path, overwrite or resume)
                 (path / LOG).open("a").close()
