@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dpo_cli.errors import InvalidInput
 from dpo_cli.runs.directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
@@ -64,3 +66,15 @@ def test_a_full_disk_is_told_as_such() -> None:
 def test_opening_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput):
         RunDirectory.open(tmp_path)
+
+
+def test_what_was_trained_can_be_read_like_any_other_file(tmp_path: Path) -> None:
+    """safetensors keeps its files to their owner."""
+
+    def save(place: Path) -> None:
+        place.mkdir()
+        save_file({"weight": torch.zeros(1)}, place / WEIGHTS)
+
+    RunDirectory(tmp_path).write_trained(save, whole=False)
+    (tmp_path / "other").touch()
+    assert (tmp_path / ADAPTER / WEIGHTS).stat().st_mode == (tmp_path / "other").stat().st_mode
