@@ -189,6 +189,8 @@ def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
     except OSError as error:
         checkpoints = run.checkpoints.all()
         left = f"{checkpoints[0].folder.name} is kept" if checkpoints else "there was no checkpoint yet"
+        if not run.path.is_dir():
+            left = f"{run.path} was removed, or has another name now"
         where = error.filename or run.path
         message = f"{where}: {error.strerror or error}; {left}"
         again = f"the same command with --resume {'goes on from there' if checkpoints else 'starts again'}"
