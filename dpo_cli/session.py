@@ -41,7 +41,7 @@ def _told(console: Console, debug: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:  # of a training that was asked to stop: with the code of the signal
-        stopped = DpoError("stopped")
+        stopped = DpoError("stopped", "`dpo train` goes on with --resume, `dpo augment` with the same command")
         stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
         console.error(stopped)
         raise typer.Exit(int(stopped.exit_code)) from None

@@ -20,13 +20,8 @@ from dpo_cli.runs.digests import sha256_of_all
 from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.durable import free_bytes, is_full
 
-ENDING = (
-    "num_train_epochs",
-    "max_steps",
-    "early_stopping_patience",
-    "stop_on",
-    "max_kl",
-)  # with another value, a finished run goes on
+# With another value of these a finished run goes on.
+ENDING = ("num_train_epochs", "max_steps", "early_stopping_patience", "stop_on", "max_kl")
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 START_ANEW = "go on with it as it was, or start anew with --overwrite"
 PLACES = ("model_name", "dataset", "eval_dataset", "output_dir")  # where things lie

@@ -1,5 +1,7 @@
 """What both trainers add to TRL's: steps that halve, a probe of the longest rows, and evaluations by our own figures.
 
+Longer than other modules: all that touches the inside of transformers' Trainer stands in one place.
+
 Beside dpo.py and sft.py the only module that overrides anything of TRL's (tests/test_dpo.py and tests/test_sft.py fail when TRL
 moves any of it):
 - `training_step`: a micro-batch that does not fit is run in parts (training/parts.py).
