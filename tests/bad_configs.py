@@ -250,6 +250,13 @@ RULES = [
         "lower gradient_accumulation_steps",
         FIRST + 1,
     ),
+    warning(
+        "loss-needs-batch",
+        "gradient_accumulation_steps",
+        '"loss_type": ["sft", "aot_unpaired"],\n  "gradient_accumulation_steps": 3',
+        '"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1',
+        FIRST + 1,
+    ),
     Case("label-smoothing-ignored", "label_smoothing", '"label_smoothing": 0.1', '"loss_type": "robust"'),
     Case("label-smoothing-ignored", "label_smoothing", '"loss_type": "ipo",\n  "label_smoothing": 0.1', '"robust"', FIRST + 1),
     Case("loss-needs-smoothing", "loss_type", '"loss_type": "exo_pair"', '"label_smoothing": 0.001'),

@@ -137,7 +137,10 @@ def losses(values: Values) -> list[str]:
 
 
 def sorts_pairs(loss_type: str | Sequence[str]) -> bool:
-    """Whether a loss compares the sorted pairs of a micro-batch (AOT, arXiv:2406.05882), so that its parts have another."""
+    """Whether a loss compares the sorted pairs of a micro-batch (AOT, arXiv:2406.05882), so that its parts have another.
+
+    In TRL 1.15 no other does; `sft`, its mean over tokens, is taken over those of the whole step (training/dpo.py).
+    """
     return any(name.startswith("aot") for name in ([loss_type] if isinstance(loss_type, str) else loss_type))
 
 
@@ -170,11 +173,17 @@ def one_weight_a_loss(values: Values, given: Values) -> Iterator[Problem]:
 
 def sorted_loss_has_a_batch(values: Values, given: Values) -> Iterator[Problem]:
     """AOT (arXiv:2406.05882) sorts the log-ratios of a micro-batch; a single pair is sorted already."""
-    sorting = [name for name in losses(values) if name in ("aot", "aot_unpaired")]
-    if sorting and values.get("per_device_train_batch_size") == 1:
+    sorting = [name for name in losses(values) if sorts_pairs(name)]
+    batch, accumulation = values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")
+    if sorting and batch == 1:
         message = f"{sorting[0]} compares the sorted pairs of one forward pass, and of one pair it is plain DPO"
         fix = "raise per_device_train_batch_size, and lower gradient_accumulation_steps"
         yield Problem("warning", "loss-needs-batch", message, fix, "per_device_train_batch_size")
+    elif sorting and batch and accumulation and accumulation > 1:
+        pairs = batch * accumulation
+        message = f"{sorting[0]} compares the sorted pairs of one forward pass: {batch} at a time, not the {pairs} of a step"
+        fix = f'write "per_device_train_batch_size": {pairs}, "gradient_accumulation_steps": 1: such a loss is never divided'
+        yield Problem("warning", "loss-needs-batch", message, fix, "gradient_accumulation_steps")
 
 
 def whole_model_is_not_quantised(values: Values, given: Values) -> Iterator[Problem]:
