@@ -279,6 +279,14 @@ RULES = [
     warning("other-strategy", "packing", '"packing": true', "remove the key"),
     hint("weights-below-one", "dataset", '"dataset": [{"path": "pairs.jsonl", "weight": 0.5}]', "write 1"),
     warning("nothing-to-evaluate", "eval_steps", '"eval_split": 0,\n  "eval_steps": 5', '"eval_split"', FIRST + 1),
+    warning("nothing-to-evaluate", "split_seed", '"eval_split": 0,\n  "split_seed": 5', '"eval_split"', FIRST + 1),
+    warning(
+        "no-effect",
+        "eval_dataset",
+        '"eval_split": 0,\n  "eval_dataset": [{"path": "data/few.jsonl", "weight": 2}]',
+        "remove the weight",
+        FIRST + 1,
+    ),
     warning(
         "two-compute-dtypes",
         "bnb_4bit_compute_dtype",
@@ -435,6 +443,7 @@ DATA = [
     warning("pairs-too-long", "max_seq_length", '"dataset": "data/long.jsonl", "max_seq_length": 64', "raise it"),
     Case("never-evaluated", "eval_steps", '"eval_steps": 1000', '"eval_steps": 5', FIRST, "warning"),
     Case("never-warm", "warmup_steps", '"warmup_steps": 1000', '"warmup_ratio": 0.1', FIRST, "warning"),
+    Case("nothing-to-train", "dataset", '"dataset": [{"path": "data/few.jsonl", "weight": 0.01}]', "raise the weights"),
     Case("nothing-to-train", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.999', "lower eval_split"),
     Case("nothing-held-out", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.001', "raise", FIRST, "warning"),
 ]

@@ -113,11 +113,18 @@ def some_set_is_whole(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("hint", "weights-below-one", message, fix, "dataset")
 
 
+def weights_are_of_training(values: Values, given: Values) -> Iterator[Problem]:
+    entries = values.get("eval_dataset")
+    if isinstance(entries, list) and any(isinstance(entry, dict) and entry.get("weight", 1) != 1 for entry in entries):
+        message = "a weight in eval_dataset has no effect: each of its pairs is judged once"
+        yield Problem("warning", "no-effect", message, "remove the weight", "eval_dataset")
+
+
 def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("eval_split") != 0 or values.get("eval_dataset") is not None:
         return
-    for name in ("eval_steps", "early_stopping_patience"):
-        if values.get(name) is not None:
+    for name in ("eval_steps", "early_stopping_patience", "split_seed"):
+        if given.get(name) is not None:
             message = f"{name} has no effect: nothing is held out"
             yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split", for example to 0.1', name)
 
@@ -297,6 +304,7 @@ RULES: Sequence[Rule] = (
     one_evaluation_set,
     evaluation_set_is_another,
     some_set_is_whole,
+    weights_are_of_training,
     evaluation_has_data,
     best_checkpoint_is_judged,
     smoothing_needs_its_loss,
