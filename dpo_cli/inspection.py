@@ -109,7 +109,7 @@ def inspect(
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
         found += map(loaded.placed, starting.problems(draft, plan.run_dir))
         found += map(loaded.placed, _model_problems(plan))
-        found += map(loaded.placed, _step_problems(plan, pairs))
+        found += map(loaded.placed, step_problems(plan, pairs))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
             if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
                 misfit = replace(misfit, severity="warning", stops_training=True)
@@ -215,7 +215,7 @@ def lengths_of(dataset: str, model_name: str) -> Lengths:
     return lengths
 
 
-def _step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
+def step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
     """What is asked for at a step that the training, of this many pairs, never comes to."""
     config = plan.config
     steps = plan.steps_over(pairs)
@@ -224,11 +224,16 @@ def _step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
     if config.eval_steps is not None and config.eval_steps > steps:
         message = f"eval_steps is {config.eval_steps}, but the training has {steps} steps: it is judged at its end only"
         yield Problem("warning", "never-evaluated", message, f'write "eval_steps": {max(1, steps // 4)}', "eval_steps")
-    if config.warmup_steps is not None and config.warmup_steps >= steps:
-        message = (
-            f"warmup_steps is {config.warmup_steps}, but the training has {steps} steps: it never reaches its learning rate"
-        )
-        yield Problem("warning", "never-warm", message, 'write "warmup_ratio": 0.1 instead', "warmup_steps")
+    if plan.warmup_over(steps) >= steps:
+        key = "warmup_steps" if config.warmup_steps else "warmup_ratio"
+        value, fix = getattr(config, key), 'write "warmup_ratio": 0.1 instead'
+        message = f"{key} is {value:g}, but the training has {steps} steps: it never reaches its learning rate"
+        if steps == 1:  # a warm-up begins at 0
+            message = f"{key} is {value:g}, and the training has one step: its learning rate is 0, so nothing is learned"
+            fix = f'write "{key}": 0, or train more steps'
+        # transformers 5.17 divides the polynomial's decay by the steps that are left after the warm-up.
+        fails = config.lr_scheduler_type == "polynomial" and plan.warmup_over(steps) == steps
+        yield Problem("error" if fails else "warning", "never-warm", message, fix, key)
 
 
 class Balance:

@@ -144,6 +144,17 @@ class Plan:
         batches = math.ceil(pairs / self.config.per_device_train_batch_size)
         return math.ceil(self.config.num_train_epochs * math.ceil(batches / self.config.gradient_accumulation_steps))
 
+    def warmup_over(self, steps: int) -> int:
+        """Steps of so many over which the learning rate rises, as Trainer counts; the first of them has a rate of 0."""
+        if self.config.lr_scheduler_type == "constant":
+            return 0
+        return self.config.warmup_steps or math.ceil(steps * self.config.warmup_ratio)
+
+    @property
+    def ends_in_warmup(self) -> bool:
+        """Whether the last step comes before the learning rate is reached."""
+        return self.warmup_over(self.total_steps) >= self.total_steps
+
     def to_json(self) -> dict[str, Any]:
         return {
             "plan_version": PLAN_VERSION,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import made_row
+from conftest import Run, made_row
 from made import norms_in_float64
+from safetensors.torch import load_file
 from test_dpo import make_trainer
 from test_losses import LOSSES
 from torch import Tensor
@@ -119,3 +121,32 @@ def test_a_loss_that_compares_pairs_is_not_run_in_halves(tmp_path: Path, tokeniz
     trainer = moved_trainer(tmp_path, tokenizer, loss_type=["sft", "aot"], max_steps=1, per_device_train_batch_size=8)
     with pytest.raises(torch.OutOfMemoryError):
         stepped(trainer, iter([True]))
+
+
+@pytest.mark.parametrize(
+    ("options", "moves"),
+    [
+        ({"warmup_ratio": 0.1}, False),
+        ({"warmup_steps": 7, "lr_scheduler_type": "cosine"}, False),
+        ({"warmup_ratio": 0.1, "lr_scheduler_type": "polynomial"}, False),
+        ({"warmup_ratio": 0.1, "lr_scheduler_type": "constant"}, True),
+        ({"lr_scheduler_type": "cosine"}, True),
+    ],
+)
+def test_a_single_step_that_is_all_warmup_is_told(run: Run, options: dict[str, Any], moves: bool) -> None:
+    """Its rate is 0: a warning names the warm-up before, and health says after it that nothing was learned."""
+    summary, place = run(max_steps=1, **options)
+    found = json.loads((place / "plan.json").read_text(encoding="utf-8"))["problems"]
+    assert [problem["key"] for problem in found if problem["code"] == "never-warm"] == ([] if moves else [next(iter(options))])
+    assert [event["rule"] for event in summary["health"]] == ([] if moves else ["no-movement"])
+    adapter = load_file(place / "adapter" / "adapter_model.safetensors")
+    assert any(bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name) == moves
+
+
+def test_steps_of_a_warmup_that_never_ends_are_asked_whether_they_moved(run: Run) -> None:
+    summary, _ = run(max_steps=3, warmup_steps=100_000)
+    assert [event["rule"] for event in summary["health"]] == ["no-movement"]
+    summary, _ = run(max_steps=2, strategy="sft", warmup_ratio=0.9)
+    assert summary["health"] == []
+    summary, _ = run(max_steps=1, strategy="sft", warmup_ratio=0.9)
+    assert [event["rule"] for event in summary["health"]] == ["no-movement"]

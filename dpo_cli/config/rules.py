@@ -19,6 +19,7 @@ from dpo_cli.errors import Problem
 Values = Mapping[str, Any]
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
+POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
 
 
@@ -82,6 +83,13 @@ def one_warmup(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("warmup_steps") and values.get("warmup_ratio"):
         message = "warmup_steps and warmup_ratio both say how long to warm up"
         yield Problem("error", "two-warmups", message, "remove one of them", "warmup_ratio")
+
+
+def decay_goes_down(values: Values, given: Values) -> Iterator[Problem]:
+    rate = values.get("learning_rate")
+    if values.get("lr_scheduler_type") == "polynomial" and rate is not None and rate <= POLYNOMIAL_END:
+        message = f"polynomial decays to {POLYNOMIAL_END:g}, and learning_rate is {rate:g}"
+        yield Problem("error", "rate-below-end", message, 'write "lr_scheduler_type": "linear"', "lr_scheduler_type")
 
 
 def one_length_of_training(values: Values, given: Values) -> Iterator[Problem]:
@@ -300,6 +308,7 @@ RULES: Sequence[Rule] = (
     one_precision,
     one_quantisation,
     one_warmup,
+    decay_goes_down,
     one_length_of_training,
     one_evaluation_set,
     evaluation_set_is_another,
