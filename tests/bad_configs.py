@@ -257,6 +257,13 @@ RULES = [
         '"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1',
         FIRST + 1,
     ),
+    Case(
+        "rate-below-end",
+        "lr_scheduler_type",
+        '"learning_rate": 1e-7,\n  "lr_scheduler_type": "polynomial"',
+        "linear",
+        FIRST + 1,
+    ),
     Case("label-smoothing-ignored", "label_smoothing", '"label_smoothing": 0.1', '"loss_type": "robust"'),
     Case("label-smoothing-ignored", "label_smoothing", '"loss_type": "ipo",\n  "label_smoothing": 0.1', '"robust"', FIRST + 1),
     Case("loss-needs-smoothing", "loss_type", '"loss_type": "exo_pair"', '"label_smoothing": 0.001'),
@@ -443,6 +450,13 @@ DATA = [
     warning("pairs-too-long", "max_seq_length", '"dataset": "data/long.jsonl", "max_seq_length": 64', "raise it"),
     Case("never-evaluated", "eval_steps", '"eval_steps": 1000', '"eval_steps": 5', FIRST, "warning"),
     Case("never-warm", "warmup_steps", '"warmup_steps": 1000', '"warmup_ratio": 0.1', FIRST, "warning"),
+    Case(
+        "never-warm",
+        "warmup_steps",
+        '"max_steps": 9,\n  "warmup_steps": 9,\n  "lr_scheduler_type": "polynomial"',
+        '"warmup_ratio": 0.1',
+        FIRST + 1,
+    ),
     warning("never-warm", "warmup_ratio", '"max_steps": 2,\n  "warmup_ratio": 0.6', '"warmup_ratio": 0.1', FIRST + 1),
     warning("never-warm", "warmup_ratio", '"max_steps": 1,\n  "warmup_ratio": 0.1', '"warmup_ratio": 0', FIRST + 1),
     warning(
