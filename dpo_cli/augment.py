@@ -36,6 +36,7 @@ from dpo_cli.ranking import Rank, best_pairs, ranking
 from dpo_cli.runs.digests import sha256
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.training.parts import is_out_of_memory
+from dpo_cli.training.prepare import require_token_rows
 
 Options = Mapping[str, Any]  # the parts of the option `augment`
 
@@ -58,7 +59,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[s
     options = {**inner_defaults("augment"), **plan.config.augment}
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
-    asked, left = _encoded(prompts.questions, tokenizer, plan, options)
+    asked, left = _encoded(prompts.questions, tokenizer, plan, options, provider.token_rows())
     model = provider.start(plan, provider.base_model(plan))  # with its adapter, where model_name is one
     origin = _origin(plan, options, model)
     maker = Maker(model, tokenizer, ranking(options, plan.config.device, getattr(torch, plan.dtype)), plan, options, origin)
@@ -147,12 +148,17 @@ def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) ->
 
 
 def _encoded(
-    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, plan: Plan, options: Options
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    options: Options,
+    token_rows: int | None,
 ) -> tuple[list[tuple[Question, list[int]]], dict[str, int]]:
     """Each question with its token ids as training will see them, cut so that an answer has room; and what that cost."""
     room = plan.config.max_seq_length - options["max_new_tokens"]
     pairs = [question.with_answers("A", "B") for question in questions]  # whose answers are no matter
     encoded = encode(pairs, tokenizer, plan.config.use_chat_template, room)
+    require_token_rows(encoded, tokenizer, token_rows)
     kept = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
     left = {"cut": sum(pair.is_cut for _, pair in kept), "too_long": len(questions) - len(kept)}
     return [(question, pair.prompt_ids) for question, pair in kept], left

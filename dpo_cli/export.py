@@ -26,6 +26,7 @@ from dpo_cli.evaluation.opening import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.probe import GIB
 from dpo_cli.plan import Plan
+from dpo_cli.providers.accounting import merged
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.publish import gguf, hub
@@ -138,19 +139,13 @@ def _own_scores(opened: Opened, console: Console) -> tuple[Scores, Plan]:
 def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     """Write the whole model with its tokenizer, in the dtype of the training.
 
-    Loaded by transformers and PEFT alone, whatever the run's provider is. Raises `RunFailed` for a broken adapter, and for a
-    base that is quantised in its own files.
+    Loaded by transformers and PEFT alone, whatever the run's provider is; a base that is quantised in its own files is made
+    float first. Raises `InvalidInput` for an adapter that cannot be merged.
     """
     _free_memory()
     model: Any = HuggingFace(trained.config.model_name).trained(trained, opened.folder).model
     if isinstance(model, PeftModel):
-        try:
-            model = model.merge_and_unload(safe_merge=True, adapter_names=[TRAINED])
-        except ValueError as error:  # NaN in the merged weights
-            raise RunFailed(f"the adapter cannot be merged: {error}", "train again, with a lower learning_rate") from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        message = f"{trained.model_label} is quantised in its own files, and there is no 16-bit base to merge into"
-        raise RunFailed(message, "train on the model that it was made from")
+        model = merged(model, TRAINED, trained.model_label, getattr(torch, trained.dtype))
     model.to(getattr(torch, trained.dtype)).save_pretrained(str(place))
     opened.tokenizer.save_pretrained(place)
 

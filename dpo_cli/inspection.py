@@ -21,7 +21,7 @@ from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, h
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models, starting
 from dpo_cli.hardware.adapters import foundation
-from dpo_cli.hardware.facts import model_facts
+from dpo_cli.hardware.facts import model_facts, quantisation_of
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan, resolve
 
@@ -165,6 +165,8 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
 def _model_problems(plan: Plan) -> Iterator[Problem]:
     """What a config asks of a model that, by its shape, it does not have."""
     config, facts = plan.config, model_facts(plan.config.model_name)
+    if (stored := quantisation_of(config.model_name)) is not None and not plan.merges:
+        yield from stored.problems(plan.model_label, config.use_4bit, config.use_8bit, config.lora_r)
     if facts is None:
         return
     context = facts.max_position_embeddings

@@ -20,11 +20,12 @@ from dpo_cli.config.stages import PLAN_VERSION
 from dpo_cli.data.hub import is_hub_id
 from dpo_cli.hardware import unsloth
 from dpo_cli.hardware.adapters import adapter_at
-from dpo_cli.hardware.facts import model_facts
+from dpo_cli.hardware.facts import model_facts, quantisation_of
 from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.gguf import is_gguf
 from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.probe import GIB, Machine
+from dpo_cli.hardware.quantised import OPTIONS
 from dpo_cli.hardware.settings import Settings
 from dpo_cli.hardware.starting import started
 
@@ -179,6 +180,10 @@ def resolve(
     config = loaded.require()
     start, notes = started(loaded, config)
     decided = {**_decided(replace(config, **start), loaded.file, machine, on_gpu=vram_gb is not None), **start}
+    is_merged = bool(notes) and start["reference"] == "base"  # then the weights are plain numbers
+    if (stored := quantisation_of(config.model_name)) is not None and not is_merged and stored.bits in OPTIONS:
+        decided[OPTIONS[stored.bits]] = True
+        notes.append(f"the files of the model hold {stored.bits}-bit weights: they are trained on as they are")
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
     facts = model_facts(config.model_name)

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 class Provider(Protocol):
     """The seam to a library that loads models. A provider is made for one model and holds none itself."""
 
+    notes: list[str]  # what loading changed of a model, for the user
+
     @property
     def no_sharing(self) -> str | None:
         """Why none of its models can share prompts; None where each model decides."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, with EOS and padding set."""
+
+    def token_rows(self) -> int | None:
+        """Rows of the model's embedding, as its config has it; None where it does not say."""
 
     def base_model(self, plan: Plan) -> PreTrainedModel:
         """The model below the adapter in training, on the plan's device, without dropout, quantised when the plan says so."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.errors import RunFailed
 from dpo_cli.hardware import gguf
+from dpo_cli.providers.accounting import all_tensors, require_finite
 from dpo_cli.providers.base import cache_dir
 from dpo_cli.runs.digests import sha256
 
@@ -64,7 +65,9 @@ def _dequantise(path: Path, folder: str, target: Path) -> None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    with all_tensors(path.name):
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    require_finite(model, path.name)
     # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
     del model.config.quantization_config
     model.hf_quantizer = None

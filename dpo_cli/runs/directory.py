@@ -23,14 +23,14 @@ from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.redaction import redact
 from dpo_cli.runs.checkpoint import Checkpoints
 from dpo_cli.runs.digests import SAFE, sha256_of_all
-from dpo_cli.runs.durable import let_others_read, sync, sync_all, write_whole, writing
+from dpo_cli.runs.durable import let_others_read, sync, sync_all, trial, write_whole, writing
 from dpo_cli.runs.lock import locked
 
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
 EVALUATION, REPORT = "evaluation.json", "report.html"
 PAGE, VOTES = "side-by-side.html", "votes.json"
-TENSORBOARD, CHECKPOINTS, LOCK = "tensorboard", "checkpoints", "run.lock"
+TENSORBOARD, CHECKPOINTS, LOCK, TRIAL = "tensorboard", "checkpoints", "run.lock", ".trial"
 
 
 class RunDirectory:
@@ -174,6 +174,16 @@ class RunDirectory:
         sync(self.path)
         shutil.rmtree(other, ignore_errors=True)  # of the run that this one replaces
         return sha256_of_all(place)
+
+    def try_to_write(self, save: Callable[[Path], Any]) -> None:
+        """What `write_trained` will do, in a scratch folder that is then taken away; raises as `trial` says."""
+        part = self.path / TRIAL
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            with trial(), writing(self.path):
+                save(part)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     def write_card(self, text: str) -> None:
         write_whole(self.trained / CARD, lambda part: part.write_text(redact(text), encoding="utf-8"))

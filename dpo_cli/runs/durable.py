@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dpo_cli.errors import RunFailed
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -55,6 +57,19 @@ def writing(place: Path) -> Iterator[None]:
     except SafetensorError as error:
         number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, os.strerror(number), str(place)) from error
+
+
+@contextmanager
+def trial() -> Iterator[None]:
+    """Within, a run writes before its first step what it writes later on: `RunFailed` for what a library refuses to save.
+
+    A full disk stays the `OSError` that it is later on.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        message = f"what this run trains cannot be saved ({type(error).__name__}: {error}); no step was made"
+        raise RunFailed(message, "repair the files of the model that this names, or choose another model") from error
 
 
 def is_full(error: BaseException) -> bool:

@@ -62,7 +62,7 @@ def train(
 
     provider = PROVIDERS[draft.config.provider](draft.config.model_name)
     tokenizer = provider.tokenizer()
-    train_rows, held_out, counts = prepare(data, tokenizer, draft)
+    train_rows, held_out, counts = prepare(data, tokenizer, draft, provider.token_rows())
     plan = resolve(loaded, machine, counts)
     show_plan(plan, console)
     console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(train_rows[0], tokenizer))
@@ -118,6 +118,8 @@ def _trained(
     view = LiveView(console, plan.total_steps, plan.predicted_gb)
     with log_to(run.log), StopOnSignal() as stop, view:
         base = provider.base_model(plan)
+        for note in provider.notes:
+            console.line(f"note: {note}")
         with _fitting(plan, loaded):
             wanted = begun.plan["scoring"]["shared"] if begun else plan.config.prompt_sharing
             scoring = choose(base, rows.all, pad_token_id, wanted, provider.no_sharing)
@@ -156,8 +158,10 @@ def _trained(
                 view.recall(run.read_lines())
                 if keep.missed_evaluation:
                     trainer.evaluate()
-            elif plan.config.strategy == "dpo":
-                health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
+            else:
+                run.try_to_write(partial(_save, trainer.model, tokenizer))
+                if plan.config.strategy == "dpo":
+                    health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
             if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
                 keep.train()
         seconds = time.monotonic() - keep.begun

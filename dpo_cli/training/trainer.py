@@ -23,16 +23,17 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_cli.errors import RunFailed
+from dpo_cli.hardware.tensors import SINGLE
 from dpo_cli.hub import saving
 from dpo_cli.plan import Plan
+from dpo_cli.providers.accounting import refuse
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.checkpoint import PART
 from dpo_cli.runs.directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
@@ -45,6 +46,7 @@ Tell = Callable[[str], None]
 
 OPTIMIZER, SCHEDULE, SCALER, RANDOM = "optimizer", "schedule", "scaler", "random"  # files of a checkpoint
 TRL_TOKENS = "_total_train_tokens"  # TRL's own count
+RESTART = "start the run again with --overwrite"
 SIZE = "tokens_in_a_batch"  # column: what decides how much memory a row takes
 
 
@@ -186,17 +188,24 @@ class CarefulTrainer:
         self.model.zero_grad(set_to_none=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_trained(self.model, Path(str(output_dir)))
+        place = Path(str(output_dir))
+        if isinstance(self.model, PeftModel):
+            save_trained(self.model, place)
+        else:  # under the names that the model has in memory: `save_pretrained` splits experts, which could not be put back
+            place.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(place / SINGLE), metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            missing, unexpected = load_model(self.model, Path(resume_from_checkpoint) / SINGLE, strict=False)
+            refuse(resume_from_checkpoint, missing, unexpected, (), RESTART, "output_dir")
             return
         written = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         set_peft_model_state_dict(self.model, dict(written), adapter_name=TRAINED)
         loaded = get_peft_model_state_dict(self.model, adapter_name=TRAINED, save_embedding_layers=False)
-        if lost := [name for name, tensor in loaded.items() if not torch.equal(tensor.cpu(), written[name])]:
-            raise RunFailed(f"{lost[0]} of {resume_from_checkpoint} cannot be loaded", "start anew with --overwrite")
+        other = [name for name in loaded.keys() & written.keys() if not torch.equal(loaded[name].cpu(), written[name])]
+        missing, unexpected = loaded.keys() - written.keys(), written.keys() - loaded.keys()
+        refuse(resume_from_checkpoint, sorted(missing), sorted(unexpected), other, RESTART, "output_dir")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
