@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,12 @@ def header_of(path: Path) -> dict[str, Shape]:
         except ValueError as error:
             raise ValueError(f"{path.name} is damaged: its header is not JSON") from error
     header.pop("__metadata__", None)
-    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    ends = {name: 8 + length + tensor["data_offsets"][1] for name, tensor in header.items()}
+    end = max(ends.values(), default=8 + length)
     if end != size:
-        raise ValueError(f"{path.name} has {size:,} bytes, and its header describes {end:,}: it is cut off or damaged")
+        beyond = some(sorted((name for name, place in ends.items() if place > size), key=lambda name: ends[name]))
+        message = f"{path.name} has {size:,} bytes, and its header describes {end:,}"
+        raise ValueError(f"{message}: it is cut off, and lacks {beyond}" if beyond else f"{message}: it is damaged")
     return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
 
 
@@ -165,12 +168,12 @@ def wrapper_of(names: Iterable[str]) -> str | None:
     return next((wrapper for wrapper in WRAPPERS if names and all(name.startswith(wrapper) for name in names)), None)
 
 
-def count(names: list[str]) -> str:
+def count(names: Sequence[str]) -> str:
     """So many tensors, with the first names."""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({some(names)})"
 
 
-def some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 

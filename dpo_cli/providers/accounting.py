@@ -7,7 +7,8 @@ an error that names the tensors. The same holds for numbers that are none, and f
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, unsupported
-from dpo_cli.hardware.tensors import RESIZED_FIX, count, resized, some, wrapper_of
+from dpo_cli.hardware.tensors import RESIZED_FIX, count, faults, files_of, resized, some, wrapper_of
 from dpo_cli.runs.directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
@@ -73,19 +74,38 @@ def all_tensors(what: str) -> Iterator[None]:
         transformers.modeling_utils.log_state_dict_report = before
 
 
-def require_finite(model: nn.Module, what: str) -> None:
-    """`InvalidInput` that names the tensors of a loaded model which hold NaN or infinity."""
+def require_whole_files(source: str) -> None:
+    """`InvalidInput` where the headers of a local model's files show already that something is missing or cut off."""
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if found := [
+            Problem("error", "model-tensors", fault.message, fault.fix, "model_name") for fault in faults(folder, config)
+        ]:
+            raise InvalidInput(found)
+
+
+def require_finite(model: nn.Module, what: str, source: str) -> None:
+    """`InvalidInput` that names the tensors of a model, loaded from `source`, which hold NaN or infinity.
+
+    They have the names that they have in local files, which transformers may have joined.
+    """
     tensors: dict[str, Tensor | None] = dict(model.named_parameters())
     for name, parameter in list(tensors.items()):
         state = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights are scaled by these
         for part in (state, getattr(state, "state2", None)):
             if part is not None:
                 tensors |= {f"{name} (scales)": part.absmax, f"{name} (offset)": part.offset}
-    _require_numbers(tensors, what)
+    if broken := _not_finite(tensors):
+        in_files = [name for file in files_of(Path(source)) for name in _not_finite(load_file(file))]
+        _refuse_numbers(in_files or broken, what)
 
 
-def _require_numbers(tensors: dict[str, Tensor | None], what: str) -> None:
-    broken = [name for name, tensor in tensors.items() if tensor is not None and not _is_finite(tensor)]
+def _not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    return [name for name, tensor in tensors.items() if tensor is not None and not _is_finite(tensor)]
+
+
+def _refuse_numbers(broken: list[str], what: str) -> None:
     if broken:
         message = f"{what} holds NaN or infinity in {count(broken)}"
         fix = "download it again, or train it again with a lower learning_rate: such weights compute nothing"
@@ -124,7 +144,7 @@ def with_adapter(
     except SafetensorError as error:
         fix = "copy it again, or save it again with PEFT"
         raise InvalidInput([Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name")]) from error
-    _require_numbers(dict(written), str(folder))
+    _refuse_numbers(_not_finite(written), str(folder))
     _require_same_base(network, written, folder, label)
     options: dict[str, Any] = {"adapter_name": name, "is_trainable": is_trainable}
     try:
@@ -145,8 +165,9 @@ def with_adapter(
         KeyError,
         AttributeError,
     ) as error:  # other shapes, layers that are not there
-        reason = " ".join(str(error).split())[:300]
-        message = f"{folder} is no adapter of {label}: {reason}"
+        shapes = [_written(key, name) for key in re.findall(r"size mismatch for (\S+):", str(error))]
+        refuse(f"the adapter in {folder}, put on {label},", (), (), shapes, OTHER_BASE, "model_name")
+        message = f"{folder} is no adapter of {label}: {' '.join(str(error).split())[:300]}"
         raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")]) from error
     missing = [_written(key, name) for key in result.missing_keys if name in key.split(".")]
     unexpected = [_written(key, name) for key in result.unexpected_keys]

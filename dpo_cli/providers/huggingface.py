@@ -32,7 +32,7 @@ from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foun
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.quantised import stored_quantisation
 from dpo_cli.plan import Plan
-from dpo_cli.providers.accounting import all_tensors, merged, require_finite, with_adapter
+from dpo_cli.providers.accounting import all_tensors, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.hub import answers
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
@@ -159,7 +159,7 @@ class HuggingFace:
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
         vars(model.config).pop("auto_map", None)  # likewise
         self.notes += [note for note in _mend_generation(model) if note not in self.notes]
-        require_finite(model, self.name)
+        require_finite(model, self.name, source)
         if not wants:
             return cast(PreTrainedModel, (model.dequantize() if is_quantised else model).to(device, dtype=dtype))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
@@ -178,7 +178,7 @@ class HuggingFace:
             raise RunFailed(f"{self.name} is no whole reward model: {why}", "name a trained reward model") from error
         if model.config.num_labels != 1:
             raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
-        require_finite(model, self.name)
+        require_finite(model, self.name, self.source)
         return cast(PreTrainedModel, model.to(device).eval()), cast(
             PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source)
         )
@@ -187,6 +187,8 @@ class HuggingFace:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
             self._require_no_code(source)
+            if auto is not AutoTokenizer:
+                require_whole_files(source)
             with all_tensors(self.name):
                 return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
         except ImportError as error:  # transformers asks for the package only now
