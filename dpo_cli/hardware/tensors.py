@@ -95,15 +95,18 @@ def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
         message = f"every tensor name in {folder} begins with {wrapper!r}: the model was saved inside a wrapper"
         yield Fault(message, f"save the model without the wrapper, or remove {wrapper!r} from the names")
         return
-    for place, numbers in _experts(stored).items():
-        if numbers != set(range(len(numbers))):
-            lost = min(set(range(max(numbers))) - numbers)
-            yield Fault(
-                f"{folder} has no tensor {place.replace('*', str(lost))}: its experts are not numbered one by one", again
-            )
-            return
-    if config.get("model_type") not in DENSE or config.get("quantization_config"):
+    if config.get("model_type") in DENSE and not config.get("quantization_config"):
+        yield from _decoder_faults(folder, config, stored, again)
         return
+    for place, numbers in _experts(stored).items():
+        if gaps := set(range(max(numbers))) - numbers:
+            there, gap = (place.replace("*", str(number)) for number in (max(numbers), min(gaps)))
+            yield Fault(f"{folder} holds {there} and lacks {gap}: the experts would be joined in another order", again)
+            return
+
+
+def _decoder_faults(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Shape], again: str) -> Iterator[Fault]:
+    """What of the matrices of a decoder of `DENSE` is missing or has another shape."""
     wanted = _decoder(config)
     short = {name.removeprefix("model."): shape for name, shape in stored.items()}  # as the model without its head is saved
     absent = [name for name in wanted if name.removeprefix("model.") not in short]
