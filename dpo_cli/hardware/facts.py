@@ -153,20 +153,25 @@ def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelF
     facts = ModelFacts(**values, **caps, sliding_window=window, model_type=text.get("model_type", "llama"))
     if facts.parameters <= 0:
         return None
-    stored = sum(map(_stored_parameters, place.glob("model*.safetensors"))) if place else 0
+    stored = sum(map(prod, stored_tensors(place).values())) if place else 0
     beside = stored - facts.parameters
     # A quantised file stores other numbers of other tensors; biases and the like are too few to count.
     is_plain = not config.get("quantization_config") and beside > facts.parameters // 100
     return replace(facts, extra_parameters=beside) if is_plain else facts
 
 
-def _stored_parameters(path: Path) -> int:
-    """Weights in a safetensors file, by its header: eight bytes of its size, then JSON (github.com/safetensors/safetensors)."""
+def stored_tensors(place: Path) -> dict[str, list[int]]:
+    """The shapes of all tensors in a model directory, by their names."""
+    return {name: shape for path in sorted(place.glob("model*.safetensors")) for name, shape in _shapes(path).items()}
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """The header of a safetensors file: eight bytes of its size, then JSON (github.com/safetensors/safetensors)."""
     with path.open("rb") as file:
         start = file.read(8)
         size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         header = json.loads(file.read(size)) if 0 < size < MOST_HEADER_BYTES else {}
-    return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _gguf_facts(header: gguf.Header) -> ModelFacts | None:

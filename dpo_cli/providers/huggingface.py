@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,11 +24,12 @@ from transformers.utils import cached_file
 
 from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
-from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.errors import RunFailed
 from dpo_cli.hardware import foreign, gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
-from dpo_cli.plan import Plan
+from dpo_cli.plan import Adapted, Plan
+from dpo_cli.providers.architecture import Architecture, adapted
 from dpo_cli.providers.hub import answers
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
@@ -73,22 +73,14 @@ class HuggingFace:
             name = adapter.model_name
         return _settled(self._merged(plan, name))
 
+    def adapted(self, plan: Plan) -> Adapted | None:
+        config = self._load(AutoConfig, self.source)
+        return adapted(plan, config)
+
     def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig | None:
-        config = plan.config
-        if plan.goes_on or config.lora_r == 0:
+        if plan.goes_on or plan.config.lora_r == 0:
             return None
-        adapter = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            target_modules=config.target_modules,
-            modules_to_save=config.modules_to_save,
-        )
-        _require_modules(plan, base, adapter)
-        return adapter
+        return Architecture(base.config, plan.model_label).fresh(plan.config)[0]
 
     def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
         if not plan.goes_on or (adapter := adapter_at(plan.config.model_name)) is None:
@@ -249,24 +241,3 @@ def _require_whole(model: PeftModel, folder: Path, plan: Plan) -> None:
     if lost := sorted(written ^ set(get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False))):
         what = f"{len(lost)} of its tensors and of the model's places for them have no counterpart, {lost[0]} the first"
         raise RunFailed(f"{folder} is no adapter of {plan.model_label}: {what}", OTHER_BASE)
-
-
-def _require_modules(plan: Plan, base: PreTrainedModel, adapter: LoraConfig) -> None:
-    """`InvalidInput` where the adapter names what is not in the model: PEFT would pass over a name, and keep silent."""
-    modules = dict(base.named_modules())
-    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-    wanted = plan.config.target_modules
-    if isinstance(wanted, list) and (unknown := set(wanted) - linear):
-        key, message = "target_modules", f"no linear layer named {', '.join(sorted(unknown))}"
-    elif isinstance(wanted, str) and wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in modules):
-        key, message = "target_modules", f"no layer whose whole name matches {wanted!r}"
-    elif unknown := set(adapter.modules_to_save or ()) - {name.rpartition(".")[2] for name in modules}:
-        key, message = "modules_to_save", f"no module named {', '.join(sorted(unknown))}"
-    else:
-        return
-    fix = f"its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, in names like {_example(modules)}"
-    raise InvalidInput([Problem("error", "no-such-module", f"{plan.model_label} has {message}", fix, key)])
-
-
-def _example(modules: Mapping[str, Any]) -> str:
-    return next((name for name, module in modules.items() if isinstance(module, torch.nn.Linear)), "none")
