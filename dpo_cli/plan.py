@@ -59,6 +59,28 @@ class Scoring:
     why: str
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What a run trains of its model: kinds of layers with an adapter, how many there are of each, and weights."""
+
+    layers: dict[str, int]
+    trained: int  # weights that are trained
+    weights: int  # of the model without the adapter
+    notes: tuple[str, ...] = ()  # what is left out, and why
+
+    @property
+    def words(self) -> str:
+        by_count: dict[int, list[str]] = {}
+        for name, count in self.layers.items():
+            by_count.setdefault(count, []).append(name)
+        kinds = [f"{', '.join(names)}: {count}{' each' if len(names) > 1 else ''}" for count, names in by_count.items()]
+        share = f"{self.trained:,} weights, {self.trained / self.weights:.2%} of the model's"
+        return "; ".join([*kinds, share]) if self.layers else f"every one of {self.weights:,} weights"
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "notes"}
+
+
 # What `prompt_sharing` says before a model is loaded.
 EXPECTED: dict[bool | str, Scoring] = {
     "auto": Scoring(True, "each prompt once, where this model allows it"),
@@ -90,6 +112,11 @@ class Plan:
     memory: Bill | None
     scoring: Scoring
     notes: tuple[str, ...]
+    adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
+
+    def with_adapted(self, adapted: Adapted | None) -> Plan:
+        """The plan with what it trains."""
+        return replace(self, adapted=adapted, notes=(*self.notes, *(adapted.notes if adapted else ())))
 
     @property
     def run_dir(self) -> Path:
@@ -153,6 +180,7 @@ class Plan:
             "counts": vars(self.counts) if self.counts else None,
             "memory": self.memory.to_json() if self.memory else None,
             "scoring": vars(self.scoring),
+            "adapted": self.adapted.to_json() if self.adapted else None,
             "notes": list(self.notes),
         }
 

@@ -203,12 +203,20 @@ def one_compute_dtype(values: Values, given: Values) -> Iterator[Problem]:
 
 def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     modules = values.get("target_modules")
-    if isinstance(modules, list) and "lm_head" in modules:
+    if (isinstance(modules, list) and "lm_head" in modules) or (isinstance(modules, str) and _takes_head(modules)):
         message = "an adapter on lm_head would never be trained: the log-probs use its weight directly"
         yield Problem("error", "lm-head-adapter", message, "remove lm_head from target_modules", "target_modules")
     if isinstance(modules, list) and "all-linear" in modules:
         fix = 'write "target_modules": "all-linear"'
         yield Problem("error", "all-linear-in-list", "no layer is called all-linear", fix, "target_modules")
+
+
+def _takes_head(pattern: str) -> bool:
+    """Whether a pattern matches the whole name of the head; `bad-regex` is told of on its own."""
+    try:
+        return pattern != "lm_head" and re.fullmatch(pattern, "lm_head") is not None
+    except re.error:
+        return False
 
 
 def targets_are_a_pattern(values: Values, given: Values) -> Iterator[Problem]:

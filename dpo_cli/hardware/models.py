@@ -112,6 +112,8 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield _wrong(
             "model-not-causal", f"{path} is no causal language model: {what}", "name an instruct model that writes text"
         )
+    elif isinstance(family := config.get("model_type"), str) and not config.get("auto_map") and not foreign.is_causal(family):
+        yield not_causal(str(path), family)
     yield from foreign.problems(config, _object(path / TOKENIZER_CONFIG), str(path))
     index = path / tensors.INDEX
     if not any(path.glob("*.safetensors")):
@@ -198,6 +200,13 @@ def _answers_instructions(model_name: str) -> bool:
             config.is_file() and "chat_template" in config.read_text(encoding="utf-8", errors="replace")
         )
     return BASE.search(path.name) is None or INSTRUCT.search(path.name) is not None
+
+
+def not_causal(label: str, model_type: str) -> Problem:
+    """The problem of a model that transformers loads as something else, or not at all."""
+    message = f"{label} is of the type {model_type}, of which transformers has no causal language model"
+    fix = "take a model that reads and writes text alone: image-text models of this kind cannot be trained here"
+    return _wrong("model-not-causal", message, fix)
 
 
 def _wrong(code: str, message: str, fix: str) -> Problem:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpo_cli.plan import Plan
+    from dpo_cli.plan import Adapted, Plan
     from dpo_cli.providers.policy import Policy
 
 
@@ -32,9 +32,15 @@ class Provider(Protocol):
     def base_model(self, plan: Plan) -> PreTrainedModel:
         """The model below the adapter in training, on the plan's device, without dropout, quantised when the plan says so."""
 
+    def adapted(self, plan: Plan) -> Adapted | None:
+        """What the plan trains, by the model's architecture alone; None where that cannot be built.
+
+        `InvalidInput` for an adapter that the model cannot have.
+        """
+
     def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig | None:
         """The fresh adapter that the trainer puts on `base`; None where there is none: all weights are trained, or an adapter
-        is trained on. `InvalidInput` when a target module is not in `base`."""
+        is trained on. `InvalidInput` as for `adapted`."""
 
     def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
         """What the trainer takes: `base`, with the adapter that the plan's model_name names where that is trained on."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,13 +25,14 @@ from transformers.utils import cached_file
 
 from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
-from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware import foreign, gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.quantised import stored_quantisation
-from dpo_cli.plan import Plan
+from dpo_cli.plan import Adapted, Plan
 from dpo_cli.providers.accounting import all_tensors, merged, require_finite, require_whole_files, with_adapter
+from dpo_cli.providers.architecture import Architecture, adapted
 from dpo_cli.providers.hub import answers
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
@@ -80,22 +80,14 @@ class HuggingFace:
             name = adapter.model_name
         return _settled(self._merged(plan, name))
 
+    def adapted(self, plan: Plan) -> Adapted | None:
+        config = self._load(AutoConfig, self.source)
+        return adapted(plan, config)
+
     def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig | None:
-        config = plan.config
-        if plan.goes_on or config.lora_r == 0:
+        if plan.goes_on or plan.config.lora_r == 0:
             return None
-        adapter = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            target_modules=config.target_modules,
-            modules_to_save=config.modules_to_save,
-        )
-        _require_modules(plan, base, adapter)
-        return adapter
+        return Architecture(base.config, plan.model_label).fresh(plan.config)[0]
 
     def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
         if not plan.goes_on or (adapter := adapter_at(plan.config.model_name)) is None:
@@ -161,7 +153,7 @@ class HuggingFace:
         self.notes += [note for note in _mend_generation(model) if note not in self.notes]
         require_finite(model, self.name, source)
         if not wants:
-            return cast(PreTrainedModel, (model.dequantize() if is_quantised else model).to(device, dtype=dtype))
+            return cast(PreTrainedModel, model.dequantize().to(device, dtype) if is_quantised else model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
             raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "leave use_4bit and use_8bit out")
         for module in model.modules():
@@ -187,7 +179,7 @@ class HuggingFace:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
             self._require_no_code(source)
-            if auto is not AutoTokenizer:
+            if auto not in (AutoTokenizer, AutoConfig):
                 require_whole_files(source)
             with all_tensors(self.name):
                 return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
@@ -201,9 +193,8 @@ class HuggingFace:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(f"cannot load {self.name}: {reason}", "check that it is a complete model directory") from error
         except SafetensorError as error:
-            raise RunFailed(
-                f"cannot load {self.name}: a file of its weights is cut off or damaged", "download it again"
-            ) from error
+            message = f"cannot load {self.name}: a file of its weights is cut off or damaged ({error})"
+            raise RunFailed(message, "download it again") from error
 
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
@@ -292,24 +283,3 @@ def _mend_generation(model: PreTrainedModel) -> list[str]:
             notes.append(f"generation_config.json: {name} {values[name]} does not go with the rest, and is left out")
     model.generation_config = GenerationConfig(**kept)
     return notes
-
-
-def _require_modules(plan: Plan, base: PreTrainedModel, adapter: LoraConfig) -> None:
-    """`InvalidInput` where the adapter names what is not in the model: PEFT would pass over a name, and keep silent."""
-    modules = dict(base.named_modules())
-    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-    wanted = plan.config.target_modules
-    if isinstance(wanted, list) and (unknown := set(wanted) - linear):
-        key, message = "target_modules", f"no linear layer named {', '.join(sorted(unknown))}"
-    elif isinstance(wanted, str) and wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in modules):
-        key, message = "target_modules", f"no layer whose whole name matches {wanted!r}"
-    elif unknown := set(adapter.modules_to_save or ()) - {name.rpartition(".")[2] for name in modules}:
-        key, message = "modules_to_save", f"no module named {', '.join(sorted(unknown))}"
-    else:
-        return
-    fix = f"its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, in names like {_example(modules)}"
-    raise InvalidInput([Problem("error", "no-such-module", f"{plan.model_label} has {message}", fix, key)])
-
-
-def _example(modules: Mapping[str, Any]) -> str:
-    return next((name for name, module in modules.items() if isinstance(module, torch.nn.Linear)), "none")

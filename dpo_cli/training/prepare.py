@@ -54,11 +54,18 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("parted", f"{counts.parted} prompts are rendered otherwise before a response than alone: see the first"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} {noun} ({batch} x {accumulation})"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
+        ("trains", plan.adapted.words if plan.adapted else ""),
         ("scoring", plan.scoring.why),
         ("runs on", ", ".join(filter(None, (config.device, plan.dtype, base)))),
         ("writes to", str(plan.run_dir)),
     ]
-    told = {"bad rows": counts.bad_rows, "cut": counts.cut, "left out": counts.too_long, "parted": counts.parted}
+    told = {
+        "trains": plan.adapted,
+        "bad rows": counts.bad_rows,
+        "cut": counts.cut,
+        "left out": counts.too_long,
+        "parted": counts.parted,
+    }
     console.table("plan", [row for row in rows if told.get(row[0], True)])
     for note in plan.notes:
         console.line(f"note: {note}")

@@ -63,7 +63,8 @@ def train(
     provider = PROVIDERS[draft.config.provider](draft.config.model_name)
     tokenizer = provider.tokenizer()
     train_rows, held_out, counts = prepare(data, tokenizer, draft, provider.token_rows())
-    plan = resolve(loaded, machine, counts)
+    adapted = provider.adapted(draft)
+    plan = resolve(loaded, machine, counts).with_adapted(adapted)
     show_plan(plan, console)
     console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(train_rows[0], tokenizer))
     if tokenizer.eos_token_id not in train_rows[0].responses[0]:
@@ -74,7 +75,7 @@ def train(
     if dry_run:
         begun = Begun.find(RunDirectory(plan.run_dir), tell) if resume else None
         if begun is not None:
-            plan = resolve(begun.as_decided(loaded, tell), machine, counts)
+            plan = resolve(begun.as_decided(loaded, tell), machine, counts).with_adapted(adapted)
             begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
             tell("it is finished" if begun.is_finished(plan) else f"it would go on from step {begun.step}")
         return plan.to_json(), Exit.DONE
@@ -88,7 +89,7 @@ def train(
             run.clear()
         else:
             loaded = begun.as_decided(loaded, tell)
-            plan = resolve(loaded, machine, counts)
+            plan = resolve(loaded, machine, counts).with_adapted(adapted)
         about = manifest(plan, machine, provider.local_dir)
         if begun is not None:
             begun.require_same(loaded, plan, about)
@@ -234,7 +235,7 @@ def _judged(
 def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console) -> Plan:
     """The plan with what the loaded model decided: where prompts cannot be shared, micro-batches may have to be smaller."""
     assert plan.counts is not None
-    settled = resolve(loaded, machine, plan.counts, scoring)
+    settled = resolve(loaded, machine, plan.counts, scoring).with_adapted(plan.adapted)
     tell_scoring(settled, console)
     for note in settled.notes:
         if note not in plan.notes:
