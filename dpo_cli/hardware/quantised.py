@@ -23,9 +23,8 @@ class Quantisation:
         """Why no adapter can be trained on them here; None where one can."""
         if self.method == KNOWN and self.bits in OPTIONS:
             return None
-        message = (
-            f"the weights of {model} are quantised in its files ({self.method}), and only {KNOWN}' 4 and 8 bits are trained"
-        )
+        what = f"the files of {model} hold weights quantised by {self.method}"
+        message = f"{what}, and an adapter is trained only on those of {KNOWN}, with 4 or 8 bits"
         fix = 'name the model that it was made from; "use_4bit": true quantises that when it is loaded'
         return Problem("error", "model-quantised", message, fix, "model_name")
 
