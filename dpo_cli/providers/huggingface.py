@@ -153,7 +153,7 @@ class HuggingFace:
         self.notes += [note for note in _mend_generation(model) if note not in self.notes]
         require_finite(model, self.name, source)
         if not wants:
-            return cast(PreTrainedModel, model.dequantize().to(device, dtype) if is_quantised else model.to(device))
+            return _plain(model).to(device, dtype) if is_quantised else cast(PreTrainedModel, model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
             raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "leave use_4bit and use_8bit out")
         for module in model.modules():
@@ -263,6 +263,14 @@ def _require_plain(folder: Path) -> None:
     if code := foreign.in_adapter(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))):
         message = f"{folder / ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run"
         raise RunFailed(message, "remove that from the file, if you know where the adapter comes from")
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that is quantised in its files, with plain weights."""
+    plain: PreTrainedModel = model.dequantize()
+    # transformers 5.17 would undo its way of reading 4 bits when it saves the model, and cannot.
+    vars(plain).pop("_weight_conversions", None)
+    return plain
 
 
 def _mend_generation(model: PreTrainedModel) -> list[str]:
