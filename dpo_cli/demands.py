@@ -94,9 +94,13 @@ def disk_problem(plan: Plan) -> Problem | None:
 
 
 def out_of_memory(plan: Plan) -> Problem:
-    """The problem of a training whose longest pair, alone, did not fit."""
+    """The problem of a training whose longest pair, alone, did not fit; or the longest micro-batch of a loss that compares its
+    pairs, which is not run in parts."""
     assert plan.counts is not None
-    message = f"the longest pair ({plan.counts.longest} tokens, {plan.counts.longest_at}) alone runs out of memory"
+    batch = plan.config.per_device_train_batch_size
+    is_whole = batch > 1 and settings_of(plan.config, plan.counts, plan.scoring, None).is_whole
+    at_once = f"is one of {batch} pairs that the loss compares at once, which run" if is_whole else "alone runs"
+    message = f"the longest pair ({plan.counts.longest} tokens, {plan.counts.longest_at}) {at_once} out of memory"
     return Problem("error", DOES_NOT_FIT, message, remedies(plan) or "lower max_seq_length, or use a smaller model")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
-from dpo_cli.data.split import is_held_out_prompt, split
+from dpo_cli.data.split import is_held_out_prompt
 from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models, starting, targets
@@ -39,8 +40,10 @@ class Data:
     def sides(self, config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
         """(train, held out): two sets, or one divided by prompt. Reads the files again, and keeps the rows this time."""
         if self.held_out is not None:
-            return self.train.load(), self.held_out.load()
-        return split(self.train.load(), config.eval_split, config.seed)
+            return self.train.load(), self.held_out.divided(lambda row: True)[1]
+        seed = config.split_seed
+        assert seed is not None  # the loader sets it
+        return self.train.divided(lambda row: is_held_out_prompt(row.prompt_key, config.eval_split, seed))
 
     def to_json(self) -> dict[str, Any]:
         return {**self.train.to_json(), **self.said, "held_out": self.held_out.to_json() if self.held_out else None}
@@ -94,9 +97,9 @@ def inspect(
     )
     found += map(loaded.placed, about_model)
     damaged = any(problem.severity == "error" for problem in about_model)
-    data, balance = None, None
+    data, pairs = None, 0
     if with_data:
-        data, balance, about_data = _read_data(loaded, wrong)
+        data, pairs, about_data = _read_data(loaded, wrong)
         found += [problem if problem.file else loaded.placed(problem) for problem in about_data]
     plan = None
     draft = loaded.draft()
@@ -107,7 +110,7 @@ def inspect(
         found += map(loaded.placed, _model_problems(plan))
         if plan.config.lora_r and not plan.goes_on:
             found += map(loaded.placed, targets.problems(plan.config, plan.model_label))
-        found += map(loaded.placed, _step_problems(plan, balance.train if balance else 0))
+        found += map(loaded.placed, step_problems(plan, pairs))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
             if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
                 misfit = replace(misfit, severity="warning", stops_training=True)
@@ -134,8 +137,11 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
     return inspection.plan, prompts, [problem for problem in found if problem.severity == "warning"]
 
 
-def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Balance | None, list[Problem]]:
-    """The data that the config names, and what is wrong with it. A key in `wrong` was told of already."""
+def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, int, list[Problem]]:
+    """The data that the config names, the pairs that an epoch trains on, and what is wrong with the data.
+
+    A key in `wrong` was told of already.
+    """
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
     given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
     skip, columns, is_sft = values.get("on_bad_rows") == "skip", values.get("columns"), values.get("strategy") == "sft"
@@ -154,13 +160,17 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, Bal
         sets[key] = reader.read(value, skip, key, columns, observers[key], demonstrations=is_sft)
         found += sets[key].problems
     if "dataset" not in sets:
-        return None, None, found
+        return None, 0, found
     said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
     data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
     found += quality.problems(data.train) if not is_sft else ()
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
-    return data, balance, found
+    pairs = reader.epoch_pairs(balance.train, data.train.sources)
+    if balance.train and not pairs:
+        message = f"the weights leave none of the {balance.train.total()} {data.train.noun} to train on"
+        found.append(Problem("error", "nothing-to-train", message, "raise the weights in dataset", "dataset"))
+    return data, pairs, found
 
 
 def _model_problems(plan: Plan) -> Iterator[Problem]:
@@ -196,7 +206,7 @@ def lengths_of(dataset: str, model_name: str) -> Lengths:
     return lengths
 
 
-def _step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
+def step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
     """What is asked for at a step that the training, of this many pairs, never comes to."""
     config = plan.config
     steps = plan.steps_over(pairs)
@@ -205,27 +215,34 @@ def _step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
     if config.eval_steps is not None and config.eval_steps > steps:
         message = f"eval_steps is {config.eval_steps}, but the training has {steps} steps: it is judged at its end only"
         yield Problem("warning", "never-evaluated", message, f'write "eval_steps": {max(1, steps // 4)}', "eval_steps")
-    if config.warmup_steps is not None and config.warmup_steps >= steps:
-        message = (
-            f"warmup_steps is {config.warmup_steps}, but the training has {steps} steps: it never reaches its learning rate"
-        )
-        yield Problem("warning", "never-warm", message, 'write "warmup_ratio": 0.1 instead', "warmup_steps")
+    if plan.warmup_over(steps) >= steps:
+        key = "warmup_steps" if config.warmup_steps else "warmup_ratio"
+        value, fix = getattr(config, key), 'write "warmup_ratio": 0.1 instead'
+        message = f"{key} is {value:g}, but the training has {steps} steps: it never reaches its learning rate"
+        if steps == 1:  # a warm-up begins at 0
+            message = f"{key} is {value:g}, and the training has one step: its learning rate is 0, so nothing is learned"
+            fix = f'write "{key}": 0, or train more steps'
+        # transformers 5.17 divides the polynomial's decay by the steps that are left after the warm-up.
+        fails = config.lr_scheduler_type == "polynomial" and plan.warmup_over(steps) == steps
+        yield Problem("error" if fails else "warning", "never-warm", message, fix, key)
 
 
 class Balance:
     """Counts the pairs on both sides of the split; an observer of the pass over the dataset."""
 
     def __init__(self, config: Config | None) -> None:
-        self.share, self.seed = (config.eval_split, config.seed) if config else (0.0, 0)
-        self.train = self.held_out = 0
+        self.share, self.seed = (config.eval_split, config.split_seed or 0) if config else (0.0, 0)
+        self.train: Counter[str] = Counter()  # by file
+        self.held_out = 0
 
     def see(self, row: Row, prompt_key: str) -> None:
-        is_held_out = self.share > 0 and is_held_out_prompt(prompt_key, self.share, self.seed)
-        self.held_out += is_held_out
-        self.train += not is_held_out
+        if is_held_out_prompt(prompt_key, self.share, self.seed):
+            self.held_out += 1
+        else:
+            self.train[row.file] += 1
 
     def problems(self) -> Iterator[Problem]:
-        if not self.share or not self.train + self.held_out:
+        if not self.share or not self.train.total() + self.held_out:
             return
         if not self.train:
             fix = "lower eval_split, or add pairs with other prompts"

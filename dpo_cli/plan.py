@@ -172,6 +172,17 @@ class Plan:
         batches = math.ceil(pairs / self.config.per_device_train_batch_size)
         return math.ceil(self.config.num_train_epochs * math.ceil(batches / self.config.gradient_accumulation_steps))
 
+    def warmup_over(self, steps: int) -> int:
+        """Steps of so many over which the learning rate rises, as Trainer counts; the first of them has a rate of 0."""
+        if self.config.lr_scheduler_type == "constant":
+            return 0
+        return self.config.warmup_steps or math.ceil(steps * self.config.warmup_ratio)
+
+    @property
+    def ends_in_warmup(self) -> bool:
+        """Whether the last step comes before the learning rate is reached."""
+        return self.warmup_over(self.total_steps) >= self.total_steps
+
     def to_json(self) -> dict[str, Any]:
         return {
             "plan_version": PLAN_VERSION,
@@ -228,15 +239,17 @@ def resolve(
         if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
             # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
             wanted = replace(wanted, fused_attention=False)
-        settings, memory = fit(
-            facts, wanted, budget_gb, config.gradient_checkpointing, may_part=not sorts_pairs(config.loss_type)
-        )
+        settings, memory = fit(facts, wanted, budget_gb, config.gradient_checkpointing)
         factor = wanted.batch // settings.batch
         decided["gradient_checkpointing"] = settings.checkpointing
         decided["per_device_train_batch_size"] = settings.batch
         decided["gradient_accumulation_steps"] = config.gradient_accumulation_steps * factor
         if factor > 1 and memory.fits is not False:
             notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
+        if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
+            notes.append(
+                f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, and its parts have another"
+            )
     if config.strategy == "dpo" and loaded.sources.get("learning_rate") == "default" and config.lora_r:
         learns = f"a LoRA adapter hardly moves at it, and learns at {ADAPTER_LEARNING_RATE:g} and around it (README)"
         notes.append(f"learning_rate is the documented default {config.learning_rate:g}: {learns}")
@@ -269,6 +282,7 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
         whole_modules=tuple(config.modules_to_save or ()),
         on_gpu=config.device == "cuda",
         from_gguf=is_gguf(Path(config.model_name)),
+        is_whole=config.strategy == "dpo" and sorts_pairs(config.loss_type),
     )
 
 

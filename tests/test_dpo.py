@@ -13,7 +13,7 @@ import torch
 from conftest import made_row, tiny_model
 from made import norms_in_float64
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
@@ -43,6 +43,11 @@ def test_trl_contract() -> None:
     source = inspect.getsource(dpo_trainer)
     assert source.count("outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)") == 1
     assert source.count("ref_outputs = self.model(**ref_model_kwargs, labels=labels, fused_lm_head=True)") == 1
+    assert source.count("zip(self.loss_types, self.loss_weights, strict=True)") == 1  # from which we take "sft"
+    assert source.count("loss += per_sequence_loss.mean() * loss_weight") == 1
+    step = inspect.getsource(Trainer.training_step)
+    assert "self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)" in step
+    assert "if (not self.model_accepts_loss_kwargs or num_items_in_batch is None)" in step
     columns = inspect.getsource(DPOTrainer._set_signature_columns_if_needed)
     assert all(f'"{name}"' in columns for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
 

@@ -177,6 +177,9 @@ def test_fit_changes_only_what_leaves_the_training_the_same() -> None:
     tight, memory = fit(facts, wanted, 16, "auto")
     assert tight.checkpointing and tight.batch < 4 and memory.fits
     assert (tight.length, tight.rank, tight.bits) == (2048, 64, 4)
+    whole, _ = fit(facts, replace(wanted, is_whole=True), 16, "auto")
+    assert whole.checkpointing and whole.batch == 4
+    assert not any("batch_size" in text for text in savings(facts, replace(wanted, is_whole=True)))
 
 
 def test_remedies_are_the_documented_ones_each_with_its_saving() -> None:

@@ -96,6 +96,9 @@ def test_micro_batches_are_regrouped_to_fit_and_steps_stay(tmp_path: Path) -> No
     assert plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps == 8
     assert plan.config.gradient_checkpointing is True
     assert plan.notes
+    compared = resolve(load(write(tmp_path, **wide, loss_type=["sft", "aot"])), AMPERE)
+    assert compared.memory is not None and compared.memory.fits is False and compared.config.per_device_train_batch_size == 8
+    assert any("micro-batches stay at 8" in note for note in compared.notes)
 
 
 def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_halves_of_a_sum_add_up() -> None:
         return loss.detach()
 
     batch = {"x": torch.tensor([1.0, 2.0, 3.0])}
-    assert run_in_parts(step, batch, [weight], lambda _: None, rows_a_unit=1, is_mean=False).item() == pytest.approx(1)
+    assert run_in_parts(step, batch, [weight], lambda _: None, rows_a_unit=1).item() == pytest.approx(1)
     assert weight.grad is not None and weight.grad.item() == pytest.approx(1)
 
 

@@ -132,6 +132,8 @@ def _resolved(
     sources |= dict.fromkeys([*given, *read_as], "config")
     sources |= {key: source for key, source in origin.items() if key in values}
     sources |= dict.fromkeys(changes, "override")
+    if sources.get("split_seed") == "default" or values.get("split_seed") is None:
+        values["split_seed"] = values.get("seed")
     return values, sources
 
 

@@ -57,6 +57,7 @@ class Config:
     gradient_checkpointing: Literal[True, False, 'auto']
     max_seq_length: int
     eval_split: float
+    split_seed: int | None
     columns: dict[str, Any] | None
     quality: dict[str, Any]
     on_bad_rows: Literal['stop', 'skip']

@@ -19,6 +19,7 @@ from dpo_cli.errors import Problem
 Values = Mapping[str, Any]
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
+POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
 
 
@@ -84,6 +85,13 @@ def one_warmup(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "two-warmups", message, "remove one of them", "warmup_ratio")
 
 
+def decay_goes_down(values: Values, given: Values) -> Iterator[Problem]:
+    rate = values.get("learning_rate")
+    if values.get("lr_scheduler_type") == "polynomial" and rate is not None and rate <= POLYNOMIAL_END:
+        message = f"polynomial decays to {POLYNOMIAL_END:g}, and learning_rate is {rate:g}"
+        yield Problem("error", "rate-below-end", message, 'write "lr_scheduler_type": "linear"', "lr_scheduler_type")
+
+
 def one_length_of_training(values: Values, given: Values) -> Iterator[Problem]:
     steps = values.get("max_steps")
     if steps is not None and "num_train_epochs" in given:
@@ -113,11 +121,18 @@ def some_set_is_whole(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("hint", "weights-below-one", message, fix, "dataset")
 
 
+def weights_are_of_training(values: Values, given: Values) -> Iterator[Problem]:
+    entries = values.get("eval_dataset")
+    if isinstance(entries, list) and any(isinstance(entry, dict) and entry.get("weight", 1) != 1 for entry in entries):
+        message = "a weight in eval_dataset has no effect: each of its pairs is judged once"
+        yield Problem("warning", "no-effect", message, "remove the weight", "eval_dataset")
+
+
 def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("eval_split") != 0 or values.get("eval_dataset") is not None:
         return
-    for name in ("eval_steps", "early_stopping_patience"):
-        if values.get(name) is not None:
+    for name in ("eval_steps", "early_stopping_patience", "split_seed"):
+        if given.get(name) is not None:
             message = f"{name} has no effect: nothing is held out"
             yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split", for example to 0.1', name)
 
@@ -137,7 +152,10 @@ def losses(values: Values) -> list[str]:
 
 
 def sorts_pairs(loss_type: str | Sequence[str]) -> bool:
-    """Whether a loss compares the sorted pairs of a micro-batch (AOT, arXiv:2406.05882), so that its parts have another."""
+    """Whether a loss compares the sorted pairs of a micro-batch (AOT, arXiv:2406.05882), so that its parts have another.
+
+    In TRL 1.15 no other does; `sft`, its mean over tokens, is taken over those of the whole step (training/dpo.py).
+    """
     return any(name.startswith("aot") for name in ([loss_type] if isinstance(loss_type, str) else loss_type))
 
 
@@ -170,11 +188,17 @@ def one_weight_a_loss(values: Values, given: Values) -> Iterator[Problem]:
 
 def sorted_loss_has_a_batch(values: Values, given: Values) -> Iterator[Problem]:
     """AOT (arXiv:2406.05882) sorts the log-ratios of a micro-batch; a single pair is sorted already."""
-    sorting = [name for name in losses(values) if name in ("aot", "aot_unpaired")]
-    if sorting and values.get("per_device_train_batch_size") == 1:
+    sorting = [name for name in losses(values) if sorts_pairs(name)]
+    batch, accumulation = values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")
+    if sorting and batch == 1:
         message = f"{sorting[0]} compares the sorted pairs of one forward pass, and of one pair it is plain DPO"
         fix = "raise per_device_train_batch_size, and lower gradient_accumulation_steps"
         yield Problem("warning", "loss-needs-batch", message, fix, "per_device_train_batch_size")
+    elif sorting and batch and accumulation and accumulation > 1:
+        pairs = batch * accumulation
+        message = f"{sorting[0]} compares the sorted pairs of one forward pass: {batch} at a time, not the {pairs} of a step"
+        fix = f'write "per_device_train_batch_size": {pairs}, "gradient_accumulation_steps": 1: such a loss is never divided'
+        yield Problem("warning", "loss-needs-batch", message, fix, "gradient_accumulation_steps")
 
 
 def whole_model_is_not_quantised(values: Values, given: Values) -> Iterator[Problem]:
@@ -292,10 +316,12 @@ RULES: Sequence[Rule] = (
     one_precision,
     one_quantisation,
     one_warmup,
+    decay_goes_down,
     one_length_of_training,
     one_evaluation_set,
     evaluation_set_is_another,
     some_set_is_whole,
+    weights_are_of_training,
     evaluation_has_data,
     best_checkpoint_is_judged,
     smoothing_needs_its_loss,

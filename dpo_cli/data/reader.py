@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ SHOWN = 3  # of a group of bad rows, those whose own fault is told
 
 @dataclass(frozen=True)
 class Source:
-    """A file, and how often each of its pairs is seen in an epoch; below 1, that share of them."""
+    """A file, and how often each of its pairs is seen in an epoch of training; below 1, that share of them."""
 
     path: str
     weight: float = 1.0
@@ -45,17 +45,30 @@ class Dataset:
     demonstrations: bool = False  # as sft reads rows
 
     def load(self) -> list[Row]:
-        """The usable rows in the order of their files; a pair of weight 2 stands twice, of weight 0.5 every second stands."""
+        """The usable rows in the order of their files, each as often as its weight says."""
+        return self.divided(lambda row: False)[0]
+
+    def divided(self, is_held_out: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
+        """The usable rows in the order of their files: (to train on, held out).
+
+        A pair of weight 2 is trained on twice, of weight 0.5 every second is; each held-out pair stands once, so that a weight
+        changes no figure of an evaluation.
+        """
         kept: list[Row] = []
+        held_out: list[Row] = []
         seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighed as a whole
         for source in self.sources:
             rows = _demonstrations([source], self.columns) if self.demonstrations else stream([source], self.columns)
             for row in rows:
-                if not isinstance(row, Bad):
+                if isinstance(row, Bad):
+                    continue
+                if is_held_out(row):
+                    held_out.append(row)
+                else:
                     before = _due(seen[source.weight], source.weight)
                     seen[source.weight] += 1
                     kept += [row] * (_due(seen[source.weight], source.weight) - before)
-        return kept
+        return kept, held_out
 
     @property
     def noun(self) -> str:
@@ -69,6 +82,14 @@ class Dataset:
 def _due(pairs: int, weight: float) -> int:
     """How many of so many pairs stand in an epoch; 10 of weight 0.1 are 1, although ten tenths add up to less."""
     return math.floor(pairs * weight + 1e-9)
+
+
+def epoch_pairs(pairs: Mapping[str, int], sources: Sequence[Source]) -> int:
+    """How many pairs an epoch sees, of so many in each file; a file that is named twice is counted twice there."""
+    named, by_weight = Counter(source.path for source in sources), Counter[float]()
+    for source in sources:
+        by_weight[source.weight] += pairs.get(source.path, 0) // named[source.path]
+    return sum(_due(count, weight) for weight, count in by_weight.items())
 
 
 class Observer(Protocol):

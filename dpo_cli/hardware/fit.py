@@ -19,17 +19,15 @@ LENGTHS = (4096, 2048, 1024, 512, 256)  # that a remedy goes down to
 Change = tuple[str, dict[str, Any]]  # what to write into a config, and what it changes of the settings
 
 
-def fit(
-    facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str, may_part: bool = True
-) -> tuple[Settings, Bill]:
+def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
     """The first way to run `wanted` that fits the budget, or the smallest with its bill when none does.
 
     Only what leaves the training unchanged is tried: `checkpointing` when it is "auto", then smaller micro-batches (the
-    accumulation grows by the same factor, so pairs per optimizer step stay) where the loss `may_part` one. A way with a margin
-    goes before one without.
+    accumulation grows by the same factor, so pairs per optimizer step stay) unless the loss compares the pairs of one. A way
+    with a margin goes before one without.
     """
     choices = (False, True) if checkpointing == "auto" else (bool(checkpointing),)
-    batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0][: None if may_part else 1]
+    batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0][: 1 if wanted.is_whole else None]
     ways = [replace(wanted, checkpointing=choice) for choice in choices]
     ways += [replace(wanted, batch=size, checkpointing=choices[-1]) for size in batches[1:]]
     bills = [bill(facts, settings, budget_gb) for settings in ways]
@@ -75,7 +73,7 @@ def _changes(settings: Settings) -> Iterator[Change]:
         yield '"gradient_checkpointing": true', {"checkpointing": True}
     if settings.bits != 4 and settings.rank:
         yield '"use_4bit": true' + (', "use_8bit": false' if settings.bits == 8 else ""), {"bits": 4}
-    if settings.batch > 1:
+    if settings.batch > 1 and not settings.is_whole:
         fix = f'"per_device_train_batch_size": 1 with {settings.batch} times the "gradient_accumulation_steps"'
         yield fix, {"batch": 1}
     for length in LENGTHS:
@@ -106,8 +104,8 @@ def smaller_model(settings: Settings, budget_gb: float | None) -> str:
 
 
 def largest_model(settings: Settings, budget_gb: float) -> str | None:
-    """The largest of the common models that fits with these settings, checkpointed and one pair at a time."""
-    least = replace(settings, checkpointing=True, batch=1)
+    """The largest of the common models that fits with these settings, checkpointed and, where that may be, one pair at a time."""
+    least = replace(settings, checkpointing=True, batch=settings.batch if settings.is_whole else 1)
     shapes = {name: facts for name in known_models() if (facts := model_facts(name)) is not None}
     fitting = [name for name, facts in shapes.items() if bill(facts, least, budget_gb).fits]
     return max(fitting, key=lambda name: shapes[name].parameters, default=None)

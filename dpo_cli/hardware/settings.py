@@ -31,6 +31,7 @@ class Settings:
     from_gguf: bool = False
     pair_tokens: int | None = None  # of the longest pair, its prompt counted once, where prompts are shared and lengths known
     response_tokens: int | None = None  # scored tokens of the longest pair, where lengths are known
+    is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never divided
 
     full_logits: bool = False  # padded rows whose logits are made whole
     reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before

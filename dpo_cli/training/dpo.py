@@ -4,13 +4,16 @@ What is overridden, and why (tests/test_dpo.py fails when TRL moves any of it):
 - `_prepare_dataset`: TRL 1.15 tokenises rows itself and takes no ready token ids. Ours are made once, for plan, training
   and evaluation alike, and are the same ids (tests/test_tokens.py).
 - `compute_loss`: the response log-probs are read off the two model calls TRL makes for a micro-batch, policy first and
-  reference second, because its own averages count ties as losses.
+  reference second, because its own averages count ties as losses. TRL's loss is the mean over the micro-batch, and Trainer
+  weighs all micro-batches of a step alike: here each pair of a step counts 1/n, so that the division of a step into
+  micro-batches changes nothing. The `sft` term, which TRL averages over the tokens of a micro-batch, is averaged over those of
+  the step, as TRL does where the step is one micro-batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -22,7 +25,7 @@ from trl import DPOConfig, DPOTrainer
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan import Plan
-from dpo_cli.training import scoring
+from dpo_cli.training import parts, scoring
 from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, ready
 
 FIGURES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
@@ -41,23 +44,52 @@ def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     return torch.stack([accuracy, margin, reward_chosen, reward_rejected, pi_chosen, pi_rejected], dim=1)
 
 
+class StepSize(NamedTuple):
+    """What an optimizer step holds, on all processes."""
+
+    pairs: int
+    chosen_tokens: int  # counted where a loss is averaged over them
+
+
 class PairTrainer(CarefulTrainer, DPOTrainer):
-    """DPOTrainer on encoded pairs, scoring with our head."""
+    """DPOTrainer on encoded pairs, scoring with our head. Its loss is a micro-batch's share of the step's loss."""
 
     ROWS_A_UNIT = 2
-    IS_MEAN = True
+    loss_types: list[str]
+    loss_weights: list[float]
+    sft_weight = 0.0  # of the loss that is averaged over tokens
+
+    def take_over(self, *args: Any, **kwargs: Any) -> None:
+        super().take_over(*args, **kwargs)
+        # TRL's loop leaves out the loss that is averaged over tokens: `compute_loss` adds it.
+        weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
+        self.sft_weight = weights.pop("sft", 0.0)
+        self.loss_types, self.loss_weights = list(weights), list(weights.values())
+
+    def step_size(self, batches: Sequence[parts.Batch]) -> StepSize:
+        pairs, tokens = sum(parts.units_in(batch, self.ROWS_A_UNIT) for batch in batches), 0
+        if self.sft_weight:
+            chosen = [batch["completion_mask"].chunk(2)[0][:, 1:] for batch in batches]
+            tokens = sum(int(mask.sum()) for mask in chosen)
+        here = torch.tensor([[pairs, tokens]], device=self.args.device)
+        return StepSize(*self.accelerator.gather(here).sum(dim=0).tolist())
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
         return dataset
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, num_items_in_batch: StepSize | None = None) -> Any:
+        """The share of these pairs in the loss of a step of that size, or of these pairs alone."""
         self.calls.clear()
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        step, pairs = num_items_in_batch or self.step_size([inputs]), parts.units_in(inputs, self.ROWS_A_UNIT)
+        loss: Any = super().compute_loss(model, inputs, *args) * (pairs / step.pairs)
+        if self.sft_weight:
+            log_probs = self.calls[0].log_probs.chunk(2)[0]  # of the chosen responses, zero elsewhere
+            loss = loss - self.sft_weight * log_probs.sum() / max(1, step.chosen_tokens)
         policy, reference = (call.log_probs.detach().sum(dim=1) for call in self.calls)
         figures = reward_figures(policy, reference, self.beta)
-        losses = loss.detach().double().expand(len(figures), 1)
+        losses = (loss.detach().double() * step.pairs / pairs).expand(len(figures), 1)  # whose mean over a step is its loss
         self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))
-        return loss
+        return loss * self.accelerator.num_processes  # which average their gradients
 
 
 def build_trainer(

@@ -1,9 +1,8 @@
 """A micro-batch that does not fit the GPU, run in halves: the same gradient but for dropout drawn anew, and the run goes on.
 
-The loss of a micro-batch of DPO is the mean over its pairs, so its gradient is the mean of its halves' gradients, weighted by
-their pairs. That of SFT is its tokens' share of the whole step's loss, so the gradients of its halves add up. A backward pass
-that runs out of memory has added to some gradients already. So each try starts without gradients, and only those of a whole one
-are added to what was there, as autograd itself would have added them.
+The loss of a micro-batch is its share of the loss of the whole step, so the gradients of its halves add up to its own. A
+backward pass that runs out of memory has added to some gradients already. So each try starts without gradients, and only those
+of a whole one are added to what was there, as autograd itself would have added them.
 """
 
 from __future__ import annotations
@@ -40,28 +39,27 @@ def run_in_parts(
     parameters: Sequence[nn.Parameter],
     tell: Callable[[str], None],
     rows_a_unit: int = 2,
-    is_mean: bool = True,
 ) -> Tensor:
     """`step(batch)`, forward and backward; where that is out of memory, the same in halves, down to one unit.
 
-    The gradients of `parameters` are then what they were, plus those of the whole micro-batch. Returns its loss, which is the
-    mean over units with `is_mean`, else a sum.
+    The gradients of `parameters` are then what they were, plus those of the whole micro-batch. Returns its loss, the sum of its
+    parts' losses.
     """
     sums = [parameter.grad for parameter in parameters]
-    waiting, losses = [(batch, 1.0)], []
+    waiting, losses = [batch], []
     while waiting:
-        part, share = waiting.pop(0)
+        part = waiting.pop(0)
         for parameter in parameters:
             parameter.grad = None
         try:
-            losses.append(share * step(part))
+            losses.append(step(part))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             lacking = error.with_traceback(None)  # whose frames hold the tensors that fill the memory
         else:
             for i, parameter in enumerate(parameters):
-                sums[i] = _sum(sums[i], parameter.grad, share)
+                sums[i] = _sum(sums[i], parameter.grad)
             continue
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -69,16 +67,13 @@ def run_in_parts(
         if count == 1:
             raise lacking
         tell(f"out of memory with {count} rows at once: they go on in halves; a smaller per_device_train_batch_size is faster")
-        made = [(half, units_in(half, rows_a_unit)) for half in halves(part, rows_a_unit)]
-        waiting[:0] = [(half, share * units / count if is_mean else share) for half, units in made]
+        waiting[:0] = halves(part, rows_a_unit)
     for parameter, grad in zip(parameters, sums, strict=True):
         parameter.grad = grad
     return torch.stack(losses).sum()
 
 
-def _sum(total: Tensor | None, grad: Tensor | None, share: float) -> Tensor | None:
-    if grad is None:
-        return total
-    if total is None:
-        return grad if share == 1.0 else grad.mul_(share)
-    return total.add_(grad, alpha=share)
+def _sum(total: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    if total is None or grad is None:
+        return grad if total is None else total
+    return total.add_(grad)

@@ -17,10 +17,10 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.demands import disk_problem, does_not_fit, out_of_memory
-from dpo_cli.errors import DoesNotFit, Exit
+from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
 from dpo_cli.evaluation.judging import Measured, answered, judge, line_figures, measure, score
 from dpo_cli.hardware.probe import Machine
-from dpo_cli.inspection import Inspection
+from dpo_cli.inspection import Inspection, step_problems
 from dpo_cli.live import LiveView
 from dpo_cli.plan import Plan, Scoring, resolve
 from dpo_cli.providers.base import Provider
@@ -65,6 +65,11 @@ def train(
     train_rows, held_out, counts = prepare(data, tokenizer, draft, provider.token_rows())
     adapted = provider.adapted(draft)
     plan = resolve(loaded, machine, counts).with_adapted(adapted)
+    told = {problem.code for problem in inspection.problems}
+    late = tuple(loaded.placed(p) for p in step_problems(plan, counts.train_pairs) if p.code not in told)  # of rows left out
+    if any(problem.severity == "error" for problem in late):
+        raise InvalidInput(late)
+    console.problems(late)
     show_plan(plan, console)
     console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(train_rows[0], tokenizer))
     if tokenizer.eos_token_id not in train_rows[0].responses[0]:
@@ -96,7 +101,7 @@ def train(
             if begun.is_finished(plan):
                 return _finished(run, begun.left_out(plan), console)
             about["resumed"] = go_on(run, begun, plan, about, tell)
-        found = {"problems": [problem.to_json() for problem in inspection.problems], "data": data.to_json()}
+        found = {"problems": [problem.to_json() for problem in (*inspection.problems, *late)], "data": data.to_json()}
         run.write_json(PLAN, {**plan.to_json(), **found})
         run.write_json(MANIFEST, about)
         rows = Rows(train_rows, held_out, tokenizer)

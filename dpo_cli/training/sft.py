@@ -1,23 +1,24 @@
 """TRL's SFTTrainer as this program uses it; what both trainers share is in trainer.py.
 
 Rows come with their token ids and labels, which TRL takes as they are (`skip_prepare_dataset`). `compute_loss` is overridden
-only to read the figures off the model call that TRL makes.
+only to read the figures off the model call that TRL makes, which divides by the tokens of the whole step (`step_size`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan import Plan
-from dpo_cli.training import scoring
+from dpo_cli.training import parts, scoring
 from dpo_cli.training.sharing import IGNORED
 from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, ready
 
@@ -31,7 +32,11 @@ class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
     """
 
     ROWS_A_UNIT = 1
-    IS_MEAN = False
+
+    def step_size(self, batches: Sequence[parts.Batch]) -> Tensor:
+        """Completion tokens: all labels but a first one, which no state predicts."""
+        tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum()
+        return cast(Tensor, self.accelerator.gather(tokens.to(self.args.device)).sum())
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         self.calls.clear()

@@ -5,6 +5,7 @@ Longer than other modules: all that touches the inside of transformers' Trainer 
 Beside dpo.py and sft.py the only module that overrides anything of TRL's (tests/test_dpo.py and tests/test_sft.py fail when TRL
 moves any of it):
 - `training_step`: a micro-batch that does not fit is run in parts (training/parts.py).
+- `get_batch_samples`: what a step holds is counted, so that the loss of a micro-batch is its share of the step's.
 - `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
 - `log`: a training line takes our figures along.
 - `_save`, `_load_from_checkpoint`: a checkpoint holds the adapter in training alone, and what is loaded is what was written;
@@ -113,8 +114,6 @@ class CarefulTrainer:
     """The part of a trainer that is ours; stands before one of TRL's trainers among the bases."""
 
     ROWS_A_UNIT: int  # rows of a micro-batch that belong together
-    IS_MEAN: bool  # whether the loss is the mean over a micro-batch's units; else each row has its share of the step's loss
-
     IS_WHOLE = False  # whether the loss compares units, so that halves have another
 
     args: Any
@@ -133,6 +132,8 @@ class CarefulTrainer:
         self.policy = Policy(self.model, getattr(self, "ref_model", None))
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
         self.calls: list[FusedCausalLMOutput] = []  # of the head, since compute_loss began
+        # The losses take the size of the step, whatever the model's own forward takes; Trainer then divides them no further.
+        self.model_accepts_loss_kwargs = True
         for model in filter(None, (self.policy.network, self.policy.frozen)):
             scoring.attach(model, states)
         for model in filter(None, (self.policy.model, self.policy.frozen)):
@@ -141,6 +142,15 @@ class CarefulTrainer:
     def _keep_call(self, model: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, FusedCausalLMOutput):
             self.calls.append(output)
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of the next optimizer step, and its size, which Trainer hands to `compute_loss` as it is."""
+        batches, _ = super().get_batch_samples(*args)  # type: ignore[misc]
+        return batches, self.step_size(batches)
+
+    def step_size(self, batches: Sequence[parts.Batch]) -> Any:
+        """What the loss of a step is divided by, over all processes."""
+        raise NotImplementedError
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         step: Any = super().training_step  # type: ignore[misc]
@@ -159,7 +169,7 @@ class CarefulTrainer:
             return loss
 
         batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        return parts.run_in_parts(attempt, batch, trained, self._tell, self.ROWS_A_UNIT, self.IS_MEAN)
+        return parts.run_in_parts(attempt, batch, trained, self._tell, self.ROWS_A_UNIT)
 
     def probe_longest(self) -> None:
         """Run the rows with most tokens forward and backward once and leave no trace: what does not fit fails at once.

@@ -32,6 +32,7 @@ COLLAPSE, COLLAPSE_NATS = 2.0, 10.0  # times the reference's negative log-prob o
 FALL = 0.1  # of the chosen reward, where the margin is larger than that
 STILL_NATS = 0.5  # of log-prob: more than 16 bits make of nothing
 HEART_STEPS, EARLY = 5, 0.75  # steps in a row that are right, and the share of all steps that is early
+NO_WARMUP = "remove warmup_steps and warmup_ratio, or train more steps"
 GENERALISES = 0.9  # of the held-out pairs
 APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # a token, that rounding may cost a policy at step 0
 
@@ -211,8 +212,17 @@ def chosen_falls(course: Course) -> Found:
 
 
 def no_movement(course: Course) -> Found:
-    """At the end the log-probs of chosen and of rejected responses are still, step for step, those of the reference."""
-    if not course.is_dpo or course.done < max(course.recent, course.plan.total_steps):
+    """At the end the log-probs of chosen and of rejected responses are still, step for step, those of the reference.
+
+    Few steps may be too few to move by so much, and are asked only where the warm-up did not end before them. A single step is
+    measured before it is taken: by its learning rate.
+    """
+    if course.done < course.plan.total_steps:
+        return None
+    in_warmup = course.plan.ends_in_warmup
+    if course.done == 1 and in_warmup:
+        return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
+    if not course.is_dpo or course.done < (2 if in_warmup else course.recent):
         return None
     sizes = [
         float(np.sqrt(np.mean(np.square(course.values(name, course.recent))))) for name in ("reward_chosen", "reward_rejected")
@@ -220,6 +230,8 @@ def no_movement(course: Course) -> Found:
     if not max(sizes) < STILL_NATS * course.plan.config.beta:
         return None
     message = f"after {course.done} steps the rewards are of the size {max(sizes):.2g}: the policy has hardly moved"
+    if in_warmup:
+        return message, NO_WARMUP
     remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above: README), train 2-4 epochs, check that chosen and"
     return message, f"{remedy} rejected differ clearly"
 
