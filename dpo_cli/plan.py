@@ -170,11 +170,14 @@ def resolve(
     scoring: Scoring | None = None,
     vram_gb: float | None = None,
     longest: int | None = None,
+    is_resumed: bool = False,
 ) -> Plan:
     """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's.
 
     `longest` is what the longest sequence is taken to have before `counts` are there, if less than max_seq_length. `scoring` is
-    what the loaded model decided; before that, prompts are taken to be shared unless the config says no.
+    what the loaded model decided; before that, prompts are taken to be shared unless the config says no. With `is_resumed` the
+    config has the values of a run that was begun: none is decided by the memory that is free now, and the bill is held against
+    all that the device has.
     """
     config = loaded.require()
     start, notes = started(loaded, config)
@@ -188,16 +191,16 @@ def resolve(
             decided["gradient_checkpointing"] = decided["device"] == "cuda"
     else:
         wanted = settings_of(replace(config, **decided), counts, scoring, longest)
-        if decided["device"] == "cuda":
-            budget_gb = vram_gb or (machine.gpus[0].free_gb if machine.gpus else None)
-        else:
-            budget_gb = machine.card[1] if decided["device"] == "mps" and machine.card else machine.memory_gb
+        has_gb, free_gb = machine.memory_of(decided["device"])
+        budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
         if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
             # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
             wanted = replace(wanted, fused_attention=False)
-        settings, memory = fit(
-            facts, wanted, budget_gb, config.gradient_checkpointing, may_part=not sorts_pairs(config.loss_type)
-        )
+        may_part = not (is_resumed or sorts_pairs(config.loss_type))
+        settings, memory = fit(facts, wanted, budget_gb, config.gradient_checkpointing, may_part)
+        if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
+            lack = f"the run needs {memory.total_gb:.1f} GB, and {free_gb:.1f} are free now"
+            notes.append(f"{lack}: close other programs that use the {decided['device']} device, or it may run out of memory")
         factor = wanted.batch // settings.batch
         decided["gradient_checkpointing"] = settings.checkpointing
         decided["per_device_train_batch_size"] = settings.batch

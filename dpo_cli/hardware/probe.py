@@ -60,6 +60,14 @@ class Machine:
             return share, share, f"unified memory, of which Metal lets a process hold about {share:g} GB"
         return None
 
+    def memory_of(self, device: str) -> tuple[float | None, float | None]:
+        """(GB in all, GB free) of what a training on "cuda", "mps" or "cpu" uses here; None where there is no such device."""
+        if device == "cuda":
+            return (self.gpus[0].memory_gb, self.gpus[0].free_gb) if self.gpus else (None, None)
+        if device == "mps" and self.card is not None:
+            return self.card[0], self.card[1]
+        return self.memory_gb, self.memory_gb
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
