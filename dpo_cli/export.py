@@ -5,7 +5,6 @@ run -> its own figures -> adapter merged into the unquantised base -> files -> t
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from dpo_cli.redaction import redact
 from dpo_cli.runs.card import export_card
 from dpo_cli.runs.directory import CARD, PLAN, SUMMARY
 from dpo_cli.runs.log import log_to
+from dpo_cli.training.parts import free_memory
 from dpo_cli.training.scoring import choose
 
 FACTS, MODELFILE = "export.json", "Modelfile"
@@ -141,7 +141,7 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     Loaded by transformers and PEFT alone, whatever the run's provider is. Raises `RunFailed` for a broken adapter, and for a
     base that is quantised in its own files.
     """
-    _free_memory()
+    free_memory()
     model: Any = HuggingFace(trained.config.model_name).trained(trained, opened.folder).model
     if isinstance(model, PeftModel):
         try:
@@ -157,7 +157,7 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
 
 def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console: Console) -> Scores:
     """What the model in `place`, read back, gives the rows, beside the reference of the run."""
-    _free_memory()
+    free_memory()
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     config = replace(plan.config, model_name=str(place), reference="base", use_4bit=False, use_8bit=False)
     if plan.config.device == "cuda" and size > 0.8 * torch.cuda.mem_get_info()[0]:
@@ -168,13 +168,6 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
     # It stands in for its own reference, whose log-probs are there already.
     made = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))
     return replace(own, policy=made.policy, policy_right=made.policy_right)
-
-
-def _free_memory() -> None:
-    """Let go of the model before, which lies in reference cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -232,7 +225,7 @@ def _gguf(
     """Write the GGUF file and its Modelfile: what export.json says of them, and what stands in the way."""
     file = place / f"{asked.out.name}.{kind.upper()}.gguf"
     console.line(f"writing {file.name}")
-    _free_memory()
+    free_memory()
     gguf.convert(converter, place, file, kind, asked.out.name)
     check = gguf.check(place, file, kind, opened.rows, opened.tokenizer)
     text, has_template = modelfile(file.name, opened.tokenizer)

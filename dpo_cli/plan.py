@@ -163,6 +163,9 @@ MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
 }
 
 
+NOT_ON_MPS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")  # optimizers of bitsandbytes, without a Metal kernel
+
+
 def resolve(
     loaded: Loaded,
     machine: Machine,
@@ -245,6 +248,8 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[str, Any]:
     """The values of open choices. Paths become absolute, so that plan.json works from any folder."""
     device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
+    if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
+        device = "cpu"
     has_bf16 = {"cuda": all(gpu.has_bf16 for gpu in machine.gpus), "cpu": machine.has_amx}.get(device, False)
     bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
     fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16

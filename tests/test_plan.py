@@ -64,6 +64,11 @@ def test_precision_is_what_the_machine_does_best(tmp_path: Path, machine: Machin
     assert plan.sources["bf16"] == "measured"
 
 
+def test_a_mac_trains_on_its_processor_with_an_optimizer_that_its_gpu_does_not_know(tmp_path: Path) -> None:
+    assert resolve(load(write(tmp_path, optim="adamw_8bit")), APPLE, COUNTS).config.device == "cpu"
+    assert resolve(load(write(tmp_path, optim="sgd")), APPLE, COUNTS).config.device == "mps"
+
+
 def test_both_false_means_float32(tmp_path: Path) -> None:
     plan = resolve(load(write(tmp_path, bf16=False, fp16=False)), AMPERE, COUNTS)
     assert plan.dtype == "float32"

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,6 +39,7 @@ from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.keep import Keep
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.callbacks.stop import StopOnSignal
+from dpo_cli.training.parts import free_memory, is_out_of_memory
 from dpo_cli.training.prepare import Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.training.scoring import choose
 from dpo_cli.training.trainer import save_trained
@@ -104,7 +104,9 @@ def train(
         run.write_json(PLAN, {**plan.to_json(), **found})
         run.write_json(MANIFEST, about)
         rows = Rows(train_rows, held_out, tokenizer)
-        return _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
+        result = _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
+    free_memory()  # the trainer and its callbacks hold each other, and the model: a stage that follows needs its room
+    return result
 
 
 @contextmanager
@@ -256,7 +258,9 @@ def _fitting(plan: Plan, loaded: Loaded) -> Iterator[None]:
     """What runs out of memory inside, with one pair at a time, is for the user to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise DoesNotFit([loaded.placed(out_of_memory(plan))]) from error
 
 
