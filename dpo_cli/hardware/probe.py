@@ -98,7 +98,9 @@ def _has_metal() -> bool:
 
 def _memory_bytes() -> int:
     """The machine's memory, asked of the system."""
-    if hasattr(os, "sysconf"):
+    if told := re.match(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo")):  # Linux
+        return int(told[1]) * 1024
+    if hasattr(os, "sysconf"):  # macOS
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     import psutil  # Windows; a requirement of accelerate
 

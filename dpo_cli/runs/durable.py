@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +16,11 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Bring a file's content, or a folder's list of names, to the disk. Windows opens no folder, and syncs a file to write."""
+    is_windows = sys.platform == "win32"
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -66,5 +71,4 @@ def free_bytes(path: Path) -> int:
     """Bytes that this user may still write where `path` is, or will be."""
     while not os.path.exists(path):
         path = path.parent
-    disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize
+    return shutil.disk_usage(path).free

@@ -6,7 +6,6 @@ each part with what FILE held by then. What FILE holds beyond that is of a part 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem, UsageError
 from dpo_cli.redaction import redact, redacted
+from dpo_cli.runs.lock import is_locked_now
 
 
 class ResumableFile:
@@ -32,10 +32,8 @@ class ResumableFile:
         self.digest = hashlib.sha256()
         with ExitStack() as opened:
             self._marks = opened.enter_context(_opened(self.marks))
-            try:
-                fcntl.flock(self._marks, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(f"another process is writing {path}", "wait for it, or name another file") from error
+            if not is_locked_now(self._marks):
+                raise UsageError(f"another process is writing {path}", "wait for it, or name another file")
             lines = _whole_lines(self._marks)
             self.is_resumed = bool(lines)
             size = 0
