@@ -68,7 +68,12 @@ def is_full(error: BaseException) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or will be."""
+    """Bytes that this user may still write where `path` is, or will be; no end of them where the system does not tell."""
     while not os.path.exists(path):
         path = path.parent
-    return shutil.disk_usage(path).free
+    if sys.platform == "win32":
+        return shutil.disk_usage(path).free
+    if not hasattr(os, "statvfs"):
+        return sys.maxsize
+    disk = os.statvfs(path)
+    return disk.f_bavail * disk.f_frsize
