@@ -29,7 +29,7 @@ from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.publish import gguf, hub
 from dpo_cli.publish.modelfile import modelfile
-from dpo_cli.redaction import redact
+from dpo_cli.redaction import redact, redacted
 from dpo_cli.runs.card import export_card
 from dpo_cli.runs.directory import CARD, PLAN, SUMMARY
 from dpo_cli.runs.log import log_to
@@ -82,7 +82,7 @@ def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
         counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
         text = export_card(trained, asked.out.name, counts["train_pairs"], steps, judged, made)
         (place / CARD).write_text(redact(text), encoding="utf-8")
-        (place / FACTS).write_text(redact(json_text(made, indent=2)) + "\n", encoding="utf-8")
+        (place / FACTS).write_text(json_text(redacted(made), indent=2) + "\n", encoding="utf-8")
     console.line(f"exported to {asked.out}")
     address = hub.push(asked.out, asked.push) if asked.push else None
     if address:
