@@ -2,8 +2,7 @@
 
 A secret is known by its form (a token of a hub or an API, what an address carries before its host or as a key), or because a
 variable of the environment that is named for one holds it. SORT_KEY=learning_rate is named so and holds none: the words of the
-schema are no secrets, nor is a place of the disk. A JSON document is redacted value by value: its keys stay, since programs look
-for them.
+schema are no secrets, nor is a place of the disk. JSON is redacted value by value: its keys stay, since programs look for them.
 """
 
 from __future__ import annotations
