@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import dpo_cli
 from dpo_cli.config.augmenting import RANK_PARTS
 from dpo_cli.config.schema import inner_defaults
-from dpo_cli.console import Console, json_text
+from dpo_cli.console import Console
 from dpo_cli.data.formats import Question
 from dpo_cli.data.prompts import Prompts
 from dpo_cli.data.tokens import encode
@@ -71,7 +71,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[s
             for start in range(done, len(asked), options["prompts_per_batch"]):
                 batch = asked[start : start + options["prompts_per_batch"]]
                 rows = maker.rows(batch, start, counts)
-                file.append("".join(rows), {"prompts": start + len(batch), "counts": counts})
+                file.append(rows, {"prompts": start + len(batch), "counts": counts})
                 show(start + len(batch), f"{counts['pairs']} pairs")
         file.finish()
     counted = {name: counts[name] for name in ("pairs", *COUNTED)}
@@ -91,8 +91,8 @@ class Maker:
     options: Options
     origin: Mapping[str, Any]
 
-    def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[str]:
-        """The lines of the pairs of these prompts, of which the first is number `start`; `counts` grows by what was met."""
+    def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[dict[str, Any]]:
+        """The rows of the pairs of these prompts, of which the first is number `start`; `counts` grows by what was met."""
         options, dtype = self.options, getattr(torch, self.plan.dtype)
         sampling = Sampling(options["max_new_tokens"], float(options["temperature"]), float(options["top_p"]))
         # As many bits as torch takes, from words that Python hashes alike everywhere: batches of other seeds share nothing.
@@ -105,17 +105,15 @@ class Maker:
             message = f"{len(batch)} prompts with {options['responses']} responses each are out of memory"
             fix = 'lower "prompts_per_batch", "responses" or "max_new_tokens" in "augment"'
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
-        lines = []
+        rows = []
         for (question, _), answers in zip(batch, made, strict=True):
             usable = _usable(answers, options["min_tokens"], counts)
             scores = self.rank(question, usable)
             pairs = best_pairs(usable, scores, options["pairs_per_prompt"], options["min_distance"])
             counts["pairs"] += len(pairs)
             counts["without_pair"] += not pairs
-            for pair in pairs:
-                line = self._row(question, usable[pair.chosen], usable[pair.rejected], pair.scores)
-                lines.append(json_text(line) + "\n")
-        return lines
+            rows += [self._row(question, usable[pair.chosen], usable[pair.rejected], pair.scores) for pair in pairs]
+        return rows
 
     def _row(self, question: Question, chosen: Answer, rejected: Answer, scores: tuple[float, float]) -> dict[str, Any]:
         pair = question.with_answers(chosen.text, rejected.text)

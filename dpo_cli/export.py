@@ -5,7 +5,6 @@ run -> its own figures -> adapter merged into the unquantised base -> files -> t
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,10 +30,11 @@ from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.publish import gguf, hub
 from dpo_cli.publish.modelfile import modelfile
-from dpo_cli.redaction import redact
+from dpo_cli.redaction import redact, redacted
 from dpo_cli.runs.card import export_card
 from dpo_cli.runs.directory import CARD, PLAN, SUMMARY
 from dpo_cli.runs.log import log_to
+from dpo_cli.training.parts import free_memory
 from dpo_cli.training.scoring import choose
 
 FACTS, MODELFILE = "export.json", "Modelfile"
@@ -83,7 +83,7 @@ def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
         counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
         text = export_card(trained, asked.out.name, counts["train_pairs"], steps, judged, made)
         (place / CARD).write_text(redact(text), encoding="utf-8")
-        (place / FACTS).write_text(redact(json_text(made, indent=2)) + "\n", encoding="utf-8")
+        (place / FACTS).write_text(json_text(redacted(made), indent=2) + "\n", encoding="utf-8")
     console.line(f"exported to {asked.out}")
     address = hub.push(asked.out, asked.push) if asked.push else None
     if address:
@@ -142,7 +142,7 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     Loaded by transformers and PEFT alone, whatever the run's provider is; a base that is quantised in its own files is made
     float first. Raises `InvalidInput` for an adapter that cannot be merged.
     """
-    _free_memory()
+    free_memory()
     model: Any = HuggingFace(trained.config.model_name).trained(trained, opened.folder).model
     if isinstance(model, PeftModel):
         model = merged(model, TRAINED, trained.model_label, getattr(torch, trained.dtype))
@@ -152,7 +152,7 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
 
 def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console: Console) -> Scores:
     """What the model in `place`, read back, gives the rows, beside the reference of the run."""
-    _free_memory()
+    free_memory()
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     config = replace(plan.config, model_name=str(place), reference="base", use_4bit=False, use_8bit=False)
     if plan.config.device == "cuda" and size > 0.8 * torch.cuda.mem_get_info()[0]:
@@ -163,13 +163,6 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
     # It stands in for its own reference, whose log-probs are there already.
     made = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))
     return replace(own, policy=made.policy, policy_right=made.policy_right)
-
-
-def _free_memory() -> None:
-    """Let go of the model before, which lies in reference cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -227,7 +220,7 @@ def _gguf(
     """Write the GGUF file and its Modelfile: what export.json says of them, and what stands in the way."""
     file = place / f"{asked.out.name}.{kind.upper()}.gguf"
     console.line(f"writing {file.name}")
-    _free_memory()
+    free_memory()
     gguf.convert(converter, place, file, kind, asked.out.name)
     check = gguf.check(place, file, kind, opened.rows, opened.tokenizer)
     text, has_template = modelfile(file.name, opened.tokenizer)

@@ -73,6 +73,7 @@ def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
     # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
     # a lone training nothing, and two at once much less: `make spin` prints both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts: the card of the bill is that of the run
     if devices := {config.device for config in configs if config.provider == "unsloth"}:  # it changes what is imported next
         from dpo_cli.providers.unsloth_import import import_unsloth
 

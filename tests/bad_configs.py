@@ -6,7 +6,7 @@ As long as there are ways to be wrong. The tests run every case; `make reference
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gguf_files import write_gguf
@@ -15,6 +15,7 @@ from dpo_cli.hardware.probe import Gpu, Machine
 
 CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),), is_apple=False)
 NO_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(), is_apple=False)
+APPLE = replace(NO_CARD, is_apple=True)
 OLD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("T4", 16.0, 15.5, 7.5),), is_apple=False)
 AMD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RX 7900", 24.0, 23.5, 0.0, "amd"),), is_apple=False)
 SMALL_HOST = Machine("cpu", 4, 8.0, has_amx=False, gpus=(), is_apple=False)
@@ -370,6 +371,7 @@ HARDWARE = [
     Case("does-not-fit", None, '"model_name": "meta-llama/Llama-3.1-8B-Instruct"', '"use_4bit": true', None, vram_gb=16),
     warning("fp16-device", "fp16", '"fp16": true', "use bf16", machine=NO_CARD),
     warning("bf16-device", "bf16", '"bf16": true', "fp16 is used", machine=OLD_CARD),
+    warning("optim-device", "optim", '"device": "mps", "optim": "adamw_8bit"', 'leave "optim" out', machine=APPLE),
     warning("device-missing", "device", '"device": "cuda"', "--vram", machine=NO_CARD),
     warning("device-missing", "device", '"device": "mps"', "--vram", machine=NO_CARD),
     warning("unsloth-without-cuda", "provider", '"provider": "unsloth"', '"provider": "huggingface"', machine=NO_CARD),

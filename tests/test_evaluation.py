@@ -167,6 +167,23 @@ def test_a_stopped_run_gets_its_evaluation_from_eval(run: Run) -> None:
     assert again == before
 
 
+def test_figures_of_other_settings_are_not_the_evaluation_of_the_run(run: Run) -> None:
+    _, place = run(eval_split=0.4)
+    written = (place / "evaluation.json").read_bytes()
+    other = ("max_new_tokens=1", "kl_prompts=1")
+    assert evaluate(Request(str(place), overrides=other), Console())["policy"]["kl_sequence"] is not None
+    assert (place / "evaluation.json").read_bytes() == written
+    (place / "evaluation.json").unlink()  # as a training that was stopped leaves it
+    report = (place / "report.html").read_bytes()
+    for overrides, dataset in ((other, None), ((), plan_dataset(place)), (("kl_prompts=1",), plan_dataset(place))):
+        evaluate(Request(str(place), overrides=overrides, dataset=dataset), Console())
+        assert not (place / "evaluation.json").exists() and (place / "report.html").read_bytes() == report
+
+
+def plan_dataset(place: Path) -> str:
+    return str(json.loads((place / "plan.json").read_text(encoding="utf-8"))["config"]["dataset"])
+
+
 def test_a_plan_of_another_machine_judges_an_adapter_here(run: Run) -> None:
     """What that machine decided or had is decided anew, with --adapter as without."""
     _, place = run(eval_split=0.4)

@@ -16,6 +16,7 @@ from dpo_cli.evaluation.samples import Sampling, answers, first_of_each_prompt
 from dpo_cli.plan import Plan
 from dpo_cli.providers.policy import Policy
 from dpo_cli.training.scoring import plain_states
+from dpo_cli.training.states import random_state_kept
 
 
 def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan) -> Array:
@@ -29,9 +30,7 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
     asked = first_of_each_prompt(rows, config.kl_prompts)
     if not asked:
         return np.zeros(0)
-    device = policy.network.device
-    on_gpu = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(on_gpu, device_type=device.type if on_gpu else "cuda"):
+    with random_state_kept():
         torch.manual_seed(config.seed)
         sampling = Sampling(config.max_new_tokens, temperature=1.0)
         made = answers(policy.network, tokenizer, [row.prompt_ids for row in asked], sampling, dtype)

@@ -19,6 +19,7 @@ from dpo_cli.evaluation.rows import extremes, row_figures
 from dpo_cli.evaluation.samples import Sample, answer_tokens, side_by_side
 from dpo_cli.plan import Plan
 from dpo_cli.providers.policy import Policy
+from dpo_cli.redaction import redact
 from dpo_cli.training.scoring import states_of
 
 ANSWERS, SAMPLES = 32, 8  # held-out prompts that an evaluation answers, and those whose answers it keeps
@@ -85,14 +86,15 @@ def _counts(rows: Sequence[Encoded], plan: Plan) -> dict[str, Any]:
 
 def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[str, Any]:
     """The figures of the rows of each category, the largest first and many small ones as one; empty where no row has one."""
-    sizes = Counter(row.row.category or NONE for row in rows)
+    names = [redact(row.row.category) or NONE for row in rows]  # which become keys, where nothing is redacted
+    sizes = Counter(names)
     if set(sizes) == {NONE}:
         return {}
     told = [name for name, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))]
     told = told if len(told) <= CATEGORIES else [*told[: CATEGORIES - 1], OTHERS]
     places: dict[str, list[int]] = {name: [] for name in told}
-    for i, row in enumerate(rows):
-        places.get(row.row.category or NONE, places[told[-1]]).append(i)
+    for i, name in enumerate(names):
+        places.get(name, places[told[-1]]).append(i)
     of_one = ((name, [rows[i] for i in found], scores.of(found)) for name, found in places.items())
     return {
         name: _counts(own, plan) | figures(theirs, [row.row.prompt_key for row in own], plan.config.beta)

@@ -123,18 +123,23 @@ def model_of(model_name: str) -> str:
     return str(place) if place.is_dir() and (place.parent / PLAN).is_file() else model_name
 
 
-def chain_of(model_name: str) -> dict[str, str]:
-    """The folders of all runs and adapters that a model stands on, itself first, each with the SHA-256 of its weights."""
-    chain: dict[str, str] = {}
+def folders_below(model_name: str) -> list[str]:
+    """The folders of all runs and adapters that a model stands on, itself first. No weights are read."""
+    folders: list[str] = []
     adapter = adapter_at(model_name)
     while adapter is not None:
-        if str(adapter.directory) in chain:
+        if str(adapter.directory) in folders:
             raise ValueError("it stands on itself")
-        chain[str(adapter.directory)] = sha256_of_all(adapter.directory)
+        folders.append(str(adapter.directory))
         model_name = adapter.model_name
         adapter = adapter_at(model_name)
     whole = model_of(model_name)
-    return chain if whole == model_name else {**chain, whole: sha256_of_all(Path(whole))}
+    return folders if whole == model_name else [*folders, whole]
+
+
+def chain_of(model_name: str) -> dict[str, str]:
+    """The same folders, each with the SHA-256 of its weights, which reads them all."""
+    return {folder: sha256_of_all(Path(folder)) for folder in folders_below(model_name)}
 
 
 def foundation(model_name: str) -> str:

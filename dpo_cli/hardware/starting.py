@@ -10,7 +10,7 @@ from typing import Any
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
 from dpo_cli.errors import Problem
-from dpo_cli.hardware.adapters import SHAPE, Adapter, adapter_at, chain_of, is_on_head
+from dpo_cli.hardware.adapters import SHAPE, Adapter, adapter_at, folders_below, is_on_head
 from dpo_cli.hardware.facts import model_facts
 
 
@@ -42,7 +42,7 @@ def problems(loaded: Loaded, run_dir: Path) -> Iterator[Problem]:
     """Where "reference" asks for what model_name does not give, and where the run would overwrite what it stands on."""
     config, place = loaded.require(), Path(os.path.realpath(run_dir))
     try:
-        below = [Path(os.path.realpath(folder)) for folder in chain_of(config.model_name)]
+        below = [Path(os.path.realpath(folder)) for folder in folders_below(config.model_name)]
     except (OSError, ValueError):  # told of as a fault of model_name
         below = []
     if any(folder.is_relative_to(place) for folder in below):

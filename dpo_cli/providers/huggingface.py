@@ -224,6 +224,8 @@ def require_device(plan: Plan) -> torch.device:
     device = torch.device(plan.config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunFailed("this torch cannot use CUDA", 'install a CUDA build of torch, or set "device": "cpu"')
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RunFailed("this torch cannot use Metal", 'install torch for macOS on Apple silicon, or set "device": "cpu"')
     return device
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +18,11 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Bring a file's content, or a folder's list of names, to the disk. Windows opens no folder, and syncs a file to write."""
+    is_windows = sys.platform == "win32"
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -78,8 +83,12 @@ def is_full(error: BaseException) -> bool:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or will be."""
+    """Bytes that this user may still write where `path` is, or will be; no end of them where the system does not tell."""
     while not os.path.exists(path):
         path = path.parent
+    if sys.platform == "win32":
+        return shutil.disk_usage(path).free
+    if not hasattr(os, "statvfs"):
+        return sys.maxsize
     disk = os.statvfs(path)
     return disk.f_bavail * disk.f_frsize

@@ -19,14 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from trl.trainer.utils import FusedCausalLMOutput
@@ -40,8 +40,9 @@ from dpo_cli.runs.checkpoint import PART
 from dpo_cli.runs.directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from dpo_cli.training import parts, scoring
 from dpo_cli.training.schedule import Schedule
-from dpo_cli.training.states import load_state, random_state, save_state, set_random_state
+from dpo_cli.training.states import load_state, random_state, random_state_kept, save_state, set_random_state
 
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Evaluate = Callable[[Policy], dict[str, float]]
 Tell = Callable[[str], None]
 
@@ -181,15 +182,14 @@ class CarefulTrainer:
         trainer: Any = self
         batch = trainer.data_collator([self.train_dataset[i] for i in rows])
         trainer.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        mark, device = self.totals.mark(), self.args.device
+        mark = self.totals.mark()
         seen: Any = getattr(self, TRL_TOKENS)
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         held = (
             1 if self.optimizer is not None and self.optimizer.state else 3
         )  # of a training that goes on the moments are there
-        later = torch.empty(held * trained, dtype=torch.uint8, device=device)
-        on_gpu = [device] if device.type != "cpu" else []
-        with torch.random.fork_rng(on_gpu, device_type=device.type if on_gpu else "cuda"):
+        later = torch.empty(held * trained, dtype=torch.uint8, device=self.args.device)
+        with random_state_kept():
             self.training_step(trainer.model_wrapped, batch)
         del later
         self.totals.back_to(mark)
@@ -333,6 +333,13 @@ def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan) -> None:
     for name, parameter in parameters.items():
         if f".{FROZEN}." in name:
             parameter.data = parameter.data.to(parameters[name.replace(f".{FROZEN}.", f".{TRAINED}.")].dtype)
+
+
+def on_one_device(arguments: Arguments) -> Arguments:
+    """One process uses one device. transformers takes each visible GPU: a batch of 2 becomes 4 and is spread over copies of the
+    model, whose forward is bound to the first. Several GPUs are for several processes."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
 
 
 def common_arguments(plan: Plan) -> dict[str, Any]:
