@@ -159,8 +159,6 @@ class Console:
         noun = "pairs" if "pairs" in judged else "demonstrations"
         title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
-        if unanswered := judged.get("unanswered"):
-            self.line(f"note: {unanswered} prompts are as long as the model's context and have no answer: not in kl sequence")
         self._categories(judged["categories"], noun)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]

@@ -111,14 +111,3 @@ def test_answer_tokens_by_hand() -> None:
     assert [made[name]["value"] for name in made] == pytest.approx([30, 15, -15])
     assert (made["gain"]["low"], made["gain"]["high"]) == pytest.approx((-30, -5))
     assert answer_tokens([]) is None
-
-
-def test_a_prompt_as_long_as_the_context_silences_no_other(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each prompt has its own room: the answers to the others are those of a batch without it."""
-    model = tiny_model("gpt2", torch.float32)  # whose learned positions end at 1024
-    short, close, full = [5, 6, 7], [5] * 1020, [5] * 1024
-    sampling = Sampling(8)
-    together = generate(model, tokenizer, [full, short, close], sampling, torch.float32)
-    alone = [generate(model, tokenizer, [ids], sampling, torch.float32)[0] for ids in (full, short, close)]
-    assert together == alone
-    assert [answer.is_there for (answer,) in together] == [False, True, True] and len(together[2][0].ids) <= 4

@@ -16,7 +16,7 @@ from dpo_cli.evaluation.divergence import sequence_kl
 from dpo_cli.evaluation.intervals import Array, Intervals, mean
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.evaluation.rows import extremes, row_figures
-from dpo_cli.evaluation.samples import Sample, answer_tokens, first_of_each_prompt, side_by_side
+from dpo_cli.evaluation.samples import Sample, answer_tokens, side_by_side
 from dpo_cli.plan import Plan
 from dpo_cli.providers.policy import Policy
 from dpo_cli.redaction import redact
@@ -38,17 +38,13 @@ class Measured:
 
     scores: Scores
     kl: Array  # the samples of kl_sequence, nats an answer; empty where none are drawn
-    unanswered: int = 0  # prompts of kl_sequence that are as long as the context, and have no answer
 
 
 def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
     """Score the rows, and sample answers to their prompts; not of sft, nor from a policy whose log-probs are no numbers."""
     scores = score(policy, rows, tokenizer, plan)
     samples_kl = plan.config.strategy == "dpo" and bool(np.isfinite(scores.policy).all())
-    if not samples_kl:
-        return Measured(scores, np.zeros(0))
-    kl = sequence_kl(policy, tokenizer, rows, plan)
-    return Measured(scores, kl, len(first_of_each_prompt(rows, plan.config.kl_prompts)) - len(kl))
+    return Measured(scores, sequence_kl(policy, tokenizer, rows, plan) if samples_kl else np.zeros(0))
 
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
@@ -68,8 +64,7 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
     """What evaluation.json holds: the figures of `eval --json`, null when nothing was measured, and the rows."""
     if measured is None:
         nothing: dict[str, Any] = dict.fromkeys(("policy", "base", "gain", "answer_tokens"))
-        empty = {"unanswered": 0, "categories": {}, "samples": []}
-        return _counts([], plan) | nothing | empty | {name: [] for name in ROW_BY_ROW}
+        return _counts([], plan) | nothing | {"categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
     beta, scores, kl = plan.config.beta, measured.scores, measured.kl
     made: dict[str, Any] = figures(scores, [row.row.prompt_key for row in rows], beta)
     made["policy"]["kl_sequence"] = Intervals([str(i) for i in range(len(kl))]).of(mean(kl)) if len(kl) else None
@@ -78,7 +73,6 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
         **_counts(rows, plan),
         **made,
         "answer_tokens": answer_tokens(samples[:ANSWERS]),
-        "unanswered": measured.unanswered,
         "categories": _by_category(rows, scores, plan),
         "samples": [sample.to_json() for sample in samples[:SAMPLES]],
         "rows": table,

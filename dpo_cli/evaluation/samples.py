@@ -28,11 +28,6 @@ class Answer:
     finished: bool
     ids: tuple[int, ...] = ()  # the end's among them
 
-    @property
-    def is_there(self) -> bool:
-        """Whether there was room for a token."""
-        return self.finished or self.tokens > 0
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -68,38 +63,18 @@ def generate(
     dtype: torch.dtype,
     count: int = 1,
 ) -> list[list[Answer]]:
-    """`count` answers to each prompt (token ids), made in evaluation mode; without ids to a prompt as long as the context.
+    """`count` answers to each prompt (token ids), made as one batch of left-padded rows, in evaluation mode.
 
-    Prompts with the same room for an answer are one batch of left-padded rows: all of them, where none is close to the context.
     Sampled answers follow torch's random state and, through rounding, the whole batch: the same batch has the same answers.
     """
     model.eval()
-    # Learned positions end with the context; of others none is asked for that the model was not made for.
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    by_room: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        by_room.setdefault(int(min(sampling.max_new_tokens, context - len(prompt))), []).append(place)
-    answers = [[Answer("", 0, False)] * count for _ in prompts]
-    for room, places in by_room.items():
-        if room > 0:
-            alike = [prompts[place] for place in places]
-            for place, made in zip(places, _generate(model, tokenizer, alike, sampling, room, dtype, count), strict=True):
-                answers[place] = made
-    return answers
-
-
-def _generate(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    room: int,
-    dtype: torch.dtype,
-    count: int,
-) -> list[list[Answer]]:
-    """The answers to one batch, each of at most `room` tokens."""
     device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
     width = max(map(len, prompts))
+    # Learned positions end with the context; of others none is asked for that the model was not made for.
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    room = int(min(sampling.max_new_tokens, context - width))
+    if room < 1:
+        return [[Answer("", 0, False)] * count for _ in prompts]
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (prompts, width)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     ends = _ends(model, tokenizer)
@@ -183,9 +158,8 @@ def answers(
 def answer_tokens(samples: Sequence[Sample]) -> dict[str, Any] | None:
     """Mean tokens of the answers of `base` and of `policy`, and `gain`, their paired difference, with intervals.
 
-    An answer that did not end counts with the tokens it has; a prompt without room for one does not count.
+    An answer that did not end counts with the tokens it has.
     """
-    samples = [sample for sample in samples if sample.base.is_there or sample.adapter.is_there]
     if not samples:
         return None
     base, policy = (
