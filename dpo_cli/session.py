@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -66,8 +65,6 @@ def unexpected(error: Exception) -> DpoError:
     if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
         what = "the disk is full; what was written before is kept"
         return DpoError(what, "free space where output_dir (or standard output) is, and start again")
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return UsageError(f"a name is longer than the file system takes: {str(error.filename)[:80]}...", "give a shorter one")
     return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
 
 

@@ -20,7 +20,6 @@ Values = Mapping[str, Any]
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
 POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
-LONGEST_NAME = 255  # bytes of a file or folder (NAME_MAX of Linux and macOS; NTFS counts characters)
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
 
 
@@ -294,14 +293,6 @@ def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Proble
             yield Problem("error", "path-control-character", message, "write / or \\\\ between the folders", name)
 
 
-def names_are_short_enough(values: Values, given: Values) -> Iterator[Problem]:
-    for name in ("model_name", "dataset", "eval_dataset", "output_dir"):
-        value = values.get(name)
-        if isinstance(value, str) and (part := max(value.split("/"), key=len)) and len(os.fsencode(part)) > LONGEST_NAME:
-            message = f'"{name}" holds a name of {len(os.fsencode(part))} bytes; no file system takes more than {LONGEST_NAME}'
-            yield Problem("error", "name-too-long", message, "give the file or folder a shorter name", name)
-
-
 def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
     """Prompts, as it drops the mask that keeps the responses of a pair apart; the rest, as nobody has tried it."""
     limits = {
@@ -317,7 +308,6 @@ def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
 
 RULES: Sequence[Rule] = (
     paths_are_written_as_meant,
-    names_are_short_enough,
     default_model,
     qlora_is_sft,
     belongs_to_strategy,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.errors import RunFailed
@@ -33,29 +32,19 @@ def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
     """The folder that `make` fills, kept under a hash of all that decides its `content` and the transformers version."""
     digest = hashlib.sha256(content.encode()).hexdigest()[:32]
     target = cache_dir() / kind / f"{digest}-transformers-{transformers.__version__}"
-    try:
-        if target.is_dir():
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
-    except OSError as error:
-        raise _unwritable(target.parent, error) from error
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
     try:
         make(work)
         work.rename(target)
-    except (OSError, SafetensorError) as error:
+    except OSError:
         if not target.is_dir():  # else another process finished first, and its copy serves
-            raise _unwritable(target.parent, error) from error
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-def _unwritable(place: Path, error: OSError | SafetensorError) -> RunFailed:
-    """The error of a cache that cannot be made or filled."""
-    reason = getattr(error, "strerror", None) or error
-    fix = "set XDG_CACHE_HOME to a folder that this user can write, on a disk with room for the model"
-    return RunFailed(f"the cache of converted models cannot be written in {place}: {reason}", fix)
 
 
 def _convert(path: Path, target: Path) -> None:
