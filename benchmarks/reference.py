@@ -189,6 +189,8 @@ def _example(case: Case) -> str:
     if case.vram_gb is not None:
         return f"{text} with --vram {case.vram_gb:g}"
     hosts = {True: f"with {case.machine.memory_gb:g} GB of memory", False: "without such a GPU"}
+    if case.machine.is_apple:
+        return f"{text} on a Mac with Apple silicon"
     return text if case.machine is CARD else f"{text} on a machine {hosts[case.code == 'small-memory']}"
 
 

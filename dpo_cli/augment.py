@@ -46,6 +46,7 @@ DECIDING = (  # options that decide what is sampled
 )
 COUNTED = {
     "responses": "responses sampled",
+    "unanswered": "prompts fill the model's context and have no answer",
     "unfinished": "did not end within max_new_tokens: rejected at most, never chosen",
     "empty": "empty or with a NUL character, left out",
     "short": "shorter than min_tokens, left out",
@@ -107,6 +108,7 @@ class Maker:
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
         rows = []
         for (question, _), answers in zip(batch, made, strict=True):
+            counts["unanswered"] += answers[0].is_missing
             usable = _usable(answers, options["min_tokens"], counts)
             scores = self.rank(question, usable)
             pairs = best_pairs(usable, scores, options["pairs_per_prompt"], options["min_distance"])
@@ -131,7 +133,7 @@ class Maker:
 def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) -> list[Answer]:
     """The different answers that say something; the others are counted."""
     kept: dict[str, Answer] = {}
-    for answer in answers:
+    for answer in (answer for answer in answers if not answer.is_missing):
         counts["responses"] += 1
         counts["unfinished"] += not answer.finished
         if not answer.text or "\0" in answer.text:  # a NUL, which no row may hold

@@ -159,6 +159,10 @@ class Console:
         noun = "pairs" if "pairs" in judged else "demonstrations"
         title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
+        if missing := judged.get("unanswered"):
+            fix = "lower max_seq_length, so that prompts are cut, or judge with shorter ones"
+            told = f"{missing} prompts fill the model's context and have no answer"
+            self.line(f"note: {told}: kl_sequence and answer_tokens are of the others, and keep no limit; {fix}")
         self._categories(judged["categories"], noun)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]

@@ -271,6 +271,7 @@ RULES = [
     ),
     Case("qlora-without-4bit", "use_4bit", '"strategy": "qlora",\n  "use_4bit": false', '"use_4bit": true', FIRST + 1),
     Case("output-is-input", "output_dir", '"output_dir": "pairs.jsonl"', "runs/my-run"),
+    Case("path-too-long", "output_dir", '"output_dir": "runs/' + 256 * "x" + '"', "name a shorter one"),
     Case("path-control-character", "dataset", '"dataset": "C:\\temp\\new.jsonl"', "write / or"),
     Case("default-model", "model_name", "", "your model", None, "warning", text=b'{"dataset": "pairs.jsonl"}'),
     warning("no-effect", "warmup_ratio", '"warmup_ratio": 0.1,\n  "lr_scheduler_type": "constant"', '"constant_with_warmup"'),

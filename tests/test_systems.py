@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Run
+from typer.testing import CliRunner
 
+from dpo_cli.cli import app
 from dpo_cli.config.config import load
+from dpo_cli.errors import Exit
 from dpo_cli.hardware import adapters
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
@@ -65,6 +68,12 @@ def test_a_file_is_locked_once(tmp_path: Path) -> None:
         assert is_locked_now(one) and not is_locked_now(other)
         one.close()
         assert is_locked_now(other)
+
+
+@pytest.mark.parametrize("words", [("eval",), ("report",), ("recommend", "--vram", "12", "--model")])
+def test_a_name_that_is_too_long_is_told(words: tuple[str, ...]) -> None:
+    done = CliRunner().invoke(app, [*words, 300 * "x"])
+    assert done.exit_code == Exit.USAGE and "too long" in done.stderr and "Errno" not in done.stderr
 
 
 def test_validate_hashes_no_weights(

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import augmenting
@@ -20,6 +21,7 @@ Values = Mapping[str, Any]
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
 POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
+NAME_BYTES, PATH_BYTES = 255, 4096 - 256  # of a name on nearly all disks; of a path on Linux, and of what a run has in it
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
 
 
@@ -293,6 +295,19 @@ def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Proble
             yield Problem("error", "path-control-character", message, "write / or \\\\ between the folders", name)
 
 
+def paths_fit_the_disk(values: Values, given: Values) -> Iterator[Problem]:
+    for name in ("model_name", "output_dir"):
+        value = values.get(name)
+        if not isinstance(value, str):
+            continue
+        longest = max((len(part.encode("utf-8", "surrogatepass")) for part in Path(value).parts), default=0)
+        if longest > NAME_BYTES or len(str(Path(value).absolute()).encode("utf-8", "surrogatepass")) > PATH_BYTES:
+            message = f"{name} is too long for a file system: {longest} bytes in a name, of which {NAME_BYTES} may be"
+            if longest <= NAME_BYTES:
+                message = f"{name} is too long for a file system: more than {PATH_BYTES} bytes in all"
+            yield Problem("error", "path-too-long", message, "name a shorter one", name)
+
+
 def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
     """Prompts, as it drops the mask that keeps the responses of a pair apart; the rest, as nobody has tried it."""
     limits = {
@@ -308,6 +323,7 @@ def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
 
 RULES: Sequence[Rule] = (
     paths_are_written_as_meant,
+    paths_fit_the_disk,
     default_model,
     qlora_is_sft,
     belongs_to_strategy,

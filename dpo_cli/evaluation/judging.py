@@ -38,13 +38,14 @@ class Measured:
 
     scores: Scores
     kl: Array  # the samples of kl_sequence, nats an answer; empty where none are drawn
+    unanswered: int = 0  # prompts asked for that have none: they fill the model's context
 
 
 def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
     """Score the rows, and sample answers to their prompts; not of sft, nor from a policy whose log-probs are no numbers."""
     scores = score(policy, rows, tokenizer, plan)
     samples_kl = plan.config.strategy == "dpo" and bool(np.isfinite(scores.policy).all())
-    return Measured(scores, sequence_kl(policy, tokenizer, rows, plan) if samples_kl else np.zeros(0))
+    return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan) if samples_kl else (np.zeros(0), 0)))
 
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
@@ -64,7 +65,9 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
     """What evaluation.json holds: the figures of `eval --json`, null when nothing was measured, and the rows."""
     if measured is None:
         nothing: dict[str, Any] = dict.fromkeys(("policy", "base", "gain", "answer_tokens"))
-        return _counts([], plan) | nothing | {"categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
+        return (
+            _counts([], plan) | nothing | {"unanswered": 0, "categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
+        )
     beta, scores, kl = plan.config.beta, measured.scores, measured.kl
     made: dict[str, Any] = figures(scores, [row.row.prompt_key for row in rows], beta)
     made["policy"]["kl_sequence"] = Intervals([str(i) for i in range(len(kl))]).of(mean(kl)) if len(kl) else None
@@ -73,8 +76,10 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
         **_counts(rows, plan),
         **made,
         "answer_tokens": answer_tokens(samples[:ANSWERS]),
+        # Both ask the first of the same prompts: the longer list holds the other.
+        "unanswered": max(measured.unanswered, sum(sample.is_missing for sample in samples[:ANSWERS])),
         "categories": _by_category(rows, scores, plan),
-        "samples": [sample.to_json() for sample in samples[:SAMPLES]],
+        "samples": [sample.to_json() for sample in samples if not sample.is_missing][:SAMPLES],
         "rows": table,
         **extremes(rows, table),
     }

@@ -6,12 +6,17 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from dpo_cli.errors import RunFailed
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dpo_cli.plan import Adapted, Plan
     from dpo_cli.providers.policy import Policy
+
+
+CACHE_FIX = "set XDG_CACHE_HOME to a folder that you may write, with room for a model; then give the same command again"
 
 
 class Provider(Protocol):
@@ -61,4 +66,9 @@ class Provider(Protocol):
 
 def cache_dir() -> Path:
     """Where this program keeps what it can make again: $XDG_CACHE_HOME/dpo or ~/.cache/dpo."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "dpo"
+    try:
+        return Path.home() / ".cache" / "dpo"
+    except RuntimeError as error:  # neither HOME nor an account that has one
+        raise RunFailed("this user has no home folder to keep the cache in", CACHE_FIX) from error
