@@ -75,9 +75,12 @@ def _faults(model_name: str) -> Iterator[Problem]:
         yield _wrong("model-incomplete", f"{model_name} has no config.json", "name a complete model directory")
     else:
         try:
-            if path.is_dir():
-                yield from _directory_faults(path, _object(path / "config.json"))
-            model_facts(model_name)
+            is_whole = True
+            for problem in _directory_faults(path, _object(path / "config.json")) if path.is_dir() else ():
+                is_whole &= problem.severity != "error"
+                yield problem
+            if is_whole:
+                model_facts(model_name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged header makes of it
             yield _wrong("model-damaged", f"{path} is damaged: {error}", "download it again")
 

@@ -5,7 +5,7 @@ and what it has put on is read off. Three things that PEFT would put on are left
 
 - the router of a mixture of experts under "all-linear": it would be trained without the loss that balances it
 - weights that a state-space block hands to its kernels itself: an adapter would be passed over
-- layers that no text reaches (an image encoder): an adapter there would never have a gradient
+- layers that no text reaches (an image encoder): an adapter there would learn nothing
 """
 
 from __future__ import annotations
@@ -150,10 +150,8 @@ class Architecture:
             one = [key for key in keys if not self._takes(replace(plain, **{key: getattr(adapter, key)}))]
             raise InvalidInput([targets.on_experts(self.label, key) for key in one or keys])
         key = next((key for key in keys if self._takes(replace(adapter, **{key: type(getattr(adapter, key))()}))), KEY)
-        message, fix = (
-            f"PEFT puts no such adapter on {self.label}: {reason}",
-            f"change {key}; the layers are {self._linear_kinds()}",
-        )
+        message = f"PEFT puts no such adapter on {self.label}: {reason}"
+        fix = f"change {key}; the linear layers are {self._linear_kinds()}"
         raise InvalidInput([Problem("error", "adapter-refused", message, fix, key)])
 
     def _takes(self, adapter: LoraConfig) -> bool:
@@ -213,7 +211,7 @@ class Architecture:
 
     def _left_out(self, config: Config) -> dict[str, str]:
         """Linear layers that get no adapter although PEFT, or the config, would put one on; and why."""
-        bypassed, unreached = set(self._bypassed()), self._unreached(FEW_TOKENS)
+        bypassed, unreached = self._bypassed(), self._unreached(FEW_TOKENS)
         if unreached - bypassed:
             unreached &= self._unreached(MANY_TOKENS) | bypassed
         left = dict.fromkeys(unreached, "unreached")
@@ -223,47 +221,39 @@ class Architecture:
             left |= dict.fromkeys(self.routers & self.linear, "router")
         return left
 
-    def _bypassed(self) -> Iterator[str]:
+    def _bypassed(self) -> set[str]:
         """Linear layers of state-space blocks (which have a decay A_log) whose weights the block's own code reads."""
-        for name in self.linear:
-            parent, _, leaf = name.rpartition(".")
-            block = self.modules[parent]
-            if hasattr(block, "A_log") and re.search(rf"self\.{leaf}\.weight\b", inspect.getsource(type(block))):
-                yield name
+        blocks = {type(module) for module in self.modules.values() if hasattr(module, "A_log")}
+        read = {block: set(re.findall(r"self\.(\w+)\.weight\b", inspect.getsource(block))) for block in blocks}
+        places = {name: name.rpartition(".") for name in self.linear}
+        return {name for name, (parent, _, leaf) in places.items() if leaf in read.get(type(self.modules[parent]), ())}
 
     def _unreached(self, tokens: int) -> set[str]:
-        """Linear layers on no way from token ids to logits, by one pass over tokens without values; empty if none can be."""
-        model = self.build()
-        for weight in model.parameters():
-            weight.requires_grad_(False)
+        """Linear layers that a pass of so many tokens does not call; empty where a pass without values is not possible."""
+        model, called = self.model, set[str]()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")  # the only one whose shapes do not depend on the tokens
-        scales: dict[str, torch.Tensor] = {}
-
-        def scaled(name: str) -> Any:
-            def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-                scale = scales.setdefault(name, torch.ones((), device="meta", requires_grad=True))
-                if isinstance(output, torch.Tensor):
-                    return output * scale.to(output.dtype)
-                return output[0] * scale.to(output[0].dtype), *output[1:]  # a router, with its logits
-
-            return hook
-
-        for name, module in model.named_modules():
-            if name in self.linear:
-                module.register_forward_hook(scaled(name))
+        hooks = [
+            self.modules[name].register_forward_pre_hook(lambda _module, _inputs, name=name: called.add(name))
+            for name in self.linear
+        ]
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None) or tokens
         ids = torch.ones(1, min(tokens, longest), dtype=torch.long, device="meta")
         masked = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        unreached = set[str]()
         # Some models look at a mask's values, others at those of positions where there is neither a mask nor a cache.
         for options in (masked, {"use_cache": False}, {"use_cache": True}):
-            scales.clear()
+            called.clear()
             try:
-                model(input_ids=ids, **options).logits.float().sum().backward()
+                with torch.no_grad():
+                    model(input_ids=ids, **options)
             except Exception:  # whatever a model's code makes of tensors without values: then it is not known
                 continue
-            return self.linear - {name for name, scale in scales.items() if scale.grad is not None}
-        return set()
+            unreached = self.linear - called
+            break
+        for hook in hooks:
+            hook.remove()
+        return unreached
 
     def _read_off(self, put_on: PeftModel) -> Adapted:
         trained = sum(weight.numel() for weight in put_on.parameters() if weight.requires_grad)
