@@ -74,9 +74,8 @@ def _choices(pattern: str) -> Iterator[tuple[int, int, list[str]]]:
         elif char == "(":
             head = GROUP.match(pattern, at + 1)
             start = head.end() if head else at + 1
-            open_groups.append(
-                (start, [], head is not None or pattern[at + 1] != "?")
-            )  # else it says what must not stand there
+            stands_there = head is not None or pattern[at + 1] != "?"  # else it says what must not stand there
+            open_groups.append((start, [], stands_there))
         elif char == "|":
             open_groups[-1][1].append(at)
         elif char == ")":
@@ -171,9 +170,10 @@ def half_idle(label: str, idle: Sequence[str]) -> str:
 
 
 def state_space(label: str, refused: Sequence[str]) -> Problem:
-    message = f"PEFT puts no adapter on {', '.join(refused)} of {label}: the kernels of state-space blocks read these weights"
+    what = ", ".join(refused)
+    message = f"an adapter on {what} of {label} would not act: the kernels of state-space blocks read these weights past it"
     fix = f'take it out of target_modules, or write "target_modules": "{ALL_LINEAR}", which leaves it out'
-    return Problem("error", "state-space-target", f"{message} past an adapter", fix, KEY)
+    return Problem("error", "state-space-target", message, fix, KEY)
 
 
 def half_fused(label: str, group: Sequence[str]) -> Problem:
@@ -207,6 +207,6 @@ def _table(package: str, file: str, name: str) -> dict[str, Any]:
     path = Path(found.origin).parent / file
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     block = re.search(rf"^( *){name}\b[^=\n]* = (\{{[^\n]*\}}$|\{{$.*?^\1\}}$)", text, re.MULTILINE | re.DOTALL)
-    made = ast.literal_eval(block[2]) if block else {}
-    made = made if isinstance(made, dict) else dict.fromkeys(made)
-    return made | dict(re.findall(rf'^{name}\["(\w+)"\] = "(\w+)"$', text, re.MULTILINE))
+    found_there = ast.literal_eval(block[2]) if block else {}
+    entries = found_there if isinstance(found_there, dict) else dict.fromkeys(found_there)
+    return entries | dict(re.findall(rf'^{name}\["(\w+)"\] = "(\w+)"$', text, re.MULTILINE))

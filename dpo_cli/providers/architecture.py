@@ -11,6 +11,7 @@ and what it has put on is read off. Three things that PEFT would put on are left
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import re
 import warnings
@@ -45,7 +46,7 @@ def adapted(plan: Plan, config: PretrainedConfig) -> Adapted | None:
     """What a plan trains of a model of this configuration; None where its code cannot be built without weights."""
     try:
         architecture = Architecture(config, plan.model_label)
-    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError):  # the loading tells, if the fault is the model's
+    except Refusal:  # the loading tells, if the fault is the model's
         return None
     if plan.config.lora_r == 0:
         return architecture.whole()
@@ -75,14 +76,14 @@ class Architecture:
         """The model on the meta device."""
         try:
             with no_init_weights(), torch.device("meta"):
-                made = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), attn_implementation="eager")
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), attn_implementation="eager")
         except ImportError as error:
             raise RunFailed(f"cannot load {self.label}: {' '.join(str(error).split())}", "install what it names") from error
         except ValueError as error:
             if type(self.config) in AutoModelForCausalLM._model_mapping:
                 raise
             raise InvalidInput([not_causal(self.label, self.config.model_type)]) from error
-        return cast(PreTrainedModel, made.eval())
+        return cast(PreTrainedModel, model.eval())
 
     @property
     def weights(self) -> int:
@@ -191,46 +192,45 @@ class Architecture:
         ]:
             message = f"{self.label} has no module named {', '.join(sorted(unknown))}"
             found.append(Problem("error", "no-such-module", message, fix, "modules_to_save"))
-        refused = self._refused()
-        if wanted != ALL_LINEAR and (named := [name for name in refused if targets.names(wanted, name)]):
+        if wanted != ALL_LINEAR and (named := [name for name in self.state_space if targets.names(wanted, name)]):
             found.append(targets.state_space(self.label, sorted({name.rpartition(".")[2] for name in named})))
         if found:
             raise InvalidInput(found)
 
-    def _refused(self) -> list[str]:
-        """The linear layers that PEFT puts no adapter on in models of this type."""
-        ends = {name.rpartition(".")[2] for name in self.linear}
-        asked = LoraConfig(target_modules=ALL_LINEAR)
+    @functools.cached_property
+    def state_space(self) -> set[str]:
+        """Linear layers of state-space blocks whose weights are read past an adapter: PEFT refuses some of them."""
+        blocks = {type(module) for module in self.modules.values() if hasattr(module, "A_log")}  # the decay of a state
+        read = {block: set(re.findall(r"self\.(\w+)\.weight\b", inspect.getsource(block))) for block in blocks}
+        places = {name: name.rpartition(".") for name in self.linear}
+        bypassed = {name for name, (parent, _, leaf) in places.items() if leaf in read.get(type(self.modules[parent]), ())}
         refused = set()
-        for end in ends:
+        for end in {leaf for _, _, leaf in places.values()}:
             try:
-                LoraModel._check_target_module_compatiblity(cast(Any, None), asked, self.model, end)
+                LoraModel._check_target_module_compatiblity(
+                    cast(Any, None), LoraConfig(target_modules=ALL_LINEAR), self.model, end
+                )
             except ValueError:
                 refused.add(end)
-        return [name for name in self.linear if name.rpartition(".")[2] in refused]
+        return bypassed | {name for name, (_, _, leaf) in places.items() if leaf in refused}
+
+    @functools.cached_property
+    def unreached(self) -> set[str]:
+        """Other linear layers that no text reaches."""
+        found = self._uncalled(FEW_TOKENS) - self.state_space
+        return found & self._uncalled(MANY_TOKENS) if found else found
 
     def _left_out(self, config: Config) -> dict[str, str]:
         """Linear layers that get no adapter although PEFT, or the config, would put one on; and why."""
-        bypassed, unreached = self._bypassed(), self._unreached(FEW_TOKENS)
-        if unreached - bypassed:
-            unreached &= self._unreached(MANY_TOKENS) | bypassed
-        left = dict.fromkeys(unreached, "unreached")
+        left = dict.fromkeys(self.unreached, "unreached")
         if config.target_modules == ALL_LINEAR:
-            left |= dict.fromkeys(bypassed, "state-space")
-            left |= dict.fromkeys(self._refused(), "state-space")
+            left |= dict.fromkeys(self.state_space, "state-space")
             left |= dict.fromkeys(self.routers & self.linear, "router")
         return left
 
-    def _bypassed(self) -> set[str]:
-        """Linear layers of state-space blocks (which have a decay A_log) whose weights the block's own code reads."""
-        blocks = {type(module) for module in self.modules.values() if hasattr(module, "A_log")}
-        read = {block: set(re.findall(r"self\.(\w+)\.weight\b", inspect.getsource(block))) for block in blocks}
-        places = {name: name.rpartition(".") for name in self.linear}
-        return {name for name, (parent, _, leaf) in places.items() if leaf in read.get(type(self.modules[parent]), ())}
-
-    def _unreached(self, tokens: int) -> set[str]:
+    def _uncalled(self, tokens: int) -> set[str]:
         """Linear layers that a pass of so many tokens does not call; empty where a pass without values is not possible."""
-        model, called = self.model, set[str]()
+        model, called, uncalled = self.model, set[str](), set[str]()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("batched_mm")  # the only one whose shapes do not depend on the tokens
         hooks = [
@@ -240,7 +240,6 @@ class Architecture:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None) or tokens
         ids = torch.ones(1, min(tokens, longest), dtype=torch.long, device="meta")
         masked = {"attention_mask": torch.ones_like(ids), "use_cache": False}
-        unreached = set[str]()
         # Some models look at a mask's values, others at those of positions where there is neither a mask nor a cache.
         for options in (masked, {"use_cache": False}, {"use_cache": True}):
             called.clear()
@@ -249,11 +248,11 @@ class Architecture:
                     model(input_ids=ids, **options)
             except Exception:  # whatever a model's code makes of tensors without values: then it is not known
                 continue
-            unreached = self.linear - called
+            uncalled = self.linear - called
             break
         for hook in hooks:
             hook.remove()
-        return unreached
+        return uncalled
 
     def _read_off(self, put_on: PeftModel) -> Adapted:
         trained = sum(weight.numel() for weight in put_on.parameters() if weight.requires_grad)
@@ -275,7 +274,9 @@ class Architecture:
         return dict(kinds)
 
     def _linear_kinds(self) -> str:
-        return ", ".join(sorted(self._kinds(self.linear)))
+        kinds = ", ".join(sorted(self._kinds(self.linear)))
+        experts = sorted({name.rpartition(".")[2] for name in self._known() - self.linear - self.routers})
+        return f"{kinds}, and of its fused experts {', '.join(experts)}" if experts else kinds
 
     def _notes(self, config: Config, idle: Mapping[str, str], touched: set[str], parameters: set[str]) -> Iterator[str]:
         """What is left out, and what is trained otherwise than one may think."""
@@ -304,21 +305,19 @@ class Architecture:
             yield f"no adapter on the fused experts ({_counted(self._kinds(left))}), {share:.0%} of the weights: {reach}"
 
     def _roots(self, names: Iterable[str]) -> str:
-        """The largest parts of the model that hold none but these linear layers; kinds of layers where that is no part."""
-        idle, roots, single = set(names), Counter[str](), []
-        for name in idle:
-            root, parts = name, name.split(".")
-            for depth in range(len(parts) - 1, 0, -1):
-                above = ".".join(parts[:depth])
-                if any(one.startswith(f"{above}.") for one in self.linear - idle):
-                    break
-                root = above
+        """The largest parts of the model that no text reaches, with how many of these layers each holds; else their kinds."""
+        roots, single = Counter[str](), []
+        reached = self.linear - self.unreached
+        for name in names:
+            parts = name.split(".")
+            above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+            root = next((part for part in above if not any(one.startswith(f"{part}.") for one in reached)), name)
             if root == name or any(part.isdigit() for part in root.split(".")):
                 single.append(name)
             else:
                 roots[root] += 1
-        parts_told = [f"{root} ({count} layers)" for root, count in sorted(roots.items())]
-        return ", ".join([*parts_told, *([_counted(self._kinds(single))] if single else [])])
+        whole = [f"{root} ({count} layers)" for root, count in sorted(roots.items())]
+        return ", ".join([*whole, *([_counted(self._kinds(single))] if single else [])])
 
 
 def lora_config(config: Config) -> LoraConfig:
