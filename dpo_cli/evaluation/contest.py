@@ -76,11 +76,7 @@ class Contest:
         document = votes.unvoted(origin, redacted(answers), self.seed)  # before they are sealed, where nothing can be found
         self.run.write_text(PAGE, votes.page(document, self.seed))
         page = str(self.run.path / PAGE)
-        fewer = (
-            f" (all that there are, and that leave room for an answer; {self.prompts} were asked for)"
-            if len(answers) < self.prompts
-            else ""
-        )
+        fewer = f" (all there are; {self.prompts} were asked for)" if len(answers) < self.prompts else ""
         console.line(f"side by side: {len(answers)} prompts{fewer}; open {page} in a browser")
         held: dict[str, Any] = {"page": page, "prompts": len(answers), "votes": None, "tally": None}
         if self.judge is None:
