@@ -83,6 +83,7 @@ class Architecture:
             if type(self.config) in AutoModelForCausalLM._model_mapping:
                 raise
             raise InvalidInput([not_causal(self.label, self.config.model_type)]) from error
+        model.tie_weights()  # else a tied head is counted as weights of its own
         return cast(PreTrainedModel, model.eval())
 
     @property
@@ -94,8 +95,8 @@ class Architecture:
         return Adapted({}, self.weights, self.weights)
 
     def adapted(self, adapter: LoraConfig) -> Adapted:
-        """What an adapter that there is already touches."""
-        return self._read_off(self._with(adapter))
+        """What an adapter that there is already touches, when it is trained."""
+        return self._read_off(self._with(replace(adapter, inference_mode=False)))
 
     def fresh(self, config: Config) -> tuple[LoraConfig, Adapted]:
         """The adapter that a config asks for, and what it touches; `InvalidInput` where PEFT refuses it."""
