@@ -77,7 +77,7 @@ def all_tensors(what: str) -> Iterator[None]:
 def require_whole_files(source: str) -> None:
     """`InvalidInput` where the headers of a local model's files show already that something is missing or cut off."""
     folder = Path(source)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and files_of(folder):  # weights of another format are refused by their own words
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if found := [
             Problem("error", "model-tensors", fault.message, fault.fix, "model_name") for fault in faults(folder, config)

@@ -28,6 +28,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.config.options import Config
+from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware import targets
 from dpo_cli.hardware.adapters import adapter_at
@@ -83,6 +84,7 @@ class Architecture:
             if type(self.config) in AutoModelForCausalLM._model_mapping:
                 raise
             raise InvalidInput([not_causal(self.label, self.config.model_type)]) from error
+        model.tie_weights()  # else a tied head is counted as weights of its own
         return cast(PreTrainedModel, model.eval())
 
     @property
@@ -94,8 +96,8 @@ class Architecture:
         return Adapted({}, self.weights, self.weights)
 
     def adapted(self, adapter: LoraConfig) -> Adapted:
-        """What an adapter that there is already touches."""
-        return self._read_off(self._with(adapter))
+        """What an adapter that there is already touches, when it is trained."""
+        return self._read_off(self._with(replace(adapter, inference_mode=False)))
 
     def fresh(self, config: Config) -> tuple[LoraConfig, Adapted]:
         """The adapter that a config asks for, and what it touches; `InvalidInput` where PEFT refuses it."""
@@ -137,7 +139,10 @@ class Architecture:
         """A model of its own with the adapter on it; PEFT changes both."""
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the trainer's own model gives them again
-            return cast(PeftModel, get_peft_model(self.build(), copy.deepcopy(adapter)))
+            try:
+                return cast(PeftModel, get_peft_model(self.build(), copy.deepcopy(adapter)))
+            except ImportError as error:  # PEFT imports bitsandbytes where it is installed
+                raise RunFailed(f"bitsandbytes cannot be used: {error}", BITSANDBYTES_FIX) from error
 
     def _tried(self, config: Config, adapter: LoraConfig) -> PeftModel:
         """The model with the adapter; where PEFT refuses it, `InvalidInput` about the option without which it does not."""
