@@ -25,7 +25,7 @@ from dpo_cli.errors import Exit, InvalidInput, RunFailed, UsageError
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.opening import load_policy, open_run
 from dpo_cli.evaluation.request import Request as Judged
-from dpo_cli.export import Request, as_trained, export, limit
+from dpo_cli.export import Request, export, limit
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.providers.huggingface import HuggingFace
@@ -254,17 +254,3 @@ def test_a_disk_without_room_is_told_before_anything_is_loaded(
         export(Request(str(run), tmp_path / "out"), Console())
     assert "GB there, or name a folder on another disk" in (caught.value.fix or "")
     assert left_behind(tmp_path) == []
-
-
-def test_a_base_that_is_quantised_in_its_files_is_refused(trained: Train, tmp_path: Path, tiny_model_dir: Path) -> None:
-    """A repository of 4-bit weights has no 16-bit base to merge into."""
-    plan = as_trained(open_run(str(of_kind(trained, "4bit")), None, Console()))
-    HuggingFace(str(tiny_model_dir)).base_model(
-        SimpleNamespace(config=SimpleNamespace(**{**vars(plan.config), "use_4bit": True}), dtype="float32", goes_on=False)
-    ).save_pretrained(tmp_path / "quantised")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tiny_model_dir / name, tmp_path / "quantised")
-    run = trained("on-quantised", model_name=str(tmp_path / "quantised"))
-    with pytest.raises(RunFailed, match="is quantised in its own files"):
-        export(Request(str(run), tmp_path / "out"), Console())
-    assert left_behind(tmp_path) == ["quantised"]

@@ -23,7 +23,8 @@ from dpo_cli.hardware.tensors import stored_in
 
 ALL_LINEAR = "all-linear"
 KEY = "target_modules"
-EMBEDDINGS = ("embed_tokens", "lm_head")
+HEAD = "lm_head"
+EMBEDDINGS = ("embed_tokens", HEAD)
 GROUP = re.compile(r"\?(?:P<\w+>|[:=]|<=|[a-zA-Z-]+:)")  # the head of a group whose alternatives each stand for names
 
 
@@ -145,7 +146,8 @@ def _unknown_names(wanted: str | list[str], label: str, facts: ModelFacts, place
     whole = [name for all_names in by_facts.values() for name in all_names]
     stored = {name.removesuffix(".weight"): shape for name, shape in stored_in(place).items() if name.endswith(".weight")}
     is_known = bool(stored) and stored.keys() >= set(whole)  # its names are those that the loaded model has
-    linear = {name for name, shape in stored.items() if len(shape) == 2 and not name.endswith(EMBEDDINGS)} | set(whole)
+    # PEFT adapts the embedding too, where it is named; the head is refused elsewhere.
+    linear = {name for name, shape in stored.items() if len(shape) == 2 and not name.endswith(HEAD)} | set(whole)
     severity: Severity = "error" if is_known else "warning"
     fix = f"it has {', '.join(by_facts)}, in names like {by_facts['o_proj'][0]}"
     modules = {".".join(name.split(".")[: depth + 1]) for name in stored for depth in range(name.count(".") + 1)}

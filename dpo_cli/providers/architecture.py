@@ -69,6 +69,8 @@ class Architecture:
         self.modules: dict[str, torch.nn.Module] = dict(self.model.named_modules())
         head = self.model.get_output_embeddings()
         self.head = next((name for name, module in self.modules.items() if module is head), "")
+        table = self.model.get_input_embeddings()  # which PEFT adapts where it is named
+        self.table = next((name for name, module in self.modules.items() if module is table), "")
         self.linear = {name for name, module in self.modules.items() if isinstance(module, LINEAR)} - {self.head}
         self.experts = dict(_experts(self.modules))
         self.routers = set(_routers(self.modules, self.experts))
@@ -176,7 +178,7 @@ class Architecture:
 
     def _require_names(self, config: Config) -> None:
         """`InvalidInput` where the config names what is not in the model, or no linear layer: PEFT passes over such a name."""
-        wanted, known = config.target_modules, self._known()
+        wanted, known = config.target_modules, self._known() | {self.table}
         fix = f"its linear layers are {self._linear_kinds()}, in names like {next(iter(sorted(self.linear)), 'none')}"
         found: list[Problem] = []
         idle = targets.idle_parts(wanted, known)
@@ -297,7 +299,7 @@ class Architecture:
         if named := self.routers & (touched | {name.removesuffix(".weight") for name in parameters}):
             yield f"the router ({_counted(self._kinds(named))}) is trained, as target_modules says, without load balancing"
         wanted, whole = config.target_modules, set(config.modules_to_save or ())
-        if isinstance(wanted, str) and (parts := targets.idle_parts(wanted, self._known())):
+        if isinstance(wanted, str) and (parts := targets.idle_parts(wanted, self._known() | {self.table})):
             yield targets.half_idle(self.label, parts)
         passed = [name for name in self.linear - touched - idle.keys() if targets.names(wanted, name)]
         if passed := [name for name in passed if not whole & set(name.split("."))]:
