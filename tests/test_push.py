@@ -184,7 +184,12 @@ def test_an_export_is_uploaded_and_deletes_nothing(
     tmp_path: Path,
 ) -> None:
     """Other weights, which would be loaded with or instead of the new ones, are named and kept: it is refused until they go."""
-    before = {"notes.txt": b"mine", "old/model.safetensors": b"kept", "model.safetensors": b"replaced"}
+    before = {
+        "notes.txt": b"mine",
+        "training_args.bin": b"no weights",
+        "old/model.safetensors": b"kept",
+        "model.safetensors": b"replaced",
+    }
     others = {"adapter_config.json": b"{}", "model-00002-of-00002.safetensors": b"", "pytorch_model.bin": b""}
     hub.files["me/merged"] = {**before, **others}
     words = ["export", str(of_kind(trained, "adapter")), "--out", str(tmp_path / "out"), "--push", "me/merged", "--json"]

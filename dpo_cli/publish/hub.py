@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 
 from dpo_cli.errors import RunFailed
 
-WEIGHTS = ("adapter_*", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+WEIGHTS = ("adapter_*", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 SHOWN = 10  # files that a message names
 
 
