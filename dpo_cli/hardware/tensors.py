@@ -214,7 +214,8 @@ def _decoder(config: Mapping[str, Any]) -> dict[str, Shape]:
     q, kv = heads * head, (config.get("num_key_value_heads") or heads) * head
     table = (config["vocab_size"], hidden)
     shapes: dict[str, Shape] = {"model.embed_tokens.weight": table}
-    if config.get("tie_word_embeddings") is False:
+    writes_text = all(name.endswith("ForCausalLM") for name in config.get("architectures") or ())  # a reward model has no head
+    if config.get("tie_word_embeddings") is False and writes_text:
         shapes["lm_head.weight"] = table
     for layer in range(config["num_hidden_layers"]):
         block = f"model.layers.{layer}."

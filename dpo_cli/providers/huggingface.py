@@ -167,7 +167,7 @@ class HuggingFace:
             model = self._load(AutoModelForSequenceClassification, self.source, use_safetensors=True, dtype=dtype)
         except InvalidInput as error:
             why = error.problems[0].message  # a head that is not there, which transformers would make up
-            raise RunFailed(f"{self.name} is no whole reward model: {why}", "name a trained reward model") from error
+            raise RunFailed(f"{self.name} is no reward model: {why}", "name a trained reward model") from error
         if model.config.num_labels != 1:
             raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
         require_finite(model, self.name, self.source)
