@@ -95,7 +95,10 @@ class Architecture:
 
     def whole(self) -> Adapted:
         """What a training without an adapter touches."""
-        return Adapted({}, self.weights, self.weights)
+        notes = (
+            [f"the router ({_counted(self._kinds(self.routers))}) is trained, without load balancing"] if self.routers else []
+        )
+        return Adapted({}, self.weights, self.weights, tuple(notes))
 
     def adapted(self, adapter: LoraConfig) -> Adapted:
         """What an adapter that there is already touches, when it is trained."""

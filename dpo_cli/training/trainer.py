@@ -365,7 +365,7 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
         "fp16": config.fp16,
         "gradient_checkpointing": config.gradient_checkpointing,
         "max_length": None,  # rows are fitted to max_seq_length before they come here
-        "router_aux_loss_coef": 0.0,  # mixture-of-experts routers are frozen, so there is no load to balance
+        "router_aux_loss_coef": 0.0,  # our head gives no router logits; where a router is trained, the plan says so
         # When is the matter of training/schedule.py.
         "eval_strategy": "no",
         "logging_strategy": "no",
