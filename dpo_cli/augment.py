@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import dpo_cli
 from dpo_cli.config.augmenting import RANK_PARTS
 from dpo_cli.config.schema import inner_defaults
-from dpo_cli.console import Console, json_text
+from dpo_cli.console import Console
 from dpo_cli.data.formats import Question
 from dpo_cli.data.prompts import Prompts
 from dpo_cli.data.tokens import encode
@@ -36,6 +36,7 @@ from dpo_cli.ranking import Rank, best_pairs, ranking
 from dpo_cli.runs.digests import sha256
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.training.parts import is_out_of_memory
+from dpo_cli.training.prepare import require_token_rows
 
 Options = Mapping[str, Any]  # the parts of the option `augment`
 
@@ -45,6 +46,7 @@ DECIDING = (  # options that decide what is sampled
 )
 COUNTED = {
     "responses": "responses sampled",
+    "unanswered": "prompts fill the model's context and have no answer",
     "unfinished": "did not end within max_new_tokens: rejected at most, never chosen",
     "empty": "empty or with a NUL character, left out",
     "short": "shorter than min_tokens, left out",
@@ -58,7 +60,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[s
     options = {**inner_defaults("augment"), **plan.config.augment}
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
-    asked, left = _encoded(prompts.questions, tokenizer, plan, options)
+    asked, left = _encoded(prompts.questions, tokenizer, plan, options, provider.token_rows())
     model = provider.start(plan, provider.base_model(plan))  # with its adapter, where model_name is one
     origin = _origin(plan, options, model)
     maker = Maker(model, tokenizer, ranking(options, plan.config.device, getattr(torch, plan.dtype)), plan, options, origin)
@@ -70,7 +72,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[s
             for start in range(done, len(asked), options["prompts_per_batch"]):
                 batch = asked[start : start + options["prompts_per_batch"]]
                 rows = maker.rows(batch, start, counts)
-                file.append("".join(rows), {"prompts": start + len(batch), "counts": counts})
+                file.append(rows, {"prompts": start + len(batch), "counts": counts})
                 show(start + len(batch), f"{counts['pairs']} pairs")
         file.finish()
     counted = {name: counts[name] for name in ("pairs", *COUNTED)}
@@ -90,8 +92,8 @@ class Maker:
     options: Options
     origin: Mapping[str, Any]
 
-    def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[str]:
-        """The lines of the pairs of these prompts, of which the first is number `start`; `counts` grows by what was met."""
+    def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[dict[str, Any]]:
+        """The rows of the pairs of these prompts, of which the first is number `start`; `counts` grows by what was met."""
         options, dtype = self.options, getattr(torch, self.plan.dtype)
         sampling = Sampling(options["max_new_tokens"], float(options["temperature"]), float(options["top_p"]))
         # As many bits as torch takes, from words that Python hashes alike everywhere: batches of other seeds share nothing.
@@ -104,17 +106,16 @@ class Maker:
             message = f"{len(batch)} prompts with {options['responses']} responses each are out of memory"
             fix = 'lower "prompts_per_batch", "responses" or "max_new_tokens" in "augment"'
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
-        lines = []
+        rows = []
         for (question, _), answers in zip(batch, made, strict=True):
+            counts["unanswered"] += answers[0].is_missing
             usable = _usable(answers, options["min_tokens"], counts)
             scores = self.rank(question, usable)
             pairs = best_pairs(usable, scores, options["pairs_per_prompt"], options["min_distance"])
             counts["pairs"] += len(pairs)
             counts["without_pair"] += not pairs
-            for pair in pairs:
-                line = self._row(question, usable[pair.chosen], usable[pair.rejected], pair.scores)
-                lines.append(json_text(line) + "\n")
-        return lines
+            rows += [self._row(question, usable[pair.chosen], usable[pair.rejected], pair.scores) for pair in pairs]
+        return rows
 
     def _row(self, question: Question, chosen: Answer, rejected: Answer, scores: tuple[float, float]) -> dict[str, Any]:
         pair = question.with_answers(chosen.text, rejected.text)
@@ -132,7 +133,7 @@ class Maker:
 def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) -> list[Answer]:
     """The different answers that say something; the others are counted."""
     kept: dict[str, Answer] = {}
-    for answer in answers:
+    for answer in (answer for answer in answers if not answer.is_missing):
         counts["responses"] += 1
         counts["unfinished"] += not answer.finished
         if not answer.text or "\0" in answer.text:  # a NUL, which no row may hold
@@ -147,12 +148,17 @@ def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) ->
 
 
 def _encoded(
-    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, plan: Plan, options: Options
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    options: Options,
+    token_rows: int | None,
 ) -> tuple[list[tuple[Question, list[int]]], dict[str, int]]:
     """Each question with its token ids as training will see them, cut so that an answer has room; and what that cost."""
     room = plan.config.max_seq_length - options["max_new_tokens"]
     pairs = [question.with_answers("A", "B") for question in questions]  # whose answers are no matter
     encoded = encode(pairs, tokenizer, plan.config.use_chat_template, room)
+    require_token_rows(encoded, tokenizer, token_rows)
     kept = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
     left = {"cut": sum(pair.is_cut for _, pair in kept), "too_long": len(questions) - len(kept)}
     return [(question, pair.prompt_ids) for question, pair in kept], left

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.errors import DpoError, InvalidInput, Problem
-from dpo_cli.redaction import redact
+from dpo_cli.redaction import beneath, redact, redacted
 
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
@@ -61,13 +61,13 @@ class Console:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self._document = sys.stdout
+        self._document = beneath(sys.stdout)
         self.errors = _stream(stderr=True)
         self.out = self.errors if as_json else _stream(stderr=False)
 
     def json(self, value: Any) -> None:
         """The one document of standard output."""
-        self._document.write(json_text(value, indent=2) + "\n")
+        self._document.write(json_text(redacted(value), indent=2) + "\n")
         self._document.flush()  # so that a full disk is told here, and not when the process ends
 
     def line(self, text: str) -> None:
@@ -159,6 +159,10 @@ class Console:
         noun = "pairs" if "pairs" in judged else "demonstrations"
         title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
+        if missing := judged.get("unanswered"):
+            fix = "lower max_seq_length, so that prompts are cut, or judge with shorter ones"
+            told = f"{missing} prompts fill the model's context and have no answer"
+            self.line(f"note: {told}: kl_sequence and answer_tokens are of the others, and keep no limit; {fix}")
         self._categories(judged["categories"], noun)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]

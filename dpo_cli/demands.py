@@ -12,7 +12,7 @@ from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.fit import savings
 from dpo_cli.hardware.probe import GIB, Machine
 from dpo_cli.hardware.recommend import profiles
-from dpo_cli.plan import Plan, settings_of
+from dpo_cli.plan import NOT_ON_MPS, Plan, settings_of
 from dpo_cli.runs.checkpoint import KEPT
 from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.durable import free_bytes
@@ -32,6 +32,9 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
     if config.fp16 and config.device != "cuda":
         message, fix = f"fp16 needs CUDA; this would run on {config.device}", "use bf16, or leave both keys out"
         yield Problem("warning", "fp16-device", message, fix, "fp16", stops_training=True)
+    if config.device == "mps" and config.optim in NOT_ON_MPS:
+        message, fix = f"optim {config.optim} does not run on mps", 'leave "optim" out, or write "device": "cpu"'
+        yield Problem("warning", "optim-device", message, fix, "optim", stops_training=True)
     cpu_is_said = config.device == "cpu" and plan.sources.get("device") != "measured"
     yield from unsloth.problems(config, cpu_is_said, machine, for_another=vram_gb is not None)
     if (config.use_4bit or config.use_8bit) and find_spec("bitsandbytes") is None:

@@ -5,7 +5,6 @@ run -> its own figures -> adapter merged into the unquantised base -> files -> t
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,14 +25,16 @@ from dpo_cli.evaluation.opening import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.hardware.facts import model_facts
 from dpo_cli.hardware.probe import GIB
 from dpo_cli.plan import Plan
+from dpo_cli.providers.accounting import merged
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.publish import gguf, hub
 from dpo_cli.publish.modelfile import modelfile
-from dpo_cli.redaction import redact
+from dpo_cli.redaction import redact, redacted
 from dpo_cli.runs.card import export_card
 from dpo_cli.runs.directory import CARD, PLAN, SUMMARY
 from dpo_cli.runs.log import log_to
+from dpo_cli.training.parts import free_memory
 from dpo_cli.training.scoring import choose
 
 FACTS, MODELFILE = "export.json", "Modelfile"
@@ -82,7 +83,7 @@ def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
         counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
         text = export_card(trained, asked.out.name, counts["train_pairs"], steps, judged, made)
         (place / CARD).write_text(redact(text), encoding="utf-8")
-        (place / FACTS).write_text(redact(json_text(made, indent=2)) + "\n", encoding="utf-8")
+        (place / FACTS).write_text(json_text(redacted(made), indent=2) + "\n", encoding="utf-8")
     console.line(f"exported to {asked.out}")
     address = hub.push(asked.out, asked.push) if asked.push else None
     if address:
@@ -138,26 +139,20 @@ def _own_scores(opened: Opened, console: Console) -> tuple[Scores, Plan]:
 def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     """Write the whole model with its tokenizer, in the dtype of the training.
 
-    Loaded by transformers and PEFT alone, whatever the run's provider is. Raises `RunFailed` for a broken adapter, and for a
-    base that is quantised in its own files.
+    Loaded by transformers and PEFT alone, whatever the run's provider is; a base that is quantised in its own files is made
+    float first. Raises `InvalidInput` for an adapter that cannot be merged.
     """
-    _free_memory()
+    free_memory()
     model: Any = HuggingFace(trained.config.model_name).trained(trained, opened.folder).model
     if isinstance(model, PeftModel):
-        try:
-            model = model.merge_and_unload(safe_merge=True, adapter_names=[TRAINED])
-        except ValueError as error:  # NaN in the merged weights
-            raise RunFailed(f"the adapter cannot be merged: {error}", "train again, with a lower learning_rate") from error
-    if getattr(model.config, "quantization_config", None) is not None:
-        message = f"{trained.model_label} is quantised in its own files, and there is no 16-bit base to merge into"
-        raise RunFailed(message, "train on the model that it was made from")
+        model = merged(model, TRAINED, trained.model_label, getattr(torch, trained.dtype))
     model.to(getattr(torch, trained.dtype)).save_pretrained(str(place))
     opened.tokenizer.save_pretrained(place)
 
 
 def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console: Console) -> Scores:
     """What the model in `place`, read back, gives the rows, beside the reference of the run."""
-    _free_memory()
+    free_memory()
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     config = replace(plan.config, model_name=str(place), reference="base", use_4bit=False, use_8bit=False)
     if plan.config.device == "cuda" and size > 0.8 * torch.cuda.mem_get_info()[0]:
@@ -168,13 +163,6 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
     # It stands in for its own reference, whose log-probs are there already.
     made = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))
     return replace(own, policy=made.policy, policy_right=made.policy_right)
-
-
-def _free_memory() -> None:
-    """Let go of the model before, which lies in reference cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -232,7 +220,7 @@ def _gguf(
     """Write the GGUF file and its Modelfile: what export.json says of them, and what stands in the way."""
     file = place / f"{asked.out.name}.{kind.upper()}.gguf"
     console.line(f"writing {file.name}")
-    _free_memory()
+    free_memory()
     gguf.convert(converter, place, file, kind, asked.out.name)
     check = gguf.check(place, file, kind, opened.rows, opened.tokenizer)
     text, has_template = modelfile(file.name, opened.tokenizer)

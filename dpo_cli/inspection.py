@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +19,9 @@ from dpo_cli.data.reader import Dataset
 from dpo_cli.data.split import is_held_out_prompt
 from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
-from dpo_cli.hardware import models, starting
+from dpo_cli.hardware import models, starting, targets
 from dpo_cli.hardware.adapters import foundation
-from dpo_cli.hardware.facts import model_facts
+from dpo_cli.hardware.facts import model_facts, quantisation_of
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan, resolve
 
@@ -109,6 +108,8 @@ def inspect(
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
         found += map(loaded.placed, starting.problems(draft, plan.run_dir))
         found += map(loaded.placed, _model_problems(plan))
+        if plan.config.lora_r and not plan.goes_on:
+            found += map(loaded.placed, targets.problems(plan.config, plan.model_label))
         found += map(loaded.placed, step_problems(plan, pairs))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
             if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
@@ -175,6 +176,8 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, int
 def _model_problems(plan: Plan) -> Iterator[Problem]:
     """What a config asks of a model that, by its shape, it does not have."""
     config, facts = plan.config, model_facts(plan.config.model_name)
+    if (stored := quantisation_of(config.model_name)) is not None and not plan.merges:
+        yield from stored.problems(plan.model_label, config.use_4bit, config.use_8bit, config.lora_r)
     if facts is None:
         return
     context = facts.max_position_embeddings
@@ -183,18 +186,6 @@ def _model_problems(plan: Plan) -> Iterator[Problem]:
         stretches = config.provider == "unsloth"  # the positions: another model than whoever loads the adapter will have
         fix = f'write "max_seq_length": {context}'
         yield Problem("warning", "beyond-context", message, fix, "max_seq_length", stops_training=stretches)
-    wanted, names = config.target_modules, facts.linear_names()
-    whole = [name for all_names in names.values() for name in all_names]
-    unknown = {
-        name
-        for name in ([] if isinstance(wanted, str) else wanted)
-        if name not in (*names, *whole, "embed_tokens", "lm_head") and not any(one.endswith(f".{name}") for one in whole)
-    }
-    is_lost = isinstance(wanted, str) and wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in whole)
-    if unknown or is_lost:
-        message = f"{plan.model_label} has no linear layer named {', '.join(sorted(unknown)) or wanted}"
-        fix = f"it has {', '.join(names)}, in names like {names['o_proj'][0]}"
-        yield Problem("warning", "no-such-layer", message, fix, "target_modules")
 
 
 def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Iterator[Problem]:

@@ -20,11 +20,12 @@ from dpo_cli.config.stages import PLAN_VERSION
 from dpo_cli.data.hub import is_hub_id
 from dpo_cli.hardware import unsloth
 from dpo_cli.hardware.adapters import adapter_at
-from dpo_cli.hardware.facts import model_facts
+from dpo_cli.hardware.facts import model_facts, quantisation_of
 from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.gguf import is_gguf
 from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.probe import GIB, Machine
+from dpo_cli.hardware.quantised import OPTIONS
 from dpo_cli.hardware.settings import Settings
 from dpo_cli.hardware.starting import started
 
@@ -58,6 +59,28 @@ class Scoring:
     why: str
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """What a run trains of its model: kinds of layers with an adapter, how many there are of each, and weights."""
+
+    layers: dict[str, int]
+    trained: int  # weights that are trained
+    weights: int  # of the model without the adapter
+    notes: tuple[str, ...] = ()  # what is left out, and why
+
+    @property
+    def words(self) -> str:
+        by_count: dict[int, list[str]] = {}
+        for name, count in self.layers.items():
+            by_count.setdefault(count, []).append(name)
+        kinds = [f"{', '.join(names)}: {count}{' each' if len(names) > 1 else ''}" for count, names in by_count.items()]
+        share = f"{self.trained:,} weights, {self.trained / self.weights:.2%} of the model's"
+        return "; ".join([*kinds, share]) if self.layers else f"every one of {self.weights:,} weights"
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "notes"}
+
+
 # What `prompt_sharing` says before a model is loaded.
 EXPECTED: dict[bool | str, Scoring] = {
     "auto": Scoring(True, "each prompt once, where this model allows it"),
@@ -89,6 +112,11 @@ class Plan:
     memory: Bill | None
     scoring: Scoring
     notes: tuple[str, ...]
+    adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
+
+    def with_adapted(self, adapted: Adapted | None) -> Plan:
+        """The plan with what it trains."""
+        return replace(self, adapted=adapted, notes=(*self.notes, *(adapted.notes if adapted else ())))
 
     @property
     def run_dir(self) -> Path:
@@ -163,6 +191,7 @@ class Plan:
             "counts": vars(self.counts) if self.counts else None,
             "memory": self.memory.to_json() if self.memory else None,
             "scoring": vars(self.scoring),
+            "adapted": self.adapted.to_json() if self.adapted else None,
             "notes": list(self.notes),
         }
 
@@ -174,6 +203,9 @@ MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
 }
 
 
+NOT_ON_MPS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")  # optimizers of bitsandbytes, without a Metal kernel
+
+
 def resolve(
     loaded: Loaded,
     machine: Machine,
@@ -181,15 +213,22 @@ def resolve(
     scoring: Scoring | None = None,
     vram_gb: float | None = None,
     longest: int | None = None,
+    is_resumed: bool = False,
 ) -> Plan:
     """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's.
 
     `longest` is what the longest sequence is taken to have before `counts` are there, if less than max_seq_length. `scoring` is
-    what the loaded model decided; before that, prompts are taken to be shared unless the config says no.
+    what the loaded model decided; before that, prompts are taken to be shared unless the config says no. With `is_resumed` the
+    config has the values of a run that was begun: none is decided by the memory that is free now, and the bill is held against
+    all that the device has.
     """
     config = loaded.require()
     start, notes = started(loaded, config)
     decided = {**_decided(replace(config, **start), loaded.file, machine, on_gpu=vram_gb is not None), **start}
+    is_merged = bool(notes) and start["reference"] == "base"  # then the weights are plain numbers
+    if (stored := quantisation_of(config.model_name)) is not None and not is_merged and stored.bits in OPTIONS:
+        decided[OPTIONS[stored.bits]] = True
+        notes.append(f"the files of the model hold {stored.bits}-bit weights: they are trained on as they are")
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
     facts = model_facts(config.model_name)
@@ -199,14 +238,16 @@ def resolve(
             decided["gradient_checkpointing"] = decided["device"] == "cuda"
     else:
         wanted = settings_of(replace(config, **decided), counts, scoring, longest)
-        if decided["device"] == "cuda":
-            budget_gb = vram_gb or (machine.gpus[0].free_gb if machine.gpus else None)
-        else:
-            budget_gb = machine.card[1] if decided["device"] == "mps" and machine.card else machine.memory_gb
+        has_gb, free_gb = machine.memory_of(decided["device"])
+        budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
         if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
             # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
             wanted = replace(wanted, fused_attention=False)
-        settings, memory = fit(facts, wanted, budget_gb, config.gradient_checkpointing)
+        as_begun = replace(wanted, is_whole=True) if is_resumed else wanted  # which goes on with its micro-batches
+        settings, memory = fit(facts, as_begun, budget_gb, config.gradient_checkpointing)
+        if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
+            lack = f"the run needs {memory.total_gb:.1f} GB, and {free_gb:.1f} are free now"
+            notes.append(f"{lack}: close other programs that use the {decided['device']} device, or it may run out of memory")
         factor = wanted.batch // settings.batch
         decided["gradient_checkpointing"] = settings.checkpointing
         decided["per_device_train_batch_size"] = settings.batch
@@ -256,6 +297,8 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[str, Any]:
     """The values of open choices. Paths become absolute, so that plan.json works from any folder."""
     device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
+    if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
+        device = "cpu"
     has_bf16 = {"cuda": all(gpu.has_bf16 for gpu in machine.gpus), "cpu": machine.has_amx}.get(device, False)
     bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
     fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16

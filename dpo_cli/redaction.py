@@ -1,17 +1,21 @@
 """Secrets are kept out of all that is written: files of a run, logs, the screen. What is trained on is left as it is.
 
 A secret is known by its form (a token of a hub or an API, what an address carries before its host or as a key), or because a
-variable of the environment that is named for one holds it.
+variable of the environment that is named for one holds it. SORT_KEY=learning_rate is named so and holds none: the words of the
+schema are no secrets, nor is a place of the disk. JSON is redacted value by value: its keys stay, since programs look for them.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import os
 import re
 from collections.abc import Iterable
-from typing import Any, TextIO, TypeVar
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TextIO, TypeVar, cast
 from urllib.parse import quote
 
 MASK = "[redacted]"
@@ -40,9 +44,16 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Json) -> Json:
-    """The same of what JSON can hold."""
-    made: Json = json.loads(redact(json.dumps(value, ensure_ascii=False)))
-    return made
+    """The same of what JSON can hold: its texts, but for those that name a file or a folder that is there."""
+
+    def made(part: Any) -> Any:
+        if isinstance(part, str):
+            return part if Path(part).is_absolute() and os.path.exists(part) else redact(part)
+        if isinstance(part, dict):
+            return {key: made(inner) for key, inner in part.items()}
+        return [made(inner) for inner in part] if isinstance(part, list | tuple) else part
+
+    return cast(Json, made(value))
 
 
 class Redacted:
@@ -63,6 +74,29 @@ class Redacted:
         return getattr(self._stream, name)
 
 
+def beneath(stream: TextIO) -> TextIO:
+    """The stream that a `Redacted` one passes on to, for a JSON document that is redacted already."""
+    return stream._stream if isinstance(stream, Redacted) else stream
+
+
+@functools.cache
+def _words() -> frozenset[str]:
+    """Names of options, and what they may be, as the schema has them: a run that goes on reads them back."""
+    words: set[str] = set()
+
+    def see(part: Any) -> None:
+        if isinstance(part, dict):
+            words.update(part.get("properties", ()), (word for word in part.get("enum", ()) if isinstance(word, str)))
+            for inner in part.values():
+                see(inner)
+        elif isinstance(part, list):
+            for inner in part:
+                see(inner)
+
+    see(json.loads(files("dpo_cli.config").joinpath("schema.json").read_text(encoding="utf-8")))
+    return frozenset(words)
+
+
 def _known() -> list[str]:
     """What the environment holds of secrets, as text and as JSON, HTML and an address write it; the longest first."""
     values = [
@@ -71,7 +105,7 @@ def _known() -> list[str]:
     forms = {
         form
         for value in values
-        if not value.startswith(("/", "~"))  # where a key lies
+        if not value.startswith(("/", "~")) and value not in _words()  # where a key lies; a name of ours
         for form in (
             value,
             json.dumps(value)[1:-1],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -18,6 +19,8 @@ from dpo_cli.console import Console
 from dpo_cli.errors import DpoError, Exit, UsageError
 from dpo_cli.hub import ask_nobody
 from dpo_cli.redaction import Redacted
+
+SHOWN = 80  # characters of a name that is too long
 
 
 @contextmanager
@@ -65,6 +68,8 @@ def unexpected(error: Exception) -> DpoError:
     if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
         what = "the disk is full; what was written before is kept"
         return DpoError(what, "free space where output_dir (or standard output) is, and start again")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f"a name is too long for the file system: {str(error.filename)[:SHOWN]}...", "name a shorter path")
     return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
 
 
@@ -73,6 +78,7 @@ def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
     # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
     # a lone training nothing, and two at once much less: `make spin` prints both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts: the card of the bill is that of the run
     if devices := {config.device for config in configs if config.provider == "unsloth"}:  # it changes what is imported next
         from dpo_cli.providers.unsloth_import import import_unsloth
 

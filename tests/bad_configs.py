@@ -6,7 +6,10 @@ As long as there are ways to be wrong. The tests run every case; `make reference
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from gguf_files import write_gguf
@@ -15,6 +18,7 @@ from dpo_cli.hardware.probe import Gpu, Machine
 
 CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),), is_apple=False)
 NO_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(), is_apple=False)
+APPLE = replace(NO_CARD, is_apple=True)
 OLD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("T4", 16.0, 15.5, 7.5),), is_apple=False)
 AMD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RX 7900", 24.0, 23.5, 0.0, "amd"),), is_apple=False)
 SMALL_HOST = Machine("cpu", 4, 8.0, has_amx=False, gpus=(), is_apple=False)
@@ -62,6 +66,10 @@ def hint(code: str, key: str | None, own: str, fix: str, line: int | None = FIRS
 def rows(code: str, own: str, fix: str, line: int | None, severity: str = "error") -> Case:
     name = json.loads("{" + own + "}")
     return Case(code, next(iter(name)), own, fix, line, severity, file=next(iter(name.values())))
+
+
+def on(folder: str, targets: str) -> str:
+    return f'"model_name": "models/{folder}",\n  "target_modules": {targets}'
 
 
 def judged(url: str) -> str:
@@ -229,6 +237,13 @@ RULES = [
     Case("two-precisions", "fp16", '"bf16": true,\n  "fp16": true', "keep one", FIRST + 1),
     Case("two-quantisations", "use_8bit", '"use_4bit": true,\n  "use_8bit": true', "keep one", FIRST + 1),
     Case("two-warmups", "warmup_ratio", '"warmup_steps": 5,\n  "warmup_ratio": 0.1', "remove one", FIRST + 1),
+    Case(
+        "rate-below-end",
+        "lr_scheduler_type",
+        '"learning_rate": 1e-8,\n  "lr_scheduler_type": "polynomial"',
+        '"lr_scheduler_type": "linear"',
+        FIRST + 1,
+    ),
     Case("two-evaluation-sets", "eval_split", '"eval_dataset": "others.jsonl",\n  "eval_split": 0.1', "remove one", FIRST + 1),
     Case("eval-is-train", "eval_dataset", '"eval_split": 0, "eval_dataset": "pairs.jsonl"', '"eval_split": 0.1'),
     Case("lm-head-adapter", "target_modules", '"target_modules": ["q_proj", "lm_head"]', "remove lm_head"),
@@ -276,7 +291,11 @@ RULES = [
         FIRST + 1,
     ),
     Case("qlora-without-4bit", "use_4bit", '"strategy": "qlora",\n  "use_4bit": false', '"use_4bit": true', FIRST + 1),
+    warning(
+        "early-stopping-loss", "early_stopping_patience", '"early_stopping_patience": 2, "loss_type": "ipo"', "judge by margin"
+    ),
     Case("output-is-input", "output_dir", '"output_dir": "pairs.jsonl"', "runs/my-run"),
+    Case("path-too-long", "output_dir", '"output_dir": "runs/' + 256 * "x" + '"', "name a shorter one"),
     Case("path-control-character", "dataset", '"dataset": "C:\\temp\\new.jsonl"', "write / or"),
     Case("default-model", "model_name", "", "your model", None, "warning", text=b'{"dataset": "pairs.jsonl"}'),
     warning("no-effect", "warmup_ratio", '"warmup_ratio": 0.1,\n  "lr_scheduler_type": "constant"', '"constant_with_warmup"'),
@@ -348,7 +367,7 @@ MODELS = [
     Case("model-not-gguf", "model_name", '"model_name": "/dev/null"', "name a GGUF file"),
     warning("model-repacked", "model_name", '"model_name": "owner/Model-7B-Instruct-AWQ"', "it was made from"),
     warning("model-not-here", "model_name", '"model_name": "llama"', "owner/model"),
-    warning("model-not-here", "model_name", '"model_name": "models/llama"', "owner/model"),
+    warning("model-not-here", "model_name", '"model_name": "models/gone"', "owner/model"),
     Case("adapter-unusable", "model_name", '"model_name": "models/adapter"', "a complete adapter"),
     Case("adapter-unusable", "model_name", '"model_name": "models/run"', "a finished run"),
     Case("model-missing", "model_name", '"model_name": "models/lora-on-nothing"', "check the path"),
@@ -368,6 +387,13 @@ MODELS = [
     Case("model-no-weights", "model_name", '"model_name": "models/pickled"', "save_pretrained"),
     Case("model-no-tokenizer", "model_name", '"model_name": "models/mute"', "tokenizer.json"),
     Case("model-code", "model_name", '"model_name": "models/own-code"', "no option changes that"),
+    Case("model-tensors", "model_name", '"model_name": "models/lacking"', "copy it whole"),
+    Case("model-tensors", "model_name", '"model_name": "models/cut-off"', "copy it whole"),
+    Case("model-quantised", "model_name", '"model_name": "models/gptq"', "the model that it was made from"),
+    Case("quantised-already", "use_8bit", '"model_name": "models/4bit",\n  "use_8bit": true', "remove use_8bit", FIRST + 1),
+    Case("tokens-outside", "model_name", '"model_name": "models/padded"', "another pad_token"),
+    hint("generation-config", "model_name", '"model_name": "models/greedy"', "left out of what is saved"),
+    Case("adapter-on-head", "model_name", '"model_name": "models/lora-on-head"', '"reference": "base"'),
     hint("model-code-unused", "model_name", '"model_name": "models/phi"', "nothing is to be done"),
     hint("model-name-near", "model_name", '"model_name": "meta-llama/Llama-3.1-8b-Instruct"', "Llama-3.1-8B-Instruct"),
     hint("start-with-sft", "model_name", '"model_name": "meta-llama/Llama-3.1-8B"', '"strategy": "sft"'),
@@ -377,6 +403,7 @@ HARDWARE = [
     Case("does-not-fit", None, '"model_name": "meta-llama/Llama-3.1-8B-Instruct"', '"use_4bit": true', None, vram_gb=16),
     warning("fp16-device", "fp16", '"fp16": true', "use bf16", machine=NO_CARD),
     warning("bf16-device", "bf16", '"bf16": true', "fp16 is used", machine=OLD_CARD),
+    warning("optim-device", "optim", '"device": "mps", "optim": "adamw_8bit"', 'leave "optim" out', machine=APPLE),
     warning("device-missing", "device", '"device": "cuda"', "--vram", machine=NO_CARD),
     warning("device-missing", "device", '"device": "mps"', "--vram", machine=NO_CARD),
     warning("unsloth-without-cuda", "provider", '"provider": "unsloth"', '"provider": "huggingface"', machine=NO_CARD),
@@ -389,6 +416,14 @@ HARDWARE = [
     warning("beyond-context", "max_seq_length", '"model_name": "google/gemma-2-2b-it", "max_seq_length": 16384', ": 8192"),
     warning("no-such-layer", "target_modules", '"target_modules": ["q_porj"]', "q_proj"),
     warning("no-such-layer", "target_modules", '"target_modules": ".*\\\\.q_porj"', "in names like model.layers.0.self_attn"),
+    Case("no-such-layer", "target_modules", on("llama", '["q_porj"]'), "q_proj", FIRST + 1),
+    warning("no-such-layer", "target_modules", on("llama", '".*\\\\.(q_proj|nope)"'), "q_proj", FIRST + 1),
+    Case("target-not-linear", "target_modules", on("llama", '".*\\\\.self_attn"'), "in names like", FIRST + 1),
+    Case("target-not-linear", "target_modules", on("llama", '".*norm"'), "it has q_proj", FIRST + 1),
+    Case("state-space-target", "target_modules", on("falcon", '["in_proj", "out_proj"]'), '"all-linear"', FIRST + 1),
+    Case("fused-target", "target_modules", on("experts", '["q_proj", "up_proj"]'), "name gate_proj and up_proj", FIRST + 1),
+    Case("adapter-on-experts", "lora_dropout", on("experts", '"all-linear"') + ', "lora_dropout": 0.1', '": 0, or', FIRST + 1),
+    Case("adapter-on-experts", "use_dora", on("experts", '["down_proj"]') + ', "use_dora": true', '": false, or', FIRST + 1),
     warning("host-memory", "model_name", '"model_name": "models/large.gguf", "use_4bit": true', "safetensors"),
     hint("small-card", "use_4bit", '"use_4bit": false', "dpo recommend --vram 8", vram_gb=8),
     hint("small-memory", None, '"seed": 1', "close other programs", None, machine=SMALL_HOST),
@@ -496,6 +531,43 @@ def pair(number: int, chosen: str = "yes", rejected: str = "no") -> bytes:
     return json.dumps({"prompt": f"question {number}", "chosen": chosen, "rejected": rejected}).encode()
 
 
+def weights(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
+    """A safetensors file of zeros in float32."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    written = json.dumps(header).encode()
+    return struct.pack("<Q", len(written)) + written + bytes(end)
+
+
+def matrices(layers: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The tensors of a decoder of one block, as wide as SHAPE says, with these layers."""
+    within = {f"model.layers.0.{name}.weight": shape for name, shape in layers.items()}
+    norms = {"model.norm.weight": (8,), "model.layers.0.input_layernorm.weight": (8,)}
+    return {"model.embed_tokens.weight": (9, 8), "lm_head.weight": (9, 8), **norms, **within}
+
+
+SHAPE = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 9}
+ATTENTION = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"), (8, 8))
+LLAMA = matrices(ATTENTION | dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), (8, 8)))
+PHI = {"self_attn.qkv_proj": (24, 8), "self_attn.o_proj": (8, 8), "mlp.gate_up_proj": (16, 8), "mlp.down_proj": (8, 8)}
+IN_4BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+# Model directories by their names: what config.json holds beside SHAPE, and the tensors.
+FOLDERS: dict[str, tuple[dict[str, object], Mapping[str, tuple[int, ...]]]] = {
+    "llama": ({"model_type": "llama"}, LLAMA),
+    "lacking": ({"model_type": "llama"}, {name: shape for name, shape in LLAMA.items() if "down" not in name}),
+    "gptq": ({"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}, LLAMA),
+    "4bit": ({"model_type": "llama", "quantization_config": IN_4BIT}, LLAMA),
+    "padded": ({"model_type": "llama"}, LLAMA),
+    "greedy": ({"model_type": "llama"}, LLAMA),
+    "cut-off": ({"model_type": "llama"}, LLAMA),
+    "falcon": ({"model_type": "falcon_h1"}, {}),
+    "experts": ({"model_type": "olmoe"}, {}),
+}
+
+
 def lay_out(place: Path) -> None:
     """The files that the cases name."""
 
@@ -537,8 +609,7 @@ def lay_out(place: Path) -> None:
         json.dumps({"prompt": russian, "chosen": "Paris is the capital of France.", "rejected": "no"}).encode(),
     )
     write("data/overlap.jsonl", pair(900), pair(7))
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 9}
-    config = json.dumps({**shape, "architectures": ["LlamaForCausalLM"]}).encode()
+    config = json.dumps({**SHAPE, "architectures": ["LlamaForCausalLM"]}).encode()
     write("models/adapter/adapter_config.json", b"{}")
     write("models/run/plan.json", b"{}")
     lora = {
@@ -552,6 +623,9 @@ def lay_out(place: Path) -> None:
     for folder, base in (("lora", "owner/Model-Instruct"), ("lora-on-nothing", "/no/model")):
         write(f"models/{folder}/adapter_config.json", json.dumps({**lora, "base_model_name_or_path": base}).encode())
         write(f"models/{folder}/adapter_model.safetensors", b"")
+    on_head = {**lora, "base_model_name_or_path": "owner/Model-Instruct", "target_modules": ["q_proj", "lm_head"]}
+    write("models/lora-on-head/adapter_config.json", json.dumps(on_head).encode())
+    write("models/lora-on-head/adapter_model.safetensors", b"")
     (place / "models" / "empty").mkdir()
     write("models/damaged/config.json", b'{"hidden_size": ')
     write("models/cut.gguf", b"GGUF\x03\x00")
@@ -559,13 +633,23 @@ def lay_out(place: Path) -> None:
     header = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in large.items()}}
     write_gguf(place / "models/large.gguf", {**header, "tokenizer.chat_template": "", "tokenizer.ggml.tokens": ["a"] * 32_000})
     code = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
-    for folder, family in (("own-code", "own"), ("phi", "phi3")):
-        write(f"models/{folder}/config.json", json.dumps({**shape, "model_type": family, **code}).encode())
-        write(f"models/{folder}/model.safetensors", b"")
+    own: dict[str, tuple[dict[str, object], Mapping[str, tuple[int, ...]]]] = {
+        "own-code": ({"model_type": "own", **code}, {}),
+        "phi": ({"model_type": "phi3", **code}, matrices(PHI)),
+    }
+    for folder, (settings, shapes) in {**FOLDERS, **own}.items():
+        write(f"models/{folder}/config.json", json.dumps({**SHAPE, **settings}).encode())
+        (place / f"models/{folder}/model.safetensors").write_bytes(weights(shapes))
         write(f"models/{folder}/tokenizer.json", b"{}")
-    write("models/bert/config.json", json.dumps({"architectures": ["BertForMaskedLM"]}).encode())
+        write(f"models/{folder}/chat_template.jinja", b"")
+    (place / "models/cut-off/model.safetensors").write_bytes(weights(LLAMA)[:-100])
+    write("models/padded/tokenizer.json", b'{"added_tokens": [{"id": 9, "content": "<pad>"}]}')
+    write("models/padded/tokenizer_config.json", b'{"pad_token": "<pad>"}')
+    write("models/greedy/generation_config.json", b'{"do_sample": false, "temperature": 0.6}')
     for folder in ("bert", "mute"):
-        write(f"models/{folder}/model.safetensors", b"")
+        (place / f"models/{folder}").mkdir()
+        (place / f"models/{folder}/model.safetensors").write_bytes(weights({}))
+    write("models/bert/config.json", json.dumps({"architectures": ["BertForMaskedLM"]}).encode())
     for folder in ("mute", "pickled"):
         write(f"models/{folder}/config.json", config)
     write("models/pickled/pytorch_model.bin", b"")

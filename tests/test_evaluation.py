@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 from conftest import Run, made_row, tiny_model
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from dpo_cli.cli import app
 from dpo_cli.config.config import load
 from dpo_cli.console import Console
-from dpo_cli.errors import InvalidInput, RunFailed, UsageError
+from dpo_cli.errors import Exit, InvalidInput, UsageError
 from dpo_cli.evaluation import divergence, judging
 from dpo_cli.evaluation.evaluate import evaluate
 from dpo_cli.evaluation.intervals import Intervals
@@ -130,7 +133,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path, run: Run, ti
     adapter_config = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     for change in ({"target_modules": ["q_proj"]}, {"r": 2}):  # fewer places than tensors; tensors of another shape
         (place / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config | change), encoding="utf-8")
-        with pytest.raises(RunFailed, match="is no adapter of"):
+        with pytest.raises(InvalidInput, match=r"put on .*, (lacks|holds)"):
             evaluate(Request(config, place / "adapter", str(tmp_path / "pairs.jsonl")), Console())
 
 
@@ -165,6 +168,23 @@ def test_a_stopped_run_gets_its_evaluation_from_eval(run: Run) -> None:
     evaluate(Request(str(place)), Console())
     again, before = (json.loads((place / f"{name}.json").read_text(encoding="utf-8")) for name in ("evaluation", "before"))
     assert again == before
+
+
+def test_figures_of_other_settings_are_not_the_evaluation_of_the_run(run: Run) -> None:
+    _, place = run(eval_split=0.4)
+    written = (place / "evaluation.json").read_bytes()
+    other = ("max_new_tokens=1", "kl_prompts=1")
+    assert evaluate(Request(str(place), overrides=other), Console())["policy"]["kl_sequence"] is not None
+    assert (place / "evaluation.json").read_bytes() == written
+    (place / "evaluation.json").unlink()  # as a training that was stopped leaves it
+    report = (place / "report.html").read_bytes()
+    for overrides, dataset in ((other, None), ((), plan_dataset(place)), (("kl_prompts=1",), plan_dataset(place))):
+        evaluate(Request(str(place), overrides=overrides, dataset=dataset), Console())
+        assert not (place / "evaluation.json").exists() and (place / "report.html").read_bytes() == report
+
+
+def plan_dataset(place: Path) -> str:
+    return str(json.loads((place / "plan.json").read_text(encoding="utf-8"))["config"]["dataset"])
 
 
 def test_a_plan_of_another_machine_judges_an_adapter_here(run: Run) -> None:
@@ -310,6 +330,26 @@ def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
     assert all(len(answer.ids) == answer.tokens + answer.finished for answer in made)
     assert judged["policy"]["kl_sequence"]["value"] == pytest.approx(sum(differences) / len(differences), abs=1e-4)
     assert abs(sum(differences)) > 0.1
+
+
+def test_prompts_without_an_answer_are_counted_and_keep_no_limit(
+    run: Run, tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a context as long as some of the prompts: kl_sequence is of the others, and its limit is missed whatever it is."""
+    model = shutil.copytree(tiny_model_dir, tmp_path / "short-context")
+    shape = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 64}), encoding="utf-8")
+    rows = [{**made_row(i), "prompt": f"question {i} " + ("the cat " * 40 if i % 4 == 0 else "")} for i in range(24)]
+    _, place = run(model_name=str(model), dataset=str(pairs_file(rows)), eval_split=0.5, max_seq_length=512, kl_prompts=20)
+    held = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
+    long = [row for row in held["rows"] if (row["line"] - 1) % 4 == 0]
+    assert 0 < held["unanswered"] == len(long) < held["pairs"]
+    assert held["policy"]["kl_sequence"] is not None and f"{len(long)} prompts fill" in capsys.readouterr().out
+    words = ["eval", str(place), "--fail-under", "kl_sequence<1e6,answer_tokens<1e6,kl_token<1e6", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == Exit.MISSED
+    told = json.loads(done.stdout)
+    assert [found["ok"] for found in told["thresholds"]] == [False, False, True] and told["unanswered"] == len(long)
 
 
 def test_intervals_of_many_prompts_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

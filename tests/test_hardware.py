@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from gguf_files import write_gguf
 
 from dpo_cli.hardware import gguf, models
 from dpo_cli.hardware.facts import model_facts
-from dpo_cli.hardware.probe import GIB
+from dpo_cli.hardware.probe import GIB, nvidia_gpus, probe
 
 HEADER: dict[str, object] = {
     "general.architecture": "llama",
@@ -63,3 +65,85 @@ def test_a_config_json_gives_the_shape(tiny_model_dir: Path) -> None:
     assert facts is not None
     assert (facts.vocab_size, facts.hidden_size, facts.head_dim) == (300, 32, 8)
     assert facts.parameters * 4 / GIB < 1
+
+
+SMI = """#!/bin/sh
+if [ "$1" = -L ]; then
+  echo "GPU 0: NVIDIA A (UUID: GPU-1aa)"
+  echo "GPU 1: NVIDIA B (UUID: GPU-1bb)"
+  echo "  MIG 1g.10gb     Device  0: (UUID: MIG-c0ffee)"
+  echo "  MIG 3g.40gb     Device  1: (UUID: MIG-decaf)"
+else
+  echo "NVIDIA A, 24576, 20480, 8.9, GPU-1aa"
+  echo "NVIDIA B, 81920, 16384, 9.0, GPU-1bb"
+  echo "NVIDIA C, 12288, 12288, 8.6, GPU-2cc"
+fi
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "names"),
+    [
+        (None, "ABC"),
+        ("0,1,2", "ABC"),
+        ("2,0", "CA"),
+        ("", ""),
+        (" ", ""),
+        ("-1", ""),
+        ("none", ""),
+        ("0, 1", "AB"),
+        (" 2 ,\t1", "CB"),
+        ("1,-1,0", "B"),  # the list ends before what names no GPU
+        ("1,7,0", "B"),
+        ("3", ""),
+        ("1,", "B"),
+        ("1,1", ""),
+        ("GPU-1bb", "B"),
+        ("GPU-2", "C"),
+        ("GPU-1", ""),  # of two
+        ("GPU-2cc,GPU-1aa", "CA"),
+        ("GPU-2cc, GPU-nn ,GPU-1aa", "C"),
+        ("GPU-2cc,GPU-2", ""),
+    ],
+)
+def test_the_gpus_are_those_that_cuda_sees(
+    chosen: str | None, names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_smi(tmp_path, monkeypatch, chosen)
+    assert "".join(gpu.name[-1] for gpu in nvidia_gpus()) == names
+    machine = probe()
+    assert machine.device == ("cuda" if names else "cpu")
+    if names:
+        assert machine.memory_of("cuda") == {"A": (24, 20), "B": (80, 16), "C": (12, 12)}[names[0]]
+
+
+def test_a_part_of_a_gpu_has_the_memory_of_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_smi(tmp_path, monkeypatch, "MIG-dec")
+    (part,) = nvidia_gpus()
+    assert (part.name, part.memory_gb, part.free_gb) == ("NVIDIA B MIG 3g.40gb", 40, 16)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-none")
+    assert nvidia_gpus() == ()
+
+
+def with_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None) -> None:
+    """Puts a nvidia-smi with three GPUs on the PATH, and CUDA_VISIBLE_DEVICES into the environment."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(SMI, encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if chosen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+
+
+@pytest.mark.parametrize(
+    ("machine", "version", "device"), [("arm64", "15.2", "mps"), ("arm64", "13.7", "cpu"), ("x86_64", "15.2", "cpu")]
+)
+def test_a_mac_trains_on_its_gpu_where_torch_can(
+    machine: str, version: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(platform, "mac_ver", lambda: (version, ("", "", ""), machine))
+    assert probe().device == device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import httpx
 import pytest
 import torch
 from conftest import ROOT, made_row, tiny_model
+from gguf_files import write_gguf
 from huggingface_hub.errors import GatedRepoError
 from peft import PeftModel
+from safetensors import SafetensorError
 from test_dpo import make_plan
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -20,7 +23,9 @@ from dpo_cli.data.tokens import encode
 from dpo_cli.errors import RunFailed
 from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.providers import made
+from dpo_cli.providers.base import cache_dir
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.providers.made import made_once
 from dpo_cli.training.dpo import build_trainer
 from dpo_cli.training.scoring import choose, states_of
 
@@ -122,3 +127,40 @@ def test_a_gated_model_is_told_as_one(tiny_model_dir: Path, monkeypatch: pytest.
     with pytest.raises(RunFailed, match="is gated") as caught:
         provider.tokenizer()
     assert "hf auth login" in (caught.value.fix or "")
+
+
+def test_a_cache_that_cannot_be_made_is_told_with_its_variable(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in its place; a full disk while it is written; no home folder at all."""
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RunFailed, match=re.escape(f"the cache {tmp_path / 'file'}")) as caught:
+        made_once("merged", "content", lambda work: None)
+    assert "XDG_CACHE_HOME" in caught.value.message and "set XDG_CACHE_HOME" in str(caught.value.fix)
+
+    def fill(work: Path) -> None:
+        (work / "half").write_text("half", encoding="utf-8")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def read(work: Path) -> None:
+        raise FileNotFoundError(2, "No such file", "/a/model")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(RunFailed, match="No space left"):
+        made_once("merged", "content", fill)
+    with pytest.raises(FileNotFoundError):  # of what is read, and no matter of the cache
+        made_once("merged", "content", read)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.name != "dpo" and path.name != "merged"]
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    with pytest.raises(RunFailed, match="no home folder"):
+        cache_dir()
+
+
+def test_a_file_of_a_gguf_model_needs_the_cache_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(RunFailed, match="XDG_CACHE_HOME"):
+        HuggingFace(str(write_gguf(tmp_path / "m.gguf", {}))).tokenizer()

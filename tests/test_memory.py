@@ -304,10 +304,10 @@ def test_profiles_are_where_the_documentation_has_them() -> None:
 def test_no_longer_sequences_than_a_model_was_made_for(tmp_path: Path) -> None:
     assert recommend(Request(24, "TinyLlama/TinyLlama-1.1B-Chat-v1.0")).config["max_seq_length"] == 2048
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 99}
-    config = {**shape, "max_position_embeddings": 300, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    config = {**shape, "max_position_embeddings": 300, "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     assert recommend(Request(24, str(tmp_path))).config["max_seq_length"] == 300
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.config.config import load
+from dpo_cli.demands import does_not_fit
 from dpo_cli.errors import DoesNotFit, InvalidInput
 from dpo_cli.hardware.probe import Gpu, Machine
 from dpo_cli.inspection import inspect
-from dpo_cli.plan import Counts, resolve
+from dpo_cli.plan import MEASURED, Counts, Plan, resolve
 
 CPU = Machine("cpu", 2, 16.0, has_amx=False, gpus=(), is_apple=False)
 AMX = replace(CPU, has_amx=True)
@@ -63,6 +64,11 @@ def test_precision_is_what_the_machine_does_best(tmp_path: Path, machine: Machin
     assert plan.sources["bf16"] == "measured"
 
 
+def test_a_mac_trains_on_its_processor_with_an_optimizer_that_its_gpu_does_not_know(tmp_path: Path) -> None:
+    assert resolve(load(write(tmp_path, optim="adamw_8bit")), APPLE, COUNTS).config.device == "cpu"
+    assert resolve(load(write(tmp_path, optim="sgd")), APPLE, COUNTS).config.device == "mps"
+
+
 def test_both_false_means_float32(tmp_path: Path) -> None:
     plan = resolve(load(write(tmp_path, bf16=False, fp16=False)), AMPERE, COUNTS)
     assert plan.dtype == "float32"
@@ -99,6 +105,26 @@ def test_micro_batches_are_regrouped_to_fit_and_steps_stay(tmp_path: Path) -> No
     compared = resolve(load(write(tmp_path, **wide, loss_type=["sft", "aot"])), AMPERE)
     assert compared.memory is not None and compared.memory.fits is False and compared.config.per_device_train_batch_size == 8
     assert any("micro-batches stay at 8" in note for note in compared.notes)
+
+
+def test_a_run_that_goes_on_is_not_decided_by_the_memory_that_is_free_now(tmp_path: Path) -> None:
+    """A bill within the free memory but not within a new run's margin; then above what is free; then above all there is."""
+    wide = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_seq_length": 2048}
+    begun = resolve(load(write(tmp_path, **wide)), replace(CPU, gpus=(Gpu("4080", 16.0, 15.5, 8.9),)))
+    assert begun.memory is not None and 1 < begun.config.per_device_train_batch_size < 8
+    need = begun.memory.total_gb
+    decided = {name: getattr(begun.config, name) for name in MEASURED}
+    loaded = load(write(tmp_path, **{**wide, **decided}))
+
+    def on(total_gb: float, free_gb: float, is_resumed: bool = True) -> Plan:
+        return resolve(loaded, replace(CPU, gpus=(Gpu("4080", total_gb, free_gb, 8.9),)), is_resumed=is_resumed)
+
+    for free_gb in (1.01 * need, 0.9 * need):
+        plan = on(16.0, free_gb)
+        assert {name: getattr(plan.config, name) for name in MEASURED} == decided and does_not_fit(plan) is None
+        assert any("free now" in note for note in plan.notes) == (free_gb < need)
+        assert on(16.0, free_gb, is_resumed=False).config.per_device_train_batch_size < decided["per_device_train_batch_size"]
+    assert does_not_fit(on(0.95 * need, 0.9 * need)) is not None
 
 
 def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -177,18 +178,32 @@ def test_a_failed_upload_loses_nothing(
     assert hub.files["me/mine"] == contents(place / "adapter")
 
 
-def test_an_export_is_uploaded_and_a_repository_that_is_there_is_taken(
+def test_an_export_is_uploaded_and_deletes_nothing(
     hub: Hub,
     trained: Callable[..., Path],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    """What was uploaded before goes where it would be loaded with, or instead of, the new weights; all else stays."""
-    hub.files["me/merged"] = {"notes.txt": b"mine", "adapter_config.json": b"{}", "model-00002-of-00002.safetensors": b""}
+    """Other weights, which would be loaded with or instead of the new ones, are named and kept: it is refused until they go."""
+    before = {
+        "notes.txt": b"mine",
+        "training_args.bin": b"no weights",
+        "old/model.safetensors": b"kept",
+        "model.safetensors": b"replaced",
+    }
+    others = {"adapter_config.json": b"{}", "model-00002-of-00002.safetensors": b"", "pytorch_model.bin": b""}
+    hub.files["me/merged"] = {**before, **others}
     words = ["export", str(of_kind(trained, "adapter")), "--out", str(tmp_path / "out"), "--push", "me/merged", "--json"]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == Exit.FAILED and hub.files["me/merged"] == {**before, **others}
+    told = json.loads(refused.stdout)
+    assert all(name in told["error"] and name in told["fix"] for name in others)
+    assert "notes.txt" not in told["error"] and "nothing was uploaded" in told["error"]
+    shutil.rmtree(tmp_path / "out")
+    hub.files["me/merged"] = dict(before)
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["address"] == f"{hub.address}/me/merged"
-    assert hub.files == {"me/merged": {"notes.txt": b"mine", **contents(tmp_path / "out")}}
+    assert hub.files == {"me/merged": {**before, **contents(tmp_path / "out")}}
     assert "model.safetensors" in hub.files["me/merged"] and "export.json" in hub.files["me/merged"]
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -21,8 +22,9 @@ from dpo_cli import demands
 from dpo_cli.config.config import load
 from dpo_cli.console import Console
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
-from dpo_cli.hardware.probe import probe
+from dpo_cli.hardware.probe import Machine, probe
 from dpo_cli.inspection import inspect
+from dpo_cli.plan import Counts, Scoring, resolve
 from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.resume import _weights
 from dpo_cli.training import schedule
@@ -44,12 +46,13 @@ def go(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) ->
     values |= {"learning_rate": 1e-2, "lora_dropout": 0.1, "eval_split": 0.3, "num_train_epochs": 2, "kl_prompts": 0}
     values |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2, "max_new_tokens": 2}
 
-    def start(name: str, resume: bool = True, **options: object) -> tuple[dict[str, Any], Exit]:
+    def start(name: str, resume: bool = True, machine: Machine | None = None, **options: object) -> tuple[dict[str, Any], Exit]:
+        machine = machine or probe()
         config = tmp_path / f"{name}.json"
         config.write_text(json.dumps({**values, "output_dir": str(tmp_path / name), **options}), encoding="utf-8")
         loaded = load(str(config))
-        inspection = inspect(loaded, probe(), with_fit=False).stricter(lambda found: found.stops_training)
-        return train(loaded, inspection, probe(), Console(), resume=resume)
+        inspection = inspect(loaded, machine, with_fit=False).stricter(lambda found: found.stops_training)
+        return train(loaded, inspection, machine, Console(), resume=resume)
 
     return start
 
@@ -313,6 +316,31 @@ def test_the_size_of_micro_batches_is_taken_over_and_told(
     gone_on, _ = go("stopped", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
     assert "micro-batches are 2 x 2, as when the run began" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_batch_that_it_began_with_whatever_memory_there_is(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less than the margin beside the bill a new run would take other values; with less than the bill neither runs."""
+    whole, _ = go("whole", gradient_checkpointing="auto")
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stopping(patched, partial(is_line, step=5, split="train"), kill)
+        go("stopped", gradient_checkpointing="auto")
+    plan = json.loads((tmp_path / "stopped" / "plan.json").read_text(encoding="utf-8"))
+    assert plan["config"]["gradient_checkpointing"] is False
+    settled = resolve(load(str(tmp_path / "stopped.json")), probe(), Counts(**plan["counts"]), Scoring(**plan["scoring"]))
+    assert settled.memory is not None
+    need = settled.memory.total_gb
+
+    tight = replace(probe(), memory_gb=1.001 * need)
+    go("other", gradient_checkpointing="auto", machine=tight)
+    decided = json.loads((tmp_path / "other" / "plan.json").read_text(encoding="utf-8"))["config"]
+    assert decided["gradient_checkpointing"] is True
+    with pytest.raises(DoesNotFit) as caught:
+        go("stopped", gradient_checkpointing="auto", machine=replace(probe(), memory_gb=0.99 * need))
+    assert "start anew with --overwrite" in str(caught.value.problems[0].fix)
+    gone_on, _ = go("stopped", gradient_checkpointing="auto", machine=tight)
+    assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
 
 
 def test_an_unhealthy_run_goes_on_only_where_another_end_is_asked_for(go: Go) -> None:

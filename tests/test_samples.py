@@ -15,6 +15,7 @@ from dpo_cli.evaluation.samples import Answer, Sample, Sampling, answer_tokens, 
 from dpo_cli.providers.policy import Policy
 
 SAMPLED = Sampling(24, temperature=1.5)
+GREEDY = Sampling(8)
 
 
 def talker() -> PreTrainedModel:
@@ -66,6 +67,29 @@ def test_an_answer_ends_with_any_of_the_models_ends(tokenizer: PreTrainedTokeniz
     torch.manual_seed(1)
     sooner = [answer for row in generate(model, tokenizer, asked, SAMPLED, torch.float32, count=8) for answer in row]
     assert sum(answer.tokens for answer in sooner) < 0.5 * sum(answer.tokens for answer in answers)
+
+
+def test_a_long_prompt_takes_no_room_from_others(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of these prompts one leaves 4 tokens of a context of 40, one leaves 1, and two fill it. The others answer as alone."""
+    model, short = talker(), prompts(tokenizer)
+    model.config.max_position_embeddings = 40
+    lengths = {36: 4, 39: 1, 40: 0, 44: 0}
+    long = {length: [5] * length for length in lengths}
+    asked = [long[40], short[0], long[36], short[1], long[44], short[2], long[39]]
+    alone = generate(model, tokenizer, short, GREEDY, torch.float32)
+    made = generate(model, tokenizer, asked, GREEDY, torch.float32)
+    assert [made[1], made[3], made[5]] == alone and all(not answer.is_missing for (answer,) in alone)
+    for place, length in ((0, 40), (2, 36), (4, 44), (6, 39)):
+        (answer,) = made[place]
+        assert len(answer.ids) <= lengths[length] and answer.is_missing == (lengths[length] == 0)
+
+    def drawn() -> list[list[Answer]]:
+        torch.manual_seed(1)
+        return generate(model, tokenizer, asked, SAMPLED, torch.float32, count=3)
+
+    assert drawn() == drawn() and [len(answers) for answers in drawn()] == [3] * 7
+    both = [Sample("p", answer, answer) for (answer,) in made]
+    assert answer_tokens(both) == answer_tokens([sample for sample in both if not sample.is_missing])
 
 
 def test_side_by_side_answers_different_prompts_in_halves_too(

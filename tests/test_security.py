@@ -31,6 +31,7 @@ from dpo_cli.data.rendering import render
 from dpo_cli.errors import InvalidInput
 from dpo_cli.redaction import MASK, redact, redacted
 from dpo_cli.runs.digests import sha256_of_all
+from dpo_cli.runs.resumable import ResumableFile
 
 Pairs = Callable[..., Path]
 OPTIONS: dict[str, Any] = {
@@ -513,3 +514,44 @@ def test_a_number_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "314159265358")
     assert redact('{"loss": 0.314159265358}') == '{"loss": 0.314159265358}'
     assert redact("/data/sk-learn-preferences-v2.jsonl") == "/data/sk-learn-preferences-v2.jsonl"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "learning_rate",
+        "per_device_train_batch_size",
+        "adamw_torch_fused",
+        "normalized_logp_accuracy",
+        "adapter_sha256",
+        "reward_rejected",
+    ],
+)
+def test_redaction_leaves_the_keys_of_a_document(
+    word: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable that is named for a secret and holds a name of ours, or of the run's place: the run goes on, and is judged."""
+    monkeypatch.setenv("SORT_KEY", word)
+    monkeypatch.setenv("PARTITION_KEY", tmp_path.name)
+    assert redacted({word: [f"my {word}", 1.5, None, {word: True}]}).keys() == {word}
+    run = tmp_path / "run"
+    changed(config, output_dir=str(run), max_steps=1, optim="adamw_torch_fused")
+    for more in ((), ("max_steps=2",)):
+        done = dpo("train", config, "--resume", "--json", *more)
+        assert done.exit_code == 0, done.output
+        assert {"adapter_sha256", "health"} <= json.loads(done.stdout).keys()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    trained = [line for line in lines if line["split"] == "train"]
+    assert [line["learning_rate"] > 0 and line["reward_rejected"] is not None for line in trained] == [True, True]
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))["config"]
+    assert (plan["optim"], plan["output_dir"], Path(plan["model_name"]).is_dir()) == ("adamw_torch_fused", str(run), True)
+    assert dpo("eval", run).exit_code == 0
+
+
+def test_a_secret_in_a_row_of_pairs_is_redacted_and_its_keys_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "rejected_finished")
+    monkeypatch.setenv("OPENAI_API_KEY", SECRETS["OPENAI_API_KEY"])
+    file = ResumableFile(tmp_path / "pairs.jsonl", {"seed": 1})
+    file.append([{"rejected_finished": [SECRETS["OPENAI_API_KEY"], TOKEN]}], {})
+    file.finish()
+    assert json.loads((tmp_path / "pairs.jsonl").read_text(encoding="utf-8")) == {"rejected_finished": [MASK, MASK]}

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import Encoded, encode
+from dpo_cli.errors import InvalidInput
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.dpo import PairTrainer
 from dpo_cli.training.trainer import ProbeFirst
@@ -141,6 +142,12 @@ def test_a_single_step_that_is_all_warmup_is_told(run: Run, options: dict[str, A
     assert [event["rule"] for event in summary["health"]] == ([] if moves else ["no-movement"])
     adapter = load_file(place / "adapter" / "adapter_model.safetensors")
     assert any(bool(tensor.any()) for name, tensor in adapter.items() if "lora_B" in name) == moves
+
+
+def test_a_polynomial_decay_after_no_step_is_refused(run: Run) -> None:
+    """transformers divides its decay by the steps that are left after the warm-up."""
+    with pytest.raises(InvalidInput, match="warmup_ratio is"):
+        run(max_steps=1, warmup_ratio=0.1, lr_scheduler_type="polynomial")
 
 
 def test_steps_of_a_warmup_that_never_ends_are_asked_whether_they_moved(run: Run) -> None:

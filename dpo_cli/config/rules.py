@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import augmenting
@@ -20,6 +21,7 @@ Values = Mapping[str, Any]
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
 POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
+NAME_BYTES, PATH_BYTES = 255, 4096 - 256  # of a name on nearly all disks; of a path on Linux, and of what a run has in it
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
 
 
@@ -179,6 +181,15 @@ def loss_needs_its_smoothing(values: Values, given: Values) -> Iterator[Problem]
         yield Problem("warning", "loss-needs-smoothing", message, fix, "loss_type")
 
 
+def stopping_watches_one_loss(values: Values, given: Values) -> Iterator[Problem]:
+    """Evaluations compute the loss of DPO itself, whatever is trained."""
+    named = losses(values)
+    if values.get("early_stopping_patience") is not None and values.get("strategy") == "dpo" and named not in ([], ["sigmoid"]):
+        message = f"early stopping watches the sigmoid loss of what is held out, and {' + '.join(named)} is trained"
+        fix = "leave early_stopping_patience out, and judge by margin and KL"
+        yield Problem("warning", "early-stopping-loss", message, fix, "early_stopping_patience")
+
+
 def one_weight_a_loss(values: Values, given: Values) -> Iterator[Problem]:
     named, weights = losses(values), values.get("loss_weights")
     if named and weights is not None and len(weights) != len(named):
@@ -227,12 +238,20 @@ def one_compute_dtype(values: Values, given: Values) -> Iterator[Problem]:
 
 def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     modules = values.get("target_modules")
-    if isinstance(modules, list) and "lm_head" in modules:
+    if (isinstance(modules, list) and "lm_head" in modules) or (isinstance(modules, str) and _takes_head(modules)):
         message = "an adapter on lm_head would never be trained: the log-probs use its weight directly"
         yield Problem("error", "lm-head-adapter", message, "remove lm_head from target_modules", "target_modules")
     if isinstance(modules, list) and "all-linear" in modules:
         fix = 'write "target_modules": "all-linear"'
         yield Problem("error", "all-linear-in-list", "no layer is called all-linear", fix, "target_modules")
+
+
+def _takes_head(pattern: str) -> bool:
+    """Whether a pattern matches the whole name of the head; `bad-regex` is told of on its own."""
+    try:
+        return pattern != "lm_head" and re.fullmatch(pattern, "lm_head") is not None
+    except re.error:
+        return False
 
 
 def targets_are_a_pattern(values: Values, given: Values) -> Iterator[Problem]:
@@ -285,6 +304,19 @@ def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Proble
             yield Problem("error", "path-control-character", message, "write / or \\\\ between the folders", name)
 
 
+def paths_fit_the_disk(values: Values, given: Values) -> Iterator[Problem]:
+    for name in ("model_name", "output_dir"):
+        value = values.get(name)
+        if not isinstance(value, str):
+            continue
+        longest = max((len(part.encode("utf-8", "surrogatepass")) for part in Path(value).parts), default=0)
+        if longest > NAME_BYTES or len(str(Path(value).absolute()).encode("utf-8", "surrogatepass")) > PATH_BYTES:
+            message = f"{name} is too long for a file system: {longest} bytes in a name, of which {NAME_BYTES} may be"
+            if longest <= NAME_BYTES:
+                message = f"{name} is too long for a file system: more than {PATH_BYTES} bytes in all"
+            yield Problem("error", "path-too-long", message, "name a shorter one", name)
+
+
 def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
     """Prompts, as it drops the mask that keeps the responses of a pair apart; the rest, as nobody has tried it."""
     limits = {
@@ -300,6 +332,7 @@ def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
 
 RULES: Sequence[Rule] = (
     paths_are_written_as_meant,
+    paths_fit_the_disk,
     default_model,
     qlora_is_sft,
     belongs_to_strategy,
@@ -318,6 +351,7 @@ RULES: Sequence[Rule] = (
     best_checkpoint_is_judged,
     smoothing_needs_its_loss,
     loss_needs_its_smoothing,
+    stopping_watches_one_loss,
     one_weight_a_loss,
     sorted_loss_has_a_batch,
     whole_model_is_not_quantised,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import sys
 import threading
@@ -13,6 +12,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jinja2 import TemplateError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from dpo_cli.data.formats import Message
 from dpo_cli.errors import InvalidInput, Problem
@@ -32,18 +36,19 @@ GROWTH = 16  # a template adds markers to a conversation; what is so many times 
 def bounded() -> Iterator[None]:
     """Stop the Python code inside after `MAX_SECONDS`, or when it asks for a gibibyte; `InvalidInput` says which.
 
-    The clock is a signal, which only the main thread can have; the memory is bounded on Linux. Only rendering belongs inside:
-    a library of another language may end the process when it gets no memory.
+    The clock is a signal, which only the main thread can have, and Windows does not; the memory is bounded on Linux. Only
+    rendering belongs inside: a library of another language may end the process when it gets no memory.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    before = signal.signal(signal.SIGALRM, _too_slow) if is_main else None
+    has_clock = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+    has_limit = sys.platform == "linux" and resource is not None
+    limits = resource.getrlimit(resource.RLIMIT_AS) if has_limit else (0, 0)
+    before = signal.signal(signal.SIGALRM, _too_slow) if has_clock else None
     try:
-        if sys.platform == "linux":
+        if has_limit:
             wanted = _address_space() + MAX_BYTES
             hard = limits[1]
             resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-        if is_main:
+        if has_clock:
             signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, AGAIN_SECONDS)
         yield
     except _TooSlow:
@@ -51,10 +56,11 @@ def bounded() -> Iterator[None]:
     except MemoryError:
         _refuse(f"asks for more than {MAX_BYTES >> 30} GiB of memory")
     finally:
-        if is_main:
+        if has_clock:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
+        if has_limit:
+            resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: list[Any] | None, **options: Any) -> str:

@@ -66,7 +66,11 @@ class Contest:
 
     def hold(self, samples: Sequence[Sample], console: Console) -> dict[str, Any]:
         """Write the page, and the votes of the judge: `side_by_side` of what `eval --json` prints."""
-        answers = [(sample.prompt, sample.adapter.text, sample.base.text) for sample in samples[: self.prompts]]
+        answers = [
+            (sample.prompt, sample.adapter.text, sample.base.text)
+            for sample in samples[: self.prompts]
+            if not sample.is_missing
+        ]
         sha256 = self.run.read_json(SUMMARY)["adapter_sha256"]
         origin = {"run": self.run.path.resolve().name, "adapter_sha256": sha256, "criterion": self.criterion}
         document = votes.unvoted(origin, redacted(answers), self.seed)  # before they are sealed, where nothing can be found

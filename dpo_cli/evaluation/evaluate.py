@@ -30,7 +30,8 @@ def evaluate(asked: Request, console: Console) -> dict[str, Any]:
         samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.side_by_side or 0))
         measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
         judged = judge(opened.rows, measured, samples, plan)
-    if run and asked.dataset is None and judged["policy"] is not None and not run.has(EVALUATION):
+    is_as_trained = asked.dataset is None and not asked.overrides  # only such figures are the run's own
+    if run and is_as_trained and judged["policy"] is not None and not run.has(EVALUATION):
         run.write_json(EVALUATION, judged)  # of a training that was stopped, which judges nothing
         console.line(f"report: {write_report(run.path)}")  # which told of no figures
     console.judgement(judged, judged["samples"][:SHOWN])

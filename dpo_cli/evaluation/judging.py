@@ -19,6 +19,7 @@ from dpo_cli.evaluation.rows import extremes, row_figures
 from dpo_cli.evaluation.samples import Sample, answer_tokens, side_by_side
 from dpo_cli.plan import Plan
 from dpo_cli.providers.policy import Policy
+from dpo_cli.redaction import redact
 from dpo_cli.training.scoring import states_of
 
 ANSWERS, SAMPLES = 32, 8  # held-out prompts that an evaluation answers, and those whose answers it keeps
@@ -37,13 +38,14 @@ class Measured:
 
     scores: Scores
     kl: Array  # the samples of kl_sequence, nats an answer; empty where none are drawn
+    unanswered: int = 0  # prompts asked for that have none: they fill the model's context
 
 
 def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
     """Score the rows, and sample answers to their prompts; not of sft, nor from a policy whose log-probs are no numbers."""
     scores = score(policy, rows, tokenizer, plan)
     samples_kl = plan.config.strategy == "dpo" and bool(np.isfinite(scores.policy).all())
-    return Measured(scores, sequence_kl(policy, tokenizer, rows, plan) if samples_kl else np.zeros(0))
+    return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan) if samples_kl else (np.zeros(0), 0)))
 
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
@@ -63,7 +65,9 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
     """What evaluation.json holds: the figures of `eval --json`, null when nothing was measured, and the rows."""
     if measured is None:
         nothing: dict[str, Any] = dict.fromkeys(("policy", "base", "gain", "answer_tokens"))
-        return _counts([], plan) | nothing | {"categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
+        return (
+            _counts([], plan) | nothing | {"unanswered": 0, "categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
+        )
     beta, scores, kl = plan.config.beta, measured.scores, measured.kl
     made: dict[str, Any] = figures(scores, [row.row.prompt_key for row in rows], beta)
     made["policy"]["kl_sequence"] = Intervals([str(i) for i in range(len(kl))]).of(mean(kl)) if len(kl) else None
@@ -72,8 +76,10 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
         **_counts(rows, plan),
         **made,
         "answer_tokens": answer_tokens(samples[:ANSWERS]),
+        # Both ask the first of the same prompts: the longer list holds the other.
+        "unanswered": max(measured.unanswered, sum(sample.is_missing for sample in samples[:ANSWERS])),
         "categories": _by_category(rows, scores, plan),
-        "samples": [sample.to_json() for sample in samples[:SAMPLES]],
+        "samples": [sample.to_json() for sample in samples if not sample.is_missing][:SAMPLES],
         "rows": table,
         **extremes(rows, table),
     }
@@ -85,14 +91,15 @@ def _counts(rows: Sequence[Encoded], plan: Plan) -> dict[str, Any]:
 
 def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[str, Any]:
     """The figures of the rows of each category, the largest first and many small ones as one; empty where no row has one."""
-    sizes = Counter(row.row.category or NONE for row in rows)
+    names = [redact(row.row.category) or NONE for row in rows]  # which become keys, where nothing is redacted
+    sizes = Counter(names)
     if set(sizes) == {NONE}:
         return {}
     told = [name for name, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))]
     told = told if len(told) <= CATEGORIES else [*told[: CATEGORIES - 1], OTHERS]
     places: dict[str, list[int]] = {name: [] for name in told}
-    for i, row in enumerate(rows):
-        places.get(row.row.category or NONE, places[told[-1]]).append(i)
+    for i, name in enumerate(names):
+        places.get(name, places[told[-1]]).append(i)
     of_one = ((name, [rows[i] for i in found], scores.of(found)) for name, found in places.items())
     return {
         name: _counts(own, plan) | figures(theirs, [row.row.prompt_key for row in own], plan.config.beta)

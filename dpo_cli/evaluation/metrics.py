@@ -72,12 +72,12 @@ def score_rows(
             waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             continue
         for column, sums in zip(columns, scores, strict=True):
-            column[batch] = sums.view(kinds, len(batch)).T.cpu().numpy()
+            column[batch] = sums.view(kinds, len(batch)).T.numpy()
     return Scores(*columns)
 
 
 def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Sums over each row's response of the columns of `Scores`, each (kB,), in float64."""
+    """Sums over each row's response of the columns of `Scores`, each (kB,), in float64 on the CPU: Apple's GPUs have none."""
     labels = batch["labels"][:, 1:]
     scored = labels != IGNORED
     device = policy.network.device.type
@@ -89,7 +89,8 @@ def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: t
             ref_made = score_tokens(ref_hidden, labels[scored], ref_head)
         values = [made.log_probs, ref_made.log_probs, made.is_top1, ref_made.is_top1, torch.ones_like(made.log_probs)]
         values.append(token_kl(hidden, ref_hidden, head, ref_head))
-    return [value.double().new_zeros(scored.shape).masked_scatter(scored, value.double()).sum(dim=1) for value in values]
+    on_cpu, scored = [value.cpu().double() for value in values], scored.cpu()
+    return [value.new_zeros(scored.shape).masked_scatter(scored, value).sum(dim=1) for value in on_cpu]
 
 
 def point_figures(scores: Scores, beta: float) -> dict[str, float]:

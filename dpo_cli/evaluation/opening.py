@@ -16,7 +16,7 @@ from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.hardware.adapters import ADAPTER_CONFIG, foundation
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, foundation, is_on_head, unsupported
 from dpo_cli.hardware.foreign import in_adapter
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
@@ -87,7 +87,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
-    train_rows, held_out, _ = prepare(data, tokenizer, plan)
+    train_rows, held_out, _ = prepare(data, tokenizer, plan, provider.token_rows())
     return Opened(folder, plan, provider, tokenizer, train_rows if dataset else held_out)
 
 
@@ -117,6 +117,16 @@ def _base_of(folder: Path) -> str:
         except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
             message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
             raise InvalidInput([Problem("error", "not-an-adapter", message, "save it again with PEFT")]) from error
+        if is_on_head(config.to_dict()):
+            message = f"the adapter in {folder} is also on lm_head, and log-probs are computed from its plain weight"
+            fix = "train an adapter without lm_head in target_modules, or merge this one with PEFT and name the merged model"
+            raise InvalidInput([Problem("error", "not-an-adapter", message, fix)])
+        if why := unsupported(config.to_dict()):
+            message, fix = (
+                f"the adapter in {folder} {why}",
+                "merge it with PEFT into its base, and judge that as a model of its own",
+            )
+            raise InvalidInput([Problem("error", "not-an-adapter", message, fix)])
         if code:
             message = f"{folder / ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run"
             raise InvalidInput([Problem("error", "not-an-adapter", message, "take an adapter without it")])

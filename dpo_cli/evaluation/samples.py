@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,11 @@ class Answer:
     finished: bool
     ids: tuple[int, ...] = ()  # the end's among them
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the prompt left no room for one: an answer has a token, or the end."""
+        return not self.tokens and not self.finished
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,6 +54,11 @@ class Sample:
     base: Answer
     adapter: Answer
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the prompt left no room for answers."""
+        return self.base.is_missing and self.adapter.is_missing
+
     def to_json(self) -> dict[str, str]:
         """The answers to the last message of the prompt."""
         last = self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
@@ -63,25 +73,44 @@ def generate(
     dtype: torch.dtype,
     count: int = 1,
 ) -> list[list[Answer]]:
-    """`count` answers to each prompt (token ids), made as one batch of left-padded rows, in evaluation mode.
+    """`count` answers to each prompt (token ids), in evaluation mode; missing ones to a prompt that fills the model's context.
 
-    Sampled answers follow torch's random state and, through rounding, the whole batch: the same batch has the same answers.
+    Prompts with as much room for an answer make one batch: nearly always all of them, and a long one takes no room from others.
+    Sampled answers follow torch's random state and, through rounding, the whole batch: the same prompts have the same answers.
     """
     model.eval()
-    device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
-    width = max(map(len, prompts))
     # Learned positions end with the context; of others none is asked for that the model was not made for.
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    room = int(min(sampling.max_new_tokens, context - width))
-    if room < 1:
-        return [[Answer("", 0, False)] * count for _ in prompts]
+    rooms = [int(min(sampling.max_new_tokens, context - len(prompt))) for prompt in prompts]
+    made = [[Answer("", 0, False)] * count for _ in prompts]
+    for room in sorted({room for room in rooms if room > 0}, reverse=True):
+        places = [place for place, own in enumerate(rooms) if own == room]
+        batch = _batch(
+            model, tokenizer, [prompts[place] for place in places], replace(sampling, max_new_tokens=room), dtype, count
+        )
+        for place, answers_to_one in zip(places, batch, strict=True):
+            made[place] = answers_to_one
+    return made
+
+
+def _batch(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    dtype: torch.dtype,
+    count: int,
+) -> list[list[Answer]]:
+    """`count` answers to each prompt, made as one batch of left-padded rows."""
+    device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
+    width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (prompts, width)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     ends = _ends(model, tokenizer)
     is_sampled = sampling.temperature is not None
     # What is left out here would be taken from the model's own generation_config.
     wanted = GenerationConfig(
-        max_new_tokens=room,
+        max_new_tokens=sampling.max_new_tokens,
         do_sample=is_sampled,
         num_return_sequences=count,
         repetition_penalty=1.0,
@@ -158,8 +187,9 @@ def answers(
 def answer_tokens(samples: Sequence[Sample]) -> dict[str, Any] | None:
     """Mean tokens of the answers of `base` and of `policy`, and `gain`, their paired difference, with intervals.
 
-    An answer that did not end counts with the tokens it has.
+    An answer that did not end counts with the tokens it has, and a missing one not at all.
     """
+    samples = [sample for sample in samples if not sample.is_missing]
     if not samples:
         return None
     base, policy = (

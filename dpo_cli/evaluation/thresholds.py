@@ -1,7 +1,8 @@
 """Limits that a script puts on the figures of an evaluation: `--fail-under accuracy=0.6,kl_sequence<10`. No torch.
 
 NAME=X and NAME>=X ask for at least X, NAME>X for more, NAME<=X for at most X, NAME<X for less. NAME is a figure of the policy,
-or one of `base.` or `gain.`: gain.logp_accuracy>0. A figure that an evaluation does not have, or that is no number, misses.
+or one of `base.` or `gain.`: gain.logp_accuracy>0. A figure that an evaluation does not have, or that is no number, misses. So
+does one of a model's answers where a prompt left no room for one: nobody knows what it is with them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ OF_BOTH = ("logp_accuracy", "normalized_logp_accuracy", "loss", "token_accuracy"
 BETTER_SMALL = ("loss", "kl_token", "kl_sequence")
 OF_POLICY = ("accuracy", "margin", "kl_token", "kl_sequence", *OF_BOTH)
 METRICS = (*OF_POLICY, *(f"{group}.{name}" for group in ("base", "gain") for name in OF_BOTH))
+OF_ANSWERS = ("kl_sequence", "answer_tokens")
 OF_VOTES = ("win_rate",)
 EXAMPLE = "--fail-under 'accuracy=0.6,kl_sequence<10'"
 
@@ -39,9 +41,9 @@ class Threshold:
     sign: str
     limit: float
 
-    def of(self, value: float | None) -> dict[str, Any]:
-        """An entry of `thresholds` in `eval --json`."""
-        is_met = value is not None and math.isfinite(value) and COMPARED[self.sign](value, self.limit)
+    def of(self, value: float | None, is_whole: bool = True) -> dict[str, Any]:
+        """An entry of `thresholds` in `eval --json`; a figure that is not of all that it should be of keeps no limit."""
+        is_met = is_whole and value is not None and math.isfinite(value) and COMPARED[self.sign](value, self.limit)
         return {"metric": self.metric, "limit": self.limit, "value": value, "ok": is_met}
 
 
@@ -72,7 +74,13 @@ def _parsed(part: str, known: Sequence[str]) -> Threshold:
 
 def judged_by(thresholds: Sequence[Threshold], judged: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What `eval --json` says of the limits on these figures, or on a tally's."""
-    return [threshold.of(_value(judged, threshold.metric)) for threshold in thresholds]
+    return [
+        threshold.of(
+            _value(judged, threshold.metric),
+            is_whole=threshold.metric.rpartition(".")[2] not in OF_ANSWERS or not judged.get("unanswered"),
+        )
+        for threshold in thresholds
+    ]
 
 
 def _value(judged: Mapping[str, Any], metric: str) -> float | None:

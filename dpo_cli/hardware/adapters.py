@@ -24,6 +24,22 @@ SHAPE = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use
     "modules_to_save": "modules_to_save",
 }
 
+# The parts of an adapter_config.json that are supported: where an adapter is and how large, and what only its training needs.
+# Anything else that is set is refused by its name.
+HELD = frozenset(SHAPE.values()) | {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+    *("lora_dropout", "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias"),
+    *("rank_pattern", "alpha_pattern", "target_parameters", "megatron_core", "qalora_group_size", "init_lora_weights"),
+}
+BECAUSE = {
+    "bias": "it changes biases of the base itself, so the base without it is not there to compare with",
+    "trainable_token_indices": "single rows of the embedding are trained, which are not scored here",
+    "layer_replication": "it repeats layers of the base: it is another model",
+    "alora_invocation_tokens": "it acts only after certain tokens",
+    "ensure_weight_tying": "embedding and head share what is trained",
+}
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that take a part out of the base's weights
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -54,6 +70,8 @@ def adapter_at(model_name: str) -> Adapter | None:
         raise ValueError(f"its adapter has no {WEIGHTS}")
     if code := in_adapter(config):
         raise ValueError(f"its {ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run")
+    if why := unsupported(config):
+        raise ValueError(f"its adapter {why}")
     shape = {name: config.get(theirs) for name, theirs in SHAPE.items()}
     if isinstance(shape["target_modules"], list):
         shape["target_modules"] = sorted(shape["target_modules"])
@@ -66,24 +84,62 @@ def adapter_at(model_name: str) -> Adapter | None:
     return Adapter(directory, model_name, shape)
 
 
+def unsupported(config: Mapping[str, Any]) -> str | None:
+    """Why the base of an adapter cannot be its reference, by its adapter_config.json, in words that follow "the adapter".
+
+    None where it can. Of other types than LoRA only what all types share is looked at.
+    """
+    is_lora = config.get("peft_type") == "LORA"
+    if config.get("peft_type") == "TRAINABLE_TOKENS":
+        return f"is of the type TRAINABLE_TOKENS: {BECAUSE['trainable_token_indices']}"
+    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
+        return f"is for another task (task_type {task}), and puts a head of its own on the model"
+    for name, value in config.items():
+        is_set = value not in (None, False, "", "none") and value != [] and value != {}
+        if is_set and (name in BECAUSE or (is_lora and name not in HELD)):
+            return f"has {name} {_short(value)}: {BECAUSE.get(name, 'this is not known here')}"
+    began = str(config.get("init_lora_weights", "")).lower()
+    if is_lora and began.startswith(CHANGES_BASE):
+        fix = "PEFT can write it as a plain one (path_initial_model_for_weight_conversion)"
+        return f"has init_lora_weights {began}: it belongs to a base whose weights were changed when it began; {fix}"
+    return None
+
+
+def is_on_head(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter is on the output head too, whose plain weight the log-probs are computed from."""
+    targets = config.get("target_modules")
+    names = targets if isinstance(targets, list | tuple | set) else ()
+    return any(str(name).rpartition(".")[2] == "lm_head" for name in names)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
+
+
 def model_of(model_name: str) -> str:
     """The directory of a run's whole model, where `model_name` is such a run; else the name itself."""
     place = Path(model_name) / MODEL
     return str(place) if place.is_dir() and (place.parent / PLAN).is_file() else model_name
 
 
-def chain_of(model_name: str) -> dict[str, str]:
-    """The folders of all runs and adapters that a model stands on, itself first, each with the SHA-256 of its weights."""
-    chain: dict[str, str] = {}
+def folders_below(model_name: str) -> list[str]:
+    """The folders of all runs and adapters that a model stands on, itself first. No weights are read."""
+    folders: list[str] = []
     adapter = adapter_at(model_name)
     while adapter is not None:
-        if str(adapter.directory) in chain:
+        if str(adapter.directory) in folders:
             raise ValueError("it stands on itself")
-        chain[str(adapter.directory)] = sha256_of_all(adapter.directory)
+        folders.append(str(adapter.directory))
         model_name = adapter.model_name
         adapter = adapter_at(model_name)
     whole = model_of(model_name)
-    return chain if whole == model_name else {**chain, whole: sha256_of_all(Path(whole))}
+    return folders if whole == model_name else [*folders, whole]
+
+
+def chain_of(model_name: str) -> dict[str, str]:
+    """The same folders, each with the SHA-256 of its weights, which reads them all."""
+    return {folder: sha256_of_all(Path(folder)) for folder in folders_below(model_name)}
 
 
 def foundation(model_name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from importlib.resources import files
@@ -13,12 +12,13 @@ from typing import Any
 
 from dpo_cli.hardware import gguf
 from dpo_cli.hardware.adapters import foundation
+from dpo_cli.hardware.quantised import Quantisation, stored_quantisation
+from dpo_cli.hardware.tensors import stored_in
 
 # Traits of families, by their `model_type` in transformers 5.17.
 FUSED = frozenset({"phi3"})  # q, k, v in one linear layer, gate and up in another
 QK_NORM = frozenset({"qwen3", "gemma3", "gemma3_text", "olmo2", "olmo3"})  # queries and keys are normalised too
 FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})  # around attention and MLP, before and after; others have two
-MOST_HEADER_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,12 @@ def model_facts(model_name: str) -> ModelFacts | None:
     return ModelFacts(**table[model_name]) if model_name in table else None
 
 
+def quantisation_of(model_name: str) -> Quantisation | None:
+    """How the weights below a model's adapters are quantised in their files; None of plain ones, and where this is unknown."""
+    file = Path(foundation(model_name)) / "config.json"
+    return stored_quantisation(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
 def known_models() -> dict[str, dict[str, Any]]:
     loaded: dict[str, dict[str, Any]] = json.loads(
         files("dpo_cli.hardware").joinpath("models.json").read_text(encoding="utf-8")
@@ -153,20 +159,11 @@ def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelF
     facts = ModelFacts(**values, **caps, sliding_window=window, model_type=text.get("model_type", "llama"))
     if facts.parameters <= 0:
         return None
-    stored = sum(map(_stored_parameters, place.glob("model*.safetensors"))) if place else 0
+    stored = sum(map(prod, stored_in(place).values())) if place else 0
     beside = stored - facts.parameters
     # A quantised file stores other numbers of other tensors; biases and the like are too few to count.
     is_plain = not config.get("quantization_config") and beside > facts.parameters // 100
     return replace(facts, extra_parameters=beside) if is_plain else facts
-
-
-def _stored_parameters(path: Path) -> int:
-    """Weights in a safetensors file, by its header: eight bytes of its size, then JSON (github.com/safetensors/safetensors)."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        header = json.loads(file.read(size)) if 0 < size < MOST_HEADER_BYTES else {}
-    return sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def _gguf_facts(header: gguf.Header) -> ModelFacts | None:

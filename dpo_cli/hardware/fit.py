@@ -104,7 +104,7 @@ def smaller_model(settings: Settings, budget_gb: float | None) -> str:
 
 
 def largest_model(settings: Settings, budget_gb: float) -> str | None:
-    """The largest of the common models that fits with these settings, checkpointed and with the fewest pairs at a time."""
+    """The largest of the common models that fits with these settings, checkpointed and, where possible, one pair at a time."""
     least = replace(settings, checkpointing=True, batch=settings.batch if settings.is_whole else 1)
     shapes = {name: facts for name in known_models() if (facts := model_facts(name)) is not None}
     fitting = [name for name, facts in shapes.items() if bill(facts, least, budget_gb).fits]

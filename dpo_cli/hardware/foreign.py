@@ -64,6 +64,13 @@ def unsafe_shards(index: Mapping[str, Any]) -> list[str]:
     return sorted(file for file in files if not file.endswith(".safetensors") or Path(file).name != file)
 
 
+def is_causal(model_type: str) -> bool:
+    """Whether transformers has a causal language model of this type."""
+    name = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+    block = re.search(rf"^{name} = OrderedDict\($.*?^\)$", _table("modeling_auto.py"), re.MULTILINE | re.DOTALL)
+    return block is None or f'("{model_type}", ' in block[0]  # of a table that is not found nothing is known
+
+
 def _named_code(auto_map: Any) -> str:
     """The modules that an auto_map names, in words; it is a table, or a list of a slow and a fast class."""
     classes = auto_map.values() if isinstance(auto_map, Mapping) else auto_map if isinstance(auto_map, list) else ()

@@ -12,15 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import Problem
-from dpo_cli.hardware import foreign, gguf
+from dpo_cli.hardware import foreign, gguf, tensors
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, foundation, model_of
 from dpo_cli.hardware.facts import known_models, model_facts
-from dpo_cli.runs.directory import PLAN
+from dpo_cli.hardware.quantised import stored_quantisation
+from dpo_cli.runs.directory import PLAN, WEIGHTS
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CONVERT = "convert its weights with `save_pretrained`: others than safetensors can run code when they are read"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "vocab.json", "tekken.json")
 CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
+# Settings of generation_config.json that need do_sample (transformers 5.17), and the values of each that have no effect.
+SAMPLING: Mapping[str, tuple[Any, ...]] = {
+    "temperature": (None, 1.0),
+    "top_p": (None, 1.0),
+    "top_k": (None, 50),
+    "min_p": (None,),
+    "typical_p": (None, 1.0),
+}
 # Names of base models: marked as such, or of families that mark those that answer instructions.
 BASE = re.compile(
     r"[-_.](base|pt)\b|^(meta-)?llama-?[23][\d.]*-\d+b(-hf)?$|^(qwen(1\.5|2|2\.5)|gemma|gemma-[23]|smollm2?|olmo(-2)?|falcon|pythia)-[\d.]+[bm]"
@@ -66,9 +75,12 @@ def _faults(model_name: str) -> Iterator[Problem]:
         yield _wrong("model-incomplete", f"{model_name} has no config.json", "name a complete model directory")
     else:
         try:
-            model_facts(model_name)
-            if path.is_dir():
-                yield from _directory_faults(path, _object(path / "config.json"))
+            is_whole = True
+            for problem in _directory_faults(path, _object(path / "config.json")) if path.is_dir() else ():
+                is_whole &= problem.severity != "error"
+                yield problem
+            if is_whole:
+                model_facts(model_name)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged header makes of it
             yield _wrong("model-damaged", f"{path} is damaged: {error}", "download it again")
 
@@ -82,6 +94,13 @@ def _adapter_faults(model_name: str) -> Iterator[Problem]:
         yield _wrong("adapter-unusable", f"{model_name} cannot be trained on: {error}", fix)
         return
     if adapter is not None:
+        base = Path(foundation(adapter.model_name))
+        if (base / "config.json").is_file():
+            stored = tensors.stored_in(base)
+            # The layers of experts have other names in the files than in the model.
+            is_dense = _object(base / "config.json").get("model_type") in tensors.DENSE and not tensors.has_experts(stored)
+            for fault in tensors.adapter_faults(adapter.directory, WEIGHTS, stored, is_dense):
+                yield _wrong("adapter-unusable", fault.message, fault.fix)
         tokenizer = _object(adapter.directory / TOKENIZER_CONFIG)
         yield from foreign.problems({}, tokenizer, str(adapter.directory))
     for problem in _faults(adapter.model_name if adapter else model_of(model_name)):
@@ -96,15 +115,56 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield _wrong(
             "model-not-causal", f"{path} is no causal language model: {what}", "name an instruct model that writes text"
         )
+    elif isinstance(family := config.get("model_type"), str) and not config.get("auto_map") and not foreign.is_causal(family):
+        yield not_causal(str(path), family)
     yield from foreign.problems(config, _object(path / TOKENIZER_CONFIG), str(path))
+    index = path / tensors.INDEX
     if not any(path.glob("*.safetensors")):
         yield _wrong("model-no-weights", f"{path} has no .safetensors file", CONVERT)
-    index = path / "model.safetensors.index.json"
-    if index.is_file() and (files := foreign.unsafe_shards(_object(index))):
+    elif not index.is_file() and not (path / tensors.SINGLE).is_file():
+        fix = f"rename a single file of weights to {tensors.SINGLE}; of several, the index is missing: download it again"
+        yield _wrong("model-no-weights", f"{path} has neither {tensors.SINGLE} nor {tensors.INDEX}", fix)
+    elif index.is_file() and (files := foreign.unsafe_shards(_object(index))):
         message = f"{index} names {', '.join(files)}, which are no .safetensors files beside it"
         yield _wrong("model-no-weights", message, CONVERT)
+    else:
+        yield from (_wrong("model-tensors", fault.message, fault.fix) for fault in tensors.faults(path, config))
+    if (stored := stored_quantisation(config)) is not None and (problem := stored.problem(str(path))) is not None:
+        yield problem
+    yield from _token_faults(path, config)
+    yield from _generation_advice(path)
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER_FILES[0]} into it")
+
+
+def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
+    """A padding token that the tokenizer has and the model has no row for, and others that rows may hold."""
+    rows = config.get("text_config", config).get("vocab_size")
+    added = _object(path / "tokenizer.json").get("added_tokens") or []
+    outside = {token["content"]: token["id"] for token in added if isinstance(rows, int) and token["id"] >= rows}
+    if not outside:
+        return
+    total = max(outside.values()) + 1
+    what = f"the tokenizer of {path} has {total} tokens, and the model {rows} rows for them"
+    padding = _object(path / TOKENIZER_CONFIG).get("pad_token")
+    padding = padding.get("content") if isinstance(padding, dict) else padding
+    if padding in outside:
+        fix = f"name another pad_token in {TOKENIZER_CONFIG}, or resize the model's embedding to {total} rows"
+        yield _wrong("tokens-outside", f"{what}: the padding token {padding} ({outside[padding]}) has none", fix)
+        return
+    first = min(outside, key=lambda token: outside[token])
+    fix = f"resize the model's embedding to {total} rows; rows with such a token are refused"
+    yield Problem("warning", "tokens-outside", f"{what}: {first} ({outside[first]}) has none", fix, "model_name")
+
+
+def _generation_advice(path: Path) -> Iterator[Problem]:
+    """What of generation_config.json would be refused when the model is saved (transformers), and is left out."""
+    settings = _object(path / "generation_config.json")
+    sampling = [name for name, unset in SAMPLING.items() if settings.get(name) not in unset]
+    if sampling and not settings.get("do_sample", False):
+        message = f"generation_config.json of {path} has do_sample false and {', '.join(sampling)}, which do not go together"
+        fix = f"nothing is to be done: {', '.join(sampling)} is left out of what is saved"
+        yield Problem("hint", "generation-config", message, fix, "model_name")
 
 
 def _advice(model_name: str, to_align: bool) -> Iterator[Problem]:
@@ -143,6 +203,13 @@ def _answers_instructions(model_name: str) -> bool:
             config.is_file() and "chat_template" in config.read_text(encoding="utf-8", errors="replace")
         )
     return BASE.search(path.name) is None or INSTRUCT.search(path.name) is not None
+
+
+def not_causal(label: str, model_type: str) -> Problem:
+    """The problem of a model that transformers loads as something else, or not at all."""
+    message = f"{label} is of the type {model_type}, of which transformers has no causal language model"
+    fix = "take a model that reads and writes text alone: image-text models of this kind cannot be trained here"
+    return _wrong("model-not-causal", message, fix)
 
 
 def _wrong(code: str, message: str, fix: str) -> Problem:

@@ -8,12 +8,14 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
 SMALLEST_CARD_BYTES = 2 * GIB  # what the BIOS gives an integrated GPU is less
+OLDEST_MACOS = 14  # that torch's Metal backend runs on; bfloat16 in it too
 APPLE_SHARE = 2 / 3  # of unified memory, that Metal lets a process hold (recommendedMaxWorkingSetSize, of smaller machines)
 
 
@@ -24,6 +26,7 @@ class Gpu:
     free_gb: float
     compute_capability: float  # of an NVIDIA one; 0 for others
     maker: str = "nvidia"
+    uuid: str = ""
 
     @property
     def has_bf16(self) -> bool:
@@ -40,7 +43,7 @@ class Machine:
     memory_gb: float
     has_amx: bool  # bfloat16 matrix units of the processor
     gpus: tuple[Gpu, ...]
-    is_apple: bool
+    is_apple: bool  # with a GPU that torch can use
     has_unsloth: bool = False  # the package
 
     @property
@@ -60,6 +63,14 @@ class Machine:
             return share, share, f"unified memory, of which Metal lets a process hold about {share:g} GB"
         return None
 
+    def memory_of(self, device: str) -> tuple[float | None, float | None]:
+        """(GB in all, GB free) of what a training on "cuda", "mps" or "cpu" uses here; None where there is no such device."""
+        if device == "cuda":
+            return (self.gpus[0].memory_gb, self.gpus[0].free_gb) if self.gpus else (None, None)
+        if device == "mps" and self.card is not None:
+            return self.card[0], self.card[1]
+        return self.memory_gb, self.memory_gb
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -71,32 +82,90 @@ def probe() -> Machine:
     return Machine(
         processor=names[0] if names else platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
+        memory_gb=round(_memory_bytes() / GIB, 1),
         has_amx="amx_bf16" in cpuinfo,
         gpus=nvidia_gpus() or amd_gpus(),
-        is_apple=platform.system() == "Darwin" and platform.machine() == "arm64",
+        is_apple=_has_metal(),
         has_unsloth=importlib.util.find_spec("unsloth") is not None,
     )
+
+
+def _has_metal() -> bool:
+    """Whether torch trains on this machine's GPU through Metal: Apple's own processors, from macOS 14 on."""
+    version = platform.mac_ver()[0].partition(".")[0]
+    return platform.system() == "Darwin" and platform.machine() == "arm64" and int(version or 0) >= OLDEST_MACOS
+
+
+def _memory_bytes() -> int:
+    """The machine's memory, asked of the system."""
+    if told := re.match(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo")):  # Linux
+        return int(told[1]) * 1024
+    if hasattr(os, "sysconf"):  # macOS
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil  # Windows; a requirement of accelerate
+
+    return int(psutil.virtual_memory().total)
 
 
 def nvidia_gpus() -> tuple[Gpu, ...]:
     """The GPUs that nvidia-smi lists; none when there is no such program or it fails."""
     if shutil.which("nvidia-smi") is None:
         return ()
-    query = "--query-gpu=name,memory.total,memory.free,compute_cap"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:  # a driver that hangs offers no GPU
-        return ()
+    told = _nvidia_smi("--query-gpu=name,memory.total,memory.free,compute_cap,uuid", "--format=csv,noheader,nounits")
     # A GPU that shares the processor's memory prints [N/A] for its own: it has no bill, and is left out.
-    rows = (re.fullmatch(r"(.*), ([\d.]+), ([\d.]+), ([\d.]+)", line.strip()) for line in done.stdout.splitlines())
-    found = (row.groups() for row in rows if row and done.returncode == 0)
-    gpus = [Gpu(name, float(total) / 1024, float(free) / 1024, float(cc)) for name, total, free, cc in found]
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")  # numbers as nvidia-smi counts with CUDA_DEVICE_ORDER=PCI_BUS_ID
-    if chosen is None or not re.fullmatch(r"\d+(,\d+)*", chosen):
+    rows = (re.fullmatch(r"(.*), ([\d.]+), ([\d.]+), ([\d.]+)(?:, (\S*))?", line.strip()) for line in told.splitlines())
+    found = (row.groups(default="") for row in rows if row)
+    gpus = [Gpu(name, float(total) / 1024, float(free) / 1024, float(cc), uuid=uuid) for name, total, free, cc, uuid in found]
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None and chosen.strip().startswith("MIG-"):
+        gpus = _mig_instances(gpus, _nvidia_smi("-L"))
+    return visible(gpus, chosen)
+
+
+def _nvidia_smi(*words: str) -> str:
+    """What nvidia-smi prints; nothing where it fails."""
+    try:
+        done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:  # a driver that hangs offers no GPU
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _mig_instances(gpus: Sequence[Gpu], listed: str) -> list[Gpu]:
+    """The parts of GPUs that `nvidia-smi -L` lists below them, whose memory stands in their profile: "MIG 1g.10gb"."""
+    by_uuid, whole, parts = {gpu.uuid: gpu for gpu in gpus}, None, []
+    for line in listed.splitlines():
+        uuid = re.search(r"\(UUID: (\S+)\)", line)
+        profile = re.match(r"\s+MIG (\S*?(\d+)gb\S*)", line)
+        if uuid and profile and whole is not None:
+            size = float(profile[2])
+            name = f"{whole.name} MIG {profile[1]}"
+            parts.append(replace(whole, name=name, memory_gb=size, free_gb=min(size, whole.free_gb), uuid=uuid[1]))
+        elif uuid:
+            whole = by_uuid.get(uuid[1])
+    return parts
+
+
+def visible(gpus: Sequence[Gpu], chosen: str | None) -> tuple[Gpu, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, as CUDA and torch read it; all where it is not set.
+
+    Numbers count as nvidia-smi does (`composer_for` in session.py sees to it), and names are a UUID or its beginning. The list
+    ends before the first entry that names no GPU, and holds none where one is named twice.
+    """
+    if chosen is None:
         return tuple(gpus)
-    return tuple(gpus[int(number)] for number in chosen.split(",") if int(number) < len(gpus))
+    found: list[Gpu] = []
+    for entry in (part.strip() for part in chosen.split(",")):
+        if number := re.match(r"\+?(\d+)", entry):
+            named = list(gpus[int(number[1]) : int(number[1]) + 1])
+        else:
+            named = [gpu for gpu in gpus if entry.startswith(("GPU-", "MIG-")) and gpu.uuid.startswith(entry)]
+        if len(named) != 1:
+            break
+        if named[0] in found:
+            return ()
+        found += named
+    return tuple(found)
 
 
 def amd_gpus(root: Path = Path("/")) -> tuple[Gpu, ...]:
@@ -110,8 +179,8 @@ def amd_gpus(root: Path = Path("/")) -> tuple[Gpu, ...]:
             used = _read(str(device / "mem_info_vram_used")).strip()
             name = _read(str(device / "product_name")).strip() or "AMD GPU"
             free = int(total) - int(used or 0)
-            found.append(Gpu(name, int(total) / GIB, free / GIB, 0.0, "amd"))
-    return tuple(found)
+            found.append(Gpu(name, int(total) / GIB, free / GIB, 0.0, "amd", uuid=device.parent.name))
+    return visible(found, os.environ.get("HIP_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")))
 
 
 def _read(path: str) -> str:

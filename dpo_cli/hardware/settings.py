@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from dataclasses import dataclass
 
+from dpo_cli.hardware import targets
 from dpo_cli.hardware.facts import Linear, ModelFacts
 
 
@@ -66,12 +67,13 @@ def trained_parameters(facts: ModelFacts, settings: Settings) -> int:
     """A LoRA adapter of rank r on an (in, out) layer has r * (in + out) weights (arXiv:2106.09685, section 4.1)."""
     if settings.rank == 0:
         return facts.parameters
-    targets = targets_of(facts, settings)
-    sizes = settings.rank * sum(linear.inputs + linear.outputs for linear in targets)
-    magnitudes = sum(linear.outputs for linear in targets) if settings.dora else 0
+    counts = _target_counts(facts, settings.target_modules)
+    linears = [linear for linear in facts.linears if linear.name not in settings.whole_modules]  # PEFT puts nothing on those
+    sizes = settings.rank * sum(counts[linear.name] * (linear.inputs + linear.outputs) for linear in linears)
+    magnitudes = sum(counts[linear.name] * linear.outputs for linear in linears) if settings.dora else 0
     whole = sum(linear.parameters for linear in facts.linears if linear.name in settings.whole_modules)
     tables = len({"embed_tokens", "lm_head"} & set(settings.whole_modules)) * facts.vocab_size * facts.hidden_size
-    return facts.num_hidden_layers * (sizes + magnitudes + whole) + tables
+    return sizes + magnitudes + facts.num_hidden_layers * whole + tables
 
 
 def trained_width(settings: Settings) -> int:
@@ -81,10 +83,11 @@ def trained_width(settings: Settings) -> int:
 
 def targets_of(facts: ModelFacts, settings: Settings) -> list[Linear]:
     """The layers of a block that an adapter is on; those that a regular expression finds in any block count in all."""
-    wanted = settings.target_modules
-    if isinstance(wanted, tuple):
-        return [linear for linear in facts.linears if linear.name in wanted]
-    if wanted == "all-linear":
-        return list(facts.linears)
-    names = facts.linear_names()
-    return [linear for linear in facts.linears if any(re.fullmatch(wanted, name) for name in names[linear.name])]
+    counts = _target_counts(facts, settings.target_modules)
+    return [linear for linear in facts.linears if counts[linear.name]]
+
+
+@functools.cache
+def _target_counts(facts: ModelFacts, wanted: str | tuple[str, ...]) -> dict[str, int]:
+    """How many blocks have an adapter on each of their linear layers."""
+    return {name: sum(targets.names(wanted, whole) for whole in all_names) for name, all_names in facts.linear_names().items()}

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
 from dpo_cli.errors import Problem
-from dpo_cli.hardware.adapters import SHAPE, Adapter, adapter_at, chain_of
+from dpo_cli.hardware.adapters import SHAPE, Adapter, adapter_at, folders_below, is_on_head
 from dpo_cli.hardware.facts import model_facts
 
 
@@ -42,7 +42,7 @@ def problems(loaded: Loaded, run_dir: Path) -> Iterator[Problem]:
     """Where "reference" asks for what model_name does not give, and where the run would overwrite what it stands on."""
     config, place = loaded.require(), Path(os.path.realpath(run_dir))
     try:
-        below = [Path(os.path.realpath(folder)) for folder in chain_of(config.model_name)]
+        below = [Path(os.path.realpath(folder)) for folder in folders_below(config.model_name)]
     except (OSError, ValueError):  # told of as a fault of model_name
         below = []
     if any(folder.is_relative_to(place) for folder in below):
@@ -50,6 +50,7 @@ def problems(loaded: Loaded, run_dir: Path) -> Iterator[Problem]:
         yield Problem("error", "output-is-input", message, "name a folder of its own, for example runs/my-run", "output_dir")
     if loaded.foundation is not None:  # a stage, whose adapter is not there yet
         return
+    yield from _head_problems(loaded, config)
     if config.reference != "adapter" or loaded.sources.get("reference") not in ("config", "override"):
         return
     try:
@@ -62,6 +63,18 @@ def problems(loaded: Loaded, run_dir: Path) -> Iterator[Problem]:
     elif why := other_shape(loaded, adapter):
         fix = 'leave these out, or write "reference": "base" to train a fresh adapter on the merged model'
         yield Problem("error", "reference-adapter", f'"reference" is "adapter", but {why}', fix, "reference")
+
+
+def _head_problems(loaded: Loaded, config: Config) -> Iterator[Problem]:
+    """An adapter that is trained on, and that is on the output head."""
+    try:
+        adapter = adapter_at(config.model_name)
+    except (OSError, ValueError):  # told of as a fault of model_name
+        return
+    if adapter is not None and is_on_head(adapter.shape) and started(loaded, config)[0]["reference"] == "adapter":
+        message = f"the adapter of {config.model_name} is also on lm_head, and log-probs are computed from its plain weight"
+        fix = 'write "reference": "base": it is merged into its base, and a fresh adapter is trained on that'
+        yield Problem("error", "adapter-on-head", message, fix, "model_name")
 
 
 def other_shape(loaded: Loaded, adapter: Adapter) -> str:

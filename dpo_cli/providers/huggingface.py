@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,12 +10,14 @@ from typing import Any, cast
 import torch
 import transformers
 from huggingface_hub.errors import GatedRepoError
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,17 +25,18 @@ from transformers.utils import cached_file
 
 from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
-from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware import foreign, gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
-from dpo_cli.plan import Plan
+from dpo_cli.hardware.quantised import stored_quantisation
+from dpo_cli.plan import Adapted, Plan
+from dpo_cli.providers.accounting import all_tensors, merged, require_finite, require_whole_files, with_adapter
+from dpo_cli.providers.architecture import Architecture, adapted
 from dpo_cli.providers.hub import answers
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.directory import WEIGHTS
-
-OTHER_BASE = "name the model that it was made on as model_name"
 
 
 class HuggingFace:
@@ -45,6 +46,7 @@ class HuggingFace:
 
     def __init__(self, model_name: str) -> None:
         self.name = model_name
+        self.notes: list[str] = []
         self.foundation = foundation(model_name)
         path = Path(self.foundation)
         self.source = str(dequantised(path)) if gguf.is_gguf(path) else self.foundation
@@ -67,54 +69,43 @@ class HuggingFace:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
+    def token_rows(self) -> int | None:
+        config = self._read(self.source, "config.json")
+        rows = config.get("text_config", config).get("vocab_size")
+        return rows if isinstance(rows, int) else None
+
     def base_model(self, plan: Plan) -> PreTrainedModel:
         name = plan.config.model_name
         if plan.goes_on and (adapter := adapter_at(name)) is not None:
             name = adapter.model_name
         return _settled(self._merged(plan, name))
 
+    def adapted(self, plan: Plan) -> Adapted | None:
+        config = self._load(AutoConfig, self.source)
+        return adapted(plan, config)
+
     def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig | None:
-        config = plan.config
-        if plan.goes_on or config.lora_r == 0:
+        if plan.goes_on or plan.config.lora_r == 0:
             return None
-        adapter = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-            target_modules=config.target_modules,
-            modules_to_save=config.modules_to_save,
-        )
-        _require_modules(plan, base, adapter)
-        return adapter
+        return Architecture(base.config, plan.model_label).fresh(plan.config)[0]
 
     def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
         if not plan.goes_on or (adapter := adapter_at(plan.config.model_name)) is None:
             return base
-        config = LoraConfig.from_pretrained(str(adapter.directory))
-        config.lora_dropout = plan.config.lora_dropout
-        model = PeftModel.from_pretrained(base, str(adapter.directory), is_trainable=True, config=config)
+        label, dropout = plan.model_label, plan.config.lora_dropout
+        model = with_adapter(base, adapter.directory, TRAINED, label, is_trainable=True, dropout=dropout)
         if plan.config.strategy != "dpo":  # whose trainer makes the frozen copy itself
-            model.load_adapter(str(adapter.directory), FROZEN)
-        return cast(PeftModel, model)
+            model = with_adapter(model, adapter.directory, FROZEN, label)
+        return model
 
     def trained(self, plan: Plan, folder: Path) -> Policy:
         base = self.base_model(plan)
         if not (folder / ADAPTER_CONFIG).is_file():
             return Policy(_settled(self._model(plan, str(folder))).eval(), base.eval())
         _require_plain(folder)
-        try:
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=TRAINED)
-        except torch.OutOfMemoryError:  # no fault of the adapter
-            raise
-        except (RuntimeError, ValueError) as error:  # tensors of another shape; modules that are not there
-            reason = " ".join(str(error).split())[:300]
-            raise RunFailed(f"{folder} is no adapter of {plan.model_label}: {reason}", OTHER_BASE) from error
-        _require_whole(model, folder, plan)
+        model = with_adapter(base, folder, TRAINED, plan.model_label)
         if plan.goes_on and (start := adapter_at(plan.config.model_name)) is not None:
-            model.load_adapter(str(start.directory), FROZEN)
+            model = with_adapter(model, start.directory, FROZEN, plan.model_label)
         return Policy(model.eval())
 
     def ready(self, model: PreTrainedModel | PeftModel, plan: Plan) -> None:
@@ -139,31 +130,47 @@ class HuggingFace:
         adapter = adapter_at(name)
         if adapter is None:
             return self._model(plan, self.source)
-        below = self._unquantised(plan, adapter.model_name)
-        return cast(PreTrainedModel, PeftModel.from_pretrained(below, str(adapter.directory)).merge_and_unload())
+        below = _settled(self._unquantised(plan, adapter.model_name))
+        model = with_adapter(below, adapter.directory, TRAINED, plan.model_label)
+        return merged(model, TRAINED, plan.model_label, getattr(torch, plan.dtype))
 
     def _model(self, plan: Plan, source: str) -> PreTrainedModel:
-        """The model in `source` on the plan's device, quantised when the plan says so."""
+        """The model in `source` on the plan's device, quantised when the plan says so, and otherwise not.
+
+        One that is quantised in its own files is loaded as it is, and its weights are made float where the plan wants them so.
+        """
         config, device = plan.config, require_device(plan)
         # Trained weights are float32 whatever is computed in: updates are smaller than bf16 can add.
-        options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype) if config.lora_r else torch.float32}
-        if config.use_4bit or config.use_8bit:
-            options["quantization_config"] = quantisation(plan)
+        dtype = getattr(torch, plan.dtype) if config.lora_r else torch.float32
+        options: dict[str, Any] = {"dtype": dtype}
+        is_quantised, wants = self._stored_bits(source) is not None, config.use_4bit or config.use_8bit
+        if wants or is_quantised:
             options["device_map"] = {"": device}
+        if wants and not is_quantised:
+            options["quantization_config"] = quantisation(plan)
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
         vars(model.config).pop("auto_map", None)  # likewise
-        if "quantization_config" not in options:
-            return cast(PreTrainedModel, model.to(device))
+        self.notes += [note for note in _mend_generation(model) if note not in self.notes]
+        require_finite(model, self.name, source)
+        if not wants:
+            return _plain(model).to(device, dtype) if is_quantised else cast(PreTrainedModel, model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
             raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "leave use_4bit and use_8bit out")
+        for module in model.modules():
+            if is_quantised and hasattr(module, "compute_dtype"):  # as its files have it
+                setattr(module, "compute_dtype", dtype)  # noqa: B010 - mypy does not know bitsandbytes' attribute
         return model
 
     def reward_model(self, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model as a classifier whose one label is the reward, in evaluation mode, and its tokenizer."""
-        options = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
-        model, info = self._load(AutoModelForSequenceClassification, self.source, **options)
-        if model.config.num_labels != 1 or info["missing_keys"]:  # transformers would make up a head that is not there
+        try:
+            model = self._load(AutoModelForSequenceClassification, self.source, use_safetensors=True, dtype=dtype)
+        except InvalidInput as error:
+            why = error.problems[0].message  # a head that is not there, which transformers would make up
+            raise RunFailed(f"{self.name} is no reward model: {why}", "name a trained reward model") from error
+        if model.config.num_labels != 1:
             raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
+        require_finite(model, self.name, self.source)
         return cast(PreTrainedModel, model.to(device).eval()), cast(
             PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source)
         )
@@ -172,7 +179,10 @@ class HuggingFace:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
             self._require_no_code(source)
-            return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
+            if auto not in (AutoTokenizer, AutoConfig):
+                require_whole_files(source)
+            with all_tensors(self.name):
+                return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
         except ImportError as error:  # transformers asks for the package only now
             raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
         except (OSError, ValueError) as error:
@@ -182,18 +192,31 @@ class HuggingFace:
                 raise hub.unreachable("model", self.foundation) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RunFailed(f"cannot load {self.name}: {reason}", "check that it is a complete model directory") from error
+        except SafetensorError as error:
+            message = f"cannot load {self.name}: a file of its weights is cut off or damaged ({error})"
+            raise RunFailed(message, "download it again") from error
 
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
-        there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-
-        def read(name: str) -> dict[str, Any]:
-            found = cached_file(source, name, local_files_only=self.only_local, **there)
-            return dict(json.loads(Path(found).read_text(encoding="utf-8"))) if found else {}
-
-        for problem in foreign.problems(read("config.json"), read(TOKENIZER_CONFIG), self.name):
+        for problem in foreign.problems(self._read(source, "config.json"), self._read(source, TOKENIZER_CONFIG), self.name):
             if problem.severity == "error":
                 raise RunFailed(problem.message, problem.fix)
+
+    def _stored_bits(self, source: str) -> int | None:
+        """Of how many bits the weights in the model's files are; None of those that are not quantised.
+
+        `InvalidInput` for a way to quantise them that is not known here.
+        """
+        stored = stored_quantisation(self._read(source, "config.json"))
+        if stored is not None and (problem := stored.problem(self.name)) is not None:
+            raise InvalidInput([problem])
+        return stored.bits if stored else None
+
+    def _read(self, source: str, name: str) -> dict[str, Any]:
+        """An object in a JSON file of the model, local or of the hub; empty where there is none."""
+        there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        found = cached_file(source, name, local_files_only=self.only_local, **there)
+        return dict(json.loads(Path(found).read_text(encoding="utf-8"))) if found else {}
 
 
 def require_device(plan: Plan) -> torch.device:
@@ -201,6 +224,8 @@ def require_device(plan: Plan) -> torch.device:
     device = torch.device(plan.config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunFailed("this torch cannot use CUDA", 'install a CUDA build of torch, or set "device": "cpu"')
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RunFailed("this torch cannot use Metal", 'install torch for macOS on Apple silicon, or set "device": "cpu"')
     return device
 
 
@@ -242,31 +267,29 @@ def _require_plain(folder: Path) -> None:
         raise RunFailed(message, "remove that from the file, if you know where the adapter comes from")
 
 
-def _require_whole(model: PeftModel, folder: Path, plan: Plan) -> None:
-    """`RunFailed` unless each tensor of the file has its place in the model: PEFT passes over one that has none."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        written = {key for key in file.keys() if ".base_layer." not in key}  # noqa: SIM118 - a base's embedding may lie beside it
-    if lost := sorted(written ^ set(get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False))):
-        what = f"{len(lost)} of its tensors and of the model's places for them have no counterpart, {lost[0]} the first"
-        raise RunFailed(f"{folder} is no adapter of {plan.model_label}: {what}", OTHER_BASE)
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that is quantised in its files, with plain weights."""
+    plain: PreTrainedModel = model.dequantize()
+    # transformers 5.17 would undo its way of reading 4 bits when it saves the model, and cannot.
+    vars(plain).pop("_weight_conversions", None)
+    return plain
 
 
-def _require_modules(plan: Plan, base: PreTrainedModel, adapter: LoraConfig) -> None:
-    """`InvalidInput` where the adapter names what is not in the model: PEFT would pass over a name, and keep silent."""
-    modules = dict(base.named_modules())
-    linear = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-    wanted = plan.config.target_modules
-    if isinstance(wanted, list) and (unknown := set(wanted) - linear):
-        key, message = "target_modules", f"no linear layer named {', '.join(sorted(unknown))}"
-    elif isinstance(wanted, str) and wanted != "all-linear" and not any(re.fullmatch(wanted, name) for name in modules):
-        key, message = "target_modules", f"no layer whose whole name matches {wanted!r}"
-    elif unknown := set(adapter.modules_to_save or ()) - {name.rpartition(".")[2] for name in modules}:
-        key, message = "modules_to_save", f"no module named {', '.join(sorted(unknown))}"
-    else:
-        return
-    fix = f"its linear layers are {', '.join(sorted(linear - {'lm_head'}))}, in names like {_example(modules)}"
-    raise InvalidInput([Problem("error", "no-such-module", f"{plan.model_label} has {message}", fix, key)])
-
-
-def _example(modules: Mapping[str, Any]) -> str:
-    return next((name for name, module in modules.items() if isinstance(module, torch.nn.Linear)), "none")
+def _mend_generation(model: PreTrainedModel) -> list[str]:
+    """Take out what is invalid in the generation_config of a model, and say so: nothing could be saved with it."""
+    given = model.generation_config
+    try:
+        given.validate(strict=True)
+        return []
+    except ValueError:  # transformers says so only of all of it: each value is tried
+        values = given.to_diff_dict()
+    kept: dict[str, Any] = {}
+    notes = []
+    for name in sorted(values, key=lambda name: name not in ("do_sample", "num_beams")):  # by which others are judged
+        try:
+            GenerationConfig(**kept, **{name: values[name]}).validate(strict=True)
+            kept[name] = values[name]
+        except ValueError:
+            notes.append(f"generation_config.json: {name} {values[name]} does not go with the rest, and is left out")
+    model.generation_config = GenerationConfig(**kept)
+    return notes

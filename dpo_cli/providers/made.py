@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.errors import RunFailed
 from dpo_cli.hardware import gguf
-from dpo_cli.providers.base import cache_dir
+from dpo_cli.providers.accounting import all_tensors, require_finite
+from dpo_cli.providers.base import CACHE_FIX, cache_dir
 from dpo_cli.runs.digests import sha256
+from dpo_cli.runs.durable import is_full, writing
 
 
 def dequantised(path: Path) -> Path:
@@ -31,19 +34,31 @@ def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
     """The folder that `make` fills, kept under a hash of all that decides its `content` and the transformers version."""
     digest = hashlib.sha256(content.encode()).hexdigest()[:32]
     target = cache_dir() / kind / f"{digest}-transformers-{transformers.__version__}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
     try:
-        make(work)
+        if target.is_dir():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    try:
+        with writing(work):
+            make(work)
         work.rename(target)
-    except OSError:
+    except OSError as error:
         if not target.is_dir():  # else another process finished first, and its copy serves
+            if is_full(error) or str(error.filename).startswith(str(work)):
+                raise _unwritable(target.parent, error) from error
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _unwritable(place: Path, error: OSError) -> RunFailed:
+    """What a cache is told as that cannot be made or written, with the variable that moves it."""
+    where = "XDG_CACHE_HOME" if os.environ.get("XDG_CACHE_HOME") else "the home folder, as XDG_CACHE_HOME is not set"
+    return RunFailed(f"cannot write to the cache {place} (in {where}): {error.strerror or error}", CACHE_FIX)
 
 
 def _convert(path: Path, target: Path) -> None:
@@ -64,7 +79,9 @@ def _dequantise(path: Path, folder: str, target: Path) -> None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(target)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    with all_tensors(path.name):
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    require_finite(model, path.name, folder)
     # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
     del model.config.quantization_config
     model.hf_quantizer = None

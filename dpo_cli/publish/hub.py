@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx
@@ -9,19 +10,22 @@ from huggingface_hub import HfApi
 
 from dpo_cli.errors import RunFailed
 
-WEIGHTS = ["adapter_*", "*.safetensors*", "*.gguf", "Modelfile"]
+WEIGHTS = ("adapter_*", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+SHOWN = 10  # files that a message names
 
 
 def push(folder: Path, repository: str) -> str:
     """Upload the files of `folder` as the model owner/name, and return its address. A new repository is private.
 
-    Raises `RunFailed` with the command that tries again: the folder stays as it is.
+    Files of the same name are replaced, and no other one is deleted. `RunFailed` where there are other weights, or with the
+    command that tries again: the folder stays as it is.
     """
     api = HfApi()
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)
-        # Weights of another upload would be loaded with, or instead of, these.
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by dpo", delete_patterns=WEIGHTS)
+        others = _other_weights(folder, api.list_repo_files(repository))
+        if not others:
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by dpo")
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # a refusal, no network, no token, half a large file
         response = getattr(error, "response", None)
         needs_login = response is not None and response.status_code in (401, 403)
@@ -29,4 +33,19 @@ def push(folder: Path, repository: str) -> str:
         again = f"`hf upload {repository} {folder} . --private`"
         first = f"`hf auth login` with a token that may write to {repository}, then " if needs_login else "try again: "
         raise RunFailed(f"the upload to {repository} failed ({reason}); {folder} is complete", first + again) from error
+    if others:
+        named = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
+        message = f"{repository} holds other weights, which would be loaded with or instead of these: {named}"
+        delete = f"`hf repos delete-files {repository} {' '.join(others)}`"
+        fix = f"upload to another repository, or delete them there ({delete}) and then `hf upload {repository} {folder} .`"
+        raise RunFailed(f"{message}; nothing was uploaded, and {folder} is complete", fix)
     return str(address)
+
+
+def _other_weights(folder: Path, there: list[str]) -> list[str]:
+    """The weights among the files of a repository, not of its folders, that `folder` does not replace."""
+    return sorted(
+        name
+        for name in there
+        if "/" not in name and any(fnmatch(name, kind) for kind in WEIGHTS) and not (folder / name).is_file()
+    )

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 from dpo_cli.runs.digests import sha256
-from dpo_cli.runs.durable import sync, sync_all, writing
+from dpo_cli.runs.durable import sync, sync_all, trial, writing
 
 SUMS = "SHA256SUMS"
 PART = ".part"
@@ -108,6 +108,18 @@ class Checkpoints:
                 self._set_aside(other)
         self._clear()
         return checkpoint
+
+    def try_to_write(self, fill: Callable[[Path], Path]) -> None:
+        """What `write` does, of which nothing stays; raises as `trial` says."""
+        self._clear()
+        self.part.mkdir(parents=True)
+        try:
+            with trial(), writing(self.place):
+                fill(self.part)
+        finally:
+            self._clear()
+            if not any(self.place.iterdir()):
+                self.place.rmdir()
 
     def clear(self, with_damaged: bool) -> None:
         """Take away all checkpoints, at once; damaged ones, which one may want to see, can stay until there are new ones."""

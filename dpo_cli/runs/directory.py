@@ -20,17 +20,17 @@ from typing import Any
 
 from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.redaction import redact
+from dpo_cli.redaction import redact, redacted
 from dpo_cli.runs.checkpoint import Checkpoints
 from dpo_cli.runs.digests import SAFE, sha256_of_all
-from dpo_cli.runs.durable import let_others_read, sync, sync_all, write_whole, writing
+from dpo_cli.runs.durable import let_others_read, sync, sync_all, trial, write_whole, writing
 from dpo_cli.runs.lock import locked
 
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
 EVALUATION, REPORT = "evaluation.json", "report.html"
 PAGE, VOTES = "side-by-side.html", "votes.json"
-TENSORBOARD, CHECKPOINTS, LOCK = "tensorboard", "checkpoints", "run.lock"
+TENSORBOARD, CHECKPOINTS, LOCK, TRIAL = "tensorboard", "checkpoints", "run.lock", ".trial"
 
 
 class RunDirectory:
@@ -128,7 +128,7 @@ class RunDirectory:
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json_text(value, indent=2) + "\n")
+        self._write(name, json_text(redacted(value), indent=2) + "\n")
 
     def read_lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, none before the first step. The last one may be half written: it is left out then."""
@@ -138,12 +138,15 @@ class RunDirectory:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def write_text(self, name: str, text: str) -> None:
-        write_whole(self.path / name, lambda part: part.write_text(redact(text), encoding="utf-8"))
+        self._write(name, redact(text))
+
+    def _write(self, name: str, text: str) -> None:
+        write_whole(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
 
     def take_lines(self, folder: Path) -> None:
         """Bring metrics.jsonl to what it was when the checkpoint in `folder` was written."""
         text = (folder / LINES).read_text(encoding="utf-8") if (folder / LINES).is_file() else ""
-        self.write_text(LINES, text)
+        self._write(LINES, text)
 
     def held_bytes(self) -> int:
         """Bytes of what a run that goes on replaces: its checkpoints, and what it trained."""
@@ -158,7 +161,7 @@ class RunDirectory:
     def append_line(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, flushed."""
         with (self.path / LINES).open("a", encoding="utf-8") as file:
-            file.write(redact(json_text(line)) + "\n")
+            file.write(json_text(redacted(line)) + "\n")
 
     def write_trained(self, save: Callable[[Path], Any], whole: bool) -> str:
         """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights."""
@@ -174,6 +177,16 @@ class RunDirectory:
         sync(self.path)
         shutil.rmtree(other, ignore_errors=True)  # of the run that this one replaces
         return sha256_of_all(place)
+
+    def try_to_write(self, save: Callable[[Path], Any]) -> None:
+        """What `write_trained` will do, in a scratch folder that is then taken away; raises as `trial` says."""
+        part = self.path / TRIAL
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            with trial(), writing(self.path):
+                save(part)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
     def write_card(self, text: str) -> None:
         write_whole(self.trained / CARD, lambda part: part.write_text(redact(text), encoding="utf-8"))

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dpo_cli.errors import RunFailed
+
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Bring a file's content, or a folder's list of names, to the disk. Windows opens no folder, and syncs a file to write."""
+    is_windows = sys.platform == "win32"
+    if is_windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -57,14 +64,31 @@ def writing(place: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(place)) from error
 
 
+@contextmanager
+def trial() -> Iterator[None]:
+    """Within, a run writes before its first step what it writes later on: `RunFailed` for what a library refuses to save.
+
+    A full disk stays the `OSError` that it is later on.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        message = f"what this run trains cannot be saved ({type(error).__name__}: {error}); no step was made"
+        raise RunFailed(message, "repair the files of the model that this names, or choose another model") from error
+
+
 def is_full(error: BaseException) -> bool:
     """Whether what failed is a write for which there was no room."""
     return isinstance(error, OSError) and error.errno in FULL
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or will be."""
+    """Bytes that this user may still write where `path` is, or will be; no end of them where the system does not tell."""
     while not os.path.exists(path):
         path = path.parent
+    if sys.platform == "win32":
+        return shutil.disk_usage(path).free
+    if not hasattr(os, "statvfs"):
+        return sys.maxsize
     disk = os.statvfs(path)
     return disk.f_bavail * disk.f_frsize

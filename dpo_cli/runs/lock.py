@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import IO, Any
 
 from dpo_cli.errors import InvalidInput, Problem
+
+FAR = 1 << 30  # a byte that no lock file has: what Windows locks cannot be read by others
+
+
+def is_locked_now(file: IO[Any]) -> bool:
+    """Lock an open file, until it is closed; False where another process has it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        file.seek(FAR)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        file.seek(0)
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextmanager
@@ -20,14 +44,12 @@ def locked(path: Path) -> Iterator[None]:
     The file stays: taking away the name of a held lock would let two hold it.
     """
     with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not is_locked_now(file):
             file.seek(0)
             holder = file.read().strip() or "another process"
             message = f"{path.parent} is in use by {holder}"
             fix = "wait for it, stop it, or choose another output_dir"
-            raise InvalidInput([Problem("error", "run-locked", message, fix, "output_dir")]) from error
+            raise InvalidInput([Problem("error", "run-locked", message, fix, "output_dir")])
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
         file.flush()

@@ -6,18 +6,18 @@ each part with what FILE held by then. What FILE holds beyond that is of a part 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem, UsageError
-from dpo_cli.redaction import redact, redacted
+from dpo_cli.redaction import redacted
+from dpo_cli.runs.lock import is_locked_now
 
 
 class ResumableFile:
@@ -32,10 +32,8 @@ class ResumableFile:
         self.digest = hashlib.sha256()
         with ExitStack() as opened:
             self._marks = opened.enter_context(_opened(self.marks))
-            try:
-                fcntl.flock(self._marks, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(f"another process is writing {path}", "wait for it, or name another file") from error
+            if not is_locked_now(self._marks):
+                raise UsageError(f"another process is writing {path}", "wait for it, or name another file")
             lines = _whole_lines(self._marks)
             self.is_resumed = bool(lines)
             size = 0
@@ -59,9 +57,9 @@ class ResumableFile:
         if not path.parent.is_dir():
             raise UsageError(f"cannot write {path}: there is no folder {path.parent}", "name a file in a folder that exists")
 
-    def append(self, text: str, state: Mapping[str, Any]) -> None:
-        """Add a part. What is given as `state` is remembered with it, whatever happens afterwards."""
-        data = redact(text).encode()
+    def append(self, rows: Iterable[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+        """Add rows, a line each. What is given as `state` is remembered with them, whatever happens afterwards."""
+        data = "".join(f"{json_text(redacted(row))}\n" for row in rows).encode()
         self._file.write(data)
         _sync(self._file)
         self.digest.update(data)
@@ -87,7 +85,7 @@ class ResumableFile:
         return size
 
     def _mark(self, mark: Mapping[str, Any]) -> None:
-        self._marks.write(f"{redact(json_text(mark))}\n".encode())
+        self._marks.write(f"{json_text(redacted(mark))}\n".encode())
         _sync(self._marks)
 
 

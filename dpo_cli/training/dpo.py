@@ -26,7 +26,7 @@ from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan import Plan
 from dpo_cli.training import parts, scoring
-from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, ready
+from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, on_one_device, ready
 
 FIGURES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
@@ -35,10 +35,11 @@ def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     """Per-pair figures from summed response log-probs, both (2B,) with the B chosen first: (B, 6), named by `FIGURES[1:]`.
 
     The reward is beta * (log pi - log ref) (Rafailov et al., arXiv:2305.18290, equation 5 without its constant); a tie counts
-    one half.
+    one half. In float64 on the CPU: Apple's GPUs have no float64.
     """
-    pi_chosen, pi_rejected = policy.double().chunk(2)
-    reward_chosen, reward_rejected = (beta * (policy.double() - reference.double())).chunk(2)
+    policy, reference = policy.cpu().double(), reference.cpu().double()
+    pi_chosen, pi_rejected = policy.chunk(2)
+    reward_chosen, reward_rejected = (beta * (policy - reference)).chunk(2)
     margin = reward_chosen - reward_rejected
     accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()
     return torch.stack([accuracy, margin, reward_chosen, reward_rejected, pi_chosen, pi_rejected], dim=1)
@@ -87,7 +88,8 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
             loss = loss - self.sft_weight * log_probs.sum() / max(1, step.chosen_tokens)
         policy, reference = (call.log_probs.detach().sum(dim=1) for call in self.calls)
         figures = reward_figures(policy, reference, self.beta)
-        losses = (loss.detach().double() * step.pairs / pairs).expand(len(figures), 1)  # whose mean over a step is its loss
+        losses = loss.detach().cpu().double() * step.pairs / pairs  # whose mean over a step is its loss
+        losses = losses.expand(len(figures), 1)
         self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))
         return loss * self.accelerator.num_processes  # which average their gradients
 
@@ -111,7 +113,7 @@ def build_trainer(
     trainer = PairTrainer(
         model=model,
         ref_model=frozen,
-        args=trainer_arguments(plan),
+        args=on_one_device(trainer_arguments(plan)),
         train_dataset=_rows(train, plan.scoring.shared),
         eval_dataset=_rows(held_out, plan.scoring.shared) if held_out else None,
         processing_class=tokenizer,

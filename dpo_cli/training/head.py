@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from dpo_cli.errors import RunFailed
 
 # Logits held at a time, in elements (64 MiB in float32): large enough that the matrix products dominate.
 CHUNK_ELEMENTS = 1 << 24
@@ -35,9 +39,12 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, temperature: float = 1.0) -> Head:
-        """The head of a causal language model. Families name their logit multiplier differently; each is read here."""
+        """The head of a causal language model. Families name their logit multiplier differently; each is read here.
+
+        Raises `RunFailed` for a head that is more than its weight: an adapter on it, or quantised.
+        """
         config = model.config.get_text_config()
-        linear = model.get_output_embeddings()
+        linear = _plain_head(model)
         scale = 1.0
         for multiplier in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, Muse, Falcon-H1
             value = getattr(config, multiplier, None)
@@ -72,6 +79,25 @@ class Head:
         """Slices of `positions` hidden states whose logits stay within `CHUNK_ELEMENTS`."""
         size = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
         return (slice(start, start + size) for start in range(0, positions, size))
+
+
+def _plain_head(model: PreTrainedModel) -> nn.Linear:
+    """The linear layer that makes the logits, by its type; of one that is trained whole (modules_to_save), the active copy."""
+    head: Any = model.get_output_embeddings()
+    if isinstance(head, ModulesToSaveWrapper):
+        active = head.active_adapters[0] if head.active_adapters else ""
+        is_trained = not head.disable_adapters and active in head.modules_to_save
+        head = head.modules_to_save[active] if is_trained else head.original_module
+    if type(head) is nn.Linear:
+        return head
+    if isinstance(head, BaseTunerLayer):
+        message, fix = "the adapter is also on the output head", "train or judge an adapter without lm_head in target_modules"
+    else:
+        message, fix = (
+            f"the output head is of the type {type(head).__name__}",
+            "choose a model whose head is a plain linear layer",
+        )
+    raise RunFailed(f"{message}, and log-probs are computed from a plain weight", fix)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ of a whole one are added to what was there, as autograd itself would have added 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -29,8 +30,17 @@ def halves(batch: Batch, rows_a_unit: int) -> list[Batch]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch had no memory left, or cuBLAS none for its workspace, which is told otherwise."""
-    return isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    """Whether torch had no memory left, or cuBLAS none for its workspace, or Apple's GPU, which are told otherwise."""
+    told = str(error)
+    others = "CUBLAS_STATUS_ALLOC_FAILED" in told or "MPS backend out of memory" in told
+    return isinstance(error, torch.OutOfMemoryError) or others
+
+
+def free_memory() -> None:
+    """Let go of models that lie in reference cycles, and give what torch keeps of freed memory back to the device."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def run_in_parts(
@@ -61,8 +71,7 @@ def run_in_parts(
             for i, parameter in enumerate(parameters):
                 sums[i] = _sum(sums[i], parameter.grad)
             continue
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         count = units_in(part, rows_a_unit)
         if count == 1:
             raise lacking

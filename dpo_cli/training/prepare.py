@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded, encode
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import InvalidInput, Problem, about_rows
+from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.inspection import Data
 from dpo_cli.plan import Counts, Plan
 
@@ -52,20 +54,33 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("parted", f"{counts.parted} prompts are rendered otherwise before a response than alone: see the first"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} {noun} ({batch} x {accumulation})"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
+        ("trains", plan.adapted.words if plan.adapted else ""),
         ("scoring", plan.scoring.why),
         ("runs on", ", ".join(filter(None, (config.device, plan.dtype, base)))),
         ("writes to", str(plan.run_dir)),
     ]
-    told = {"bad rows": counts.bad_rows, "cut": counts.cut, "left out": counts.too_long, "parted": counts.parted}
+    told = {
+        "trains": plan.adapted,
+        "bad rows": counts.bad_rows,
+        "cut": counts.cut,
+        "left out": counts.too_long,
+        "parted": counts.parted,
+    }
     console.table("plan", [row for row in rows if told.get(row[0], True)])
     for note in plan.notes:
         console.line(f"note: {note}")
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tuple[list[Encoded], list[Encoded], Counts]:
-    """Split by prompt, tokenise, cut prompts to length, leave out what is still too long: (train, held out, counts)."""
+def prepare(
+    data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None
+) -> tuple[list[Encoded], list[Encoded], Counts]:
+    """Split by prompt, tokenise, cut prompts to length, leave out what is still too long: (train, held out, counts).
+
+    `token_rows` are those of the model's embedding, where that is known. Raises `InvalidInput` for rows that cannot be used.
+    """
     config = plan.config
     sides = [encode(side, tokenizer, config.use_chat_template, config.max_seq_length) for side in data.sides(config)]
+    require_token_rows([row for side in sides for row in side], tokenizer, token_rows)
     kept = [[row for row in side if row.length <= config.max_seq_length] for side in sides]
     train, held_out = kept
     if not sides[0]:
@@ -98,6 +113,30 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan) -> tuple
         digest=_digest(kept),
     )
     return train, held_out, counts
+
+
+def require_token_rows(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, token_rows: int | None) -> None:
+    """`InvalidInput` that names the rows with tokens for which the model's embedding has no row; padding is looked at too."""
+    if token_rows is None:
+        return
+    what = f"the tokenizer has {len(tokenizer)} tokens, the model {token_rows} rows"
+    fix = f"take the token out, or resize the model's embedding to {len(tokenizer)} rows"
+    padding = int(tokenizer.pad_token_id)
+    found = []
+    if padding >= token_rows:
+        message = f"the padding token {tokenizer.pad_token} ({padding}) has no row in the model: {what}"
+        found.append(Problem("error", "tokens-outside", message, f"name another pad_token in {TOKENIZER_CONFIG}", "model_name"))
+    lines: dict[tuple[str, int], list[int]] = defaultdict(list)
+    for row in rows:
+        for ids in (row.prompt_ids, *row.responses):
+            if max(ids, default=0) >= token_rows:
+                for token in {token for token in ids if token >= token_rows}:
+                    lines[row.row.file, token].append(row.row.line)
+    for (file, token), numbers in lines.items():
+        reason = f"{tokenizer.convert_ids_to_tokens(token)} ({token}) has no row in the model: {what}"
+        found.append(about_rows("error", "tokens-outside", reason, fix, "dataset", file, sorted(set(numbers))))
+    if found:
+        raise InvalidInput(found)
 
 
 def _digest(sides: Sequence[Sequence[Encoded]]) -> str:

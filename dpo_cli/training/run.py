@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +17,7 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.demands import disk_problem, does_not_fit, out_of_memory
-from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
+from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.judging import Measured, answered, judge, line_figures, measure, score
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.inspection import Inspection, step_problems
@@ -39,6 +39,7 @@ from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.keep import Keep
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.callbacks.stop import StopOnSignal
+from dpo_cli.training.parts import free_memory, is_out_of_memory
 from dpo_cli.training.prepare import Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.training.scoring import choose
 from dpo_cli.training.trainer import save_trained
@@ -62,49 +63,70 @@ def train(
 
     provider = PROVIDERS[draft.config.provider](draft.config.model_name)
     tokenizer = provider.tokenizer()
-    train_rows, held_out, counts = prepare(data, tokenizer, draft)
-    plan = resolve(loaded, machine, counts)
-    told = {problem.code for problem in inspection.problems}
-    late = tuple(loaded.placed(p) for p in step_problems(plan, counts.train_pairs) if p.code not in told)  # of rows left out
-    if any(problem.severity == "error" for problem in late):
-        raise InvalidInput(late)
-    console.problems(late)
-    show_plan(plan, console)
-    console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(train_rows[0], tokenizer))
-    if tokenizer.eos_token_id not in train_rows[0].responses[0]:
-        end = tokenizer.decode(train_rows[0].responses[0][-2:])
-        console.line(f"note: a response ends with {end!r}, and nowhere with the tokenizer's EOS {tokenizer.eos_token!r}")
-    _require_fit(plan, loaded)
-    tell = tell_on(console)
-    if dry_run:
-        begun = Begun.find(RunDirectory(plan.run_dir), tell) if resume else None
-        if begun is not None:
-            plan = resolve(begun.as_decided(loaded, tell), machine, counts)
-            begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
-            tell("it is finished" if begun.is_finished(plan) else f"it would go on from step {begun.step}")
-        return plan.to_json(), Exit.DONE
+    train_rows, held_out, counts = prepare(data, tokenizer, draft, provider.token_rows())
+    adapted = provider.adapted(draft)
+    tell, run, begun = tell_on(console), RunDirectory(draft.run_dir), None
+    with ExitStack() as held:
+        is_there = resume and run.path.is_dir()
+        if is_there:  # before the plan: what the run decided when it began is not decided by the memory that is free now
+            if not dry_run:
+                run = held.enter_context(_claimed(run.path, resume=True))
+            if (begun := Begun.find(run, tell)) is not None:
+                loaded = begun.as_decided(loaded, tell)
+        plan = resolve(loaded, machine, counts, is_resumed=begun is not None).with_adapted(adapted)
+        late = _late_problems(plan, loaded, inspection)
+        console.problems(late)
+        show_plan(plan, console)
+        console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(train_rows[0], tokenizer))
+        if tokenizer.eos_token_id not in train_rows[0].responses[0]:
+            end = tokenizer.decode(train_rows[0].responses[0][-2:])
+            console.line(f"note: a response ends with {end!r}, and nowhere with the tokenizer's EOS {tokenizer.eos_token!r}")
+        is_finished = begun is not None and begun.is_finished(plan)
+        if not is_finished:
+            _require_fit(plan, loaded, is_resumed=begun is not None)
+        if dry_run:
+            if begun is not None:
+                begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
+                tell("it is finished" if is_finished else f"it would go on from step {begun.step}")
+            return plan.to_json(), Exit.DONE
 
-    with RunDirectory.claim(plan.run_dir, overwrite, resume) as run, told_how_to_go_on(run):
-        begun = Begun.find(run, tell) if resume else None
+        if not is_there:
+            run = held.enter_context(_claimed(run.path, overwrite))
         if begun is None:
             if resume:
                 tell("there is nothing to go on from: starting")
             run.checkpoints.clear(with_damaged=not resume)
             run.clear()
-        else:
-            loaded = begun.as_decided(loaded, tell)
-            plan = resolve(loaded, machine, counts)
         about = manifest(plan, machine, provider.local_dir)
         if begun is not None:
             begun.require_same(loaded, plan, about)
-            if begun.is_finished(plan):
+            if is_finished:
                 return _finished(run, begun.left_out(plan), console)
             about["resumed"] = go_on(run, begun, plan, about, tell)
         found = {"problems": [problem.to_json() for problem in (*inspection.problems, *late)], "data": data.to_json()}
         run.write_json(PLAN, {**plan.to_json(), **found})
         run.write_json(MANIFEST, about)
         rows = Rows(train_rows, held_out, tokenizer)
-        return _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
+        result = _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
+    free_memory()  # the trainer and its callbacks hold each other, and the model: a stage that follows needs its room
+    return result
+
+
+@contextmanager
+def _claimed(path: Path, overwrite: bool = False, resume: bool = False) -> Iterator[RunDirectory]:
+    """The run directory, locked; what cannot be written while the context lasts is told with how to go on."""
+    with RunDirectory.claim(path, overwrite, resume) as run, told_how_to_go_on(run):
+        yield run
+
+
+def _late_problems(plan: Plan, loaded: Loaded, inspection: Inspection) -> tuple[Problem, ...]:
+    """What is wrong with the number of steps only now that rows were left out; `InvalidInput` where it is an error."""
+    assert plan.counts is not None
+    known = {problem.code for problem in inspection.problems}
+    found = tuple(loaded.placed(one) for one in step_problems(plan, plan.counts.train_pairs) if one.code not in known)
+    if any(problem.severity == "error" for problem in found):
+        raise InvalidInput(found)
+    return found
 
 
 def _trained(
@@ -123,11 +145,13 @@ def _trained(
     view = LiveView(console, plan.total_steps, plan.predicted_gb)
     with log_to(run.log), StopOnSignal() as stop, view:
         base = provider.base_model(plan)
+        for note in provider.notes:
+            console.line(f"note: {note}")
         with _fitting(plan, loaded):
             wanted = begun.plan["scoring"]["shared"] if begun else plan.config.prompt_sharing
             scoring = choose(base, rows.all, pad_token_id, wanted, provider.no_sharing)
         scoring = Scoring(**begun.plan["scoring"]) if begun else scoring
-        plan = _settled(plan, scoring, loaded, machine, console)
+        plan = _settled(plan, scoring, loaded, machine, console, is_resumed=begun is not None)
         view.predicted_gb = plan.predicted_gb
         run.write_json(PLAN, {**plan.to_json(), **found})
         start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
@@ -161,8 +185,10 @@ def _trained(
                 view.recall(run.read_lines())
                 if keep.missed_evaluation:
                     trainer.evaluate()
-            elif plan.config.strategy == "dpo":
-                health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
+            else:
+                run.try_to_write(partial(_save, trainer.model, tokenizer))
+                if plan.config.strategy == "dpo":
+                    health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
             if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
                 keep.train()
         seconds = time.monotonic() - keep.begun
@@ -232,15 +258,15 @@ def _judged(
     return judge(rows, last or measure(policy, rows, tokenizer, plan), answered(policy, tokenizer, rows, plan), plan)
 
 
-def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console) -> Plan:
+def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console, is_resumed: bool) -> Plan:
     """The plan with what the loaded model decided: where prompts cannot be shared, micro-batches may have to be smaller."""
     assert plan.counts is not None
-    settled = resolve(loaded, machine, plan.counts, scoring)
+    settled = resolve(loaded, machine, plan.counts, scoring, is_resumed=is_resumed).with_adapted(plan.adapted)
     tell_scoring(settled, console)
     for note in settled.notes:
         if note not in plan.notes:
             console.line(f"note: {note}")
-    _require_fit(settled, loaded)
+    _require_fit(settled, loaded, is_resumed)
     return settled
 
 
@@ -249,12 +275,18 @@ def _fitting(plan: Plan, loaded: Loaded) -> Iterator[None]:
     """What runs out of memory inside, with one pair at a time, is for the user to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise DoesNotFit([loaded.placed(out_of_memory(plan))]) from error
 
 
-def _require_fit(plan: Plan, loaded: Loaded) -> None:
-    if misfits := [loaded.placed(misfit) for misfit in (does_not_fit(plan), disk_problem(plan)) if misfit is not None]:
+def _require_fit(plan: Plan, loaded: Loaded, is_resumed: bool) -> None:
+    """`DoesNotFit` where memory or disk are too small. A run that was begun keeps its values: a larger device helps it."""
+    misfit, lack = does_not_fit(plan), disk_problem(plan)
+    if misfit is not None and is_resumed:
+        misfit = replace(misfit, fix=f"go on on a larger device, or start anew with --overwrite and other values: {misfit.fix}")
+    if misfits := [loaded.placed(found) for found in (misfit, lack) if found is not None]:
         raise DoesNotFit(misfits)
 
 

@@ -20,7 +20,7 @@ from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan import Plan
 from dpo_cli.training import parts, scoring
 from dpo_cli.training.sharing import IGNORED
-from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, ready
+from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, on_one_device, ready
 
 FIGURES = ("loss", "token_accuracy")  # nats a token; share of the completion's tokens that the model finds most likely
 
@@ -62,7 +62,7 @@ def build_trainer(
     """The trainer of a plan, with a fresh `adapter`, that of `model`, or none; `frozen` is what evaluations compare with."""
     trainer = DemonstrationTrainer(
         model=model,
-        args=trainer_arguments(plan),
+        args=on_one_device(trainer_arguments(plan)),
         train_dataset=_rows(train),
         eval_dataset=_rows(held_out) if held_out else None,
         processing_class=tokenizer,

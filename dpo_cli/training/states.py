@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,32 @@ def load_state(place: Path) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """torch's random generators, of the CPU and of each GPU; and those of Python and numpy, which libraries may draw from."""
-    uses_gpu: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    of_gpus = torch.cuda.get_rng_state_all() if uses_gpu else []
-    return {"torch": torch.get_rng_state(), "cuda": of_gpus, "python": random.getstate(), "numpy": np.random.get_state()}
+    """The random generators of torch, on the CPU and on the GPU in use, and of Python and numpy, which libraries draw from."""
+    uses_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if uses_cuda else [],  # others than the first belong to other processes
+        "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+    for generator in state["cuda"][:1]:
+        torch.cuda.set_rng_state(generator)
+    for generator in state.get("mps", []):
+        torch.mps.set_rng_state(generator)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """What is drawn within leaves no trace. torch's own `fork_rng` knows no generator of Apple's GPUs."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -19,33 +19,36 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_cli.errors import RunFailed
+from dpo_cli.hardware.tensors import SINGLE
 from dpo_cli.hub import saving
 from dpo_cli.plan import Plan
+from dpo_cli.providers.accounting import refuse
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.checkpoint import PART
 from dpo_cli.runs.directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from dpo_cli.training import parts, scoring
 from dpo_cli.training.schedule import Schedule
-from dpo_cli.training.states import load_state, random_state, save_state, set_random_state
+from dpo_cli.training.states import load_state, random_state, random_state_kept, save_state, set_random_state
 
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Evaluate = Callable[[Policy], dict[str, float]]
 Tell = Callable[[str], None]
 
 OPTIMIZER, SCHEDULE, SCALER, RANDOM = "optimizer", "schedule", "scaler", "random"  # files of a checkpoint
 TRL_TOKENS = "_total_train_tokens"  # TRL's own count
+RESTART = "start the run again with --overwrite"
 SIZE = "tokens_in_a_batch"  # column: what decides how much memory a row takes
 
 
@@ -179,15 +182,14 @@ class CarefulTrainer:
         trainer: Any = self
         batch = trainer.data_collator([self.train_dataset[i] for i in rows])
         trainer.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
-        mark, device = self.totals.mark(), self.args.device
+        mark = self.totals.mark()
         seen: Any = getattr(self, TRL_TOKENS)
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         held = (
             1 if self.optimizer is not None and self.optimizer.state else 3
         )  # of a training that goes on the moments are there
-        later = torch.empty(held * trained, dtype=torch.uint8, device=device)
-        on_gpu = [device] if device.type != "cpu" else []
-        with torch.random.fork_rng(on_gpu, device_type=device.type if on_gpu else "cuda"):
+        later = torch.empty(held * trained, dtype=torch.uint8, device=self.args.device)
+        with random_state_kept():
             self.training_step(trainer.model_wrapped, batch)
         del later
         self.totals.back_to(mark)
@@ -196,17 +198,24 @@ class CarefulTrainer:
         self.model.zero_grad(set_to_none=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        save_trained(self.model, Path(str(output_dir)))
+        place = Path(str(output_dir))
+        if isinstance(self.model, PeftModel):
+            save_trained(self.model, place)
+        else:  # under the names that the model has in memory: `save_pretrained` splits experts, which could not be put back
+            place.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(place / SINGLE), metadata={"format": "pt"})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not isinstance(self.model, PeftModel):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            missing, unexpected = load_model(self.model, Path(resume_from_checkpoint) / SINGLE, strict=False)
+            refuse(resume_from_checkpoint, missing, unexpected, (), RESTART, "output_dir")
             return
         written = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         set_peft_model_state_dict(self.model, dict(written), adapter_name=TRAINED)
         loaded = get_peft_model_state_dict(self.model, adapter_name=TRAINED, save_embedding_layers=False)
-        if lost := [name for name, tensor in loaded.items() if not torch.equal(tensor.cpu(), written[name])]:
-            raise RunFailed(f"{lost[0]} of {resume_from_checkpoint} cannot be loaded", "start anew with --overwrite")
+        other = [name for name in loaded.keys() & written.keys() if not torch.equal(loaded[name].cpu(), written[name])]
+        missing, unexpected = loaded.keys() - written.keys(), written.keys() - loaded.keys()
+        refuse(resume_from_checkpoint, sorted(missing), sorted(unexpected), other, RESTART, "output_dir")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
@@ -326,6 +335,13 @@ def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan) -> None:
             parameter.data = parameter.data.to(parameters[name.replace(f".{FROZEN}.", f".{TRAINED}.")].dtype)
 
 
+def on_one_device(arguments: Arguments) -> Arguments:
+    """One process uses one device. transformers takes each visible GPU: a batch of 2 becomes 4 and is spread over copies of the
+    model, whose forward is bound to the first. Several GPUs are for several processes."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
 def common_arguments(plan: Plan) -> dict[str, Any]:
     """What of the plan every trainer is told, in TRL's words."""
     config = plan.config
@@ -349,7 +365,7 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
         "fp16": config.fp16,
         "gradient_checkpointing": config.gradient_checkpointing,
         "max_length": None,  # rows are fitted to max_seq_length before they come here
-        "router_aux_loss_coef": 0.0,  # mixture-of-experts routers are frozen, so there is no load to balance
+        "router_aux_loss_coef": 0.0,  # our head gives no router logits; where a router is trained, the plan says so
         # When is the matter of training/schedule.py.
         "eval_strategy": "no",
         "logging_strategy": "no",

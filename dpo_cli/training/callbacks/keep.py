@@ -45,8 +45,16 @@ class Keep(TrainerCallback):
         trainer.write_checkpoint = self.write
 
     def write(self, write_trainers: Callable[[], None]) -> None:
-        """A checkpoint of the step that has ended."""
-        self.run.checkpoints.write(self.trainer.state.global_step, lambda part: self._fill(part, write_trainers))
+        """A checkpoint of the step that has ended; before the first step, a trial of which nothing stays."""
+        step = self.trainer.state.global_step
+
+        def fill(part: Path) -> Path:
+            return self._fill(part, write_trainers)
+
+        if step:
+            self.run.checkpoints.write(step, fill)
+        else:
+            self.run.checkpoints.try_to_write(fill)
 
     def _fill(self, part: Path, write_trainers: Callable[[], None]) -> Path:
         write_trainers()
@@ -96,9 +104,11 @@ class Keep(TrainerCallback):
         self.trainer.train(resume_from_checkpoint=str(self._from.folder) if self._from else None)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._from is not None:
-            self.trainer._tr_loss += self._progress["loss"]
-            self.trainer._globalstep_last_logged = self._progress["logged"]
+        if self._from is None:  # what cannot be saved is known now, and not hours later
+            self.trainer._save_checkpoint(self.trainer.model, None)
+            return
+        self.trainer._tr_loss += self._progress["loss"]
+        self.trainer._globalstep_last_logged = self._progress["logged"]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._from is not None and state.epoch == int(state.epoch):  # where Trainer restores it, but after this

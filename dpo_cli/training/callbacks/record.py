@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -66,5 +65,18 @@ def peak_memory_gb(device: torch.device) -> float:
     """The most memory held so far: the GPU's when training runs on one, else this process's."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / GIB, 3)
+    if device.type == "mps":
+        return round(torch.mps.driver_allocated_memory() / GIB, 3)  # of Metal's pool, which only grows
+    return round(_peak_of_process() / GIB, 3)
+
+
+def _peak_of_process() -> int:
+    """The most bytes that this process has held."""
+    if sys.platform == "win32":
+        import psutil  # a requirement of accelerate
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB, 3)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,254 @@
+"""Every tensor is accounted for, on every load: the files hold all that the architecture has, and nothing that has no place.
+
+transformers makes up what it does not find, and PEFT passes over what has no place, both with a line in a log. Here either is
+an error that names the tensors. The same holds for numbers that are none, and for a merge that changes what the model computes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers.modeling_utils
+from peft import LoraConfig, PeftModel
+from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, unsupported
+from dpo_cli.hardware.tensors import RESIZED_FIX, count, faults, files_of, resized, some, wrapper_of
+from dpo_cli.runs.directory import WEIGHTS
+
+OTHER_BASE = "name the model that it was made on as model_name"
+UNSUPPORTED_FIX = "merge it with PEFT into its base, and name the merged model"
+MERGE_ALLOWANCE = 1e-4  # nats a token that a merge in float32 may change
+PROBE_TOKENS, PROBE_ROWS = 24, 2  # of the sequences that a merge is tried on
+
+
+def refuse(what: str, missing: Sequence[str], unexpected: Sequence[str], other: Sequence[str], fix: str, key: str) -> None:
+    """`InvalidInput` that names the tensors of `what` which are missing, which have no place in the model, or which do not fit.
+
+    Nothing happens where all three are empty.
+    """
+    parts = []
+    if missing:
+        parts.append(f"lacks {count(sorted(missing))}")
+    if unexpected:
+        parts.append(f"holds {count(sorted(unexpected))} without a place in the model")
+    if other:
+        parts.append(f"holds tensors that do not fit: {some(sorted(other))}")
+    if not parts:
+        return
+    if wrapper := wrapper_of(unexpected):
+        fix = f"save it again without the wrapper that put {wrapper!r} before every name"
+    raise InvalidInput([Problem("error", "tensors-unaccounted", f"{what} {', and '.join(parts)}", fix, key)])
+
+
+@contextmanager
+def all_tensors(what: str) -> Iterator[None]:
+    """Within, transformers loads a model whole, or `InvalidInput` says which tensors are not as the architecture has them.
+
+    `_finalize_model_loading` (transformers 5.17) ends every load with a call of `log_state_dict_report`, whoever asked for it:
+    Unsloth's loads too, which pass no `output_loading_info` on. Here that call is the check.
+    """
+
+    def check(model: Any, loading_info: Any, **_: Any) -> None:
+        shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in loading_info.mismatched_keys]
+        broken = [*shapes, *loading_info.error_msgs, *loading_info.conversion_errors]
+        fix = "download it again; config.json and weights have to be of one model"
+        refuse(what, loading_info.missing_keys, loading_info.unexpected_keys, broken, fix, "model_name")
+
+    before = transformers.modeling_utils.log_state_dict_report
+    transformers.modeling_utils.log_state_dict_report = check
+    try:
+        yield
+    finally:
+        transformers.modeling_utils.log_state_dict_report = before
+
+
+def require_whole_files(source: str) -> None:
+    """`InvalidInput` where the headers of a local model's files show already that something is missing or cut off."""
+    folder = Path(source)
+    if (folder / "config.json").is_file() and files_of(folder):  # weights of another format are refused by their own words
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if found := [
+            Problem("error", "model-tensors", fault.message, fault.fix, "model_name") for fault in faults(folder, config)
+        ]:
+            raise InvalidInput(found)
+
+
+def require_finite(model: nn.Module, what: str, source: str) -> None:
+    """`InvalidInput` that names the tensors of a model, loaded from `source`, which hold NaN or infinity.
+
+    They have the names that they have in local files, which transformers may have joined.
+    """
+    tensors: dict[str, Tensor | None] = dict(model.named_parameters())
+    for name, parameter in list(tensors.items()):
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights are scaled by these
+        for part in (state, getattr(state, "state2", None)):
+            if part is not None:
+                tensors |= {f"{name} (scales)": part.absmax, f"{name} (offset)": part.offset}
+    if broken := _not_finite(tensors):
+        in_files = [name for file in files_of(Path(source)) for name in _not_finite(load_file(file))]
+        _refuse_numbers(in_files or broken, what)
+
+
+def _not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    return [name for name, tensor in tensors.items() if tensor is not None and not _is_finite(tensor)]
+
+
+def _refuse_numbers(broken: list[str], what: str) -> None:
+    if broken:
+        message = f"{what} holds NaN or infinity in {count(broken)}"
+        fix = "download it again, or train it again with a lower learning_rate: such weights compute nothing"
+        raise InvalidInput([Problem("error", "weights-not-finite", message, fix, "model_name")])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True
+    if tensor.dtype.itemsize < 2:  # FP8, which has no minimum
+        return bool(torch.isfinite(tensor.float()).all())
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))  # a NaN comes out of both
+
+
+def with_adapter(
+    base: PreTrainedModel | PeftModel,
+    folder: Path,
+    name: str,
+    label: str,
+    is_trainable: bool = False,
+    dropout: float | None = None,
+) -> PeftModel:
+    """`base` with the adapter in `folder`, called `name`, whole; `label` names the base in messages.
+
+    A further adapter is put beside those that `base` has. Raises `InvalidInput` for an adapter of another model, for tensors
+    that are missing or have no place, and for a kind of adapter whose base is not the reference.
+    """
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if why := unsupported(config):
+        raise InvalidInput(
+            [Problem("error", "adapter-unsupported", f"the adapter in {folder} {why}", OTHER_BASE, "model_name")]
+        )
+    network = base.get_base_model() if isinstance(base, PeftModel) else base
+    try:
+        written = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        fix = "copy it again, or save it again with PEFT"
+        raise InvalidInput([Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name")]) from error
+    _refuse_numbers(_not_finite(written), str(folder))
+    _require_same_base(network, written, folder, label)
+    options: dict[str, Any] = {"adapter_name": name, "is_trainable": is_trainable}
+    try:
+        if isinstance(base, PeftModel):
+            base.load_adapter(str(folder), **options)
+            model = base
+        else:
+            if dropout is not None:
+                options["config"] = LoraConfig.from_pretrained(str(folder))
+                options["config"].lora_dropout = dropout
+            model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder), **options))
+        result = set_peft_model_state_dict(model, dict(written), adapter_name=name)
+    except torch.OutOfMemoryError:  # no fault of the adapter
+        raise
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ) as error:  # other shapes, layers that are not there
+        shapes = [_written(key, name) for key in re.findall(r"size mismatch for (\S+):", str(error))]
+        refuse(f"the adapter in {folder}, put on {label},", (), (), shapes, OTHER_BASE, "model_name")
+        message = f"{folder} is no adapter of {label}: {' '.join(str(error).split())[:300]}"
+        raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")]) from error
+    missing = [_written(key, name) for key in result.missing_keys if name in key.split(".")]
+    unexpected = [_written(key, name) for key in result.unexpected_keys]
+    refuse(f"the adapter in {folder}, put on {label},", missing, unexpected, (), OTHER_BASE, "model_name")
+    return model
+
+
+def _written(key: str, name: str) -> str:
+    """The name of a tensor in the file of an adapter, by its name in the model, without what is before all names."""
+    return key.removeprefix("base_model.model.").replace(f".{name}", "")
+
+
+def _require_same_base(network: PreTrainedModel, written: dict[str, Tensor], folder: Path, label: str) -> None:
+    """`InvalidInput` where the file holds another table or layer of the base than the base has: PEFT would put it in its place.
+
+    PEFT saves such a tensor where the embedding was resized, or is adapted itself.
+    """
+    own = {
+        name.replace(".base_layer.", "."): tensor.detach() for name, tensor in network.named_parameters(remove_duplicate=False)
+    }
+    shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (written, own))
+    if difference := resized(*shapes):
+        message = f"the adapter in {folder} {difference}"
+        raise InvalidInput([Problem("error", "adapter-resized", message, RESIZED_FIX, "model_name")])
+    for key, tensor in written.items():
+        if not key.endswith((".base_layer.weight", ".base_layer.bias")) and ".original_module." not in key:
+            continue
+        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        there = own.get(name)
+        if there is None or there.shape != tensor.shape or not torch.equal(there.cpu(), tensor.to(there.dtype)):
+            message = f"{folder} holds {name} of its base, with other values than in {label}: it was made on another model"
+            raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")])
+
+
+def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with the adapter `name` merged into it; log-probs before and after are compared.
+
+    A head that is tied to the embedding is untied first where either is adapted, else the merge would change both. Raises
+    `InvalidInput` where the merged model computes something else, and for weights that are not finite.
+    """
+    model.set_adapter(name)
+    ids = _probe(model)
+    before = _log_probs(model, ids)
+    _untie(model.get_base_model())
+    try:
+        whole = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True, adapter_names=[name]))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # NaN in the merged weights; a kind of adapter that cannot be merged
+        message, fix = f"the adapter on {label} cannot be merged: {error}", "use it as it is, or train another one"
+        raise InvalidInput([Problem("error", "merge-differs", message, fix, "model_name")]) from error
+    apart = float((_log_probs(whole, ids) - before).abs().mean())
+    allowed = max(MERGE_ALLOWANCE, 32 * torch.finfo(dtype).eps)
+    if not apart <= allowed:
+        message = f"merged into {label}, the adapter computes something else: log-probs differ by {apart:.2g} nats a token"
+        fix = "use the adapter as it is, or train it again without what PEFT cannot merge"
+        raise InvalidInput([Problem("error", "merge-differs", f"{message} ({allowed:.2g} allowed)", fix, "model_name")])
+    return whole
+
+
+def _untie(network: PreTrainedModel) -> None:
+    """Give the head a weight of its own where it shares the embedding's and an adapter is on either."""
+    parts = network.get_output_embeddings(), network.get_input_embeddings()
+    head, table = (getattr(part, "base_layer", part) for part in parts)
+    if head is None or (head, table) == parts or head.weight is not table.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    network.config.tie_word_embeddings = network.config.get_text_config().tie_word_embeddings = False
+
+
+def _probe(model: PeftModel) -> Tensor:
+    """Token ids all over the vocabulary, (rows, tokens): the same for the same model."""
+    rows = model.get_base_model().get_input_embeddings().weight.shape[0]
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, rows, (PROBE_ROWS, PROBE_TOKENS), generator=draw).to(model.device)
+
+
+def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probs of the tokens that follow one another in `ids`, by the model's own logits."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    log_probs: Tensor = logits.log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return log_probs

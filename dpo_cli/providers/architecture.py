@@ -1,0 +1,390 @@
+"""A model without its weights: which of its layers an adapter touches, and what PEFT refuses, before anything is loaded.
+
+The model is built on the meta device, where tensors have a shape and no values. PEFT puts the adapter on it by its own rules,
+and what it has put on is read off. Three things that PEFT would put on are left out here, and said:
+
+- the router of a mixture of experts under "all-linear": it would be trained without the loss that balances it
+- weights that a state-space block hands to its kernels itself: an adapter would be passed over
+- layers that no text reaches (an image encoder): an adapter there would learn nothing
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from dpo_cli.config.options import Config
+from dpo_cli.demands import BITSANDBYTES_FIX
+from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.hardware import targets
+from dpo_cli.hardware.adapters import adapter_at
+from dpo_cli.hardware.models import not_causal
+from dpo_cli.hardware.targets import ALL_LINEAR, KEY
+from dpo_cli.plan import Adapted, Plan
+
+LINEAR = (torch.nn.Linear, Conv1D)  # what PEFT takes for "all-linear"; bitsandbytes' layers are such too
+CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+# Of tokens without values. A few are quick where a block goes through them one by one; others first put many together.
+FEW_TOKENS, MANY_TOKENS = 8, 512
+Refusal = (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError)  # as PEFT and torch word it
+
+
+def adapted(plan: Plan, config: PretrainedConfig) -> Adapted | None:
+    """What a plan trains of a model of this configuration; None where its code cannot be built without weights."""
+    try:
+        architecture = Architecture(config, plan.model_label)
+    except Refusal:  # the loading tells, if the fault is the model's
+        return None
+    if plan.config.lora_r == 0:
+        return architecture.whole()
+    start = adapter_at(plan.config.model_name) if plan.goes_on else None
+    if start is None:
+        return architecture.fresh(plan.config)[1]
+    try:
+        return architecture.adapted(LoraConfig.from_pretrained(str(start.directory)))
+    except Refusal:  # likewise
+        return None
+
+
+class Architecture:
+    """A model by its configuration. `label` is its name in messages."""
+
+    def __init__(self, config: PretrainedConfig, label: str) -> None:
+        self.config, self.label = config, label
+        self.model = self.build()
+        self.modules: dict[str, torch.nn.Module] = dict(self.model.named_modules())
+        head = self.model.get_output_embeddings()
+        self.head = next((name for name, module in self.modules.items() if module is head), "")
+        table = self.model.get_input_embeddings()  # which PEFT adapts where it is named
+        self.table = next((name for name, module in self.modules.items() if module is table), "")
+        self.linear = {name for name, module in self.modules.items() if isinstance(module, LINEAR)} - {self.head}
+        self.experts = dict(_experts(self.modules))
+        self.routers = set(_routers(self.modules, self.experts))
+
+    def build(self) -> PreTrainedModel:
+        """The model on the meta device."""
+        try:
+            with no_init_weights(), torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), attn_implementation="eager")
+        except ImportError as error:
+            raise RunFailed(f"cannot load {self.label}: {' '.join(str(error).split())}", "install what it names") from error
+        except ValueError as error:
+            if type(self.config) in AutoModelForCausalLM._model_mapping:
+                raise
+            raise InvalidInput([not_causal(self.label, self.config.model_type)]) from error
+        model.tie_weights()  # else a tied head is counted as weights of its own
+        return cast(PreTrainedModel, model.eval())
+
+    @property
+    def weights(self) -> int:
+        return sum(weight.numel() for weight in self.model.parameters())
+
+    def whole(self) -> Adapted:
+        """What a training without an adapter touches."""
+        notes = (
+            [f"the router ({_counted(self._kinds(self.routers))}) is trained, without load balancing"] if self.routers else []
+        )
+        return Adapted({}, self.weights, self.weights, tuple(notes))
+
+    def adapted(self, adapter: LoraConfig) -> Adapted:
+        """What an adapter that there is already touches, when it is trained."""
+        return self._read_off(self._with(replace(adapter, inference_mode=False)))
+
+    def fresh(self, config: Config) -> tuple[LoraConfig, Adapted]:
+        """The adapter that a config asks for, and what it touches; `InvalidInput` where PEFT refuses it."""
+        wanted = lora_config(config)
+        self._require_names(config)
+        idle = {name: why for name, why in self._left_out(config).items() if targets.names(config.target_modules, name)}
+        if idle and all(name in idle for name in self._known() if targets.names(config.target_modules, name)):
+            message = f"no text reaches the layers of {self.label} that target_modules names: an adapter would learn nothing"
+            fix = f"name others: its linear layers are {self._linear_kinds()}"
+            raise InvalidInput([Problem("error", "target-unreached", message, fix, KEY)])
+        put_on = self._tried(config, replace(wanted, exclude_modules=sorted(idle)) if idle else wanted)
+        touched, parameters = (set(names) for names in _targeted(put_on))
+        if config.target_modules == ALL_LINEAR:
+            routers = {name for name in parameters if name.removesuffix(".weight") in self.routers}
+            idle |= {name.removesuffix(".weight"): "router" for name in routers}
+            parameters -= routers
+        if idle:
+            wanted = self._narrowed(wanted, put_on.peft_config["default"], touched, parameters)
+            put_on = self._tried(config, wanted)
+        notes = self._notes(config, idle, touched, parameters)
+        return wanted, replace(self._read_off(put_on), notes=tuple(notes))
+
+    def _narrowed(self, wanted: LoraConfig, resolved: LoraConfig, touched: set[str], parameters: set[str]) -> LoraConfig:
+        """The adapter on these alone, by names that say so to whoever loads it: the last of a layer's where that is enough."""
+        others = self.modules.keys() - touched
+        ends = {name.rpartition(".")[2] for name in touched}
+        clear = {end for end in ends if not any(targets.names([end], name) for name in others)}
+        modules = clear | {name for name in touched if name.rpartition(".")[2] not in clear}
+        kept = {short for short in resolved.target_parameters or () if any(targets.names([short], one) for one in parameters)}
+        return replace(
+            wanted,
+            target_modules=sorted(modules) or None,
+            target_parameters=sorted(kept) or None,
+            rank_pattern=resolved.rank_pattern,
+            alpha_pattern=resolved.alpha_pattern,
+        )
+
+    def _with(self, adapter: LoraConfig) -> PeftModel:
+        """A model of its own with the adapter on it; PEFT changes both."""
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the trainer's own model gives them again
+            try:
+                return cast(PeftModel, get_peft_model(self.build(), copy.deepcopy(adapter)))
+            except ImportError as error:  # PEFT imports bitsandbytes where it is installed
+                raise RunFailed(f"bitsandbytes cannot be used: {error}", BITSANDBYTES_FIX) from error
+
+    def _tried(self, config: Config, adapter: LoraConfig) -> PeftModel:
+        """The model with the adapter; where PEFT refuses it, `InvalidInput` about the option without which it does not."""
+        try:
+            return self._with(adapter)
+        except Refusal as error:
+            reason = " ".join(str(error).split())[:300]
+        keys = [key for key in ("lora_dropout", "use_dora") if getattr(config, key)]
+        plain = replace(adapter, lora_dropout=0.0, use_dora=False)
+        if keys and self.experts and self._takes(plain):
+            one = [key for key in keys if not self._takes(replace(plain, **{key: getattr(adapter, key)}))]
+            raise InvalidInput([targets.on_experts(self.label, key) for key in one or keys])
+        key = next((key for key in keys if self._takes(replace(adapter, **{key: type(getattr(adapter, key))()}))), KEY)
+        message = f"PEFT puts no such adapter on {self.label}: {reason}"
+        fix = f"change {key}; the linear layers are {self._linear_kinds()}"
+        raise InvalidInput([Problem("error", "adapter-refused", message, fix, key)])
+
+    def _takes(self, adapter: LoraConfig) -> bool:
+        try:
+            self._with(adapter)
+        except Refusal:  # then another option is at fault, or this one too
+            return False
+        return True
+
+    def _known(self) -> set[str]:
+        """The names that target_modules may have: linear layers, routers, and what PEFT takes for weights of fused experts."""
+        old = targets.expert_names(self.config.model_type)
+        held = {name for name, weights in self.experts.items() if set(old.values()) & set(weights)}
+        virtual = {f"{name}.{short}" for name in held for short, weight in old.items() if weight in self.experts[name]}
+        return self.linear | virtual | (self.routers if "gate" in old else set())
+
+    def _require_names(self, config: Config) -> None:
+        """`InvalidInput` where the config names what is not in the model, or no linear layer: PEFT passes over such a name."""
+        wanted, known = config.target_modules, self._known() | {self.table}
+        fix = f"its linear layers are {self._linear_kinds()}, in names like {next(iter(sorted(self.linear)), 'none')}"
+        found: list[Problem] = []
+        idle = targets.idle_parts(wanted, known)
+        matched = [name for name in self.modules if isinstance(wanted, str) and targets.names(wanted, name) and name]
+        other = [] if wanted == ALL_LINEAR else [name for name in matched if name not in known]
+        if self.head in other or (isinstance(wanted, list) and targets.names(wanted, self.head)):
+            found.append(targets.head_adapter(self.head))
+        elif other:
+            found.append(targets.not_linear(self.label, [(name, type(self.modules[name]).__name__) for name in other], fix))
+        elif isinstance(wanted, list) and idle:
+            message = f"{self.label} has no linear layer named {', '.join(sorted(idle))}"
+            found.append(Problem("error", "no-such-module", message, fix, KEY))
+        elif wanted != ALL_LINEAR and not any(targets.names(wanted, name) for name in known):
+            message = f"{self.label} has no layer whose whole name matches {wanted!r}"
+            found.append(Problem("error", "no-such-module", message, fix, KEY))
+        if unknown := [
+            one for one in config.modules_to_save or () if not any(targets.names([one], name) for name in self.modules)
+        ]:
+            message = f"{self.label} has no module named {', '.join(sorted(unknown))}"
+            found.append(Problem("error", "no-such-module", message, fix, "modules_to_save"))
+        if wanted != ALL_LINEAR and (named := [name for name in self.state_space if targets.names(wanted, name)]):
+            found.append(targets.state_space(self.label, sorted({name.rpartition(".")[2] for name in named})))
+        if found:
+            raise InvalidInput(found)
+
+    @functools.cached_property
+    def state_space(self) -> set[str]:
+        """Linear layers of state-space blocks whose weights are read past an adapter: PEFT refuses some of them."""
+        blocks = {type(module) for module in self.modules.values() if hasattr(module, "A_log")}  # the decay of a state
+        read = {block: set(re.findall(r"self\.(\w+)\.weight\b", inspect.getsource(block))) for block in blocks}
+        places = {name: name.rpartition(".") for name in self.linear}
+        bypassed = {name for name, (parent, _, leaf) in places.items() if leaf in read.get(type(self.modules[parent]), ())}
+        refused = set()
+        for end in {leaf for _, _, leaf in places.values()}:
+            try:
+                LoraModel._check_target_module_compatiblity(
+                    cast(Any, None), LoraConfig(target_modules=ALL_LINEAR), self.model, end
+                )
+            except ValueError:
+                refused.add(end)
+        return bypassed | {name for name, (_, _, leaf) in places.items() if leaf in refused}
+
+    @functools.cached_property
+    def unreached(self) -> set[str]:
+        """Other linear layers that no text reaches."""
+        found = self._uncalled(FEW_TOKENS) - self.state_space
+        return found & self._uncalled(MANY_TOKENS) if found else found
+
+    def _left_out(self, config: Config) -> dict[str, str]:
+        """Linear layers that get no adapter although PEFT, or the config, would put one on; and why."""
+        left = dict.fromkeys(self.unreached, "unreached")
+        if config.target_modules == ALL_LINEAR:
+            left |= dict.fromkeys(self.state_space, "state-space")
+            left |= dict.fromkeys(self.routers & self.linear, "router")
+        return left
+
+    def _uncalled(self, tokens: int) -> set[str]:
+        """Linear layers that a pass of so many tokens does not call; empty where a pass without values is not possible."""
+        model, called, uncalled = self.model, set[str](), set[str]()
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("batched_mm")  # the only one whose shapes do not depend on the tokens
+        hooks = [
+            self.modules[name].register_forward_pre_hook(lambda _module, _inputs, name=name: called.add(name))
+            for name in self.linear
+        ]
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None) or tokens
+        ids = torch.ones(1, min(tokens, longest), dtype=torch.long, device="meta")
+        masked = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        # Some models look at a mask's values, others at those of positions where there is neither a mask nor a cache.
+        for options in (masked, {"use_cache": False}, {"use_cache": True}):
+            called.clear()
+            try:
+                with torch.no_grad():
+                    model(input_ids=ids, **options)
+            except Exception:  # whatever a model's code makes of tensors without values: then it is not known
+                continue
+            uncalled = self.linear - called
+            break
+        for hook in hooks:
+            hook.remove()
+        return uncalled
+
+    def _read_off(self, put_on: PeftModel) -> Adapted:
+        trained = sum(weight.numel() for weight in put_on.parameters() if weight.requires_grad)
+        modules, parameters = _targeted(put_on)
+        whole = Counter(f"{_ends(name)[1]} whole" for name in self.modules if _is_saved(name, put_on))
+        return Adapted({**self._kinds([*modules, *parameters]), **whole}, trained, self.weights)
+
+    def _kinds(self, names: Iterable[str]) -> dict[str, int]:
+        """How many layers there are of each kind: their last name, with the one before where other blocks have such a layer."""
+        parents: dict[str, set[str]] = {}
+        for name in self.linear:
+            parent, leaf = _ends(name)
+            parents.setdefault(leaf, set()).add(parent)
+        kinds: Counter[str] = Counter()
+        for name in names:
+            parent, leaf = _ends(name.removesuffix(".weight"))
+            is_clear = name in self.linear and len(parents[leaf]) == 1
+            kinds[leaf if is_clear or not parent else f"{parent}.{leaf}"] += 1
+        return dict(kinds)
+
+    def _linear_kinds(self) -> str:
+        kinds = ", ".join(sorted(self._kinds(self.linear)))
+        experts = sorted({name.rpartition(".")[2] for name in self._known() - self.linear - self.routers})
+        return f"{kinds}, and of its fused experts {', '.join(experts)}" if experts else kinds
+
+    def _notes(self, config: Config, idle: Mapping[str, str], touched: set[str], parameters: set[str]) -> Iterator[str]:
+        """What is left out, and what is trained otherwise than one may think."""
+        why = {
+            "router": "it would be trained without load balancing, whose loss is off",
+            "state-space": "the kernels of state-space blocks read these weights past an adapter",
+            "unreached": "no text reaches them",
+        }
+        for reason, words in why.items():
+            if names := [name for name, one in idle.items() if one == reason]:
+                listed = self._roots(names) if reason == "unreached" else _counted(self._kinds(names))
+                yield f"no adapter on {listed}: {words}"
+        if named := self.routers & (touched | {name.removesuffix(".weight") for name in parameters}):
+            yield f"the router ({_counted(self._kinds(named))}) is trained, as target_modules says, without load balancing"
+        wanted, whole = config.target_modules, set(config.modules_to_save or ())
+        if isinstance(wanted, str) and (parts := targets.idle_parts(wanted, self._known() | {self.table})):
+            yield targets.half_idle(self.label, parts)
+        passed = [name for name in self.linear - touched - idle.keys() if targets.names(wanted, name)]
+        if passed := [name for name in passed if not whole & set(name.split("."))]:
+            yield f"no adapter on {_counted(self._kinds(passed))}: PEFT takes these names for those of the fused experts"
+        held = {f"{name}.{weight}" for name, weights in self.experts.items() for weight in weights}
+        if left := held - parameters:
+            shapes = dict(self.model.named_parameters())
+            share = sum(shapes[name].numel() for name in left) / self.weights
+            reach = "PEFT reaches them by no name" if not targets.expert_names(self.config.model_type) else "they are not named"
+            yield f"no adapter on the fused experts ({_counted(self._kinds(left))}), {share:.0%} of the weights: {reach}"
+
+    def _roots(self, names: Iterable[str]) -> str:
+        """The largest parts of the model that no text reaches, with how many of these layers each holds; else their kinds."""
+        roots, single = Counter[str](), []
+        reached = self.linear - self.unreached
+        for name in names:
+            parts = name.split(".")
+            above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+            root = next((part for part in above if not any(one.startswith(f"{part}.") for one in reached)), name)
+            if root == name or any(part.isdigit() for part in root.split(".")):
+                single.append(name)
+            else:
+                roots[root] += 1
+        whole = [f"{root} ({count} layers)" for root, count in sorted(roots.items())]
+        return ", ".join([*whole, *([_counted(self._kinds(single))] if single else [])])
+
+
+def lora_config(config: Config) -> LoraConfig:
+    """The adapter as the config asks for it."""
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=config.target_modules,
+        modules_to_save=config.modules_to_save,
+    )
+
+
+def _ends(name: str) -> tuple[str, str]:
+    """The last two names of a layer that are no numbers."""
+    parts = [part for part in name.split(".") if not part.isdigit()]
+    return parts[-2] if len(parts) > 1 else "", parts[-1] if parts else name
+
+
+def _counted(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in sorted(kinds.items()))
+
+
+def _targeted(put_on: PeftModel) -> tuple[list[str], list[str]]:
+    """Whole names of the modules, and of the parameters, that the adapter is on."""
+    return put_on.base_model.targeted_module_names, put_on.base_model.targeted_parameter_names
+
+
+def _is_saved(name: str, put_on: PeftModel) -> bool:
+    """Whether a module is trained whole beside the adapter."""
+    return targets.names(list(put_on.peft_config["default"].modules_to_save or ()), name)
+
+
+def _experts(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, list[str]]]:
+    """Modules that hold the weights of all experts in tensors of three dimensions, and the names of these."""
+    for name, module in modules.items():
+        if isinstance(module, CONVOLUTIONS) or "expert" not in f"{name} {type(module).__name__}".lower():
+            continue
+        if weights := [short for short, weight in module.named_parameters(recurse=False) if weight.dim() == 3]:
+            yield name, weights
+
+
+def _routers(modules: Mapping[str, torch.nn.Module], experts: Mapping[str, list[str]]) -> Iterator[str]:
+    """Modules beside the experts whose weight has a row for each of them."""
+    for name, weights in experts.items():
+        count = cast(torch.Tensor, getattr(modules[name], weights[0])).shape[0]
+        for depth in (1, 2):
+            block = name.rsplit(".", depth)[0]
+            found = [
+                one
+                for one, module in modules.items()
+                if one.startswith(f"{block}.") and "expert" not in one.removeprefix(block)
+                if (weight := getattr(module, "weight", None)) is not None and weight.dim() == 2 and weight.shape[0] == count
+            ]
+            if found:
+                yield from found
+                break

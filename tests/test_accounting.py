@@ -1,0 +1,181 @@
+"""Every tensor is accounted for on every load: a damaged model or adapter is refused by name, or computes the same."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHAPE
+from made import tiny_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_cli.config.config import load
+from dpo_cli.errors import InvalidInput, RunFailed
+from dpo_cli.hardware import tensors
+from dpo_cli.hardware.probe import probe
+from dpo_cli.plan import Plan, resolve
+from dpo_cli.providers.huggingface import HuggingFace
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}
+MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+# An architecture of each kind: dense, tied, a mixture of experts (two ways to name them in files), hybrid.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": EXPERTS,
+    "falcon_h1": {**MAMBA, "mamba_chunk_size": 8},
+}
+TARGETS = {"falcon_h1": ["q_proj", "v_proj", "gate_proj"]}
+IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
+TRIES = 30  # of each architecture, and as many of an adapter on it: 300 in all
+Place = Callable[[str], Path]
+
+
+def log_probs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
+    return logits[:, :-1].log_softmax(dim=-1).gather(-1, IDS[:, 1:, None])[..., 0]
+
+
+def randomised(model: nn.Module) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and "norm" not in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A model directory of an architecture, or with "-adapter" after its name an adapter on it, made once."""
+    root = tmp_path_factory.mktemp("models")
+
+    def of(name: str) -> Path:
+        folder, family = root / name, name.removesuffix("-adapter")
+        if folder.is_dir():
+            return folder
+        if name == family:
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **ARCHITECTURES[family]}))
+            randomised(model)
+            model.save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(of(family))
+            config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=TARGETS.get(family, "all-linear"))
+            model = get_peft_model(base, config)
+            randomised(model)
+            model.save_pretrained(folder)
+        return folder
+
+    return of
+
+
+def plan_of(model: Path, tmp_path: Path, **options: Any) -> Plan:
+    config = tmp_path / "config.json"
+    values = {"model_name": str(model), "dataset": "pairs.jsonl", "device": "cpu", "bf16": False, "fp16": False, **options}
+    config.write_text(json.dumps(values), encoding="utf-8")
+    return resolve(load(str(config)), probe())
+
+
+def damaged(folder: Path, draw: random.Random) -> list[str]:
+    """Damage the weights in `folder` in one of seven ways: the tensors, or the file, that a refusal has to name one of."""
+    file = next(folder.glob("*model.safetensors"))
+    parts = load_file(file)
+    name = draw.choice(sorted(parts))
+    way = draw.choice(["drop", "rename", "reshape", "cut", "prefix", "nan", "shards"])
+    if way == "cut":
+        content = file.read_bytes()
+        file.write_bytes(content[: draw.randrange(len(content))])
+        return [file.name]
+    if way == "shards" and not file.name.startswith("adapter"):
+        return _in_shards(folder, parts, draw)
+    if way == "drop":
+        del parts[name]
+    elif way == "rename":
+        pieces = name.split(".")
+        pieces[draw.randrange(len(pieces))] += "x"
+        parts[".".join(pieces)] = parts.pop(name)
+    elif way == "reshape":
+        parts[name] = parts[name].repeat(2, *[1] * (parts[name].dim() - 1)) if draw.random() < 0.5 else parts[name][:-1].clone()
+    elif way == "nan":
+        parts[name].view(-1)[draw.randrange(parts[name].numel())] = float("nan")
+    else:
+        parts = {f"module.{name}": tensor for name, tensor in parts.items()}
+        name = "module."
+    save_file(parts, file, metadata={"format": "pt"})
+    return [name.removeprefix("base_model.model.")]
+
+
+def _in_shards(folder: Path, parts: dict[str, Tensor], draw: random.Random) -> list[str]:
+    """Two files with an index, of which one is gone, or is not named in the index."""
+    (folder / tensors.SINGLE).unlink()
+    names, files = sorted(parts), ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    for file, half in zip(files, halves, strict=True):
+        save_file({name: parts[name] for name in half}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, half in zip(files, halves, strict=True) for name in half}
+    lost = draw.randrange(2)
+    if draw.random() < 0.5:
+        (folder / files[lost]).unlink()
+    else:
+        weight_map = {name: file for name, file in weight_map.items() if file != files[lost]}
+    (folder / tensors.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+    return [files[lost]]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_damaged_model_is_refused_by_name_or_computes_the_same(place: Place, tmp_path: Path, family: str) -> None:
+    plan = plan_of(place(family), tmp_path)
+    whole = log_probs(HuggingFace(str(place(family))).base_model(plan))
+    torch.testing.assert_close(whole, log_probs(AutoModelForCausalLM.from_pretrained(place(family))))
+    refused = 0
+    for number in range(TRIES):
+        folder = tmp_path / f"try-{number}"
+        shutil.copytree(place(family), folder)
+        names = damaged(folder, random.Random(f"{family} {number}"))
+        refused += is_refused(partial(lambda path: HuggingFace(path).base_model(plan), str(folder)), whole, names)
+        shutil.rmtree(folder)
+    assert refused > TRIES / 2
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_a_damaged_adapter_is_refused_by_name_or_computes_the_same(place: Place, tmp_path: Path, family: str) -> None:
+    base, adapter = place(family), place(f"{family}-adapter")
+    plan = plan_of(base, tmp_path)
+    provider = HuggingFace(str(base))
+    whole = log_probs(provider.trained(plan, adapter).model)
+    by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    torch.testing.assert_close(whole, log_probs(by_hand))
+    assert (whole - log_probs(AutoModelForCausalLM.from_pretrained(base))).abs().max() > 0.01
+    refused = 0
+    for number in range(TRIES):
+        folder = tmp_path / f"try-{number}"
+        shutil.copytree(adapter, folder)
+        names = damaged(folder, random.Random(f"{family} adapter {number}"))
+        refused += is_refused(partial(lambda path: provider.trained(plan, path).model, folder), whole, names)
+        shutil.rmtree(folder)
+    assert refused > TRIES / 2
+
+
+def is_refused(open_it: Callable[[], nn.Module], whole: Tensor, names: list[str]) -> bool:
+    """Whether it was refused; the third outcome, other log-probs or a refusal without a name, fails."""
+    try:
+        model = open_it()
+    except (InvalidInput, RunFailed) as error:
+        assert any(name in str(error) for name in names), f"{names} in {error}"
+        return True
+    torch.testing.assert_close(log_probs(model), whole, msg=lambda text: f"{names}: {text}")
+    return False

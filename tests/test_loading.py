@@ -1,0 +1,445 @@
+"""What is loaded, merged and saved is what its files say: kinds of adapters, heads, quantised files, settings, token ids."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import SHAPE, made_row
+from made import tiny_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from typer.testing import CliRunner, Result
+
+from dpo_cli.cli import app
+from dpo_cli.config.config import load
+from dpo_cli.errors import Exit, InvalidInput, RunFailed
+from dpo_cli.hardware.adapters import unsupported
+from dpo_cli.hardware.probe import probe
+from dpo_cli.plan import Plan, resolve
+from dpo_cli.providers import accounting
+from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.training.head import Head
+
+IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
+COMMON = {"device": "cpu", "bf16": False, "fp16": False, "max_steps": 2, "lora_r": 4, "learning_rate": 1e-2}
+COMMON |= {"eval_split": 0.3, "kl_prompts": 0, "max_new_tokens": 4}
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def log_probs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
+    return logits[:, :-1].log_softmax(dim=-1).gather(-1, IDS[:, 1:, None])[..., 0]
+
+
+def randomised(model: nn.Module) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and "norm" not in name:
+                weight.add_(torch.randn_like(weight) * 0.2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a tiny model of a family, made once for each set of options."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def of(family: str, **options: Any) -> Path:
+        folder = root / "-".join([family, *map(str, options.values())])
+        if not folder.is_dir():
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **options}))
+            randomised(model)
+            model.save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return of
+
+
+def adapter_on(folder: Path, place: Path, **options: Any) -> Path:
+    """A random adapter that PEFT itself made and saved."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, **{"target_modules": ["q_proj", "v_proj"], **options})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    randomised(model)
+    model.save_pretrained(place)
+    return place
+
+
+def plan_of(model: Path | str, tmp_path: Path, **options: Any) -> Plan:
+    config = tmp_path / "plan-config.json"
+    values = {"model_name": str(model), "dataset": "pairs.jsonl", "device": "cpu", "bf16": False, "fp16": False, **options}
+    config.write_text(json.dumps(values), encoding="utf-8")
+    return resolve(load(str(config)), probe())
+
+
+@pytest.fixture
+def dpo(tmp_path: Path) -> Callable[..., Result]:
+    """Runs a command with a config of these options; its run is in the folder of the given name."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(made_row(i)) + "\n" for i in range(24)), encoding="utf-8")
+
+    def command(verb: str, name: str, *words: str, **options: Any) -> Result:
+        config = tmp_path / f"{name}.json"
+        values = {**COMMON, "dataset": str(data), "output_dir": str(tmp_path / name), **options}
+        config.write_text(json.dumps({key: value for key, value in values.items() if value is not None}), encoding="utf-8")
+        return CliRunner().invoke(app, [verb, str(config), *words])
+
+    return command
+
+
+def margin_of(result: Result) -> float:
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    return float((found.get("policy") or found["eval"])["margin"]["value"])
+
+
+# -- adapters: each part of adapter_config.json is supported, or refused by its name
+
+SUPPORTED: dict[str, dict[str, Any]] = {
+    "rank_pattern": {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {"q_proj": 5}},
+    "layers_to_transform": {"layers_to_transform": [1]},
+    "exclude_modules": {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+    "use_dora": {"use_dora": True},
+    "use_rslora": {"use_rslora": True},
+    "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "lora_bias": {"lora_bias": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapter_is_what_its_config_says(base: Callable[..., Path], tmp_path: Path, kind: str, tied: bool) -> None:
+    """Judged, gone on from and merged, it computes what PEFT computes with it."""
+    model = base("llama", tie_word_embeddings=tied)
+    folder = adapter_on(model, tmp_path / "adapter", **SUPPORTED[kind])
+    right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
+    bare = log_probs(AutoModelForCausalLM.from_pretrained(model))
+    assert (right - bare).abs().max() > 0.01
+    policy = HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    torch.testing.assert_close(log_probs(policy.network), right)
+    with policy.as_reference() as reference:
+        torch.testing.assert_close(log_probs(reference), bare)
+    provider = HuggingFace(str(folder))
+    on = plan_of(folder, tmp_path)
+    torch.testing.assert_close(log_probs(provider.start(on, provider.base_model(on))), right)
+    to_merge = plan_of(folder, tmp_path, reference="base")
+    if kind == "lora_bias":  # which PEFT cannot merge into a layer without a bias
+        with pytest.raises(InvalidInput, match="cannot be merged"):
+            provider.base_model(to_merge)
+    else:
+        torch.testing.assert_close(log_probs(provider.base_model(to_merge)), right, atol=1e-4, rtol=1e-4)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "bias": {"bias": "lora_only"},
+    "trainable_token_indices": {"trainable_token_indices": [3, 4]},
+    "layer_replication": {"layer_replication": [[0, 2], [1, 2]]},
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
+    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "task_type": {"task_type": "SEQ_CLS"},
+    "a_new_one": {"a_new_one": {"x": 1}},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_kind_of_adapter_is_refused_by_name(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], name: str
+) -> None:
+    """Before anything is loaded: by validate where it is to be trained on, by eval where it is to be judged."""
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    assert unsupported(config) is None
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **REFUSED[name]}), encoding="utf-8")
+    for options in ({}, {"reference": "base"}):
+        found = dpo("validate", "go-on", model_name=str(folder), lora_r=None, **options)
+        assert found.exit_code == Exit.INVALID and name in found.stderr
+    if name != "a_new_one":  # which PEFT itself refuses, in an older version
+        judged = dpo("eval", "judge", "--adapter", str(folder), model_name=str(model))
+        assert judged.exit_code == Exit.INVALID and name in judged.stderr
+
+
+def test_a_resized_embedding_is_refused(base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]) -> None:
+    model, folder = base("llama", tie_word_embeddings=False), tmp_path / "adapter"
+    network = AutoModelForCausalLM.from_pretrained(model)
+    network.resize_token_embeddings(SHAPE["vocab_size"] + 3)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    get_peft_model(network, config).save_pretrained(folder)
+    for result in (
+        dpo("validate", "go-on", model_name=str(folder), lora_r=None),
+        dpo("eval", "judge", "--adapter", str(folder), model_name=str(model)),
+    ):
+        assert result.exit_code == Exit.INVALID and "after 3 tokens were added" in result.stderr
+
+
+def test_the_layer_of_another_base_is_not_taken_over(base: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT saves the base's own table beside an adapter on it, and would put it into the model that it is loaded on."""
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    (name,) = [name for name in weights if name.endswith("base_layer.weight")]
+    provider, plan = HuggingFace(str(model)), plan_of(model, tmp_path)
+    provider.trained(plan, folder)
+    save_file({**weights, name: weights[name] + 1}, file)
+    with pytest.raises(InvalidInput, match="another model"):
+        provider.trained(plan, folder)
+
+
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+}
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_a_run_of_experts_is_taken_by_what_follows(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], family: str
+) -> None:
+    """Its adapter on fused experts is judged as the run judged it, exported, and gone on from."""
+    run = dpo("train", "run", "--json", model_name=str(base(family, **MOE[family])))
+    names = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    assert any(".experts." in name for name in names)
+    place = str(tmp_path / "run")
+    assert margin_of(CliRunner().invoke(app, ["eval", place, "--json"])) == pytest.approx(margin_of(run), abs=1e-6)
+    done = CliRunner().invoke(app, ["export", place, "--out", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["difference"]["max"] < 1e-3
+    for options in ({}, {"reference": "base"}):
+        after = dpo("train", f"after-{len(options)}", model_name=place, lora_r=None, **options)
+        assert after.exit_code == 0, after.stderr
+
+
+def test_every_weight_of_a_mixture_of_experts_goes_on_to_the_same_bits(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    """transformers splits the experts when it saves a model; put back by names, a checkpoint's experts would be passed over."""
+    options = {"model_name": str(base("qwen3_moe", **MOE["qwen3_moe"])), "lora_r": 0, "save_steps": 1, "learning_rate": 1e-3}
+    assert dpo("train", "whole", **options).exit_code == 0
+    file = tmp_path / "whole/model/model.safetensors"
+    before = file.read_bytes()
+    shutil.rmtree(tmp_path / "whole/checkpoints/step-2")
+    (tmp_path / "whole/metrics.json").unlink()
+    assert dpo("train", "whole", "--resume", **options).exit_code == 0
+    assert file.read_bytes() == before
+
+
+# -- the head
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"target_modules": ["lm_head"], "use_dora": True}])
+def test_an_adapter_on_the_head_is_refused_by_type(base: Callable[..., Path], options: dict[str, Any]) -> None:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base("llama", tie_word_embeddings=False)), LoraConfig(**options)
+    )
+    with pytest.raises(RunFailed, match="also on the output head"):
+        Head.of(model.get_base_model())
+
+
+def test_a_head_that_is_no_plain_layer_is_refused_by_type(base: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base("llama", tie_word_embeddings=False))
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    with pytest.raises(RunFailed, match="ParametrizedLinear"):
+        Head.of(model)
+
+
+def test_a_head_that_is_trained_whole_takes_part(base: Callable[..., Path], tmp_path: Path) -> None:
+    model = base("llama", tie_word_embeddings=True)
+    folder = adapter_on(model, tmp_path / "adapter", modules_to_save=["lm_head"])
+    policy = HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    network = policy.network
+    hidden = network.base_model(IDS).last_hidden_state[0]
+    torch.testing.assert_close(Head.of(network).logits(hidden), network(IDS).logits[0])
+    with policy.as_reference() as reference:
+        hidden = reference.base_model(IDS).last_hidden_state[0]
+        torch.testing.assert_close(Head.of(reference).logits(hidden), reference(IDS).logits[0])
+
+
+# -- merging
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]])
+def test_a_tied_head_is_untied_before_a_merge(base: Callable[..., Path], tmp_path: Path, targets: list[str]) -> None:
+    """Merged into the one weight that both share, an adapter on either would change the other too."""
+    model = base("llama", tie_word_embeddings=True)
+    folder = adapter_on(model, tmp_path / "adapter", target_modules=targets)
+    right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
+    merged = HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, reference="base"))
+    torch.testing.assert_close(log_probs(merged), right, atol=1e-4, rtol=1e-4)
+    merged.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), log_probs(merged))
+
+
+def test_a_merge_that_loses_the_adapter_is_refused(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter_on(base("llama", tie_word_embeddings=False), tmp_path / "adapter")
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
+    with pytest.raises(InvalidInput, match="computes something else"):
+        HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, reference="base"))
+
+
+# -- quantised in its files
+
+
+@pytest.fixture(scope="module")
+def in_4bit(base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("4bit") / "model"
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    source = base("llama", tie_word_embeddings=False)
+    options = {"dtype": torch.float32, "quantization_config": config, "device_map": {"": "cpu"}}
+    AutoModelForCausalLM.from_pretrained(source, **options).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def dequantised(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).dequantize()
+    return model.float()
+
+
+def test_an_adapter_is_trained_on_files_of_4_bits(in_4bit: Path, tmp_path: Path, dpo: Callable[..., Result]) -> None:
+    """As they are; exported, it is merged into what the 4 bits stand for."""
+    run = dpo("train", "run", "--json", model_name=str(in_4bit))
+    plan = json.loads((tmp_path / "run/plan.json").read_text(encoding="utf-8"))
+    assert plan["config"]["use_4bit"] and any("4-bit weights" in note for note in plan["notes"])
+    place = str(tmp_path / "run")
+    assert margin_of(CliRunner().invoke(app, ["eval", place, "--json"])) == pytest.approx(margin_of(run), abs=1e-5)
+    done = CliRunner().invoke(app, ["export", place, "--out", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["difference"]["mean"] < 1e-2
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
+    right = log_probs(PeftModel.from_pretrained(dequantised(in_4bit), tmp_path / "run/adapter"))
+    torch.testing.assert_close(log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), right, atol=1e-3, rtol=1e-3)
+
+
+def test_nothing_is_merged_into_4_bits(in_4bit: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    model = get_peft_model(dequantised(in_4bit), LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    randomised(model)
+    right = log_probs(model)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(in_4bit)}), encoding="utf-8"
+    )
+    plan = plan_of(folder, tmp_path, reference="base")
+    assert not plan.config.use_4bit
+    torch.testing.assert_close(log_probs(HuggingFace(str(folder)).base_model(plan)), right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
+def test_other_ways_to_quantise_are_refused_by_name(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], method: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base("llama", tie_word_embeddings=False), folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": method, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for verb in ("validate", "train"):
+        found = dpo(verb, "run", model_name=str(folder))
+        assert found.exit_code == Exit.INVALID and f"quantised by {method}" in found.stderr
+    with pytest.raises(InvalidInput, match=method):
+        HuggingFace(str(folder)).base_model(plan_of(base("llama", tie_word_embeddings=False), tmp_path))
+
+
+@pytest.mark.parametrize(("option", "value"), [("use_8bit", True), ("lora_r", 0)])
+def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Result], option: str, value: Any) -> None:
+    found = dpo("validate", "run", model_name=str(in_4bit), **{option: value})
+    assert found.exit_code == Exit.INVALID and "4-bit" in found.stderr and option in found.stderr
+
+
+# -- saving
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
+        {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5},
+        {"output_scores": True},
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_settings_that_nothing_can_be_saved_with_are_left_out(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], settings: dict[str, Any], rank: int
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base("llama", tie_word_embeddings=False), folder)
+    kept = {"eos_token_id": [2, 1], "max_length": 77}
+    (folder / "generation_config.json").write_text(json.dumps({**kept, **settings}), encoding="utf-8")
+    done = dpo("train", "run", model_name=str(folder), lora_r=rank)
+    assert done.exit_code == 0, done.stderr
+    invalid = [name for name, value in settings.items() if value is not False and name not in ("num_beams", "do_sample")]
+    assert all(f"generation_config.json: {name}" in done.stdout for name in invalid)
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.stderr
+    saved = json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8"))
+    assert saved.items() >= kept.items() and not saved.keys() & set(invalid)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_cannot_be_saved_is_known_before_the_first_step(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """A library that refuses to save ends the run before any step, with its reason."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("this cannot be serialised")
+
+    options = {"model_name": str(base("llama", tie_word_embeddings=False)), "lora_r": rank}
+    with monkeypatch.context() as patched:
+        patched.setattr(PeftModel if rank else PreTrainedModel, "save_pretrained", refuse)
+        done = dpo("train", "run", **options)
+    assert done.exit_code == Exit.FAILED and "cannot be saved" in done.stderr and "this cannot be serialised" in done.stderr
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.name in (".trial", "adapter", "model")]
+    assert dpo("train", "run", "--overwrite", **options).exit_code == 0
+
+
+# -- token ids
+
+
+def test_tokens_without_a_row_are_named(base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base("llama", tie_word_embeddings=False), folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(SHAPE["vocab_size"] - len(tokenizer))], special_tokens=True)
+    tokenizer.add_tokens(["<|image|>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    assert dpo("train", "whole", model_name=str(folder)).exit_code == 0  # no row holds it
+    assert "tokens-outside" in dpo("validate", "run", model_name=str(folder)).stderr
+    data = tmp_path / "images.jsonl"
+    rows = [made_row(i) for i in range(6)]
+    rows[3]["chosen"] = "the cat <|image|> sat"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for words in (["train", "run"], ["train", "sft"]):
+        found = dpo(*words, model_name=str(folder), dataset=str(data), strategy="sft" if words[1] == "sft" else "dpo")
+        assert found.exit_code == Exit.INVALID and f"{data}:4: <|image|> (300)" in found.stderr
+    tokenizer.pad_token = "<|image|>"
+    tokenizer.save_pretrained(folder)
+    for verb in ("validate", "train"):
+        found = dpo(verb, "run", model_name=str(folder))
+        assert found.exit_code == Exit.INVALID and "301 tokens" in found.stderr and "300 rows" in found.stderr
+
+
+def test_every_load_asks_for_the_report(monkeypatch: pytest.MonkeyPatch, base: Callable[..., Path]) -> None:
+    """The seam of `all_tensors`: transformers ends a load with this call, by keywords."""
+    seen = []
+    monkeypatch.setattr(transformers.modeling_utils, "log_state_dict_report", lambda **named: seen.append(named))
+    AutoModelForCausalLM.from_pretrained(base("llama", tie_word_embeddings=False))
+    (named,) = seen
+    assert named.keys() >= {"model", "loading_info"}
+    fields = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"}
+    assert fields <= vars(named["loading_info"]).keys()
+    assert accounting.all_tensors.__doc__ is not None
