@@ -291,9 +291,6 @@ RULES = [
         FIRST + 1,
     ),
     Case("qlora-without-4bit", "use_4bit", '"strategy": "qlora",\n  "use_4bit": false', '"use_4bit": true', FIRST + 1),
-    warning(
-        "early-stopping-loss", "early_stopping_patience", '"early_stopping_patience": 2, "loss_type": "ipo"', "judge by margin"
-    ),
     Case("output-is-input", "output_dir", '"output_dir": "pairs.jsonl"', "runs/my-run"),
     Case("path-too-long", "output_dir", '"output_dir": "runs/' + 256 * "x" + '"', "name a shorter one"),
     Case("path-control-character", "dataset", '"dataset": "C:\\temp\\new.jsonl"', "write / or"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,20 @@ import torch
 from conftest import Run, made_row
 from made import norms_in_float64
 from safetensors.torch import load_file
-from test_dpo import make_trainer
-from test_losses import LOSSES
+from test_dpo import make_plan, make_trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig
 
 from dpo_cli.config.rules import sorts_pairs
+from dpo_cli.config.schema import options
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.errors import InvalidInput
+from dpo_cli.evaluation.losses import DISCOPOP_TAU, LOSSES, trained_loss
+from dpo_cli.evaluation.metrics import score_rows
+from dpo_cli.training import scoring
+from dpo_cli.training.callbacks.early import StopEarly
 from dpo_cli.training.callbacks.record import Record
 from dpo_cli.training.dpo import PairTrainer
 from dpo_cli.training.trainer import ProbeFirst
@@ -70,12 +76,18 @@ def sgd_update(trainer: PairTrainer, division: Sequence[int]) -> tuple[Tensor, f
 def test_a_step_is_the_same_for_every_division(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, loss: str | list[str]
 ) -> None:
-    """But of the losses that compare the pairs of a micro-batch, of which a division is another loss: they are not divided."""
+    """But of the losses that compare the pairs of a micro-batch, of which a division is another loss: they are not divided.
+
+    An evaluation finds the same loss as TRL, from the scores of the pairs.
+    """
     smoothing = 0.1 if loss in ("exo_pair", "robust") else 0.0
     weights = [0.7, 1.3, 0.2][: len(loss)] if isinstance(loss, list) else None
-    trainer = moved_trainer(tmp_path, tokenizer, loss_type=loss, loss_weights=weights, label_smoothing=smoothing)
+    options = {"loss_type": loss, "loss_weights": weights, "label_smoothing": smoothing}
+    trainer = moved_trainer(tmp_path, tokenizer, **options)
     whole, loss_of_all = sgd_update(trainer, [5])
     assert whole.norm() > 1e-3
+    scores = score_rows(trainer.policy, five(tokenizer), scoring.shared_states, tokenizer.pad_token_id, 2, torch.float32)
+    assert trained_loss(scores, make_plan(tmp_path, **options).config) == pytest.approx(loss_of_all, rel=1e-7)
     divided = [sgd_update(trainer, division) for division in DIVISIONS]
     apart = [float((update - whole).norm() / whole.norm()) for update, _ in divided]
     assert sorts_pairs(loss) == trainer.IS_WHOLE
@@ -157,3 +169,24 @@ def test_steps_of_a_warmup_that_never_ends_are_asked_whether_they_moved(run: Run
     assert summary["health"] == []
     summary, _ = run(max_steps=1, strategy="sft", warmup_ratio=0.9)
     assert [event["rule"] for event in summary["health"]] == ["no-movement"]
+
+
+def test_every_loss_can_be_evaluated() -> None:
+    assert list(LOSSES) == options()["loss_type"].rule["items"]["enum"]
+    assert DPOConfig.__dataclass_fields__["discopop_tau"].default == DISCOPOP_TAU
+
+
+def test_early_stopping_watches_the_loss_that_is_trained(run: Run) -> None:
+    """An evaluation's line has it beside DPO's own, where it is another; the best is the best by it."""
+    training = {"eval_split": 0.3, "eval_steps": 1, "max_steps": 3, "early_stopping_patience": 9, "label_smoothing": 0.1}
+    summary, place = run(loss_type=["robust", "sft"], loss_weights=[0.5, 2.0], **training)
+    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = {line["step"]: line["trained_loss"] for line in lines if line["split"] == "eval"}
+    assert len(losses) == 3 and summary["best_step"] == min(losses, key=losses.__getitem__)
+    assert all(0 < line["loss"] < 2 * math.log(2) < line["trained_loss"] for line in lines if line["split"] == "eval")
+    early = StopEarly(torch.nn.Linear(1, 1), 2)
+    for step, line in enumerate([{"loss": 0.6, "trained_loss": 9.0}, {"loss": 0.7, "trained_loss": 8.0}], start=1):
+        early.see({"split": "eval", "step": step, **line})
+    assert (early.best_step, early.best_loss) == (2, 8.0)
+    early.see({"split": "eval", "step": 3, "loss": 0.5})  # of sigmoid, or of demonstrations: the one loss is the trained one
+    assert early.best_step == 3

@@ -181,15 +181,6 @@ def loss_needs_its_smoothing(values: Values, given: Values) -> Iterator[Problem]
         yield Problem("warning", "loss-needs-smoothing", message, fix, "loss_type")
 
 
-def stopping_watches_one_loss(values: Values, given: Values) -> Iterator[Problem]:
-    """Evaluations compute the loss of DPO itself, whatever is trained."""
-    named = losses(values)
-    if values.get("early_stopping_patience") is not None and values.get("strategy") == "dpo" and named not in ([], ["sigmoid"]):
-        message = f"early stopping watches the sigmoid loss of what is held out, and {' + '.join(named)} is trained"
-        fix = "leave early_stopping_patience out, and judge by margin and KL"
-        yield Problem("warning", "early-stopping-loss", message, fix, "early_stopping_patience")
-
-
 def one_weight_a_loss(values: Values, given: Values) -> Iterator[Problem]:
     named, weights = losses(values), values.get("loss_weights")
     if named and weights is not None and len(weights) != len(named):
@@ -351,7 +342,6 @@ RULES: Sequence[Rule] = (
     best_checkpoint_is_judged,
     smoothing_needs_its_loss,
     loss_needs_its_smoothing,
-    stopping_watches_one_loss,
     one_weight_a_loss,
     sorted_loss_has_a_batch,
     whole_model_is_not_quantised,

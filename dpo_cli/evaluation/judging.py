@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.divergence import sequence_kl
 from dpo_cli.evaluation.intervals import Array, Intervals, mean
+from dpo_cli.evaluation.losses import trained_loss
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.evaluation.rows import extremes, row_figures
 from dpo_cli.evaluation.samples import Sample, answer_tokens, side_by_side
@@ -49,8 +50,10 @@ def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokeni
 
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
-    """The figures of an evaluation line of metrics.jsonl: plain means."""
+    """The figures of an evaluation line of metrics.jsonl: plain means, and the loss that is trained where it is another."""
     made = point_figures(measured.scores, plan.config.beta)
+    if plan.config.strategy == "dpo" and plan.config.loss_type not in ("sigmoid", ["sigmoid"]):
+        made["trained_loss"] = trained_loss(measured.scores, plan.config)
     return {**made, "kl_sequence": float(measured.kl.mean())} if len(measured.kl) else made
 
 

@@ -106,7 +106,7 @@ class Contents:
 
     @property
     def has_own_loss(self) -> bool:
-        """Whether it minimised another loss than that of an evaluation, which is always DPO's sigmoid loss."""
+        """Whether it minimised another loss than the `loss` of an evaluation, which is always DPO's sigmoid loss."""
         return self.strategy == "dpo" and self.config["loss_type"] != "sigmoid"
 
     @property
@@ -159,9 +159,11 @@ class Contents:
     def points(self, split: str, key: str) -> list[Point]:
         """The values of one key over the steps; a step that was logged twice (after a resume) counts as it was last.
 
-        What a training minimised is its `loss` where an evaluation has the same, else its `own_loss`.
+        What a training minimised is its `loss` where an evaluation has the same, else its `own_loss`; an evaluation then has
+        that as its `trained_loss`, beside DPO's.
         """
-        if split == "train" and self.has_own_loss:
-            key = {"loss": "", "own_loss": "loss"}.get(key, key)
+        if self.has_own_loss:
+            others = {"train": {"loss": "", "own_loss": "loss"}, "eval": {"own_loss": "trained_loss"}}
+            key = others[split].get(key, key)
         lines = (line for line in self.lines if line["split"] == split and key in line)
         return sorted({line["step"]: line[key] for line in lines}.items())

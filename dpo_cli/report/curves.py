@@ -24,7 +24,9 @@ class Kind:
 
 KINDS = (
     Kind("Loss", "Held out it should fall too. Where it rises again, the training rows are memorised.", {"loss": ""}),
-    Kind("Training loss", "Of the loss_type of the config; held out the loss is always DPO's, of sigmoid.", {"own_loss": ""}),
+    Kind(
+        "Training loss", "Of the loss_type of the config. The plot above it is of DPO's own loss, of sigmoid.", {"own_loss": ""}
+    ),
     Kind("Accuracy", "Share of pairs with the larger reward for chosen. Read it with the margin.", {"accuracy": ""}),
     Kind("Token accuracy", "Share of tokens that the model finds most likely.", {"token_accuracy": ""}),
     Kind("Margin", "Reward of chosen minus reward of rejected.", {"margin": ""}),

@@ -1,4 +1,5 @@
-"""Early stopping: the best of a training by its loss on what is held out, and its end when none has been better for long."""
+"""Early stopping: the best of a training by the loss it minimises, on what is held out, and its end when none has been better
+for long."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ class StopEarly(TrainerCallback):
         """A line of metrics.jsonl, as it is written."""
         if self.patience is None or line["split"] != "eval":
             return
-        if line["loss"] < self.best_loss:
-            self.best_step, self.best_loss, self.waited = line["step"], line["loss"], 0
+        loss = line.get("trained_loss", line["loss"])  # two keys where another than DPO's sigmoid loss is trained
+        if loss < self.best_loss:
+            self.best_step, self.best_loss, self.waited = line["step"], loss, 0
             self.weights = self._copy()
         else:
             self.waited += 1
