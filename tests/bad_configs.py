@@ -421,6 +421,7 @@ HARDWARE = [
     Case("fused-target", "target_modules", on("experts", '["q_proj", "up_proj"]'), "name gate_proj and up_proj", FIRST + 1),
     Case("adapter-on-experts", "lora_dropout", on("experts", '"all-linear"') + ', "lora_dropout": 0.1', '": 0, or', FIRST + 1),
     Case("adapter-on-experts", "use_dora", on("experts", '["down_proj"]') + ', "use_dora": true', '": false, or', FIRST + 1),
+    hint("router-unbalanced", "lora_r", '"model_name": "models/experts",\n  "lora_r": 0', '"lora_r": 16', FIRST + 1),
     warning("host-memory", "model_name", '"model_name": "models/large.gguf", "use_4bit": true', "safetensors"),
     hint("small-card", "use_4bit", '"use_4bit": false', "dpo recommend --vram 8", vram_gb=8),
     hint("small-memory", None, '"seed": 1', "close other programs", None, machine=SMALL_HOST),
@@ -561,7 +562,7 @@ FOLDERS: dict[str, tuple[dict[str, object], Mapping[str, tuple[int, ...]]]] = {
     "greedy": ({"model_type": "llama"}, LLAMA),
     "cut-off": ({"model_type": "llama"}, LLAMA),
     "falcon": ({"model_type": "falcon_h1"}, {}),
-    "experts": ({"model_type": "olmoe"}, {}),
+    "experts": ({"model_type": "olmoe", "num_experts": 8}, {}),
 }
 
 

@@ -18,6 +18,7 @@ from dpo_cli.hardware.tensors import stored_in
 # Traits of families, by their `model_type` in transformers 5.17.
 FUSED = frozenset({"phi3"})  # q, k, v in one linear layer, gate and up in another
 QK_NORM = frozenset({"qwen3", "gemma3", "gemma3_text", "olmo2", "olmo3"})  # queries and keys are normalised too
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # of a config.json: how many there are
 FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})  # around attention and MLP, before and after; others have two
 
 
@@ -132,6 +133,18 @@ def quantisation_of(model_name: str) -> Quantisation | None:
     return stored_quantisation(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
+def has_experts(model_name: str) -> bool:
+    """Whether the model below a model's adapters is a mixture of experts, as far as its config.json or its header tells."""
+    path = Path(foundation(model_name))
+    if gguf.is_gguf(path):
+        values = gguf.read_header(path).metadata
+        return bool(values.get(f"{values.get('general.architecture', '')}.expert_count"))
+    if not (path / "config.json").is_file():
+        return False
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return any(config.get("text_config", config).get(name) for name in EXPERTS)
+
+
 def known_models() -> dict[str, dict[str, Any]]:
     loaded: dict[str, dict[str, Any]] = json.loads(
         files("dpo_cli.hardware").joinpath("models.json").read_text(encoding="utf-8")
@@ -142,7 +155,7 @@ def known_models() -> dict[str, dict[str, Any]]:
 def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelFacts | None:
     """The facts of a config.json, with what the headers of the weights in `place` count beside the decoder."""
     text = config.get("text_config", config)
-    if any(text.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts")):
+    if any(text.get(name) for name in EXPERTS):
         return None  # a mixture of experts is larger than its dense shape
     names = [field.name for field in fields(ModelFacts) if field.default is MISSING]
     values = {name: text.get(name) for name in names}
