@@ -137,11 +137,11 @@ def test_going_on_from_an_adapter_keeps_its_reference(go: Go, tmp_path: Path, mo
 
 
 def test_early_stopping_leaves_the_best_and_goes_on(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"early_stopping_patience": 2, "eval_steps": 1, "learning_rate": 0.6, "num_train_epochs": 4, "save_steps": 1}
+    options = {"early_stopping_patience": 2, "eval_steps": 1, "learning_rate": 1.0, "num_train_epochs": 6, "save_steps": 1}
     whole, _ = go("whole", **options)
     losses = {line["step"]: line["loss"] for line in lines(tmp_path / "whole") if line["split"] == "eval"}
     best = min(losses, key=losses.__getitem__)
-    assert whole["best_step"] == best and whole["steps"] == best + 2 < 20
+    assert whole["best_step"] == best and whole["steps"] == best + 2 < 30
     assert whole["eval"]["loss"]["value"] == pytest.approx(losses[best], rel=1e-6)
     step = whole["steps"] - 1  # after the best, whose weights are then in the checkpoint beside the last ones
     for name, split, stop in (("killed", "train", kill), ("interrupted", "train", interrupt), ("mid", "eval", interrupt)):
