@@ -54,9 +54,10 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_imports.py
 
-# As many tests at once as there are cores, each with one thread: two that share all cores stall each other.
+# As many tests at once as there are cores, each with one thread: two that share all cores stall each other.  A core that has none left takes
+# over tests of another: those of test_memory.py take up to 45 s each.
 test: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 # What is made from the schema and from the cases of tests/bad_configs.py: options.pyi, and the tables of the README.
 reference: .venv/installed
