@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import httpx
 
-from dpo_cli.data.formats import Question, flat
+from dpo_cli.data.formats import Question
+from dpo_cli.data.messages import flat
 from dpo_cli.errors import RunFailed
 from dpo_cli.evaluation.samples import Answer
 

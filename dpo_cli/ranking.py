@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from rapidfuzz import fuzz, utils
 
-from dpo_cli.data.formats import Question, as_messages, flat
+from dpo_cli.data.formats import Question
+from dpo_cli.data.messages import as_messages, flat
 from dpo_cli.data.rendering import render
 from dpo_cli.evaluation.samples import Answer
 from dpo_cli.judge import Judge

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.files import READERS
-from dpo_cli.data.formats import BadRow, Pair, to_demonstration, to_pair
+from dpo_cli.data.formats import Pair, to_demonstration, to_pair
+from dpo_cli.data.messages import BadRow
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Bad, Dataset, read, sources_of, stream
 from dpo_cli.errors import Problem

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 
-from dpo_cli.data.formats import BadRow, Demonstration, to_demonstration
+from dpo_cli.data.formats import Demonstration, to_demonstration
+from dpo_cli.data.messages import BadRow
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.training import scoring

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data import hub
-from dpo_cli.data.formats import BadRow
+from dpo_cli.data.messages import BadRow
 from dpo_cli.errors import Problem
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]  # physical line, and what parses the row or raises BadRow

@@ -16,14 +16,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, Any]
-Text = str | list[Message]
+from dpo_cli.data.messages import (
+    ROLES,
+    TURN,
+    BadRow,
+    Text,
+    answer_to,
+    as_messages,
+    flat,
+    parsed,
+    sound,
+    system_of,
+    text_of,
+    tools_of,
+    turns_of,
+)
+
 Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
 
 KEYS = ("prompt", "chosen", "rejected")
 RESPONSE_ROLES = ("assistant", "tool")  # anything else in a response would put part of a prompt into the loss
-KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "observation": "tool", "function_call": "assistant"}
 QUESTIONS = ("question", "instruction", "query", "input")
 CONVERSATIONS = ("conversations", "messages")
 
@@ -99,20 +111,8 @@ class Question:
 
     def with_answers(self, chosen: str, rejected: str) -> Pair:
         """The question as a pair: answers to messages are messages."""
-        one, other = (
-            (as_messages(text, "assistant") if isinstance(self.prompt, list) else text) for text in (chosen, rejected)
-        )
+        one, other = ((answer_to(self.prompt, text) if isinstance(self.prompt, list) else text) for text in (chosen, rejected))
         return Pair(self.prompt, one, other, self.line, self.file, self.tools)
-
-
-class BadRow(Exception):
-    """Why a row cannot be used: a stable code, the reason in words, and what is particular to this row."""
-
-    def __init__(self, code: str, reason: str, detail: str = "") -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,12 @@ def shape_of(row: Any, columns: Mapping[str, str] | None = None) -> tuple[Shape,
 
 
 def _renamed(row: Any, columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """The row as an object, with its `columns` under our names."""
+    """The row as an object without nulls, with its `columns` under our names, and lists of messages that are stored as text."""
     if isinstance(row, list):
         raise BadRow("row-not-object", "a list, not an object: a file that is one list of rows is called .json")
     if not isinstance(row, Mapping):
         raise BadRow("row-not-object", "not a JSON object")
+    row = {name: parsed(value) if isinstance(value, str) else value for name, value in row.items() if value is not None}
     return {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}} if columns else row
 
 
@@ -153,7 +154,7 @@ def to_pair(row: Any, line: int, file: str = "", columns: Mapping[str, str] | No
 
 def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
     """A row of a known shape to a pair, or `BadRow`."""
-    prompt, chosen, rejected = map(_text, shape.parts(row), KEYS)
+    prompt, chosen, rejected = map(text_of, shape.parts(row), KEYS)
     prompt = _with_system(prompt, row.get("system"))
     if row.get("history"):
         raise BadRow("row-history", 'earlier turns stand in "history", which is not read: write them as messages of the prompt')
@@ -162,14 +163,14 @@ def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
     if isinstance(prompt, str) != isinstance(chosen, str):  # one of them in messages: then all are
         prompt, chosen, rejected = (
             as_messages(prompt, "user"),
-            as_messages(chosen, "assistant"),
-            as_messages(rejected, "assistant"),
+            answer_to(prompt, chosen),
+            answer_to(prompt, rejected),
         )
     if chosen == rejected:
         raise BadRow("row-identical", "chosen and rejected are identical")
     if isinstance(prompt, list):
         _check_roles(prompt, {"chosen": chosen, "rejected": rejected})
-    return Pair(prompt, chosen, rejected, line, file, _tools(row.get("tools")), _category(row))
+    return Pair(prompt, chosen, rejected, line, file, tools_of(row.get("tools")), _category(row))
 
 
 def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Demonstration:
@@ -178,24 +179,24 @@ def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, 
     if _responses(row):
         pair = to_pair(row, line, file)
         return Demonstration(pair.prompt, pair.chosen, line, file, pair.tools, pair.category)
-    tools, category = _tools(row.get("tools")), _category(row)
+    tools, category = tools_of(row.get("tools")), _category(row)
     if "prompt" in row and "completion" in row:
         prompt, completion = (
-            _with_system(_text(row["prompt"], "prompt"), row.get("system")),
-            _text(row["completion"], "completion"),
+            _with_system(text_of(row["prompt"], "prompt"), row.get("system")),
+            text_of(row["completion"], "completion"),
         )
         if isinstance(prompt, str) != isinstance(completion, str):
-            prompt, completion = as_messages(prompt, "user"), as_messages(completion, "assistant")
+            prompt, completion = as_messages(prompt, "user"), answer_to(prompt, completion)
         if isinstance(completion, list):
             _check_roles(prompt, {"completion": completion})
         return Demonstration(prompt, completion, line, file, tools, category)
     if isinstance(row.get("text"), str):
-        return Demonstration("", _sound(row["text"], "text"), line, file, category=category)
+        return Demonstration("", sound(row["text"], "text"), line, file, category=category)
     conversation = next((row[name] for name in CONVERSATIONS if name in row), None)
     if conversation is None:
         found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
         raise BadRow("row-missing-key", "neither messages, nor prompt and completion, nor text", f"which has {found}")
-    messages = _text(conversation, "messages")
+    messages = text_of(conversation, "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
     return Demonstration(_with_system(messages[:-1], row.get("system")), messages[-1:], line, file, tools, category)
@@ -206,79 +207,17 @@ def to_question(row: Any, line: int, file: str = "", columns: Mapping[str, str] 
     row = _renamed(row, columns or {})
     reference = row.get("reference")
     if reference is not None:
-        reference = flat(_text(reference, "reference"))
+        reference = flat(text_of(reference, "reference"))
     if _responses(row):
         pair = to_pair(row, line, file)
         return Question(pair.prompt, reference or flat(pair.chosen), line, file, pair.tools)
     if "prompt" not in row:
         found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
         raise BadRow("row-missing-key", "no prompt", f'which has {found}; "columns" can say what it is called')
-    prompt = _with_system(_text(row["prompt"], "prompt"), row.get("system"))
+    prompt = _with_system(text_of(row["prompt"], "prompt"), row.get("system"))
     if isinstance(prompt, list):
         _require_open(prompt)
-    return Question(prompt, reference, line, file, _tools(row.get("tools")))
-
-
-def as_messages(text: Text, role: str) -> list[Message]:
-    """A plain string as one message of `role`; messages as they are, and an empty string as none."""
-    return text if isinstance(text, list) else [{"role": role, "content": text}] if text else []
-
-
-def flat(text: Text) -> str:
-    """The text itself, or that of all messages."""
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-
-
-def _text(value: Any, key: str) -> Text:
-    if isinstance(value, str):
-        return _sound(value, key)
-    if isinstance(value, Mapping):  # ShareGPT gives a response as one message
-        return [_message(value, key)]
-    if not isinstance(value, list):
-        raise BadRow("row-wrong-type", f"{key} is {type(value).__name__}, not a string or a list of messages")
-    if not value:
-        raise BadRow("row-empty", f"{key} is empty")
-    said = [message for message in value if not _is_empty_system(message)]
-    return [_message(message, key) for message in said or value]
-
-
-def _is_empty_system(message: Any) -> bool:
-    """A system message without text says nothing, and many sets have one in every row."""
-    return (
-        isinstance(message, Mapping)
-        and "system" in (message.get("role"), message.get("from"))
-        and not (message.get("content") or message.get("value"))
-    )
-
-
-def _message(value: Any, key: str) -> Message:
-    if not isinstance(value, Mapping):
-        raise BadRow("row-wrong-type", f"{key} holds a {type(value).__name__} where a message should be")
-    if "role" not in value and "from" in value:
-        value = {"role": value["from"], "content": value.get("value")}
-    role, content = value.get("role"), value.get("content")
-    if content is None and value.get("tool_calls"):
-        content = ""
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise BadRow("row-wrong-type", f'{key} holds a message without "role" and "content" strings')
-    role = ROLES.get(role, role)
-    if role not in KNOWN_ROLES:
-        raise BadRow(
-            "row-role", f"{key} holds a message of an unknown role; known are {', '.join(KNOWN_ROLES)}", f"{role[:40]!r}"
-        )
-    if not value.get("tool_calls"):
-        content = _sound(content, key)
-    return {**value, "role": role, "content": content}
-
-
-def _sound(text: str, key: str) -> str:
-    if not text or text.isspace():
-        raise BadRow("row-empty", f"{key} is empty")
-    if "\0" in text:
-        raise BadRow("row-nul", f"{key} holds a NUL character")
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise BadRow("row-surrogate", f"{key} holds half of a surrogate pair, which is not a character")
-    return text
+    return Question(prompt, reference, line, file, tools_of(row.get("tools")))
 
 
 def _check_roles(prompt: Text, responses: Mapping[str, Any]) -> None:
@@ -295,26 +234,10 @@ def _require_open(prompt: Text) -> None:
 
 def _with_system(prompt: Text, system: Any) -> Text:
     """The prompt after the system message of the row, where it has one and the prompt does not."""
-    if (
-        not isinstance(system, str)
-        or not system.strip()
-        or (isinstance(prompt, list) and prompt[:1] and prompt[0]["role"] == "system")
-    ):
+    text = system_of(system)
+    if not text or (isinstance(prompt, list) and prompt[:1] and prompt[0]["role"] == "system"):
         return prompt
-    return [{"role": "system", "content": _sound(system, "system")}, *as_messages(prompt, "user")]
-
-
-def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    if isinstance(value, str):  # TRL takes them as JSON text too, since columns of objects need one type
-        try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError) as error:
-            raise BadRow("row-tools", "tools is text, but not JSON") from error
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
-        raise BadRow("row-tools", "tools is not a list of objects")
-    return tuple(value)
+    return [{"role": "system", "content": text}, *as_messages(prompt, "user")]
 
 
 def _category(row: Mapping[str, Any]) -> str:
@@ -345,15 +268,20 @@ def _repeats_prompt(row: Mapping[str, Any]) -> bool:
 
 
 def _common_start(row: Mapping[str, Any]) -> Parts:
-    """Both responses without what they have in common, which is the prompt; of strings, up to a space (as TRL does)."""
-    chosen, rejected = row["chosen"], row["rejected"]
+    """Both responses without what they have in common, which is the prompt; of strings, up to a space (as TRL does).
+
+    Of transcripts ("Human:", "Assistant:") the prompt is all up to the answer in which they part.
+    """
+    chosen, rejected = (text_of(row[name], name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise BadRow("row-identical", "chosen and rejected are identical")
     both_text = isinstance(chosen, str) and isinstance(rejected, str)
-    if not both_text and not (_are_messages(chosen) and _are_messages(rejected)):
+    if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
     parting = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     start = next(parting, min(len(chosen), len(rejected)))
+    if both_text and turns_of(chosen) and turns_of(rejected):
+        return _parted(chosen, rejected, start)
     if both_text:
         start -= start > 0 and chosen[start - 1] == " "
         is_turn = "\n" in chosen[:start] or chosen[:start].rstrip().endswith((":", "?"))
@@ -361,6 +289,15 @@ def _common_start(row: Mapping[str, Any]) -> Parts:
     if start == 0:
         raise BadRow("row-no-prompt", "there is no prompt, and chosen and rejected do not start alike")
     return chosen[:start], chosen[start:], rejected[start:]
+
+
+def _parted(chosen: str, rejected: str, start: int) -> Parts:
+    """Two transcripts that part at `start`: the prompt ends with the "Assistant:" of the answers in which they part."""
+    turn = next((turn for turn in reversed([*TURN.finditer(chosen, 0, start)])), None)
+    answers = (chosen[turn.end(1) + 1 :], rejected[turn.end(1) + 1 :]) if turn else (chosen, rejected)
+    if turn is None or turn[1] != "Assistant" or any(TURN.search(answer) for answer in answers):
+        raise BadRow("row-role", "the two transcripts part before their last answer, so one of them holds another question")
+    return chosen[: turn.end(1) + 1], *answers
 
 
 def _question(row: Mapping[str, Any]) -> Parts:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from rapidfuzz import fuzz, utils
 
-from dpo_cli.data.formats import Pair, flat
+from dpo_cli.data.formats import Pair
+from dpo_cli.data.messages import flat
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, differ, plain, same_answer, script, words
 from dpo_cli.errors import Problem, Severity, about_rows

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from dpo_cli.data import files
-from dpo_cli.data.formats import BadRow, Question, to_question
+from dpo_cli.data.formats import Question, to_question
+from dpo_cli.data.messages import BadRow
 from dpo_cli.errors import Problem, Severity, about_rows
 
 TEXT = ".txt"

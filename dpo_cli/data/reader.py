@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_cli.data import files, hub
-from dpo_cli.data.formats import BadRow, Pair, Row, pair_of, shape_of, to_demonstration
+from dpo_cli.data.formats import Pair, Row, pair_of, shape_of, to_demonstration
+from dpo_cli.data.messages import BadRow
 from dpo_cli.errors import Problem, Severity, about_rows
 
 SHOWN = 3  # of a group of bad rows, those whose own fault is told

@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-from dpo_cli.data.formats import Message
+from dpo_cli.data.messages import Message
 from dpo_cli.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:

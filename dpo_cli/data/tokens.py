@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from dpo_cli.data.formats import Message, Row, Text, as_messages
+from dpo_cli.data.formats import Row
+from dpo_cli.data.messages import Message, Text, as_messages
 from dpo_cli.data.rendering import render
 from dpo_cli.errors import InvalidInput, Problem, about_rows
 

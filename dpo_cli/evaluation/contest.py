@@ -10,7 +10,7 @@ from typing import Any
 from dpo_cli.config.augmenting import RANK_PARTS, judge_is_a_plain_url, rank_has_its_parts
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.console import Console
-from dpo_cli.data.formats import flat
+from dpo_cli.data.messages import flat
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.evaluation import votes

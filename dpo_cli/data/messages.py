@@ -1,0 +1,305 @@
+"""Conversations as people store them, to messages of one shape: {"role", "content"} and what else a message has.
+
+A key whose value is null is absent. `tool_calls` are {"type", "function": {"name", "arguments"}}. Text parts are joined.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = dict[str, Any]
+Text = str | list[Message]
+
+KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+CALL_ROLES = ("function_call", "tool_call")  # whose text is the call
+REASONING = ("reasoning_content", "reasoning", "thinking")
+TEXT_PARTS = ("text", "input_text", "output_text")
+UNTYPED_PARTS = ("text", "image", "image_url", "audio")  # the key says what it is
+SCHEMA_VALUES = ("default", "const", "enum")  # of a JSON schema: null is a value there
+LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
+
+TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")  # as in Anthropic's HH-RLHF
+SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+
+
+class BadRow(Exception):
+    """Why a row cannot be used: a stable code, the reason in words, and what is particular to this row."""
+
+    def __init__(self, code: str, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+        self.detail = detail
+
+
+def text_of(value: Any, key: str) -> Text:
+    """A value of a row as text or as messages, or `BadRow`."""
+    if isinstance(value, str):
+        return sound(value, key)
+    if isinstance(value, Mapping):  # ShareGPT gives a response as one message
+        return [message_of(value, key)]
+    if not isinstance(value, list):
+        raise BadRow("row-wrong-type", f"{key} is {type(value).__name__}, not a string or a list of messages")
+    if not value:
+        raise BadRow("row-empty", f"{key} is empty")
+    said = [message for message in value if not _is_empty_system(message)]
+    return [message_of(message, key) for message in said or value]
+
+
+def message_of(value: Any, key: str) -> Message:
+    """One message of a conversation in our shape, or `BadRow`."""
+    if not isinstance(value, Mapping):
+        raise BadRow("row-wrong-type", f"{key} holds a {type(value).__name__} where a message should be")
+    message = {name: part for name, part in value.items() if part is not None and part != []}
+    theirs = message.pop("from", None) if "role" not in message else message.pop("role")
+    content = message.pop("value", None) if "content" not in message else message.pop("content")
+    if not isinstance(theirs, str):
+        raise BadRow("row-wrong-type", f'{key} holds a message without a "role"')
+    role = ROLES.get(theirs.lower(), theirs.lower())
+    if role not in KNOWN_ROLES:
+        known = ", ".join(KNOWN_ROLES)
+        raise BadRow("row-role", f"{key} holds a message of an unknown role; known are {known}", f"{theirs[:40]!r}")
+    calls = _calls(message, content if theirs.lower() in CALL_ROLES else None, key)
+    if calls:
+        message["tool_calls"] = calls
+        content = "" if content is None or theirs.lower() in CALL_ROLES else content
+    content = _content(content, role, key)
+    can_be_empty = calls or role == "tool" or any(isinstance(message.get(name), str) for name in REASONING)
+    if content or not can_be_empty:
+        content = sound(content, key)
+    return {"role": role, "content": content, **message}
+
+
+def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """The tools of a row, which may be JSON text, without keys that are null; or `BadRow`."""
+    if isinstance(value, str):  # TRL takes them as JSON text too, since columns of objects need one type
+        try:
+            value = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise BadRow("row-tools", "tools is text, but not JSON") from error
+    if value is None:
+        return ()
+    if isinstance(value, list):  # some sets store each tool as JSON text
+        value = [_object(tool) if isinstance(tool, str) else tool for tool in value]
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow("row-tools", "tools is not a list of objects")
+    return tuple(without_nulls(tool, keep=SCHEMA_VALUES) for tool in value)
+
+
+def parsed(text: str) -> Any:
+    """A list of messages, or one message, that is stored as JSON or Python text; the text itself where it is anything else."""
+    start = text[:200].lstrip()[:60]
+    if not re.match(r"""\[?\s*\{\s*["'](role|from|content|value)["']\s*:""", start):
+        return text
+    for parse in (json.loads, _literal):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):  # not this notation: the next one, or it is text
+            continue
+        if _are_messages(value):
+            return value
+    return text
+
+
+def _literal(text: str) -> Any:
+    """Python's own notation; numpy, of which pandas writes lists, leaves out the comma between two objects."""
+    if len(text) > LARGEST_LITERAL:
+        raise ValueError("too long")
+    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
+
+
+def _are_messages(value: Any) -> bool:
+    messages = value if isinstance(value, list) else [value]
+    return bool(messages) and all(
+        isinstance(message, Mapping)
+        and isinstance(role := message.get("role", message.get("from")), str)
+        and ROLES.get(role.lower(), role.lower()) in KNOWN_ROLES
+        and not {"content", "value", "tool_calls"}.isdisjoint(message)
+        for message in messages
+    )
+
+
+def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
+    """The value without object keys that are null, at every depth; those of `keep` stay."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(part, keep) for name, part in value.items() if part is not None or name in keep}
+    return [without_nulls(part, keep) for part in value] if isinstance(value, list) else value
+
+
+def without_padding(value: Any) -> Any:
+    """A value of an Arrow table without the nulls that fill up its structs, which have the keys of all rows.
+
+    `"default": null` and its kin stay in a JSON schema that takes null.
+    """
+    if isinstance(value, Mapping):
+        kept = SCHEMA_VALUES[:2] if _takes_null(value) else ()
+        return {name: without_padding(part) for name, part in value.items() if part is not None or name in kept}
+    return [without_padding(part) for part in value] if isinstance(value, list) else value
+
+
+def _takes_null(schema: Mapping[str, Any]) -> bool:
+    kinds, values = schema.get("type"), schema.get("enum")
+    has_null = "null" in kinds if isinstance(kinds, list) else kinds == "null"
+    return has_null or schema.get("nullable") is True or (isinstance(values, list) and None in values)
+
+
+def _content(value: Any, role: str, key: str) -> str:
+    """The text of a message: its text parts joined; of a tool's result also any object, as JSON."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, str) or _kind(part) for part in value):
+        return "".join(part if isinstance(part, str) else _part_text(part, key) for part in value)
+    if role == "tool" and isinstance(value, Mapping | list):
+        return json.dumps(without_nulls(value), ensure_ascii=False)
+    raise BadRow("row-wrong-type", f'{key} holds a message whose "content" is {type(value).__name__}, not a string')
+
+
+def _kind(part: Any) -> str:
+    """What a part of a message is: its "type", or the key that only such a part has."""
+    if not isinstance(part, Mapping):
+        return ""
+    kind = part.get("type")
+    return (
+        kind
+        if isinstance(kind, str)
+        else next((name for name in ("text", "image", "image_url", "audio") if part.get(name)), "")
+    )
+
+
+def _part_text(part: Mapping[str, Any], key: str) -> str:
+    kind, text = _kind(part), part.get("text")
+    if kind not in TEXT_PARTS or not isinstance(text, str):
+        reason = f"{key} holds a part that is no text, which this model is not given"
+        raise BadRow("row-part", reason, f'its type is "{kind[:40]}"')
+    return text
+
+
+def _calls(message: Message, text: Any, key: str) -> list[dict[str, Any]]:
+    """The tool calls of a message, taken out of it: `tool_calls`, the older `function_call`, or ShareGPT's text of a call."""
+    calls = message.pop("tool_calls", None)
+    older = message.pop("function_call", None)
+    calls = calls if calls is not None else older if older is not None else text
+    if calls is None:
+        return []
+    if isinstance(calls, str):
+        calls = _object(calls)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, Mapping) for call in calls):
+        raise BadRow("row-call", f"{key} holds tool calls that are no objects")
+    return [_call(without_nulls(call), key) for call in calls]
+
+
+def _call(call: Mapping[str, Any], key: str) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow("row-call", f'{key} holds a tool call without a "name"')
+    arguments = function.get("arguments", function.get("parameters", {}))
+    if isinstance(arguments, str) and not isinstance(_object(arguments or "{}"), Mapping):
+        raise BadRow("row-call", f"{key} holds a tool call whose arguments are text, but no JSON object", f"{arguments[:40]!r}")
+    if not isinstance(arguments, str | Mapping):
+        raise BadRow("row-call", f"{key} holds a tool call whose arguments are {type(arguments).__name__}, not an object")
+    own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _object(text: str) -> Any:
+    """JSON text as a value; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def with_arguments(message: Message, as_text: bool) -> Message:
+    """The message with the arguments of its tool calls as JSON text, or as objects."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        given = call["function"]["arguments"]
+        if as_text and not isinstance(given, str):
+            given = json.dumps(given, ensure_ascii=False)
+        if not as_text and isinstance(given, str):
+            given = json.loads(given or "{}")
+        calls.append({**call, "function": {**call["function"], "arguments": given}})
+    return {**message, "tool_calls": calls}
+
+
+def sound(text: str, key: str) -> str:
+    """The text, or `BadRow` where no tokens can be made of it."""
+    if not text or text.isspace():
+        raise BadRow("row-empty", f"{key} is empty")
+    if "\0" in text:
+        raise BadRow("row-nul", f"{key} holds a NUL character")
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise BadRow("row-surrogate", f"{key} holds half of a surrogate pair, which is not a character")
+    return text
+
+
+def system_of(value: Any) -> str:
+    """The text of a row's "system": a text, a message, or a list of texts, parts or messages; empty where there is none."""
+    if isinstance(value, Mapping) and not _kind(value):
+        value = value.get("content", value.get("value"))
+    if isinstance(value, list) and not all(map(_kind, value)):
+        return "\n".join(filter(None, map(system_of, value)))
+    text = _content([value] if isinstance(value, Mapping) else value, "system", "system")
+    return sound(text, "system") if text.strip() else ""
+
+
+def _is_empty_system(message: Any) -> bool:
+    """A system message without text says nothing, and many sets have one in every row."""
+    return (
+        isinstance(message, Mapping)
+        and "system" in (message.get("role"), message.get("from"))
+        and not (message.get("content") or message.get("value"))
+    )
+
+
+def as_messages(text: Text, role: str) -> list[Message]:
+    """A plain string as one message of `role`, a transcript as its turns; messages as they are, an empty string as none."""
+    if isinstance(text, list):
+        return text
+    return turns_of(text) or [{"role": role, "content": text}] if text else []
+
+
+def answer_to(prompt: Text, response: Text) -> list[Message]:
+    """A response as messages; after a transcript without the blank that follows "Assistant:"."""
+    if isinstance(response, str) and isinstance(prompt, str) and turns_of(prompt):
+        response = response.strip()
+    return response if isinstance(response, list) else [{"role": "assistant", "content": response}] if response else []
+
+
+def turns_of(text: str) -> list[Message]:
+    """The turns of a text that begins with "Human:" and has an "Assistant:" after a blank line; none of another text."""
+    if "Human:" not in text[:40] or not re.match(r"\s*Human:", text) or "\n\nAssistant:" not in text:
+        return []
+    _, *pieces = TURN.split(text)
+    said = zip(pieces[::2], pieces[1::2], strict=True)
+    return [{"role": SPEAKERS[who], "content": words.strip()} for who, words in said if words.strip()]
+
+
+def flat(text: Text) -> str:
+    """The text itself, or that of all messages."""
+    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
