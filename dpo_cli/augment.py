@@ -24,7 +24,8 @@ from dpo_cli.config.schema import inner_defaults
 from dpo_cli.console import Console
 from dpo_cli.data.formats import Question
 from dpo_cli.data.prompts import Prompts
-from dpo_cli.data.tokens import encode
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.tokens import encode_all
 from dpo_cli.data.words import plain
 from dpo_cli.demands import DOES_NOT_FIT
 from dpo_cli.errors import DoesNotFit, Problem
@@ -36,7 +37,6 @@ from dpo_cli.ranking import Rank, best_pairs, ranking
 from dpo_cli.runs.digests import sha256
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.training.parts import is_out_of_memory
-from dpo_cli.training.prepare import require_token_rows
 
 Options = Mapping[str, Any]  # the parts of the option `augment`
 
@@ -157,8 +157,8 @@ def _encoded(
     """Each question with its token ids as training will see them, cut so that an answer has room; and what that cost."""
     room = plan.config.max_seq_length - options["max_new_tokens"]
     pairs = [question.with_answers("A", "B") for question in questions]  # whose answers are no matter
-    encoded = encode(pairs, tokenizer, plan.config.use_chat_template, room)
-    require_token_rows(encoded, tokenizer, token_rows)
+    made = Tokenizer.loaded(tokenizer, plan.day)
+    (encoded,) = encode_all([pairs], made, plan.config.use_chat_template, room, token_rows).require().sides
     kept = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
     left = {"cut": sum(pair.is_cut for _, pair in kept), "too_long": len(questions) - len(kept)}
     return [(question, pair.prompt_ids) for question, pair in kept], left

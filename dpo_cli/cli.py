@@ -32,7 +32,7 @@ from dpo_cli.providers.hub import require
 from dpo_cli.runs.directory import RunDirectory
 from dpo_cli.runs.resumable import ResumableFile
 from dpo_cli.session import composer_for, session
-from dpo_cli.validation import validated_file, worst
+from dpo_cli.validation import ROWS, validated_file, worst
 
 STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
 MAX_VRAM_GB = 100_000
@@ -60,6 +60,9 @@ def validate(
         float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="Plan for a GPU with this much memory, in GB.")
     ] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the dataset.")] = False,
+    rows: Annotated[
+        int, typer.Option("--rows", min=0, help="Render so many rows with the model's chat template and tokenizer.")
+    ] = ROWS,
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     show_schema: Annotated[
         bool, typer.Option("--schema", help='Print where the JSON schema is, for "$schema" in a config.')
@@ -77,7 +80,7 @@ def validate(
         if not configs:
             raise UsageError("no config is named", "dpo validate my-config.json")
         machine = probe()
-        found = [validated_file(console, path, overrides, machine, vram, not no_data, strict) for path in configs]
+        found = [validated_file(console, path, overrides, machine, vram, not no_data, strict, rows) for path in configs]
         if as_json:
             documents = [document for document, _ in found]
             several = [{"file": path, **document} for path, document in zip(configs, documents, strict=True)]

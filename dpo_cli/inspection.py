@@ -16,6 +16,7 @@ from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
+from dpo_cli.data.sample import Sample
 from dpo_cli.data.split import is_held_out_prompt
 from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
@@ -83,11 +84,17 @@ class Inspection:
 
 
 def inspect(
-    loaded: Loaded, machine: Machine, vram_gb: float | None = None, with_data: bool = True, with_fit: bool = True
+    loaded: Loaded,
+    machine: Machine,
+    vram_gb: float | None = None,
+    with_data: bool = True,
+    with_fit: bool = True,
+    rendered_rows: int = 0,
 ) -> Inspection:
     """Check config, data, model and hardware together, so that one look shows everything that is wrong.
 
-    Without `with_fit` the memory is not judged: a training judges it later, by its real lengths.
+    Without `with_fit` the memory is not judged: a training judges it later, by its real lengths. Up to `rendered_rows` rows go
+    through the chat template and the tokenizer; a training does so with all of them, later.
     """
     found = list(loaded.problems)
     wrong = {problem.key for problem in found if problem.severity == "error"}
@@ -99,7 +106,7 @@ def inspect(
     damaged = any(problem.severity == "error" for problem in about_model)
     data, pairs = None, 0
     if with_data:
-        data, pairs, about_data = _read_data(loaded, wrong)
+        data, pairs, about_data = _read_data(loaded, wrong, rendered_rows)
         found += [problem if problem.file else loaded.placed(problem) for problem in about_data]
     plan = None
     draft = loaded.draft()
@@ -137,7 +144,7 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
     return inspection.plan, prompts, [problem for problem in found if problem.severity == "warning"]
 
 
-def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, int, list[Problem]]:
+def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tuple[Data | None, int, list[Problem]]:
     """The data that the config names, the pairs that an epoch trains on, and what is wrong with the data.
 
     A key in `wrong` was told of already.
@@ -151,7 +158,8 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, int
         Balance(loaded.config),
     )
     lengths = Lengths(foundation(str(values.get("model_name", ""))))
-    observers: dict[str, list[reader.Observer]] = {"dataset": [balance, lengths], "eval_dataset": [overlap.eval_side]}
+    sample = Sample(str(values.get("model_name", "")), rendered_rows)
+    observers: dict[str, list[reader.Observer]] = {"dataset": [balance, lengths, sample], "eval_dataset": [overlap.eval_side]}
     observers["dataset"] += [overlap] if "eval_dataset" in given else []
     observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no other answer to compare with
     found: list[Problem] = []
@@ -162,9 +170,14 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, int
     if "dataset" not in sets:
         return None, 0, found
     said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
+    said["rendered"] = len(sample.rows)
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
     data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
     found += quality.problems(data.train) if not is_sft else ()
+    use_chat_template = values.get("use_chat_template", "auto")
+    found += sample.problems(use_chat_template, skip)
+    if use_chat_template is False or not sample.is_chat:  # then the markers are meant, and nothing is put around them
+        found = [problem for problem in found if problem.code != lint.ChatMarkers.code]
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     pairs = reader.epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ class Plan:
     memory: Bill | None
     scoring: Scoring
     notes: tuple[str, ...]
+    day: date  # of the run, which a chat template may write; kept on --resume, and when the plan is repeated
+    writes_date: bool = False  # whether the chat template does
     adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
@@ -191,6 +194,7 @@ class Plan:
             "counts": vars(self.counts) if self.counts else None,
             "memory": self.memory.to_json() if self.memory else None,
             "scoring": vars(self.scoring),
+            "day": self.day.isoformat() if self.writes_date else None,
             "adapted": self.adapted.to_json() if self.adapted else None,
             "notes": list(self.notes),
         }
@@ -264,7 +268,8 @@ def resolve(
     changed = {key for key, value in decided.items() if getattr(config, key) != value}
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys(changed & MEASURED, "measured")
-    return Plan(replace(config, **decided), sources, counts, memory, scoring, tuple(notes))
+    day = loaded.day or datetime.now().date()
+    return Plan(replace(config, **decided), sources, counts, memory, scoring, tuple(notes), day)
 
 
 def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest: int | None) -> Settings:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from rapidfuzz import fuzz, utils
 
+from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.formats import Question
 from dpo_cli.data.messages import as_messages, flat
-from dpo_cli.data.rendering import render
 from dpo_cli.evaluation.samples import Answer
 from dpo_cli.judge import Judge
 from dpo_cli.providers.huggingface import HuggingFace
@@ -55,18 +55,19 @@ class Reward:
 
     def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
         self.model, self.tokenizer = HuggingFace(name).reward_model(device, dtype)
+        self.template = ChatTemplate.of(self.tokenizer)
 
     def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
         """One forward pass an answer, so that no score depends on what stands beside it."""
         return [self._score(question, answer.text) for answer in answers]
 
     def _score(self, question: Question, text: str) -> float:
-        if self.tokenizer.chat_template is None:
+        if self.template is None:
             inputs = self.tokenizer(flat(question.prompt), text, return_tensors="pt")
         else:
             messages = [*as_messages(question.prompt, "user"), {"role": "assistant", "content": text}]
             tools = [dict(tool) for tool in question.tools] or None
-            inputs = self.tokenizer(render(self.tokenizer, messages, tools), add_special_tokens=False, return_tensors="pt")
+            inputs = self.tokenizer(self.template.render(messages, tools), add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
             return float(self.model(**inputs.to(self.model.device)).logits[0, 0])
 

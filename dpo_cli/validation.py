@@ -20,6 +20,9 @@ def worst(codes: Iterable[Exit]) -> Exit:
     return max(codes, key=ORDER.index)
 
 
+ROWS = 256  # that are rendered
+
+
 def validated_file(console: Console, path: str, overrides: list[str], *options: Any) -> tuple[dict[str, Any], Exit]:
     """What `validate --json` says of a file, and its exit code; of stages, all that is wrong and the largest memory."""
     found = [_validated(console, loaded.on_foundation(), *options) for loaded in load_stages(path, overrides)]
@@ -40,10 +43,10 @@ def validated_file(console: Console, path: str, overrides: list[str], *options: 
 
 
 def _validated(
-    console: Console, loaded: Loaded, machine: Machine, vram: float | None, with_data: bool, strict: bool
+    console: Console, loaded: Loaded, machine: Machine, vram: float | None, with_data: bool, strict: bool, rows: int
 ) -> tuple[dict[str, Any], Exit]:
     """What `validate --json` says of one config, shown on the way, and its exit code."""
-    found = inspect(loaded, machine, vram, with_data).stricter(lambda _: strict)
+    found = inspect(loaded, machine, vram, with_data, rendered_rows=rows).stricter(lambda _: strict)
     plan, data = found.plan, found.data
     memory = plan.memory.to_json() if plan and plan.memory else None
     document = {
@@ -57,6 +60,10 @@ def _validated(
     if data and data.train.pairs:
         console.line(f"data: {data.train.pairs} {data.train.noun} of {data.train.prompts} prompts in {data.train.rows} rows")
         console.lengths(data.said)
+        rendered = data.said["rendered"]
+        console.line(
+            f"rendered: {rendered} {data.train.noun}" if rendered else "rendered: none, the tokenizer is no local file"
+        )
     for note in plan.notes if plan else ():
         console.line(f"note: {note}")
     if memory:

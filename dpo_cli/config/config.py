@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Loaded:
     config: Config | None = None
     stage: int | None = None  # of a config with stages, from 1
     foundation: str | None = None  # the model below the runs that this stage stands on, which may not be there yet
+    day: date | None = None  # of the run that a plan.json repeats, where its chat template writes the date
 
     @property
     def label(self) -> str:
@@ -102,6 +104,7 @@ def _checked(written: stages.Written, document: reader.Document) -> Loaded:
     given = {key: _at_home(key, value) for key, value in given.items()}
     resolved, sources = _resolved(given, changes, origin)
     loaded = Loaded(path, resolved, sources, positions, document.problems, stage=written.stage, foundation=written.foundation)
+    loaded = replace(loaded, day=written.day)
     found = [loaded.placed(problem, place) for place, problem in check.problems(given)]
     if document.complete:
         named = {**given, **dict.fromkeys(damaged | check.meant_by(given))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class Written:
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the command line
     stage: int | None = None
     foundation: str | None = None
+    day: date | None = None  # of a plan
 
 
 def written(path: str, document: reader.Document, changes: Mapping[str, Any]) -> list[Written]:
@@ -38,7 +40,8 @@ def written(path: str, document: reader.Document, changes: Mapping[str, Any]) ->
     if values.get("plan_version") == PLAN_VERSION and isinstance(values.get("config"), dict):  # repeats its run
         origin = values["sources"] if isinstance(values.get("sources"), dict) else {}
         positions = {key[1:]: where for key, where in document.positions.items() if key[:1] == ("config",)}
-        return [Written(path, values["config"], positions, _damaged(document, ("config",)), origin, changes)]
+        day = day_of(values)
+        return [Written(path, values["config"], positions, _damaged(document, ("config",)), origin, changes, day=day)]
     named = values.get("stages")
     if not isinstance(named, list) or not named or not all(isinstance(stage, dict) for stage in named):
         return [whole]  # with a value of "stages" that the schema refuses, where there is one
@@ -48,6 +51,14 @@ def written(path: str, document: reader.Document, changes: Mapping[str, Any]) ->
     for number in range(len(named)):
         made.append(_stage(document, path, number, made[-1] if made else None, changes))
     return made
+
+
+def day_of(plan: Mapping[str, Any]) -> date | None:
+    """The day of the run that a plan.json is of, where its chat template writes the date."""
+    try:
+        return date.fromisoformat(plan["day"])
+    except (KeyError, TypeError, ValueError):  # a plan without one
+        return None
 
 
 def _stage(document: reader.Document, path: str, number: int, before: Written | None, changes: Mapping[str, Any]) -> Written:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data import hub
-from dpo_cli.data.messages import BadRow
+from dpo_cli.data.messages import BadRow, without_padding
 from dpo_cli.errors import Problem
 
 Rows = Iterator[tuple[int, Callable[[], Any]]]  # physical line, and what parses the row or raises BadRow
@@ -187,19 +187,7 @@ def _parse_cells(header: list[str], cells: list[str]) -> Any:
         raise BadRow("row-not-csv", f"{len(cells)} cells under a header of {len(header)}")
     if any("\udc80" <= char <= "\udcff" for cell in cells if not cell.isascii() for char in cell):
         raise BadRow("row-not-utf8", "not valid UTF-8")
-    return {name: _maybe_messages(cell) for name, cell in zip(header, cells, strict=True)}
-
-
-def _maybe_messages(cell: str) -> Any:
-    """A cell that is a JSON list of messages, as tables hold them, or the text itself."""
-    if cell.startswith("[{"):
-        try:
-            return json.loads(cell)
-        except (ValueError, RecursionError):
-            if re.match(r"\[\{'(role|content|from|value)'", cell):  # as pandas writes a list
-                raise BadRow("row-not-csv", "a cell holds messages as Python writes them; write them as JSON") from None
-            return cell  # text that happens to start like that
-    return cell
+    return dict(zip(header, cells, strict=True))
 
 
 def _parquet(path: str) -> Rows:
@@ -211,7 +199,7 @@ def _parquet(path: str) -> Rows:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                yield number, partial(_as_it_is, row)
+                yield number, partial(_as_it_is, without_padding(row))
     except (pyarrow.ArrowException, OSError) as error:
         yield (
             number + 1,

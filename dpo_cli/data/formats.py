@@ -275,14 +275,13 @@ def _common_start(row: Mapping[str, Any]) -> Parts:
     chosen, rejected = (text_of(row[name], name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise BadRow("row-identical", "chosen and rejected are identical")
-    both_text = isinstance(chosen, str) and isinstance(rejected, str)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
     parting = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     start = next(parting, min(len(chosen), len(rejected)))
-    if both_text and turns_of(chosen) and turns_of(rejected):
-        return _parted(chosen, rejected, start)
-    if both_text:
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if turns_of(chosen) and turns_of(rejected):
+            return _parted(chosen, rejected, start)
         start -= start > 0 and chosen[start - 1] == " "
         is_turn = "\n" in chosen[:start] or chosen[:start].rstrip().endswith((":", "?"))
         start = start if is_turn else 0  # else two answers that happen to start alike

@@ -8,17 +8,19 @@ template renders a prompt otherwise before a response, TRL's response starts whe
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
 from dpo_cli.data.formats import Row
-from dpo_cli.data.messages import Message, Text, as_messages
-from dpo_cli.data.rendering import render
-from dpo_cli.errors import InvalidInput, Problem, about_rows
+from dpo_cli.data.messages import Message, Text, answer_to, as_messages
+from dpo_cli.data.omissions import cause, left_out, parts_of
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.errors import InvalidInput, Problem, Severity, about_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,19 +63,65 @@ class Encoded:
         return len(self.prompt_ids) + self.response_length
 
 
+@dataclass(frozen=True)
+class Encodings:
+    """The rows that can be used, as token ids, and what is wrong with others or is to be known of these."""
+
+    sides: list[list[Encoded]]  # as the rows were given
+    refused: int  # rows that are left out
+    problems: tuple[Problem, ...]
+
+    def require(self) -> Encodings:
+        """The same, or `InvalidInput` where rows are refused and not to be skipped."""
+        if any(problem.severity == "error" for problem in self.problems):
+            raise InvalidInput(self.problems)
+        return self
+
+
 def encode(
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     use_chat_template: bool | str = "auto",
     max_length: int | None = None,
 ) -> list[Encoded]:
-    """Tokenise rows; plain strings become chat messages when the tokenizer has a chat template ("auto") or must have one.
+    """As `encode_all` of one side with a loaded tokenizer, where every row must be usable."""
+    return encode_all([rows], Tokenizer.loaded(tokenizer), use_chat_template, max_length).require().sides[0]
 
-    A row longer than `max_length` tokens loses the oldest of its prompt; one that is still longer, because its responses
-    are, is returned as long as it is, but a text without a prompt ends there. Raises `InvalidInput` where a template is needed
-    and there is none.
+
+def encode_all(
+    sides: Sequence[Sequence[Row]],
+    tokenizer: Tokenizer,
+    use_chat_template: bool | str = "auto",
+    max_length: int | None = None,
+    token_rows: int | None = None,
+    skip: bool = False,
+) -> Encodings:
+    """Tokenise the rows of each side (to train on, held out).
+
+    Plain strings become chat messages when the tokenizer has a chat template ("auto") or must have one. A row longer than
+    `max_length` tokens loses the oldest of its prompt; one that is still longer, because its responses are, is returned as long
+    as it is, but a text without a prompt ends there. Rows that cannot be used, or have a token beyond the `token_rows` of the
+    model's embedding, are errors, or left out with `skip`. Raises `InvalidInput` where a template is needed, and there is none.
     """
-    has_template = tokenizer.chat_template is not None
+    as_chat = _require_template([row for side in sides for row in side], tokenizer, use_chat_template)
+    encoded: list[list[Encoded]] = []
+    findings = _Findings(tokenizer, token_rows, skip)
+    for side in sides:
+        encoded.append([])
+        for row in side:
+            try:
+                is_chat = as_chat and row.prompt != ""  # a text as a whole is no answer to anything
+                whole = _encode(row, tokenizer, is_chat)
+                findings.check(whole, is_chat)
+                encoded[-1].append(whole if max_length is None else _cut(whole, tokenizer, is_chat, max_length))
+            except TemplateError as error:  # kept, so that one pass names all rows that the template does not take
+                findings.see_error(row, error)
+    return Encodings(encoded, findings.refused, tuple(findings.problems()))
+
+
+def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_template: bool | str) -> bool:
+    """Whether rows go through the chat template; `InvalidInput` where they have to and cannot."""
+    has_template = tokenizer.template is not None
     if use_chat_template is True and not has_template:
         fix = 'write "use_chat_template": "auto", or start from an instruct model'
         raise InvalidInput([Problem("error", "no-chat-template", "this model has no chat template", fix, "use_chat_template")])
@@ -82,80 +130,189 @@ def encode(
         message = f"{len(lines)} rows are chat messages, which need a chat template"
         why = "use_chat_template is false" if has_template else "this model has none: start from an instruct model"
         raise InvalidInput([Problem("error", "messages-without-template", message, why, "use_chat_template", lines=lines)])
-    encoded: list[Encoded] = []
-    refused: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for row in rows:
-        try:
-            is_chat = as_chat and row.prompt != ""  # a text as a whole is no answer to anything
-            whole = _encode(row, tokenizer, is_chat)
-            encoded.append(whole if max_length is None else _cut(whole, tokenizer, is_chat, max_length))
-        except TemplateError as error:  # kept, so that one pass names all rows that the template does not take
-            refused[row.file, str(error)].append(row.line)
-    if refused:
-        fix = "delete these rows, or change their roles to what the model knows"
-        raise InvalidInput(
-            [
-                about_rows(
-                    "error", "template-refuses", f"the model's chat template refuses them: {why}", fix, "dataset", file, lines
-                )
-                for (file, why), lines in refused.items()
-            ]
-        )
-    return encoded
+    return as_chat
 
 
-def _encode(row: Row, tokenizer: PreTrainedTokenizerBase, as_chat: bool) -> Encoded:
+REFUSES = (
+    "template-refuses",
+    "the model's chat template refuses them",
+    "delete these rows, or change their roles to what the model knows",
+)
+FAILS = (
+    "template-fails",
+    "the model's chat template fails on them",
+    "write that part as the template reads it, or delete these rows",
+)
+SAME = "row-identical", "chosen and rejected have the same tokens", "delete these rows: the model learns nothing from them"
+NOTHING = "template-leaves-out", "the chat template leaves out the whole response", "take a model whose template has it"
+LEAVES_OUT = (
+    "template-leaves-out",
+    "the chat template leaves out",
+    "the model does not see it: take a model whose template has it, or take it out",
+)
+NO_EOS = (
+    "no-eos",
+    "a response has no EOS",
+    "the model does not learn where to stop: take a chat template that ends a turn with EOS",
+)
+
+
+class _Refused(TemplateError):
+    """A row whose tokens cannot be trained on."""
+
+    def __init__(self, code: str, reason: str, fix: str) -> None:
+        super().__init__(reason)
+        self.found = (code, reason, fix)
+
+
+class _Findings:
+    """What is wrong with rows as a template renders them, by file."""
+
+    def __init__(self, tokenizer: Tokenizer, token_rows: int | None, skip: bool) -> None:
+        self.tokenizer, self.token_rows, self.skip, self.refused = tokenizer, token_rows, skip, 0
+        self.errors: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)  # file, code, reason, fix
+        self.warnings: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
+        self._causes: dict[str, str] = {}  # by the text of an error: the part that the first such row has it from
+
+    def check(self, row: Encoded, is_chat: bool) -> None:
+        """Look at a row; raises `_Refused` where it cannot be trained on."""
+        file, line, tokenizer = row.row.file, row.row.line, self.tokenizer
+        highest = max((max(ids, default=0) for ids in (row.prompt_ids, *row.responses)), default=0)
+        if self.token_rows is not None and highest >= self.token_rows:
+            reason = f"{tokenizer.decode([highest])} ({highest}) has no row in the model: {tokenizer.against(self.token_rows)}"
+            raise _Refused("tokens-outside", reason, f"take the token out, or {tokenizer.resize}")
+        for what, is_all in _omissions(row, tokenizer) if is_chat else ():
+            if is_all:
+                raise _Refused(*NOTHING)
+            code, reason, fix = LEAVES_OUT
+            self.warnings[file, code, f"{reason} {what}", fix].append(line)
+        if len(row.responses) == 2 and row.chosen_ids == row.rejected_ids:
+            raise _Refused(*SAME)
+        if any(tokenizer.ends.isdisjoint(ids) for ids in row.responses):
+            code, reason, fix = NO_EOS
+            self.warnings[file, code, f"{reason} ({tokenizer.eos!r})", fix].append(line)
+
+    def see_error(self, row: Row, error: TemplateError) -> None:
+        self.refused += 1
+        if isinstance(error, _Refused):
+            code, reason, fix = error.found
+        else:
+            code, reason, fix = FAILS if isinstance(error, TemplateFailed) else REFUSES
+            reason = f"{reason}: {error}"
+            if isinstance(error, TemplateFailed):
+                if str(error) not in self._causes:
+                    self._causes[str(error)] = _cause(row, self.tokenizer)
+                reason += f", at {self._causes[str(error)]}"
+        self.errors[row.file, code, reason, fix].append(row.line)
+
+    def problems(self) -> Iterator[Problem]:
+        for (file, code, reason, fix), lines in self.errors.items():
+            severity: Severity = "warning" if self.skip else "error"
+            yield about_rows(
+                severity, code, reason, "left out of the training" if self.skip else fix, "dataset", file, sorted(set(lines))
+            )
+        for (file, code, reason, fix), lines in self.warnings.items():
+            yield about_rows("warning", code, reason, fix, "dataset", file, sorted(set(lines)))
+
+
+def _conversations(row: Row) -> tuple[list[Message], list[list[Message]], list[Any] | None]:
+    """(the prompt's messages, those of each response, tools) as a template is given them."""
+    prompt = as_messages(row.prompt, "user")
+    return prompt, [answer_to(row.prompt, response) for response in row.responses], [dict(tool) for tool in row.tools] or None
+
+
+def _omissions(encoded: Encoded, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """What the template leaves out of a row: (the part, whether it is all of a response)."""
+    template = tokenizer.template
+    assert template is not None  # the row was rendered by it
+    prompt, responses, tools = _conversations(encoded.row)
+    asked = template.render(prompt, tools, add_generation_prompt=True)
+    for place in range(len(prompt)):
+        yield from ((part.what, False) for part in left_out(template, prompt, place, tools, asked, add_generation_prompt=True))
+    for response in responses:
+        whole = [*prompt, *response]
+        text = template.render(whole, tools)
+        start = common(asked, text)
+        parts = [part for i in range(len(prompt), len(whole)) for part in left_out(template, whole, i, tools, text, start)]
+        is_all = bool(parts) and len(parts) == sum(len([*parts_of(message)]) for message in response)
+        yield from ((part.what, is_all) for part in parts)
+
+
+def _cause(row: Row, tokenizer: Tokenizer) -> str:
+    template = tokenizer.template
+    assert template is not None
+    prompt, responses, tools = _conversations(row)
+    try:
+        template.render(prompt, tools, add_generation_prompt=True)
+    except TemplateError:
+        return f"{cause(template, prompt, tools, add_generation_prompt=True)} of the prompt"
+    return cause(template, [*prompt, *next(r for r in responses if _fails(template, [*prompt, *r], tools))], tools)
+
+
+def _fails(template: ChatTemplate, messages: list[Message], tools: list[Any] | None) -> bool:
+    try:
+        template.render(messages, tools)
+    except TemplateError:
+        return True
+    return False
+
+
+def _encode(row: Row, tokenizer: Tokenizer, as_chat: bool) -> Encoded:
     if as_chat:
         prompt, followed, is_changed = _rendered(row, tokenizer)
-        prompt_ids, *sequences = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, *followed))
+        prompt_ids, *sequences = (tokenizer.encode(text, False) for text in (prompt, *followed))
     else:
         is_changed = False
-        prompt_ids = list(tokenizer(row.prompt)["input_ids"])
-        sequences = [_plain(tokenizer, row.prompt, response) for response in row.responses]
+        assert isinstance(row.prompt, str)  # messages need a template
+        prompt_ids = tokenizer.plain(row.prompt)
+        sequences = [tokenizer.plain(_ended(f"{row.prompt}{response}", tokenizer.eos)) for response in row.responses]
     # A token may span the end of the prompt: the responses start where the sequences part from the prompt.
-    start = min(_common(prompt_ids, sequence) for sequence in sequences)
+    start = min(common(prompt_ids, sequence) for sequence in sequences)
     parts = is_changed or start < len(prompt_ids)
     return Encoded(row, prompt_ids[:start], tuple(sequence[start:] for sequence in sequences), parts_early=parts)
 
 
-def _rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str], bool]:
+def _ended(text: str, eos: str) -> str:
+    """The text with EOS after it, where it does not end with it already (a rendered turn may have a line break after it)."""
+    return text if text.rstrip().endswith(eos) else text + eos
+
+
+def _rendered(row: Row, tokenizer: Tokenizer) -> tuple[str, list[str], bool]:
     """(prompt, prompt with each response, whether the template changes a prompt that a response follows).
 
     A template may render a prompt otherwise before a response than alone. Where it only ends sooner (no "<think>"), what both
     have in common is the prompt. Where they part before that (Mistral's system message goes), the prompt stays as it is
     when the model is asked, with the responses put after it; else a part of it would be in the loss.
     """
-    messages, tools = as_messages(row.prompt, "user"), [dict(tool) for tool in row.tools] or None
-    prompt = render(tokenizer, messages, tools, add_generation_prompt=True)
-    if tools and prompt == render(tokenizer, messages, None, add_generation_prompt=True):
+    template = tokenizer.template
+    assert template is not None  # the caller has seen it
+    messages, responses, tools = _conversations(row)
+    prompt = template.render(messages, tools, add_generation_prompt=True)
+    if tools and prompt == template.render(messages, None, add_generation_prompt=True):
         raise TemplateError("it does not know tools, and would leave them out")
-
-    def followed_by(response: Text) -> str:
-        return render(tokenizer, messages + as_messages(response, "assistant"), tools)
-
-    followed = [followed_by(response) for response in row.responses]
-    for response, text in zip(row.responses, followed, strict=True):
-        _require_calls(tokenizer, messages, response, tools, text)
+    followed = [template.render([*messages, *response], tools) for response in responses]
+    for response, text in zip(responses, followed, strict=True):
+        _require_calls(template, messages, response, tools, text)
     if all(text.startswith(prompt) for text in followed):
         return prompt, followed, False
-    one, other = followed_by("A"), followed_by("B")
-    before = one[: _common(one, other)]
+    one, other = (template.render([*messages, {"role": "assistant", "content": text}], tools) for text in "AB")
+    before = one[: common(one, other)]
     if not prompt.startswith(before) and all(text.startswith(before) for text in followed):
         return prompt, [prompt + text.removeprefix(before) for text in followed], True
     return prompt, followed, True
 
 
 def _require_calls(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], response: Text, tools: list[Any] | None, rendered: str
+    template: ChatTemplate, prompt: list[Message], response: list[Message], tools: list[Any] | None, rendered: str
 ) -> None:
     """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
-    if isinstance(response, list) and any(message.get("tool_calls") for message in response):
+    if any(message.get("tool_calls") for message in response):
         without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
-        if rendered == render(tokenizer, prompt + without, tools):
+        if rendered == template.render([*prompt, *without], tools):
             raise TemplateError("it does not know tool calls, and would leave them out")
 
 
-def _cut(whole: Encoded, tokenizer: PreTrainedTokenizerBase, as_chat: bool, max_length: int) -> Encoded:
+def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -> Encoded:
     """The row with as much of its prompt as fits: first the oldest turns go, then the oldest text, last the system message.
 
     Markers of the template, BOS and the generation prompt stay, and so do both responses.
@@ -222,13 +379,7 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
     return high
 
 
-def _plain(tokenizer: PreTrainedTokenizerBase, prompt: Text, response: Text) -> list[int]:
-    text = f"{prompt}{response}"
-    end = str(tokenizer.eos_token)
-    return list(tokenizer(text if text.endswith(end) else text + end)["input_ids"])
-
-
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many elements two sequences start with alike."""
     parting = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(parting, min(len(one), len(other)))

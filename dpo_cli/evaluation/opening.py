@@ -87,8 +87,9 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
-    train_rows, held_out, _ = prepare(data, tokenizer, plan, provider.token_rows())
-    return Opened(folder, plan, provider, tokenizer, train_rows if dataset else held_out)
+    rows = prepare(data, tokenizer, plan, provider.token_rows())
+    console.problems(rows.problems)
+    return Opened(folder, plan, provider, tokenizer, rows.train if dataset else rows.held_out)
 
 
 def _decided_anew(config: str) -> list[str]:

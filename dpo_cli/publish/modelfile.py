@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
 
+from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.messages import Message
-from dpo_cli.data.rendering import render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +114,9 @@ def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
 
 def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: bool = True) -> str:
     """A conversation as the chat template renders it, without BOS."""
-    return render(tokenizer, messages, None, add_generation_prompt=answer, bos_token="")
+    template = ChatTemplate.of(tokenizer)
+    assert template is not None  # `turns_of` has seen it
+    return template.render(messages, None, add_generation_prompt=answer, bos_token="")
 
 
 def _told(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:

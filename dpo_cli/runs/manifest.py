@@ -42,6 +42,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
             "below": chain_of(plan.config.model_name),
         },
         "seed": plan.config.seed,
+        "day": plan.day.isoformat() if plan.writes_date else None,
         "git_commit": _git_commit(),
     }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.schema import options
+from dpo_cli.config.stages import day_of
 from dpo_cli.console import Console
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.plan import MEASURED, Plan
@@ -79,7 +80,8 @@ class Begun:
         if is_as_large and now.per_device_train_batch_size != config.per_device_train_batch_size:
             told = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"
             tell(f"note: micro-batches are {told}, as when the run began: others would round otherwise")
-        return replace(loaded, config=now, sources={**loaded.sources, **{key: sources[key] for key in kept}})
+        sources = {**loaded.sources, **{key: sources[key] for key in kept}}
+        return replace(loaded, config=now, sources=sources, day=day_of(self.plan))
 
     def require_same(self, loaded: Loaded, plan: Plan, manifest: Json) -> None:
         """`InvalidInput` with each difference that would make another adapter of it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.console import Console
-from dpo_cli.data.tokens import Encoded, encode
-from dpo_cli.errors import InvalidInput, Problem, about_rows
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.tokens import Encoded, encode_all
+from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.inspection import Data
 from dpo_cli.plan import Counts, Plan
@@ -49,6 +49,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("longest", f"{counts.longest} tokens ({counts.longest_at})"),
         ("tokens", f"{counts.train_tokens:,} an epoch; {counts.shared_tokens:,} with each prompt once"),
         ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
+        ("date", f"{plan.day:%Y-%m-%d}, the day of the run: the chat template writes the date"),
         ("cut", f"{counts.cut} {noun} ({counts.cut / all_rows:.0%}) lose the beginning of their prompt to max_seq_length"),
         ("left out", f"{counts.too_long} {noun} whose responses are longer than max_seq_length {config.max_seq_length}"),
         ("parted", f"{counts.parted} prompts are rendered otherwise before a response than alone: see the first"),
@@ -61,6 +62,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     ]
     told = {
         "trains": plan.adapted,
+        "date": plan.writes_date,
         "bad rows": counts.bad_rows,
         "cut": counts.cut,
         "left out": counts.too_long,
@@ -71,16 +73,27 @@ def show_plan(plan: Plan, console: Console) -> None:
         console.line(f"note: {note}")
 
 
-def prepare(
-    data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None
-) -> tuple[list[Encoded], list[Encoded], Counts]:
-    """Split by prompt, tokenise, cut prompts to length, leave out what is still too long: (train, held out, counts).
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a run as token ids, what they count, and what is to be known of them."""
+
+    train: list[Encoded]
+    held_out: list[Encoded]
+    counts: Counts
+    problems: tuple[Problem, ...]
+    writes_date: bool  # whether the chat template does
+
+
+def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None) -> Prepared:
+    """Split by prompt, tokenise, cut prompts to length, leave out what is still too long.
 
     `token_rows` are those of the model's embedding, where that is known. Raises `InvalidInput` for rows that cannot be used.
     """
-    config = plan.config
-    sides = [encode(side, tokenizer, config.use_chat_template, config.max_seq_length) for side in data.sides(config)]
-    require_token_rows([row for side in sides for row in side], tokenizer, token_rows)
+    config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day)
+    require_padding(made, tokenizer, token_rows)
+    skip, template = config.on_bad_rows == "skip", made.template
+    encoded = encode_all(data.sides(config), made, config.use_chat_template, config.max_seq_length, token_rows, skip).require()
+    sides = encoded.sides
     kept = [[row for row in side if row.length <= config.max_seq_length] for side in sides]
     train, held_out = kept
     if not sides[0]:
@@ -103,7 +116,8 @@ def prepare(
         cut=sum(row.is_cut for side in kept for row in side),
         too_long=sum(map(len, sides)) - sum(map(len, kept)),
         parted=sum(row.parts_early for side in kept for row in side),
-        bad_rows=sum(data_set.rows - data_set.pairs for data_set in (data.train, data.held_out) if data_set is not None),
+        bad_rows=encoded.refused
+        + sum(data_set.rows - data_set.pairs for data_set in (data.train, data.held_out) if data_set is not None),
         longest=longest.length,
         longest_at=f"{Path(longest.row.file).name}:{longest.row.line}",
         longest_pair=max(row.shared_length for side in kept for row in side),
@@ -112,31 +126,18 @@ def prepare(
         shared_tokens=sum(row.shared_length for row in train),
         digest=_digest(kept),
     )
-    return train, held_out, counts
+    writes_date = template is not None and template.writes_date and config.use_chat_template is not False
+    return Prepared(train, held_out, counts, encoded.problems, writes_date)
 
 
-def require_token_rows(rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, token_rows: int | None) -> None:
-    """`InvalidInput` that names the rows with tokens for which the model's embedding has no row; padding is looked at too."""
-    if token_rows is None:
-        return
-    what = f"the tokenizer has {len(tokenizer)} tokens, the model {token_rows} rows"
-    fix = f"take the token out, or resize the model's embedding to {len(tokenizer)} rows"
+def require_padding(made: Tokenizer, tokenizer: PreTrainedTokenizerBase, token_rows: int | None) -> None:
+    """`InvalidInput` where the model's embedding has no row for the padding token."""
     padding = int(tokenizer.pad_token_id)
-    found = []
-    if padding >= token_rows:
-        message = f"the padding token {tokenizer.pad_token} ({padding}) has no row in the model: {what}"
-        found.append(Problem("error", "tokens-outside", message, f"name another pad_token in {TOKENIZER_CONFIG}", "model_name"))
-    lines: dict[tuple[str, int], list[int]] = defaultdict(list)
-    for row in rows:
-        for ids in (row.prompt_ids, *row.responses):
-            if max(ids, default=0) >= token_rows:
-                for token in {token for token in ids if token >= token_rows}:
-                    lines[row.row.file, token].append(row.row.line)
-    for (file, token), numbers in lines.items():
-        reason = f"{tokenizer.convert_ids_to_tokens(token)} ({token}) has no row in the model: {what}"
-        found.append(about_rows("error", "tokens-outside", reason, fix, "dataset", file, sorted(set(numbers))))
-    if found:
-        raise InvalidInput(found)
+    if token_rows is None or padding < token_rows:
+        return
+    message = f"the padding token {tokenizer.pad_token} ({padding}) has no row in the model: {made.against(token_rows)}"
+    fix = f"name another pad_token in {TOKENIZER_CONFIG}, or {made.resize}"
+    raise InvalidInput([Problem("error", "tokens-outside", message, fix, "model_name")])
 
 
 def _digest(sides: Sequence[Sequence[Encoded]]) -> str:

@@ -63,7 +63,6 @@ def train(
 
     provider = PROVIDERS[draft.config.provider](draft.config.model_name)
     tokenizer = provider.tokenizer()
-    train_rows, held_out, counts = prepare(data, tokenizer, draft, provider.token_rows())
     adapted = provider.adapted(draft)
     tell, run, begun = tell_on(console), RunDirectory(draft.run_dir), None
     with ExitStack() as held:
@@ -73,14 +72,14 @@ def train(
                 run = held.enter_context(_claimed(run.path, resume=True))
             if (begun := Begun.find(run, tell)) is not None:
                 loaded = begun.as_decided(loaded, tell)
-        plan = resolve(loaded, machine, counts, is_resumed=begun is not None).with_adapted(adapted)
-        late = _late_problems(plan, loaded, inspection)
+                draft = replace(draft, day=loaded.day or draft.day)
+        prepared = prepare(data, tokenizer, draft, provider.token_rows())
+        plan = resolve(loaded, machine, prepared.counts, is_resumed=begun is not None).with_adapted(adapted)
+        plan = replace(plan, day=draft.day, writes_date=prepared.writes_date)
+        late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
         console.problems(late)
         show_plan(plan, console)
-        console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(train_rows[0], tokenizer))
-        if tokenizer.eos_token_id not in train_rows[0].responses[0]:
-            end = tokenizer.decode(train_rows[0].responses[0][-2:])
-            console.line(f"note: a response ends with {end!r}, and nowhere with the tokenizer's EOS {tokenizer.eos_token!r}")
+        console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(prepared.train[0], tokenizer))
         is_finished = begun is not None and begun.is_finished(plan)
         if not is_finished:
             _require_fit(plan, loaded, is_resumed=begun is not None)
@@ -106,7 +105,7 @@ def train(
         found = {"problems": [problem.to_json() for problem in (*inspection.problems, *late)], "data": data.to_json()}
         run.write_json(PLAN, {**plan.to_json(), **found})
         run.write_json(MANIFEST, about)
-        rows = Rows(train_rows, held_out, tokenizer)
+        rows = Rows(prepared.train, prepared.held_out, tokenizer)
         result = _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
     free_memory()  # the trainer and its callbacks hold each other, and the model: a stage that follows needs its room
     return result
