@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.config import Loaded
@@ -18,11 +20,13 @@ from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.sample import Sample
 from dpo_cli.data.split import is_held_out_prompt
+from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models, starting, targets
-from dpo_cli.hardware.adapters import foundation
+from dpo_cli.hardware.adapters import adapter_at, foundation
 from dpo_cli.hardware.facts import has_experts, model_facts, quantisation_of
+from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan, resolve
 
@@ -158,7 +162,7 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
         Balance(loaded.config),
     )
     lengths = Lengths(foundation(str(values.get("model_name", ""))))
-    sample = Sample(str(values.get("model_name", "")), rendered_rows)
+    sample = Sample(*(_tokenizer_of(str(values.get("model_name", ""))) if rendered_rows else (None, None)), rendered_rows)
     observers: dict[str, list[reader.Observer]] = {"dataset": [balance, lengths, sample], "eval_dataset": [overlap.eval_side]}
     observers["dataset"] += [overlap] if "eval_dataset" in given else []
     observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no other answer to compare with
@@ -184,6 +188,19 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
         message = f"the weights leave none of the {balance.train.total()} {data.train.noun} to train on"
         found.append(Problem("error", "nothing-to-train", message, "raise the weights in dataset", "dataset"))
     return data, pairs, found
+
+
+def _tokenizer_of(model_name: str) -> tuple[Tokenizer | None, int | None]:
+    """The tokenizer in a model's folder, an adapter's own first, and the rows of the model's embedding."""
+    folder = Path(foundation(model_name))
+    try:
+        adapter = adapter_at(model_name)
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no folder of a model; what is wrong with one is a problem of model_name
+        return None, None
+    own = adapter.directory if adapter and (adapter.directory / TOKENIZER_CONFIG).is_file() else folder
+    rows = (config.get("text_config") or config).get("vocab_size")
+    return Tokenizer.in_folder(own), rows if isinstance(rows, int) else None
 
 
 def _model_problems(plan: Plan) -> Iterator[Problem]:

@@ -50,6 +50,7 @@ class Counts:
     train_tokens: int  # of all sequences of one epoch, prompts counted once per response
     shared_tokens: int  # the same with each pair's prompt counted once
     digest: str  # SHA-256 of the token ids of all rows, in their order
+    writes_date: bool  # whether the chat template does
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,6 @@ class Plan:
     scoring: Scoring
     notes: tuple[str, ...]
     day: date  # of the run, which a chat template may write; kept on --resume, and when the plan is repeated
-    writes_date: bool = False  # whether the chat template does
     adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
@@ -125,6 +125,11 @@ class Plan:
     def run_dir(self) -> Path:
         assert self.config.output_dir is not None  # resolve() sets it
         return Path(self.config.output_dir)
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template writes the date, so that the rows belong to the day."""
+        return self.counts is not None and self.counts.writes_date
 
     @property
     def goes_on(self) -> bool:

@@ -26,7 +26,7 @@ from dpo_cli.training.callbacks.rules import NOT_AT_REFERENCE, NOT_FINITE, RULES
 from dpo_cli.training.dpo import PairTrainer
 from dpo_cli.training.run import train
 
-COUNTS = Counts(80, 0, 80, 0, 0, 0, 0, 0, 9, "", 9, 9, 9, 9, "")
+COUNTS = Counts(80, 0, 80, 0, 0, 0, 0, 0, 9, "", 9, 9, 9, 9, "", False)
 STEP = {"loss": 0.6, "accuracy": 0.7, "margin": 0.5, "reward_chosen": 0.3, "reward_rejected": -0.2, "logp_chosen": -97.0}
 
 

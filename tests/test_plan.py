@@ -35,6 +35,7 @@ COUNTS = Counts(
     longest_responses=60,
     train_tokens=4000,
     digest="",
+    writes_date=False,
     shared_tokens=2600,
 )
 

@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import write_gguf
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from made import CHATML
 from safetensors.torch import save_file
-from transformers import AutoModelForSequenceClassification, tokenization_utils_base
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli import app
-from dpo_cli.data import rendering
-from dpo_cli.data.rendering import render
+from dpo_cli.data import chat_template
+from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.errors import InvalidInput
 from dpo_cli.redaction import MASK, redact, redacted
 from dpo_cli.runs.digests import sha256_of_all
@@ -305,27 +305,26 @@ HOSTILE_TEMPLATES = [
 
 
 @pytest.mark.parametrize("template", HOSTILE_TEMPLATES, ids=lambda template: template[:40])
-def test_a_hostile_template_ends_as_a_problem(template: str, monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.5)
-    monkeypatch.setattr(tokenizer, "chat_template", template)
+def test_a_hostile_template_ends_as_a_problem(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
     with pytest.raises((InvalidInput, TemplateError)):
-        render(tokenizer, SAID, None)
-    monkeypatch.setattr(tokenizer, "chat_template", CHATML)
-    assert render(tokenizer, SAID, None) == "<|im_start|>user\nhello<|im_end|>\n"  # and the next is rendered
+        ChatTemplate(template, {}).render(SAID)
+    assert ChatTemplate(CHATML, {}).render(SAID) == "<|im_start|>user\nhello<|im_end|>\n"  # and the next is rendered
 
 
 def test_no_template_is_rendered_outside_the_bound(
     config: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rendering that transformers is asked for, by us or by a library, in all commands that load a tokenizer."""
+    """Every rendering in a sandbox, by us or by a library, in all commands that load a tokenizer."""
     renderings: list[bool] = []
 
-    def seen(*arguments: Any, **options: Any) -> Any:
-        renderings.append(signal.getitimer(signal.ITIMER_REAL)[0] > 0)
-        return real(*arguments, **options)
+    def seen(template: Template, *arguments: Any, **options: Any) -> str:
+        if template.environment.sandboxed:
+            renderings.append(signal.getitimer(signal.ITIMER_REAL)[0] > 0)
+        return real(template, *arguments, **options)
 
-    real = tokenization_utils_base.render_jinja_template
-    monkeypatch.setattr(tokenization_utils_base, "render_jinja_template", seen)
+    real = Template.render
+    monkeypatch.setattr(Template, "render", seen)
     reward = tmp_path / "reward"
     shutil.copytree(model, reward)
     scored = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1)

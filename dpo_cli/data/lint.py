@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.formats import Pair
-from dpo_cli.data.messages import flat
+from dpo_cli.data.messages import flat, said, turns_of
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, differ, plain, same_answer, script, words
 from dpo_cli.errors import Problem, Severity, about_rows
@@ -37,7 +37,7 @@ class Seen:
 
     @classmethod
     def of(cls, pair: Pair, prompt_key: str) -> Seen:
-        chosen, rejected = flat(pair.chosen), flat(pair.rejected)
+        chosen, rejected = said(pair.chosen), said(pair.rejected)
         return cls(pair, flat(pair.prompt), chosen, rejected, (plain(prompt_key), plain(chosen), plain(rejected)))
 
 
@@ -243,7 +243,9 @@ class ChatMarkers(Finding):
     fix = 'give the messages without their template, or write "use_chat_template": false'
 
     def see(self, seen: Seen) -> None:
-        if any(MARKERS.search(text) for text in (seen.prompt, seen.chosen, seen.rejected)):
+        prompt = seen.pair.prompt
+        is_transcript = isinstance(prompt, str) and bool(turns_of(prompt))  # which is split into its turns
+        if any(MARKERS.search(text) for text in ("" if is_transcript else seen.prompt, seen.chosen, seen.rejected)):
             self.note(seen.pair)
 
 

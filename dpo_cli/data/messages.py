@@ -300,6 +300,17 @@ def turns_of(text: str) -> list[Message]:
     return [{"role": SPEAKERS[who], "content": words.strip()} for who, words in said if words.strip()]
 
 
+def said(text: Text) -> str:
+    """All that a response says: its text, its reasoning and its tool calls."""
+    if isinstance(text, str):
+        return text
+    parts = [
+        [*(message.get(key) for key in REASONING), message["content"], *map(str, message.get("tool_calls") or ())]
+        for message in text
+    ]
+    return "\n".join(part for message in parts for part in message if isinstance(part, str) and part)
+
+
 def flat(text: Text) -> str:
     """The text itself, or that of all messages."""
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)

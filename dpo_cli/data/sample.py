@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from dpo_cli.data.formats import Row
-from dpo_cli.data.tokenizer import CONFIG, Tokenizer
+from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import encode_all
 from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.hardware.adapters import adapter_at, foundation
 
 
 class Sample:
-    """Keeps up to `most` rows, spread over all; an observer of a pass (data/reader.py). It needs the model's own files."""
+    """Keeps up to `most` rows, spread over all; an observer of a pass (data/reader.py). None without a tokenizer."""
 
-    def __init__(self, model_name: str, most: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, token_rows: int | None, most: int) -> None:
         self.rows: list[Row] = []
-        self.tokenizer, self.token_rows = _files_of(model_name) if most else (None, None)
+        self.tokenizer, self.token_rows = tokenizer, token_rows
         self._most, self._seen, self._stride = most, 0, 1
 
     def see(self, row: Row, prompt_key: str) -> None:
-        if self.tokenizer is None:
+        if self.tokenizer is None or not self._most:
             return
         if self._seen % self._stride == 0:
             self.rows.append(row)
@@ -44,16 +39,3 @@ class Sample:
             return encode_all([self.rows], self.tokenizer, use_chat_template, token_rows=self.token_rows, skip=skip).problems
         except InvalidInput as error:  # of the template as a whole
             return error.problems
-
-
-def _files_of(model_name: str) -> tuple[Tokenizer | None, int | None]:
-    """The tokenizer of a model's folder, an adapter's own first, and the rows of the model's embedding."""
-    folder = Path(foundation(model_name))
-    try:
-        adapter = adapter_at(model_name)
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no folder of a model; what is wrong with it is a problem of model_name
-        return None, None
-    own = adapter.directory if adapter and (adapter.directory / CONFIG).is_file() else folder
-    rows = (config.get("text_config") or config).get("vocab_size")
-    return Tokenizer.in_folder(own), rows if isinstance(rows, int) else None

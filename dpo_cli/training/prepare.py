@@ -81,7 +81,6 @@ class Prepared:
     held_out: list[Encoded]
     counts: Counts
     problems: tuple[Problem, ...]
-    writes_date: bool  # whether the chat template does
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None) -> Prepared:
@@ -125,9 +124,9 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
         train_tokens=sum(row.response_length + len(row.responses) * len(row.prompt_ids) for row in train),
         shared_tokens=sum(row.shared_length for row in train),
         digest=_digest(kept),
+        writes_date=template is not None and template.writes_date and config.use_chat_template is not False,
     )
-    writes_date = template is not None and template.writes_date and config.use_chat_template is not False
-    return Prepared(train, held_out, counts, encoded.problems, writes_date)
+    return Prepared(train, held_out, counts, encoded.problems)
 
 
 def require_padding(made: Tokenizer, tokenizer: PreTrainedTokenizerBase, token_rows: int | None) -> None:

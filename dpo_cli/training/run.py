@@ -72,10 +72,10 @@ def train(
                 run = held.enter_context(_claimed(run.path, resume=True))
             if (begun := Begun.find(run, tell)) is not None:
                 loaded = begun.as_decided(loaded, tell)
-                draft = replace(draft, day=loaded.day or draft.day)
+        draft = replace(draft, day=loaded.day or draft.day)
+        loaded = replace(loaded, day=draft.day)
         prepared = prepare(data, tokenizer, draft, provider.token_rows())
         plan = resolve(loaded, machine, prepared.counts, is_resumed=begun is not None).with_adapted(adapted)
-        plan = replace(plan, day=draft.day, writes_date=prepared.writes_date)
         late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
         console.problems(late)
         show_plan(plan, console)
