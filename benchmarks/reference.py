@@ -157,11 +157,6 @@ WHILE_RUNNING = {
         '`"dataset": "owner/name"`',
         "which split of a fetched hub dataset is read, and how many files that is",
     ),
-    "dataset-split": (
-        "error",
-        '`"dataset": "owner/name"`',
-        "the hub dataset has several splits to train on, or not the one named",
-    ),
     "rank-missing": (
         "error",
         "`dpo augment` without a rank",

@@ -12,8 +12,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.console import Console
+from dpo_cli.data.files import about_rows
 from dpo_cli.data.tokens import Encoded, encode
-from dpo_cli.errors import InvalidInput, Problem, about_rows
+from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.inspection import Data
 from dpo_cli.plan import Counts, Plan
