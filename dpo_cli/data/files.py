@@ -210,7 +210,7 @@ def _csv(path: str) -> Rows:
     with _text(path) as file:
         delimiter = max(",;\t|", key=file.readline(MAX_LINE_BYTES).count)
     with _text(path) as file:
-        table = csv.reader(iter(partial(file.readline, MAX_LINE_BYTES), ""), delimiter=delimiter, strict=True)
+        table = csv.reader(_bounded(file), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
             line = table.line_num + 1
@@ -232,6 +232,17 @@ def _csv(path: str) -> Rows:
 
 def _text(path: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _bounded(file: io.TextIOBase) -> Iterator[str]:
+    """The lines of a table. One that is too long becomes a cell that is too long, which the parser refuses."""
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) < MAX_LINE_BYTES or line.endswith(("\n", "\r")):
+            yield line
+            continue
+        while line and not line.endswith(("\n", "\r")):
+            line = file.readline(MAX_LINE_BYTES)
+        yield "x" * (MAX_LINE_BYTES + 1)
 
 
 def _parse_cells(header: list[str], cells: list[str]) -> Any:

@@ -251,6 +251,7 @@ def _choices(value: str | Sequence[str | Mapping[str, Any]], key: str) -> Iterat
                 yield Problem("hint", "hub-split", message, f'"{path.partition(":")[0]}:SPLIT" names another', key)
         elif (content := folders.choice(path)) is not None and content.files:
             read = folders.shown([file.name for file in content.files])
-            rest = f"; not read: {folders.shown(content.others)}" if content.others else ", and there are no others"
+            rest = f"; not read: {folders.shown(content.others)}" if content.others else ""
+            message = f"files of {path} that are read ({len(content.files)}): {read}{rest}"
             fix = 'name a file, a list of files, or "FOLDER:SPLIT" (the split as in the names of its files) for others'
-            yield Problem("hint", "folder-files", f"{len(content.files)} files of {path} are read: {read}{rest}", fix, key)
+            yield Problem("hint", "folder-files", message, fix, key)
