@@ -155,7 +155,7 @@ def test_what_a_packed_file_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: p
     """A line, a JSON list and a line of a table; the good rows behind lines are read."""
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 1 << 16)
     monkeypatch.setattr(files, "MAX_LIST_BYTES", 1 << 20)
-    long = {**ROWS[0], "prompt": "a" * (1 << 21)}
+    long = {"prompt": "a" * (1 << 21), "chosen": "yes", "rejected": "no"}
     for suffix, place, code in ((".jsonl", 1, "row-too-long"), (".json", 1, "row-too-long"), (".csv", 2, "row-not-csv")):
         path = zipped(write(tmp_path / f"p{suffix}", [long, ROWS[0]]), f"p{suffix}.gz")
         assert bad(path) == [(place, code)]
@@ -172,6 +172,7 @@ def test_what_a_packed_file_unpacks_to_is_bounded(tmp_path: Path, monkeypatch: p
         ('[\n{"a": 1}, {"b": 2}, {"c"', [1, 2, 3], "row"),
         ('[\n{"a": 1},\n{"b": 2} {"c"', [1, 2, 3], "row"),
         ("[1, 2]", [1, 2], "row"),
+        ("[\n1]\n[\n2]\n", [2, 3], "line"),
     ],
 )
 def test_a_json_list_counts_lines_or_else_rows(tmp_path: Path, text: str, places: list[int], unit: str) -> None:

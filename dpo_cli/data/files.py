@@ -160,6 +160,9 @@ def _row_starts(text: str) -> tuple[array[int], tuple[str, str] | None]:
             starts.append(end)
             return starts, ("row-not-json", "a comma or the closing bracket is missing, so what follows cannot be read")
         at = _behind_space(text, end + 1) if text[end] == "," else end
+    if (end := _behind_space(text, at + 1)) < len(text):
+        starts.append(end)
+        return starts, ("row-not-json", "the list ends here, so what follows cannot be read")
     return starts, None
 
 
