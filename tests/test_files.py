@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from made import tiny_tokenizer
-from test_formats import ROWS, write
+from test_formats import ROWS, lint, write
 
 from dpo_cli.data import files
 from dpo_cli.data.prompts import read_prompts
@@ -323,6 +323,13 @@ def test_what_save_to_disk_wrote_is_named_with_what_converts_it(tmp_path: Path) 
 )
 def test_what_can_be_seen(text: str, seen: str) -> None:
     assert visible(text) == seen
+
+
+def test_pairs_that_differ_in_unseen_characters_are_repeated_and_trained_as_written(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": "no"} for chosen in ("yes", "y\u00ades\u200b")]
+    data, problems = lint(write(tmp_path / "p.jsonl", rows))
+    assert [problem.line for problem in problems if problem.code == "repeated-pairs"] == [2]
+    assert data.load()[1].responses[0] == "y\u00ades\u200b"
 
 
 def test_texts_that_look_alike_are_plainly_the_same() -> None:

@@ -247,7 +247,7 @@ def _choices(value: str | Sequence[str | Mapping[str, Any]], key: str) -> Iterat
         if hub.is_hub_id(path):
             split, its_files = hub.cached(path)
             if its_files:
-                message = f"{path} is read from its split {split}: {len(its_files)} {Path(its_files[0]).suffix} files"
+                message = f"{path} is read from its split {split}: {len(its_files)} {folders.kind(its_files[0])} files"
                 yield Problem("hint", "hub-split", message, f'"{path.partition(":")[0]}:SPLIT" names another', key)
         elif (content := folders.choice(path)) is not None and content.files:
             read = folders.shown([file.name for file in content.files])
