@@ -146,6 +146,21 @@ WHILE_RUNNING = {
         "it does not end within 3 s on one conversation, or asks for a gibibyte",
     ),
     "template-refuses": ("error", "two user messages in a row, for Gemma", "the template's own words, and the rows"),
+    "template-fails": (
+        "error",
+        "a number where the template joins texts",
+        "a Python error inside the template, and the part of the message that it comes from",
+    ),
+    "template-leaves-out": (
+        "warning",
+        "reasoning before `</think>`, for R1-Distill",
+        "the template leaves out a part of a message, which is named; an error where that is the whole response",
+    ),
+    "no-eos": (
+        "warning",
+        "a template that ends a turn with another token",
+        "a response has no EOS, so the model does not learn where to stop",
+    ),
     "no-chat-template": ("error", '`"use_chat_template": true`', "the model has no chat template"),
     "messages-without-template": (
         "error",
@@ -156,11 +171,6 @@ WHILE_RUNNING = {
         "hint",
         '`"dataset": "owner/name"`',
         "which split of a fetched hub dataset is read, and how many files that is",
-    ),
-    "dataset-split": (
-        "error",
-        '`"dataset": "owner/name"`',
-        "the hub dataset has several splits to train on, or not the one named",
     ),
     "rank-missing": (
         "error",

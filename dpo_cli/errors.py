@@ -39,7 +39,8 @@ Severity = Literal["error", "warning", "hint"]
 class Problem:
     """One finding: what is wrong, where, and what to do. `code` is stable; `line` and `column` start at 1.
 
-    `line` belongs to a problem about one value or row; `lines` to one about several rows, and names them all.
+    `line` belongs to a problem about one value or row; `lines` to one about several rows, and names them all. In data files
+    without a line for each row (Parquet, a JSON list on one line) both are numbers of rows.
     """
 
     severity: Severity
@@ -61,14 +62,15 @@ class Problem:
 
 
 def about_rows(
-    severity: Severity, code: str, reason: str, fix: str, key: str | None, file: str, lines: Sequence[int]
+    severity: Severity, code: str, reason: str, fix: str, key: str | None, file: str, lines: Sequence[int], unit: str = "line"
 ) -> Problem:
-    """A problem of these rows of a file; the message shows the first ten."""
+    """A problem of these rows of a file; the message shows the first ten. `unit` is what their places count: lines or rows."""
     lines = sorted(lines)
     if len(lines) == 1:
-        return Problem(severity, code, reason, fix, key, file, lines[0])
-    shown = ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
-    return Problem(severity, code, f"{len(lines)} rows (lines {shown}): {reason}", fix, key, file, lines=tuple(lines))
+        message = f"row {lines[0]}: {reason}" if unit == "row" else reason
+        return Problem(severity, code, message, fix, key, file, lines[0])
+    shown = ("lines " if unit == "line" else "") + ", ".join(map(str, lines[:10])) + (", ..." if len(lines) > 10 else "")
+    return Problem(severity, code, f"{len(lines)} rows ({shown}): {reason}", fix, key, file, lines=tuple(lines))
 
 
 class DpoError(Exception):

@@ -5,6 +5,7 @@ As long as there are ways to be wrong. The tests run every case; `make reference
 
 from __future__ import annotations
 
+import gzip
 import json
 import struct
 from collections.abc import Mapping
@@ -439,6 +440,13 @@ DATA = [
     rows("dataset-empty", '"dataset": "data/empty.jsonl"', "add pairs", None),
     rows("dataset-not-list", '"dataset": "data/object.json"', "delete what is named", 1),
     warning("dataset-on-hub", "dataset", '"dataset": "trl-lib/ultrafeedback_binarized"', "hf download"),
+    Case("dataset-pointer", "dataset", '"dataset": "data/pointer.jsonl"', "git lfs pull"),
+    Case("dataset-packed", "dataset", '"dataset": "data/pairs.jsonl.zst"', "zstd -d < data/pairs.jsonl.zst > data/pairs.jsonl"),
+    Case("dataset-arrow", "dataset", '"dataset": "data/saved"', "load_from_disk('data/saved').to_parquet"),
+    Case("dataset-arrow", "dataset", '"dataset": "data/data-00000-of-00001.arrow"', "Dataset.from_file"),
+    Case("dataset-split", "dataset", '"dataset": "data/splits"', "data/splits:SPLIT"),
+    Case("dataset-split", "dataset", '"dataset": "data/splits:valid"', "train_prefs, train_sft"),
+    hint("folder-files", "dataset", '"dataset": "data/folder"', "FOLDER:SPLIT"),
     Case("dataset-damaged", "dataset", '"dataset": "data/text.parquet"', "write it again"),
     rows("row-not-json", '"dataset": "data/row-not-json.jsonl"', "delete what is named", 2),
     rows("row-not-object", '"dataset": "data/row-not-object.jsonl"', "delete what is named", 2),
@@ -450,6 +458,8 @@ DATA = [
     rows("row-role", '"dataset": "data/row-role.jsonl"', "delete what is named", 2),
     rows("row-no-prompt", '"dataset": "data/row-no-prompt.jsonl"', "delete what is named", 2),
     rows("row-history", '"dataset": "data/row-history.jsonl"', "delete what is named", 2),
+    rows("row-call", '"dataset": "data/row-call.jsonl"', "delete what is named", 2),
+    rows("row-part", '"dataset": "data/row-part.jsonl"', "delete what is named", 2),
     rows("row-tools", '"dataset": "data/row-tools.jsonl"', "delete what is named", 2),
     rows("row-too-long", '"dataset": "data/row-too-long.jsonl"', "delete what is named", 2),
     rows("row-not-csv", '"dataset": "data/cells.csv"', "delete what is named", 3),
@@ -465,7 +475,7 @@ DATA = [
     rows("row-surrogate", '"dataset": "data/row-surrogate.jsonl"', "delete what is named", 2),
     rows("row-not-utf8", '"dataset": "data/row-not-utf8.jsonl"', "delete what is named", 2),
     rows("row-duplicate-key", '"dataset": "data/row-duplicate-key.jsonl"', "delete what is named", 2),
-    rows("row-bom", '"dataset": "data/row-bom.jsonl"', "delete what is named", 1),
+    rows("row-not-gzip", '"dataset": "data/cut.jsonl.gz"', "delete what is named", 1),
     rows("few-pairs", '"dataset": "data/few.jsonl"', "add pairs", None, "hint"),
     rows("few-prompts", '"dataset": "data/one-prompt.jsonl"', "other prompts", None, "hint"),
     rows("repeated-pairs", '"dataset": "data/repeated.jsonl"', "keep one of each", 2, "hint"),
@@ -517,6 +527,8 @@ BAD_ROWS = {
     "row-role": b'{"prompt": "a", "chosen": {"from": "system", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}}',
     "row-no-prompt": b'{"chosen": "b", "rejected": "c"}',
     "row-history": b'{"prompt": "a", "history": [["b", "c"]], "chosen": "d", "rejected": "e"}',
+    "row-call": b'{"prompt": "a", "chosen": [{"from": "function_call", "value": "get()"}], "rejected": "c"}',
+    "row-part": b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "b", "rejected": "c"}',
     "row-tools": b'{"prompt": "a", "chosen": "b", "rejected": "c", "tools": "none"}',
     "row-nul": b'{"prompt": "a\\u0000", "chosen": "b", "rejected": "c"}',
     "row-surrogate": b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
@@ -577,7 +589,16 @@ def lay_out(place: Path) -> None:
     write("others.jsonl", *map(pair, range(600, 700)))
     for code, row in {**BAD_ROWS, "row-too-long": b" " * (1 << 26) + BAD_ROWS["row-not-object"]}.items():
         write(f"data/{code}.jsonl", pair(0), row, pair(1))
-    write("data/row-bom.jsonl", b"\xef\xbb\xbf" + pair(0), pair(1))
+    (place / "data" / "cut.jsonl.gz").write_bytes(gzip.compress(pair(0))[:-9])
+    write("data/pointer.jsonl", b"version https://git-lfs.github.com/spec/v1", b"oid sha256:" + b"0" * 64, b"size 12345")
+    write("data/pairs.jsonl.zst", b"\x28\xb5\x2f\xfd")
+    write("data/saved/state.json", b"{}")
+    write("data/saved/dataset_info.json", b"{}")
+    write("data/data-00000-of-00001.arrow", b"")
+    for split in ("train_prefs", "train_sft"):
+        write(f"data/splits/{split}.jsonl", pair(0))
+    for name in ("train.jsonl", "test.jsonl", "notes.txt"):
+        write(f"data/folder/{name}", *map(pair, range(600)))
     write("data/pairs.txt", pair(0))
     (place / "data" / "folder.jsonl").mkdir()
     (place / "data" / "utf16.jsonl").write_bytes(pair(0).decode().encode("utf-16"))

@@ -37,12 +37,6 @@ def test_every_bad_row_is_named_by_its_physical_line(tmp_path: Path) -> None:
     assert {problem.severity for problem in read(str(path), skip=True).problems} == {"warning"}
 
 
-def test_a_byte_order_mark_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + GOOD)
-    assert read(str(path)).problems[0].code == "row-bom"
-
-
 def test_a_json_list_has_lines_too(tmp_path: Path) -> None:
     path = tmp_path / "pairs.json"
     path.write_text('[\n{"prompt": "a", "chosen": "b", "rejected": "c"},\n\n{"prompt": "a"}\n]', encoding="utf-8")
@@ -153,7 +147,7 @@ def test_real_sets_are_read() -> None:
     assert read(str(folder / "truthfulqa.train.jsonl")).pairs == 2848
     flipped = read(str(folder / "ultrafeedback_1k.label_flip_20.jsonl"))
     lines = sorted(line for problem in flipped.problems for line in problem.lines or [problem.line])
-    assert lines == [307, 479, 656, 834, 911, 998]
+    assert lines == [34, 307, 479, 656, 834, 911, 998]  # 34 is a zero-width space
 
 
 def test_rows_of_messages(pairs_file: Callable[..., Path]) -> None:

@@ -158,7 +158,6 @@ def test_a_table_is_divided_by_what_divides_its_header(tmp_path: Path, delimiter
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("prompt,chosen,rejected\n\"[{'role': 'user', 'content': 'hi'}]\",a,b\n", 2),
         ("prompt,chosen,rejected,chosen\na,b,c,d\n", 1),
         ('prompt,chosen,rejected\n"a,b,c\n', 2),
         ('"prompt', 1),

@@ -62,6 +62,7 @@ def test_the_split_is_said_and_can_be_named(cache: Path) -> None:
         (["train/0000.jsonl", "train/0001.jsonl", "test/0000.jsonl"], ["test", "train"]),
         (["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"], ["train"]),
         (["train/part-1.jsonl", "train/part-2.jsonl"], ["train"]),
+        (["train.jsonl.gz", "test.jsonl.gz"], ["test", "train"]),
         (["pairs.jsonl"], ["pairs"]),
     ],
 )

@@ -1,74 +1,61 @@
-"""The files that rows stand in: JSON lines, JSON lists, tables, Parquet; each a stream of rows with their physical lines."""
+"""The files that rows stand in: JSON lines, JSON lists, tables, Parquet; each a stream of rows with their places.
+
+A place is a physical line. Where rows have no lines of their own (Parquet, a JSON list in which two rows start on one line), it
+is the number of the row. Text that is packed with gzip is unpacked while it is read.
+"""
 
 from __future__ import annotations
 
 import codecs
 import csv
-import difflib
+import gzip
+import io
 import json
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-from dpo_cli.data import hub
+from dpo_cli import errors
+from dpo_cli.data import folders
 from dpo_cli.data.messages import BadRow, without_padding
-from dpo_cli.errors import Problem
+from dpo_cli.errors import Problem, Severity
 
-Rows = Iterator[tuple[int, Callable[[], Any]]]  # physical line, and what parses the row or raises BadRow
+Rows = Iterator[tuple[int, Callable[[], Any]]]  # place, and what parses the row or raises BadRow
 
 MAX_LINE_BYTES = 1 << 26  # a row of 64 MiB is no pair
+MAX_LIST_BYTES = 1 << 30  # a JSON list is held in memory as a whole, and a packed one may unpack to a thousand times its size
+PIECE_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-
-def rows_of(path: str) -> Rows:
-    """The rows of one readable file."""
-    return READERS[Path(path).suffix.lower()](path)
+GZIPPED = b"\x1f\x8b"  # what such a file starts with
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a cut or changed one raises
 
 
-def fault(path: Path, key: str) -> Problem | None:
-    """Why a file that `key` of a config names cannot be read at all."""
-
-    def problem(code: str, message: str, fix: str) -> Problem:
-        return Problem("error", code, message, fix, key)
-
-    if not os.path.exists(path):
-        if hub.is_hub_id(str(path)) and (splits := hub.splits(repository := str(path).partition(":")[0])):
-            wanted = str(path).partition(":")[2]
-            what = f"has no split {wanted}" if wanted else "has several splits to train on"
-            fix = f'write "{repository}:SPLIT" with one of {", ".join(splits)}'
-            return problem("dataset-split", f"{repository} {what}", fix)
-        if hub.is_hub_id(str(path)):
-            message = f"{path} is not here yet: `dpo train` asks the hub for it"
-            repository = str(path).partition(":")[0]
-            fix = f"`hf download --repo-type dataset {repository}` fetches it now; a local file has a suffix"
-            return Problem("warning", "dataset-on-hub", message, fix, key)
-        siblings = [file.name for file in path.parent.iterdir()] if os.path.exists(path.parent) and path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, 1, cutoff=0.75)
-        fix = f"did you mean {path.parent / near[0]}?" if near else f'check the path in "{key}"'
-        return problem("dataset-missing", f"there is no file {path}", fix)
-    if path.suffix.lower() not in READERS:
-        what = "holds no" if path.is_dir() else "is not a"
-        fix = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object a line'
-        return problem("dataset-format", f"{path} {what} {', '.join(READERS)} file", fix)
-    if not path.is_file():  # a folder of that name, or a pipe, which could not be read twice
-        return problem("dataset-unreadable", f"{path} is not a file", "name a readable file")
+def rows_of(path: str, reader: Callable[[str], Rows] | None = None) -> Rows:
+    """The rows of one readable file, as its suffix says or by another reader."""
+    place = 0
     try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:  # a file that may not be read: told as that
-        return problem("dataset-unreadable", f"cannot read {path}: {error.strerror}", "name a readable file")
-    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return problem("dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
-    if path.suffix.lower() == ".parquet" and start != b"PAR1":
-        return problem("dataset-damaged", f"{path} is not a Parquet file", "download or write it again")
-    return None
+        for place, parse_row in (reader or READERS[folders.kind(path)])(path):
+            yield place, parse_row
+    except DAMAGED as error:  # what was unpacked before stays
+        yield place + 1, partial(_refuse, "row-not-gzip", f"the gzip file is damaged from here on: {error}")
 
 
-def _json_lines(path: str) -> Rows:
+def opened(path: str) -> BinaryIO:
+    """A file to be read, unpacked on the way where its first bytes say gzip."""
     with Path(path).open("rb") as file:
+        is_packed = file.read(len(GZIPPED)) == GZIPPED
+    return cast(BinaryIO, gzip.open(path)) if is_packed else Path(path).open("rb")
+
+
+def lines_of(path: str, parse: Callable[[bytes], Any]) -> Rows:
+    """Each line that is not blank as a row, without byte order marks."""
+    with opened(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
@@ -76,17 +63,37 @@ def _json_lines(path: str) -> Rows:
                 while line and not line.endswith(b"\n"):  # step over the rest without keeping it
                     line = file.readline(MAX_LINE_BYTES)
                 yield number, partial(_refuse, "row-too-long", f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
-            elif not line.isspace():
-                yield number, partial(_parse_line, line, number)
+                continue
+            line = line.removeprefix(codecs.BOM_UTF8)  # also in the middle, where files were put together
+            if line and not line.isspace():
+                yield number, partial(parse, line)
+
+
+def unit(path: str) -> str:
+    """What places in a file count: "line" or "row"."""
+    kind = folders.kind(path)
+    if kind == ".json" and (file := Path(path)).is_file():
+        state = file.stat()
+        return _unit_of_list(path, state.st_mtime_ns, state.st_size)
+    return "row" if kind == ".parquet" else "line"
+
+
+def about_rows(
+    severity: Severity, code: str, reason: str, fix: str, key: str | None, file: str, lines: Sequence[int]
+) -> Problem:
+    """A problem of these rows of a file, whose places are called what they are."""
+    return errors.about_rows(severity, code, reason, fix, key, file, lines, unit(file))
+
+
+def _json_lines(path: str) -> Rows:
+    return lines_of(path, _parse_line)
 
 
 def _refuse(code: str, reason: str) -> Any:
     raise BadRow(code, reason)
 
 
-def _parse_line(line: bytes, number: int) -> Any:
-    if number == 1 and line.startswith(codecs.BOM_UTF8):
-        raise BadRow("row-bom", "the file starts with a byte order mark: save it as UTF-8 without BOM")
+def _parse_line(line: bytes) -> Any:
     try:
         return _DECODER.decode(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
@@ -107,45 +114,90 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 
 def _json_list(path: str) -> Rows:
-    """The rows of a JSON list, each with the line it starts on. After what cannot be parsed no row can be found."""
+    """The rows of a JSON list. After what cannot be parsed no row can be found."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = _whole(path)
     except UnicodeDecodeError as error:
         yield error.object.count(b"\n", 0, error.start) + 1, partial(_refuse, "row-not-utf8", "not valid UTF-8")
         return
-    at, line, counted = _SPACE.match(text, 0).end(), 1, 0  # type: ignore[union-attr]
-    closed = text[at : at + 1] != "["
-    if closed:
+    if text is None:
+        reason = f"a JSON list of more than {MAX_LIST_BYTES >> 20} MiB: write it as .jsonl, one row a line"
+        yield 1, partial(_refuse, "row-too-long", reason)
+        return
+    starts, fault = _row_starts(text)
+    lines = _lines_at(text, starts)
+    places = range(1, len(lines) + 1) if _share_a_line(lines) else lines
+    for place, start in zip(places[: len(places) - (fault is not None)], starts, strict=False):
+        yield place, partial(_parse_at, text, start)
+    if fault is not None:
+        yield places[-1], partial(_refuse, *fault)
+
+
+def _whole(path: str) -> str | None:
+    """The text of a file, None where it is too long."""
+    with opened(path) as file:
+        pieces = islice(iter(partial(file.read, PIECE_BYTES), b""), MAX_LIST_BYTES // PIECE_BYTES)
+        data = b"".join(pieces)
+        return None if file.read(1) else data.decode("utf-8-sig")
+
+
+def _row_starts(text: str) -> tuple[array[int], tuple[str, str] | None]:
+    """Where the rows of a JSON list start; and why the last of them, and all after it, cannot be read, where that is so."""
+    starts, decoder = array("q"), json.JSONDecoder()
+    at = _behind_space(text, 0)
+    if text[at : at + 1] != "[":
         rows_of_lines = text[at : at + 1] == "{" and text.count("\n{", at) > 0
         reason = "one object a line: such a file is called .jsonl" if rows_of_lines else "the file is not a JSON list of rows"
-        yield 1, partial(_refuse, "dataset-not-list", reason)
-    at += 1
-    while not closed:
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-        line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]":
-            return
+        return array("q", [0]), ("dataset-not-list", reason)
+    at = _behind_space(text, at + 1)
+    while text[at : at + 1] != "]":
+        starts.append(at)
         try:
-            row, at = _DECODER.raw_decode(text, at)
-            yield line, partial(_as_it_is, row)
-        except BadRow as error:  # a duplicate key: the decoder does not say where the row ends
-            yield line, partial(_refuse, error.code, error.reason)
-            try:
-                at = json.JSONDecoder().raw_decode(text, at)[1]
-            except (ValueError, RecursionError):  # and after the row there is more that is wrong
-                return
+            end = _behind_space(text, decoder.raw_decode(text, at)[1])
         except (ValueError, RecursionError):
-            yield line, partial(_refuse, "row-not-json", "not valid JSON, so what follows cannot be read")
-            return
-        at = _SPACE.match(text, at).end()  # type: ignore[union-attr]
-        if text[at : at + 1] not in (",", "]"):
-            line += text.count("\n", counted, at)
-            yield (
-                line,
-                partial(_refuse, "row-not-json", "a comma or the closing bracket is missing, so what follows cannot be read"),
-            )
-            return
-        at += text[at] == ","
+            return starts, ("row-not-json", "not valid JSON, so what follows cannot be read")
+        if text[end : end + 1] not in (",", "]"):
+            starts.append(end)
+            return starts, ("row-not-json", "a comma or the closing bracket is missing, so what follows cannot be read")
+        at = _behind_space(text, end + 1) if text[end] == "," else end
+    if (end := _behind_space(text, at + 1)) < len(text):
+        starts.append(end)
+        return starts, ("row-not-json", "the list ends here, so what follows cannot be read")
+    return starts, None
+
+
+def _behind_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr] # which matches no space too
+
+
+def _lines_at(text: str, positions: Iterable[int]) -> array[int]:
+    """The line of each position, of which none is before the one before it."""
+    lines, line, counted = array("q"), 1, 0
+    for position in positions:
+        line, counted = line + text.count("\n", counted, position), position
+        lines.append(line)
+    return lines
+
+
+def _share_a_line(lines: Sequence[int]) -> bool:
+    return len(set(lines)) < len(lines)
+
+
+@lru_cache(maxsize=64)
+def _unit_of_list(path: str, changed_at: int, size: int) -> str:
+    """`unit` of a JSON list, for the problems of one state of a file."""
+    try:
+        text = _whole(path) or ""
+    except (UnicodeDecodeError, *DAMAGED):
+        return "line"
+    return "row" if _share_a_line(_lines_at(text, _row_starts(text)[0])) else "line"
+
+
+def _parse_at(text: str, start: int) -> Any:
+    try:
+        return _DECODER.raw_decode(text, start)[0]
+    except (ValueError, RecursionError) as error:
+        raise BadRow("row-not-json", "not valid JSON") from error
 
 
 def _as_it_is(row: Any) -> Any:
@@ -158,11 +210,10 @@ def _csv(path: str) -> Rows:
     Cells are divided by what divides the header most often: a comma, a semicolon, a tab or a bar.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
-    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        header_line = file.readline(MAX_LINE_BYTES)
-    delimiter = max(",;\t|", key=header_line.count)
-    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        table = csv.reader(file, delimiter=delimiter, strict=True)
+    with _text(path) as file:
+        delimiter = max(",;\t|", key=file.readline(MAX_LINE_BYTES).count)
+    with _text(path) as file:
+        table = csv.reader(_bounded(file), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
             line = table.line_num + 1
@@ -180,6 +231,21 @@ def _csv(path: str) -> Rows:
                 return
             if cells:
                 yield line, partial(_parse_cells, header, cells)
+
+
+def _text(path: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _bounded(file: io.TextIOBase) -> Iterator[str]:
+    """The lines of a table. One that is too long becomes a cell that is too long, which the parser refuses."""
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) < MAX_LINE_BYTES or line.endswith(("\n", "\r")):
+            yield line
+            continue
+        while line and not line.endswith(("\n", "\r")):
+            line = file.readline(MAX_LINE_BYTES)
+        yield "x" * (MAX_LINE_BYTES + 1)
 
 
 def _parse_cells(header: list[str], cells: list[str]) -> Any:

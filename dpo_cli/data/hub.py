@@ -9,15 +9,15 @@ import re
 from pathlib import Path
 
 from dpo_cli import hub
+from dpo_cli.data.folders import GZIP, SUFFIXES, by_split, holds_rows, kind, to_train_on
 from dpo_cli.errors import RunFailed
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # the first that a repository has is read
-SPLIT = re.compile(r"train|test|val|dev|eval", re.IGNORECASE)  # what the names of splits hold
+OF_FILES = (*SUFFIXES, GZIP, ".txt", ".zip", ".zst", ".bz2", ".xz", ".tgz", ".arrow")  # no name of a dataset ends so
 
 
 def is_hub_id(name: str) -> bool:
     """Whether a name that is no path here may be one there: owner/name or owner/name:split."""
-    is_file = Path(name).suffix.lower() in (*SUFFIXES, ".txt", ".gz", ".zip")
+    is_file = Path(name).suffix.lower() in OF_FILES
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name) is not None and not is_file and not Path(name).parent.exists()
 
 
@@ -25,16 +25,13 @@ def cached(name: str) -> tuple[str, list[str]]:
     """(split, its data files) of a fetched dataset: the split that is named, or the only one to train on; else no files."""
     repository, _, wanted = name.partition(":")
     found = splits(repository)
-    training = [split for split in found if "train" in split] or list(found)
+    training = to_train_on(found)
     split = wanted or (training[0] if len(training) == 1 else "")
     return split, found.get(split, [])
 
 
 def splits(repository: str) -> dict[str, list[str]]:
-    """The data files of a fetched dataset by their split; none when it was not fetched.
-
-    A file belongs to the split that its name says (train-00000-of-00002.parquet) or that its folder is called.
-    """
+    """The data files of a fetched dataset by their split; none when it was not fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -42,15 +39,10 @@ def splits(repository: str) -> dict[str, list[str]]:
         folder = Path(snapshot_download(repository, repo_type="dataset", local_files_only=True))
     except LocalEntryNotFoundError:
         return {}
-    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and "info" not in file.name)
-    kinds = [[file for file in files if file.suffix == suffix] for suffix in SUFFIXES]
-    found: dict[str, list[str]] = {}
-    for file in next(filter(None, kinds), []):
-        own = re.sub(r"(?:^|[-_.])\d+(?:-of-\d+(?:-[0-9a-f]+)?)?$", "", file.stem)
-        parent = file.parent.name if file.parent != folder else ""
-        is_told_by_folder = not own or (SPLIT.search(parent) is not None and SPLIT.search(own) is None)
-        found.setdefault(parent if is_told_by_folder and parent else own, []).append(str(file))
-    return found
+    files = sorted(file for file in folder.rglob("*") if holds_rows(file))
+    kinds = [[file for file in files if kind(file) == suffix] for suffix in SUFFIXES]
+    found = by_split(next(filter(None, kinds), []), folder)
+    return {split: [str(file) for file in its_files] for split, its_files in found.items()}
 
 
 def fetch(name: str) -> None:
@@ -65,7 +57,7 @@ def fetch(name: str) -> None:
 
     try:
         hub.answer(lambda: HfApi().dataset_info(name, timeout=hub.DEADLINE_SECONDS))
-        patterns = [f"*{suffix}" for suffix in SUFFIXES]
+        patterns = [f"*{suffix}{packed}" for suffix in SUFFIXES for packed in ("", GZIP)]
         snapshot_download(name, repo_type="dataset", allow_patterns=patterns, etag_timeout=hub.DEADLINE_SECONDS)
     except GatedRepoError as error:
         raise hub.gated("dataset", name) from error

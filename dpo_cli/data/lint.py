@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from rapidfuzz import fuzz, utils
 
+from dpo_cli.data.files import about_rows, unit
 from dpo_cli.data.formats import Pair
 from dpo_cli.data.messages import flat, said, turns_of
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, differ, plain, same_answer, script, words
-from dpo_cli.errors import Problem, Severity, about_rows
+from dpo_cli.errors import Problem, Severity
 
 Limits = Mapping[str, float]
 
@@ -52,7 +53,7 @@ class Finding:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.rows: dict[str, array[int]] = defaultdict(lambda: array("q"))
-        self.examples: dict[str, str] = {}  # by file, where the first such row has a partner
+        self.examples: dict[str, tuple[int, str, int]] = {}  # by file, the first such row that has a partner, and where that is
 
     def see(self, seen: Seen) -> None:
         """Look at one pair."""
@@ -60,15 +61,17 @@ class Finding:
     def note(self, pair: Pair, partner: tuple[str, int] | None = None) -> None:
         """Remember a row, and of the first of a file the place of the earlier pair that it is like."""
         self.rows[pair.file].append(pair.line)
-        if partner is not None and pair.file not in self.examples:
-            file, line = partner
-            where = f"line {line}" if file == pair.file else f"{file}:{line}"
-            self.examples[pair.file] = f" (line {pair.line} is as {where})"
+        if partner is not None:
+            self.examples.setdefault(pair.file, (pair.line, *partner))
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         """What was found, at the end of the pass."""
         for file, lines in self.rows.items():
-            reason = self.reason + self.examples.get(file, "")
+            reason = self.reason
+            if file in self.examples:
+                line, other, place = self.examples[file]
+                partner = f"{unit(file)} {place}" if other == file else f"{other}:{place}"
+                reason += f" ({unit(file)} {line} is as {partner})"
             yield about_rows(self.severity, self.code, reason, self.fix, data.key, file, lines)
 
     def about_all(self, data: Dataset, message: str) -> Problem:

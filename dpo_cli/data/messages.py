@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_cli.data.words import visible
+
 Message = dict[str, Any]
 Text = str | list[Message]
 
@@ -249,7 +251,7 @@ def with_arguments(message: Message, as_text: bool) -> Message:
 
 def sound(text: str, key: str) -> str:
     """The text, or `BadRow` where no tokens can be made of it."""
-    if not text or text.isspace():
+    if not visible(text).strip():
         raise BadRow("row-empty", f"{key} is empty")
     if "\0" in text:
         raise BadRow("row-nul", f"{key} holds a NUL character")
@@ -265,7 +267,7 @@ def system_of(value: Any) -> str:
     if isinstance(value, list) and not all(map(_kind, value)):
         return "\n".join(filter(None, map(system_of, value)))
     text = _content([value] if isinstance(value, Mapping) else value, "system", "system")
-    return sound(text, "system") if text.strip() else ""
+    return sound(text, "system") if visible(text).strip() else ""
 
 
 def _is_empty_system(message: Any) -> bool:
@@ -273,7 +275,7 @@ def _is_empty_system(message: Any) -> bool:
     return (
         isinstance(message, Mapping)
         and "system" in (message.get("role"), message.get("from"))
-        and not (message.get("content") or message.get("value"))
+        and not visible(str(message.get("content") or message.get("value") or "")).strip()
     )
 
 

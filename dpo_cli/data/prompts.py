@@ -7,13 +7,13 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from dpo_cli.data import files
+from dpo_cli.data import faults, files, folders
+from dpo_cli.data.files import about_rows
 from dpo_cli.data.formats import Question, to_question
 from dpo_cli.data.messages import BadRow
-from dpo_cli.errors import Problem, Severity, about_rows
+from dpo_cli.errors import Problem, Severity
 
 TEXT = ".txt"
 
@@ -37,7 +37,7 @@ def read_prompts(path: str, columns: Mapping[str, str] | None = None, skip: bool
     bad: dict[tuple[str, str], list[int]] = defaultdict(list)
     questions: dict[str, Question] = {}
     rows = 0
-    for line, parse_row in _lines(path) if path.lower().endswith(TEXT) else files.rows_of(path):
+    for line, parse_row in files.rows_of(path, _lines if folders.kind(path) == TEXT else None):
         rows += 1
         try:
             question = to_question(parse_row(), line, path, columns)
@@ -65,29 +65,25 @@ def without_reference(prompts: Prompts, path: str) -> list[Problem]:
 
 def _fault(path: str) -> Problem | None:
     """Why the file cannot be read at all."""
-    suffixes, suffix = (TEXT, *files.READERS), Path(path).suffix.lower()
+    suffixes = (TEXT, *files.READERS)
     if not os.path.exists(path):
         return Problem("error", "prompts-missing", f"there is no file {path}", "check the path of the prompts")
-    if suffix not in suffixes:
-        message = f"{path} is not a {', '.join(suffixes)} file"
-        return Problem("error", "prompts-format", message, "use a .txt file with a prompt a line, or a .jsonl file")
-    if suffix != TEXT:
-        return files.fault(Path(path), "prompts")
-    if Path(path).is_file() and os.access(path, os.R_OK):
-        return None
-    return Problem("error", "prompts-unreadable", f"cannot read {path}", "name a readable file")
+    if not Path(path).is_file():
+        return Problem("error", "prompts-unreadable", f"cannot read {path}", "name a readable file")
+    problem = faults.fault(Path(path), "prompts", suffixes)
+    if problem is not None and problem.code == "dataset-format":
+        fix = "use a .txt file with a prompt a line, or a .jsonl file"
+        return Problem("error", "prompts-format", problem.message, fix)
+    return problem
 
 
 def _lines(path: str) -> files.Rows:
     """Each line that is not blank as a row with that prompt."""
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield number, partial(_prompt_of, line, number)
+    return files.lines_of(path, _prompt_of)
 
 
-def _prompt_of(line: bytes, number: int) -> dict[str, str]:
+def _prompt_of(line: bytes) -> dict[str, str]:
     try:
-        return {"prompt": line.decode("utf-8-sig" if number == 1 else "utf-8").strip()}
+        return {"prompt": line.decode("utf-8").strip()}
     except UnicodeDecodeError as error:
         raise BadRow("row-not-utf8", "not valid UTF-8") from error

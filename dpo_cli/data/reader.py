@@ -2,23 +2,25 @@
 
 Memory does not grow with the file, but for a JSON list, which has no lines to read one by one.
 
-A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet), a folder of such files, or a list of those with weights.
+A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet; text also in gzip), a folder of such files, or a list of those with
+weights.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from dpo_cli.data import files, hub
+from dpo_cli.data import files, folders, hub
+from dpo_cli.data.faults import fault
+from dpo_cli.data.files import about_rows
 from dpo_cli.data.formats import Pair, Row, pair_of, shape_of, to_demonstration
 from dpo_cli.data.messages import BadRow
-from dpo_cli.errors import Problem, Severity, about_rows
+from dpo_cli.errors import Problem, Severity
 
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
 
@@ -135,7 +137,7 @@ def holds_pairs(path: str) -> bool:
 
 def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
     """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
-    found = (files.fault(Path(source.path), key) for source in sources_of(value))
+    found = (fault(Path(source.path), key) for source in sources_of(value))
     return [problem for problem in found if problem is not None]
 
 
@@ -156,9 +158,9 @@ def read(
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
     data = Dataset(name, sources, columns, key=key, demonstrations=demonstrations)
     whole = unreadable(value, key)
-    readable = [source for source in sources if files.fault(Path(source.path), key) is None]
+    readable = [source for source in sources if fault(Path(source.path), key) is None]
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    details: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # of the first such rows
+    details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first such rows, with their places
     shapes: Counter[str] = Counter()
     met: set[str] = set()  # of the columns that the config names
     prompts: set[int] = set()
@@ -168,8 +170,8 @@ def read(
         if isinstance(row, Bad):  # kept, so that one pass names them all
             bad[row.file, row.code, row.reason].append(row.line)
             told = details[row.file, row.code, row.reason]
-            if row.detail and len(told) < SHOWN and not any(row.detail in other for other in told):
-                told.append(f"line {row.line}, {row.detail}")
+            if row.detail and len(told) < SHOWN:
+                told.setdefault(row.detail, row.line)
             continue
         prompt_key = row.prompt_key
         prompts.add(hash(prompt_key))
@@ -177,11 +179,11 @@ def read(
             observer.see(row, prompt_key)
     severity: Severity = "warning" if skip else "error"
     fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
-    problems = [
-        about_rows(severity, code, f"{reason} ({'; '.join(told)})" if told else reason, fix, key, file, lines)
-        for (file, code, reason), lines in bad.items()
-        for told in [details[file, code, reason]]
-    ]
+    problems = []
+    for (file, code, reason), lines in bad.items():
+        examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in details[file, code, reason].items()]
+        reason += f" ({'; '.join(examples)})" if examples else ""
+        problems.append(about_rows(severity, code, reason, fix, key, file, lines))
     pairs = rows - sum(map(len, bad.values()))
     problems = [*whole, *problems]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
@@ -190,11 +192,7 @@ def read(
         if column not in met:
             message = f'no row has a column "{column}", which "columns" names for {name}'
             problems.append(Problem("warning", "column-missing", message, "correct its name, or leave it out", "columns"))
-    for path in hub_ids({key: value}):
-        split, its_files = hub.cached(path)
-        if its_files:
-            message = f"{path} is read from its split {split}: {len(its_files)} {Path(its_files[0]).suffix} files"
-            problems.append(Problem("hint", "hub-split", message, f'"{path.partition(":")[0]}:SPLIT" names another', key))
+    problems += _choices(value, key)
     for says, count in shapes.items():
         fix = 'say what the columns are called with "columns" if that is not meant'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
@@ -240,7 +238,21 @@ def _files(path: str) -> list[str]:
     """The files of a folder in the order of their names, or of a dataset of the hub; a file itself."""
     if hub.is_hub_id(path):
         return hub.cached(path)[1] or [path]
-    folder = Path(path)
-    if folder.suffix.lower() in files.READERS or not os.path.exists(path) or not folder.is_dir():
-        return [path]
-    return [str(file) for file in sorted(folder.iterdir()) if file.suffix.lower() in files.READERS and file.is_file()] or [path]
+    content = folders.choice(path)
+    return [str(file) for file in content.files] if content is not None and content.files else [path]
+
+
+def _choices(value: str | Sequence[str | Mapping[str, Any]], key: str) -> Iterator[Problem]:
+    """Hints that say which files of a hub dataset or a folder are read."""
+    for path, _ in _entries(value):
+        if hub.is_hub_id(path):
+            split, its_files = hub.cached(path)
+            if its_files:
+                message = f"{path} is read from its split {split}: {len(its_files)} {folders.kind(its_files[0])} files"
+                yield Problem("hint", "hub-split", message, f'"{path.partition(":")[0]}:SPLIT" names another', key)
+        elif (content := folders.choice(path)) is not None and content.files:
+            read = folders.shown([file.name for file in content.files])
+            rest = f"; not read: {folders.shown(content.others)}" if content.others else ""
+            message = f"files of {path} that are read ({len(content.files)}): {read}{rest}"
+            fix = 'name a file, a list of files, or "FOLDER:SPLIT" (the split as in the names of its files) for others'
+            yield Problem("hint", "folder-files", message, fix, key)

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
+from dpo_cli.data.files import about_rows
 from dpo_cli.data.formats import Row
 from dpo_cli.data.messages import Message, Text, answer_to, as_messages
 from dpo_cli.data.omissions import cause, left_out, parts_of
 from dpo_cli.data.tokenizer import Tokenizer
-from dpo_cli.errors import InvalidInput, Problem, Severity, about_rows
+from dpo_cli.errors import InvalidInput, Problem, Severity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -86,7 +86,25 @@ MARKERS = re.compile(
 )
 
 
+# Characters without a width (joiners, soft hyphens, marks of direction, selectors, tags), and those that are blank. The tags
+# behind a black flag are visible: they make it the flag of England or of Scotland.
+_HIDDEN = re.compile(
+    "(\U0001f3f4[\U000e0020-\U000e007f]+)"
+    "|[\u00ad\u034f\u061c\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
+    "\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
+_BLANK = str.maketrans(dict.fromkeys("\u115f\u1160\u2800\u3164\uffa0", " "))
+
+
+def visible(text: str) -> str:
+    """What can be seen of a text, to ask whether it is empty or the same as another. What is trained stays as it is written."""
+    return text if text.isascii() else _HIDDEN.sub(r"\1", text).translate(_BLANK)
+
+
 def plain(text: str) -> str:
-    """The text without differences of case and blanks, but for those at the start of a line, which mean something in code."""
-    lines = text.casefold().strip().splitlines()
+    """The text without differences of case, of blanks and of what is not seen.
+
+    Blanks at the start of a line stay: they mean something in code.
+    """
+    lines = visible(text).casefold().strip().splitlines()
     return "\n".join(line[: len(line) - len(line.lstrip())] + " ".join(line.split()) for line in lines)

@@ -1,0 +1,126 @@
+"""Folders of data files: which files are rows, and which of them are trained on. Local folders and hub datasets alike.
+
+A file belongs to the split that its name says (train_prefs-00000-of-00002.parquet), or that its folder is called.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # of a hub dataset the first that it has is read
+GZIP = ".gz"
+TRAINING = re.compile(r"(?<![a-z])train", re.IGNORECASE)
+EVALUATION = re.compile(
+    r"(?<![a-z])(tests?|val(id(ation)?)?|dev|eval(uation)?|held[-_.]?out|hold[-_.]?out)(?![a-z])", re.IGNORECASE
+)
+_SHARD = re.compile(r"(?:^|[-_.])\d+(?:-of-\d+(?:-[0-9a-f]+)?)?$")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Of a folder: the files that are read, the names of its other files, and the splits of which the config names none."""
+
+    files: tuple[Path, ...] = ()
+    others: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+
+
+def kind(path: str | Path) -> str:
+    """The suffix that says how a file is read, in lower case: that of pairs.jsonl.gz is .jsonl."""
+    name = str(path).lower()
+    return Path(name.removesuffix(GZIP)).suffix
+
+
+def holds_rows(file: Path) -> bool:
+    """Whether a file of a folder may hold rows: dataset_info.json and the like describe others."""
+    return kind(file) in SUFFIXES and not (kind(file) == ".json" and "info" in file.name)
+
+
+def by_split(files: Iterable[Path], folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by their split."""
+    found: dict[str, list[Path]] = {}
+    for file in files:
+        stem = file.name[: -len(GZIP)] if file.suffix.lower() == GZIP else file.name
+        own = _SHARD.sub("", Path(stem).stem)
+        parent = file.parent.name if file.parent != folder else ""
+        is_named_by_folder = not own or (_is_split(parent) and not _is_split(own))
+        found.setdefault(parent if is_named_by_folder and parent else own, []).append(file)
+    return found
+
+
+def to_train_on(splits: Iterable[str]) -> list[str]:
+    """The splits whose names say training; else those whose names do not say evaluation; else all."""
+    names = list(splits)
+    training = [name for name in names if TRAINING.search(name)]
+    return training or [name for name in names if not EVALUATION.search(name)] or names
+
+
+def choice(path: str) -> Choice | None:
+    """What is read of a local folder, or of one of its splits (FOLDER:SPLIT); None where `path` names no folder.
+
+    Files whose names say no split are read together; of several training splits the config has to name one.
+    """
+    folder, wanted = _folder_and_split(path)
+    if folder is None:
+        return None
+    if was_saved_to_disk(folder):
+        return Choice()
+    content = _listed(folder)
+    files = _with_rows(content)
+    if not files:  # a copy of a hub dataset has its files in data/, or in a folder for each split
+        content = [file for each in content for file in (_listed(each) if _may_hold_files(each) else [each])]
+        files = _with_rows(content)
+    splits = by_split(files, folder)
+    names = [wanted] if wanted else to_train_on(splits)
+    is_open = wanted not in splits if wanted else len(names) > 1 and bool(TRAINING.search(names[0]))
+    if is_open:
+        return Choice(splits=tuple(splits if wanted else names))
+    chosen = sorted(file for name in names for file in splits.get(name, ()))
+    others = [str(file.relative_to(folder)) + "/" * file.is_dir() for file in content if file not in set(chosen)]
+    return Choice(tuple(chosen), tuple(others))
+
+
+def was_saved_to_disk(folder: Path) -> bool:
+    """Whether `save_to_disk` of the library datasets wrote the folder."""
+    return any(
+        all((folder / name).is_file() for name in names)
+        for names in (["state.json", "dataset_info.json"], ["dataset_dict.json"])
+    )
+
+
+def shown(names: Sequence[str], most: int = 10) -> str:
+    """The first of many names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _is_split(name: str) -> bool:
+    return bool(TRAINING.search(name) or EVALUATION.search(name))
+
+
+def _folder_and_split(path: str) -> tuple[Path | None, str]:
+    folder, _, split = path.rpartition(":")
+    if os.path.exists(path) or not folder or not split:
+        folder, split = path, ""
+    # What is called x.jsonl should be a file.
+    is_folder = os.path.exists(folder) and Path(folder).is_dir() and kind(folder) not in SUFFIXES
+    return (Path(folder) if is_folder else None), split
+
+
+def _may_hold_files(file: Path) -> bool:
+    return (file.name == "data" or _is_split(file.name)) and file.is_dir()
+
+
+def _with_rows(content: Iterable[Path]) -> list[Path]:
+    return [file for file in content if holds_rows(file) and file.is_file()]
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What stands in a folder, but for hidden files; nothing where it may not be read."""
+    try:
+        return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    except OSError:
+        return []
