@@ -79,6 +79,7 @@ data-speed: install
 
 fuzz: install
 	FUZZ_EXAMPLES=10000 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_fuzz.py
+	FUZZ_EXAMPLES=500 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_corpus.py
 
 validate-speed: install
 	$(BIN)/python benchmarks/validate_speed.py

@@ -6,6 +6,7 @@ may write it otherwise (trimmed, escaped, in another place).
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def left_out(
                 break
             at = found + len(text) if found >= 0 and part.key == "content" else at
     for number, call in enumerate(message.get("tool_calls") or ()):
-        if not all(text in rendered for text in _said_by(call)) and not is_seen(_with_other_call(message, number)):
+        if not all(_stands_in(rendered, text) for text in _said_by(call)) and not is_seen(_with_other_call(message, number)):
             yield Part("a tool call", ())
 
 
@@ -100,12 +101,17 @@ def _said_by(call: Mapping[str, Any]) -> Iterator[str]:
     stack: list[Any] = [made["function"]["arguments"]]
     while stack:
         value = stack.pop()
-        if isinstance(value, str) and value.isalnum():
+        if isinstance(value, str):
             yield value
         elif isinstance(value, Mapping):
             stack += [*value, *value.values()]
         elif isinstance(value, list):
             stack += value
+
+
+def _stands_in(rendered: str, text: str) -> bool:
+    """Whether a text is in a rendering, as it is or as JSON writes it."""
+    return any(form in rendered for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]))
 
 
 def _with_other_call(message: Message, number: int) -> Message:
