@@ -164,7 +164,9 @@ def _read_data(loaded: Loaded, wrong: set[str | None]) -> tuple[Data | None, int
     said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
     data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
-    found += quality.problems(data.train) if not is_sft else ()
+    is_rendered = values.get("use_chat_template") is False  # the texts are trained on as they are
+    about_texts = () if is_sft else quality.problems(data.train)
+    found += (problem for problem in about_texts if not (is_rendered and problem.code == lint.ChatMarkers.code))
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     pairs = reader.epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:

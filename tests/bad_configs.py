@@ -118,7 +118,7 @@ SYNTAX = [
     Case("json-syntax", None, '"beta" = 0.1', 'write "key": value'),
     Case("json-syntax", None, '"output_dir": "runs/a\n  b"', "close it with a double quote"),
     Case("json-syntax", "output_dir", '"output_dir": "C:\\models"', "write / between the folders"),
-    Case("json-syntax", "output_dir", '"output_dir": "a\tb"', "a tab as"),
+    Case("json-syntax", "output_dir", '"output_dir": "a\tb"', "the tab as"),
     Case("json-syntax", None, '"output_dir": r"runs"', "delete the r"),
     Case("json-nan", "beta", '"beta": NaN', "a finite number"),
     Case("json-nan", "learning_rate", '"learning_rate": -Infinity', "a finite number"),
@@ -429,7 +429,7 @@ MODELS = [
 
 HARDWARE = [
     Case("does-not-fit", None, '"model_name": "meta-llama/Llama-3.1-8B-Instruct"', '"use_4bit": true', None, vram_gb=16),
-    warning("fp16-device", "fp16", '"fp16": true', "use bf16", machine=NO_CARD),
+    warning("fp16-device", "fp16", '"fp16": true', '"bf16": true instead', machine=NO_CARD),
     warning("bf16-device", "bf16", '"bf16": true', "fp16 is used", machine=OLD_CARD),
     warning("optim-device", "optim", '"device": "mps", "optim": "adamw_8bit"', 'leave "optim" out', machine=APPLE),
     warning("device-missing", "device", '"device": "cuda"', "--vram", machine=NO_CARD),
@@ -468,7 +468,7 @@ DATA = [
     Case("dataset-unreadable", "dataset", '"dataset": "data/folder.jsonl"', "a readable file"),
     Case("dataset-utf16", "dataset", '"dataset": "data/utf16.jsonl"', "UTF-8"),
     rows("dataset-empty", '"dataset": "data/empty.jsonl"', "add pairs", None),
-    rows("dataset-not-list", '"dataset": "data/object.json"', "delete what is named", 1),
+    rows("dataset-not-list", '"dataset": "data/object.json"', "between [ and ]", 1),
     warning("dataset-on-hub", "dataset", '"dataset": "trl-lib/ultrafeedback_binarized"', "hf download"),
     Case("dataset-damaged", "dataset", '"dataset": "data/text.parquet"', "write it again"),
     rows("row-not-json", '"dataset": "data/row-not-json.jsonl"', "delete what is named", 2),

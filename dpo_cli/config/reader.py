@@ -190,7 +190,7 @@ class _Scanner:
             self.damage("json-syntax", message, "in a path write / between the folders; a backslash itself is \\\\", where)
         else:
             message = f"a raw control character ({ord(odd.group()):#04x}) in a string"
-            self.damage("json-syntax", message, "write a tab as \\t, or a space", where)
+            self.damage("json-syntax", message, "write a space; where a text needs a tab, write the tab as \\t", where)
         self.at = start + len(closed.group())
         return closed.group()[1:-1]
 

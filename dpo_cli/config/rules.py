@@ -137,7 +137,7 @@ def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
     for name in ("eval_steps", "early_stopping_patience", "split_seed"):
         if given.get(name) is not None:
             message = f"{name} has no effect: nothing is held out"
-            yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split", for example to 0.1', name)
+            yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split": 0.1, for example', name)
 
 
 def best_checkpoint_is_judged(values: Values, given: Values) -> Iterator[Problem]:
@@ -233,7 +233,9 @@ def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     if (isinstance(modules, list) and "lm_head" in modules) or (isinstance(modules, str) and _takes_head(modules)):
         message = "an adapter on lm_head would never be trained: the log-probs use its weight directly"
         yield Problem("error", "lm-head-adapter", message, "remove lm_head from target_modules", "target_modules")
-    if isinstance(modules, list) and (words := [name for name in modules if as_here(options()["target_modules"], name) == "all-linear"]):
+    if isinstance(modules, list) and (
+        words := [name for name in modules if as_here(options()["target_modules"], name) == "all-linear"]
+    ):
         fix = 'write "target_modules": "all-linear"'
         yield Problem("error", "all-linear-in-list", f"no layer is called {words[0]}", fix, "target_modules")
 

@@ -20,6 +20,8 @@ from dpo_cli.data.formats import BadRow, Pair, Row, pair_of, shape_of, to_demons
 from dpo_cli.errors import Problem, Severity, about_rows
 
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
+# What helps where no row can be deleted or left out.
+FIXES = {"dataset-not-list": "write the rows between [ and ], with commas, or one a line into a file named .jsonl"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def read(
     severity: Severity = "warning" if skip else "error"
     fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
     problems = [
-        about_rows(severity, code, f"{reason} ({'; '.join(told)})" if told else reason, fix, key, file, lines)
+        about_rows(severity, code, f"{reason} ({'; '.join(told)})" if told else reason, FIXES.get(code, fix), key, file, lines)
         for (file, code, reason), lines in bad.items()
         for told in [details[file, code, reason]]
     ]
