@@ -30,7 +30,7 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
     """
     config = plan.config
     if config.fp16 and config.device != "cuda":
-        message, fix = f"fp16 needs CUDA; this would run on {config.device}", "use bf16, or leave both keys out"
+        message, fix = f"fp16 needs CUDA; this would run on {config.device}", 'write "bf16": true instead, or leave "fp16" out'
         yield Problem("warning", "fp16-device", message, fix, "fp16", stops_training=True)
     if config.device == "mps" and config.optim in NOT_ON_MPS:
         message, fix = f"optim {config.optim} does not run on mps", 'leave "optim" out, or write "device": "cpu"'

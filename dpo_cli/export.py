@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from dpo_cli.config.check import fits
+from dpo_cli.config.other_tools import fits
 from dpo_cli.console import Console, json_text
 from dpo_cli.errors import Exit, InvalidInput, Problem, RunFailed, UsageError
 from dpo_cli.evaluation.judging import score

@@ -177,11 +177,11 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
     said["rendered"] = len(sample.rows)
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
     data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
-    found += quality.problems(data.train) if not is_sft else ()
     use_chat_template = values.get("use_chat_template", "auto")
+    is_as_it_is = use_chat_template is False or not sample.is_chat  # markers of a template are meant then
+    about_texts = () if is_sft else quality.problems(data.train)
+    found += (problem for problem in about_texts if not (is_as_it_is and problem.code == lint.ChatMarkers.code))
     found += sample.problems(use_chat_template, skip)
-    if use_chat_template is False or not sample.is_chat:  # then the markers are meant, and nothing is put around them
-        found = [problem for problem in found if problem.code != lint.ChatMarkers.code]
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     pairs = reader.epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from dpo_cli.config import other_tools
+from dpo_cli.config.other_tools import fits
 from dpo_cli.config.reader import Path, as_json, parse
 from dpo_cli.config.schema import Option, options, same, schema
 from dpo_cli.errors import Problem
@@ -24,12 +25,12 @@ def problems(given: Mapping[str, Any]) -> Iterator[Found]:
 
     for key in given:
         if key not in schema()["properties"]:
-            yield (key,), _unknown(key)
+            yield (key,), _unknown(key, given)
     wrong = set()
     for error in Draft202012Validator(schema()).iter_errors(dict(given)):
         if error.absolute_path and (path := tuple(error.absolute_path)) not in wrong:  # the others are told in words of ours
             wrong.add(path)
-            yield path, _bad_value(str(path[0]), error)
+            yield path, _bad_value(str(path[0]), error, given)
     sound = [option for name, option in options().items() if name in given and name not in {path[0] for path in wrong}]
     for option in sound:
         if not option.works(given[option.name]):
@@ -37,11 +38,6 @@ def problems(given: Mapping[str, Any]) -> Iterator[Found]:
             message = f'this version cannot train with "{option.name}": {shown} yet'
             fix = f'remove the key, or write "{option.name}": {json.dumps(option.rule.get("default"))}'
             yield (option.name,), Problem("warning", "not-yet", message, fix, option.name, stops_training=True)
-
-
-def meant_by(given: Mapping[str, Any]) -> set[str]:
-    """The options that unknown keys stand for: what is said under another name is not missing as well."""
-    return {name for name, option in options().items() if given.keys() & {*option.known_as}}
 
 
 def missing(given: Mapping[str, Any]) -> Iterator[Problem]:
@@ -52,26 +48,14 @@ def missing(given: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem("error", "missing-key", f'"{name}" is missing', f'add "{name}": "...". {option.description}', name)
 
 
-def _unknown(key: str) -> Problem:
+def _unknown(key: str, given: Mapping[str, Any]) -> Problem:
     if key in PAIR_KEYS:
         fix = 'put the rows into a .jsonl file, and name it in "dataset"'
         return Problem("error", "data-in-config", f'"{key}" belongs into a dataset, not into a config', fix, key)
-    return Problem("error", "unknown-key", f'"{key}" is not an option', _meant(key), key)
+    return Problem("error", "unknown-key", f'"{key}" is not an option', other_tools.advice(key, given), key)
 
 
-def _meant(key: str) -> str:
-    """The option that an unknown key most likely stands for."""
-    if key in schema()["x-elsewhere"]:
-        return f"remove the key: {schema()['x-elsewhere'][key]}"
-    elsewhere = {alias: name for name, option in options().items() for alias in option.known_as}
-    if key in elsewhere:
-        return f'here it is called "{elsewhere[key]}": {options()[elsewhere[key]].description}'
-    near = difflib.get_close_matches(key.lower(), [*options(), *elsewhere], 1, cutoff=0.75)
-    meant = elsewhere.get(near[0], near[0]) if near else None
-    return f'did you mean "{meant}"?' if meant else "remove the key; `dpo train --help` lists every option"
-
-
-def _bad_value(name: str, error: ValidationError) -> Problem:
+def _bad_value(name: str, error: ValidationError, given: Mapping[str, Any]) -> Problem:
     """`error` is about the whole value of an option, or about a part of it."""
     option = Option(name, schema()["properties"][name])
     rule: Any = error.schema
@@ -85,38 +69,26 @@ def _bad_value(name: str, error: ValidationError) -> Problem:
         message = f'"{name}"{where} is empty'
     else:
         message = f'"{name}"{where}: {shown} is not {part.type_words}'
-    fix = option.description if where else _better(option, error.instance)
+    fix = option.description if where else other_tools.own_advice(name, given) or _better(option, error.instance)
     return Problem("error", "bad-value", message, fix, name)
 
 
 def _better(option: Option, value: Any) -> str:
     """What to write instead."""
     example = option.rule.get("default")
+    here = other_tools.as_here(option, value)
+    if not same(here, value) and fits(option.name, here):
+        return f'write "{option.name}": {json.dumps(here)}'
     if isinstance(value, str):
         choices = option.rule.get("enum") or option.rule.get("items", {}).get("enum", ())
         words = [choice for choice in choices if isinstance(choice, str)]
         plain = value.lower().replace("-", "_")
-        meant = [word for word in words if plain and (word.startswith(plain) or plain.startswith(word))]
-        near = difflib.get_close_matches(plain, words, 1, cutoff=0.75)
-        if meant or near:
-            return f'did you mean "{option.name}": {json.dumps((meant or near)[0])}?'
+        if near := other_tools.nearest(plain, words) or next((word for word in words if word.startswith(f"{plain}_")), None):
+            return f'did you mean "{option.name}": {json.dumps(near)}?'
         unquoted = parse(as_json(value.strip()) if value.strip() else "", "")
         if not unquoted.problems and not isinstance(unquoted.value, str) and fits(option.name, unquoted.value):
             is_json = parse(value, "").problems == ()
             return f"write it without quotes: {value}" if is_json else f'write "{option.name}": {json.dumps(unquoted.value)}'
-        if (
-            option.rule.get("items", {}).get("type") == "string"
-            and plain != str(example).replace("-", "_")
-            and fits(option.name, [value])
-        ):
-            return f'write "{option.name}": {json.dumps([part.strip() for part in value.split(",")])}'
     is_telling = bool(example) and not isinstance(example, bool) and not same(example, value)  # 0 and false say nothing
     fix = f'for example "{option.name}": {json.dumps(example)}. ' if is_telling else ""
     return fix + option.description
-
-
-def fits(name: str, value: Any) -> bool:
-    """Whether the value is one that the option declares."""
-    from jsonschema.validators import Draft202012Validator
-
-    return name in options() and bool(Draft202012Validator(options()[name].rule).is_valid(value))

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_cli.config import check, guidance, reader, rules, stages
+from dpo_cli.config import check, guidance, other_tools, reader, rules, stages
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
 from dpo_cli.errors import InvalidInput, Problem, UsageError
@@ -88,6 +88,8 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
         return [Loaded(path, {}, {}, {}, problems)]
     document = reader.parse(text, path)
     values, problems = document.value, document.problems
+    if problems and (other := reader.other_format(text, path)) is not None:
+        return [Loaded(path, {}, {}, {}, (other,))]
     is_data = isinstance(values, dict) and problems and len(check.PAIR_KEYS & values.keys()) > 1
     if is_data or not isinstance(values, dict):
         return [Loaded(path, {}, {}, {}, (problems if not is_data else ()) or (_not_an_object(path, values),))]
@@ -107,7 +109,7 @@ def _checked(written: stages.Written, document: reader.Document) -> Loaded:
     loaded = replace(loaded, day=written.day)
     found = [loaded.placed(problem, place) for place, problem in check.problems(given)]
     if document.complete:
-        named = {**given, **dict.fromkeys(damaged | check.meant_by(given))}
+        named = {**given, **dict.fromkeys(damaged | other_tools.meant_by(given))}
         wrong = {problem.key for problem in found if problem.severity == "error"} | damaged
         stated = {key: value for key, value in named.items() if key in authored or key not in values}
         sound = {key: value for key, value in resolved.items() if key not in wrong}
@@ -204,7 +206,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UsageError(f"{word!r} is not an override", "write key=value, for example learning_rate=5e-5")
         document = reader.parse(text, word)
-        is_text = document.problems or (check.fits(key, text) and not check.fits(key, document.value))
+        is_text = document.problems or (other_tools.fits(key, text) and not other_tools.fits(key, document.value))
         parsed[key] = text if is_text else document.value
     return parsed
 

@@ -13,9 +13,11 @@ import ast
 import json
 import math
 import re
+import shlex
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 from dpo_cli.errors import Problem
@@ -36,6 +38,17 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 OTHER_SIGNS = {"#": "a comment starts with //", "\xa0": "this is a no-break space: write a plain one"} | dict.fromkeys(
     "“”„‘’«»", 'write straight double quotes: "'
 )
+# What begins a file of another format: the first line that is neither empty nor a comment.
+_FIRST_LINE = re.compile(r"(?:[ \t\r]*(?:#[^\n]*)?\n)*([^\n]+)")
+_FORMATS = {
+    "YAML": re.compile(r"---|%YAML|- |[\w-]+[ \t]*:(?:[ \t]|\r?$)"),
+    "TOML": re.compile(r"\[\[?[\w.\" -]+\]|[\w.\"-]+[ \t]*="),
+}
+_SUFFIXES = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML"}
+_CONVERTED = {
+    "YAML": "import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin), indent=1))",
+    "TOML": "import json, sys, tomllib; print(json.dumps(tomllib.load(sys.stdin.buffer), indent=1))",
+}
 _OTHER_LANGUAGES = dict.fromkeys(("true", "yes", "on"), "true") | dict.fromkeys(("false", "no", "off"), "false")
 _OTHER_LANGUAGES |= dict.fromkeys(("none", "null", "nil", "undefined"), "null")
 
@@ -177,7 +190,7 @@ class _Scanner:
             self.damage("json-syntax", message, "in a path write / between the folders; a backslash itself is \\\\", where)
         else:
             message = f"a raw control character ({ord(odd.group()):#04x}) in a string"
-            self.damage("json-syntax", message, "write a tab as \\t, or a space", where)
+            self.damage("json-syntax", message, "write a space; where a text needs a tab, write the tab as \\t", where)
         self.at = start + len(closed.group())
         return closed.group()[1:-1]
 
@@ -271,3 +284,18 @@ def parse(text: str, file: str) -> Document:
     scan.damaged |= {path for _, path in scan.open if path}
     value = scan.root[0] if scan.root else None
     return Document(value, scan.positions, tuple(scan.problems), frozenset(scan.damaged), scan.complete)
+
+
+def other_format(text: str, file: str) -> Problem | None:
+    """The problem of a whole file that is YAML or TOML, by its name or by its first line; None for any other."""
+    first = _FIRST_LINE.match(text.removeprefix("\ufeff"))
+    suffix = _SUFFIXES.get(PurePath(file).suffix.lower())
+    begins = (name for name, pattern in _FORMATS.items() if first is not None and pattern.match(first.group(1)))
+    name = suffix or next(begins, None)
+    if name is None:
+        return None
+    new = shlex.quote(str(PurePath(file).with_suffix(".json"))) if suffix else "NEW.json"
+    old = "FILE" if file == "-" else shlex.quote(file)
+    fix = f"convert it: python -c '{_CONVERTED[name]}' < {old} > {new}"
+    line = text.count("\n", 0, first.start(1)) + 1 if first else 1
+    return Problem("error", "json-syntax", f"this is {name}, and a config is JSON", fix, None, file, line, 1)

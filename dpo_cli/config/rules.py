@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import augmenting
+from dpo_cli.config.other_tools import as_here
 from dpo_cli.config.schema import options, same
 from dpo_cli.errors import Problem
 
@@ -136,7 +137,7 @@ def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
     for name in ("eval_steps", "early_stopping_patience", "split_seed"):
         if given.get(name) is not None:
             message = f"{name} has no effect: nothing is held out"
-            yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split", for example to 0.1', name)
+            yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split": 0.1, for example', name)
 
 
 def best_checkpoint_is_judged(values: Values, given: Values) -> Iterator[Problem]:
@@ -232,9 +233,11 @@ def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     if (isinstance(modules, list) and "lm_head" in modules) or (isinstance(modules, str) and _takes_head(modules)):
         message = "an adapter on lm_head would never be trained: the log-probs use its weight directly"
         yield Problem("error", "lm-head-adapter", message, "remove lm_head from target_modules", "target_modules")
-    if isinstance(modules, list) and "all-linear" in modules:
+    if isinstance(modules, list) and (
+        words := [name for name in modules if as_here(options()["target_modules"], name) == "all-linear"]
+    ):
         fix = 'write "target_modules": "all-linear"'
-        yield Problem("error", "all-linear-in-list", "no layer is called all-linear", fix, "target_modules")
+        yield Problem("error", "all-linear-in-list", f"no layer is called {words[0]}", fix, "target_modules")
 
 
 def _takes_head(pattern: str) -> bool:
@@ -250,12 +253,9 @@ def targets_are_a_pattern(values: Values, given: Values) -> Iterator[Problem]:
     modules = values.get("target_modules")
     if not isinstance(modules, str) or modules == "all-linear":
         return
-    if re.fullmatch(r"[\w ,]+", modules):
+    if not same(here := as_here(options()["target_modules"], modules), modules):
         message = f'a layer\'s whole name is longer than "{modules}": as a regular expression it matches nothing'
-        is_all = modules.strip().replace("_", "-").replace(" ", "-") == "all-linear"
-        meant = "all-linear" if is_all else [part.strip() for part in modules.split(",")]
-        fix = f'write "target_modules": {json.dumps(meant)}'
-        yield Problem("error", "target-is-name", message, fix, "target_modules")
+        yield Problem("error", "target-is-name", message, f'write "target_modules": {json.dumps(here)}', "target_modules")
         return
     try:
         re.compile(modules)

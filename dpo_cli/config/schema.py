@@ -60,6 +60,12 @@ class Option:
         return list(self.rule.get("x-known-as", ()))
 
     @property
+    def known_values(self) -> Mapping[str, Any]:
+        """What other tools write for a value of it, in lower case with _ between words, and that value."""
+        values: Mapping[str, Any] = self.rule.get("x-known-values", {})
+        return values
+
+    @property
     def needs(self) -> Mapping[str, list[Any]]:
         """By the name of another option: the values of which it must have one, or this option has no effect."""
         needs: Mapping[str, list[Any]] = self.rule.get("x-needs", {})

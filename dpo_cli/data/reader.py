@@ -23,6 +23,11 @@ from dpo_cli.data.messages import BadRow
 from dpo_cli.errors import Problem, Severity
 
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
+# What helps where no row can be deleted or left out.
+FIXES = {
+    "dataset-not-list": "write the rows between [ and ], with commas, or one a line into a file named .jsonl",
+    "row-not-gzip": "download the file, or pack it again",
+}
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def read(
     for (file, code, reason), lines in bad.items():
         examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in details[file, code, reason].items()]
         reason += f" ({'; '.join(examples)})" if examples else ""
-        problems.append(about_rows(severity, code, reason, fix, key, file, lines))
+        problems.append(about_rows(severity, code, reason, FIXES.get(code, fix), key, file, lines))
     pairs = rows - sum(map(len, bad.values()))
     problems = [*whole, *problems]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):

@@ -1,0 +1,174 @@
+"""Keys and values of other tools, and misspelt ones: what to write here instead.
+
+What other tools call an option with the same values stands in schema.json (x-known-as), as do their words for a value
+(x-known-values); every other key, and what is here instead, in other_tools.json. Near spelling is not near meaning: a key
+that another tool has is never taken for a misspelt one of ours, and only a key that is a few letters off is.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.resources import files
+from typing import Any
+
+from dpo_cli.config.schema import Option, options, same
+
+UNKNOWN = "remove the key; `dpo train --help` lists every option"
+LETTERS_A_SLIP = 10  # a name may be one letter off, and one more for so many letters
+_DEFAULT_OF = "$loss_type"  # in other_tools.json: the config's own value, which must be one word, or the default
+
+
+@functools.cache
+def entries() -> list[dict[str, Any]]:
+    """other_tools.json, whose description says what an entry holds."""
+    text = files("dpo_cli.config").joinpath("other_tools.json").read_text(encoding="utf-8")
+    loaded: list[dict[str, Any]] = json.loads(text)["entries"]
+    return loaded
+
+
+@functools.cache
+def names() -> dict[str, str]:
+    """The option that each plain other name stands for."""
+    return {alias: name for name, option in options().items() for alias in option.known_as}
+
+
+def fits(name: str, value: Any) -> bool:
+    """Whether the value is one that the option declares."""
+    return name in options() and _is_valid(options()[name].rule, value)
+
+
+def _is_valid(rule: Mapping[str, Any], value: Any) -> bool:
+    from jsonschema.validators import Draft202012Validator
+
+    return bool(Draft202012Validator(rule).is_valid(value))
+
+
+def as_here(option: Option, value: Any) -> Any:
+    """An option's value in this tool's words: "all" layers are "all-linear" here, and names in one text a list."""
+    known = option.known_values
+    sole = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(sole, str) and _word(sole) in known:
+        return known[_word(sole)]
+    if isinstance(value, list):
+        return [known.get(_word(part), part) if isinstance(part, str) else part for part in value]
+    is_names = isinstance(value, str) and re.fullmatch(r"[\w ,]+", value) is not None
+    if is_names and (option.name == "target_modules" or not fits(option.name, value)):  # whose text is a pattern of whole names
+        parts = [part.strip() for part in value.split(",")]
+        return parts if fits(option.name, parts) else value
+    return value
+
+
+def _word(text: str) -> str:
+    return re.sub(r"[\s-]", "_", text.strip().lower())
+
+
+def meant_by(given: Mapping[str, Any]) -> set[str]:
+    """The options that unknown keys stand for: what is said under another name is not missing as well."""
+    unknown = {key: value for key, value in given.items() if key not in options()}
+    plain = {names()[key] for key in unknown if key in names()}
+    return plain.union(*(_instead(entry, value, given) or () for key, value in unknown.items() if (entry := _entry(key))))
+
+
+def advice(key: str, given: Mapping[str, Any]) -> str:
+    """What to write instead of a key that is none of ours."""
+    if key in names():
+        return _other_name(key, names()[key], given)
+    if (entry := _entry(key)) is not None:
+        return _elsewhere(key, entry, given)
+    near = nearest(_snake(key), [*options(), *names(), *(key for entry in entries() for key in entry["keys"])])
+    if not near:
+        return UNKNOWN
+    if (entry := _entry(near)) is not None:
+        return f'remove the key; did you mean "{near}" of other tools? {entry["why"]}'
+    meant = names().get(near, near)
+    taken = _taken(key, meant, given)
+    return f'did you mean "{meant}"?' if not taken else f'remove the key: did you mean "{meant}"? {taken}'
+
+
+def own_advice(key: str, given: Mapping[str, Any]) -> str | None:
+    """What to write for a value that an option of ours has in another tool, None where there is no such use."""
+    entry = _entry(key)
+    instead = _instead(entry, given[key], given) if entry else None
+    return f"write {_written(instead)} instead: {entry['why']}" if entry and instead else None
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The one known word that is few letters off; of two that are equally near, neither."""
+    from rapidfuzz.distance import OSA
+
+    allowed = 0 if len(word) < 4 else 1 + len(word) // LETTERS_A_SLIP
+    near = {name: OSA.distance(word, name, score_cutoff=allowed) for name in known}
+    best = min(near.values(), default=allowed + 1)
+    meant = {names().get(name, name): name for name, distance in near.items() if distance == best <= allowed}
+    return next(iter(meant.values())) if len(meant) == 1 else None
+
+
+def _snake(key: str) -> str:
+    """learningRate and learning-rate as learning_rate."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_")
+
+
+def _entry(key: str) -> dict[str, Any] | None:
+    """The entry of a key in other_tools.json: one that names it before one that only stands for its beginning."""
+    named = (entry for entry in entries() if key in entry["keys"])
+    like = (entry for entry in entries() if any("*" in name and fnmatch.fnmatchcase(key, name) for name in entry["keys"]))
+    return next(named, None) or next(like, None)
+
+
+def _other_name(key: str, name: str, given: Mapping[str, Any]) -> str:
+    option, value = options()[name], as_here(options()[name], given[key])
+    if taken := _taken(key, name, given):
+        return f"remove the key: {taken}"
+    if not fits(name, value):
+        return f'here it is called "{name}", and is {option.type_words}: {option.description}'
+    if not same(value, given[key]):
+        return f"write {_written({name: value})} instead: {option.description}"
+    return f'here it is called "{name}": {option.description}'
+
+
+def _elsewhere(key: str, entry: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    instead = _instead(entry, given[key], given)
+    if not instead:
+        return f"remove the key: {entry['why']}"
+    taken = [text for name in instead if (text := _taken(key, name, given))]
+    if taken and not entry.get("over") and _DEFAULT_OF not in json.dumps(entry["cases"]):
+        return f"remove the key: {taken[0]}"
+    return f"write {_written(instead)} instead: {entry['why']}"
+
+
+def _instead(entry: Mapping[str, Any], value: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Keys and values of ours that say the same as this value; None where none do."""
+    sole = value[0] if isinstance(value, list) and len(value) == 1 else value
+    fitting = (case["write"] for case in entry.get("cases", ()) if _is_valid(case.get("if", {}), sole))
+    if (written := next(fitting, None)) is None:
+        return None
+    loss = given.get("loss_type", options()["loss_type"].default())
+    if _DEFAULT_OF in json.dumps(written) and not (isinstance(loss, str) and "loss_weights" not in given):
+        return None
+    filled: dict[str, Any] = _filled(written, {"$value": sole, _DEFAULT_OF: loss})
+    return filled
+
+
+def _filled(written: Any, places: Mapping[str, Any]) -> Any:
+    if isinstance(written, dict):
+        return {name: _filled(part, places) for name, part in written.items()}
+    if isinstance(written, list):
+        return [_filled(part, places) for part in written]
+    return places.get(written, written) if isinstance(written, str) else written
+
+
+def _taken(key: str, name: str, given: Mapping[str, Any]) -> str:
+    """That the config says already what the key stands for, in words; empty where it does not."""
+    others: Iterator[str] = (other for other in given if other != key and names().get(other, other) == name)
+    other = next(others, None)
+    if other is None:
+        return ""
+    return f'here it is called "{name}"' + (f', which "{other}" stands for too' if other != name else ", which this config has")
+
+
+def _written(values: Mapping[str, Any]) -> str:
+    return ", ".join(f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in values.items())
