@@ -38,6 +38,7 @@ UNTYPED_PARTS = ("text", "image", "image_url", "audio")  # the key says what it 
 SCHEMA_VALUES = ("default", "const", "enum")  # of a JSON schema: null is a value there
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
+HIDDEN = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")  # characters without a width
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")  # as in Anthropic's HH-RLHF
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
@@ -247,9 +248,19 @@ def with_arguments(message: Message, as_text: bool) -> Message:
     return {**message, "tool_calls": calls}
 
 
+def visible(text: str) -> str:
+    """The text without characters that have no width, to ask whether it is empty or the same as another."""
+    return text if text.isascii() else HIDDEN.sub("", text)
+
+
+def looks(text: Text) -> Any:
+    """What can be seen of a text or of messages: the same for two that differ in nothing else."""
+    return visible(text) if isinstance(text, str) else [{**turn, "content": visible(turn["content"])} for turn in text]
+
+
 def sound(text: str, key: str) -> str:
     """The text, or `BadRow` where no tokens can be made of it."""
-    if not text or text.isspace():
+    if not text or not visible(text).strip():
         raise BadRow("row-empty", f"{key} is empty")
     if "\0" in text:
         raise BadRow("row-nul", f"{key} holds a NUL character")
