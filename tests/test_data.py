@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bad_configs import BAD_ROWS
+from bad_rows import BAD_ROWS
 from conftest import ROOT, made_row
 from hypothesis import given
 from hypothesis import strategies as st
@@ -153,7 +153,7 @@ def test_real_sets_are_read() -> None:
     assert read(str(folder / "truthfulqa.train.jsonl")).pairs == 2848
     flipped = read(str(folder / "ultrafeedback_1k.label_flip_20.jsonl"))
     lines = sorted(line for problem in flipped.problems for line in problem.lines or [problem.line])
-    assert lines == [307, 479, 656, 834, 911, 998]
+    assert lines == [34, 307, 479, 656, 834, 911, 998]
 
 
 def test_rows_of_messages(pairs_file: Callable[..., Path]) -> None:

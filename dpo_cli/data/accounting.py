@@ -91,8 +91,7 @@ class Account:
         looked = [name for name in row.written if is_media(name) or is_prompt_like(name)]
         if self.demonstrations:
             looked += [name for name in row.written if name in COMPLETIONS or _may_be_label(name)]
-        exact = {"prompt", "chosen", "rejected"}  # which become a pair as they are
-        return tuple(dict.fromkeys(name for name in looked if name not in exact))
+        return tuple(dict.fromkeys(name for name in looked if name != "prompt" or reads.get(name) != "prompt"))
 
     def _theirs(self, name: str) -> str:
         """What the data calls a column that "columns" gives one of our names."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.formats import Pair
-from dpo_cli.data.messages import flat
+from dpo_cli.data.messages import flat, turns_of
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, differ, plain, same_answer, script, words
 from dpo_cli.errors import Problem, Severity, about_rows
@@ -243,7 +243,9 @@ class ChatMarkers(Finding):
     fix = 'give the messages without their template, or write "use_chat_template": false'
 
     def see(self, seen: Seen) -> None:
-        if any(MARKERS.search(text) for text in (seen.prompt, seen.chosen, seen.rejected)):
+        is_split = isinstance(seen.pair.prompt, str) and bool(turns_of(seen.prompt))  # a transcript, which becomes messages
+        found = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in MARKERS.finditer(text)]
+        if any(marker[4] is None or not is_split for marker in found):
             self.note(seen.pair)
 
 

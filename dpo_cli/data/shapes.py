@@ -154,7 +154,8 @@ def _implicit(row: Row) -> Iterator[Row]:
 
 def _implicit_reads(row: Row) -> dict[str, str]:
     better, worse = answered(row) or KEYS[1:]
-    return {better: "prompt and chosen", worse: "prompt and rejected"}
+    repeated = {"prompt": "prompt, repeated"} if "prompt" in row else {}
+    return {**repeated, better: "prompt and chosen", worse: "prompt and rejected"}
 
 
 def _rejected_of(row: Row) -> str | None:
@@ -225,7 +226,7 @@ SHAPES = (
         _plain_reads,
     ),
     Shape(
-        "question: the prompt is question (or instruction, query, input), after system where there is one",
+        "question: the prompt is question (or instruction, query, input), below it input or context, after system where there is one",
         lambda row: answered(row) is not None and any(name in row for name in QUESTIONS),
         _plain,
         _plain_reads,
