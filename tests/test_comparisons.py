@@ -39,7 +39,7 @@ READ = {
         ],
     },
     "nectar": {"prompt": "q", "answers": [{"answer": "no", "rank": 7.0}, {"answer": "yes", "rank": 1.0}]},
-    "lists": {"prompt": "q", "responses": ["so", "no", "yes"], "scores": [2, 1, "3.5"]},
+    "lists": {"prompt": "q", "responses": ["so", "no", "yes"], "scores": ["2", "1", "3.5"]},
     "lists with ranks": {"prompt": "q", "generations": ["no", "yes", "so"], "ranks": [3, 1, 2]},
     "a missing rating": {"prompt": "q", "generations": ["so", "no", "yes"], "ratings": [None, 1, 2]},
     "a letter": {"prompt": "q", "response 1": "yes", "response 2": "no", "label": "A"},
@@ -66,11 +66,9 @@ READ = {
         "id": "7",
         "fields": UNANSWERED,
         "responses": {"best": [{"value": "response_2", "user_id": "u", "status": "submitted"}]},
-        "suggestions": {},
     },
     "argilla, a suggestion": {
         "fields": UNANSWERED,
-        "responses": {},
         "suggestions": {"best": {"value": "response_2", "score": 1}},
     },
     "argilla 1, what was discarded": {

@@ -226,7 +226,7 @@ SHAPES = (
         _plain_reads,
     ),
     Shape(
-        "question: the prompt is question (or instruction, query, input), below it input or context, after system where there is one",
+        "question: the prompt is question (or instruction, query, input), input below it and system before it, where there are",
         lambda row: answered(row) is not None and any(name in row for name in QUESTIONS),
         _plain,
         _plain_reads,
