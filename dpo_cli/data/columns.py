@@ -50,9 +50,11 @@ YES = frozenset("true 1 yes".split())  # noqa: SIM905
 
 def asked(row: Row, names: tuple[str, ...] = PROMPTS) -> tuple[Any, tuple[str, ...]] | None:
     """The prompt of a row, not checked yet, and the columns that it stands in: an instruction and its input are joined."""
-    main = next((name for name in names if name in row), None)
+    main = "prompt" if "prompt" in row else next((name for name in names if name in row), None)
     if main is None:
         return None
+    if "input" not in row and "context" not in row:
+        return row[main], (main,)
     prompt, used = row[main], [main]
     if isinstance(prompt, str) and main != "input":
         for name in JOINED:
@@ -65,7 +67,10 @@ def asked(row: Row, names: tuple[str, ...] = PROMPTS) -> tuple[Any, tuple[str, .
 
 def answered(row: Row) -> tuple[str, str] | None:
     """The columns of the better and the worse response, where a row has both."""
-    return next((pair for pair in RESPONSES if pair[0] in row and pair[1] in row), None)
+    for pair in RESPONSES:  # a loop, since this is asked of every row
+        if pair[0] in row and pair[1] in row:
+            return pair
+    return None
 
 
 def system_column(row: Row) -> str | None:

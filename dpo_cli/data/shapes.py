@@ -128,8 +128,11 @@ def _parted(chosen: str, rejected: str, start: int) -> Parts:
 def _plain(row: Row) -> Iterator[Row]:
     """The pairs of a row with a prompt, a better and a worse response; a list of texts is several responses."""
     better, worse = answered(row) or KEYS[1:]
-    prompt, _ = asked(row) or ("", ())
+    prompt, used = asked(row) or ("", ())
     chosen, rejected = row[better], row[worse]
+    if isinstance(chosen, str) and isinstance(rejected, str) and (*used, better, worse) == KEYS:
+        yield row  # nearly every row, so it is not copied
+        return
     for one, other in product(_each(chosen), _each(rejected)):
         yield {**row, "prompt": prompt, "chosen": one, "rejected": other}
 
