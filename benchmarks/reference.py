@@ -16,7 +16,8 @@ from dpo_cli.inspection import inspect
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from bad_configs import BAD_ROWS, CARD, CASES, Case, lay_out  # noqa: E402
+from bad_configs import CARD, CASES, Case, lay_out  # noqa: E402
+from bad_rows import FAULTS, Fault  # noqa: E402
 
 STUB = ROOT / "dpo_cli" / "config" / "options.pyi"
 README = ROOT / "README.md"
@@ -195,7 +196,8 @@ WHILE_RUNNING = {
 def code_table() -> str:
     """Markdown: each code with its first case in tests/bad_configs.py, and what `dpo validate` says of it."""
     rows = ["| code | is | for example | what it says |", "|---|---|---|---|"]
-    first = {case.code: case for case in reversed(CASES)}
+    of_rows = {fault.code for fault in FAULTS}
+    first = {case.code: case for case in reversed(CASES) if case.code not in of_rows}
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         lay_out(Path(name))
         for case in sorted(first.values(), key=lambda case: CASES.index(case)):
@@ -204,6 +206,22 @@ def code_table() -> str:
             rows.append(f"| `{case.code}` | {problem.severity} | {_cell(f'`{_example(case)}`')} | {_cell(says)} |")
     rows += [f"| `{code}` | {severity} | {example} | {says} |" for code, (severity, example, says) in WHILE_RUNNING.items()]
     return "\n".join(rows)
+
+
+def row_table() -> str:
+    """Markdown: each fault of a row in tests/bad_rows.py, and what `dpo validate` says of it."""
+    rows = ["| code | is | for example | what it says |", "|---|---|---|---|"]
+    cases = {case.code: case for case in CASES}
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
+        lay_out(Path(name))
+        for fault in FAULTS:
+            problem = _problem(cases[fault.code])
+            rows.append(f"| `{fault.code}` | {problem.severity} | {_cell(_shown(fault))} | {_cell(problem.message)} |")
+    return "\n".join(rows)
+
+
+def _shown(fault: Fault) -> str:
+    return fault.shown or f"`{fault.row.decode(errors='replace')}`"
 
 
 def _problem(case: Case) -> Problem:
@@ -219,8 +237,6 @@ def _example(case: Case) -> str:
     text = case.own if case.text is None else case.text[:40].decode(errors="replace")
     if case.code == "config-unreadable":
         return "a config in UTF-16"
-    if case.code in BAD_ROWS:
-        text = BAD_ROWS[case.code].decode(errors="replace")
     if case.vram_gb is not None:
         return f"{text} with --vram {case.vram_gb:g}"
     hosts = {True: f"with {case.machine.memory_gb:g} GB of memory", False: "without such a GPU"}
@@ -246,6 +262,7 @@ def in_readme(text: str, section: str, content: str) -> str:
 def written() -> dict[Path, str]:
     """Each file that is made from the schema, with the text it should have."""
     readme = in_readme(README.read_text(encoding="utf-8"), "options", option_table())
+    readme = in_readme(readme, "rows", row_table())
     return {STUB: stub(), README: in_readme(readme, "codes", code_table())}
 
 

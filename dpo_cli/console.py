@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -120,6 +120,12 @@ class Console:
             self.out.print(Panel(Text(text), title=Text(title), title_align="left", border_style="dim"))
         else:
             self.out.print(Text(f"{title}\n{text}"))
+
+    def columns(self, read_as: Mapping[str, Any]) -> None:
+        """What `validate` says of the columns of the data: what each is read as, and which are not read."""
+        read = [name if name == meaning else f"{name} (as {meaning})" for name, meaning in read_as["read"].items()]
+        unread = f"; not read: {', '.join(read_as['unread'])}" if read_as["unread"] else ""
+        self.line(_printable(f"columns: {', '.join(read)}{unread}"))
 
     def lengths(self, said: dict[str, Any]) -> None:
         """What `validate` says of the lengths of pairs, and of the preferred ones."""

@@ -59,6 +59,7 @@ def _validated(
     console.problems(found.problems)
     if data and data.train.pairs:
         console.line(f"data: {data.train.pairs} {data.train.noun} of {data.train.prompts} prompts in {data.train.rows} rows")
+        console.columns(data.train.read_as)
         console.lengths(data.said)
         rendered = data.said["rendered"]
         console.line(

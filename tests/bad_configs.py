@@ -5,7 +5,6 @@ As long as there are ways to be wrong. The tests run every case; `make reference
 
 from __future__ import annotations
 
-import gzip
 import json
 import struct
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from bad_rows import FAULTS, GOOD
 from gguf_files import write_gguf
 
 from dpo_cli.hardware.probe import Gpu, Machine
@@ -349,6 +349,9 @@ RULES = [
         '"bfloat16"',
         FIRST + 1,
     ),
+    Case("columns-disagree", "columns", '"columns": {"responses": ["a", "b"], "chosen": "label"}', '"preferred"'),
+    Case("columns-disagree", "columns", '"columns": {"responses": ["a", "b"], "scores": "score"}', "for each response"),
+    Case("columns-disagree", "columns", '"columns": {"responses": ["a", "b"], "labels": [1, 2, 3, 4]}', "in their order"),
     Case("rank-incomplete", "augment", '"augment": {"rank": "regex"}', 'add "pattern"'),
     Case("rank-incomplete", "augment", '"augment": {"rank": "reward", "reward_model": null}', 'add "reward_model"'),
     Case("rank-incomplete", "augment", '"augment": {"rank": "judge", "judge_model": "m"}', 'add "judge_url"'),
@@ -479,22 +482,13 @@ DATA = [
     Case("dataset-split", "dataset", '"dataset": "data/splits:valid"', "train_prefs, train_sft"),
     hint("folder-files", "dataset", '"dataset": "data/folder"', "FOLDER:SPLIT"),
     Case("dataset-damaged", "dataset", '"dataset": "data/text.parquet"', "write it again"),
-    rows("row-not-json", '"dataset": "data/row-not-json.jsonl"', "delete what is named", 2),
-    rows("row-not-object", '"dataset": "data/row-not-object.jsonl"', "delete what is named", 2),
-    rows("row-missing-key", '"dataset": "data/row-missing-key.jsonl"', "delete what is named", 2),
-    rows("row-wrong-type", '"dataset": "data/row-wrong-type.jsonl"', "delete what is named", 2),
-    rows("row-mixed-types", '"dataset": "data/row-mixed-types.jsonl"', "delete what is named", 2),
-    rows("row-empty", '"dataset": "data/row-empty.jsonl"', "delete what is named", 2),
-    rows("row-identical", '"dataset": "data/row-identical.jsonl"', "delete what is named", 2),
-    rows("row-role", '"dataset": "data/row-role.jsonl"', "delete what is named", 2),
-    rows("row-no-prompt", '"dataset": "data/row-no-prompt.jsonl"', "delete what is named", 2),
-    rows("row-history", '"dataset": "data/row-history.jsonl"', "delete what is named", 2),
-    rows("row-call", '"dataset": "data/row-call.jsonl"', "delete what is named", 2),
-    rows("row-part", '"dataset": "data/row-part.jsonl"', "delete what is named", 2),
-    rows("row-tools", '"dataset": "data/row-tools.jsonl"', "delete what is named", 2),
-    rows("row-too-long", '"dataset": "data/row-too-long.jsonl"', "delete what is named", 2),
-    rows("row-not-csv", '"dataset": "data/cells.csv"', "delete what is named", 3),
-    rows("row-not-parquet", '"dataset": "data/cut.parquet"', "delete what is named", 1),
+    *(rows(fault.code, f'"dataset": "{fault.file}"', fault.fix, fault.line, fault.severity) for fault in FAULTS),
+    rows("column-unread", '"dataset": "data/unread.jsonl"', "put its text into the prompt", 1, "warning"),
+    rows("media-unread", '"dataset": "data/images.jsonl"', "as text", 1, "warning"),
+    rows("media-marker", '"dataset": "data/marked.jsonl"', "as text", 1, "warning"),
+    rows("scores-contradict", '"dataset": "data/scores.jsonl"', "exchange the two responses", 1, "warning"),
+    rows("scores-tie", '"dataset": "data/scores.jsonl", "seed": 1', "delete the row", 2, "warning"),
+    rows("label-unwanted", '"dataset": "data/unwanted.jsonl", "strategy": "sft"', "delete the row", 1, "warning"),
     rows("rows-read-as", '"dataset": "data/questions.jsonl"', "columns", None, "hint"),
     warning("column-missing", "columns", '"dataset": "pairs.jsonl", "columns": {"system": "sytem"}', "correct its name"),
     rows("too-similar", '"dataset": "data/similar.jsonl"', "clearly worse", 1, "warning"),
@@ -502,11 +496,6 @@ DATA = [
     rows("length-decides", '"dataset": "data/longer.jsonl"', "the other length", None, "hint"),
     rows("refusals-on-one-side", '"dataset": "data/refusals.jsonl"', "a refusal is right", None, "hint"),
     rows("mixed-languages", '"dataset": "data/languages.jsonl"', "asked for", 1, "hint"),
-    rows("row-nul", '"dataset": "data/row-nul.jsonl"', "delete what is named", 2),
-    rows("row-surrogate", '"dataset": "data/row-surrogate.jsonl"', "delete what is named", 2),
-    rows("row-not-utf8", '"dataset": "data/row-not-utf8.jsonl"', "delete what is named", 2),
-    rows("row-duplicate-key", '"dataset": "data/row-duplicate-key.jsonl"', "delete what is named", 2),
-    rows("row-not-gzip", '"dataset": "data/cut.jsonl.gz"', "pack it again", 1),
     rows("few-pairs", '"dataset": "data/few.jsonl"', "add pairs", None, "hint"),
     rows("few-prompts", '"dataset": "data/one-prompt.jsonl"', "other prompts", None, "hint"),
     rows("repeated-pairs", '"dataset": "data/repeated.jsonl"', "keep one of each", 2, "hint"),
@@ -546,26 +535,6 @@ DATA = [
 ]
 
 CASES = [*SYNTAX, *FILES, *KEYS, *VALUES, *RULES, *GUIDANCE, *MODELS, *HARDWARE, *DATA]
-
-BAD_ROWS = {
-    "row-not-json": b'{"prompt": "a", "chosen": "b"',
-    "row-not-object": b"3",
-    "row-missing-key": b'{"prompt": "a", "chosen": "b"}',
-    "row-wrong-type": b'{"prompt": "a", "chosen": "b", "rejected": 3}',
-    "row-mixed-types": b'{"prompt": "a", "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}',
-    "row-empty": b'{"prompt": "a", "chosen": " ", "rejected": "c"}',
-    "row-identical": b'{"prompt": "a", "chosen": "b", "rejected": "b"}',
-    "row-role": b'{"prompt": "a", "chosen": {"from": "system", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}}',
-    "row-no-prompt": b'{"chosen": "b", "rejected": "c"}',
-    "row-history": b'{"prompt": "a", "history": [["b", "c"]], "chosen": "d", "rejected": "e"}',
-    "row-call": b'{"prompt": "a", "chosen": [{"from": "function_call", "value": "get()"}], "rejected": "c"}',
-    "row-part": b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "b", "rejected": "c"}',
-    "row-tools": b'{"prompt": "a", "chosen": "b", "rejected": "c", "tools": "none"}',
-    "row-nul": b'{"prompt": "a\\u0000", "chosen": "b", "rejected": "c"}',
-    "row-surrogate": b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
-    "row-not-utf8": b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}',
-    "row-duplicate-key": b'{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "c"}',
-}
 
 
 def pair(number: int, chosen: str = "yes", rejected: str = "no") -> bytes:
@@ -618,9 +587,8 @@ def lay_out(place: Path) -> None:
 
     write("pairs.jsonl", *map(pair, range(600)))
     write("others.jsonl", *map(pair, range(600, 700)))
-    for code, row in {**BAD_ROWS, "row-too-long": b" " * (1 << 26) + BAD_ROWS["row-not-object"]}.items():
-        write(f"data/{code}.jsonl", pair(0), row, pair(1))
-    (place / "data" / "cut.jsonl.gz").write_bytes(gzip.compress(pair(0))[:-9])
+    for fault in FAULTS:
+        write(fault.file, *((GOOD, fault.row, GOOD) if fault.content is None else (fault.content,)))
     write("data/pointer.jsonl", b"version https://git-lfs.github.com/spec/v1", b"oid sha256:" + b"0" * 64, b"size 12345")
     write("data/pairs.jsonl.zst", b"\x28\xb5\x2f\xfd")
     write("data/saved/state.json", b"{}")
@@ -630,6 +598,12 @@ def lay_out(place: Path) -> None:
         write(f"data/splits/{split}.jsonl", pair(0))
     for name in ("train.jsonl", "test.jsonl", "notes.txt"):
         write(f"data/folder/{name}", *map(pair, range(600)))
+    write("data/unread.jsonl", b'{"prompt": "a", "persona": "a pirate", "chosen": "b", "rejected": "c"}')
+    write("data/images.jsonl", b'{"prompt": "a", "images": ["cat.jpg"], "chosen": "b", "rejected": "c"}')
+    write("data/marked.jsonl", b'{"prompt": "a", "chosen": "b, as <image> shows", "rejected": "c"}')
+    scored = b'{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": %d}'
+    write("data/scores.jsonl", scored % 2, scored % 1)
+    write("data/unwanted.jsonl", b'{"prompt": "a", "completion": "b", "label": false}')
     write("data/pairs.txt", pair(0))
     (place / "data" / "folder.jsonl").mkdir()
     (place / "data" / "utf16.jsonl").write_bytes(pair(0).decode().encode("utf-16"))
@@ -641,9 +615,7 @@ def lay_out(place: Path) -> None:
     story = "Once there was a house by the river in which nobody had lived for as long as anyone could remember."
     write("data/near.jsonl", pair(0, story), pair(0, story.replace("house", "home")), pair(1, story[::-1]))
     write("data/reversed.jsonl", pair(0), pair(0, "no", "yes"), pair(1))
-    write("data/cells.csv", b"prompt,chosen,rejected", b"a,b,c", b"d,e")
     write("data/text.parquet", b"prompt,chosen,rejected")
-    write("data/cut.parquet", b"PAR1", b"x" * 100)
     write("data/questions.jsonl", b'{"system": "Be brief.", "question": "q", "chosen": "yes", "rejected": "no"}')
     write(
         "data/similar.jsonl",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from bad_configs import CASES, Case, lay_out
+from bad_rows import FAULTS, Fault
 from conftest import ROOT
 from test_schema import reference
 
 from dpo_cli.config.config import load
+from dpo_cli.data.reader import read
 from dpo_cli.inspection import inspect
 
 
@@ -44,6 +46,14 @@ def test_it_is_named(case: Case, place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (problem.column is None) == (case.line is None or case.file != "config.json")
     errors = [other.code for other in found.problems if other.severity == "error"]
     assert errors == ([case.code] if case.severity == "error" else [])
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.code)
+def test_a_bad_row_is_told_in_its_words(fault: Fault, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    (problem,) = [problem for problem in read(fault.file).problems if problem.code == fault.code]
+    assert (problem.severity, problem.line) == (fault.severity, fault.line)
+    assert fault.says in problem.message
 
 
 def test_every_code_has_a_case() -> None:

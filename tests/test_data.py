@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from bad_configs import BAD_ROWS
+from bad_rows import BAD_ROWS
 from conftest import ROOT, made_row
 from hypothesis import given
 from hypothesis import strategies as st

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bad_configs import BAD_ROWS
+from bad_rows import BAD_ROWS
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st

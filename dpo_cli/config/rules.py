@@ -95,6 +95,23 @@ def decay_goes_down(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "rate-below-end", message, 'write "lr_scheduler_type": "linear"', "lr_scheduler_type")
 
 
+def columns_agree(values: Values, given: Values) -> Iterator[Problem]:
+    columns = values.get("columns") or {}
+    responses, scores, labels = (columns.get(name) for name in ("responses", "scores", "labels"))
+
+    def problem(message: str, fix: str) -> Problem:
+        return Problem("error", "columns-disagree", message, fix, "columns")
+
+    if responses is not None and {"chosen", "rejected"} & columns.keys():
+        fix = 'name the label with "preferred" instead of "chosen", or leave "responses" out'
+        yield problem('"columns" names responses of which a label prefers one, and chosen or rejected too', fix)
+    if isinstance(responses, list) and scores is not None and (isinstance(scores, str) or len(scores) != len(responses)):
+        yield problem('"columns" names another number of scores than of responses', "name a column of scores for each response")
+    if labels is not None and isinstance(responses, list) and not 0 <= len(labels) - len(responses) <= 1:
+        message = f'"columns" gives {len(labels)} labels for {len(responses)} responses'
+        yield problem(message, "give the value that means each response, in their order, and at most one more: that of a tie")
+
+
 def one_length_of_training(values: Values, given: Values) -> Iterator[Problem]:
     steps = values.get("max_steps")
     if steps is not None and "num_train_epochs" in given:
@@ -333,6 +350,7 @@ RULES: Sequence[Rule] = (
     one_quantisation,
     one_warmup,
     decay_goes_down,
+    columns_agree,
     one_length_of_training,
     one_evaluation_set,
     evaluation_set_is_another,

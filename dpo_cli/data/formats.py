@@ -1,43 +1,42 @@
-"""Rows as people write them, to `Pair`s. The shape of a row is known by its keys; any but the first is said aloud:
+"""Rows to `Pair`s, `Demonstration`s and `Question`s: what each has to be, and the faults that it may have.
 
-prompt  chosen  rejected                 strings, or lists of {"role", "content"} messages: the documented one
-prompt  chosen  rejected                 conversations: the responses repeat the prompt as messages
-        chosen  rejected                 implicit prompt: both start with it
-conversations  chosen  rejected          ShareGPT: {"from", "value"}; or messages
-[system]  question  chosen  rejected     or instruction [input], or query
-
-Longer than other modules, since a shape, its check and its words belong together: who adds one finds all three here.
+How rows are written is in shapes.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_cli.data.columns import (
+    COMPLETIONS,
+    CONVERSATIONS,
+    Columns,
+    answered,
+    asked,
+    system_column,
+    with_history,
+)
+from dpo_cli.data.comparisons import Layout, layout_of, start_of
+from dpo_cli.data.exports import Export, export_of
 from dpo_cli.data.messages import (
-    ROLES,
-    TURN,
     BadRow,
     Text,
     answer_to,
     as_messages,
     flat,
-    parsed,
+    looks,
     sound,
     system_of,
     text_of,
     tools_of,
-    turns_of,
 )
+from dpo_cli.data.shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
 
-Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
-
-KEYS = ("prompt", "chosen", "rejected")
-RESPONSE_ROLES = ("assistant", "tool")  # anything else in a response would put part of a prompt into the loss
-QUESTIONS = ("question", "instruction", "query", "input")
-CONVERSATIONS = ("conversations", "messages")
+Written = Mapping[str, Any]  # a row of a file
+ALWAYS = {"tools": "tools", "category": "category", "history": "earlier turns"}  # of every shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,49 +114,107 @@ class Question:
         return Pair(self.prompt, one, other, self.line, self.file, self.tools)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A way to write a pair: how it is told to the user, which rows are written so, and where their parts are."""
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a row of a file was read as: its pairs or its demonstration, and how."""
 
+    rows: tuple[Row, ...]
     says: str | None
-    fits: Callable[[Mapping[str, Any]], bool]
-    parts: Callable[[Mapping[str, Any]], Parts]
+    written: Written  # the row under our names, an export as a flat row
+    first: Written  # its first pair as documented
+    reads: Callable[[], Mapping[str, str]]  # columns, and what each is read as
+    origin: Mapping[str, str] = field(default_factory=dict)  # of the columns of an export
 
 
-def shape_of(row: Any, columns: Mapping[str, str] | None = None) -> tuple[Shape, Mapping[str, Any]]:
-    """The shape of a parsed row, and the row with its `columns` under the names of the shape; or `BadRow`."""
-    row = _renamed(row, columns := columns or {})
-    if all(name in row for name in KEYS if name in columns):
-        for shape in SHAPES:
-            if shape.fits(row):
-                return shape, row
-    missing = [columns.get(key, key) for key in KEYS if key not in row]
-    found = ", ".join(sorted(map(str, row.keys() - columns.keys())))[:200] or "nothing"
+def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
+    """A parsed row as it is read, or `BadRow`. A demonstration of a row with several responses is the best one."""
+    columns = columns or {}
+    if demonstrations and (shown := _shown(renamed(row, columns), line, file)) is not None:
+        return shown
+    try:
+        shape, written, export = _shape_of(row, columns)
+    except BadRow as error:
+        if demonstrations and error.code == "row-missing-key":
+            found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
+            reason = "neither messages, nor prompt and completion, nor text"
+            raise BadRow("row-missing-key", reason, f"which has {found}") from error
+        raise
+    documented = [*shape.rows(written)]
+    pairs = [pair_of(each, line, file) for each in documented]
+    says = f"{export.tool}, {shape.says}" if export is not None and shape.says else shape.says
+    origin = (export.origin if export is not None else None) or {}
+    rows: tuple[Row, ...] = tuple(pairs)
+    if demonstrations:
+        best = pairs[0]
+        rows = (Demonstration(best.prompt, best.chosen, line, file, best.tools, best.category),)
+    return Read(rows, says, written, documented[0], lambda: {**_common(written), **shape.reads(written)}, origin)
+
+
+def _shape_of(row: Any, columns: Columns) -> tuple[Shape, Written, Export | None]:
+    """The shape of a parsed row, the row under the names of the shape, and the export that it is; or `BadRow`."""
+    written, export, columns = _flat(row, columns)
+    shape = fitting(written, columns, export.answers if export is not None else ())
+    if shape is not None:
+        return shape, written, export
+    missing = [columns.get(key, key) for key in KEYS if key not in written]
+    found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
     reason = f"no {' and no '.join(missing)}"
     raise BadRow("row-missing-key", reason, f'which has {found}; "columns" can say what they are called')
 
 
-def _renamed(row: Any, columns: Mapping[str, str]) -> Mapping[str, Any]:
-    """The row as an object without nulls, with its `columns` under our names, and lists of messages that are stored as text."""
-    if isinstance(row, list):
-        raise BadRow("row-not-object", "a list, not an object: a file that is one list of rows is called .json")
-    if not isinstance(row, Mapping):
-        raise BadRow("row-not-object", "not a JSON object")
-    row = {name: parsed(value) if isinstance(value, str) else value for name, value in row.items() if value is not None}
-    return {**row, **{name: row[theirs] for name, theirs in columns.items() if theirs in row}} if columns else row
+def _flat(row: Any, columns: Columns) -> tuple[Written, Export | None, Columns]:
+    """The row under our names, the export that it is, and the columns, with the responses that an export says it compares."""
+    written = renamed(row, columns)
+    export = export_of(written) if answered(written) is None else None
+    if export is None:
+        return written, None, columns
+    stated = {"responses": list(export.responses)} if export.responses else {}
+    return renamed(export.row, columns), export, {**stated, **columns}
 
 
-def to_pair(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Pair:
-    """A parsed row to a pair, or `BadRow`."""
-    return pair_of(*shape_of(row, columns), line, file)
+def with_start(rows: Iterable[Callable[[], Any]], columns: Columns | None) -> Columns:
+    """`columns` with the number that means the first response, which only all labels of a file together tell."""
+    columns = columns or {}
+    layouts = _layouts(rows, columns)
+    first = next(layouts, None)
+    if first is None or "labels" in columns:
+        return columns
+    start = start_of([first, *layouts])
+    return columns if start is None else {**columns, "start": start}
 
 
-def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
-    """A row of a known shape to a pair, or `BadRow`."""
-    prompt, chosen, rejected = map(text_of, shape.parts(row), KEYS)
-    prompt = _with_system(prompt, row.get("system"))
-    if row.get("history"):
-        raise BadRow("row-history", 'earlier turns stand in "history", which is not read: write them as messages of the prompt')
+def _layouts(rows: Iterable[Callable[[], Any]], columns: Columns) -> Iterator[tuple[Layout, Written]]:
+    """The comparisons of a file whose labels may count from 0 or from 1; none where its first row is something else."""
+    known = False
+    for parse_row in rows:
+        try:
+            row, export, stated = _flat(parse_row(), columns)
+            layout = (
+                layout_of(row, stated, export.answers if export is not None else ()) if shape_of(row, stated) is None else None
+            )
+        except BadRow:  # told of when the rows are read
+            continue
+        if layout is not None and layout.counts:
+            known = True
+            yield layout, row
+        elif not known:
+            return
+
+
+def to_pairs(row: Any, line: int, file: str = "", columns: Columns | None = None) -> tuple[Pair, ...]:
+    """A parsed row to its pairs, or `BadRow`."""
+    return read_row(row, line, file, columns).rows  # type: ignore[return-value]
+
+
+def to_pair(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Pair:
+    """A parsed row to its first pair, or `BadRow`."""
+    return to_pairs(row, line, file, columns)[0]
+
+
+def pair_of(row: Written, line: int, file: str) -> Pair:
+    """A row as documented to a pair, or `BadRow`."""
+    prompt, chosen, rejected = (text_of(row[key], key) for key in KEYS)
+    prompt = _after_start(prompt, row)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
     if isinstance(prompt, str) != isinstance(chosen, str):  # one of them in messages: then all are
@@ -166,58 +223,88 @@ def pair_of(shape: Shape, row: Mapping[str, Any], line: int, file: str) -> Pair:
             answer_to(prompt, chosen),
             answer_to(prompt, rejected),
         )
-    if chosen == rejected:
+    if chosen == rejected or looks(chosen) == looks(rejected):
         raise BadRow("row-identical", "chosen and rejected are identical")
     if isinstance(prompt, list):
         _check_roles(prompt, {"chosen": chosen, "rejected": rejected})
     return Pair(prompt, chosen, rejected, line, file, tools_of(row.get("tools")), _category(row))
 
 
-def to_demonstration(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Demonstration:
+def to_demonstration(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Demonstration:
     """A parsed row of an sft set to a demonstration, or `BadRow`: messages, prompt + completion, text, or a pair's chosen."""
-    row = _renamed(row, columns or {})
-    if _responses(row):
-        pair = to_pair(row, line, file)
-        return Demonstration(pair.prompt, pair.chosen, line, file, pair.tools, pair.category)
+    return read_row(row, line, file, columns, demonstrations=True).rows[0]  # type: ignore[return-value]
+
+
+def _shown(row: Written, line: int, file: str) -> Read | None:
+    """A row that is a demonstration; None of another row."""
+    learned = _learned(row)
+    if learned is None:
+        return None
+    asking, answer, reads = learned
     tools, category = tools_of(row.get("tools")), _category(row)
-    if "prompt" in row and "completion" in row:
-        prompt, completion = (
-            _with_system(text_of(row["prompt"], "prompt"), row.get("system")),
-            text_of(row["completion"], "completion"),
-        )
-        if isinstance(prompt, str) != isinstance(completion, str):
-            prompt, completion = as_messages(prompt, "user"), answer_to(prompt, completion)
-        if isinstance(completion, list):
-            _check_roles(prompt, {"completion": completion})
-        return Demonstration(prompt, completion, line, file, tools, category)
+    if "text" in reads:
+        shown = Demonstration("", sound(answer, "text"), line, file, category=category)
+        return Read((shown,), None, row, row, lambda: {"category": "category", **reads})
+    completion = text_of(answer, "completion")
+    prompt = _after_start(text_of(asking, "prompt") if asking else [], row)
+    if isinstance(prompt, str) != isinstance(completion, str):
+        prompt, completion = as_messages(prompt, "user"), answer_to(prompt, completion)
+    if isinstance(completion, list) and "completion" in reads.values():
+        _check_roles(prompt, {"completion": completion})
+    return Read((Demonstration(prompt, completion, line, file, tools, category),), None, row, row, lambda: _common(row) | reads)
+
+
+def _learned(row: Written) -> tuple[Any, Any, dict[str, str]] | None:
+    """(prompt, completion, columns) of a demonstration: prompt and completion, a text, or messages whose last is learned."""
+    if answered(row) is not None or is_swift(row):
+        return None
+    asking, completion = asked(row), next((name for name in COMPLETIONS if name in row), None)
+    prompted = None
+    if asking is not None and completion is not None and asking[1][0] not in CONVERSATIONS:
+        prompted = asking[0], row[completion], {**dict.fromkeys(asking[1], "prompt"), completion: "completion"}
+    if prompted is not None and "prompt" in row:
+        return prompted
     if isinstance(row.get("text"), str):
-        return Demonstration("", sound(row["text"], "text"), line, file, category=category)
-    conversation = next((row[name] for name in CONVERSATIONS if name in row), None)
+        return "", row["text"], {"text": "text"}
+    conversation = next((name for name in CONVERSATIONS if name in row), None)
     if conversation is None:
-        found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
-        raise BadRow("row-missing-key", "neither messages, nor prompt and completion, nor text", f"which has {found}")
-    messages = text_of(conversation, "messages")
+        return prompted
+    messages = text_of(row[conversation], "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
-    return Demonstration(_with_system(messages[:-1], row.get("system")), messages[-1:], line, file, tools, category)
+    return messages[:-1], messages[-1:], {conversation: "messages"}
 
 
-def to_question(row: Any, line: int, file: str = "", columns: Mapping[str, str] | None = None) -> Question:
-    """A parsed row to a question, or `BadRow`: a pair's prompt, or "prompt" alone; the reference is "reference" or "chosen"."""
-    row = _renamed(row, columns or {})
+def to_question(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Question:
+    """A parsed row to a question, or `BadRow`: a pair's prompt, or a prompt alone; the reference is "reference" or "chosen"."""
+    row = renamed(row, columns or {})
     reference = row.get("reference")
     if reference is not None:
         reference = flat(text_of(reference, "reference"))
-    if _responses(row):
+    if answered(row) is not None:
         pair = to_pair(row, line, file)
         return Question(pair.prompt, reference or flat(pair.chosen), line, file, pair.tools)
-    if "prompt" not in row:
+    asking = asked(row)
+    if asking is None:
         found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
         raise BadRow("row-missing-key", "no prompt", f'which has {found}; "columns" can say what it is called')
-    prompt = _with_system(text_of(row["prompt"], "prompt"), row.get("system"))
+    prompt = _after_start(text_of(asking[0], "prompt"), row)
     if isinstance(prompt, list):
         _require_open(prompt)
     return Question(prompt, reference, line, file, tools_of(row.get("tools")))
+
+
+def _after_start(prompt: Text, row: Written) -> Text:
+    """The prompt after the system message and the earlier turns of the row, where it has them."""
+    prompt = with_history(prompt, row.get("history"))
+    system = system_column(row)
+    return _with_system(prompt, row[system]) if system is not None else prompt
+
+
+def _common(row: Written) -> dict[str, str]:
+    """The columns that a row of any shape may have, and what they are read as."""
+    system = system_column(row)
+    return {**ALWAYS, system: "system"} if system is not None else ALWAYS
 
 
 def _check_roles(prompt: Text, responses: Mapping[str, Any]) -> None:
@@ -244,94 +331,3 @@ def _category(row: Mapping[str, Any]) -> str:
     """A name or a number; anything else that sets call so is no category."""
     value = row.get("category")
     return str(value) if isinstance(value, str | int | float) else ""
-
-
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
-
-
-def _responses(row: Mapping[str, Any]) -> bool:
-    return "chosen" in row and "rejected" in row
-
-
-def _repeats_prompt(row: Mapping[str, Any]) -> bool:
-    """Whether both responses are conversations from their first user or system message on."""
-    both = (row["chosen"], row["rejected"])
-    if "prompt" not in row and any(name in row for name in CONVERSATIONS):
-        return False
-    if not all(map(_are_messages, both)):
-        return False
-    roles = [
-        [ROLES.get(role, role) for message in value for role in [message.get("role", message.get("from"))]] for value in both
-    ]
-    return all(said[0] not in RESPONSE_ROLES and "assistant" in said for said in roles)
-
-
-def _common_start(row: Mapping[str, Any]) -> Parts:
-    """Both responses without what they have in common, which is the prompt; of strings, up to a space (as TRL does).
-
-    Of transcripts ("Human:", "Assistant:") the prompt is all up to the answer in which they part.
-    """
-    chosen, rejected = (text_of(row[name], name) for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise BadRow("row-identical", "chosen and rejected are identical")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
-    parting = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
-    start = next(parting, min(len(chosen), len(rejected)))
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if turns_of(chosen) and turns_of(rejected):
-            return _parted(chosen, rejected, start)
-        start -= start > 0 and chosen[start - 1] == " "
-        is_turn = "\n" in chosen[:start] or chosen[:start].rstrip().endswith((":", "?"))
-        start = start if is_turn else 0  # else two answers that happen to start alike
-    if start == 0:
-        raise BadRow("row-no-prompt", "there is no prompt, and chosen and rejected do not start alike")
-    return chosen[:start], chosen[start:], rejected[start:]
-
-
-def _parted(chosen: str, rejected: str, start: int) -> Parts:
-    """Two transcripts that part at `start`: the prompt ends with the "Assistant:" of the answers in which they part."""
-    turn = next((turn for turn in reversed([*TURN.finditer(chosen, 0, start)])), None)
-    answers = (chosen[turn.end(1) + 1 :], rejected[turn.end(1) + 1 :]) if turn else (chosen, rejected)
-    if turn is None or turn[1] != "Assistant" or any(TURN.search(answer) for answer in answers):
-        raise BadRow("row-role", "the two transcripts part before their last answer, so one of them holds another question")
-    return chosen[: turn.end(1) + 1], *answers
-
-
-def _question(row: Mapping[str, Any]) -> Parts:
-    """A question, or an instruction with its input as Alpaca has it."""
-    text = next(row[name] for name in QUESTIONS if name in row)
-    if text is not row.get("input") and isinstance(text, str) and isinstance(row.get("input"), str) and row["input"].strip():
-        text = f"{text}\n{row['input']}"
-    return text, row["chosen"], row["rejected"]
-
-
-def _has_no_other_text(row: Mapping[str, Any]) -> bool:
-    """Whether only chosen and rejected are text, so that no other column can be the prompt."""
-    return not any(isinstance(value, str) and value.strip() for key, value in row.items() if key not in KEYS)
-
-
-SHAPES = (
-    Shape(
-        "conversations: chosen and rejected repeat the prompt, which is what they start with",
-        lambda row: isinstance(row.get("chosen"), list) and "rejected" in row and _repeats_prompt(row),
-        _common_start,
-    ),
-    Shape(None, lambda row: _responses(row) and "prompt" in row, lambda row: (row["prompt"], row["chosen"], row["rejected"])),
-    Shape(
-        "ShareGPT: the prompt is conversations (or messages); human is user, gpt is assistant",
-        lambda row: _responses(row) and any(name in row for name in CONVERSATIONS),
-        lambda row: (next(row[name] for name in CONVERSATIONS if name in row), row["chosen"], row["rejected"]),
-    ),
-    Shape(
-        "question: the prompt is question (or instruction, query, input), after system where there is one",
-        lambda row: _responses(row) and any(name in row for name in QUESTIONS),
-        _question,
-    ),
-    Shape(
-        "implicit prompt: the prompt is what chosen and rejected start with",
-        lambda row: _responses(row) and (not isinstance(row["chosen"], str) or _has_no_other_text(row)),
-        _common_start,
-    ),
-)

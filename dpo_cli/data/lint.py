@@ -246,9 +246,9 @@ class ChatMarkers(Finding):
     fix = 'give the messages without their template, or write "use_chat_template": false'
 
     def see(self, seen: Seen) -> None:
-        prompt = seen.pair.prompt
-        is_transcript = isinstance(prompt, str) and bool(turns_of(prompt))  # which is split into its turns
-        if any(MARKERS.search(text) for text in ("" if is_transcript else seen.prompt, seen.chosen, seen.rejected)):
+        is_split = isinstance(seen.pair.prompt, str) and bool(turns_of(seen.prompt))  # a transcript, which becomes messages
+        found = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in MARKERS.finditer(text)]
+        if any(marker[4] is None or not is_split for marker in found):
             self.note(seen.pair)
 
 

@@ -249,6 +249,11 @@ def with_arguments(message: Message, as_text: bool) -> Message:
     return {**message, "tool_calls": calls}
 
 
+def looks(text: Text) -> Any:
+    """What can be seen of a text or of messages: the same for two that differ in nothing else."""
+    return visible(text) if isinstance(text, str) else [{**turn, "content": visible(turn["content"])} for turn in text]
+
+
 def sound(text: str, key: str) -> str:
     """The text, or `BadRow` where no tokens can be made of it."""
     if not visible(text).strip():

@@ -11,17 +11,20 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_cli.data import files, folders, hub
+from dpo_cli.data.accounting import Account
+from dpo_cli.data.columns import Columns
 from dpo_cli.data.faults import fault
 from dpo_cli.data.files import about_rows
-from dpo_cli.data.formats import Pair, Row, pair_of, shape_of, to_demonstration
+from dpo_cli.data.formats import Pair, Read, Row, read_row, with_start
 from dpo_cli.data.messages import BadRow
 from dpo_cli.errors import Problem, Severity
 
+TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
 # What helps where no row can be deleted or left out.
 FIXES = {
@@ -44,13 +47,14 @@ class Dataset:
 
     name: str
     sources: tuple[Source, ...]
-    columns: Mapping[str, str] | None
+    columns: Columns | None
     rows: int = 0
     pairs: int = 0
     prompts: int = 0
     problems: tuple[Problem, ...] = ()
     key: str = "dataset"  # of the config, that names it
     demonstrations: bool = False  # as sft reads rows
+    read_as: Mapping[str, Any] = field(default_factory=dict)  # what its columns are read as, and which are not read
 
     def load(self) -> list[Row]:
         """The usable rows in the order of their files, each as often as its weight says."""
@@ -66,8 +70,7 @@ class Dataset:
         held_out: list[Row] = []
         seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighed as a whole
         for source in self.sources:
-            rows = _demonstrations([source], self.columns) if self.demonstrations else stream([source], self.columns)
-            for row in rows:
+            for row in stream([source], self.columns, self.demonstrations):
                 if isinstance(row, Bad):
                     continue
                 if is_held_out(row):
@@ -84,7 +87,8 @@ class Dataset:
         return "demonstrations" if self.demonstrations else "pairs"
 
     def to_json(self) -> dict[str, Any]:
-        return {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}
+        counts = {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}
+        return {**counts, "columns": dict(self.read_as)}
 
 
 def _due(pairs: int, weight: float) -> int:
@@ -150,7 +154,7 @@ def read(
     value: str | Sequence[str | Mapping[str, Any]],
     skip: bool = False,
     key: str = "dataset",
-    columns: Mapping[str, str] | None = None,
+    columns: Columns | None = None,
     observers: Sequence[Observer] = (),
     demonstrations: bool = False,
 ) -> Dataset:
@@ -166,75 +170,58 @@ def read(
     readable = [source for source in sources if fault(Path(source.path), key) is None]
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first such rows, with their places
-    shapes: Counter[str] = Counter()
-    met: set[str] = set()  # of the columns that the config names
+    account = Account(columns or {}, demonstrations)
     prompts: set[int] = set()
-    rows = 0
-    for row in _demonstrations(readable, columns) if demonstrations else stream(readable, columns, shapes, met):
+    rows = pairs = 0
+    for read_as in _rows(readable, columns, demonstrations):
         rows += 1
-        if isinstance(row, Bad):  # kept, so that one pass names them all
-            bad[row.file, row.code, row.reason].append(row.line)
-            told = details[row.file, row.code, row.reason]
-            if row.detail and len(told) < SHOWN:
-                told.setdefault(row.detail, row.line)
+        if isinstance(read_as, Bad):  # kept, so that one pass names them all
+            kind = (read_as.file, read_as.code, read_as.reason)
+            bad[kind].append(read_as.line)
+            if read_as.detail and len(details[kind]) < SHOWN:
+                details[kind].setdefault(read_as.detail, read_as.line)
             continue
-        prompt_key = row.prompt_key
-        prompts.add(hash(prompt_key))
-        for observer in observers:
-            observer.see(row, prompt_key)
-    severity: Severity = "warning" if skip else "error"
-    fix = "left out of the training" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
-    problems = []
+        account.see(read_as)
+        pairs += len(read_as.rows)
+        for row in read_as.rows:
+            prompt_key = row.prompt_key
+            prompts.add(hash(prompt_key))
+            for observer in observers:
+                observer.see(row, prompt_key)
+    problems = [*whole]
     for (file, code, reason), lines in bad.items():
+        left_out = skip or code == TIE
+        severity: Severity = "warning" if left_out else "error"
+        fix = "left out of the training" if left_out else 'correct or delete what is named, or set "on_bad_rows": "skip"'
         examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in details[file, code, reason].items()]
         reason += f" ({'; '.join(examples)})" if examples else ""
         problems.append(about_rows(severity, code, reason, FIXES.get(code, fix), key, file, lines))
-    pairs = rows - sum(map(len, bad.values()))
-    problems = [*whole, *problems]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", f"{name} holds no usable row", f"add {data.noun}", key, name))
-    for name, column in (columns or {}).items() if pairs and not demonstrations else ():
-        if column not in met:
-            message = f'no row has a column "{column}", which "columns" names for {name}'
-            problems.append(Problem("warning", "column-missing", message, "correct its name, or leave it out", "columns"))
+    problems += account.problems(key) if pairs else []
     problems += _choices(value, key)
-    for says, count in shapes.items():
+    for says, count in account.shapes.items():
         fix = 'say what the columns are called with "columns" if that is not meant'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
-    return replace(data, rows=rows, pairs=pairs, prompts=len(prompts), problems=tuple(problems))
+    said = account.to_json()
+    return replace(data, rows=rows, pairs=pairs, prompts=len(prompts), problems=tuple(problems), read_as=said)
 
 
-def stream(
-    sources: Sequence[Source],
-    columns: Mapping[str, str] | None = None,
-    shapes: Counter[str] | None = None,
-    met: set[str] | None = None,
-) -> Iterator[Pair | Bad]:
-    """The rows of the sources one after the other.
+def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrations: bool = False) -> Iterator[Row | Bad]:
+    """The pairs (or demonstrations) of the sources one after the other, and the rows that are none."""
+    for row in _rows(sources, columns, demonstrations):
+        if isinstance(row, Bad):
+            yield row
+        else:
+            yield from row.rows
 
-    `shapes` counts those that are not written as documented, and `met` gathers the `columns` that some row has.
-    """
+
+def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bool) -> Iterator[Read | Bad]:
     for source in sources:
+        known = with_start((parse_row for _, parse_row in files.rows_of(source.path)), columns)
         for line, parse_row in files.rows_of(source.path):
             try:
-                row = parse_row()
-                if columns and met is not None and isinstance(row, Mapping):
-                    met.update(row.keys() & columns.values())
-                shape, row = shape_of(row, columns)
-                pair = pair_of(shape, row, line, source.path)
-            except BadRow as error:
-                yield Bad(source.path, line, error.code, error.reason, error.detail)
-                continue
-            if shapes is not None and shape.says:
-                shapes[shape.says] += 1
-            yield pair
-
-
-def _demonstrations(sources: Sequence[Source], columns: Mapping[str, str] | None) -> Iterator[Row | Bad]:
-    for source in sources:
-        for line, parse_row in files.rows_of(source.path):
-            try:
-                yield to_demonstration(parse_row(), line, source.path, columns)
+                yield read_row(parse_row(), line, source.path, known, demonstrations)
             except BadRow as error:
                 yield Bad(source.path, line, error.code, error.reason, error.detail)
 

@@ -1,0 +1,125 @@
+"""What the columns of a row are called: which make up its prompt, and what a column that is not read may mean by its name."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_cli.data.messages import BadRow, Message, Text, as_messages, message_of
+
+Row = Mapping[str, Any]
+Columns = Mapping[str, Any]  # the option "columns"
+
+SYSTEMS = ("system", "system_prompt", "system_message")
+QUESTIONS = ("question", "instruction", "query", "input")
+CONVERSATIONS = ("conversations", "messages")
+PROMPTS = ("prompt", *CONVERSATIONS, *QUESTIONS)  # the first that a row has
+JOINED = ("input", "context")  # what an instruction or a question is about, below it
+COMPLETIONS = ("completion", "response", "output", "answer")
+RESPONSES = (  # columns of the better and the worse response
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response", "rejected_response"),
+    ("response_j", "response_k"),  # as in stack-exchange-paired
+)
+OURS = ("responses", "preferred", "scores", "labels")  # keys of "columns" that name no single column of the documented form
+
+PROMPT_WORDS = frozenset(
+    """prompt prompts context contexts history passage passages background document documents persona input inputs instruction
+    instructions question questions query system preamble preface turns conversation conversations messages dialogue""".split()  # noqa: SIM905
+)
+SYSTEM_START = re.compile(r"(system|sys|developer)[ _-]?(prompt|message|msg|instruction)s?", re.IGNORECASE)
+MEDIA = re.compile(
+    r"(.*[ _-])?(image|img|picture|photo|pixel_value|audio|video)s?([ _-](path|file|url|byte)s?)?", re.IGNORECASE
+)
+MARKERS = re.compile(r"<\|?(image|audio|video)(?:[_ ]?\d+)?\|?>")
+SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "rank", "ranks", "votes", "overall", "grade", "winner")
+RANKS = ("rank", "ranks")  # the lowest is the best
+WANTED = frozenset(
+    """label labels liked good is_good wanted desirable is_desirable accepted preferred is_preferred approved feedback thumbs
+    thumbs_up thumb upvoted kto_tag""".split()  # noqa: SIM905
+)
+UNWANTED = frozenset("thumbs_down disliked unwanted undesirable is_bad bad downvoted is_rejected".split())  # noqa: SIM905
+NO = frozenset(
+    """false 0 -1 no bad rejected unwanted undesirable negative thumbs_down down dislike disliked thumbs-down 👎""".split()  # noqa: SIM905
+)
+YES = frozenset("true 1 yes".split())  # noqa: SIM905
+
+
+def asked(row: Row, names: tuple[str, ...] = PROMPTS) -> tuple[Any, tuple[str, ...]] | None:
+    """The prompt of a row, not checked yet, and the columns that it stands in: an instruction and its input are joined."""
+    main = "prompt" if "prompt" in row else next((name for name in names if name in row), None)
+    if main is None:
+        return None
+    if "input" not in row and "context" not in row:
+        return row[main], (main,)
+    prompt, used = row[main], [main]
+    if isinstance(prompt, str) and main != "input":
+        for name in JOINED:
+            more = row.get(name)
+            if name != main and isinstance(more, str) and more.strip() and more.strip() not in prompt:
+                prompt = f"{prompt}\n{more}"
+                used.append(name)
+    return prompt, tuple(used)
+
+
+def answered(row: Row) -> tuple[str, str] | None:
+    """The columns of the better and the worse response, where a row has both."""
+    for pair in RESPONSES:  # a loop, since this is asked of every row
+        if pair[0] in row and pair[1] in row:
+            return pair
+    return None
+
+
+def system_column(row: Row) -> str | None:
+    """The column of the system message."""
+    return next((name for name in SYSTEMS if name in row), None)
+
+
+def with_history(prompt: Text, history: Any) -> Text:
+    """The prompt after the earlier turns of the row: messages, or [question, answer] lists, as LLaMA-Factory has them."""
+    if not history:
+        return prompt
+    if not isinstance(history, list):
+        raise BadRow("row-history", '"history" is not a list of earlier turns: write them as messages of the prompt')
+    turns: list[Message] = []
+    for turn in history:
+        if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True) if text]
+        elif isinstance(turn, Mapping):
+            turns.append(message_of(turn, "history"))
+        else:
+            raise BadRow("row-history", '"history" holds neither messages nor [question, answer] lists')
+    messages = as_messages(prompt, "user")
+    systems = [message for message in messages[:1] if message["role"] == "system"]
+    return [*systems, *turns, *messages[len(systems) :]]
+
+
+@functools.cache
+def is_prompt_like(name: str) -> bool:
+    """Whether a column is called like a part of a prompt."""
+    words = re.split(r"[ _.-]", name.lower())
+    return words[-1] in PROMPT_WORDS or SYSTEM_START.fullmatch(name) is not None
+
+
+@functools.cache
+def is_media(name: str) -> bool:
+    """Whether a column is called like pictures, sound or films."""
+    return MEDIA.fullmatch(name) is not None
+
+
+def texts_in(value: Any) -> list[str]:
+    """All texts within a value: itself, or those of its messages, turns and parts."""
+    if isinstance(value, str):
+        return [value.strip()] if value.strip() else []
+    if isinstance(value, Mapping):
+        return texts_in(value.get("content", value.get("value", value.get("text"))))
+    return [text for part in value for text in texts_in(part)] if isinstance(value, list) else []
+
+
+def says_no(name: str, value: Any) -> bool:
+    """Whether a label says that its row is not wanted."""
+    word = str(value).strip().lower()
+    return (name.lower() in WANTED and word in NO) or (name.lower() in UNWANTED and word in YES)

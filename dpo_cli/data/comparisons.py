@@ -1,0 +1,425 @@
+"""Rows with several responses and what says which is better: a label, votes or scores.
+
+response_a  response_b  winner             a label: a number, a letter, left or right, or the name of a column
+response_1  response_2  preference         of which whole files tell whether numbers count from 0 or from 1
+answer_0    answer_1    score_0  score_1   a score for each; or votes (winner_model_a, winner_model_b)
+responses   scores                         lists of the same length
+completions                                objects with a text and a score or a rank
+
+A label makes a pair of the preferred response and each other one, scores make one of the best and the lowest. Which columns
+these are the names tell, or `columns`: {"responses": ["one", "two"], "preferred": "label", "labels": ["A", "B"]}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from dpo_cli.data.columns import COMPLETIONS, PROMPTS, RANKS, SCORES, Columns, Row, asked
+from dpo_cli.data.messages import BadRow
+
+STEMS = frozenset(
+    """response responses output answer completion generation candidate reply summary text ref conversation chat""".split()  # noqa: SIM905
+)
+DIALOGUES = ("conversation", "chat")  # which hold the prompt too
+LISTS = (
+    "responses",
+    "completions",
+    "generations",
+    "answers",
+    "outputs",
+    "candidates",
+    "summaries",
+    "replies",
+    "texts",
+    "generated_responses",
+)
+LABELS = (
+    "label",
+    "labels",
+    "preference",
+    "preferred",
+    "winner",
+    "choice",
+    "better_response_id",
+    "better_response",
+    "better",
+    "best",
+    "best_response",
+    "chosen",
+    "preferred_response",
+    "overall_preference",
+    "preference_strength",
+    "human_preference",
+    "selected",
+    "vote",
+    "verdict",
+    "comparison",
+)
+SIGNED = ("overall_preference", "preference_strength")  # HelpSteer: below 0 the first is better, above 0 the second
+PROMPT_NAMES = (*PROMPTS, "history", "context", "post", "article", "document", "info")
+TEXT_KEYS = ("response", "text", "answer", "completion", "output", "content", "generation", "generated_text", "summary")
+SCORE_KEYS = ("overall_score", "score", "rating", "reward", "rank", "votes", "fine-grained_score", "annotations")
+LETTERS = "abcdefgh"
+NOUNS = "model response answer output option assistant system candidate completion choice text summary conversation".split()  # noqa: SIM905
+ORDINALS = (("left", "right"), ("first", "second"))
+TIES = frozenset(
+    [
+        *("tie", "ties", "tied", "draw", "equal", "same", "both", "neither", "none", "tie (bothbad)", "both bad", "bothbad"),
+        *("both good", "equally good", "equally bad", "about the same", "no preference", "unsure"),
+    ]
+)
+_MEMBER = re.compile(r"(?P<stem>.*?)(?P<gap>[ _.-]?)(?P<which>\d{1,2}|[a-hA-H]|left|right|first|second)")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the responses of a row stand, and what says which is better."""
+
+    prompt: tuple[str, ...]  # its columns; none where the responses are conversations that start with it
+    responses: tuple[str, ...]  # their columns, or one that holds a list
+    label: str | None
+    scores: tuple[str, ...]  # as responses; empty where the responses are objects that hold them
+    which: tuple[str, ...]  # what tells the responses apart in the names of their columns
+    labels: tuple[tuple[str, ...], ...] = ()  # by response the values that mean it; one more: those of a tie
+    start: int | None = None  # the number that means the first response
+
+    @property
+    def says(self) -> str:
+        """How such rows are read, in words."""
+        what = " and ".join(self.responses)
+        if self.label is None:
+            by = " and ".join(self.scores) or "their scores or ranks"
+            return f"scored responses: of {what} the best by {by} is chosen, the lowest rejected; ties are left out"
+        if self.label in SIGNED:
+            return f"comparisons: {self.label} below 0 prefers {self.responses[0]}, above 0 {self.responses[-1]}; 0 is left out"
+        names = self._names()
+        if self.labels:
+            means = ", ".join(f"{' or '.join(values)} means {name}" for values, name in zip(self.labels, names, strict=False))
+        elif self.start is not None:
+            means = ", ".join(f"{self.start + i} means {name}" for i, name in enumerate(names))
+        else:
+            means = f"the name or letter of one of {what}"
+        each = "" if len(self.responses) == 2 else "; it is chosen against each other one"
+        return f"comparisons: {self.label} says which response is preferred ({means}){each}; ties are left out"
+
+    def _names(self) -> Sequence[str]:
+        return self.responses if len(self.responses) > 1 else [f"{self.responses[0]}[{i}]" for i in range(2)]
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """What each column is read as."""
+        named = {**dict.fromkeys(self.responses, "response"), **dict.fromkeys(self.scores, "score")}
+        return {**named, **({self.label: "label"} if self.label else {}), **dict.fromkeys(self.prompt, "prompt")}
+
+    def rows(self, row: Row) -> list[Row]:
+        """The pairs of a row, written as documented; or `BadRow`."""
+        answers = self._answers(row)
+        scores = self._scores(row)
+        if self.label is not None:
+            best = self._preferred(row, answers)
+            others = [i for i in range(len(answers)) if i != best]
+        else:
+            scored = [i for i, score in enumerate(scores) if score is not None]
+            if len(scored) < 2:
+                raise BadRow("row-one-response", "fewer than two responses have a score, so there is nothing to compare")
+            best = max(scored, key=lambda i: scores[i] or 0.0)
+            others = [min(scored, key=lambda i: scores[i] or 0.0)]
+            if scores[best] == scores[others[0]]:
+                raise BadRow("row-tie", "the responses are scored alike, so none is preferred")
+        own = self.reads.keys() - {"messages", "conversations"} if not self.prompt else self.reads.keys()
+        base = {name: value for name, value in row.items() if name not in own}
+        if self.prompt:
+            base["prompt"] = prompt_of(row)
+        return [{**base, "chosen": answers[best], "rejected": answers[i], **_told(scores, best, i)} for i in others]
+
+    def _answers(self, row: Row) -> list[Any]:
+        """The responses of a row as texts or messages."""
+        if len(self.responses) > 1:
+            missing = [name for name in self.responses if name not in row]
+            if missing:
+                raise BadRow("row-missing-key", f"no {' and no '.join(missing)}")
+            return [row[name] for name in self.responses]
+        values = row.get(self.responses[0])
+        if not isinstance(values, list):
+            raise BadRow("row-wrong-type", f"{self.responses[0]} is {type(values).__name__}, not a list of responses")
+        if len(values) < 2:
+            raise BadRow(
+                "row-one-response", f"{self.responses[0]} holds fewer than two responses, so there is nothing to compare"
+            )
+        return [_text_within(value) for value in values]
+
+    def _scores(self, row: Row) -> list[float | None]:
+        """A score for each response, higher for the better; none at all where the row has no scores."""
+        if len(self.responses) == 1 and not self.scores:
+            values = row[self.responses[0]]
+            return [_score_within(value) if isinstance(value, Mapping) else None for value in values]
+        if len(self.scores) > 1:
+            return [_number(row.get(name), name) for name in self.scores]
+        if not self.scores:
+            return []
+        values = row.get(self.scores[0])
+        if not isinstance(values, list) or len(values) != len(self._answers(row)):
+            raise BadRow("row-score", f"{self.scores[0]} is not a list with a score for each response")
+        return [_number(value, self.scores[0]) for value in values]
+
+    def _preferred(self, row: Row, answers: list[Any]) -> int:
+        """The position of the response that the label prefers; of several votes, that of the most."""
+        assert self.label is not None
+        value = row.get(self.label)
+        if value is None or value == "" or value == []:
+            raise BadRow("row-label", f'"{self.label}" does not say which response is preferred')
+        votes = Counter(self._meant(vote, answers) for vote in (value if isinstance(value, list) else [value]))
+        (best, most), *rest = votes.most_common()
+        if best is None or (rest and rest[0][1] == most):
+            raise BadRow("row-tie", "the label prefers no response")
+        return best
+
+    def _meant(self, value: Any, answers: list[Any]) -> int | None:
+        """The position that a value of the label means; None of a tie."""
+        said = plain_value(value)
+        for position, values in enumerate(self.labels):
+            if said in values:
+                return position if position < len(answers) else None
+        if said in TIES:
+            return None
+        number = _integer(said)
+        if self.label in SIGNED and number is not None:
+            return None if number == 0 else int(number > 0)
+        if not self.labels:
+            named = self._named(said)
+            if named is not None and named < len(answers):
+                return named
+            if number is not None or said in ("true", "false"):
+                if self.start is None:
+                    raise BadRow("row-label-unclear", self._unclear())
+                if 0 <= number - self.start < len(answers) if number is not None else False:
+                    return (number or 0) - self.start
+            elif value in answers:
+                return answers.index(value)
+        raise BadRow("row-label", f'"{self.label}" has a value whose meaning is not known', repr(value)[:60])
+
+    def _unclear(self) -> str:
+        one, other = self._names()[:2]
+        return (
+            f'the values of "{self.label}" do not tell which of {one} and {other} they mean (numbers count from 0 or from 1): '
+            'say it with "columns": {"labels": [0, 1]} or {"labels": [1, 2]}, a value for each response in this order'
+        )
+
+    def _named(self, said: str) -> int | None:
+        """The position of a response by the name of its column, or what stands for it there; else by its letter or side."""
+        names = [plain_value(name) for name in self.responses] if len(self.responses) > 1 else []
+        if said in names:
+            return names.index(said)
+        said = " ".join(re.split(r"[ _.-]+", said.strip("[]().")))
+        *nouns, last = said.split(" ") if said else [""]
+        if not all(noun in NOUNS for noun in nouns):
+            return None
+        if last in self.which and (nouns or not last.isdecimal()):
+            return self.which.index(last)
+        if any(which in LETTERS for which in self.which):
+            return None
+        return next((words.index(last) for words in (list(LETTERS), *ORDINALS) if last in words), None)
+
+    @property
+    def counts(self) -> bool:
+        """Whether numbers in the label may count from 0 or from 1."""
+        return self.label is not None and not self.labels and self.label not in SIGNED and self.start is None
+
+
+def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> Layout | None:
+    """How a row is laid out, if it is a comparison; `more_labels` are columns of any name that may be the label."""
+    responses = columns.get("responses")
+    stated = responses is not None
+    responses, which = (_stated(responses), ()) if stated else _family(row) or _list(row) or ((), ())
+    if not responses:
+        return None
+    asking = asked(row, PROMPT_NAMES)
+    is_dialogue = any(name.lower().startswith(DIALOGUES) for name in responses)
+    if asking is None and not is_dialogue and not stated:
+        return None
+    prompt = asking[1] if asking is not None and not is_dialogue else ()
+    scores = _stated(columns["scores"]) if "scores" in columns else _score_columns(row, responses, which)
+    label = columns.get("preferred") or _label(row, responses, which, more_labels, search=not scores)
+    labels = _labels(columns, label, responses)
+    if label is None and not scores and not (len(responses) == 1 and _holds_scores(row[responses[0]])):
+        if stated or _can_be_short(row, responses):
+            raise _without_label(responses)
+        return None
+    start = columns.get("start") if label not in SIGNED else None
+    if label is not None and label.endswith("_id") and which and which[0].isdecimal():
+        start = int(which[0])  # PKU-SafeRLHF: the number in the name
+    if label == "choice" and len(responses) == 1:
+        start = 0  # summarize_from_feedback
+    return Layout(prompt, responses, label, scores, which, labels, start)
+
+
+def start_of(layouts: Iterable[tuple[Layout, Row]]) -> int | None:
+    """The number by which all labels of a file together call the first response; None where they do not tell."""
+    numbers: set[int] = set()
+    most = 2
+    for layout, row in layouts:
+        most = max(most, len(layout.responses) if len(layout.responses) > 1 else len(row.get(layout.responses[0]) or ()))
+        value = row.get(layout.label or "")
+        for vote in value if isinstance(value, list) else [value]:
+            number = _integer(plain_value(vote))
+            numbers |= {number} if number is not None else set()
+    if min(numbers, default=-1) < 0 or (0 in numbers) == (most in numbers):
+        return None
+    return 0 if 0 in numbers else 1
+
+
+def prompt_of(row: Row) -> Any:
+    """The prompt of a comparison; posts of TL;DR as OpenAI prompted with them."""
+    asking = asked(row, PROMPT_NAMES)
+    prompt = asking[0] if asking is not None else None
+    if isinstance(prompt, Mapping):
+        if isinstance(prompt.get("full_text"), str):  # WebGPT
+            return prompt["full_text"]
+        if isinstance(prompt.get("post"), str):
+            return f"SUBREDDIT: r/{prompt.get('subreddit')}\n\nTITLE: {prompt.get('title')}\n\nPOST: {prompt['post']}\n\nTL;DR:"
+        if isinstance(prompt.get("article"), str):
+            return f"Article: {prompt['article']}\n\nTL;DR:"
+    return prompt
+
+
+def plain_value(value: Any) -> str:
+    """A value of a label as text in one form: 1, 1.0 and "1" are the same, and true is not 1."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    said = " ".join(str(value).split()).casefold()
+    return said[:-2] if re.fullmatch(r"-?\d+\.0", said) else said
+
+
+def _integer(said: str) -> int | None:
+    return int(said) if re.fullmatch(r"-?\d{1,4}", said) else None
+
+
+def _stated(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _labels(columns: Columns, label: str | None, responses: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    if "labels" in columns:
+        return tuple(
+            tuple(map(plain_value, entry)) if isinstance(entry, list) else (plain_value(entry),) for entry in columns["labels"]
+        )
+    if label == "labels" and responses[0].startswith("human_ref"):
+        return ("1",), ("0",)  # SHP: 1 where the first is better
+    return ()
+
+
+def _family(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """(columns, what tells them apart) of the responses that are numbered in their names: response_1, response_2."""
+    families: dict[tuple[str, str], dict[str, str]] = {}
+    for name, value in row.items():
+        member = _MEMBER.fullmatch(name)
+        if member is None or not isinstance(value, str | list | Mapping) or value == []:
+            continue
+        stem, which = member["stem"].lower(), member["which"].lower()
+        if re.split(r"[ _.-]", stem)[-1] in STEMS or (not stem and which in ORDINALS[0]):
+            families.setdefault((stem, member["gap"]), {})[which] = name
+    for members in families.values():
+        for order in (LETTERS, *ORDINALS, [str(i) for i in range(20)], [str(i) for i in range(1, 20)]):
+            which = tuple(order[: len(members)])
+            if len(which) >= 2 and members.keys() == set(which):
+                return tuple(members[name] for name in which), which
+    return None
+
+
+def _list(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The column that holds a list of responses: texts, messages or objects."""
+    found = next((name for name in LISTS if isinstance(row.get(name), list)), None)
+    return ((found,), ()) if found is not None else None
+
+
+def _score_columns(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns of scores that go with the responses."""
+    if len(responses) == 1:
+        found = next((name for name in SCORES if isinstance(row.get(name), list)), None)
+        return (found,) if found is not None else ()
+    by_stem: dict[tuple[str, str], dict[str, str]] = {}
+    for name, value in row.items():
+        member = _MEMBER.fullmatch(name)
+        if member is not None and not isinstance(value, list | Mapping):
+            words = re.split(r"[ _.-]", member["stem"].lower())
+            if any(word in SCORES for word in words):
+                by_stem.setdefault((member["stem"], member["gap"]), {})[member["which"].lower()] = name
+        for response, place in zip(responses, which, strict=False):
+            if name.startswith(response) and name[len(response) :].strip(" _.-").lower() in SCORES:
+                by_stem.setdefault(("", ""), {})[place] = name
+    for members in by_stem.values():
+        if which and set(which) <= members.keys():
+            return tuple(members[place] for place in which)
+    return ()
+
+
+def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: Sequence[str], search: bool) -> str | None:
+    """The column that says which response is preferred, by its name; or by a value that names a response or a side."""
+    free = [name for name in (*more, *LABELS) if name in row and name not in responses]
+    found = next((name for name in free if name in more or isinstance(row[name], str | int | float)), None)
+    if found is not None or len(responses) == 1 or not search:
+        return found
+    trial = Layout((), responses, None, (), which)
+    other = [name for name in row if name not in responses and name not in PROMPT_NAMES and isinstance(row[name], str)]
+    words = {name: plain_value(row[name]) for name in other if 1 < len(row[name]) < 40}  # a letter alone may be a grade
+    return next((name for name, word in words.items() if trial._named(word) is not None), None)
+
+
+def _holds_scores(values: Any) -> bool:
+    return isinstance(values, list) and any(isinstance(value, Mapping) and _score_within(value) is not None for value in values)
+
+
+def _can_be_short(row: Row, responses: tuple[str, ...]) -> bool:
+    """Whether the responses are surely those of a comparison, so that only what prefers one of them is missing."""
+    return len(responses) > 1 and not any(name in row for name in (*COMPLETIONS, "text", "messages"))
+
+
+def _without_label(responses: tuple[str, ...]) -> BadRow:
+    what = " and ".join(responses)
+    return BadRow(
+        "row-label", f'no label, score or vote says which of {what} is preferred: "columns": {{"preferred": ...}} can name it'
+    )
+
+
+def _text_within(value: Any) -> Any:
+    """A response of a list: a text or messages, or what an object holds of them."""
+    if isinstance(value, Mapping) and "role" not in value and "from" not in value:
+        value = next((value[key] for key in (*TEXT_KEYS, "messages") if value.get(key)), value)
+    return value
+
+
+def _score_within(value: Mapping[str, Any]) -> float | None:
+    """The score of an object; of annotations by aspect, as UltraFeedback has them, the mean of their ratings."""
+    name = next((key for key in SCORE_KEYS if value.get(key) not in (None, "N/A", "")), None)
+    if name == "annotations":
+        aspects = value[name].values() if isinstance(value[name], Mapping) else ()
+        ratings = [aspect.get("Rating", aspect.get("rating")) for aspect in aspects if isinstance(aspect, Mapping)]
+        numbers = [float(rating) for rating in ratings if _is_number(rating)]
+        return fmean(numbers) if numbers else None
+    return _number(value[name], name) if name is not None else None
+
+
+def _is_number(value: Any) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?([eE][-+]?\d+)?", str(value).strip()) is not None
+
+
+def _number(value: Any, name: str) -> float | None:
+    """A score, higher for the better: a rank counts down."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false")):
+        return float(str(value).strip().lower() == "true")
+    if not _is_number(value):
+        raise BadRow("row-score", f'"{name}" is no number', repr(value)[:40])
+    words = re.split(r"[ _.-]", name.lower())
+    return -float(value) if any(word in RANKS for word in words) else float(value)
+
+
+def _told(scores: list[float | None], best: int, other: int) -> dict[str, Any]:
+    """The scores of a pair beside its label, so that a label which they contradict is found."""
+    return {"score_chosen": scores[best], "score_rejected": scores[other]} if scores else {}

@@ -1,0 +1,160 @@
+"""Records of annotation tools as flat rows: the fields of the task, and what the annotators chose, each under its own name.
+
+Argilla        {"fields": {...}, "responses": ..., "suggestions": ...}, or flat: X.responses, X.suggestion, or lists of values
+Label Studio   {"data": {...}, "annotations": [...]} (JSON), or an answer {"selected": "left"} in a cell (JSON-MIN)
+
+Answers of several annotators are votes: a list.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_cli.data.columns import Row
+
+NOT_GIVEN = ("discarded", "draft", "pending")  # states of an answer in Argilla
+HELD = ("selected", "value", "choices", "rating", "text")  # keys of an answer that hold it
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """A record as a flat row."""
+
+    tool: str
+    row: Row
+    answers: tuple[str, ...]  # columns that an annotator filled in
+    responses: tuple[str, ...] = ()  # columns that were compared, where the record says so: the left one first
+    origin: Mapping[str, str] | None = None  # the columns that hold these, under other names
+
+
+def export_of(row: Row) -> Export | None:
+    """The flat row of a record of a tool that is known."""
+    if isinstance(row.get("fields"), Mapping) and not {"responses", "suggestions"}.isdisjoint(row):
+        return _argilla(row)
+    if isinstance(row.get("data"), Mapping) and isinstance(row.get("annotations", row.get("completions")), list):
+        return _label_studio(row)
+    if any(name.endswith((".responses", ".suggestion", "-suggestion")) for name in row):
+        return _argilla_table(row)
+    chosen = {name: _answer(value) for name, value in row.items() if _is_selection(value)}
+    return Export("Label Studio", {**row, **chosen}, tuple(chosen)) if chosen else None
+
+
+def _argilla(row: Row) -> Export:
+    """A record as rg.Dataset.to_json or FeedbackDataset write it."""
+    given: dict[str, list[Any]] = {}
+    responses = row.get("responses") or {}
+    if isinstance(responses, list):  # Argilla 1: an entry for each annotator
+        for response in responses:
+            if isinstance(response, Mapping) and response.get("status") not in NOT_GIVEN:
+                for question, value in (response.get("values") or {}).items():
+                    given.setdefault(question, []).append(_answer(value))
+    elif isinstance(responses, Mapping):
+        for question, values in responses.items():
+            given[question] = _votes(values)
+    given = {question: votes for question, votes in given.items() if votes}
+    suggestions = row.get("suggestions") or {}
+    if isinstance(suggestions, list):
+        suggestions = {s.get("question_name"): s.get("value") for s in suggestions if isinstance(s, Mapping)}
+    for question, value in suggestions.items():
+        if question and value is not None:
+            given.setdefault(question, [_answer(value)])
+    fields = {name: value for name, value in row["fields"].items() if value is not None}
+    answers = {name: votes[0] if len(votes) == 1 else votes for name, votes in given.items() if name not in fields}
+    return Export(
+        "Argilla", _ranked({**fields, **answers}), tuple(answers), origin=dict.fromkeys((*fields, *answers), "fields")
+    )
+
+
+def _argilla_table(row: Row) -> Export:
+    """A record as Argilla writes tables: fields under their own names, questions with endings."""
+    rest = {name: value for name, value in row.items() if "." not in name and not name.endswith(("-suggestion", "-metadata"))}
+    questions = [
+        name.removesuffix(end) for end in (".responses", ".suggestion", "-suggestion") for name in row if name.endswith(end)
+    ]
+    answers: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for question in dict.fromkeys(questions):
+        for column in (f"{question}.responses", question, f"{question}.suggestion", f"{question}-suggestion"):
+            states = row.get(f"{question}.responses.status")
+            votes = _votes(row[column], states) if row.get(column) is not None else []
+            if votes:
+                answers[question], origin[question] = votes[0] if len(votes) == 1 else votes, column
+                break
+    return Export("Argilla", _ranked({**rest, **answers}), tuple(answers), origin=origin)
+
+
+def _votes(values: Any, states: Any = None) -> list[Any]:
+    """What annotators answered, without what they discarded."""
+    values = values if isinstance(values, list) and not _is_ranking(values) else [values]
+    states = states if isinstance(states, list) and len(states) == len(values) else [None] * len(values)
+    return [
+        _answer(value)
+        for value, state in zip(values, states, strict=True)
+        if value is not None
+        and state not in NOT_GIVEN
+        and not (isinstance(value, Mapping) and value.get("status") in NOT_GIVEN)
+    ]
+
+
+def _is_ranking(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(part, Mapping) and "rank" in part for part in value)
+
+
+def _ranked(row: dict[str, Any]) -> Row:
+    """The row with a ranking, [{"value": "response_1", "rank": 1}, ...], as a rank for each response that it names."""
+    for name, value in list(row.items()):
+        if _is_ranking(value):
+            ranks = {str(part.get("value")): part["rank"] for part in value}
+            columns = {other.replace("-", "_"): other for other in row}
+            if all(response.replace("-", "_") in columns for response in ranks):
+                del row[name]
+                for response, rank in ranks.items():
+                    row[f"{columns[response.replace('-', '_')]}_rank"] = rank
+    return row
+
+
+def _label_studio(row: Row) -> Export:
+    """A task with its annotations, of which those that were cancelled do not count; else with its predictions."""
+    data = {name: value for name, value in row["data"].items() if value is not None}
+    votes: dict[str, list[Any]] = {}
+    compared: tuple[str, ...] = ()
+    given = [a for a in row.get("annotations", row.get("completions")) if isinstance(a, Mapping) and not a.get("was_cancelled")]
+    for annotation in given or [p for p in row.get("predictions") or [] if isinstance(p, Mapping)]:
+        for result in annotation.get("result") or []:
+            if isinstance(result, Mapping) and isinstance(result.get("value"), Mapping):
+                votes.setdefault(str(result.get("from_name")), []).append(_answer(result["value"]))
+                names = result.get("to_name")
+                if isinstance(names, str):
+                    names = names.split(",")
+                if isinstance(names, list) and len(names) == 2 and all(name in data for name in names):
+                    compared = tuple(names)
+    answers = {name: values[0] if len(values) == 1 else values for name, values in votes.items()}
+    origin = {**dict.fromkeys(data, "data"), **dict.fromkeys(answers, "annotations")}
+    return Export("Label Studio", {**data, **answers}, tuple(answers), compared, origin)
+
+
+def _is_selection(value: Any) -> bool:
+    """Whether a value is an answer of Label Studio to "which is better", in JSON-MIN or as text in a cell."""
+    if isinstance(value, str) and '"selected"' in value[:40]:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):  # a text that looks like it
+            return False
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return isinstance(value, Mapping) and isinstance(value.get("selected"), str)
+
+
+def _answer(value: Any) -> Any:
+    """An answer without what it is wrapped in."""
+    if isinstance(value, str) and '"selected"' in value[:40]:
+        value = json.loads(value)
+    if isinstance(value, list) and len(value) == 1 and not _is_ranking(value):
+        value = value[0]
+    if isinstance(value, Mapping):
+        held = next((value[key] for key in HELD if value.get(key) is not None), None)
+        return _answer(held) if held is not None else value
+    return value

@@ -1,0 +1,263 @@
+"""Rows with several responses and a label, votes or scores; exports of annotation tools; and what becomes of each column."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_formats import NO, USER, YES, write
+
+from dpo_cli.data.formats import Pair, to_demonstration, to_pairs
+from dpo_cli.data.messages import BadRow, flat
+from dpo_cli.data.reader import Dataset, read
+
+TWO = {"prompt": "q", "output_1": "yes", "output_2": "no"}
+BACK = {"prompt": "q", "output_1": "no", "output_2": "yes"}
+UNANSWERED = {"prompt": "q", "response_1": "no", "response_2": "yes"}
+PAIRWISE = {"value": {"selected": "right"}, "from_name": "pw", "to_name": ["answer1", "answer2"], "type": "pairwise"}
+
+READ = {
+    "ms-swift": {"messages": USER + YES, "rejected_response": "no"},
+    "ms-swift, a conversation": {"messages": USER + YES, "rejected_messages": USER + NO},
+    "ms-swift, query": {"query": "q", "response": "yes", "rejected_response": "no"},
+    "openai": {"input": {"messages": USER, "tools": []}, "preferred_output": YES, "non_preferred_output": NO},
+    "ultrafeedback": {
+        "instruction": "q",
+        "completions": [
+            {"response": "so", "overall_score": 5},
+            {"response": "no", "overall_score": 2},
+            {"response": "yes", "overall_score": 9},
+        ],
+    },
+    "ultrafeedback, aspects alone": {
+        "instruction": "q",
+        "completions": [
+            {"response": "no", "annotations": {"honesty": {"Rating": "1"}, "truth": {"Rating": "N/A"}}},
+            {"response": "yes", "annotations": {"honesty": {"Rating": "4"}, "truth": {"Rating": "5"}}},
+        ],
+    },
+    "nectar": {"prompt": "q", "answers": [{"answer": "no", "rank": 7.0}, {"answer": "yes", "rank": 1.0}]},
+    "lists": {"prompt": "q", "responses": ["so", "no", "yes"], "scores": ["2", "1", "3.5"]},
+    "lists with ranks": {"prompt": "q", "generations": ["no", "yes", "so"], "ranks": [3, 1, 2]},
+    "a missing rating": {"prompt": "q", "generations": ["so", "no", "yes"], "ratings": [None, 1, 2]},
+    "a letter": {"prompt": "q", "response 1": "yes", "response 2": "no", "label": "A"},
+    "a side": {"prompt": "q", "left": "no", "right": "yes", "label": "right"},
+    "a name": {**TWO, "preference": "output_1"},
+    "the text itself": {**TWO, "preferred": "yes"},
+    "scores by name": {"prompt": "q", "answer_0": "no", "answer_1": "yes", "score_0": -1, "score_1": 1.0},
+    "webgpt": {"question": {"full_text": "q"}, "answer_0": "no", "answer_1": "yes", "score_0": "-1", "score_1": "1"},
+    "arena": {"model_a": "b", "model_b": "a", "conversation_a": USER + NO, "conversation_b": USER + YES, "winner": "model_b"},
+    "votes": {
+        "prompt": "q",
+        "response_a": "no",
+        "response_b": "yes",
+        "winner_model_a": 0,
+        "winner_model_b": 1,
+        "winner_tie": 0,
+    },
+    "shp": {"history": "q", "human_ref_A": "yes", "human_ref_B": "no", "labels": 1, "score_A": 8, "score_B": 2},
+    "pku": {"prompt": "q", "response_0": "no", "response_1": "yes", "better_response_id": 1, "safer_response_id": 0},
+    "helpsteer 2": {"prompt": "q", "response_1": "no", "response_2": "yes", "preference_strength": 3},
+    "helpsteer 3": {"context": USER, "response1": "yes", "response2": "no", "overall_preference": -2},
+    "stack exchange": {"qid": 1, "question": "q", "response_j": "yes", "response_k": "no"},
+    "argilla": {
+        "id": "7",
+        "fields": UNANSWERED,
+        "responses": {"best": [{"value": "response_2", "user_id": "u", "status": "submitted"}]},
+    },
+    "argilla, a suggestion": {
+        "fields": UNANSWERED,
+        "suggestions": {"best": {"value": "response_2", "score": 1}},
+    },
+    "argilla 1, what was discarded": {
+        "fields": UNANSWERED,
+        "responses": [
+            {"status": "submitted", "values": {"best": {"value": "response_2"}}},
+            {"status": "discarded", "values": {"best": {"value": "response_1"}}},
+        ],
+        "suggestions": [],
+    },
+    "argilla, a ranking": {
+        "fields": UNANSWERED,
+        "responses": {"order": [{"value": [{"value": "response-1", "rank": 2}, {"value": "response-2", "rank": 1}]}]},
+    },
+    "argilla, a table": {**UNANSWERED, "best.responses": ["response_2", "response_1", "response_2"], "id": "7"},
+    "argilla, a table of suggestions": {**UNANSWERED, "best.suggestion": "response_2", "best.suggestion.score": 0.5},
+    "label studio": {
+        "data": {"prompt": "q", "answer1": "no", "answer2": "yes"},
+        "annotations": [
+            {"was_cancelled": True, "result": [{**PAIRWISE, "value": {"selected": "left"}}]},
+            {"result": [PAIRWISE]},
+        ],
+    },
+    "label studio, any names": {
+        "data": {"prompt": "q", "one": "no", "other": "yes"},
+        "annotations": [{"result": [{**PAIRWISE, "to_name": ["one", "other"]}]}],
+    },
+    "label studio, min": {"prompt": "q", "answer1": "no", "answer2": "yes", "pw": {"selected": "right"}, "annotator": 1},
+    "label studio, min, a word": {"prompt": "q", "answer1": "no", "answer2": "yes", "pw": "right", "lead_time": 3.2},
+    "several rejected": {"prompt": "q", "chosen": "yes", "rejected": ["no"]},
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", READ)
+def test_formats_are_read_as_they_are_meant(tmp_path: Path, name: str, suffix: str) -> None:
+    data = read(str(write(tmp_path / f"rows{suffix}", [READ[name]])))
+    assert [problem.message for problem in data.problems if problem.severity == "error"] == []
+    assert [tuple(map(flat, (pair.prompt, *pair.responses))) for pair in data.load()] == [("q", "yes", "no")]
+    shown = to_demonstration(READ[name], 1)
+    assert (flat(shown.prompt), flat(shown.completion)) == ("q", "yes")
+
+
+def answers(rows: list[dict[str, Any]], place: Path, columns: dict[str, Any] | None = None) -> list[str]:
+    return [flat(pair.chosen) for pair in dataset(rows, place, columns).load() if isinstance(pair, Pair)]
+
+
+def dataset(rows: list[dict[str, Any]], place: Path, columns: dict[str, Any] | None = None, sft: bool = False) -> Dataset:
+    return read(str(write(place / "rows.jsonl", rows)), columns=columns, demonstrations=sft)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(0, 1), (1, 2), ("0", "1"), ("1", "2"), (1.0, 2.0), ("A", "B"), ("left", "right")]
+)
+def test_the_file_tells_what_its_labels_count_from(tmp_path: Path, first: Any, second: Any) -> None:
+    rows = [{**BACK, "label": second}, {**TWO, "label": first}, {**BACK, "label": second}]
+    assert answers(rows, tmp_path) == ["yes"] * 3
+
+
+def test_labels_that_may_count_from_either_are_an_error_until_they_are_stated(tmp_path: Path) -> None:
+    rows = [{**TWO, "label": 1}, {**TWO, "label": 1}]
+    (problem,) = [problem for problem in dataset(rows, tmp_path).problems if problem.severity == "error"]
+    assert (problem.code, problem.lines) == ("row-label-unclear", (1, 2)) and '"labels": [1, 2]' in problem.message
+    assert answers(rows, tmp_path, {"labels": [1, 2]}) == ["yes"] * 2
+    assert answers(rows, tmp_path, {"labels": [0, 1]}) == ["no"] * 2
+
+
+@pytest.mark.parametrize("values", [[0, 1, 2], [-1, 1], [True, False]])
+def test_labels_that_have_two_meanings_are_not_guessed(tmp_path: Path, values: list[Any]) -> None:
+    found = dataset([{**TWO, "label": value} for value in values], tmp_path).problems
+    assert [problem.code for problem in found if problem.severity == "error"] == ["row-label-unclear"]
+
+
+def test_unknown_values_are_bad_rows_and_ties_are_counted(tmp_path: Path) -> None:
+    rows = [{**TWO, "label": value} for value in (1, 2, "tie", 7, "maybe", "tie")]
+    found = {problem.code: problem for problem in dataset(rows, tmp_path).problems}
+    assert found["row-label"].lines == (4, 5) and "'maybe'" in found["row-label"].message
+    assert (found["row-tie"].severity, found["row-tie"].lines) == ("warning", (3, 6))
+    assert "label says which response is preferred (1 means output_1, 2 means output_2)" in found["rows-read-as"].message
+
+
+def test_columns_name_the_parts_of_a_comparison(tmp_path: Path) -> None:
+    rows = [{"ask": "q", "one": "no", "two": "yes", "verdict": word} for word in ("second", "second", "equal", "no idea")]
+    columns = {"prompt": "ask", "responses": ["one", "two"], "preferred": "verdict", "labels": ["first", "second", "equal"]}
+    data = dataset(rows, tmp_path, columns)
+    assert answers(rows, tmp_path, columns) == ["yes"] * 2
+    assert {problem.code: problem.lines or problem.line for problem in data.problems} == {
+        "row-tie": 3,
+        "row-label": 4,
+        "rows-read-as": None,
+    }
+    assert data.read_as["read"] == {"ask": "prompt", "one": "response", "two": "response", "verdict": "label"}
+    scored = [{"ask": "q", "one": "no", "two": "yes", "a": 1, "b": 2}]
+    assert answers(scored, tmp_path, {"prompt": "ask", "responses": ["one", "two"], "scores": ["a", "b"]}) == ["yes"]
+    listed = [{"ask": "q", "all": ["no", "yes"], "points": [1, 2]}]
+    assert answers(listed, tmp_path, {"prompt": "ask", "responses": "all", "scores": "points"}) == ["yes"]
+
+
+def test_a_row_of_several_responses_makes_several_pairs_and_one_demonstration(tmp_path: Path) -> None:
+    row = {"prompt": "q", "response_a": "so", "response_b": "yes", "response_c": "no", "winner": "b"}
+    assert [(pair.chosen, pair.rejected) for pair in to_pairs(row, 1)] == [("yes", "so"), ("yes", "no")]
+    data, shown = dataset([row], tmp_path), dataset([row], tmp_path, sft=True)
+    assert (data.rows, data.pairs, shown.pairs) == (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "yes", "rejected": "no", "id": "7", "source": "x"},
+        {"prompt": "q", "completion": "yes", "category": "c"},
+        {"premise": "a", "sentence_1": "b", "sentence_2": "c", "label": 1},
+        {"prompt": "q", "completion": "yes", "option_a": "b", "option_b": "c"},
+    ],
+)
+def test_other_rows_are_no_comparisons(row: dict[str, Any]) -> None:
+    for read_row in (to_pairs, to_demonstration):
+        try:
+            read_row(row, 1)
+        except BadRow as error:
+            assert error.code == "row-missing-key"
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "names"),
+    [
+        ({"system": "a", "system_prompt": "b"}, "column-unread", ["system_prompt"]),
+        ({"prompt": USER, "input": "i"}, "column-unread", ["input"]),
+        ({"user_context": "i"}, "column-unread", ["user_context"]),
+        ({"instruction": "i"}, "column-unread", ["instruction"]),
+        ({"messages": [{"role": "user", "content": "more"}]}, "column-unread", ["messages"]),
+        ({"image": "cat.jpg"}, "media-unread", ["image"]),
+        ({"audio_path": "cat.mp3"}, "media-unread", ["audio_path"]),
+        ({"prompt": "<video> What is it?"}, "media-marker", ["<video>"]),
+        ({"score_chosen": 1, "score_rejected": 2.5}, "scores-contradict", ["score_chosen", "score_rejected"]),
+        ({"chosen-rating": 3, "rejected-rating": 3}, "scores-tie", ["chosen-rating", "rejected-rating"]),
+        ({"chosen_rank": 2, "rejected_rank": 1}, "scores-contradict", ["chosen_rank"]),
+    ],
+)
+def test_columns_that_may_matter_are_warned_of(tmp_path: Path, row: dict[str, Any], code: str, names: list[str]) -> None:
+    whole = {"prompt": "q", "chosen": "yes", "rejected": "no", **row}
+    (problem,) = [problem for problem in dataset([whole], tmp_path).problems if problem.severity == "warning"]
+    assert (problem.code, problem.line, problem.file) == (code, 1, str(tmp_path / "rows.jsonl"))
+    assert all(name in problem.message for name in names)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system_prompt": "a", "prompt": "q"},
+        {"prompt": "Translate: Good morning.", "input": "Good morning."},
+        {"prompt": "Translate.", "input": "Good morning."},
+        {"prompt": "q", "messages": USER + YES, "score_chosen": 2, "score_rejected": 1},
+        {"prompt": "q", "images": [], "context": ""},
+        {"prompt": "q", "chosen_rank": 1, "rejected_rank": 2},
+        {"prompt": "q", "history": [["a", "b"]]},
+    ],
+)
+def test_columns_that_are_read_or_say_nothing_new_give_no_warning(tmp_path: Path, row: dict[str, Any]) -> None:
+    found = dataset([{"chosen": "yes", "rejected": "no", **row}], tmp_path).problems
+    assert [problem for problem in found if problem.severity != "hint"] == []
+
+
+def test_unwanted_demonstrations_are_warned_of_and_classes_are_not(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": "yes", "label": label} for label in (True, False, True, False)]
+    (problem,) = dataset(rows, tmp_path, sft=True).problems
+    assert (problem.code, problem.lines) == ("label-unwanted", (2, 4)) and '"label"' in problem.message
+    assert dataset([{**rows[0], "thumbs_down": down} for down in (0, 1)], tmp_path, sft=True).problems[0].line == 2
+    assert dataset([{**rows[0], "label": label} for label in (0, 1, 2)], tmp_path, sft=True).problems == ()
+
+
+def test_each_column_is_listed(tmp_path: Path) -> None:
+    row = {"instruction": "q", "input": "i", "chosen": "yes", "rejected": "no", "system_prompt": "s", "id": 3}
+    said = dataset([row], tmp_path).to_json()["columns"]
+    read_as = {
+        "instruction": "prompt",
+        "input": "prompt",
+        "chosen": "chosen",
+        "rejected": "rejected",
+        "system_prompt": "system",
+    }
+    assert said == {"read": read_as, "unread": ["id"]}
+    renamed = dataset([{"ask": "q", **row}], tmp_path, {"prompt": "ask"}).to_json()["columns"]
+    assert renamed["read"]["ask"] == "prompt" and "instruction" in renamed["unread"]
+
+
+@pytest.mark.parametrize("hidden", ["\u200b", "\u200c\u200d", "\u2060", "\ufeff", "\u00ad"])
+def test_what_cannot_be_seen_makes_no_answer(hidden: str) -> None:
+    for chosen, code in ((f" {hidden}", "row-empty"), (f"no{hidden}", "row-identical")):
+        for wrap in (str, lambda text: [{"role": "assistant", "content": text}]):
+            with pytest.raises(BadRow) as caught:
+                to_pairs(json.loads(json.dumps({"prompt": "q", "chosen": wrap(chosen), "rejected": wrap("no")})), 1)
+            assert caught.value.code == code
