@@ -1,4 +1,4 @@
-"""The model cases of ../shared/cases, by their commands: each has the value in the last column of its README. `make cases`."""
+"""The cases of ../shared/cases, by their commands: each has the value in the last column of its README. `make cases`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from conftest import ROOT
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli import app
+from dpo_cli.config.config import load
+from dpo_cli.data import reader
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.tokens import Encoded, encode_all
 
 CASES = ROOT.parent / "shared" / "cases"
 pytestmark = [
@@ -195,3 +199,106 @@ def test_a_cache_that_cannot_be_made_is_named(cases: Path, monkeypatch: pytest.M
 def test_a_token_outside_is_named_with_its_row(cases: Path) -> None:
     result = dpo("train", "data/08-outside.json", "--overwrite")
     assert result.exit_code == 3 and ":4: <|image|>" in result.stderr
+
+
+START = "<|im_start|>assistant\n"
+# Of data/: the row, whether there is a chat template, what the prompt ends with and what the chosen response is.
+RENDERED = {
+    ("02-null", 1): ("assistant<|end_header_id|>\n\n", "The Rhine.<|eot_id|>"),
+    ("03-arguments", 1): ("assistant\n", '{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n'),
+    ("03-arguments-glm", 1): ("<|assistant|>", "<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>"),
+    ("06-system-column", 1): ("pirate.<|im_end|>\n<|im_start|>user\nName a river.<|im_end|>\n" + START, ""),
+    ("06-input-column", 1): ("user\nTranslate to German.\nGood morning.<|im_end|>\n<|im_start|>assistant\n", ""),
+    ("07-list-as-text", 1): ("user\nName a river.<|im_end|>\n<|im_start|>assistant\n", "The Rhine.<|im_end|>\n"),
+    ("07-cell", 1): ("user\nName a river.<|im_end|>\n<|im_start|>assistant\n", "The Rhine.<|im_end|>\n"),
+    ("09-rendered", 1): ("assistant<|end_header_id|>\n\n", "The Rhine.<|eot_id|>"),
+    ("10-human-assistant", 1): ("user\nName a river.<|im_end|>\n<|im_start|>assistant\n", "One is the Rhine.<|im_end|>\n"),
+    ("10-human-assistant", 2): ("user\nName a lake.<|im_end|>\n<|im_start|>assistant\n", "Como.<|im_end|>\n"),
+    ("15-parts", 1): ("user\nName a river.<|im_end|>\n<|im_start|>assistant\n", "The Rhine.<|im_end|>\n"),
+    ("15-one-response", 1): ("user\nName a river.<|im_end|>\n<|im_start|>assistant\n", "The Rhine.<|im_end|>\n"),
+    ("16-packed", 1): ("assistant\n", ""),
+    ("16-bom", 1): ("assistant\n", ""),
+    ("17-no-system", 1): ("user\nName a lake.<end_of_turn>\n<start_of_turn>model\n", "Como.<end_of_turn>\n"),
+    ("ok-arguments-text", 1): ("<｜Assistant｜>", '```json\n{"city": "Oslo"}\n```'),
+    ("ok-reasoning", 1): ("assistant\n", "<think>\nSeven eights are 56.\n</think>\n\n56<|im_end|>\n"),
+    ("ok-schema-null", 1): ('{"type": ["string", "null"], "enum": ["C", null], "default": null}', ""),
+    ("ok-instruction-input", 1): ("assistant\n", ""),
+    ("ok-list-cell", 1): ("user\nName a river.<|im_end|>\n<|im_start|>assistant\n", "The Rhine.<|im_end|>\n"),
+}  # fmt: skip
+# What `validate` says of data/: codes with the rows or the key that they name, or words of the fix.
+SAID = {
+    "04-think": ["row-identical:2", "template-leaves-out:1,2"],
+    "06-images": ["media-unread:1,2"],
+    "06-unwanted": ["label-unwanted:2"],
+    "08-outside": ["tokens-outside:4"],
+    "12-one-line": ["row-empty:2"],
+    "13-pref-beta": ['here it is called "beta"'],
+    "13-target-all": ['"all-linear"'],
+    "13-precompute": ["the reference is the adapter switched off"],
+    "14-folder": ["folder-files"],
+    "15-picture": ["row-part:1"],
+    "16-pointer": ["git lfs pull"],
+    "17-no-system": ["template-refuses:1"],
+    "ok-utf16": ["dataset-utf16"],
+}
+
+
+def encoded(name: str, *words: str) -> tuple[list[Encoded], Tokenizer]:
+    config = load(f"data/{name}.json", words).require()
+    assert isinstance(config.dataset, str)
+    data = reader.read(config.dataset, True, columns=config.columns, demonstrations=config.strategy == "sft")
+    tokenizer = Tokenizer.in_folder(Path(config.model_name))
+    assert tokenizer is not None
+    return encode_all([data.load()], tokenizer, config.use_chat_template, skip=True).sides[0], tokenizer
+
+
+@pytest.mark.parametrize(("name", "number"), RENDERED)
+def test_rows_are_rendered_as_they_are_meant(cases: Path, name: str, number: int) -> None:
+    rows, tokenizer = encoded(name)
+    prompt, chosen = RENDERED[name, number]
+    row = rows[number - 1]
+    text = tokenizer.decode(row.prompt_ids)
+    assert prompt in text and (prompt.startswith("{") or text.endswith(prompt)), text
+    assert chosen in tokenizer.decode(row.chosen_ids)
+    assert text.count("<|begin_of_text|>") == ("llama" in str(load(f"data/{name}.json").values["model_name"]))
+
+
+def test_parquet_and_json_lines_give_the_same_tokens(cases: Path) -> None:
+    (rows, tokenizer), (others, _) = encoded("01-jsonl"), encoded("01-parquet")
+    assert [(row.prompt_ids, row.responses) for row in rows] == [(row.prompt_ids, row.responses) for row in others]
+    assert '"arguments": {"city": "Oslo"}' in tokenizer.decode(others[0].chosen_ids)
+
+
+def test_without_a_template_the_prompt_ends_at_the_last_assistant(cases: Path) -> None:
+    rows, tokenizer = encoded("10-human-assistant", "use_chat_template=false")
+    assert all(tokenizer.decode(row.prompt_ids).endswith("\n\nAssistant:") for row in rows)
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_validate_says_it(cases: Path, name: str) -> None:
+    said = json.loads(dpo("validate", f"data/{name}.json", "--json").stdout)["problems"]
+    places = [f"{one['code']}:{','.join(map(str, one['lines'] or [one['line']]))}" for one in said]
+    text = "\n".join([*places, *(str(one["fix"]) for one in said)])
+    assert all(words in text for words in SAID[name]), text
+
+
+def test_no_key_of_another_tool_is_guessed(cases: Path) -> None:
+    said = json.loads(dpo("validate", "data/13-no-guess.json", "--json").stdout)["problems"]
+    assert len([one for one in said if one["code"] == "unknown-key"]) == 4
+    assert not [one for one in said if "did you mean" in str(one["fix"])]
+    yaml = json.loads(dpo("validate", "data/13-other-tool.yaml", "--json").stdout)["problems"]
+    assert any("YAML" in one["message"] + str(one["fix"]) for one in yaml)
+
+
+def test_a_run_goes_on_after_midnight(cases: Path) -> None:
+    def on(day: str, *words: str) -> str:
+        command = [sys.executable, "day.py", day, "train", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "Today Date: 01 Mar 2026" in on("2026-03-01", "data/05-date.json", "--overwrite")
+    said = on("2026-03-02", "data/05-date.json", "--resume", "max_steps=6")
+    assert "Today Date: 01 Mar 2026" in said and "the chat template writes the date" in said
+    assert json.loads(Path("runs/05-date/metrics.json").read_text(encoding="utf-8"))["steps"] == 6
+    assert "01 Mar 2026" in on("2026-03-04", "runs/05-date/plan.json", "output_dir=runs/again", "--dry-run")

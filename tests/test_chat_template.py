@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,15 @@ from typing import Any
 import pytest
 import trl
 from jinja2 import TemplateError
+from made import CHATML, tiny_tokenizer
+from tokenizers import processors
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpo_cli.data.chat_template import ChatTemplate
+from dpo_cli.data.formats import Pair
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.tokens import Encodings, encode_all
+from dpo_cli.errors import InvalidInput
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -93,3 +100,101 @@ def test_text_arguments_stay_as_they_are_written() -> None:
         call = {**CALL, "tool_calls": [{"function": {"name": "weather", "arguments": given}}]}
         assert ChatTemplate(source, {}).render([USER, call]) == f"CALL {given}"
     assert json.loads(ChatTemplate(source, {}).render([USER, CALL])[5:]) == {"city": "Oslo"}
+
+
+R1 = """{% for m in messages %}{% if m.role == 'user' %}U {{ m.content }}{% else
+%}A {{ m.content.split('</think>')[-1] }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}A {% endif %}"""
+NO_REASONING = CHATML.replace("message['content']", "(message['content'] | trim)")
+JOINS = "{% for m in messages %}{{ m.role + ': ' + m.content + (m.thoughts or '') + '<|im_end|>' }}{% endfor %}"
+
+
+def encoded(source: str, *pairs: Pair, skip: bool = False, **options: Any) -> Encodings:
+    loaded = Tokenizer.loaded(tiny_tokenizer())
+    return encode_all([pairs], replace(loaded, template=ChatTemplate(source, TOKENS)), skip=skip, **options)
+
+
+def pair(line: int, chosen: dict[str, Any], rejected: dict[str, Any], *before: dict[str, Any]) -> Pair:
+    said = ({"role": "assistant", "content": "", **message} for message in (chosen, rejected))
+    return Pair([*before, USER], [next(said)], [next(said)], line, "pairs.jsonl")
+
+
+def problems(found: Encodings) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(one.severity, one.code, one.lines or (one.line or 0,)) for one in found.problems]
+
+
+def test_what_a_template_leaves_out_is_named_with_its_rows() -> None:
+    found = encoded(
+        R1,
+        pair(3, {"content": "<think>cold</think>No."}, {"content": "<think>warm</think>Yes."}),
+        pair(5, {"content": "No."}, {"content": "Yes."}),
+        pair(8, {"content": "I see: cold</think>No."}, {"content": "Yes."}),
+    )
+    assert problems(found) == [("warning", "template-leaves-out", (3,)), ("warning", "template-leaves-out", (8,))]
+    assert ["between <think> and </think>" in found.problems[0].message, "before </think>" in found.problems[1].message] == [
+        True
+    ] * 2
+
+
+def test_pairs_of_the_same_tokens_are_identical_rows() -> None:
+    same = pair(4, {"content": "<think>cold</think>No."}, {"content": "<think>warm</think>No."})
+    found = encoded(R1, same)
+    assert ("error", "row-identical", (4,)) in problems(found)
+    with pytest.raises(InvalidInput):
+        found.require()
+    skipped = encoded(R1, same, pair(5, {"content": "No."}, {"content": "Yes."}), skip=True).require()
+    assert (len(skipped.sides[0]), skipped.refused) == (1, 1)
+
+
+def test_a_response_of_which_nothing_is_rendered_is_an_error() -> None:
+    found = encoded(R1, pair(2, {"content": "<think>cold</think>"}, {"content": "No."}))
+    assert ("error", "template-leaves-out", (2,)) in problems(found)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_reasoning_in_a_key_that_the_template_does_not_read(key: str) -> None:
+    found = encoded(NO_REASONING, pair(2, {"content": " No.", key: "It is cold."}, {"content": "Yes."}))
+    assert problems(found) == [("warning", "template-leaves-out", (2,))] and f'"{key}"' in found.problems[0].message
+
+
+def test_a_system_message_that_is_left_out_is_named() -> None:
+    source = CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}")
+    found = encoded(source, pair(2, {"content": "No."}, {"content": "Yes."}, {"role": "system", "content": "Be brief."}))
+    assert problems(found) == [("warning", "template-leaves-out", (2,))] and "system message" in found.problems[0].message
+
+
+def test_an_error_inside_a_template_names_the_part_that_it_comes_from() -> None:
+    found = encoded(JOINS, pair(2, {"content": "No."}, {"content": "Yes.", "thoughts": 7}))
+    ((severity, code, lines),) = problems(found)
+    assert (severity, code, lines) == ("error", "template-fails", (2,))
+    assert '"thoughts" of message 2 (assistant)' in found.problems[0].message and "TypeError" in found.problems[0].message
+    assert "roles" not in (found.problems[0].fix or "")
+
+
+def test_a_response_without_eos_is_a_problem_with_its_rows() -> None:
+    source = CHATML.replace("<|im_end|>", "<|end|>")
+    assert problems(encoded(source, *(pair(i, {"content": "No."}, {"content": "Yes."}) for i in (2, 4)))) == [
+        ("warning", "no-eos", (2, 4))
+    ]
+    assert not encoded(CHATML, pair(2, {"content": "No."}, {"content": "Yes."})).problems
+
+
+def test_a_token_beyond_the_embedding_is_an_error_of_its_row() -> None:
+    found = encoded(CHATML, pair(2, {"content": "No."}, {"content": "Yes."}), token_rows=2)
+    assert problems(found) == [("error", "tokens-outside", (2,))] and "model 2 rows" in found.problems[0].message
+
+
+def test_a_rendered_text_gets_no_second_bos_or_eos(tiny_model_dir: Path) -> None:
+    """Of a tokenizer that adds BOS by itself, with and without it in the text."""
+    fast = tiny_tokenizer()
+    backend = fast.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing("<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    made = replace(Tokenizer.loaded(fast), template=None)
+    rows = [
+        Pair(f"{start}the cat", f" sat{end}", " no", 1)
+        for start in ("", "<|im_start|>")
+        for end in ("", "<|im_end|>", "<|im_end|>\n")
+    ]
+    for row in encode_all([rows], made).sides[0]:
+        assert row.prompt_ids.count(1) == 1 and row.prompt_ids[0] == 1
+        assert row.chosen_ids.count(fast.eos_token_id) == 1
