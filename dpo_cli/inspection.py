@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
@@ -20,7 +20,6 @@ from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Dataset
 from dpo_cli.data.sample import Sample
 from dpo_cli.data.split import is_held_out_prompt
-from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models, starting, targets
@@ -29,6 +28,9 @@ from dpo_cli.hardware.facts import has_experts, model_facts, quantisation_of
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan, resolve
+
+if TYPE_CHECKING:
+    from dpo_cli.data.tokenizer import Tokenizer
 
 MUCH_TOO_LONG = 0.1  # a share of pairs longer than max_seq_length that is told of
 
@@ -198,6 +200,8 @@ def _tokenizer_of(model_name: str) -> tuple[Tokenizer | None, int | None]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # no folder of a model; what is wrong with one is a problem of model_name
         return None, None
+    from dpo_cli.data.tokenizer import Tokenizer
+
     own = adapter.directory if adapter and (adapter.directory / TOKENIZER_CONFIG).is_file() else folder
     rows = (config.get("text_config") or config).get("vocab_size")
     return Tokenizer.in_folder(own), rows if isinstance(rows, int) else None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dpo_cli.data.formats import Row
-from dpo_cli.data.tokenizer import Tokenizer
-from dpo_cli.data.tokens import encode_all
 from dpo_cli.errors import InvalidInput, Problem
+
+if TYPE_CHECKING:
+    from dpo_cli.data.tokenizer import Tokenizer
 
 
 class Sample:
@@ -35,6 +38,8 @@ class Sample:
         """What is wrong with the rows of the sample once they are rendered and tokenised."""
         if self.tokenizer is None or not self.rows:
             return ()
+        from dpo_cli.data.tokens import encode_all  # with Jinja, which a config without a local model does not need
+
         try:
             return encode_all([self.rows], self.tokenizer, use_chat_template, token_rows=self.token_rows, skip=skip).problems
         except InvalidInput as error:  # of the template as a whole
