@@ -353,6 +353,20 @@ def test_other_ways_to_quantise_are_refused_by_name(
         HuggingFace(str(folder)).base_model(plan_of(base("llama", tie_word_embeddings=False), tmp_path))
 
 
+@pytest.mark.parametrize("bits", ["mixed", [4, 8], None, {"lm_head": 8}])
+def test_bits_that_are_no_number_are_refused_by_the_method(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], bits: Any
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base("llama", tie_word_embeddings=False), folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"text_config": None, "quantization_config": {"quant_method": "auto-round", "bits": bits}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = dpo("validate", "run", model_name=str(folder))
+    assert found.exit_code == Exit.INVALID and "quantised by auto-round" in found.stderr
+    assert "damaged" not in found.stderr
+
+
 @pytest.mark.parametrize(("option", "value"), [("use_8bit", True), ("lora_r", 0)])
 def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Result], option: str, value: Any) -> None:
     found = dpo("validate", "run", model_name=str(in_4bit), **{option: value})

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_cli.hardware import gguf
 from dpo_cli.hardware.adapters import foundation
-from dpo_cli.hardware.quantised import Quantisation, stored_quantisation
+from dpo_cli.hardware.quantised import Quantisation, stored_quantisation, text_part
 from dpo_cli.hardware.tensors import stored_in
 
 # Traits of families, by their `model_type` in transformers 5.17.
@@ -142,7 +142,7 @@ def has_experts(model_name: str) -> bool:
     if not (path / "config.json").is_file():
         return False
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return any(config.get("text_config", config).get(name) for name in EXPERTS)
+    return any(text_part(config).get(name) for name in EXPERTS)
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -154,7 +154,7 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelFacts | None:
     """The facts of a config.json, with what the headers of the weights in `place` count beside the decoder."""
-    text = config.get("text_config", config)
+    text = text_part(config)
     if any(text.get(name) for name in EXPERTS):
         return None  # a mixture of experts is larger than its dense shape
     names = [field.name for field in fields(ModelFacts) if field.default is MISSING]

@@ -15,7 +15,7 @@ from dpo_cli.errors import Problem
 from dpo_cli.hardware import foreign, gguf, tensors
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, foundation, model_of
 from dpo_cli.hardware.facts import known_models, model_facts
-from dpo_cli.hardware.quantised import stored_quantisation
+from dpo_cli.hardware.quantised import stored_quantisation, text_part
 from dpo_cli.runs.directory import PLAN, WEIGHTS
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -139,7 +139,7 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
 
 def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     """A padding token that the tokenizer has and the model has no row for, and others that rows may hold."""
-    rows = config.get("text_config", config).get("vocab_size")
+    rows = text_part(config).get("vocab_size")
     added = _object(path / "tokenizer.json").get("added_tokens") or []
     outside = {token["content"]: token["id"] for token in added if isinstance(rows, int) and token["id"] >= rows}
     if not outside:

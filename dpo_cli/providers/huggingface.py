@@ -29,7 +29,7 @@ from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware import foreign, gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
-from dpo_cli.hardware.quantised import stored_quantisation
+from dpo_cli.hardware.quantised import stored_quantisation, text_part
 from dpo_cli.plan import Adapted, Plan
 from dpo_cli.providers.accounting import all_tensors, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.architecture import Architecture, adapted
@@ -70,8 +70,7 @@ class HuggingFace:
         return tokenizer
 
     def token_rows(self) -> int | None:
-        config = self._read(self.source, "config.json")
-        rows = config.get("text_config", config).get("vocab_size")
+        rows = text_part(self._read(self.source, "config.json")).get("vocab_size")
         return rows if isinstance(rows, int) else None
 
     def base_model(self, plan: Plan) -> PreTrainedModel:
