@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import ROOT, made_row, tiny_model
 from gguf_files import write_gguf
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from test_dpo import make_plan
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
@@ -59,6 +60,38 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, tokenizer: PreTrainedToke
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RunFailed, match="cannot load"):
         HuggingFace(str(tmp_path)).tokenizer()
+
+
+def in_cache(place: Path, name: str, *folders: Path) -> Path:
+    """A repository of the hub as the local cache holds it once it was fetched, with the files of these folders."""
+    repository = place / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name, encoding="utf-8")
+    for folder in folders:
+        shutil.copytree(folder, snapshot, dirs_exist_ok=True)
+    return snapshot
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_adapter_of_the_hub_is_taken_for_no_model(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_config: bool
+) -> None:
+    """Axolotl writes a config.json beside it: transformers then loads the base with the adapter on, under the same name."""
+    adapter = tmp_path / "adapter"
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(adapter)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = in_cache(tmp_path / "hub", "me/lora", tiny_model_dir, adapter)
+    (snapshot / "model.safetensors").unlink()
+    if not has_config:
+        (snapshot / "config.json").unlink()
+    provider = HuggingFace("me/lora")
+    for load in (provider.tokenizer, lambda: provider.base_model(make_plan(tmp_path))):
+        with pytest.raises(RunFailed, match="me/lora is an adapter") as caught:
+            load()
+        assert "hf download me/lora" in str(caught.value.fix)
+    assert HuggingFace(str(snapshot)).foundation == str(tiny_model_dir)  # named by its folder
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -177,6 +177,7 @@ class HuggingFace:
     def _load(self, auto: Any, source: str, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
+            self._require_no_adapter(source)
             self._require_no_code(source)
             if auto not in (AutoTokenizer, AutoConfig):
                 require_whole_files(source)
@@ -194,6 +195,15 @@ class HuggingFace:
         except SafetensorError as error:
             message = f"cannot load {self.name}: a file of its weights is cut off or damaged ({error})"
             raise RunFailed(message, "download it again") from error
+
+    def _require_no_adapter(self, source: str) -> None:
+        """`RunFailed` for an adapter of the hub: transformers would put it on its base, and a fresh one would take its place.
+
+        Only what lies in a folder is taken for an adapter here, and then `source` is the model below it.
+        """
+        if self._read(source, ADAPTER_CONFIG):
+            fix = f"`hf download {source} --local-dir FOLDER` fetches it: name FOLDER"
+            raise RunFailed(f"{source} is an adapter, and adapters are taken from a folder alone", fix)
 
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
