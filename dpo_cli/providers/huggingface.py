@@ -201,7 +201,7 @@ class HuggingFace:
 
         Only what lies in a folder is taken for an adapter here, and then `source` is the model below it.
         """
-        if self._read(source, ADAPTER_CONFIG):
+        if not Path(source).is_dir() and self._read(source, ADAPTER_CONFIG):
             fix = f"`hf download {source} --local-dir FOLDER` fetches it: name FOLDER"
             raise RunFailed(f"{source} is an adapter, and adapters are taken from a folder alone", fix)
 
