@@ -24,7 +24,7 @@ from dpo_cli.plan import Plan
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.providers.policy import Policy
-from dpo_cli.runs.digests import sha256_of_all
+from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.runs.directory import ADAPTER, MANIFEST, PLAN, WEIGHTS, RunDirectory
 from dpo_cli.runs.log import log_to
 from dpo_cli.training.prepare import prepare, tell_scoring
@@ -144,8 +144,11 @@ def _base_of(folder: Path) -> str:
 
 def _require_same_below(run: RunDirectory) -> None:
     """`InvalidInput` where a run or an adapter that this run stands on is gone or has changed: its figures would be others."""
-    for folder, digest in run.read_json(MANIFEST)["model"].get("below", {}).items():
-        if not Path(folder).is_dir() or sha256_of_all(Path(folder)) != digest:
+    model = run.read_json(MANIFEST)["model"]
+    for folder, digest in model.get("below", {}).items():
+        place, settings = Path(folder), model.get("settings", {}).get(folder)  # which older runs do not have
+        is_same = place.is_dir() and sha256_of_all(place) == digest and settings in (None, sha256_of_settings(place))
+        if not is_same:
             message = f"{run.path} stands on {folder}, which is not the one that it was trained on"
             raise InvalidInput([Problem("error", "adapter-changed", message, "restore that folder, or train both again")])
 

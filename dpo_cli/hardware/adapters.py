@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.hardware.foreign import in_adapter
-from dpo_cli.runs.digests import sha256_of_all
+from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.runs.directory import ADAPTER, MODEL, PLAN, SUMMARY, WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -140,6 +140,11 @@ def folders_below(model_name: str) -> list[str]:
 def chain_of(model_name: str) -> dict[str, str]:
     """The same folders, each with the SHA-256 of its weights, which reads them all."""
     return {folder: sha256_of_all(Path(folder)) for folder in folders_below(model_name)}
+
+
+def settings_of(model_name: str) -> dict[str, str]:
+    """The same folders, each with the SHA-256 of what its weights are computed with."""
+    return {folder: sha256_of_settings(Path(folder)) for folder in folders_below(model_name)}
 
 
 def foundation(model_name: str) -> str:

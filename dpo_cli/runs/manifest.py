@@ -11,7 +11,7 @@ from typing import Any
 
 import dpo_cli
 from dpo_cli.data.reader import sources_of
-from dpo_cli.hardware.adapters import chain_of, foundation
+from dpo_cli.hardware.adapters import chain_of, foundation, settings_of
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan
 from dpo_cli.runs.digests import sha256
@@ -40,6 +40,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
             "sha256": {file.name: sha256(file) for file in weights},
             "revision": _revision(foundation(plan.config.model_name)),
             "below": chain_of(plan.config.model_name),
+            "settings": settings_of(plan.config.model_name),
         },
         "seed": plan.config.seed,
         "git_commit": _git_commit(),
