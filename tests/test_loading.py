@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -287,6 +288,35 @@ def test_a_merge_that_loses_the_adapter_is_refused(
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
     with pytest.raises(InvalidInput, match="computes something else"):
         HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, reference="base"))
+
+
+def test_a_merged_model_in_the_cache_is_of_what_is_there_now(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and adapter are changed where they lie: each change gives a model of its own, and nothing changed gives the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, folder = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(base("llama", tie_word_embeddings=False), model)
+    adapter_on(model, folder)
+
+    def changed(file: Path, **values: Any) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+    def merged() -> Tensor:
+        plan = plan_of(folder, tmp_path, reference="base", use_4bit=True)
+        return log_probs(HuggingFace(str(folder)).base_model(plan))
+
+    seen = [merged()]
+    torch.testing.assert_close(merged(), seen[0], rtol=0, atol=0)
+    changed(folder / "adapter_config.json", lora_alpha=40)
+    seen.append(merged())
+    changed(model / "config.json", rms_norm_eps=0.5)
+    seen.append(merged())
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    seen.append(merged())
+    assert all((one - other).abs().max() > 1e-2 for one, other in itertools.combinations(seen, 2))
+    assert len(list((tmp_path / "cache" / "dpo" / "merged").iterdir())) == len(seen)
 
 
 # -- quantised in its files

@@ -27,15 +27,16 @@ from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware import foreign, gguf
-from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation, settings_of
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.quantised import stored_quantisation, text_part
 from dpo_cli.plan import Adapted, Plan
 from dpo_cli.providers.accounting import all_tensors, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.architecture import Architecture, adapted
-from dpo_cli.providers.hub import answers
+from dpo_cli.providers.hub import answers, revision
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
+from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.runs.directory import WEIGHTS
 
 
@@ -121,9 +122,16 @@ class HuggingFace:
         if not (plan.config.use_4bit or plan.config.use_8bit):
             return self._unquantised(plan, name)
         whole = replace(plan, config=replace(plan.config, use_4bit=False, use_8bit=False, device="cpu"))
-        content = "\n".join([plan.dtype, self.source, *chain_of(name).values()])
+        content = "\n".join([plan.dtype, self._content(), *chain_of(name).values(), *settings_of(name).values()])
         place = made_once("merged", content, lambda work: self._unquantised(whole, name).save_pretrained(work))
         return self._model(plan, str(place))
+
+    def _content(self) -> str:
+        """What the foundation is, whatever its name: a hash of its weights and settings, or the commit of the hub."""
+        if self.local_dir is not None:
+            return f"{sha256_of_all(self.local_dir)} {sha256_of_settings(self.local_dir)}"
+        self._read(self.source, "config.json")  # which brings the commit that is loaded afterwards into the cache
+        return f"{self.source} {revision(self.source)}"
 
     def _unquantised(self, plan: Plan, name: str) -> PreTrainedModel:
         adapter = adapter_at(name)
