@@ -20,7 +20,7 @@ from typing import Any
 
 from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.redaction import redact, redacted
+from dpo_cli.redaction import redact, redact_forms, redacted
 from dpo_cli.runs.checkpoint import Checkpoints
 from dpo_cli.runs.digests import SAFE, sha256_of_all, sha256_of_settings
 from dpo_cli.runs.durable import let_others_read, sync, sync_all, trial, write_whole, writing
@@ -135,6 +135,11 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         self._write(name, json_text(redacted(value), indent=2) + "\n")
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """plan.json, whose config is read back as it was."""
+        told = redacted(plan) | {"config": redacted(plan["config"], redact_forms)}
+        self._write(PLAN, json_text(told, indent=2) + "\n")
 
     def read_lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, none before the first step. The last one may be half written: it is left out then."""
