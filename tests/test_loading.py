@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 from dpo_cli.cli import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, RunFailed
-from dpo_cli.hardware.adapters import unsupported
+from dpo_cli.hardware.adapters import is_on_head, unsupported
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import Plan, resolve
 from dpo_cli.providers import accounting
@@ -169,6 +169,80 @@ def test_another_kind_of_adapter_is_refused_by_name(
     if name != "a_new_one":  # which PEFT itself refuses, in an older version
         judged = dpo("eval", "judge", "--adapter", str(folder), model_name=str(model))
         assert judged.exit_code == Exit.INVALID and name in judged.stderr
+
+
+def test_what_asks_for_nothing_is_no_reason_to_refuse(base: Callable[..., Path], tmp_path: Path) -> None:
+    """What PEFT writes of an adapter without anything special, tables of nulls, and how one began that left its base alone."""
+    folder = adapter_on(base("llama", tie_word_embeddings=False), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    plain = {"loftq_config": {"loftq_bits": None}, "use_bdlora": {"blocks": {"q": None}, "names": []}}
+    eva = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99, "label_mask_value": -100}}
+    for more in ({}, plain, eva, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": False}):
+        assert unsupported({**config, **more}) is None
+    for began, named in (("loftq", "loftq_config"), ("corda", "corda_config"), ("lora_ga", "lora_ga_config")):
+        why = unsupported({**config, named: {"bits": 4}, "init_lora_weights": began})
+        assert why is not None and f"init_lora_weights {began}" in why and "not known" not in why
+    assert "not known here" in str(unsupported({**config, "use_bdlora": {"nblocks": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": r".*(q_proj|lm_head)"}, True),
+        ({"target_modules": ["embed_out"]}, True),
+        ({"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]}, True),
+        ({"target_modules": r".*(q_proj|lm_head)", "exclude_modules": ["lm_head"]}, False),
+        ({"target_modules": r"model\..*"}, False),
+        ({"target_modules": "all-linear"}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+        ({}, False),
+    ],
+)
+def test_an_adapter_on_the_head_is_known_by_its_config(config: dict[str, Any], expected: bool) -> None:
+    assert is_on_head(config) == expected
+
+
+def test_a_pattern_that_reaches_the_head_is_refused_before_anything_is_loaded(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter", target_modules=r".*(q_proj|lm_head)")
+    go_on = dpo("validate", "go-on", model_name=str(folder), lora_r=None)
+    judged = dpo("eval", "judge", "--adapter", str(folder), model_name=str(model))
+    for result in (go_on, judged):
+        assert result.exit_code == Exit.INVALID and "is also on lm_head" in result.stderr
+
+
+def test_one_reason_is_told_alike_wherever_an_adapter_is_taken(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter", bias="lora_only")
+    told = "it changes biases of the base itself"
+    for words in (("validate", "go-on"), ("eval", "judge", "--adapter", str(folder))):
+        name = folder if words[0] == "validate" else model
+        assert told in dpo(*words, model_name=str(name), lora_r=None).stderr
+    with pytest.raises(RunFailed, match=told) as caught:
+        HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    assert "merge it with PEFT" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("attention_bias", [True, False])
+def test_a_bias_that_cannot_be_merged_is_known_to_validate(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], attention_bias: bool
+) -> None:
+    """PEFT merges it into layers that have a bias, and trains on it wherever it is."""
+    model = base("llama", tie_word_embeddings=False, attention_bias=attention_bias)
+    folder = adapter_on(model, tmp_path / "adapter", lora_bias=True)
+    merged = dpo("validate", "merged", model_name=str(folder), lora_r=None, reference="base")
+    assert merged.exit_code == (Exit.DONE if attention_bias else Exit.INVALID), merged.stderr
+    assert ("adapter-unmergeable" in merged.stderr) != attention_bias
+    assert dpo("validate", "go-on", model_name=str(folder), lora_r=None).exit_code == Exit.DONE
+    if attention_bias:
+        plan = plan_of(folder, tmp_path, reference="base")
+        right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
+        torch.testing.assert_close(log_probs(HuggingFace(str(folder)).base_model(plan)), right, atol=1e-4, rtol=1e-4)
 
 
 def test_a_resized_embedding_is_refused(base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]) -> None:

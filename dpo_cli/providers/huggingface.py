@@ -27,7 +27,7 @@ from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware import foreign, gguf
-from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation, settings_of
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, fault_of, foundation, settings_of
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.quantised import stored_quantisation, text_part
 from dpo_cli.plan import Adapted, Plan
@@ -37,7 +37,6 @@ from dpo_cli.providers.hub import answers, revision
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
-from dpo_cli.runs.directory import WEIGHTS
 
 
 class HuggingFace:
@@ -277,11 +276,8 @@ def _settled(model: PreTrainedModel) -> PreTrainedModel:
 
 def _require_plain(folder: Path) -> None:
     """`RunFailed` for an adapter that PEFT would unpickle, or import a module for that it names."""
-    if not (folder / WEIGHTS).is_file():
-        raise RunFailed(f"{folder} has no {WEIGHTS}; other files of weights are not read", "save it again with PEFT")
-    if code := foreign.in_adapter(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))):
-        message = f"{folder / ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run"
-        raise RunFailed(message, "remove that from the file, if you know where the adapter comes from")
+    if fault := fault_of(folder):
+        raise RunFailed(f"the adapter in {folder} {fault.message}", fault.fix)
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
