@@ -17,13 +17,15 @@ from made import tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.generation import configuration_utils
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, RunFailed
 from dpo_cli.hardware.adapters import is_on_head, unsupported
+from dpo_cli.hardware.generation import CACHES, invalid
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import Plan, resolve
 from dpo_cli.providers import accounting
@@ -486,6 +488,9 @@ def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Resu
         {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
         {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5},
         {"output_scores": True},
+        {"max_new_tokens": -1, "cache_implementation": "none", "early_stopping": []},
+        {"temperature": "0.6", "pad_token_id": -1, "num_beams": True, "num_return_sequences": 3},
+        {"compile_config": {"mode": "x"}, "suppress_tokens": 5, "forced_eos_token_id": [5]},
     ],
 )
 @pytest.mark.parametrize("rank", [0, 4])
@@ -498,12 +503,39 @@ def test_settings_that_nothing_can_be_saved_with_are_left_out(
     (folder / "generation_config.json").write_text(json.dumps({**kept, **settings}), encoding="utf-8")
     done = dpo("train", "run", model_name=str(folder), lora_r=rank)
     assert done.exit_code == 0, done.stderr
-    invalid = [name for name, value in settings.items() if value is not False and name not in ("num_beams", "do_sample")]
-    assert all(f"generation_config.json: {name}" in done.stdout for name in invalid)
+    sound = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": [5]}
+    left_out = [name for name, value in settings.items() if sound.get(name) is not value and sound.get(name) != value]
+    assert all(f"generation_config.json: {name}" in done.stdout for name in left_out)
+    hint = dpo("validate", "check", model_name=str(folder), lora_r=rank).stderr
+    assert [name for name in left_out if f"{name} {json.dumps(settings[name])}" not in hint] in ([], ["compile_config"])
     done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.stderr
     saved = json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8"))
-    assert saved.items() >= kept.items() and not saved.keys() & set(invalid)
+    assert saved.items() >= kept.items() and all(saved.get(name) != settings[name] for name in left_out)
+
+
+def test_settings_are_judged_as_transformers_judges_them() -> None:
+    """What is left is loaded and saved as it is, and nothing of it is left out that transformers takes."""
+    values: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 1,
+        "top_k": 0,
+        "min_p": 0.1,
+        "eos_token_id": [2, 1],
+    }
+    values |= {"num_beams": 4, "num_return_sequences": 4, "early_stopping": "never", "length_penalty": 2, "max_length": 9}
+    values |= {"cache_implementation": "hybrid", "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    assert invalid(values) == {}
+    GenerationConfig(**values).validate(strict=True)
+    for name in values:
+        less = {key: value for key, value in values.items() if key != name}
+        left = {key: value for key, value in less.items() if key not in invalid(less)}
+        GenerationConfig(**left).validate(strict=True)
+        for key in invalid(less):
+            with pytest.raises(ValueError):
+                GenerationConfig(**{**left, key: less[key]}).validate(strict=True)
+    assert set(CACHES) == {*configuration_utils.ALL_CACHE_IMPLEMENTATIONS, "paged"}
 
 
 @pytest.mark.parametrize("rank", [0, 4])

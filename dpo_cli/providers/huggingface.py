@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, RunFailed
-from dpo_cli.hardware import foreign, gguf
+from dpo_cli.hardware import foreign, generation, gguf
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, fault_of, foundation, settings_of
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.quantised import stored_quantisation, text_part
@@ -188,6 +188,8 @@ class HuggingFace:
             self._require_no_code(source)
             if auto not in (AutoTokenizer, AutoConfig):
                 require_whole_files(source)
+            if auto is AutoModelForCausalLM:
+                options |= self._generation(source)
             with all_tensors(self.name):
                 return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
         except ImportError as error:  # transformers asks for the package only now
@@ -217,6 +219,12 @@ class HuggingFace:
         for problem in foreign.problems(self._read(source, "config.json"), self._read(source, TOKENIZER_CONFIG), self.name):
             if problem.severity == "error":
                 raise RunFailed(problem.message, problem.fix)
+
+    def _generation(self, source: str) -> dict[str, GenerationConfig]:
+        """How `from_pretrained` is to generate, where the model says something of it that it would not load with."""
+        sound, notes = _sound_generation(self._read(source, generation.FILE))
+        self.notes += [note for note in notes if note not in self.notes]
+        return {"generation_config": sound} if notes else {}
 
     def _stored_bits(self, source: str) -> int | None:
         """Of how many bits the weights in the model's files are; None of those that are not quantised.
@@ -290,19 +298,22 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 def _mend_generation(model: PreTrainedModel) -> list[str]:
     """Take out what is invalid in the generation_config of a model, and say so: nothing could be saved with it."""
-    given = model.generation_config
-    try:
-        given.validate(strict=True)
-        return []
-    except ValueError:  # transformers says so only of all of it: each value is tried
-        values = given.to_diff_dict()
-    kept: dict[str, Any] = {}
-    notes = []
-    for name in sorted(values, key=lambda name: name not in ("do_sample", "num_beams")):  # by which others are judged
-        try:
-            GenerationConfig(**kept, **{name: values[name]}).validate(strict=True)
-            kept[name] = values[name]
-        except ValueError:
-            notes.append(f"generation_config.json: {name} {values[name]} does not go with the rest, and is left out")
-    model.generation_config = GenerationConfig(**kept)
+    sound, notes = _sound_generation(model.generation_config.to_diff_dict())
+    if notes:
+        model.generation_config = sound
     return notes
+
+
+def _sound_generation(settings: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
+    """The settings of a generation_config without those that no model can be loaded or saved with, and a note of each."""
+    wrong, kept = generation.invalid(settings), dict[str, Any]()
+    for name in sorted(settings, key=lambda name: (name not in generation.DECIDING, name)):
+        if name in wrong:
+            continue
+        try:
+            GenerationConfig(**kept, **{name: settings[name]}).validate(strict=True)
+            kept[name] = settings[name]
+        except (AttributeError, TypeError, ValueError):  # what transformers alone knows: it is left out too
+            wrong[name] = "does not go with the rest"
+    notes = [f"{generation.FILE}: {name} {settings[name]} {why}, and is left out" for name, why in wrong.items()]
+    return GenerationConfig(**kept), notes
