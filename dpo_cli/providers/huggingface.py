@@ -197,6 +197,8 @@ class HuggingFace:
         except (OSError, ValueError) as error:
             if isinstance(error.__cause__, GatedRepoError):  # its description is public, its files are not
                 raise hub.gated("model", self.foundation) from error
+            if fault := hub.cache_fault(error):
+                raise fault from error
             if self.only_local and self.local_dir is None:
                 raise hub.unreachable("model", self.foundation) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
