@@ -42,6 +42,7 @@ BECAUSE = {
     "alora_invocation_tokens": "it acts only after certain tokens",
     "ensure_weight_tying": "embedding and head share what is trained",
 }
+UNSUPPORTED_FIX = "merge it with PEFT into its base, and name the merged model"
 HEADS = ("lm_head", "embed_out")  # what families of models call their output head
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that take a part out of the base's weights
 
@@ -91,15 +92,20 @@ def fault_of(folder: Path) -> Fault | None:
 
     Raises `ValueError` for an adapter_config.json that cannot be read. No weights are read.
     """
-    config = _object(folder / ADAPTER_CONFIG)
+    if fault := unsafe(folder):
+        return fault
+    why = unsupported(_object(folder / ADAPTER_CONFIG))
+    return Fault(why, UNSUPPORTED_FIX) if why else None
+
+
+def unsafe(folder: Path) -> Fault | None:
+    """The same of an adapter that PEFT would unpickle, or import a module for that it names."""
     if not (folder / WEIGHTS).is_file():
         message = f"has no {WEIGHTS}, and other files of weights are not read, since they may run code"
         return Fault(message, "save it again with PEFT, which writes safetensors")
-    if code := in_adapter(config):
+    if code := in_adapter(_object(folder / ADAPTER_CONFIG)):
         message = f"has an {ADAPTER_CONFIG} that names a module to import ({code}), and no code of an adapter is run"
         return Fault(message, "remove that from the file, if you know where the adapter comes from")
-    if why := unsupported(config):
-        return Fault(why, "merge it with PEFT into its base, and name the merged model")
     return None
 
 

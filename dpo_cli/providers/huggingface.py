@@ -27,7 +27,7 @@ from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware import foreign, generation, gguf
-from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, fault_of, foundation, settings_of
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation, settings_of, unsafe
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.quantised import stored_quantisation, text_part
 from dpo_cli.plan import Adapted, Plan
@@ -101,7 +101,8 @@ class HuggingFace:
         base = self.base_model(plan)
         if not (folder / ADAPTER_CONFIG).is_file():
             return Policy(_settled(self._model(plan, str(folder))).eval(), base.eval())
-        _require_plain(folder)
+        if fault := unsafe(folder):
+            raise RunFailed(f"the adapter in {folder} {fault.message}", fault.fix)
         model = with_adapter(base, folder, TRAINED, plan.model_label)
         if plan.goes_on and (start := adapter_at(plan.config.model_name)) is not None:
             model = with_adapter(model, start.directory, FROZEN, plan.model_label)
@@ -282,12 +283,6 @@ def _settled(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
                 setattr(module, name, 0.0)
     return model
-
-
-def _require_plain(folder: Path) -> None:
-    """`RunFailed` for an adapter that PEFT would unpickle, or import a module for that it names."""
-    if fault := fault_of(folder):
-        raise RunFailed(f"the adapter in {folder} {fault.message}", fault.fix)
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
