@@ -91,7 +91,7 @@ def _dequantise(path: Path, folder: str, target: Path) -> None:
     tokenizer.save_pretrained(target)
     with all_tensors(path.name), _all_placed(path):
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    require_finite(model, path.name, folder)
+    require_finite(model, path.name, Path(folder))
     _scale_positions(model.config, path)
     # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
     del model.config.quantization_config
