@@ -30,7 +30,7 @@ from dpo_cli.data.words import plain
 from dpo_cli.demands import DOES_NOT_FIT
 from dpo_cli.errors import DoesNotFit, Problem
 from dpo_cli.evaluation.samples import Answer, Sampling, generate
-from dpo_cli.hardware.adapters import adapter_at, chain_of, model_of
+from dpo_cli.hardware.adapters import adapter_at, chain_of, model_of, settings_of
 from dpo_cli.plan import Plan
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.ranking import Rank, best_pairs, ranking
@@ -188,7 +188,7 @@ def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[st
         "dtype": plan.dtype,
         "augment": {**options, "rank": origin["rule"]},
         "model": origin["model"],
-        "below": list(chain_of(config.model_name).values()),
+        "below": [*chain_of(config.model_name).values(), *settings_of(config.model_name).values()],
         "prompts": prompts.sha256,
         "dpo": origin["dpo"],
     }

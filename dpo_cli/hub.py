@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from pathlib import Path
 from threading import Event, Thread
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from dpo_cli.errors import RunFailed
 
 DEADLINE_SECONDS = 6.0  # a name server that never answers has no end of its own
+CACHE_FIX = "set HF_HOME to a folder that you may write, with room for a model; then give the same command again"
 SETTINGS = "https://huggingface.co/settings/tokens"
 
 Said = TypeVar("Said")
@@ -31,20 +32,6 @@ def ask_nobody() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     sys.modules["kernels"] = None  # type: ignore[assignment] # as if it were not installed
-
-
-@contextmanager
-def saving() -> Iterator[None]:
-    """Within, PEFT asks the hub for no config.json of the base, to see whether the vocabulary grew: here it never does."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = before
 
 
 def answer(ask: Callable[[], Said]) -> Said:
@@ -74,7 +61,7 @@ def answer(ask: Callable[[], Said]) -> Said:
     if isinstance(error, httpx.TransportError | HfHubHTTPError | OfflineModeIsEnabled):
         raise Unreachable from error
     if error is not None:
-        raise error
+        raise cache_fault(error) or error
     return value  # type: ignore[no-any-return]
 
 
@@ -92,3 +79,20 @@ def gated(kind: str, name: str) -> RunFailed:
     fix = f"1. ask for access on {page}, and wait until it is granted; 2. make a token that may read, on {SETTINGS}; "
     fix += "3. `hf auth login`, or set HF_TOKEN to the token"
     return RunFailed(f"the {kind} {name} is gated: its owner decides who may download it", fix)
+
+
+def cache_fault(error: BaseException) -> RunFailed | None:
+    """The error of a cache of the hub that cannot be read or written, where `error` comes of one; None where it does not."""
+    from huggingface_hub import constants
+
+    cause: BaseException | None = error
+    while cause is not None:
+        named = str(cause.filename or "") if isinstance(cause, OSError) and cause.errno else ""
+        for place in filter(None, (constants.HF_HUB_CACHE, constants.HF_TOKEN_PATH)):
+            if named and (Path(named).is_relative_to(place) or Path(place).is_relative_to(named)):
+                set_here = [name for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME") if os.environ.get(name)]
+                where = set_here[0] if set_here else "the home folder, as HF_HOME is not set"
+                reason = cast(OSError, cause).strerror
+                return RunFailed(f"cannot use the cache of the hub, {place} (in {where}): {named}: {reason}", CACHE_FIX)
+        cause = cause.__cause__ or cause.__context__
+    return None

@@ -24,7 +24,7 @@ from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, h
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware import models, starting, targets
 from dpo_cli.hardware.adapters import adapter_at, foundation
-from dpo_cli.hardware.facts import has_experts, model_facts, quantisation_of
+from dpo_cli.hardware.facts import is_mixture, model_facts, quantisation_of
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan, resolve
@@ -212,7 +212,7 @@ def _model_problems(plan: Plan) -> Iterator[Problem]:
     config, facts = plan.config, model_facts(plan.config.model_name)
     if (stored := quantisation_of(config.model_name)) is not None and not plan.merges:
         yield from stored.problems(plan.model_label, config.use_4bit, config.use_8bit, config.lora_r)
-    if config.lora_r == 0 and has_experts(config.model_name):
+    if config.lora_r == 0 and is_mixture(config.model_name):
         message = "lora_r 0 trains the routers of this mixture of experts too, without the loss that balances its experts"
         fix = 'an adapter leaves them as they are: "lora_r": 16'
         yield Problem("hint", "router-unbalanced", message, fix, "lora_r")

@@ -3,6 +3,7 @@
 A secret is known by its form (a token of a hub or an API, what an address carries before its host or as a key), or because a
 variable of the environment that is named for one holds it. SORT_KEY=learning_rate is named so and holds none: the words of the
 schema are no secrets, nor is a place of the disk. JSON is redacted value by value: its keys stay, since programs look for them.
+The config in plan.json, which a run goes on from, is redacted by forms alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
@@ -40,15 +41,20 @@ def redact(text: str) -> str:
     """The text with a mark in place of each secret."""
     for secret in _known():
         text = text.replace(secret, MASK)
+    return redact_forms(text)
+
+
+def redact_forms(text: str) -> str:
+    """The same by their form alone, for what a program reads back: a variable may hold the name of a column or of a model."""
     return FORMS.sub(MASK, text)
 
 
-def redacted(value: Json) -> Json:
+def redacted(value: Json, of_text: Callable[[str], str] = redact) -> Json:
     """The same of what JSON can hold: its texts, but for those that name a file or a folder that is there."""
 
     def made(part: Any) -> Any:
         if isinstance(part, str):
-            return part if Path(part).is_absolute() and os.path.exists(part) else redact(part)
+            return part if Path(part).is_absolute() and os.path.exists(part) else of_text(part)
         if isinstance(part, dict):
             return {key: made(inner) for key, inner in part.items()}
         return [made(inner) for inner in part] if isinstance(part, list | tuple) else part

@@ -426,6 +426,12 @@ MODELS = [
     Case("tokens-outside", "model_name", '"model_name": "models/padded"', "another pad_token"),
     hint("generation-config", "model_name", '"model_name": "models/greedy"', "left out of what is saved"),
     Case("adapter-on-head", "model_name", '"model_name": "models/lora-on-head"', '"reference": "base"'),
+    Case(
+        "adapter-unmergeable",
+        "model_name",
+        '"model_name": "models/lora-with-bias",\n  "reference": "base"',
+        'leave out "reference"',
+    ),
     hint("model-code-unused", "model_name", '"model_name": "models/phi"', "nothing is to be done"),
     hint("model-name-near", "model_name", '"model_name": "meta-llama/Llama-3.1-8b-Instruct"', "Llama-3.1-8B-Instruct"),
     hint("start-with-sft", "model_name", '"model_name": "meta-llama/Llama-3.1-8B"', '"strategy": "sft"'),
@@ -648,6 +654,11 @@ def lay_out(place: Path) -> None:
     on_head = {**lora, "base_model_name_or_path": "owner/Model-Instruct", "target_modules": ["q_proj", "lm_head"]}
     write("models/lora-on-head/adapter_config.json", json.dumps(on_head).encode())
     write("models/lora-on-head/adapter_model.safetensors", b"")
+    with_bias = {**lora, "base_model_name_or_path": "models/llama", "lora_bias": True}
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    parts = {f"{layer}.lora_A.weight": (16, 8), f"{layer}.lora_B.weight": (8, 16), f"{layer}.lora_B.bias": (8,)}
+    write("models/lora-with-bias/adapter_config.json", json.dumps(with_bias).encode())
+    (place / "models/lora-with-bias/adapter_model.safetensors").write_bytes(weights(parts))
     (place / "models" / "empty").mkdir()
     write("models/damaged/config.json", b'{"hidden_size": ')
     write("models/cut.gguf", b"GGUF\x03\x00")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,63 @@ from dpo_cli.data import hub
 from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.reader import hub_ids, read, sources_of
 from dpo_cli.errors import RunFailed
+from dpo_cli.providers.huggingface import HuggingFace
 
 COMMIT = "0" * 40
+FILE = {"type": "file", "path": "train.jsonl", "size": 2, "oid": "0" * 40}
+ABOUT = {"id": "owner/any", "sha": COMMIT, "siblings": [{"rfilename": "train.jsonl"}]}
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub on this machine, with owner/any as a model and a dataset of one file."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            is_file = "/resolve/" in self.path
+            content = json.dumps({} if is_file else [FILE] if "/tree/" in self.path else ABOUT).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            for name, value in {"X-Repo-Commit": COMMIT, "ETag": '"1"'}.items() if is_file else ():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_GET = do_HEAD = answer  # noqa: N815 - the names that http.server looks for
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_a_cache_that_cannot_be_used_is_named(
+    online: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """A file where its folder should be; that of HF_HOME is asked for a token, too."""
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    home = str(tmp_path if variable == "HF_HUB_CACHE" else tmp_path / "file")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{home}/token")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    for use in (lambda: HuggingFace("owner/any").tokenizer(), lambda: hub.fetch("owner/any")):
+        with pytest.raises(RunFailed) as caught:
+            use()
+        assert f"in {variable}" in caught.value.message and str(tmp_path / "file") in caught.value.message
+        assert "set HF_HOME" in str(caught.value.fix)
 
 
 @pytest.fixture

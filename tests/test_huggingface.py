@@ -6,21 +6,24 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, made_row, tiny_model
-from gguf_files import write_gguf
+from conftest import ROOT, SHAPE, made_row, tiny_model
+from gguf_files import write_gguf, write_llama
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from test_dpo import make_plan
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.data.formats import to_pair
 from dpo_cli.data.tokens import encode
-from dpo_cli.errors import RunFailed
+from dpo_cli.errors import DpoError, RunFailed
 from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.providers import made
 from dpo_cli.providers.base import cache_dir
@@ -59,6 +62,115 @@ def test_what_cannot_be_loaded_is_told(tmp_path: Path, tokenizer: PreTrainedToke
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RunFailed, match="cannot load"):
         HuggingFace(str(tmp_path)).tokenizer()
+
+
+def log_probs(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=torch.arange(3, 40)[None]).logits
+    return logits.log_softmax(dim=-1)
+
+
+def small(**options: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, **options), dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 10_000.0},
+        {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0},
+        LLAMA3,
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_gguf_file_is_the_model_that_it_was_made_from(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, rope: dict[str, Any], tied: bool
+) -> None:
+    """Its positions too, which are scaled by a tensor (as in Llama 3.1 and 3.2) or by keys that transformers does not read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = small(rope_parameters=rope, tie_word_embeddings=tied, max_position_embeddings=131072)
+    factors = 1 / (rope["rope_theta"] ** (torch.arange(0, 8, 2) / 8)) / model.model.rotary_emb.inv_freq
+    more = {"rope_freqs.weight": factors.numpy()} if rope is LLAMA3 else {}
+    scaling = {"type": "linear", "factor": 4.0} if rope["rope_type"] == "linear" else {"type": "none"}
+    file = write_llama(tmp_path / "m.gguf", model, tokenizer, more, scaling)
+    made = HuggingFace(str(file)).base_model(make_plan(tmp_path))
+    torch.testing.assert_close(log_probs(made), log_probs(model), atol=1e-5, rtol=1e-5)
+    assert (log_probs(small(tie_word_embeddings=tied)) - log_probs(model)).abs().max() > 0.01 or rope["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "scaling", "told"),
+    [
+        ({"attention_bias": True}, {}, {}, "blk.0.attn_k.bias"),
+        ({}, {"rope_factors_long.weight": np.ones(4, np.float32)}, {}, "rope_factors_long.weight"),
+        ({}, {"blk.1.attn_q_norm.weight": np.ones(8, np.float32)}, {}, "blk.1.attn_q_norm.weight"),
+        ({}, {"rope_freqs.weight": np.array([1, 2, 3, 9], np.float32)}, {}, "rope_freqs.weight"),
+        ({}, {}, {"type": "yarn", "factor": 4.0}, "llama.rope.scaling.type"),
+    ],
+)
+def test_what_of_a_gguf_file_has_no_place_is_named(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    more: dict[str, Any],
+    scaling: dict[str, Any],
+    told: str,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = write_llama(tmp_path / "m.gguf", small(**options), tokenizer, more, scaling)
+    with pytest.raises(DpoError) as caught:
+        HuggingFace(str(file))
+    assert told in str(caught.value)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
+
+
+def in_cache(place: Path, name: str, *folders: Path) -> Path:
+    """A repository of the hub as the local cache holds it once it was fetched, with the files of these folders."""
+    repository = place / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(snapshot.name, encoding="utf-8")
+    for folder in folders:
+        shutil.copytree(folder, snapshot, dirs_exist_ok=True)
+    return snapshot
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_an_adapter_of_the_hub_is_taken_for_no_model(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_config: bool
+) -> None:
+    """Axolotl writes a config.json beside it: transformers then loads the base with the adapter on, under the same name."""
+    adapter = tmp_path / "adapter"
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(adapter)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = in_cache(tmp_path / "hub", "me/lora", tiny_model_dir, adapter)
+    (snapshot / "model.safetensors").unlink()
+    if not has_config:
+        (snapshot / "config.json").unlink()
+    provider = HuggingFace("me/lora")
+    for load in (provider.tokenizer, lambda: provider.base_model(make_plan(tmp_path))):
+        with pytest.raises(RunFailed, match="me/lora is an adapter") as caught:
+            load()
+        assert "hf download me/lora" in str(caught.value.fix)
+    assert HuggingFace(str(snapshot)).foundation == str(tiny_model_dir)  # named by its folder
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,17 +17,21 @@ from made import tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.generation import configuration_utils
 from typer.testing import CliRunner, Result
 
 from dpo_cli.cli import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, RunFailed
-from dpo_cli.hardware.adapters import unsupported
+from dpo_cli.hardware.adapters import UNSUPPORTED_FIX, is_on_head, unsupported
+from dpo_cli.hardware.generation import CACHES, invalid
+from dpo_cli.hardware.models import problems
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import Plan, resolve
 from dpo_cli.providers import accounting
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.providers.policy import FROZEN
 from dpo_cli.training.head import Head
 
 IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
@@ -168,6 +173,82 @@ def test_another_kind_of_adapter_is_refused_by_name(
     if name != "a_new_one":  # which PEFT itself refuses, in an older version
         judged = dpo("eval", "judge", "--adapter", str(folder), model_name=str(model))
         assert judged.exit_code == Exit.INVALID and name in judged.stderr
+        with pytest.raises(InvalidInput, match=name) as caught:
+            HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+        assert caught.value.problems[0].fix == UNSUPPORTED_FIX
+
+
+def test_what_asks_for_nothing_is_no_reason_to_refuse(base: Callable[..., Path], tmp_path: Path) -> None:
+    """What PEFT writes of an adapter without anything special, tables of nulls, and how one began that left its base alone."""
+    folder = adapter_on(base("llama", tie_word_embeddings=False), tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    plain = {"loftq_config": {"loftq_bits": None}, "use_bdlora": {"blocks": {"q": None}, "names": []}}
+    eva = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99, "label_mask_value": -100}}
+    for more in ({}, plain, eva, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": False}):
+        assert unsupported({**config, **more}) is None
+    for began, named in (("loftq", "loftq_config"), ("corda", "corda_config"), ("lora_ga", "lora_ga_config")):
+        why = unsupported({**config, named: {"bits": 4}, "init_lora_weights": began})
+        assert why is not None and f"init_lora_weights {began}" in why and "not known" not in why
+    assert "not known here" in str(unsupported({**config, "use_bdlora": {"nblocks": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": r".*(q_proj|lm_head)"}, True),
+        ({"target_modules": ["embed_out"]}, True),
+        ({"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]}, True),
+        ({"target_modules": r".*(q_proj|lm_head)", "exclude_modules": ["lm_head"]}, False),
+        ({"target_modules": r"model\..*"}, False),
+        ({"target_modules": "all-linear"}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+        ({}, False),
+    ],
+)
+def test_an_adapter_on_the_head_is_known_by_its_config(config: dict[str, Any], expected: bool) -> None:
+    assert is_on_head(config) == expected
+
+
+def test_a_pattern_that_reaches_the_head_is_refused_before_anything_is_loaded(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter", target_modules=r".*(q_proj|lm_head)")
+    go_on = dpo("validate", "go-on", model_name=str(folder), lora_r=None)
+    judged = dpo("eval", "judge", "--adapter", str(folder), model_name=str(model))
+    for result in (go_on, judged):
+        assert result.exit_code == Exit.INVALID and "is also on lm_head" in result.stderr
+
+
+def test_one_reason_is_told_alike_wherever_an_adapter_is_taken(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter", bias="lora_only")
+    told = "it changes biases of the base itself"
+    for words in (("validate", "go-on"), ("eval", "judge", "--adapter", str(folder))):
+        name = folder if words[0] == "validate" else model
+        assert told in dpo(*words, model_name=str(name), lora_r=None).stderr
+    with pytest.raises(InvalidInput, match=told):
+        HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+
+
+@pytest.mark.parametrize("attention_bias", [True, False])
+def test_a_bias_that_cannot_be_merged_is_known_to_validate(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], attention_bias: bool
+) -> None:
+    """PEFT merges it into layers that have a bias, and trains on it wherever it is."""
+    model = base("llama", tie_word_embeddings=False, attention_bias=attention_bias)
+    folder = adapter_on(model, tmp_path / "adapter", lora_bias=True)
+    merged = dpo("validate", "merged", model_name=str(folder), lora_r=None, reference="base")
+    assert merged.exit_code == (Exit.DONE if attention_bias else Exit.INVALID), merged.stderr
+    assert ("adapter-unmergeable" in merged.stderr) != attention_bias
+    assert dpo("validate", "go-on", model_name=str(folder), lora_r=None).exit_code == Exit.DONE
+    if attention_bias:
+        plan = plan_of(folder, tmp_path, reference="base")
+        right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
+        torch.testing.assert_close(log_probs(HuggingFace(str(folder)).base_model(plan)), right, atol=1e-4, rtol=1e-4)
 
 
 def test_a_resized_embedding_is_refused(base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]) -> None:
@@ -197,10 +278,98 @@ def test_the_layer_of_another_base_is_not_taken_over(base: Callable[..., Path], 
         provider.trained(plan, folder)
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_tensor_of_the_base_in_an_adapter_replaces_nothing(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], name: str
+) -> None:
+    """Equal to the base's it changes nothing; with other values PEFT would put it into the reference."""
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    file = folder / "adapter_model.safetensors"
+    weights, there = load_file(file), load_file(model / "model.safetensors")[name]
+    provider, plan = HuggingFace(str(model)), plan_of(model, tmp_path)
+    right = log_probs(provider.trained(plan, folder).network)
+    save_file({**weights, f"base_model.model.{name}": there}, file)
+    torch.testing.assert_close(log_probs(provider.trained(plan, folder).network), right)
+    save_file({**weights, f"base_model.model.{name}": there + 1}, file)
+    with pytest.raises(InvalidInput, match=f"{name}.* of its base"):
+        provider.trained(plan, folder)
+    found = dpo("validate", "go-on", model_name=str(folder), lora_r=None)
+    assert (name in found.stderr) == (name != "lm_head.weight")  # a table may be equal: the loading tells
+
+
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
 }
+
+
+def per_expert_adapter(model: Path, place: Path, dropout: float = 0.0) -> tuple[Path, Tensor]:
+    """An adapter on each expert of a Mixtral by the names in its files, as older PEFT wrote it; log-probs with it, by hand."""
+    draw = torch.Generator().manual_seed(1)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    written: dict[str, Tensor] = {}
+    for number, layer in enumerate(network.model.layers):
+        experts, inner = layer.mlp.experts, SHAPE["intermediate_size"]
+        for expert in range(4):
+            up, down = experts.gate_up_proj.data[expert], experts.down_proj.data[expert]
+            for name, part in {"w1": up[:inner], "w3": up[inner:], "w2": down}.items():
+                a, b = (torch.randn(shape, generator=draw) * 0.3 for shape in ((2, part.shape[1]), (part.shape[0], 2)))
+                part += b @ a  # lora_alpha / r is 1
+                key = f"base_model.model.model.layers.{number}.block_sparse_moe.experts.{expert}.{name}."
+                written |= {f"{key}lora_A.weight": a, f"{key}lora_B.weight": b}
+    place.mkdir()
+    save_file(written, place / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "lora_dropout": dropout, "bias": "none"}
+    config |= {"target_modules": ["w1", "w2", "w3"], "base_model_name_or_path": str(model)}
+    (place / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return place, log_probs(network)
+
+
+def test_dropout_of_an_adapter_on_experts_is_that_of_this_training(base: Callable[..., Path], tmp_path: Path) -> None:
+    """Judged, frozen, merged and gone on from without, whatever it had; PEFT has none for experts, and so it is refused."""
+    model = base("mixtral", **MOE["mixtral"])
+    folder, right = per_expert_adapter(model, tmp_path / "adapter", dropout=0.05)
+    policy = HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    torch.testing.assert_close(log_probs(policy.network), right, atol=1e-4, rtol=1e-4)
+    provider = HuggingFace(str(folder))
+    on = plan_of(folder, tmp_path, strategy="rlhf")
+    network = provider.start(on, provider.base_model(on))
+    torch.testing.assert_close(log_probs(network), right, atol=1e-4, rtol=1e-4)
+    assert isinstance(network, PeftModel)
+    network.set_adapter(FROZEN)
+    torch.testing.assert_close(log_probs(network), right, atol=1e-4, rtol=1e-4)
+    to_merge = plan_of(folder, tmp_path, reference="base")
+    torch.testing.assert_close(log_probs(provider.base_model(to_merge)), right, atol=1e-4, rtol=1e-4)
+    assert provider.adapted(on) is not None
+    with pytest.raises(InvalidInput, match="lora_dropout does not work here"):
+        provider.adapted(plan_of(folder, tmp_path, lora_dropout=0.1))
+
+
+def test_experts_of_an_adapter_are_not_joined_in_another_order(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    folder, _ = per_expert_adapter(model := base("mixtral", **MOE["mixtral"]), tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace("experts.1.", "experts.7."): part for name, part in load_file(file).items()}, file)
+    with pytest.raises(InvalidInput, match=r"experts\.7.* lacks .*experts\.1"):
+        HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    assert "experts.1" in dpo("validate", "go-on", model_name=str(folder), lora_r=None).stderr
+
+
+def test_a_training_with_an_adapter_on_the_embedding_goes_on(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    options = {"model_name": str(base("llama", tie_word_embeddings=True)), "target_modules": ["q_proj", "embed_tokens"]}
+    assert dpo("train", "run", save_steps=1, **options).exit_code == 0
+    file = tmp_path / "run/adapter/adapter_model.safetensors"
+    before = file.read_bytes()
+    assert all(".lora_" in name for name in load_file(file))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-2")
+    (tmp_path / "run/metrics.json").unlink()
+    done = dpo("train", "run", "--resume", save_steps=1, **options)
+    assert done.exit_code == 0, done.stderr
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("family", MOE)
@@ -232,6 +401,33 @@ def test_every_weight_of_a_mixture_of_experts_goes_on_to_the_same_bits(
     (tmp_path / "whole/metrics.json").unlink()
     assert dpo("train", "whole", "--resume", **options).exit_code == 0
     assert file.read_bytes() == before
+
+
+# -- numbers that are none
+
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "end", "quantised"),
+    [
+        ("deepseek_v3", {**LATENT, "moe_intermediate_size": 16}, "e_score_correction_bias", {}),  # a buffer
+        ("llama", {"tie_word_embeddings": False}, "down_proj.weight", {"use_8bit": True}),
+        ("llama", {"tie_word_embeddings": False}, "down_proj.weight", {"use_4bit": True}),
+    ],
+)
+def test_a_number_that_is_none_is_found_wherever_it_is(
+    base: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, Any], end: str, quantised: dict[str, bool]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base(family, **options), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(end))
+    weights[name].view(-1)[1] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidInput, match=f"NaN or infinity in 1 tensor.*{name}"):
+        HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, **quantised))
 
 
 # -- the head
@@ -273,6 +469,7 @@ def test_a_tied_head_is_untied_before_a_merge(base: Callable[..., Path], tmp_pat
     """Merged into the one weight that both share, an adapter on either would change the other too."""
     model = base("llama", tie_word_embeddings=True)
     folder = adapter_on(model, tmp_path / "adapter", target_modules=targets)
+    assert not [problem for problem in problems(str(folder)) if problem.severity == "error"]
     right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
     merged = HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, reference="base"))
     torch.testing.assert_close(log_probs(merged), right, atol=1e-4, rtol=1e-4)
@@ -287,6 +484,35 @@ def test_a_merge_that_loses_the_adapter_is_refused(
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
     with pytest.raises(InvalidInput, match="computes something else"):
         HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, reference="base"))
+
+
+def test_a_merged_model_in_the_cache_is_of_what_is_there_now(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base and adapter are changed where they lie: each change gives a model of its own, and nothing changed gives the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, folder = tmp_path / "model", tmp_path / "adapter"
+    shutil.copytree(base("llama", tie_word_embeddings=False), model)
+    adapter_on(model, folder)
+
+    def changed(file: Path, **values: Any) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+    def merged() -> Tensor:
+        plan = plan_of(folder, tmp_path, reference="base", use_4bit=True)
+        return log_probs(HuggingFace(str(folder)).base_model(plan))
+
+    seen = [merged()]
+    torch.testing.assert_close(merged(), seen[0], rtol=0, atol=0)
+    changed(folder / "adapter_config.json", lora_alpha=40)
+    seen.append(merged())
+    changed(model / "config.json", rms_norm_eps=0.5)
+    seen.append(merged())
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    seen.append(merged())
+    assert all((one - other).abs().max() > 1e-2 for one, other in itertools.combinations(seen, 2))
+    assert len(list((tmp_path / "cache" / "dpo" / "merged").iterdir())) == len(seen)
 
 
 # -- quantised in its files
@@ -353,6 +579,20 @@ def test_other_ways_to_quantise_are_refused_by_name(
         HuggingFace(str(folder)).base_model(plan_of(base("llama", tie_word_embeddings=False), tmp_path))
 
 
+@pytest.mark.parametrize("bits", ["mixed", [4, 8], None, {"lm_head": 8}])
+def test_bits_that_are_no_number_are_refused_by_the_method(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], bits: Any
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base("llama", tie_word_embeddings=False), folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"text_config": None, "quantization_config": {"quant_method": "auto-round", "bits": bits}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = dpo("validate", "run", model_name=str(folder))
+    assert found.exit_code == Exit.INVALID and "quantised by auto-round" in found.stderr
+    assert "damaged" not in found.stderr
+
+
 @pytest.mark.parametrize(("option", "value"), [("use_8bit", True), ("lora_r", 0)])
 def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Result], option: str, value: Any) -> None:
     found = dpo("validate", "run", model_name=str(in_4bit), **{option: value})
@@ -368,6 +608,9 @@ def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Resu
         {"do_sample": False, "temperature": 0.6, "top_p": 0.9},
         {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5},
         {"output_scores": True},
+        {"max_new_tokens": -1, "cache_implementation": "none", "early_stopping": []},
+        {"temperature": "0.6", "pad_token_id": -1, "num_beams": True, "num_return_sequences": 3},
+        {"compile_config": {"mode": "x"}, "suppress_tokens": 5, "forced_eos_token_id": [5]},
     ],
 )
 @pytest.mark.parametrize("rank", [0, 4])
@@ -380,12 +623,39 @@ def test_settings_that_nothing_can_be_saved_with_are_left_out(
     (folder / "generation_config.json").write_text(json.dumps({**kept, **settings}), encoding="utf-8")
     done = dpo("train", "run", model_name=str(folder), lora_r=rank)
     assert done.exit_code == 0, done.stderr
-    invalid = [name for name, value in settings.items() if value is not False and name not in ("num_beams", "do_sample")]
-    assert all(f"generation_config.json: {name}" in done.stdout for name in invalid)
+    sound = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": [5]}
+    left_out = [name for name, value in settings.items() if sound.get(name) is not value and sound.get(name) != value]
+    assert all(f"generation_config.json: {name}" in done.stdout for name in left_out)
+    hint = dpo("validate", "check", model_name=str(folder), lora_r=rank).stderr
+    assert [name for name in left_out if f"{name} {json.dumps(settings[name])}" not in hint] in ([], ["compile_config"])
     done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.stderr
     saved = json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8"))
-    assert saved.items() >= kept.items() and not saved.keys() & set(invalid)
+    assert saved.items() >= kept.items() and all(saved.get(name) != settings[name] for name in left_out)
+
+
+def test_settings_are_judged_as_transformers_judges_them() -> None:
+    """What is left is loaded and saved as it is, and nothing of it is left out that transformers takes."""
+    values: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 1,
+        "top_k": 0,
+        "min_p": 0.1,
+        "eos_token_id": [2, 1],
+    }
+    values |= {"num_beams": 4, "num_return_sequences": 4, "early_stopping": "never", "length_penalty": 2, "max_length": 9}
+    values |= {"cache_implementation": "hybrid", "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    assert invalid(values) == {}
+    GenerationConfig(**values).validate(strict=True)
+    for name in values:
+        less = {key: value for key, value in values.items() if key != name}
+        left = {key: value for key, value in less.items() if key not in invalid(less)}
+        GenerationConfig(**left).validate(strict=True)
+        for key in invalid(less):
+            with pytest.raises(ValueError):
+                GenerationConfig(**{**left, key: less[key]}).validate(strict=True)
+    assert set(CACHES) == {*configuration_utils.ALL_CACHE_IMPLEMENTATIONS, "paged"}
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -442,4 +712,5 @@ def test_every_load_asks_for_the_report(monkeypatch: pytest.MonkeyPatch, base: C
     assert named.keys() >= {"model", "loading_info"}
     fields = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"}
     assert fields <= vars(named["loading_info"]).keys()
-    assert accounting.all_tensors.__doc__ is not None
+    with pytest.raises(RunFailed, match="does not tell which tensors of a model"), accounting.all_tensors("a model"):
+        pass

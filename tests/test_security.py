@@ -29,7 +29,7 @@ from dpo_cli.cli import app
 from dpo_cli.data import chat_template
 from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.errors import InvalidInput
-from dpo_cli.redaction import MASK, redact, redacted
+from dpo_cli.redaction import MASK, redact, redact_forms, redacted
 from dpo_cli.runs.digests import sha256_of_all
 from dpo_cli.runs.resumable import ResumableFile
 
@@ -433,7 +433,7 @@ URL = f"http://{IN_TEXT[1]}@localhost:1/v1?api_key={IN_TEXT[2]}"
     ],
 )
 def test_secrets_are_known_by_their_form(text: str, left: str | None) -> None:
-    assert redact(text) == (text if left is None else left)
+    assert redact(text) == redact_forms(text) == (text if left is None else left)
     assert redacted({"a": [text]}) == {"a": [redact(text)]}
 
 
@@ -545,6 +545,24 @@ def test_redaction_leaves_the_keys_of_a_document(
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))["config"]
     assert (plan["optim"], plan["output_dir"], Path(plan["model_name"]).is_dir()) == ("adamw_torch_fused", str(run), True)
     assert dpo("eval", run).exit_code == 0
+
+
+def test_redaction_leaves_what_a_config_names(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column, a model by a relative path: the run is judged, and goes on."""
+    rows = [{"instruction_text": f"q {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(12)]
+    data = put(tmp_path / "pairs.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").rename(tmp_path / "SmolLM2-135M-Instruct")
+    monkeypatch.setenv("SORT_KEY", "instruction_text")
+    monkeypatch.setenv("MODEL_KEY", "SmolLM2-135M-Instruct")
+    columns = {"prompt": "instruction_text"}
+    changed(config, dataset=str(data), columns=columns, model_name="SmolLM2-135M-Instruct")
+    for more in ((), ("max_steps=2",)):
+        done = dpo("train", config, "--resume", *more)
+        assert done.exit_code == 0, done.output
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))["config"]
+    assert plan["columns"] == columns and plan["model_name"].endswith("SmolLM2-135M-Instruct")
+    assert dpo("eval", tmp_path / "run").exit_code == 0
 
 
 def test_a_secret_in_a_row_of_pairs_is_redacted_and_its_keys_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

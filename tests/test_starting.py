@@ -125,6 +125,38 @@ def test_what_cannot_be_gone_on_from_is_told(run: Run, sft: Path, tmp_path: Path
     assert "adapter-unusable" in [problem.code for problem in caught.value.problems]
 
 
+def test_settings_belong_to_what_was_trained(run: Run, sft: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Another lora_alpha is another model, with the same weights: the run is refused, and what stands on it."""
+    _, place = run("dpo", model_name=str(sft), lora_r=None, max_steps=1)
+    whole = run("whole", lora_r=0, max_steps=1, learning_rate=1e-4)[1]
+
+    def refused(folder: Path) -> bool:
+        try:
+            open_run(str(folder), None, Console())
+        except InvalidInput as caught:
+            assert [problem.code for problem in caught.problems] == ["adapter-changed"]
+            return True
+        return False
+
+    def changed(file: Path, **values: Any) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+    settings = sft / "adapter" / "adapter_config.json"
+    before = settings.read_text(encoding="utf-8")
+    changed(settings, peft_version="0.0", inference_mode=False)  # which compute nothing
+    assert (refused(sft), refused(place), refused(whole)) == (False, False, False)
+    changed(settings, lora_alpha=999)
+    assert (refused(sft), refused(place), refused(whole)) == (True, True, False)
+    settings.write_text(before, encoding="utf-8")
+    changed(whole / "model" / "config.json", rms_norm_eps=0.5)
+    assert (refused(sft), refused(place), refused(whole)) == (False, False, True)
+    for folder in (sft, place):  # as versions before this wrote it
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        del manifest["trained"], manifest["model"]["settings"]
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert (refused(sft), refused(place)) == (False, False)
+
+
 def test_an_adapter_of_another_tool_is_a_start(run: Run, sft: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
     """A PEFT folder alone, which names its base model."""
     folder = tmp_path / "theirs"

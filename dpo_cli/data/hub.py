@@ -67,6 +67,8 @@ def fetch(name: str) -> None:
         if splits(name):
             return
         raise hub.unreachable("dataset", name) from error
+    except OSError as error:
+        raise hub.cache_fault(error) or error from error
     if not splits(name):
         raise RunFailed(
             f"the dataset {name} has no {', '.join(SUFFIXES)} file", "download it in another form, and name the file"

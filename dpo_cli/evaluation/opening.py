@@ -16,16 +16,15 @@ from dpo_cli.console import Console
 from dpo_cli.data import reader
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.hardware.adapters import ADAPTER_CONFIG, foundation, is_on_head, unsupported
-from dpo_cli.hardware.foreign import in_adapter
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, fault_of, foundation, is_on_head
 from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.plan import Plan
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.choice import PROVIDERS
 from dpo_cli.providers.policy import Policy
-from dpo_cli.runs.digests import sha256_of_all
-from dpo_cli.runs.directory import ADAPTER, MANIFEST, PLAN, WEIGHTS, RunDirectory
+from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
+from dpo_cli.runs.directory import ADAPTER, MANIFEST, PLAN, RunDirectory
 from dpo_cli.runs.log import log_to
 from dpo_cli.training.prepare import prepare, tell_scoring
 from dpo_cli.training.scoring import choose
@@ -106,47 +105,40 @@ def _decided_anew(config: str) -> list[str]:
 def _base_of(folder: Path) -> str:
     """The model that an adapter names as its base; `InvalidInput` for a folder that holds no adapter that can be judged."""
     if not (folder / ADAPTER_CONFIG).is_file():
-        problem = f"{folder} holds no PEFT adapter: it has no {ADAPTER_CONFIG}"
         fix = "name the folder of an adapter, or of a run that trained one"
-    elif not (folder / WEIGHTS).is_file():
-        problem = f"{folder} has no {WEIGHTS}; other files of weights are not read, since they may run code"
-        fix = "save it again with PEFT, which writes safetensors"
-    else:
-        try:
-            code = in_adapter(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")))
-            config = PeftConfig.from_pretrained(str(folder))
-        except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
-            message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
-            raise InvalidInput([Problem("error", "not-an-adapter", message, "save it again with PEFT")]) from error
-        if is_on_head(config.to_dict()):
-            message = f"the adapter in {folder} is also on lm_head, and log-probs are computed from its plain weight"
-            fix = "train an adapter without lm_head in target_modules, or merge this one with PEFT and name the merged model"
-            raise InvalidInput([Problem("error", "not-an-adapter", message, fix)])
-        if why := unsupported(config.to_dict()):
-            message, fix = (
-                f"the adapter in {folder} {why}",
-                "merge it with PEFT into its base, and judge that as a model of its own",
-            )
-            raise InvalidInput([Problem("error", "not-an-adapter", message, fix)])
-        if code:
-            message = f"{folder / ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run"
-            raise InvalidInput([Problem("error", "not-an-adapter", message, "take an adapter without it")])
-        if config.peft_type == "XLORA":
-            message = f"{folder / ADAPTER_CONFIG} names other adapters, which are not read with it"
-            raise InvalidInput([Problem("error", "not-an-adapter", message, "name one of them")])
-        if config.peft_type is not None and not config.is_prompt_learning:
-            return config.base_model_name_or_path or ""
-        problem, fix = f"{folder / ADAPTER_CONFIG} names no peft_type", "save it again with PEFT"
-        if config.is_prompt_learning:
-            problem = f"the adapter in {folder} puts virtual tokens before a prompt, which are not scored here"
-            fix = "name an adapter of the weights, such as LoRA"
-    raise InvalidInput([Problem("error", "not-an-adapter", problem, fix)])
+        raise _no_adapter(f"{folder} holds no PEFT adapter: it has no {ADAPTER_CONFIG}", fix)
+    try:
+        if fault := fault_of(folder):
+            raise _no_adapter(f"the adapter in {folder} {fault.message}", fault.fix)
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
+        message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
+        raise _no_adapter(message, "save it again with PEFT") from error
+    if is_on_head(config.to_dict()):
+        message = f"the adapter in {folder} is also on lm_head, and log-probs are computed from its plain weight"
+        fix = "train an adapter without lm_head in target_modules, or merge this one with PEFT and name the merged model"
+        raise _no_adapter(message, fix)
+    if config.peft_type == "XLORA":
+        raise _no_adapter(f"{folder / ADAPTER_CONFIG} names other adapters, which are not read with it", "name one of them")
+    if config.is_prompt_learning:
+        message = f"the adapter in {folder} puts virtual tokens before a prompt, which are not scored here"
+        raise _no_adapter(message, "name an adapter of the weights, such as LoRA")
+    if config.peft_type is None:
+        raise _no_adapter(f"{folder / ADAPTER_CONFIG} names no peft_type", "save it again with PEFT")
+    return config.base_model_name_or_path or ""
+
+
+def _no_adapter(message: str, fix: str) -> InvalidInput:
+    return InvalidInput([Problem("error", "not-an-adapter", message, fix)])
 
 
 def _require_same_below(run: RunDirectory) -> None:
     """`InvalidInput` where a run or an adapter that this run stands on is gone or has changed: its figures would be others."""
-    for folder, digest in run.read_json(MANIFEST)["model"].get("below", {}).items():
-        if not Path(folder).is_dir() or sha256_of_all(Path(folder)) != digest:
+    model = run.read_json(MANIFEST)["model"]
+    for folder, digest in model.get("below", {}).items():
+        place, settings = Path(folder), model.get("settings", {}).get(folder)  # which older runs do not have
+        is_same = place.is_dir() and sha256_of_all(place) == digest and settings in (None, sha256_of_settings(place))
+        if not is_same:
             message = f"{run.path} stands on {folder}, which is not the one that it was trained on"
             raise InvalidInput([Problem("error", "adapter-changed", message, "restore that folder, or train both again")])
 

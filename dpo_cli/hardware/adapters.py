@@ -8,13 +8,15 @@ adapter directory    adapter_config.json       the adapter on the model that the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.hardware.foreign import in_adapter
-from dpo_cli.runs.digests import sha256_of_all
+from dpo_cli.hardware.tensors import Fault
+from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.runs.directory import ADAPTER, MODEL, PLAN, SUMMARY, WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -29,7 +31,9 @@ SHAPE = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use
 HELD = frozenset(SHAPE.values()) | {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias"),
-    *("rank_pattern", "alpha_pattern", "target_parameters", "megatron_core", "qalora_group_size", "init_lora_weights"),
+    *("rank_pattern", "alpha_pattern", "target_parameters", "megatron_core", "qalora_group_size", "runtime_config"),
+    # how it began, which the first of these decides
+    *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
 }
 BECAUSE = {
     "bias": "it changes biases of the base itself, so the base without it is not there to compare with",
@@ -38,6 +42,8 @@ BECAUSE = {
     "alora_invocation_tokens": "it acts only after certain tokens",
     "ensure_weight_tying": "embedding and head share what is trained",
 }
+UNSUPPORTED_FIX = "merge it with PEFT into its base, and name the merged model"
+HEADS = ("lm_head", "embed_out")  # what families of models call their output head
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that take a part out of the base's weights
 
 
@@ -48,6 +54,7 @@ class Adapter:
     directory: Path
     model_name: str
     shape: Mapping[str, Any]  # the options of `SHAPE`
+    config: Mapping[str, Any]  # its adapter_config.json
 
 
 def adapter_at(model_name: str) -> Adapter | None:
@@ -66,12 +73,8 @@ def adapter_at(model_name: str) -> Adapter | None:
     config = _object(directory / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"its adapter is of the type {config.get('peft_type')}, and only LORA can be trained on")
-    if not (directory / WEIGHTS).is_file():
-        raise ValueError(f"its adapter has no {WEIGHTS}")
-    if code := in_adapter(config):
-        raise ValueError(f"its {ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run")
-    if why := unsupported(config):
-        raise ValueError(f"its adapter {why}")
+    if fault := fault_of(directory):
+        raise ValueError(f"its adapter {fault.message}")
     shape = {name: config.get(theirs) for name, theirs in SHAPE.items()}
     if isinstance(shape["target_modules"], list):
         shape["target_modules"] = sorted(shape["target_modules"])
@@ -81,7 +84,29 @@ def adapter_at(model_name: str) -> Adapter | None:
         model_name = config.get("base_model_name_or_path") or ""
     if not model_name:
         raise ValueError(f"its {ADAPTER_CONFIG} names no base model")
-    return Adapter(directory, model_name, shape)
+    return Adapter(directory, model_name, shape, config)
+
+
+def fault_of(folder: Path) -> Fault | None:
+    """Why the adapter in a folder is not taken, whatever it is for, in words that follow "the adapter"; None where it is.
+
+    Raises `ValueError` for an adapter_config.json that cannot be read. No weights are read.
+    """
+    if fault := unsafe(folder):
+        return fault
+    why = unsupported(_object(folder / ADAPTER_CONFIG))
+    return Fault(why, UNSUPPORTED_FIX) if why else None
+
+
+def unsafe(folder: Path) -> Fault | None:
+    """The same of an adapter that PEFT would unpickle, or import a module for that it names."""
+    if not (folder / WEIGHTS).is_file():
+        message = f"has no {WEIGHTS}, and other files of weights are not read, since they may run code"
+        return Fault(message, "save it again with PEFT, which writes safetensors")
+    if code := in_adapter(_object(folder / ADAPTER_CONFIG)):
+        message = f"has an {ADAPTER_CONFIG} that names a module to import ({code}), and no code of an adapter is run"
+        return Fault(message, "remove that from the file, if you know where the adapter comes from")
+    return None
 
 
 def unsupported(config: Mapping[str, Any]) -> str | None:
@@ -90,26 +115,49 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
     None where it can. Of other types than LoRA only what all types share is looked at.
     """
     is_lora = config.get("peft_type") == "LORA"
+    began = str(config.get("init_lora_weights", "")).lower()
+    if is_lora and began.startswith(CHANGES_BASE):
+        fix = "PEFT can write it as a plain one (path_initial_model_for_weight_conversion)"
+        return f"has init_lora_weights {began}: it belongs to a base whose weights were changed when it began; {fix}"
     if config.get("peft_type") == "TRAINABLE_TOKENS":
         return f"is of the type TRAINABLE_TOKENS: {BECAUSE['trainable_token_indices']}"
     if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
         return f"is for another task (task_type {task}), and puts a head of its own on the model"
     for name, value in config.items():
-        is_set = value not in (None, False, "", "none") and value != [] and value != {}
-        if is_set and (name in BECAUSE or (is_lora and name not in HELD)):
+        if _is_set(value) and (name in BECAUSE or (is_lora and name not in HELD)):
             return f"has {name} {_short(value)}: {BECAUSE.get(name, 'this is not known here')}"
-    began = str(config.get("init_lora_weights", "")).lower()
-    if is_lora and began.startswith(CHANGES_BASE):
-        fix = "PEFT can write it as a plain one (path_initial_model_for_weight_conversion)"
-        return f"has init_lora_weights {began}: it belongs to a base whose weights were changed when it began; {fix}"
     return None
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a value asks for something: a table of nothing but nulls does not."""
+    if isinstance(value, dict):
+        return any(map(_is_set, value.values()))
+    return value not in (None, False, "", "none") and value != []
 
 
 def is_on_head(config: Mapping[str, Any]) -> bool:
     """Whether an adapter is on the output head too, whose plain weight the log-probs are computed from."""
-    targets = config.get("target_modules")
-    names = targets if isinstance(targets, list | tuple | set) else ()
-    return any(str(name).rpartition(".")[2] == "lm_head" for name in names)
+    weights = [str(name).removesuffix(".weight") for name in config.get("target_parameters") or ()]
+    heads = [head for head in HEADS if not _matches(config.get("exclude_modules"), head)]
+    return any(_matches(targets, head) for targets in (config.get("target_modules"), weights) for head in heads)
+
+
+def _matches(pattern: Any, name: str) -> bool:
+    """Whether PEFT finds a module of the model by this pattern: a regular expression, or the ends of names."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(str(end).rpartition(".")[2] == name for end in pattern or ())
+
+
+def without_bias(adapter: Iterable[str], base: Iterable[str]) -> list[str]:
+    """The layers whose bias an adapter changes (lora_bias) and which have none, so that PEFT cannot merge it.
+
+    `adapter` and `base` are the names of tensors in their files.
+    """
+    ending, there = ".lora_B.bias", set(base)
+    layers = [name.removeprefix("base_model.model.").removesuffix(ending) for name in adapter if name.endswith(ending)]
+    return [layer for layer in layers if f"{layer}.weight" in there and f"{layer}.bias" not in there]
 
 
 def _short(value: Any) -> str:
@@ -140,6 +188,11 @@ def folders_below(model_name: str) -> list[str]:
 def chain_of(model_name: str) -> dict[str, str]:
     """The same folders, each with the SHA-256 of its weights, which reads them all."""
     return {folder: sha256_of_all(Path(folder)) for folder in folders_below(model_name)}
+
+
+def settings_of(model_name: str) -> dict[str, str]:
+    """The same folders, each with the SHA-256 of what its weights are computed with."""
+    return {folder: sha256_of_settings(Path(folder)) for folder in folders_below(model_name)}
 
 
 def foundation(model_name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_cli.hardware import gguf
 from dpo_cli.hardware.adapters import foundation
-from dpo_cli.hardware.quantised import Quantisation, stored_quantisation
+from dpo_cli.hardware.quantised import Quantisation, stored_quantisation, text_part
 from dpo_cli.hardware.tensors import stored_in
 
 # Traits of families, by their `model_type` in transformers 5.17.
@@ -133,7 +133,7 @@ def quantisation_of(model_name: str) -> Quantisation | None:
     return stored_quantisation(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def has_experts(model_name: str) -> bool:
+def is_mixture(model_name: str) -> bool:
     """Whether the model below a model's adapters is a mixture of experts, as far as its config.json or its header tells."""
     path = Path(foundation(model_name))
     if gguf.is_gguf(path):
@@ -142,7 +142,7 @@ def has_experts(model_name: str) -> bool:
     if not (path / "config.json").is_file():
         return False
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return any(config.get("text_config", config).get(name) for name in EXPERTS)
+    return any(text_part(config).get(name) for name in EXPERTS)
 
 
 def known_models() -> dict[str, dict[str, Any]]:
@@ -154,11 +154,11 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelFacts | None:
     """The facts of a config.json, with what the headers of the weights in `place` count beside the decoder."""
-    text = config.get("text_config", config)
+    text = text_part(config)
     if any(text.get(name) for name in EXPERTS):
         return None  # a mixture of experts is larger than its dense shape
     names = [field.name for field in fields(ModelFacts) if field.default is MISSING]
-    values = {name: text.get(name) for name in names}
+    values: dict[str, Any] = {name: text.get(name) for name in names}
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = values["num_key_value_heads"] or heads
     if values["hidden_size"] and heads:
@@ -166,7 +166,7 @@ def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelF
     values["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
     if None in values.values():
         return None
-    caps = {name: text.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    caps: dict[str, Any] = {name: text.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
     window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
     caps["max_position_embeddings"] = text.get("max_position_embeddings")
     facts = ModelFacts(**values, **caps, sliding_window=window, model_type=text.get("model_type", "llama"))

@@ -12,24 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import Problem
-from dpo_cli.hardware import foreign, gguf, tensors
+from dpo_cli.hardware import foreign, generation, gguf, tensors
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, foundation, model_of
 from dpo_cli.hardware.facts import known_models, model_facts
-from dpo_cli.hardware.quantised import stored_quantisation
+from dpo_cli.hardware.quantised import stored_quantisation, text_part
 from dpo_cli.runs.directory import PLAN, WEIGHTS
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CONVERT = "convert its weights with `save_pretrained`: others than safetensors can run code when they are read"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "vocab.json", "tekken.json")
 CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
-# Settings of generation_config.json that need do_sample (transformers 5.17), and the values of each that have no effect.
-SAMPLING: Mapping[str, tuple[Any, ...]] = {
-    "temperature": (None, 1.0),
-    "top_p": (None, 1.0),
-    "top_k": (None, 50),
-    "min_p": (None,),
-    "typical_p": (None, 1.0),
-}
 # Names of base models: marked as such, or of families that mark those that answer instructions.
 BASE = re.compile(
     r"[-_.](base|pt)\b|^(meta-)?llama-?[23][\d.]*-\d+b(-hf)?$|^(qwen(1\.5|2|2\.5)|gemma|gemma-[23]|smollm2?|olmo(-2)?|falcon|pythia)-[\d.]+[bm]"
@@ -139,7 +131,7 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
 
 def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     """A padding token that the tokenizer has and the model has no row for, and others that rows may hold."""
-    rows = config.get("text_config", config).get("vocab_size")
+    rows = text_part(config).get("vocab_size")
     added = _object(path / "tokenizer.json").get("added_tokens") or []
     outside = {token["content"]: token["id"] for token in added if isinstance(rows, int) and token["id"] >= rows}
     if not outside:
@@ -158,13 +150,12 @@ def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _generation_advice(path: Path) -> Iterator[Problem]:
-    """What of generation_config.json would be refused when the model is saved (transformers), and is left out."""
-    settings = _object(path / "generation_config.json")
-    sampling = [name for name, unset in SAMPLING.items() if settings.get(name) not in unset]
-    if sampling and not settings.get("do_sample", False):
-        message = f"generation_config.json of {path} has do_sample false and {', '.join(sampling)}, which do not go together"
-        fix = f"nothing is to be done: {', '.join(sampling)} is left out of what is saved"
-        yield Problem("hint", "generation-config", message, fix, "model_name")
+    """What of generation_config.json is left out, since transformers would not load or save the model with it."""
+    settings = _object(path / generation.FILE)
+    if wrong := generation.invalid(settings):
+        told = "; ".join(f"{name} {json.dumps(settings[name])} {why}" for name, why in wrong.items())
+        fix = f"nothing is to be done: {', '.join(wrong)} is left out of what is saved"
+        yield Problem("hint", "generation-config", f"{generation.FILE} of {path}: {told}", fix, "model_name")
 
 
 def _advice(model_name: str, to_align: bool) -> Iterator[Problem]:

@@ -44,9 +44,16 @@ class Quantisation:
 
 def stored_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
     """What config.json says of the weights beside it; None where they are plain numbers."""
-    told = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
+    told = config.get("quantization_config") or text_part(config).get("quantization_config")
     if not isinstance(told, Mapping):
         return None
     is_4bit, is_8bit = (told.get(f"load_in_{bits}") or told.get(f"_load_in_{bits}") for bits in ("4bit", "8bit"))
     method = str(told.get("quant_method") or (KNOWN if is_4bit or is_8bit else "an unknown method"))
-    return Quantisation(method, 4 if is_4bit else 8 if is_8bit else int(told.get("bits") or 0))
+    bits = str(told.get("bits"))  # "mixed" or a list, where layers differ
+    return Quantisation(method, 4 if is_4bit else 8 if is_8bit else int(bits) if bits.isdecimal() else 0)
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the decoder: all of it, unless the model reads more than text."""
+    part = config.get("text_config")
+    return part if isinstance(part, Mapping) else config

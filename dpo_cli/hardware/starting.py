@@ -10,8 +10,10 @@ from typing import Any
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
 from dpo_cli.errors import Problem
-from dpo_cli.hardware.adapters import SHAPE, Adapter, adapter_at, folders_below, is_on_head
+from dpo_cli.hardware.adapters import SHAPE, Adapter, adapter_at, folders_below, foundation, is_on_head, without_bias
 from dpo_cli.hardware.facts import model_facts
+from dpo_cli.hardware.tensors import header_of, some, stored_in
+from dpo_cli.runs.directory import WEIGHTS
 
 
 def started(loaded: Loaded, config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -50,7 +52,7 @@ def problems(loaded: Loaded, run_dir: Path) -> Iterator[Problem]:
         yield Problem("error", "output-is-input", message, "name a folder of its own, for example runs/my-run", "output_dir")
     if loaded.foundation is not None:  # a stage, whose adapter is not there yet
         return
-    yield from _head_problems(loaded, config)
+    yield from _adapter_problems(loaded, config)
     if config.reference != "adapter" or loaded.sources.get("reference") not in ("config", "override"):
         return
     try:
@@ -65,16 +67,33 @@ def problems(loaded: Loaded, run_dir: Path) -> Iterator[Problem]:
         yield Problem("error", "reference-adapter", f'"reference" is "adapter", but {why}', fix, "reference")
 
 
-def _head_problems(loaded: Loaded, config: Config) -> Iterator[Problem]:
-    """An adapter that is trained on, and that is on the output head."""
+def _adapter_problems(loaded: Loaded, config: Config) -> Iterator[Problem]:
+    """An adapter that is trained on and is on the output head, and those that are to be merged and cannot be."""
     try:
-        adapter = adapter_at(config.model_name)
+        adapters = [adapter for folder in folders_below(config.model_name) if (adapter := adapter_at(folder))]
     except (OSError, ValueError):  # told of as a fault of model_name
         return
-    if adapter is not None and is_on_head(adapter.shape) and started(loaded, config)[0]["reference"] == "adapter":
+    goes_on = started(loaded, config)[0]["reference"] == "adapter"
+    if goes_on and is_on_head(adapters[0].config):
         message = f"the adapter of {config.model_name} is also on lm_head, and log-probs are computed from its plain weight"
         fix = 'write "reference": "base": it is merged into its base, and a fresh adapter is trained on that'
         yield Problem("error", "adapter-on-head", message, fix, "model_name")
+    for adapter in adapters[1:] if goes_on else adapters:
+        if layers := _without_bias(adapter):
+            message = f"the adapter in {adapter.directory} has lora_bias, and cannot be merged into layers without a bias"
+            fix = 'train on it (leave out "reference" and what gives it another shape), or train another one without lora_bias'
+            yield Problem("error", "adapter-unmergeable", f"{message}: {some(layers)}", fix, "model_name")
+
+
+def _without_bias(adapter: Adapter) -> list[str]:
+    """Layers of the model below that lack a bias which the adapter changes, where both can be told from files."""
+    base = Path(foundation(adapter.model_name))
+    if not adapter.config.get("lora_bias") or not base.is_dir():
+        return []
+    try:
+        return without_bias(header_of(adapter.directory / WEIGHTS), stored_in(base))
+    except (OSError, ValueError):  # told of as a fault of model_name
+        return []
 
 
 def other_shape(loaded: Loaded, adapter: Adapter) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ DENSE = frozenset(
 SHOWN = 3  # names that a message gives
 
 Shape = tuple[int, ...]
+Wanted = tuple[int | None, ...]  # None: config.json leaves it to a default of its class
 
 
 @dataclass(frozen=True)
@@ -98,30 +99,28 @@ def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
     if config.get("model_type") in DENSE and not config.get("quantization_config"):
         yield from _decoder_faults(folder, config, stored, again)
         return
-    for place, numbers in _experts(stored).items():
-        if gaps := set(range(max(numbers))) - numbers:
-            there, gap = (place.replace("*", str(number)) for number in (max(numbers), min(gaps)))
-            yield Fault(f"{folder} holds {there} and lacks {gap}: the experts would be joined in another order", again)
-            return
+    if gap := expert_gap(stored):
+        yield Fault(f"{folder} {gap}", again)
 
 
 def _decoder_faults(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Shape], again: str) -> Iterator[Fault]:
     """What of the matrices of a decoder of `DENSE` is missing or has another shape."""
-    wanted = _decoder(config)
     short = {name.removeprefix("model."): shape for name, shape in stored.items()}  # as the model without its head is saved
+    wanted = _decoder(config, short)
     absent = [name for name in wanted if name.removeprefix("model.") not in short]
     if absent:
         yield Fault(f"{folder} lacks {count(absent)}, which config.json asks for", again)
     other = [
-        f"{name} {list(short[place])} instead of {list(shape)}"
+        f"{name} {list(short[place])} instead of [{', '.join('?' if size is None else str(size) for size in shape)}]"
         for name, shape in wanted.items()
-        if (place := name.removeprefix("model.")) in short and short[place] != shape
+        if (place := name.removeprefix("model.")) in short and not _fits(short[place], shape)
     ]
     if other:
         yield Fault(f"tensors in {folder} have other shapes than config.json asks for: {some(other)}", again)
     layers = {int(number[1]) for name in short if (number := re.match(r"layers\.(\d+)\.", name))}
-    if beyond := sorted(layer for layer in layers if layer >= config["num_hidden_layers"]):
-        message = f"{folder} holds a layer {beyond[0]}, and its config.json has num_hidden_layers {config['num_hidden_layers']}"
+    total = config.get("num_hidden_layers")
+    if total is not None and (beyond := sorted(layer for layer in layers if layer >= total)):
+        message = f"{folder} holds a layer {beyond[0]}, and its config.json has num_hidden_layers {total}"
         yield Fault(message, "take config.json and weights from one model")
 
 
@@ -138,7 +137,15 @@ def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense:
     if difference := resized(own, base):
         yield Fault(f"the adapter in {folder} {difference}", RESIZED_FIX)
         return
-    layers = {name.removeprefix("model.").removesuffix(".weight") for name in base}
+    if gap := expert_gap(own):
+        yield Fault(f"the adapter in {folder} {gap}", "copy it again, or save it again with PEFT")
+    rows = max((shape[0] for shape in base.values() if len(shape) == 2), default=0)  # a table, which PEFT may save, has most
+    own_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    of_layers = [name for name in of_base(own, own_config.get("modules_to_save")) if own[name][:1] != (rows,)]
+    if of_layers:
+        message = f"the adapter in {folder} holds {count(of_layers)} of its base itself, which would replace the model's"
+        yield Fault(message, "remove these from the file, or merge it with PEFT into its base, and name the merged model")
+    layers = {name.removeprefix("model.").removesuffix(".weight") for name in base} | {"lm_head"}  # which may be tied
     unknown = [name for name in own if ".lora_" in name and _layer_of(name).removeprefix("model.") not in layers]
     if is_dense and unknown:
         fix = "name the model that it was made on, or rename its tensors"
@@ -151,13 +158,30 @@ RESIZED_FIX = "merge it with PEFT into the model with these tokens, and name the
 def resized(adapter: Mapping[str, Shape], base: Mapping[str, Shape]) -> str | None:
     """Which table of tokens an adapter holds with other rows than its base, in words that follow "the adapter"; None: none."""
     for name, shape in adapter.items():
-        place = re.sub(r"\.(modules_to_save|original_module|base_layer)(?=\.)", "", name).removeprefix("base_model.model.")
+        place = place_of(name)
         there = base.get(place)
         if ".lora_" not in name and there is not None and len(shape) == 2 and shape[1:] == there[1:] and shape != there:
             added = shape[0] - there[0]
             when = f"after {added} tokens were added" if added > 0 else f"on a model with {-added} tokens less"
             return f"was made {when}: its {place} has {shape[0]} rows, and the model's has {there[0]}"
     return None
+
+
+def of_base(names: Iterable[str], modules_to_save: Iterable[str] | None) -> list[str]:
+    """The tensors in an adapter's file that PEFT puts into the base: neither LoRA's nor of a module that is trained whole."""
+    whole = [f".{module}." for module in modules_to_save or ()]
+    kept = re.compile(r"\.(original_module|base_layer)\.")  # beside what is trained
+    return [
+        name
+        for name in names
+        if ".lora_" not in name
+        if kept.search(name) or not any(module in f".{name.rpartition('.')[0]}." for module in whole)
+    ]
+
+
+def place_of(name: str) -> str:
+    """The name in the base of a tensor that an adapter wraps, or holds whole."""
+    return re.sub(r"\.(modules_to_save|original_module|base_layer)(?=\.)", "", name).removeprefix("base_model.model.")
 
 
 def _layer_of(name: str) -> str:
@@ -184,7 +208,7 @@ def _index_faults(folder: Path, again: str) -> Iterator[Fault]:
     named: Mapping[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     files = set(named.values())
     shards = {file.name for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)}
-    if left := sorted(shards - files):
+    if left := [shard for shard in sorted(shards - files) if _belongs(folder / shard, named)]:
         held = list(header_of(folder / left[0]))
         yield Fault(f"{INDEX} in {folder} leaves out {some(left)}, with {count(held)}: they would not be loaded", again)
     for file in sorted(files):
@@ -193,9 +217,27 @@ def _index_faults(folder: Path, again: str) -> Iterator[Fault]:
             yield Fault(f"{file} in {folder} lacks {count(lost)}, which {INDEX} places there", again)
 
 
+def _belongs(shard: Path, named: Mapping[str, str]) -> bool:
+    """Whether a file that an index does not name is of its model, and not left over from a division into other files."""
+    same_division = shard.name.partition("-of-")[2] in {file.partition("-of-")[2] for file in named.values()}
+    return same_division or not header_of(shard).keys() <= named.keys()
+
+
 def has_experts(stored: Iterable[str]) -> bool:
     """Whether the tensors are those of a mixture of experts, which transformers joins when it loads them."""
     return any(".experts." in name for name in stored)
+
+
+def expert_gap(names: Iterable[str]) -> str | None:
+    """The expert that files do not hold although they hold a later one, in words that follow what the files are of.
+
+    transformers and PEFT join experts in the order of their numbers, whatever these are.
+    """
+    for place, numbers in _experts(names).items():
+        if gaps := set(range(max(numbers))) - numbers:
+            there, gap = (place.replace("*", str(number)) for number in (max(numbers), min(gaps)))
+            return f"holds {there} and lacks {gap}: the experts would be joined in another order"
+    return None
 
 
 def _experts(stored: Iterable[str]) -> dict[str, set[int]]:
@@ -207,42 +249,56 @@ def _experts(stored: Iterable[str]) -> dict[str, set[int]]:
     return numbers
 
 
-def _decoder(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of the matrices of a decoder of `DENSE`; norms, biases and whatever else it has are not told."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    q, kv = heads * head, (config.get("num_key_value_heads") or heads) * head
-    table = (config["vocab_size"], hidden)
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": table}
+def _fits(shape: Shape, wanted: Wanted) -> bool:
+    return len(shape) == len(wanted) and all(size in (None, there) for there, size in zip(shape, wanted, strict=True))
+
+
+def _times(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one * other
+
+
+def _decoder(config: Mapping[str, Any], short: Container[str]) -> dict[str, Wanted]:
+    """Names and shapes of the matrices of a decoder of `DENSE`; norms, biases and whatever else it has are not told.
+
+    `short` are the names in its files without "model.": experts may be stored one by one, or joined.
+    """
+    hidden, head = config.get("hidden_size"), config.get("head_dim")
+    q, kv = (_times(config.get(name), head) for name in ("num_attention_heads", "num_key_value_heads"))
+    table = (config.get("vocab_size"), hidden)
+    shapes: dict[str, Wanted] = {"model.embed_tokens.weight": table}
     writes_text = all(name.endswith("ForCausalLM") for name in config.get("architectures") or ())  # a reward model has no head
     if config.get("tie_word_embeddings") is False and writes_text:
         shapes["lm_head.weight"] = table
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(config.get("num_hidden_layers") or 0):
         block = f"model.layers.{layer}."
-        attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+        attention: dict[str, Wanted] = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
         if config["model_type"] == "phi3":
-            attention = {"qkv_proj": (q + 2 * kv, hidden)}
+            attention = {"qkv_proj": (None if q is None or kv is None else q + 2 * kv, hidden)}
         for name, shape in {**attention, "o_proj": (hidden, q)}.items():
             shapes[f"{block}self_attn.{name}.weight"] = shape
-        shapes |= {f"{block}{name}.weight": shape for name, shape in _feed_forward(config, layer, hidden).items()}
+        is_joined = any(f"layers.{layer}.mlp.experts.{name}" in short for name in ("gate_up_proj", "down_proj"))
+        shapes |= {f"{block}{name}": shape for name, shape in _feed_forward(config, layer, is_joined).items()}
     return shapes
 
 
-def _feed_forward(config: Mapping[str, Any], layer: int, hidden: int) -> dict[str, Shape]:
+def _feed_forward(config: Mapping[str, Any], layer: int, is_joined: bool) -> dict[str, Wanted]:
     """The matrices of one block's MLP or experts."""
-    family, inner = config["model_type"], config["intermediate_size"]
-    if family == "mixtral":
-        experts = range(config["num_local_experts"])
-        widths = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
-        own = {f"block_sparse_moe.experts.{number}.{name}": shape for number in experts for name, shape in widths.items()}
-        return {"block_sparse_moe.gate": (len(experts), hidden), **own}
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    count_of = config.get("num_experts") or config.get("num_local_experts") or 0
-    if family == "qwen3_moe" and layer not in dense and count_of and (layer + 1) % step == 0:
-        experts, inner = range(count_of), config["moe_intermediate_size"]
-        widths = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        own = {f"mlp.experts.{number}.{name}": shape for number in experts for name, shape in widths.items()}
-        return {"mlp.gate": (len(experts), hidden), **own}
+    family, hidden, inner = config["model_type"], config.get("hidden_size"), config.get("intermediate_size")
+    experts = config.get("num_local_experts") or config.get("num_experts")
+    is_sparse = family == "qwen3_moe" and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+    if family == "mixtral" or (is_sparse and layer not in (config.get("mlp_only_layers") or ())):
+        inner = inner if family == "mixtral" else config.get("moe_intermediate_size")
+        if is_joined:
+            weights = {"gate_up_proj": (experts, _times(2, inner), hidden), "down_proj": (experts, hidden, inner)}
+            return {"mlp.gate.weight": (experts, hidden)} | {f"mlp.experts.{name}": shape for name, shape in weights.items()}
+        names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        place = "block_sparse_moe" if family == "mixtral" else "mlp"
+        own = dict(zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
+        numbers = range(experts or 0)
+        each = {f"{place}.experts.{i}.{name}.weight": shape for i in numbers for name, shape in own.items()}
+        return {f"{place}.gate.weight": (experts, hidden), **each}
     if family == "phi3":
-        return {"mlp.gate_up_proj": (2 * inner, hidden), "mlp.down_proj": (hidden, inner)}
-    return {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+        return {"mlp.gate_up_proj.weight": (_times(2, inner), hidden), "mlp.down_proj.weight": (hidden, inner)}
+    return {f"mlp.{name}.weight": (inner, hidden) for name in ("gate_proj", "up_proj")} | {
+        "mlp.down_proj.weight": (hidden, inner)
+    }

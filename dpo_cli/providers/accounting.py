@@ -14,21 +14,35 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 import transformers.modeling_utils
 from peft import LoraConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
-from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.hardware.adapters import ADAPTER_CONFIG, unsupported
-from dpo_cli.hardware.tensors import RESIZED_FIX, count, faults, files_of, resized, some, wrapper_of
+from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, fault_of
+from dpo_cli.hardware.tensors import (
+    RESIZED_FIX,
+    count,
+    expert_gap,
+    faults,
+    files_of,
+    of_base,
+    place_of,
+    resized,
+    some,
+    stored_in,
+    wrapper_of,
+)
 from dpo_cli.runs.directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
-UNSUPPORTED_FIX = "merge it with PEFT into its base, and name the merged model"
+MASKS = ("bias", "masked_bias", "causal_mask")  # last names of buffers of GPT-2, GPT-Neo, GPT-J and CodeGen
 MERGE_ALLOWANCE = 1e-4  # nats a token that a merge in float32 may change
 PROBE_TOKENS, PROBE_ROWS = 24, 2  # of the sequences that a merge is tried on
 
@@ -53,30 +67,59 @@ def refuse(what: str, missing: Sequence[str], unexpected: Sequence[str], other: 
 
 
 @contextmanager
-def all_tensors(what: str) -> Iterator[None]:
+def all_tensors(what: str) -> Iterator[list[str]]:
     """Within, transformers loads a model whole, or `InvalidInput` says which tensors are not as the architecture has them.
 
     `_finalize_model_loading` (transformers 5.17) ends every load with a call of `log_state_dict_report`, whoever asked for it:
-    Unsloth's loads too, which pass no `output_loading_info` on. Here that call is the check.
+    Unsloth's loads too, which pass no `output_loading_info` on. Here that call is the check. `RunFailed`: it did not come.
+    Yields a list that takes up notes on tensors which were passed over.
     """
+    checked, notes = [], list[str]()
 
-    def check(model: Any, loading_info: Any, **_: Any) -> None:
+    def check(model: Any, loading_info: Any, pretrained_model_name_or_path: Any = None, **_: Any) -> None:
+        checked.append(what)
+        unexpected = set(loading_info.unexpected_keys)
+        idle = _without_use(model, unexpected, str(pretrained_model_name_or_path))
+        if idle:
+            notes.append(f"{what} holds {count(sorted(idle))} that its model does not use: passed over")
         shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in loading_info.mismatched_keys]
         broken = [*shapes, *loading_info.error_msgs, *loading_info.conversion_errors]
         fix = "download it again; config.json and weights have to be of one model"
-        refuse(what, loading_info.missing_keys, loading_info.unexpected_keys, broken, fix, "model_name")
+        refuse(what, loading_info.missing_keys, sorted(unexpected - idle), broken, fix, "model_name")
 
     before = transformers.modeling_utils.log_state_dict_report
     transformers.modeling_utils.log_state_dict_report = check
     try:
-        yield
+        yield notes
     finally:
         transformers.modeling_utils.log_state_dict_report = before
+    if not checked:
+        message = f"transformers {transformers.__version__} does not tell which tensors of {what} it has loaded"
+        raise RunFailed(message, "install the version that constraints.txt names")
 
 
-def require_whole_files(source: str) -> None:
-    """`InvalidInput` where the headers of a local model's files show already that something is missing or cut off."""
-    folder = Path(source)
+def _without_use(model: PreTrainedModel, names: set[str], source: str) -> set[str]:
+    """Which of the tensors without a place change nothing: masks once stored with the attention, a classifier's old head."""
+    masks = {name for name in names if name.rpartition(".")[2] in MASKS}
+    stored = stored_in(folder_of(source)) if masks else {}  # maybe without the first part of these names
+    idle = {name for name in masks if any(_is_mask(shape) for short, shape in stored.items() if name.endswith(short))}
+    return idle if model.get_output_embeddings() is not None else idle | (names & {"lm_head.weight"})
+
+
+def _is_mask(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is that of a mask over two positions, or of the one value that masks are filled with."""
+    return shape == () or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
+
+
+def folder_of(source: str) -> Path:
+    """Where the files of a model lie that has been loaded from `source`, a directory or a hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(cached_file(source, "config.json", local_files_only=True)).parent
+
+
+def require_whole_files(folder: Path) -> None:
+    """`InvalidInput` where the headers of a model's files show already that something is missing, cut off or misnumbered."""
     if (folder / "config.json").is_file() and files_of(folder):  # weights of another format are refused by their own words
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if found := [
@@ -85,20 +128,34 @@ def require_whole_files(source: str) -> None:
             raise InvalidInput(found)
 
 
-def require_finite(model: nn.Module, what: str, source: str) -> None:
-    """`InvalidInput` that names the tensors of a model, loaded from `source`, which hold NaN or infinity.
+def require_finite(model: nn.Module, what: str, folder: Path) -> None:
+    """`InvalidInput` that names the tensors of a model, loaded from `folder`, which hold NaN or infinity.
 
-    They have the names that they have in local files, which transformers may have joined.
+    They have the names that they have in safetensors files, which transformers may have joined.
     """
-    tensors: dict[str, Tensor | None] = dict(model.named_parameters())
-    for name, parameter in list(tensors.items()):
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights are scaled by these
-        for part in (state, getattr(state, "state2", None)):
-            if part is not None:
-                tensors |= {f"{name} (scales)": part.absmax, f"{name} (offset)": part.offset}
-    if broken := _not_finite(tensors):
-        in_files = [name for file in files_of(Path(source)) for name in _not_finite(load_file(file))]
-        _refuse_numbers(in_files or broken, what)
+    tensors: dict[str, Tensor | None] = dict(model.named_parameters()) | _buffers(model)
+    has_4bit = False
+    for name, parameter in model.named_parameters():
+        tensors[f"{name} (scale of a row)"] = getattr(parameter, "SCB", None)  # of bitsandbytes' 8-bit weights
+        has_4bit |= getattr(parameter, "quant_state", None) is not None  # which makes a number of a NaN
+    broken = _not_finite(tensors)
+    in_files = [name for file in files_of(folder) for name in _not_finite_in(file)] if broken or has_4bit else []
+    _refuse_numbers(in_files or broken, what)
+
+
+def _not_finite_in(file: Path) -> list[str]:
+    with safe_open(file, "pt") as held:
+        return [name for name in held.keys() if not _is_finite(held.get_tensor(name))]  # noqa: SIM118 - it is no mapping
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that are in a model's files; of others some hold infinity, such as masks."""
+    return {
+        f"{place}.{name}": buffer
+        for place, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
@@ -126,36 +183,26 @@ def with_adapter(
     name: str,
     label: str,
     is_trainable: bool = False,
-    dropout: float | None = None,
+    dropout: float = 0.0,
 ) -> PeftModel:
     """`base` with the adapter in `folder`, called `name`, whole; `label` names the base in messages.
 
-    A further adapter is put beside those that `base` has. Raises `InvalidInput` for an adapter of another model, for tensors
-    that are missing or have no place, and for a kind of adapter whose base is not the reference.
+    Its dropout is that of this training, whatever it had in its own. A further adapter is put beside those that `base` has.
+    Raises `InvalidInput` for an adapter of another model, for tensors that are missing or have no place, and for a kind of
+    adapter whose base is not the reference.
     """
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if why := unsupported(config):
-        raise InvalidInput(
-            [Problem("error", "adapter-unsupported", f"the adapter in {folder} {why}", OTHER_BASE, "model_name")]
-        )
     network = base.get_base_model() if isinstance(base, PeftModel) else base
-    try:
-        written = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        fix = "copy it again, or save it again with PEFT"
-        raise InvalidInput([Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name")]) from error
-    _refuse_numbers(_not_finite(written), str(folder))
-    _require_same_base(network, written, folder, label)
+    written = _weights_of(folder, network, label)
     options: dict[str, Any] = {"adapter_name": name, "is_trainable": is_trainable}
     try:
+        wanted = LoraConfig.from_pretrained(str(folder))
+        wanted.lora_dropout, wanted.inference_mode = dropout, not is_trainable
         if isinstance(base, PeftModel):
+            base.add_adapter(name, wanted)
             base.load_adapter(str(folder), **options)
             model = base
         else:
-            if dropout is not None:
-                options["config"] = LoraConfig.from_pretrained(str(folder))
-                options["config"].lora_dropout = dropout
-            model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder), **options))
+            model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder), config=wanted, **options))
         result = set_peft_model_state_dict(model, dict(written), adapter_name=name)
     except torch.OutOfMemoryError:  # no fault of the adapter
         raise
@@ -175,31 +222,52 @@ def with_adapter(
     return model
 
 
+def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str, Tensor]:
+    """The tensors of an adapter for `network`; `InvalidInput` where its files tell already that it cannot be put on."""
+    if fault := fault_of(folder):
+        message = f"the adapter in {folder} {fault.message}"
+        raise InvalidInput([Problem("error", "adapter-unsupported", message, fault.fix, "model_name")])
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    again = "copy it again, or save it again with PEFT"
+    try:
+        written = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise InvalidInput(
+            [Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", again, "model_name")]
+        ) from error
+    _refuse_numbers(_not_finite(written), str(folder))
+    if gap := expert_gap(written):
+        raise InvalidInput([Problem("error", "tensors-unaccounted", f"the adapter in {folder} {gap}", again, "model_name")])
+    _require_same_base(network, written, config, folder, label)
+    return written
+
+
 def _written(key: str, name: str) -> str:
     """The name of a tensor in the file of an adapter, by its name in the model, without what is before all names."""
     return key.removeprefix("base_model.model.").replace(f".{name}", "")
 
 
-def _require_same_base(network: PreTrainedModel, written: dict[str, Tensor], folder: Path, label: str) -> None:
-    """`InvalidInput` where the file holds another table or layer of the base than the base has: PEFT would put it in its place.
+def _require_same_base(
+    network: PreTrainedModel, written: dict[str, Tensor], config: Mapping[str, Any], folder: Path, label: str
+) -> None:
+    """`InvalidInput` where the file holds another tensor of the base than the base has: PEFT would put it in its place.
 
-    PEFT saves such a tensor where the embedding was resized, or is adapted itself.
+    PEFT saves tables of tokens so, where the embedding was resized, or is adapted itself.
     """
-    own = {
-        name.replace(".base_layer.", "."): tensor.detach() for name, tensor in network.named_parameters(remove_duplicate=False)
-    }
+    tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
+    own = {place_of(name): tensor.detach() for name, tensor in tensors if ".modules_to_save." not in name}
     shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (written, own))
     if difference := resized(*shapes):
         message = f"the adapter in {folder} {difference}"
         raise InvalidInput([Problem("error", "adapter-resized", message, RESIZED_FIX, "model_name")])
-    for key, tensor in written.items():
-        if not key.endswith((".base_layer.weight", ".base_layer.bias")) and ".original_module." not in key:
-            continue
-        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        there = own.get(name)
-        if there is None or there.shape != tensor.shape or not torch.equal(there.cpu(), tensor.to(there.dtype)):
-            message = f"{folder} holds {name} of its base, with other values than in {label}: it was made on another model"
-            raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")])
+    held = [(place_of(key), written[key]) for key in of_base(written, config.get("modules_to_save"))]
+    if other := [name for name, tensor in held if name in own and not _is_same(own[name], tensor)]:
+        message = f"{folder} holds {count(other)} of its base, with other values than in {label}: it was made on another model"
+        raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")])
+
+
+def _is_same(there: Tensor, tensor: Tensor) -> bool:
+    return there.shape == tensor.shape and torch.equal(there.cpu(), tensor.to(there.dtype))
 
 
 def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from dpo_cli import hub
 from dpo_cli.errors import RunFailed
@@ -40,3 +41,13 @@ def answers(name: str) -> bool:
         fix += "a private model needs `hf auth login`, or HF_TOKEN"
         raise RunFailed(f"there is no model {name} on the hub", fix) from error
     return True
+
+
+def revision(name: str) -> str | None:
+    """The commit of a model of the hub: in the cache its files lie in a folder of that name. None of a local one."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if os.path.exists(name):
+        return None
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).parent.name if isinstance(found, str) else None

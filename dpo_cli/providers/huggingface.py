@@ -26,17 +26,17 @@ from transformers.utils import cached_file
 from dpo_cli import hub
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, RunFailed
-from dpo_cli.hardware import foreign, gguf
-from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation
+from dpo_cli.hardware import foreign, generation, gguf
+from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation, settings_of, unsafe
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
-from dpo_cli.hardware.quantised import stored_quantisation
+from dpo_cli.hardware.quantised import stored_quantisation, text_part
 from dpo_cli.plan import Adapted, Plan
-from dpo_cli.providers.accounting import all_tensors, merged, require_finite, require_whole_files, with_adapter
+from dpo_cli.providers.accounting import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.architecture import Architecture, adapted
-from dpo_cli.providers.hub import answers
+from dpo_cli.providers.hub import answers, revision
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
-from dpo_cli.runs.directory import WEIGHTS
+from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
 
 
 class HuggingFace:
@@ -70,8 +70,7 @@ class HuggingFace:
         return tokenizer
 
     def token_rows(self) -> int | None:
-        config = self._read(self.source, "config.json")
-        rows = config.get("text_config", config).get("vocab_size")
+        rows = text_part(self._read(self.source, "config.json")).get("vocab_size")
         return rows if isinstance(rows, int) else None
 
     def base_model(self, plan: Plan) -> PreTrainedModel:
@@ -102,7 +101,8 @@ class HuggingFace:
         base = self.base_model(plan)
         if not (folder / ADAPTER_CONFIG).is_file():
             return Policy(_settled(self._model(plan, str(folder))).eval(), base.eval())
-        _require_plain(folder)
+        if fault := unsafe(folder):
+            raise RunFailed(f"the adapter in {folder} {fault.message}", fault.fix)
         model = with_adapter(base, folder, TRAINED, plan.model_label)
         if plan.goes_on and (start := adapter_at(plan.config.model_name)) is not None:
             model = with_adapter(model, start.directory, FROZEN, plan.model_label)
@@ -122,9 +122,16 @@ class HuggingFace:
         if not (plan.config.use_4bit or plan.config.use_8bit):
             return self._unquantised(plan, name)
         whole = replace(plan, config=replace(plan.config, use_4bit=False, use_8bit=False, device="cpu"))
-        content = "\n".join([plan.dtype, self.source, *chain_of(name).values()])
+        content = "\n".join([plan.dtype, self._content(), *chain_of(name).values(), *settings_of(name).values()])
         place = made_once("merged", content, lambda work: self._unquantised(whole, name).save_pretrained(work))
         return self._model(plan, str(place))
+
+    def _content(self) -> str:
+        """What the foundation is, whatever its name: a hash of its weights and settings, or the commit of the hub."""
+        if self.local_dir is not None:
+            return f"{sha256_of_all(self.local_dir)} {sha256_of_settings(self.local_dir)}"
+        self._read(self.source, "config.json")  # which brings the commit that is loaded afterwards into the cache
+        return f"{self.source} {revision(self.source)}"
 
     def _unquantised(self, plan: Plan, name: str) -> PreTrainedModel:
         adapter = adapter_at(name)
@@ -149,9 +156,7 @@ class HuggingFace:
         if wants and not is_quantised:
             options["quantization_config"] = quantisation(plan)
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
-        vars(model.config).pop("auto_map", None)  # likewise
-        self.notes += [note for note in _mend_generation(model) if note not in self.notes]
-        require_finite(model, self.name, source)
+        self._require_sound(model, source)
         if not wants:
             return _plain(model).to(device, dtype) if is_quantised else cast(PreTrainedModel, model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
@@ -161,8 +166,18 @@ class HuggingFace:
                 setattr(module, "compute_dtype", dtype)  # noqa: B010 - mypy does not know bitsandbytes' attribute
         return model
 
+    def _require_sound(self, model: PreTrainedModel, source: str) -> None:
+        """What holds of every model that was loaded: it names no code, can be saved, and its weights are numbers."""
+        vars(model.config).pop("auto_map", None)  # as the tokenizer
+        self.notes += [note for note in _mend_generation(model) if note not in self.notes]
+        require_finite(model, self.name, folder_of(source))
+
     def reward_model(self, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model as a classifier whose one label is the reward, in evaluation mode, and its tokenizer."""
+        """The model as a classifier whose one label is the reward, with its adapter, in evaluation mode, and its tokenizer."""
+        adapter = adapter_at(self.name)
+        if adapter is not None and adapter_at(adapter.model_name) is not None:
+            message = f"{self.name} is an adapter on another adapter, and is not put on a reward model so"
+            raise RunFailed(message, "merge them with PEFT, and name the merged model")
         try:
             model = self._load(AutoModelForSequenceClassification, self.source, use_safetensors=True, dtype=dtype)
         except InvalidInput as error:
@@ -170,24 +185,28 @@ class HuggingFace:
             raise RunFailed(f"{self.name} is no reward model: {why}", "name a trained reward model") from error
         if model.config.num_labels != 1:
             raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
-        require_finite(model, self.name, self.source)
-        return cast(PreTrainedModel, model.to(device).eval()), cast(
-            PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source)
-        )
+        require_finite(model, self.name, folder_of(self.source))
+        if adapter is not None:
+            model = with_adapter(model, adapter.directory, TRAINED, adapter.model_name)
+        tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source))
+        return cast(PreTrainedModel, model.to(device).eval()), tokenizer
 
     def _load(self, auto: Any, source: str, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
+            self._require_no_adapter(source)
             self._require_no_code(source)
-            if auto not in (AutoTokenizer, AutoConfig):
-                require_whole_files(source)
-            with all_tensors(self.name):
-                return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
+            options |= {"trust_remote_code": False, "local_files_only": self.only_local}
+            if auto in (AutoTokenizer, AutoConfig):
+                return auto.from_pretrained(source, **options)
+            return self._load_whole(auto, source, **options)
         except ImportError as error:  # transformers asks for the package only now
             raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
         except (OSError, ValueError) as error:
             if isinstance(error.__cause__, GatedRepoError):  # its description is public, its files are not
                 raise hub.gated("model", self.foundation) from error
+            if fault := hub.cache_fault(error):
+                raise fault from error
             if self.only_local and self.local_dir is None:
                 raise hub.unreachable("model", self.foundation) from error
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -196,11 +215,40 @@ class HuggingFace:
             message = f"cannot load {self.name}: a file of its weights is cut off or damaged ({error})"
             raise RunFailed(message, "download it again") from error
 
+    def _require_no_adapter(self, source: str) -> None:
+        """`RunFailed` for an adapter of the hub: transformers would put it on its base, and a fresh one would take its place.
+
+        Only what lies in a folder is taken for an adapter here, and then `source` is the model below it.
+        """
+        if not Path(source).is_dir() and self._read(source, ADAPTER_CONFIG):
+            fix = f"`hf download {source} --local-dir FOLDER` fetches it: name FOLDER"
+            raise RunFailed(f"{source} is an adapter, and adapters are taken from a folder alone", fix)
+
+    def _load_whole(self, auto: Any, source: str, **options: Any) -> Any:
+        """A model, with its files and tensors accounted for."""
+        is_here = Path(source).is_dir()
+        if is_here:
+            require_whole_files(Path(source))
+        if auto is AutoModelForCausalLM:
+            options |= self._generation(source)
+        with all_tensors(self.name) as notes:
+            model = auto.from_pretrained(source, **options)
+        if not is_here:  # fetched only now
+            require_whole_files(folder_of(source))
+        self.notes += [note for note in notes if note not in self.notes]
+        return model
+
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
         for problem in foreign.problems(self._read(source, "config.json"), self._read(source, TOKENIZER_CONFIG), self.name):
             if problem.severity == "error":
                 raise RunFailed(problem.message, problem.fix)
+
+    def _generation(self, source: str) -> dict[str, GenerationConfig]:
+        """How `from_pretrained` is to generate, where the model says something of it that it would not load with."""
+        sound, notes = _sound_generation(self._read(source, generation.FILE))
+        self.notes += [note for note in notes if note not in self.notes]
+        return {"generation_config": sound} if notes else {}
 
     def _stored_bits(self, source: str) -> int | None:
         """Of how many bits the weights in the model's files are; None of those that are not quantised.
@@ -258,15 +306,6 @@ def _settled(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _require_plain(folder: Path) -> None:
-    """`RunFailed` for an adapter that PEFT would unpickle, or import a module for that it names."""
-    if not (folder / WEIGHTS).is_file():
-        raise RunFailed(f"{folder} has no {WEIGHTS}; other files of weights are not read", "save it again with PEFT")
-    if code := foreign.in_adapter(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))):
-        message = f"{folder / ADAPTER_CONFIG} names a module to import ({code}), and no code of an adapter is run"
-        raise RunFailed(message, "remove that from the file, if you know where the adapter comes from")
-
-
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """A model that is quantised in its files, with plain weights."""
     plain: PreTrainedModel = model.dequantize()
@@ -277,19 +316,22 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 def _mend_generation(model: PreTrainedModel) -> list[str]:
     """Take out what is invalid in the generation_config of a model, and say so: nothing could be saved with it."""
-    given = model.generation_config
-    try:
-        given.validate(strict=True)
-        return []
-    except ValueError:  # transformers says so only of all of it: each value is tried
-        values = given.to_diff_dict()
-    kept: dict[str, Any] = {}
-    notes = []
-    for name in sorted(values, key=lambda name: name not in ("do_sample", "num_beams")):  # by which others are judged
-        try:
-            GenerationConfig(**kept, **{name: values[name]}).validate(strict=True)
-            kept[name] = values[name]
-        except ValueError:
-            notes.append(f"generation_config.json: {name} {values[name]} does not go with the rest, and is left out")
-    model.generation_config = GenerationConfig(**kept)
+    sound, notes = _sound_generation(model.generation_config.to_diff_dict())
+    if notes:
+        model.generation_config = sound
     return notes
+
+
+def _sound_generation(settings: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
+    """The settings of a generation_config without those that no model can be loaded or saved with, and a note of each."""
+    wrong, kept = generation.invalid(settings), dict[str, Any]()
+    for name in sorted(settings, key=lambda name: (name not in generation.DECIDING, name)):
+        if name in wrong:
+            continue
+        try:
+            GenerationConfig(**kept, **{name: settings[name]}).validate(strict=True)
+            kept[name] = settings[name]
+        except (AttributeError, TypeError, ValueError):  # what transformers alone knows: it is left out too
+            wrong[name] = "does not go with the rest"
+    notes = [f"{generation.FILE}: {name} {settings[name]} {why}, and is left out" for name, why in wrong.items()]
+    return GenerationConfig(**kept), notes

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpo_cli.errors import RunFailed
 from dpo_cli.hardware import gguf
-from dpo_cli.providers.accounting import all_tensors, require_finite
+from dpo_cli.providers.accounting import all_tensors, refuse, require_finite
 from dpo_cli.providers.base import CACHE_FIX, cache_dir
 from dpo_cli.runs.digests import sha256
 from dpo_cli.runs.durable import is_full, writing
+
+CONVERSION = 2  # of a GGUF file: counted up where another model is made of the same file
+ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
+READ_BY_TRANSFORMERS = "gpt-oss"  # the one architecture whose rope.scaling it takes over
+MADE_FROM = "name the model that the file was made from"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def dequantised(path: Path) -> Path:
     """The GGUF file as a float32 model directory with safetensors, made once per content and transformers version."""
     try:
-        return made_once("gguf", sha256(path), lambda work: _convert(path, work))
+        return made_once("gguf", f"{CONVERSION} {sha256(path)}", lambda work: _convert(path, work))
     except ValueError as error:
         raise RunFailed(f"{path} cannot be dequantised: {error}", "download it again") from error
 
@@ -79,10 +89,76 @@ def _dequantise(path: Path, folder: str, target: Path) -> None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(target)
-    with all_tensors(path.name):
+    with all_tensors(path.name), _all_placed(path):
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    require_finite(model, path.name, folder)
+    require_finite(model, path.name, Path(folder))
+    _scale_positions(model.config, path)
     # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.save_pretrained(target)
+
+
+@contextmanager
+def _all_placed(path: Path) -> Iterator[None]:
+    """Within, transformers loads all tensors of a GGUF file, or `InvalidInput` names those that it would pass over.
+
+    `load_gguf_checkpoint` (transformers 5.17) passes over each that `get_gguf_hf_weights_map` gives no place, also without its
+    ending, as experts have it. Other architectures are loaded as safetensors are, and looked at as these are.
+    """
+    before = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map
+    places: set[str] = set()
+
+    def noting(*args: Any, **options: Any) -> dict[str, str]:
+        found: dict[str, str] = before(*args, **options)
+        places.update(found)
+        return found
+
+    modeling_gguf_pytorch_utils.get_gguf_hf_weights_map = noting
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.get_gguf_hf_weights_map = before
+    if places:
+        tensors = gguf.read_header(path).tensors - {ROPE_FACTORS}
+        left = [name for name in tensors if name not in places and name.rpartition(".")[0] not in places]
+        refuse(path.name, (), left, (), MADE_FROM, "model_name")
+
+
+def _scale_positions(config: Any, path: Path) -> None:
+    """Write into `config` how the GGUF file scales positions, which transformers does not read; `RunFailed`: it cannot be."""
+    header = gguf.read_header(path)
+    family = header.metadata["general.architecture"]
+    key = f"{family}.rope.scaling.type"
+    scaling: Mapping[str, Any] | None = None
+    if (kind := header.metadata.get(key, "none")) != "none" and family != READ_BY_TRANSFORMERS:
+        factor = header.metadata.get(f"{family}.rope.scaling.factor")
+        if kind != "linear" or factor is None:
+            raise RunFailed(f"{path.name} scales positions by {kind} ({key}), which is not read here", MADE_FROM)
+        scaling = {"rope_type": "linear", "factor": factor}
+    if ROPE_FACTORS in header.tensors:
+        factors = next(tensor.data for tensor in GGUFReader(path).tensors if tensor.name == ROPE_FACTORS)
+        if scaling is not None or (scaling := _scaling(config, torch.from_numpy(factors.copy()))) is None:
+            raise RunFailed(
+                f"{path.name} scales positions by factors ({ROPE_FACTORS}) that are not those of Llama 3", MADE_FROM
+            )
+    if scaling is not None:
+        config.rope_parameters = {**config.rope_parameters, **scaling}
+
+
+def _scaling(config: Any, factors: torch.Tensor) -> dict[str, Any] | None:
+    """The rope_parameters that divide the frequencies by these factors; None where none is known that does."""
+
+    def frequencies(scaling: dict[str, Any]) -> torch.Tensor:
+        tried = copy.deepcopy(config)
+        tried.rope_parameters = {**config.rope_parameters, **scaling}
+        found: torch.Tensor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](tried, torch.device("cpu"))[0]
+        return found
+
+    largest = float(factors.max())
+    plain = frequencies({"rope_type": "linear", "factor": 1.0})
+    for scaling in ({"rope_type": "linear", "factor": largest}, {"rope_type": "llama3", "factor": largest, **LLAMA3}):
+        made = plain / frequencies(scaling)
+        if made.shape == factors.shape and torch.allclose(made, factors, rtol=1e-4):
+            return scaling
+    return None

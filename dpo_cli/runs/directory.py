@@ -20,9 +20,9 @@ from typing import Any
 
 from dpo_cli.console import json_text
 from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.redaction import redact, redacted
+from dpo_cli.redaction import redact, redact_forms, redacted
 from dpo_cli.runs.checkpoint import Checkpoints
-from dpo_cli.runs.digests import SAFE, sha256_of_all
+from dpo_cli.runs.digests import SAFE, sha256_of_all, sha256_of_settings
 from dpo_cli.runs.durable import let_others_read, sync, sync_all, trial, write_whole, writing
 from dpo_cli.runs.lock import locked
 
@@ -103,7 +103,7 @@ class RunDirectory:
             message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
             raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a finished `dpo train`")])
         _require_no_links(path)
-        if run.read_json(SUMMARY)["adapter_sha256"] != sha256_of_all(run.trained):
+        if not run.has_its_weights():
             message = f"the {run.trained.name} in {path} is not the one that this run wrote"
             raise InvalidInput([Problem("error", "adapter-changed", message, "train again, or restore the file")])
         return run
@@ -112,6 +112,12 @@ class RunDirectory:
     def trained(self) -> Path:
         """The folder of what was trained: the adapter, or the whole model."""
         return self.path / (MODEL if (self.path / MODEL).is_dir() else ADAPTER)
+
+    def has_its_weights(self) -> bool:
+        """Whether what was trained is what the run wrote, and is computed with as it was."""
+        settings = self.read_json(MANIFEST).get("trained") if self.has(MANIFEST) else None  # older runs have none
+        is_same = self.read_json(SUMMARY)["adapter_sha256"] == sha256_of_all(self.trained)
+        return is_same and settings in (None, sha256_of_settings(self.trained))
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -129,6 +135,11 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         self._write(name, json_text(redacted(value), indent=2) + "\n")
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """plan.json, whose config is read back as it was."""
+        told = redacted(plan) | {"config": redacted(plan["config"], redact_forms)}
+        self._write(PLAN, json_text(told, indent=2) + "\n")
 
     def read_lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, none before the first step. The last one may be half written: it is left out then."""
@@ -164,7 +175,10 @@ class RunDirectory:
             file.write(json_text(redacted(line)) + "\n")
 
     def write_trained(self, save: Callable[[Path], Any], whole: bool) -> str:
-        """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights."""
+        """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights.
+
+        That of their settings is written into the manifest.
+        """
         place, other = self.path / (MODEL if whole else ADAPTER), self.path / (ADAPTER if whole else MODEL)
         part = self.path / f".{place.name}.part"
         shutil.rmtree(part, ignore_errors=True)
@@ -176,6 +190,8 @@ class RunDirectory:
         part.rename(place)
         sync(self.path)
         shutil.rmtree(other, ignore_errors=True)  # of the run that this one replaces
+        if self.has(MANIFEST):
+            self.write_json(MANIFEST, {**self.read_json(MANIFEST), "trained": sha256_of_settings(place)})
         return sha256_of_all(place)
 
     def try_to_write(self, save: Callable[[Path], Any]) -> None:

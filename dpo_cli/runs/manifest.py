@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -11,9 +10,10 @@ from typing import Any
 
 import dpo_cli
 from dpo_cli.data.reader import sources_of
-from dpo_cli.hardware.adapters import chain_of, foundation
+from dpo_cli.hardware.adapters import chain_of, foundation, settings_of
 from dpo_cli.hardware.probe import Machine
 from dpo_cli.plan import Plan
+from dpo_cli.providers.hub import revision
 from dpo_cli.runs.digests import sha256
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
@@ -38,8 +38,9 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         "model": {
             "name": plan.config.model_name,
             "sha256": {file.name: sha256(file) for file in weights},
-            "revision": _revision(foundation(plan.config.model_name)),
+            "revision": revision(foundation(plan.config.model_name)),
             "below": chain_of(plan.config.model_name),
+            "settings": settings_of(plan.config.model_name),
         },
         "seed": plan.config.seed,
         "day": plan.day.isoformat() if plan.writes_date else None,
@@ -50,16 +51,6 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
 def _hashes(dataset: str | list[Any]) -> dict[str, str]:
     """The SHA-256 of each file that a config's value names."""
     return {source.path: sha256(Path(source.path)) for source in sources_of(dataset)}
-
-
-def _revision(model_name: str) -> str | None:
-    """The commit of a hub model: in the cache its files lie in a folder of that name. None of a local one."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if os.path.exists(model_name):
-        return None
-    found = try_to_load_from_cache(model_name, "config.json")
-    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _git_commit() -> str | None:

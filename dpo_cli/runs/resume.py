@@ -17,7 +17,6 @@ from dpo_cli.console import Console
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.plan import MEASURED, Plan
 from dpo_cli.runs.checkpoint import Checkpoint
-from dpo_cli.runs.digests import sha256_of_all
 from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.runs.durable import free_bytes, is_full
 
@@ -107,7 +106,8 @@ class Begun:
         for name in ("dataset", "eval_dataset"):
             if _contents(self.manifest[name]) != _contents(manifest[name]):
                 yield _other(f"{name} has other content than when the run began", name)
-        if _weights(self.manifest) != _weights(manifest):
+        settings = _settings(self.manifest)
+        if _weights(self.manifest) != _weights(manifest) or settings not in (None, _settings(manifest)):
             yield _other("model_name names other weights than when the run began", "model_name")
 
     def other_versions(self, manifest: Json) -> list[str]:
@@ -123,7 +123,7 @@ def _end(run: RunDirectory, tell: Tell) -> Json | None:
     try:
         summary, plan, _ = (run.read_json(name) for name in (SUMMARY, PLAN, MANIFEST))
         status, judged, held_out = summary["status"], summary["eval"], plan["counts"]["eval_pairs"]
-        is_same = run.trained.is_dir() and sha256_of_all(run.trained) == summary["adapter_sha256"]
+        is_same = run.trained.is_dir() and run.has_its_weights()
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:  # gone or damaged: a checkpoint is gone on from
         tell(f"{SUMMARY}, {PLAN} or {MANIFEST} is not what the run wrote ({error}): its end is made again")
         return None
@@ -147,6 +147,12 @@ def _weights(manifest: Json) -> tuple[list[str], str | None, list[str]]:
     """What tells the weights of a model apart: of a local one, of one of the hub, and of what it stands on."""
     model = manifest["model"]
     return _contents(model["sha256"]), model.get("revision"), _contents(model["below"])
+
+
+def _settings(manifest: Json) -> list[str] | None:
+    """What these are computed with; None where an older version wrote none down."""
+    settings = manifest["model"].get("settings")
+    return None if settings is None else _contents(settings)
 
 
 def _product(config: Json) -> int:

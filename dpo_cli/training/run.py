@@ -29,7 +29,7 @@ from dpo_cli.providers.policy import Policy
 from dpo_cli.publish.hub import push
 from dpo_cli.report.writing import write_report
 from dpo_cli.runs.card import card
-from dpo_cli.runs.directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
+from dpo_cli.runs.directory import EVALUATION, MANIFEST, REPORT, SUMMARY, RunDirectory
 from dpo_cli.runs.log import log_line, log_to
 from dpo_cli.runs.manifest import manifest
 from dpo_cli.runs.resume import Begun, go_on, tell_on, told_how_to_go_on
@@ -103,7 +103,7 @@ def train(
                 return _finished(run, begun.left_out(plan), console)
             about["resumed"] = go_on(run, begun, plan, about, tell)
         found = {"problems": [problem.to_json() for problem in (*inspection.problems, *late)], "data": data.to_json()}
-        run.write_json(PLAN, {**plan.to_json(), **found})
+        run.write_plan({**plan.to_json(), **found})
         run.write_json(MANIFEST, about)
         rows = Rows(prepared.train, prepared.held_out, tokenizer)
         result = _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
@@ -152,7 +152,7 @@ def _trained(
         scoring = Scoring(**begun.plan["scoring"]) if begun else scoring
         plan = _settled(plan, scoring, loaded, machine, console, is_resumed=begun is not None)
         view.predicted_gb = plan.predicted_gb
-        run.write_json(PLAN, {**plan.to_json(), **found})
+        run.write_plan({**plan.to_json(), **found})
         start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
         frozen = None if plan.config.lora_r else provider.base_model(plan)
         if frozen is not None:

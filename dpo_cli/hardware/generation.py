@@ -1,0 +1,101 @@
+"""What is wrong in a generation_config.json: with such settings transformers loads, or saves, no model. No torch.
+
+They are of another type than generation computes with, or have no effect beside the rest (transformers 5.17 checks the latter
+when it saves). What is found is left out when the model is loaded; what only transformers knows is found there too
+(providers/huggingface.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+FILE = "generation_config.json"
+CACHES = (
+    *("static", "offloaded_static", "dynamic", "offloaded", "quantized", "paged"),
+    *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+)
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")  # by which others are judged
+# Settings that need do_sample, and the values of each that have no effect.
+SAMPLING: Mapping[str, tuple[Any, ...]] = {
+    "temperature": (None, 1.0),
+    "top_p": (None, 1.0),
+    "top_k": (None, 50),
+    "min_p": (None,),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+}
+SEARCHING: Mapping[str, tuple[Any, ...]] = {"early_stopping": (None, False), "length_penalty": (None, 1.0)}  # several beams
+OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")  # need return_dict_in_generate
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_above_0(value: Any) -> bool:
+    return _is_whole(value) and value > 0
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_whole, value))
+
+
+# What a setting has to be, and which do: None is always allowed.
+KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("a number", _is_number, ("temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")),
+    (
+        "a number",
+        _is_number,
+        ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale", "max_time"),
+    ),
+    ("a whole number", _is_whole, ("top_k", "max_length", "min_length", "min_new_tokens", "no_repeat_ngram_size")),
+    ("a whole number above 0", _is_above_0, ("max_new_tokens", "num_beams", "num_return_sequences")),
+    ("true or false", _is_switch, ("do_sample", "use_cache", "return_dict_in_generate", "renormalize_logits", *OUTPUTS)),
+    ("the id of a token", _is_whole, ("pad_token_id", "bos_token_id", "decoder_start_token_id")),
+    ("a list of ids of tokens", _is_list, ("suppress_tokens", "begin_suppress_tokens")),
+    ("an id of a token, or a list", lambda value: _is_whole(value) or _is_list(value), ("eos_token_id", *FORCED)),
+    ("true, false or never", lambda value: _is_switch(value) or value == "never", ("early_stopping",)),
+    (f"one of {', '.join(CACHES)}", lambda value: value in CACHES, ("cache_implementation",)),
+)
+
+
+def invalid(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that are left out, each with why, in words that follow its name and value."""
+    wrong = {
+        name: f"is not {kind}"
+        for kind, fits, names in KINDS
+        for name in names
+        if settings.get(name) is not None and not fits(settings[name])
+    }
+    return wrong | dict(_without_effect({name: value for name, value in settings.items() if name not in wrong}))
+
+
+def _without_effect(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Settings that the rest leaves without an effect."""
+    samples, beams = settings.get("do_sample") is True, settings.get("num_beams") or 1
+    returned = settings.get("num_return_sequences") or 1
+    for name in () if samples else SAMPLING:
+        if settings.get(name) not in SAMPLING[name]:
+            yield name, "needs do_sample true"
+    for name in () if beams > 1 else SEARCHING:
+        if settings.get(name) not in SEARCHING[name]:
+            yield name, "needs num_beams above 1"
+    for name in () if settings.get("return_dict_in_generate") else OUTPUTS:
+        if settings.get(name):
+            yield name, "needs return_dict_in_generate true"
+    if returned > beams and (beams > 1 or not samples):
+        yield "num_return_sequences", f"needs num_beams {returned}" + ("" if beams > 1 else ", or do_sample true")
+    if settings.get("use_cache") is False and settings.get("cache_implementation") is not None:
+        yield "cache_implementation", "needs use_cache true"
