@@ -197,6 +197,26 @@ def test_the_layer_of_another_base_is_not_taken_over(base: Callable[..., Path], 
         provider.trained(plan, folder)
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_tensor_of_the_base_in_an_adapter_replaces_nothing(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], name: str
+) -> None:
+    """Equal to the base's it changes nothing; with other values PEFT would put it into the reference."""
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    file = folder / "adapter_model.safetensors"
+    weights, there = load_file(file), load_file(model / "model.safetensors")[name]
+    provider, plan = HuggingFace(str(model)), plan_of(model, tmp_path)
+    right = log_probs(provider.trained(plan, folder).network)
+    save_file({**weights, f"base_model.model.{name}": there}, file)
+    torch.testing.assert_close(log_probs(provider.trained(plan, folder).network), right)
+    save_file({**weights, f"base_model.model.{name}": there + 1}, file)
+    with pytest.raises(InvalidInput, match=f"{name}.* of its base"):
+        provider.trained(plan, folder)
+    found = dpo("validate", "go-on", model_name=str(folder), lora_r=None)
+    assert (name in found.stderr) == (name != "lm_head.weight")  # a table may be equal: the loading tells
+
+
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},

@@ -138,6 +138,12 @@ def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense:
     if difference := resized(own, base):
         yield Fault(f"the adapter in {folder} {difference}", RESIZED_FIX)
         return
+    rows = max((shape[0] for shape in base.values() if len(shape) == 2), default=0)  # a table, which PEFT may save, has most
+    own_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    of_layers = [name for name in of_base(own, own_config.get("modules_to_save")) if own[name][:1] != (rows,)]
+    if of_layers:
+        message = f"the adapter in {folder} holds {count(of_layers)} of its base itself, which would replace the model's"
+        yield Fault(message, "remove these from the file, or merge it with PEFT into its base, and name the merged model")
     layers = {name.removeprefix("model.").removesuffix(".weight") for name in base}
     unknown = [name for name in own if ".lora_" in name and _layer_of(name).removeprefix("model.") not in layers]
     if is_dense and unknown:
@@ -151,13 +157,30 @@ RESIZED_FIX = "merge it with PEFT into the model with these tokens, and name the
 def resized(adapter: Mapping[str, Shape], base: Mapping[str, Shape]) -> str | None:
     """Which table of tokens an adapter holds with other rows than its base, in words that follow "the adapter"; None: none."""
     for name, shape in adapter.items():
-        place = re.sub(r"\.(modules_to_save|original_module|base_layer)(?=\.)", "", name).removeprefix("base_model.model.")
+        place = place_of(name)
         there = base.get(place)
         if ".lora_" not in name and there is not None and len(shape) == 2 and shape[1:] == there[1:] and shape != there:
             added = shape[0] - there[0]
             when = f"after {added} tokens were added" if added > 0 else f"on a model with {-added} tokens less"
             return f"was made {when}: its {place} has {shape[0]} rows, and the model's has {there[0]}"
     return None
+
+
+def of_base(names: Iterable[str], modules_to_save: Iterable[str] | None) -> list[str]:
+    """Which tensors of an adapter's file are neither LoRA's nor of a module that is trained whole: PEFT puts them into the base."""
+    whole = [f".{module}." for module in modules_to_save or ()]
+    kept = re.compile(r"\.(original_module|base_layer)\.")  # beside what is trained
+    return [
+        name
+        for name in names
+        if ".lora_" not in name
+        if kept.search(name) or not any(module in f".{name.rpartition('.')[0]}." for module in whole)
+    ]
+
+
+def place_of(name: str) -> str:
+    """The name in the base of a tensor that an adapter wraps, or holds whole."""
+    return re.sub(r"\.(modules_to_save|original_module|base_layer)(?=\.)", "", name).removeprefix("base_model.model.")
 
 
 def _layer_of(name: str) -> str:

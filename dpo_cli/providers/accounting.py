@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, unsupported
-from dpo_cli.hardware.tensors import RESIZED_FIX, count, faults, files_of, resized, some, wrapper_of
+from dpo_cli.hardware.tensors import RESIZED_FIX, count, faults, files_of, of_base, place_of, resized, some, wrapper_of
 from dpo_cli.runs.directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
@@ -145,7 +145,7 @@ def with_adapter(
         fix = "copy it again, or save it again with PEFT"
         raise InvalidInput([Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name")]) from error
     _refuse_numbers(_not_finite(written), str(folder))
-    _require_same_base(network, written, folder, label)
+    _require_same_base(network, written, config, folder, label)
     options: dict[str, Any] = {"adapter_name": name, "is_trainable": is_trainable}
     try:
         if isinstance(base, PeftModel):
@@ -180,26 +180,27 @@ def _written(key: str, name: str) -> str:
     return key.removeprefix("base_model.model.").replace(f".{name}", "")
 
 
-def _require_same_base(network: PreTrainedModel, written: dict[str, Tensor], folder: Path, label: str) -> None:
-    """`InvalidInput` where the file holds another table or layer of the base than the base has: PEFT would put it in its place.
+def _require_same_base(
+    network: PreTrainedModel, written: dict[str, Tensor], config: Mapping[str, Any], folder: Path, label: str
+) -> None:
+    """`InvalidInput` where the file holds another tensor of the base than the base has: PEFT would put it in its place.
 
-    PEFT saves such a tensor where the embedding was resized, or is adapted itself.
+    PEFT saves tables of tokens so, where the embedding was resized, or is adapted itself.
     """
-    own = {
-        name.replace(".base_layer.", "."): tensor.detach() for name, tensor in network.named_parameters(remove_duplicate=False)
-    }
+    tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
+    own = {place_of(name): tensor.detach() for name, tensor in tensors if ".modules_to_save." not in name}
     shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (written, own))
     if difference := resized(*shapes):
         message = f"the adapter in {folder} {difference}"
         raise InvalidInput([Problem("error", "adapter-resized", message, RESIZED_FIX, "model_name")])
-    for key, tensor in written.items():
-        if not key.endswith((".base_layer.weight", ".base_layer.bias")) and ".original_module." not in key:
-            continue
-        name = key.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
-        there = own.get(name)
-        if there is None or there.shape != tensor.shape or not torch.equal(there.cpu(), tensor.to(there.dtype)):
-            message = f"{folder} holds {name} of its base, with other values than in {label}: it was made on another model"
-            raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")])
+    held = [(place_of(key), written[key]) for key in of_base(written, config.get("modules_to_save"))]
+    if other := [name for name, tensor in held if name in own and not _is_same(own[name], tensor)]:
+        message = f"{folder} holds {count(other)} of its base, with other values than in {label}: it was made on another model"
+        raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")])
+
+
+def _is_same(there: Tensor, tensor: Tensor) -> bool:
+    return there.shape == tensor.shape and torch.equal(there.cpu(), tensor.to(there.dtype))
 
 
 def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTrainedModel:
