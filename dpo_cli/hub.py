@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from threading import Event, Thread
 from typing import Any, TypeVar
 
@@ -31,20 +30,6 @@ def ask_nobody() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     sys.modules["kernels"] = None  # type: ignore[assignment] # as if it were not installed
-
-
-@contextmanager
-def saving() -> Iterator[None]:
-    """Within, PEFT asks the hub for no config.json of the base, to see whether the vocabulary grew: here it never does."""
-    before = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HF_HUB_OFFLINE"]
-        else:
-            os.environ["HF_HUB_OFFLINE"] = before
 
 
 def answer(ask: Callable[[], Said]) -> Said:

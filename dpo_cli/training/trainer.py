@@ -32,7 +32,6 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback, Trai
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.hardware.tensors import SINGLE
-from dpo_cli.hub import saving
 from dpo_cli.plan import Plan
 from dpo_cli.providers.accounting import refuse
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
@@ -314,8 +313,8 @@ def ready(trainer: Any, plan: Plan) -> None:
 def save_trained(model: PeftModel | PreTrainedModel, place: Path) -> None:
     """Write what is trained: the adapter without the frozen one beside it, or the whole model."""
     if isinstance(model, PeftModel):
-        with saving():
-            model.save_pretrained(str(place), selected_adapters=[TRAINED])
+        # PEFT would add the base's table of an embedding that has an adapter.
+        model.save_pretrained(str(place), selected_adapters=[TRAINED], save_embedding_layers=False)
     else:
         model.save_pretrained(str(place))
 
