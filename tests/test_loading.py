@@ -23,10 +23,12 @@ from dpo_cli.cli import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, RunFailed
 from dpo_cli.hardware.adapters import unsupported
+from dpo_cli.hardware.models import problems
 from dpo_cli.hardware.probe import probe
 from dpo_cli.plan import Plan, resolve
 from dpo_cli.providers import accounting
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.providers.policy import FROZEN
 from dpo_cli.training.head import Head
 
 IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
@@ -168,6 +170,9 @@ def test_another_kind_of_adapter_is_refused_by_name(
     if name != "a_new_one":  # which PEFT itself refuses, in an older version
         judged = dpo("eval", "judge", "--adapter", str(folder), model_name=str(model))
         assert judged.exit_code == Exit.INVALID and name in judged.stderr
+        with pytest.raises(InvalidInput, match=name) as caught:
+            HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+        assert caught.value.problems[0].fix == accounting.UNSUPPORTED_FIX
 
 
 def test_a_resized_embedding_is_refused(base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]) -> None:
@@ -223,6 +228,74 @@ MOE: dict[str, dict[str, Any]] = {
 }
 
 
+def per_expert_adapter(model: Path, place: Path, dropout: float = 0.0) -> tuple[Path, Tensor]:
+    """An adapter on each expert of a Mixtral by the names in its files, as older PEFT wrote it; log-probs with it, by hand."""
+    draw = torch.Generator().manual_seed(1)
+    network = AutoModelForCausalLM.from_pretrained(model)
+    written: dict[str, Tensor] = {}
+    for number, layer in enumerate(network.model.layers):
+        experts, inner = layer.mlp.experts, SHAPE["intermediate_size"]
+        for expert in range(4):
+            up, down = experts.gate_up_proj.data[expert], experts.down_proj.data[expert]
+            for name, part in {"w1": up[:inner], "w3": up[inner:], "w2": down}.items():
+                a, b = (torch.randn(shape, generator=draw) * 0.3 for shape in ((2, part.shape[1]), (part.shape[0], 2)))
+                part += b @ a  # lora_alpha / r is 1
+                key = f"base_model.model.model.layers.{number}.block_sparse_moe.experts.{expert}.{name}."
+                written |= {f"{key}lora_A.weight": a, f"{key}lora_B.weight": b}
+    place.mkdir()
+    save_file(written, place / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "lora_dropout": dropout, "bias": "none"}
+    config |= {"target_modules": ["w1", "w2", "w3"], "base_model_name_or_path": str(model)}
+    (place / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return place, log_probs(network)
+
+
+def test_dropout_of_an_adapter_on_experts_is_that_of_this_training(base: Callable[..., Path], tmp_path: Path) -> None:
+    """Judged, frozen, merged and gone on from without, whatever it had; PEFT has none for experts, and so it is refused."""
+    model = base("mixtral", **MOE["mixtral"])
+    folder, right = per_expert_adapter(model, tmp_path / "adapter", dropout=0.05)
+    policy = HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    torch.testing.assert_close(log_probs(policy.network), right, atol=1e-4, rtol=1e-4)
+    provider = HuggingFace(str(folder))
+    on = plan_of(folder, tmp_path, strategy="rlhf")
+    network = provider.start(on, provider.base_model(on))
+    torch.testing.assert_close(log_probs(network), right, atol=1e-4, rtol=1e-4)
+    assert isinstance(network, PeftModel)
+    network.set_adapter(FROZEN)
+    torch.testing.assert_close(log_probs(network), right, atol=1e-4, rtol=1e-4)
+    to_merge = plan_of(folder, tmp_path, reference="base")
+    torch.testing.assert_close(log_probs(provider.base_model(to_merge)), right, atol=1e-4, rtol=1e-4)
+    assert provider.adapted(on) is not None
+    with pytest.raises(InvalidInput, match="lora_dropout does not work here"):
+        provider.adapted(plan_of(folder, tmp_path, lora_dropout=0.1))
+
+
+def test_experts_of_an_adapter_are_not_joined_in_another_order(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    folder, _ = per_expert_adapter(model := base("mixtral", **MOE["mixtral"]), tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace("experts.1.", "experts.7."): part for name, part in load_file(file).items()}, file)
+    with pytest.raises(InvalidInput, match=r"experts\.7.* lacks .*experts\.1"):
+        HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    assert "experts.1" in dpo("validate", "go-on", model_name=str(folder), lora_r=None).stderr
+
+
+def test_a_training_with_an_adapter_on_the_embedding_goes_on(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]
+) -> None:
+    options = {"model_name": str(base("llama", tie_word_embeddings=True)), "target_modules": ["q_proj", "embed_tokens"]}
+    assert dpo("train", "run", save_steps=1, **options).exit_code == 0
+    file = tmp_path / "run/adapter/adapter_model.safetensors"
+    before = file.read_bytes()
+    assert all(".lora_" in name for name in load_file(file))
+    shutil.rmtree(tmp_path / "run/checkpoints/step-2")
+    (tmp_path / "run/metrics.json").unlink()
+    done = dpo("train", "run", "--resume", save_steps=1, **options)
+    assert done.exit_code == 0, done.stderr
+    assert file.read_bytes() == before
+
+
 @pytest.mark.parametrize("family", MOE)
 def test_a_run_of_experts_is_taken_by_what_follows(
     base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], family: str
@@ -252,6 +325,33 @@ def test_every_weight_of_a_mixture_of_experts_goes_on_to_the_same_bits(
     (tmp_path / "whole/metrics.json").unlink()
     assert dpo("train", "whole", "--resume", **options).exit_code == 0
     assert file.read_bytes() == before
+
+
+# -- numbers that are none
+
+LATENT = {"q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "end", "quantised"),
+    [
+        ("deepseek_v3", {**LATENT, "moe_intermediate_size": 16}, "e_score_correction_bias", {}),  # a buffer
+        ("llama", {"tie_word_embeddings": False}, "down_proj.weight", {"use_8bit": True}),
+        ("llama", {"tie_word_embeddings": False}, "down_proj.weight", {"use_4bit": True}),
+    ],
+)
+def test_a_number_that_is_none_is_found_wherever_it_is(
+    base: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, Any], end: str, quantised: dict[str, bool]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base(family, **options), folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(end))
+    weights[name].view(-1)[1] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidInput, match=f"NaN or infinity in 1 tensor.*{name}"):
+        HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, **quantised))
 
 
 # -- the head
@@ -293,6 +393,7 @@ def test_a_tied_head_is_untied_before_a_merge(base: Callable[..., Path], tmp_pat
     """Merged into the one weight that both share, an adapter on either would change the other too."""
     model = base("llama", tie_word_embeddings=True)
     folder = adapter_on(model, tmp_path / "adapter", target_modules=targets)
+    assert not [problem for problem in problems(str(folder)) if problem.severity == "error"]
     right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
     merged = HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, reference="base"))
     torch.testing.assert_close(log_probs(merged), right, atol=1e-4, rtol=1e-4)
@@ -462,4 +563,5 @@ def test_every_load_asks_for_the_report(monkeypatch: pytest.MonkeyPatch, base: C
     assert named.keys() >= {"model", "loading_info"}
     fields = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"}
     assert fields <= vars(named["loading_info"]).keys()
-    assert accounting.all_tensors.__doc__ is not None
+    with pytest.raises(RunFailed, match="does not tell which tensors of a model"), accounting.all_tensors("a model"):
+        pass

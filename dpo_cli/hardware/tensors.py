@@ -98,11 +98,8 @@ def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
     if config.get("model_type") in DENSE and not config.get("quantization_config"):
         yield from _decoder_faults(folder, config, stored, again)
         return
-    for place, numbers in _experts(stored).items():
-        if gaps := set(range(max(numbers))) - numbers:
-            there, gap = (place.replace("*", str(number)) for number in (max(numbers), min(gaps)))
-            yield Fault(f"{folder} holds {there} and lacks {gap}: the experts would be joined in another order", again)
-            return
+    if gap := expert_gap(stored):
+        yield Fault(f"{folder} {gap}", again)
 
 
 def _decoder_faults(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Shape], again: str) -> Iterator[Fault]:
@@ -138,13 +135,15 @@ def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense:
     if difference := resized(own, base):
         yield Fault(f"the adapter in {folder} {difference}", RESIZED_FIX)
         return
+    if gap := expert_gap(own):
+        yield Fault(f"the adapter in {folder} {gap}", "copy it again, or save it again with PEFT")
     rows = max((shape[0] for shape in base.values() if len(shape) == 2), default=0)  # a table, which PEFT may save, has most
     own_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     of_layers = [name for name in of_base(own, own_config.get("modules_to_save")) if own[name][:1] != (rows,)]
     if of_layers:
         message = f"the adapter in {folder} holds {count(of_layers)} of its base itself, which would replace the model's"
         yield Fault(message, "remove these from the file, or merge it with PEFT into its base, and name the merged model")
-    layers = {name.removeprefix("model.").removesuffix(".weight") for name in base}
+    layers = {name.removeprefix("model.").removesuffix(".weight") for name in base} | {"lm_head"}  # which may be tied
     unknown = [name for name in own if ".lora_" in name and _layer_of(name).removeprefix("model.") not in layers]
     if is_dense and unknown:
         fix = "name the model that it was made on, or rename its tensors"
@@ -167,7 +166,7 @@ def resized(adapter: Mapping[str, Shape], base: Mapping[str, Shape]) -> str | No
 
 
 def of_base(names: Iterable[str], modules_to_save: Iterable[str] | None) -> list[str]:
-    """Which tensors of an adapter's file are neither LoRA's nor of a module that is trained whole: PEFT puts them into the base."""
+    """The tensors in an adapter's file that PEFT puts into the base: neither LoRA's nor of a module that is trained whole."""
     whole = [f".{module}." for module in modules_to_save or ()]
     kept = re.compile(r"\.(original_module|base_layer)\.")  # beside what is trained
     return [
@@ -219,6 +218,18 @@ def _index_faults(folder: Path, again: str) -> Iterator[Fault]:
 def has_experts(stored: Iterable[str]) -> bool:
     """Whether the tensors are those of a mixture of experts, which transformers joins when it loads them."""
     return any(".experts." in name for name in stored)
+
+
+def expert_gap(names: Iterable[str]) -> str | None:
+    """The expert that files do not hold although they hold a later one, in words that follow what the files are of.
+
+    transformers and PEFT join experts in the order of their numbers, whatever these are.
+    """
+    for place, numbers in _experts(names).items():
+        if gaps := set(range(max(numbers))) - numbers:
+            there, gap = (place.replace("*", str(number)) for number in (max(numbers), min(gaps)))
+            return f"holds {there} and lacks {gap}: the experts would be joined in another order"
+    return None
 
 
 def _experts(stored: Iterable[str]) -> dict[str, set[int]]:

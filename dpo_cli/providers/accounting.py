@@ -14,17 +14,29 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 import transformers.modeling_utils
 from peft import LoraConfig, PeftModel
 from peft.utils import set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, unsupported
-from dpo_cli.hardware.tensors import RESIZED_FIX, count, faults, files_of, of_base, place_of, resized, some, wrapper_of
+from dpo_cli.hardware.tensors import (
+    RESIZED_FIX,
+    count,
+    expert_gap,
+    faults,
+    files_of,
+    of_base,
+    place_of,
+    resized,
+    some,
+    wrapper_of,
+)
 from dpo_cli.runs.directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
@@ -57,10 +69,12 @@ def all_tensors(what: str) -> Iterator[None]:
     """Within, transformers loads a model whole, or `InvalidInput` says which tensors are not as the architecture has them.
 
     `_finalize_model_loading` (transformers 5.17) ends every load with a call of `log_state_dict_report`, whoever asked for it:
-    Unsloth's loads too, which pass no `output_loading_info` on. Here that call is the check.
+    Unsloth's loads too, which pass no `output_loading_info` on. Here that call is the check. `RunFailed`: it did not come.
     """
+    checked = []
 
     def check(model: Any, loading_info: Any, **_: Any) -> None:
+        checked.append(what)
         shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in loading_info.mismatched_keys]
         broken = [*shapes, *loading_info.error_msgs, *loading_info.conversion_errors]
         fix = "download it again; config.json and weights have to be of one model"
@@ -72,11 +86,13 @@ def all_tensors(what: str) -> Iterator[None]:
         yield
     finally:
         transformers.modeling_utils.log_state_dict_report = before
+    if not checked:
+        message = f"transformers {transformers.__version__} does not tell which tensors of {what} it has loaded"
+        raise RunFailed(message, "install the version that constraints.txt names")
 
 
-def require_whole_files(source: str) -> None:
-    """`InvalidInput` where the headers of a local model's files show already that something is missing or cut off."""
-    folder = Path(source)
+def require_whole_files(folder: Path) -> None:
+    """`InvalidInput` where the headers of a model's files show already that something is missing, cut off or misnumbered."""
     if (folder / "config.json").is_file() and files_of(folder):  # weights of another format are refused by their own words
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if found := [
@@ -85,20 +101,34 @@ def require_whole_files(source: str) -> None:
             raise InvalidInput(found)
 
 
-def require_finite(model: nn.Module, what: str, source: str) -> None:
-    """`InvalidInput` that names the tensors of a model, loaded from `source`, which hold NaN or infinity.
+def require_finite(model: nn.Module, what: str, folder: Path) -> None:
+    """`InvalidInput` that names the tensors of a model, loaded from `folder`, which hold NaN or infinity.
 
-    They have the names that they have in local files, which transformers may have joined.
+    They have the names that they have in safetensors files, which transformers may have joined.
     """
-    tensors: dict[str, Tensor | None] = dict(model.named_parameters())
-    for name, parameter in list(tensors.items()):
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights are scaled by these
-        for part in (state, getattr(state, "state2", None)):
-            if part is not None:
-                tensors |= {f"{name} (scales)": part.absmax, f"{name} (offset)": part.offset}
-    if broken := _not_finite(tensors):
-        in_files = [name for file in files_of(Path(source)) for name in _not_finite(load_file(file))]
-        _refuse_numbers(in_files or broken, what)
+    tensors: dict[str, Tensor | None] = dict(model.named_parameters()) | _buffers(model)
+    has_4bit = False
+    for name, parameter in model.named_parameters():
+        tensors[f"{name} (scale of a row)"] = getattr(parameter, "SCB", None)  # of bitsandbytes' 8-bit weights
+        has_4bit |= getattr(parameter, "quant_state", None) is not None  # which makes a number of a NaN
+    broken = _not_finite(tensors)
+    in_files = [name for file in files_of(folder) for name in _not_finite_in(file)] if broken or has_4bit else []
+    _refuse_numbers(in_files or broken, what)
+
+
+def _not_finite_in(file: Path) -> list[str]:
+    with safe_open(file, "pt") as held:
+        return [name for name in held.keys() if not _is_finite(held.get_tensor(name))]  # noqa: SIM118 - it is no mapping
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that are in a model's files; of others some hold infinity, such as masks."""
+    return {
+        f"{place}.{name}": buffer
+        for place, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if name not in module._non_persistent_buffers_set
+    }
 
 
 def _not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
@@ -126,36 +156,26 @@ def with_adapter(
     name: str,
     label: str,
     is_trainable: bool = False,
-    dropout: float | None = None,
+    dropout: float = 0.0,
 ) -> PeftModel:
     """`base` with the adapter in `folder`, called `name`, whole; `label` names the base in messages.
 
-    A further adapter is put beside those that `base` has. Raises `InvalidInput` for an adapter of another model, for tensors
-    that are missing or have no place, and for a kind of adapter whose base is not the reference.
+    Its dropout is that of this training, whatever it had in its own. A further adapter is put beside those that `base` has.
+    Raises `InvalidInput` for an adapter of another model, for tensors that are missing or have no place, and for a kind of
+    adapter whose base is not the reference.
     """
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if why := unsupported(config):
-        raise InvalidInput(
-            [Problem("error", "adapter-unsupported", f"the adapter in {folder} {why}", OTHER_BASE, "model_name")]
-        )
     network = base.get_base_model() if isinstance(base, PeftModel) else base
-    try:
-        written = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        fix = "copy it again, or save it again with PEFT"
-        raise InvalidInput([Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name")]) from error
-    _refuse_numbers(_not_finite(written), str(folder))
-    _require_same_base(network, written, config, folder, label)
+    written = _weights_of(folder, network, label)
     options: dict[str, Any] = {"adapter_name": name, "is_trainable": is_trainable}
     try:
+        wanted = LoraConfig.from_pretrained(str(folder))
+        wanted.lora_dropout, wanted.inference_mode = dropout, not is_trainable
         if isinstance(base, PeftModel):
+            base.add_adapter(name, wanted)
             base.load_adapter(str(folder), **options)
             model = base
         else:
-            if dropout is not None:
-                options["config"] = LoraConfig.from_pretrained(str(folder))
-                options["config"].lora_dropout = dropout
-            model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder), **options))
+            model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder), config=wanted, **options))
         result = set_peft_model_state_dict(model, dict(written), adapter_name=name)
     except torch.OutOfMemoryError:  # no fault of the adapter
         raise
@@ -173,6 +193,26 @@ def with_adapter(
     unexpected = [_written(key, name) for key in result.unexpected_keys]
     refuse(f"the adapter in {folder}, put on {label},", missing, unexpected, (), OTHER_BASE, "model_name")
     return model
+
+
+def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str, Tensor]:
+    """The tensors of an adapter for `network`; `InvalidInput` where its files tell already that it cannot be put on."""
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if why := unsupported(config):
+        message = f"the adapter in {folder} {why}"
+        raise InvalidInput([Problem("error", "adapter-unsupported", message, UNSUPPORTED_FIX, "model_name")])
+    again = "copy it again, or save it again with PEFT"
+    try:
+        written = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise InvalidInput(
+            [Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", again, "model_name")]
+        ) from error
+    _refuse_numbers(_not_finite(written), str(folder))
+    if gap := expert_gap(written):
+        raise InvalidInput([Problem("error", "tensors-unaccounted", f"the adapter in {folder} {gap}", again, "model_name")])
+    _require_same_base(network, written, config, folder, label)
+    return written
 
 
 def _written(key: str, name: str) -> str:

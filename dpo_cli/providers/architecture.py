@@ -54,10 +54,7 @@ def adapted(plan: Plan, config: PretrainedConfig) -> Adapted | None:
     start = adapter_at(plan.config.model_name) if plan.goes_on else None
     if start is None:
         return architecture.fresh(plan.config)[1]
-    try:
-        return architecture.adapted(LoraConfig.from_pretrained(str(start.directory)))
-    except Refusal:  # likewise
-        return None
+    return architecture.going_on(LoraConfig.from_pretrained(str(start.directory)), plan.config.lora_dropout)
 
 
 class Architecture:
@@ -100,9 +97,16 @@ class Architecture:
         )
         return Adapted({}, self.weights, self.weights, tuple(notes))
 
-    def adapted(self, adapter: LoraConfig) -> Adapted:
-        """What an adapter that there is already touches, when it is trained."""
-        return self._read_off(self._with(replace(adapter, inference_mode=False)))
+    def going_on(self, adapter: LoraConfig, dropout: float) -> Adapted | None:
+        """What an adapter that there is already touches, when it is trained with this dropout; None where the loading tells."""
+        plain = replace(adapter, inference_mode=False, lora_dropout=0.0)
+        try:
+            found = self._read_off(self._with(plain))
+        except Refusal:
+            return None
+        if dropout and self.experts and not self._takes(replace(plain, lora_dropout=dropout)):
+            raise InvalidInput([targets.on_experts(self.label, "lora_dropout")])
+        return found
 
     def fresh(self, config: Config) -> tuple[LoraConfig, Adapted]:
         """The adapter that a config asks for, and what it touches; `InvalidInput` where PEFT refuses it."""

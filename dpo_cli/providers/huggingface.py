@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -151,7 +152,7 @@ class HuggingFace:
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
         vars(model.config).pop("auto_map", None)  # likewise
         self.notes += [note for note in _mend_generation(model) if note not in self.notes]
-        require_finite(model, self.name, source)
+        require_finite(model, self.name, _folder(source))
         if not wants:
             return _plain(model).to(device, dtype) if is_quantised else cast(PreTrainedModel, model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
@@ -170,7 +171,7 @@ class HuggingFace:
             raise RunFailed(f"{self.name} is no reward model: {why}", "name a trained reward model") from error
         if model.config.num_labels != 1:
             raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
-        require_finite(model, self.name, self.source)
+        require_finite(model, self.name, _folder(self.source))
         return cast(PreTrainedModel, model.to(device).eval()), cast(
             PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source)
         )
@@ -179,10 +180,15 @@ class HuggingFace:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
             self._require_no_code(source)
-            if auto not in (AutoTokenizer, AutoConfig):
-                require_whole_files(source)
-            with all_tensors(self.name):
-                return auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
+            holds_weights = auto not in (AutoTokenizer, AutoConfig)
+            is_here = Path(source).is_dir()
+            if holds_weights and is_here:
+                require_whole_files(Path(source))
+            with all_tensors(self.name) if holds_weights else nullcontext():
+                loaded = auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
+            if holds_weights and not is_here:  # fetched only now
+                require_whole_files(_folder(source))
+            return loaded
         except ImportError as error:  # transformers asks for the package only now
             raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
         except (OSError, ValueError) as error:
@@ -217,6 +223,13 @@ class HuggingFace:
         there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         found = cached_file(source, name, local_files_only=self.only_local, **there)
         return dict(json.loads(Path(found).read_text(encoding="utf-8"))) if found else {}
+
+
+def _folder(source: str) -> Path:
+    """Where the files of a model lie that has been loaded from `source`, a directory or a hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(cached_file(source, "config.json", local_files_only=True)).parent
 
 
 def require_device(plan: Plan) -> torch.device:

@@ -81,7 +81,7 @@ def _dequantise(path: Path, folder: str, target: Path) -> None:
     tokenizer.save_pretrained(target)
     with all_tensors(path.name):
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    require_finite(model, path.name, folder)
+    require_finite(model, path.name, Path(folder))
     # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
     del model.config.quantization_config
     model.hf_quantizer = None
