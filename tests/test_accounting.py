@@ -179,3 +179,48 @@ def is_refused(open_it: Callable[[], nn.Module], whole: Tensor, names: list[str]
         return True
     torch.testing.assert_close(log_probs(model), whole, msg=lambda text: f"{names}: {text}")
     return False
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_what_config_json_leaves_to_its_class_is_not_guessed(place: Place, family: str) -> None:
+    """Each key but the family may be gone: nothing is held against the files that only a default could tell."""
+    folder = place(family)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in [key for key in config if key != "model_type"]:
+        assert not list(tensors.faults(folder, {name: value for name, value in config.items() if name != key})), key
+    assert not list(tensors.faults(folder, {"model_type": config["model_type"]}))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_joined_experts_are_read_from_files(place: Place, tmp_path: Path, family: str) -> None:
+    """As they are in memory; a joined tensor that is not whole is refused by its name."""
+    model = AutoModelForCausalLM.from_pretrained(place(family))
+    shutil.copytree(place(family), folder := tmp_path / "joined")
+    weights = {name: part.clone() for name, part in model.state_dict().items()}
+    save_file(weights, folder / tensors.SINGLE, metadata={"format": "pt"})
+    assert any(name.endswith("experts.gate_up_proj") for name in weights)
+    loaded = HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path))
+    torch.testing.assert_close(log_probs(loaded), log_probs(model))
+    for name in [name for name in weights if "layers.1.mlp" in name]:
+        rest = {other: part for other, part in weights.items() if other != name}
+        for damage in (rest, {**rest, name: weights[name][:-1].contiguous()}):
+            save_file(damage, folder / tensors.SINGLE, metadata={"format": "pt"})
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            assert any(name in fault.message for fault in tensors.faults(folder, config))
+
+
+def test_files_left_over_from_another_division_are_passed_over(place: Place, tmp_path: Path) -> None:
+    shutil.copytree(place("llama"), folder := tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / tensors.SINGLE).unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shard = min(folder.glob("model-*.safetensors"))
+    old = folder / "model-00001-of-00099.safetensors"
+    shutil.copy(shard, old)
+    assert not list(tensors.faults(folder, config))
+    save_file({"another": torch.zeros(1)}, old)
+    assert ["another" in fault.message for fault in tensors.faults(folder, config)] == [True]
+    old.rename(folder / f"model-00099-of-{shard.name.partition('-of-')[2]}")
+    assert ["model-00099" in fault.message for fault in tensors.faults(folder, config)] == [True]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ DENSE = frozenset(
 SHOWN = 3  # names that a message gives
 
 Shape = tuple[int, ...]
+Wanted = tuple[int | None, ...]  # None: config.json leaves it to a default of its class
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,22 @@ def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
 
 def _decoder_faults(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Shape], again: str) -> Iterator[Fault]:
     """What of the matrices of a decoder of `DENSE` is missing or has another shape."""
-    wanted = _decoder(config)
     short = {name.removeprefix("model."): shape for name, shape in stored.items()}  # as the model without its head is saved
+    wanted = _decoder(config, short)
     absent = [name for name in wanted if name.removeprefix("model.") not in short]
     if absent:
         yield Fault(f"{folder} lacks {count(absent)}, which config.json asks for", again)
     other = [
-        f"{name} {list(short[place])} instead of {list(shape)}"
+        f"{name} {list(short[place])} instead of [{', '.join('?' if size is None else str(size) for size in shape)}]"
         for name, shape in wanted.items()
-        if (place := name.removeprefix("model.")) in short and short[place] != shape
+        if (place := name.removeprefix("model.")) in short and not _fits(short[place], shape)
     ]
     if other:
         yield Fault(f"tensors in {folder} have other shapes than config.json asks for: {some(other)}", again)
     layers = {int(number[1]) for name in short if (number := re.match(r"layers\.(\d+)\.", name))}
-    if beyond := sorted(layer for layer in layers if layer >= config["num_hidden_layers"]):
-        message = f"{folder} holds a layer {beyond[0]}, and its config.json has num_hidden_layers {config['num_hidden_layers']}"
+    total = config.get("num_hidden_layers")
+    if total is not None and (beyond := sorted(layer for layer in layers if layer >= total)):
+        message = f"{folder} holds a layer {beyond[0]}, and its config.json has num_hidden_layers {total}"
         yield Fault(message, "take config.json and weights from one model")
 
 
@@ -206,13 +208,19 @@ def _index_faults(folder: Path, again: str) -> Iterator[Fault]:
     named: Mapping[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     files = set(named.values())
     shards = {file.name for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)}
-    if left := sorted(shards - files):
+    if left := [shard for shard in sorted(shards - files) if _belongs(folder / shard, named)]:
         held = list(header_of(folder / left[0]))
         yield Fault(f"{INDEX} in {folder} leaves out {some(left)}, with {count(held)}: they would not be loaded", again)
     for file in sorted(files):
         own = header_of(folder / file)
         if lost := [name for name, place in named.items() if place == file and name not in own]:
             yield Fault(f"{file} in {folder} lacks {count(lost)}, which {INDEX} places there", again)
+
+
+def _belongs(shard: Path, named: Mapping[str, str]) -> bool:
+    """Whether a file that an index does not name is of its model, and not left over from a division into other files."""
+    same_division = shard.name.partition("-of-")[2] in {file.partition("-of-")[2] for file in named.values()}
+    return same_division or not header_of(shard).keys() <= named.keys()
 
 
 def has_experts(stored: Iterable[str]) -> bool:
@@ -241,42 +249,56 @@ def _experts(stored: Iterable[str]) -> dict[str, set[int]]:
     return numbers
 
 
-def _decoder(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of the matrices of a decoder of `DENSE`; norms, biases and whatever else it has are not told."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    q, kv = heads * head, (config.get("num_key_value_heads") or heads) * head
-    table = (config["vocab_size"], hidden)
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": table}
+def _fits(shape: Shape, wanted: Wanted) -> bool:
+    return len(shape) == len(wanted) and all(size in (None, there) for there, size in zip(shape, wanted, strict=True))
+
+
+def _times(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one * other
+
+
+def _decoder(config: Mapping[str, Any], short: Container[str]) -> dict[str, Wanted]:
+    """Names and shapes of the matrices of a decoder of `DENSE`; norms, biases and whatever else it has are not told.
+
+    `short` are the names in its files without "model.": experts may be stored one by one, or joined.
+    """
+    hidden, head = config.get("hidden_size"), config.get("head_dim")
+    q, kv = (_times(config.get(name), head) for name in ("num_attention_heads", "num_key_value_heads"))
+    table = (config.get("vocab_size"), hidden)
+    shapes: dict[str, Wanted] = {"model.embed_tokens.weight": table}
     writes_text = all(name.endswith("ForCausalLM") for name in config.get("architectures") or ())  # a reward model has no head
     if config.get("tie_word_embeddings") is False and writes_text:
         shapes["lm_head.weight"] = table
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(config.get("num_hidden_layers") or 0):
         block = f"model.layers.{layer}."
-        attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+        attention: dict[str, Wanted] = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
         if config["model_type"] == "phi3":
-            attention = {"qkv_proj": (q + 2 * kv, hidden)}
+            attention = {"qkv_proj": (None if q is None or kv is None else q + 2 * kv, hidden)}
         for name, shape in {**attention, "o_proj": (hidden, q)}.items():
             shapes[f"{block}self_attn.{name}.weight"] = shape
-        shapes |= {f"{block}{name}.weight": shape for name, shape in _feed_forward(config, layer, hidden).items()}
+        is_joined = any(f"layers.{layer}.mlp.experts.{name}" in short for name in ("gate_up_proj", "down_proj"))
+        shapes |= {f"{block}{name}": shape for name, shape in _feed_forward(config, layer, is_joined).items()}
     return shapes
 
 
-def _feed_forward(config: Mapping[str, Any], layer: int, hidden: int) -> dict[str, Shape]:
+def _feed_forward(config: Mapping[str, Any], layer: int, is_joined: bool) -> dict[str, Wanted]:
     """The matrices of one block's MLP or experts."""
-    family, inner = config["model_type"], config["intermediate_size"]
-    if family == "mixtral":
-        experts = range(config["num_local_experts"])
-        widths = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
-        own = {f"block_sparse_moe.experts.{number}.{name}": shape for number in experts for name, shape in widths.items()}
-        return {"block_sparse_moe.gate": (len(experts), hidden), **own}
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    count_of = config.get("num_experts") or config.get("num_local_experts") or 0
-    if family == "qwen3_moe" and layer not in dense and count_of and (layer + 1) % step == 0:
-        experts, inner = range(count_of), config["moe_intermediate_size"]
-        widths = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        own = {f"mlp.experts.{number}.{name}": shape for number in experts for name, shape in widths.items()}
-        return {"mlp.gate": (len(experts), hidden), **own}
+    family, hidden, inner = config["model_type"], config.get("hidden_size"), config.get("intermediate_size")
+    experts = config.get("num_local_experts") or config.get("num_experts")
+    is_sparse = family == "qwen3_moe" and (layer + 1) % config.get("decoder_sparse_step", 1) == 0
+    if family == "mixtral" or (is_sparse and layer not in (config.get("mlp_only_layers") or ())):
+        inner = inner if family == "mixtral" else config.get("moe_intermediate_size")
+        if is_joined:
+            weights = {"gate_up_proj": (experts, _times(2, inner), hidden), "down_proj": (experts, hidden, inner)}
+            return {"mlp.gate.weight": (experts, hidden)} | {f"mlp.experts.{name}": shape for name, shape in weights.items()}
+        names = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+        place = "block_sparse_moe" if family == "mixtral" else "mlp"
+        own = dict(zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
+        numbers = range(experts or 0)
+        each = {f"{place}.experts.{i}.{name}.weight": shape for i in numbers for name, shape in own.items()}
+        return {f"{place}.gate.weight": (experts, hidden), **each}
     if family == "phi3":
-        return {"mlp.gate_up_proj": (2 * inner, hidden), "mlp.down_proj": (hidden, inner)}
-    return {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+        return {"mlp.gate_up_proj.weight": (_times(2, inner), hidden), "mlp.down_proj.weight": (hidden, inner)}
+    return {f"mlp.{name}.weight": (inner, hidden) for name in ("gate_proj", "up_proj")} | {
+        "mlp.down_proj.weight": (hidden, inner)
+    }
