@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import SHAPE
+from huggingface_hub import constants
 from made import tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -36,6 +38,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "falcon_h1": {**MAMBA, "mamba_chunk_size": 8},
 }
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 TARGETS = {"falcon_h1": ["q_proj", "v_proj", "gate_proj"]}
 IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
 TRIES = 30  # of each architecture, and as many of an adapter on it: 300 in all
@@ -224,3 +227,55 @@ def test_files_left_over_from_another_division_are_passed_over(place: Place, tmp
     assert ["another" in fault.message for fault in tensors.faults(folder, config)] == [True]
     old.rename(folder / f"model-00099-of-{shard.name.partition('-of-')[2]}")
     assert ["model-00099" in fault.message for fault in tensors.faults(folder, config)] == [True]
+
+
+WITH_MASKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "gpt2": ("transformer.h.1.attn", ("bias", "masked_bias")),
+    "gpt_neo": ("transformer.h.1.attn.attention", ("bias", "masked_bias")),
+    "gptj": ("transformer.h.1.attn", ("bias", "masked_bias")),
+    "codegen": ("transformer.h.1.attn", ("causal_mask",)),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", WITH_MASKS)
+def test_masks_that_old_files_hold_are_passed_over(tmp_path: Path, family: str) -> None:
+    """Older versions of transformers stored them; anything else of these names has no place."""
+    options: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4}
+    if family == "gpt_neo":
+        options = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=300, **options, **NO_DROPOUT))
+    model.save_pretrained(folder := tmp_path / "model")
+    tiny_tokenizer().save_pretrained(folder)
+    place, names = WITH_MASKS[family]
+    weights = load_file(folder / tensors.SINGLE)
+    for name in names:
+        weights[f"{place}.{name}"] = torch.tensor(-1e4) if name == "masked_bias" else torch.ones(1, 1, 64, 64)
+    save_file(weights, folder / tensors.SINGLE, metadata={"format": "pt"})
+    provider = HuggingFace(str(folder))
+    torch.testing.assert_close(log_probs(provider.base_model(plan_of(folder, tmp_path))), log_probs(model))
+    if family != "gpt2":  # where transformers itself passes over the other
+        assert [f"{place}.{names[0]}" in note and "passed over" in note for note in provider.notes] == [True]
+    weights[f"{place}.{names[-1]}"] = torch.ones(32)
+    save_file(weights, folder / tensors.SINGLE, metadata={"format": "pt"})
+    with pytest.raises(InvalidInput, match=f"{place}.{names[-1]}.*without a place"):
+        HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path))
+
+
+def test_the_order_of_experts_is_seen_in_a_model_of_the_hub(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was fetched is looked at as a local folder is."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--owner--model" / "snapshots" / ("a" * 40)
+    shutil.copytree(place("mixtral"), folder)
+    (folder.parents[1] / "refs").mkdir()
+    (folder.parents[1] / "refs/main").write_text("a" * 40, encoding="utf-8")
+    monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    plan = plan_of(place("mixtral"), tmp_path)
+    HuggingFace("owner/model").base_model(plan)
+    weights = load_file(folder / tensors.SINGLE)
+    renamed = {name.replace("experts.1.", "experts.7."): part for name, part in weights.items()}
+    save_file(renamed, folder / tensors.SINGLE, metadata={"format": "pt"})
+    with pytest.raises(InvalidInput, match=r"experts\.1"):
+        HuggingFace("owner/model").base_model(plan)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHAPE, tiny_model
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from dpo_cli import judge
@@ -76,6 +78,27 @@ def test_a_reward_model_scores_the_conversation(reward_dir: Path, tokenizer: Pre
         expected = model(**tokenizer(said, return_tensors="pt")).logits
         assert score == pytest.approx(expected.item(), abs=1e-6)
     assert scores[0] != scores[1]
+
+
+def test_a_reward_model_scores_with_its_adapter(reward_dir: Path, tmp_path: Path) -> None:
+    """Also in files that hold the head of the model that it was made of, which it does not use."""
+    file = reward_dir / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "lm_head.weight": torch.zeros(SHAPE["vocab_size"], 4)}, file, metadata={"format": "pt"})
+    model = LlamaForSequenceClassification.from_pretrained(reward_dir)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))  # has no task_type
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 7, 30, 99]])
+    with torch.no_grad():
+        right = adapted.eval()(input_ids=ids).logits.item()
+        with adapted.disable_adapter():
+            assert abs(adapted(input_ids=ids).logits.item() - right) > 1e-3
+        reward = Reward(str(tmp_path / "adapter"), "cpu", torch.float32)
+        assert reward.model(input_ids=ids).logits.item() == pytest.approx(right, abs=1e-6)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "adapter")
+    adapted.save_pretrained(tmp_path / "second")
+    with pytest.raises(RunFailed, match="on another adapter"):
+        Reward(str(tmp_path / "second"), "cpu", torch.float32)
 
 
 def test_what_is_no_reward_model_is_refused(reward_dir: Path, tiny_model_dir: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, made_row
+from safetensors.torch import load_file, save_file
 from test_imports import HEAVY
 
 from dpo_cli.config.config import load
@@ -131,7 +133,8 @@ def test_what_is_imported_first_brings_nothing_heavy() -> None:
 
 # What the provider passes, and the default it has without us.
 PASSED = {"max_seq_length": 2048, "dtype": None, "load_in_4bit": True, "use_gradient_checkpointing": "unsloth"}
-CUDA_PASSED = {**PASSED, "use_exact_model_name": False}
+PASSED |= {"device_map": None}
+CUDA_PASSED = {**PASSED, "device_map": "sequential", "use_exact_model_name": False}
 # UNSLOTH_ALLOW_CPU, which the import for "cuda" sets, shows its CUDA side without a GPU: enough to read it, not to run it.
 LOOK = """
 import inspect, json, sys, warnings
@@ -218,3 +221,21 @@ def test_four_bits_of_another_kind_are_refused(config: Path) -> None:
     code, told, _ = dpo("train", config, "device=cpu", "use_4bit=true", "bnb_4bit_quant_type=fp4")
     assert code == 1 and "did not quantise this model as the config says" in told
     assert "Traceback" not in told
+
+
+@needs_package
+def test_what_is_loaded_is_looked_at_as_elsewhere(config: Path, tiny_model_dir: Path) -> None:
+    """Settings that nothing can be saved with are left out, and numbers that are none are named."""
+    folder = config.parent / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.5}), encoding="utf-8")
+    words = ["train", config, "device=cpu", f"model_name={folder}"]
+    code, told, _ = dpo(*words)
+    assert code == 0 and "generation_config.json: temperature" in told, told
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    code, told, _ = dpo(*words, "--overwrite")
+    assert code == 3 and name in told, told

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, unsupported
@@ -35,12 +36,14 @@ from dpo_cli.hardware.tensors import (
     place_of,
     resized,
     some,
+    stored_in,
     wrapper_of,
 )
 from dpo_cli.runs.directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
 UNSUPPORTED_FIX = "merge it with PEFT into its base, and name the merged model"
+MASKS = ("bias", "masked_bias", "causal_mask")  # last names of buffers of GPT-2, GPT-Neo, GPT-J and CodeGen
 MERGE_ALLOWANCE = 1e-4  # nats a token that a merge in float32 may change
 PROBE_TOKENS, PROBE_ROWS = 24, 2  # of the sequences that a merge is tried on
 
@@ -65,30 +68,55 @@ def refuse(what: str, missing: Sequence[str], unexpected: Sequence[str], other: 
 
 
 @contextmanager
-def all_tensors(what: str) -> Iterator[None]:
+def all_tensors(what: str) -> Iterator[list[str]]:
     """Within, transformers loads a model whole, or `InvalidInput` says which tensors are not as the architecture has them.
 
     `_finalize_model_loading` (transformers 5.17) ends every load with a call of `log_state_dict_report`, whoever asked for it:
     Unsloth's loads too, which pass no `output_loading_info` on. Here that call is the check. `RunFailed`: it did not come.
+    Yields a list that takes up notes on tensors which were passed over.
     """
-    checked = []
+    checked, notes = [], list[str]()
 
-    def check(model: Any, loading_info: Any, **_: Any) -> None:
+    def check(model: Any, loading_info: Any, pretrained_model_name_or_path: Any = None, **_: Any) -> None:
         checked.append(what)
+        unexpected = set(loading_info.unexpected_keys)
+        idle = _without_use(model, unexpected, str(pretrained_model_name_or_path))
+        if idle:
+            notes.append(f"{what} holds {count(sorted(idle))} that its model does not use: passed over")
         shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in loading_info.mismatched_keys]
         broken = [*shapes, *loading_info.error_msgs, *loading_info.conversion_errors]
         fix = "download it again; config.json and weights have to be of one model"
-        refuse(what, loading_info.missing_keys, loading_info.unexpected_keys, broken, fix, "model_name")
+        refuse(what, loading_info.missing_keys, sorted(unexpected - idle), broken, fix, "model_name")
 
     before = transformers.modeling_utils.log_state_dict_report
     transformers.modeling_utils.log_state_dict_report = check
     try:
-        yield
+        yield notes
     finally:
         transformers.modeling_utils.log_state_dict_report = before
     if not checked:
         message = f"transformers {transformers.__version__} does not tell which tensors of {what} it has loaded"
         raise RunFailed(message, "install the version that constraints.txt names")
+
+
+def _without_use(model: PreTrainedModel, names: set[str], source: str) -> set[str]:
+    """Which of the tensors without a place change nothing: masks once stored with the attention, a classifier's old head."""
+    masks = {name for name in names if name.rpartition(".")[2] in MASKS}
+    stored = stored_in(folder_of(source)) if masks else {}  # maybe without the first part of these names
+    idle = {name for name in masks if any(_is_mask(shape) for short, shape in stored.items() if name.endswith(short))}
+    return idle if model.get_output_embeddings() is not None else idle | (names & {"lm_head.weight"})
+
+
+def _is_mask(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is that of a mask over two positions, or of the one value that masks are filled with."""
+    return shape == () or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
+
+
+def folder_of(source: str) -> Path:
+    """Where the files of a model lie that has been loaded from `source`, a directory or a hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(cached_file(source, "config.json", local_files_only=True)).parent
 
 
 def require_whole_files(folder: Path) -> None:

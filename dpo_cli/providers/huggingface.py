@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +31,7 @@ from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foun
 from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.quantised import stored_quantisation
 from dpo_cli.plan import Adapted, Plan
-from dpo_cli.providers.accounting import all_tensors, merged, require_finite, require_whole_files, with_adapter
+from dpo_cli.providers.accounting import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.architecture import Architecture, adapted
 from dpo_cli.providers.hub import answers
 from dpo_cli.providers.made import dequantised, made_once
@@ -150,9 +149,7 @@ class HuggingFace:
         if wants and not is_quantised:
             options["quantization_config"] = quantisation(plan)
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
-        vars(model.config).pop("auto_map", None)  # likewise
-        self.notes += [note for note in _mend_generation(model) if note not in self.notes]
-        require_finite(model, self.name, _folder(source))
+        self._require_sound(model, source)
         if not wants:
             return _plain(model).to(device, dtype) if is_quantised else cast(PreTrainedModel, model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
@@ -162,8 +159,18 @@ class HuggingFace:
                 setattr(module, "compute_dtype", dtype)  # noqa: B010 - mypy does not know bitsandbytes' attribute
         return model
 
+    def _require_sound(self, model: PreTrainedModel, source: str) -> None:
+        """What holds of every model that was loaded: it names no code, can be saved, and its weights are numbers."""
+        vars(model.config).pop("auto_map", None)  # as the tokenizer
+        self.notes += [note for note in _mend_generation(model) if note not in self.notes]
+        require_finite(model, self.name, folder_of(source))
+
     def reward_model(self, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model as a classifier whose one label is the reward, in evaluation mode, and its tokenizer."""
+        """The model as a classifier whose one label is the reward, with its adapter, in evaluation mode, and its tokenizer."""
+        adapter = adapter_at(self.name)
+        if adapter is not None and adapter_at(adapter.model_name) is not None:
+            message = f"{self.name} is an adapter on another adapter, and is not put on a reward model so"
+            raise RunFailed(message, "merge them with PEFT, and name the merged model")
         try:
             model = self._load(AutoModelForSequenceClassification, self.source, use_safetensors=True, dtype=dtype)
         except InvalidInput as error:
@@ -171,24 +178,20 @@ class HuggingFace:
             raise RunFailed(f"{self.name} is no reward model: {why}", "name a trained reward model") from error
         if model.config.num_labels != 1:
             raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
-        require_finite(model, self.name, _folder(self.source))
-        return cast(PreTrainedModel, model.to(device).eval()), cast(
-            PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source)
-        )
+        require_finite(model, self.name, folder_of(self.source))
+        if adapter is not None:
+            model = with_adapter(model, adapter.directory, TRAINED, adapter.model_name)
+        tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source))
+        return cast(PreTrainedModel, model.to(device).eval()), tokenizer
 
     def _load(self, auto: Any, source: str, **options: Any) -> Any:
         """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
         try:
             self._require_no_code(source)
-            holds_weights = auto not in (AutoTokenizer, AutoConfig)
-            is_here = Path(source).is_dir()
-            if holds_weights and is_here:
-                require_whole_files(Path(source))
-            with all_tensors(self.name) if holds_weights else nullcontext():
-                loaded = auto.from_pretrained(source, trust_remote_code=False, local_files_only=self.only_local, **options)
-            if holds_weights and not is_here:  # fetched only now
-                require_whole_files(_folder(source))
-            return loaded
+            options |= {"trust_remote_code": False, "local_files_only": self.only_local}
+            if auto in (AutoTokenizer, AutoConfig):
+                return auto.from_pretrained(source, **options)
+            return self._load_whole(auto, source, **options)
         except ImportError as error:  # transformers asks for the package only now
             raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
         except (OSError, ValueError) as error:
@@ -201,6 +204,18 @@ class HuggingFace:
         except SafetensorError as error:
             message = f"cannot load {self.name}: a file of its weights is cut off or damaged ({error})"
             raise RunFailed(message, "download it again") from error
+
+    def _load_whole(self, auto: Any, source: str, **options: Any) -> Any:
+        """A model, with its files and tensors accounted for."""
+        is_here = Path(source).is_dir()
+        if is_here:
+            require_whole_files(Path(source))
+        with all_tensors(self.name) as notes:
+            model = auto.from_pretrained(source, **options)
+        if not is_here:  # fetched only now
+            require_whole_files(folder_of(source))
+        self.notes += [note for note in notes if note not in self.notes]
+        return model
 
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
@@ -223,13 +238,6 @@ class HuggingFace:
         there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         found = cached_file(source, name, local_files_only=self.only_local, **there)
         return dict(json.loads(Path(found).read_text(encoding="utf-8"))) if found else {}
-
-
-def _folder(source: str) -> Path:
-    """Where the files of a model lie that has been loaded from `source`, a directory or a hub id."""
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(cached_file(source, "config.json", local_files_only=True)).parent
 
 
 def require_device(plan: Plan) -> torch.device:

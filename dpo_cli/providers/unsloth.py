@@ -34,8 +34,7 @@ class Unsloth(HuggingFace):
     def _model(self, plan: Plan, source: str) -> PreTrainedModel:
         from unsloth import FastLanguageModel
 
-        require_device(plan)
-        config = plan.config
+        config, device = plan.config, require_device(plan)
         options: dict[str, Any] = {
             "max_seq_length": config.max_seq_length,
             "dtype": getattr(torch, plan.dtype),
@@ -43,11 +42,14 @@ class Unsloth(HuggingFace):
             "use_gradient_checkpointing": config.gradient_checkpointing,
             "use_exact_model_name": True,  # not the copy of a model that Unsloth keeps under its own name
             "use_safetensors": True,
+            "device_map": {"": device},  # else what does not fit beside others' models is put on the CPU
         }
+        self._stored_bits(source)  # refuses what is not known
         if config.use_4bit:
             options["quantization_config"] = quantisation(plan)
         with prints_to_log():
             model, _ = self._load(FastLanguageModel, source, **options)
+        self._require_sound(model, source)
         _require_quantisation(model, plan)
         return cast(PreTrainedModel, model)
 
