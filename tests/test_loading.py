@@ -477,13 +477,52 @@ def test_a_tied_head_is_untied_before_a_merge(base: Callable[..., Path], tmp_pat
     torch.testing.assert_close(log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), log_probs(merged))
 
 
+OF_EACH_KIND: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": True},
+    **MOE,
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
+}
+
+
+ON_LAYERS: dict[str, dict[str, Any]] = {
+    "llama": {"use_dora": True},
+    "qwen3": {"target_modules": ["q_proj", "embed_tokens"]},
+    "mixtral": {"target_modules": ["q_proj", "gate_up_proj", "down_proj"]},
+    "qwen3_moe": {"target_modules": "all-linear", "target_parameters": ["experts.gate_up_proj"]},
+    "falcon_h1": {},
+}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("family", OF_EACH_KIND)
 def test_a_merge_that_loses_the_adapter_is_refused(
-    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, bf16: bool
 ) -> None:
-    folder = adapter_on(base("llama", tie_word_embeddings=False), tmp_path / "adapter")
+    """A small one too, whose effect is less than what rounding in bf16 alone changes; a whole merge is not refused."""
+    folder = adapter_on(base(family, **OF_EACH_KIND[family]), tmp_path / "adapter", **ON_LAYERS[family])
+    weights = load_file(folder / "adapter_model.safetensors")
+    small = {name: part * (0.1 if ".lora_B" in name else 1) for name, part in weights.items()}
+    save_file(small, folder / "adapter_model.safetensors")
+    plan = plan_of(folder, tmp_path, reference="base", bf16=bf16)
+    HuggingFace(str(folder)).base_model(plan)
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
     with pytest.raises(InvalidInput, match="computes something else"):
-        HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, reference="base"))
+        HuggingFace(str(folder)).base_model(plan)
+
+
+def test_a_block_that_reads_weights_past_their_layer_is_merged_too(base: Callable[..., Path], tmp_path: Path) -> None:
+    """As kernels of state-space blocks do: it mixes dtypes where each layer computes in float32."""
+    model = base("llama", tie_word_embeddings=False)
+    folder = adapter_on(model, tmp_path / "adapter")
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    for layer in network.model.layers:
+        layer.mlp.forward = lambda x, mlp=layer.mlp: mlp.down_proj(nn.functional.linear(x, mlp.up_proj.weight))
+    adapted = accounting.with_adapter(network, folder, "default", "llama")
+    right = log_probs(adapted)
+    torch.testing.assert_close(
+        log_probs(accounting.merged(adapted, "default", "llama", torch.bfloat16)), right, atol=0.1, rtol=0
+    )
 
 
 def test_a_merged_model_in_the_cache_is_of_what_is_there_now(

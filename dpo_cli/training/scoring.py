@@ -18,8 +18,7 @@ import functools
 import logging
 import math
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import RunFailed
 from dpo_cli.plan import EXPECTED, ONE_RESPONSE, Scoring
+from dpo_cli.providers.precision import in_float32
 from dpo_cli.training import sharing
 from dpo_cli.training.head import Head, score_tokens
 from dpo_cli.training.sharing import IGNORED, Layout
@@ -107,7 +107,7 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
     layout = sharing.lay_out(batch["input_ids"], batch["attention_mask"], batch["labels"])
     sharing.enable(model)
     try:
-        with torch.no_grad(), in_float32(model):
+        with torch.no_grad(), in_float32(model.base_model):
             plain = plain_states(model, **batch)
             apart = disagreement(plain, _laid_out_states(model, batch["labels"], layout))
     except torch.OutOfMemoryError:
@@ -130,47 +130,6 @@ def disagreement(one: Tensor, other: Tensor) -> float:
         return math.inf
     apart = float(((one - other).norm(dim=1) / one.norm(dim=1)).max())
     return math.inf if math.isnan(apart) else apart
-
-
-@contextmanager
-def in_float32(model: PreTrainedModel) -> Iterator[None]:
-    """Let each module compute in float32 while it runs, whatever its weights are held in; one module's at a time.
-
-    Quantised weights are no floats: bitsandbytes multiplies them in the dtype it is told.
-    """
-    held: dict[nn.Module, tuple[dict[nn.Parameter, Tensor], Any]] = {}
-
-    def widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        narrow = [p for p in module.parameters(recurse=False) if p.is_floating_point() and p.dtype.itemsize < 4]
-        if not isinstance(module, nn.Embedding):  # what is looked up is exact in any dtype, and the table is large
-            held[module] = {p: p.data for p in narrow}, getattr(module, "compute_dtype", None)
-            for parameter in narrow:
-                parameter.data = parameter.data.float()
-            if hasattr(module, "compute_dtype"):
-                setattr(module, "compute_dtype", torch.float32)  # noqa: B010 - mypy does not know bitsandbytes' attribute
-        return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() and a.dtype.itemsize < 4 else a for a in args)
-
-    def restore(module: nn.Module) -> None:
-        kept, compute_dtype = held.pop(module, ({}, None))
-        for parameter, data in kept.items():
-            parameter.data = data
-        if hasattr(module, "compute_dtype"):
-            setattr(module, "compute_dtype", compute_dtype)  # noqa: B010
-
-    def narrow_again(module: nn.Module, args: Any, output: Any) -> Any:
-        restore(module)
-        return output.float() if isinstance(module, nn.Embedding) else output
-
-    own = [module for module in model.base_model.modules() if next(module.parameters(recurse=False), None) is not None]
-    hooks = [module.register_forward_pre_hook(widen) for module in own]
-    hooks += [module.register_forward_hook(narrow_again) for module in own]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module in list(held):  # those that an exception left while they ran
-            restore(module)
 
 
 def _require_our_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
