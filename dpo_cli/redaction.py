@@ -12,7 +12,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
@@ -38,17 +38,22 @@ Json = TypeVar("Json")
 
 def redact(text: str) -> str:
     """The text with a mark in place of each secret."""
-    for secret in _known():
+    return _without(_known(), text)
+
+
+def _without(secrets: Sequence[str], text: str) -> str:
+    for secret in secrets:
         text = text.replace(secret, MASK)
     return FORMS.sub(MASK, text)
 
 
 def redacted(value: Json) -> Json:
     """The same of what JSON can hold: its texts, but for those that name a file or a folder that is there."""
+    secrets = _known()
 
     def made(part: Any) -> Any:
         if isinstance(part, str):
-            return part if Path(part).is_absolute() and os.path.exists(part) else redact(part)
+            return part if Path(part).is_absolute() and os.path.exists(part) else _without(secrets, part)
         if isinstance(part, dict):
             return {key: made(inner) for key, inner in part.items()}
         return [made(inner) for inner in part] if isinstance(part, list | tuple) else part

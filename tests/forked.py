@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import random
@@ -22,9 +23,13 @@ import numpy as np
 import torch
 
 from dpo_cli.__main__ import main
+from dpo_cli.config.config import load
 from dpo_cli.hub import ask_nobody
+from dpo_cli.report.writing import _environment
+from dpo_cli.session import composer_for
 
 ROOT = Path(__file__).parent.parent
+LATE = ("peft.tuners.lora.bnb", "pydantic")
 STREAMS = (("input", os.O_RDONLY), ("output", os.O_WRONLY | os.O_CREAT), ("errors", os.O_WRONLY | os.O_CREAT))
 
 
@@ -51,6 +56,18 @@ def _server() -> subprocess.Popen[str]:
     server = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)
     return server
+
+
+def ready() -> None:
+    """Load all that a training loads, also late, before children are forked."""
+    ask_nobody()
+    composer_for()
+    for name in LATE:
+        importlib.import_module(name)
+    load(str(ROOT / "configs" / "quickstart.json"))
+    _environment().get_template("report.html.j2")
+    gc.collect()
+    gc.freeze()  # a child then copies no page only to see that nothing on it is garbage
 
 
 def reseed() -> None:
@@ -102,10 +119,6 @@ def _end(code: int) -> None:
 
 
 if __name__ == "__main__":
-    ask_nobody()
-    import dpo_cli.training.run  # noqa: F401
-
-    gc.collect()
-    gc.freeze()  # a child then copies no page only to see that nothing on it is garbage
+    ready()
     if _serve():
         _end(_exit_code())
