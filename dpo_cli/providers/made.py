@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_library
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,9 +65,21 @@ def _unwritable(place: Path, error: OSError) -> RunFailed:
 
 
 def _convert(path: Path, target: Path) -> None:
-    with tempfile.TemporaryDirectory() as alone:  # what lies beside the file (a tokenizer, code for it) is not part of it
+    with _read_once(), tempfile.TemporaryDirectory() as alone:
+        # What lies beside the file (a tokenizer, code for it) is not part of it.
         (Path(alone) / path.name).symlink_to(path.absolute())
         _dequantise(path, alone, target)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Within, the header of a GGUF file is read once. transformers 5.17 reads it four times, which takes seconds each time."""
+    read = gguf_library.GGUFReader
+    setattr(gguf_library, "GGUFReader", functools.cache(read))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(gguf_library, "GGUFReader", read)  # noqa: B010
 
 
 def _dequantise(path: Path, folder: str, target: Path) -> None:
