@@ -54,8 +54,8 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/pytest tests/test_imports.py
 
-# As many tests at once as there are cores, each with one thread: two that share all cores stall each other.  A core that has none left takes
-# over tests of another: those of test_memory.py take up to 45 s each.
+# As many tests at once as there are cores, each with one thread: two that share all cores stall each other. A core that has
+# no tests left takes over some of another's.
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 

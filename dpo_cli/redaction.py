@@ -13,7 +13,8 @@ import html
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO, TypeVar, cast
@@ -39,7 +40,11 @@ Json = TypeVar("Json")
 
 def redact(text: str) -> str:
     """The text with a mark in place of each secret."""
-    for secret in _known():
+    return _without(_known(), text)
+
+
+def _without(secrets: Sequence[str], text: str) -> str:
+    for secret in secrets:
         text = text.replace(secret, MASK)
     return redact_forms(text)
 
@@ -49,12 +54,13 @@ def redact_forms(text: str) -> str:
     return FORMS.sub(MASK, text)
 
 
-def redacted(value: Json, of_text: Callable[[str], str] = redact) -> Json:
+def redacted(value: Json, of_text: Callable[[str], str] | None = None) -> Json:
     """The same of what JSON can hold: its texts, but for those that name a file or a folder that is there."""
+    mask = of_text or partial(_without, _known())
 
     def made(part: Any) -> Any:
         if isinstance(part, str):
-            return part if Path(part).is_absolute() and os.path.exists(part) else of_text(part)
+            return part if Path(part).is_absolute() and os.path.exists(part) else mask(part)
         if isinstance(part, dict):
             return {key: made(inner) for key, inner in part.items()}
         return [made(inner) for inner in part] if isinstance(part, list | tuple) else part

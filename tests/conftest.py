@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import signal
@@ -38,6 +39,8 @@ from dpo_cli.hardware.probe import probe
 from dpo_cli.inspection import inspect
 from dpo_cli.training.run import train
 
+gc.collect()
+gc.freeze()  # a collection, of which each training asks for one, then goes through what a test has made, not all libraries
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it for them
 
 Run = Callable[..., tuple[dict[str, Any], Path]]

@@ -218,7 +218,7 @@ def test_a_type_without_a_causal_model_is_refused(tmp_path: Path) -> None:
 def test_every_weight_is_shown_without_an_adapter(tmp_path: Path) -> None:
     folder = saved("mixtral", tmp_path / "base")
     config_of(tmp_path, folder, lora_r=0, lora_alpha=None)
-    shown = adapted(resolve(load(str(tmp_path / "config.json")), probe()), FAMILIES["mixtral"])
+    shown, _ = adapted(resolve(load(str(tmp_path / "config.json")), probe()), FAMILIES["mixtral"])
     assert shown is not None and (shown.layers, shown.trained) == ({}, shown.weights)
     assert shown.words == f"every one of {shown.weights:,} weights"
 
@@ -234,7 +234,7 @@ def test_an_adapter_that_is_trained_further_is_shown(tmp_path: Path) -> None:
     )
     plan = resolve(load(str(tmp_path / "config.json")), probe())
     assert plan.goes_on
-    shown = adapted(plan, FAMILIES["llama"])
+    shown, _ = adapted(plan, FAMILIES["llama"])
     assert shown is not None and (shown.layers, shown.trained) == ({"q_proj": 1}, 2 * 64)
 
 

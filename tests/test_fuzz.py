@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -14,11 +15,14 @@ from bad_configs import lay_out
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer import testing
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
 from dpo_cli.config.schema import options
 
+# Typer's runner builds the command from its signatures each time, which takes as long as a validation.
+testing._get_command = functools.cache(testing._get_command)
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 SOURCES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "configs").glob("*.json"))]
 SOURCES.append('{"model_name": "HuggingFaceTB/SmolLM2-135M-Instruct", "dataset": "pairs.jsonl", "eval_split": 0.1}')

@@ -43,7 +43,7 @@ def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
     if is_possible():
         interrupt(bench)
         for way in WAYS:
-            yield partial(writes, bench, way, first=many(30, 1), every=290 if is_short else None)
+            yield partial(writes, bench, way, first=many(20, 1), every=130 if is_short else None)
     yield lambda: starts(bench, many(2, 20))
     if can_mount(bench.place):
         yield lambda: full_disks(bench, many(1, 20))

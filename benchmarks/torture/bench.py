@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -14,15 +13,14 @@ from typing import Any
 
 import torch
 from conftest import made_row, tiny_model
+from forked import ready
 from forks import Child, start
 from made import tiny_tokenizer
 
 from dpo_cli.__main__ import main as dpo
-from dpo_cli.config.config import load
 from dpo_cli.errors import InvalidInput
 from dpo_cli.runs.digests import sha256_of_all
 from dpo_cli.runs.directory import SUMMARY, RunDirectory
-from dpo_cli.session import composer_for
 
 MEASURED = ("tokens_per_second", "peak_memory_gb")  # the keys of a line that are not the same twice
 BESIDE: dict[str, dict[str, Any]] = {
@@ -79,12 +77,8 @@ class Bench:
         for i, row in enumerate(rows):  # of several lengths
             row["chosen"] = " ".join([str(row["chosen"])] * (1 + i % 4))
         (place / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        bench = cls(place)
-        load(str(bench.config("loaded", {})))  # imports what reads a config
-        composer_for()
-        gc.collect()
-        gc.freeze()  # the children look only at what is their own
-        return bench
+        ready()
+        return cls(place)
 
     def config(self, name: str, options: dict[str, Any]) -> Path:
         """The file of a config, by whose name it is remembered."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import random
 import select
 import signal
 import sys
@@ -15,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-import torch
+from forked import reseed
 
 AT_ONCE = 2
 SECONDS = 120  # after which a child hangs, and the torture with it
@@ -82,8 +80,7 @@ def start(work: Callable[[], object], log: Path) -> Child:
         for number in (1, 2):
             os.dup2(output, number)
         sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
-        for seed in (random.seed, np.random.seed, torch.seed):  # as they are in a process of its own
-            seed()
+        reseed()
         work()
         code = 0
     except SystemExit as end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
@@ -74,7 +75,7 @@ class ModelFacts:
     def has_qk_norm(self) -> bool:
         return self.model_type in QK_NORM
 
-    @property
+    @functools.cached_property
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers of one block."""
         h, i = self.hidden_size, self.intermediate_size
@@ -123,8 +124,7 @@ def model_facts(model_name: str) -> ModelFacts | None:
     if (path / "config.json").is_file():
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         return config_facts(config, path)
-    table: dict[str, dict[str, Any]] = known_models()
-    return ModelFacts(**table[model_name]) if model_name in table else None
+    return known_models().get(model_name)
 
 
 def quantisation_of(model_name: str) -> Quantisation | None:
@@ -145,11 +145,11 @@ def is_mixture(model_name: str) -> bool:
     return any(text_part(config).get(name) for name in EXPERTS)
 
 
-def known_models() -> dict[str, dict[str, Any]]:
-    loaded: dict[str, dict[str, Any]] = json.loads(
-        files("dpo_cli.hardware").joinpath("models.json").read_text(encoding="utf-8")
-    )
-    return loaded
+@functools.cache
+def known_models() -> Mapping[str, ModelFacts]:
+    """The table of common models."""
+    table = json.loads(files("dpo_cli.hardware").joinpath("models.json").read_text(encoding="utf-8"))
+    return {name: ModelFacts(**shape) for name, shape in table.items()}
 
 
 def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelFacts | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
+from dpo_cli.hardware.facts import ModelFacts, known_models
 from dpo_cli.hardware.memory import Bill, bill
 from dpo_cli.hardware.settings import Settings
 
@@ -20,6 +20,12 @@ Change = tuple[str, dict[str, Any]]  # what to write into a config, and what it 
 
 
 def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
+    """The way to run `wanted`, with its bill; where it does not fit, with what would make it fit."""
+    settings, made = way(facts, wanted, budget_gb, checkpointing)
+    return settings, made if made.fits is not False else replace(made, largest_change=advice(facts, settings, made))
+
+
+def way(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
     """The first way to run `wanted` that fits the budget, or the smallest with its bill when none does.
 
     Only what leaves the training unchanged is tried: `checkpointing` when it is "auto", then smaller micro-batches (the
@@ -37,7 +43,7 @@ def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpoint
         for settings, made in zip(ways, bills, strict=True):
             if made.total_gb <= limit_gb:
                 return settings, made
-    return ways[-1], replace(bills[-1], largest_change=advice(facts, ways[-1], bills[-1]))
+    return ways[-1], bills[-1]
 
 
 def advice(facts: ModelFacts, settings: Settings, made: Bill) -> str:
@@ -106,6 +112,5 @@ def smaller_model(settings: Settings, budget_gb: float | None) -> str:
 def largest_model(settings: Settings, budget_gb: float) -> str | None:
     """The largest of the common models that fits with these settings, checkpointed and, where possible, one pair at a time."""
     least = replace(settings, checkpointing=True, batch=settings.batch if settings.is_whole else 1)
-    shapes = {name: facts for name in known_models() if (facts := model_facts(name)) is not None}
-    fitting = [name for name, facts in shapes.items() if bill(facts, least, budget_gb).fits]
-    return max(fitting, key=lambda name: shapes[name].parameters, default=None)
+    fitting = [name for name, facts in known_models().items() if bill(facts, least, budget_gb).fits]
+    return max(fitting, key=lambda name: known_models()[name].parameters, default=None)

@@ -16,7 +16,7 @@ from typing import Any
 from dpo_cli.config.schema import profile_defaults
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
 from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
-from dpo_cli.hardware.fit import MARGIN, fit, smaller_model
+from dpo_cli.hardware.fit import MARGIN, smaller_model, way
 from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.models import problems
 from dpo_cli.hardware.settings import Settings
@@ -227,7 +227,7 @@ def _limit_gb(request: Request) -> float:
 
 def _bill(facts: ModelFacts, values: dict[str, Any], request: Request) -> tuple[Settings, Bill]:
     """How these values would be run, and the bill, as `validate` and `train` find them."""
-    return fit(facts, _settings(values, request), request.budget_gb, values["gradient_checkpointing"])
+    return way(facts, _settings(values, request), request.budget_gb, values["gradient_checkpointing"])
 
 
 def _settings(values: dict[str, Any], request: Request) -> Settings:

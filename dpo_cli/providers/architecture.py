@@ -43,18 +43,22 @@ FEW_TOKENS, MANY_TOKENS = 8, 512
 Refusal = (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError)  # as PEFT and torch word it
 
 
-def adapted(plan: Plan, config: PretrainedConfig) -> Adapted | None:
-    """What a plan trains of a model of this configuration; None where its code cannot be built without weights."""
+def adapted(plan: Plan, config: PretrainedConfig) -> tuple[Adapted | None, LoraConfig | None]:
+    """What a plan trains of a model of this configuration; None where its code cannot be built without weights.
+
+    And its adapter, where that is a fresh one.
+    """
     try:
         architecture = Architecture(config, plan.model_label)
     except Refusal:  # the loading tells, if the fault is the model's
-        return None
+        return None, None
     if plan.config.lora_r == 0:
-        return architecture.whole()
+        return architecture.whole(), None
     start = adapter_at(plan.config.model_name) if plan.goes_on else None
     if start is None:
-        return architecture.fresh(plan.config)[1]
-    return architecture.going_on(LoraConfig.from_pretrained(str(start.directory)), plan.config.lora_dropout)
+        adapter, found = architecture.fresh(plan.config)
+        return found, adapter
+    return architecture.going_on(LoraConfig.from_pretrained(str(start.directory)), plan.config.lora_dropout), None
 
 
 class Architecture:

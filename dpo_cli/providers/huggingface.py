@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from dpo_cli.hardware.models import TOKENIZER_CONFIG
 from dpo_cli.hardware.quantised import stored_quantisation, text_part
 from dpo_cli.plan import Adapted, Plan
 from dpo_cli.providers.accounting import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
-from dpo_cli.providers.architecture import Architecture, adapted
+from dpo_cli.providers.architecture import Architecture, adapted, lora_config
 from dpo_cli.providers.hub import answers, revision
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
@@ -47,6 +48,8 @@ class HuggingFace:
     def __init__(self, model_name: str) -> None:
         self.name = model_name
         self.notes: list[str] = []
+        # The adapter that `adapted` was asked for last, as the config words it and as the model gets it: it takes seconds.
+        self._fresh: tuple[LoraConfig, LoraConfig] | None = None
         self.foundation = foundation(model_name)
         path = Path(self.foundation)
         self.source = str(dequantised(path)) if gguf.is_gguf(path) else self.foundation
@@ -80,12 +83,15 @@ class HuggingFace:
         return _settled(self._merged(plan, name))
 
     def adapted(self, plan: Plan) -> Adapted | None:
-        config = self._load(AutoConfig, self.source)
-        return adapted(plan, config)
+        found, adapter = adapted(plan, self._load(AutoConfig, self.source))
+        self._fresh = (lora_config(plan.config), adapter) if adapter else None
+        return found
 
     def adapter_config(self, plan: Plan, base: PreTrainedModel) -> LoraConfig | None:
         if plan.goes_on or plan.config.lora_r == 0:
             return None
+        if self._fresh is not None and self._fresh[0] == lora_config(plan.config):
+            return copy.deepcopy(self._fresh[1])
         return Architecture(base.config, plan.model_label).fresh(plan.config)[0]
 
     def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:

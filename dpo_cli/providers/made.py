@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import os
 import shutil
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_library
 import torch
 import transformers
 from gguf import GGUFReader
@@ -72,9 +74,21 @@ def _unwritable(place: Path, error: OSError) -> RunFailed:
 
 
 def _convert(path: Path, target: Path) -> None:
-    with tempfile.TemporaryDirectory() as alone:  # what lies beside the file (a tokenizer, code for it) is not part of it
+    with _read_once(), tempfile.TemporaryDirectory() as alone:
+        # What lies beside the file (a tokenizer, code for it) is not part of it.
         (Path(alone) / path.name).symlink_to(path.absolute())
         _dequantise(path, alone, target)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Within, the header of a GGUF file is read once. transformers 5.17 reads it four times, which takes seconds each time."""
+    read = gguf_library.GGUFReader
+    setattr(gguf_library, "GGUFReader", functools.cache(read))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(gguf_library, "GGUFReader", read)  # noqa: B010
 
 
 def _dequantise(path: Path, folder: str, target: Path) -> None:

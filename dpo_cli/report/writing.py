@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +70,11 @@ def report(run: Contents) -> str:
 
 
 def _page(template: str, **content: Any) -> str:
+    return _environment().get_template(template).render(content)
+
+
+@functools.cache
+def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -86,7 +92,7 @@ def _page(template: str, **content: Any) -> str:
         "js": Markup((PAGES / "page.js").read_text(encoding="utf-8")),
         "version": dpo_cli.__version__,
     }
-    return environment.get_template(template).render(content)
+    return environment
 
 
 def _hash(text: str) -> str:

@@ -216,6 +216,9 @@ class CarefulTrainer:
         missing, unexpected = loaded.keys() - written.keys(), written.keys() - loaded.keys()
         refuse(resume_from_checkpoint, sorted(missing), sorted(unexpected), other, RESTART, "output_dir")
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Nothing: what a run leaves has a card of ours, and no one reads TRL's beside a checkpoint."""
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
         save_state(Path(output_dir) / SCHEDULE, self.lr_scheduler.state_dict())
@@ -313,6 +316,7 @@ def ready(trainer: Any, plan: Plan) -> None:
 def save_trained(model: PeftModel | PreTrainedModel, place: Path) -> None:
     """Write what is trained: the adapter without the frozen one beside it, or the whole model."""
     if isinstance(model, PeftModel):
+        model.create_or_update_model_card = lambda _: None  # what a run leaves has a card of ours
         # PEFT would add the base's table of an embedding that has an adapter.
         model.save_pretrained(str(place), selected_adapters=[TRAINED], save_embedding_layers=False)
     else:

@@ -1,4 +1,7 @@
-"""The commands as a user runs them: a process, its output, its files, its exit code."""
+"""The commands as a user runs them: a process, its output, its files, its exit code.
+
+Most are forked (tests/forked.py); those that get signals, lose their reader or have a terminal start from the console script.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, made_row
+from conftest import made_row
+from forked import dpo
 
 DPO = Path(sys.executable).parent / "dpo"
 FIGURE = {"value", "low", "high"}
@@ -24,10 +28,6 @@ TRAIN_LINE = {"split", "step", "epoch", "loss", "accuracy", "margin", "reward_ch
     "tokens_per_second",
     "peak_memory_gb",
 }
-
-
-def dpo(*words: object, cwd: Path = ROOT, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([DPO, *map(str, words)], capture_output=True, text=True, cwd=cwd, check=False, **options)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from bad_configs import lay_out
 from conftest import ROOT
-from test_commands import DPO, dpo
+from forked import dpo
+from test_commands import DPO
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ class Keep(TrainerCallback):
 
     def _fill(self, part: Path, write_trainers: Callable[[], None]) -> Path:
         write_trainers()
-        (folder,) = part.glob("checkpoint-*")  # beside a model card of TRL's
+        (folder,) = part.glob("checkpoint-*")
         for name in (PLAN, MANIFEST, LINES):
             if self.run.has(name):
                 shutil.copyfile(self.run.path / name, folder / name)
