@@ -591,8 +591,8 @@ def lay_out(place: Path) -> None:
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_bytes(b"\n".join(lines) + b"\n")
 
-    write("pairs.jsonl", *map(pair, range(600)))
-    write("others.jsonl", *map(pair, range(600, 700)))
+    write("pairs.jsonl", *map(pair, range(60)))
+    write("others.jsonl", *map(pair, range(60, 100)))
     for fault in FAULTS:
         write(fault.file, *((GOOD, fault.row, GOOD) if fault.content is None else (fault.content,)))
     write("data/pointer.jsonl", b"version https://git-lfs.github.com/spec/v1", b"oid sha256:" + b"0" * 64, b"size 12345")
@@ -603,7 +603,7 @@ def lay_out(place: Path) -> None:
     for split in ("train_prefs", "train_sft"):
         write(f"data/splits/{split}.jsonl", pair(0))
     for name in ("train.jsonl", "test.jsonl", "notes.txt"):
-        write(f"data/folder/{name}", *map(pair, range(600)))
+        write(f"data/folder/{name}", *map(pair, range(60)))
     write("data/unread.jsonl", b'{"prompt": "a", "persona": "a pirate", "chosen": "b", "rejected": "c"}')
     write("data/images.jsonl", b'{"prompt": "a", "images": ["cat.jpg"], "chosen": "b", "rejected": "c"}')
     write("data/marked.jsonl", b'{"prompt": "a", "chosen": "b, as <image> shows", "rejected": "c"}')
