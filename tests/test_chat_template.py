@@ -56,9 +56,9 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], list[Any] | None]] = {
 def test_templates_render_as_in_transformers(file: Path) -> None:
     """The templates that TRL ships, on conversations with arguments as objects; what one refuses the other refuses."""
     source = file.read_text(encoding="utf-8")
+    template = ChatTemplate(source, TOKENS, date.today())
     for name, (messages, tools) in CONVERSATIONS.items():
         for asks in (True, False):
-            template = ChatTemplate(source, TOKENS, date.today())
             try:
                 (theirs,), _ = render_jinja_template(
                     [messages], tools, chat_template=source, add_generation_prompt=asks, **TOKENS

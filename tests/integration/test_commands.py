@@ -73,7 +73,7 @@ def test_a_run_leaves_what_the_contract_says(workplace: Path) -> None:
     assert plan["sources"]["learning_rate"] == "config"
     assert plan["counts"]["train_pairs"] + plan["counts"]["eval_pairs"] == 40
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    assert set(manifest) == {"versions", "hardware", "dataset", "eval_dataset", "model", "seed", "day", "git_commit"}
+    assert set(manifest) == {"versions", "hardware", "dataset", "eval_dataset", "model", "seed", "day", "git_commit", "trained"}
     adapter = {file.name for file in (run / "adapter").iterdir()}
     assert adapter >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"}
     assert (run / "train.log").stat().st_size > 0
