@@ -201,3 +201,13 @@ def test_tools_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedToken
         with pytest.raises(InvalidInput, match="does not know tool") as caught:
             encode([PAIRS[0], pair], tokenizer)
         assert caught.value.problems[0].line == pair.line
+
+
+def test_a_transcript_that_is_too_long_loses_its_oldest_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+    said = "".join(f"\n\nHuman: question {i} is long\n\nAssistant: answer {i}" for i in range(9))
+    pair = Pair(f"{said}\n\nHuman: and now?\n\nAssistant:", " yes", " no", 1)
+    (whole,), (cut,) = encode([pair], tokenizer), encode([pair], tokenizer, "auto", 120)
+    text = tokenizer.decode(cut.prompt_ids)
+    assert cut.is_cut and cut.length <= 120 and (cut.responses, cut.row) == (whole.responses, pair)
+    assert "Human:" not in text and text.startswith("<|im_start|>user\nquestion") and text.endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(cut.chosen_ids).startswith("yes")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dpo_cli.data.columns import (
@@ -32,6 +32,7 @@ from dpo_cli.data.messages import (
     system_of,
     text_of,
     tools_of,
+    turns_of,
 )
 from dpo_cli.data.shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
 
@@ -51,12 +52,20 @@ class Pair:
     rejected: Text
     line: int
     file: str = ""
-    tools: tuple[Mapping[str, Any], ...] = ()  # that the chat template is told of
+    tools: tuple[Mapping[str, Any], ...] = ()  # for the chat template
     category: str = ""  # by which figures are told apart
 
     @property
     def responses(self) -> tuple[Text, ...]:
         return self.chosen, self.rejected
+
+    def as_turns(self) -> Pair:
+        """The pair in messages where its prompt is a transcript; else itself."""
+        if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
+            return self
+        return replace(
+            self, prompt=turns, chosen=answer_to(self.prompt, self.chosen), rejected=answer_to(self.prompt, self.rejected)
+        )
 
     @property
     def prompt_key(self) -> str:
@@ -81,6 +90,12 @@ class Demonstration:
     @property
     def responses(self) -> tuple[Text, ...]:
         return (self.completion,)
+
+    def as_turns(self) -> Demonstration:
+        """As of a pair."""
+        if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
+            return self
+        return replace(self, prompt=turns, completion=answer_to(self.prompt, self.completion))
 
     @property
     def prompt_key(self) -> str:

@@ -120,21 +120,23 @@ def _with_other_call(message: Message, number: int) -> Message:
     return {**message, "tool_calls": calls}
 
 
+def fails(template: ChatTemplate, messages: list[Message], tools: list[Any] | None, **options: Any) -> bool:
+    """Whether the template does not take a conversation."""
+    try:
+        template.render(messages, tools, **options)
+    except TemplateError:
+        return True
+    return False
+
+
 def cause(template: ChatTemplate, messages: list[Message], tools: list[Any] | None, **options: Any) -> str:
     """The part of a conversation on which a template fails: the first message that it fails on, and the key without which it
     does not."""
-
-    def fails(tried: list[Message], given: list[Any] | None) -> bool:
-        try:
-            template.render(tried, given, **options)
-        except TemplateError:
-            return True
-        return False
-
-    if tools and not fails(messages, None):
+    if tools and not fails(template, messages, None, **options):
         return "the tools"
-    count = next((count for count in range(1, len(messages) + 1) if fails(messages[:count], tools)), len(messages))
+    counts = range(1, len(messages) + 1)
+    count = next((count for count in counts if fails(template, messages[:count], tools, **options)), len(messages))
     *before, last = messages[:count]
-    keys = [key for key in last if key not in ("role", "content")]
-    key = next((key for key in keys if not fails([*before, {k: v for k, v in last.items() if k != key}], tools)), "content")
+    without = {key: {k: value for k, value in last.items() if k != key} for key in last if key not in ("role", "content")}
+    key = next((key for key, less in without.items() if not fails(template, [*before, less], tools, **options)), "content")
     return f'"{key}" of message {count} ({last["role"]})'

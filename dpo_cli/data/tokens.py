@@ -18,8 +18,8 @@ from jinja2 import TemplateError
 from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.formats import Row
-from dpo_cli.data.messages import Message, Text, answer_to, as_messages
-from dpo_cli.data.omissions import cause, left_out, parts_of
+from dpo_cli.data.messages import Message, Text, as_messages
+from dpo_cli.data.omissions import cause, fails, left_out, parts_of
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.errors import InvalidInput, Problem, Severity
 
@@ -112,9 +112,12 @@ def encode_all(
         for row in side:
             try:
                 is_chat = as_chat and row.prompt != ""  # a text as a whole is no answer to anything
-                whole = _encode(row, tokenizer, is_chat)
-                findings.check(whole, is_chat)
-                encoded[-1].append(whole if max_length is None else _cut(whole, tokenizer, is_chat, max_length))
+                rendered = Rendered.of(row.as_turns(), tokenizer.template) if is_chat and tokenizer.template else None
+                whole = _encode(rendered or row, tokenizer)
+                findings.check(whole, rendered)
+                encoded[-1].append(
+                    replace(whole if max_length is None else _cut(whole, tokenizer, is_chat, max_length), row=row)
+                )
             except TemplateError as error:  # kept, so that one pass names all rows that the template does not take
                 findings.see_error(row, error)
     return Encodings(encoded, findings.refused, tuple(findings.problems()))
@@ -175,14 +178,14 @@ class _Findings:
         self.warnings: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
         self._causes: dict[str, str] = {}  # by the text of an error: the part that the first such row has it from
 
-    def check(self, row: Encoded, is_chat: bool) -> None:
-        """Look at a row; raises `_Refused` where it cannot be trained on."""
+    def check(self, row: Encoded, rendered: Rendered | None) -> None:
+        """Look at a row, and at what a template made of it; raises `_Refused` where it cannot be trained on."""
         file, line, tokenizer = row.row.file, row.row.line, self.tokenizer
         highest = max((max(ids, default=0) for ids in (row.prompt_ids, *row.responses)), default=0)
         if self.token_rows is not None and highest >= self.token_rows:
             reason = f"{tokenizer.decode([highest])} ({highest}) has no row in the model: {tokenizer.against(self.token_rows)}"
             raise _Refused("tokens-outside", reason, f"take the token out, or {tokenizer.resize}")
-        for what, is_all in _omissions(row, tokenizer) if is_chat else ():
+        for what, is_all in rendered.omissions() if rendered else ():
             if is_all:
                 raise _Refused(*NOTHING)
             code, reason, fix = LEAVES_OUT
@@ -200,9 +203,9 @@ class _Findings:
         else:
             code, reason, fix = FAILS if isinstance(error, TemplateFailed) else REFUSES
             reason = f"{reason}: {error}"
-            if isinstance(error, TemplateFailed):
+            if isinstance(error, TemplateFailed) and self.tokenizer.template:
                 if str(error) not in self._causes:
-                    self._causes[str(error)] = _cause(row, self.tokenizer)
+                    self._causes[str(error)] = _cause(row.as_turns(), self.tokenizer.template)
                 reason += f", at {self._causes[str(error)]}"
         self.errors[row.file, code, reason, fix].append(row.line)
 
@@ -218,50 +221,83 @@ class _Findings:
 
 def _conversations(row: Row) -> tuple[list[Message], list[list[Message]], list[Any] | None]:
     """(the prompt's messages, those of each response, tools) as a template is given them."""
-    prompt = as_messages(row.prompt, "user")
-    return prompt, [answer_to(row.prompt, response) for response in row.responses], [dict(tool) for tool in row.tools] or None
+    responses = [as_messages(response, "assistant") for response in row.responses]
+    return as_messages(row.prompt, "user"), responses, [dict(tool) for tool in row.tools] or None
 
 
-def _omissions(encoded: Encoded, tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """What the template leaves out of a row: (the part, whether it is all of a response)."""
-    template = tokenizer.template
-    assert template is not None  # the row was rendered by it
-    prompt, responses, tools = _conversations(encoded.row)
-    asked = template.render(prompt, tools, add_generation_prompt=True)
-    for place in range(len(prompt)):
-        yield from ((part.what, False) for part in left_out(template, prompt, place, tools, asked, add_generation_prompt=True))
-    for response in responses:
-        whole = [*prompt, *response]
-        text = template.render(whole, tools)
-        start = common(asked, text)
-        parts = [part for i in range(len(prompt), len(whole)) for part in left_out(template, whole, i, tools, text, start)]
-        is_all = bool(parts) and len(parts) == sum(len([*parts_of(message)]) for message in response)
-        yield from ((part.what, is_all) for part in parts)
+@dataclass(frozen=True)
+class Rendered:
+    """A row as a chat template renders it: the prompt alone, before each response, and as it is trained on.
+
+    A template may render a prompt otherwise before a response than alone. Where it only ends sooner (no "<think>"), what both
+    have in common is the prompt. Where they part before that (Mistral's system message goes), the prompt stays as it is
+    when the model is asked, with the responses put after it; else a part of it would be in the loss.
+    """
+
+    row: Row
+    template: ChatTemplate
+    prompt: str
+    whole: tuple[str, ...]  # the prompt and a response
+    trained: tuple[str, ...]
+    is_changed: bool  # whether the template changes a prompt that a response follows
+
+    @classmethod
+    def of(cls, row: Row, template: ChatTemplate) -> Rendered:
+        """`TemplateError` where the template does not take the row, or leaves out its tools or tool calls."""
+        messages, responses, tools = _conversations(row)
+        prompt = template.render(messages, tools, add_generation_prompt=True)
+        if tools and prompt == template.render(messages, None, add_generation_prompt=True):
+            raise TemplateError("it does not know tools, and would leave them out")
+        whole = tuple(template.render([*messages, *response], tools) for response in responses)
+        for response, text in zip(responses, whole, strict=True):
+            _require_calls(template, messages, response, tools, text)
+        if all(text.startswith(prompt) for text in whole):
+            return cls(row, template, prompt, whole, whole, False)
+        one, other = (template.render([*messages, {"role": "assistant", "content": text}], tools) for text in "AB")
+        before = one[: common(one, other)]
+        if not prompt.startswith(before) and all(text.startswith(before) for text in whole):
+            return cls(row, template, prompt, whole, tuple(prompt + text.removeprefix(before) for text in whole), True)
+        return cls(row, template, prompt, whole, whole, True)
+
+    def omissions(self) -> Iterator[tuple[str, bool]]:
+        """What the template leaves out: (the part, whether it is all of a response)."""
+        prompt, responses, tools = _conversations(self.row)
+        for place in range(len(prompt)):
+            parts = left_out(self.template, prompt, place, tools, self.prompt, add_generation_prompt=True)
+            yield from ((part.what, False) for part in parts)
+        for response, text in zip(responses, self.whole, strict=True):
+            said, start = [*prompt, *response], common(self.prompt, text)
+            places = range(len(prompt), len(said))
+            found = [part for place in places for part in left_out(self.template, said, place, tools, text, start)]
+            is_all = bool(found) and len(found) == sum(len([*parts_of(message)]) for message in response)
+            yield from ((part.what, is_all) for part in found)
 
 
-def _cause(row: Row, tokenizer: Tokenizer) -> str:
-    template = tokenizer.template
-    assert template is not None
+def _require_calls(
+    template: ChatTemplate, prompt: list[Message], response: list[Message], tools: list[Any] | None, rendered: str
+) -> None:
+    """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
+    if any(message.get("tool_calls") for message in response):
+        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
+        if rendered == template.render([*prompt, *without], tools):
+            raise TemplateError("it does not know tool calls, and would leave them out")
+
+
+def _cause(row: Row, template: ChatTemplate) -> str:
+    """The part of a row that a template fails on."""
     prompt, responses, tools = _conversations(row)
-    try:
-        template.render(prompt, tools, add_generation_prompt=True)
-    except TemplateError:
+    if fails(template, prompt, tools, add_generation_prompt=True):
         return f"{cause(template, prompt, tools, add_generation_prompt=True)} of the prompt"
-    return cause(template, [*prompt, *next(r for r in responses if _fails(template, [*prompt, *r], tools))], tools)
+    said = next(whole for response in responses if fails(template, whole := [*prompt, *response], tools))
+    return cause(template, said, tools)
 
 
-def _fails(template: ChatTemplate, messages: list[Message], tools: list[Any] | None) -> bool:
-    try:
-        template.render(messages, tools)
-    except TemplateError:
-        return True
-    return False
-
-
-def _encode(row: Row, tokenizer: Tokenizer, as_chat: bool) -> Encoded:
-    if as_chat:
-        prompt, followed, is_changed = _rendered(row, tokenizer)
-        prompt_ids, *sequences = (tokenizer.encode(text, False) for text in (prompt, *followed))
+def _encode(row: Row | Rendered, tokenizer: Tokenizer) -> Encoded:
+    """A rendered row, or one of plain text, as token ids."""
+    if isinstance(row, Rendered):
+        is_changed = row.is_changed
+        prompt_ids, *sequences = (tokenizer.encode(text, False) for text in (row.prompt, *row.trained))
+        row = row.row
     else:
         is_changed = False
         assert isinstance(row.prompt, str)  # messages need a template
@@ -278,41 +314,6 @@ def _ended(text: str, eos: str) -> str:
     return text if text.rstrip().endswith(eos) else text + eos
 
 
-def _rendered(row: Row, tokenizer: Tokenizer) -> tuple[str, list[str], bool]:
-    """(prompt, prompt with each response, whether the template changes a prompt that a response follows).
-
-    A template may render a prompt otherwise before a response than alone. Where it only ends sooner (no "<think>"), what both
-    have in common is the prompt. Where they part before that (Mistral's system message goes), the prompt stays as it is
-    when the model is asked, with the responses put after it; else a part of it would be in the loss.
-    """
-    template = tokenizer.template
-    assert template is not None  # the caller has seen it
-    messages, responses, tools = _conversations(row)
-    prompt = template.render(messages, tools, add_generation_prompt=True)
-    if tools and prompt == template.render(messages, None, add_generation_prompt=True):
-        raise TemplateError("it does not know tools, and would leave them out")
-    followed = [template.render([*messages, *response], tools) for response in responses]
-    for response, text in zip(responses, followed, strict=True):
-        _require_calls(template, messages, response, tools, text)
-    if all(text.startswith(prompt) for text in followed):
-        return prompt, followed, False
-    one, other = (template.render([*messages, {"role": "assistant", "content": text}], tools) for text in "AB")
-    before = one[: common(one, other)]
-    if not prompt.startswith(before) and all(text.startswith(before) for text in followed):
-        return prompt, [prompt + text.removeprefix(before) for text in followed], True
-    return prompt, followed, True
-
-
-def _require_calls(
-    template: ChatTemplate, prompt: list[Message], response: list[Message], tools: list[Any] | None, rendered: str
-) -> None:
-    """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
-    if any(message.get("tool_calls") for message in response):
-        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
-        if rendered == template.render([*prompt, *without], tools):
-            raise TemplateError("it does not know tool calls, and would leave them out")
-
-
 def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -> Encoded:
     """The row with as much of its prompt as fits: first the oldest turns go, then the oldest text, last the system message.
 
@@ -322,8 +323,9 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -
         return whole
 
     def with_prompt(prompt: Text) -> Encoded:
-        made = _encode(replace(whole.row, prompt=prompt), tokenizer, as_chat)
-        return replace(made, row=whole.row, is_cut=True)
+        row = replace(whole.row, prompt=prompt)
+        rendered = Rendered.of(row, tokenizer.template) if as_chat and tokenizer.template else None
+        return replace(_encode(rendered or row, tokenizer), row=whole.row, is_cut=True)
 
     def fits(prompt: Text) -> bool:
         return with_prompt(prompt).length <= max_length
