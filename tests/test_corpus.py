@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trl
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import tiny_tokenizer
@@ -25,6 +27,7 @@ EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
 FAMILIES = """llama3 llama3_1 llama3_2 qwen2_5 qwen3 qwen3_8 gemma gemma3 phi3_5 cohere2 deepseekv3 deepseek_r1_distill glm4moe
 gptoss lfm2 nemotron_3_nano"""
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+OWN = ROOT / "models" / "tokenizers"  # `make tokenizers`
 
 
 class Words:
@@ -91,11 +94,20 @@ def words_of(message: dict[str, Any]) -> set[str]:
 
 @pytest.mark.parametrize("family", FAMILIES.split())
 def test_every_part_of_a_response_is_trained_on_or_named(family: str) -> None:
-    tokenizer = tiny_tokenizer()
-    loaded = Tokenizer.loaded(tokenizer)
     source = (TEMPLATES / f"{family}.jinja").read_text(encoding="utf-8")
     template = ChatTemplate(source, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
-    made = Tokenizer(loaded.encode, loaded.decode, template, loaded.eos, loaded.size, loaded.ends)
+    require_every_part(replace(Tokenizer.loaded(tiny_tokenizer()), template=template))
+
+
+@pytest.mark.parametrize("family", ["llama3_1", "qwen3", "gemma3", "mistral"])
+def test_the_same_with_the_own_tokenizer_of_a_model(family: str) -> None:
+    made = Tokenizer.in_folder(OWN / family)
+    if made is None:
+        pytest.skip("`make tokenizers` fetches the tokenizers of Llama 3.1, Qwen 3, Gemma 3 and Mistral")
+    require_every_part(made)
+
+
+def require_every_part(made: Tokenizer) -> None:
     seen = [0, 0]
 
     @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -114,7 +126,7 @@ def test_every_part_of_a_response_is_trained_on_or_named(family: str) -> None:
             return
         (one,) = encoded.sides[0]
         for key, ids in (("chosen", one.chosen_ids), ("rejected", one.rejected_ids)):
-            text = loaded.decode(ids)
+            text = made.decode(ids)
             missing = {word for word in words_of(row[key][0]) if word not in text}
             assert not missing or "template-leaves-out" in named, (missing, text)
             seen[1] += not missing

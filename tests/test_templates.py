@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from dpo_cli.data.formats import Pair
-from dpo_cli.data.tokens import encode
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.tokens import encode, encode_all
 
 PLACE = ROOT / "models" / "tokenizers"
 # What the prompt must end with, and what a response must hold.
@@ -107,3 +108,15 @@ def test_a_cut_prompt_keeps_its_markers(named: tuple[str, PreTrainedTokenizerBas
     start = tokenizer.decode(whole.prompt_ids).split("Be brief.")[0]
     assert text.startswith(start) or "Be brief." not in text or name == "mistral"  # which has it in the last turn
     assert (made.chosen_ids, made.rejected_ids) == (whole.chosen_ids, whole.rejected_ids)
+
+
+@pytest.mark.parametrize("use_chat_template", [True, False])
+def test_the_files_alone_give_the_same_ids(named: tuple[str, PreTrainedTokenizerBase], use_chat_template: bool) -> None:
+    """`validate` reads tokenizer.json and the template without transformers."""
+    name, tokenizer = named
+    files, loaded = Tokenizer.in_folder(PLACE / name), Tokenizer.loaded(tokenizer)
+    assert files is not None
+    rows = [pair(prompt) for prompt in (PROMPTS.values() if use_chat_template else [PROMPTS["text"]])]
+    (one,), (other,) = (encode_all([rows], made, use_chat_template).sides for made in (files, loaded))
+    assert [(row.prompt_ids, row.responses) for row in one] == [(row.prompt_ids, row.responses) for row in other]
+    assert (files.eos, files.ends, files.prefix, files.size) == (loaded.eos, loaded.ends, loaded.prefix, loaded.size)
