@@ -157,6 +157,11 @@ WHILE_RUNNING = {
         "reasoning before `</think>`, for R1-Distill",
         "the template leaves out a part of a message, which is named; an error where that is the whole response",
     ),
+    "earlier-reasoning": (
+        "hint",
+        "reasoning in an earlier turn, for Qwen 3",
+        "the template leaves out the reasoning of earlier turns, as it does when the model is used",
+    ),
     "no-eos": (
         "warning",
         "a template that ends a turn with another token",

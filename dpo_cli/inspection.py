@@ -164,8 +164,10 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
         Balance(loaded.config),
     )
     lengths = Lengths(foundation(str(values.get("model_name", ""))))
-    sample = Sample(*(_tokenizer_of(str(values.get("model_name", ""))) if rendered_rows else (None, None)), rendered_rows)
-    observers: dict[str, list[reader.Observer]] = {"dataset": [balance, lengths, sample], "eval_dataset": [overlap.eval_side]}
+    own = _tokenizer_of(str(values.get("model_name", ""))) if rendered_rows else (None, None)
+    sample, other_sample = Sample(*own, rendered_rows), Sample(*own, rendered_rows)
+    observers: dict[str, list[reader.Observer]] = {"dataset": [balance, lengths, sample]}
+    observers["eval_dataset"] = [overlap.eval_side, other_sample]
     observers["dataset"] += [overlap] if "eval_dataset" in given else []
     observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no other answer to compare with
     found: list[Problem] = []
@@ -183,7 +185,7 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
     is_as_it_is = use_chat_template is False or not sample.is_chat  # markers of a template are meant then
     about_texts = () if is_sft else quality.problems(data.train)
     found += (problem for problem in about_texts if not (is_as_it_is and problem.code == lint.ChatMarkers.code))
-    found += sample.problems(use_chat_template, skip)
+    found += sample.problems(use_chat_template, skip) + other_sample.problems(use_chat_template, skip)
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     pairs = reader.epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:

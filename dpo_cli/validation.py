@@ -21,6 +21,7 @@ def worst(codes: Iterable[Exit]) -> Exit:
 
 
 ROWS = 256  # that are rendered
+NOT_RENDERED = "rendered: none, since the model's tokenizer.json cannot be read here"
 
 
 def validated_file(console: Console, path: str, overrides: list[str], *options: Any) -> tuple[dict[str, Any], Exit]:
@@ -62,9 +63,7 @@ def _validated(
         console.columns(data.train.read_as)
         console.lengths(data.said)
         rendered = data.said["rendered"]
-        console.line(
-            f"rendered: {rendered} {data.train.noun}" if rendered else "rendered: none, the tokenizer is no local file"
-        )
+        console.line(f"rendered: {rendered} {data.train.noun}" if rendered else NOT_RENDERED)
     for note in plan.notes if plan else ():
         console.line(f"note: {note}")
     if memory:

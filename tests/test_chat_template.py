@@ -198,3 +198,75 @@ def test_a_rendered_text_gets_no_second_bos_or_eos(tiny_model_dir: Path) -> None
     for row in encode_all([rows], made).sides[0]:
         assert row.prompt_ids.count(1) == 1 and row.prompt_ids[0] == 1
         assert row.chosen_ids.count(fast.eos_token_id) == 1
+
+
+def test_a_response_of_which_only_the_call_is_rendered_is_no_empty_one() -> None:
+    source = (TEMPLATES[0].parent / "llama3_1.jinja").read_text(encoding="utf-8")
+    called = {"content": "Let me look.", "tool_calls": CALL["tool_calls"]}
+    found = problems(encoded(source, pair(2, called, {"content": "No."})))
+    assert ("warning", "template-leaves-out", (2,)) in found and "error" not in [severity for severity, *_ in found]
+
+
+def test_earlier_reasoning_is_left_out_as_the_template_means_it() -> None:
+    before = [USER, {"role": "assistant", "content": "<think>cold</think>No."}]
+    found = encoded(
+        (TEMPLATES[0].parent / "qwen3.jinja").read_text(encoding="utf-8"), pair(2, {"content": "A"}, {"content": "B"}, *before)
+    )
+    assert ("hint", "earlier-reasoning", (2,)) in problems(found)
+    assert not [one for one in problems(found) if one[1] == "template-leaves-out"]
+
+
+def test_metadata_that_no_template_reads_is_no_part_of_a_message() -> None:
+    found = encoded(
+        CHATML, pair(2, {"content": "No.", "timestamp": "2023-04-09 00:02:53", "name": "Bob Smith"}, {"content": "Yes."})
+    )
+    assert not found.problems
+
+
+def test_a_name_that_a_template_lacks_is_an_error_inside_it() -> None:
+    source = "{% for m in messages %}{{ m.content.text }}{{ missing.name }}{% endfor %}"
+    assert ("error", "template-fails", (2,)) in problems(encoded(source, pair(2, {"content": "No."}, {"content": "Yes."})))
+
+
+def test_many_lines_that_a_template_changes_cost_a_rendering() -> None:
+    rendered = []
+
+    class Counted(ChatTemplate):
+        def render(self, *arguments: Any, **options: Any) -> str:
+            rendered.append(1)
+            return super().render(*arguments, **options)
+
+    source = CHATML.replace("message['content']", "(message['content'] | upper)")
+    text = "\n".join(f"line number {i} of many" for i in range(2000))
+    loaded = replace(Tokenizer.loaded(tiny_tokenizer()), template=Counted(source, TOKENS))
+    found = encode_all([[pair(2, {"content": text}, {"content": "Yes."})]], loaded)
+    assert len(rendered) <= 8 and found.sides[0]
+
+
+def test_half_a_character_in_a_tool_is_an_error_of_its_row() -> None:
+    tool = {"type": "function", "function": {"name": "weather", "description": "\ud800"}}
+    row = replace(pair(2, {"content": "No."}, {"content": "Yes."}), tools=(tool,))
+    found = encoded("{{ tools | tojson }}" + CHATML, row)
+    assert ("error", "row-surrogate", (2,)) in problems(found)
+
+
+def test_the_limits_of_a_tokenizer_file_are_those_of_its_last_user(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    limited = json.loads(file.read_text(encoding="utf-8"))
+    limited["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    file.write_text(json.dumps(limited), encoding="utf-8")
+    made = Tokenizer.in_folder(tmp_path)
+    assert made is not None and len(made.encode("the cat sat on the mat " * 9, False)) > 9
+
+
+def test_tokens_that_only_files_beside_the_tokenizer_name_are_known(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": config.pop("eos_token")}), encoding="utf-8")
+    config["added_tokens_decoder"] = {**config.get("added_tokens_decoder", {}), "300": {"content": "<ex>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    made = Tokenizer.in_folder(tmp_path)
+    assert made is not None and made.eos == "<|im_end|>" and len(made.encode("<ex>", False)) == 1

@@ -19,6 +19,7 @@ from huggingface_hub.errors import GatedRepoError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from test_dpo import make_plan
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from dpo_cli.data.formats import to_pair
@@ -276,3 +277,18 @@ def test_a_file_of_a_gguf_model_needs_the_cache_too(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RunFailed, match="XDG_CACHE_HOME"):
         HuggingFace(str(write_gguf(tmp_path / "m.gguf", {}))).tokenizer()
+
+
+def test_the_tokenizer_is_that_of_its_file(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Of a byte-level tokenizer.json under a class that puts another normaliser on it (as DeepSeek-R1-Distill-Llama has it)."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizerFast"}), encoding="utf-8")
+    text = "  x\n\ny"
+    right = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    assert AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"] != right
+    provider = HuggingFace(str(folder))
+    assert provider.tokenizer()(text, add_special_tokens=False)["input_ids"] == right
+    assert provider.notes

@@ -90,27 +90,39 @@ class ChatTemplate:
         return cls(tokenizer.chat_template, tokenizer.special_tokens_map, day)
 
     @property
+    def source(self) -> str:
+        """The text of all its templates."""
+        return "\n".join(self.sources.values())
+
+    @property
     def writes_date(self) -> bool:
-        return any("strftime_now" in source for source in self.sources.values())
+        return "strftime_now" in self.source
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None = None, **options: Any) -> str:
         """The rendered conversation, under the bound; the template writes its own BOS.
 
         `TemplateError` where the template refuses the conversation, `TemplateFailed` where it fails on it.
         """
-        if any(message.get("tool_calls") for message in messages):
-            if self._wants_text is None:
-                self._wants_text = self._joins_text(messages, tools)
-            messages = [with_arguments(message, as_text=self._wants_text) for message in messages]
-        return self._rendered(messages, tools, options)
+        has_calls = any(message.get("tool_calls") for message in messages)
+        if has_calls and self._wants_text is None:
+            self._wants_text = self._joins_text(messages, tools)
+        return self._rendered(messages, tools, options, self._wants_text if has_calls else None)
 
-    def _rendered(self, messages: Sequence[Message], tools: list[Any] | None, options: Mapping[str, Any]) -> str:
+    def _rendered(
+        self, messages: Sequence[Message], tools: list[Any] | None, options: Mapping[str, Any], as_text: bool | None
+    ) -> str:
+        """With the arguments of tool calls as JSON text or as objects; None where there are none."""
         said = sum(len(str(message)) for message in messages) + len(str(tools))
         variables = {**self.tokens, "add_generation_prompt": False, "documents": None, **options}
         try:
+            given = list(messages) if as_text is None else [with_arguments(message, as_text) for message in messages]
             with bounded():
-                text = self._template(tools).render(messages=list(messages), tools=tools, **variables)
+                text = self._template(tools).render(messages=given, tools=tools, **variables)
         except FAILURES as error:
+            raise TemplateFailed(f"{type(error).__name__}: {error}") from error
+        except TemplateError as error:
+            if type(error) is TemplateError:  # which the template raises itself, about what it does not take
+                raise
             raise TemplateFailed(f"{type(error).__name__}: {error}") from error
         check_size(text, said)
         return text
@@ -137,7 +149,7 @@ class ChatTemplate:
             for message in messages
         ]
         try:
-            return self._rendered([with_arguments(message, as_text) for message in probed], tools, {})
+            return self._rendered(probed, tools, {}, as_text)
         except TemplateError:
             return ""
 

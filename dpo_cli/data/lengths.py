@@ -86,12 +86,8 @@ class Lengths:
 
 def _tokenizer(model_name: str) -> Tokenizer | None:
     """The tokenizer of a model directory."""
-    file = Path(model_name) / "tokenizer.json"
-    if not file.is_file():
+    if not (Path(model_name) / "tokenizer.json").is_file():
         return None
-    from tokenizers import Tokenizer
+    from dpo_cli.data.tokenizer import fast_tokenizer
 
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception:  # the library's only class of error: characters are counted, and the model's loading says what is wrong
-        return None
+    return fast_tokenizer(Path(model_name))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,80 +18,125 @@ from dpo_cli.data.chat_template import PROBE, ChatTemplate
 from dpo_cli.data.messages import REASONING, Message, with_arguments
 
 TAGS = r"think|thinking|thought|reasoning|reflection"
-THOUGHT = re.compile(
-    rf"(?:<({TAGS})>|\[THINK\]|\A)((?:(?!<(?:{TAGS})>).)*?)(?:</(?:{TAGS})>|\[/THINK\])", re.DOTALL | re.IGNORECASE
-)
-MOST_LINES = 200  # of a part that are looked at one by one
+OPENING = rf"<(?:{TAGS})>|\[THINK\]"
+THOUGHT = re.compile(rf"(?:{OPENING}|\A)((?:(?!{OPENING}).)*?)(?:</(?:{TAGS})>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
+MOST_RENDERED = 16  # parts that are tried one by one, where a template does not take them all changed at once
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a message: what it is, its texts, and the message with one of them replaced."""
+    """A part of a message: what it is, its texts, the key that it stands under, and whether it is reasoning."""
 
     what: str
     texts: tuple[str, ...]
     key: str = "content"
+    is_reasoning: bool = False
 
 
-def parts_of(message: Message) -> Iterator[Part]:
-    """The parts of a message that a model could learn from."""
+def parts_of(message: Message, source: str) -> Iterator[Part]:
+    """The parts of a message that a model could learn from; of other keys those that the `source` of a template names."""
     role, content = message["role"], message["content"]
-    thoughts = [match for match in THOUGHT.finditer(content) if match[2].strip()] if role == "assistant" else []
+    thoughts = [match for match in THOUGHT.finditer(content) if match[1].strip()] if role == "assistant" else []
     said, at = [], 0
     for match in thoughts:
         said.append(content[at : match.start()])
         at = match.end()
         opening = (
-            f"between {content[match.start() : match.start(2)].strip()} and" if match.start(2) > match.start() else "before"
+            f"between {content[match.start() : match.start(1)].strip()} and" if match.start(1) > match.start() else "before"
         )
-        yield Part(f"what stands {opening} {content[match.end(2) : match.end()].strip()}", (match[2].strip(),))
+        what = f"what stands {opening} {content[match.end(1) : match.end()].strip()}"
+        yield Part(what, (match[1].strip(),), is_reasoning=True)
     said.append(content[at:])
     if texts := tuple(text.strip() for text in said if text.strip()):
         yield Part(f"the {role} message" if role != "tool" else "the result of a tool", texts)
     for key, value in message.items():
-        is_prose = isinstance(value, str) and (key in REASONING or " " in value.strip())
-        if key not in ("role", "content") and is_prose and value.strip():
-            yield Part(f'"{key}" of the {role} message', (value.strip(),), key)
+        is_meant = key in REASONING or (key not in ("role", "content", "name") and re.search(rf"\b{re.escape(key)}\b", source))
+        if is_meant and isinstance(value, str) and value.strip():
+            yield Part(f'"{key}" of the {role} message', (value.strip(),), key, key in REASONING)
+    for call in message.get("tool_calls") or ():
+        yield Part("a tool call", tuple(_said_by(call)), "tool_calls")
 
 
 def left_out(
     template: ChatTemplate,
     messages: list[Message],
-    place: int,
+    places: Sequence[int],
     tools: list[Any] | None,
     rendered: str,
     start: int = 0,
     **options: Any,
-) -> Iterator[Part]:
-    """The parts of the message at `place` that are not in the `rendered` conversation, where it stands after `start`."""
-    message, at = messages[place], start
+) -> list[Part]:
+    """The parts of the messages at `places` that are not in the `rendered` conversation, where these stand after `start`.
 
-    def is_seen(altered: Message) -> bool:
+    Parts that do not stand there as they are written are changed, all at once, and the conversation is rendered again.
+    """
+    suspects = [found for place in places for found in _suspects(messages[place], place, rendered, start, template.source)]
+    if not suspects:
+        return []
+
+    def unseen(tried: Sequence[_Suspect]) -> list[_Suspect] | None:
+        altered = list(messages)
+        for suspect in tried:
+            altered[suspect.place] = suspect.changed(altered[suspect.place])
         try:
-            return template.render([*messages[:place], altered, *messages[place + 1 :]], tools, **options) != rendered
-        except TemplateError:  # it reads the part, and does not take this one
-            return True
+            text = template.render(altered, tools, **options).lower()
+        except TemplateError:  # it reads them, and does not take these
+            return None
+        return [suspect for suspect in tried if not all(probe in text for probe in suspect.probes)]
 
-    for part in parts_of(message):
+    found = unseen(suspects)
+    if found is None:
+        found = [one for suspect in suspects[:MOST_RENDERED] for one in unseen([suspect]) or ()]
+    return [suspect.part for suspect in found]
+
+
+@dataclass(frozen=True)
+class _Suspect:
+    """A part that does not stand in a rendering as it is written, and what is put in the place of its texts to look for."""
+
+    part: Part
+    place: int
+    texts: tuple[str, ...]
+    number: int  # of the part in its message; of a tool call among the calls
+    probes: tuple[str, ...]
+
+    def changed(self, message: Message) -> Message:
+        """The message with a probe in place of each text."""
+        if self.part.key == "tool_calls":
+            calls = list(message["tool_calls"])
+            name, argument = self.probes
+            calls[self.number] = {**calls[self.number], "function": {"name": name, "arguments": {argument: argument}}}
+            return {**message, "tool_calls": calls}
+        value = message[self.part.key]
+        for text, probe in zip(self.texts, self.probes, strict=True):
+            value = value.replace(text, probe, 1)
+        return {**message, self.part.key: value}
+
+
+def _suspects(message: Message, place: int, rendered: str, start: int, source: str) -> Iterator[_Suspect]:
+    at, calls = start, 0
+    for number, part in enumerate(parts_of(message, source)):
+        if part.key == "tool_calls":
+            if not all(_stands_in(rendered, text) for text in part.texts):
+                yield _Suspect(part, place, (), calls, (f"{PROBE}{place}c{calls}n", f"{PROBE}{place}c{calls}a"))
+            calls += 1
+            continue
+        missing: list[str] = []
         for text in part.texts:
             found = rendered.find(text, at if part.key == "content" else start)
-            if found < 0 and any(not is_seen(_replaced(message, part.key, line)) for line in _missing(text, rendered)):
-                yield part
-                break
-            at = found + len(text) if found >= 0 and part.key == "content" else at
-    for number, call in enumerate(message.get("tool_calls") or ()):
-        if not all(_stands_in(rendered, text) for text in _said_by(call)) and not is_seen(_with_other_call(message, number)):
-            yield Part("a tool call", ())
+            if found < 0:
+                missing += _lines_not_in(rendered, text) or [text]
+            elif part.key == "content":
+                at = found + len(text)
+        if missing:
+            probes = tuple(f"{PROBE}{place}p{number}t{i}x" for i in range(len(missing)))
+            yield _Suspect(part, place, tuple(missing), number, probes)
 
 
-def _missing(text: str, rendered: str) -> Iterator[str]:
-    """The lines of a part that are not in the rendering; the part as a whole where they all are."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()][:MOST_LINES]
-    yield from [line for line in lines if line not in rendered] or [text]
-
-
-def _replaced(message: Message, key: str, text: str) -> Message:
-    return {**message, key: message[key].replace(text, PROBE, 1)}
+def _lines_not_in(rendered: str, text: str) -> list[str]:
+    """The lines of a text that are not in a rendering, the longest first, since one may hold another."""
+    lines = {line.strip() for line in text.splitlines()}
+    return sorted((line for line in lines if line and line not in rendered), key=len, reverse=True)
 
 
 def _said_by(call: Mapping[str, Any]) -> Iterator[str]:
@@ -112,12 +157,6 @@ def _said_by(call: Mapping[str, Any]) -> Iterator[str]:
 def _stands_in(rendered: str, text: str) -> bool:
     """Whether a text is in a rendering, as it is or as JSON writes it."""
     return any(form in rendered for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]))
-
-
-def _with_other_call(message: Message, number: int) -> Message:
-    calls = list(message["tool_calls"])
-    calls[number] = {**calls[number], "function": {"name": PROBE, "arguments": {PROBE: PROBE}}}
-    return {**message, "tool_calls": calls}
 
 
 def fails(template: ChatTemplate, messages: list[Message], tools: list[Any] | None, **options: Any) -> bool:

@@ -14,9 +14,11 @@ from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.hub import is_hub_id
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Fast
     from transformers import PreTrainedTokenizerBase
 
 CONFIG, FAST, TEMPLATE, GENERATION = "tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"
+SPECIAL, ADDED = "special_tokens_map.json", "added_tokens.json"  # of older versions of transformers
 PROBE = "a"  # a text that every tokenizer has a token for
 
 
@@ -46,16 +48,12 @@ class Tokenizer:
     @classmethod
     def in_folder(cls, folder: Path, day: date | None = None) -> Tokenizer | None:
         """Of the files in a model's folder; None where they do not tell enough without transformers."""
-        if not (folder / FAST).is_file() or not (folder / CONFIG).is_file():
+        if (fast := fast_tokenizer(folder)) is None or not (folder / CONFIG).is_file():
             return None
-        from tokenizers import Tokenizer as Fast
-
-        try:
-            config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            fast = Fast.from_file(str(folder / FAST))
-        except Exception:  # the library's only class of error; the model's loading says what is wrong
-            return None
-        tokens = {name: _content(value) for name, value in config.items() if name.endswith("_token") and _content(value)}
+        config = _object(folder / CONFIG)
+        named = {**_object(folder / SPECIAL), **config}
+        tokens = {name: _content(value) for name, value in named.items() if name.endswith("_token") and _content(value)}
+        _add_missing(fast, config, _object(folder / ADDED))
         eos = tokens.get("eos_token")
         eos_id = fast.token_to_id(eos) if eos else None
         if eos is None or eos_id is None:
@@ -90,6 +88,43 @@ class Tokenizer:
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
 
 
+def fast_tokenizer(folder: Path) -> Fast | None:
+    """The tokenizer.json of a folder, as transformers uses it: without the limits that its last user had set."""
+    if not (folder / FAST).is_file():
+        return None
+    from tokenizers import Tokenizer as Fast
+
+    try:
+        fast = Fast.from_file(str(folder / FAST))
+    except Exception:  # the library's only class of error; the model's loading says what is wrong
+        return None
+    fast.no_truncation()
+    fast.no_padding()
+    return fast
+
+
+def _add_missing(fast: Fast, config: dict[str, Any], added: dict[str, Any]) -> None:
+    """Give a tokenizer the tokens that only the files beside it name, as transformers does."""
+    from tokenizers import AddedToken
+
+    decoder = config.get("added_tokens_decoder") or {}
+    named = [_content(decoder[number]) for number in sorted(decoder, key=int)] + sorted(added, key=lambda token: added[token])
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        value = config.get(key) or ()
+        named += [_content(token) for token in (value.values() if isinstance(value, dict) else value)]
+    missing = [token for token in dict.fromkeys(named) if token and fast.token_to_id(token) is None]
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an empty one where there is none, or it is damaged, which the model's loading reports."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def _content(value: Any) -> str:
     """A special token, which is a string or an object."""
     value = value.get("content") if isinstance(value, dict) else value
@@ -121,5 +156,5 @@ def _beside(name: str) -> Path | None:
 
 def _ends(eos: int, file: Path | None) -> frozenset[int]:
     """The ids of EOS and of the other tokens that end an answer, by a generation_config.json where there is one."""
-    known = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file is not None and file.is_file() else None
+    known = _object(file).get("eos_token_id") if file is not None else None
     return frozenset({eos, *(known if isinstance(known, list) else [] if known is None else [known])})

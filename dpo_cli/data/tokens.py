@@ -19,7 +19,7 @@ from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.formats import Row
 from dpo_cli.data.messages import Message, Text, as_messages
-from dpo_cli.data.omissions import cause, fails, left_out, parts_of
+from dpo_cli.data.omissions import Part, cause, fails, left_out, parts_of
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.errors import InvalidInput, Problem, Severity
 
@@ -120,6 +120,8 @@ def encode_all(
                 )
             except TemplateError as error:  # kept, so that one pass names all rows that the template does not take
                 findings.see_error(row, error)
+            except UnicodeEncodeError:
+                findings.see_error(row, _Refused(*SURROGATE))
     return Encodings(encoded, findings.refused, tuple(findings.problems()))
 
 
@@ -140,7 +142,7 @@ def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_templa
 REFUSES = (
     "template-refuses",
     "the model's chat template refuses them",
-    "delete these rows, or change their roles to what the model knows",
+    "delete these rows, or write them as the template takes them",
 )
 FAILS = (
     "template-fails",
@@ -153,6 +155,26 @@ LEAVES_OUT = (
     "template-leaves-out",
     "the chat template leaves out",
     "the model does not see it: take a model whose template has it, or take it out",
+)
+EARLIER = (
+    "earlier-reasoning",
+    "the chat template leaves out",
+    "nothing is to be done: the model does not see the reasoning of earlier turns when it is used either",
+)
+TOOLS = (
+    "template-refuses",
+    "the model's chat template does not know tools, and would leave them out",
+    "take a model whose template has tools, or take them out of these rows",
+)
+CALLS = (
+    "template-refuses",
+    "the model's chat template does not know tool calls, and would leave them out",
+    "take a model whose template has tool calls, or delete these rows",
+)
+SURROGATE = (
+    "row-surrogate",
+    "the row holds half of a surrogate pair, which is not a character",
+    "correct it, or delete these rows",
 )
 NO_EOS = (
     "no-eos",
@@ -175,7 +197,7 @@ class _Findings:
     def __init__(self, tokenizer: Tokenizer, token_rows: int | None, skip: bool) -> None:
         self.tokenizer, self.token_rows, self.skip, self.refused = tokenizer, token_rows, skip, 0
         self.errors: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)  # file, code, reason, fix
-        self.warnings: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)
+        self.notes: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)  # of rows that are trained on
         self._causes: dict[str, str] = {}  # by the text of an error: the part that the first such row has it from
 
     def check(self, row: Encoded, rendered: Rendered | None) -> None:
@@ -185,16 +207,16 @@ class _Findings:
         if self.token_rows is not None and highest >= self.token_rows:
             reason = f"{tokenizer.decode([highest])} ({highest}) has no row in the model: {tokenizer.against(self.token_rows)}"
             raise _Refused("tokens-outside", reason, f"take the token out, or {tokenizer.resize}")
-        for what, is_all in rendered.omissions() if rendered else ():
+        for part, where, is_all in rendered.omissions() if rendered else ():
             if is_all:
                 raise _Refused(*NOTHING)
-            code, reason, fix = LEAVES_OUT
-            self.warnings[file, code, f"{reason} {what}", fix].append(line)
+            code, reason, fix = EARLIER if part.is_reasoning and where == "the prompt" else LEAVES_OUT
+            self.notes[file, code, f"{reason} {part.what}, in {where}", fix].append(line)
         if len(row.responses) == 2 and row.chosen_ids == row.rejected_ids:
             raise _Refused(*SAME)
         if any(tokenizer.ends.isdisjoint(ids) for ids in row.responses):
             code, reason, fix = NO_EOS
-            self.warnings[file, code, f"{reason} ({tokenizer.eos!r})", fix].append(line)
+            self.notes[file, code, f"{reason} ({tokenizer.eos!r})", fix].append(line)
 
     def see_error(self, row: Row, error: TemplateError) -> None:
         self.refused += 1
@@ -215,8 +237,9 @@ class _Findings:
             yield about_rows(
                 severity, code, reason, "left out of the training" if self.skip else fix, "dataset", file, sorted(set(lines))
             )
-        for (file, code, reason, fix), lines in self.warnings.items():
-            yield about_rows("warning", code, reason, fix, "dataset", file, sorted(set(lines)))
+        for (file, code, reason, fix), lines in self.notes.items():
+            severity = "hint" if code == EARLIER[0] else "warning"
+            yield about_rows(severity, code, reason, fix, "dataset", file, sorted(set(lines)))
 
 
 def _conversations(row: Row) -> tuple[list[Message], list[list[Message]], list[Any] | None]:
@@ -247,7 +270,7 @@ class Rendered:
         messages, responses, tools = _conversations(row)
         prompt = template.render(messages, tools, add_generation_prompt=True)
         if tools and prompt == template.render(messages, None, add_generation_prompt=True):
-            raise TemplateError("it does not know tools, and would leave them out")
+            raise _Refused(*TOOLS)
         whole = tuple(template.render([*messages, *response], tools) for response in responses)
         for response, text in zip(responses, whole, strict=True):
             _require_calls(template, messages, response, tools, text)
@@ -259,18 +282,17 @@ class Rendered:
             return cls(row, template, prompt, whole, tuple(prompt + text.removeprefix(before) for text in whole), True)
         return cls(row, template, prompt, whole, whole, True)
 
-    def omissions(self) -> Iterator[tuple[str, bool]]:
-        """What the template leaves out: (the part, whether it is all of a response)."""
+    def omissions(self) -> Iterator[tuple[Part, str, bool]]:
+        """What the template leaves out: (the part, of the prompt or of a response, whether it is all of a response)."""
         prompt, responses, tools = _conversations(self.row)
-        for place in range(len(prompt)):
-            parts = left_out(self.template, prompt, place, tools, self.prompt, add_generation_prompt=True)
-            yield from ((part.what, False) for part in parts)
+        for part in left_out(self.template, prompt, range(len(prompt)), tools, self.prompt, add_generation_prompt=True):
+            yield part, "the prompt", False
         for response, text in zip(responses, self.whole, strict=True):
             said, start = [*prompt, *response], common(self.prompt, text)
-            places = range(len(prompt), len(said))
-            found = [part for place in places for part in left_out(self.template, said, place, tools, text, start)]
-            is_all = bool(found) and len(found) == sum(len([*parts_of(message)]) for message in response)
-            yield from ((part.what, is_all) for part in found)
+            found = left_out(self.template, said, range(len(prompt), len(said)), tools, text, start)
+            is_all = bool(found) and len(found) == sum(len([*parts_of(message, self.template.source)]) for message in response)
+            for part in found:
+                yield part, "a response", is_all
 
 
 def _require_calls(
@@ -280,7 +302,7 @@ def _require_calls(
     if any(message.get("tool_calls") for message in response):
         without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
         if rendered == template.render([*prompt, *without], tools):
-            raise TemplateError("it does not know tool calls, and would leave them out")
+            raise _Refused(*CALLS)
 
 
 def _cause(row: Row, template: ChatTemplate) -> str:
@@ -296,6 +318,8 @@ def _encode(row: Row | Rendered, tokenizer: Tokenizer) -> Encoded:
     """A rendered row, or one of plain text, as token ids."""
     if isinstance(row, Rendered):
         is_changed = row.is_changed
+        for text in (row.prompt, *row.trained):
+            text.encode()  # a tool may hold what is no character
         prompt_ids, *sequences = (tokenizer.encode(text, False) for text in (row.prompt, *row.trained))
         row = row.row
     else:

@@ -21,10 +21,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import cached_file
 
 from dpo_cli import hub
+from dpo_cli.data.tokenizer import fast_tokenizer
 from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware import foreign, generation, gguf
@@ -38,6 +40,8 @@ from dpo_cli.providers.hub import answers, revision
 from dpo_cli.providers.made import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
+
+PROBE = "  two blanks\n\na line\tand é, ж, 中 and 1234"  # texts that tokenizers are known to treat in different ways
 
 
 class HuggingFace:
@@ -64,13 +68,31 @@ class HuggingFace:
         adapter = adapter_at(self.name)
         has_own = adapter is not None and (adapter.directory / "tokenizer_config.json").is_file()
         source = str(adapter.directory) if adapter and has_own else self.source
-        tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, source))
+        tokenizer = self._as_in_its_file(cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, source)), source)
         tokenizer.init_kwargs.pop("auto_map", None)  # names of code that is not run, and would be written with the adapter
         if tokenizer.eos_token is None:
             raise RunFailed(f"the tokenizer of {self.name} names no EOS token", "use an instruct model")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    def _as_in_its_file(self, tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
+        """The tokenizer, or the one of its tokenizer.json where the class that tokenizer_config.json names gives other ids.
+
+        transformers 5.17 builds a LlamaTokenizerFast with its own normaliser, which drops blanks of a byte-level vocabulary.
+        """
+        fast = fast_tokenizer(Path(source))
+
+        def agrees(made: PreTrainedTokenizerBase) -> bool:
+            return fast is None or list(made(PROBE, add_special_tokens=False)["input_ids"]) == fast.encode(PROBE, False).ids
+
+        if agrees(tokenizer):
+            return tokenizer
+        plain = cast(PreTrainedTokenizerBase, self._load(PreTrainedTokenizerFast, source))
+        if not agrees(plain):
+            return tokenizer
+        self.notes.append(f"the tokenizer is that of tokenizer.json: {type(tokenizer).__name__} gives other tokens")
+        return plain
 
     def token_rows(self) -> int | None:
         rows = text_part(self._read(self.source, "config.json")).get("vocab_size")
