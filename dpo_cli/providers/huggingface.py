@@ -84,7 +84,10 @@ class HuggingFace:
         fast = fast_tokenizer(Path(source))
 
         def agrees(made: PreTrainedTokenizerBase) -> bool:
-            return fast is None or list(made(PROBE, add_special_tokens=False)["input_ids"]) == fast.encode(PROBE, False).ids
+            return (
+                fast is None
+                or list(made(PROBE, add_special_tokens=False)["input_ids"]) == fast.encode(PROBE, add_special_tokens=False).ids
+            )
 
         if agrees(tokenizer):
             return tokenizer
