@@ -228,7 +228,7 @@ class HuggingFace:
             self._require_no_adapter(source)
             self._require_no_code(source)
             options |= {"trust_remote_code": False, "local_files_only": self.only_local}
-            if auto in (AutoTokenizer, AutoConfig):
+            if auto in (AutoTokenizer, AutoConfig, PreTrainedTokenizerFast):
                 return auto.from_pretrained(source, **options)
             return self._load_whole(auto, source, **options)
         except ImportError as error:  # transformers asks for the package only now
