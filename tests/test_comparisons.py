@@ -174,6 +174,64 @@ def test_a_row_of_several_responses_makes_several_pairs_and_one_demonstration(tm
     assert (data.rows, data.pairs, shown.pairs) == (1, 2, 1)
 
 
+SIDES = {"prompt": "q", "response_a": "no", "response_b": "yes"}
+ASKED = {"fields": SIDES, "responses": {}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gold": "response_b", "shown_first": "response_a"},
+        {"preferredByHumans": "B", "longer": "response_a"},
+        {"final_vote": "response b", "worse": "response_a"},
+        {"score_a": 1, "score_b": 2, "length_score_a": 9, "length_score_b": 3, "toxicity_score_a": 1, "toxicity_score_b": 0},
+        {"helpful_score_a": 1, "helpful_score_b": 2, "harm_score_a": 0.9, "harm_score_b": 0.1},
+        {"harmlessness_score_a": 1, "harmlessness_score_b": 2},
+        {"overall_score_a": 1, "overall_score_b": 2, "style_score_a": 4, "style_score_b": 1},
+    ],
+)
+def test_names_say_which_response_is_better(more: dict[str, Any]) -> None:
+    assert [pair.chosen for pair in to_pairs({**SIDES, **more}, 1)] == ["yes"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({name: "response_a"} for name in ("worse", "loser", "rejected", "worst", "shown_first", "first_shown", "reference")),
+        *({name: "response_a"} for name in ("baseline", "longer", "not_preferred", "least_preferred", "dispreferred")),
+        {"category": "summary a"},
+        {"gold": "response_a", "final_vote": "response_b"},
+        *(
+            {f"{what}_score_a": 0.9, f"{what}_score_b": 0.1}
+            for what in ("toxicity", "harmful", "length", "perplexity", "error")
+        ),
+        {"style_score_a": 4, "style_score_b": 1, "truth_score_a": 1, "truth_score_b": 4},
+    ],
+)
+def test_a_value_alone_makes_no_response_the_better_one(more: dict[str, Any]) -> None:
+    with pytest.raises(BadRow) as caught:
+        to_pairs({**SIDES, **more}, 1)
+    assert caught.value.code == "row-label"
+
+
+def test_what_names_the_worse_response_is_read_with_its_labels_exchanged(tmp_path: Path) -> None:
+    rows = [{**SIDES, "worse": "response_a"}]
+    (problem,) = [problem for problem in dataset(rows, tmp_path).problems if problem.severity == "error"]
+    stated = {"preferred": "worse", "labels": ["response_b", "response_a"]}
+    assert json.dumps(stated) in problem.message
+    assert answers(rows, tmp_path, {"responses": ["response_a", "response_b"], **stated}) == ["yes"]
+    assert answers(rows, tmp_path, stated) == ["yes"]
+
+
+@pytest.mark.parametrize("questions", [{"worse": "response_a"}, {"length": "response_a", "tone": "response_b"}])
+def test_a_question_of_another_matter_is_no_label(questions: dict[str, str]) -> None:
+    given = {name: [{"value": value}] for name, value in questions.items()}
+    with pytest.raises(BadRow):
+        to_pairs({**ASKED, "responses": given}, 1)
+    given["which_is_better"] = [{"value": "response_b"}]
+    assert [pair.chosen for pair in to_pairs({**ASKED, "responses": given}, 1)] == ["yes"]
+
+
 @pytest.mark.parametrize(
     "row",
     [
