@@ -16,6 +16,7 @@ from dpo_cli.data.reader import Dataset, read
 TWO = {"prompt": "q", "output_1": "yes", "output_2": "no"}
 BACK = {"prompt": "q", "output_1": "no", "output_2": "yes"}
 UNANSWERED = {"prompt": "q", "response_1": "no", "response_2": "yes"}
+SIDES = {"prompt": "q", "response_a": "no", "response_b": "yes"}
 PAIRWISE = {"value": {"selected": "right"}, "from_name": "pw", "to_name": ["answer1", "answer2"], "type": "pairwise"}
 
 READ = {
@@ -136,14 +137,51 @@ def test_labels_that_may_count_from_either_are_an_error_until_they_are_stated(tm
     assert answers(rows, tmp_path, {"labels": [0, 1]}) == ["no"] * 2
 
 
-@pytest.mark.parametrize("values", [[0, 1, 2], [-1, 1], [True, False]])
+@pytest.mark.parametrize(
+    "values", [[0, 1, 2], [-1, 1], [True, False], [1, 2, 3, 4, 5], [1, 2, 2, 4], [2, 1, 7], ["1", "2", "3"]]
+)
 def test_labels_that_have_two_meanings_are_not_guessed(tmp_path: Path, values: list[Any]) -> None:
     found = dataset([{**TWO, "label": value} for value in values], tmp_path).problems
     assert [problem.code for problem in found if problem.severity == "error"] == ["row-label-unclear"]
 
 
+def test_a_scale_is_no_number_of_a_response(tmp_path: Path) -> None:
+    rows = [{**TWO, "preference": value} for value in (0.8, 0.0, 1.0)]
+    found = {problem.code: problem.lines or (problem.line,) for problem in dataset(rows, tmp_path).problems}
+    assert (found["row-label-unclear"], found["row-label"]) == ((2, 3), (1,))
+    scale = [{**(TWO if value < 3 else BACK), "preference": value} for value in (1, 2, 3, 4, 5)]
+    assert answers(scale, tmp_path, {"labels": [[1, 2], [4, 5], 3]}) == ["yes"] * 4
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**SIDES, "chosen": "response_b", "rejected": "response_a"},
+        {**SIDES, "chosen": "B", "rejected": "A"},
+        {"prompt": "q", "response_1": "no", "response_2": "yes", "chosen": "2", "rejected": "1"},
+        {"prompt": "q", "response_1": "no", "response_2": "yes", "chosen": 2, "rejected": 1},
+        {"question": "q", "answer_0": "no", "answer_1": "so", "answer_2": "yes", "chosen": "answer 2", "rejected": "answer_0"},
+        {"conversation_a": USER + NO, "conversation_b": USER + YES, "chosen": "b", "rejected": "a"},
+    ],
+)
+def test_chosen_and_rejected_may_name_the_responses(tmp_path: Path, row: dict[str, Any]) -> None:
+    data = dataset([row], tmp_path)
+    assert [tuple(map(flat, (pair.prompt, *pair.responses))) for pair in data.load()] == [("q", "yes", "no")]
+    assert [problem.code for problem in data.problems] == ["rows-read-as"]
+    assert data.read_as["read"]["chosen"] == "label" and "response" in data.read_as["read"].values()
+    assert flat(to_demonstration(row, 1).completion) == "yes"
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"response_1": "no"}, {"chosen": "1", "rejected": "1.5"}, {"chosen": "b", "rejected": "so"}]
+)
+def test_short_answers_are_no_names(more: dict[str, Any]) -> None:
+    row = {"prompt": "q", "chosen": "B", "rejected": "A", "source": "x", **(SIDES if "chosen" in more else {}), **more}
+    assert [(pair.chosen, pair.rejected) for pair in to_pairs(row, 1)] == [(row["chosen"], row["rejected"])]
+
+
 def test_unknown_values_are_bad_rows_and_ties_are_counted(tmp_path: Path) -> None:
-    rows = [{**TWO, "label": value} for value in (1, 2, "tie", 7, "maybe", "tie")]
+    rows = [{**TWO, "label": value} for value in (1, 2, "tie", "seven", "maybe", "tie")]
     found = {problem.code: problem for problem in dataset(rows, tmp_path).problems}
     assert found["row-label"].lines == (4, 5) and "'maybe'" in found["row-label"].message
     assert (found["row-tie"].severity, found["row-tie"].lines) == ("warning", (3, 6))
@@ -174,7 +212,6 @@ def test_a_row_of_several_responses_makes_several_pairs_and_one_demonstration(tm
     assert (data.rows, data.pairs, shown.pairs) == (1, 2, 1)
 
 
-SIDES = {"prompt": "q", "response_a": "no", "response_b": "yes"}
 ASKED = {"fields": SIDES, "responses": {}}
 
 
@@ -287,6 +324,32 @@ def test_columns_that_may_matter_are_warned_of(tmp_path: Path, row: dict[str, An
 def test_columns_that_are_read_or_say_nothing_new_give_no_warning(tmp_path: Path, row: dict[str, Any]) -> None:
     found = dataset([{"chosen": "yes", "rejected": "no", **row}], tmp_path).problems
     assert [problem for problem in found if problem.severity != "hint"] == []
+
+
+ALPACA = {"instruction": "q", "input": "", "output": "yes", "text": "### Instruction:\nq\n\n### Response:\nyes"}
+
+
+@pytest.mark.parametrize(
+    ("row", "taken"),
+    [
+        (ALPACA, "output"),
+        ({"conversations": USER + YES, "text": "<user>q<assistant>yes"}, "conversations"),
+        ({"prompt": "q", "completion": "yes", "text": "q yes"}, "completion"),
+    ],
+)
+def test_a_text_beside_what_it_repeats_is_not_learned(tmp_path: Path, row: dict[str, Any], taken: str) -> None:
+    data = dataset([row], tmp_path, sft=True)
+    (shown,) = data.load()
+    assert (flat(shown.prompt), flat(shown.responses[0])) == ("q", "yes")
+    (hint,) = data.problems
+    assert hint.code == "rows-read-as" and f"{taken} is learned, and text is not" in hint.message
+    assert "text" in data.read_as["unread"]
+
+
+def test_a_text_is_learned_where_it_is_named_or_alone(tmp_path: Path) -> None:
+    for row, columns in ((ALPACA, {"text": "text"}), ({"text": ALPACA["text"], "output": "yes"}, None)):
+        (shown,) = dataset([row], tmp_path, columns, sft=True).load()
+        assert (shown.prompt, shown.responses) == ("", (ALPACA["text"],))
 
 
 def test_unwanted_demonstrations_are_warned_of_and_classes_are_not(tmp_path: Path) -> None:

@@ -217,8 +217,9 @@ class Layout:
     def _unclear(self) -> str:
         one, other = self._names()[:2]
         return (
-            f'the values of "{self.label}" do not tell which of {one} and {other} they mean (numbers count from 0 or from 1): '
-            'say it with "columns": {"labels": [0, 1]} or {"labels": [1, 2]}, a value for each response in this order'
+            f'the values of "{self.label}" do not tell which of {one} and {other} they mean (numbers count from 0 or from 1, '
+            'or are a scale): say it with "columns": {"labels": [0, 1]} or {"labels": [1, 2]}, a value for each response in '
+            'this order; or {"labels": [[1, 2], [4, 5], 3]}, several for each, and one for ties'
         )
 
     def _named(self, said: str) -> int | None:
@@ -269,19 +270,34 @@ def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> La
     return Layout(prompt, responses, label, scores, which, labels, start)
 
 
+def members_named(row: Row, values: Sequence[Any]) -> tuple[str, ...] | None:
+    """The columns of the responses that these values name, each another one; None where the values are something else."""
+    if any((isinstance(value, str) and len(value) >= LONGEST_NAME) or not isinstance(value, str | int) for value in values):
+        return None
+    responses, which = _family(row) or ((), ())
+    trial, said = Layout((), responses, None, (), which), [plain_value(value) for value in values]
+    places = [which.index(one) if one in which else trial._named(one) for one in said]
+    named = tuple(responses[place] for place in places if place is not None and place < len(responses))
+    return named if len(set(named)) == len(values) else None
+
+
 def start_of(layouts: Iterable[tuple[Layout, Row]]) -> int | None:
-    """The number by which all labels of a file together call the first response; None where they do not tell."""
+    """The number by which all labels of a file together call the first response.
+
+    None where they do not tell, or where another number or a fraction says that they are a scale.
+    """
     numbers: set[int] = set()
-    most = 2
+    most, has_fractions = 2, False
     for layout, row in layouts:
         most = max(most, len(layout.responses) if len(layout.responses) > 1 else len(row.get(layout.responses[0]) or ()))
         value = row.get(layout.label or "")
         for vote in value if isinstance(value, list) else [value]:
-            number = _integer(plain_value(vote))
+            said = plain_value(vote)
+            number = _integer(said)
             numbers |= {number} if number is not None else set()
-    if min(numbers, default=-1) < 0 or (0 in numbers) == (most in numbers):
-        return None
-    return 0 if 0 in numbers else 1
+            has_fractions |= number is None and _is_number(said)
+    starts = [start for start in (0, 1) if numbers <= {*range(start, start + most)}]
+    return starts[0] if numbers and len(starts) == 1 and not has_fractions else None
 
 
 def prompt_of(row: Row) -> Any:

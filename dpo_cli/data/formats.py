@@ -144,7 +144,7 @@ class Read:
 def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
     """A parsed row as it is read, or `BadRow`. A demonstration of a row with several responses is the best one."""
     columns = columns or {}
-    if demonstrations and (shown := _shown(renamed(row, columns), line, file)) is not None:
+    if demonstrations and (shown := _shown(renamed(row, columns), line, file, "text" in columns)) is not None:
         return shown
     try:
         shape, written, export = _shape_of(row, columns)
@@ -250,9 +250,9 @@ def to_demonstration(row: Any, line: int, file: str = "", columns: Columns | Non
     return read_row(row, line, file, columns, demonstrations=True).rows[0]  # type: ignore[return-value]
 
 
-def _shown(row: Written, line: int, file: str) -> Read | None:
-    """A row that is a demonstration; None of another row."""
-    learned = _learned(row)
+def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
+    """A row that is a demonstration; None of another row. `is_text`: "columns" names a text."""
+    learned = _learned(row, is_text)
     if learned is None:
         return None
     asking, answer, reads = learned
@@ -266,24 +266,30 @@ def _shown(row: Written, line: int, file: str) -> Read | None:
         prompt, completion = as_messages(prompt, "user"), answer_to(prompt, completion)
     if isinstance(completion, list) and "completion" in reads.values():
         _check_roles(prompt, {"completion": completion})
-    return Read((Demonstration(prompt, completion, line, file, tools, category),), None, row, row, lambda: _common(row) | reads)
+    taken = next(name for name, meaning in reads.items() if meaning != "prompt")
+    says = f"demonstrations: {taken} is learned, and text is not" if isinstance(row.get("text"), str) else None
+    return Read((Demonstration(prompt, completion, line, file, tools, category),), says, row, row, lambda: _common(row) | reads)
 
 
-def _learned(row: Written) -> tuple[Any, Any, dict[str, str]] | None:
-    """(prompt, completion, columns) of a demonstration: prompt and completion, a text, or messages whose last is learned."""
+def _learned(row: Written, is_text: bool) -> tuple[Any, Any, dict[str, str]] | None:
+    """(prompt, completion, columns) of a demonstration: prompt and completion, messages whose last is learned, or a text.
+
+    Beside the others a text repeats them, as a template wrote them, and would put the prompt into the loss.
+    """
     if answered(row) is not None or is_swift(row):
         return None
+    text = ("", row["text"], {"text": "text"}) if isinstance(row.get("text"), str) else None
+    if is_text and text is not None:
+        return text
     asking, completion = asked(row), next((name for name in COMPLETIONS if name in row), None)
     prompted = None
     if asking is not None and completion is not None and asking[1][0] not in CONVERSATIONS:
         prompted = asking[0], row[completion], {**dict.fromkeys(asking[1], "prompt"), completion: "completion"}
     if prompted is not None and "prompt" in row:
         return prompted
-    if isinstance(row.get("text"), str):
-        return "", row["text"], {"text": "text"}
     conversation = next((name for name in CONVERSATIONS if name in row), None)
     if conversation is None:
-        return prompted
+        return prompted or text
     messages = text_of(row[conversation], "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
