@@ -294,7 +294,14 @@ def test_other_rows_are_no_comparisons(row: dict[str, Any]) -> None:
         ({"user_context": "i"}, "column-unread", ["user_context"]),
         ({"instruction": "i"}, "column-unread", ["instruction"]),
         ({"messages": [{"role": "user", "content": "more"}]}, "column-unread", ["messages"]),
+        ({"available_tools": [{"name": "f", "description": "d"}]}, "column-unread", ["available_tools"]),
+        ({"initial_reason_steps": "First"}, "column-unread", ["initial_reason_steps"]),
+        ({"chosen_reasoning": "First"}, "column-unread", ["chosen_reasoning"]),
+        ({"choices": ["A: one", "B: two"]}, "column-unread", ["choices"]),
+        ({"thinking": "First"}, "column-unread", ["thinking"]),
+        ({"functions": ["f"]}, "column-unread", ["functions"]),
         ({"image": "cat.jpg"}, "media-unread", ["image"]),
+        ({"has_image": True}, "media-unread", ["has_image"]),
         ({"audio_path": "cat.mp3"}, "media-unread", ["audio_path"]),
         ({"prompt": "<video> What is it?"}, "media-marker", ["<video>"]),
         ({"score_chosen": 1, "score_rejected": 2.5}, "scores-contradict", ["score_chosen", "score_rejected"]),
@@ -317,6 +324,9 @@ def test_columns_that_may_matter_are_warned_of(tmp_path: Path, row: dict[str, An
         {"prompt": "Translate.", "input": "Good morning."},
         {"prompt": "q", "messages": USER + YES, "score_chosen": 2, "score_rejected": 1},
         {"prompt": "q", "images": [], "context": ""},
+        {"prompt": "q", "has_image": False, "num_images": 0, "image": "nan", "video": "0"},
+        {"prompt": "q", "tools": [], "num_choices": 4, "reason": "shorter"},
+        {"prompt": "q", "functions": [{"name": "f"}]},
         {"prompt": "q", "chosen_rank": 1, "rejected_rank": 2},
         {"prompt": "q", "history": [["a", "b"]]},
     ],
@@ -358,6 +368,43 @@ def test_unwanted_demonstrations_are_warned_of_and_classes_are_not(tmp_path: Pat
     assert (problem.code, problem.lines) == ("label-unwanted", (2, 4)) and '"label"' in problem.message
     assert dataset([{**rows[0], "thumbs_down": down} for down in (0, 1)], tmp_path, sft=True).problems[0].line == 2
     assert dataset([{**rows[0], "label": label} for label in (0, 1, 2)], tmp_path, sft=True).problems == ()
+
+
+CALLS = [
+    {"from": "human", "value": "q"},
+    {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+    {"from": "observation", "value": "5"},
+    {"from": "gpt", "value": "yes"},
+]
+
+
+def test_calls_of_a_conversation_are_read(tmp_path: Path) -> None:
+    for sft, row in ((True, {}), (False, {"rejected_response": "no"})):
+        data = dataset([{"conversations": CALLS, "tools": [{"name": "f"}], **row}], tmp_path, sft=sft)
+        assert [problem.code for problem in data.problems if problem.severity != "hint"] == []
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}])
+def test_a_message_that_is_marked_as_not_learned_is_warned_of(tmp_path: Path, mark: dict[str, Any]) -> None:
+    rows = [{"messages": [*USER, {**YES[0], **one}]} for one in ({}, mark, dict.fromkeys(mark, 1))]
+    (problem,) = dataset(rows, tmp_path, sft=True).problems
+    assert (problem.code, problem.line) == ("label-unwanted", 2) and next(iter(mark)) in problem.message
+
+
+def test_functions_are_tools() -> None:
+    row, tools = {"prompt": "q", "chosen": "yes", "rejected": "no"}, [{"name": "f"}]
+    for functions in (tools, json.dumps(tools)):
+        assert to_pairs({**row, "functions": functions}, 1)[0].tools == ({"name": "f"},)
+    assert to_pairs({**row, "functions": "def f(): pass"}, 1)[0].tools == ()
+
+
+@pytest.mark.parametrize("empty", ["nan", "None", "null", "NaN", " "])
+@pytest.mark.parametrize("column", ["system", "input", "context", "history", "tools"])
+def test_an_empty_cell_in_words_says_nothing(tmp_path: Path, column: str, empty: str) -> None:
+    row = {"prompt": "q", "chosen": "None", "rejected": "nan", column: empty}
+    (pair,) = to_pairs(row, 1)
+    assert dataset([row], tmp_path).problems == ()
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.tools) == ("q", "None", "nan", ())
 
 
 def test_each_column_is_listed(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dpo_cli.data.columns import (
     answered,
     asked,
     system_column,
+    tools_column,
     with_history,
 )
 from dpo_cli.data.comparisons import Layout, layout_of, start_of
@@ -37,7 +38,7 @@ from dpo_cli.data.messages import (
 from dpo_cli.data.shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
 
 Written = Mapping[str, Any]  # a row of a file
-ALWAYS = {"tools": "tools", "category": "category", "history": "earlier turns"}  # of every shape
+ALWAYS = {"category": "category", "history": "earlier turns"}  # of every shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +208,7 @@ def _layouts(rows: Iterable[Callable[[], Any]], columns: Columns) -> Iterator[tu
             layout = (
                 layout_of(row, stated, export.answers if export is not None else ()) if shape_of(row, stated) is None else None
             )
-        except BadRow:  # told of when the rows are read
+        except BadRow:  # reported when the rows are read
             continue
         if layout is not None and layout.counts:
             known = True
@@ -242,7 +243,7 @@ def pair_of(row: Written, line: int, file: str) -> Pair:
         raise BadRow("row-identical", "chosen and rejected are identical")
     if isinstance(prompt, list):
         _check_roles(prompt, {"chosen": chosen, "rejected": rejected})
-    return Pair(prompt, chosen, rejected, line, file, tools_of(row.get("tools")), _category(row))
+    return Pair(prompt, chosen, rejected, line, file, _tools(row), _category(row))
 
 
 def to_demonstration(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Demonstration:
@@ -256,7 +257,7 @@ def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
     if learned is None:
         return None
     asking, answer, reads = learned
-    tools, category = tools_of(row.get("tools")), _category(row)
+    tools, category = _tools(row), _category(row)
     if "text" in reads:
         shown = Demonstration("", sound(answer, "text"), line, file, category=category)
         return Read((shown,), None, row, row, lambda: {"category": "category", **reads})
@@ -312,7 +313,7 @@ def to_question(row: Any, line: int, file: str = "", columns: Columns | None = N
     prompt = _after_start(text_of(asking[0], "prompt"), row)
     if isinstance(prompt, list):
         _require_open(prompt)
-    return Question(prompt, reference, line, file, tools_of(row.get("tools")))
+    return Question(prompt, reference, line, file, _tools(row))
 
 
 def _after_start(prompt: Text, row: Written) -> Text:
@@ -324,8 +325,13 @@ def _after_start(prompt: Text, row: Written) -> Text:
 
 def _common(row: Written) -> dict[str, str]:
     """The columns that a row of any shape may have, and what they are read as."""
-    system = system_column(row)
-    return {**ALWAYS, system: "system"} if system is not None else ALWAYS
+    named = {system_column(row): "system", tools_column(row): "tools"}
+    return ALWAYS | {name: meaning for name, meaning in named.items() if name is not None}
+
+
+def _tools(row: Written) -> tuple[Mapping[str, Any], ...]:
+    column = tools_column(row)
+    return tools_of(row[column]) if column is not None else ()
 
 
 def _check_roles(prompt: Text, responses: Mapping[str, Any]) -> None:
