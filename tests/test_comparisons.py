@@ -251,6 +251,12 @@ def test_a_value_alone_makes_no_response_the_better_one(more: dict[str, Any]) ->
     assert caught.value.code == "row-label"
 
 
+@pytest.mark.parametrize("question", ["pw", "overall"])
+def test_the_only_question_that_a_response_answers_is_the_label(question: str) -> None:
+    given = {"length": [{"value": "response_a"}], question: [{"value": "response_b"}] * 2, "comment": [{"value": "so"}]}
+    assert [pair.chosen for pair in to_pairs({**ASKED, "responses": given}, 1)] == ["yes"]
+
+
 def test_what_names_the_worse_response_is_read_with_its_labels_exchanged(tmp_path: Path) -> None:
     rows = [{**SIDES, "worse": "response_a"}]
     (problem,) = [problem for problem in dataset(rows, tmp_path).problems if problem.severity == "error"]
@@ -260,7 +266,15 @@ def test_what_names_the_worse_response_is_read_with_its_labels_exchanged(tmp_pat
     assert answers(rows, tmp_path, stated) == ["yes"]
 
 
-@pytest.mark.parametrize("questions", [{"worse": "response_a"}, {"length": "response_a", "tone": "response_b"}])
+@pytest.mark.parametrize(
+    "questions",
+    [
+        {"worse": "response_a"},
+        {"which_is_longer": "response_a"},
+        {"toxic": "response_a", "tone": "polite"},
+        {"formality": "response_a", "tone": "response_b"},
+    ],
+)
 def test_a_question_of_another_matter_is_no_label(questions: dict[str, str]) -> None:
     given = {name: [{"value": value}] for name, value in questions.items()}
     with pytest.raises(BadRow):

@@ -6,6 +6,9 @@ answer_0    answer_1    score_0  score_1   a score for each; or votes (winner_mo
 responses   scores                         lists of the same length
 completions                                objects with a text and a score or a rank
 
+A label is taken by its name: a usual one, or another with a word that says better (gold_choice) and a value that names a
+response. Scores are, too: `score_1` before `style_score_1`, and none whose name says that more of it is no merit (toxicity).
+
 A label makes a pair of the preferred response and each other one, scores make one of the best and the lowest. Which columns
 these are the names tell, or `columns`: {"responses": ["one", "two"], "preferred": "label", "labels": ["A", "B"]}.
 """
@@ -82,7 +85,7 @@ _WORSE = re.compile(r"los[est]\w*|worse|worst|reject\w*|bad|least|less|not|non|d
 # Of these a high score is no merit.
 _NO_MERIT = re.compile(
     r"toxic\w*|harm(?!less)\w*|unsafe\w*|risk\w*|bias\w*|hate\w*|offens\w*|violence|violations?|hallucinat\w*|loss|losses|errors?"
-    r"|perplexity|ppl|penalty|lengths?|len|tokens?|words?|chars?|characters|verbos\w*|complex\w*|repetit\w*|distance|latency|time|cost"
+    r"|perplexity|ppl|penalty|lengths?|long\w*|short\w*|len|tokens?|words?|chars?|characters|verbos\w*|complex\w*|repetit\w*|distance|latency|time|cost"
 )
 _MEMBER = re.compile(r"(?P<stem>.*?)(?P<gap>[ _.-]?)(?P<which>\d{1,2}|[a-hA-H]|left|right|first|second)")
 
@@ -397,21 +400,28 @@ def _says_worse(name: str) -> bool:
     return _has(_words(name), _WORSE)
 
 
+def _asks_another_matter(name: str) -> bool:
+    """Whether a question asks for the worse response, or for what makes none the better one."""
+    return _says_worse(name) or _has(_words(name), _NO_MERIT)
+
+
 def _says_better(name: str) -> bool:
-    return _has(_words(name), _BETTER) and not _says_worse(name)
+    return _has(_words(name), _BETTER) and not _asks_another_matter(name)
 
 
 def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: Sequence[str], search: bool) -> str | None:
     """The column that says which response is preferred: a question that asks it, a usual name, the only question; else a
     column whose name says "better" and whose value names a response. A value alone may name the worse one, or the first."""
-    questions = [name for name in more if name in row and name not in responses and not _says_worse(name)]
+    questions = [name for name in more if name in row and name not in responses and not _asks_another_matter(name)]
     asking = [name for name in questions if _says_better(name) or name in LABELS]
     usual = [name for name in LABELS if name in row and name not in responses and isinstance(row[name], str | int | float)]
-    only = questions if len(more) == 1 else []
-    found = next(iter((*asking, *usual, *only)), None)
+    votes = {name: row[name][0] if isinstance(row[name], list) and row[name] else row[name] for name in questions}
+    only = questions if len(more) == 1 else [*_naming(votes, responses, which)]
+    found = next(iter((*asking, *usual, *(only if len(only) == 1 else ()))), None)
     if found is not None or len(responses) == 1 or not search:
         return found
-    named = {name: place for name, place in _naming(row, responses, which).items() if _says_better(name) or _is_side(row, name)}
+    naming = _naming(row, responses, which).items()
+    named = {name: place for name, place in naming if _says_better(name) or _is_side(row, name)}
     return next(iter(named)) if len(set(named.values())) == 1 else None  # else they contradict each other
 
 
