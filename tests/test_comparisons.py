@@ -162,6 +162,7 @@ def test_a_scale_is_no_number_of_a_response(tmp_path: Path) -> None:
         {"prompt": "q", "response_1": "no", "response_2": "yes", "chosen": 2, "rejected": 1},
         {"question": "q", "answer_0": "no", "answer_1": "so", "answer_2": "yes", "chosen": "answer 2", "rejected": "answer_0"},
         {"conversation_a": USER + NO, "conversation_b": USER + YES, "chosen": "b", "rejected": "a"},
+        {"prompt": "q", "gpt-4": "no", "llama": "yes", "chosen": "llama", "rejected": "gpt-4"},
     ],
 )
 def test_chosen_and_rejected_may_name_the_responses(tmp_path: Path, row: dict[str, Any]) -> None:

@@ -277,6 +277,9 @@ def members_named(row: Row, values: Sequence[Any]) -> tuple[str, ...] | None:
     """The columns of the responses that these values name, each another one; None where the values are something else."""
     if any((isinstance(value, str) and len(value) >= LONGEST_NAME) or not isinstance(value, str | int) for value in values):
         return None
+    own = tuple(value for value in values if isinstance(row.get(str(value)), str | list) and value not in PROMPT_NAMES)
+    if len(set(own)) == len(values):  # columns called like the models that wrote them
+        return own
     responses, which = _family(row) or ((), ())
     trial, said = Layout((), responses, None, (), which), [plain_value(value) for value in values]
     places = [which.index(one) if one in which else trial._named(one) for one in said]
