@@ -58,7 +58,7 @@ FAULTS = (
     ),
     Fault("row-no-prompt", b'{"chosen": "b", "rejected": "c"}', "there is no prompt"),
     Fault("row-history", b'{"prompt": "a", "history": "b", "chosen": "d", "rejected": "e"}', "not a list of earlier turns"),
-    Fault("row-tools", b'{"prompt": "a", "chosen": "b", "rejected": "c", "tools": "none"}', "tools is text, but not JSON"),
+    Fault("row-tools", b'{"prompt": "a", "chosen": "b", "rejected": "c", "tools": "search"}', "tools is text, but not JSON"),
     Fault(
         "row-call",
         b'{"prompt": "a", "chosen": [{"role": "assistant", "tool_calls": [{}]}], "rejected": "c"}',

@@ -16,6 +16,7 @@ from dpo_cli.data.reader import Dataset, read
 TWO = {"prompt": "q", "output_1": "yes", "output_2": "no"}
 BACK = {"prompt": "q", "output_1": "no", "output_2": "yes"}
 UNANSWERED = {"prompt": "q", "response_1": "no", "response_2": "yes"}
+SIDES = {"prompt": "q", "response_a": "no", "response_b": "yes"}
 PAIRWISE = {"value": {"selected": "right"}, "from_name": "pw", "to_name": ["answer1", "answer2"], "type": "pairwise"}
 
 READ = {
@@ -136,14 +137,52 @@ def test_labels_that_may_count_from_either_are_an_error_until_they_are_stated(tm
     assert answers(rows, tmp_path, {"labels": [0, 1]}) == ["no"] * 2
 
 
-@pytest.mark.parametrize("values", [[0, 1, 2], [-1, 1], [True, False]])
+@pytest.mark.parametrize(
+    "values", [[0, 1, 2], [-1, 1], [True, False], [1, 2, 3, 4, 5], [1, 2, 2, 4], [2, 1, 7], ["1", "2", "3"]]
+)
 def test_labels_that_have_two_meanings_are_not_guessed(tmp_path: Path, values: list[Any]) -> None:
     found = dataset([{**TWO, "label": value} for value in values], tmp_path).problems
     assert [problem.code for problem in found if problem.severity == "error"] == ["row-label-unclear"]
 
 
+def test_a_scale_is_no_number_of_a_response(tmp_path: Path) -> None:
+    rows = [{**TWO, "preference": value} for value in (0.8, 0.0, 1.0)]
+    found = {problem.code: problem.lines or (problem.line,) for problem in dataset(rows, tmp_path).problems}
+    assert (found["row-label-unclear"], found["row-label"]) == ((2, 3), (1,))
+    scale = [{**(TWO if value < 3 else BACK), "preference": value} for value in (1, 2, 3, 4, 5)]
+    assert answers(scale, tmp_path, {"labels": [[1, 2], [4, 5], 3]}) == ["yes"] * 4
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**SIDES, "chosen": "response_b", "rejected": "response_a"},
+        {**SIDES, "chosen": "B", "rejected": "A"},
+        {"prompt": "q", "response_1": "no", "response_2": "yes", "chosen": "2", "rejected": "1"},
+        {"prompt": "q", "response_1": "no", "response_2": "yes", "chosen": 2, "rejected": 1},
+        {"question": "q", "answer_0": "no", "answer_1": "so", "answer_2": "yes", "chosen": "answer 2", "rejected": "answer_0"},
+        {"conversation_a": USER + NO, "conversation_b": USER + YES, "chosen": "b", "rejected": "a"},
+        {"prompt": "q", "gpt-4": "no", "llama": "yes", "chosen": "llama", "rejected": "gpt-4"},
+    ],
+)
+def test_chosen_and_rejected_may_name_the_responses(tmp_path: Path, row: dict[str, Any]) -> None:
+    data = dataset([row], tmp_path)
+    assert [tuple(map(flat, (pair.prompt, *pair.responses))) for pair in data.load()] == [("q", "yes", "no")]
+    assert [problem.code for problem in data.problems] == ["rows-read-as"]
+    assert data.read_as["read"]["chosen"] == "label" and "response" in data.read_as["read"].values()
+    assert flat(to_demonstration(row, 1).completion) == "yes"
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"response_1": "no"}, {"chosen": "1", "rejected": "1.5"}, {"chosen": "b", "rejected": "so"}]
+)
+def test_short_answers_are_no_names(more: dict[str, Any]) -> None:
+    row = {"prompt": "q", "chosen": "B", "rejected": "A", "source": "x", **(SIDES if "chosen" in more else {}), **more}
+    assert [(pair.chosen, pair.rejected) for pair in to_pairs(row, 1)] == [(row["chosen"], row["rejected"])]
+
+
 def test_unknown_values_are_bad_rows_and_ties_are_counted(tmp_path: Path) -> None:
-    rows = [{**TWO, "label": value} for value in (1, 2, "tie", 7, "maybe", "tie")]
+    rows = [{**TWO, "label": value} for value in (1, 2, "tie", "seven", "maybe", "tie")]
     found = {problem.code: problem for problem in dataset(rows, tmp_path).problems}
     assert found["row-label"].lines == (4, 5) and "'maybe'" in found["row-label"].message
     assert (found["row-tie"].severity, found["row-tie"].lines) == ("warning", (3, 6))
@@ -174,6 +213,77 @@ def test_a_row_of_several_responses_makes_several_pairs_and_one_demonstration(tm
     assert (data.rows, data.pairs, shown.pairs) == (1, 2, 1)
 
 
+ASKED = {"fields": SIDES, "responses": {}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"gold": "response_b", "shown_first": "response_a"},
+        {"preferredByHumans": "B", "longer": "response_a"},
+        {"final_vote": "response b", "worse": "response_a"},
+        {"score_a": 1, "score_b": 2, "length_score_a": 9, "length_score_b": 3, "toxicity_score_a": 1, "toxicity_score_b": 0},
+        {"helpful_score_a": 1, "helpful_score_b": 2, "harm_score_a": 0.9, "harm_score_b": 0.1},
+        {"harmlessness_score_a": 1, "harmlessness_score_b": 2},
+        {"overall_score_a": 1, "overall_score_b": 2, "style_score_a": 4, "style_score_b": 1},
+    ],
+)
+def test_names_say_which_response_is_better(more: dict[str, Any]) -> None:
+    assert [pair.chosen for pair in to_pairs({**SIDES, **more}, 1)] == ["yes"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({name: "response_a"} for name in ("worse", "loser", "rejected", "worst", "shown_first", "first_shown", "reference")),
+        *({name: "response_a"} for name in ("baseline", "longer", "not_preferred", "least_preferred", "dispreferred")),
+        {"category": "summary a"},
+        {"gold": "response_a", "final_vote": "response_b"},
+        *(
+            {f"{what}_score_a": 0.9, f"{what}_score_b": 0.1}
+            for what in ("toxicity", "harmful", "length", "perplexity", "error")
+        ),
+        {"style_score_a": 4, "style_score_b": 1, "truth_score_a": 1, "truth_score_b": 4},
+    ],
+)
+def test_a_value_alone_makes_no_response_the_better_one(more: dict[str, Any]) -> None:
+    with pytest.raises(BadRow) as caught:
+        to_pairs({**SIDES, **more}, 1)
+    assert caught.value.code == "row-label"
+
+
+@pytest.mark.parametrize("question", ["pw", "overall"])
+def test_the_only_question_that_a_response_answers_is_the_label(question: str) -> None:
+    given = {"length": [{"value": "response_a"}], question: [{"value": "response_b"}] * 2, "comment": [{"value": "so"}]}
+    assert [pair.chosen for pair in to_pairs({**ASKED, "responses": given}, 1)] == ["yes"]
+
+
+def test_what_names_the_worse_response_is_read_with_its_labels_exchanged(tmp_path: Path) -> None:
+    rows = [{**SIDES, "worse": "response_a"}]
+    (problem,) = [problem for problem in dataset(rows, tmp_path).problems if problem.severity == "error"]
+    stated = {"preferred": "worse", "labels": ["response_b", "response_a"]}
+    assert json.dumps(stated) in problem.message
+    assert answers(rows, tmp_path, {"responses": ["response_a", "response_b"], **stated}) == ["yes"]
+    assert answers(rows, tmp_path, stated) == ["yes"]
+
+
+@pytest.mark.parametrize(
+    "questions",
+    [
+        {"worse": "response_a"},
+        {"which_is_longer": "response_a"},
+        {"toxic": "response_a", "tone": "polite"},
+        {"formality": "response_a", "tone": "response_b"},
+    ],
+)
+def test_a_question_of_another_matter_is_no_label(questions: dict[str, str]) -> None:
+    given = {name: [{"value": value}] for name, value in questions.items()}
+    with pytest.raises(BadRow):
+        to_pairs({**ASKED, "responses": given}, 1)
+    given["which_is_better"] = [{"value": "response_b"}]
+    assert [pair.chosen for pair in to_pairs({**ASKED, "responses": given}, 1)] == ["yes"]
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -199,7 +309,14 @@ def test_other_rows_are_no_comparisons(row: dict[str, Any]) -> None:
         ({"user_context": "i"}, "column-unread", ["user_context"]),
         ({"instruction": "i"}, "column-unread", ["instruction"]),
         ({"messages": [{"role": "user", "content": "more"}]}, "column-unread", ["messages"]),
+        ({"available_tools": [{"name": "f", "description": "d"}]}, "column-unread", ["available_tools"]),
+        ({"initial_reason_steps": "First"}, "column-unread", ["initial_reason_steps"]),
+        ({"chosen_reasoning": "First"}, "column-unread", ["chosen_reasoning"]),
+        ({"choices": ["A: one", "B: two"]}, "column-unread", ["choices"]),
+        ({"thinking": "First"}, "column-unread", ["thinking"]),
+        ({"functions": ["f"]}, "column-unread", ["functions"]),
         ({"image": "cat.jpg"}, "media-unread", ["image"]),
+        ({"has_image": True}, "media-unread", ["has_image"]),
         ({"audio_path": "cat.mp3"}, "media-unread", ["audio_path"]),
         ({"prompt": "<video> What is it?"}, "media-marker", ["<video>"]),
         ({"score_chosen": 1, "score_rejected": 2.5}, "scores-contradict", ["score_chosen", "score_rejected"]),
@@ -222,6 +339,9 @@ def test_columns_that_may_matter_are_warned_of(tmp_path: Path, row: dict[str, An
         {"prompt": "Translate.", "input": "Good morning."},
         {"prompt": "q", "messages": USER + YES, "score_chosen": 2, "score_rejected": 1},
         {"prompt": "q", "images": [], "context": ""},
+        {"prompt": "q", "has_image": False, "num_images": 0, "image": "nan", "video": "0"},
+        {"prompt": "q", "tools": [], "num_choices": 4, "reason": "shorter"},
+        {"prompt": "q", "functions": [{"name": "f"}]},
         {"prompt": "q", "chosen_rank": 1, "rejected_rank": 2},
         {"prompt": "q", "history": [["a", "b"]]},
     ],
@@ -231,12 +351,75 @@ def test_columns_that_are_read_or_say_nothing_new_give_no_warning(tmp_path: Path
     assert [problem for problem in found if problem.severity != "hint"] == []
 
 
+ALPACA = {"instruction": "q", "input": "", "output": "yes", "text": "### Instruction:\nq\n\n### Response:\nyes"}
+
+
+@pytest.mark.parametrize(
+    ("row", "taken"),
+    [
+        (ALPACA, "output"),
+        ({"conversations": USER + YES, "text": "<user>q<assistant>yes"}, "conversations"),
+        ({"prompt": "q", "completion": "yes", "text": "q yes"}, "completion"),
+    ],
+)
+def test_a_text_beside_what_it_repeats_is_not_learned(tmp_path: Path, row: dict[str, Any], taken: str) -> None:
+    data = dataset([row], tmp_path, sft=True)
+    (shown,) = data.load()
+    assert (flat(shown.prompt), flat(shown.responses[0])) == ("q", "yes")
+    (hint,) = data.problems
+    assert hint.code == "rows-read-as" and f"{taken} is learned, and text is not" in hint.message
+    assert "text" in data.read_as["unread"]
+
+
+def test_a_text_is_learned_where_it_is_named_or_alone(tmp_path: Path) -> None:
+    for row, columns in ((ALPACA, {"text": "text"}), ({"text": ALPACA["text"], "output": "yes"}, None)):
+        (shown,) = dataset([row], tmp_path, columns, sft=True).load()
+        assert (shown.prompt, shown.responses) == ("", (ALPACA["text"],))
+
+
 def test_unwanted_demonstrations_are_warned_of_and_classes_are_not(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "completion": "yes", "label": label} for label in (True, False, True, False)]
     (problem,) = dataset(rows, tmp_path, sft=True).problems
     assert (problem.code, problem.lines) == ("label-unwanted", (2, 4)) and '"label"' in problem.message
     assert dataset([{**rows[0], "thumbs_down": down} for down in (0, 1)], tmp_path, sft=True).problems[0].line == 2
     assert dataset([{**rows[0], "label": label} for label in (0, 1, 2)], tmp_path, sft=True).problems == ()
+
+
+CALLS = [
+    {"from": "human", "value": "q"},
+    {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+    {"from": "observation", "value": "5"},
+    {"from": "gpt", "value": "yes"},
+]
+
+
+def test_calls_of_a_conversation_are_read(tmp_path: Path) -> None:
+    for sft, row in ((True, {}), (False, {"rejected_response": "no"})):
+        data = dataset([{"conversations": CALLS, "tools": [{"name": "f"}], **row}], tmp_path, sft=sft)
+        assert [problem.code for problem in data.problems if problem.severity != "hint"] == []
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}])
+def test_a_message_that_is_marked_as_not_learned_is_warned_of(tmp_path: Path, mark: dict[str, Any]) -> None:
+    rows = [{"messages": [*USER, {**YES[0], **one}]} for one in ({}, mark, dict.fromkeys(mark, 1))]
+    (problem,) = dataset(rows, tmp_path, sft=True).problems
+    assert (problem.code, problem.line) == ("label-unwanted", 2) and next(iter(mark)) in problem.message
+
+
+def test_functions_are_tools() -> None:
+    row, tools = {"prompt": "q", "chosen": "yes", "rejected": "no"}, [{"name": "f"}]
+    for functions in (tools, json.dumps(tools)):
+        assert to_pairs({**row, "functions": functions}, 1)[0].tools == ({"name": "f"},)
+    assert to_pairs({**row, "functions": "def f(): pass"}, 1)[0].tools == ()
+
+
+@pytest.mark.parametrize("empty", ["nan", "None", "null", "NaN", " "])
+@pytest.mark.parametrize("column", ["system", "input", "context", "history", "tools"])
+def test_an_empty_cell_in_words_says_nothing(tmp_path: Path, column: str, empty: str) -> None:
+    row = {"prompt": "q", "chosen": "None", "rejected": "nan", column: empty}
+    (pair,) = to_pairs(row, 1)
+    assert dataset([row], tmp_path).problems == ()
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.tools) == ("q", "None", "nan", ())
 
 
 def test_each_column_is_listed(tmp_path: Path) -> None:

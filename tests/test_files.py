@@ -222,6 +222,31 @@ def test_a_folder_is_split_by_the_names_of_its_files(tmp_path: Path, names: str,
     assert all(f"{name}.jsonl" in rest for name in set(names.split()) - set(read_names.split()))
 
 
+@pytest.mark.parametrize(
+    ("names", "read_name"),
+    [
+        (["train.jsonl", "train.csv"], "train.jsonl"),
+        (["train.jsonl", "train.jsonl.gz"], "train.jsonl"),
+        (["train.csv.gz", "train.json.gz", "test.csv"], "train.json.gz"),
+        (["train-00000-of-00001.parquet", "train.jsonl"], "train-00000-of-00001.parquet"),
+        (["pairs.tsv", "pairs.csv"], "pairs.csv"),
+        (["train.jsonl", "train_stats.json", "train-metadata.json"], "train.jsonl"),
+    ],
+)
+def test_the_same_rows_in_several_files_are_read_once(tmp_path: Path, names: list[str], read_name: str) -> None:
+    for name in names:
+        path = write(tmp_path / name.removesuffix(".gz"), ROWS) if not (tmp_path / name.removesuffix(".gz")).exists() else None
+        if name.endswith(".gz"):
+            packed = gzip.compress((tmp_path / name.removesuffix(".gz")).read_bytes())
+            (tmp_path / name).write_bytes(packed)
+            if path is not None:
+                path.unlink()
+    data = read(str(tmp_path))
+    assert (data.pairs, [Path(source.path).name for source in data.sources]) == (len(ROWS), [read_name])
+    (hint,) = data.problems
+    assert "not read: " in hint.message and all(name in hint.message for name in names)
+
+
 def test_a_split_of_a_folder_can_be_named(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

@@ -17,7 +17,9 @@ from dpo_cli.data.columns import (
     Columns,
     is_media,
     is_prompt_like,
+    is_shown,
     says_no,
+    says_nothing,
     texts_in,
 )
 from dpo_cli.data.files import about_rows
@@ -25,11 +27,19 @@ from dpo_cli.data.formats import Read
 from dpo_cli.data.messages import flat
 from dpo_cli.errors import Problem
 
+WHOLE = (
+    "prompt",
+    "messages",
+    "prompt and chosen",
+    "earlier turns",
+    "tools",
+)  # meanings of columns of which nothing is left out
+MARKS = ("weight", "train", "loss", "trainable")  # keys of a message
 # By code: what is wrong with the column, and what to do.
 FINDINGS = {
     "column-unread": (
-        'column "{}" holds text that looks like a part of the prompt, and is not read',
-        'put its text into the prompt, name it in "columns" (as prompt or system), or delete the column',
+        'column "{}" may be a part of the prompt or of the response, and is not read',
+        'put its text into the prompt or the response, name it in "columns" (as prompt, system or tools), or delete the column',
     ),
     "media-unread": (
         'column "{}" holds images, audio or video, and is not read: a text model learns to speak of what it cannot see',
@@ -45,7 +55,7 @@ FINDINGS = {
     ),
     "scores-tie": ("by {} chosen and rejected are equally good", "delete the row, unless the order is known to be right"),
     "label-unwanted": (
-        'column "{}" says that the response is not wanted, and sft learns it like any other',
+        '"{}" says that the response is not wanted, and sft learns it like any other',
         "delete the row, or train on pairs with strategy dpo",
     ),
 }
@@ -58,7 +68,7 @@ class Account:
         self.columns, self.demonstrations = columns, demonstrations
         self.shapes: Counter[str] = Counter()  # those that are not written as documented
         self.read: dict[str, str] = {}  # by column what it is read as
-        self.met: dict[str, None] = {}  # every column, in the order in which they were met
+        self.seen: dict[str, None] = {}  # every column, in the order in which they come
         self._kinds: dict[tuple[str | None, tuple[str, ...]], tuple[str, ...]] = {}  # columns to look at, by kind of row
         self._labels: dict[str, set[str]] = defaultdict(set)
         self.rows: dict[tuple[str, str, str], array[int]] = defaultdict(lambda: array("q"))  # by code, column and file
@@ -79,6 +89,8 @@ class Account:
             if "<" in said and (marker := MARKERS.search(said)):
                 self._note("media-marker", marker[0], row)
                 break
+        if self.demonstrations:
+            self._look_at_marks(row)
         self._compare_scores(row)
 
     def _meet(self, row: Read) -> tuple[str, ...]:
@@ -86,13 +98,13 @@ class Account:
         reads = row.reads()
         for name in row.written:
             theirs = self._theirs(row.origin.get(name, name))
-            self.met[theirs] = None
+            self.seen[theirs] = None
             if name in reads:
                 self.read.setdefault(theirs, reads[name])
-        looked = [name for name in row.written if is_media(name) or is_prompt_like(name)]
+        looked = [name for name in row.written if is_media(name) or (is_prompt_like(name) and reads.get(name) not in WHOLE)]
         if self.demonstrations:
             looked += [name for name in row.written if name in COMPLETIONS or _may_be_label(name)]
-        return tuple(dict.fromkeys(name for name in looked if name != "prompt" or reads.get(name) != "prompt"))
+        return tuple(dict.fromkeys(looked))
 
     def _theirs(self, name: str) -> str:
         """What the data calls a column that "columns" gives one of our names."""
@@ -101,10 +113,11 @@ class Account:
 
     def _look(self, name: str, row: Read) -> None:
         value = row.written[name]
-        if value in ("", [], {}):
+        if value in ("", [], {}) or says_nothing(value):
             return
         if is_media(name):
-            self._note("media-unread", name, row)
+            if is_shown(value):
+                self._note("media-unread", name, row)
         elif self.demonstrations and _may_be_label(name) and isinstance(value, str | int | float):
             self._labels[name].add(str(value).strip().lower()[:20])
             if says_no(name, value):
@@ -113,6 +126,14 @@ class Account:
             known = "\n".join(flat(text) for one in row.rows for text in (one.prompt, *one.responses))
             if any(text not in known for text in texts):
                 self._note("column-unread", name, row)
+
+    def _look_at_marks(self, row: Read) -> None:
+        """Keys of a message by which other tools leave it out of the loss."""
+        for text in row.rows[0].responses:
+            for turn in text if isinstance(text, list) else []:
+                for mark in MARKS:
+                    if str(turn.get(mark)).lower() in ("0", "0.0", "false"):
+                        self._note("label-unwanted", f"{mark} of a message", row)
 
     def _compare_scores(self, row: Read) -> None:
         """Scores of both responses against their order."""
@@ -140,13 +161,13 @@ class Account:
             yield about_rows("warning", code, reason.format(name), fix, key, file, lines)
         for name, stated in self.columns.items():
             for column in stated if isinstance(stated, list) else [stated]:
-                if name != "labels" and isinstance(column, str) and column not in self.met:
+                if name != "labels" and isinstance(column, str) and column not in self.seen:
                     message = f'no row has a column "{column}", which "columns" names for {name}'
                     yield Problem("warning", "column-missing", message, "correct its name, or leave it out", "columns")
 
     def to_json(self) -> dict[str, Any]:
         """Which columns are read as what, and which are not read."""
-        return {"read": self.read, "unread": [name for name in self.met if name not in self.read]}
+        return {"read": self.read, "unread": [name for name in self.seen if name not in self.read]}
 
 
 def _may_be_label(name: str) -> bool:

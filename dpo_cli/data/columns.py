@@ -30,6 +30,11 @@ PROMPT_WORDS = frozenset(
     """prompt prompts context contexts history passage passages background document documents persona input inputs instruction
     instructions question questions query system preamble preface turns conversation conversations messages dialogue""".split()  # noqa: SIM905
 )
+# Words that end the names of what is offered to the model or what it thinks, where nothing reads them.
+MORE_PROMPT = re.compile(
+    r"(.*[ _.-])?(tools?|functions?|choices|thoughts?|thinking|reasoning|cot|reason(ing)?[ _.-]steps?)", re.IGNORECASE
+)
+NOTHING = frozenset(["nan", "none", "null"])  # what a table holds where a cell was empty
 SYSTEM_START = re.compile(r"(system|sys|developer)[ _-]?(prompt|message|msg|instruction)s?", re.IGNORECASE)
 MEDIA = re.compile(
     r"(.*[ _-])?(image|img|picture|photo|pixel_value|audio|video)s?([ _-](path|file|url|byte)s?)?", re.IGNORECASE
@@ -37,6 +42,7 @@ MEDIA = re.compile(
 MARKERS = re.compile(r"<\|?(image|audio|video)(?:[_ ]?\d+)?\|?>")
 SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "rank", "ranks", "votes", "overall", "grade", "winner")
 RANKS = ("rank", "ranks")  # the lowest is the best
+TEXTS = ("content", "value", "text", "function", "name")  # keys of an object that hold its text
 WANTED = frozenset(
     """label labels liked good is_good wanted desirable is_desirable accepted preferred is_preferred approved feedback thumbs
     thumbs_up thumb upvoted kto_tag""".split()  # noqa: SIM905
@@ -59,7 +65,7 @@ def asked(row: Row, names: tuple[str, ...] = PROMPTS) -> tuple[Any, tuple[str, .
     if isinstance(prompt, str) and main != "input":
         for name in JOINED:
             more = row.get(name)
-            if name != main and isinstance(more, str) and more.strip() and more.strip() not in prompt:
+            if name != main and isinstance(more, str) and not says_nothing(more) and more.strip() not in prompt:
                 prompt = f"{prompt}\n{more}"
                 used.append(name)
     return prompt, tuple(used)
@@ -75,12 +81,29 @@ def answered(row: Row) -> tuple[str, str] | None:
 
 def system_column(row: Row) -> str | None:
     """The column of the system message."""
-    return next((name for name in SYSTEMS if name in row), None)
+    return next((name for name in SYSTEMS if name in row and not says_nothing(row[name])), None)
+
+
+def tools_column(row: Row) -> str | None:
+    """The column of the tools: "functions" too, as OpenAI called them, where it holds such."""
+    if "tools" in row:
+        return "tools" if not says_nothing(row["tools"]) else None
+    functions = row.get("functions")
+    if isinstance(functions, str):
+        is_list = re.match(r"\[\s*\{", functions.lstrip()) is not None
+    else:
+        is_list = isinstance(functions, list) and all(isinstance(tool, Mapping) for tool in functions)
+    return "functions" if functions and is_list else None
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a cell is empty, also in the words of pandas and Python."""
+    return isinstance(value, str) and (not value.strip() or value.strip().lower() in NOTHING)
 
 
 def with_history(prompt: Text, history: Any) -> Text:
     """The prompt after the earlier turns of the row: messages, or [question, answer] lists, as LLaMA-Factory has them."""
-    if not history:
+    if not history or says_nothing(history):
         return prompt
     if not isinstance(history, list):
         raise BadRow("row-history", '"history" is not a list of earlier turns: write them as messages of the prompt')
@@ -101,7 +124,7 @@ def with_history(prompt: Text, history: Any) -> Text:
 def is_prompt_like(name: str) -> bool:
     """Whether a column is called like a part of a prompt."""
     words = re.split(r"[ _.-]", name.lower())
-    return words[-1] in PROMPT_WORDS or SYSTEM_START.fullmatch(name) is not None
+    return words[-1] in PROMPT_WORDS or any(pattern.fullmatch(name) for pattern in (SYSTEM_START, MORE_PROMPT))
 
 
 @functools.cache
@@ -110,12 +133,19 @@ def is_media(name: str) -> bool:
     return MEDIA.fullmatch(name) is not None
 
 
+def is_shown(value: Any) -> bool:
+    """Whether a value of a column that is called like pictures, sound or films may hold some: not where it is a number."""
+    if isinstance(value, str):
+        return re.fullmatch(r"[\d.]*", value.strip()) is None and value.strip().lower() not in ("false", "no")
+    return value is True or not isinstance(value, int | float)
+
+
 def texts_in(value: Any) -> list[str]:
-    """All texts within a value: itself, or those of its messages, turns and parts."""
+    """All texts within a value: itself, or those of its messages, turns and parts; of tools their names."""
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
     if isinstance(value, Mapping):
-        return texts_in(value.get("content", value.get("value", value.get("text"))))
+        return texts_in(next((value[key] for key in TEXTS if key in value), None))
     return [text for part in value for text in texts_in(part)] if isinstance(value, list) else []
 
 

@@ -6,6 +6,9 @@ answer_0    answer_1    score_0  score_1   a score for each; or votes (winner_mo
 responses   scores                         lists of the same length
 completions                                objects with a text and a score or a rank
 
+A label is taken by its name: a usual one, or another with a word that says better (gold_choice) and a value that names a
+response. Scores are, too: `score_1` before `style_score_1`, and none whose name says that more of it is no merit (toxicity).
+
 A label makes a pair of the preferred response and each other one, scores make one of the best and the lowest. Which columns
 these are the names tell, or `columns`: {"responses": ["one", "two"], "preferred": "label", "labels": ["A", "B"]}.
 """
@@ -64,14 +67,25 @@ SIGNED = ("overall_preference", "preference_strength")  # HelpSteer: below 0 the
 PROMPT_NAMES = (*PROMPTS, "history", "context", "post", "article", "document", "info")
 TEXT_KEYS = ("response", "text", "answer", "completion", "output", "content", "generation", "generated_text", "summary")
 SCORE_KEYS = ("overall_score", "score", "rating", "reward", "rank", "votes", "fine-grained_score", "annotations")
+LONGEST_NAME = 40  # characters of a value that may name a response
 LETTERS = "abcdefgh"
 NOUNS = "model response answer output option assistant system candidate completion choice text summary conversation".split()  # noqa: SIM905
+LABEL_STUDIO = frozenset(["lead_time", "annotation_id"])  # columns of its tables
 ORDINALS = (("left", "right"), ("first", "second"))
 TIES = frozenset(
     [
         *("tie", "ties", "tied", "draw", "equal", "same", "both", "neither", "none", "tie (bothbad)", "both bad", "bothbad"),
         *("both good", "equally good", "equally bad", "about the same", "no preference", "unsure"),
     ]
+)
+_BETTER = re.compile(
+    r"win|wins|winner|winning|prefer\w*|best|better|choice|choose|chosen|gold\w*|votes?|voted|picks?|picked|selected|favou?r\w*|verdict|correct"
+)
+_WORSE = re.compile(r"los[est]\w*|worse|worst|reject\w*|bad|least|less|not|non|dis\w*|un\w*|wrong|incorrect|inferior")
+# Of these a high score is no merit.
+_NO_MERIT = re.compile(
+    r"toxic\w*|harm(?!less)\w*|unsafe\w*|risk\w*|bias\w*|hate\w*|offens\w*|violence|violations?|hallucinat\w*|loss|losses|errors?"
+    r"|perplexity|ppl|penalty|lengths?|long\w*|short\w*|len|tokens?|words?|chars?|characters|verbos\w*|complex\w*|repetit\w*|distance|latency|time|cost"
 )
 _MEMBER = re.compile(r"(?P<stem>.*?)(?P<gap>[ _.-]?)(?P<which>\d{1,2}|[a-hA-H]|left|right|first|second)")
 
@@ -206,8 +220,9 @@ class Layout:
     def _unclear(self) -> str:
         one, other = self._names()[:2]
         return (
-            f'the values of "{self.label}" do not tell which of {one} and {other} they mean (numbers count from 0 or from 1): '
-            'say it with "columns": {"labels": [0, 1]} or {"labels": [1, 2]}, a value for each response in this order'
+            f'the values of "{self.label}" do not tell which of {one} and {other} they mean (numbers count from 0 or from 1, '
+            'or are a scale): say it with "columns": {"labels": [0, 1]} or {"labels": [1, 2]}, a value for each response in '
+            'this order; or {"labels": [[1, 2], [4, 5], 3]}, several for each, and one for ties'
         )
 
     def _named(self, said: str) -> int | None:
@@ -248,7 +263,7 @@ def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> La
     labels = _labels(columns, label, responses)
     if label is None and not scores and not (len(responses) == 1 and _holds_scores(row[responses[0]])):
         if stated or _can_be_short(row, responses):
-            raise _without_label(responses)
+            raise _without_label(row, responses, which)
         return None
     start = columns.get("start") if label not in SIGNED else None
     if label is not None and label.endswith("_id") and which and which[0].isdecimal():
@@ -258,19 +273,37 @@ def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> La
     return Layout(prompt, responses, label, scores, which, labels, start)
 
 
+def members_named(row: Row, values: Sequence[Any]) -> tuple[str, ...] | None:
+    """The columns of the responses that these values name, each another one; None where the values are something else."""
+    if any((isinstance(value, str) and len(value) >= LONGEST_NAME) or not isinstance(value, str | int) for value in values):
+        return None
+    own = tuple(value for value in values if isinstance(row.get(str(value)), str | list) and value not in PROMPT_NAMES)
+    if len(set(own)) == len(values):  # columns called like the models that wrote them
+        return own
+    responses, which = _family(row) or ((), ())
+    trial, said = Layout((), responses, None, (), which), [plain_value(value) for value in values]
+    places = [which.index(one) if one in which else trial._named(one) for one in said]
+    named = tuple(responses[place] for place in places if place is not None and place < len(responses))
+    return named if len(set(named)) == len(values) else None
+
+
 def start_of(layouts: Iterable[tuple[Layout, Row]]) -> int | None:
-    """The number by which all labels of a file together call the first response; None where they do not tell."""
+    """The number by which all labels of a file together call the first response.
+
+    None where they do not tell, or where another number or a fraction says that they are a scale.
+    """
     numbers: set[int] = set()
-    most = 2
+    most, has_fractions = 2, False
     for layout, row in layouts:
         most = max(most, len(layout.responses) if len(layout.responses) > 1 else len(row.get(layout.responses[0]) or ()))
         value = row.get(layout.label or "")
         for vote in value if isinstance(value, list) else [value]:
-            number = _integer(plain_value(vote))
+            said = plain_value(vote)
+            number = _integer(said)
             numbers |= {number} if number is not None else set()
-    if min(numbers, default=-1) < 0 or (0 in numbers) == (most in numbers):
-        return None
-    return 0 if 0 in numbers else 1
+            has_fractions |= number is None and _is_number(said)
+    starts = [start for start in (0, 1) if numbers <= {*range(start, start + most)}]
+    return starts[0] if numbers and len(starts) == 1 and not has_fractions else None
 
 
 def prompt_of(row: Row) -> Any:
@@ -338,36 +371,74 @@ def _list(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 
 
 def _score_columns(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns of scores that go with the responses."""
+    """The columns of scores that go with the responses: those called only so come first; of several others none is taken."""
     if len(responses) == 1:
         found = next((name for name in SCORES if isinstance(row.get(name), list)), None)
         return (found,) if found is not None else ()
-    by_stem: dict[tuple[str, str], dict[str, str]] = {}
+    by_stem: dict[tuple[str, ...], dict[str, str]] = {}
     for name, value in row.items():
         member = _MEMBER.fullmatch(name)
         if member is not None and not isinstance(value, list | Mapping):
-            words = re.split(r"[ _.-]", member["stem"].lower())
-            if any(word in SCORES for word in words):
-                by_stem.setdefault((member["stem"], member["gap"]), {})[member["which"].lower()] = name
+            words = tuple(re.split(r"[ _.-]", member["stem"].lower()))
+            if any(word in SCORES for word in words) and not _has(words, _NO_MERIT):
+                by_stem.setdefault(words, {})[member["which"].lower()] = name
         for response, place in zip(responses, which, strict=False):
             if name.startswith(response) and name[len(response) :].strip(" _.-").lower() in SCORES:
-                by_stem.setdefault(("", ""), {})[place] = name
-    for members in by_stem.values():
-        if which and set(which) <= members.keys():
-            return tuple(members[place] for place in which)
-    return ()
+                by_stem.setdefault((), {})[place] = name
+    whole = {words: members for words, members in by_stem.items() if which and set(which) <= members.keys()}
+    plain = [words for words in whole if len(words) < 2] or [words for words in whole if "overall" in words]
+    taken = plain[0] if plain else next(iter(whole)) if len(whole) == 1 else None
+    return tuple(whole[taken][place] for place in which) if taken is not None else ()
+
+
+def _words(name: str) -> list[str]:
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
+
+
+def _has(words: Iterable[str], pattern: re.Pattern[str]) -> bool:
+    return any(map(pattern.fullmatch, words))
+
+
+def _says_worse(name: str) -> bool:
+    return _has(_words(name), _WORSE)
+
+
+def _asks_another_matter(name: str) -> bool:
+    """Whether a question asks for the worse response, or for what makes none the better one."""
+    return _says_worse(name) or _has(_words(name), _NO_MERIT)
+
+
+def _says_better(name: str) -> bool:
+    return _has(_words(name), _BETTER) and not _asks_another_matter(name)
 
 
 def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: Sequence[str], search: bool) -> str | None:
-    """The column that says which response is preferred, by its name; or by a value that names a response or a side."""
-    free = [name for name in (*more, *LABELS) if name in row and name not in responses]
-    found = next((name for name in free if name in more or isinstance(row[name], str | int | float)), None)
+    """The column that says which response is preferred: a question that asks it, a usual name, the only question; else a
+    column whose name says "better" and whose value names a response. A value alone may name the worse one, or the first."""
+    questions = [name for name in more if name in row and name not in responses and not _asks_another_matter(name)]
+    asking = [name for name in questions if _says_better(name) or name in LABELS]
+    usual = [name for name in LABELS if name in row and name not in responses and isinstance(row[name], str | int | float)]
+    votes = {name: row[name][0] if isinstance(row[name], list) and row[name] else row[name] for name in questions}
+    only = questions if len(more) == 1 else [*_naming(votes, responses, which)]
+    found = next(iter((*asking, *usual, *(only if len(only) == 1 else ()))), None)
     if found is not None or len(responses) == 1 or not search:
         return found
+    naming = _naming(row, responses, which).items()
+    named = {name: place for name, place in naming if _says_better(name) or _is_side(row, name)}
+    return next(iter(named)) if len(set(named.values())) == 1 else None  # else they contradict each other
+
+
+def _is_side(row: Row, name: str) -> bool:
+    """Whether a column is an answer to "which is better" in a table of Label Studio, where it has any name."""
+    return not LABEL_STUDIO.isdisjoint(row) and plain_value(row[name]) in ORDINALS[0] and not _says_worse(name)
+
+
+def _naming(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> dict[str, int]:
+    """The columns whose value names a response, and its position."""
     trial = Layout((), responses, None, (), which)
     other = [name for name in row if name not in responses and name not in PROMPT_NAMES and isinstance(row[name], str)]
-    words = {name: plain_value(row[name]) for name in other if 1 < len(row[name]) < 40}  # a letter alone may be a grade
-    return next((name for name, word in words.items() if trial._named(word) is not None), None)
+    places = {name: trial._named(plain_value(row[name])) for name in other if len(row[name]) < LONGEST_NAME}
+    return {name: place for name, place in places.items() if place is not None}
 
 
 def _holds_scores(values: Any) -> bool:
@@ -379,11 +450,14 @@ def _can_be_short(row: Row, responses: tuple[str, ...]) -> bool:
     return len(responses) > 1 and not any(name in row for name in (*COMPLETIONS, "text", "messages"))
 
 
-def _without_label(responses: tuple[str, ...]) -> BadRow:
+def _without_label(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> BadRow:
     what = " and ".join(responses)
-    return BadRow(
-        "row-label", f'no label, score or vote says which of {what} is preferred: "columns": {{"preferred": ...}} can name it'
-    )
+    reason = f'no label, score or vote says which of {what} is preferred: "columns": {{"preferred": ...}} can name it'
+    worse = next((name for name in _naming(row, responses, which) if _says_worse(name)), None)
+    if worse is not None and len(responses) == 2:
+        labels = f'["{responses[1]}", "{responses[0]}"]'
+        reason += f'; "{worse}" may name the worse one, which {{"preferred": "{worse}", "labels": {labels}}} says'
+    return BadRow("row-label", reason)
 
 
 def _text_within(value: Any) -> Any:

@@ -17,6 +17,7 @@ TRAINING = re.compile(r"(?<![a-z])train", re.IGNORECASE)
 EVALUATION = re.compile(
     r"(?<![a-z])(tests?|val(id(ation)?)?|dev|eval(uation)?|held[-_.]?out|hold[-_.]?out)(?![a-z])", re.IGNORECASE
 )
+DESCRIPTION = re.compile(r"info|(?<![a-z])(stats|statistics|metadata|schema|config|state)\.json", re.IGNORECASE)
 _SHARD = re.compile(r"(?:^|[-_.])\d+(?:-of-\d+(?:-[0-9a-f]+)?)?$")
 
 
@@ -36,20 +37,35 @@ def kind(path: str | Path) -> str:
 
 
 def holds_rows(file: Path) -> bool:
-    """Whether a file of a folder may hold rows: dataset_info.json and the like describe others."""
-    return kind(file) in SUFFIXES and not (kind(file) == ".json" and "info" in file.name)
+    """Whether a file of a folder may hold rows: dataset_info.json, train_stats.json and the like describe others."""
+    return kind(file) in SUFFIXES and not (kind(file) == ".json" and DESCRIPTION.search(file.name))
 
 
 def by_split(files: Iterable[Path], folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by their split."""
+    """The files of a folder by their split; of the same rows in several kinds of files one."""
     found: dict[str, list[Path]] = {}
-    for file in files:
-        stem = file.name[: -len(GZIP)] if file.suffix.lower() == GZIP else file.name
-        own = _SHARD.sub("", Path(stem).stem)
+    for file in _once([*files]):
+        own = _own(file)
         parent = file.parent.name if file.parent != folder else ""
         is_named_by_folder = not own or (_is_split(parent) and not _is_split(own))
         found.setdefault(parent if is_named_by_folder and parent else own, []).append(file)
     return found
+
+
+def _own(file: Path) -> str:
+    """The name of a file without its suffixes and the number of its shard."""
+    stem = file.name[: -len(GZIP)] if file.suffix.lower() == GZIP else file.name
+    return _SHARD.sub("", Path(stem).stem)
+
+
+def _once(files: Sequence[Path]) -> list[Path]:
+    """The files without those of the same name beside another of them: train.csv beside train.jsonl, and packed copies."""
+    kinds: dict[tuple[Path, str], int] = {}
+    for file in files:
+        place = file.parent, _own(file)
+        kinds[place] = min(SUFFIXES.index(kind(file)), kinds.get(place, len(SUFFIXES)))
+    first = [file for file in files if SUFFIXES.index(kind(file)) == kinds[file.parent, _own(file)]]
+    return [file for file in first if file.suffix.lower() != GZIP or file.with_suffix("") not in first]
 
 
 def to_train_on(splits: Iterable[str]) -> list[str]:

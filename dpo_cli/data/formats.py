@@ -17,6 +17,7 @@ from dpo_cli.data.columns import (
     answered,
     asked,
     system_column,
+    tools_column,
     with_history,
 )
 from dpo_cli.data.comparisons import Layout, layout_of, start_of
@@ -37,7 +38,7 @@ from dpo_cli.data.messages import (
 from dpo_cli.data.shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
 
 Written = Mapping[str, Any]  # a row of a file
-ALWAYS = {"tools": "tools", "category": "category", "history": "earlier turns"}  # of every shape
+ALWAYS = {"category": "category", "history": "earlier turns"}  # of every shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Read:
 def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
     """A parsed row as it is read, or `BadRow`. A demonstration of a row with several responses is the best one."""
     columns = columns or {}
-    if demonstrations and (shown := _shown(renamed(row, columns), line, file)) is not None:
+    if demonstrations and (shown := _shown(renamed(row, columns), line, file, "text" in columns)) is not None:
         return shown
     try:
         shape, written, export = _shape_of(row, columns)
@@ -207,7 +208,7 @@ def _layouts(rows: Iterable[Callable[[], Any]], columns: Columns) -> Iterator[tu
             layout = (
                 layout_of(row, stated, export.answers if export is not None else ()) if shape_of(row, stated) is None else None
             )
-        except BadRow:  # told of when the rows are read
+        except BadRow:  # reported when the rows are read
             continue
         if layout is not None and layout.counts:
             known = True
@@ -242,7 +243,7 @@ def pair_of(row: Written, line: int, file: str) -> Pair:
         raise BadRow("row-identical", "chosen and rejected are identical")
     if isinstance(prompt, list):
         _check_roles(prompt, {"chosen": chosen, "rejected": rejected})
-    return Pair(prompt, chosen, rejected, line, file, tools_of(row.get("tools")), _category(row))
+    return Pair(prompt, chosen, rejected, line, file, _tools(row), _category(row))
 
 
 def to_demonstration(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Demonstration:
@@ -250,13 +251,13 @@ def to_demonstration(row: Any, line: int, file: str = "", columns: Columns | Non
     return read_row(row, line, file, columns, demonstrations=True).rows[0]  # type: ignore[return-value]
 
 
-def _shown(row: Written, line: int, file: str) -> Read | None:
-    """A row that is a demonstration; None of another row."""
-    learned = _learned(row)
+def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
+    """A row that is a demonstration; None of another row. `is_text`: "columns" names a text."""
+    learned = _learned(row, is_text)
     if learned is None:
         return None
     asking, answer, reads = learned
-    tools, category = tools_of(row.get("tools")), _category(row)
+    tools, category = _tools(row), _category(row)
     if "text" in reads:
         shown = Demonstration("", sound(answer, "text"), line, file, category=category)
         return Read((shown,), None, row, row, lambda: {"category": "category", **reads})
@@ -266,24 +267,30 @@ def _shown(row: Written, line: int, file: str) -> Read | None:
         prompt, completion = as_messages(prompt, "user"), answer_to(prompt, completion)
     if isinstance(completion, list) and "completion" in reads.values():
         _check_roles(prompt, {"completion": completion})
-    return Read((Demonstration(prompt, completion, line, file, tools, category),), None, row, row, lambda: _common(row) | reads)
+    taken = next(name for name, meaning in reads.items() if meaning != "prompt")
+    says = f"demonstrations: {taken} is learned, and text is not" if isinstance(row.get("text"), str) else None
+    return Read((Demonstration(prompt, completion, line, file, tools, category),), says, row, row, lambda: _common(row) | reads)
 
 
-def _learned(row: Written) -> tuple[Any, Any, dict[str, str]] | None:
-    """(prompt, completion, columns) of a demonstration: prompt and completion, a text, or messages whose last is learned."""
+def _learned(row: Written, is_text: bool) -> tuple[Any, Any, dict[str, str]] | None:
+    """(prompt, completion, columns) of a demonstration: prompt and completion, messages whose last is learned, or a text.
+
+    Beside the others a text repeats them, as a template wrote them, and would put the prompt into the loss.
+    """
     if answered(row) is not None or is_swift(row):
         return None
+    text = ("", row["text"], {"text": "text"}) if isinstance(row.get("text"), str) else None
+    if is_text and text is not None:
+        return text
     asking, completion = asked(row), next((name for name in COMPLETIONS if name in row), None)
     prompted = None
     if asking is not None and completion is not None and asking[1][0] not in CONVERSATIONS:
         prompted = asking[0], row[completion], {**dict.fromkeys(asking[1], "prompt"), completion: "completion"}
     if prompted is not None and "prompt" in row:
         return prompted
-    if isinstance(row.get("text"), str):
-        return "", row["text"], {"text": "text"}
     conversation = next((name for name in CONVERSATIONS if name in row), None)
     if conversation is None:
-        return prompted
+        return prompted or text
     messages = text_of(row[conversation], "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
@@ -306,7 +313,7 @@ def to_question(row: Any, line: int, file: str = "", columns: Columns | None = N
     prompt = _after_start(text_of(asking[0], "prompt"), row)
     if isinstance(prompt, list):
         _require_open(prompt)
-    return Question(prompt, reference, line, file, tools_of(row.get("tools")))
+    return Question(prompt, reference, line, file, _tools(row))
 
 
 def _after_start(prompt: Text, row: Written) -> Text:
@@ -318,8 +325,13 @@ def _after_start(prompt: Text, row: Written) -> Text:
 
 def _common(row: Written) -> dict[str, str]:
     """The columns that a row of any shape may have, and what they are read as."""
-    system = system_column(row)
-    return {**ALWAYS, system: "system"} if system is not None else ALWAYS
+    named = {system_column(row): "system", tools_column(row): "tools"}
+    return ALWAYS | {name: meaning for name, meaning in named.items() if name is not None}
+
+
+def _tools(row: Written) -> tuple[Mapping[str, Any], ...]:
+    column = tools_column(row)
+    return tools_of(row[column]) if column is not None else ()
 
 
 def _check_roles(prompt: Text, responses: Mapping[str, Any]) -> None:

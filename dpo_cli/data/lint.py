@@ -43,7 +43,7 @@ class Seen:
 
 
 class Finding:
-    """Base of the findings: remembers the rows it was told of, and yields one problem for each file that has some."""
+    """Base of the findings: remembers the rows that it is shown, and yields one problem for each file that has some."""
 
     code: str
     severity: Severity = "hint"

@@ -5,6 +5,7 @@ prompt  chosen  rejected                 conversations: the responses repeat the
         chosen  rejected                 implicit prompt: both start with it
 conversations  chosen  rejected          ShareGPT: {"from", "value"}; or messages
 [system]  question  chosen  rejected     or instruction [input], or query
+response_a  response_b  chosen  rejected names of two responses: {"chosen": "response_b", "rejected": "response_a"}
 messages  rejected_response              ms-swift: the last message is chosen; or rejected_messages
 input  preferred_output  ...             preference files of OpenAI
 
@@ -20,7 +21,7 @@ from itertools import product
 from typing import Any
 
 from dpo_cli.data.columns import CONVERSATIONS, OURS, QUESTIONS, Columns, Row, answered, asked
-from dpo_cli.data.comparisons import Layout, layout_of
+from dpo_cli.data.comparisons import Layout, layout_of, members_named
 from dpo_cli.data.messages import ROLES, TURN, BadRow, answer_to, parsed, text_of, turns_of
 
 Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
@@ -171,8 +172,12 @@ def is_swift(row: Row) -> bool:
     return _rejected_of(row) is not None and "chosen" not in row and any(name in row for name in CONVERSATIONS)
 
 
+def _conversation_of(row: Row) -> str:
+    return next(name for name in CONVERSATIONS if name in row)
+
+
 def _swift(row: Row) -> Iterator[Row]:
-    name = next(name for name in CONVERSATIONS if name in row)
+    name = _conversation_of(row)
     messages = text_of(row[name], name)
     rejected = row[_rejected_of(row) or ""]
     base = {key: value for key, value in row.items() if key not in CONVERSATIONS}
@@ -203,7 +208,37 @@ def _can_be_implicit(row: Row) -> bool:
     return not any(isinstance(value, str) and value.strip() for key, value in row.items() if key not in (*pair, "prompt"))
 
 
+def _members(row: Row) -> tuple[str, ...] | None:
+    """The columns of the two responses that chosen and rejected only name."""
+    if len(row) < 4 or "chosen" not in row or "rejected" not in row:  # a row of two responses more, not of nearly every one
+        return None
+    return members_named(row, [row["chosen"], row["rejected"]])
+
+
+def _by_name(row: Row) -> Iterator[Row]:
+    """The pair of a row whose chosen and rejected are names of two of its responses."""
+    members = _members(row) or ()
+    base = {name: value for name, value in row.items() if name not in members}
+    pair = {**base, "chosen": row[members[0]], "rejected": row[members[1]]}
+    shape = shape_of(pair, {})
+    if shape is None:
+        raise BadRow("row-no-prompt", "there is no prompt, and the responses do not start alike")
+    yield from shape.rows(pair)
+
+
+def _by_name_reads(row: Row) -> dict[str, str]:
+    members = _members(row) or ()
+    asking = dict.fromkeys((asked(row) or ("", ()))[1], "prompt")
+    return {**asking, **dict.fromkeys(members, "response"), "chosen": "label", "rejected": "label"}
+
+
 SHAPES = (
+    Shape(
+        "names: chosen and rejected name two of the responses, whose texts are taken",
+        lambda row: _members(row) is not None,
+        _by_name,
+        _by_name_reads,
+    ),
     Shape(
         "conversations: chosen and rejected repeat the prompt, which is what they start with",
         lambda row: isinstance(row.get("chosen"), list) and "rejected" in row and _repeats_prompt(row),
@@ -244,7 +279,7 @@ SHAPES = (
         "ms-swift: the last of messages is chosen, rejected_response (or rejected_messages) is rejected",
         is_swift,
         _swift,
-        lambda row: {**dict.fromkeys(CONVERSATIONS, "prompt and chosen"), _rejected_of(row) or "": "rejected"},
+        lambda row: {_conversation_of(row): "prompt and chosen", _rejected_of(row) or "": "rejected"},
     ),
     Shape(
         "OpenAI preferences: preferred_output is chosen, non_preferred_output is rejected",
