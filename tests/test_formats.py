@@ -76,6 +76,22 @@ def test_shapes(row: dict[str, Any], prompt: object, chosen: object) -> None:
     assert [_bare(pair.prompt), _bare(pair.chosen), pair.line] == [prompt, chosen, 7]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": [{"role": "User", "content": "q"}, *YES], "rejected": [{"from": "Human", "value": "q"}, *NO]},
+        {"messages": USER + YES, "rejected_messages": [{"role": "model", "content": "no"}]},
+        {
+            "messages": USER + YES,
+            "rejected_messages": [{"role": "HUMAN", "content": "q"}, {"role": "Assistant", "content": "no"}],
+        },
+    ],
+)
+def test_roles_are_known_by_every_name_in_every_shape(row: dict[str, Any]) -> None:
+    pair = to_pair(row, 1)
+    assert [_bare(text) for text in (pair.prompt, pair.chosen, pair.rejected)] == [USER, YES, NO]
+
+
 def _bare(text: Any) -> Any:
     """Messages without what is neither role nor content."""
     return text if isinstance(text, str) else [{key: message[key] for key in ("role", "content")} for message in text]

@@ -77,7 +77,7 @@ def message_of(value: Any, key: str) -> Message:
     content = message.pop("value", None) if "content" not in message else message.pop("content")
     if not isinstance(theirs, str):
         raise BadRow("row-wrong-type", f'{key} holds a message without a "role"')
-    role = ROLES.get(theirs.lower(), theirs.lower())
+    role = role_of(value)
     if role not in KNOWN_ROLES:
         known = ", ".join(KNOWN_ROLES)
         raise BadRow("row-role", f"{key} holds a message of an unknown role; known are {known}", f"{theirs[:40]!r}")
@@ -90,6 +90,13 @@ def message_of(value: Any, key: str) -> Message:
     if content or not can_be_empty:
         content = sound(content, key)
     return {"role": role, "content": content, **message}
+
+
+def role_of(message: Mapping[str, Any]) -> str:
+    """The role of a message under our name; empty where it has none."""
+    role = message.get("role")
+    role = message.get("from") if role is None else role
+    return ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else ""
 
 
 def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
@@ -116,7 +123,13 @@ def parsed(text: str) -> Any:
     for parse in (json.loads, _literal):
         try:
             value = parse(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):  # not this notation: the next one, or it is text
+        except (
+            ValueError,
+            TypeError,
+            SyntaxError,
+            MemoryError,
+            RecursionError,
+        ):  # not this notation: the next one, or it is text
             continue
         if _are_messages(value):
             return value
@@ -134,8 +147,7 @@ def _are_messages(value: Any) -> bool:
     messages = value if isinstance(value, list) else [value]
     return bool(messages) and all(
         isinstance(message, Mapping)
-        and isinstance(role := message.get("role", message.get("from")), str)
-        and ROLES.get(role.lower(), role.lower()) in KNOWN_ROLES
+        and role_of(message) in KNOWN_ROLES
         and not {"content", "value", "tool_calls"}.isdisjoint(message)
         for message in messages
     )
@@ -279,7 +291,7 @@ def _is_empty_system(message: Any) -> bool:
     """A system message without text says nothing, and many sets have one in every row."""
     return (
         isinstance(message, Mapping)
-        and "system" in (message.get("role"), message.get("from"))
+        and role_of(message) == "system"
         and not visible(str(message.get("content") or message.get("value") or "")).strip()
     )
 
