@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.files import READERS
 from dpo_cli.data.formats import Pair, to_demonstration, to_pair
-from dpo_cli.data.messages import BadRow
+from dpo_cli.data.messages import BadRow, from_last_turn
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Bad, Dataset, read, sources_of, stream
 from dpo_cli.errors import Problem
@@ -90,6 +90,36 @@ def test_shapes(row: dict[str, Any], prompt: object, chosen: object) -> None:
 def test_roles_are_known_by_every_name_in_every_shape(row: dict[str, Any]) -> None:
     pair = to_pair(row, 1)
     assert [_bare(text) for text in (pair.prompt, pair.chosen, pair.rejected)] == [USER, YES, NO]
+
+
+RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "cut"),
+    [
+        (f"{RIVER} One is", " the Rhine.", " Rome.", (RIVER, " One is the Rhine.", " One is Rome.")),
+        (RIVER, f"{RIVER} The Rhine.", f"{RIVER} Rome.", (RIVER, " The Rhine.", " Rome.")),
+        (f"{RIVER} One is", f"{RIVER} One is Como.", f"{RIVER} One is Rome.", (RIVER, " One is Como.", " One is Rome.")),
+        (RIVER, " The Rhine.", " Rome.", (RIVER, " The Rhine.", " Rome.")),
+        (
+            f"{RIVER} Po.\n\nHuman: More!",
+            "\n\nAssistant: Elbe.",
+            "\n\nAssistant: No.",
+            (f"{RIVER} Po.\n\nHuman: More!\n\nAssistant:", " Elbe.", " No."),
+        ),
+        ("Name a river.", "The Rhine.", "Rome.", ("Name a river.", "The Rhine.", "Rome.")),
+    ],
+)
+def test_a_transcript_ends_where_the_answers_begin(prompt: str, chosen: str, rejected: str, cut: tuple[str, str, str]) -> None:
+    start, answers = from_last_turn(prompt, {"chosen": chosen, "rejected": rejected})
+    assert (start, *answers) == cut
+
+
+@pytest.mark.parametrize("chosen", [" Po.\n\nHuman: more\n\nAssistant: Elbe.", "Human: Po.", "\n\nAssistant: Po."])
+def test_a_response_is_one_turn_of_a_transcript(chosen: str) -> None:
+    with pytest.raises(BadRow, match="chosen holds another turn"):
+        from_last_turn(RIVER, {"chosen": chosen, "rejected": " Rome."})
 
 
 def _bare(text: Any) -> Any:

@@ -319,6 +319,36 @@ def turns_of(text: str) -> list[Message]:
     return [{"role": SPEAKERS[who], "content": words.strip()} for who, words in said if words.strip()]
 
 
+def from_last_turn(prompt: Text, responses: Mapping[str, Text]) -> tuple[Text, list[Text]]:
+    """A prompt and its responses, or `BadRow`: a transcript ends with the "Assistant:" of the turn that is answered.
+
+    What it already says of that turn stands at the start of each response; a response that repeats the transcript loses it.
+    Where the responses are messages, or the prompt is no transcript, they stay as they are.
+    """
+    answers = [answer for answer in responses.values() if isinstance(answer, str)]
+    if not isinstance(prompt, str) or len(answers) < len(responses) or not turns_of(prompt):
+        return prompt, [*responses.values()]
+    *_, last = TURN.finditer(prompt)
+    begun = prompt[last.end(1) + 1 :] if last[1] == "Assistant" else ""
+    start = prompt[: last.end(1) + 1] if begun.strip() else prompt
+    parts = [_answer_after(prompt, answer, key, last[1]) for key, answer in responses.items() if isinstance(answer, str)]
+    if len({turn for turn, _ in parts}) > 1:
+        raise BadRow("row-role", 'one response begins with "Assistant:", and another does not')
+    begun = begun if begun.strip() else ""
+    return start + parts[0][0], [sound(begun + answer, key) for key, (_, answer) in zip(responses, parts, strict=True)]
+
+
+def _answer_after(transcript: str, answer: str, key: str, speaker: str) -> tuple[str, str]:
+    """(the "Assistant:" that an answer begins with, its text) after a transcript whose last turn is of `speaker`."""
+    if answer.lstrip().startswith(transcript.strip()):
+        answer = answer.lstrip()[len(transcript.strip()) :]
+    turns = [*TURN.finditer(answer)]
+    own = turns.pop(0).end(1) + 1 if turns and turns[0].start() == 0 and (speaker, turns[0][1]) == ("Human", "Assistant") else 0
+    if turns:
+        raise BadRow("row-role", f"{key} holds another turn of a transcript after its answer, or before it")
+    return answer[:own], answer[own:]
+
+
 def said(text: Text) -> str:
     """All that a response says: its text, its reasoning and its tool calls."""
     if isinstance(text, str):
