@@ -97,6 +97,7 @@ def test_nothing_but_problems_comes_of_any_row(
 @pytest.mark.parametrize(
     "row",
     [
+        {"prompt": "{'role': 'user', 'content': {[1]: 2}}"},
         {"prompt": None, "chosen": [{"role": ["user"], "content": "a"}], "rejected": [{"role": "user", "content": "a"}]},
         {"score_chosen": 10**400, "score_rejected": 1},
         {"fields": {"q": "a"}, "suggestions": "x"},

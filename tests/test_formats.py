@@ -92,6 +92,59 @@ def test_roles_are_known_by_every_name_in_every_shape(row: dict[str, Any]) -> No
     assert [_bare(text) for text in (pair.prompt, pair.chosen, pair.rejected)] == [USER, YES, NO]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "user", "content": "q"}]',
+        '[{"name": null, "role": "user", "content": "q"}]',
+        "array([{'role': 'user', 'content': 'q'}], dtype=object)",
+        json.dumps(json.dumps(USER)),
+        json.dumps({"messages": USER}),
+        "[{'content': 'q', 'role': 'user', 'score': nan, 'at': datetime.datetime(2024, 1, 2, 3, 4)}]",
+        '[["user", "q"]]',
+        "[('human', 'q')]",
+    ],
+)
+def test_messages_that_are_stored_as_text_are_read(text: str) -> None:
+    pair = to_pair({"prompt": text, "chosen": "yes", "rejected": "no"}, 1)
+    assert _bare(pair.prompt) == USER
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["Ann", "Bob"]',
+        '{"model": "m", "messages": [{"role": "user", "content": "q"}]}',
+        '{"role": "engineer", "content": "a"}',
+        '[{"from": "Oslo", "to": "Rome"}]',
+        r"[\frac{1}{2}, 'user']",
+        '[{"role": "user", "content": "q"}] is how it is written',
+        '"role" is a key, as is "from"',
+    ],
+)
+def test_other_json_and_code_stay_text(text: str) -> None:
+    assert to_pair({"prompt": "q", "chosen": text, "rejected": "no"}, 1).chosen == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "user", "content": "a cell that is c',
+        "[{'role': 'user', 'content': 'q'} ... {'role': 'assistant', 'content': 'a'}]",
+        '[{"content": "q", "role": }]',
+        '[{"role": "user", "content": "q"}, {"role": "narrator", "content": "x"}]',
+    ],
+)
+def test_what_begins_like_messages_is_never_learned_as_text(text: str) -> None:
+    with pytest.raises(BadRow):
+        to_pair({"prompt": "q", "chosen": text, "rejected": "no"}, 1)
+
+
+def test_tools_are_read_in_the_notation_of_python_too() -> None:
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no", "tools": "[{'name': 'f', 'strict': True, 'parameters': None}]"}
+    assert to_pair(row, 1).tools == ({"name": "f", "strict": True},)
+
+
 RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
 
 

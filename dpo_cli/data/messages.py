@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +40,18 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNTYPED_PARTS = ("text", "image", "image_url", "audio")  # the key says what it is
 SCHEMA_VALUES = ("default", "const", "enum")  # of a JSON schema: null is a value there
+MESSAGE_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
+DEEPEST = 100  # levels of a row: far more than data has, and few enough for every function that calls itself
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")  # as in Anthropic's HH-RLHF
+# Of messages that are stored as text: what they hold in quotes, and how they begin.
+SPEAKS = re.compile(rf"""["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']""", re.IGNORECASE)
+BEGINS = re.compile(
+    rf"""(?:"|array\()?(?:\[?\s*\{{\s*\\?["'](?:role|from)\\?["']\s*:\s*\\?["'](?:{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']"""
+    r"""|\[\s*\{\s*\\?["'](?:content|value)\\?["']\s*:)""",
+    re.IGNORECASE,
+)
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -103,8 +114,8 @@ def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
     """The tools of a row, which may be JSON text, without keys that are null; or `BadRow`."""
     if isinstance(value, str):  # TRL takes them as JSON text too, since columns of objects need one type
         try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError) as error:
+            value = bounded(_value_of(value)) if value.strip() else []
+        except ValueError as error:
             raise BadRow("row-tools", "tools is text, but not JSON") from error
     if value is None:
         return ()
@@ -116,41 +127,97 @@ def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def parsed(text: str) -> Any:
-    """A list of messages, or one message, that is stored as JSON or Python text; the text itself where it is anything else."""
-    start = text[:200].lstrip()[:60]
-    if not re.match(r"""\[?\s*\{\s*["'](role|from|content|value)["']\s*:""", start):
+    """Messages, or one message, that are stored as JSON or Python text; the text itself where it is anything else.
+
+    `BadRow` where it begins like messages, and cannot be read.
+    """
+    start = text[:200].lstrip()
+    if not start.startswith(("[", "{", '"', "array(")) or not SPEAKS.search(text):
         return text
+    try:
+        messages = _messages_in(_value_of(text))
+    except ValueError as error:
+        if BEGINS.match(start) and not _begins_with_json(text):
+            reason = "a text begins like a list of messages, but is neither JSON nor Python's notation of one"
+            raise BadRow("row-wrong-type", reason, f"{start[:40]!r}") from error
+        return text
+    return text if messages is None else bounded(messages)
+
+
+def _value_of(text: str) -> Any:
+    """The value of JSON text, or of Python's notation; `ValueError` where it is neither."""
     for parse in (json.loads, _literal):
         try:
-            value = parse(text)
-        except (
-            ValueError,
-            TypeError,
-            SyntaxError,
-            MemoryError,
-            RecursionError,
-        ):  # not this notation: the next one, or it is text
+            return parse(text)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # not this notation
             continue
-        if _are_messages(value):
-            return value
-    return text
+    raise ValueError("neither JSON nor Python")
 
 
 def _literal(text: str) -> Any:
     """Python's own notation; numpy, of which pandas writes lists, leaves out the comma between two objects."""
     if len(text) > LARGEST_LITERAL:
         raise ValueError("too long")
-    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
+    with warnings.catch_warnings(action="ignore"):  # of escapes that are none, in what may be no Python at all
+        tree = ast.parse(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()), mode="eval")
+    return ast.literal_eval(_Plain().visit(tree))
 
 
-def _are_messages(value: Any) -> bool:
+class _Plain(ast.NodeTransformer):
+    """Python's notation with arrays as lists, nan as None, and dates and the like as text."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        name = ast.unparse(node.func)
+        return self.visit(node.args[0]) if name in ("array", "np.array") and node.args else ast.Constant(ast.unparse(node))
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(None) if node.id.lower() == "nan" else node
+
+
+def _begins_with_json(text: str) -> bool:
+    """Whether a JSON value stands at the start of a text, so that the rest is words about it."""
+    try:
+        json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _messages_in(value: Any) -> Any:
+    """The messages, or the message, that a parsed text is; None where it is something else."""
+    if isinstance(value, str):  # encoded twice
+        try:
+            value = _value_of(value)
+        except ValueError:
+            return None
+    if isinstance(value, Mapping) and len(value) == 1 and not {"messages", "conversations"}.isdisjoint(value):
+        value = next(iter(value.values()))
+    if isinstance(value, list) and value and all(_is_said(turn) for turn in value):
+        return [{"role": role, "content": text} for role, text in value]
     messages = value if isinstance(value, list) else [value]
-    return bool(messages) and all(
-        isinstance(message, Mapping)
-        and role_of(message) in KNOWN_ROLES
-        and not {"content", "value", "tool_calls"}.isdisjoint(message)
-        for message in messages
+    are_messages = all(
+        isinstance(message, Mapping) and role_of(message) and not MESSAGE_KEYS.isdisjoint(message) for message in messages
     )
+    return value if are_messages and any(role_of(message) in KNOWN_ROLES for message in messages) else None
+
+
+def _is_said(turn: Any) -> bool:
+    """Whether a value is [role, text]."""
+    is_pair = isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
+    return is_pair and role_of({"role": turn[0]}) in KNOWN_ROLES
+
+
+def bounded(value: Any) -> Any:
+    """The value of a row, or `BadRow` where it is nested too deep to walk, or holds an integer that is no float."""
+    values = [value]
+    for _ in range(DEEPEST):
+        if any(isinstance(part, int) and abs(part) > sys.float_info.max for part in values):
+            raise BadRow("row-unreadable", "a number is too large")
+        held = [part.values() if isinstance(part, Mapping) else part for part in values if isinstance(part, Mapping | list)]
+        if not held:
+            return value
+        values = [part for parts in held for part in parts if not isinstance(part, str)]
+    raise BadRow("row-unreadable", f"values are nested more than {DEEPEST} levels deep")
 
 
 def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
@@ -241,7 +308,7 @@ def _call(call: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _object(text: str) -> Any:
     """JSON text as a value; None where it is none."""
     try:
-        return json.loads(text)
+        return bounded(json.loads(text))
     except (ValueError, RecursionError):
         return None
 

@@ -9,7 +9,6 @@ weights.
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,11 +22,10 @@ from dpo_cli.data.columns import Columns
 from dpo_cli.data.faults import fault
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.formats import Pair, Read, Row, read_row, with_start
-from dpo_cli.data.messages import BadRow
+from dpo_cli.data.messages import BadRow, bounded
 from dpo_cli.errors import Problem, Severity
 
 TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
-DEEPEST = 100  # levels of a row: far more than data has, and few enough for every function that calls itself
 UNEXPECTED = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)  # what a value of an odd type raises
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
 # What helps where no row can be deleted or left out.
@@ -225,7 +223,7 @@ def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bo
         known = _with_start(source, columns)
         for line, parse_row in files.rows_of(source.path):
             try:
-                yield read_row(_bounded(parse_row), line, source.path, known, demonstrations)
+                yield read_row(bounded(parse_row()), line, source.path, known, demonstrations)
             except BadRow as error:
                 yield Bad(source.path, line, error.code, error.reason, error.detail)
             except UNEXPECTED as error:
@@ -235,27 +233,15 @@ def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bo
                 )
 
 
+def _within_bounds(parse_row: Callable[[], Any]) -> Any:
+    return bounded(parse_row())
+
+
 def _with_start(source: Source, columns: Columns | None) -> Columns:
     try:
-        return with_start((partial(_bounded, parse_row) for _, parse_row in files.rows_of(source.path)), columns)
+        return with_start((partial(_within_bounds, parse_row) for _, parse_row in files.rows_of(source.path)), columns)
     except UNEXPECTED:  # named when the rows are read; labels that need the start are unclear then
         return columns or {}
-
-
-def _bounded(parse_row: Callable[[], Any]) -> Any:
-    """The parsed row, or `BadRow` where it is nested too deep to walk, or holds an integer that is no float."""
-    row = parse_row()
-    values = [row]
-    for _ in range(DEEPEST):
-        if any(isinstance(value, int) and abs(value) > sys.float_info.max for value in values):
-            raise BadRow("row-unreadable", "a number is too large")
-        held = [
-            value.values() if isinstance(value, Mapping) else value for value in values if isinstance(value, Mapping | list)
-        ]
-        if not held:
-            return row
-        values = [part for parts in held for part in parts if not isinstance(part, str)]
-    raise BadRow("row-unreadable", f"values are nested more than {DEEPEST} levels deep")
 
 
 def _files(path: str) -> list[str]:
