@@ -145,6 +145,20 @@ def test_tools_are_read_in_the_notation_of_python_too() -> None:
     assert to_pair(row, 1).tools == ({"name": "f", "strict": True},)
 
 
+@pytest.mark.parametrize(
+    ("value", "content"),
+    [
+        ("<tool_response>\n5\n</tool_response>", "5"),
+        ("<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>", None),
+        ("see <tool_response>5</tool_response>", None),
+    ],
+)
+def test_a_tool_result_loses_the_wrapper_that_the_template_writes(value: str, content: str | None) -> None:
+    asking = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "one moment"}, {"from": "tool", "value": value}]
+    prompt = to_pair({"conversations": asking, "chosen": YES, "rejected": NO}, 1).prompt
+    assert prompt[-1] == {"role": "tool", "content": content or value}
+
+
 RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
 
 

@@ -52,6 +52,7 @@ BEGINS = re.compile(
     r"""|\[\s*\{\s*\\?["'](?:content|value)\\?["']\s*:)""",
     re.IGNORECASE,
 )
+WRAPPER = ("<tool_response>", "</tool_response>")  # which Hermes stores around a tool's result, and its template writes too
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -97,6 +98,8 @@ def message_of(value: Any, key: str) -> Message:
         message["tool_calls"] = calls
         content = "" if content is None or theirs.lower() in CALL_ROLES else content
     content = _content(content, role, key)
+    if role == "tool":
+        content = _unwrapped(content)
     can_be_empty = calls or role == "tool" or any(isinstance(message.get(name), str) for name in REASONING)
     if content or not can_be_empty:
         content = sound(content, key)
@@ -159,7 +162,7 @@ def _literal(text: str) -> Any:
     if len(text) > LARGEST_LITERAL:
         raise ValueError("too long")
     with warnings.catch_warnings(action="ignore"):  # of escapes that are none, in what may be no Python at all
-        tree = ast.parse(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()), mode="eval")
+        tree = ast.parse(re.sub(r"\}[^\S\n]*\n\s*\{", "}, {", text.strip()), mode="eval")
     return ast.literal_eval(_Plain().visit(tree))
 
 
@@ -255,6 +258,14 @@ def _content(value: Any, role: str, key: str) -> str:
     if role == "tool" and isinstance(value, Mapping | list):
         return json.dumps(without_nulls(value), ensure_ascii=False)
     raise BadRow("row-wrong-type", f'{key} holds a message whose "content" is {type(value).__name__}, not a string')
+
+
+def _unwrapped(result: str) -> str:
+    """The result of a tool without the one wrapper that is around all of it."""
+    start, end = WRAPPER
+    text = result.strip()
+    is_wrapped = text.startswith(start) and text.endswith(end) and text.count(start) == text.count(end) == 1
+    return text[len(start) : -len(end)].strip() if is_wrapped else result
 
 
 def _kind(part: Any) -> str:
