@@ -38,6 +38,7 @@ TABLE = b"prompt,chosen,rejected\na,b,c\nd,e\n"
 CUT = b"PAR1" + b"x" * 100  # a Parquet file without its end
 CUT_GZIP = gzip.compress(GOOD)[:-9]
 TWO = b'"prompt": "a", "output_1": "b", "output_2": "c"'
+DEEP = b'{"prompt": "a", "chosen": "b", "rejected": "c", "context": ' + b"[" * 200 + b"]" * 200 + b"}"
 
 FAULTS = (
     Fault("row-not-json", b'{"prompt": "a", "chosen": "b"', "not valid JSON"),
@@ -76,6 +77,7 @@ FAULTS = (
     Fault("row-one-response", b'{"prompt": "a", "responses": ["b"], "scores": [1]}', "fewer than two responses"),
     Fault("row-nul", b'{"prompt": "a\\u0000", "chosen": "b", "rejected": "c"}', "prompt holds a NUL character"),
     Fault("row-surrogate", b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "half of a surrogate pair"),
+    Fault("row-unreadable", DEEP, "nested more than 100 levels deep", shown="a row of 200 nested lists"),
     Fault("row-not-utf8", b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}', "not valid UTF-8"),
     Fault("row-duplicate-key", b'{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "c"}', "a key stands twice"),
     Fault("row-too-long", b" " * (1 << 26) + b"3", "a line of more than 64 MiB", shown="a line of 65 MiB"),

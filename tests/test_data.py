@@ -6,15 +6,21 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bad_rows import BAD_ROWS
 from conftest import ROOT, made_row
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.config.config import load
+from dpo_cli.config.schema import inner_defaults
+from dpo_cli.data import columns as names
+from dpo_cli.data.comparisons import LABELS, LISTS
+from dpo_cli.data.exports import HELD
 from dpo_cli.data.formats import Pair
+from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import read
 from dpo_cli.data.split import is_held_out_prompt
 from dpo_cli.hardware.probe import probe
@@ -35,6 +41,82 @@ def test_every_bad_row_is_named_by_its_physical_line(tmp_path: Path) -> None:
     assert found == {line: code for line, code in enumerate(BAD_LINES.values(), start=3)}
     assert (data.rows, [pair.line for pair in data.load()]) == (len(BAD_LINES) + 2, [1, len(BAD_LINES) + 3])
     assert {problem.severity for problem in read(str(path), skip=True).problems} == {"warning"}
+
+
+ROW_KEYS = [
+    *{*names.SYSTEMS, *names.PROMPTS, *names.JOINED, *names.COMPLETIONS, *sum(names.RESPONSES, ()), *LABELS, *LISTS},
+    *("tools", "history", "category", "text", "rejected_messages", "preferred_output", "non_preferred_output", "images"),
+    *("response_1", "response_2", "score_1", "score_2", "scores", "score_chosen", "score_rejected", "is_good", "contexts"),
+    *("fields", "suggestions", "data", "annotations", "completions", "predictions", "better.responses", "better.suggestion"),
+]
+MESSAGE_KEYS = [
+    *("role", "from", "content", "value", "type", "tool_calls", "function_call", "function", "name", "arguments", "parameters"),
+    *("messages", "values", "status", "question_name", "result", "from_name", "to_name", "rank", "post", *HELD),
+]
+LEAVES = (
+    st.sampled_from(["", "q", "a b", "user", "assistant", "tool", "system", "gpt", "response_1", "1", "1e999", "response_1,q"])
+    | st.sampled_from(["[]", "{'role': 'user', 'content': {[1]: 2}}", '{"selected": "left"}', '{"selected"', "[{'from': 1}]"])
+    | st.sampled_from(["\n\nHuman: a\n\nAssistant: b", "q a b", "\0", "\ud800", 10**400, -(10**4000), 2**63, 0, 1, -1, 1.5])
+    | st.sampled_from([float("nan"), float("inf"), True, False, None, [], {}])
+    | st.text(max_size=4)
+)
+
+
+def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(MESSAGE_KEYS), inner, max_size=4)
+
+
+def _within(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+VALUES = st.recursive(LEAVES, _nested, max_leaves=12) | st.builds(_within, LEAVES, st.sampled_from([90, 150, 900]))
+VALUES |= VALUES.map(json.dumps) | VALUES.map(str)
+STATED: list[dict[str, Any]] = [{}, {"responses": "q"}, {"responses": ["prompt", "text"], "preferred": "label"}]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(
+    rows=st.lists(st.dictionaries(st.sampled_from(ROW_KEYS), VALUES, max_size=6), min_size=1, max_size=3),
+    stated=st.sampled_from(STATED),
+    demonstrations=st.booleans(),
+)
+def test_nothing_but_problems_comes_of_any_row(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], stated: dict[str, Any], demonstrations: bool
+) -> None:
+    path = tmp_path_factory.mktemp("any") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    quality = Quality(inner_defaults("quality"))
+    data = read(str(path), columns=stated, demonstrations=demonstrations, observers=[] if demonstrations else [quality])
+    bad = {line for problem in data.problems if problem.severity == "error" for line in problem.lines or [problem.line]}
+    assert data.rows == len(rows) and (data.pairs > 0 or bad or {problem.code for problem in data.problems} >= {"row-tie"})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "{'role': 'user', 'content': {[1]: 2}}"},
+        {"prompt": None, "chosen": [{"role": ["user"], "content": "a"}], "rejected": [{"role": "user", "content": "a"}]},
+        {"score_chosen": 10**400, "score_rejected": 1},
+        {"fields": {"q": "a"}, "suggestions": "x"},
+        {"fields": {"q": "a"}, "responses": [{"values": [1]}]},
+        {"data": {"q": "a"}, "annotations": [{"result": 5}], "predictions": 5},
+        {"data": {"q": "a"}, "annotations": [{"result": [{"value": {}, "to_name": [["q"], ["q"]]}]}]},
+        {"tools": "[" * 900 + "]" * 900},
+        {"system": _within("s", 900)},
+        {"prompt": [{"role": "tool", "content": _within("s", 900)}]},
+    ],
+)
+def test_a_row_of_odd_types_is_a_bad_row(pairs_file: Callable[..., Path], row: dict[str, Any]) -> None:
+    """An export is a row without chosen and rejected."""
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    odd = row if row.keys() & {"fields", "data"} else {**good, **row}
+    data = read(str(pairs_file([good, odd, good])))
+    assert (data.rows, data.pairs) == (3, 2) and [problem.line for problem in data.problems if problem.severity == "error"] == [
+        2
+    ]
 
 
 def test_a_json_list_has_lines_too(tmp_path: Path) -> None:

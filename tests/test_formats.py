@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.files import READERS
 from dpo_cli.data.formats import Pair, to_demonstration, to_pair
-from dpo_cli.data.messages import BadRow
+from dpo_cli.data.messages import BadRow, from_last_turn
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import Bad, Dataset, read, sources_of, stream
 from dpo_cli.errors import Problem
@@ -74,6 +74,119 @@ SHARED = ROOT.parent / "shared" / "data"
 def test_shapes(row: dict[str, Any], prompt: object, chosen: object) -> None:
     pair = to_pair(row, 7)
     assert [_bare(pair.prompt), _bare(pair.chosen), pair.line] == [prompt, chosen, 7]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": [{"role": "User", "content": "q"}, *YES], "rejected": [{"from": "Human", "value": "q"}, *NO]},
+        {"messages": USER + YES, "rejected_messages": [{"role": "model", "content": "no"}]},
+        {
+            "messages": USER + YES,
+            "rejected_messages": [{"role": "HUMAN", "content": "q"}, {"role": "Assistant", "content": "no"}],
+        },
+    ],
+)
+def test_roles_are_known_by_every_name_in_every_shape(row: dict[str, Any]) -> None:
+    pair = to_pair(row, 1)
+    assert [_bare(text) for text in (pair.prompt, pair.chosen, pair.rejected)] == [USER, YES, NO]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "user", "content": "q"}]',
+        '[{"name": null, "role": "user", "content": "q"}]',
+        "array([{'role': 'user', 'content': 'q'}], dtype=object)",
+        json.dumps(json.dumps(USER)),
+        json.dumps({"messages": USER}),
+        "[{'content': 'q', 'role': 'user', 'score': nan, 'at': datetime.datetime(2024, 1, 2, 3, 4)}]",
+        '[["user", "q"]]',
+        "[('human', 'q')]",
+    ],
+)
+def test_messages_that_are_stored_as_text_are_read(text: str) -> None:
+    pair = to_pair({"prompt": text, "chosen": "yes", "rejected": "no"}, 1)
+    assert _bare(pair.prompt) == USER
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '["Ann", "Bob"]',
+        '{"model": "m", "messages": [{"role": "user", "content": "q"}]}',
+        '{"role": "engineer", "content": "a"}',
+        '[{"from": "Oslo", "to": "Rome"}]',
+        r"[\frac{1}{2}, 'user']",
+        '[{"role": "user", "content": "q"}] is how it is written',
+        '"role" is a key, as is "from"',
+    ],
+)
+def test_other_json_and_code_stay_text(text: str) -> None:
+    assert to_pair({"prompt": "q", "chosen": text, "rejected": "no"}, 1).chosen == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"role": "user", "content": "a cell that is c',
+        "[{'role': 'user', 'content': 'q'} ... {'role': 'assistant', 'content': 'a'}]",
+        '[{"content": "q", "role": }]',
+        '[{"role": "user", "content": "q"}, {"role": "narrator", "content": "x"}]',
+    ],
+)
+def test_what_begins_like_messages_is_never_learned_as_text(text: str) -> None:
+    with pytest.raises(BadRow):
+        to_pair({"prompt": "q", "chosen": text, "rejected": "no"}, 1)
+
+
+def test_tools_are_read_in_the_notation_of_python_too() -> None:
+    row = {"prompt": "q", "chosen": "yes", "rejected": "no", "tools": "[{'name': 'f', 'strict': True, 'parameters': None}]"}
+    assert to_pair(row, 1).tools == ({"name": "f", "strict": True},)
+
+
+@pytest.mark.parametrize(
+    ("value", "content"),
+    [
+        ("<tool_response>\n5\n</tool_response>", "5"),
+        ("<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>", None),
+        ("see <tool_response>5</tool_response>", None),
+    ],
+)
+def test_a_tool_result_loses_the_wrapper_that_the_template_writes(value: str, content: str | None) -> None:
+    asking = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "one moment"}, {"from": "tool", "value": value}]
+    prompt = to_pair({"conversations": asking, "chosen": YES, "rejected": NO}, 1).prompt
+    assert prompt[-1] == {"role": "tool", "content": content or value}
+
+
+RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "rejected", "cut"),
+    [
+        (f"{RIVER} One is", " the Rhine.", " Rome.", (RIVER, " One is the Rhine.", " One is Rome.")),
+        (RIVER, f"{RIVER} The Rhine.", f"{RIVER} Rome.", (RIVER, " The Rhine.", " Rome.")),
+        (f"{RIVER} One is", f"{RIVER} One is Como.", f"{RIVER} One is Rome.", (RIVER, " One is Como.", " One is Rome.")),
+        (RIVER, " The Rhine.", " Rome.", (RIVER, " The Rhine.", " Rome.")),
+        (
+            f"{RIVER} Po.\n\nHuman: More!",
+            "\n\nAssistant: Elbe.",
+            "\n\nAssistant: No.",
+            (f"{RIVER} Po.\n\nHuman: More!\n\nAssistant:", " Elbe.", " No."),
+        ),
+        ("Name a river.", "The Rhine.", "Rome.", ("Name a river.", "The Rhine.", "Rome.")),
+    ],
+)
+def test_a_transcript_ends_where_the_answers_begin(prompt: str, chosen: str, rejected: str, cut: tuple[str, str, str]) -> None:
+    start, answers = from_last_turn(prompt, {"chosen": chosen, "rejected": rejected})
+    assert (start, *answers) == cut
+
+
+@pytest.mark.parametrize("chosen", [" Po.\n\nHuman: more\n\nAssistant: Elbe.", "Human: Po.", "\n\nAssistant: Po."])
+def test_a_response_is_one_turn_of_a_transcript(chosen: str) -> None:
+    with pytest.raises(BadRow, match="chosen holds another turn"):
+        from_last_turn(RIVER, {"chosen": chosen, "rejected": " Rome."})
 
 
 def _bare(text: Any) -> Any:

@@ -49,7 +49,7 @@ def _argilla(row: Row) -> Export:
     if isinstance(responses, list):  # Argilla 1: an entry for each annotator
         for response in responses:
             if isinstance(response, Mapping) and response.get("status") not in NOT_GIVEN:
-                for question, value in (response.get("values") or {}).items():
+                for question, value in _object(response.get("values")).items():
                     given.setdefault(question, []).append(_answer(value))
     elif isinstance(responses, Mapping):
         for question, values in responses.items():
@@ -57,8 +57,8 @@ def _argilla(row: Row) -> Export:
     given = {question: votes for question, votes in given.items() if votes}
     suggestions = row.get("suggestions") or {}
     if isinstance(suggestions, list):
-        suggestions = {s.get("question_name"): s.get("value") for s in suggestions if isinstance(s, Mapping)}
-    for question, value in suggestions.items():
+        suggestions = {str(s.get("question_name") or ""): s.get("value") for s in suggestions if isinstance(s, Mapping)}
+    for question, value in _object(suggestions).items():
         if question and value is not None:
             given.setdefault(question, [_answer(value)])
     fields = {name: value for name, value in row["fields"].items() if value is not None}
@@ -121,19 +121,33 @@ def _label_studio(row: Row) -> Export:
     data = {name: value for name, value in row["data"].items() if value is not None}
     votes: dict[str, list[Any]] = {}
     compared: tuple[str, ...] = ()
-    given = [a for a in row.get("annotations", row.get("completions")) if isinstance(a, Mapping) and not a.get("was_cancelled")]
-    for annotation in given or [p for p in row.get("predictions") or [] if isinstance(p, Mapping)]:
-        for result in annotation.get("result") or []:
-            if isinstance(result, Mapping) and isinstance(result.get("value"), Mapping):
+    given = [a for a in _objects(row.get("annotations", row.get("completions"))) if not a.get("was_cancelled")]
+    for annotation in given or _objects(row.get("predictions")):
+        for result in _objects(annotation.get("result")):
+            if isinstance(result.get("value"), Mapping):
                 votes.setdefault(str(result.get("from_name")), []).append(_answer(result["value"]))
                 names = result.get("to_name")
                 if isinstance(names, str):
                     names = names.split(",")
-                if isinstance(names, list) and len(names) == 2 and all(name in data for name in names):
+                if (
+                    isinstance(names, list)
+                    and len(names) == 2
+                    and all(isinstance(name, str) and name in data for name in names)
+                ):
                     compared = tuple(names)
     answers = {name: values[0] if len(values) == 1 else values for name, values in votes.items()}
     origin = {**dict.fromkeys(data, "data"), **dict.fromkeys(answers, "annotations")}
     return Export("Label Studio", {**data, **answers}, tuple(answers), compared, origin)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """The value where it is an object; of any other type it says nothing."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _objects(values: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list."""
+    return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
 
 
 def _is_selection(value: Any) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +40,19 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 UNTYPED_PARTS = ("text", "image", "image_url", "audio")  # the key says what it is
 SCHEMA_VALUES = ("default", "const", "enum")  # of a JSON schema: null is a value there
+MESSAGE_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
+DEEPEST = 100  # levels of a row: far more than data has, and few enough for every function that calls itself
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")  # as in Anthropic's HH-RLHF
+# Of messages that are stored as text: what they hold in quotes, and how they begin.
+SPEAKS = re.compile(rf"""["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']""", re.IGNORECASE)
+BEGINS = re.compile(
+    rf"""(?:"|array\()?(?:\[?\s*\{{\s*\\?["'](?:role|from)\\?["']\s*:\s*\\?["'](?:{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']"""
+    r"""|\[\s*\{\s*\\?["'](?:content|value)\\?["']\s*:)""",
+    re.IGNORECASE,
+)
+WRAPPER = ("<tool_response>", "</tool_response>")  # which Hermes stores around a tool's result, and its template writes too
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -77,7 +89,7 @@ def message_of(value: Any, key: str) -> Message:
     content = message.pop("value", None) if "content" not in message else message.pop("content")
     if not isinstance(theirs, str):
         raise BadRow("row-wrong-type", f'{key} holds a message without a "role"')
-    role = ROLES.get(theirs.lower(), theirs.lower())
+    role = role_of(value)
     if role not in KNOWN_ROLES:
         known = ", ".join(KNOWN_ROLES)
         raise BadRow("row-role", f"{key} holds a message of an unknown role; known are {known}", f"{theirs[:40]!r}")
@@ -86,18 +98,27 @@ def message_of(value: Any, key: str) -> Message:
         message["tool_calls"] = calls
         content = "" if content is None or theirs.lower() in CALL_ROLES else content
     content = _content(content, role, key)
+    if role == "tool":
+        content = _unwrapped(content)
     can_be_empty = calls or role == "tool" or any(isinstance(message.get(name), str) for name in REASONING)
     if content or not can_be_empty:
         content = sound(content, key)
     return {"role": role, "content": content, **message}
 
 
+def role_of(message: Mapping[str, Any]) -> str:
+    """The role of a message under our name; empty where it has none."""
+    role = message.get("role")
+    role = message.get("from") if role is None else role
+    return ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else ""
+
+
 def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
     """The tools of a row, which may be JSON text, without keys that are null; or `BadRow`."""
     if isinstance(value, str):  # TRL takes them as JSON text too, since columns of objects need one type
         try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError) as error:
+            value = bounded(_value_of(value)) if value.strip() else []
+        except ValueError as error:
             raise BadRow("row-tools", "tools is text, but not JSON") from error
     if value is None:
         return ()
@@ -109,36 +130,97 @@ def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def parsed(text: str) -> Any:
-    """A list of messages, or one message, that is stored as JSON or Python text; the text itself where it is anything else."""
-    start = text[:200].lstrip()[:60]
-    if not re.match(r"""\[?\s*\{\s*["'](role|from|content|value)["']\s*:""", start):
+    """Messages, or one message, that are stored as JSON or Python text; the text itself where it is anything else.
+
+    `BadRow` where it begins like messages, and cannot be read.
+    """
+    start = text[:200].lstrip()
+    if not start.startswith(("[", "{", '"', "array(")) or not SPEAKS.search(text):
         return text
+    try:
+        messages = _messages_in(_value_of(text))
+    except ValueError as error:
+        if BEGINS.match(start) and not _begins_with_json(text):
+            reason = "a text begins like a list of messages, but is neither JSON nor Python's notation of one"
+            raise BadRow("row-wrong-type", reason, f"{start[:40]!r}") from error
+        return text
+    return text if messages is None else bounded(messages)
+
+
+def _value_of(text: str) -> Any:
+    """The value of JSON text, or of Python's notation; `ValueError` where it is neither."""
     for parse in (json.loads, _literal):
         try:
-            value = parse(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):  # not this notation: the next one, or it is text
+            return parse(text)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # not this notation
             continue
-        if _are_messages(value):
-            return value
-    return text
+    raise ValueError("neither JSON nor Python")
 
 
 def _literal(text: str) -> Any:
     """Python's own notation; numpy, of which pandas writes lists, leaves out the comma between two objects."""
     if len(text) > LARGEST_LITERAL:
         raise ValueError("too long")
-    return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
+    with warnings.catch_warnings(action="ignore"):  # of escapes that are none, in what may be no Python at all
+        tree = ast.parse(re.sub(r"\}[^\S\n]*\n\s*\{", "}, {", text.strip()), mode="eval")
+    return ast.literal_eval(_Plain().visit(tree))
 
 
-def _are_messages(value: Any) -> bool:
+class _Plain(ast.NodeTransformer):
+    """Python's notation with arrays as lists, nan as None, and dates and the like as text."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        name = ast.unparse(node.func)
+        return self.visit(node.args[0]) if name in ("array", "np.array") and node.args else ast.Constant(ast.unparse(node))
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(None) if node.id.lower() == "nan" else node
+
+
+def _begins_with_json(text: str) -> bool:
+    """Whether a JSON value stands at the start of a text, so that the rest is words about it."""
+    try:
+        json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _messages_in(value: Any) -> Any:
+    """The messages, or the message, that a parsed text is; None where it is something else."""
+    if isinstance(value, str):  # encoded twice
+        try:
+            value = _value_of(value)
+        except ValueError:
+            return None
+    if isinstance(value, Mapping) and len(value) == 1 and not {"messages", "conversations"}.isdisjoint(value):
+        value = next(iter(value.values()))
+    if isinstance(value, list) and value and all(_is_said(turn) for turn in value):
+        return [{"role": role, "content": text} for role, text in value]
     messages = value if isinstance(value, list) else [value]
-    return bool(messages) and all(
-        isinstance(message, Mapping)
-        and isinstance(role := message.get("role", message.get("from")), str)
-        and ROLES.get(role.lower(), role.lower()) in KNOWN_ROLES
-        and not {"content", "value", "tool_calls"}.isdisjoint(message)
-        for message in messages
+    are_messages = all(
+        isinstance(message, Mapping) and role_of(message) and not MESSAGE_KEYS.isdisjoint(message) for message in messages
     )
+    return value if are_messages and any(role_of(message) in KNOWN_ROLES for message in messages) else None
+
+
+def _is_said(turn: Any) -> bool:
+    """Whether a value is [role, text]."""
+    is_pair = isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
+    return is_pair and role_of({"role": turn[0]}) in KNOWN_ROLES
+
+
+def bounded(value: Any) -> Any:
+    """The value of a row, or `BadRow` where it is nested too deep to walk, or holds an integer that is no float."""
+    values = [value]
+    for _ in range(DEEPEST):
+        if any(isinstance(part, int) and abs(part) > sys.float_info.max for part in values):
+            raise BadRow("row-unreadable", "a number is too large")
+        held = [part.values() if isinstance(part, Mapping) else part for part in values if isinstance(part, Mapping | list)]
+        if not held:
+            return value
+        values = [part for parts in held for part in parts if not isinstance(part, str)]
+    raise BadRow("row-unreadable", f"values are nested more than {DEEPEST} levels deep")
 
 
 def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
@@ -176,6 +258,14 @@ def _content(value: Any, role: str, key: str) -> str:
     if role == "tool" and isinstance(value, Mapping | list):
         return json.dumps(without_nulls(value), ensure_ascii=False)
     raise BadRow("row-wrong-type", f'{key} holds a message whose "content" is {type(value).__name__}, not a string')
+
+
+def _unwrapped(result: str) -> str:
+    """The result of a tool without the one wrapper that is around all of it."""
+    start, end = WRAPPER
+    text = result.strip()
+    is_wrapped = text.startswith(start) and text.endswith(end) and text.count(start) == text.count(end) == 1
+    return text[len(start) : -len(end)].strip() if is_wrapped else result
 
 
 def _kind(part: Any) -> str:
@@ -229,7 +319,7 @@ def _call(call: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _object(text: str) -> Any:
     """JSON text as a value; None where it is none."""
     try:
-        return json.loads(text)
+        return bounded(json.loads(text))
     except (ValueError, RecursionError):
         return None
 
@@ -279,7 +369,7 @@ def _is_empty_system(message: Any) -> bool:
     """A system message without text says nothing, and many sets have one in every row."""
     return (
         isinstance(message, Mapping)
-        and "system" in (message.get("role"), message.get("from"))
+        and role_of(message) == "system"
         and not visible(str(message.get("content") or message.get("value") or "")).strip()
     )
 
@@ -305,6 +395,36 @@ def turns_of(text: str) -> list[Message]:
     _, *pieces = TURN.split(text)
     said = zip(pieces[::2], pieces[1::2], strict=True)
     return [{"role": SPEAKERS[who], "content": words.strip()} for who, words in said if words.strip()]
+
+
+def from_last_turn(prompt: Text, responses: Mapping[str, Text]) -> tuple[Text, list[Text]]:
+    """A prompt and its responses, or `BadRow`: a transcript ends with the "Assistant:" of the turn that is answered.
+
+    What it already says of that turn stands at the start of each response; a response that repeats the transcript loses it.
+    Where the responses are messages, or the prompt is no transcript, they stay as they are.
+    """
+    answers = [answer for answer in responses.values() if isinstance(answer, str)]
+    if not isinstance(prompt, str) or len(answers) < len(responses) or not turns_of(prompt):
+        return prompt, [*responses.values()]
+    *_, last = TURN.finditer(prompt)
+    begun = prompt[last.end(1) + 1 :] if last[1] == "Assistant" else ""
+    start = prompt[: last.end(1) + 1] if begun.strip() else prompt
+    parts = [_answer_after(prompt, answer, key, last[1]) for key, answer in responses.items() if isinstance(answer, str)]
+    if len({turn for turn, _ in parts}) > 1:
+        raise BadRow("row-role", 'one response begins with "Assistant:", and another does not')
+    begun = begun if begun.strip() else ""
+    return start + parts[0][0], [sound(begun + answer, key) for key, (_, answer) in zip(responses, parts, strict=True)]
+
+
+def _answer_after(transcript: str, answer: str, key: str, speaker: str) -> tuple[str, str]:
+    """(the "Assistant:" that an answer begins with, its text) after a transcript whose last turn is of `speaker`."""
+    if answer.lstrip().startswith(transcript.strip()):
+        answer = answer.lstrip()[len(transcript.strip()) :]
+    turns = [*TURN.finditer(answer)]
+    own = turns.pop(0).end(1) + 1 if turns and turns[0].start() == 0 and (speaker, turns[0][1]) == ("Human", "Assistant") else 0
+    if turns:
+        raise BadRow("row-role", f"{key} holds another turn of a transcript after its answer, or before it")
+    return answer[:own], answer[own:]
 
 
 def said(text: Text) -> str:

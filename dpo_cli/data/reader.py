@@ -12,6 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +22,11 @@ from dpo_cli.data.columns import Columns
 from dpo_cli.data.faults import fault
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.formats import Pair, Read, Row, read_row, with_start
-from dpo_cli.data.messages import BadRow
+from dpo_cli.data.messages import BadRow, bounded
 from dpo_cli.errors import Problem, Severity
 
 TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
+UNEXPECTED = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)  # what a value of an odd type raises
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
 # What helps where no row can be deleted or left out.
 FIXES = {
@@ -218,12 +220,28 @@ def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrat
 
 def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bool) -> Iterator[Read | Bad]:
     for source in sources:
-        known = with_start((parse_row for _, parse_row in files.rows_of(source.path)), columns)
+        known = _with_start(source, columns)
         for line, parse_row in files.rows_of(source.path):
             try:
-                yield read_row(parse_row(), line, source.path, known, demonstrations)
+                yield read_row(bounded(parse_row()), line, source.path, known, demonstrations)
             except BadRow as error:
                 yield Bad(source.path, line, error.code, error.reason, error.detail)
+            except UNEXPECTED as error:
+                detail = f"{type(error).__name__}: {error}"[:80]
+                yield Bad(
+                    source.path, line, "row-unreadable", "a value has a type or a size that is not expected there", detail
+                )
+
+
+def _within_bounds(parse_row: Callable[[], Any]) -> Any:
+    return bounded(parse_row())
+
+
+def _with_start(source: Source, columns: Columns | None) -> Columns:
+    try:
+        return with_start((partial(_within_bounds, parse_row) for _, parse_row in files.rows_of(source.path)), columns)
+    except UNEXPECTED:  # named when the rows are read; labels that need the start are unclear then
+        return columns or {}
 
 
 def _files(path: str) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from dpo_cli.data.columns import CONVERSATIONS, OURS, QUESTIONS, Columns, Row, answered, asked
 from dpo_cli.data.comparisons import Layout, layout_of, members_named
-from dpo_cli.data.messages import ROLES, TURN, BadRow, answer_to, parsed, text_of, turns_of
+from dpo_cli.data.messages import TURN, BadRow, answer_to, parsed, role_of, text_of, turns_of
 
 Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
 
@@ -78,7 +78,7 @@ def _of_layout(layout: Layout) -> Shape:
 
 
 def _are_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
 
 
 def _repeats_prompt(row: Mapping[str, Any]) -> bool:
@@ -88,9 +88,7 @@ def _repeats_prompt(row: Mapping[str, Any]) -> bool:
         return False
     if not all(map(_are_messages, both)):
         return False
-    roles = [
-        [ROLES.get(role, role) for message in value for role in [message.get("role", message.get("from"))]] for value in both
-    ]
+    roles = [[role_of(message) for message in value] for value in both]
     return all(said[0] not in RESPONSE_ROLES and "assistant" in said for said in roles)
 
 
@@ -183,7 +181,7 @@ def _swift(row: Row) -> Iterator[Row]:
     base = {key: value for key, value in row.items() if key not in CONVERSATIONS}
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
         raise BadRow("row-role", f"{name} does not end with the assistant's message, which is the chosen one")
-    if _are_messages(rejected) and rejected[0].get("role", rejected[0].get("from")) not in ("assistant", "gpt"):
+    if _are_messages(rejected) and role_of(rejected[0]) != "assistant":
         parts = _common_start({"chosen": messages, "rejected": rejected})
         yield {**base, **dict(zip(KEYS, parts, strict=True))}
         return
