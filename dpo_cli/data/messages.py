@@ -42,6 +42,7 @@ UNTYPED_PARTS = ("text", "image", "image_url", "audio")  # the key says what it 
 SCHEMA_VALUES = ("default", "const", "enum")  # of a JSON schema: null is a value there
 MESSAGE_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
 DEEPEST = 100  # levels of a row: far more than data has, and few enough for every function that calls itself
+LARGEST_NUMBER = int(sys.float_info.max)
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
 TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")  # as in Anthropic's HH-RLHF
@@ -212,14 +213,20 @@ def _is_said(turn: Any) -> bool:
 
 def bounded(value: Any) -> Any:
     """The value of a row, or `BadRow` where it is nested too deep to walk, or holds an integer that is no float."""
-    values = [value]
+    level = [value]
     for _ in range(DEEPEST):
-        if any(isinstance(part, int) and abs(part) > sys.float_info.max for part in values):
-            raise BadRow("row-unreadable", "a number is too large")
-        held = [part.values() if isinstance(part, Mapping) else part for part in values if isinstance(part, Mapping | list)]
-        if not held:
+        inner: list[Any] = []
+        for part in level:
+            kind = type(part)  # parsed values are of these types themselves, and every row comes by here
+            if kind is dict:
+                inner += part.values()
+            elif kind is list:
+                inner += part
+            elif kind is int and abs(part) > LARGEST_NUMBER:
+                raise BadRow("row-unreadable", "a number is too large")
+        if not inner:
             return value
-        values = [part for parts in held for part in parts if not isinstance(part, str)]
+        level = inner
     raise BadRow("row-unreadable", f"values are nested more than {DEEPEST} levels deep")
 
 
