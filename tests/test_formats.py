@@ -183,6 +183,17 @@ def test_a_transcript_ends_where_the_answers_begin(prompt: str, chosen: str, rej
     assert (start, *answers) == cut
 
 
+def test_rows_with_a_transcript_are_cut_at_its_last_turn() -> None:
+    row = {"prompt": f"{RIVER} One is", "chosen": " the Rhine.", "rejected": " Rome."}
+    asked = [{"role": "user", "content": "Name a river."}]
+    turns = to_pair(row, 1).as_turns()
+    answers = ["One is the Rhine.", "One is Rome."]
+    assert (turns.prompt, [answer[0]["content"] for answer in turns.responses]) == (asked, answers)  # type: ignore[index]
+    assert to_pair({**row, "system": "s"}, 1).prompt == SYSTEM + asked
+    shown = to_demonstration({"prompt": f"{RIVER} One is", "completion": " the Rhine."}, 1)
+    assert (shown.prompt, shown.completion) == (RIVER, " One is the Rhine.")
+
+
 @pytest.mark.parametrize("chosen", [" Po.\n\nHuman: more\n\nAssistant: Elbe.", "Human: Po.", "\n\nAssistant: Po."])
 def test_a_response_is_one_turn_of_a_transcript(chosen: str) -> None:
     with pytest.raises(BadRow, match="chosen holds another turn"):

@@ -261,7 +261,7 @@ def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> La
     scores = _stated(columns["scores"]) if "scores" in columns else _score_columns(row, responses, which)
     label = columns.get("preferred") or _label(row, responses, which, more_labels, search=not scores)
     labels = _labels(columns, label, responses)
-    if label is None and not scores and not (len(responses) == 1 and _holds_scores(row[responses[0]])):
+    if label is None and not scores and not (len(responses) == 1 and _holds_scores(row.get(responses[0]))):
         if stated or _can_be_short(row, responses):
             raise _without_label(row, responses, which)
         return None

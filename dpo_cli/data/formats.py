@@ -28,6 +28,7 @@ from dpo_cli.data.messages import (
     answer_to,
     as_messages,
     flat,
+    from_last_turn,
     looks,
     sound,
     system_of,
@@ -230,6 +231,7 @@ def to_pair(row: Any, line: int, file: str = "", columns: Columns | None = None)
 def pair_of(row: Written, line: int, file: str) -> Pair:
     """A row as documented to a pair, or `BadRow`."""
     prompt, chosen, rejected = (text_of(row[key], key) for key in KEYS)
+    prompt, (chosen, rejected) = from_last_turn(prompt, {"chosen": chosen, "rejected": rejected})
     prompt = _after_start(prompt, row)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
@@ -262,7 +264,8 @@ def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
         shown = Demonstration("", sound(answer, "text"), line, file, category=category)
         return Read((shown,), None, row, row, lambda: {"category": "category", **reads})
     completion = text_of(answer, "completion")
-    prompt = _after_start(text_of(asking, "prompt") if asking else [], row)
+    prompt, (completion,) = from_last_turn(text_of(asking, "prompt") if asking else [], {"completion": completion})
+    prompt = _after_start(prompt, row)
     if isinstance(prompt, str) != isinstance(completion, str):
         prompt, completion = as_messages(prompt, "user"), answer_to(prompt, completion)
     if isinstance(completion, list) and "completion" in reads.values():
