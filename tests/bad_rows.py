@@ -36,7 +36,7 @@ class Fault:
 GOOD = b'{"prompt": "question", "chosen": "yes", "rejected": "no"}'
 TABLE = b"prompt,chosen,rejected\na,b,c\nd,e\n"
 CUT = b"PAR1" + b"x" * 100  # a Parquet file without its end
-CUT_GZIP = gzip.compress(GOOD)[:-9]
+CUT_GZIP = gzip.compress(GOOD, mtime=0)[:-9]
 TWO = b'"prompt": "a", "output_1": "b", "output_2": "c"'
 DEEP = b'{"prompt": "a", "chosen": "b", "rejected": "c", "context": ' + b"[" * 200 + b"]" * 200 + b"}"
 
