@@ -23,7 +23,7 @@ from dpo_cli.data.messages import BadRow
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import encode_all
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
 FAMILIES = """llama3 llama3_1 llama3_2 qwen2_5 qwen3 qwen3_8 gemma gemma3 phi3_5 cohere2 deepseekv3 deepseek_r1_distill glm4moe
 gptoss lfm2 nemotron_3_nano"""
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

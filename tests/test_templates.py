@@ -6,6 +6,8 @@ Their tokenizers come from other packages: `make tokenizers`. Without them these
 from __future__ import annotations
 
 import json
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,12 +34,17 @@ AGAIN = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "
 PROMPTS = {"text": "Is the sky blue?", "one turn": [USER], "system": [SYSTEM, USER], "two turns": [SYSTEM, USER, *AGAIN]}
 
 
+@cache
+def loaded(folder: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.fixture(params=EXPECTED)
 def named(request: pytest.FixtureRequest) -> tuple[str, PreTrainedTokenizerBase]:
     folder = PLACE / request.param
     if not (folder / "tokenizer.json").is_file():
         pytest.skip("`make tokenizers` fetches the tokenizers of Llama 3.1, Qwen 3, Gemma 3 and Mistral")
-    return request.param, AutoTokenizer.from_pretrained(folder)
+    return request.param, loaded(folder)
 
 
 def pair(prompt: object) -> Pair:
