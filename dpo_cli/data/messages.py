@@ -280,11 +280,7 @@ def _kind(part: Any) -> str:
     if not isinstance(part, Mapping):
         return ""
     kind = part.get("type")
-    return (
-        kind
-        if isinstance(kind, str)
-        else next((name for name in ("text", "image", "image_url", "audio") if part.get(name)), "")
-    )
+    return kind if isinstance(kind, str) else next((name for name in UNTYPED_PARTS if part.get(name)), "")
 
 
 def _part_text(part: Mapping[str, Any], key: str) -> str:

@@ -20,7 +20,7 @@ from dpo_cli.data.messages import REASONING, Message, with_arguments
 TAGS = r"think|thinking|thought|reasoning|reflection"
 OPENING = rf"<(?:{TAGS})>|\[THINK\]"
 THOUGHT = re.compile(rf"(?:{OPENING}|\A)((?:(?!{OPENING}).)*?)(?:</(?:{TAGS})>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
-MOST_RENDERED = 16  # parts that are tried one by one, where a template does not take them all changed at once
+MOST_RENDERED = 16  # parts that are tried one by one, where a template does not take them all changed at once; others pass
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,10 @@ def train(
     dry_run: bool = False,
     resume: bool = False,
 ) -> tuple[dict[str, Any], Exit]:
-    """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code."""
+    """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
+
+    A line longer than other functions: it is the composer, and reads from top to bottom.
+    """
     data, draft = inspection.require()
     console.problems(inspection.problems)
 
