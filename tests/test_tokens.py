@@ -185,8 +185,8 @@ def test_what_a_template_refuses_is_named_by_its_rows(
 
 
 def test_a_long_conversation_is_no_endless_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    (made,) = encode([Pair("the cat sat " * 300_000, "yes", "no", 1)], tokenizer)
-    assert made.length > 900_000
+    (made,) = encode([Pair("the cat sat " * 100_000, "yes", "no", 1)], tokenizer)
+    assert made.length > 300_000
 
 
 def test_tools_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
