@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,16 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[s
     options = {**inner_defaults("augment"), **plan.config.augment}
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
-    asked, left = _encoded(prompts.questions, tokenizer, plan, options, provider.token_rows())
+    begun = ResumableFile.decided(out).get("day")
+    day = date.fromisoformat(begun) if begun else plan.day  # that a template writes: one for the whole file
+    made = Tokenizer.loaded(tokenizer, day)
+    asked, left = _encoded(prompts.questions, made, plan, options, provider.token_rows())
     model = provider.start(plan, provider.base_model(plan))  # with its adapter, where model_name is one
     origin = _origin(plan, options, model)
-    maker = Maker(model, tokenizer, ranking(options, plan.config.device, getattr(torch, plan.dtype)), plan, options, origin)
-    with closing(ResumableFile(out, _settings(plan, prompts, options, origin))) as file:
+    rank = ranking(options, plan.config.device, getattr(torch, plan.dtype), day)
+    maker = Maker(model, tokenizer, rank, plan, options, origin)
+    settings = _settings(plan, prompts, options, origin)
+    with closing(ResumableFile(out, settings, {"day": day.isoformat()})) as file:
         done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
         if file.is_resumed:
             console.line(f"{out}: going on after {done} of {len(asked)} prompts")
@@ -149,7 +155,7 @@ def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) ->
 
 def _encoded(
     questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     plan: Plan,
     options: Options,
     token_rows: int | None,
@@ -157,8 +163,7 @@ def _encoded(
     """Each question with its token ids as training will see them, cut so that an answer has room; and what that cost."""
     room = plan.config.max_seq_length - options["max_new_tokens"]
     pairs = [question.with_answers("A", "B") for question in questions]  # whose answers are no matter
-    made = Tokenizer.loaded(tokenizer, plan.day)
-    (encoded,) = encode_all([pairs], made, plan.config.use_chat_template, room, token_rows).require().sides
+    (encoded,) = encode_all([pairs], tokenizer, plan.config.use_chat_template, room, token_rows).require().sides
     kept = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
     left = {"cut": sum(pair.is_cut for _, pair in kept), "too_long": len(questions) - len(kept)}
     return [(question, pair.prompt_ids) for question, pair in kept], left

@@ -223,7 +223,7 @@ def _gguf(
     free_memory()
     gguf.convert(converter, place, file, kind, asked.out.name)
     check = gguf.check(place, file, kind, opened.rows, opened.tokenizer)
-    text, has_template = modelfile(file.name, opened.tokenizer)
+    text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
     (place / MODELFILE).write_text(text, encoding="utf-8")
     same = f"{check.same_argmax:.2%} of {check.positions} positions have the same most likely token"
     console.line(f"{file.name}: {same} ({check.least_same:.1%} must); logits differ by {check.max_difference:.3g} at most")

@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import torch
@@ -30,15 +31,15 @@ from dpo_cli.providers.huggingface import HuggingFace
 Rank = Callable[[Question, Sequence[Answer]], list[float]]
 
 
-def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype) -> Rank:
-    """The way to rank that the option `augment` names, with its model loaded where it has one."""
+def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: date) -> Rank:
+    """The way to rank that the option `augment` names, with its model loaded where it has one; its template writes `day`."""
     pattern = re.compile(options["pattern"] or "")
     rules: dict[str, Callable[[], Rank]] = {
         "shorter": lambda: lambda _, answers: [-float(answer.tokens) for answer in answers],
         "longer": lambda: lambda _, answers: [float(answer.tokens) for answer in answers],
         "regex": lambda: lambda _, answers: [float(pattern.search(answer.text) is not None) for answer in answers],
         "reference": lambda: by_reference,
-        "reward": lambda: Reward(options["reward_model"], device, dtype),
+        "reward": lambda: Reward(options["reward_model"], device, dtype, day),
         "judge": lambda: Judge(options["judge_url"], options["judge_model"], options["criterion"]),
     }
     return rules[options["rank"]]()
@@ -53,9 +54,9 @@ def by_reference(question: Question, answers: Sequence[Answer]) -> list[float]:
 class Reward:
     """A sequence classifier with one label, a local directory or a hub id: safetensors only, none of its own code run."""
 
-    def __init__(self, name: str, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, device: str, dtype: torch.dtype, day: date) -> None:
         self.model, self.tokenizer = HuggingFace(name).reward_model(device, dtype)
-        self.template = ChatTemplate.of(self.tokenizer)
+        self.template = ChatTemplate.of(self.tokenizer, day)
 
     def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
         """One forward pass an answer, so that no score depends on what stands beside it."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -169,6 +171,31 @@ def stopped_after_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(augment, "generate", once)
         assert run().exit_code == 130
+
+
+def test_a_file_has_one_day(place: Path, talker_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template that writes the date writes the day on which the file was begun, also after midnight."""
+    shutil.copytree(talker_dir, place / "dated")
+    settings = json.loads((place / "dated" / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = settings.pop("chat_template", None) or (place / "dated" / "chat_template.jinja").read_text(encoding="utf-8")
+    dated = "{{ strftime_now('%d') }}" + template
+    (place / "dated" / "chat_template.jinja").write_text(dated, encoding="utf-8")
+    (place / "dated" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = (place / "config.json").read_text(encoding="utf-8")
+    (place / "config.json").write_text(config.replace(str(talker_dir), str(place / "dated")), encoding="utf-8")
+    assert run(out="whole.jsonl").exit_code == 0
+    stopped_after_a_batch(monkeypatch)
+    with monkeypatch.context() as tomorrow:
+        tomorrow.setattr("dpo_cli.plan.datetime", Tomorrow)
+        assert run(out="later.jsonl").exit_code == 0
+        assert run().exit_code == 0
+    assert Path("pairs.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() != Path("later.jsonl").read_bytes()
+
+
+class Tomorrow(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return super().now(tz) + timedelta(days=1)
 
 
 def test_other_settings_are_refused_and_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

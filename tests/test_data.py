@@ -20,6 +20,7 @@ from dpo_cli.data import columns as names
 from dpo_cli.data.comparisons import LABELS, LISTS
 from dpo_cli.data.exports import HELD
 from dpo_cli.data.formats import Pair
+from dpo_cli.data.prompts import read_prompts
 from dpo_cli.data.quality import Quality
 from dpo_cli.data.reader import read
 from dpo_cli.data.split import is_held_out_prompt
@@ -92,6 +93,16 @@ def test_nothing_but_problems_comes_of_any_row(
     data = read(str(path), columns=stated, demonstrations=demonstrations, observers=[] if demonstrations else [quality])
     bad = {line for problem in data.problems if problem.severity == "error" for line in problem.lines or [problem.line]}
     assert data.rows == len(rows) and (data.pairs > 0 or bad or {problem.code for problem in data.problems} >= {"row-tie"})
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(rows=st.lists(st.dictionaries(st.sampled_from(ROW_KEYS), VALUES, max_size=6), min_size=1, max_size=3))
+def test_nothing_but_problems_comes_of_any_prompt(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
+    path = tmp_path_factory.mktemp("any") / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prompts = read_prompts(str(path))
+    assert len(prompts.questions) + prompts.repeated + prompts.bad_rows == len(rows)
+    assert prompts.questions or prompts.problems
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,17 @@ import copy
 import json
 import shutil
 import subprocess
+from datetime import date
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.publish.modelfile import CHECKED, conversation, modelfile, rendered, turns_of
+
+DAY = date(2026, 3, 4)
 
 # Chat templates: of SmolLM2 and Phi 3 as these models come with them, of the others what theirs render, in short.
 TEMPLATES = {
@@ -67,6 +71,12 @@ EXPECTED = {
 }
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+    template = ChatTemplate.of(tokenizer, DAY)
+    assert template is not None
+    return template
+
+
 def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
     made = copy.deepcopy(tokenizer)
     made.chat_template = template
@@ -84,14 +94,15 @@ def named(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerB
 @pytest.mark.parametrize("name", EXPECTED)
 def test_conversations_are_rendered_as_by_the_chat_template(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model = named(name, tokenizer)
-    turns = turns_of(model)
+    template = template_of(model)
+    turns = turns_of(template)
     assert turns is not None
     assert (turns.place, turns.assistant[1].strip()) == EXPECTED[name]
     longer = conversation("Why?", "So.", "And why that?", "Who knows.", "You do.", "I do not.", "Then ask.")
-    assert turns.render(longer) == rendered(model, longer)
+    assert turns.render(longer) == rendered(template, longer)
     if name != "gemma2":
         longer = conversation("Why?", "So.", "And why that?", "Who knows.", "You do.", system="Never tell.")
-        assert turns.render(longer) == rendered(model, longer)
+        assert turns.render(longer) == rendered(template, longer)
 
 
 @pytest.mark.parametrize(
@@ -106,15 +117,22 @@ def test_conversations_are_rendered_as_by_the_chat_template(name: str, tokenizer
 )
 def test_what_is_not_texts_around_messages_gets_no_template(tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
     model = with_template(tokenizer, template)  # type: ignore[arg-type]
-    assert turns_of(model) is None
-    text, has_template = modelfile("m.gguf", model)
+    text, has_template = modelfile("m.gguf", model, DAY)
     assert not has_template
     assert [line.split(" ")[0] for line in text.splitlines()] == ["#", "FROM", "#", "PARAMETER"]
     assert 'PARAMETER stop "<|im_end|>"' in text  # the tokenizer's EOS
 
 
+def test_a_date_is_the_day_of_the_training(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Ollama has no clock for a template: the Modelfile writes what the model was trained on, on whatever day it is made."""
+    dated = TEMPLATES["llama3.1"].replace("26 Jul 2024\n", "' + strftime_now('%d %b %Y') + '\n")
+    text, has_template = modelfile("m.gguf", with_template(tokenizer, dated), DAY)
+    assert has_template and "Today Date: 04 Mar 2026" in text
+    assert text.splitlines()[2].endswith("the day of the training, 2026-03-04.")
+
+
 def test_a_modelfile_names_file_template_and_stop(tokenizer: PreTrainedTokenizerFast) -> None:
-    text, has_template = modelfile("my.Q8_0.gguf", with_template(tokenizer, TEMPLATES["llama3.1"]))
+    text, has_template = modelfile("my.Q8_0.gguf", with_template(tokenizer, TEMPLATES["llama3.1"]), DAY)
     assert has_template
     assert text.splitlines()[1] == "FROM ./my.Q8_0.gguf"
     assert text.count('"""') == 2 and text.endswith('PARAMETER stop "<|eot_id|>"\n')
@@ -129,12 +147,12 @@ def test_go_renders_the_same(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
     compared = 0
     for name in EXPECTED:
         model = named(name, tokenizer)
-        text, has_template = modelfile("m.gguf", model)
+        text, has_template = modelfile("m.gguf", model, DAY)
         assert has_template
         asked = [messages for messages in CHECKED if name != "gemma2" or messages[0]["role"] != "system"]
         given = json.dumps({"template": text.split('"""')[1], "conversations": asked})
         done = subprocess.run(["go", "run", "main.go"], cwd=tmp_path, input=given, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout) == [rendered(model, messages) for messages in asked]
+        assert json.loads(done.stdout) == [rendered(template_of(model), messages) for messages in asked]
         compared += len(asked)
     print(f"{len(EXPECTED)} templates, {compared} conversations: Go renders what jinja renders")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
+from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dpo_cli.evaluation.samples import Answer
 from dpo_cli.judge import Judge, verdict
 from dpo_cli.ranking import Ranked, Reward, best_pairs, ranking
 
+DAY = date(2026, 3, 4)
 QUESTION = Question("What is the capital of France?", "Paris is the capital.", 1)
 
 
@@ -32,7 +34,7 @@ def answers(*texts: str, finished: bool = True) -> list[Answer]:
 
 
 def rank(texts: list[str], **options: Any) -> list[float]:
-    return ranking({**inner_defaults("augment"), **options}, "cpu", torch.float32)(QUESTION, answers(*texts))
+    return ranking({**inner_defaults("augment"), **options}, "cpu", torch.float32, DAY)(QUESTION, answers(*texts))
 
 
 def test_rules_by_hand() -> None:
@@ -71,7 +73,7 @@ def reward_dir(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
 
 
 def test_a_reward_model_scores_the_conversation(reward_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    scores = Reward(str(reward_dir), "cpu", torch.float32)(QUESTION, answers("Paris", "the cat sat"))
+    scores = Reward(str(reward_dir), "cpu", torch.float32, DAY)(QUESTION, answers("Paris", "the cat sat"))
     model = LlamaForSequenceClassification.from_pretrained(reward_dir)
     for text, score in zip(("Paris", "the cat sat"), scores, strict=True):
         said = f"<|im_start|>user\n{QUESTION.prompt}<|im_end|>\n<|im_start|>assistant\n{text}<|im_end|>\n"
@@ -93,27 +95,27 @@ def test_a_reward_model_scores_with_its_adapter(reward_dir: Path, tmp_path: Path
         right = adapted.eval()(input_ids=ids).logits.item()
         with adapted.disable_adapter():
             assert abs(adapted(input_ids=ids).logits.item() - right) > 1e-3
-        reward = Reward(str(tmp_path / "adapter"), "cpu", torch.float32)
+        reward = Reward(str(tmp_path / "adapter"), "cpu", torch.float32, DAY)
         assert reward.model(input_ids=ids).logits.item() == pytest.approx(right, abs=1e-6)
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "adapter")
     adapted.save_pretrained(tmp_path / "second")
     with pytest.raises(RunFailed, match="on another adapter"):
-        Reward(str(tmp_path / "second"), "cpu", torch.float32)
+        Reward(str(tmp_path / "second"), "cpu", torch.float32, DAY)
 
 
 def test_what_is_no_reward_model_is_refused(reward_dir: Path, tiny_model_dir: Path) -> None:
     """A causal model would get a head of random numbers; weights in pickles could run code."""
     with pytest.raises(RunFailed, match="no reward model"):
-        Reward(str(tiny_model_dir), "cpu", torch.float32)
+        Reward(str(tiny_model_dir), "cpu", torch.float32, DAY)
     config = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
     (reward_dir / "config.json").write_text(json.dumps({**config, "num_labels": 1}), encoding="utf-8")
     tiny_model("llama", torch.float32).save_pretrained(reward_dir)
     with pytest.raises(RunFailed, match="no reward model"):
-        Reward(str(reward_dir), "cpu", torch.float32)
+        Reward(str(reward_dir), "cpu", torch.float32, DAY)
     torch.save({}, reward_dir / "pytorch_model.bin")
     (reward_dir / "model.safetensors").unlink()
     with pytest.raises(RunFailed, match="cannot load"):
-        Reward(str(reward_dir), "cpu", torch.float32)
+        Reward(str(reward_dir), "cpu", torch.float32, DAY)
 
 
 Reply = Callable[[str], tuple[int, str]]

@@ -18,13 +18,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from dpo_cli import errors
 from dpo_cli.data import folders
-from dpo_cli.data.messages import BadRow, without_padding
+from dpo_cli.data.messages import BadRow, bounded, without_padding
 from dpo_cli.errors import Problem, Severity
 
+T = TypeVar("T")
 Rows = Iterator[tuple[int, Callable[[], Any]]]  # place, and what parses the row or raises BadRow
 
 MAX_LINE_BYTES = 1 << 26  # a row of 64 MiB is no pair
@@ -32,6 +33,7 @@ MAX_LIST_BYTES = 1 << 30  # a JSON list is held in memory as a whole, and a pack
 PIECE_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
+UNEXPECTED = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)  # what a value of an odd type raises
 GZIPPED = b"\x1f\x8b"  # what such a file starts with
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a cut or changed one raises
 
@@ -44,6 +46,20 @@ def rows_of(path: str, reader: Callable[[str], Rows] | None = None) -> Rows:
             yield place, parse_row
     except DAMAGED as error:  # what was unpacked before stays
         yield place + 1, partial(_refuse, "row-not-gzip", f"the gzip file is damaged from here on: {error}")
+
+
+def read_rows(
+    path: str, read: Callable[[Any, int], T], reader: Callable[[str], Rows] | None = None
+) -> Iterator[tuple[int, T | BadRow]]:
+    """Each row of a readable file as `read` takes it with its place, or why it is none: no row stops the reading."""
+    for place, parse_row in rows_of(path, reader):
+        try:
+            yield place, read(bounded(parse_row()), place)
+        except BadRow as error:
+            yield place, error
+        except UNEXPECTED as error:
+            detail = f"{type(error).__name__}: {error}"[:80]
+            yield place, BadRow("row-unreadable", "a value has a type or a size that is not expected there", detail)
 
 
 def opened(path: str) -> BinaryIO:

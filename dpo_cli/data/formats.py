@@ -6,7 +6,7 @@ How rows are written is in shapes.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from dpo_cli.data.columns import (
     tools_column,
     with_history,
 )
-from dpo_cli.data.comparisons import Layout, layout_of, start_of
+from dpo_cli.data.comparisons import Layout, layout_of
 from dpo_cli.data.exports import Export, export_of
 from dpo_cli.data.messages import (
     BadRow,
@@ -189,33 +189,13 @@ def _flat(row: Any, columns: Columns) -> tuple[Written, Export | None, Columns]:
     return renamed(export.row, columns), export, {**stated, **columns}
 
 
-def with_start(rows: Iterable[Callable[[], Any]], columns: Columns | None) -> Columns:
-    """`columns` with the number that means the first response, which only all labels of a file together tell."""
-    columns = columns or {}
-    layouts = _layouts(rows, columns)
-    first = next(layouts, None)
-    if first is None or "labels" in columns:
-        return columns
-    start = start_of([first, *layouts])
-    return columns if start is None else {**columns, "start": start}
-
-
-def _layouts(rows: Iterable[Callable[[], Any]], columns: Columns) -> Iterator[tuple[Layout, Written]]:
-    """The comparisons of a file whose labels may count from 0 or from 1; none where its first row is something else."""
-    known = False
-    for parse_row in rows:
-        try:
-            row, export, stated = _flat(parse_row(), columns)
-            layout = (
-                layout_of(row, stated, export.answers if export is not None else ()) if shape_of(row, stated) is None else None
-            )
-        except BadRow:  # reported when the rows are read
-            continue
-        if layout is not None and layout.counts:
-            known = True
-            yield layout, row
-        elif not known:
-            return
+def counted(row: Any, columns: Columns) -> tuple[Layout, Written] | None:
+    """The comparison of a parsed row whose labels may count from 0 or from 1; None where it is something else."""
+    row, export, stated = _flat(row, columns)
+    if shape_of(row, stated) is not None:
+        return None
+    layout = layout_of(row, stated, export.answers if export is not None else ())
+    return (layout, row) if layout is not None and layout.counts else None
 
 
 def to_pairs(row: Any, line: int, file: str = "", columns: Columns | None = None) -> tuple[Pair, ...]:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.data.formats import Row
-from dpo_cli.data.messages import flat
+from dpo_cli.data.messages import Text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -30,7 +30,7 @@ class Lengths:
         self._stride = 1
 
     def see(self, row: Row, prompt_key: str) -> None:
-        texts = [flat(row.prompt), max(map(flat, row.responses), key=len), *map(str, row.tools)]
+        texts = [_shown(row.prompt), max(map(_shown, row.responses), key=len), *map(str, row.tools)]
         size = sum(map(len, texts))
         self.characters.append(size)
         is_ascii = all(map(str.isascii, texts))
@@ -82,6 +82,13 @@ class Lengths:
         tokens = {name: round(size * self._rate) for name, size in characters.items()}
         over = self.share_over(max_length)
         return {"characters": characters, "tokens": {**tokens, "share_over": round(over, 4)}, "longest": where}
+
+
+def _shown(text: Text) -> str:
+    """What a template may write of a text: of a message all but its role."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(str(value) for message in text for key, value in message.items() if key != "role")
 
 
 def _tokenizer(model_name: str) -> Tokenizer | None:

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from dpo_cli.data import faults, files, folders
@@ -37,14 +38,13 @@ def read_prompts(path: str, columns: Mapping[str, str] | None = None, skip: bool
     bad: dict[tuple[str, str], list[int]] = defaultdict(list)
     questions: dict[str, Question] = {}
     rows = 0
-    for line, parse_row in files.rows_of(path, _lines if folders.kind(path) == TEXT else None):
+    reader = _lines if folders.kind(path) == TEXT else None
+    for line, row in files.read_rows(path, partial(to_question, file=path, columns=columns), reader):
         rows += 1
-        try:
-            question = to_question(parse_row(), line, path, columns)
-        except BadRow as error:  # kept, so that one pass names them all
-            bad[error.code, f"{error.reason} ({error.detail})" if error.detail else error.reason].append(line)
-            continue
-        questions.setdefault(question.with_answers("", "").prompt_key, question)
+        if isinstance(row, BadRow):  # kept, so that one pass names them all
+            bad[row.code, f"{row.reason} ({row.detail})" if row.detail else row.reason].append(line)
+        else:
+            questions.setdefault(row.with_answers("", "").prompt_key, row)
     severity: Severity = "warning" if skip else "error"
     fix = "left out" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
     problems = [about_rows(severity, code, reason, fix, None, path, lines) for (code, reason), lines in bad.items()]

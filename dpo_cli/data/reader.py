@@ -19,14 +19,14 @@ from typing import Any, Protocol
 from dpo_cli.data import files, folders, hub
 from dpo_cli.data.accounting import Account
 from dpo_cli.data.columns import Columns
+from dpo_cli.data.comparisons import start_of
 from dpo_cli.data.faults import fault
 from dpo_cli.data.files import about_rows
-from dpo_cli.data.formats import Pair, Read, Row, read_row, with_start
-from dpo_cli.data.messages import BadRow, bounded
+from dpo_cli.data.formats import Pair, Read, Row, counted, read_row
+from dpo_cli.data.messages import BadRow
 from dpo_cli.errors import Problem, Severity
 
 TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
-UNEXPECTED = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)  # what a value of an odd type raises
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
 # What helps where no row can be deleted or left out.
 FIXES = {
@@ -220,28 +220,23 @@ def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrat
 
 def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bool) -> Iterator[Read | Bad]:
     for source in sources:
-        known = _with_start(source, columns)
-        for line, parse_row in files.rows_of(source.path):
-            try:
-                yield read_row(bounded(parse_row()), line, source.path, known, demonstrations)
-            except BadRow as error:
-                yield Bad(source.path, line, error.code, error.reason, error.detail)
-            except UNEXPECTED as error:
-                detail = f"{type(error).__name__}: {error}"[:80]
-                yield Bad(
-                    source.path, line, "row-unreadable", "a value has a type or a size that is not expected there", detail
-                )
+        known = _with_start(source.path, columns or {})
+        read_one = partial(read_row, file=source.path, columns=known, demonstrations=demonstrations)
+        for line, row in files.read_rows(source.path, read_one):
+            yield Bad(source.path, line, row.code, row.reason, row.detail) if isinstance(row, BadRow) else row
 
 
-def _within_bounds(parse_row: Callable[[], Any]) -> Any:
-    return bounded(parse_row())
-
-
-def _with_start(source: Source, columns: Columns | None) -> Columns:
-    try:
-        return with_start((partial(_within_bounds, parse_row) for _, parse_row in files.rows_of(source.path)), columns)
-    except UNEXPECTED:  # named when the rows are read; labels that need the start are unclear then
-        return columns or {}
+def _with_start(path: str, columns: Columns) -> Columns:
+    """`columns` with the number that means the first response, which only all labels of a file together tell."""
+    if "labels" in columns:
+        return columns
+    rows = files.read_rows(path, lambda row, _: counted(row, columns))
+    layouts = (row for _, row in rows if not isinstance(row, BadRow))  # reported when the rows are read
+    first = next(layouts, None)
+    if first is None:
+        return columns
+    start = start_of([first, *(layout for layout in layouts if layout is not None)])
+    return columns if start is None else {**columns, "start": start}
 
 
 def _files(path: str) -> list[str]:

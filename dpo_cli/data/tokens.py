@@ -132,10 +132,16 @@ def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_templa
         fix = 'write "use_chat_template": "auto", or start from an instruct model'
         raise InvalidInput([Problem("error", "no-chat-template", "this model has no chat template", fix, "use_chat_template")])
     as_chat = has_template and use_chat_template is not False
-    if not as_chat and (lines := tuple(row.line for row in rows if not isinstance(row.responses[0], str))):
-        message = f"{len(lines)} rows are chat messages, which need a chat template"
+    places: dict[str, list[int]] = defaultdict(list)
+    if not as_chat:
+        for row in rows:
+            if not isinstance(row.responses[0], str):
+                places[row.file].append(row.line)
+    if places:
+        reason = "chat messages, which need a chat template"
         why = "use_chat_template is false" if has_template else "this model has none: start from an instruct model"
-        raise InvalidInput([Problem("error", "messages-without-template", message, why, "use_chat_template", lines=lines)])
+        code, key = "messages-without-template", "use_chat_template"
+        raise InvalidInput([about_rows("error", code, reason, why, key, file, lines) for file, lines in places.items()])
     return as_chat
 
 

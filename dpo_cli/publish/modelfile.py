@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import TYPE_CHECKING, Literal
 
 from jinja2 import TemplateError
@@ -98,41 +99,37 @@ def _around(around: Around, value: str) -> str:
     return f"{_text(around[0])}{{{{ {value} }}}}{_text(around[1])}"
 
 
-def turns_of(tokenizer: PreTrainedTokenizerBase) -> Turns | None:
-    """What a tokenizer's chat template puts around messages; None where it does anything else."""
-    if tokenizer.chat_template is None:
-        return None
+def turns_of(template: ChatTemplate) -> Turns | None:
+    """What a chat template puts around messages; None where it does anything else."""
     try:
-        bare = _bare(tokenizer)
+        bare = _bare(template)
     except (TemplateError, ValueError):  # refused, or a text is not where it should be
         return None
-    for made in (bare, *_with_system(tokenizer, bare)):
-        if all(made.render(messages) == told for messages in CHECKED if (told := _told(tokenizer, messages)) is not None):
+    for made in (bare, *_with_system(template, bare)):
+        if all(made.render(messages) == told for messages in CHECKED if (told := _told(template, messages)) is not None):
             return made
     return None
 
 
-def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], answer: bool = True) -> str:
+def rendered(template: ChatTemplate, messages: Sequence[Message], answer: bool = True) -> str:
     """A conversation as the chat template renders it, without BOS."""
-    template = ChatTemplate.of(tokenizer)
-    assert template is not None  # `turns_of` has seen it
     return template.render(messages, None, add_generation_prompt=answer, bos_token="")
 
 
-def _told(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str | None:
+def _told(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
     """The same, and None for a conversation that the template refuses because of its system message."""
     try:
-        return rendered(tokenizer, messages)
+        return rendered(template, messages)
     except TemplateError:
         return None
 
 
-def _bare(tokenizer: PreTrainedTokenizerBase) -> Turns:
+def _bare(template: ChatTemplate) -> Turns:
     """The texts around a user's and an assistant's messages; `ValueError` where a message is not in the rendering once."""
-    first, between, again, last = _split(rendered(tokenizer, conversation(USER, ASSISTANT, NEXT)), USER, ASSISTANT, NEXT)
-    user_end = _split(rendered(tokenizer, conversation(USER), answer=False), USER)[1]
-    assistant_end = _split(rendered(tokenizer, conversation(USER, ASSISTANT), answer=False), USER, ASSISTANT)[2]
-    eos = str(tokenizer.eos_token)  # which Phi 3 writes after the last turn too
+    first, between, again, last = _split(rendered(template, conversation(USER, ASSISTANT, NEXT)), USER, ASSISTANT, NEXT)
+    user_end = _split(rendered(template, conversation(USER), answer=False), USER)[1]
+    assistant_end = _split(rendered(template, conversation(USER, ASSISTANT), answer=False), USER, ASSISTANT)[2]
+    eos = str(template.tokens["eos_token"])  # which Phi 3 writes after the last turn too
     user_after = user_end if between.startswith(user_end) else user_end.removesuffix(eos)
     assistant_after = assistant_end if again.startswith(assistant_end) else assistant_end.removesuffix(eos)
     user_before = _without(again, assistant_after)
@@ -148,10 +145,10 @@ def _bare(tokenizer: PreTrainedTokenizerBase) -> Turns:
     )
 
 
-def _with_system(tokenizer: PreTrainedTokenizerBase, bare: Turns) -> list[Turns]:
+def _with_system(template: ChatTemplate, bare: Turns) -> list[Turns]:
     """The same with the places that a system message may have, by what stands around one."""
     try:
-        head, middle, _ = _split(rendered(tokenizer, conversation(USER, system=SYSTEM)), SYSTEM, USER)
+        head, middle, _ = _split(rendered(template, conversation(USER, system=SYSTEM)), SYSTEM, USER)
     except (TemplateError, ValueError):
         return []
     start = bare.opening + bare.user[0]
@@ -180,12 +177,17 @@ def _without(text: str, start: str) -> str:
     return text.removeprefix(start)
 
 
-def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
-    """The Modelfile of a GGUF file beside it, and whether it has the chat template."""
-    turns = turns_of(tokenizer)
+def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase, day: date) -> tuple[str, bool]:
+    """The Modelfile of a GGUF file beside it, and whether it has the chat template, which may write `day`."""
+    template = ChatTemplate.of(tokenizer, day)
+    turns = turns_of(template) if template is not None else None
     stop = (turns.assistant[1].strip() if turns else "") or str(tokenizer.eos_token)
     lines = ["# ollama create NAME -f Modelfile", f"FROM ./{gguf_name}"]
-    if turns:
+    if template is not None and turns:
+        if template.writes_date:
+            lines.append(
+                f"# The chat template writes the date. Ollama cannot: any date below is the day of the training, {day}."
+            )
         lines.append(f'TEMPLATE """{turns.go()}"""')
     else:
         lines.append("# No TEMPLATE: this chat template does more than put texts around messages. Ollama takes the file's own.")

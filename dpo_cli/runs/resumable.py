@@ -23,10 +23,12 @@ from dpo_cli.runs.lock import is_locked_now
 class ResumableFile:
     """An open file of that kind. `state` is what the last `append` was given, {} at the start.
 
+    `decided` is kept with the settings and not compared: what was decided at the start for the whole file.
+
     Raises `InvalidInput` where what is there was begun with other settings or was changed since; `check` says more.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], decided: Mapping[str, Any] | None = None) -> None:
         self.path, self.marks, settings = path, _marks_of(path), redacted(settings)
         self.state: dict[str, Any] = {}
         self.digest = hashlib.sha256()
@@ -43,11 +45,20 @@ class ResumableFile:
                 self.state = lines[-1].get("state", {})
             else:  # a new one, or one that was stopped before anything was written
                 _refuse_content(path)
-                self._mark({"settings": settings})
+                self._mark({"settings": settings, "decided": decided or {}})
             self._file = opened.enter_context(_opened(path))
             self._file.truncate(size)
             self._file.seek(size)
             self._opened = opened.pop_all()
+
+    @staticmethod
+    def decided(path: Path) -> dict[str, Any]:
+        """What was decided when an unfinished file was begun; {} where there is none."""
+        try:
+            lines = _marks_of(path).read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return {}
+        return dict(json.loads(lines[0]).get("decided", {})) if lines[1] else {}
 
     @staticmethod
     def check(path: Path) -> None:
