@@ -11,7 +11,7 @@ from test_formats import NO, USER, YES, write
 
 from dpo_cli.data.formats import Pair, to_demonstration, to_pairs
 from dpo_cli.data.messages import BadRow, flat
-from dpo_cli.data.reader import Dataset, read
+from dpo_cli.data.reader import Bad, Dataset, read, sources_of, stream
 
 TWO = {"prompt": "q", "output_1": "yes", "output_2": "no"}
 BACK = {"prompt": "q", "output_1": "no", "output_2": "yes"}
@@ -58,6 +58,23 @@ READ = {
         "winner_model_b": 1,
         "winner_tie": 0,
     },
+    "lmsys": {
+        "prompt": ["q"],
+        "response_a": ["no"],
+        "response_b": ["yes"],
+        "winner_model_a": 0,
+        "winner_model_b": 1,
+        "winner_tie": 0,
+    },
+    "lmsys, a table": {
+        "prompt": '["q"]',
+        "response_a": '["no"]',
+        "response_b": '["yes"]',
+        "winner_model_a": "0",
+        "winner_model_b": "1",
+    },
+    "lists, a table": {"prompt": "q", "responses": '["so", "no", "yes"]', "scores": "[2, 1, 3.5]"},
+    "lists, a table of pandas": {"prompt": "q", "generations": "['so', 'no', 'yes']", "ratings": "[nan, 1, 2]"},
     "shp": {"history": "q", "human_ref_A": "yes", "human_ref_B": "no", "labels": 1, "score_A": 8, "score_B": 2},
     "pku": {"prompt": "q", "response_0": "no", "response_1": "yes", "better_response_id": 1, "safer_response_id": 0},
     "helpsteer 2": {"prompt": "q", "response_1": "no", "response_2": "yes", "preference_strength": 3},
@@ -179,6 +196,23 @@ def test_chosen_and_rejected_may_name_the_responses(tmp_path: Path, row: dict[st
 def test_short_answers_are_no_names(more: dict[str, Any]) -> None:
     row = {"prompt": "q", "chosen": "B", "rejected": "A", "source": "x", **(SIDES if "chosen" in more else {}), **more}
     assert [(pair.chosen, pair.rejected) for pair in to_pairs(row, 1)] == [(row["chosen"], row["rejected"])]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_turns_that_both_models_share_are_the_prompt(tmp_path: Path, as_text: bool) -> None:
+    """Where they part before, the last questions follow different answers, and there is no one prompt."""
+    shared = {"prompt": ["q", "and?"], "response_a": ["so", "no"], "response_b": ["so", "yes"], "winner": "b"}
+    parted = {**shared, "response_b": ["oh", "yes"]}
+    unsaid = {**shared, "response_a": ["so", None]}
+    stored = [
+        {name: json.dumps(value) if as_text and isinstance(value, list) else value for name, value in row.items()}
+        for row in (shared, parted, unsaid)
+    ]
+    one, *others = stream(sources_of(str(write(tmp_path / "rows.jsonl", stored))))
+    assert isinstance(one, Pair) and not isinstance(one.prompt, str)
+    assert [message["content"] for message in one.prompt] == ["q", "so", "and?"]
+    assert [answer[0]["content"] for answer in one.responses] == ["yes", "no"]
+    assert [(other.line, other.code) for other in others if isinstance(other, Bad)] == [(2, "row-role"), (3, "row-empty")]
 
 
 def test_unknown_values_are_bad_rows_and_ties_are_counted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 Argilla        {"fields": {...}, "responses": ..., "suggestions": ...}, or flat: X.responses, X.suggestion, or lists of values
 Label Studio   {"data": {...}, "annotations": [...]} (JSON), or an answer {"selected": "left"} in a cell (JSON-MIN)
+LMSYS          prompt, response_a and response_b hold a list with a text for each turn, which a table stores as JSON text
 
 Answers of several annotators are votes: a list.
 """
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.data.columns import Row
+from dpo_cli.data.messages import BadRow, list_in
 
 NOT_GIVEN = ("discarded", "draft", "pending")  # states of an answer in Argilla
+ARENA = ("prompt", "response_a", "response_b")
 HELD = ("selected", "value", "choices", "rating", "text")  # keys of an answer that hold it
 
 
@@ -38,6 +41,8 @@ def export_of(row: Row) -> Export | None:
         return _label_studio(row)
     if any(name.endswith((".responses", ".suggestion", "-suggestion")) for name in row):
         return _argilla_table(row)
+    if (arena := _arena(row)) is not None:
+        return arena
     chosen = {name: _answer(value) for name, value in row.items() if _is_selection(value)}
     return Export("Label Studio", {**row, **chosen}, tuple(chosen)) if chosen else None
 
@@ -138,6 +143,30 @@ def _label_studio(row: Row) -> Export:
     answers = {name: values[0] if len(values) == 1 else values for name, values in votes.items()}
     origin = {**dict.fromkeys(data, "data"), **dict.fromkeys(answers, "annotations")}
     return Export("Label Studio", {**data, **answers}, tuple(answers), compared, origin)
+
+
+def _arena(row: Row) -> Export | None:
+    """A conversation with two models: the turns before the last answers are the prompt, where both models share them."""
+    questions, *both = (_texts(row.get(name)) for name in ARENA)
+    if not questions or not all(answers and len(answers) == len(questions) for answers in both):
+        return None
+    one, other = both
+    if one[:-1] != other[:-1]:
+        reason = "the two conversations part before their last answer, so their last questions follow different answers"
+        raise BadRow("row-role", reason)
+    asked = [{"role": "user", "content": text} for text in questions]
+    answered = [{"role": "assistant", "content": text} for text in one[:-1]]
+    turns = [turn for both in zip(asked, answered, strict=False) for turn in both]
+    prompt = [*turns, asked[-1]] if turns else questions[0]
+    return Export("LMSYS", {**row, **dict(zip(ARENA, (prompt, one[-1], other[-1]), strict=True))}, ())
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a list, or of one that is stored as JSON text; none where it is anything else."""
+    value = list_in(value)
+    if not isinstance(value, list) or not all(text is None or isinstance(text, str) for text in value):
+        return []
+    return [text or "" for text in value]
 
 
 def _object(value: Any) -> Mapping[str, Any]:

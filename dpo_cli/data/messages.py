@@ -148,6 +148,17 @@ def parsed(text: str) -> Any:
     return text if messages is None else bounded(messages)
 
 
+def list_in(value: Any) -> Any:
+    """The list that is stored as JSON or Python text; the value itself where it is anything else."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "array(")):
+        return value
+    try:
+        found = _value_of(value)
+    except ValueError:
+        return value
+    return bounded(found) if isinstance(found, list) else value
+
+
 def _value_of(text: str) -> Any:
     """The value of JSON text, or of Python's notation; `ValueError` where it is neither."""
     for parse in (json.loads, _literal):

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from dpo_cli.data.columns import CONVERSATIONS, OURS, QUESTIONS, Columns, Row, answered, asked
-from dpo_cli.data.comparisons import Layout, layout_of, members_named
-from dpo_cli.data.messages import TURN, BadRow, answer_to, parsed, role_of, text_of, turns_of
+from dpo_cli.data.columns import CONVERSATIONS, OURS, QUESTIONS, SCORES, Columns, Row, answered, asked
+from dpo_cli.data.comparisons import LISTS, Layout, layout_of, members_named
+from dpo_cli.data.messages import TURN, BadRow, answer_to, list_in, parsed, role_of, text_of, turns_of
 
 Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
 
 KEYS = ("prompt", "chosen", "rejected")
+LIST_COLUMNS = (*LISTS, *SCORES, "history")  # which a table stores as text
 RESPONSE_ROLES = ("assistant", "tool")  # anything else in a response would put part of a prompt into the loss
 
 
@@ -47,6 +48,8 @@ def renamed(row: Any, columns: Columns) -> Row:
     if not isinstance(row, Mapping):
         raise BadRow("row-not-object", "not a JSON object")
     known: Row = {name: parsed(value) if isinstance(value, str) else value for name, value in row.items() if value is not None}
+    lists = {*LIST_COLUMNS, *_each(columns.get("responses")), *_each(columns.get("scores"))}
+    known = {name: list_in(value) if name in lists else value for name, value in known.items()}
     theirs = {name: column for name, column in columns.items() if name not in OURS and column in known}
     if not theirs:
         return known
