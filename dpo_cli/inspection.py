@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import inner_defaults
-from dpo_cli.data import lint, reader
+from dpo_cli.data import lint
 from dpo_cli.data.formats import Row
 from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.data.quality import Quality
-from dpo_cli.data.reader import Dataset
+from dpo_cli.data.reader import Dataset, Observer, epoch_pairs, read
 from dpo_cli.data.sample import Sample
 from dpo_cli.data.split import is_held_out_prompt
 from dpo_cli.demands import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
@@ -166,14 +166,14 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
     lengths = Lengths(foundation(str(values.get("model_name", ""))))
     own = _tokenizer_of(str(values.get("model_name", ""))) if rendered_rows else (None, None)
     sample, other_sample = Sample(*own, rendered_rows), Sample(*own, rendered_rows)
-    observers: dict[str, list[reader.Observer]] = {"dataset": [balance, lengths, sample]}
+    observers: dict[str, list[Observer]] = {"dataset": [balance, lengths, sample]}
     observers["eval_dataset"] = [overlap.eval_side, other_sample]
     observers["dataset"] += [overlap] if "eval_dataset" in given else []
     observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no other answer to compare with
     found: list[Problem] = []
     sets: dict[str, Dataset] = {}
     for key, value in given.items():
-        sets[key] = reader.read(value, skip, key, columns, observers[key], demonstrations=is_sft)
+        sets[key] = read(value, skip, key, columns, observers[key], demonstrations=is_sft)
         found += sets[key].problems
     if "dataset" not in sets:
         return None, 0, found
@@ -187,7 +187,7 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
     found += (problem for problem in about_texts if not (is_as_it_is and problem.code == lint.ChatMarkers.code))
     found += sample.problems(use_chat_template, skip) + other_sample.problems(use_chat_template, skip)
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
-    pairs = reader.epoch_pairs(balance.train, data.train.sources)
+    pairs = epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:
         message = f"the weights leave none of the {balance.train.total()} {data.train.noun} to train on"
         found.append(Problem("error", "nothing-to-train", message, "raise the weights in dataset", "dataset"))
@@ -240,7 +240,7 @@ def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Ite
 def lengths_of(dataset: str, model_name: str) -> Lengths:
     """The lengths of a dataset's pairs with this model, without pairs where it is on the hub and was not fetched."""
     lengths = Lengths(model_name)
-    data = reader.read(dataset, skip=True, observers=[lengths])
+    data = read(dataset, skip=True, observers=[lengths])
     if wrong := [problem for problem in data.problems if problem.severity == "error"]:
         raise InvalidInput(wrong)
     return lengths

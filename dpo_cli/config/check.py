@@ -19,7 +19,7 @@ Found = tuple[Path, Problem]  # with the path of what is wrong, which may lie wi
 PAIR_KEYS = {"prompt", "chosen", "rejected", "messages", "conversations"}
 
 
-def problems(given: Mapping[str, Any]) -> Iterator[Found]:
+def value_problems(given: Mapping[str, Any]) -> Iterator[Found]:
     """Unknown keys, values outside of what is declared, and what this version cannot train with yet."""
     from jsonschema.validators import Draft202012Validator
 

@@ -13,7 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_cli.config import check, guidance, other_tools, reader, rules, stages
+from dpo_cli.config import guidance, other_tools, reader, rules, stages
+from dpo_cli.config.check import PAIR_KEYS, missing, value_problems
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
 from dpo_cli.errors import InvalidInput, Problem, UsageError
@@ -90,7 +91,7 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
     values, problems = document.value, document.problems
     if problems and (other := reader.other_format(text, path)) is not None:
         return [Loaded(path, {}, {}, {}, (other,))]
-    is_data = isinstance(values, dict) and problems and len(check.PAIR_KEYS & values.keys()) > 1
+    is_data = isinstance(values, dict) and problems and len(PAIR_KEYS & values.keys()) > 1
     if is_data or not isinstance(values, dict):
         return [Loaded(path, {}, {}, {}, (problems if not is_data else ()) or (_not_an_object(path, values),))]
     return [_checked(written, document) for written in stages.written(path, document, changes)]
@@ -107,13 +108,13 @@ def _checked(written: stages.Written, document: reader.Document) -> Loaded:
     resolved, sources = _resolved(given, changes, origin)
     loaded = Loaded(path, resolved, sources, positions, document.problems, stage=written.stage, foundation=written.foundation)
     loaded = replace(loaded, day=written.day)
-    found = [loaded.placed(problem, place) for place, problem in check.problems(given)]
+    found = [loaded.placed(problem, place) for place, problem in value_problems(given)]
     if document.complete:
         named = {**given, **dict.fromkeys(damaged | other_tools.meant_by(given))}
         wrong = {problem.key for problem in found if problem.severity == "error"} | damaged
         stated = {key: value for key, value in named.items() if key in authored or key not in values}
         sound = {key: value for key, value in resolved.items() if key not in wrong}
-        related = [*check.missing(named), *rules.check(sound, stated), *guidance.check(sound, stated)]
+        related = [*missing(named), *rules.check(sound, stated), *guidance.check(sound, stated)]
         found += map(loaded.placed, related)
     problems = tuple(sorted((*document.problems, *found), key=lambda p: (p.line is None, p.line or 0, p.column or 0)))
     failed = any(problem.severity == "error" for problem in problems)
@@ -154,7 +155,7 @@ def _at_home(key: str, value: Any) -> Any:
 
 def _not_an_object(path: str, value: Any) -> Problem:
     row = value[0] if isinstance(value, list) and value else value
-    is_data = isinstance(row, dict) and check.PAIR_KEYS & row.keys()
+    is_data = isinstance(row, dict) and PAIR_KEYS & row.keys()
     fix = 'this looks like a dataset: name it in the "dataset" of a config' if is_data else 'write { "dataset": "..." }'
     return Problem("error", "config-type", "a config is a JSON object", fix, None, path, 1, 1)
 

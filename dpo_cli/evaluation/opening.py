@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import defaults
 from dpo_cli.console import Console
-from dpo_cli.data import reader
+from dpo_cli.data.reader import holds_pairs, unreadable
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.hardware.adapters import ADAPTER_CONFIG, fault_of, foundation, is_on_head
@@ -78,7 +78,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     changes = [*overrides, "provider=huggingface"]  # any provider's adapter is PEFT's, and is judged where its provider is not
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
-        if not reader.unreadable(dataset, "dataset") and reader.holds_pairs(dataset):
+        if not unreadable(dataset, "dataset") and holds_pairs(dataset):
             changes.append("strategy=dpo")  # pairs tell more, whatever was trained on
     inspection = inspect(load(config, [*_decided_anew(config), *changes]), probe(), with_fit=False)
     data, plan = inspection.require()

@@ -90,7 +90,8 @@ def _adapter_faults(model_name: str) -> Iterator[Problem]:
         if (base / "config.json").is_file():
             stored = tensors.stored_in(base)
             # The layers of experts have other names in the files than in the model.
-            is_dense = _object(base / "config.json").get("model_type") in tensors.DENSE and not tensors.has_experts(stored)
+            family = _object(base / "config.json").get("model_type")
+            is_dense = family in tensors.DENSE and not tensors.has_experts(stored)
             for fault in tensors.adapter_faults(adapter.directory, WEIGHTS, stored, is_dense):
                 yield _wrong("adapter-unusable", fault.message, fault.fix)
         tokenizer = _object(adapter.directory / TOKENIZER_CONFIG)
@@ -107,7 +108,7 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield _wrong(
             "model-not-causal", f"{path} is no causal language model: {what}", "name an instruct model that writes text"
         )
-    elif isinstance(family := config.get("model_type"), str) and not config.get("auto_map") and not foreign.is_causal(family):
+    elif not config.get("auto_map") and isinstance(family := config.get("model_type"), str) and not foreign.is_causal(family):
         yield not_causal(str(path), family)
     yield from foreign.problems(config, _object(path / TOKENIZER_CONFIG), str(path))
     index = path / tensors.INDEX

@@ -90,4 +90,4 @@ def targets_of(facts: ModelFacts, settings: Settings) -> list[Linear]:
 @functools.cache
 def _target_counts(facts: ModelFacts, wanted: str | tuple[str, ...]) -> dict[str, int]:
     """How many blocks have an adapter on each of their linear layers."""
-    return {name: sum(targets.names(wanted, whole) for whole in all_names) for name, all_names in facts.linear_names().items()}
+    return {name: sum(targets.names(wanted, whole) for whole in each) for name, each in facts.linear_names().items()}

@@ -139,7 +139,8 @@ class Architecture:
         ends = {name.rpartition(".")[2] for name in touched}
         clear = {end for end in ends if not any(targets.names([end], name) for name in others)}
         modules = clear | {name for name in touched if name.rpartition(".")[2] not in clear}
-        kept = {short for short in resolved.target_parameters or () if any(targets.names([short], one) for one in parameters)}
+        experts = resolved.target_parameters or ()
+        kept = {short for short in experts if any(targets.names([short], one) for one in parameters)}
         return replace(
             wanted,
             target_modules=sorted(modules) or None,
@@ -198,7 +199,8 @@ class Architecture:
         if self.head in other or (isinstance(wanted, list) and targets.names(wanted, self.head)):
             found.append(targets.head_adapter(self.head))
         elif other:
-            found.append(targets.not_linear(self.label, [(name, type(self.modules[name]).__name__) for name in other], fix))
+            kinds = [(name, type(self.modules[name]).__name__) for name in other]
+            found.append(targets.not_linear(self.label, kinds, fix))
         elif isinstance(wanted, list) and idle:
             message = f"{self.label} has no linear layer named {', '.join(sorted(idle))}"
             found.append(Problem("error", "no-such-module", message, fix, KEY))
@@ -319,7 +321,8 @@ class Architecture:
         if left := held - parameters:
             shapes = dict(self.model.named_parameters())
             share = sum(shapes[name].numel() for name in left) / self.weights
-            reach = "PEFT reaches them by no name" if not targets.expert_names(self.config.model_type) else "they are not named"
+            has_names = targets.expert_names(self.config.model_type)
+            reach = "they are not named" if has_names else "PEFT reaches them by no name"
             yield f"no adapter on the fused experts ({_counted(self._kinds(left))}), {share:.0%} of the weights: {reach}"
 
     def _roots(self, names: Iterable[str]) -> str:

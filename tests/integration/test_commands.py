@@ -1,6 +1,7 @@
 """The commands as a user runs them: a process, its output, its files, its exit code.
 
-Most are forked (tests/forked.py); those that get signals, lose their reader or have a terminal start from the console script.
+Most are forked (tests/forked.py); those that get signals, lose their reader or have
+a terminal start from the console script.
 """
 
 from __future__ import annotations
