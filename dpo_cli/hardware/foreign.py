@@ -64,8 +64,10 @@ def unsafe_shards(index: Mapping[str, Any]) -> list[str]:
     return sorted(file for file in files if not file.endswith(".safetensors") or Path(file).name != file)
 
 
-def is_causal(model_type: str) -> bool:
-    """Whether transformers has a causal language model of this type."""
+def is_causal(model_type: Any) -> bool:
+    """Whether transformers has a causal language model of this type; nothing is known against what is no text."""
+    if not isinstance(model_type, str):
+        return True
     name = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     block = re.search(rf"^{name} = OrderedDict\($.*?^\)$", _table("modeling_auto.py"), re.MULTILINE | re.DOTALL)
     return block is None or f'("{model_type}", ' in block[0]  # of a table that is not found nothing is known

@@ -108,8 +108,8 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield _wrong(
             "model-not-causal", f"{path} is no causal language model: {what}", "name an instruct model that writes text"
         )
-    elif not config.get("auto_map") and isinstance(family := config.get("model_type"), str) and not foreign.is_causal(family):
-        yield not_causal(str(path), family)
+    elif not config.get("auto_map") and not foreign.is_causal(family := config.get("model_type")):
+        yield not_causal(str(path), str(family))
     yield from foreign.problems(config, _object(path / TOKENIZER_CONFIG), str(path))
     index = path / tensors.INDEX
     if not any(path.glob("*.safetensors")):
