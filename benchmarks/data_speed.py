@@ -41,8 +41,8 @@ def write(path: Path, count: int) -> None:
 def survey(path: str) -> None:
     """In a process of its own: one pass with all findings."""
     from dpo_cli.config.schema import inner_defaults
-    from dpo_cli.data.quality import Quality
-    from dpo_cli.data.reader import read
+    from dpo_cli.data.dataset import read
+    from dpo_cli.data.lint import Quality
 
     started = time.perf_counter()
     quality = Quality(inner_defaults("quality"))

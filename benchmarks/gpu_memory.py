@@ -27,10 +27,10 @@ from machine import machine_line
 from step_memory import random_model, step_peak, trainer_for, with_lengths
 from transformers import LlamaConfig, PreTrainedModel
 
-from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
+from dpo_cli.hardware.machine import GIB
 from dpo_cli.hardware.memory import components
-from dpo_cli.hardware.probe import GIB
-from dpo_cli.hardware.settings import Settings
+from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.models.shape import ModelFacts, known_models, model_facts
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from dpo_cli.hardware.probe import probe
+from dpo_cli.hardware.machine import probe
 
 
 def machine_line() -> str:

@@ -17,7 +17,7 @@ from machine import machine_line
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-from made import conversation_pairs  # noqa: E402
+from builders import conversation_pairs  # noqa: E402
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MICRO_BATCHES = (2, 4)

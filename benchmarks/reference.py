@@ -12,7 +12,7 @@ from pathlib import Path
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import Option, options
 from dpo_cli.errors import Problem
-from dpo_cli.inspection import inspect
+from dpo_cli.plan.preflight import inspect
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

@@ -39,14 +39,15 @@ from transformers import (
 )
 
 from dpo_cli.config.config import load
-from dpo_cli.data.formats import Pair
+from dpo_cli.data.rows import Pair
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.hardware.facts import config_facts
+from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.memory import components
-from dpo_cli.hardware.probe import probe
-from dpo_cli.hardware.settings import Settings
-from dpo_cli.plan import resolve
-from dpo_cli.training import dpo, sft, sharing
+from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.models.shape import config_facts
+from dpo_cli.plan.plan import resolve
+from dpo_cli.scoring import shared_prompts
+from dpo_cli.strategies import dpo, sft
 from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -90,7 +91,7 @@ def trainer_for(
 ) -> CarefulTrainer:
     """The trainer of `dpo train` on random pairs of these lengths, for two micro-batches."""
     is_shared = settings.pair_tokens is not None
-    (sharing.enable if is_shared else sharing.disable)(model)
+    (shared_prompts.enable if is_shared else shared_prompts.disable)(model)
     half = settings.bytes_per_value == 2
     values = {"model_name": "random/model", "dataset": "none.jsonl", "output_dir": str(place / "run"), "device": device}
     values |= {"bf16": half, "fp16": False, "gradient_checkpointing": settings.checkpointing, "prompt_sharing": is_shared}

@@ -11,7 +11,7 @@ from typing import Any
 from machine import machine_line
 
 from dpo_cli.config.config import load
-from dpo_cli.data.reader import read
+from dpo_cli.data.dataset import read
 from dpo_cli.data.split import split
 
 DPO = str(Path(sys.executable).with_name("dpo"))

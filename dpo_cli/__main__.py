@@ -14,7 +14,7 @@ def main() -> None:
         if stream is None:  # closed by the caller: what is printed goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             setattr(sys, "stdout" if number == 1 else "stderr", open(number, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
-    from dpo_cli.cli import app
+    from dpo_cli.app import app
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

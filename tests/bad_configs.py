@@ -15,7 +15,7 @@ from pathlib import Path
 from bad_rows import FAULTS, GOOD
 from gguf_files import write_gguf
 
-from dpo_cli.hardware.probe import Gpu, Machine
+from dpo_cli.hardware.machine import Gpu, Machine
 
 CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),), is_apple=False)
 NO_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(), is_apple=False)

@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from made import VOCABULARY, tiny_tokenizer
+from builders import VOCABULARY, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -32,12 +32,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
-from dpo_cli.console import Console
 from dpo_cli.errors import Exit
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
-from dpo_cli.training.run import train
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.preflight import inspect
+from dpo_cli.ui.console import Console
 
 gc.collect()
 gc.freeze()  # a collection, of which each training asks for one, then goes through what a test has made, not all libraries

@@ -15,11 +15,11 @@ import torch
 from conftest import ROOT, Run
 from safetensors.torch import load_file
 
-from dpo_cli import demands
-from dpo_cli.console import Console
+from dpo_cli.commands.eval import evaluate
+from dpo_cli.commands.eval_request import Request
 from dpo_cli.errors import Exit, InvalidInput
-from dpo_cli.evaluation.evaluate import evaluate
-from dpo_cli.evaluation.request import Request
+from dpo_cli.plan import feasibility
+from dpo_cli.ui.console import Console
 
 
 def trained_names(place: Path) -> set[str]:
@@ -63,7 +63,7 @@ def test_quantised_weights_train_and_are_judged_alike(run: Run, bits: int) -> No
 
 def test_without_bitsandbytes_no_training_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Never a silent 16-bit run: that it is missing is told by validate too, before anything is loaded."""
-    monkeypatch.setattr(demands, "find_spec", lambda name: None)
+    monkeypatch.setattr(feasibility, "find_spec", lambda name: None)
     with pytest.raises(InvalidInput) as caught:
         run(use_4bit=True)
     assert [problem.code for problem in caught.value.problems if problem.severity == "error"] == ["bitsandbytes-missing"]

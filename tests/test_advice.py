@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from bad_configs import CASES, Case, lay_out, pair
 
-from dpo_cli.config import reader
+from dpo_cli.config import jsonc
 from dpo_cli.config.config import Loaded, load
 from dpo_cli.config.other_tools import as_here, entries, names
 from dpo_cli.config.schema import options
 from dpo_cli.errors import Problem
-from dpo_cli.inspection import Inspection, inspect
+from dpo_cli.plan.preflight import Inspection, inspect
 
 Values = dict[str, Any]
 VALUE = r'(?:"(?:[^"\\]|\\.)*"|\[[^\]]*\]|-?[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?|true|false|null)'
@@ -133,7 +133,7 @@ def test_a_fix_of_values_is_true(case: Case, place: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(place)
     before, found = look(case, case.config)
     (problem,) = named(found, case)
-    given: Values = reader.parse(case.config.decode(), "").value
+    given: Values = jsonc.parse(case.config.decode(), "").value
     ways = list(steps(problem, given))
     assert ways or is_open(problem), problem.fix
     for way in ways:
@@ -178,7 +178,7 @@ def test_a_fix_of_rows_is_true(case: Case, way: str, place: Path, monkeypatch: p
     kept = Path(case.file).read_bytes()
     text = case.config
     if way == "skip":
-        text = json.dumps({**reader.parse(text.decode(), "").value, "on_bad_rows": "skip"}).encode()
+        text = json.dumps({**jsonc.parse(text.decode(), "").value, "on_bad_rows": "skip"}).encode()
     elif case.file.endswith(".parquet"):
         pytest.skip("a row that is not Parquet is the whole file")
     else:
@@ -255,7 +255,7 @@ def test_most_fixes_of_texts_can_be_applied() -> None:
 
 
 def load_text(case: Case) -> Problem:
-    return next(problem for problem in reader.parse(case.config.decode(), "").problems if problem.code == "json-syntax")
+    return next(problem for problem in jsonc.parse(case.config.decode(), "").problems if problem.code == "json-syntax")
 
 
 @pytest.mark.parametrize(

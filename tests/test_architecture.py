@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import tiny_tokenizer
 from conftest import CONFIGS, SHAPE, Run
-from made import tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.config.config import load
 from dpo_cli.config.options import Config
 from dpo_cli.errors import InvalidInput, Problem
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
-from dpo_cli.plan import Adapted, resolve
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.plan import Adapted, resolve
+from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.architecture import Architecture, adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore")

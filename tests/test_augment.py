@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import dpo_cli
-from dpo_cli import augment
-from dpo_cli.cli import app
+from dpo_cli.app import app
+from dpo_cli.commands import augment
 from dpo_cli.config.config import load
-from dpo_cli.data.reader import read
-from dpo_cli.evaluation.samples import Answer, generate
-from dpo_cli.runs.digests import sha256
+from dpo_cli.data.dataset import read
+from dpo_cli.evaluation.generation import Answer, generate
+from dpo_cli.storage.digests import sha256
 
 PROMPTS = [f"question {i}" for i in range(14)]
 BATCHES = 5  # of three prompts, the last of two
@@ -186,7 +186,7 @@ def test_a_file_has_one_day(place: Path, talker_dir: Path, monkeypatch: pytest.M
     assert run(out="whole.jsonl").exit_code == 0
     stopped_after_a_batch(monkeypatch)
     with monkeypatch.context() as tomorrow:
-        tomorrow.setattr("dpo_cli.plan.datetime", Tomorrow)
+        tomorrow.setattr("dpo_cli.plan.plan.datetime", Tomorrow)
         assert run(out="later.jsonl").exit_code == 0
         assert run().exit_code == 0
     assert Path("pairs.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() != Path("later.jsonl").read_bytes()
@@ -328,7 +328,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
     def loaded(*_: object) -> None:
         raise AssertionError("the libraries are loaded")
 
-    monkeypatch.setattr("dpo_cli.cli.composer_for", loaded)
+    monkeypatch.setattr("dpo_cli.app.composer_for", loaded)
     done = run(*[word for word in words if "=" in word], **options)
     assert done.exit_code == code, done.output
     assert says in " ".join(done.stderr.split())

@@ -12,8 +12,8 @@ from conftest import ROOT
 from test_schema import reference
 
 from dpo_cli.config.config import load
-from dpo_cli.data.reader import read
-from dpo_cli.inspection import inspect
+from dpo_cli.data.dataset import read
+from dpo_cli.plan.preflight import inspect
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 from conftest import ROOT
 from typer.testing import CliRunner, Result
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.config.config import load
-from dpo_cli.data import reader
+from dpo_cli.data import dataset
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoded, encode_all
 
@@ -246,7 +246,7 @@ SAID = {
 def encoded(name: str, *words: str) -> tuple[list[Encoded], Tokenizer]:
     config = load(f"data/{name}.json", words).require()
     assert isinstance(config.dataset, str)
-    data = reader.read(config.dataset, True, columns=config.columns, demonstrations=config.strategy == "sft")
+    data = dataset.read(config.dataset, True, columns=config.columns, demonstrations=config.strategy == "sft")
     tokenizer = Tokenizer.in_folder(Path(config.model_name))
     assert tokenizer is not None
     return encode_all([data.load()], tokenizer, config.use_chat_template, skip=True).sides[0], tokenizer

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import trl
+from builders import CHATML, tiny_tokenizer
 from jinja2 import TemplateError
-from made import CHATML, tiny_tokenizer
 from tokenizers import processors
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from dpo_cli.data.chat_template import ChatTemplate
-from dpo_cli.data.formats import Pair
+from dpo_cli.data.rows import Pair
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encodings, encode_all
 from dpo_cli.errors import InvalidInput

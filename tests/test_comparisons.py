@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_formats import NO, USER, YES, write
+from test_rows import NO, USER, YES, write
 
-from dpo_cli.data.formats import Pair, to_demonstration, to_pairs
+from dpo_cli.data.dataset import Bad, Dataset, read, sources_of, stream
 from dpo_cli.data.messages import BadRow, flat
-from dpo_cli.data.reader import Bad, Dataset, read, sources_of, stream
+from dpo_cli.data.rows import Pair, to_demonstration, to_pairs
 
 TWO = {"prompt": "q", "output_1": "yes", "output_2": "no"}
 BACK = {"prompt": "q", "output_1": "no", "output_2": "yes"}

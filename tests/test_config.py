@@ -14,8 +14,8 @@ from dpo_cli.config.config import load, load_stages
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import STRATEGIES, Option, defaults, options, profile_defaults, schema
 from dpo_cli.errors import Problem, UsageError
-from dpo_cli.hardware.probe import Machine
-from dpo_cli.inspection import inspect
+from dpo_cli.hardware.machine import Machine
+from dpo_cli.plan.preflight import inspect
 
 
 def write(tmp_path: Path, text: str) -> str:

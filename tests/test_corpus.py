@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import trl
+from builders import tiny_tokenizer
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made import tiny_tokenizer
 
 from dpo_cli.data.chat_template import ChatTemplate
-from dpo_cli.data.formats import to_pair
 from dpo_cli.data.messages import BadRow
+from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import encode_all
 

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training import dpo, sft
-from dpo_cli.training.states import random_state, random_state_kept, set_random_state
+from dpo_cli.runs.state_io import random_state, random_state_kept, set_random_state
+from dpo_cli.strategies import dpo, sft
 from dpo_cli.training.trainer import on_one_device
 
 

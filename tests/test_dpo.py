@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import norms_in_float64
 from conftest import made_row, tiny_model
-from made import norms_in_float64
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast, Trainer
 from trl import DPOTrainer
@@ -19,15 +19,15 @@ from trl.trainer import dpo_trainer
 
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import defaults
-from dpo_cli.data.formats import to_pair
+from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.evaluation.metrics import score_rows
-from dpo_cli.hardware.probe import probe
-from dpo_cli.plan import Plan, resolve
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training import scoring, sharing
-from dpo_cli.training.callbacks.record import Record
-from dpo_cli.training.dpo import FIGURES, PairTrainer, build_trainer, reward_figures, trainer_arguments
+from dpo_cli.scoring import forward, shared_prompts
+from dpo_cli.strategies.dpo import FIGURES, PairTrainer, build_trainer, reward_figures, trainer_arguments
+from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.trainer import Totals
 
 
@@ -80,25 +80,25 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerFast,
     family: str = "llama",
     dropout: float = 0.0,
-    states: scoring.States = scoring.shared_states,
+    states: forward.States = forward.shared_states,
     pairs: list[Encoded] | None = None,
     **options: object,
 ) -> tuple[PairTrainer, list[Encoded]]:
     pairs = pairs or encode([to_pair(made_row(i), i + 1) for i in range(8)], tokenizer)
-    plan = make_plan(tmp_path, lora_dropout=dropout, prompt_sharing=states is scoring.shared_states, **options)
+    plan = make_plan(tmp_path, lora_dropout=dropout, prompt_sharing=states is forward.shared_states, **options)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
     model = tiny_model(family, torch.float32)
-    sharing.enable(model)
+    shared_prompts.enable(model)
     return build_trainer(model, adapter, tokenizer, plan, pairs, [], lambda model: {}), pairs
 
 
-PATHS = pytest.mark.parametrize("states", [scoring.plain_states, scoring.shared_states])
+PATHS = pytest.mark.parametrize("states", [forward.plain_states, forward.shared_states])
 
 
 @PATHS
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_training_starts_at_ln_2_and_learns(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, states: scoring.States
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, states: forward.States
 ) -> None:
     """Step 0: policy and reference are the same model in the same layout, so loss ln 2 and margin 0."""
     trainer, _ = make_trainer(tmp_path, tokenizer, family, states=states, max_steps=12, lr_scheduler_type="constant")
@@ -154,7 +154,7 @@ def test_each_prompt_goes_through_the_model_once(tmp_path: Path, tokenizer: PreT
     assert seen == [tokens, tokens]
     assert sum(pair.shared_length for pair in pairs) == tokens
     seen.clear()
-    score_rows(trainer.policy, pairs, scoring.shared_states, tokenizer.pad_token_id, 3, torch.float32)
+    score_rows(trainer.policy, pairs, forward.shared_states, tokenizer.pad_token_id, 3, torch.float32)
     assert sum(seen) == 2 * tokens
 
 
@@ -167,7 +167,7 @@ def test_training_is_the_same_on_both_paths(
 ) -> None:
     """Twenty steps of AdamW, micro-batches of 3 of 8 pairs with accumulation: losses and the update of the whole adapter."""
     losses, adapters = [], []
-    for states in (scoring.plain_states, scoring.shared_states):
+    for states in (forward.plain_states, forward.shared_states):
         options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 20}
         trainer, _ = make_trainer(
             tmp_path, tokenizer, family, states=states, gradient_checkpointing=checkpointing, learning_rate=2e-3, **options

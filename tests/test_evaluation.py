@@ -16,18 +16,18 @@ from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
+from dpo_cli.commands.eval import evaluate
+from dpo_cli.commands.eval_request import Request
 from dpo_cli.config.config import load
-from dpo_cli.console import Console
 from dpo_cli.errors import Exit, InvalidInput, UsageError
-from dpo_cli.evaluation import divergence, judging
-from dpo_cli.evaluation.evaluate import evaluate
-from dpo_cli.evaluation.intervals import Intervals
-from dpo_cli.evaluation.request import Request
-from dpo_cli.evaluation.samples import Answer, Sampling, generate
+from dpo_cli.evaluation import divergence, evaluation
+from dpo_cli.evaluation.bootstrap import Intervals
+from dpo_cli.evaluation.generation import Answer, Sampling, generate
 from dpo_cli.evaluation.thresholds import OF_VOTES, judged_by, parse
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.preflight import inspect
+from dpo_cli.ui.console import Console
 
 
 def by_hand(model_dir: Path, adapter: Path, rows: list[dict[str, Any]], beta: float) -> dict[str, float]:
@@ -313,7 +313,7 @@ def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
         return values
 
     monkeypatch.setattr(divergence, "answers", watched)
-    monkeypatch.setattr(judging, "sequence_kl", with_dice)
+    monkeypatch.setattr(evaluation, "sequence_kl", with_dice)
     judged = evaluate(Request(str(place)), Console())
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     policy = PeftModel.from_pretrained(base, str(place / "adapter")).eval()
@@ -356,7 +356,7 @@ def test_intervals_of_many_prompts_are_drawn_in_parts(monkeypatch: pytest.Monkey
     prompts = [str(i) for i in range(40)]
     ratio = (np.random.default_rng(3).random(40), np.ones(40))
     kept = Intervals(prompts).of(ratio)
-    monkeypatch.setattr("dpo_cli.evaluation.intervals.KEPT", 0)
+    monkeypatch.setattr("dpo_cli.evaluation.bootstrap.KEPT", 0)
     drawn = Intervals(prompts)
     assert drawn.of(ratio) == kept == drawn.of(ratio)
 

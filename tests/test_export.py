@@ -11,25 +11,25 @@ from typing import Any
 
 import pytest
 import torch
+from builders import conversation_pairs
 from conftest import made_row
-from made import conversation_pairs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
+from dpo_cli.commands.eval import evaluate
+from dpo_cli.commands.eval_request import Request as Judged
+from dpo_cli.commands.export import Request, export, limit
+from dpo_cli.commands.train import train
 from dpo_cli.config.config import load_stages
-from dpo_cli.console import Console
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import Exit, InvalidInput, RunFailed, UsageError
-from dpo_cli.evaluation.evaluate import evaluate
-from dpo_cli.evaluation.opening import load_policy, open_run
-from dpo_cli.evaluation.request import Request as Judged
-from dpo_cli.export import Request, export, limit
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training.run import train
+from dpo_cli.runs.open_run import load_policy, open_run
+from dpo_cli.ui.console import Console
 
 Train = Callable[..., Path]
 
@@ -190,7 +190,7 @@ def test_a_worse_model_is_refused_and_nothing_is_left(
     """What 4 bits cost a tiny model, and a merge that loses the adapter: exit 5, both figures told and in the JSON, no file."""
     run, out, name = of_kind(trained, kind), tmp_path / "out", {"4bit": "margin", "sft": "loss"}[kind]
     if kind == "sft":
-        monkeypatch.setattr("dpo_cli.export.merged", lambda model, *_: model.unload())
+        monkeypatch.setattr("dpo_cli.commands.export.merged", lambda model, *_: model.unload())
     done = CliRunner().invoke(app, ["export", str(run), "--out", str(out), "--json"])
     assert done.exit_code == Exit.MISSED, done.stderr
     made = json.loads(done.stdout)

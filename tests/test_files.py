@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import tiny_tokenizer
-from test_formats import ROWS, lint, write
+from builders import tiny_tokenizer
+from test_rows import ROWS, lint, write
 
 from dpo_cli.data import files
+from dpo_cli.data.dataset import Bad, read, sources_of, stream
 from dpo_cli.data.prompts import read_prompts
-from dpo_cli.data.reader import Bad, read, sources_of, stream
+from dpo_cli.data.text_features import plain, visible
 from dpo_cli.data.tokens import encode
-from dpo_cli.data.words import plain, visible
 from dpo_cli.errors import Problem
 
 BOM = b"\xef\xbb\xbf"

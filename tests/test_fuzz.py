@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer import testing
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.config.schema import options
 
 # Typer's runner builds the command from its signatures each time, which takes as long as a validation.

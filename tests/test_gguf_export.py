@@ -18,13 +18,13 @@ from conftest import ROOT, SHAPE, made_row
 from test_export import left_behind, trained, write  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpo_cli.console import Console
-from dpo_cli.data.formats import to_pair
+from dpo_cli.commands.export import Request, export
+from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import Exit, RunFailed, UsageError
-from dpo_cli.export import Request, export
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.publish import gguf
+from dpo_cli.publish import gguf_export
+from dpo_cli.ui.console import Console
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONVERTER = Path(os.environ.get("DPO_GGUF_CONVERTER", ROOT / "models" / "llama.cpp" / "convert_hf_to_gguf.py"))
@@ -74,11 +74,11 @@ def test_without_a_converter_it_is_said_where_there_is_one(tmp_path: Path, monke
         with pytest.raises(UsageError) as caught:
             export(Request("no-run", tmp_path / "out", gguf="q8_0", converter=named), Console())
         assert caught.value.exit_code is Exit.USAGE and "llama-cpp-python" in (caught.value.fix or "")
-    on_path = tmp_path / gguf.SCRIPT
+    on_path = tmp_path / gguf_export.SCRIPT
     on_path.write_text("#!/bin/sh\n", encoding="utf-8")
     on_path.chmod(0o755)
-    assert gguf.find_converter(None) == on_path
-    assert gguf.find_converter(CONVERTER if CONVERTER.exists() else on_path).is_absolute()
+    assert gguf_export.find_converter(None) == on_path
+    assert gguf_export.find_converter(CONVERTER if CONVERTER.exists() else on_path).is_absolute()
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_an_export_with_a_gguf_file_that_answers_the_same(
     trained: Callable[..., Path],  # noqa: F811
     tmp_path: Path,
     small_model: Path,
-    kind: gguf.Type,
+    kind: gguf_export.Type,
 ) -> None:
     run = trained("small", model_name=str(small_model), max_steps=2)
     made, code = export(Request(str(run), tmp_path / "mine", gguf=kind, converter=CONVERTER), Console())
@@ -111,7 +111,7 @@ def test_an_export_with_a_gguf_file_that_answers_the_same(
     found = made["gguf"]
     assert found["file"] == f"mine.{kind.upper()}.gguf" and found["positions"] > 50 and found["modelfile_template"]
     assert (found["same_argmax"], found["max_difference"]) == (1.0, 0.0) or kind != "f32"
-    assert found["same_argmax"] >= found["least_same"] == gguf.LEAST_SAME[kind] and (found["max_difference"] > 0) == (
+    assert found["same_argmax"] >= found["least_same"] == gguf_export.LEAST_SAME[kind] and (found["max_difference"] > 0) == (
         kind != "f32"
     )
     assert f"FROM ./{found['file']}\n" in (tmp_path / "mine" / "Modelfile").read_text(encoding="utf-8")
@@ -119,7 +119,7 @@ def test_an_export_with_a_gguf_file_that_answers_the_same(
     assert json.loads((tmp_path / "mine" / "export.json").read_text(encoding="utf-8"))["gguf"] == found
     size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "mine").parameters())
     file = (tmp_path / "mine" / found["file"]).stat().st_size
-    assert file > size * gguf.BYTES_PER_VALUE[kind]  # what the free space is checked for, and the tokenizer
+    assert file > size * gguf_export.BYTES_PER_VALUE[kind]  # what the free space is checked for, and the tokenizer
 
 
 @real
@@ -149,10 +149,10 @@ def test_a_file_of_another_model_is_refused(
 @real
 def test_a_file_that_ends_texts_otherwise_is_refused(tmp_path: Path, small_model: Path) -> None:
     file = tmp_path / "m.gguf"
-    gguf.convert(CONVERTER, small_model, file, "f32", "m")
+    gguf_export.convert(CONVERTER, small_model, file, "f32", "m")
     tokenizer = AutoTokenizer.from_pretrained(small_model)
     rows = encode([to_pair(made_row(i), i + 1) for i in range(4)], tokenizer)
-    assert gguf.check(small_model, file, "f32", rows, tokenizer).ok
+    assert gguf_export.check(small_model, file, "f32", rows, tokenizer).ok
     tokenizer.eos_token = "<|endoftext|>"
     with pytest.raises(RunFailed, match="ends its texts with another token"):
-        gguf.check(small_model, file, "f32", rows, tokenizer)
+        gguf_export.check(small_model, file, "f32", rows, tokenizer)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from gguf_files import write_gguf
 
-from dpo_cli.hardware import gguf, models
-from dpo_cli.hardware.facts import model_facts
-from dpo_cli.hardware.probe import GIB, nvidia_gpus, probe
+from dpo_cli.hardware.machine import GIB, nvidia_gpus, probe
+from dpo_cli.models import checks, gguf_header
+from dpo_cli.models.shape import model_facts
 
 HEADER: dict[str, object] = {
     "general.architecture": "llama",
@@ -38,7 +38,7 @@ def test_every_truncation_of_a_header_is_a_value_error(tmp_path: Path) -> None:
         path = tmp_path / "cut.gguf"
         path.write_bytes(whole[:end])
         with pytest.raises(ValueError):
-            gguf.read_header(path)
+            gguf_header.read_header(path)
 
 
 def test_models_that_cannot_be_trained_are_told(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -57,7 +57,7 @@ def test_models_that_cannot_be_trained_are_told(tmp_path: Path, tiny_model_dir: 
         tiny_model_dir: [],
         Path("owner/model-Instruct"): [],
     }
-    assert {path: [problem.code for problem in models.problems(str(path))] for path in expected} == expected
+    assert {path: [problem.code for problem in checks.problems(str(path))] for path in expected} == expected
 
 
 def test_a_config_json_gives_the_shape(tiny_model_dir: Path) -> None:

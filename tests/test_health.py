@@ -13,18 +13,18 @@ import pytest
 import torch
 from conftest import ROOT, made_row
 
+from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import options
-from dpo_cli.console import Console
 from dpo_cli.errors import Exit
 from dpo_cli.evaluation.metrics import Scores
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
-from dpo_cli.plan import Counts, Plan, resolve
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.plan import Counts, Plan, resolve
+from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training.callbacks.rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, wrong_start
-from dpo_cli.training.dpo import PairTrainer
-from dpo_cli.training.run import train
+from dpo_cli.strategies.dpo import PairTrainer
+from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, wrong_start
+from dpo_cli.ui.console import Console
 
 COUNTS = Counts(80, 0, 80, 0, 0, 0, 0, 0, 9, "", 9, 9, 9, 9, "", False)
 STEP = {"loss": 0.6, "accuracy": 0.7, "margin": 0.5, "reward_chosen": 0.3, "reward_rejected": -0.2, "logp_chosen": -97.0}

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
-from test_formats import ROWS, write
+from test_rows import ROWS, write
 from tokenizers import Tokenizer
 
-from dpo_cli.data import hub
+from dpo_cli.data import hub_datasets
+from dpo_cli.data.dataset import hub_ids, read, sources_of
 from dpo_cli.data.lengths import Lengths
-from dpo_cli.data.reader import hub_ids, read, sources_of
 from dpo_cli.errors import RunFailed
 from dpo_cli.providers.huggingface import HuggingFace
 
@@ -69,7 +69,7 @@ def test_a_cache_that_cannot_be_used_is_named(
     home = str(tmp_path if variable == "HF_HUB_CACHE" else tmp_path / "file")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{home}/token")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
-    for use in (lambda: HuggingFace("owner/any").tokenizer(), lambda: hub.fetch("owner/any")):
+    for use in (lambda: HuggingFace("owner/any").tokenizer(), lambda: hub_datasets.fetch("owner/any")):
         with pytest.raises(RunFailed) as caught:
             use()
         assert f"in {variable}" in caught.value.message and str(tmp_path / "file") in caught.value.message
@@ -95,7 +95,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_cached_dataset_is_its_training_files(cache: Path) -> None:
     assert [Path(source.path).name for source in sources_of("owner/pairs")] == ["train-00000.parquet"]
     assert read("owner/pairs").pairs == 5
-    hub.fetch("owner/pairs")  # the hub does not answer, and what is there serves
+    hub_datasets.fetch("owner/pairs")  # the hub does not answer, and what is there serves
 
 
 def test_the_split_is_said_and_can_be_named(cache: Path) -> None:
@@ -110,7 +110,7 @@ def test_the_split_is_said_and_can_be_named(cache: Path) -> None:
     (several,) = read("owner/pairs").problems
     assert several.code == "dataset-split" and "train_prefs, train_sft" in (several.fix or "")
     assert read(["owner/pairs:train_prefs"]).pairs == 5
-    hub.fetch("owner/pairs:train_prefs")
+    hub_datasets.fetch("owner/pairs:train_prefs")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_file_belongs_to_the_split_its_name_or_folder_says(cache: Path, files:
         (cache.parent / name).parent.mkdir(exist_ok=True)
         write(cache.parent / name, ROWS[:1])
     (cache.parent / "dataset_info.json").unlink()
-    assert sorted(hub.splits("owner/pairs")) == expected
+    assert sorted(hub_datasets.splits("owner/pairs")) == expected
     assert len(sources_of("owner/pairs")) == sum("train" in name or name == "pairs.jsonl" for name in files)
 
 
@@ -140,7 +140,7 @@ def test_what_is_not_cached_is_a_warning_until_it_is_fetched(cache: Path) -> Non
     assert (problem.severity, problem.code) == ("warning", "dataset-on-hub")
     assert hub_ids({"dataset": ["owner/others", "owner/pairs"], "eval_dataset": None}) == ["owner/others", "owner/pairs"]
     with pytest.raises(RunFailed, match="not in the local cache") as caught:
-        hub.fetch("owner/others")
+        hub_datasets.fetch("owner/others")
     assert "hf download" in (caught.value.fix or "")
 
 
@@ -148,7 +148,7 @@ def test_what_is_not_cached_is_a_warning_until_it_is_fetched(cache: Path) -> Non
     "name", ["data/pairs.jsonl", "pairs", "./owner/pairs", "/owner/pairs", "owner/pairs.jsonl", "a/b/c", "../pairs"]
 )
 def test_paths_are_no_hub_ids(name: str) -> None:
-    assert not hub.is_hub_id(name)
+    assert not hub_datasets.is_hub_id(name)
 
 
 def test_lengths_are_tokens_where_the_tokenizer_is_local(tmp_path: Path, tiny_model_dir: Path) -> None:

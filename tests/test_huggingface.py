@@ -22,16 +22,16 @@ from test_dpo import make_plan
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from dpo_cli.data.formats import to_pair
+from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import DpoError, RunFailed
 from dpo_cli.evaluation.metrics import score_rows
-from dpo_cli.providers import made
+from dpo_cli.providers import model_cache
 from dpo_cli.providers.base import cache_dir
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.providers.made import made_once
-from dpo_cli.training.dpo import build_trainer
-from dpo_cli.training.scoring import choose, states_of
+from dpo_cli.providers.model_cache import made_once
+from dpo_cli.scoring.forward import choose, states_of
+from dpo_cli.strategies.dpo import build_trainer
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -53,7 +53,7 @@ def test_gguf_is_dequantised_once_with_its_own_special_tokens(tmp_path: Path, mo
     def not_again(*_: object) -> None:
         raise AssertionError("dequantised twice")
 
-    monkeypatch.setattr(made, "_convert", not_again)
+    monkeypatch.setattr(model_cache, "_convert", not_again)
     assert HuggingFace(str(DEMO_MODEL)).local_dir == provider.local_dir
 
 

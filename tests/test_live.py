@@ -17,15 +17,15 @@ import pytest
 import torch
 from rich.console import Console as RichConsole
 
+from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
-from dpo_cli.console import Console
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
-from dpo_cli.live import ASCII_BARS, BARS, POINTS, Curve, LiveView, Pace, sparkline
-from dpo_cli.training.callbacks.record import Record
-from dpo_cli.training.callbacks.rules import Event
-from dpo_cli.training.run import train
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.preflight import inspect
+from dpo_cli.training.callbacks.health_rules import Event
+from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.trainer import Totals
+from dpo_cli.ui.console import Console
+from dpo_cli.ui.live import ASCII_BARS, BARS, POINTS, Curve, LiveView, Pace, sparkline
 
 EVENT = Event("chosen-falls", "warn", 12, "the reward of the chosen responses falls while the margin grows", "lower it")
 
@@ -225,7 +225,7 @@ def test_the_time_left_is_read_while_lines_come() -> None:
 def test_an_evaluation_between_two_lines_is_no_time_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line every 2 steps of 5 s and 100 tokens, an evaluation of 60 s after step 3: 20 tokens a second all the same."""
     now, lines = 0.0, []
-    monkeypatch.setattr("dpo_cli.training.callbacks.record.time.monotonic", lambda: now)
+    monkeypatch.setattr("dpo_cli.training.callbacks.metrics_log.time.monotonic", lambda: now)
     totals = Totals(("accuracy",))
     record = Record(totals, [lines.append])
     args, control = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(should_log=False)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from builders import tiny_tokenizer
 from conftest import SHAPE, made_row
-from made import tiny_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,18 +21,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.generation import configuration_utils
 from typer.testing import CliRunner, Result
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, RunFailed
-from dpo_cli.hardware.adapters import UNSUPPORTED_FIX, is_on_head, unsupported
-from dpo_cli.hardware.generation import CACHES, invalid
-from dpo_cli.hardware.models import problems
-from dpo_cli.hardware.probe import probe
-from dpo_cli.plan import Plan, resolve
-from dpo_cli.providers import accounting
+from dpo_cli.hardware.machine import probe
+from dpo_cli.models.checks import problems
+from dpo_cli.models.generation_config import CACHES, invalid
+from dpo_cli.models.source import UNSUPPORTED_FIX, is_on_head, unsupported
+from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.providers import loaded_tensors
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.policy import FROZEN
-from dpo_cli.training.head import Head
+from dpo_cli.scoring.lm_head import Head
 
 IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
 COMMON = {"device": "cpu", "bf16": False, "fp16": False, "max_steps": 2, "lora_r": 4, "learning_rate": 1e-2}
@@ -518,10 +518,10 @@ def test_a_block_that_reads_weights_past_their_layer_is_merged_too(base: Callabl
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     for layer in network.model.layers:
         layer.mlp.forward = lambda x, mlp=layer.mlp: mlp.down_proj(nn.functional.linear(x, mlp.up_proj.weight))
-    adapted = accounting.with_adapter(network, folder, "default", "llama")
+    adapted = loaded_tensors.with_adapter(network, folder, "default", "llama")
     right = log_probs(adapted)
     torch.testing.assert_close(
-        log_probs(accounting.merged(adapted, "default", "llama", torch.bfloat16)), right, atol=0.1, rtol=0
+        log_probs(loaded_tensors.merged(adapted, "default", "llama", torch.bfloat16)), right, atol=0.1, rtol=0
     )
 
 
@@ -751,5 +751,5 @@ def test_every_load_asks_for_the_report(monkeypatch: pytest.MonkeyPatch, base: C
     assert named.keys() >= {"model", "loading_info"}
     fields = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"}
     assert fields <= vars(named["loading_info"]).keys()
-    with pytest.raises(RunFailed, match="does not tell which tensors of a model"), accounting.all_tensors("a model"):
+    with pytest.raises(RunFailed, match="does not tell which tensors of a model"), loaded_tensors.all_tensors("a model"):
         pass

@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.config.config import load
 from dpo_cli.errors import DoesNotFit, InvalidInput
-from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
 from dpo_cli.hardware.fit import fit, largest_model, savings
+from dpo_cli.hardware.machine import GIB, Machine, amd_gpus
 from dpo_cli.hardware.memory import NF4_BYTES, bill, components
-from dpo_cli.hardware.probe import GIB, Machine, amd_gpus
+from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.hardware.recommend import CARDS, MARGIN, Request, profiles, recommend
-from dpo_cli.hardware.settings import Settings
-from dpo_cli.inspection import inspect
+from dpo_cli.models.shape import ModelFacts, known_models, model_facts
+from dpo_cli.plan.preflight import inspect
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import step_memory

@@ -11,12 +11,12 @@ from conftest import made_row, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerFast
 
-from dpo_cli.data.formats import to_pair
+from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
-from dpo_cli.evaluation.intervals import Intervals
+from dpo_cli.evaluation.bootstrap import Intervals
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.providers.policy import Policy
-from dpo_cli.training import scoring, sharing
+from dpo_cli.scoring import forward, shared_prompts
 
 # Pair 1: pi = (-10, -12), ref = (-11, -10), tokens (5, 2). Pair 2: pi = (-8, -6), ref = (-8, -6), tokens (4, 2).
 SCORES = Scores(
@@ -72,15 +72,15 @@ def test_interval_covers_a_known_mean() -> None:
     assert 85 <= covered <= 100
 
 
-@pytest.mark.parametrize("states", [scoring.plain_states, scoring.shared_states])
-def test_scores_equal_full_logits_pair_by_pair(tokenizer: PreTrainedTokenizerFast, states: scoring.States) -> None:
+@pytest.mark.parametrize("states", [forward.plain_states, forward.shared_states])
+def test_scores_equal_full_logits_pair_by_pair(tokenizer: PreTrainedTokenizerFast, states: forward.States) -> None:
     model = get_peft_model(tiny_model("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     pairs = encode([to_pair(made_row(i), i) for i in range(5)], tokenizer)
-    sharing.enable(model.get_base_model())
+    shared_prompts.enable(model.get_base_model())
     scores = score_rows(Policy(model), pairs, states, tokenizer.pad_token_id, batch_size=2, dtype=torch.float32)
     for i, pair in enumerate(pairs):
         for side, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
@@ -105,9 +105,9 @@ def test_a_batch_that_is_out_of_memory_is_scored_in_halves(tokenizer: PreTrained
         rows.append(len(labels) // 2)
         if len(labels) > 4:
             raise torch.OutOfMemoryError("none left")
-        return scoring.plain_states(base, labels, **inputs)  # type: ignore[arg-type]
+        return forward.plain_states(base, labels, **inputs)  # type: ignore[arg-type]
 
-    whole = score_rows(Policy(model), pairs, scoring.plain_states, 2, 7, torch.float32)
+    whole = score_rows(Policy(model), pairs, forward.plain_states, 2, 7, torch.float32)
     parted = score_rows(Policy(model), pairs, states, 2, 7, torch.float32)
     assert rows[:3] == [7, 3, 1] and max(rows[3:]) <= 4
     np.testing.assert_allclose(whole.policy, parted.policy, rtol=1e-5)

@@ -17,9 +17,9 @@ from conftest import ROOT
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
 
-from dpo_cli.data.hub import fetch
+from dpo_cli.data.hub_datasets import fetch
 from dpo_cli.errors import RunFailed
-from dpo_cli.providers.hub import require
+from dpo_cli.models.hub_models import require
 
 HAS_NAMESPACES = shutil.which("unshare") and subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0
 LONGEST = 60  # seconds until a command that hangs has failed
@@ -71,7 +71,7 @@ COMMANDS = (
 def test_with_a_local_model_nobody_is_asked(place: Path) -> None:
     """Nobody is asked, whatever a library does with the failure; and where it can be had, without a network, none is needed."""
     seen = place / "seen.txt"
-    watched = [sys.executable, str(ROOT / "tests" / "watched.py"), str(seen), json.dumps(COMMANDS)]
+    watched = [sys.executable, str(ROOT / "tests" / "socket_watch.py"), str(seen), json.dumps(COMMANDS)]
     done = subprocess.run(
         [*(("unshare", "-rn") if HAS_NAMESPACES else ()), *watched],
         **{"cwd": place, "env": environment(place), "capture_output": True, "text": True, "timeout": LONGEST * 5},

@@ -15,16 +15,16 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from dpo_cli.commands.eval import evaluate
+from dpo_cli.commands.eval_request import Request
 from dpo_cli.config.config import load
-from dpo_cli.console import Console
-from dpo_cli.data.formats import to_pair
+from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import InvalidInput
-from dpo_cli.evaluation.evaluate import evaluate
-from dpo_cli.evaluation.request import Request
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.ui.console import Console
 
 
 def test_an_evaluation_set_is_judged_and_the_whole_dataset_trained_on(run: Run, tmp_path: Path) -> None:

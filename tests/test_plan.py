@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.config.config import load
-from dpo_cli.demands import does_not_fit
 from dpo_cli.errors import DoesNotFit, InvalidInput
-from dpo_cli.hardware.probe import Gpu, Machine
-from dpo_cli.inspection import inspect
-from dpo_cli.plan import MEASURED, Counts, Plan, resolve
+from dpo_cli.hardware.machine import Gpu, Machine
+from dpo_cli.plan.feasibility import does_not_fit
+from dpo_cli.plan.plan import MEASURED, Counts, Plan, resolve
+from dpo_cli.plan.preflight import inspect
 
 CPU = Machine("cpu", 2, 16.0, has_amx=False, gpus=(), is_apple=False)
 AMX = replace(CPU, has_amx=True)

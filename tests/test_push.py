@@ -18,9 +18,9 @@ from huggingface_hub import constants
 from test_export import of_kind, trained  # noqa: F401 - a fixture
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.errors import Exit, RunFailed
-from dpo_cli.publish.hub import push
+from dpo_cli.publish.upload import push
 
 TOKEN = "hf_a_token_that_is_nowhere_written"
 

@@ -17,13 +17,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from dpo_cli import judge
 from dpo_cli.config.schema import inner_defaults
-from dpo_cli.data.formats import Question
+from dpo_cli.data.rows import Question
 from dpo_cli.errors import RunFailed
-from dpo_cli.evaluation.samples import Answer
-from dpo_cli.judge import Judge, verdict
-from dpo_cli.ranking import Ranked, Reward, best_pairs, ranking
+from dpo_cli.evaluation.generation import Answer
+from dpo_cli.preferences import judge
+from dpo_cli.preferences.judge import Judge, verdict
+from dpo_cli.preferences.ranking import Ranked, Reward, best_pairs, ranking
 
 DAY = date(2026, 3, 4)
 QUESTION = Question("What is the capital of France?", "Paris is the capital.", 1)

@@ -18,21 +18,21 @@ from browser import CHROMIUM, Page, browser
 from conftest import ROOT, Run, made_row
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
+from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
-from dpo_cli.console import Console
 from dpo_cli.errors import InvalidInput
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
-from dpo_cli.plan import resolve
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.plan import resolve
+from dpo_cli.plan.preflight import inspect
 from dpo_cli.report import comparison, curves
-from dpo_cli.report.charts import MOST_POINTS, Curve, Plot, histogram, mark_text, thinned, ticks
-from dpo_cli.report.contents import Contents
+from dpo_cli.report.render import PAGES, report, write_comparison
+from dpo_cli.report.run_data import Contents
+from dpo_cli.report.svg import MOST_POINTS, Curve, Plot, histogram, mark_text, thinned, ticks
 from dpo_cli.report.verdict import Outcome, verdict
-from dpo_cli.report.writing import PAGES, report, write_comparison
-from dpo_cli.runs.directory import REPORT, RunDirectory
 from dpo_cli.runs.manifest import manifest
-from dpo_cli.training.run import train
+from dpo_cli.storage.run_directory import REPORT, RunDirectory
+from dpo_cli.ui.console import Console
 
 NASTY = "</script><script>alert(1)</script>'\"&"
 
@@ -329,7 +329,7 @@ def test_text_of_the_data_stays_text(trained: Path) -> None:
 def test_the_report_is_rebuilt_without_torch_to_the_same_bytes(copied: Path, trained: Path) -> None:
     (copied / REPORT).unlink()
     code = (
-        "import sys\nfrom dpo_cli.cli import app\n"
+        "import sys\nfrom dpo_cli.app import app\n"
         f"app(['report', {str(copied)!r}, '--json'], standalone_mode=False)\n"
         "print('HEAVY', [name for name in ('torch', 'transformers', 'numpy', 'pyarrow') if name in sys.modules])\n"
     )

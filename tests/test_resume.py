@@ -18,17 +18,17 @@ import pytest
 import torch
 from conftest import made_row
 
-from dpo_cli import demands
+from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
-from dpo_cli.console import Console
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
-from dpo_cli.hardware.probe import Machine, probe
-from dpo_cli.inspection import inspect
-from dpo_cli.plan import Counts, Scoring, resolve
-from dpo_cli.runs.directory import RunDirectory
+from dpo_cli.hardware.machine import Machine, probe
+from dpo_cli.plan import feasibility
+from dpo_cli.plan.plan import Counts, Scoring, resolve
+from dpo_cli.plan.preflight import inspect
 from dpo_cli.runs.resume import _weights
+from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.training import schedule
-from dpo_cli.training.run import train
+from dpo_cli.ui.console import Console
 
 TIMED = ("tokens_per_second", "peak_memory_gb")
 Go = Callable[..., tuple[dict[str, Any], Exit]]
@@ -161,10 +161,10 @@ def test_early_stopping_leaves_the_best_and_goes_on(go: Go, tmp_path: Path, monk
 def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
     go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dpo_cli.training import run
+    from dpo_cli.commands import train
 
     whole, _ = go("whole")
-    measure, calls = run.measure, []
+    measure, calls = train.measure, []
 
     def interrupted(*arguments: Any) -> Any:
         calls.append(torch.rand(1))  # which a checkpoint must not remember
@@ -172,7 +172,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
         return measure(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "measure", interrupted)
+        patched.setattr(train, "measure", interrupted)
         summary, code = go("stopped")
     assert (summary["status"], code, len(calls)) == ("interrupted", Exit.SIGTERM, 1)
     assert [line["split"] for line in lines(tmp_path / "stopped")] == ["train"] * summary["steps"]
@@ -249,7 +249,7 @@ def test_a_moved_run_and_a_moved_dataset_are_the_same_run(go: Go, tmp_path: Path
 
 def test_a_second_process_is_refused_and_told_who_is_there(go: Go, tmp_path: Path) -> None:
     with RunDirectory.claim(tmp_path / "run", overwrite=False, resume=False):
-        code = "import sys; from pathlib import Path; from dpo_cli.runs.directory import RunDirectory as R\n"
+        code = "import sys; from pathlib import Path; from dpo_cli.storage.run_directory import RunDirectory as R\n"
         code += f"with R.claim(Path({str(tmp_path / 'run')!r}), False, True): pass"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert "is in use by process " in done.stderr
@@ -260,7 +260,7 @@ def test_a_second_process_is_refused_and_told_who_is_there(go: Go, tmp_path: Pat
 
 
 def test_a_disk_without_room_is_told_before_anything_is_loaded(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demands, "free_bytes", lambda path: 1 << 20)
+    monkeypatch.setattr(feasibility, "free_bytes", lambda path: 1 << 20)
     with pytest.raises(DoesNotFit) as caught:
         go("run")
     (problem,) = caught.value.problems
@@ -355,8 +355,8 @@ def test_an_unhealthy_run_goes_on_only_where_another_end_is_asked_for(go: Go) ->
 def test_what_a_run_replaces_is_no_lack_of_room(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = go("run")
     needed: list[int] = []
-    monkeypatch.setattr(demands, "free_bytes", lambda path: needed[0])
-    needed.append(demands.BESIDE_BYTES)
+    monkeypatch.setattr(feasibility, "free_bytes", lambda path: needed[0])
+    needed.append(feasibility.BESIDE_BYTES)
     with pytest.raises(DoesNotFit):
         go("other")
     assert go("run") == (whole, Exit.DONE)

@@ -10,18 +10,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_scoring import rejected_sees_chosen
+from test_forward import rejected_sees_chosen
 
+from dpo_cli.commands.eval import evaluate
+from dpo_cli.commands.eval_request import Request
+from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
-from dpo_cli.console import Console
 from dpo_cli.errors import DoesNotFit, Exit, RunFailed
-from dpo_cli.evaluation.evaluate import evaluate
-from dpo_cli.evaluation.request import Request
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
-from dpo_cli.training import sharing
-from dpo_cli.training.dpo import PairTrainer
-from dpo_cli.training.run import train
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.preflight import inspect
+from dpo_cli.scoring import shared_prompts
+from dpo_cli.strategies.dpo import PairTrainer
+from dpo_cli.ui.console import Console
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def test_a_broken_mask_falls_back_to_the_plain_path(
 ) -> None:
     """When rejected sees chosen, the run says so, and its adapter is that of the plain path to the bit."""
     plain = run("plain", prompt_sharing=False)
-    lay_out = sharing.lay_out
-    monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
+    lay_out = shared_prompts.lay_out
+    monkeypatch.setattr(shared_prompts, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
     capsys.readouterr()
     fallen = run("fallen")
     shown = capsys.readouterr().out
@@ -69,8 +69,8 @@ def test_a_plan_that_is_trained_again_checks_again(
 ) -> None:
     """The plan repeats the wish ("auto"), not what came of it on another machine."""
     run("first")
-    lay_out = sharing.lay_out
-    monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
+    lay_out = shared_prompts.lay_out
+    monkeypatch.setattr(shared_prompts, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
     loaded = load(str(tmp_path / "first" / "plan.json"), [f"output_dir={tmp_path / 'again'}"])
     summary, _ = train(loaded, inspect(loaded, probe()), probe(), Console(), overwrite=False, dry_run=False)
     plan = json.loads((tmp_path / "again" / "plan.json").read_text(encoding="utf-8"))
@@ -83,8 +83,8 @@ def test_an_evaluation_checks_again(
     """The plan keeps what was decided on its machine; another machine, or another version of a library, may be different."""
     assert run("shared")["scoring"]["shared"] is True
     right = evaluate(Request(str(tmp_path / "shared")), Console())
-    lay_out = sharing.lay_out
-    monkeypatch.setattr(sharing, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
+    lay_out = shared_prompts.lay_out
+    monkeypatch.setattr(shared_prompts, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
     capsys.readouterr()
     checked = evaluate(Request(str(tmp_path / "shared")), Console())
     assert "each prompt twice" in capsys.readouterr().out

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dpo_cli.commands.session import unexpected
 from dpo_cli.errors import InvalidInput
-from dpo_cli.runs.directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
-from dpo_cli.session import unexpected
+from dpo_cli.storage.run_directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
 
 
 def claimed(path: Path, overwrite: bool = False) -> AbstractContextManager[RunDirectory]:

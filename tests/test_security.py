@@ -18,20 +18,20 @@ from typing import Any
 
 import pytest
 import torch
+from builders import CHATML
 from gguf_files import write_gguf
 from jinja2 import Template, TemplateError
-from made import CHATML
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner, Result
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.data import chat_template
 from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.errors import InvalidInput
-from dpo_cli.redaction import MASK, redact, redact_forms, redacted
-from dpo_cli.runs.digests import sha256_of_all
-from dpo_cli.runs.resumable import ResumableFile
+from dpo_cli.storage.digests import sha256_of_all
+from dpo_cli.storage.redaction import MASK, redact, redact_forms, redacted
+from dpo_cli.storage.resumable_file import ResumableFile
 
 Pairs = Callable[..., Path]
 OPTIONS: dict[str, Any] = {
@@ -499,7 +499,7 @@ def test_no_secret_is_in_any_file_or_output(config: Path, tmp_path: Path, monkey
 def test_no_kernels_are_fetched(marker: Path, tmp_path: Path) -> None:
     """bitsandbytes runs what the package `kernels` fetches, while it is imported: the package is as if it were not there."""
     put(tmp_path / "way" / "kernels" / "__init__.py", hostile(marker))
-    guarded = "from dpo_cli.hub import ask_nobody; ask_nobody(); import transformers, bitsandbytes, peft"
+    guarded = "from dpo_cli.storage.hub import ask_nobody; ask_nobody(); import transformers, bitsandbytes, peft"
     for first, is_run in (("import kernels", True), (guarded, False)):
         code = f"import sys; sys.path.insert(0, {str(tmp_path / 'way')!r}); {first}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 
-from dpo_cli.data.formats import Demonstration, to_demonstration
 from dpo_cli.data.messages import BadRow
+from dpo_cli.data.rows import Demonstration, to_demonstration
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
-from dpo_cli.training import scoring
-from dpo_cli.training.callbacks.record import Record
-from dpo_cli.training.parts import run_in_parts
-from dpo_cli.training.sft import DemonstrationTrainer, build_trainer
+from dpo_cli.scoring import forward
+from dpo_cli.scoring.oom import run_in_parts
+from dpo_cli.strategies.sft import DemonstrationTrainer, build_trainer
+from dpo_cli.training.callbacks.metrics_log import Record
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "where is the cat", "completion": "on the mat"},
@@ -126,7 +126,7 @@ def test_the_loss_is_the_mean_over_all_tokens_of_a_step(tmp_path: Path, tokenize
 def test_it_learns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     trainer, rows = make_trainer(tmp_path, tokenizer, max_steps=25, lr_scheduler_type="constant")
     trainer.train()
-    made = score_rows(trainer.policy, rows, scoring.plain_states, tokenizer.pad_token_id, 2, torch.float32)
+    made = score_rows(trainer.policy, rows, forward.plain_states, tokenizer.pad_token_id, 2, torch.float32)
     judged = figures(made, [row.row.prompt_key for row in rows], 0.1)
     assert judged["gain"]["loss"]["high"] < 0 < judged["gain"]["token_accuracy"]["low"]
     assert point_figures(made, 0.1)["loss"] == pytest.approx(judged["policy"]["loss"]["value"])

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import conversation_pairs, norms_in_float64
 from conftest import ROOT
-from made import conversation_pairs, norms_in_float64
 from peft import get_peft_model
 from test_dpo import make_plan
-from test_scoring import BREAKS
+from test_forward import BREAKS
 from transformers import PreTrainedTokenizerBase
 
-from dpo_cli.data.formats import to_pair
+from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training import scoring, sharing
-from dpo_cli.training.dpo import build_trainer
-from dpo_cli.training.head import Head, score_tokens
+from dpo_cli.scoring import forward, shared_prompts
+from dpo_cli.scoring.lm_head import Head, score_tokens
+from dpo_cli.strategies.dpo import build_trainer
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = 20
@@ -47,7 +47,7 @@ def train(
     tokenizer = provider.tokenizer()
     pairs = some_pairs(2 * STEPS, tokenizer)
     base = provider.base_model(plan)
-    plan = replace(plan, scoring=scoring.choose(base, pairs, int(tokenizer.pad_token_id), prompt_sharing))
+    plan = replace(plan, scoring=forward.choose(base, pairs, int(tokenizer.pad_token_id), prompt_sharing))
     assert plan.scoring.shared == prompt_sharing
     torch.manual_seed(plan.config.seed)
     trainer = build_trainer(base, provider.adapter_config(plan, base), tokenizer, plan, pairs, [], lambda model: {})
@@ -105,12 +105,12 @@ def test_the_paths_differ_by_less_than_float32_does_from_float64(tmp_path: Path)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.01)
-    batch = scoring.collate(some_pairs(2, tokenizer), int(tokenizer.pad_token_id), base.device)
+    batch = forward.collate(some_pairs(2, tokenizer), int(tokenizer.pad_token_id), base.device)
     labels = batch["labels"][:, 1:]
-    scored = labels != sharing.IGNORED
-    sharing.enable(base)
+    scored = labels != shared_prompts.IGNORED
+    shared_prompts.enable(base)
 
-    def gradient(states: scoring.States) -> torch.Tensor:
+    def gradient(states: forward.States) -> torch.Tensor:
         scores = score_tokens(states(base, **batch), labels[scored], Head.of(base)).log_probs
         chosen, rejected = scores.new_zeros(scored.shape).masked_scatter(scored, scores).sum(dim=1).chunk(2)
         (-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected))).mean().backward()
@@ -118,9 +118,9 @@ def test_the_paths_differ_by_less_than_float32_does_from_float64(tmp_path: Path)
         model.zero_grad()
         return made
 
-    plain, shared = gradient(scoring.plain_states), gradient(scoring.shared_states)
+    plain, shared = gradient(forward.plain_states), gradient(forward.shared_states)
     model.double()
-    truth = gradient(scoring.plain_states)
+    truth = gradient(forward.plain_states)
     errors = {"plain": plain - truth, "shared": shared - truth, "shared against plain": shared - plain}
     relative = {name: float(error.norm() / truth.norm()) for name, error in errors.items()}
     print("\ngradient in float32:", ", ".join(f"{name} {value:.1e}" for name, value in relative.items()))
@@ -139,12 +139,12 @@ def test_rounding_and_a_broken_layout_are_told_apart(
     base = provider.base_model(make_plan(tmp_path, model_name=str(MODEL), bf16=dtype == torch.bfloat16))
     tokenizer = provider.tokenizer()
     pairs = some_pairs(2, tokenizer)
-    exact = scoring.choose(base, pairs, int(tokenizer.pad_token_id), "auto")
+    exact = forward.choose(base, pairs, int(tokenizer.pad_token_id), "auto")
     print(f"\n{dtype}: {exact.why}")
     assert exact.shared
-    lay_out = sharing.lay_out
+    lay_out = shared_prompts.lay_out
     for break_it in BREAKS:
-        monkeypatch.setattr(sharing, "lay_out", lambda *rows, break_it=break_it: break_it(lay_out(*rows)))
-        broken = scoring.choose(base, pairs, int(tokenizer.pad_token_id), "auto")
+        monkeypatch.setattr(shared_prompts, "lay_out", lambda *rows, break_it=break_it: break_it(lay_out(*rows)))
+        broken = forward.choose(base, pairs, int(tokenizer.pad_token_id), "auto")
         print(f"{break_it.__name__}: {broken.why}")
         assert not broken.shared

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders import norms_in_float64
 from conftest import Run, made_row
-from made import norms_in_float64
 from safetensors.torch import load_file
 from test_dpo import make_plan, make_trainer
 from torch import Tensor
@@ -20,15 +20,15 @@ from trl import DPOConfig
 
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.config.schema import options
-from dpo_cli.data.formats import to_pair
+from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.errors import InvalidInput
 from dpo_cli.evaluation.losses import DISCOPOP_TAU, LOSSES, trained_loss
 from dpo_cli.evaluation.metrics import score_rows
-from dpo_cli.training import scoring
-from dpo_cli.training.callbacks.early import StopEarly
-from dpo_cli.training.callbacks.record import Record
-from dpo_cli.training.dpo import PairTrainer
+from dpo_cli.scoring import forward
+from dpo_cli.strategies.dpo import PairTrainer
+from dpo_cli.training.callbacks.early_stopping import StopEarly
+from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.trainer import ProbeFirst
 
 DIVISIONS = [[4, 1], [3, 2], [2, 2, 1], [1, 1, 1, 1, 1]]
@@ -86,7 +86,7 @@ def test_a_step_is_the_same_for_every_division(
     trainer = moved_trainer(tmp_path, tokenizer, **options)
     whole, loss_of_all = sgd_update(trainer, [5])
     assert whole.norm() > 1e-3
-    scores = score_rows(trainer.policy, five(tokenizer), scoring.shared_states, tokenizer.pad_token_id, 2, torch.float32)
+    scores = score_rows(trainer.policy, five(tokenizer), forward.shared_states, tokenizer.pad_token_id, 2, torch.float32)
     assert trained_loss(scores, make_plan(tmp_path, **options).config) == pytest.approx(loss_of_all, rel=1e-7)
     divided = [sgd_update(trainer, division) for division in DIVISIONS]
     apart = [float((update - whole).norm() / whole.norm()) for update, _ in divided]

@@ -13,14 +13,14 @@ import pytest
 from conftest import ROOT, Run
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit
-from dpo_cli.hardware import adapters
-from dpo_cli.hardware.probe import probe
-from dpo_cli.inspection import inspect
-from dpo_cli.runs import digests
-from dpo_cli.runs.lock import is_locked_now
+from dpo_cli.hardware.machine import probe
+from dpo_cli.models import source
+from dpo_cli.plan.preflight import inspect
+from dpo_cli.storage import digests
+from dpo_cli.storage.lock import is_locked_now
 
 # Windows has none of these, macOS not all of them.
 WITHOUT = """
@@ -85,7 +85,7 @@ def test_validate_hashes_no_weights(
     config = tmp_path / "on.json"
     values = {"model_name": str(first), "dataset": str(pairs_file()), "output_dir": str(tmp_path / "on")}
     config.write_text(json.dumps(values), encoding="utf-8")
-    assert list(adapters.chain_of(str(first))) == adapters.folders_below(str(first)) == [str(first / "adapter")]
+    assert list(source.chain_of(str(first))) == source.folders_below(str(first)) == [str(first / "adapter")]
 
     def refuse(*_: object) -> str:
         raise AssertionError("weights are read")
@@ -96,4 +96,4 @@ def test_validate_hashes_no_weights(
     inside = inspect(load(str(config), [f"output_dir={first}"]), probe())
     assert [problem.code for problem in inside.errors] == ["output-is-input"]
     with pytest.raises(AssertionError):
-        adapters.chain_of(str(first))
+        source.chain_of(str(first))

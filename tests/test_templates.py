@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from dpo_cli.data.formats import Pair
+from dpo_cli.data.rows import Pair
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import encode, encode_all
 

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dpo_cli import trackers
 from dpo_cli.errors import InvalidInput
-from dpo_cli.training.dpo import FIGURES
+from dpo_cli.plan import trackers
+from dpo_cli.strategies.dpo import FIGURES
 
 absent = pytest.mark.skipif(
     not (find_spec("wandb") and find_spec("trackio")), reason="`make check-trackers` installs wandb and trackio"

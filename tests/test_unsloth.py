@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_imports import HEAVY
 
 from dpo_cli.config.config import load
-from dpo_cli.hardware.probe import Gpu, Machine, probe
-from dpo_cli.inspection import inspect
-from dpo_cli.plan import resolve
+from dpo_cli.hardware.machine import Gpu, Machine, probe
+from dpo_cli.plan.plan import resolve
+from dpo_cli.plan.preflight import inspect
 
 INSTALL = "pip install 'dpo-cli[unsloth]'"
 NO_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(), is_apple=False, has_unsloth=True)
@@ -49,7 +49,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def dpo(*words: object) -> tuple[int, str, list[str]]:
     """(exit code, all that was printed, heavy modules loaded) of a command line in a process of its own."""
     code = (
-        "import sys\nfrom dpo_cli.cli import app\n"
+        "import sys\nfrom dpo_cli.app import app\n"
         f"try: app({list(map(str, words))!r})\n"
         f"except SystemExit as end: print('END', end.code, [name for name in {(*HEAVY, 'unsloth')!r} if name in sys.modules])\n"
     )

@@ -16,9 +16,9 @@ from conftest import ROOT, Run
 from test_ranking import Endpoint, endpoint, longer_is_better, shown  # noqa: F401 - endpoint is a fixture
 from typer.testing import CliRunner
 
-from dpo_cli.cli import app
+from dpo_cli.app import app
 from dpo_cli.errors import InvalidInput
-from dpo_cli.evaluation import votes
+from dpo_cli.preferences import votes
 
 ORIGIN = {"run": "quickstart", "adapter_sha256": "ab" * 32, "criterion": "clearer"}
 CONVERSATION = [
@@ -106,7 +106,7 @@ def test_a_tally_on_the_command_line_needs_no_run_and_no_torch(tmp_path: Path) -
     place = written(tmp_path, voted("adapter", "tie", None))
     code = (
         "import sys\n"
-        "from dpo_cli.cli import app\n"
+        "from dpo_cli.app import app\n"
         f"app(['eval', '--tally', {str(place)!r}, '--json'], standalone_mode=False)\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)\n"
     )
@@ -257,7 +257,7 @@ def test_a_run_is_put_before_a_judge(run: Run, endpoint: Endpoint, monkeypatch: 
     options = {"judge_url": endpoint.url, "judge_model": "judge-1", "criterion": "longer"}
     words = ["eval", str(place), f"augment={json.dumps(options)}", "--side-by-side", "99", "--judge", "--json"]
     refused(place, words)
-    monkeypatch.setattr("dpo_cli.evaluation.contest.AT_ONCE", 1)
+    monkeypatch.setattr("dpo_cli.preferences.side_by_side.AT_ONCE", 1)
     left = iter(range(3))
     endpoint.reply = lambda asked: longer_is_better(asked) if next(left, None) is not None else (404, "")
     assert CliRunner().invoke(app, words).exit_code == 1

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builders import tiny_tokenizer
 from conftest import made_row, tiny_model
-from forked import ready
+from fork_server import ready
 from forks import Child, start
-from made import tiny_tokenizer
 
 from dpo_cli.__main__ import main as dpo
 from dpo_cli.errors import InvalidInput
-from dpo_cli.runs.digests import sha256_of_all
-from dpo_cli.runs.directory import SUMMARY, RunDirectory
+from dpo_cli.storage.digests import sha256_of_all
+from dpo_cli.storage.run_directory import SUMMARY, RunDirectory
 
 MEASURED = ("tokens_per_second", "peak_memory_gb")  # the keys of a line that are not the same twice
 BESIDE: dict[str, dict[str, Any]] = {

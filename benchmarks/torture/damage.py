@@ -13,8 +13,8 @@ from pathlib import Path
 from bench import Bench, Outcome, train
 from forks import SECONDS, each
 
-from dpo_cli.runs.checkpoint import Checkpoint
-from dpo_cli.runs.directory import RunDirectory
+from dpo_cli.storage.checkpoints import Checkpoint
+from dpo_cli.storage.run_directory import RunDirectory
 
 NAME = "evaluations"
 Damage = Callable[[Path], None]

@@ -14,7 +14,7 @@ from forks import each
 from writes import newest
 
 from dpo_cli.errors import Exit
-from dpo_cli.runs.durable import free_bytes
+from dpo_cli.storage.atomic import free_bytes
 
 MEGABYTES = 128
 BEFORE = (Exit.FAILED, Exit.INVALID, Exit.UNFIT)  # how a run ends for which there is no room

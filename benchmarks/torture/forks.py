@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from forked import reseed
+from fork_server import reseed
 
 AT_ONCE = 2
 SECONDS = 120  # after which a child hangs, and the torture with it

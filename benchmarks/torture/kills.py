@@ -15,7 +15,7 @@ from pathlib import Path
 from bench import SHAPES, Bench, Outcome, train
 from forks import SECONDS, each
 
-from dpo_cli.runs.directory import RunDirectory
+from dpo_cli.storage.run_directory import RunDirectory
 
 MOST_IN_A_ROW = 3
 

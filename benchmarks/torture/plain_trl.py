@@ -35,8 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
 from trl import DPOConfig, DPOTrainer  # noqa: E402
 
-from dpo_cli.runs.digests import sha256_of_all  # noqa: E402
-from dpo_cli.training import scoring  # noqa: E402
+from dpo_cli.scoring import forward  # noqa: E402
+from dpo_cli.storage.digests import sha256_of_all  # noqa: E402
 
 KILLS, DAMAGES, DISKS, STARTS = 80, 60, 20, 20
 SAME, FAILED, OTHER = "the same adapter", "failed", "another adapter, silently"
@@ -81,7 +81,7 @@ def _train(place: Path, run: Path) -> None:
         processing_class=AutoTokenizer.from_pretrained(place / "model"),
         peft_config=LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    scoring.attach(trainer.model.get_base_model(), scoring.plain_states)
+    forward.attach(trainer.model.get_base_model(), forward.plain_states)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run)) if run.is_dir() else None)
     trainer.save_model(str(run / "adapter"))
 

@@ -10,7 +10,7 @@ from bench import Bench, Outcome, train
 from forks import each
 from writes import newest
 
-from dpo_cli.runs.directory import SUMMARY, RunDirectory
+from dpo_cli.storage.run_directory import SUMMARY, RunDirectory
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 

@@ -12,7 +12,7 @@ from bench import Bench, Outcome, train
 from forks import Child, each
 from gate import Call, counted, takes_room, watched
 
-from dpo_cli.runs.directory import RunDirectory
+from dpo_cli.storage.run_directory import RunDirectory
 
 KILLED, NEVER = 0, 10**9
 MESSAGES = (1, 3)  # exit codes that come with a message

@@ -13,10 +13,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_cli.config import guidance, other_tools, reader, rules, stages
-from dpo_cli.config.check import PAIR_KEYS, missing, value_problems
+from dpo_cli.config import advice, jsonc, other_tools, rules, stages
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
+from dpo_cli.config.values import PAIR_KEYS, missing, value_problems
 from dpo_cli.errors import InvalidInput, Problem, UsageError
 
 Source = Literal["config", "override", "default", "profile", "measured"]
@@ -33,7 +33,7 @@ class Loaded:
     file: str
     values: dict[str, Any]
     sources: dict[str, Source]
-    positions: Mapping[reader.Path, tuple[int, int]]
+    positions: Mapping[jsonc.Path, tuple[int, int]]
     problems: tuple[Problem, ...] = ()
     config: Config | None = None
     stage: int | None = None  # of a config with stages, from 1
@@ -44,7 +44,7 @@ class Loaded:
     def label(self) -> str:
         return f"{self.file}, stage {self.stage}" if self.stage else self.file
 
-    def placed(self, problem: Problem, path: reader.Path = ()) -> Problem:
+    def placed(self, problem: Problem, path: jsonc.Path = ()) -> Problem:
         """The problem with its place in the file, or on the command line; `path` leads into the value of its key."""
         if problem.key is not None and self.sources.get(problem.key) == "override":
             return replace(problem, file="command line")
@@ -87,9 +87,9 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
     text, problems = _read_text(path)
     if text is None:
         return [Loaded(path, {}, {}, {}, problems)]
-    document = reader.parse(text, path)
+    document = jsonc.parse(text, path)
     values, problems = document.value, document.problems
-    if problems and (other := reader.other_format(text, path)) is not None:
+    if problems and (other := jsonc.other_format(text, path)) is not None:
         return [Loaded(path, {}, {}, {}, (other,))]
     is_data = isinstance(values, dict) and problems and len(PAIR_KEYS & values.keys()) > 1
     if is_data or not isinstance(values, dict):
@@ -97,7 +97,7 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
     return [_checked(written, document) for written in stages.written(path, document, changes)]
 
 
-def _checked(written: stages.Written, document: reader.Document) -> Loaded:
+def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:
     """A written config with its defaults, and everything that is wrong with it."""
     path, values, positions, origin = written.path, written.values, written.positions, written.origin
     changes = written.changes
@@ -114,7 +114,7 @@ def _checked(written: stages.Written, document: reader.Document) -> Loaded:
         wrong = {problem.key for problem in found if problem.severity == "error"} | damaged
         stated = {key: value for key, value in named.items() if key in authored or key not in values}
         sound = {key: value for key, value in resolved.items() if key not in wrong}
-        related = [*missing(named), *rules.check(sound, stated), *guidance.check(sound, stated)]
+        related = [*missing(named), *rules.check(sound, stated), *advice.check(sound, stated)]
         found += map(loaded.placed, related)
     problems = tuple(sorted((*document.problems, *found), key=lambda p: (p.line is None, p.line or 0, p.column or 0)))
     failed = any(problem.severity == "error" for problem in problems)
@@ -206,7 +206,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise UsageError(f"{word!r} is not an override", "write key=value, for example learning_rate=5e-5")
-        document = reader.parse(text, word)
+        document = jsonc.parse(text, word)
         is_text = document.problems or (other_tools.fits(key, text) and not other_tools.fits(key, document.value))
         parsed[key] = text if is_text else document.value
     return parsed

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import augmenting
+from dpo_cli.config import augment_rules
 from dpo_cli.config.other_tools import as_here
 from dpo_cli.config.schema import options, same
 from dpo_cli.errors import Problem
@@ -369,7 +369,7 @@ RULES: Sequence[Rule] = (
     targets_are_a_pattern,
     output_is_no_input,
     unsloth_has_limits,
-    *augmenting.RULES,
+    *augment_rules.RULES,
     upload_has_a_place,
 )
 

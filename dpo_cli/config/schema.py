@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.storage.jsonio import read_json
+
 STRATEGIES = ("dpo", "sft", "rlhf")
 NAMES = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "array": "a list"} | {
     "object": "an object",
@@ -26,7 +28,7 @@ def schema_path() -> Path:
 @functools.cache
 def schema() -> dict[str, Any]:
     """The parsed `schema.json`; its description says what the words with x- mean."""
-    loaded: dict[str, Any] = json.loads(schema_path().read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = read_json(schema_path())
     return loaded
 
 

@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import reader
+from dpo_cli.config import jsonc
 from dpo_cli.config.schema import STRATEGIES, defaults, options
 from dpo_cli.errors import UsageError
 
@@ -21,7 +21,7 @@ class Written:
 
     path: str
     values: Mapping[str, Any]
-    positions: Mapping[reader.Path, tuple[int, int]]
+    positions: Mapping[jsonc.Path, tuple[int, int]]
     damaged: frozenset[Any]  # keys whose values could not be read
     origin: Mapping[str, Any] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)  # of the command line
@@ -30,7 +30,7 @@ class Written:
     day: date | None = None  # of a plan
 
 
-def written(path: str, document: reader.Document, changes: Mapping[str, Any]) -> list[Written]:
+def written(path: str, document: jsonc.Document, changes: Mapping[str, Any]) -> list[Written]:
     """The configs of a document that is an object, with what the command line says over it.
 
     Of stages, a model and an output_dir said there are those of the file: the model of the first stage, and the folder of all.
@@ -61,7 +61,7 @@ def day_of(plan: Mapping[str, Any]) -> date | None:
         return None
 
 
-def _stage(document: reader.Document, path: str, number: int, before: Written | None, changes: Mapping[str, Any]) -> Written:
+def _stage(document: jsonc.Document, path: str, number: int, before: Written | None, changes: Mapping[str, Any]) -> Written:
     """The stage's own values over those of the file that belong to its strategy.
 
     It trains on what the stage before left, unless it names a model; its run directory is a folder of the file's.
@@ -92,6 +92,6 @@ def _stage(document: reader.Document, path: str, number: int, before: Written | 
     return Written(path, values, positions, damaged, {}, own_changes, number + 1, foundation)
 
 
-def _damaged(document: reader.Document, within: tuple[Any, ...]) -> frozenset[Any]:
+def _damaged(document: jsonc.Document, within: tuple[Any, ...]) -> frozenset[Any]:
     depth = len(within)
     return frozenset(place[depth] for place in document.damaged if len(place) > depth and place[:depth] == within)

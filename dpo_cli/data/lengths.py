@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.data.formats import Row
 from dpo_cli.data.messages import Text
+from dpo_cli.data.rows import Row
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

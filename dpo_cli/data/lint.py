@@ -1,292 +1,44 @@
-"""What a set of pairs says about itself: findings on sound rows, from their text alone. A finding never stops anything.
-
-Each finding is a class that sees every pair of one pass over the files and then yields its problems; `FINDINGS` in quality.py
-lists them. Their limits are the option `quality` of config/schema.json.
-"""
+"""All findings about the quality of a set of pairs, made in one pass over it."""
 
 from __future__ import annotations
 
-from array import array
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from rapidfuzz import fuzz, utils
+from dpo_cli.data import findings
+from dpo_cli.data.dataset import Dataset
+from dpo_cli.data.findings import Finding, Limits, LongerWins, Seen
+from dpo_cli.data.near_duplicates import NearDuplicates
+from dpo_cli.data.rows import Pair
+from dpo_cli.errors import Problem
 
-from dpo_cli.data.files import about_rows, unit
-from dpo_cli.data.formats import Pair
-from dpo_cli.data.messages import flat, said, turns_of
-from dpo_cli.data.reader import Dataset
-from dpo_cli.data.words import ABOUT_LANGUAGE, FREE_TEXT, MARKERS, REFUSAL, auc, differ, plain, same_answer, script, words
-from dpo_cli.errors import Problem, Severity
-
-Limits = Mapping[str, float]
-
-MOST_FILES = 1 << 16  # of one dataset
-COMPARED = 20_000  # characters of a text: a comparison takes time with the square of them
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A pair with its texts as one string each, and what stands for them where case and blanks make no difference."""
-
-    pair: Pair
-    prompt: str
-    chosen: str
-    rejected: str
-    same: tuple[str, str, str]
-
-    @classmethod
-    def of(cls, pair: Pair, prompt_key: str) -> Seen:
-        chosen, rejected = said(pair.chosen), said(pair.rejected)
-        return cls(pair, flat(pair.prompt), chosen, rejected, (plain(prompt_key), plain(chosen), plain(rejected)))
+FINDINGS: Sequence[type[Finding]] = (
+    findings.FewPairs,
+    findings.FewPrompts,
+    findings.SeenBefore,
+    NearDuplicates,
+    findings.TooSimilar,
+    LongerWins,
+    findings.OneSideRefuses,
+    findings.ChatMarkers,
+    findings.OtherScript,
+)
 
 
-class Finding:
-    """Base of the findings: remembers the rows that it is shown, and yields one problem for each file that has some."""
-
-    code: str
-    severity: Severity = "hint"
-    reason: str
-    fix: str
+class Quality:
+    """All findings, as an observer of a pass (data/dataset.py)."""
 
     def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.rows: dict[str, array[int]] = defaultdict(lambda: array("q"))
-        self.examples: dict[str, tuple[int, str, int]] = {}  # by file, the first such row that has a partner, and where that is
-
-    def see(self, seen: Seen) -> None:
-        """Look at one pair."""
-
-    def note(self, pair: Pair, partner: tuple[str, int] | None = None) -> None:
-        """Remember a row, and of the first of a file the place of the earlier pair that it is like."""
-        self.rows[pair.file].append(pair.line)
-        if partner is not None:
-            self.examples.setdefault(pair.file, (pair.line, *partner))
-
-    def problems(self, data: Dataset) -> Iterator[Problem]:
-        """What was found, at the end of the pass."""
-        for file, lines in self.rows.items():
-            reason = self.reason
-            if file in self.examples:
-                line, other, place = self.examples[file]
-                partner = f"{unit(file)} {place}" if other == file else f"{other}:{place}"
-                reason += f" ({unit(file)} {line} is as {partner})"
-            yield about_rows(self.severity, self.code, reason, self.fix, data.key, file, lines)
-
-    def about_all(self, data: Dataset, message: str) -> Problem:
-        """A problem of the set, not of rows."""
-        return Problem(self.severity, self.code, message, self.fix, data.key, data.name)
-
-
-class FewPairs(Finding):
-    """dpo-strategy, "Best Practices": 500+ preference pairs recommended."""
-
-    code, fix = "few-pairs", "add pairs, and judge with eval_split what these teach"
-
-    def problems(self, data: Dataset) -> Iterator[Problem]:
-        if 0 < data.pairs < self.limits["few_pairs"]:
-            yield self.about_all(data, f"{data.pairs} pairs are few; {self.limits['few_pairs']:g} and more are recommended")
-
-
-class FewPrompts(Finding):
-    """dpo-strategy, "Best Practices": diverse prompts, covering various scenarios."""
-
-    code, fix = "few-prompts", "add pairs with other prompts"
-
-    def problems(self, data: Dataset) -> Iterator[Problem]:
-        most = self.limits["pairs_per_prompt"]
-        if data.pairs >= 10 * most and data.pairs > most * data.prompts:
-            message = f"{data.pairs} pairs share {data.prompts} prompts; the documentation advises diverse ones"
-            yield self.about_all(data, message)
-
-
-class SeenBefore(Finding):
-    """The same two responses to the same prompt again: in the same order a copy, in the other a label that is wrong."""
-
-    code, reason = "repeated-pairs", "the same as an earlier pair, but for case and blanks"
-    fix = "keep one of each: a repeated pair is trained on as often as it stands there"
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(limits)
-        self.other_order = Reversed(limits)
-        self.files: list[str] = []
-        # By prompt and both responses: which order, and where the first such pair stands. One number a pair, as there are many.
-        self.first: dict[int, int] = {}
-
-    def see(self, seen: Seen) -> None:
-        pair, (prompt, chosen, rejected) = seen.pair, seen.same
-        order = chosen < rejected
-        if not self.files or self.files[-1] != pair.file:
-            self.files.append(pair.file)
-        key = hash((prompt, *((chosen, rejected) if order else (rejected, chosen))))
-        place = (pair.line * MOST_FILES + len(self.files) - 1) * 2 + order
-        first = self.first.setdefault(key, place)
-        if first == place:
-            return
-        line, file = first // 2 // MOST_FILES, self.files[first // 2 % MOST_FILES]
-        if first % 2 == order:
-            self.note(pair, (file, line))
-        else:
-            self.other_order.note_both(line, file, pair)
-
-    def problems(self, data: Dataset) -> Iterator[Problem]:
-        yield from super().problems(data)
-        yield from self.other_order.problems(data)
-
-
-class Reversed(Finding):
-    """What `SeenBefore` saw in both orders."""
-
-    code, severity = "reversed-preference", "warning"
-    reason = "the same prompt and responses, preferred in both orders"
-    fix = "decide which response is better, and delete the other row"
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(limits)
-        self.firsts: set[tuple[str, int]] = set()
-
-    def note_both(self, line: int, file: str, pair: Pair) -> None:
-        if (file, line) not in self.firsts:
-            self.firsts.add((file, line))
-            self.rows[file].append(line)
-        self.note(pair)
-
-
-class TooSimilar(Finding):
-    """Responses between which nobody could choose (dpo-strategy, "Bad Examples").
-
-    An answer can differ in one word and be wrong, so two answers must be the same words in the same order, but for those that
-    any sentence has and those of the question that one of them repeats. Where a free text was asked for (a description, a
-    letter), similarity is enough.
-    """
-
-    code, severity = "too-similar", "warning"
-    reason = "chosen and rejected say nearly the same"
-    fix = "write a rejected response that is clearly worse, or delete the row"
-
-    def see(self, seen: Seen) -> None:
-        if FREE_TEXT.search(seen.prompt):
-            chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.chosen, seen.rejected))
-            alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
-        elif differ(seen.chosen.lower(), seen.rejected.lower()):
-            return  # which is nearly always so, and cheaper to see
-        else:
-            alike = same_answer(words(seen.chosen), words(seen.rejected), set(words(seen.prompt)))
-        if alike:
-            self.note(seen.pair)
-
-
-class LongerWins(Finding):
-    """Whether the longer response is (nearly) always preferred: a model then learns to write more, or less.
-
-    Lengths in characters. The AUC is the chance that a chosen response, drawn at random, is longer than a rejected one, drawn
-    by itself (Mann-Whitney's U over the product of the counts): 0.5 when length says nothing.
-    """
-
-    code, fix = "length-decides", "add pairs in which the other length is better, or the model learns length alone"
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(limits)
-        self.chosen, self.rejected = array("q"), array("q")
-
-    def see(self, seen: Seen) -> None:
-        self.chosen.append(len(seen.chosen))
-        self.rejected.append(len(seen.rejected))
-
-    @property
-    def share(self) -> float:
-        """Of pairs whose chosen response is the longer one; a tie counts one half."""
-        wins = sum((c > r) + (c == r) / 2 for c, r in zip(self.chosen, self.rejected, strict=True))
-        return wins / max(1, len(self.chosen))
-
-    @property
-    def auc(self) -> float:
-        return auc(self.chosen, self.rejected)
-
-    def problems(self, data: Dataset) -> Iterator[Problem]:
-        share, limit = self.share, self.limits["length_decides"]
-        if len(self.chosen) >= self.limits["length_pairs"] and max(share, 1 - share) >= limit:
-            which = "longer" if share > 0.5 else "shorter"
-            wins = f"{max(share, 1 - share):.0%}"
-            yield self.about_all(data, f"the {which} response is preferred in {wins} of pairs (AUC of length {self.auc:.2f})")
-
-
-class OneSideRefuses(Finding):
-    """Refusals that stand (nearly) always on the same side: a model then learns to refuse, or never to."""
-
-    code, fix = "refusals-on-one-side", "add pairs in which a refusal is right, and pairs in which it is wrong"
-
-    def __init__(self, limits: Limits) -> None:
-        super().__init__(limits)
-        self.sides: dict[str, list[tuple[str, int]]] = {"chosen": [], "rejected": []}
-
-    def see(self, seen: Seen) -> None:
-        refuses = [side for side, text in (("chosen", seen.chosen), ("rejected", seen.rejected)) if REFUSAL.match(text)]
-        if len(refuses) == 1:
-            self.sides[refuses[0]].append((seen.pair.file, seen.pair.line))
-
-    def problems(self, data: Dataset) -> Iterator[Problem]:
-        side, other = sorted(self.sides, key=lambda name: -len(self.sides[name]))
-        count, opposite = len(self.sides[side]), len(self.sides[other])
-        if count < max(10, self.limits["refusals"] * data.pairs) or opposite > count / 10:
-            return
-        by_file: dict[str, list[int]] = defaultdict(list)
-        for file, line in self.sides[side]:
-            by_file[file].append(line)
-        reason = f"only the {side} response refuses, and {'never' if not opposite else 'hardly ever'} the other"
-        for file, lines in by_file.items():
-            yield about_rows(self.severity, self.code, reason, self.fix, data.key, file, lines)
-
-
-class ChatMarkers(Finding):
-    """Texts that went through a chat template already: the model's own would be put around them again."""
-
-    code, severity, reason = "chat-markers", "warning", "the text holds the markers of a chat template"
-    fix = 'give the messages without their template, or write "use_chat_template": false'
-
-    def see(self, seen: Seen) -> None:
-        is_split = isinstance(seen.pair.prompt, str) and bool(turns_of(seen.prompt))  # a transcript, which becomes messages
-        found = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in MARKERS.finditer(text)]
-        if any(marker[4] is None or not is_split for marker in found):
-            self.note(seen.pair)
-
-
-class OtherScript(Finding):
-    """Prompts in one script (Latin, Cyrillic, Han) with a chosen response in another. Languages of one script look alike."""
-
-    code, reason = "mixed-languages", "the prompt is in another script than the chosen response"
-    fix = "check that the answer is in the language that was asked for"
-
-    def see(self, seen: Seen) -> None:
-        if (seen.prompt.isascii() and seen.chosen.isascii()) or ABOUT_LANGUAGE.search(seen.prompt):
-            return
-        prompt, chosen = script(seen.prompt), script(seen.chosen)
-        if prompt and chosen and prompt != chosen:
-            self.note(seen.pair)
-
-
-class Overlap:
-    """Prompts of the evaluation set that are trained on; an observer of the dataset, and with `eval_side` of that set."""
-
-    def __init__(self) -> None:
-        self.trained: set[int] = set()
-        self.rows: dict[str, list[int]] = defaultdict(list)
-        self.eval_side = _EvalSide(self)
+        self.findings = [finding(limits) for finding in FINDINGS]
+        self._looking = [finding.see for finding in self.findings if type(finding).see is not Finding.see]
 
     def see(self, pair: Pair, prompt_key: str) -> None:
-        self.trained.add(hash(plain(prompt_key)))
+        seen = Seen.of(pair, prompt_key)
+        for see in self._looking:
+            see(seen)
 
-    def problems(self, held_out: Dataset) -> Iterator[Problem]:
-        fix = "delete them: on a prompt that was trained on the figures show memory, not learning"
-        for file, lines in self.rows.items():
-            yield about_rows("warning", "prompt-in-both", "the prompt is trained on too", fix, held_out.key, file, lines)
+    def problems(self, data: Dataset) -> list[Problem]:
+        return [problem for finding in self.findings for problem in finding.problems(data)]
 
-
-class _EvalSide:
-    def __init__(self, overlap: Overlap) -> None:
-        self.overlap = overlap
-
-    def see(self, pair: Pair, prompt_key: str) -> None:
-        if hash(plain(prompt_key)) in self.overlap.trained:
-            self.overlap.rows[pair.file].append(pair.line)
+    def length_bias(self) -> dict[str, float]:
+        longer = next(finding for finding in self.findings if isinstance(finding, LongerWins))
+        return {"longer_chosen": round(longer.share, 4), "length_auc": round(longer.auc, 4)}

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_cli.data.words import visible
+from dpo_cli.data.text_features import visible
 
 Message = dict[str, Any]
 Text = str | list[Message]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dpo_cli.data.formats import Row
+from dpo_cli.data.rows import Row
 from dpo_cli.errors import InvalidInput, Problem
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Sample:
-    """Keeps up to `most` rows, spread over all; an observer of a pass (data/reader.py). Without a tokenizer it keeps no row."""
+    """Keeps up to `most` rows, spread over all; an observer of a pass (data/dataset.py). Without a tokenizer it keeps no row."""
 
     def __init__(self, tokenizer: Tokenizer | None, token_rows: int | None, most: int) -> None:
         self.rows: list[Row] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.data.chat_template import ChatTemplate
-from dpo_cli.data.hub import is_hub_id
+from dpo_cli.data.hub_datasets import is_hub_id
+from dpo_cli.storage.jsonio import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
@@ -119,7 +119,7 @@ def _add_missing(fast: Fast, config: dict[str, Any], added: dict[str, Any]) -> N
 def _object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none, or it is damaged, which the model's loading reports."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = read_json(file)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

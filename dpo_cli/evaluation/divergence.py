@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.evaluation.intervals import Array
+from dpo_cli.evaluation.bootstrap import Array
+from dpo_cli.evaluation.generation import Sampling, answers, first_of_each_prompt
 from dpo_cli.evaluation.metrics import score_rows
-from dpo_cli.evaluation.samples import Sampling, answers, first_of_each_prompt
-from dpo_cli.plan import Plan
+from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import Policy
-from dpo_cli.training.scoring import plain_states
-from dpo_cli.training.states import random_state_kept
+from dpo_cli.runs.state_io import random_state_kept
+from dpo_cli.scoring.forward import plain_states
 
 
 def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan) -> tuple[Array, int]:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.evaluation.intervals import Array, Intervals, Ratio, mean
+from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio, mean
 from dpo_cli.providers.policy import Policy
-from dpo_cli.training.head import Head, score_tokens, token_kl
-from dpo_cli.training.parts import is_out_of_memory
-from dpo_cli.training.scoring import States, collate
-from dpo_cli.training.sharing import IGNORED
+from dpo_cli.scoring.forward import States, collate
+from dpo_cli.scoring.lm_head import Head, score_tokens, token_kl
+from dpo_cli.scoring.oom import is_out_of_memory
+from dpo_cli.scoring.shared_prompts import IGNORED
 
 
 @dataclass(frozen=True)

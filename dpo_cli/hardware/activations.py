@@ -11,8 +11,8 @@ Names: h hidden, i intermediate, q and kv the widths of queries and of keys or v
 
 from __future__ import annotations
 
-from dpo_cli.hardware.facts import ModelFacts
-from dpo_cli.hardware.settings import Settings, targets_of, trained_parameters, trained_width
+from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_parameters, trained_width
+from dpo_cli.models.shape import ModelFacts
 
 CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (training/head.py, CHUNK_ELEMENTS)
 FULL_LOGITS_COPIES = 3.5  # float32 copies of logits in a loss that makes them whole; fitcheck-llm 0.3 measured 3.5 to 4

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dpo_cli.hardware.facts import ModelFacts, known_models
 from dpo_cli.hardware.memory import Bill, bill
-from dpo_cli.hardware.settings import Settings
+from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.models.shape import ModelFacts, known_models
 
 MARGIN = 0.1  # of the budget, left free where there is a choice: a bill is no measurement
 LEAST_GB = 0.05  # a saving that is told

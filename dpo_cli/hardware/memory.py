@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.hardware.activations import step_bytes
-from dpo_cli.hardware.facts import ModelFacts
-from dpo_cli.hardware.probe import GIB
-from dpo_cli.hardware.settings import Settings, trained_parameters, trained_width
+from dpo_cli.hardware.machine import GIB
+from dpo_cli.hardware.memory_inputs import Settings, trained_parameters, trained_width
+from dpo_cli.models.shape import ModelFacts
 
 # Bytes per 4-bit weight: half a byte; a one-byte scale per block of 64; a float32 per 256 of those (QLoRA, arXiv:2305.14314
 # section 3, double quantisation).

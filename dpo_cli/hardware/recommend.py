@@ -15,11 +15,12 @@ from typing import Any
 
 from dpo_cli.config.schema import profile_defaults
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
-from dpo_cli.hardware.facts import ModelFacts, known_models, model_facts
 from dpo_cli.hardware.fit import MARGIN, smaller_model, way
 from dpo_cli.hardware.memory import Bill
-from dpo_cli.hardware.models import problems
-from dpo_cli.hardware.settings import Settings
+from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.models.checks import problems
+from dpo_cli.models.shape import ModelFacts, known_models, model_facts
+from dpo_cli.storage.jsonio import read_json
 
 EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": what is held out judges the adapter
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB that cards are sold with
@@ -97,9 +98,7 @@ class Request:
 
 
 def profiles() -> dict[str, dict[str, Any]]:
-    loaded: dict[str, dict[str, Any]] = json.loads(
-        files("dpo_cli.hardware").joinpath("profiles.json").read_text(encoding="utf-8")
-    )
+    loaded: dict[str, dict[str, Any]] = read_json(files("dpo_cli.hardware").joinpath("profiles.json"))
     return loaded
 
 

@@ -28,13 +28,13 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.config.options import Config
-from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
-from dpo_cli.hardware import targets
-from dpo_cli.hardware.adapters import adapter_at
-from dpo_cli.hardware.models import not_causal
-from dpo_cli.hardware.targets import ALL_LINEAR, KEY
-from dpo_cli.plan import Adapted, Plan
+from dpo_cli.models import target_layers
+from dpo_cli.models.checks import not_causal
+from dpo_cli.models.source import adapter_at
+from dpo_cli.models.target_layers import ALL_LINEAR, KEY
+from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
+from dpo_cli.plan.plan import Adapted, Plan
 
 LINEAR = (torch.nn.Linear, Conv1D)  # what PEFT takes for "all-linear"; bitsandbytes' layers are such too
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -109,15 +109,15 @@ class Architecture:
         except Refusal:
             return None
         if dropout and self.experts and not self._takes(replace(plain, lora_dropout=dropout)):
-            raise InvalidInput([targets.on_experts(self.label, "lora_dropout")])
+            raise InvalidInput([target_layers.on_experts(self.label, "lora_dropout")])
         return found
 
     def fresh(self, config: Config) -> tuple[LoraConfig, Adapted]:
         """The adapter that a config asks for, and what it touches; `InvalidInput` where PEFT refuses it."""
         wanted = lora_config(config)
         self._require_names(config)
-        idle = {name: why for name, why in self._left_out(config).items() if targets.names(config.target_modules, name)}
-        if idle and all(name in idle for name in self._known() if targets.names(config.target_modules, name)):
+        idle = {name: why for name, why in self._left_out(config).items() if target_layers.names(config.target_modules, name)}
+        if idle and all(name in idle for name in self._known() if target_layers.names(config.target_modules, name)):
             message = f"no text reaches the layers of {self.label} that target_modules names: an adapter would learn nothing"
             fix = f"name others: its linear layers are {self._linear_kinds()}"
             raise InvalidInput([Problem("error", "target-unreached", message, fix, KEY)])
@@ -137,10 +137,10 @@ class Architecture:
         """The adapter on these alone, by names that say so to whoever loads it: the last of a layer's where that is enough."""
         others = self.modules.keys() - touched
         ends = {name.rpartition(".")[2] for name in touched}
-        clear = {end for end in ends if not any(targets.names([end], name) for name in others)}
+        clear = {end for end in ends if not any(target_layers.names([end], name) for name in others)}
         modules = clear | {name for name in touched if name.rpartition(".")[2] not in clear}
         experts = resolved.target_parameters or ()
-        kept = {short for short in experts if any(targets.names([short], one) for one in parameters)}
+        kept = {short for short in experts if any(target_layers.names([short], one) for one in parameters)}
         return replace(
             wanted,
             target_modules=sorted(modules) or None,
@@ -168,7 +168,7 @@ class Architecture:
         plain = replace(adapter, lora_dropout=0.0, use_dora=False)
         if keys and self.experts and self._takes(plain):
             one = [key for key in keys if not self._takes(replace(plain, **{key: getattr(adapter, key)}))]
-            raise InvalidInput([targets.on_experts(self.label, key) for key in one or keys])
+            raise InvalidInput([target_layers.on_experts(self.label, key) for key in one or keys])
         key = next((key for key in keys if self._takes(replace(adapter, **{key: type(getattr(adapter, key))()}))), KEY)
         message = f"PEFT puts no such adapter on {self.label}: {reason}"
         fix = f"change {key}; the linear layers are {self._linear_kinds()}"
@@ -183,7 +183,7 @@ class Architecture:
 
     def _known(self) -> set[str]:
         """The names that target_modules may have: linear layers, routers, and what PEFT takes for weights of fused experts."""
-        old = targets.expert_names(self.config.model_type)
+        old = target_layers.expert_names(self.config.model_type)
         held = {name for name, weights in self.experts.items() if set(old.values()) & set(weights)}
         virtual = {f"{name}.{short}" for name in held for short, weight in old.items() if weight in self.experts[name]}
         return self.linear | virtual | (self.routers if "gate" in old else set())
@@ -193,27 +193,27 @@ class Architecture:
         wanted, known = config.target_modules, self._known() | {self.table}
         fix = f"its linear layers are {self._linear_kinds()}, in names like {next(iter(sorted(self.linear)), 'none')}"
         found: list[Problem] = []
-        idle = targets.idle_parts(wanted, known)
-        matched = [name for name in self.modules if isinstance(wanted, str) and targets.names(wanted, name) and name]
+        idle = target_layers.idle_parts(wanted, known)
+        matched = [name for name in self.modules if isinstance(wanted, str) and target_layers.names(wanted, name) and name]
         other = [] if wanted == ALL_LINEAR else [name for name in matched if name not in known]
-        if self.head in other or (isinstance(wanted, list) and targets.names(wanted, self.head)):
-            found.append(targets.head_adapter(self.head))
+        if self.head in other or (isinstance(wanted, list) and target_layers.names(wanted, self.head)):
+            found.append(target_layers.head_adapter(self.head))
         elif other:
             kinds = [(name, type(self.modules[name]).__name__) for name in other]
-            found.append(targets.not_linear(self.label, kinds, fix))
+            found.append(target_layers.not_linear(self.label, kinds, fix))
         elif isinstance(wanted, list) and idle:
             message = f"{self.label} has no linear layer named {', '.join(sorted(idle))}"
             found.append(Problem("error", "no-such-module", message, fix, KEY))
-        elif wanted != ALL_LINEAR and not any(targets.names(wanted, name) for name in known):
+        elif wanted != ALL_LINEAR and not any(target_layers.names(wanted, name) for name in known):
             message = f"{self.label} has no layer whose whole name matches {wanted!r}"
             found.append(Problem("error", "no-such-module", message, fix, KEY))
         if unknown := [
-            one for one in config.modules_to_save or () if not any(targets.names([one], name) for name in self.modules)
+            one for one in config.modules_to_save or () if not any(target_layers.names([one], name) for name in self.modules)
         ]:
             message = f"{self.label} has no module named {', '.join(sorted(unknown))}"
             found.append(Problem("error", "no-such-module", message, fix, "modules_to_save"))
-        if wanted != ALL_LINEAR and (named := [name for name in self.state_space if targets.names(wanted, name)]):
-            found.append(targets.state_space(self.label, sorted({name.rpartition(".")[2] for name in named})))
+        if wanted != ALL_LINEAR and (named := [name for name in self.state_space if target_layers.names(wanted, name)]):
+            found.append(target_layers.state_space(self.label, sorted({name.rpartition(".")[2] for name in named})))
         if found:
             raise InvalidInput(found)
 
@@ -312,16 +312,16 @@ class Architecture:
         if named := self.routers & (touched | {name.removesuffix(".weight") for name in parameters}):
             yield f"the router ({_counted(self._kinds(named))}) is trained, as target_modules says, without load balancing"
         wanted, whole = config.target_modules, set(config.modules_to_save or ())
-        if isinstance(wanted, str) and (parts := targets.idle_parts(wanted, self._known() | {self.table})):
-            yield targets.half_idle(self.label, parts)
-        passed = [name for name in self.linear - touched - idle.keys() if targets.names(wanted, name)]
+        if isinstance(wanted, str) and (parts := target_layers.idle_parts(wanted, self._known() | {self.table})):
+            yield target_layers.half_idle(self.label, parts)
+        passed = [name for name in self.linear - touched - idle.keys() if target_layers.names(wanted, name)]
         if passed := [name for name in passed if not whole & set(name.split("."))]:
             yield f"no adapter on {_counted(self._kinds(passed))}: PEFT takes these names for those of the fused experts"
         held = {f"{name}.{weight}" for name, weights in self.experts.items() for weight in weights}
         if left := held - parameters:
             shapes = dict(self.model.named_parameters())
             share = sum(shapes[name].numel() for name in left) / self.weights
-            has_names = targets.expert_names(self.config.model_type)
+            has_names = target_layers.expert_names(self.config.model_type)
             reach = "they are not named" if has_names else "PEFT reaches them by no name"
             yield f"no adapter on the fused experts ({_counted(self._kinds(left))}), {share:.0%} of the weights: {reach}"
 
@@ -372,7 +372,7 @@ def _targeted(put_on: PeftModel) -> tuple[list[str], list[str]]:
 
 def _is_saved(name: str, put_on: PeftModel) -> bool:
     """Whether a module is trained whole beside the adapter."""
-    return targets.names(list(put_on.peft_config["default"].modules_to_save or ()), name)
+    return target_layers.names(list(put_on.peft_config["default"].modules_to_save or ()), name)
 
 
 def _experts(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, list[str]]]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpo_cli.plan import Adapted, Plan
+    from dpo_cli.plan.plan import Adapted, Plan
     from dpo_cli.providers.policy import Policy
 
 

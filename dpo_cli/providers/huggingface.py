@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,21 +24,22 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from dpo_cli import hub
 from dpo_cli.data.tokenizer import fast_tokenizer
-from dpo_cli.demands import BITSANDBYTES_FIX
 from dpo_cli.errors import InvalidInput, RunFailed
-from dpo_cli.hardware import foreign, generation, gguf
-from dpo_cli.hardware.adapters import ADAPTER_CONFIG, adapter_at, chain_of, foundation, settings_of, unsafe
-from dpo_cli.hardware.models import TOKENIZER_CONFIG
-from dpo_cli.hardware.quantised import stored_quantisation, text_part
-from dpo_cli.plan import Adapted, Plan
-from dpo_cli.providers.accounting import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
+from dpo_cli.models import generation_config, gguf_header, remote_code
+from dpo_cli.models.checks import TOKENIZER_CONFIG
+from dpo_cli.models.hub_models import answers, revision
+from dpo_cli.models.quantised_files import stored_quantisation, text_part
+from dpo_cli.models.source import ADAPTER_CONFIG, adapter_at, chain_of, foundation, settings_of, unsafe
+from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
+from dpo_cli.plan.plan import Adapted, Plan
 from dpo_cli.providers.architecture import Architecture, adapted, lora_config
-from dpo_cli.providers.hub import answers, revision
-from dpo_cli.providers.made import dequantised, made_once
+from dpo_cli.providers.loaded_tensors import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
+from dpo_cli.providers.model_cache import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
-from dpo_cli.runs.digests import sha256_of_all, sha256_of_settings
+from dpo_cli.storage import hub
+from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
+from dpo_cli.storage.jsonio import read_json
 
 PROBE = "  two blanks\n\na line\tand é, ж, 中 and 1234"  # texts that tokenizers are known to treat in different ways
 
@@ -56,7 +56,7 @@ class HuggingFace:
         self._fresh: tuple[LoraConfig, LoraConfig] | None = None
         self.foundation = foundation(model_name)
         path = Path(self.foundation)
-        self.source = str(dequantised(path)) if gguf.is_gguf(path) else self.foundation
+        self.source = str(dequantised(path)) if gguf_header.is_gguf(path) else self.foundation
         self.only_local = path.exists() or not answers(self.foundation)
 
     @property
@@ -271,13 +271,13 @@ class HuggingFace:
 
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
-        for problem in foreign.problems(self._read(source, "config.json"), self._read(source, TOKENIZER_CONFIG), self.name):
+        for problem in remote_code.problems(self._read(source, "config.json"), self._read(source, TOKENIZER_CONFIG), self.name):
             if problem.severity == "error":
                 raise RunFailed(problem.message, problem.fix)
 
     def _generation(self, source: str) -> dict[str, GenerationConfig]:
         """How `from_pretrained` is to generate, where the model says something of it that it would not load with."""
-        sound, notes = _sound_generation(self._read(source, generation.FILE))
+        sound, notes = _sound_generation(self._read(source, generation_config.FILE))
         self.notes += [note for note in notes if note not in self.notes]
         return {"generation_config": sound} if notes else {}
 
@@ -295,7 +295,7 @@ class HuggingFace:
         """An object in a JSON file of the model, local or of the hub; empty where there is none."""
         there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         found = cached_file(source, name, local_files_only=self.only_local, **there)
-        return dict(json.loads(Path(found).read_text(encoding="utf-8"))) if found else {}
+        return dict(read_json(Path(found))) if found else {}
 
 
 def require_device(plan: Plan) -> torch.device:
@@ -355,8 +355,8 @@ def _mend_generation(model: PreTrainedModel) -> list[str]:
 
 def _sound_generation(settings: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
     """The settings of a generation_config without those that no model can be loaded or saved with, and a note of each."""
-    wrong, kept = generation.invalid(settings), dict[str, Any]()
-    for name in sorted(settings, key=lambda name: (name not in generation.DECIDING, name)):
+    wrong, kept = generation_config.invalid(settings), dict[str, Any]()
+    for name in sorted(settings, key=lambda name: (name not in generation_config.DECIDING, name)):
         if name in wrong:
             continue
         try:
@@ -364,5 +364,5 @@ def _sound_generation(settings: dict[str, Any]) -> tuple[GenerationConfig, list[
             kept[name] = settings[name]
         except (AttributeError, TypeError, ValueError):  # what transformers alone knows: it is left out too
             wrong[name] = "does not go with the rest"
-    notes = [f"{generation.FILE}: {name} {settings[name]} {why}, and is left out" for name, why in wrong.items()]
+    notes = [f"{generation_config.FILE}: {name} {settings[name]} {why}, and is left out" for name, why in wrong.items()]
     return GenerationConfig(**kept), notes

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dpo_cli.errors import RunFailed
-from dpo_cli.hardware.unsloth import NO_SHARING
-from dpo_cli.plan import Plan
+from dpo_cli.hardware.unsloth_support import NO_SHARING
+from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.huggingface import HuggingFace, quantisation, require_device
 from dpo_cli.providers.unsloth_import import prints_to_log
 

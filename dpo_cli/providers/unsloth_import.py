@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from dpo_cli.errors import RunFailed
-from dpo_cli.hardware.unsloth import INSTALL
+from dpo_cli.hardware.unsloth_support import INSTALL
 from dpo_cli.providers.base import cache_dir
 
 

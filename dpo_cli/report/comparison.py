@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo_cli.console import json_text
-from dpo_cli.report.charts import Curve, Plot
-from dpo_cli.report.contents import Contents
+from dpo_cli.evaluation.figures import TERMS
 from dpo_cli.report.curves import COMPARED, KINDS, levels
+from dpo_cli.report.run_data import Contents
+from dpo_cli.report.svg import Curve, Plot
 from dpo_cli.report.views import duration
-from dpo_cli.report.words import TERMS
+from dpo_cli.storage.jsonio import json_text
 
 PLACES = {"output_dir"}  # differ between any two runs, and say nothing
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import quantiles
 from typing import Any
 
-from dpo_cli.report.charts import Bars, Curve, Plot, histogram
-from dpo_cli.report.contents import Contents
+from dpo_cli.report.run_data import Contents
+from dpo_cli.report.svg import Bars, Curve, Plot, histogram
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_cli.report.words import is_finite, negative, number, points, share, sign
+from dpo_cli.evaluation.figures import is_finite, negative, number, points, share, sign
 
 FEW_PROMPTS = 20  # below it an interval over prompts is too narrow: over one prompt it is [v, v]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

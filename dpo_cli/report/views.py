@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.console import json_text
-from dpo_cli.report.charts import DIGITS
-from dpo_cli.report.contents import Contents
-from dpo_cli.report.words import TERMS, TOGETHER, Told, is_better_large, is_finite, number
+from dpo_cli.evaluation.figures import TERMS, TOGETHER, Told, is_better_large, is_finite, number
+from dpo_cli.report.run_data import Contents
+from dpo_cli.report.svg import DIGITS
+from dpo_cli.storage.jsonio import json_text
 
 MOST_TEXT = 1500  # characters shown of one text
 

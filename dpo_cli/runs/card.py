@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data.hub import is_hub_id
-from dpo_cli.data.reader import sources_of
-from dpo_cli.hardware.adapters import foundation
-from dpo_cli.plan import Plan
+from dpo_cli.data.dataset import sources_of
+from dpo_cli.data.hub_datasets import is_hub_id
+from dpo_cli.models.source import foundation
+from dpo_cli.plan.plan import Plan
 
 _TEMPLATE = """\
 ---

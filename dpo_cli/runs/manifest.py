@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import dpo_cli
-from dpo_cli.data.reader import sources_of
-from dpo_cli.hardware.adapters import chain_of, foundation, settings_of
-from dpo_cli.hardware.probe import Machine
-from dpo_cli.plan import Plan
-from dpo_cli.providers.hub import revision
-from dpo_cli.runs.digests import sha256
+from dpo_cli.data.dataset import sources_of
+from dpo_cli.hardware.machine import Machine
+from dpo_cli.models.hub_models import revision
+from dpo_cli.models.source import chain_of, foundation, settings_of
+from dpo_cli.plan.plan import Plan
+from dpo_cli.storage.digests import sha256
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}

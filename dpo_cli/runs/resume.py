@@ -13,12 +13,13 @@ from typing import Any
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.schema import options
 from dpo_cli.config.stages import day_of
-from dpo_cli.console import Console
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
-from dpo_cli.plan import MEASURED, Plan
-from dpo_cli.runs.checkpoint import Checkpoint
-from dpo_cli.runs.directory import MANIFEST, PLAN, SUMMARY, RunDirectory
-from dpo_cli.runs.durable import free_bytes, is_full
+from dpo_cli.plan.plan import MEASURED, Plan
+from dpo_cli.storage.atomic import free_bytes, is_full
+from dpo_cli.storage.checkpoints import Checkpoint
+from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.run_directory import MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.ui.console import Console
 
 # With another value of these a finished run goes on.
 ENDING = ("num_train_epochs", "max_steps", "early_stopping_patience", "stop_on", "max_kl")
@@ -48,7 +49,7 @@ class Begun:
             return None
         # Those of the checkpoint are known to be as they were written.
         place = checkpoint.folder if checkpoint else run.path
-        plan, manifest = (json.loads((place / name).read_text(encoding="utf-8")) for name in (PLAN, MANIFEST))
+        plan, manifest = (read_json(place / name) for name in (PLAN, MANIFEST))
         return cls(plan, manifest, checkpoint, summary, run.read_json(PLAN)["config"] if summary else plan["config"])
 
     @property

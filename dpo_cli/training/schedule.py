@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from dpo_cli.plan import Plan
+from dpo_cli.plan.plan import Plan
 
 BETWEEN_SECONDS = 600.0  # from a checkpoint to the next, where save_steps does not say
 

@@ -31,15 +31,15 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_cli.hardware.tensors import SINGLE
-from dpo_cli.plan import Plan
-from dpo_cli.providers.accounting import refuse
+from dpo_cli.models.tensor_files import SINGLE
+from dpo_cli.plan.plan import Plan
+from dpo_cli.providers.loaded_tensors import refuse
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
-from dpo_cli.runs.checkpoint import PART
-from dpo_cli.runs.directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
-from dpo_cli.training import parts, scoring
+from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, save_state, set_random_state
+from dpo_cli.scoring import forward, oom
+from dpo_cli.storage.checkpoints import PART
+from dpo_cli.storage.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from dpo_cli.training.schedule import Schedule
-from dpo_cli.training.states import load_state, random_state, random_state_kept, save_state, set_random_state
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Evaluate = Callable[[Policy], dict[str, float]]
@@ -127,7 +127,7 @@ class CarefulTrainer:
     # Calls what makes Trainer write a checkpoint into its output_dir; without it there are none.
     write_checkpoint: Callable[[Callable[[], None]], None] | None = None
 
-    def take_over(self, states: scoring.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
+    def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
         """Put our head on the models that TRL's constructor made ready, and remember what is called later."""
         self.policy = Policy(self.model, getattr(self, "ref_model", None))
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
@@ -135,7 +135,7 @@ class CarefulTrainer:
         # The losses take the size of the step, whatever the model's own forward takes; Trainer then divides them no further.
         self.model_accepts_loss_kwargs = True
         for model in filter(None, (self.policy.network, self.policy.frozen)):
-            scoring.attach(model, states)
+            forward.attach(model, states)
         for model in filter(None, (self.policy.model, self.policy.frozen)):
             model.register_forward_hook(self._keep_call)
 
@@ -148,7 +148,7 @@ class CarefulTrainer:
         batches, _ = super().get_batch_samples(*args)  # type: ignore[misc]
         return batches, self.step_size(batches)
 
-    def step_size(self, batches: Sequence[parts.Batch]) -> Any:
+    def step_size(self, batches: Sequence[oom.Batch]) -> Any:
         """What the loss of a step is divided by, over all processes."""
         raise NotImplementedError
 
@@ -159,7 +159,7 @@ class CarefulTrainer:
         if self.accelerator.num_processes > 1 or self.IS_WHOLE:
             return step(model, inputs, *args, **kwargs)
 
-        def attempt(batch: parts.Batch) -> Tensor:
+        def attempt(batch: oom.Batch) -> Tensor:
             mark = self.totals.mark()
             try:
                 loss: Tensor = step(model, dict(batch), *args, **kwargs)
@@ -169,7 +169,7 @@ class CarefulTrainer:
             return loss
 
         batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        return parts.run_in_parts(attempt, batch, trained, self._tell, self.ROWS_A_UNIT)
+        return oom.run_in_parts(attempt, batch, trained, self._tell, self.ROWS_A_UNIT)
 
     def probe_longest(self) -> None:
         """Run the rows with most tokens forward and backward once and leave no trace: what does not fit fails at once.

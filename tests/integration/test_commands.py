@@ -1,6 +1,6 @@
 """The commands as a user runs them: a process, its output, its files, its exit code.
 
-Most are forked (tests/forked.py); those that get signals, lose their reader or have
+Most are forked (tests/fork_server.py); those that get signals, lose their reader or have
 a terminal start from the console script.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import made_row
-from forked import dpo
+from fork_server import dpo
 
 DPO = Path(sys.executable).parent / "dpo"
 FIGURE = {"value", "low", "high"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from bad_configs import lay_out
 from conftest import ROOT
-from forked import dpo
+from fork_server import dpo
 from test_commands import DPO
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from dpo_cli.evaluation.metrics import Scores
-from dpo_cli.plan import Plan
-from dpo_cli.training.callbacks.rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, Event, Line, wrong_start
+from dpo_cli.plan.plan import Plan
+from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, Event, Line, wrong_start
 from dpo_cli.training.trainer import Totals
 
 

@@ -1,0 +1,337 @@
+"""The commands: parse, call, print, exit. Heavy modules are imported by the commands that need them.
+
+Longer than other modules: each command's words stand in its signature, and all commands in one place.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperCommand
+
+import dpo_cli
+from dpo_cli.commands.eval_request import Request as Judged
+from dpo_cli.commands.session import composer_for, session
+from dpo_cli.commands.validate import ROWS, validated_file, worst
+from dpo_cli.config.config import Loaded, is_override, load, load_stages
+from dpo_cli.config.options import Config
+from dpo_cli.config.schema import options_help, schema_path
+from dpo_cli.data import dataset
+from dpo_cli.data.hub_datasets import fetch
+from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
+from dpo_cli.evaluation.thresholds import judged_by
+from dpo_cli.hardware.machine import Machine, probe
+from dpo_cli.hardware.recommend import Request
+from dpo_cli.hardware.recommend import recommend as make_recommendation
+from dpo_cli.models.hub_models import require
+from dpo_cli.plan.preflight import Inspection, inspect, inspect_prompts, lengths_of
+from dpo_cli.storage.resumable_file import ResumableFile
+from dpo_cli.storage.run_directory import RunDirectory
+from dpo_cli.ui.console import Console
+
+STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
+MAX_VRAM_GB = 100_000
+
+app = typer.Typer(
+    name="dpo",
+    help="Preference tuning of language models from a terminal.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, all else on standard error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A JSON config; - reads standard input.")]
+
+
+@app.command()
+def validate(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="JSON configs, - for standard input; values over theirs."),
+    ] = None,
+    vram: Annotated[
+        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="Plan for a GPU with this much memory, in GB.")
+    ] = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the dataset.")] = False,
+    rows: Annotated[
+        int, typer.Option("--rows", min=0, help="Render so many rows with the model's chat template and tokenizer.")
+    ] = ROWS,
+    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    show_schema: Annotated[
+        bool, typer.Option("--schema", help='Print where the JSON schema is, for "$schema" in a config.')
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Is this going to work? Everything wrong at once, with the fix."""
+    with session(as_json, debug) as console:
+        if show_schema:
+            console.json({"schema": str(schema_path())}) if as_json else typer.echo(schema_path())
+            return
+        overrides = [word for word in words or () if is_override(word)]
+        configs = [word for word in words or () if word not in overrides]
+        if not configs:
+            raise UsageError("no config is named", "dpo validate my-config.json")
+        machine = probe()
+        found = [validated_file(console, path, overrides, machine, vram, not no_data, strict, rows) for path in configs]
+        if as_json:
+            documents = [document for document, _ in found]
+            several = [{"file": path, **document} for path, document in zip(configs, documents, strict=True)]
+            console.json(documents[0] if len(documents) == 1 else several)
+        raise typer.Exit(int(worst(code for _, code in found)))
+
+
+@app.command()
+def recommend(
+    vram: Annotated[
+        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="GPU memory in GB; asked of this machine without it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model to train; else the profile's.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="The dataset to put into the config, whose lengths then count.")] = None,
+    strategy: Annotated[Literal["dpo", "sft", "rlhf"], typer.Option(help="How to train.")] = "dpo",
+    write: Annotated[Path | None, typer.Option(help="Write the config to this file.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """A config for this hardware, with its memory bill."""
+    with session(as_json, debug) as console:
+        if write is not None and write.exists():
+            raise UsageError(f"{write} exists already", "name a new file")
+        made = make_recommendation(_request(console, vram, model, dataset, strategy))
+        for reason in made.reasons:
+            console.line(reason)
+        if strategy != "dpo":
+            console.line(f"this version cannot train {strategy} yet: the config is for a later one")
+        console.bill(made.memory.to_json())
+        text = json.dumps(made.config, indent=2)
+        if write is not None:
+            try:
+                write.write_text(text + "\n", encoding="utf-8")
+            except OSError as error:  # a folder that is not there, or may not be written: the user's to change
+                raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
+        console.line(f"wrote {write}" if write else text)
+        if as_json:
+            console.json(made.to_json())
+
+
+def _request(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Request:
+    """What is asked of `recommend`, for this machine's card where none is named."""
+    asked = Request(vram or 0.0, model, dataset, strategy)
+    if vram is None:
+        machine = probe()
+        if machine.card is None:
+            raise UsageError("there is no GPU on this machine", "say what to plan for, for example --vram 12")
+        total_gb, free_gb, what = machine.card
+        console.line(f"this machine: {what}")
+        asked = replace(asked, vram_gb=total_gb, free_gb=free_gb, is_apple=machine.is_apple and not machine.gpus)
+    if dataset is None:
+        return asked
+    lengths = lengths_of(dataset, model or "")
+    if lengths.most_tokens is None:
+        console.line(f"{dataset} is not here yet, so its lengths do not count")
+    return replace(asked, longest=lengths.most_tokens, share_over=lengths.share_over)
+
+
+class _TrainCommand(TyperCommand):
+    """`dpo train --help` ends with the options of a config, which stand in its schema and nowhere else."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        typer.echo(options_help(shutil.get_terminal_size().columns))
+
+
+@app.command(cls=_TrainCommand)
+def train(
+    config: ConfigFile,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; start where there is none.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, train nothing, write nothing.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter; CONFIG may be the plan.json of an earlier run."""
+    with session(as_json, debug) as console:
+        if overwrite and resume:
+            raise UsageError("--overwrite starts anew, and --resume goes on", "leave one of them out")
+        if resume and RunDirectory.is_plan(Path(config)):  # of the run that it lies in, wherever that was moved to
+            overrides = [f"output_dir={Path(config).absolute().parent}", *(overrides or ())]
+        stages, machine = load_stages(config, overrides or ()), probe()
+        for name in dict.fromkeys(name for loaded in stages for name in dataset.hub_ids(loaded.require().to_json())):
+            console.line(f"fetching the dataset {name}")
+            fetch(name)
+        configs: list[Config] = []
+        for loaded in stages:  # before torch is imported and anything is trained: a mistake is told at once
+            _, plan = _inspected(loaded.on_foundation(), machine).require()
+            RunDirectory.check(plan.run_dir, overwrite or dry_run or resume)
+            if plan.run_dir in [Path(str(config.output_dir)) for config in configs]:
+                problem = Problem(
+                    "error", "stages-one-place", f"two stages would write {plan.run_dir}", STAGES_FIX, "output_dir"
+                )
+                raise InvalidInput([loaded.placed(problem)])
+            configs.append(plan.config)
+        for name in dict.fromkeys(config.model_name for config in configs):
+            require(name)
+        composer = composer_for(configs)
+        results, code = [], Exit.DONE
+        for loaded in stages:
+            if loaded.stage:
+                console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
+            ready = loaded.on_foundation() if dry_run else loaded
+            inspection = _inspected(ready, machine)
+            result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
+            results.append(result)
+            if code is not Exit.DONE:
+                break
+        if as_json:
+            console.json({**results[-1], "stages": results} if len(stages) > 1 else results[0])
+        raise typer.Exit(int(code))
+
+
+def _inspected(loaded: Loaded, machine: Machine) -> Inspection:
+    """What a training needs to know of a config; memory is judged later, by its real lengths."""
+    return inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str | None, typer.Argument(metavar="RUN_DIR|CONFIG", help="The output_dir of a finished run; a config with --adapter.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the run's or file's.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Judge this PEFT adapter, of any tool, on CONFIG's model.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what was held out.")] = None,
+    fail_under: Annotated[
+        str | None, typer.Option(metavar="LIMITS", help="accuracy=0.6,kl_sequence<10: exit 5 where a figure misses its limit.")
+    ] = None,
+    side_by_side: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Write a page that asks which answer to N prompts is better.")
+    ] = None,
+    by_judge: Annotated[
+        bool, typer.Option("--judge", help='With --side-by-side: ask the judge that "augment" names, and count its votes.')
+    ] = False,
+    tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Count the votes in a votes.json.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Judge an adapter against its base model on held-out pairs; or count votes."""
+    with session(as_json, debug) as console:
+        asked = Judged(target or "", adapter, dataset, tuple(overrides or ()), fail_under, side_by_side, by_judge, tally)
+        if tally is not None:
+            from dpo_cli.preferences.votes import count
+
+            result = count(tally)
+            console.tally(result)
+        else:
+            composer_for()
+            from dpo_cli.commands.eval import evaluate as evaluate_it
+
+            result = evaluate_it(asked, console)
+        result["thresholds"] = judged_by(asked.thresholds, result)
+        console.thresholds(asked.thresholds, result["thresholds"])
+        if as_json:
+            console.json(result)
+        if not all(threshold["ok"] for threshold in result["thresholds"]):
+            raise typer.Exit(int(Exit.MISSED))
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR ...", help="The output_dir of a run, or of several.")],
+    out: Annotated[Path | None, typer.Option(help="The page about several; else comparison.html.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's report.html anew; of several runs, one page that compares them."""
+    with session(as_json, debug) as console:
+        from dpo_cli.report.render import write_comparison, write_report
+
+        paths = [Path(name) for name in run_dirs]
+        if len(paths) == 1 and out is not None:
+            raise UsageError("--out is for several runs", "leave it out: the report of one run is written into its directory")
+        page = write_report(paths[0]) if len(paths) == 1 else write_comparison(paths, out or Path("comparison.html"))
+        console.line(f"report: {page}")
+        if as_json:
+            console.json({"reports": [str(page)]})
+
+
+@app.command()
+def augment(
+    prompts: Annotated[
+        str, typer.Argument(metavar="PROMPTS", help="A .txt file with a prompt a line, or rows with a prompt (.jsonl, ...).")
+    ],
+    config: ConfigFile,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The .jsonl file of pairs to write; an unfinished one goes on.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make preference pairs of the model's own answers to prompts, ranked as "augment" in CONFIG says."""
+    with session(as_json, debug) as console:
+        if out.suffix != ".jsonl":
+            raise UsageError(f"{out} is not called .jsonl", "name a .jsonl file: it gets a pair a line")
+        ResumableFile.check(out)
+        plan, asked, warnings = inspect_prompts(load(config, overrides or ()), probe(), prompts)
+        console.problems(warnings)
+        composer_for([plan.config])  # sets up the libraries
+        from dpo_cli.commands.augment import augment as make_pairs
+
+        try:
+            result = make_pairs(plan, asked, out, console)
+        except KeyboardInterrupt:
+            console.line(f"stopped: the same command goes on with what {out} holds")
+            raise
+        if as_json:
+            console.json(result)
+
+
+@app.command("export")
+def export_run(
+    run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")],
+    out: Annotated[Path, typer.Option(help="The new folder to write the model to.")],
+    gguf: Annotated[
+        Literal["f32", "f16", "bf16", "q8_0"] | None, typer.Option(help="Write a GGUF file of this type too, and a Modelfile.")
+    ] = None,
+    converter: Annotated[
+        Path | None, typer.Option(envvar="DPO_GGUF_CONVERTER", help="llama.cpp's convert_hf_to_gguf.py, if not on PATH.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what the run held out.")] = None,
+    push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this hub repository.")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Merge a run's adapter into its base, judge what was written, and refuse a model that got worse."""
+    with session(as_json, debug) as console:
+        composer_for()
+        from dpo_cli.commands.export import Request as Export
+        from dpo_cli.commands.export import export
+
+        result, code = export(Export(run_dir, out.resolve(), dataset, gguf, converter, push), console)
+        if as_json:
+            console.json(result)
+        raise typer.Exit(int(code))
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"dpo {dpo_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Preference tuning of language models from a terminal."""

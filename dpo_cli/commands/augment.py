@@ -1,0 +1,226 @@
+"""The story of `dpo augment`, top to bottom: prompts -> sampled answers -> scores -> pairs with provenance, batch by batch.
+
+A batch always holds the same prompts and is drawn with the same seed. So a file that goes on after a stop becomes, byte for
+byte, the one that is written at once: on the same machine, and with a judge that answers alike.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import dpo_cli
+from dpo_cli.config.augment_rules import RANK_PARTS
+from dpo_cli.config.schema import inner_defaults
+from dpo_cli.data.prompts import Prompts
+from dpo_cli.data.rows import Question
+from dpo_cli.data.text_features import plain
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.tokens import encode_all
+from dpo_cli.errors import DoesNotFit, Problem
+from dpo_cli.evaluation.generation import Answer, Sampling, generate
+from dpo_cli.models.source import adapter_at, chain_of, model_of, settings_of
+from dpo_cli.plan.feasibility import DOES_NOT_FIT
+from dpo_cli.plan.plan import Plan
+from dpo_cli.preferences.ranking import Rank, best_pairs, ranking
+from dpo_cli.providers.registry import PROVIDERS
+from dpo_cli.scoring.oom import is_out_of_memory
+from dpo_cli.storage.digests import sha256
+from dpo_cli.storage.resumable_file import ResumableFile
+from dpo_cli.ui.console import Console
+
+Options = Mapping[str, Any]  # the parts of the option `augment`
+
+DECIDING = (  # options that decide what is sampled
+    *("seed", "device", "provider", "use_4bit", "use_8bit", "use_chat_template", "max_seq_length"),
+    *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "use_nested_quant"),
+)
+COUNTED = {
+    "responses": "responses sampled",
+    "unanswered": "prompts fill the model's context and have no answer",
+    "unfinished": "did not end within max_new_tokens: rejected at most, never chosen",
+    "empty": "empty or with a NUL character, left out",
+    "short": "shorter than min_tokens, left out",
+    "identical": "the same as another to their prompt, but for case and blanks, left out",
+    "without_pair": "prompts gave no pair",
+}
+
+
+def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[str, Any]:
+    """Write pairs made of the model's own answers to `out`, or go on with them: what `augment --json` prints."""
+    options = {**inner_defaults("augment"), **plan.config.augment}
+    provider = PROVIDERS[plan.config.provider](plan.config.model_name)
+    tokenizer = provider.tokenizer()
+    begun = ResumableFile.decided(out).get("day")
+    day = date.fromisoformat(begun) if begun else plan.day  # that a template writes: one for the whole file
+    made = Tokenizer.loaded(tokenizer, day)
+    asked, left = _encoded(prompts.questions, made, plan, options, provider.token_rows())
+    model = provider.start(plan, provider.base_model(plan))  # with its adapter, where model_name is one
+    origin = _origin(plan, options, model)
+    rank = ranking(options, plan.config.device, getattr(torch, plan.dtype), day)
+    maker = Maker(model, tokenizer, rank, plan, options, origin)
+    settings = _settings(plan, prompts, options, origin)
+    with closing(ResumableFile(out, settings, {"day": day.isoformat()})) as file:
+        done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
+        if file.is_resumed:
+            console.line(f"{out}: going on after {done} of {len(asked)} prompts")
+        with console.counting("prompts", len(asked), done) as show:
+            for start in range(done, len(asked), options["prompts_per_batch"]):
+                batch = asked[start : start + options["prompts_per_batch"]]
+                rows = maker.rows(batch, start, counts)
+                file.append(rows, {"prompts": start + len(batch), "counts": counts})
+                show(start + len(batch), f"{counts['pairs']} pairs")
+        file.finish()
+    counted = {name: counts[name] for name in ("pairs", *COUNTED)}
+    found = {"prompts": len(asked), "repeated": prompts.repeated, "bad_rows": prompts.bad_rows, **left, **counted}
+    _tell(found, out, console)
+    return {"out": str(out), **found, "resumed": file.is_resumed}
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the rows of a batch of prompts. `origin` is the part of their provenance that all rows share."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    rank: Rank
+    plan: Plan
+    options: Options
+    origin: Mapping[str, Any]
+
+    def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[dict[str, Any]]:
+        """The rows of the pairs of these prompts, of which the first is number `start`; `counts` grows by what was met."""
+        options, dtype = self.options, getattr(torch, self.plan.dtype)
+        sampling = Sampling(options["max_new_tokens"], float(options["temperature"]), float(options["top_p"]))
+        # As many bits as torch takes, from words that Python hashes alike everywhere: batches of other seeds share nothing.
+        torch.manual_seed(random.Random(f"{self.plan.config.seed}/{start}").getrandbits(63))
+        try:
+            made = generate(self.model, self.tokenizer, [ids for _, ids in batch], sampling, dtype, options["responses"])
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = f"{len(batch)} prompts with {options['responses']} responses each are out of memory"
+            fix = 'lower "prompts_per_batch", "responses" or "max_new_tokens" in "augment"'
+            raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
+        rows = []
+        for (question, _), answers in zip(batch, made, strict=True):
+            counts["unanswered"] += answers[0].is_missing
+            usable = _usable(answers, options["min_tokens"], counts)
+            scores = self.rank(question, usable)
+            pairs = best_pairs(usable, scores, options["pairs_per_prompt"], options["min_distance"])
+            counts["pairs"] += len(pairs)
+            counts["without_pair"] += not pairs
+            rows += [self._row(question, usable[pair.chosen], usable[pair.rejected], pair.scores) for pair in pairs]
+        return rows
+
+    def _row(self, question: Question, chosen: Answer, rejected: Answer, scores: tuple[float, float]) -> dict[str, Any]:
+        pair = question.with_answers(chosen.text, rejected.text)
+        tools = {"tools": [dict(tool) for tool in pair.tools]} if pair.tools else {}
+        own = {
+            "scores": scores,
+            "tokens": (chosen.tokens, rejected.tokens),
+            "rejected_finished": rejected.finished,
+            "source": f"{Path(question.file).name}:{question.line}",
+        }
+        row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, **tools}
+        return {**row, "provenance": {**self.origin, **own}}
+
+
+def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) -> list[Answer]:
+    """The different answers that say something; the others are counted."""
+    kept: dict[str, Answer] = {}
+    for answer in (answer for answer in answers if not answer.is_missing):
+        counts["responses"] += 1
+        counts["unfinished"] += not answer.finished
+        if not answer.text or "\0" in answer.text:  # a NUL, which no row may hold
+            counts["empty"] += 1
+        elif answer.tokens < min_tokens:
+            counts["short"] += 1
+        elif plain(answer.text) in kept:
+            counts["identical"] += 1
+        else:
+            kept[plain(answer.text)] = answer
+    return list(kept.values())
+
+
+def _encoded(
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    plan: Plan,
+    options: Options,
+    token_rows: int | None,
+) -> tuple[list[tuple[Question, list[int]]], dict[str, int]]:
+    """Each question with its token ids as training will see them, cut so that an answer has room; and what that cost."""
+    room = plan.config.max_seq_length - options["max_new_tokens"]
+    pairs = [question.with_answers("A", "B") for question in questions]  # whose answers are no matter
+    (encoded,) = encode_all([pairs], tokenizer, plan.config.use_chat_template, room, token_rows).require().sides
+    kept = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
+    left = {"cut": sum(pair.is_cut for _, pair in kept), "too_long": len(questions) - len(kept)}
+    return [(question, pair.prompt_ids) for question, pair in kept], left
+
+
+def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> dict[str, Any]:
+    """What made the rows: the model, the rule, how was sampled, and by which version."""
+    rank = options["rank"]
+    own = {
+        name: _identity(options[name], None) if name == "reward_model" else options[name] for name in RANK_PARTS.get(rank, ())
+    }
+    return {
+        "model": _identity(plan.config.model_name, getattr(model.config, "_commit_hash", None)),
+        "rule": {"rank": rank, **own, "min_tokens": options["min_tokens"], "min_distance": options["min_distance"]},
+        "sampling": {name: options[name] for name in ("responses", "max_new_tokens", "temperature", "top_p")},
+        "seed": plan.config.seed,
+        "dpo": dpo_cli.__version__,
+    }
+
+
+def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides what the file holds."""
+    config = plan.config
+    shared = {name: getattr(config, name) for name in DECIDING}
+    return {
+        **shared,
+        "dtype": plan.dtype,
+        "augment": {**options, "rank": origin["rule"]},
+        "model": origin["model"],
+        "below": [*chain_of(config.model_name).values(), *settings_of(config.model_name).values()],
+        "prompts": prompts.sha256,
+        "dpo": origin["dpo"],
+    }
+
+
+def _identity(name: str, revision: str | None) -> dict[str, Any]:
+    """A model by its name, without the folder of a local one, and a hash of its own weights or the hub's commit."""
+    adapter = adapter_at(name)
+    place = adapter.directory if adapter else Path(model_of(name))
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) if place.is_dir() else []
+    digests = [sha256(file) for file in files]
+    if not digests:
+        return {"name": name, "revision": revision}
+    whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"name": Path(name).name, "sha256": whole}
+
+
+def _tell(found: Mapping[str, int], out: Path, console: Console) -> None:
+    """The counts at the end; of what did not happen, nothing."""
+    told = {
+        "repeated": "rows repeat an earlier prompt",
+        "bad_rows": "rows are no prompts, left out",
+        "cut": "prompts lost their beginning, so that an answer fits max_seq_length",
+        "too_long": "prompts left no room for an answer in max_seq_length, left out",
+        **COUNTED,
+    }
+    for name, words in told.items():
+        if found[name]:
+            console.line(f"{found[name]} {words}")
+    console.line(f"{out}: {found['pairs']} pairs of {found['prompts'] - found['without_pair']} prompts")

@@ -1,0 +1,40 @@
+"""The story of `dpo eval`: open, load, judge, put before people."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from dpo_cli.commands.eval_request import Request
+from dpo_cli.evaluation.evaluation import ANSWERS, ROW_BY_ROW, answered, judge, measure
+from dpo_cli.preferences.side_by_side import contest_of
+from dpo_cli.report.render import write_report
+from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run
+from dpo_cli.storage.log import log_to
+from dpo_cli.storage.run_directory import EVALUATION
+from dpo_cli.ui.console import Console
+
+SHOWN = 3  # prompts whose answers are printed
+
+
+def evaluate(asked: Request, console: Console) -> dict[str, Any]:
+    """Judge what was trained against its reference: what `eval --json` prints, without its thresholds."""
+    if asked.adapter is not None:
+        opened = open_adapter(asked.target, asked.adapter, asked.dataset, asked.overrides, console)
+    else:
+        opened = open_run(asked.target, asked.dataset, console, asked.overrides)
+    run = opened.run if isinstance(opened, OpenedRun) else None
+    contest = contest_of(asked.side_by_side, asked.by_judge, run, opened.plan, opened.rows) if run else None
+    with log_to(run.log) if run else nullcontext():
+        policy, plan = load_policy(opened, console)
+        samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.side_by_side or 0))
+        measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
+        judged = judge(opened.rows, measured, samples, plan)
+    is_as_trained = asked.dataset is None and not asked.overrides  # only such figures are the run's own
+    if run and is_as_trained and judged["policy"] is not None and not run.has(EVALUATION):
+        run.write_json(EVALUATION, judged)  # of a training that was stopped, which judges nothing
+        console.line(f"report: {write_report(run.path)}")  # which told of no figures
+    console.judgement(judged, judged["samples"][:SHOWN])
+    held = contest.hold(samples, console) if contest else None
+    told = {name: value for name, value in judged.items() if name not in ROW_BY_ROW}
+    return {**told, "side_by_side": held}

@@ -1,0 +1,236 @@
+"""From a run to a model that others can load: merged, judged again before anyone sees it, and only then in its place.
+
+run -> its own figures -> adapter merged into the unquantised base -> files -> the figures of what the files hold -> GGUF
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from dpo_cli.config.other_tools import fits
+from dpo_cli.errors import Exit, InvalidInput, Problem, RunFailed, UsageError
+from dpo_cli.evaluation.evaluation import score
+from dpo_cli.evaluation.metrics import Scores, figures
+from dpo_cli.hardware.machine import GIB
+from dpo_cli.models.shape import model_facts
+from dpo_cli.plan.plan import Plan
+from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.providers.loaded_tensors import merged
+from dpo_cli.providers.policy import TRAINED, Policy
+from dpo_cli.publish import gguf_export, upload
+from dpo_cli.publish.modelfile import modelfile
+from dpo_cli.runs.card import export_card
+from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
+from dpo_cli.scoring.forward import choose
+from dpo_cli.scoring.oom import free_memory
+from dpo_cli.storage.jsonio import json_text
+from dpo_cli.storage.log import log_to
+from dpo_cli.storage.redaction import redact, redacted
+from dpo_cli.storage.run_directory import CARD, PLAN, SUMMARY
+from dpo_cli.ui.console import Console
+
+FACTS, MODELFILE = "export.json", "Modelfile"
+# The figures that may not get worse, by strategy, and the direction that is worse.
+WATCHED = {"dpo": {"accuracy": -1, "margin": -1}, "sft": {"loss": 1}}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of `dpo export`."""
+
+    run: str
+    out: Path
+    dataset: str | None = None
+    gguf: gguf_export.Type | None = None
+    converter: Path | None = None
+    push: str | None = None
+
+
+def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
+    """Merge, judge, convert and publish: what export.json holds, and the exit code. Refused, it leaves nothing in `out`."""
+    converter = gguf_export.find_converter(asked.converter) if asked.gguf else None
+    if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
+        raise UsageError(f"{asked.out} exists already", "name a new folder with --out, or delete it")
+    if asked.push and not fits("hub_model_id", asked.push):
+        raise UsageError(f"--push {asked.push} is no hub repository", "write owner/name, with your name on the hub")
+    opened = open_run(asked.run, asked.dataset, console)
+    if not opened.rows:
+        message, fix = "the run held nothing out, so nobody could tell whether the merged model is as good", "--dataset FILE"
+        raise InvalidInput([Problem("error", "nothing-to-compare", message, f"judge it on other {opened.plan.noun}: {fix}")])
+    trained = as_trained(opened)
+    _require_space(asked, trained)
+    with log_to(opened.run.log), _staged(asked.out) as place:
+        own, plan = _own_scores(opened, console)
+        console.line(f"merging into the {trained.dtype} base")
+        _write_merged(opened, trained, place)
+        merged = _merged_scores(opened, plan, own, place, console)
+        made, judged = compare(opened, trained, own, merged)
+        console.comparison(made)
+        refused = [_worse(limit, trained) for limit in made["limits"] if not limit["ok"]]
+        if asked.gguf and converter and not refused:
+            made["gguf"], refused = _gguf(asked, asked.gguf, converter, opened, place, console)
+        if refused:
+            console.problems(refused)
+            return made, Exit.MISSED
+        counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
+        text = export_card(trained, asked.out.name, counts["train_pairs"], steps, judged, made)
+        (place / CARD).write_text(redact(text), encoding="utf-8")
+        (place / FACTS).write_text(json_text(redacted(made), indent=2) + "\n", encoding="utf-8")
+    console.line(f"exported to {asked.out}")
+    address = upload.push(asked.out, asked.push) if asked.push else None
+    if address:
+        console.line(f"uploaded to {address}")
+    return {**made, "out": str(asked.out), "address": address}, Exit.DONE
+
+
+def as_trained(opened: OpenedRun) -> Plan:
+    """The plan with the data and precision of the training, its base unquantised, and on the CPU, which has the most memory."""
+    then = opened.run.read_json(PLAN)["config"]
+    same = {name: then[name] for name in ("bf16", "fp16", "dataset", "strategy")}
+    config = replace(opened.plan.config, **same)
+    return replace(opened.plan, config=replace(config, use_4bit=False, use_8bit=False, device="cpu"))
+
+
+def _require_space(asked: Request, plan: Plan) -> None:
+    """`RunFailed` where the disk has no room for the model's files; a model of unknown shape may still fill it."""
+    facts = model_facts(plan.config.model_name)
+    if facts is None:
+        return
+    bytes_per_value = getattr(torch, plan.dtype).itemsize + (gguf_export.BYTES_PER_VALUE[asked.gguf] if asked.gguf else 0)
+    needed = facts.parameters * bytes_per_value
+    there = next(place for place in asked.out.absolute().parents if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        message = f"the export takes {needed / GIB:.1f} GB, and the disk of {there} has {free / GIB:.1f} free"
+        raise RunFailed(message, f"free {(needed - free) / GIB:.1f} GB there, or name a folder on another disk with --out")
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, which becomes `out` if export.json, the last file, is in it at the end; else it goes."""
+    place = out.with_name(f".{out.name}.part")
+    shutil.rmtree(place, ignore_errors=True)  # of an export that was killed
+    try:
+        place.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}", "name another folder with --out") from error
+    try:
+        yield place
+        if (place / FACTS).is_file():
+            place.replace(out)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _own_scores(opened: Opened, console: Console) -> tuple[Scores, Plan]:
+    """What the run's own policy, as it was trained, gives the rows; and the plan with how they were scored."""
+    policy, plan = load_policy(opened, console)
+    return score(policy, opened.rows, opened.tokenizer, plan), plan
+
+
+def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
+    """Write the whole model with its tokenizer, in the dtype of the training.
+
+    Loaded by transformers and PEFT alone, whatever the run's provider is; a base that is quantised in its own files is made
+    float first. Raises `InvalidInput` for an adapter that cannot be merged.
+    """
+    free_memory()
+    model: Any = HuggingFace(trained.config.model_name).trained(trained, opened.folder).model
+    if isinstance(model, PeftModel):
+        model = merged(model, TRAINED, trained.model_label, getattr(torch, trained.dtype))
+    model.to(getattr(torch, trained.dtype)).save_pretrained(str(place))
+    opened.tokenizer.save_pretrained(place)
+
+
+def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console: Console) -> Scores:
+    """What the model in `place`, read back, gives the rows, beside the reference of the run."""
+    free_memory()
+    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+    config = replace(plan.config, model_name=str(place), reference="base", use_4bit=False, use_8bit=False)
+    if plan.config.device == "cuda" and size > 0.8 * torch.cuda.mem_get_info()[0]:
+        console.line("note: the merged model is larger than the GPU's free memory, and is scored on the CPU, which takes long")
+        config = replace(config, device="cpu")
+    model = HuggingFace(str(place)).base_model(replace(plan, config=config)).eval()
+    scoring = choose(model, opened.rows, int(opened.tokenizer.pad_token_id), plan.config.prompt_sharing)
+    # It stands in for its own reference, whose log-probs are there already.
+    made = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))
+    return replace(own, policy=made.policy, policy_right=made.policy_right)
+
+
+def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What export.json holds of the merge, and the figures of the merged model for its card.
+
+    A watched figure may not leave the 95 % interval of the run's own on its bad side.
+    """
+    config, prompts = opened.plan.config, [row.row.prompt_key for row in opened.rows]
+    counts = {opened.plan.noun: len(opened.rows), "prompts": len(set(prompts))}
+    before, after = ({**counts, **figures(scores, prompts, config.beta)} for scores in (own, merged))
+    for group in before, after:
+        del group["policy"]["kl_token"]  # the merged one is not known
+    apart = np.abs(merged.policy - own.policy)
+    limits = [
+        limit(name, sign, before["policy"][name], after["policy"][name], counts["prompts"])
+        for name, sign in WATCHED[config.strategy].items()
+    ]
+    made = {
+        "run": str(opened.folder.parent.absolute()),
+        "model": trained.config.model_name,
+        "dtype": trained.dtype,
+        "trained_on": "4-bit" if config.use_4bit else "8-bit" if config.use_8bit else trained.dtype,
+        **counts,
+        "before": before["policy"],
+        "after": after["policy"],
+        "difference": {"mean": float(apart.mean()), "max": float(apart.max())},  # log-prob of a response, nats
+        "limits": limits,
+        "gguf": None,
+    }
+    return made, after
+
+
+def limit(name: str, worse: int, before: dict[str, float], after: dict[str, float], prompts: int) -> dict[str, Any]:
+    """A figure of the merged model beside the worst that it may be; `worse` is the sign of a change for the worse."""
+    limit = before["high" if worse > 0 else "low"]
+    if name == "accuracy" and before["low"] == before["value"]:
+        # Where every pair is right, so is every resample. With none wrong of n, 3/n is the end of a 95 % interval.
+        limit -= 3 / prompts
+    value = after["value"]
+    return {"metric": name, "before": before["value"], "limit": limit, "value": value, "ok": bool(worse * (value - limit) <= 0)}
+
+
+def _worse(limit: dict[str, Any], trained: Plan) -> Problem:
+    name, before, value = limit["metric"], limit["before"], limit["value"]
+    bound = "above" if name == "loss" else "below"
+    message = f"the merged model's {name} is {value:.3f}, {bound} the {limit['limit']:.3f} where"
+    message += f" the interval of the run's {before:.3f} ends"
+    fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or use the adapter as it is"
+    return Problem("error", "export-worse", message, fix)
+
+
+def _gguf(
+    asked: Request, kind: gguf_export.Type, converter: Path, opened: Opened, place: Path, console: Console
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Write the GGUF file and its Modelfile: what export.json says of them, and what stands in the way."""
+    file = place / f"{asked.out.name}.{kind.upper()}.gguf"
+    console.line(f"writing {file.name}")
+    free_memory()
+    gguf_export.convert(converter, place, file, kind, asked.out.name)
+    check = gguf_export.check(place, file, kind, opened.rows, opened.tokenizer)
+    text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
+    (place / MODELFILE).write_text(text, encoding="utf-8")
+    same = f"{check.same_argmax:.2%} of {check.positions} positions have the same most likely token"
+    console.line(f"{file.name}: {same} ({check.least_same:.1%} must); logits differ by {check.max_difference:.3g} at most")
+    if not has_template:
+        console.line("note: no TEMPLATE could be written into the Modelfile; Ollama takes the one of the GGUF file")
+    message = f"{file.name} answers otherwise than the merged model: {same}, and {check.least_same:.1%} is the least"
+    fix = "nothing was exported: take a finer type than that, or a newer converter"
+    refused = [] if check.ok else [Problem("error", "gguf-differs", message, fix)]
+    return {**check.to_json(), "modelfile_template": has_template}, refused

@@ -1,0 +1,91 @@
+"""What every command is run within: errors become messages and exit codes, and heavy libraries come late."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from typing import TextIO, cast
+
+import typer
+
+from dpo_cli.config.options import Config
+from dpo_cli.errors import DpoError, Exit, UsageError
+from dpo_cli.storage.hub import ask_nobody
+from dpo_cli.storage.redaction import Redacted
+from dpo_cli.ui.console import Console
+
+SHOWN = 80  # characters of a name that is too long
+
+
+@contextmanager
+def session(as_json: bool, debug: bool) -> Iterator[Console]:
+    """The console of one command; whatever is raised becomes a message and an exit code.
+
+    With `as_json` what libraries print goes to standard error too (trackio prints).
+    """
+    ask_nobody()
+    with redirect_stdout(cast(TextIO, Redacted(sys.stdout))), redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
+        console = Console(as_json)
+        with _told(console, debug), redirect_stdout(sys.stderr) if as_json else nullcontext():
+            _require_folder()
+            yield console
+
+
+@contextmanager
+def _told(console: Console, debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except KeyboardInterrupt as error:  # of a training that was asked to stop: with the code of the signal
+        stopped = DpoError("stopped", "`dpo train` goes on with --resume, `dpo augment` with the same command")
+        stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
+        console.error(stopped)
+        raise typer.Exit(int(stopped.exit_code)) from None
+    except Exception as error:  # a DpoError, or a fault of ours or of the machine: told, and the exit code says which
+        if debug:
+            traceback.print_exc()
+        told = error if isinstance(error, DpoError) else unexpected(error)
+        console.error(told)
+        raise typer.Exit(int(told.exit_code)) from error
+
+
+def _require_folder() -> None:
+    """`UsageError` where the current folder was deleted: no path is absolute in it."""
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the folder that this was started in is gone", "change to one that is there") from error
+
+
+def unexpected(error: Exception) -> DpoError:
+    if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
+        what = "the disk is full; what was written before is kept"
+        return DpoError(what, "free space where output_dir (or standard output) is, and start again")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UsageError(f"a name is too long for the file system: {str(error.filename)[:SHOWN]}...", "name a shorter path")
+    return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
+
+
+def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
+    """The module that trains (by these configs) and judges, imported late: it brings torch."""
+    # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
+    # a lone training nothing, and two at once much less: `make spin` prints both.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts: the card of the bill is that of the run
+    if devices := {config.device for config in configs if config.provider == "unsloth"}:  # it changes what is imported next
+        from dpo_cli.providers.unsloth_import import import_unsloth
+
+        import_unsloth(max(devices))  # stages on cpu and cuda: with its kernels
+    from dpo_cli.storage.log import hush
+
+    hush()
+    from dpo_cli.commands import train
+
+    return train

@@ -1,0 +1,297 @@
+"""The story of a run, top to bottom: config -> data -> plan -> provider -> trainer -> run directory. The only composer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_cli.config.config import Loaded
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
+from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figures, measure, score
+from dpo_cli.hardware.machine import Machine
+from dpo_cli.plan.feasibility import disk_problem, does_not_fit, out_of_memory
+from dpo_cli.plan.plan import Plan, Scoring, resolve
+from dpo_cli.plan.preflight import Inspection, step_problems
+from dpo_cli.plan.tokenized import Rows, first_row, prepare, show_plan, tell_scoring
+from dpo_cli.providers.base import Provider
+from dpo_cli.providers.policy import Policy
+from dpo_cli.providers.registry import PROVIDERS
+from dpo_cli.publish.upload import push
+from dpo_cli.report.render import write_report
+from dpo_cli.runs.card import card
+from dpo_cli.runs.manifest import manifest
+from dpo_cli.runs.resume import Begun, go_on, tell_on, told_how_to_go_on
+from dpo_cli.scoring.forward import choose
+from dpo_cli.scoring.oom import free_memory, is_out_of_memory
+from dpo_cli.storage.log import log_line, log_to
+from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, REPORT, SUMMARY, RunDirectory
+from dpo_cli.strategies import dpo, sft
+from dpo_cli.training.callbacks.checkpointing import Keep
+from dpo_cli.training.callbacks.early_stopping import StopEarly
+from dpo_cli.training.callbacks.health import Health
+from dpo_cli.training.callbacks.metrics_log import Record
+from dpo_cli.training.callbacks.signals import StopOnSignal
+from dpo_cli.training.trainer import save_trained
+from dpo_cli.ui.console import Console
+from dpo_cli.ui.live import LiveView
+
+START_ROWS = 4  # pairs on which the policy has to be its reference before the first step
+TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo.build_trainer, "sft": sft.build_trainer}
+
+
+def train(
+    loaded: Loaded,
+    inspection: Inspection,
+    machine: Machine,
+    console: Console,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    resume: bool = False,
+) -> tuple[dict[str, Any], Exit]:
+    """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
+
+    A line longer than other functions: it is the composer, and reads from top to bottom.
+    """
+    data, draft = inspection.require()
+    console.problems(inspection.problems)
+
+    provider = PROVIDERS[draft.config.provider](draft.config.model_name)
+    tokenizer = provider.tokenizer()
+    adapted = provider.adapted(draft)
+    tell, run, begun = tell_on(console), RunDirectory(draft.run_dir), None
+    with ExitStack() as held:
+        is_there = resume and run.path.is_dir()
+        if is_there:  # before the plan: what the run decided when it began is not decided by the memory that is free now
+            if not dry_run:
+                run = held.enter_context(_claimed(run.path, resume=True))
+            if (begun := Begun.find(run, tell)) is not None:
+                loaded = begun.as_decided(loaded, tell)
+        draft = replace(draft, day=loaded.day or draft.day)
+        loaded = replace(loaded, day=draft.day)
+        prepared = prepare(data, tokenizer, draft, provider.token_rows())
+        plan = resolve(loaded, machine, prepared.counts, is_resumed=begun is not None).with_adapted(adapted)
+        late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
+        console.problems(late)
+        show_plan(plan, console)
+        console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(prepared.train[0], tokenizer))
+        is_finished = begun is not None and begun.is_finished(plan)
+        if not is_finished:
+            _require_fit(plan, loaded, is_resumed=begun is not None)
+        if dry_run:
+            if begun is not None:
+                begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
+                tell("it is finished" if is_finished else f"it would go on from step {begun.step}")
+            return plan.to_json(), Exit.DONE
+
+        if not is_there:
+            run = held.enter_context(_claimed(run.path, overwrite))
+        if begun is None:
+            if resume:
+                tell("there is nothing to go on from: starting")
+            run.checkpoints.clear(with_damaged=not resume)
+            run.clear()
+        about = manifest(plan, machine, provider.local_dir)
+        if begun is not None:
+            begun.require_same(loaded, plan, about)
+            if is_finished:
+                return _finished(run, begun.left_out(plan), console)
+            about["resumed"] = go_on(run, begun, plan, about, tell)
+        found = {"problems": [problem.to_json() for problem in (*inspection.problems, *late)], "data": data.to_json()}
+        run.write_plan({**plan.to_json(), **found})
+        run.write_json(MANIFEST, about)
+        rows = Rows(prepared.train, prepared.held_out, tokenizer)
+        result = _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
+    free_memory()  # the trainer and its callbacks hold each other, and the model: a stage that follows needs its room
+    return result
+
+
+@contextmanager
+def _claimed(path: Path, overwrite: bool = False, resume: bool = False) -> Iterator[RunDirectory]:
+    """The run directory, locked; what cannot be written while the context lasts is told with how to go on."""
+    with RunDirectory.claim(path, overwrite, resume) as run, told_how_to_go_on(run):
+        yield run
+
+
+def _late_problems(plan: Plan, loaded: Loaded, inspection: Inspection) -> tuple[Problem, ...]:
+    """What is wrong with the number of steps only now that rows were left out; `InvalidInput` where it is an error."""
+    assert plan.counts is not None
+    known = {problem.code for problem in inspection.problems}
+    found = tuple(loaded.placed(one) for one in step_problems(plan, plan.counts.train_pairs) if one.code not in known)
+    if any(problem.severity == "error" for problem in found):
+        raise InvalidInput(found)
+    return found
+
+
+def _trained(
+    run: RunDirectory,
+    begun: Begun | None,
+    plan: Plan,
+    found: dict[str, Any],
+    provider: Provider,
+    rows: Rows,
+    loaded: Loaded,
+    machine: Machine,
+    console: Console,
+) -> tuple[dict[str, Any], Exit]:
+    """The story from the model on. Longer than other functions: it is told whole, in the order in which it happens."""
+    tokenizer, pad_token_id = rows.tokenizer, int(rows.tokenizer.pad_token_id)
+    view = LiveView(console, plan.total_steps, plan.predicted_gb)
+    with log_to(run.log), StopOnSignal() as stop, view:
+        base = provider.base_model(plan)
+        for note in provider.notes:
+            console.line(f"note: {note}")
+        with _fitting(plan, loaded):
+            wanted = begun.plan["scoring"]["shared"] if begun else plan.config.prompt_sharing
+            scoring = choose(base, rows.all, pad_token_id, wanted, provider.no_sharing)
+        scoring = Scoring(**begun.plan["scoring"]) if begun else scoring
+        plan = _settled(plan, scoring, loaded, machine, console, is_resumed=begun is not None)
+        view.predicted_gb = plan.predicted_gb
+        run.write_plan({**plan.to_json(), **found})
+        start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
+        frozen = None if plan.config.lora_r else provider.base_model(plan)
+        if frozen is not None:
+            choose(frozen, rows.all, pad_token_id, plan.scoring.shared)  # its attention then takes the same layout
+
+        measured: dict[int, Measured] = {}  # the last evaluation, by its step
+
+        def evaluate(policy: Policy) -> dict[str, float]:
+            measured.clear()
+            with stop.interruptible():
+                measured[trainer.state.global_step] = measure(policy, rows.held_out, tokenizer, plan)
+            return line_figures(measured[trainer.state.global_step], plan)
+
+        build = TRAINERS[plan.config.strategy]
+        trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen)
+        provider.ready(trainer.model, plan)
+        health = Health(plan, trainer.totals, view.note)
+        early = StopEarly(trainer.model, plan.config.early_stopping_patience)
+        record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see, early.see])
+        keep = Keep(run, trainer, health, early, stop)
+        for callback in (record, health, early, stop, keep):
+            trainer.add_callback(callback)
+        with _fitting(plan, loaded):
+            if begun is not None and begun.checkpoint is not None:
+                keep.go_back_to(begun.checkpoint)
+                if begun.asks_on(plan):
+                    health.forget_stops()
+                record.recall(run.read_lines())
+                view.recall(run.read_lines())
+                if keep.missed_evaluation:
+                    trainer.evaluate()
+            else:
+                run.try_to_write(partial(_save, trainer.model, tokenizer))
+                if plan.config.strategy == "dpo":
+                    health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
+            if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
+                keep.train()
+        seconds = time.monotonic() - keep.begun
+
+    status, code = _ending(stop, health)
+    early.put_best_back()
+    steps = trainer.state.global_step
+    summary: dict[str, Any] = {
+        "status": status,
+        "steps": steps,
+        "best_step": early.best_step or None,
+        "seconds": round(seconds, 3),
+        "train": record.last_train,
+        "eval": None,
+        "base": None,
+        "gain": None,
+        "memory": {"predicted_gb": plan.predicted_gb, "measured_gb": record.peak_gb},
+        "health": [event.to_json() for event in health.events],
+        "adapter_sha256": run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0),
+    }
+    run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
+    can_be_judged = not stop.received and health.can_be_judged
+    with log_to(run.log):
+        last = measured.get(early.best_step or steps)
+        judged = _judged(trainer.policy, rows.held_out if can_be_judged else [], tokenizer, plan, last)
+    summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
+    if judged["policy"] is not None:
+        run.write_json(EVALUATION, judged)
+    run.write_card(card(plan, steps, judged))
+    run.write_json(SUMMARY, summary)
+    if can_be_judged:
+        console.judgement(judged, [])
+    console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
+    console.line(f"report: {write_report(run.path)}")  # the last of a run's files, made of the others
+    if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
+        console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
+    return {**summary, "run_dir": str(run.path)}, code
+
+
+def _finished(run: RunDirectory, left_out: list[str], console: Console) -> tuple[dict[str, Any], Exit]:
+    """The figures of a run that is finished already."""
+    summary = run.read_json(SUMMARY)
+    if not run.has(REPORT):
+        write_report(run.path)
+    if run.has(EVALUATION):
+        console.judgement(run.read_json(EVALUATION), [])
+    if left_out:
+        console.line(f"note: a finished run takes no other {', '.join(left_out)} any more; `dpo eval` judges it anew")
+    console.line(f"{summary['status']} already, after step {summary['steps']}; {run.trained.name}: {run.trained}")
+    code = Exit.DONE if summary["status"] == "completed" else Exit.MISSED
+    return {**summary, "run_dir": str(run.path)}, code
+
+
+def _ending(stop: StopOnSignal, health: Health) -> tuple[str, Exit]:
+    """How a training ended: the status of metrics.json and the exit code."""
+    if stop.received:
+        return "interrupted", Exit[stop.received.name]
+    return ("unhealthy", Exit.MISSED) if health.stopped else ("completed", Exit.DONE)
+
+
+def _judged(
+    policy: Policy, rows: list[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan, last: Measured | None
+) -> dict[str, Any]:
+    """What evaluation.json holds; `last` is the evaluation of the last step, if there was one."""
+    if not rows:
+        return judge([], None, [], plan)
+    return judge(rows, last or measure(policy, rows, tokenizer, plan), answered(policy, tokenizer, rows, plan), plan)
+
+
+def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console, is_resumed: bool) -> Plan:
+    """The plan with what the loaded model decided: where prompts cannot be shared, micro-batches may have to be smaller."""
+    assert plan.counts is not None
+    settled = resolve(loaded, machine, plan.counts, scoring, is_resumed=is_resumed).with_adapted(plan.adapted)
+    tell_scoring(settled, console)
+    for note in settled.notes:
+        if note not in plan.notes:
+            console.line(f"note: {note}")
+    _require_fit(settled, loaded, is_resumed)
+    return settled
+
+
+@contextmanager
+def _fitting(plan: Plan, loaded: Loaded) -> Iterator[None]:
+    """What runs out of memory inside, with one pair at a time, is for the user to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFit([loaded.placed(out_of_memory(plan))]) from error
+
+
+def _require_fit(plan: Plan, loaded: Loaded, is_resumed: bool) -> None:
+    """`DoesNotFit` where memory or disk are too small. A run that was begun keeps its values: a larger device helps it."""
+    misfit, lack = does_not_fit(plan), disk_problem(plan)
+    if misfit is not None and is_resumed:
+        misfit = replace(misfit, fix=f"go on on a larger device, or start anew with --overwrite and other values: {misfit.fix}")
+    if misfits := [loaded.placed(found) for found in (misfit, lack) if found is not None]:
+        raise DoesNotFit(misfits)
+
+
+def _save(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    save_trained(model, place)
+    tokenizer.save_pretrained(place)

@@ -1,0 +1,263 @@
+"""Files of rows to `Pair`s, as a stream: every bad row is named, and none stops the reading.
+
+Memory does not grow with the file, but for a JSON list, which has no lines to read one by one.
+
+A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet; text also in gzip), a folder of such files, or a list of those with
+weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from dpo_cli.data import files, folders, hub_datasets
+from dpo_cli.data.column_use import Account
+from dpo_cli.data.columns import Columns
+from dpo_cli.data.comparisons import start_of
+from dpo_cli.data.file_faults import fault
+from dpo_cli.data.files import about_rows
+from dpo_cli.data.messages import BadRow
+from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
+from dpo_cli.errors import Problem, Severity
+
+TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
+SHOWN = 3  # of a group of bad rows, those whose own fault is told
+# What helps where no row can be deleted or left out.
+FIXES = {
+    "dataset-not-list": "write the rows between [ and ], with commas, or one a line into a file named .jsonl",
+    "row-not-gzip": "download the file, or pack it again",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, and how often each of its pairs is seen in an epoch of training; below 1, that share of them."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a pass over the sources found; `load` makes another that keeps the rows. `pairs` may count demonstrations."""
+
+    name: str
+    sources: tuple[Source, ...]
+    columns: Columns | None
+    rows: int = 0
+    pairs: int = 0
+    prompts: int = 0
+    problems: tuple[Problem, ...] = ()
+    key: str = "dataset"  # of the config, that names it
+    demonstrations: bool = False  # as sft reads rows
+    read_as: Mapping[str, Any] = field(default_factory=dict)  # what its columns are read as, and which are not read
+
+    def load(self) -> list[Row]:
+        """The usable rows in the order of their files, each as often as its weight says."""
+        return self.divided(lambda row: False)[0]
+
+    def divided(self, is_held_out: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
+        """The usable rows in the order of their files: (to train on, held out).
+
+        A pair of weight 2 is trained on twice, of weight 0.5 every second is; each held-out pair stands once, so that a weight
+        changes no figure of an evaluation.
+        """
+        kept: list[Row] = []
+        held_out: list[Row] = []
+        seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighed as a whole
+        for source in self.sources:
+            for row in stream([source], self.columns, self.demonstrations):
+                if isinstance(row, Bad):
+                    continue
+                if is_held_out(row):
+                    held_out.append(row)
+                else:
+                    before = _due(seen[source.weight], source.weight)
+                    seen[source.weight] += 1
+                    kept += [row] * (_due(seen[source.weight], source.weight) - before)
+        return kept, held_out
+
+    @property
+    def noun(self) -> str:
+        """What its rows are."""
+        return "demonstrations" if self.demonstrations else "pairs"
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}
+        return {**counts, "columns": dict(self.read_as)}
+
+
+def _due(pairs: int, weight: float) -> int:
+    """How many of so many pairs stand in an epoch; 10 of weight 0.1 are 1, although ten tenths add up to less."""
+    return math.floor(pairs * weight + 1e-9)
+
+
+def epoch_pairs(pairs: Mapping[str, int], sources: Sequence[Source]) -> int:
+    """How many pairs an epoch sees, of so many in each file; a file that is named twice is counted twice there."""
+    named, by_weight = Counter(source.path for source in sources), Counter[float]()
+    for source in sources:
+        by_weight[source.weight] += pairs.get(source.path, 0) // named[source.path]
+    return sum(_due(count, weight) for weight, count in by_weight.items())
+
+
+class Observer(Protocol):
+    """Looks at every usable row of a pass, and says at its end what it found."""
+
+    def see(self, row: Any, prompt_key: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A row that is no pair."""
+
+    file: str
+    line: int
+    code: str
+    reason: str
+    detail: str  # what is particular to this row
+
+
+def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, ...]:
+    """The files that a config's value names: a path or a list of paths and {"path", "weight"}; a folder is its files."""
+    return tuple(Source(file, weight) for path, weight in _entries(value) for file in _files(path))
+
+
+def _entries(value: str | Sequence[str | Mapping[str, Any]]) -> list[tuple[str, float]]:
+    """(path, weight) of each entry, its ~ expanded."""
+    entries = [value] if isinstance(value, str) else value
+    given = [(entry, 1.0) if isinstance(entry, str) else (entry["path"], entry.get("weight", 1.0)) for entry in entries]
+    return [(str(Path(path).expanduser()) if path.startswith("~/") else path, weight) for path, weight in given]
+
+
+def hub_ids(values: Mapping[str, Any]) -> list[str]:
+    """The datasets of a valid config that are on the hub."""
+    named = [values[key] for key in ("dataset", "eval_dataset") if values.get(key)]
+    return [path for value in named for path, _ in _entries(value) if hub_datasets.is_hub_id(path)]
+
+
+def holds_pairs(path: str) -> bool:
+    """Whether the first usable row of a dataset is a preference pair."""
+    return next((True for row in stream(sources_of(path)) if isinstance(row, Pair)), False)
+
+
+def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
+    """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
+    found = (fault(Path(source.path), key) for source in sources_of(value))
+    return [problem for problem in found if problem is not None]
+
+
+def read(
+    value: str | Sequence[str | Mapping[str, Any]],
+    skip: bool = False,
+    key: str = "dataset",
+    columns: Columns | None = None,
+    observers: Sequence[Observer] = (),
+    demonstrations: bool = False,
+) -> Dataset:
+    """One pass over what `key` of a config names. Problems are returned, never raised; bad rows are warnings with `skip`.
+
+    A problem of a file as a whole has no place: it belongs to the config that names it. With `demonstrations` the rows are
+    those of sft.
+    """
+    sources = sources_of(value)
+    name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
+    data = Dataset(name, sources, columns, key=key, demonstrations=demonstrations)
+    whole = unreadable(value, key)
+    readable = [source for source in sources if fault(Path(source.path), key) is None]
+    bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first such rows, with their places
+    account = Account(columns or {}, demonstrations)
+    prompts: set[int] = set()
+    rows = pairs = 0
+    for read_as in _rows(readable, columns, demonstrations):
+        rows += 1
+        if isinstance(read_as, Bad):  # kept, so that one pass names them all
+            kind = (read_as.file, read_as.code, read_as.reason)
+            bad[kind].append(read_as.line)
+            if read_as.detail and len(details[kind]) < SHOWN:
+                details[kind].setdefault(read_as.detail, read_as.line)
+            continue
+        account.see(read_as)
+        pairs += len(read_as.rows)
+        for row in read_as.rows:
+            prompt_key = row.prompt_key
+            prompts.add(hash(prompt_key))
+            for observer in observers:
+                observer.see(row, prompt_key)
+    problems = [*whole]
+    for (file, code, reason), lines in bad.items():
+        left_out = skip or code == TIE
+        severity: Severity = "warning" if left_out else "error"
+        fix = "left out of the training" if left_out else 'correct or delete what is named, or set "on_bad_rows": "skip"'
+        examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in details[file, code, reason].items()]
+        reason += f" ({'; '.join(examples)})" if examples else ""
+        problems.append(about_rows(severity, code, reason, FIXES.get(code, fix), key, file, lines))
+    if not pairs and readable and not any(problem.severity == "error" for problem in problems):
+        problems.append(Problem("error", "dataset-empty", f"{name} holds no usable row", f"add {data.noun}", key, name))
+    problems += account.problems(key) if pairs else []
+    problems += _choices(value, key)
+    for says, count in account.shapes.items():
+        fix = 'say what the columns are called with "columns" if that is not meant'
+        problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
+    said = account.to_json()
+    return replace(data, rows=rows, pairs=pairs, prompts=len(prompts), problems=tuple(problems), read_as=said)
+
+
+def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrations: bool = False) -> Iterator[Row | Bad]:
+    """The pairs (or demonstrations) of the sources one after the other, and the rows that are none."""
+    for row in _rows(sources, columns, demonstrations):
+        if isinstance(row, Bad):
+            yield row
+        else:
+            yield from row.rows
+
+
+def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bool) -> Iterator[Read | Bad]:
+    for source in sources:
+        known = _with_start(source.path, columns or {})
+        read_one = partial(read_row, file=source.path, columns=known, demonstrations=demonstrations)
+        for line, row in files.read_rows(source.path, read_one):
+            yield Bad(source.path, line, row.code, row.reason, row.detail) if isinstance(row, BadRow) else row
+
+
+def _with_start(path: str, columns: Columns) -> Columns:
+    """`columns` with the number that means the first response, which only all labels of a file together tell."""
+    if "labels" in columns:
+        return columns
+    rows = files.read_rows(path, lambda row, _: counted(row, columns))
+    layouts = (row for _, row in rows if not isinstance(row, BadRow))  # reported when the rows are read
+    first = next(layouts, None)
+    if first is None:
+        return columns
+    start = start_of([first, *(layout for layout in layouts if layout is not None)])
+    return columns if start is None else {**columns, "start": start}
+
+
+def _files(path: str) -> list[str]:
+    """The files of a folder in the order of their names, or of a dataset of the hub; a file itself."""
+    if hub_datasets.is_hub_id(path):
+        return hub_datasets.cached(path)[1] or [path]
+    content = folders.choice(path)
+    return [str(file) for file in content.files] if content is not None and content.files else [path]
+
+
+def _choices(value: str | Sequence[str | Mapping[str, Any]], key: str) -> Iterator[Problem]:
+    """Hints that say which files of a hub dataset or a folder are read."""
+    for path, _ in _entries(value):
+        if hub_datasets.is_hub_id(path):
+            split, its_files = hub_datasets.cached(path)
+            if its_files:
+                message = f"{path} is read from its split {split}: {len(its_files)} {folders.kind(its_files[0])} files"
+                yield Problem("hint", "hub-split", message, f'"{path.partition(":")[0]}:SPLIT" names another', key)
+        elif (content := folders.choice(path)) is not None and content.files:
+            read = folders.shown([file.name for file in content.files])
+            rest = f"; not read: {folders.shown(content.others)}" if content.others else ""
+            message = f"files of {path} that are read ({len(content.files)}): {read}{rest}"
+            fix = 'name a file, a list of files, or "FOLDER:SPLIT" (the split as in the names of its files) for others'
+            yield Problem("hint", "folder-files", message, fix, key)

@@ -1,0 +1,139 @@
+"""Why a file or folder cannot be read at all: it is not there, it is packed, it is of another kind; and what to do then."""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import os
+import shlex
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from dpo_cli.data import folders, hub_datasets
+from dpo_cli.data.files import DAMAGED, GZIPPED, READERS, opened
+from dpo_cli.errors import Problem
+
+GIT_LFS = b"version https://git-lfs.github.com/spec/"
+# What unpacks the files that start so; gzip is unpacked here, but for that of other files than text.
+UNPACK = {
+    GZIPPED: "gunzip",
+    b"PK\x03\x04": "unzip",
+    b"\x28\xb5\x2f\xfd": "zstd -d",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "xz -d",
+}
+PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz")
+JSONL = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object a line'
+
+
+def fault(path: Path, key: str, readable: Collection[str] = tuple(READERS)) -> Problem | None:
+    """Why a file or folder that `key` of a config names cannot be read at all; `readable` are the suffixes that are read."""
+    if (content := folders.choice(str(path))) is not None:
+        found = _fault_of_folder(path, content)
+    else:
+        found = _fault_of_file(path, readable) if os.path.exists(path) else _fault_of_name(path, key)
+    return found and replace(found, key=key)
+
+
+def _error(code: str, message: str, fix: str) -> Problem:
+    return Problem("error", code, message, fix)
+
+
+def _fault_of_name(path: Path, key: str) -> Problem:
+    """Of a path that is not there, which may be a dataset of the hub."""
+    repository, _, wanted = str(path).partition(":")
+    if hub_datasets.is_hub_id(str(path)) and (splits := hub_datasets.splits(repository)):
+        return _split_fault(repository, wanted, list(splits), f"{repository}:SPLIT")
+    if hub_datasets.is_hub_id(str(path)):
+        message = f"{path} is not here yet: `dpo train` asks the hub for it"
+        fix = f"`hf download --repo-type dataset {repository}` fetches it now; a local file has a suffix"
+        return Problem("warning", "dataset-on-hub", message, fix)
+    siblings = [file.name for file in path.parent.iterdir()] if os.path.exists(path.parent) and path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, 1, cutoff=0.75)
+    fix = f"did you mean {path.parent / near[0]}?" if near else f'check the path in "{key}"'
+    return _error("dataset-missing", f"there is no file {path}", fix)
+
+
+def _split_fault(name: str, wanted: str, splits: Sequence[str], form: str) -> Problem:
+    what = f"has no split {wanted}" if wanted else f"has several splits to train on: {folders.shown(splits)}"
+    return _error("dataset-split", f"{name} {what}", f'write "{form}" with one of {", ".join(splits)}')
+
+
+def _fault_of_folder(path: Path, content: folders.Choice) -> Problem | None:
+    if content.files:
+        return None
+    if content.splits:
+        folder, _, wanted = (str(path), "", "") if path.is_dir() else str(path).rpartition(":")
+        return _split_fault(folder, wanted, content.splits, f"{folder}:SPLIT")
+    if folders.was_saved_to_disk(path):
+        splits = folders.to_train_on(file.name for file in sorted(path.iterdir()) if (file / "state.json").is_file())
+        loaded = f"load_from_disk({str(path)!r})" + (f"[{splits[0]!r}]" if splits else "")
+        code = f"from datasets import load_from_disk; {loaded}.to_parquet({f'{path}.parquet'!r})"
+        return _arrow(f"{path} was written by save_to_disk", code, f"{path}.parquet")
+    if arrows := [name for name in content.others if name.endswith(".arrow")]:
+        return _fault_of_file(path / arrows[0], ())
+    inner = [name for name in content.others if name.endswith("/")]
+    fix = f"name one of its folders ({folders.shown(inner)})" if inner else JSONL
+    return _error("dataset-format", f"{path} holds no {', '.join(READERS)} file", fix)
+
+
+def _arrow(what: str, code: str, written: str) -> Problem:
+    return _error(
+        "dataset-arrow", f"{what}, in Arrow files, which are not read", f'name {written}, which `python -c "{code}"` writes'
+    )
+
+
+def _fault_of_file(path: Path, readable: Collection[str]) -> Problem | None:
+    """Of a path that is there."""
+    if not path.is_file():  # a folder called so, or a pipe, which could not be read twice
+        return _error("dataset-unreadable", f"{path} is not a file", "name a readable file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(GIT_LFS))
+    except OSError as error:
+        return _error("dataset-unreadable", f"cannot read {path}: {error.strerror}", "name a readable file")
+    if start == GIT_LFS:
+        fix = f"`git lfs pull` in {path.parent} fetches the data"
+        return _error("dataset-pointer", f"{path} is a Git LFS pointer, not the data", fix)
+    kind = folders.kind(path)
+    if (unpacking := _unpacking(path, start, readable)) is not None:
+        return _error("dataset-packed", f"{path} is packed", unpacking)
+    if path.suffix.lower() == ".arrow":
+        target = str(path.with_suffix(".parquet"))
+        code = f"from datasets import Dataset; Dataset.from_file({str(path)!r}).to_parquet({target!r})"
+        return _arrow(f"{path} is a file of the library datasets", code, target)
+    if kind not in readable:
+        return _error("dataset-format", f"{path} is not a {', '.join(readable)} file", JSONL)
+    if kind == ".parquet":
+        damaged = not start.startswith(b"PAR1")
+        return _error("dataset-damaged", f"{path} is not a Parquet file", "download or write it again") if damaged else None
+    if _unpacked_start(path)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return _error("dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
+    return None
+
+
+def _unpacking(path: Path, start: bytes, readable: Collection[str]) -> str | None:
+    """What to do with a packed file that is not unpacked while it is read; None for all other files."""
+    name, kind, suffix = shlex.quote(str(path)), folders.kind(path), path.suffix.lower()
+    if ".tar" in path.suffixes[-2:] or suffix == ".tgz":
+        return f"`tar -xf {name}` unpacks it: name a file that is in it"
+    command = next((command for magic, command in UNPACK.items() if start.startswith(magic)), None)
+    if command is None or (suffix not in PACKED and kind not in readable):  # a spreadsheet is a zip file too
+        return None
+    if command == "gunzip" and kind != ".parquet" and kind in readable:
+        return None
+    if command == "gunzip" and not kind:
+        return f"call it by what is in it, for example {path.stem}.jsonl.gz"
+    if command == "unzip":
+        return f"`unzip {name}` unpacks it: name a file that is in it"
+    target = path.with_suffix("") if suffix in PACKED else path.with_name(f"unpacked-{path.name}")
+    return f"`{command} < {name} > {shlex.quote(str(target))}` unpacks it: name {target}"
+
+
+def _unpacked_start(path: Path) -> bytes:
+    try:
+        with opened(str(path)) as file:
+            return file.read(4)
+    except DAMAGED:  # which the rows of the file tell
+        return b""

@@ -1,0 +1,97 @@
+"""Near duplicates among pairs: MinHash signatures from rensa propose, RapidFuzz confirms.
+
+A signature has 6 bands of 4 values; two pairs are compared when they have a band in common, which happens with probability
+1 - (1 - s^4)^6 for pairs whose sets overlap by s (Jaccard): 0.998 at 0.9, 0.05 at 0.3 (Leskovec, Rajaraman and Ullman, Mining
+of Massive Datasets, section 3.4). The sets are of words with the word after each, since words alone are the same everywhere.
+Per pair 56 bytes and a hash are kept, and the texts of those that are compared are read again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from itertools import pairwise
+
+from rapidfuzz import fuzz, utils
+from rensa import RMinHash
+
+from dpo_cli.data.dataset import Dataset, stream
+from dpo_cli.data.findings import COMPARED, Finding, Limits, Seen
+from dpo_cli.data.rows import Pair
+from dpo_cli.errors import Problem
+
+BANDS, ROWS = 6, 4
+CHUNK_WORDS = 200_000  # signatures are made for about so many words at once
+MOST_COMPARED = 50_000  # candidates beyond these are not read again: a set with so many was made from a template
+
+
+class NearDuplicates(Finding):
+    """Pairs that are nearly the same as an earlier one in each of their texts; exact copies are for `SeenBefore`."""
+
+    code = "near-duplicates"
+    reason = "nearly the same as an earlier pair"
+    fix = "keep one of each, or the model sees the same thing again and again"
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self.words: list[list[str]] = []  # of the pairs whose signatures are still to be made
+        self.bands = array("q")  # BANDS hashes a pair
+        self.numbers = array("q")  # of those pairs in the pass; exact copies have none
+        self.known: set[int] = set()
+        self.count = self.waiting = 0
+
+    def see(self, seen: Seen) -> None:
+        texts = _texts(seen)
+        self.count += 1
+        if (key := hash(seen.same)) in self.known:
+            return
+        self.known.add(key)
+        words = " ".join(texts).split()
+        self.words.append([f"{one} {other}" for one, other in pairwise(words)] or words)
+        self.numbers.append(self.count - 1)
+        self.waiting += len(words)
+        if self.waiting > CHUNK_WORDS:
+            self._sign()
+
+    def problems(self, data: Dataset) -> Iterator[Problem]:
+        self._sign()
+        candidates = self._candidates()
+        texts = self._read_again(data, {index for both in candidates for index in both})
+        for index, earlier in sorted(candidates):
+            (pair, mine), (first, before) = texts[index], texts[earlier]
+            limit = self.limits["near_duplicate"]
+            near = all(fuzz.ratio(one, other, score_cutoff=limit) > 0 for one, other in zip(mine, before, strict=True))
+            if near and (not self.rows[pair.file] or self.rows[pair.file][-1] != pair.line):
+                self.note(pair, (first.file, first.line))
+        self.rows = {file: lines for file, lines in self.rows.items() if lines}
+        yield from super().problems(data)
+
+    def _sign(self) -> None:
+        if self.words:
+            for signature in RMinHash.digest_matrix_from_token_sets(self.words, BANDS * ROWS, 1).to_rows():
+                self.bands.extend(hash(tuple(signature[start : start + ROWS])) for start in range(0, BANDS * ROWS, ROWS))
+            self.words.clear()
+            self.waiting = 0
+
+    def _candidates(self) -> set[tuple[int, int]]:
+        """(pair, first pair with the same band), by their numbers in the pass."""
+        found: set[tuple[int, int]] = set()
+        for band in range(BANDS):
+            first: dict[int, int] = {}
+            for index, value in enumerate(self.bands[band::BANDS]):
+                if (earlier := first.setdefault(value, index)) != index and len(found) < MOST_COMPARED:
+                    found.add((self.numbers[index], self.numbers[earlier]))
+        return found
+
+    def _read_again(self, data: Dataset, wanted: set[int]) -> dict[int, tuple[Pair, tuple[str, str, str]]]:
+        """The pairs with these numbers and their texts, from another pass over the files."""
+        if not wanted:
+            return {}
+        pairs = (row for row in stream(data.sources, data.columns) if isinstance(row, Pair))
+        chosen = ((index, pair) for index, pair in enumerate(pairs) if index in wanted)
+        return {index: (pair, _texts(Seen.of(pair, ""))) for index, pair in chosen}
+
+
+def _texts(seen: Seen) -> tuple[str, str, str]:
+    prompt, chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.prompt, seen.chosen, seen.rejected))
+    return prompt, chosen, rejected

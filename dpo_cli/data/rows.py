@@ -1,0 +1,343 @@
+"""Rows to `Pair`s, `Demonstration`s and `Question`s: what each has to be, and the faults that it may have.
+
+How rows are written is in row_shapes.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dpo_cli.data.annotation_exports import Export, export_of
+from dpo_cli.data.columns import (
+    COMPLETIONS,
+    CONVERSATIONS,
+    Columns,
+    answered,
+    asked,
+    system_column,
+    tools_column,
+    with_history,
+)
+from dpo_cli.data.comparisons import Layout, layout_of
+from dpo_cli.data.messages import (
+    BadRow,
+    Text,
+    answer_to,
+    as_messages,
+    flat,
+    from_last_turn,
+    looks,
+    sound,
+    system_of,
+    text_of,
+    tools_of,
+    turns_of,
+)
+from dpo_cli.data.row_shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
+
+Written = Mapping[str, Any]  # a row of a file
+ALWAYS = {"category": "category", "history": "earlier turns"}  # of every shape
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One prompt with its chosen and rejected response; all three strings, or all three lists of messages.
+
+    `line` is the physical line of `file` it stands on, from 1 (in Parquet, which has no lines, the number of the row).
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    line: int
+    file: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()  # for the chat template
+    category: str = ""  # by which figures are told apart
+
+    @property
+    def responses(self) -> tuple[Text, ...]:
+        return self.chosen, self.rejected
+
+    def as_turns(self) -> Pair:
+        """The pair in messages where its prompt is a transcript; else itself."""
+        if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
+            return self
+        return replace(
+            self, prompt=turns, chosen=answer_to(self.prompt, self.chosen), rejected=answer_to(self.prompt, self.rejected)
+        )
+
+    @property
+    def prompt_key(self) -> str:
+        """The same for two pairs exactly when their prompts are: a text and that text as the only message are one prompt."""
+        return _key(self.prompt, self.tools)
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """What sft trains on: a prompt and its completion, both strings or both lists of messages; places as in `Pair`.
+
+    A text as a whole is a completion to an empty prompt, and so is what an assistant says unasked.
+    """
+
+    prompt: Text
+    completion: Text
+    line: int
+    file: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    category: str = ""
+
+    @property
+    def responses(self) -> tuple[Text, ...]:
+        return (self.completion,)
+
+    def as_turns(self) -> Demonstration:
+        """As of a pair."""
+        if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
+            return self
+        return replace(self, prompt=turns, completion=answer_to(self.prompt, self.completion))
+
+    @property
+    def prompt_key(self) -> str:
+        """As of a pair; what has no prompt is told apart by its text."""
+        return _key(self.prompt or self.completion, self.tools)
+
+
+Row = Pair | Demonstration
+
+
+def _key(prompt: Any, tools: tuple[Mapping[str, Any], ...]) -> str:
+    if isinstance(prompt, list):
+        prompt = [[message["role"], message["content"], *map(str, message.get("tool_calls") or ())] for message in prompt]
+        prompt = prompt[0][1] if len(prompt) == 1 and prompt[0][0] == "user" else prompt
+    return json.dumps([prompt, list(map(str, tools))] if tools else prompt, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt to answer, and an answer to compare with where its row has one; places and tools as in `Pair`."""
+
+    prompt: Text
+    reference: str | None
+    line: int
+    file: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def with_answers(self, chosen: str, rejected: str) -> Pair:
+        """The question as a pair: answers to messages are messages."""
+        one, other = ((answer_to(self.prompt, text) if isinstance(self.prompt, list) else text) for text in (chosen, rejected))
+        return Pair(self.prompt, one, other, self.line, self.file, self.tools)
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a row of a file was read as: its pairs or its demonstration, and how."""
+
+    rows: tuple[Row, ...]
+    says: str | None
+    written: Written  # the row under our names, an export as a flat row
+    first: Written  # its first pair as documented
+    reads: Callable[[], Mapping[str, str]]  # columns, and what each is read as
+    origin: Mapping[str, str] = field(default_factory=dict)  # of the columns of an export
+
+
+def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
+    """A parsed row as it is read, or `BadRow`. A demonstration of a row with several responses is the best one."""
+    columns = columns or {}
+    if demonstrations and (shown := _shown(renamed(row, columns), line, file, "text" in columns)) is not None:
+        return shown
+    try:
+        shape, written, export = _shape_of(row, columns)
+    except BadRow as error:
+        if demonstrations and error.code == "row-missing-key":
+            found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
+            reason = "neither messages, nor prompt and completion, nor text"
+            raise BadRow("row-missing-key", reason, f"which has {found}") from error
+        raise
+    documented = [*shape.rows(written)]
+    pairs = [pair_of(each, line, file) for each in documented]
+    says = f"{export.tool}, {shape.says}" if export is not None and shape.says else shape.says
+    origin = (export.origin if export is not None else None) or {}
+    rows: tuple[Row, ...] = tuple(pairs)
+    if demonstrations:
+        best = pairs[0]
+        rows = (Demonstration(best.prompt, best.chosen, line, file, best.tools, best.category),)
+    return Read(rows, says, written, documented[0], lambda: {**_common(written), **shape.reads(written)}, origin)
+
+
+def _shape_of(row: Any, columns: Columns) -> tuple[Shape, Written, Export | None]:
+    """The shape of a parsed row, the row under the names of the shape, and the export that it is; or `BadRow`."""
+    written, export, columns = _flat(row, columns)
+    shape = fitting(written, columns, export.answers if export is not None else ())
+    if shape is not None:
+        return shape, written, export
+    missing = [columns.get(key, key) for key in KEYS if key not in written]
+    found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
+    reason = f"no {' and no '.join(missing)}"
+    raise BadRow("row-missing-key", reason, f'which has {found}; "columns" can say what they are called')
+
+
+def _flat(row: Any, columns: Columns) -> tuple[Written, Export | None, Columns]:
+    """The row under our names, the export that it is, and the columns, with the responses that an export says it compares."""
+    written = renamed(row, columns)
+    export = export_of(written) if answered(written) is None else None
+    if export is None:
+        return written, None, columns
+    stated = {"responses": list(export.responses)} if export.responses else {}
+    return renamed(export.row, columns), export, {**stated, **columns}
+
+
+def counted(row: Any, columns: Columns) -> tuple[Layout, Written] | None:
+    """The comparison of a parsed row whose labels may count from 0 or from 1; None where it is something else."""
+    row, export, stated = _flat(row, columns)
+    if shape_of(row, stated) is not None:
+        return None
+    layout = layout_of(row, stated, export.answers if export is not None else ())
+    return (layout, row) if layout is not None and layout.counts else None
+
+
+def to_pairs(row: Any, line: int, file: str = "", columns: Columns | None = None) -> tuple[Pair, ...]:
+    """A parsed row to its pairs, or `BadRow`."""
+    return read_row(row, line, file, columns).rows  # type: ignore[return-value]
+
+
+def to_pair(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Pair:
+    """A parsed row to its first pair, or `BadRow`."""
+    return to_pairs(row, line, file, columns)[0]
+
+
+def pair_of(row: Written, line: int, file: str) -> Pair:
+    """A row as documented to a pair, or `BadRow`."""
+    prompt, chosen, rejected = (text_of(row[key], key) for key in KEYS)
+    prompt, (chosen, rejected) = from_last_turn(prompt, {"chosen": chosen, "rejected": rejected})
+    prompt = _after_start(prompt, row)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
+    if isinstance(prompt, str) != isinstance(chosen, str):  # one of them in messages: then all are
+        prompt, chosen, rejected = (
+            as_messages(prompt, "user"),
+            answer_to(prompt, chosen),
+            answer_to(prompt, rejected),
+        )
+    if chosen == rejected or looks(chosen) == looks(rejected):
+        raise BadRow("row-identical", "chosen and rejected are identical")
+    if isinstance(prompt, list):
+        _check_roles(prompt, {"chosen": chosen, "rejected": rejected})
+    return Pair(prompt, chosen, rejected, line, file, _tools(row), _category(row))
+
+
+def to_demonstration(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Demonstration:
+    """A parsed row of an sft set to a demonstration, or `BadRow`: messages, prompt + completion, text, or a pair's chosen."""
+    return read_row(row, line, file, columns, demonstrations=True).rows[0]  # type: ignore[return-value]
+
+
+def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
+    """A row that is a demonstration; None of another row. `is_text`: "columns" names a text."""
+    learned = _learned(row, is_text)
+    if learned is None:
+        return None
+    asking, answer, reads = learned
+    tools, category = _tools(row), _category(row)
+    if "text" in reads:
+        shown = Demonstration("", sound(answer, "text"), line, file, category=category)
+        return Read((shown,), None, row, row, lambda: {"category": "category", **reads})
+    completion = text_of(answer, "completion")
+    prompt, (completion,) = from_last_turn(text_of(asking, "prompt") if asking else [], {"completion": completion})
+    prompt = _after_start(prompt, row)
+    if isinstance(prompt, str) != isinstance(completion, str):
+        prompt, completion = as_messages(prompt, "user"), answer_to(prompt, completion)
+    if isinstance(completion, list) and "completion" in reads.values():
+        _check_roles(prompt, {"completion": completion})
+    taken = next(name for name, meaning in reads.items() if meaning != "prompt")
+    says = f"demonstrations: {taken} is learned, and text is not" if isinstance(row.get("text"), str) else None
+    return Read((Demonstration(prompt, completion, line, file, tools, category),), says, row, row, lambda: _common(row) | reads)
+
+
+def _learned(row: Written, is_text: bool) -> tuple[Any, Any, dict[str, str]] | None:
+    """(prompt, completion, columns) of a demonstration: prompt and completion, messages whose last is learned, or a text.
+
+    Beside the others a text repeats them, as a template wrote them, and would put the prompt into the loss.
+    """
+    if answered(row) is not None or is_swift(row):
+        return None
+    text = ("", row["text"], {"text": "text"}) if isinstance(row.get("text"), str) else None
+    if is_text and text is not None:
+        return text
+    asking, completion = asked(row), next((name for name in COMPLETIONS if name in row), None)
+    prompted = None
+    if asking is not None and completion is not None and asking[1][0] not in CONVERSATIONS:
+        prompted = asking[0], row[completion], {**dict.fromkeys(asking[1], "prompt"), completion: "completion"}
+    if prompted is not None and "prompt" in row:
+        return prompted
+    conversation = next((name for name in CONVERSATIONS if name in row), None)
+    if conversation is None:
+        return prompted or text
+    messages = text_of(row[conversation], "messages")
+    if isinstance(messages, str) or messages[-1]["role"] != "assistant":
+        raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
+    return messages[:-1], messages[-1:], {conversation: "messages"}
+
+
+def to_question(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Question:
+    """A parsed row to a question, or `BadRow`: a pair's prompt, or a prompt alone; the reference is "reference" or "chosen"."""
+    row = renamed(row, columns or {})
+    reference = row.get("reference")
+    if reference is not None:
+        reference = flat(text_of(reference, "reference"))
+    if answered(row) is not None:
+        pair = to_pair(row, line, file)
+        return Question(pair.prompt, reference or flat(pair.chosen), line, file, pair.tools)
+    asking = asked(row)
+    if asking is None:
+        found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
+        raise BadRow("row-missing-key", "no prompt", f'which has {found}; "columns" can say what it is called')
+    prompt = _after_start(text_of(asking[0], "prompt"), row)
+    if isinstance(prompt, list):
+        _require_open(prompt)
+    return Question(prompt, reference, line, file, _tools(row))
+
+
+def _after_start(prompt: Text, row: Written) -> Text:
+    """The prompt after the system message and the earlier turns of the row, where it has them."""
+    prompt = with_history(prompt, row.get("history"))
+    system = system_column(row)
+    return _with_system(prompt, row[system]) if system is not None else prompt
+
+
+def _common(row: Written) -> dict[str, str]:
+    """The columns that a row of any shape may have, and what they are read as."""
+    named = {system_column(row): "system", tools_column(row): "tools"}
+    return ALWAYS | {name: meaning for name, meaning in named.items() if name is not None}
+
+
+def _tools(row: Written) -> tuple[Mapping[str, Any], ...]:
+    column = tools_column(row)
+    return tools_of(row[column]) if column is not None else ()
+
+
+def _check_roles(prompt: Text, responses: Mapping[str, Any]) -> None:
+    for key, messages in responses.items():
+        if any(message["role"] not in RESPONSE_ROLES for message in messages):
+            raise BadRow("row-role", f"{key} holds a message of another role than {' or '.join(RESPONSE_ROLES)}")
+    _require_open(prompt)
+
+
+def _require_open(prompt: Text) -> None:
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise BadRow("row-role", "the prompt ends with an assistant message, so there is nothing to answer")
+
+
+def _with_system(prompt: Text, system: Any) -> Text:
+    """The prompt after the system message of the row, where it has one and the prompt does not."""
+    text = system_of(system)
+    if not text or (isinstance(prompt, list) and prompt[:1] and prompt[0]["role"] == "system"):
+        return prompt
+    return [{"role": "system", "content": text}, *as_messages(prompt, "user")]
+
+
+def _category(row: Mapping[str, Any]) -> str:
+    """A name or a number; anything else that sets call so is no category."""
+    value = row.get("category")
+    return str(value) if isinstance(value, str | int | float) else ""

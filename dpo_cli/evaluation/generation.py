@@ -1,0 +1,201 @@
+"""Answers of a model to prompts, in batches: greedy or sampled, and those of a base and its adapter side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_cli.data.messages import Text
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.evaluation.bootstrap import Intervals, mean
+from dpo_cli.providers.policy import Policy
+from dpo_cli.scoring.oom import is_out_of_memory
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote: the text, its tokens without the one that ends it, and whether that one came."""
+
+    text: str
+    tokens: int
+    finished: bool
+    ids: tuple[int, ...] = ()  # the end's among them
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the prompt left no room for one: an answer has a token, or the end."""
+        return not self.tokens and not self.finished
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; without a temperature the likeliest is taken."""
+
+    max_new_tokens: int
+    temperature: float | None = None
+    top_p: float = 1.0
+
+
+AT_ONCE = 32  # prompts that an evaluation answers in one batch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and the answers of both models to it."""
+
+    prompt: Text
+    base: Answer
+    adapter: Answer
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether the prompt left no room for answers."""
+        return self.base.is_missing and self.adapter.is_missing
+
+    def to_json(self) -> dict[str, str]:
+        """The answers to the last message of the prompt."""
+        last = self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
+        return {"prompt": last, "base": self.base.text, "adapter": self.adapter.text}
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    dtype: torch.dtype,
+    count: int = 1,
+) -> list[list[Answer]]:
+    """`count` answers to each prompt (token ids), in evaluation mode; missing ones to a prompt that fills the model's context.
+
+    Prompts with as much room for an answer make one batch: nearly always all of them, and a long one takes no room from others.
+    Sampled answers follow torch's random state and, through rounding, the whole batch: the same prompts have the same answers.
+    """
+    model.eval()
+    # Learned positions end with the context; of others none is asked for that the model was not made for.
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    rooms = [int(min(sampling.max_new_tokens, context - len(prompt))) for prompt in prompts]
+    made = [[Answer("", 0, False)] * count for _ in prompts]
+    for room in sorted({room for room in rooms if room > 0}, reverse=True):
+        places = [place for place, own in enumerate(rooms) if own == room]
+        batch = _batch(
+            model, tokenizer, [prompts[place] for place in places], replace(sampling, max_new_tokens=room), dtype, count
+        )
+        for place, answers_to_one in zip(places, batch, strict=True):
+            made[place] = answers_to_one
+    return made
+
+
+def _batch(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    dtype: torch.dtype,
+    count: int,
+) -> list[list[Answer]]:
+    """`count` answers to each prompt, made as one batch of left-padded rows."""
+    device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (prompts, width)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ends = _ends(model, tokenizer)
+    is_sampled = sampling.temperature is not None
+    # What is left out here would be taken from the model's own generation_config.
+    wanted = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=is_sampled,
+        num_return_sequences=count,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad,
+        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0} if is_sampled else {}),
+    )
+    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
+    rows: list[list[int]] = made[:, width:].tolist()
+    answers = [_answer(row, ends, tokenizer) for row in rows]
+    return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+
+def _ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the tokenizer's EOS, and those that the model adds (Llama 3 has two more)."""
+    known = model.generation_config.eos_token_id
+    return {int(tokenizer.eos_token_id), *(known if isinstance(known, list) else [] if known is None else [known])}
+
+
+def _answer(row: Sequence[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    tokens = next((i for i, token in enumerate(row) if token in ends), None)
+    text = str(tokenizer.decode(row[:tokens], skip_special_tokens=True)).strip()
+    said = row if tokens is None else row[: tokens + 1]
+    return Answer(text, len(row) if tokens is None else tokens, finished=tokens is not None, ids=tuple(said))
+
+
+def first_of_each_prompt(rows: Sequence[Encoded], count: int) -> list[Encoded]:
+    """The first row of each of the first `count` different prompts; what has no prompt is left out."""
+    return list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
+
+
+def side_by_side(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Encoded],
+    count: int,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+) -> list[Sample]:
+    """Greedy answers of the reference and the policy to the first `count` different prompts.
+
+    The answers to the first prompts are the same whatever `count` is, as far as they fill batches of `AT_ONCE`.
+    """
+    first, greedy = first_of_each_prompt(rows, count), Sampling(max_new_tokens)
+    prompts = [row.prompt_ids for row in first]
+    adapter = answers(policy.network, tokenizer, prompts, greedy, dtype)
+    with policy.as_reference() as reference:
+        base = answers(reference, tokenizer, prompts, greedy, dtype)
+    return [Sample(row.row.prompt, *both) for row, *both in zip(first, base, adapter, strict=True)]
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    dtype: torch.dtype,
+) -> list[Answer]:
+    """An answer to each prompt, in batches of `AT_ONCE`; one that is out of memory is made in halves."""
+    made: list[Answer] = []
+    waiting = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
+    while waiting:
+        batch = waiting.pop(0)
+        try:
+            made += [answer for (answer,) in generate(model, tokenizer, batch, sampling, dtype)]
+        except RuntimeError as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+            waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return made
+
+
+def answer_tokens(samples: Sequence[Sample]) -> dict[str, Any] | None:
+    """Mean tokens of the answers of `base` and of `policy`, and `gain`, their paired difference, with intervals.
+
+    An answer that did not end counts with the tokens it has, and a missing one not at all.
+    """
+    samples = [sample for sample in samples if not sample.is_missing]
+    if not samples:
+        return None
+    base, policy = (
+        np.array([float(answer.tokens) for answer in side])
+        for side in ([sample.base for sample in samples], [sample.adapter for sample in samples])
+    )
+    intervals = Intervals([str(i) for i in range(len(samples))])
+    figures = {"base": base, "policy": policy, "gain": policy - base}
+    return {name: intervals.of(mean(values)) for name, values in figures.items()}

@@ -1,0 +1,93 @@
+"""What of a run decides its memory, and how many weights it trains. No torch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from dpo_cli.models import target_layers
+from dpo_cli.models.shape import Linear, ModelFacts
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a run decides its memory. The last group is what other tools do: it is there to compare bills."""
+
+    batch: int  # pairs a forward pass (sft: sequences; rlhf: prompts with two samples each)
+    length: int  # tokens of the longest sequence
+    rank: int  # 0 trains every weight
+    bytes_per_value: int  # of the compute dtype: 2 for bf16 and fp16, 4 for float32
+    checkpointing: bool
+    strategy: str = "dpo"
+    bits: int | None = None  # 4 or 8 for quantised weights of the frozen linear layers
+    nested_quantisation: bool = True
+    optimizer: str = "adamw_torch_fused"
+    target_modules: str | tuple[str, ...] = "all-linear"
+    fp16: bool = False
+    dropout: bool = False  # on the inputs of the adapter
+    dora: bool = False  # the adapter has a magnitude for each output too (arXiv:2402.09353)
+    whole_modules: tuple[str, ...] = ()  # beside the adapter: "modules_to_save"
+    on_gpu: bool = True
+    from_gguf: bool = False
+    pair_tokens: int | None = None  # of the longest pair, its prompt counted once, where prompts are shared and lengths known
+    response_tokens: int | None = None  # scored tokens of the longest pair, where lengths are known
+    is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never divided
+
+    full_logits: bool = False  # padded rows whose logits are made whole
+    reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
+    fused_attention: bool = True  # false: the probabilities are kept, as eager attention does
+
+    @property
+    def sequences(self) -> int:
+        return self.batch * (1 if self.strategy == "sft" else 2)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch as they go through the model."""
+        padded = self.sequences * self.length
+        return padded if self.pair_tokens is None else min(self.batch * self.pair_tokens, padded)
+
+    @property
+    def scored(self) -> int:
+        """Tokens of a micro-batch that meet the head."""
+        return self.tokens if self.response_tokens is None else min(self.batch * self.response_tokens, self.tokens)
+
+    @property
+    def copies_inputs(self) -> bool:
+        """Whether each adapted layer keeps its own copy of its input.
+
+        PEFT hands the input in the adapter's float32, and autocast casts it back to 16 bits, once a layer. Adapters on
+        quantised weights are in bf16 (TRL 1.15, DPOTrainer; training/dpo.py but for fp16), and in float32 nothing is cast: then
+        layers share what they read, unless dropout makes another of it for each.
+        """
+        return self.rank > 0 and (self.dropout or (self.bytes_per_value < 4 and (self.bits is None or self.fp16)))
+
+
+def trained_parameters(facts: ModelFacts, settings: Settings) -> int:
+    """A LoRA adapter of rank r on an (in, out) layer has r * (in + out) weights (arXiv:2106.09685, section 4.1)."""
+    if settings.rank == 0:
+        return facts.parameters
+    counts = _target_counts(facts, settings.target_modules)
+    linears = [linear for linear in facts.linears if linear.name not in settings.whole_modules]  # PEFT puts nothing on those
+    sizes = settings.rank * sum(counts[linear.name] * (linear.inputs + linear.outputs) for linear in linears)
+    magnitudes = sum(counts[linear.name] * linear.outputs for linear in linears) if settings.dora else 0
+    whole = sum(linear.parameters for linear in facts.linears if linear.name in settings.whole_modules)
+    tables = len({"embed_tokens", "lm_head"} & set(settings.whole_modules)) * facts.vocab_size * facts.hidden_size
+    return sizes + magnitudes + facts.num_hidden_layers * whole + tables
+
+
+def trained_width(settings: Settings) -> int:
+    """Bytes a trained weight: TRL holds an adapter on quantised weights in bf16, PEFT any other in float32."""
+    return 2 if settings.bits and not settings.fp16 else 4
+
+
+def targets_of(facts: ModelFacts, settings: Settings) -> list[Linear]:
+    """The layers of a block that an adapter is on; those that a regular expression finds in any block count in all."""
+    counts = _target_counts(facts, settings.target_modules)
+    return [linear for linear in facts.linears if counts[linear.name]]
+
+
+@functools.cache
+def _target_counts(facts: ModelFacts, wanted: str | tuple[str, ...]) -> dict[str, int]:
+    """How many blocks have an adapter on each of their linear layers."""
+    return {name: sum(target_layers.names(wanted, whole) for whole in each) for name, each in facts.linear_names().items()}

@@ -1,0 +1,204 @@
+"""A model's shape without loading it: from the table of common ones, a config.json or a GGUF header. No torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, replace
+from importlib.resources import files
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.models import gguf_header
+from dpo_cli.models.quantised_files import Quantisation, stored_quantisation, text_part
+from dpo_cli.models.source import foundation
+from dpo_cli.models.tensor_files import stored_in
+from dpo_cli.storage.jsonio import read_json
+
+# Traits of families, by their `model_type` in transformers 5.17.
+FUSED = frozenset({"phi3"})  # q, k, v in one linear layer, gate and up in another
+QK_NORM = frozenset({"qwen3", "gemma3", "gemma3_text", "olmo2", "olmo3"})  # queries and keys are normalised too
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # of a config.json: how many there are
+FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})  # around attention and MLP, before and after; others have two
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block, and which states it reads: layers that read the same ones share them."""
+
+    name: str
+    inputs: int
+    outputs: int
+    reads: str
+
+    @property
+    def parameters(self) -> int:
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The shape of a decoder, by the names of its config.json."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    model_type: str = "llama"
+    attn_logit_softcapping: float | None = None  # such attention runs without a fused kernel (Gemma 2)
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None  # tokens that (most) layers look back
+    max_position_embeddings: int | None = None  # tokens of the longest sequence that it was made for
+    extra_parameters: int = 0  # beside the decoder: an image encoder
+
+    @property
+    def q(self) -> int:
+        """The width of queries."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        """The width of keys, and of values."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def norms(self) -> int:
+        """Norms of a block over the hidden states."""
+        return 4 if self.model_type in FOUR_NORMS else 2
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.model_type in QK_NORM
+
+    @functools.cached_property
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers of one block."""
+        h, i = self.hidden_size, self.intermediate_size
+        last = (Linear("o_proj", self.q, h, "attention"), Linear("down_proj", i, h, "product"))
+        if self.model_type in FUSED:
+            return Linear("qkv_proj", h, self.q + 2 * self.kv, "block"), Linear("gate_up_proj", h, 2 * i, "mlp"), *last
+        first = (("q_proj", self.q), ("k_proj", self.kv), ("v_proj", self.kv))
+        gated = (("gate_proj", i), ("up_proj", i))
+        return (
+            *(Linear(name, h, size, "block") for name, size in first),
+            *(Linear(name, h, size, "mlp") for name, size in gated),
+            *last,
+        )
+
+    def linear_names(self) -> dict[str, list[str]]:
+        """The whole names of each linear layer, in all blocks."""
+        attention = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+        part = {linear.name: "self_attn" if linear.name in attention else "mlp" for linear in self.linears}
+        blocks = range(self.num_hidden_layers)
+        return {name: [f"model.layers.{block}.{within}.{name}" for block in blocks] for name, within in part.items()}
+
+    @property
+    def linear_parameters(self) -> int:
+        return self.num_hidden_layers * sum(linear.parameters for linear in self.linears)
+
+    @property
+    def other_parameters(self) -> int:
+        """Embedding, head, norms and what is beside the decoder, none of which is quantised."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + (self.norms * self.num_hidden_layers + 1) * self.hidden_size + self.extra_parameters
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.other_parameters
+
+
+def model_facts(model_name: str) -> ModelFacts | None:
+    """The shape of a model: from a GGUF header, a local config.json or the table of common models; None when unknown.
+
+    An adapter has that of the model it stands on.
+    """
+    model_name = foundation(model_name)
+    path = Path(model_name)
+    if gguf_header.is_gguf(path):
+        return _gguf_facts(gguf_header.read_header(path))
+    if (path / "config.json").is_file():
+        config = read_json(path / "config.json")
+        return config_facts(config, path)
+    return known_models().get(model_name)
+
+
+def quantisation_of(model_name: str) -> Quantisation | None:
+    """How the weights below a model's adapters are quantised in their files; None of plain ones, and where this is unknown."""
+    file = Path(foundation(model_name)) / "config.json"
+    return stored_quantisation(read_json(file)) if file.is_file() else None
+
+
+def is_mixture(model_name: str) -> bool:
+    """Whether the model below a model's adapters is a mixture of experts, as far as its config.json or its header tells."""
+    path = Path(foundation(model_name))
+    if gguf_header.is_gguf(path):
+        values = gguf_header.read_header(path).metadata
+        return bool(values.get(f"{values.get('general.architecture', '')}.expert_count"))
+    if not (path / "config.json").is_file():
+        return False
+    config = read_json(path / "config.json")
+    return any(text_part(config).get(name) for name in EXPERTS)
+
+
+@functools.cache
+def known_models() -> Mapping[str, ModelFacts]:
+    """The table of common models."""
+    table = read_json(files("dpo_cli.models").joinpath("models.json"))
+    return {name: ModelFacts(**shape) for name, shape in table.items()}
+
+
+def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelFacts | None:
+    """The facts of a config.json, with what the headers of the weights in `place` count beside the decoder."""
+    text = text_part(config)
+    if any(text.get(name) for name in EXPERTS):
+        return None  # a mixture of experts is larger than its dense shape
+    names = [field.name for field in fields(ModelFacts) if field.default is MISSING]
+    values: dict[str, Any] = {name: text.get(name) for name in names}
+    heads = values["num_attention_heads"]
+    values["num_key_value_heads"] = values["num_key_value_heads"] or heads
+    if values["hidden_size"] and heads:
+        values["head_dim"] = values["head_dim"] or values["hidden_size"] // heads
+    values["tie_word_embeddings"] = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
+    if None in values.values():
+        return None
+    caps: dict[str, Any] = {name: text.get(name) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    caps["max_position_embeddings"] = text.get("max_position_embeddings")
+    facts = ModelFacts(**values, **caps, sliding_window=window, model_type=text.get("model_type", "llama"))
+    if facts.parameters <= 0:
+        return None
+    stored = sum(map(prod, stored_in(place).values())) if place else 0
+    beside = stored - facts.parameters
+    # A quantised file stores other numbers of other tensors; biases and the like are too few to count.
+    is_plain = not config.get("quantization_config") and beside > facts.parameters // 100
+    return replace(facts, extra_parameters=beside) if is_plain else facts
+
+
+def _gguf_facts(header: gguf_header.Header) -> ModelFacts | None:
+    values = header.metadata
+    family = values.get("general.architecture", "")
+    if values.get(f"{family}.expert_count"):
+        return None
+    heads, hidden = values.get(f"{family}.attention.head_count"), values.get(f"{family}.embedding_length")
+    if not isinstance(heads, int) or not isinstance(hidden, int):
+        return None
+    return ModelFacts(
+        hidden_size=hidden,
+        num_hidden_layers=values[f"{family}.block_count"],
+        intermediate_size=values[f"{family}.feed_forward_length"],
+        num_attention_heads=heads,
+        num_key_value_heads=values.get(f"{family}.attention.head_count_kv", heads),
+        head_dim=values.get(f"{family}.attention.key_length", hidden // heads),
+        vocab_size=values["tokenizer.ggml.tokens"],
+        tie_word_embeddings="output.weight" not in header.tensors,
+        model_type=family,
+        attn_logit_softcapping=values.get(f"{family}.attn_logit_softcapping"),
+        max_position_embeddings=values.get(f"{family}.context_length"),
+        sliding_window=values.get(f"{family}.attention.sliding_window"),
+        final_logit_softcapping=values.get(f"{family}.final_logit_softcapping"),
+    )

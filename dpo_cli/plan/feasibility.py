@@ -1,0 +1,115 @@
+"""What a plan asks of the machine and the machine does not have, and what the user can change. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+from dpo_cli.errors import Problem
+from dpo_cli.hardware import unsloth_support
+from dpo_cli.hardware.fit import savings
+from dpo_cli.hardware.machine import GIB, Machine
+from dpo_cli.hardware.recommend import profiles
+from dpo_cli.models.shape import model_facts
+from dpo_cli.plan import trackers
+from dpo_cli.plan.plan import NOT_ON_MPS, Plan, settings_of
+from dpo_cli.storage.atomic import free_bytes
+from dpo_cli.storage.checkpoints import KEPT
+from dpo_cli.storage.run_directory import RunDirectory
+
+BITSANDBYTES_FIX = "install it: pip install bitsandbytes (it is among this program's requirements)"
+DOES_NOT_FIT, NO_ROOM = "does-not-fit", "disk-too-full"
+BESIDE_BYTES = 16 << 20  # of tokenizer, log, report and the like
+HOST_GB = 16  # dpo-strategy, "Minimum Requirements"
+
+
+def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> Iterator[Problem]:
+    """What the plan asks of the hardware and the hardware does not have; with `vram_gb` it is meant for another machine.
+
+    Warnings, since a config may be checked on one machine and used on another; a training on this one is stopped by them.
+    """
+    config = plan.config
+    if config.fp16 and config.device != "cuda":
+        message, fix = f"fp16 needs CUDA; this would run on {config.device}", 'write "bf16": true instead, or leave "fp16" out'
+        yield Problem("warning", "fp16-device", message, fix, "fp16", stops_training=True)
+    if config.device == "mps" and config.optim in NOT_ON_MPS:
+        message, fix = f"optim {config.optim} does not run on mps", 'leave "optim" out, or write "device": "cpu"'
+        yield Problem("warning", "optim-device", message, fix, "optim", stops_training=True)
+    cpu_is_said = config.device == "cpu" and plan.sources.get("device") != "measured"
+    yield from unsloth_support.problems(config, cpu_is_said, machine, for_another=vram_gb is not None)
+    if (config.use_4bit or config.use_8bit) and find_spec("bitsandbytes") is None:
+        key = "use_4bit" if config.use_4bit else "use_8bit"
+        message = f"{key} needs the package bitsandbytes, which is not installed"
+        yield Problem("warning", "bitsandbytes-missing", message, BITSANDBYTES_FIX, key, stops_training=True)
+    documented_gb = profiles()["mid_range"]["from_gb"]
+    card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
+    # A card shows a little less than its name says.
+    if config.strategy == "dpo" and card_gb is not None and card_gb < documented_gb - 0.5 and not config.use_4bit:
+        message = f"{card_gb:g} GB are less than the {documented_gb} GB documented for DPO"
+        fix = f'write "use_4bit": true (QLoRA), or take a smaller model: `dpo recommend --vram {card_gb:g}`'
+        yield Problem("hint", "small-card", message, fix, "use_4bit")
+    host_gb = HOST_GB if vram_gb is not None else machine.memory_gb
+    if plan.memory is not None and config.device == "cuda" and plan.memory.host_gb > host_gb:
+        message = f"loading this model takes {plan.memory.host_gb:.0f} GB of the machine's memory; there are {host_gb:g}"
+        fix = "name the model's safetensors instead of a GGUF file, or a smaller model"
+        yield Problem("warning", "host-memory", message, fix, "model_name")
+    if vram_gb is not None:
+        return
+    yield from trackers.problems(config)
+    if machine.memory_gb < HOST_GB - 1:  # the firmware keeps a part
+        message = f"this machine has {machine.memory_gb:g} GB of memory; {HOST_GB} GB and more are documented"
+        yield Problem("hint", "small-memory", message, "loading a model may fail: close other programs, or take a smaller one")
+    if (config.device == "cuda" and not machine.gpus) or (config.device == "mps" and not machine.is_apple):
+        message = f'there is no "{config.device}" device on this machine'
+        fix = 'leave "device" out, or plan for another machine with --vram'
+        yield Problem("warning", "device-missing", message, fix, "device", stops_training=True)
+    if config.bf16 and config.device == "cuda" and not all(gpu.has_bf16 for gpu in machine.gpus):
+        fix = 'leave "bf16" out: fp16 is used'
+        yield Problem("warning", "bf16-device", "this GPU has no bfloat16", fix, "bf16", stops_training=True)
+
+
+def does_not_fit(plan: Plan) -> Problem | None:
+    """The problem of a plan whose bill is over its budget."""
+    if plan.memory is None or plan.memory.fits is not False:
+        return None
+    message = f"this run needs {plan.memory.total_gb:.1f} GB; there are {plan.memory.budget_gb:.1f}"
+    return Problem("error", DOES_NOT_FIT, message, plan.memory.largest_change)
+
+
+def disk_problem(plan: Plan) -> Problem | None:
+    """The problem of a run whose files find no room on the disk of its output_dir.
+
+    Beside what is kept, which may be there already, there must be room for the next checkpoint, and for the adapter beside the
+    one it replaces. A checkpoint holds what is trained, which is as large as its gradients, and the optimizer's state.
+    """
+    if plan.memory is None:
+        return None
+    trained, optimizer = (plan.memory.components[name] for name in ("gradients", "optimizer"))
+    best = trained if plan.config.early_stopping_patience else 0.0
+    needed = (KEPT + 1) * (trained + optimizer + best) + 2 * trained + BESIDE_BYTES
+    free = free_bytes(plan.run_dir) + RunDirectory(plan.run_dir).held_bytes()
+    if free >= needed:
+        return None
+    message = (
+        f"the checkpoints and the adapter need {needed / GIB:.2f} GB on the disk of {plan.run_dir}; {free / GIB:.2f} are free"
+    )
+    return Problem("error", NO_ROOM, message, "free space there, or name an output_dir on another disk", "output_dir")
+
+
+def out_of_memory(plan: Plan) -> Problem:
+    """The problem of a training whose longest pair, alone, did not fit; or the longest micro-batch of a loss that compares its
+    pairs, which is not run in parts."""
+    assert plan.counts is not None
+    batch = plan.config.per_device_train_batch_size
+    is_whole = batch > 1 and settings_of(plan.config, plan.counts, plan.scoring, None).is_whole
+    at_once = f"is one of {batch} pairs that the loss compares at once, which run" if is_whole else "alone runs"
+    message = f"the longest pair ({plan.counts.longest} tokens, {plan.counts.longest_at}) {at_once} out of memory"
+    return Problem("error", DOES_NOT_FIT, message, remedies(plan) or "lower max_seq_length, or use a smaller model")
+
+
+def remedies(plan: Plan) -> str | None:
+    """What the user can change, each with its saving, where the bill is not over its budget by itself."""
+    facts = model_facts(plan.config.model_name)
+    if facts is None:
+        return None
+    return "; ".join(savings(facts, settings_of(plan.config, plan.counts, plan.scoring, None))) or None

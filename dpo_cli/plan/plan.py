@@ -1,0 +1,332 @@
+"""The plan: every value of a run, where each came from, what was counted, and the memory bill. No torch.
+
+`plan.json` is written before the model is loaded, and once more when the model has decided how prompts are scored;
+`dpo train plan.json` repeats the run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.config.advice import ADAPTER_LEARNING_RATE
+from dpo_cli.config.config import Loaded, Source
+from dpo_cli.config.options import Config
+from dpo_cli.config.rules import sorts_pairs
+from dpo_cli.config.stages import PLAN_VERSION
+from dpo_cli.data.hub_datasets import is_hub_id
+from dpo_cli.hardware import unsloth_support
+from dpo_cli.hardware.fit import fit
+from dpo_cli.hardware.machine import GIB, Machine
+from dpo_cli.hardware.memory import Bill
+from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.models.gguf_header import is_gguf
+from dpo_cli.models.quantised_files import OPTIONS
+from dpo_cli.models.shape import model_facts, quantisation_of
+from dpo_cli.models.source import adapter_at
+from dpo_cli.plan.adapter_start import started
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows (pairs, or demonstrations) and tokens of a run, as measured with the model's own tokenizer."""
+
+    train_pairs: int
+    eval_pairs: int
+    train_prompts: int
+    eval_prompts: int
+    cut: int  # pairs whose prompt lost its beginning to max_seq_length
+    too_long: int  # pairs left out because their responses alone exceed it
+    parted: int  # pairs whose prompt the template renders otherwise before a response than alone
+    bad_rows: int  # rows left out because they are no pairs ("on_bad_rows": "skip")
+    longest: int  # tokens of the longest sequence kept
+    longest_at: str  # file:line of that pair
+    longest_pair: int  # tokens of the longest pair kept, its prompt counted once
+    longest_responses: int  # most tokens of both responses of a pair together
+    train_tokens: int  # of all sequences of one epoch, prompts counted once per response
+    shared_tokens: int  # the same with each pair's prompt counted once
+    digest: str  # SHA-256 of the token ids of all rows, in their order
+    writes_date: bool  # whether the chat template does
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Whether each prompt goes through the model once for both responses, and why."""
+
+    shared: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a run trains of its model: kinds of layers with an adapter, how many there are of each, and weights."""
+
+    layers: dict[str, int]
+    trained: int  # weights that are trained
+    weights: int  # of the model without the adapter
+    notes: tuple[str, ...] = ()  # what is left out, and why
+
+    @property
+    def words(self) -> str:
+        by_count: dict[int, list[str]] = {}
+        for name, count in self.layers.items():
+            by_count.setdefault(count, []).append(name)
+        kinds = [f"{', '.join(names)}: {count}{' each' if len(names) > 1 else ''}" for count, names in by_count.items()]
+        share = f"{self.trained:,} weights, {self.trained / self.weights:.2%} of the model's"
+        return "; ".join([*kinds, share]) if self.layers else f"every one of {self.weights:,} weights"
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "notes"}
+
+
+# What `prompt_sharing` says before a model is loaded.
+EXPECTED: dict[bool | str, Scoring] = {
+    "auto": Scoring(True, "each prompt once, where this model allows it"),
+    True: Scoring(True, "each prompt once"),
+    False: Scoring(False, 'each prompt twice: "prompt_sharing" is false'),
+}
+ONE_RESPONSE = Scoring(False, "each demonstration once: a prompt has one response")
+
+
+def expected_scoring(config: Config) -> Scoring:
+    """How a run scores, as far as its config tells."""
+    if config.strategy == "sft":
+        return ONE_RESPONSE
+    if config.provider == "unsloth" and config.prompt_sharing is not False:
+        return Scoring(False, f"each prompt twice: {unsloth_support.NO_SHARING}")
+    return EXPECTED[config.prompt_sharing]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved run: device, precision, checkpointing and batch are decided.
+
+    How prompts are scored is settled with the loaded model; until then `scoring` says what is expected.
+    """
+
+    config: Config
+    sources: dict[str, Source]
+    counts: Counts | None
+    memory: Bill | None
+    scoring: Scoring
+    notes: tuple[str, ...]
+    day: date  # of the run, which a chat template may write; kept on --resume, and when the plan is repeated
+    adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
+
+    def with_adapted(self, adapted: Adapted | None) -> Plan:
+        """The plan with what it trains."""
+        return replace(self, adapted=adapted, notes=(*self.notes, *(adapted.notes if adapted else ())))
+
+    @property
+    def run_dir(self) -> Path:
+        assert self.config.output_dir is not None  # resolve() sets it
+        return Path(self.config.output_dir)
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the chat template writes the date, so that the rows belong to the day."""
+        return self.counts is not None and self.counts.writes_date
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the adapter that model_name names is trained on, with a frozen copy of it as the reference."""
+        return self.config.reference == "adapter"
+
+    @property
+    def merges(self) -> bool:
+        """Whether the adapter that model_name names is merged into its base first."""
+        return not self.goes_on and adapter_at(self.config.model_name) is not None
+
+    @property
+    def noun(self) -> str:
+        """What it trains on."""
+        return "demonstrations" if self.config.strategy == "sft" else "pairs"
+
+    @property
+    def model_label(self) -> str:
+        """The model's name without the folder of a local one."""
+        return Path(self.config.model_name).name if Path(self.config.model_name).is_absolute() else self.config.model_name
+
+    @property
+    def predicted_gb(self) -> float | None:
+        """What the bill says that torch holds at its most: on a GPU without the context and the allocator's slack, on a CPU all
+        that the process holds."""
+        if self.memory is None:
+            return None
+        if self.config.device != "cuda":
+            return round(self.memory.host_gb, 3)
+        beside = sum(self.memory.components.get(name, 0.0) for name in ("cuda_context", "allocator_slack"))
+        return round(self.memory.total_gb - beside / GIB, 3)
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype by torch's name."""
+        return "bfloat16" if self.config.bf16 else "float16" if self.config.fp16 else "float32"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        assert self.counts is not None
+        return self.steps_over(self.counts.train_pairs)
+
+    def steps_over(self, pairs: int) -> int:
+        """Optimizer steps over so many pairs, as Trainer counts: a last incomplete group of micro-batches is a step too."""
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        batches = math.ceil(pairs / self.config.per_device_train_batch_size)
+        return math.ceil(self.config.num_train_epochs * math.ceil(batches / self.config.gradient_accumulation_steps))
+
+    def warmup_over(self, steps: int) -> int:
+        """Steps of so many over which the learning rate rises, as Trainer counts; the first of them has a rate of 0."""
+        if self.config.lr_scheduler_type == "constant":
+            return 0
+        return self.config.warmup_steps or math.ceil(steps * self.config.warmup_ratio)
+
+    @property
+    def ends_in_warmup(self) -> bool:
+        """Whether the last step comes before the learning rate is reached."""
+        return self.warmup_over(self.total_steps) >= self.total_steps
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "plan_version": PLAN_VERSION,
+            "config": self.config.to_json(),
+            "sources": self.sources,
+            "counts": vars(self.counts) if self.counts else None,
+            "memory": self.memory.to_json() if self.memory else None,
+            "scoring": vars(self.scoring),
+            "day": self.day.isoformat() if self.writes_date else None,
+            "adapted": self.adapted.to_json() if self.adapted else None,
+            "notes": list(self.notes),
+        }
+
+
+# What the machine, not the user or a default, decides.
+MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+}
+
+
+NOT_ON_MPS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")  # optimizers of bitsandbytes, without a Metal kernel
+
+
+def resolve(
+    loaded: Loaded,
+    machine: Machine,
+    counts: Counts | None = None,
+    scoring: Scoring | None = None,
+    vram_gb: float | None = None,
+    longest: int | None = None,
+    is_resumed: bool = False,
+) -> Plan:
+    """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's.
+
+    `longest` is what the longest sequence is taken to have before `counts` are there, if less than max_seq_length. `scoring` is
+    what the loaded model decided; before that, prompts are taken to be shared unless the config says no. With `is_resumed` the
+    config has the values of a run that was begun: none is decided by the memory that is free now, and the bill is held against
+    all that the device has.
+    """
+    config = loaded.require()
+    start, notes = started(loaded, config)
+    decided = {**_decided(replace(config, **start), loaded.file, machine, on_gpu=vram_gb is not None), **start}
+    is_merged = bool(notes) and start["reference"] == "base"  # then the weights are plain numbers
+    if (stored := quantisation_of(config.model_name)) is not None and not is_merged and stored.bits in OPTIONS:
+        decided[OPTIONS[stored.bits]] = True
+        notes.append(f"the files of the model hold {stored.bits}-bit weights: they are trained on as they are")
+    memory: Bill | None = None
+    scoring = scoring or expected_scoring(config)
+    facts = model_facts(config.model_name)
+    if facts is None:
+        notes.append("the shape of this model is not known here, so there is no memory bill")
+        if config.gradient_checkpointing == "auto":
+            decided["gradient_checkpointing"] = decided["device"] == "cuda"
+    else:
+        wanted = settings_of(replace(config, **decided), counts, scoring, longest)
+        has_gb, free_gb = machine.memory_of(decided["device"])
+        budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
+        if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
+            # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
+            wanted = replace(wanted, fused_attention=False)
+        as_begun = replace(wanted, is_whole=True) if is_resumed else wanted  # which goes on with its micro-batches
+        settings, memory = fit(facts, as_begun, budget_gb, config.gradient_checkpointing)
+        if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
+            lack = f"the run needs {memory.total_gb:.1f} GB, and {free_gb:.1f} are free now"
+            notes.append(f"{lack}: close other programs that use the {decided['device']} device, or it may run out of memory")
+        factor = wanted.batch // settings.batch
+        decided["gradient_checkpointing"] = settings.checkpointing
+        decided["per_device_train_batch_size"] = settings.batch
+        decided["gradient_accumulation_steps"] = config.gradient_accumulation_steps * factor
+        if factor > 1 and memory.fits is not False:
+            notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
+        if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
+            notes.append(
+                f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, and its parts have another"
+            )
+    if config.strategy == "dpo" and loaded.sources.get("learning_rate") == "default" and config.lora_r:
+        learns = f"a LoRA adapter hardly moves at it, and learns at {ADAPTER_LEARNING_RATE:g} and around it (README)"
+        notes.append(f"learning_rate is the documented default {config.learning_rate:g}: {learns}")
+    changed = {key for key, value in decided.items() if getattr(config, key) != value}
+    sources: dict[str, Source] = {**loaded.sources}
+    sources |= dict.fromkeys(changed & MEASURED, "measured")
+    day = loaded.day or datetime.now().date()
+    return Plan(replace(config, **decided), sources, counts, memory, scoring, tuple(notes), day)
+
+
+def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest: int | None) -> Settings:
+    """What of a config with its device and precision decided makes its memory, with the real lengths once they are counted."""
+    targets = config.target_modules
+    return Settings(
+        batch=config.per_device_train_batch_size,
+        length=counts.longest if counts else min(config.max_seq_length, longest or config.max_seq_length),
+        pair_tokens=counts.longest_pair if counts and scoring.shared else None,
+        response_tokens=counts.longest_responses if counts else None,
+        rank=config.lora_r,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        strategy=config.strategy,
+        reference="adapter" if config.reference == "adapter" else "off" if config.lora_r else "copy",
+        bits=4 if config.use_4bit else 8 if config.use_8bit else None,
+        nested_quantisation=config.use_nested_quant,
+        optimizer=config.optim,
+        bytes_per_value=2 if config.bf16 or config.fp16 else 4,
+        checkpointing=config.gradient_checkpointing is True,
+        fp16=bool(config.fp16),
+        dropout=config.lora_dropout > 0,
+        dora=config.use_dora,
+        whole_modules=tuple(config.modules_to_save or ()),
+        on_gpu=config.device == "cuda",
+        from_gguf=is_gguf(Path(config.model_name)),
+        is_whole=config.strategy == "dpo" and sorts_pairs(config.loss_type),
+    )
+
+
+def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[str, Any]:
+    """The values of open choices. Paths become absolute, so that plan.json works from any folder."""
+    device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
+    if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
+        device = "cpu"
+    has_bf16 = {"cuda": all(gpu.has_bf16 for gpu in machine.gpus), "cpu": machine.has_amx}.get(device, False)
+    bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
+    fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16
+    name = Path(file).stem if file != "-" else "stdin"
+    return {
+        "device": device,
+        "bf16": bf16,
+        "fp16": fp16,
+        "lora_alpha": config.lora_alpha or 2 * config.lora_r or None,
+        "output_dir": str(Path(config.output_dir or Path("runs") / name).absolute()),
+        "dataset": _absolute(config.dataset),
+        "eval_dataset": _absolute(config.eval_dataset) if config.eval_dataset else None,
+        "model_name": str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
+    }
+
+
+def _absolute(dataset: str | list[Any]) -> Any:
+    """The paths of a dataset, each absolute."""
+    if isinstance(dataset, str):
+        return dataset if not dataset or is_hub_id(dataset) else str(Path(dataset).absolute())
+    return [{**entry, "path": _absolute(entry["path"])} if isinstance(entry, dict) else _absolute(entry) for entry in dataset]

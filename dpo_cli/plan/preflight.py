@@ -1,0 +1,293 @@
+"""All that can be said of a config before torch is imported: one look at config, data, model and hardware together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.config.config import Loaded
+from dpo_cli.config.options import Config
+from dpo_cli.config.schema import inner_defaults
+from dpo_cli.data import findings
+from dpo_cli.data.dataset import Dataset, Observer, epoch_pairs, read
+from dpo_cli.data.lengths import Lengths
+from dpo_cli.data.lint import Quality
+from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
+from dpo_cli.data.rows import Row
+from dpo_cli.data.sample import Sample
+from dpo_cli.data.split import is_held_out_prompt
+from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
+from dpo_cli.hardware.machine import Machine
+from dpo_cli.models import checks, target_layers
+from dpo_cli.models.checks import TOKENIZER_CONFIG
+from dpo_cli.models.shape import is_mixture, model_facts, quantisation_of
+from dpo_cli.models.source import adapter_at, foundation
+from dpo_cli.plan import adapter_start
+from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
+from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.storage.jsonio import read_json
+
+if TYPE_CHECKING:
+    from dpo_cli.data.tokenizer import Tokenizer
+
+MUCH_TOO_LONG = 0.1  # a share of pairs longer than max_seq_length that is told of
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows to train on, and those of "eval_dataset" where it is named; `said` is what is told of their lengths."""
+
+    train: Dataset
+    held_out: Dataset | None
+    said: dict[str, Any]
+    longest: int | None  # tokens that the longest sequence may have
+
+    def sides(self, config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
+        """(train, held out): two sets, or one divided by prompt. Reads the files again, and keeps the rows this time."""
+        if self.held_out is not None:
+            return self.train.load(), self.held_out.divided(lambda row: True)[1]
+        seed = config.split_seed
+        assert seed is not None  # the loader sets it
+        return self.train.divided(lambda row: is_held_out_prompt(row.prompt_key, config.eval_split, seed))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.train.to_json(), **self.said, "held_out": self.held_out.to_json() if self.held_out else None}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """All that can be said of a config before torch is imported: every problem, the data, and the plan when there is one."""
+
+    problems: tuple[Problem, ...]
+    data: Data | None
+    plan: Plan | None
+
+    @property
+    def errors(self) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.severity == "error")
+
+    @property
+    def only_misfit(self) -> bool:
+        """Whether the hardware is all that is wrong."""
+        return bool(self.errors) and all(problem.code in (DOES_NOT_FIT, NO_ROOM) for problem in self.errors)
+
+    @property
+    def exit_code(self) -> Exit:
+        return Exit.DONE if not self.errors else Exit.UNFIT if self.only_misfit else Exit.INVALID
+
+    def stricter(self, when: Callable[[Problem], bool]) -> Inspection:
+        """The same with those warnings as errors."""
+        stopped = [replace(p, severity="error") if p.severity == "warning" and when(p) else p for p in self.problems]
+        return replace(self, problems=tuple(stopped))
+
+    def require(self) -> tuple[Data, Plan]:
+        """The data and the plan, or the error of what stands in the way."""
+        if self.data is not None and self.plan is not None and not self.errors:
+            return self.data, self.plan
+        raise (DoesNotFit if self.only_misfit else InvalidInput)(self.problems)
+
+
+def inspect(
+    loaded: Loaded,
+    machine: Machine,
+    vram_gb: float | None = None,
+    with_data: bool = True,
+    with_fit: bool = True,
+    rendered_rows: int = 0,
+) -> Inspection:
+    """Check config, data, model and hardware together, so that one look shows everything that is wrong.
+
+    Without `with_fit` the memory is not judged: a training judges it later, by its real lengths. Up to `rendered_rows` rows go
+    through the chat template and the tokenizer; a training does so with all of them, later.
+    """
+    found = list(loaded.problems)
+    wrong = {problem.key for problem in found if problem.severity == "error"}
+    model = loaded.values.get("model_name") if "model_name" not in wrong else None
+    about_model = (
+        list(checks.problems(model, to_align=loaded.values.get("strategy") == "dpo")) if isinstance(model, str) else []
+    )
+    found += map(loaded.placed, about_model)
+    damaged = any(problem.severity == "error" for problem in about_model)
+    data, pairs = None, 0
+    if with_data:
+        data, pairs, about_data = _read_data(loaded, wrong, rendered_rows)
+        found += [problem if problem.file else loaded.placed(problem) for problem in about_data]
+    plan = None
+    draft = loaded.draft()
+    if draft.config is not None and not damaged:
+        plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None)
+        found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
+        found += map(loaded.placed, adapter_start.problems(draft, plan.run_dir))
+        found += map(loaded.placed, _model_problems(plan))
+        if plan.config.lora_r and not plan.goes_on:
+            found += map(loaded.placed, target_layers.problems(plan.config, plan.model_label))
+        found += map(loaded.placed, step_problems(plan, pairs))
+        if with_fit and (misfit := does_not_fit(plan)) is not None:
+            if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
+                misfit = replace(misfit, severity="warning", stops_training=True)
+            found.append(loaded.placed(misfit))
+        if with_fit and vram_gb is None and (lack := disk_problem(plan)) is not None:
+            found.append(loaded.placed(replace(lack, severity="warning", stops_training=True)))
+    return Inspection(tuple(found), data, plan)
+
+
+def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, Prompts, list[Problem]]:
+    """Check config and prompts of an augmentation, which needs no dataset: the plan, the prompts, and the warnings."""
+    draft = loaded.draft()
+    inspection = inspect(draft, machine, with_data=False, with_fit=False).stricter(lambda problem: problem.stops_training)
+    prompts = read_prompts(path, draft.values.get("columns"), draft.values.get("on_bad_rows") == "skip")
+    found = [*inspection.problems, *prompts.problems]
+    rank = inspection.plan.config.augment.get("rank") if inspection.plan else None
+    if rank is None and not inspection.errors:
+        fix = 'say what makes an answer the better one: "augment": {"rank": "shorter"}; the README lists the others'
+        found.append(draft.placed(Problem("error", "rank-missing", '"augment" names no "rank"', fix, "augment")))
+    if rank == "reference":
+        found += without_reference(prompts, path)
+    if inspection.plan is None or any(problem.severity == "error" for problem in found):
+        raise InvalidInput(found)
+    return inspection.plan, prompts, [problem for problem in found if problem.severity == "warning"]
+
+
+def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tuple[Data | None, int, list[Problem]]:
+    """The data that the config names, the pairs that an epoch trains on, and what is wrong with the data.
+
+    A key in `wrong` was told of already.
+    """
+    values = {key: value for key, value in loaded.values.items() if key not in wrong}
+    given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
+    skip, columns, is_sft = values.get("on_bad_rows") == "skip", values.get("columns"), values.get("strategy") == "sft"
+    quality, overlap, balance = (
+        Quality({**inner_defaults("quality"), **values.get("quality", {})}),
+        findings.Overlap(),
+        Balance(loaded.config),
+    )
+    lengths = Lengths(foundation(str(values.get("model_name", ""))))
+    own = _tokenizer_of(str(values.get("model_name", ""))) if rendered_rows else (None, None)
+    sample, other_sample = Sample(*own, rendered_rows), Sample(*own, rendered_rows)
+    observers: dict[str, list[Observer]] = {"dataset": [balance, lengths, sample]}
+    observers["eval_dataset"] = [overlap.eval_side, other_sample]
+    observers["dataset"] += [overlap] if "eval_dataset" in given else []
+    observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no other answer to compare with
+    found: list[Problem] = []
+    sets: dict[str, Dataset] = {}
+    for key, value in given.items():
+        sets[key] = read(value, skip, key, columns, observers[key], demonstrations=is_sft)
+        found += sets[key].problems
+    if "dataset" not in sets:
+        return None, 0, found
+    said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
+    said["rendered"] = len(sample.rows)
+    found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
+    data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
+    use_chat_template = values.get("use_chat_template", "auto")
+    is_as_it_is = use_chat_template is False or not sample.is_chat  # markers of a template are meant then
+    about_texts = () if is_sft else quality.problems(data.train)
+    found += (problem for problem in about_texts if not (is_as_it_is and problem.code == findings.ChatMarkers.code))
+    found += sample.problems(use_chat_template, skip) + other_sample.problems(use_chat_template, skip)
+    found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
+    pairs = epoch_pairs(balance.train, data.train.sources)
+    if balance.train and not pairs:
+        message = f"the weights leave none of the {balance.train.total()} {data.train.noun} to train on"
+        found.append(Problem("error", "nothing-to-train", message, "raise the weights in dataset", "dataset"))
+    return data, pairs, found
+
+
+def _tokenizer_of(model_name: str) -> tuple[Tokenizer | None, int | None]:
+    """The tokenizer in a model's folder, an adapter's own first, and the rows of the model's embedding."""
+    folder = Path(foundation(model_name))
+    try:
+        adapter = adapter_at(model_name)
+        config: dict[str, Any] = read_json(folder / "config.json")
+    except (OSError, ValueError):  # no folder of a model; what is wrong with one is a problem of model_name
+        return None, None
+    from dpo_cli.data.tokenizer import Tokenizer
+
+    own = adapter.directory if adapter and (adapter.directory / TOKENIZER_CONFIG).is_file() else folder
+    rows = (config.get("text_config") or config).get("vocab_size")
+    return Tokenizer.in_folder(own), rows if isinstance(rows, int) else None
+
+
+def _model_problems(plan: Plan) -> Iterator[Problem]:
+    """What a config asks of a model that, by its shape, it does not have."""
+    config, facts = plan.config, model_facts(plan.config.model_name)
+    if (stored := quantisation_of(config.model_name)) is not None and not plan.merges:
+        yield from stored.problems(plan.model_label, config.use_4bit, config.use_8bit, config.lora_r)
+    if config.lora_r == 0 and is_mixture(config.model_name):
+        message = "lora_r 0 trains the routers of this mixture of experts too, without the loss that balances its experts"
+        fix = 'an adapter leaves them as they are: "lora_r": 16'
+        yield Problem("hint", "router-unbalanced", message, fix, "lora_r")
+    if facts is None:
+        return
+    context = facts.max_position_embeddings
+    if context is not None and config.max_seq_length > context:
+        message = f"{plan.model_label} was made for {context} tokens, and max_seq_length is {config.max_seq_length}"
+        stretches = config.provider == "unsloth"  # the positions: another model than whoever loads the adapter will have
+        fix = f'write "max_seq_length": {context}'
+        yield Problem("warning", "beyond-context", message, fix, "max_seq_length", stops_training=stretches)
+
+
+def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Iterator[Problem]:
+    if max_length and (share := lengths.share_over(max_length)) >= MUCH_TOO_LONG:
+        message = (
+            f"about {share:.0%} of the {noun} are longer than max_seq_length {max_length}: their prompts lose their beginning, "
+            "and those whose responses alone are longer are left out"
+        )
+        yield Problem("warning", "pairs-too-long", message, "raise it, or write a shorter dataset", "max_seq_length")
+
+
+def lengths_of(dataset: str, model_name: str) -> Lengths:
+    """The lengths of a dataset's pairs with this model, without pairs where it is on the hub and was not fetched."""
+    lengths = Lengths(model_name)
+    data = read(dataset, skip=True, observers=[lengths])
+    if wrong := [problem for problem in data.problems if problem.severity == "error"]:
+        raise InvalidInput(wrong)
+    return lengths
+
+
+def step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
+    """What is asked for at a step that the training, of this many pairs, never comes to."""
+    config = plan.config
+    steps = plan.steps_over(pairs)
+    if not pairs or config.strategy == "rlhf":
+        return
+    if config.eval_steps is not None and config.eval_steps > steps:
+        message = f"eval_steps is {config.eval_steps}, but the training has {steps} steps: it is judged at its end only"
+        yield Problem("warning", "never-evaluated", message, f'write "eval_steps": {max(1, steps // 4)}', "eval_steps")
+    if plan.warmup_over(steps) >= steps:
+        key = "warmup_steps" if config.warmup_steps else "warmup_ratio"
+        value, fix = getattr(config, key), 'write "warmup_ratio": 0.1 instead'
+        message = f"{key} is {value:g}, but the training has {steps} steps: it never reaches its learning rate"
+        if steps == 1:  # a warm-up begins at 0
+            message = f"{key} is {value:g}, and the training has one step: its learning rate is 0, so nothing is learned"
+            fix = f'write "{key}": 0, or train more steps'
+        # transformers 5.17 divides the polynomial's decay by the steps that are left after the warm-up.
+        fails = config.lr_scheduler_type == "polynomial" and plan.warmup_over(steps) == steps
+        yield Problem("error" if fails else "warning", "never-warm", message, fix, key)
+
+
+class Balance:
+    """Counts the pairs on both sides of the split; an observer of the pass over the dataset."""
+
+    def __init__(self, config: Config | None) -> None:
+        self.share, self.seed = (config.eval_split, config.split_seed or 0) if config else (0.0, 0)
+        self.train: Counter[str] = Counter()  # by file
+        self.held_out = 0
+
+    def see(self, row: Row, prompt_key: str) -> None:
+        if is_held_out_prompt(prompt_key, self.share, self.seed):
+            self.held_out += 1
+        else:
+            self.train[row.file] += 1
+
+    def problems(self) -> Iterator[Problem]:
+        if not self.share or not self.train.total() + self.held_out:
+            return
+        if not self.train:
+            fix = "lower eval_split, or add pairs with other prompts"
+            yield Problem("error", "nothing-to-train", f"all {self.held_out} pairs are held out", fix, "eval_split")
+        if not self.held_out:
+            fix = "raise eval_split, or add pairs with other prompts"
+            yield Problem("warning", "nothing-held-out", "no prompt falls into the held-out share", fix, "eval_split")

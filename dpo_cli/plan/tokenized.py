@@ -1,0 +1,163 @@
+"""Before a model is loaded: rows to token ids, what they count, and the plan as it is shown."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.tokens import Encoded, encode_all
+from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.models.checks import TOKENIZER_CONFIG
+from dpo_cli.plan.plan import Counts, Plan
+from dpo_cli.plan.preflight import Data
+from dpo_cli.ui.console import Console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a run trains and is judged on, and the tokenizer that made it."""
+
+    train: list[Encoded]
+    held_out: list[Encoded]
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def all(self) -> list[Encoded]:
+        return [*self.train, *self.held_out]
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    config, counts = plan.config, plan.counts
+    assert counts is not None
+    batch, accumulation, noun = config.per_device_train_batch_size, config.gradient_accumulation_steps, plan.noun
+    all_rows = counts.train_pairs + counts.eval_pairs
+    held_out = f"{counts.eval_pairs} {noun} of {counts.eval_prompts} prompts"
+    trained = f"LoRA rank {config.lora_r}" if config.lora_r else "every weight"
+    beta = f"beta {config.beta:g}, " if config.strategy == "dpo" else ""
+    base = "4-bit base" if config.use_4bit else "8-bit base" if config.use_8bit else ""
+    rows = [
+        ("strategy", config.strategy),
+        ("model", plan.model_label),
+        ("data", f"{counts.train_pairs} {noun} of {counts.train_prompts} prompts"),
+        ("bad rows", f"{counts.bad_rows} are no {noun}, and left out"),
+        ("longest", f"{counts.longest} tokens ({counts.longest_at})"),
+        ("tokens", f"{counts.train_tokens:,} an epoch; {counts.shared_tokens:,} with each prompt once"),
+        ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
+        ("date", f"{plan.day:%Y-%m-%d}, the day of the run: the chat template writes the date"),
+        ("cut", f"{counts.cut} {noun} ({counts.cut / all_rows:.0%}) lose the beginning of their prompt to max_seq_length"),
+        ("left out", f"{counts.too_long} {noun} whose responses are longer than max_seq_length {config.max_seq_length}"),
+        ("parted", f"{counts.parted} prompts are rendered otherwise before a response than alone: see the first"),
+        ("steps", f"{plan.total_steps} of {batch * accumulation} {noun} ({batch} x {accumulation})"),
+        ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
+        ("trains", plan.adapted.words if plan.adapted else ""),
+        ("scoring", plan.scoring.why),
+        ("runs on", ", ".join(filter(None, (config.device, plan.dtype, base)))),
+        ("writes to", str(plan.run_dir)),
+    ]
+    told = {
+        "trains": plan.adapted,
+        "date": plan.writes_date,
+        "bad rows": counts.bad_rows,
+        "cut": counts.cut,
+        "left out": counts.too_long,
+        "parted": counts.parted,
+    }
+    console.table("plan", [row for row in rows if told.get(row[0], True)])
+    for note in plan.notes:
+        console.line(f"note: {note}")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The rows of a run as token ids, what they count, and what is to be known of them."""
+
+    train: list[Encoded]
+    held_out: list[Encoded]
+    counts: Counts
+    problems: tuple[Problem, ...]
+
+
+def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None) -> Prepared:
+    """Split by prompt, tokenise, cut prompts to length, leave out what is still too long.
+
+    `token_rows` are those of the model's embedding, where that is known. Raises `InvalidInput` for rows that cannot be used.
+    """
+    config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day)
+    require_padding(made, tokenizer, token_rows)
+    skip, template = config.on_bad_rows == "skip", made.template
+    encoded = encode_all(data.sides(config), made, config.use_chat_template, config.max_seq_length, token_rows, skip).require()
+    sides = encoded.sides
+    kept = [[row for row in side if row.length <= config.max_seq_length] for side in sides]
+    train, held_out = kept
+    if not sides[0]:
+        fix = f"raise the weights in dataset, or add {plan.noun}"
+        raise InvalidInput(
+            [Problem("error", "nothing-to-train", f"none of the {plan.noun} is left to train on", fix, "dataset")]
+        )
+    if not train:
+        limit = f"max_seq_length {config.max_seq_length}"
+        message = f"the responses of all {len(sides[0])} {plan.noun} to train on are longer than {limit}"
+        shortest = min(row.length for row in sides[0])
+        fix = f"raise it: the shortest has {shortest} tokens"
+        raise InvalidInput([Problem("error", "nothing-to-train", message, fix, "max_seq_length")])
+    longest = max((row for side in kept for row in side), key=lambda row: row.length)
+    counts = Counts(
+        train_pairs=len(train),
+        eval_pairs=len(held_out),
+        train_prompts=len({row.row.prompt_key for row in train}),
+        eval_prompts=len({row.row.prompt_key for row in held_out}),
+        cut=sum(row.is_cut for side in kept for row in side),
+        too_long=sum(map(len, sides)) - sum(map(len, kept)),
+        parted=sum(row.parts_early for side in kept for row in side),
+        bad_rows=encoded.refused
+        + sum(data_set.rows - data_set.pairs for data_set in (data.train, data.held_out) if data_set is not None),
+        longest=longest.length,
+        longest_at=f"{Path(longest.row.file).name}:{longest.row.line}",
+        longest_pair=max(row.shared_length for side in kept for row in side),
+        longest_responses=max(row.response_length for side in kept for row in side),
+        train_tokens=sum(row.response_length + len(row.responses) * len(row.prompt_ids) for row in train),
+        shared_tokens=sum(row.shared_length for row in train),
+        digest=_digest(kept),
+        writes_date=template is not None and template.writes_date and config.use_chat_template is not False,
+    )
+    return Prepared(train, held_out, counts, encoded.problems)
+
+
+def require_padding(made: Tokenizer, tokenizer: PreTrainedTokenizerBase, token_rows: int | None) -> None:
+    """`InvalidInput` where the model's embedding has no row for the padding token."""
+    padding = int(tokenizer.pad_token_id)
+    if token_rows is None or padding < token_rows:
+        return
+    message = f"the padding token {tokenizer.pad_token} ({padding}) has no row in the model: {made.against(token_rows)}"
+    fix = f"name another pad_token in {TOKENIZER_CONFIG}, or {made.resize}"
+    raise InvalidInput([Problem("error", "tokens-outside", message, fix, "model_name")])
+
+
+def _digest(sides: Sequence[Sequence[Encoded]]) -> str:
+    """Of what is trained and judged on: whatever of dataset, split, tokenizer and template changes, changes it."""
+    digest = hashlib.sha256()
+    for side in sides:
+        digest.update(f"{len(side)} rows\n".encode())
+        for row in side:
+            digest.update(f"{row.prompt_ids} {row.responses}\n".encode())
+    return digest.hexdigest()
+
+
+def first_row(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prompt and responses decoded with their special tokens; what is scored stands after the bar."""
+    names = ("chosen", "rejected") if len(row.responses) == 2 else ("completion",)
+    told = [f"{name:<8} | {tokenizer.decode(ids)!r}" for name, ids in zip(names, row.responses, strict=True)]
+    return "\n".join([tokenizer.decode(row.prompt_ids), *told])
+
+
+def tell_scoring(plan: Plan, console: Console) -> None:
+    console.line(f"scoring: {plan.scoring.why}")
+    logging.getLogger("dpo").info("scoring: %s", plan.scoring.why)

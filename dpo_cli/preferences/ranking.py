@@ -1,0 +1,105 @@
+"""Which of several answers to a prompt is better: by a rule, by a reward model, or by a judge; and the pairs that follow.
+
+Each way to rank gives every answer a score, the larger the better, and says no more about it:
+
+shorter, longer   tokens, of `shorter` with their sign turned
+regex             1 where the pattern is found, else 0
+reference         overlap of the words with the reference, 0 to 100, whatever their order
+reward            the reward model's one output
+judge             wins less losses against the other answers (`dpo_cli/preferences/judge.py`)
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import torch
+from rapidfuzz import fuzz, utils
+
+from dpo_cli.data.chat_template import ChatTemplate
+from dpo_cli.data.messages import as_messages, flat
+from dpo_cli.data.rows import Question
+from dpo_cli.evaluation.generation import Answer
+from dpo_cli.preferences.judge import Judge
+from dpo_cli.providers.huggingface import HuggingFace
+
+Rank = Callable[[Question, Sequence[Answer]], list[float]]
+
+
+def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: date) -> Rank:
+    """The way to rank that the option `augment` names, with its model loaded where it has one; its template writes `day`."""
+    pattern = re.compile(options["pattern"] or "")
+    rules: dict[str, Callable[[], Rank]] = {
+        "shorter": lambda: lambda _, answers: [-float(answer.tokens) for answer in answers],
+        "longer": lambda: lambda _, answers: [float(answer.tokens) for answer in answers],
+        "regex": lambda: lambda _, answers: [float(pattern.search(answer.text) is not None) for answer in answers],
+        "reference": lambda: by_reference,
+        "reward": lambda: Reward(options["reward_model"], device, dtype, day),
+        "judge": lambda: Judge(options["judge_url"], options["judge_model"], options["criterion"]),
+    }
+    return rules[options["rank"]]()
+
+
+def by_reference(question: Question, answers: Sequence[Answer]) -> list[float]:
+    """Normalised similarity of the sorted words, case and punctuation aside."""
+    wanted = question.reference or ""
+    return [fuzz.token_sort_ratio(answer.text, wanted, processor=utils.default_process) for answer in answers]
+
+
+class Reward:
+    """A sequence classifier with one label, a local directory or a hub id: safetensors only, none of its own code run."""
+
+    def __init__(self, name: str, device: str, dtype: torch.dtype, day: date) -> None:
+        self.model, self.tokenizer = HuggingFace(name).reward_model(device, dtype)
+        self.template = ChatTemplate.of(self.tokenizer, day)
+
+    def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
+        """One forward pass an answer, so that no score depends on what stands beside it."""
+        return [self._score(question, answer.text) for answer in answers]
+
+    def _score(self, question: Question, text: str) -> float:
+        if self.template is None:
+            inputs = self.tokenizer(flat(question.prompt), text, return_tensors="pt")
+        else:
+            messages = [*as_messages(question.prompt, "user"), {"role": "assistant", "content": text}]
+            tools = [dict(tool) for tool in question.tools] or None
+            inputs = self.tokenizer(self.template.render(messages, tools), add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            return float(self.model(**inputs.to(self.model.device)).logits[0, 0])
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Two answers by their places among those of the prompt, and their scores."""
+
+    chosen: int
+    rejected: int
+    scores: tuple[float, float]
+
+
+def best_pairs(answers: Sequence[Answer], scores: Sequence[float], count: int, min_distance: float) -> list[Ranked]:
+    """Up to `count` pairs whose scores are at least `min_distance` apart, and differ.
+
+    The first is the one that is furthest apart; then each answer stands in as few pairs as possible. An answer that did not
+    end by itself is never chosen.
+    """
+    places = range(len(answers))
+    possible = [
+        Ranked(one, other, (scores[one], scores[other]))
+        for one in places
+        for other in places
+        if answers[one].finished and scores[one] > scores[other] and scores[one] - scores[other] >= min_distance
+    ]
+    uses: Counter[int] = Counter()
+    pairs: list[Ranked] = []
+    while possible and len(pairs) < count:
+        best = max(possible, key=lambda pair: (-uses[pair.chosen] - uses[pair.rejected], pair.scores[0] - pair.scores[1]))
+        possible.remove(best)
+        uses.update((best.chosen, best.rejected))
+        pairs.append(best)
+    return pairs

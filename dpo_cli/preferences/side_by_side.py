@@ -1,0 +1,113 @@
+"""The answers of a run and of its base put before people, as a page, or before a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_cli.config.augment_rules import RANK_PARTS, judge_is_a_plain_url, rank_has_its_parts
+from dpo_cli.config.schema import inner_defaults
+from dpo_cli.data.messages import flat
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.evaluation.generation import Sample, first_of_each_prompt
+from dpo_cli.plan.plan import Plan
+from dpo_cli.preferences import votes
+from dpo_cli.preferences.judge import AT_ONCE, Judge
+from dpo_cli.storage.redaction import redacted
+from dpo_cli.storage.run_directory import PAGE, SUMMARY, VOTES, RunDirectory
+from dpo_cli.ui.console import Console
+
+JUDGE_FIX = (
+    """add 'augment={"judge_url": "http://localhost:8000/v1", "judge_model": "..."}' to the command; """
+    "a key stands in the environment, as OPENAI_API_KEY"
+)
+WINNERS = {1.0: "adapter", -1.0: "base", 0.0: "tie"}
+
+
+def contest_of(prompts: int | None, by_judge: bool, run: RunDirectory, plan: Plan, rows: Sequence[Encoded]) -> Contest | None:
+    """What `dpo eval RUN_DIR --side-by-side` holds over so many prompts, None over none; checked before any model is loaded."""
+    if prompts is None:
+        return None
+    if not first_of_each_prompt(rows, 1):
+        message, fix = "there is no prompt to answer", "name a file with prompts: --dataset"
+        raise InvalidInput([Problem("error", "nothing-to-compare", message, fix)])
+    parts = {name: value for name, value in plan.config.augment.items() if name in RANK_PARTS["judge"]}
+    options = {**inner_defaults("augment"), **parts}
+    if not by_judge:
+        return Contest(run, plan.config.seed, prompts, str(options["criterion"]), None)
+    values = {"augment": {**parts, "rank": "judge"}}
+    if wrong := [problem for rule in (rank_has_its_parts, judge_is_a_plain_url) for problem in rule(values, values)]:
+        raise InvalidInput([replace(problem, fix=JUDGE_FIX) for problem in wrong])
+    _require_no_human_votes(run)
+    judge = Judge(options["judge_url"], options["judge_model"], options["criterion"])
+    return Contest(run, plan.config.seed, prompts, judge.criterion, judge)
+
+
+def _require_no_human_votes(run: RunDirectory) -> None:
+    """`InvalidInput` where a judge's votes would replace those of people."""
+    place = run.path / VOTES
+    if place.exists() and votes.read(place)["judge"] is None:
+        message = f"{place} holds votes of people, which a judge's would replace"
+        raise InvalidInput([Problem("error", "votes-of-people", message, "give the file another name", file=str(place))])
+
+
+@dataclass(frozen=True)
+class Contest:
+    """A run, the question that people or a judge are asked about its answers, and the judge, if one is asked."""
+
+    run: RunDirectory
+    seed: int
+    prompts: int
+    criterion: str
+    judge: Judge | None
+
+    def hold(self, samples: Sequence[Sample], console: Console) -> dict[str, Any]:
+        """Write the page, and the votes of the judge: `side_by_side` of what `eval --json` prints."""
+        answers = [
+            (sample.prompt, sample.adapter.text, sample.base.text)
+            for sample in samples[: self.prompts]
+            if not sample.is_missing
+        ]
+        sha256 = self.run.read_json(SUMMARY)["adapter_sha256"]
+        origin = {"run": self.run.path.resolve().name, "adapter_sha256": sha256, "criterion": self.criterion}
+        document = votes.unvoted(origin, redacted(answers), self.seed)  # before they are sealed, where nothing can be found
+        self.run.write_text(PAGE, votes.page(document, self.seed))
+        page = str(self.run.path / PAGE)
+        fewer = f" (all there are; {self.prompts} were asked for)" if len(answers) < self.prompts else ""
+        console.line(f"side by side: {len(answers)} prompts{fewer}; open {page} in a browser")
+        held: dict[str, Any] = {"page": page, "prompts": len(answers), "votes": None, "tally": None}
+        if self.judge is None:
+            return held
+        self._judged(document, self.judge, console)
+        counted = votes.tally(document)
+        console.tally(counted)
+        return {**held, "votes": str(self.run.path / VOTES), "tally": counted}
+
+    def _judged(self, document: dict[str, Any], judge: Judge, console: Console) -> None:
+        """The judge's votes, with those of an earlier, unfinished call; written whatever happens: none is paid twice."""
+        document["judge"] = {"url": judge.url, "model": judge.model}
+        place = self.run.path / VOTES
+        before = votes.read(place) if place.exists() else document
+        if all(before[key] == document[key] for key in ("page", "judge")):
+            document["votes"] = before["votes"]
+        asked = [vote for vote in document["votes"] if vote["winner"] is None]
+
+        def ask(vote: dict[str, Any]) -> None:
+            won = judge.better(flat(vote["prompt"]), vote["adapter"], vote["base"])
+            if won is not None:  # else nobody has voted: the same command asks again
+                vote |= {"winner": WINNERS[won], "by": "judge"}
+
+        try:
+            with console.counting("judged", len(asked), 0) as show, ThreadPoolExecutor(AT_ONCE) as pool:
+                for done, _ in enumerate(pool.map(ask, asked), start=1):
+                    show(done, "")
+        finally:
+            self.run.write_json(VOTES, document)
+        if asked and (silent := sum(vote["winner"] is None for vote in asked)):
+            told = f"{silent} of {len(asked)} prompts have no verdict of the judge: its replies are not A, B or T"
+            if silent == len(asked):
+                raise RunFailed(told, "ask a model that follows instructions, or another criterion")
+            console.line(f"note: {told}")

@@ -1,0 +1,163 @@
+"""Which answer people or a judge find better: the file of votes, the page that asks for them, and their count. No torch.
+
+A file of votes holds every prompt with both answers, so that it can be counted without the run:
+
+{"votes_version": 1, "run": "quickstart", "adapter_sha256": "...", "criterion": "more helpful", "page": "...", "judge": null,
+ "votes": [{"prompt": "..." or messages, "adapter": "...", "base": "...", "winner": "adapter", "by": "human"}, ...]}
+
+winner   adapter, base, tie, or null where nobody has voted yet
+by       human, judge, "same text" (a tie that nobody is asked about), or null
+page     the digest of the page that asks, which stays the same while the answers do
+judge    {"url", "model"} of the judge, null where people vote
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from dpo_cli.data.messages import Text, as_messages
+from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.evaluation.bootstrap import Intervals, mean
+
+VERSION = 1
+POINTS = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
+TEMPLATE = Path(__file__).with_name("side_by_side.html.j2")
+
+_TEXT = {"type": "string"}
+_MESSAGE = {"type": "object", "required": ["role", "content"], "properties": {"role": _TEXT, "content": _TEXT}}
+_VOTE = {
+    "type": "object",
+    "required": ["prompt", "adapter", "base", "winner", "by"],
+    "properties": {
+        "prompt": {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": _MESSAGE}]},
+        "adapter": _TEXT,
+        "base": _TEXT,
+        "winner": {"enum": [*POINTS, None]},
+        "by": {"enum": ["human", "judge", "same text", None]},
+    },
+}
+_FILE = {
+    "type": "object",
+    "required": ["votes_version", "run", "adapter_sha256", "criterion", "page", "judge", "votes"],
+    "properties": {
+        "votes_version": {"const": VERSION},
+        **dict.fromkeys(("run", "adapter_sha256", "criterion", "page"), _TEXT),
+        "judge": {"type": ["object", "null"], "required": ["url", "model"], "properties": {"url": _TEXT, "model": _TEXT}},
+        "votes": {"type": "array", "minItems": 1, "items": _VOTE},
+    },
+}
+REMEDY = "name the votes.json that a side-by-side page saved, or a judge wrote"
+
+
+def unvoted(origin: Mapping[str, str], answers: Sequence[tuple[Text, str, str]], seed: int) -> dict[str, Any]:
+    """A file of votes before anybody has voted; `answers` are a prompt, the adapter's answer and the base's."""
+    votes = []
+    for prompt, adapter, base in answers:
+        settled = ("tie", "same text") if adapter == base else (None, None)
+        votes.append({"prompt": prompt, "adapter": adapter, "base": base, **dict(zip(("winner", "by"), settled, strict=True))})
+    digest = hashlib.sha256(json.dumps([dict(origin), votes, seed]).encode()).hexdigest()
+    return {"votes_version": VERSION, **origin, "page": digest, "judge": None, "votes": votes}
+
+
+def page(document: Mapping[str, Any], seed: int) -> str:
+    """The page that asks for the votes of an unvoted file, in an order of its own, each answer as often first as second.
+
+    Which answer is whose stands in the page, since its file of votes has to say it; it is written so that a look at the page's
+    source does not show it.
+    """
+    sealed = base64.b64encode(json.dumps(document).encode()).decode()
+    # Of what JSON can hold, only a < can end the script element that holds it; all beyond ASCII is escaped by json.
+    data = json.dumps({"sealed": sealed, "cases": _cases(document["votes"], seed)}).replace("<", "\\u003c")
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined)
+    same = sum(vote["by"] == "same text" for vote in document["votes"])
+    made: str = template.render(run=document["run"], criterion=document["criterion"], same=same, data=data)
+    return made
+
+
+def _cases(votes: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """What is asked: the place of each open vote, its prompt as messages, and its answers in the order they are shown in."""
+    draw = random.Random(seed)
+    places = [place for place, vote in enumerate(votes) if vote["winner"] is None]
+    orders = [("adapter", "base") if i % 2 else ("base", "adapter") for i in range(len(places))]
+    draw.shuffle(places)
+    draw.shuffle(orders)
+    return [
+        {"place": place, "prompt": _shown(votes[place]["prompt"]), "answers": [votes[place][side] for side in order]}
+        for place, order in zip(places, orders, strict=True)
+    ]
+
+
+def _shown(prompt: Text) -> list[dict[str, str]]:
+    """A prompt as messages of text alone: calls of tools are shown as JSON."""
+    return [
+        {"role": message["role"], "text": "\n".join([message["content"], *map(json.dumps, message.get("tool_calls") or ())])}
+        for message in as_messages(prompt, "user")
+    ]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file of votes, or `InvalidInput` that says why it is none."""
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as error:
+        raise _invalid("votes-unreadable", f"cannot be read: {error.strerror}", path) from error
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or brackets without end
+        raise _invalid("votes-unreadable", f"not JSON, or damaged: {error}", path) from error
+    if (wrong := best_match(Draft202012Validator(_FILE).iter_errors(document))) is not None:
+        place = f"{wrong.json_path.removeprefix('$').removeprefix('.')}: " if wrong.path else ""
+        raise _invalid("not-votes", f"no file of votes: {place}{wrong.message[:200]}", path)
+    return dict(document)
+
+
+def _invalid(code: str, message: str, path: Path, fix: str = REMEDY) -> InvalidInput:
+    return InvalidInput([Problem("error", code, message, fix, file=str(path))])
+
+
+def count(path: Path) -> dict[str, Any]:
+    """What `eval --tally` prints of a file that holds at least one vote."""
+    document = read(path)
+    if all(vote["winner"] is None for vote in document["votes"]):
+        raise _invalid("no-votes", "nobody has voted yet", path, "vote on side-by-side.html, and save votes.json again")
+    return tally(document)
+
+
+def tally(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter's wins, losses and ties, its win rate (a tie counts one half) over what is voted, and the sign test."""
+    counted = [vote for vote in document["votes"] if vote["winner"] is not None]
+    winners, voters = Counter(vote["winner"] for vote in counted), Counter(vote["by"] for vote in counted)
+    wins, losses = winners["adapter"], winners["base"]
+    points = np.array([POINTS[vote["winner"]] for vote in counted])
+    return {
+        **{name: document[name] for name in ("run", "adapter_sha256", "criterion", "judge")},
+        "prompts": len(document["votes"]),
+        "missing": len(document["votes"]) - len(counted),
+        "same_text": voters["same text"],
+        "wins": wins,
+        "losses": losses,
+        "ties": winners["tie"],
+        "win_rate": Intervals([json.dumps(vote["prompt"]) for vote in counted]).of(mean(points)),
+        "sign_test": sign_test(wins, losses),
+    }
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """The two-sided p-value of so uneven a split if each were as likely, ties left out; exact, from the binomial distribution.
+
+    Dixon and Mood, The Statistical Sign Test, Journal of the American Statistical Association 41 (1946).
+    """
+    decided = wins + losses
+    tail = sum(math.comb(decided, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / (1 << decided))

@@ -1,0 +1,340 @@
+"""Every tensor is accounted for, on every load: the files hold all that the architecture has, and nothing that has no place.
+
+transformers makes up what it does not find, and PEFT passes over what has no place, both with a line in a log. Here either is
+an error that names the tensors. The same holds for numbers that are none, and for a merge that changes what the model computes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+import transformers.modeling_utils
+from peft import LoraConfig, PeftModel
+from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.models.source import ADAPTER_CONFIG, fault_of
+from dpo_cli.models.tensor_files import (
+    RESIZED_FIX,
+    count,
+    expert_gap,
+    faults,
+    files_of,
+    of_base,
+    place_of,
+    resized,
+    some,
+    stored_in,
+    wrapper_of,
+)
+from dpo_cli.providers.precision import in_float32
+from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.run_directory import WEIGHTS
+
+OTHER_BASE = "name the model that it was made on as model_name"
+MASKS = ("bias", "masked_bias", "causal_mask")  # last names of buffers of GPT-2, GPT-Neo, GPT-J and CodeGen
+MERGE_ALLOWANCE = 1e-4  # nats a token that a merge in float32 may change
+PROBE_TOKENS, PROBE_ROWS = 24, 2  # of the sequences that a merge is tried on
+
+
+def refuse(what: str, missing: Sequence[str], unexpected: Sequence[str], other: Sequence[str], fix: str, key: str) -> None:
+    """`InvalidInput` that names the tensors of `what` which are missing, which have no place in the model, or which do not fit.
+
+    Nothing happens where all three are empty.
+    """
+    parts = []
+    if missing:
+        parts.append(f"lacks {count(sorted(missing))}")
+    if unexpected:
+        parts.append(f"holds {count(sorted(unexpected))} without a place in the model")
+    if other:
+        parts.append(f"holds tensors that do not fit: {some(sorted(other))}")
+    if not parts:
+        return
+    if wrapper := wrapper_of(unexpected):
+        fix = f"save it again without the wrapper that put {wrapper!r} before every name"
+    raise InvalidInput([Problem("error", "tensors-unaccounted", f"{what} {', and '.join(parts)}", fix, key)])
+
+
+@contextmanager
+def all_tensors(what: str) -> Iterator[list[str]]:
+    """Within, transformers loads a model whole, or `InvalidInput` says which tensors are not as the architecture has them.
+
+    `_finalize_model_loading` (transformers 5.17) ends every load with a call of `log_state_dict_report`, whoever asked for it:
+    Unsloth's loads too, which pass no `output_loading_info` on. Here that call is the check. `RunFailed`: it did not come.
+    Yields a list that takes up notes on tensors which were passed over.
+    """
+    checked, notes = [], list[str]()
+
+    def check(model: Any, loading_info: Any, pretrained_model_name_or_path: Any = None, **_: Any) -> None:
+        checked.append(what)
+        unexpected = set(loading_info.unexpected_keys)
+        idle = _without_use(model, unexpected, str(pretrained_model_name_or_path))
+        if idle:
+            notes.append(f"{what} holds {count(sorted(idle))} that its model does not use: passed over")
+        shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in loading_info.mismatched_keys]
+        broken = [*shapes, *loading_info.error_msgs, *loading_info.conversion_errors]
+        fix = "download it again; config.json and weights have to be of one model"
+        refuse(what, loading_info.missing_keys, sorted(unexpected - idle), broken, fix, "model_name")
+
+    before = transformers.modeling_utils.log_state_dict_report
+    transformers.modeling_utils.log_state_dict_report = check
+    try:
+        yield notes
+    finally:
+        transformers.modeling_utils.log_state_dict_report = before
+    if not checked:
+        message = f"transformers {transformers.__version__} does not tell which tensors of {what} it has loaded"
+        raise RunFailed(message, "install the version that constraints.txt names")
+
+
+def _without_use(model: PreTrainedModel, names: set[str], source: str) -> set[str]:
+    """Which of the tensors without a place change nothing: masks once stored with the attention, a classifier's old head."""
+    masks = {name for name in names if name.rpartition(".")[2] in MASKS}
+    stored = stored_in(folder_of(source)) if masks else {}  # maybe without the first part of these names
+    idle = {name for name in masks if any(_is_mask(shape) for short, shape in stored.items() if name.endswith(short))}
+    return idle if model.get_output_embeddings() is not None else idle | (names & {"lm_head.weight"})
+
+
+def _is_mask(shape: tuple[int, ...]) -> bool:
+    """Whether a shape is that of a mask over two positions, or of the one value that masks are filled with."""
+    return shape == () or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
+
+
+def folder_of(source: str) -> Path:
+    """Where the files of a model lie that has been loaded from `source`, a directory or a hub id."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(cached_file(source, "config.json", local_files_only=True)).parent
+
+
+def require_whole_files(folder: Path) -> None:
+    """`InvalidInput` where the headers of a model's files show already that something is missing, cut off or misnumbered."""
+    if (folder / "config.json").is_file() and files_of(folder):  # weights of another format are refused by their own words
+        config = read_json(folder / "config.json")
+        if found := [
+            Problem("error", "model-tensors", fault.message, fault.fix, "model_name") for fault in faults(folder, config)
+        ]:
+            raise InvalidInput(found)
+
+
+def require_finite(model: nn.Module, what: str, folder: Path) -> None:
+    """`InvalidInput` that names the tensors of a model, loaded from `folder`, which hold NaN or infinity.
+
+    They have the names that they have in safetensors files, which transformers may have joined.
+    """
+    tensors: dict[str, Tensor | None] = dict(model.named_parameters()) | _buffers(model)
+    has_4bit = False
+    for name, parameter in model.named_parameters():
+        tensors[f"{name} (scale of a row)"] = getattr(parameter, "SCB", None)  # of bitsandbytes' 8-bit weights
+        has_4bit |= getattr(parameter, "quant_state", None) is not None  # which makes a number of a NaN
+    broken = _not_finite(tensors)
+    in_files = [name for file in files_of(folder) for name in _not_finite_in(file)] if broken or has_4bit else []
+    _refuse_numbers(in_files or broken, what)
+
+
+def _not_finite_in(file: Path) -> list[str]:
+    with safe_open(file, "pt") as held:
+        return [name for name in held.keys() if not _is_finite(held.get_tensor(name))]  # noqa: SIM118 - it is no mapping
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers that are in a model's files; of others some hold infinity, such as masks."""
+    return {
+        f"{place}.{name}": buffer
+        for place, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def _not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
+    return [name for name, tensor in tensors.items() if tensor is not None and not _is_finite(tensor)]
+
+
+def _refuse_numbers(broken: list[str], what: str) -> None:
+    if broken:
+        message = f"{what} holds NaN or infinity in {count(broken)}"
+        fix = "download it again, or train it again with a lower learning_rate: such weights compute nothing"
+        raise InvalidInput([Problem("error", "weights-not-finite", message, fix, "model_name")])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+        return True
+    if tensor.dtype.itemsize < 2:  # FP8, which has no minimum
+        return bool(torch.isfinite(tensor.float()).all())
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))  # a NaN comes out of both
+
+
+def with_adapter(
+    base: PreTrainedModel | PeftModel,
+    folder: Path,
+    name: str,
+    label: str,
+    is_trainable: bool = False,
+    dropout: float = 0.0,
+) -> PeftModel:
+    """`base` with the adapter in `folder`, called `name`, whole; `label` names the base in messages.
+
+    Its dropout is that of this training, whatever it had in its own. A further adapter is put beside those that `base` has.
+    Raises `InvalidInput` for an adapter of another model, for tensors that are missing or have no place, and for a kind of
+    adapter whose base is not the reference.
+    """
+    network = base.get_base_model() if isinstance(base, PeftModel) else base
+    written = _weights_of(folder, network, label)
+    options: dict[str, Any] = {"adapter_name": name, "is_trainable": is_trainable}
+    try:
+        wanted = LoraConfig.from_pretrained(str(folder))
+        wanted.lora_dropout, wanted.inference_mode = dropout, not is_trainable
+        if isinstance(base, PeftModel):
+            base.add_adapter(name, wanted)
+            base.load_adapter(str(folder), **options)
+            model = base
+        else:
+            model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder), config=wanted, **options))
+        result = set_peft_model_state_dict(model, dict(written), adapter_name=name)
+    except torch.OutOfMemoryError:  # no fault of the adapter
+        raise
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+    ) as error:  # other shapes, layers that are not there
+        shapes = [_written(key, name) for key in re.findall(r"size mismatch for (\S+):", str(error))]
+        refuse(f"the adapter in {folder}, put on {label},", (), (), shapes, OTHER_BASE, "model_name")
+        message = f"{folder} is no adapter of {label}: {' '.join(str(error).split())[:300]}"
+        raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")]) from error
+    missing = [_written(key, name) for key in result.missing_keys if name in key.split(".")]
+    unexpected = [_written(key, name) for key in result.unexpected_keys]
+    refuse(f"the adapter in {folder}, put on {label},", missing, unexpected, (), OTHER_BASE, "model_name")
+    return model
+
+
+def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str, Tensor]:
+    """The tensors of an adapter for `network`; `InvalidInput` where its files tell already that it cannot be put on."""
+    if fault := fault_of(folder):
+        message = f"the adapter in {folder} {fault.message}"
+        raise InvalidInput([Problem("error", "adapter-unsupported", message, fault.fix, "model_name")])
+    config = read_json(folder / ADAPTER_CONFIG)
+    again = "copy it again, or save it again with PEFT"
+    try:
+        written = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise InvalidInput(
+            [Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", again, "model_name")]
+        ) from error
+    _refuse_numbers(_not_finite(written), str(folder))
+    if gap := expert_gap(written):
+        raise InvalidInput([Problem("error", "tensors-unaccounted", f"the adapter in {folder} {gap}", again, "model_name")])
+    _require_same_base(network, written, config, folder, label)
+    return written
+
+
+def _written(key: str, name: str) -> str:
+    """The name of a tensor in the file of an adapter, by its name in the model, without what is before all names."""
+    return key.removeprefix("base_model.model.").replace(f".{name}", "")
+
+
+def _require_same_base(
+    network: PreTrainedModel, written: dict[str, Tensor], config: Mapping[str, Any], folder: Path, label: str
+) -> None:
+    """`InvalidInput` where the file holds another tensor of the base than the base has: PEFT would put it in its place.
+
+    PEFT saves tables of tokens so, where the embedding was resized, or is adapted itself.
+    """
+    tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
+    own = {place_of(name): tensor.detach() for name, tensor in tensors if ".modules_to_save." not in name}
+    shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (written, own))
+    if difference := resized(*shapes):
+        message = f"the adapter in {folder} {difference}"
+        raise InvalidInput([Problem("error", "adapter-resized", message, RESIZED_FIX, "model_name")])
+    held = [(place_of(key), written[key]) for key in of_base(written, config.get("modules_to_save"))]
+    if other := [name for name, tensor in held if name in own and not _is_same(own[name], tensor)]:
+        message = f"{folder} holds {count(other)} of its base, with other values than in {label}: it was made on another model"
+        raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")])
+
+
+def _is_same(there: Tensor, tensor: Tensor) -> bool:
+    return there.shape == tensor.shape and torch.equal(there.cpu(), tensor.to(there.dtype))
+
+
+def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with the adapter `name` merged into it; log-probs of the base, with the adapter and merged are compared.
+
+    In float32, where bf16's rounding hides less than what an adapter adds. A head that is tied to the embedding is untied first
+    where either is adapted, else the merge would change both. Raises `InvalidInput` where the merged model computes something
+    else, or is nearer to the base, and for weights that are not finite.
+    """
+    model.set_adapter(name)
+    ids = _probe(model)
+    adapted = _log_probs(model, ids)
+    with model.disable_adapter():
+        base = _log_probs(model, ids)
+    _untie(model.get_base_model())
+    try:
+        whole = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True, adapter_names=[name]))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError) as error:  # NaN in the merged weights; a kind of adapter that cannot be merged
+        message, fix = f"the adapter on {label} cannot be merged: {error}", "use it as it is, or train another one"
+        raise InvalidInput([Problem("error", "merge-differs", message, fix, "model_name")]) from error
+    _require_same(_log_probs(whole, ids), adapted, base, label, dtype)
+    return whole
+
+
+def _require_same(whole: Tensor, adapted: Tensor, base: Tensor, label: str, dtype: torch.dtype) -> None:
+    """`InvalidInput` where a merge is not the adapter on its base, by log-probs; `dtype` is that of the merged weights."""
+    apart, lost, effect = (float(one.abs().mean()) for one in (whole - adapted, whole - base, adapted - base))
+    rounding = max(MERGE_ALLOWANCE, torch.finfo(dtype).eps)
+    allowed = max(MERGE_ALLOWANCE, 16 * torch.finfo(dtype).eps)
+    if apart <= allowed and (apart < lost or effect <= rounding):
+        return
+    message = f"merged into {label}, the adapter computes something else: log-probs differ by {apart:.2g} nats a token"
+    message = f"{message} ({allowed:.2g} allowed), where the adapter changes them by {effect:.2g}"
+    fix = "use the adapter as it is, or train it again without what PEFT cannot merge"
+    raise InvalidInput([Problem("error", "merge-differs", message, fix, "model_name")])
+
+
+def _untie(network: PreTrainedModel) -> None:
+    """Give the head a weight of its own where it shares the embedding's and an adapter is on either."""
+    parts = network.get_output_embeddings(), network.get_input_embeddings()
+    head, table = (getattr(part, "base_layer", part) for part in parts)
+    if head is None or (head, table) == parts or head.weight is not table.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    network.config.tie_word_embeddings = network.config.get_text_config().tie_word_embeddings = False
+
+
+def _probe(model: PeftModel) -> Tensor:
+    """Token ids all over the vocabulary, (rows, tokens): the same for the same model."""
+    rows = model.get_base_model().get_input_embeddings().weight.shape[0]
+    draw = torch.Generator().manual_seed(0)
+    return torch.randint(0, rows, (PROBE_ROWS, PROBE_TOKENS), generator=draw).to(model.device)
+
+
+def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probs of the tokens that follow one another in `ids`, by the model's own logits, computed in float32."""
+    model.eval()
+    with torch.no_grad():
+        try:
+            with in_float32(model):
+                logits = model(input_ids=ids, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # a block that reads a layer's weight itself mixes dtypes: then in the model's own
+            logits = model(input_ids=ids, use_cache=False).logits
+    log_probs: Tensor = logits[:, :-1].float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return log_probs

@@ -1,0 +1,178 @@
+"""Models that are made once and kept in the cache: of a GGUF file, and of an adapter merged into what it stands on."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf as gguf_library
+import torch
+import transformers
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dpo_cli.errors import RunFailed
+from dpo_cli.models import gguf_header
+from dpo_cli.providers.base import CACHE_FIX, cache_dir
+from dpo_cli.providers.loaded_tensors import all_tensors, refuse, require_finite
+from dpo_cli.storage.atomic import is_full, writing
+from dpo_cli.storage.digests import sha256
+
+CONVERSION = 2  # of a GGUF file: counted up where another model is made of the same file
+ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
+READ_BY_TRANSFORMERS = "gpt-oss"  # the one architecture whose rope.scaling it takes over
+MADE_FROM = "name the model that the file was made from"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def dequantised(path: Path) -> Path:
+    """The GGUF file as a float32 model directory with safetensors, made once per content and transformers version."""
+    try:
+        return made_once("gguf", f"{CONVERSION} {sha256(path)}", lambda work: _convert(path, work))
+    except ValueError as error:
+        raise RunFailed(f"{path} cannot be dequantised: {error}", "download it again") from error
+
+
+def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, kept under a hash of all that decides its `content` and the transformers version."""
+    digest = hashlib.sha256(content.encode()).hexdigest()[:32]
+    target = cache_dir() / kind / f"{digest}-transformers-{transformers.__version__}"
+    try:
+        if target.is_dir():
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target.parent, error) from error
+    try:
+        with writing(work):
+            make(work)
+        work.rename(target)
+    except OSError as error:
+        if not target.is_dir():  # else another process finished first, and its copy serves
+            if is_full(error) or str(error.filename).startswith(str(work)):
+                raise _unwritable(target.parent, error) from error
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _unwritable(place: Path, error: OSError) -> RunFailed:
+    """What a cache is told as that cannot be made or written, with the variable that moves it."""
+    where = "XDG_CACHE_HOME" if os.environ.get("XDG_CACHE_HOME") else "the home folder, as XDG_CACHE_HOME is not set"
+    return RunFailed(f"cannot write to the cache {place} (in {where}): {error.strerror or error}", CACHE_FIX)
+
+
+def _convert(path: Path, target: Path) -> None:
+    with _read_once(), tempfile.TemporaryDirectory() as alone:
+        # What lies beside the file (a tokenizer, code for it) is not part of it.
+        (Path(alone) / path.name).symlink_to(path.absolute())
+        _dequantise(path, alone, target)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Within, the header of a GGUF file is read once. transformers 5.17 reads it four times, which takes seconds each time."""
+    read = gguf_library.GGUFReader
+    setattr(gguf_library, "GGUFReader", functools.cache(read))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(gguf_library, "GGUFReader", read)  # noqa: B010
+
+
+def _dequantise(path: Path, folder: str, target: Path) -> None:
+    where: dict[str, Any] = {"pretrained_model_name_or_path": folder, "gguf_file": path.name}
+    where |= {"trust_remote_code": False, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    # transformers 5.17 guesses the special tokens of a GGUF (SmolLM2's EOS comes out as its BOS); the header knows them.
+    header = gguf_header.read_header(path).metadata
+    for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
+        token_id = header.get(f"tokenizer.ggml.{key}_token_id")
+        if token_id is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
+    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.save_pretrained(target)
+    with all_tensors(path.name), _all_placed(path):
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    require_finite(model, path.name, Path(folder))
+    _scale_positions(model.config, path)
+    # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(target)
+
+
+@contextmanager
+def _all_placed(path: Path) -> Iterator[None]:
+    """Within, transformers loads all tensors of a GGUF file, or `InvalidInput` names those that it would pass over.
+
+    `load_gguf_checkpoint` (transformers 5.17) passes over each that `get_gguf_hf_weights_map` gives no place, also without its
+    ending, as experts have it. Other architectures are loaded as safetensors are, and looked at as these are.
+    """
+    before = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map
+    places: set[str] = set()
+
+    def noting(*args: Any, **options: Any) -> dict[str, str]:
+        found: dict[str, str] = before(*args, **options)
+        places.update(found)
+        return found
+
+    modeling_gguf_pytorch_utils.get_gguf_hf_weights_map = noting
+    try:
+        yield
+    finally:
+        modeling_gguf_pytorch_utils.get_gguf_hf_weights_map = before
+    if places:
+        tensors = gguf_header.read_header(path).tensors - {ROPE_FACTORS}
+        left = [name for name in tensors if name not in places and name.rpartition(".")[0] not in places]
+        refuse(path.name, (), left, (), MADE_FROM, "model_name")
+
+
+def _scale_positions(config: Any, path: Path) -> None:
+    """Write into `config` how the GGUF file scales positions, which transformers does not read; `RunFailed`: it cannot be."""
+    header = gguf_header.read_header(path)
+    family = header.metadata["general.architecture"]
+    key = f"{family}.rope.scaling.type"
+    scaling: Mapping[str, Any] | None = None
+    if (kind := header.metadata.get(key, "none")) != "none" and family != READ_BY_TRANSFORMERS:
+        factor = header.metadata.get(f"{family}.rope.scaling.factor")
+        if kind != "linear" or factor is None:
+            raise RunFailed(f"{path.name} scales positions by {kind} ({key}), which is not read here", MADE_FROM)
+        scaling = {"rope_type": "linear", "factor": factor}
+    if ROPE_FACTORS in header.tensors:
+        factors = next(tensor.data for tensor in GGUFReader(path).tensors if tensor.name == ROPE_FACTORS)
+        if scaling is not None or (scaling := _scaling(config, torch.from_numpy(factors.copy()))) is None:
+            raise RunFailed(
+                f"{path.name} scales positions by factors ({ROPE_FACTORS}) that are not those of Llama 3", MADE_FROM
+            )
+    if scaling is not None:
+        config.rope_parameters = {**config.rope_parameters, **scaling}
+
+
+def _scaling(config: Any, factors: torch.Tensor) -> dict[str, Any] | None:
+    """The rope_parameters that divide the frequencies by these factors; None where none is known that does."""
+
+    def frequencies(scaling: dict[str, Any]) -> torch.Tensor:
+        tried = copy.deepcopy(config)
+        tried.rope_parameters = {**config.rope_parameters, **scaling}
+        found: torch.Tensor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](tried, torch.device("cpu"))[0]
+        return found
+
+    largest = float(factors.max())
+    plain = frequencies({"rope_type": "linear", "factor": 1.0})
+    for scaling in ({"rope_type": "linear", "factor": largest}, {"rope_type": "llama3", "factor": largest, **LLAMA3}):
+        made = plain / frequencies(scaling)
+        if made.shape == factors.shape and torch.allclose(made, factors, rtol=1e-4):
+            return scaling
+    return None

@@ -1,0 +1,114 @@
+"""A GGUF file of a model directory: written by llama.cpp's own converter, then read back and compared.
+
+The `gguf` package writes files, but does not know how a model becomes one; llama.cpp's script does. It is no package, so the
+user names it, and it runs as a process of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.errors import RunFailed, UsageError
+from dpo_cli.models.gguf_header import is_gguf, read_header
+
+Type = Literal["f32", "f16", "bf16", "q8_0"]
+SCRIPT = "convert_hf_to_gguf.py"
+BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # q8_0: blocks of 32 bytes and a 16-bit scale
+# The share of positions at which the file's model must find the same token most likely as the merged model.
+LEAST_SAME = {"f32": 0.999, "f16": 0.98, "bf16": 0.98, "q8_0": 0.95}
+ROWS, POSITIONS = 32, 16  # held-out rows compared, and the first positions of each response
+WHERE = (
+    "it is llama.cpp's: `pip download --no-binary llama-cpp-python --no-deps llama-cpp-python` has it in vendor/llama.cpp; "
+    "unpack that folder, and name the script in it with --converter or DPO_GGUF_CONVERTER"
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """How a GGUF file compares with the model that it was made of, both computed in float32."""
+
+    file: str
+    type: str
+    positions: int
+    same_argmax: float  # share of positions
+    max_difference: float  # between two logits
+    least_same: float
+
+    @property
+    def ok(self) -> bool:
+        return self.same_argmax >= self.least_same
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
+
+
+def find_converter(named: Path | None) -> Path:
+    """The converter that is named, or the one on PATH; `UsageError` says where there is one."""
+    found = named or shutil.which(SCRIPT)
+    if found is None:
+        raise UsageError(f"--gguf needs a converter, {SCRIPT}", WHERE)
+    if not Path(found).is_file():
+        raise UsageError(f"there is no converter {found}", WHERE)
+    return Path(found).absolute()
+
+
+def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) -> None:
+    """Run the converter on a model directory; `RunFailed` when it fails, or writes no GGUF file. Its output is logged."""
+    command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", kind, "--model-name", name]
+    # It reads the folder with transformers, which must not ask the hub for anything.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
+    logging.getLogger("dpo").info("%s\n%s%s", command, done.stdout, done.stderr)
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        fix = "train.log has its output; for a missing module: pip install 'dpo-cli[gguf]'"
+        raise RunFailed(f"the converter {converter} failed: {said}", fix)
+    if not is_gguf(file):
+        raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
+
+
+def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Read a GGUF file back with transformers and compare its logits with those of the model directory.
+
+    One model is in memory at a time, in float32. `RunFailed` for a file that cannot be read, or ends texts with another token.
+    """
+    wanted = _logits(rows, pretrained_model_name_or_path=str(model_dir))
+    try:
+        ends = read_header(file).metadata.get("tokenizer.ggml.eos_token_id")
+        made = _logits(rows, pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what transformers raises for a file it cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        message = f"{file.name} cannot be read back, so nobody knows what it answers: {reason}"
+        raise RunFailed(message, "use a newer converter, or export without --gguf") from error
+    if ends != tokenizer.eos_token_id or made.shape != wanted.shape:
+        message = f"{file.name} has another vocabulary than the model, or ends its texts with another token"
+        raise RunFailed(message, "use a newer converter, or export without --gguf")
+    same = (made.argmax(dim=-1) == wanted.argmax(dim=-1)).double().mean()
+    apart = (made - wanted).abs().max()
+    return Check(file.name, kind, len(wanted), float(same), float(apart), LEAST_SAME[kind])
+
+
+def _logits(rows: Sequence[Encoded], **source: str) -> Tensor:
+    """The logits that predict the first tokens of each row's first response, (positions, vocabulary), in float32."""
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(**source, **options).eval()
+    made = []
+    with torch.no_grad():
+        for row in rows[:ROWS]:
+            start = max(len(row.prompt_ids) - 1, 0)
+            ids = torch.tensor([(row.prompt_ids + row.responses[0])[: start + POSITIONS]])
+            made.append(model(input_ids=ids, use_cache=False).logits[0, start:])
+    return torch.cat(made)

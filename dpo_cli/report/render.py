@@ -1,0 +1,107 @@
+"""report.html: a run, or several compared, as one page that asks no network. No torch."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+import dpo_cli
+from dpo_cli.errors import UsageError
+from dpo_cli.evaluation.figures import TERMS
+from dpo_cli.report import comparison, curves, views
+from dpo_cli.report.run_data import Contents
+from dpo_cli.storage.redaction import redact
+from dpo_cli.storage.run_directory import REPORT, RunDirectory
+
+PAGES = Path(__file__).parent / "pages"
+MARK = '<meta name="generator" content="dpo '  # of a page that may be replaced
+
+
+def write_report(path: Path) -> Path:
+    """Write report.html into a run directory, of what it holds."""
+    RunDirectory(path).write_text(REPORT, report(Contents.read(path)))
+    return path / REPORT
+
+
+def write_comparison(paths: Sequence[Path], out: Path) -> Path:
+    """Write one page about several runs."""
+    if out.exists() and not (out.is_file() and MARK in out.read_text(encoding="utf-8", errors="replace")[:4000]):
+        raise UsageError(f"{out} exists already, and is no page of dpo", "name another file with --out")
+    page = _page("comparison.html.j2", **comparison.compared([Contents.read(path) for path in paths]))
+    try:
+        out.write_text(redact(page), encoding="utf-8")
+    except OSError as error:  # a folder that is not there, or may not be written: the user's to change
+        raise UsageError(f"cannot write {out}: {error.strerror}", "name a file in a folder that exists") from error
+    return out
+
+
+def report(run: Contents) -> str:
+    """The page of one run."""
+    lengths = (run.evaluation or {}).get("answer_tokens")
+    answer_lengths = ""
+    if lengths:
+        base, policy = (lengths[side]["value"] for side in ("base", "policy"))
+        answer_lengths = f"; on average the {run.base}'s have {base:.0f} tokens, and the {run.who}'s {policy:.0f}"
+    return _page(
+        "report.html.j2",
+        run=run,
+        facts=views.facts(run),
+        tiles=views.tiles(run),
+        plots=curves.plots(run),
+        against=views.against(run) if run.judged else [],
+        categories=views.categories(run),
+        spread=curves.spread(run),
+        answer_lengths=answer_lengths,
+        data=views.data(run),
+        bill=views.bill(run),
+        config=views.config(run),
+        command=views.command(run),
+        made_with=views.made_with(run),
+        terms=[(term.label, term.meaning) for name, term in TERMS.items() if run.judged and run.judged["policy"].get(name)],
+    )
+
+
+def _page(template: str, **content: Any) -> str:
+    return _environment().get_template(template).render(content)
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "shortened": views.shortened,
+        "one_line": lambda text: shorten(text, 110, placeholder=" ..."),
+    }
+    environment.globals |= {
+        "reading": views.reading,
+        "signed": views.signed,
+        "row_value": curves.row_value,
+        "place_of": _place,
+        "hash_of": _hash,
+        "css": Markup((PAGES / "page.css").read_text(encoding="utf-8")),
+        "js": Markup((PAGES / "page.js").read_text(encoding="utf-8")),
+        "version": dpo_cli.__version__,
+    }
+    return environment
+
+
+def _hash(text: str) -> str:
+    """As the page's Content-Security-Policy names the one script and the one style that it allows."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _place(problem: dict[str, Any]) -> str:
+    """file:line of a finding, where it has one."""
+    parts = [Path(problem["file"]).name if problem["file"] else None, problem["line"]]
+    place = ":".join(str(part) for part in parts if part is not None)
+    return f"{place}: " if place else ""

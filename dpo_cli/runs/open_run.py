@@ -1,0 +1,156 @@
+"""A finished run, or any adapter on a model, opened on this machine: its plan, the rows to judge it on, what was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peft import PeftConfig
+from transformers import PreTrainedTokenizerBase
+
+from dpo_cli.config.config import load
+from dpo_cli.config.schema import defaults
+from dpo_cli.data.dataset import holds_pairs, unreadable
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.hardware.machine import probe
+from dpo_cli.models.source import ADAPTER_CONFIG, fault_of, foundation, is_on_head
+from dpo_cli.plan.plan import Plan
+from dpo_cli.plan.preflight import inspect
+from dpo_cli.plan.tokenized import prepare, tell_scoring
+from dpo_cli.providers.base import Provider
+from dpo_cli.providers.policy import Policy
+from dpo_cli.providers.registry import PROVIDERS
+from dpo_cli.scoring.forward import choose
+from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
+from dpo_cli.storage.log import log_to
+from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, RunDirectory
+from dpo_cli.ui.console import Console
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The folder of what was trained, its plan, as this machine decides it, and the rows to judge it on."""
+
+    folder: Path
+    plan: Plan
+    provider: Provider
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[Encoded]
+
+
+@dataclass(frozen=True)
+class OpenedRun(Opened):
+    run: RunDirectory
+
+
+def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequence[str] = ()) -> OpenedRun:
+    """Open a finished run with what it held out, or with all rows of another file. No model is loaded.
+
+    `changes` are overrides that say how it is judged.
+    """
+    run = RunDirectory.open(Path(run_path))
+    _require_same_below(run)
+    with log_to(run.log):
+        opened = _opened(str(run.path / PLAN), changes, run.trained, dataset, console)
+    if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
+        console.line(f"note: the run was trained on {dataset}, so these figures show memory, not learning")
+    return OpenedRun(**vars(opened), run=run)
+
+
+def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Sequence[str], console: Console) -> Opened:
+    """Open any PEFT adapter on the model of a config, with what the config holds out, or with all rows of another file.
+
+    `config` may be the directory of a run, for its plan, and `adapter` too, for its adapter.
+    """
+    path, folder = Path(config), adapter / ADAPTER if (adapter / PLAN).is_file() else adapter
+    made_on = _base_of(folder)
+    opened = _opened(str(path / PLAN if path.is_dir() else path), overrides, folder, dataset, console)
+    name = opened.plan.config.model_name
+    if made_on and Path(made_on).name != Path(name).name and foundation(made_on) != foundation(name):
+        console.line(f"note: the adapter says that it was made on {made_on}, and is judged on {name}")
+    return opened
+
+
+def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | None, console: Console) -> Opened:
+    changes = [*overrides, "provider=huggingface"]  # any provider's adapter is PEFT's, and is judged where its provider is not
+    if dataset:
+        changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
+        if not unreadable(dataset, "dataset") and holds_pairs(dataset):
+            changes.append("strategy=dpo")  # pairs tell more, whatever was trained on
+    inspection = inspect(load(config, [*_decided_anew(config), *changes]), probe(), with_fit=False)
+    data, plan = inspection.require()
+    found = [problem for problem in inspection.problems if problem.severity == "warning"]
+    console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
+    provider = PROVIDERS[plan.config.provider](plan.config.model_name)
+    tokenizer = provider.tokenizer()
+    rows = prepare(data, tokenizer, plan, provider.token_rows())
+    console.problems(rows.problems)
+    return Opened(folder, plan, provider, tokenizer, rows.train if dataset else rows.held_out)
+
+
+def _decided_anew(config: str) -> list[str]:
+    """Overrides for what the machine of a plan decided, so that this one decides it: a run from a GPU is judged on a CPU."""
+    if Path(config).name != PLAN:
+        return []
+    then = load(config)
+    keys = {key for key, source in then.sources.items() if source == "measured"}
+    if then.values.get("device") not in ("cpu", probe().device):  # named in the config of that run, and not here
+        keys |= {"device", "bf16", "fp16"}
+    return [f"{key}={json.dumps(defaults()[key])}" for key in sorted(keys)]
+
+
+def _base_of(folder: Path) -> str:
+    """The model that an adapter names as its base; `InvalidInput` for a folder that holds no adapter that can be judged."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        fix = "name the folder of an adapter, or of a run that trained one"
+        raise _no_adapter(f"{folder} holds no PEFT adapter: it has no {ADAPTER_CONFIG}", fix)
+    try:
+        if fault := fault_of(folder):
+            raise _no_adapter(f"the adapter in {folder} {fault.message}", fault.fix)
+        config = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
+        message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
+        raise _no_adapter(message, "save it again with PEFT") from error
+    if is_on_head(config.to_dict()):
+        message = f"the adapter in {folder} is also on lm_head, and log-probs are computed from its plain weight"
+        fix = "train an adapter without lm_head in target_modules, or merge this one with PEFT and name the merged model"
+        raise _no_adapter(message, fix)
+    if config.peft_type == "XLORA":
+        raise _no_adapter(f"{folder / ADAPTER_CONFIG} names other adapters, which are not read with it", "name one of them")
+    if config.is_prompt_learning:
+        message = f"the adapter in {folder} puts virtual tokens before a prompt, which are not scored here"
+        raise _no_adapter(message, "name an adapter of the weights, such as LoRA")
+    if config.peft_type is None:
+        raise _no_adapter(f"{folder / ADAPTER_CONFIG} names no peft_type", "save it again with PEFT")
+    return config.base_model_name_or_path or ""
+
+
+def _no_adapter(message: str, fix: str) -> InvalidInput:
+    return InvalidInput([Problem("error", "not-an-adapter", message, fix)])
+
+
+def _require_same_below(run: RunDirectory) -> None:
+    """`InvalidInput` where a run or an adapter that this run stands on is gone or has changed: its figures would be others."""
+    model = run.read_json(MANIFEST)["model"]
+    for folder, digest in model.get("below", {}).items():
+        place, settings = Path(folder), model.get("settings", {}).get(folder)  # which older runs do not have
+        is_same = place.is_dir() and sha256_of_all(place) == digest and settings in (None, sha256_of_settings(place))
+        if not is_same:
+            message = f"{run.path} stands on {folder}, which is not the one that it was trained on"
+            raise InvalidInput([Problem("error", "adapter-changed", message, "restore that folder, or train both again")])
+
+
+def load_policy(opened: Opened, console: Console) -> tuple[Policy, Plan]:
+    """What was trained, with its reference, and the plan with how this model is scored here."""
+    plan, rows, pad_token_id = opened.plan, opened.rows, int(opened.tokenizer.pad_token_id)
+    policy = opened.provider.trained(plan, opened.folder)
+    if rows:
+        scoring = choose(policy.network, rows, pad_token_id, plan.config.prompt_sharing)
+        if policy.frozen is not None:
+            choose(policy.frozen, rows, pad_token_id, scoring.shared)
+        plan = replace(plan, scoring=scoring)
+        tell_scoring(plan, console)
+    return policy, plan

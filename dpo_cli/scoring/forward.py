@@ -1,0 +1,197 @@
+"""Which hidden states predict the responses' tokens: by TRL's padded rows, or with each prompt once where that is exact.
+
+A micro-batch of B pairs comes from TRL as 2B padded rows, chosen rows first:
+
+    input_ids        prompt | chosen   | pad        rows 0 .. B-1
+                     prompt | rejected | pad        rows B .. 2B-1
+    completion_mask  0 0 0    1 1 1 1    0 0
+    predicted from   . . x    x x x .    . .        x: hidden states that meet the LM head (training/head.py)
+
+The token at position t is predicted by the hidden state at t - 1, so the first response token comes from the last prompt
+token. Two functions find the states marked x, in the same order: `plain_states` runs the rows as they are, `shared_states`
+runs the layout of training/sharing.py. Training, reference and evaluation all take what `choose` decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.errors import RunFailed
+from dpo_cli.plan.plan import EXPECTED, ONE_RESPONSE, Scoring
+from dpo_cli.providers.precision import in_float32
+from dpo_cli.scoring import shared_prompts
+from dpo_cli.scoring.lm_head import Head, score_tokens
+from dpo_cli.scoring.shared_prompts import IGNORED, Layout
+
+# Parts of TRL's contract that its DPOTrainer does not use; other trainers do, and would get a wrong loss without them.
+UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads of a row
+ALLOWANCE = 1e-3  # of the size of a state: the difference between two ways to run a pair that is taken for rounding
+HEAD_ALLOWANCE = 1e-3  # nats a token between the head and the model's own logits, in float32
+
+States = Callable[..., Tensor]
+
+
+def plain_states(model: PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Tensor:
+    """Run the backbone on the rows as they are: the hidden states that predict a labelled token, (n, H), in row order.
+
+    `labels` is (rows, length) with `IGNORED` outside the responses; `inputs` go to the backbone as they are.
+    """
+    hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    return hidden[labels[:, 1:] != IGNORED]
+
+
+def shared_states(model: PreTrainedModel, labels: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Run the backbone on each prompt once: the same states as `plain_states`, (n, H), in the same order."""
+    return _laid_out_states(model, labels, shared_prompts.lay_out(input_ids, attention_mask, labels))
+
+
+def _laid_out_states(model: PreTrainedModel, labels: Tensor, layout: Layout) -> Tensor:
+    hidden: Tensor = model.base_model(**layout.inputs(), use_cache=False).last_hidden_state[0]
+    return hidden[layout.place[:, :-1][labels[:, 1:] != IGNORED]]
+
+
+def states_of(scoring: Scoring) -> States:
+    return shared_states if scoring.shared else plain_states
+
+
+def choose(
+    model: PreTrainedModel,
+    rows: Sequence[Encoded],
+    pad_token_id: int,
+    prompt_sharing: bool | str,
+    no_sharing: str | None = None,
+) -> Scoring:
+    """How a run scores, by its `prompt_sharing`: shared prompts only where this model then computes the same.
+
+    `no_sharing` is why it cannot, where its provider knows that.
+    Raises `RunFailed` where sharing is demanded (true) and not exact, and for a model whose head is not known here.
+    """
+    by_length = sorted(rows, key=lambda row: row.length)
+    _require_our_head(model, collate(by_length[:1], pad_token_id, model.device))
+    if len(rows[0].responses) == 1:
+        return ONE_RESPONSE
+    if prompt_sharing is False:
+        return EXPECTED[False]
+    why_not = no_sharing or shared_prompts.obstacle(model)
+    if why_not is None:
+        # The longest pair exceeds a window if any does; with the shortest beside it there are two in the row, and padding.
+        batch = collate([by_length[-1], by_length[0]], pad_token_id, model.device)
+        exact, finding = _try_sharing(model, batch)
+        if exact:
+            shared_prompts.enable(model)
+            return Scoring(True, f"each prompt once: {finding}")
+        why_not = finding
+    if prompt_sharing is True:
+        raise RunFailed(f'"prompt_sharing" is true, but {why_not}', 'with "auto" the padded rows are used instead')
+    return Scoring(False, f"each prompt twice: {why_not}")
+
+
+def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[bool, str]:
+    """Run a micro-batch both ways: whether the states that predict the responses are the same, and the finding in words.
+
+    States and not log-probs, which the head makes of them alike on both ways; in float32, where rounding is a thousandth of
+    the least fault of a layout (tests/test_smollm2.py prints both).
+    """
+    layout = shared_prompts.lay_out(batch["input_ids"], batch["attention_mask"], batch["labels"])
+    shared_prompts.enable(model)
+    try:
+        with torch.no_grad(), in_float32(model.base_model):
+            plain = plain_states(model, **batch)
+            apart = disagreement(plain, _laid_out_states(model, batch["labels"], layout))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model unknown to us may fail in any way; it is then scored the way it was made for
+        logging.getLogger("dpo").exception("shared prompts failed")
+        return False, f"this model cannot run shared prompts ({type(error).__name__}: {error})"
+    finally:
+        shared_prompts.disable(model)
+    if not layout.masks:
+        return False, "this model does not hand the layout of the pairs on to its attention"
+    if apart <= ALLOWANCE:
+        return True, f"both ways compute the same, to {max(apart, torch.finfo(torch.float32).eps):.0e} of it"
+    return False, f"with shared prompts this model's states differ by {apart:.2g} of their size ({ALLOWANCE:g} allowed)"
+
+
+def disagreement(one: Tensor, other: Tensor) -> float:
+    """The largest |a - b| / |a| over the (n, H) states of two ways; infinite where there is nothing to compare, or a NaN."""
+    if not len(one):
+        return math.inf
+    apart = float(((one - other).norm(dim=1) / one.norm(dim=1)).max())
+    return math.inf if math.isnan(apart) else apart
+
+
+def _require_our_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Compare the head's log-probs with those of the model's own logits; a family may do something to them unknown here."""
+    labels = batch["labels"][:, 1:]
+    scored = labels != IGNORED
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        ours = response_log_probs(model, plain_states, batch)
+        logits = model(**inputs, use_cache=False).logits[:, :-1][scored]
+    theirs = logits.to(ours.dtype).log_softmax(dim=-1).gather(-1, labels[scored][:, None])[:, 0]
+    apart = float((ours - theirs).abs().mean()) if len(ours) else 0.0
+    if not apart <= max(HEAD_ALLOWANCE, 16 * torch.finfo(logits.dtype).eps):
+        message = f"this model turns states into logits in a way not known here: log-probs differ by {apart:.2g} nats a token"
+        raise RunFailed(message, "choose another model, and please report this one")
+
+
+def response_log_probs(model: PreTrainedModel, states: States, batch: Mapping[str, Tensor]) -> Tensor:
+    """Log-probs of the labelled tokens of a micro-batch from `collate`, in row order: (n,). No gradient."""
+    labels = batch["labels"][:, 1:]
+    with torch.no_grad():
+        return score_tokens(states(model, **batch), labels[labels != IGNORED], Head.of(model)).log_probs
+
+
+def collate(rows: Sequence[Encoded], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
+    """TRL's micro-batch of these B rows with k responses each: `labels`, `input_ids` and `attention_mask`, each (kB, L)."""
+    kinds = range(len(rows[0].responses))
+    sequences = [(row.prompt_ids, row.responses[kind]) for kind in kinds for row in rows]  # all chosen, then all rejected
+    columns = {
+        "input_ids": ([prompt + response for prompt, response in sequences], pad_token_id),
+        "attention_mask": ([[1] * (len(prompt) + len(response)) for prompt, response in sequences], 0),
+        "labels": ([[IGNORED] * len(prompt) + response for prompt, response in sequences], IGNORED),
+    }
+    return {
+        name: nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in values], batch_first=True, padding_value=pad).to(device)
+        for name, (values, pad) in columns.items()
+    }
+
+
+def attach(model: PreTrainedModel, states: States, temperature: float = 1.0) -> None:
+    """Make `model(..., labels=..., fused_lm_head=True)` score with our head; any other call is unchanged.
+
+    The call and its output are TRL's contract (`add_fused_lm_head`): per-token tensors are (rows, length - 1), zero where
+    nothing is labelled. `model` is the causal language model itself, below a PEFT wrapper.
+    """
+    original = type(model).forward
+
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return original(self, *args, labels=labels, **kwargs)
+        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names all it knows
+        given.pop("use_cache", None)
+        if unknown := UNSUPPORTED & given.keys():
+            raise NotImplementedError(f"the head does not honour {', '.join(sorted(unknown))}")
+        hidden = states(self, labels, **given)
+        mask = labels[:, 1:] != IGNORED
+        scores = score_tokens(hidden, labels[:, 1:][mask], Head.of(self, temperature))
+        # masked_scatter keeps the graph even when no token is labelled, so such a batch gives a zero gradient.
+        fields = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in vars(scores).items()}
+        loss = -fields["log_probs"].sum() / mask.sum().clamp(min=1)
+        return FusedCausalLMOutput(loss=loss, label_mask=mask, **fields)
+
+    # generate() checks its keyword arguments against the signature.
+    functools.update_wrapper(forward, original)
+    model.forward = types.MethodType(forward, model)

@@ -1,0 +1,40 @@
+"""JSON as this program writes it, and as it reads files of JSON that are its own or a model's."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader accepts: a NaN or infinity, which JSON has no word for, becomes null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def read_json(file: Path | Traversable) -> Any:
+    """The value in a file; `ValueError` where it is no JSON, `OSError` where it cannot be read."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a file; `ValueError` also where it holds another value."""
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise ValueError(f"{file.name} is not an object")
+    return value
+
+
+def read_object_if_there(file: Path) -> dict[str, Any]:
+    """The same, {} where there is no file."""
+    return read_object(file) if file.is_file() else {}

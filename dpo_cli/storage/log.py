@@ -1,0 +1,64 @@
+"""What the libraries have to say goes to train.log, not to the screen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.storage.redaction import redact
+
+
+def hush() -> None:
+    """Stop transformers, datasets and warnings from writing to the terminal; their records reach the root logger."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def log_line(line: dict[str, Any]) -> None:
+    """A line of metrics.jsonl, for the log."""
+    logging.getLogger("dpo").info("%s", line)
+
+
+class _Patient(logging.FileHandler):
+    """A full disk costs records, and not the training: what must be written is written elsewhere, and fails there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - a name of logging
+        pass
+
+
+class _Formatter(logging.Formatter):
+    """Records, with their tracebacks, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Within, every log record, warning and failure is added to the file at `path`, where that can be written."""
+    handler = _Patient(path, encoding="utf-8") if os.access(path.parent, os.W_OK) else logging.NullHandler()
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    before = root.level
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    except Exception:
+        root.exception("the run failed")  # the screen shows one line; the traceback is kept here
+        raise
+    finally:
+        root.setLevel(before)
+        root.removeHandler(handler)
+        handler.close()

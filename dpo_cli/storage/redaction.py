@@ -1,0 +1,131 @@
+"""Secrets are kept out of all that is written: files of a run, logs, the screen. What is trained on is left as it is.
+
+A secret is known by its form (a token of a hub or an API, what an address carries before its host or as a key), or because a
+variable of the environment that is named for one holds it. SORT_KEY=learning_rate is named so and holds none: the words of the
+schema are no secrets, nor is a place of the disk. JSON is redacted value by value: its keys stay, since programs look for them.
+The config in plan.json, which a run goes on from, is redacted by forms alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TextIO, TypeVar, cast
+from urllib.parse import quote
+
+from dpo_cli.storage.jsonio import read_json
+
+MASK = "[redacted]"
+FEWEST = 12  # characters of such a variable: shorter ones stand in too many words
+NAMES = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
+IN_QUERIES = ("token", "access_token", "key", "api_key", "apikey", "secret", "password", "sig", "signature")
+FORMS = re.compile(
+    r"""
+      (?<![A-Za-z0-9])(?:hf_|api_org_)[A-Za-z0-9]{16,}                         # Hugging Face
+    | (?<![A-Za-z0-9/])(?:sk-|wandb_v1_|gh[opsu]_)(?=[\w-]*\d)[\w-]{16,}        # OpenAI, W&B, GitHub
+    | (?<=\bBearer\ )[\w.~+/=-]{8,}
+    | (?<=://)[^\s/@"'<>]+(?=@)                                                # user and password of an address
+    """
+    + "".join(rf"""| (?<=[?&;]{name}=)[^\s&"'<>\\]+""" for name in IN_QUERIES),
+    re.VERBOSE,
+)
+
+Json = TypeVar("Json")
+
+
+def redact(text: str) -> str:
+    """The text with a mark in place of each secret."""
+    return _without(_known(), text)
+
+
+def _without(secrets: Sequence[str], text: str) -> str:
+    for secret in secrets:
+        text = text.replace(secret, MASK)
+    return redact_forms(text)
+
+
+def redact_forms(text: str) -> str:
+    """The same by their form alone, for what a program reads back: a variable may hold the name of a column or of a model."""
+    return FORMS.sub(MASK, text)
+
+
+def redacted(value: Json, of_text: Callable[[str], str] | None = None) -> Json:
+    """The same of what JSON can hold: its texts, but for those that name a file or a folder that is there."""
+    mask = of_text or partial(_without, _known())
+
+    def made(part: Any) -> Any:
+        if isinstance(part, str):
+            return part if Path(part).is_absolute() and os.path.exists(part) else mask(part)
+        if isinstance(part, dict):
+            return {key: made(inner) for key, inner in part.items()}
+        return [made(inner) for inner in part] if isinstance(part, list | tuple) else part
+
+    return cast(Json, made(value))
+
+
+class Redacted:
+    """A stream of text that passes on what is written to it without secrets."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def beneath(stream: TextIO) -> TextIO:
+    """The stream that a `Redacted` one passes on to, for a JSON document that is redacted already."""
+    return stream._stream if isinstance(stream, Redacted) else stream
+
+
+@functools.cache
+def _words() -> frozenset[str]:
+    """Names of options, and what they may be, as the schema has them: a run that goes on reads them back."""
+    words: set[str] = set()
+
+    def see(part: Any) -> None:
+        if isinstance(part, dict):
+            words.update(part.get("properties", ()), (word for word in part.get("enum", ()) if isinstance(word, str)))
+            for inner in part.values():
+                see(inner)
+        elif isinstance(part, list):
+            for inner in part:
+                see(inner)
+
+    see(read_json(files("dpo_cli.config").joinpath("schema.json")))
+    return frozenset(words)
+
+
+def _known() -> list[str]:
+    """What the environment holds of secrets, as text and as JSON, HTML and an address write it; the longest first."""
+    values = [
+        value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= FEWEST and not value.isdecimal()
+    ]
+    forms = {
+        form
+        for value in values
+        if not value.startswith(("/", "~")) and value not in _words()  # where a key lies; a name of ours
+        for form in (
+            value,
+            json.dumps(value)[1:-1],
+            json.dumps(value, ensure_ascii=False)[1:-1],
+            html.escape(value),
+            quote(value),
+        )
+    }
+    return sorted(forms, key=len, reverse=True)

@@ -1,0 +1,149 @@
+"""A file that is written in parts and goes on where it was stopped, to the same bytes as if it never had been.
+
+Beside FILE lies FILE.progress until FILE is finished: a line with the settings that decide its content, then a line after
+each part with what FILE held by then. What FILE holds beyond that is of a part that was interrupted, and is written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dpo_cli.errors import InvalidInput, Problem, UsageError
+from dpo_cli.storage.jsonio import json_text
+from dpo_cli.storage.lock import is_locked_now
+from dpo_cli.storage.redaction import redacted
+
+
+class ResumableFile:
+    """An open file of that kind. `state` is what the last `append` was given, {} at the start.
+
+    `decided` is kept with the settings and not compared: what was decided at the start for the whole file.
+
+    Raises `InvalidInput` where what is there was begun with other settings or was changed since; `check` says more.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], decided: Mapping[str, Any] | None = None) -> None:
+        self.path, self.marks, settings = path, _marks_of(path), redacted(settings)
+        self.state: dict[str, Any] = {}
+        self.digest = hashlib.sha256()
+        with ExitStack() as opened:
+            self._marks = opened.enter_context(_opened(self.marks))
+            if not is_locked_now(self._marks):
+                raise UsageError(f"another process is writing {path}", "wait for it, or name another file")
+            lines = _whole_lines(self._marks)
+            self.is_resumed = bool(lines)
+            size = 0
+            if lines:
+                _require_same(path, lines[0]["settings"], settings)
+                size = self._check_content(lines[-1])
+                self.state = lines[-1].get("state", {})
+            else:  # a new one, or one that was stopped before anything was written
+                _refuse_content(path)
+                self._mark({"settings": settings, "decided": decided or {}})
+            self._file = opened.enter_context(_opened(path))
+            self._file.truncate(size)
+            self._file.seek(size)
+            self._opened = opened.pop_all()
+
+    @staticmethod
+    def decided(path: Path) -> dict[str, Any]:
+        """What was decided when an unfinished file was begun; {} where there is none."""
+        try:
+            lines = _marks_of(path).read_bytes().partition(b"\n")
+        except FileNotFoundError:
+            return {}
+        return dict(json.loads(lines[0]).get("decided", {})) if lines[1] else {}
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Refuse a path that holds a file which is no unfinished one of this kind, or that cannot be written."""
+        if not _marks_of(path).exists():
+            _refuse_content(path)
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot write {path}: there is no folder {path.parent}", "name a file in a folder that exists")
+
+    def append(self, rows: Iterable[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+        """Add rows, a line each. What is given as `state` is remembered with them, whatever happens afterwards."""
+        data = "".join(f"{json_text(redacted(row))}\n" for row in rows).encode()
+        self._file.write(data)
+        _sync(self._file)
+        self.digest.update(data)
+        self._mark({"bytes": self._file.tell(), "sha256": self.digest.hexdigest(), "state": state})
+
+    def finish(self) -> None:
+        """The file is whole: nothing beside it is needed any more."""
+        self.close()
+        self.marks.unlink()
+
+    def close(self) -> None:
+        self._opened.close()
+
+    def _check_content(self, mark: Mapping[str, Any]) -> int:
+        """The bytes of the file that the last mark speaks of, which must be what was written."""
+        size = int(mark.get("bytes", 0))
+        data = self.path.read_bytes()[:size] if self.path.exists() else b""
+        self.digest.update(data)
+        if size and self.digest.hexdigest() != mark["sha256"]:
+            message = f"{self.path} is not what was written so far: it was changed since"
+            fix = f"name another file, or delete it and {self.marks}"
+            raise InvalidInput([Problem("error", "out-changed", message, fix)])
+        return size
+
+    def _mark(self, mark: Mapping[str, Any]) -> None:
+        self._marks.write(f"{json_text(redacted(mark))}\n".encode())
+        _sync(self._marks)
+
+
+def _marks_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.progress")
+
+
+def _refuse_content(path: Path) -> None:
+    if path.exists() and (path.stat().st_size or not path.is_file()):
+        raise UsageError(f"{path} exists already, and is not unfinished", "name a new file, or delete it")
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file for reading and writing, made where there is none."""
+    try:
+        return path.open("r+b" if path.exists() else "w+b")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}", "name a file that can be written") from error
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
+    """The lines that were written whole; a torn last one is cut off."""
+    text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    file.truncate(len(whole))
+    file.seek(len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings, and name those that differ."""
+    was, now = _flat(before), _flat(json.loads(json_text(now)))
+    differ = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    if differ:
+        told = "; ".join(f"{name} was {json_text(was.get(name))}, and is {json_text(now.get(name))}" for name in differ)
+        fix = f"go on with the same settings, name another file, or delete it and {_marks_of(path)}"
+        raise InvalidInput([Problem("error", "out-other-settings", f"{path} was begun with other settings: {told}", fix)])
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return found

@@ -1,0 +1,218 @@
+"""The run directory: what a run leaves, and the only place that knows the file names.
+
+plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.html  train.log  run.lock
+adapter/, a PEFT adapter, or model/, where every weight was trained
+checkpoints/, see runs/checkpoint.py
+side-by-side.html  votes.json, where an evaluation was asked for them
+tensorboard/, where report_to names it
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.storage.atomic import let_others_read, sync, sync_all, trial, write_whole, writing
+from dpo_cli.storage.checkpoints import Checkpoints
+from dpo_cli.storage.digests import SAFE, sha256_of_all, sha256_of_settings
+from dpo_cli.storage.jsonio import json_text, read_json
+from dpo_cli.storage.lock import locked
+from dpo_cli.storage.redaction import redact, redact_forms, redacted
+
+PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
+ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
+EVALUATION, REPORT = "evaluation.json", "report.html"
+PAGE, VOTES = "side-by-side.html", "votes.json"
+TENSORBOARD, CHECKPOINTS, LOCK, TRIAL = "tensorboard", "checkpoints", "run.lock", ".trial"
+
+
+class RunDirectory:
+    """A directory of one run. Whole files are written beside their place and renamed, so a reader never sees half of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def check(cls, path: Path, replace: bool) -> None:
+        """Refuse a directory that holds a run, or what is left of one, unless it is to be replaced, or gone on with."""
+        _require_no_links(path)
+        foreign = [name for name in (ADAPTER, MODEL) if (path / name).exists()]
+        if foreign and not any((path / name).exists() for name in (LOCK, MANIFEST)):
+            message = f"{path} holds a folder {foreign[0]} that no run wrote, and that a run would replace"
+            raise InvalidInput([Problem("error", "run-exists", message, "choose another output_dir", "output_dir")])
+        holds_run = any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL)) or cls(path).checkpoints.all()
+        if holds_run and not replace:
+            message = f"{path} holds a run already"
+            fix = "go on with it with --resume, replace it with --overwrite, or choose another with output_dir=..."
+            raise InvalidInput([Problem("error", "run-exists", message, fix, "output_dir")])
+
+    @staticmethod
+    def is_plan(path: Path) -> bool:
+        """Whether this is the plan of a run that lies around it; another file may be called so."""
+        return path.name == PLAN and (path.parent / MANIFEST).is_file() and (path.parent / LOCK).is_file()
+
+    @classmethod
+    @contextmanager
+    def claim(cls, path: Path, overwrite: bool, resume: bool) -> Iterator[RunDirectory]:
+        """The directory for a run, which no other process can have while the context lasts.
+
+        `InvalidInput` where another has it, where it cannot be written, or where it holds a run that is neither to be replaced
+        nor gone on with.
+        """
+        with ExitStack() as held:
+            try:
+                cls.check(path, overwrite or resume)
+                if path.is_file():
+                    raise NotADirectoryError(errno.ENOTDIR, "it is a file")
+                path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(path / LOCK))
+                cls.check(path, overwrite or resume)
+                (path / LOG).open("a").close()
+            except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
+                message = f"cannot write to {path}: {error.strerror}"
+                raise InvalidInput(
+                    [Problem("error", "run-unwritable", message, "choose another output_dir", "output_dir")]
+                ) from error
+            yield cls(path)
+
+    def clear(self) -> None:
+        """Take away what an earlier run wrote, but for checkpoints, votes, and its adapter, which a new one replaces."""
+        for name in (SUMMARY, LINES, EVALUATION, REPORT, LOG, PAGE, MANIFEST, PLAN):  # first what says that a run is finished
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
+
+    def trained_on(self) -> list[str]:
+        """The data files of the run, by their absolute paths."""
+        return list(self.read_json(MANIFEST)["dataset"])
+
+    @classmethod
+    def open(cls, path: Path) -> RunDirectory:
+        """A directory that holds a finished run, with the weights that the run wrote."""
+        run = cls(path)
+        missing = [name for name in (PLAN, SUMMARY) if not (path / name).is_file()]
+        if not any(run.trained.glob(SAFE)):
+            missing.append(f"{ADAPTER}/{WEIGHTS}")
+        if missing:
+            message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
+            raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a finished `dpo train`")])
+        _require_no_links(path)
+        if not run.has_its_weights():
+            message = f"the {run.trained.name} in {path} is not the one that this run wrote"
+            raise InvalidInput([Problem("error", "adapter-changed", message, "train again, or restore the file")])
+        return run
+
+    @property
+    def trained(self) -> Path:
+        """The folder of what was trained: the adapter, or the whole model."""
+        return self.path / (MODEL if (self.path / MODEL).is_dir() else ADAPTER)
+
+    def has_its_weights(self) -> bool:
+        """Whether what was trained is what the run wrote, and is computed with as it was."""
+        settings = self.read_json(MANIFEST).get("trained") if self.has(MANIFEST) else None  # older runs have none
+        is_same = self.read_json(SUMMARY)["adapter_sha256"] == sha256_of_all(self.trained)
+        return is_same and settings in (None, sha256_of_settings(self.trained))
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path / CHECKPOINTS)
+
+    @property
+    def log(self) -> Path:
+        return self.path / LOG
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def read_json(self, name: str) -> Any:
+        return read_json(self.path / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self._write(name, json_text(redacted(value), indent=2) + "\n")
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """plan.json, whose config is read back as it was."""
+        told = redacted(plan) | {"config": redacted(plan["config"], redact_forms)}
+        self._write(PLAN, json_text(told, indent=2) + "\n")
+
+    def read_lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, none before the first step. The last one may be half written: it is left out then."""
+        if not (self.path / LINES).is_file():
+            return []
+        text = (self.path / LINES).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def write_text(self, name: str, text: str) -> None:
+        self._write(name, redact(text))
+
+    def _write(self, name: str, text: str) -> None:
+        write_whole(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
+
+    def take_lines(self, folder: Path) -> None:
+        """Bring metrics.jsonl to what it was when the checkpoint in `folder` was written."""
+        text = (folder / LINES).read_text(encoding="utf-8") if (folder / LINES).is_file() else ""
+        self._write(LINES, text)
+
+    def held_bytes(self) -> int:
+        """Bytes of what a run that goes on replaces: its checkpoints, and what it trained."""
+        folders = (self.path / name for name in (CHECKPOINTS, ADAPTER, MODEL))
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
+    def forget_end(self) -> None:
+        """The run goes on: what was said at its end is no longer so."""
+        for name in (SUMMARY, EVALUATION, REPORT):
+            (self.path / name).unlink(missing_ok=True)
+
+    def append_line(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, flushed."""
+        with (self.path / LINES).open("a", encoding="utf-8") as file:
+            file.write(json_text(redacted(line)) + "\n")
+
+    def write_trained(self, save: Callable[[Path], Any], whole: bool) -> str:
+        """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights.
+
+        That of their settings is written into the manifest.
+        """
+        place, other = self.path / (MODEL if whole else ADAPTER), self.path / (ADAPTER if whole else MODEL)
+        part = self.path / f".{place.name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        with writing(self.path):
+            save(part)
+        let_others_read(part)
+        sync_all(part)
+        shutil.rmtree(place, ignore_errors=True)
+        part.rename(place)
+        sync(self.path)
+        shutil.rmtree(other, ignore_errors=True)  # of the run that this one replaces
+        if self.has(MANIFEST):
+            self.write_json(MANIFEST, {**self.read_json(MANIFEST), "trained": sha256_of_settings(place)})
+        return sha256_of_all(place)
+
+    def try_to_write(self, save: Callable[[Path], Any]) -> None:
+        """What `write_trained` will do, in a scratch folder that is then taken away; raises as `trial` says."""
+        part = self.path / TRIAL
+        shutil.rmtree(part, ignore_errors=True)
+        try:
+            with trial(), writing(self.path):
+                save(part)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+    def write_card(self, text: str) -> None:
+        write_whole(self.trained / CARD, lambda part: part.write_text(redact(text), encoding="utf-8"))
+
+
+def _require_no_links(path: Path) -> None:
+    """`InvalidInput` for a directory that holds a link: what is written, or taken away, there would be so elsewhere."""
+    for folder, folders, files in os.walk(path):
+        for place in (Path(folder, name) for name in (*folders, *files)):
+            if place.is_symlink():
+                message = f"{place} is a link to {place.readlink()}, and a run writes nothing outside its directory"
+                fix = f"remove the link, or copy what it leads to: cp -rL {path} ANOTHER"
+                raise InvalidInput([Problem("error", "run-link", message, fix, "output_dir")])

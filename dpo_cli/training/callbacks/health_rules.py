@@ -1,0 +1,265 @@
+"""Is the training healthy? Rules over its steps and lines, each with what the documentation says to do.
+
+A rule looks at the course of a training and returns what it found and what to do about it, or nothing; `RULES` at the end
+names them, with what happens then. A rule speaks once. Batches differ by chance: what a rule compares is a mean over many
+pairs, and beyond what their number explains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+
+from dpo_cli.evaluation.metrics import Scores
+from dpo_cli.plan.plan import Plan
+
+Line = dict[str, Any]
+Figures = dict[str, float]
+Action = Literal["note", "warn", "stop"]
+
+RECENT_STEPS, RECENT_PAIRS = 8, 64  # the last steps that a rule looks at are at least so many, and hold so many pairs
+ERRORS = 5.0  # standard errors, of few steps, that are no chance
+SWING_STEPS, SWING = 16, 2.0  # from a step to the next over so many, times the loss of the first
+RISE = 1.25  # times the loss of the first steps
+TURNED_NATS = 1.0  # of log-prob, rejected against chosen
+COLLAPSE, COLLAPSE_NATS = 2.0, 10.0  # times the reference's negative log-prob of the chosen responses, and more by so much
+FALL = 0.1  # of the chosen reward, where the margin is larger than that
+STILL_NATS = 0.5  # of log-prob: more than 16 bits make of nothing
+HEART_STEPS, EARLY = 5, 0.75  # steps in a row that are right, and the share of all steps that is early
+NO_WARMUP = "remove warmup_steps and warmup_ratio, or train more steps"
+GENERALISES = 0.9  # of the held-out pairs
+APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # a token, that rounding may cost a policy at step 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a rule found: shown, kept in metrics.json, and with the action "stop" the end of the training (exit 5)."""
+
+    rule: str
+    action: Action
+    step: int
+    message: str
+    remedy: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def told(self) -> str:
+        return f"{self.action} [{self.rule}] {self.message}\n  {self.remedy}"
+
+
+class Course:
+    """A training so far: means over the rows of its first and last optimizer steps, and the last lines of metrics.jsonl."""
+
+    def __init__(self, plan: Plan, steps: Sequence[Figures] = (), evaluation: Line | None = None) -> None:
+        assert plan.counts is not None
+        self.plan, self.pairs = plan, plan.counts.train_pairs
+        self.is_dpo = plan.config.strategy == "dpo"
+        rows_a_step = plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps
+        self.epoch = math.ceil(self.pairs / rows_a_step)  # steps
+        self.recent = max(RECENT_STEPS, math.ceil(RECENT_PAIRS / rows_a_step))
+        self.swing = max(SWING_STEPS, self.recent)
+        self.first: list[Figures] = []
+        self.last: deque[Figures] = deque(maxlen=2 * self.swing)
+        self.done = self.all_right = 0  # steps, and those in a row to the last of which every pair was right
+        self.line: Line = {}
+        self.evaluation: Line = evaluation or {}
+        for step in steps:
+            self.add(step)
+
+    def add(self, step: Figures) -> None:
+        if len(self.first) < self.recent:
+            self.first.append(step)
+        self.last.append(step)
+        self.done += 1
+        self.all_right = self.all_right + 1 if step.get("accuracy") == 1 else 0
+
+    def state(self) -> dict[str, Any]:
+        """What there is of it, for a checkpoint."""
+        kept = ("first", "done", "all_right", "line", "evaluation")
+        return {"last": list(self.last), **{name: getattr(self, name) for name in kept}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.last = deque(state.pop("last"), maxlen=self.last.maxlen)
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def values(self, name: str, count: int, before: int = 0) -> list[float]:
+        """A figure of the last `count` steps, or of those that end `before` steps ago."""
+        end = len(self.last) - before
+        return [step[name] for step in islice(self.last, max(0, end - count), end)]
+
+    def mean(self, name: str, before: int = 0) -> float:
+        """Over the recent steps, or over as many that end `before` steps ago."""
+        return float(np.mean(self.values(name, self.recent, before)))
+
+    def error(self, values: Sequence[float]) -> float:
+        """The standard error of the mean of steps."""
+        return float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+Found = tuple[str, str] | None  # a message and its remedy
+Rule = Callable[[Course], Found]
+
+
+def not_finite(course: Course) -> Found:
+    """A loss or gradient that is NaN or infinite never recovers: AdamW's moments keep it.
+
+    But with fp16 an infinite gradient is how the scaler finds its scale: that step is left out.
+    """
+    told = {"loss": course.last[-1]["loss"] if course.last else 0.0}
+    if not course.plan.config.fp16:
+        told["grad_norm"] = course.line.get("grad_norm", 0.0)
+    broken = [name for name, value in told.items() if not math.isfinite(value)]
+    if not broken:
+        return None
+    message = f"{' and '.join(broken)} of step {course.done} {'are' if len(broken) > 1 else 'is'} not finite"
+    return message, "lower learning_rate (the documentation says: try 1e-7) or lora_alpha; with fp16, use bf16"
+
+
+def too_far(course: Course) -> Found:
+    """kl_sequence of the last evaluation is over `max_kl`; the documentation says that below 10 is reasonable."""
+    kl, limit = course.evaluation.get("kl_sequence"), course.plan.config.max_kl
+    if kl is None or limit is None or not kl > limit:
+        return None
+    message = f"the policy is {kl:.1f} nats from its reference over an answer it samples, and max_kl is {limit:g}"
+    return message, "raise beta, or lower learning_rate or num_train_epochs"
+
+
+def loss_oscillates(course: Course) -> Found:
+    """From a step to the next the loss changes, on average, by more than twice the loss of the first step."""
+    losses = course.values("loss", course.swing + 1)
+    if len(losses) <= course.swing:
+        return None
+    swing, start = float(np.mean(np.abs(np.diff(losses)))), course.first[0]["loss"]
+    if not swing > SWING * abs(start):
+        return None
+    message = f"the loss oscillates: by {swing:.3g} from a step to the next, and it began at {start:.3g}"
+    return (
+        message,
+        "lower learning_rate (the documentation says: try 1e-7), raise warmup_steps, check that the preferences are clear",
+    )
+
+
+def loss_rises(course: Course) -> Found:
+    """Of sft: the recent loss is a quarter above that of the first steps, and by more than chance."""
+    if course.is_dpo or course.done < 2 * course.recent:
+        return None
+    first, recent = [step["loss"] for step in course.first], course.values("loss", course.recent)
+    start, now = float(np.mean(first)), float(np.mean(recent))
+    if not (now > RISE * start and now - start > ERRORS * math.hypot(course.error(first), course.error(recent))):
+        return None
+    message = f"the loss is {now:.3g} over the last {course.recent} steps, and it began at {start:.3g}"
+    return message, "lower learning_rate; check that the data is of one kind"
+
+
+def prefers_rejected(course: Course) -> Found:
+    """The recent margin is below 0, by more than a nat and by more than chance: it unlearns, whatever the loss."""
+    if not course.is_dpo or course.done < course.recent:
+        return None
+    margins = course.values("margin", course.recent)
+    margin, limit = float(np.mean(margins)), TURNED_NATS * course.plan.config.beta
+    if not margin < -max(limit, ERRORS * course.error(margins)):
+        return None
+    message = f"the margin is {margin:.3g} over the last {course.recent} steps: the policy prefers what is labelled as rejected"
+    return message, "check that no part of the data has chosen and rejected swapped; lower learning_rate (documented: try 1e-7)"
+
+
+def all_right_early(course: Course) -> Found:
+    """Pairs come again, all of them are right, and nothing held out shows that this is more than memory."""
+    if not course.is_dpo or course.evaluation.get("accuracy", 0.0) >= GENERALISES:
+        return None
+    # A dataset that fits into one step is nothing but learned by heart.
+    window = max(HEART_STEPS, course.epoch) if course.epoch > 1 else 2
+    is_early = course.epoch == 1 or course.done <= EARLY * course.plan.total_steps
+    if not is_early or course.all_right < window or course.done < course.epoch + window:
+        return None
+    pairs = "the one pair" if course.pairs == 1 else f"each of the {course.pairs} pairs"
+    message = f"{pairs} is preferred as labelled after {course.done} of {course.plan.total_steps} steps: learned by heart"
+    return message, "add diverse pairs (the documentation says: 500 and more), or lower num_train_epochs or learning_rate"
+
+
+def chosen_collapses(course: Course) -> Found:
+    """The chosen responses have become twice as unlikely, in nats, as they are to the reference: repetition and gibberish."""
+    if not course.is_dpo or course.done < course.recent:
+        return None
+    policy = course.mean("logp_chosen")
+    reference = policy - course.mean("reward_chosen") / course.plan.config.beta
+    if not (policy < COLLAPSE * reference and policy < reference - COLLAPSE_NATS):
+        return None
+    message = f"the log-prob of a chosen response has fallen from {reference:.0f} to {policy:.0f} nats"
+    return message, 'lower learning_rate, raise beta, or hold it with "loss_type": ["sigmoid", "sft"]'
+
+
+def chosen_falls(course: Course) -> Found:
+    """The chosen reward falls below 0 and the margin grows. Common: the loss is of the difference alone (arXiv:2402.13228)."""
+    if not course.is_dpo or course.done < 2 * course.recent:
+        return None
+    chosen, margin = course.mean("reward_chosen"), course.mean("margin")
+    is_falling = chosen < course.mean("reward_chosen", before=course.recent)
+    is_growing = margin > course.mean("margin", before=course.recent)
+    if not (is_falling and is_growing and chosen < -FALL and margin > FALL):
+        return None
+    message = f"the chosen reward falls, to {chosen:.2f}, while the margin grows, to {margin:.2f}: common in DPO, whose loss is"
+    message += " of their difference"
+    return message, 'judge by KL and by the answers; to hold it: "loss_type": ["sigmoid", "sft"], or a larger beta'
+
+
+def no_movement(course: Course) -> Found:
+    """At the end the log-probs of chosen and of rejected responses are still, step for step, those of the reference.
+
+    Few steps may be too few to move by so much, and are asked only where the warm-up did not end before them. A single step is
+    measured before it is taken: by its learning rate.
+    """
+    if course.done < course.plan.total_steps:
+        return None
+    in_warmup = course.plan.ends_in_warmup
+    if course.done == 1 and in_warmup:
+        return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
+    if not course.is_dpo or course.done < (2 if in_warmup else course.recent):
+        return None
+    sizes = [
+        float(np.sqrt(np.mean(np.square(course.values(name, course.recent))))) for name in ("reward_chosen", "reward_rejected")
+    ]
+    if not max(sizes) < STILL_NATS * course.plan.config.beta:
+        return None
+    message = f"after {course.done} steps the rewards are of the size {max(sizes):.2g}: the policy has hardly moved"
+    if in_warmup:
+        return message, NO_WARMUP
+    remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above: README), train 2-4 epochs, check that chosen and"
+    return message, f"{remedy} rejected differ clearly"
+
+
+NOT_FINITE, NOT_AT_REFERENCE = "not-finite", "not-at-reference"  # with these, a policy is not judged
+RULES: dict[str, tuple[Action, Rule]] = {
+    NOT_FINITE: ("stop", not_finite),
+    "kl": ("warn", too_far),
+    "loss-oscillates": ("warn", loss_oscillates),
+    "loss-rises": ("warn", loss_rises),
+    "prefers-rejected": ("warn", prefers_rejected),
+    "all-right-early": ("warn", all_right_early),
+    "chosen-collapses": ("warn", chosen_collapses),
+    "chosen-falls": ("note", chosen_falls),
+    "no-movement": ("warn", no_movement),
+}
+
+
+def wrong_start(scores: Scores, plan: Plan) -> Event | None:
+    """Before step 1 the policy is its reference: margin 0, KL 0, loss ln 2. More than rounding: it has a wrong one."""
+    apart = float(np.mean(np.abs(scores.policy - scores.reference) / scores.tokens))
+    if not math.isfinite(apart):
+        remedy = (
+            "this model overflows in 16 bits: use bf16" if plan.config.fp16 else "choose another model: its weights are broken"
+        )
+        return Event(NOT_FINITE, "stop", 0, "before the first step log-probs are not finite", remedy)
+    if apart <= APART_NATS[plan.dtype]:
+        return None
+    message = f"before the first step the policy differs from its reference by {apart:.2g} nats a token, and must be the same"
+    remedy = "train on another model_name or reference, and please report this: the figures would mean nothing"
+    return Event(NOT_AT_REFERENCE, "stop", 0, message, remedy)

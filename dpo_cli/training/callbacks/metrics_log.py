@@ -1,0 +1,82 @@
+"""Writes a line of figures for every logged step and evaluation."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from dpo_cli.hardware.machine import GIB
+from dpo_cli.training.trainer import Totals
+
+Sink = Callable[[dict[str, Any]], None]
+
+
+class Record(TrainerCallback):
+    """Hands each line of metrics.jsonl to the sinks: the file, the screen."""
+
+    def __init__(self, totals: Totals, sinks: list[Sink]) -> None:
+        self.totals, self.sinks = totals, sinks
+        self.last_train: dict[str, Any] | None = None
+        self.peak_gb: float | None = None  # the most memory until the last step
+        self._tokens, self._time, self._step_end = 0, 0.0, 0.0
+
+    def recall(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Go on after these lines, of the training that this one continues."""
+        told = [line for line in lines if line["split"] == "train"]
+        if told:
+            self.last_train, self.peak_gb = told[-1], max(line["peak_memory_gb"] for line in told)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._time, self._tokens = time.monotonic(), self.totals.tokens
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._step_end = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        where = {"step": state.global_step, "epoch": round(state.epoch, 4)}
+        if "eval_loss" in logs:
+            figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+            self._emit({"split": "eval", **where, **figures, "peak_memory_gb": peak_memory_gb(args.device)})
+            self._time += time.monotonic() - max(self._step_end, self._time)  # an evaluation is not training time
+        elif "loss" in logs:
+            names = (*self.totals.names, "grad_norm", "learning_rate")
+            line = {"split": "train", **where, **{name: logs[name] for name in names}, **self._speed()}
+            line["peak_memory_gb"] = peak_memory_gb(args.device)
+            self.last_train, self.peak_gb = line, max(self.peak_gb or 0.0, line["peak_memory_gb"])
+            self._emit(line)
+
+    def _speed(self) -> dict[str, float]:
+        now, tokens = time.monotonic(), self.totals.tokens
+        speed = (tokens - self._tokens) / (now - self._time)
+        self._tokens, self._time = tokens, now
+        return {"tokens": tokens, "tokens_per_second": round(speed, 1)}
+
+    def _emit(self, line: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink(line)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory held so far: the GPU's when training runs on one, else this process's."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / GIB, 3)
+    if device.type == "mps":
+        return round(torch.mps.driver_allocated_memory() / GIB, 3)  # of Metal's pool, which only grows
+    return round(_peak_of_process() / GIB, 3)
+
+
+def _peak_of_process() -> int:
+    """The most bytes that this process has held."""
+    if sys.platform == "win32":
+        import psutil  # a requirement of accelerate
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,257 @@
+"""How anything is shown: tables and panels on a terminal, plain lines when piped, one JSON document with --json."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from rich import box
+from rich.console import Console as RichConsole
+from rich.console import Group
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.errors import DpoError, InvalidInput, Problem
+from dpo_cli.storage.jsonio import json_text
+from dpo_cli.storage.redaction import beneath, redact, redacted
+
+COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
+MARKS = {"error": "x", "warning": "!", "hint": "-"}
+PIPED_WIDTH = 120
+PIPED_LINES = 20  # progress lines of a piped run
+
+
+class _Stream(RichConsole):
+    """A console whose reader may leave: a training does not end because `| head` has seen enough."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno() if self.stderr else sys.stdout.fileno())
+
+
+def _stream(stderr: bool) -> _Stream:
+    """A pipe has a width of its own, and nothing on it is drawn anew, whatever FORCE_COLOR makes of it."""
+    if (sys.stderr if stderr else sys.stdout).isatty():
+        return _Stream(stderr=stderr, highlight=False)
+    return _Stream(stderr=stderr, highlight=False, width=PIPED_WIDTH, force_interactive=False)
+
+
+class Console:
+    """Results on standard output, the rest on standard error; with `as_json` everything but the JSON is the rest."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._document = beneath(sys.stdout)
+        self.errors = _stream(stderr=True)
+        self.out = self.errors if as_json else _stream(stderr=False)
+
+    def json(self, value: Any) -> None:
+        """The one document of standard output."""
+        self._document.write(json_text(redacted(value), indent=2) + "\n")
+        self._document.flush()  # so that a full disk is told here, and not when the process ends
+
+    def line(self, text: str) -> None:
+        self.out.print(Text(redact(text)))
+
+    def problems(self, problems: Sequence[Problem]) -> None:
+        """Every problem, errors first, each with its place and its remedy."""
+        self._print_told(_problem_texts(problems))
+
+    def _print_told(self, told: Sequence[tuple[Text, Text]]) -> None:
+        for text, fix in told:
+            if self.errors.is_terminal:
+                self.errors.print(text)
+                self.errors.print(Padding(fix, (0, 0, 0, 2)))
+            else:  # one line each, so that grep finds whole messages
+                self.errors.print(text, soft_wrap=True)
+                self.errors.print(Text("  ").append(fix), soft_wrap=True)
+
+    def error(self, error: DpoError) -> None:
+        """One panel on a terminal, plain lines otherwise; with --json a document too."""
+        problems = error.problems if isinstance(error, InvalidInput) else ()
+        told = _problem_texts(problems) or [
+            (Text("x error ").append(redact(error.message)), Text(redact(error.fix or ""), style="dim"))
+        ]
+        if self.errors.is_terminal:
+            lines = [part for text, fix in told for part in (text, Padding(fix, (0, 0, 0, 2)))]
+            self.errors.print(Panel(Group(*lines), title="dpo", border_style="red", title_align="left"))
+        else:
+            self._print_told(told)
+        if self.as_json:
+            found = [problem.to_json() for problem in problems]
+            with suppress(OSError):  # standard output may be what failed; standard error has the message
+                self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": found})
+
+    def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
+        """Rows of text; the columns after the first are right-aligned where a header says that they are figures."""
+        on_terminal = self.out.is_terminal
+        table = Table(title=title, title_justify="left", box=box.ROUNDED if on_terminal else None, show_header=bool(header))
+        for column in range(len(rows[0])):
+            name = header[column] if header else ""
+            table.add_column(name, justify="right" if column and header else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(redact(cell)) for cell in row))
+        self.out.print(table)
+
+    def panel(self, title: str, text: str) -> None:
+        """Text of a model or a dataset, so nothing in it may steer the terminal."""
+        title, text = _printable(title), _printable(text)
+        if self.out.is_terminal:
+            self.out.print(Panel(Text(text), title=Text(title), title_align="left", border_style="dim"))
+        else:
+            self.out.print(Text(f"{title}\n{text}"))
+
+    def columns(self, read_as: Mapping[str, Any]) -> None:
+        """What `validate` says of the columns of the data: what each is read as, and which are not read."""
+        read = [name if name == meaning else f"{name} (as {meaning})" for name, meaning in read_as["read"].items()]
+        unread = f"; not read: {', '.join(read_as['unread'])}" if read_as["unread"] else ""
+        self.line(_printable(f"columns: {', '.join(read)}{unread}"))
+
+    def lengths(self, said: dict[str, Any]) -> None:
+        """What `validate` says of the lengths of pairs, and of the preferred ones."""
+        length, where = said["length"], said["length"]["longest"]
+        unit, most = ("characters", length["characters"])
+        if length["tokens"]:  # counted on a sample, and without the template's markers
+            unit, most = ("tokens, about,", length["tokens"])
+        over = f"; {most['share_over']:.0%} are longer than max_seq_length" if "share_over" in most else ""
+        place = f"{where['file']}:{where['line']}"
+        self.line(f"length: {most['median']:,.0f} {unit} in the middle, {most['most']:,} at most ({place}){over}")
+        if "longer_chosen" in said:
+            longer, auc = said["longer_chosen"], said["length_auc"]
+            self.line(
+                f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
+            )
+
+    def bill(self, memory: dict[str, Any]) -> None:
+        """The memory bill with a bar per component."""
+        largest = max(memory["components"].values())
+        parts = {name: size for name, size in memory["components"].items() if size}
+        bars = [(name, f"{size:.2f} GB", "#" * round(20 * size / largest)) for name, size in parts.items()]
+        budget = f" of {memory['budget_gb']:.1f}" if memory["budget_gb"] else ""
+        self.table(f"memory: {memory['total_gb']:.2f}{budget} GB", bars)
+
+    def judgement(self, judged: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
+        """The figures of an evaluation, and answers side by side."""
+        if judged["policy"] is None:
+            self.line("nothing was held out: set or raise eval_split in the config, or name a file with `dpo eval --dataset`")
+            return
+        names = [name for name, figure in judged["policy"].items() if figure]
+        rows = [
+            [name.replace("_", " "), *(_interval(judged[group].get(name)) for group in ("policy", "base", "gain"))]
+            for name in names
+        ]
+        if tokens := judged.get("answer_tokens"):
+            rows.append(["answer tokens", *(_interval(tokens[group]) for group in ("policy", "base", "gain"))])
+        noun = "pairs" if "pairs" in judged else "demonstrations"
+        title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
+        self.table(title, rows, ("figure", "adapter", "base", "gain"))
+        if missing := judged.get("unanswered"):
+            fix = "lower max_seq_length, so that prompts are cut, or judge with shorter ones"
+            told = f"{missing} prompts fill the model's context and have no answer"
+            self.line(f"note: {told}: kl_sequence and answer_tokens are of the others, and keep no limit; {fix}")
+        self._categories(judged["categories"], noun)
+        for sample in samples:
+            base, adapter = sample["base"], sample["adapter"]
+            text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
+            self.panel(sample["prompt"][-200:], text)
+
+    def _categories(self, categories: dict[str, Any], noun: str) -> None:
+        """The first two figures of the rows of each category, and the gain in one."""
+        if not categories:
+            return
+        some = next(iter(categories.values()))
+        (one, other), gain = list(some["policy"])[:2], next(iter(some["gain"]))
+        rows = [
+            (
+                _printable(name),
+                str(made[noun]),
+                *(_interval(made["policy"][key]) for key in (one, other)),
+                _interval(made["gain"][gain]),
+            )
+            for name, made in categories.items()
+        ]
+        self.table("by category", rows, ("category", noun, one, other, f"gain in {gain.replace('_', ' ')}"))
+
+    def thresholds(self, asked: Sequence[Any], made: Sequence[dict[str, Any]]) -> None:
+        """Each limit that a figure was asked to keep, and whether it did."""
+        for threshold, found in zip(asked, made, strict=True):
+            value = "no value" if found["value"] is None else f"{found['value']:.6g}"
+            self.line(f"{found['metric']} is {value}, {threshold.sign} {found['limit']:g}: {'ok' if found['ok'] else 'missed'}")
+
+    def tally(self, counted: dict[str, Any]) -> None:
+        """The count of a file of votes, which may come from anybody."""
+        voted = counted["prompts"] - counted["missing"]
+        rows = [("run", _printable(counted["run"])), ("prompts", f"{voted} of {counted['prompts']}")]
+        rows += [("judge", _printable(counted["judge"]["model"]))] if counted["judge"] else []
+        rows += [(name, str(counted[name])) for name in ("wins", "losses", "ties")]
+        rows += [("win rate", _interval(counted["win_rate"])), ("sign test", f"p = {counted['sign_test']:.2g}")]
+        self.table("votes for the adapter", rows)
+        if counted["same_text"]:
+            self.line(f"note: {counted['same_text']} of the ties are the same text from both, which nobody was asked about")
+        if counted["missing"]:
+            self.line(f"note: {counted['missing']} of {counted['prompts']} prompts have no vote yet, and are not counted")
+
+    def comparison(self, made: dict[str, Any]) -> None:
+        """The figures of a run beside those of what it is exported to (export.json), and how far their log-probs are apart."""
+        limits = {limit["metric"]: f"{limit['limit']:.3f}{'' if limit['ok'] else ' missed'}" for limit in made["limits"]}
+        rows = [(name, *(_interval(made[side][name]) for side in ("before", "after")), limits[name]) for name in limits]
+        self.table("the run, and the model read back; 95 % intervals", rows, ("figure", "run", "merged", "limit"))
+        apart = made["difference"]
+        self.line(f"log-probs of responses differ by {apart['mean']:.3g} nats on average, by {apart['max']:.3g} at most")
+
+    @contextmanager
+    def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+        """A progress bar over `total` of something, `done` of them before; a line now and then when piped.
+
+        The callable that it gives is told how many are done, and a few words about it.
+        """
+        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+        progress = Progress(*columns, console=self.out, expand=True)
+        task = progress.add_task(what, total=total, completed=done, said="")
+        told = done * PIPED_LINES // max(1, total)
+
+        def show(now: int, said: str) -> None:
+            nonlocal told
+            progress.update(task, completed=now, said=said)
+            if not self.out.is_interactive and (part := now * PIPED_LINES // total) > told:
+                told = part
+                self.line(f"{what} {now}/{total}  {said}")
+
+        with progress if self.out.is_interactive else _nothing():
+            yield show
+
+
+def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
+    """What is wrong and what to do, of each problem; errors first."""
+    texts = []
+    order = list(COLOURS)
+    for problem in sorted(problems, key=lambda problem: order.index(problem.severity)):
+        place = ":".join(str(part) for part in (problem.file, problem.line, problem.column) if part is not None)
+        text = Text.assemble(
+            (f"{MARKS[problem.severity]} {problem.severity} ", f"bold {COLOURS[problem.severity]}"),
+            (f"[{problem.code}] ", "dim"),
+            (f"{place}: " if place else "", "bold"),
+            _printable(problem.message),
+        )
+        texts.append((text, Text(_printable(problem.fix or ""), style="dim")))
+    return texts
+
+
+def _printable(text: str) -> str:
+    """What may be shown, before it is broken into lines, in which no secret could be found any more."""
+    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in redact(text))
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _interval(figure: dict[str, float] | None) -> str:
+    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" if figure else ""

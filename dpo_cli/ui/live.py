@@ -1,0 +1,269 @@
+"""The live view of a training: progress, time left, each figure with its curve, memory, the last health event. No torch.
+
+It is given the lines of metrics.jsonl as they are written. On a terminal it is drawn anew four times a second; elsewhere
+(a pipe, TERM=dumb) a line is printed now and then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.ui.console import PIPED_LINES, Console
+
+Line = dict[str, Any]
+
+# Figures of a line, by the names under which they are shown; dpo has the one accuracy, sft the other.
+FIGURES = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "token_accuracy": "accuracy",
+    "margin": "margin",
+    "kl_token": "KL/token",
+    "kl_sequence": "KL/seq",
+    "tokens_per_second": "tok/s",
+}
+BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
+WIDEST = 100  # columns of the view
+NARROWEST = 3  # a curve of fewer columns shows nothing
+POINTS = 96  # of a curve that is kept: even twice as many at one moment
+RECENT = 50  # lines that the pace is taken from
+ACTIONS = {"note": "cyan", "warn": "yellow", "stop": "red"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """The figures of one split: where the view has them."""
+
+    split: str
+    head: str
+    colour: str
+    share: int  # of the room for curves
+    most: int  # columns of a curve
+
+
+SIDES = (Side("train", "train", "cyan", share=2, most=48), Side("eval", "held out", "magenta", share=1, most=16))
+
+
+class Event(Protocol):
+    """What a health rule found (training/callbacks/rules.py, which brings torch)."""
+
+    @property
+    def action(self) -> str: ...
+    def told(self) -> str: ...
+
+
+class Curve:
+    """A figure over the whole run in a bounded number of means: when there are too many, neighbours are joined."""
+
+    def __init__(self) -> None:
+        self.latest: float | None = None
+        self._sums: list[tuple[float, int]] = []  # of the finite values of each point, and how many they are
+        self._seen, self._each = 0, 1  # values so far, and values a point
+
+    def add(self, value: float | None) -> None:
+        if self._seen % self._each == 0:
+            self._sums.append((0.0, 0))
+        if value is not None and math.isfinite(value):
+            total, count = self._sums[-1]
+            self._sums[-1] = (total + value, count + 1)
+        self.latest = value
+        self._seen += 1
+        if len(self._sums) == 2 * POINTS and self._seen % self._each == 0:
+            pairs = zip(self._sums[::2], self._sums[1::2], strict=True)
+            self._sums = [(one[0] + other[0], one[1] + other[1]) for one, other in pairs]
+            self._each *= 2
+
+    @property
+    def text(self) -> str:
+        """The last value; nothing before the first."""
+        return _short(self.latest) if self._seen else ""
+
+    @property
+    def points(self) -> list[float]:
+        """The means; NaN where no value was finite."""
+        return [total / count if count else math.nan for total, count in self._sums]
+
+
+def sparkline(values: Sequence[float], width: int, bars: str) -> str:
+    """At most `width` signs from the lowest to the highest of the values; a blank where they are not finite."""
+    if len(values) > width:
+        edges = [i * len(values) // width for i in range(width + 1)]
+        values = [_mean(values[start:end]) for start, end in pairwise(edges)]
+    finite = [value for value in values if math.isfinite(value)]
+    low, span = (min(finite), max(finite) - min(finite)) if finite else (0.0, 0.0)
+
+    def sign(value: float) -> str:
+        return bars[round((value - low) / span * (len(bars) - 1)) if span else 0] if math.isfinite(value) else " "
+
+    return "".join(map(sign, values))
+
+
+def _mean(values: Sequence[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+class Pace:
+    """Seconds a step and seconds an evaluation, as the lines tell, and what is left by them."""
+
+    def __init__(self, now: float) -> None:
+        self._step, self._time = 0, now  # of the last line
+        self._trained, self._tokens = 0, 0  # step and tokens of the last line of training
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)  # steps and their seconds
+        self._evaluated, self._every, self._evaluation = 0, 0, 0.0  # step of the last one, steps between, seconds
+
+    def see(self, line: Line, now: float) -> None:
+        if line["split"] == "eval":
+            training = (line["step"] - self._step) * self._step_seconds
+            self._evaluation = max(0.0, now - self._time - training)
+            self._evaluated, self._every = line["step"], line["step"] - self._evaluated
+        elif line["step"] > self._trained and line.get("tokens_per_second"):  # which leaves out loading and evaluating
+            seconds = (line["tokens"] - self._tokens) / line["tokens_per_second"]
+            self._recent.append((line["step"] - self._trained, seconds))
+            self._trained, self._tokens = line["step"], line["tokens"]
+        self._step, self._time = line["step"], now
+
+    @property
+    def _step_seconds(self) -> float:
+        recent = tuple(self._recent)  # a copy: the view is drawn in a thread of Rich's, while lines come
+        return sum(seconds for _, seconds in recent) / (sum(steps for steps, _ in recent) or 1)
+
+    def left(self, total: int, now: float) -> float | None:
+        """Seconds until the last of `total` steps, with the evaluations on the way; nothing before the first step."""
+        if not self._recent:
+            return None
+        evaluations = (total - self._evaluated) // self._every if self._every else 0
+        at_last_line = (total - self._step) * self._step_seconds + evaluations * self._evaluation
+        return max(0.0, at_last_line - (now - self._time))
+
+
+class LiveView:
+    """While used as a context, what is known of a training of `steps` steps that is billed with `predicted_gb`."""
+
+    def __init__(
+        self, console: Console, steps: int, predicted_gb: float | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console, self.steps, self.predicted_gb, self.clock = console, steps, predicted_gb, clock
+        self.step, self.peak_gb = 0, 0.0
+        self.event: Event | None = None
+        self.curves = {side.split: {name: Curve() for name in FIGURES} for side in SIDES}
+        self.pace = Pace(clock())
+        self._told = -1  # twentieths of the run of which a piped line told
+        self._ended = False
+        self._live = Live(self, console=console.out, refresh_per_second=4, vertical_overflow="crop")
+
+    def __enter__(self) -> LiveView:
+        if self.console.out.is_interactive:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended = True
+        self._live.stop()
+
+    def recall(self, lines: Sequence[Line]) -> None:
+        """The lines of the training that this one continues."""
+        for line in lines:
+            self._add(line)
+            self._told = max(self._told, self._part(line))
+            if line["split"] == "train":  # how long an evaluation took is not told
+                self.pace.see(line, self.clock())
+
+    def show(self, line: Line) -> None:
+        """A line of metrics.jsonl, as it is written."""
+        self.pace.see(line, self.clock())
+        self._add(line)
+        if not self.console.out.is_interactive:
+            self._tell(line)
+
+    def _add(self, line: Line) -> None:
+        for name in FIGURES.keys() & line.keys():
+            self.curves[line["split"]][name].add(line[name])
+        self.step, self.peak_gb = line["step"], line["peak_memory_gb"]
+
+    def _part(self, line: Line) -> int:
+        """The twentieths of the run that are done."""
+        return int(line["step"]) * PIPED_LINES // self.steps
+
+    def note(self, event: Event) -> None:
+        """A health event: printed once, and kept in view until the next."""
+        self.event = event
+        self.console.line(event.told())
+
+    def _tell(self, line: Line) -> None:
+        """A line of text for an evaluation, and for each twentieth of the run."""
+        part = self._part(line)
+        if line["split"] == "eval" or part > self._told:
+            self._told = max(part, self._told)
+            figures = "  ".join(f"{label} {_short(line[name])}" for name, label in FIGURES.items() if name in line)
+            held_out = "held out: " if line["split"] == "eval" else ""
+            self.console.line(f"step {line['step']}/{self.steps}  {held_out}{figures}")
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
+        width = min(WIDEST, options.max_width)
+        yield self._progress(width)
+        if not self.step:
+            return
+        table = self._table(width, ASCII_BARS if options.ascii_only else BARS)
+        event = [Text(self.event.told().partition("\n")[0], ACTIONS.get(self.event.action, ""))] if self.event else []
+        for text in (*table, *event):
+            text.no_wrap = True
+            text.truncate(width, overflow="crop" if options.ascii_only else "ellipsis")
+            yield text
+
+    def _progress(self, width: int) -> Table:
+        seconds = self.pace.left(self.steps, self.clock())
+        left = "" if self._ended else "getting ready" if seconds is None else f"{_duration(seconds)} left"
+        done = f"{self.step}/{self.steps}"
+        bar = ProgressBar(self.steps, self.step, width=max(1, width - len(done) - len(left) - 2))
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(Text(done), bar, Text(left, no_wrap=True))
+        return grid
+
+    def _table(self, width: int, bars: str) -> Iterator[Text]:
+        """A line for each figure there is, and one for memory; the curves take the columns that are left."""
+        shown = [name for name in FIGURES if any(curves[name].text for curves in self.curves.values())]
+        sides = [side for side in SIDES if any(self.curves[side.split][name].text for name in shown)]
+        labels = max(len(FIGURES[name]) for name in shown)
+        values = [max(len(self.curves[side.split][name].text) for name in shown) for side in sides]
+        room = width - labels - sum(values) - 3 * len(sides)
+        shares = [room * side.share // sum(side.share for side in sides) for side in sides]
+        widths = [
+            min(share, side.most, self.steps) if share >= NARROWEST else 0 for share, side in zip(shares, sides, strict=True)
+        ]
+        if len(sides) > 1:
+            heads = (f" {side.head:<{value + curve + 2}}" for side, value, curve in zip(sides, values, widths, strict=True))
+            yield Text(" " * labels + "".join(heads))
+        for name in shown:
+            text = Text(f"{FIGURES[name]:<{labels}}")
+            for side, value, curve in zip(sides, values, widths, strict=True):
+                figure = self.curves[side.split][name]
+                text.append(f" {figure.text:>{value}} ", "bold")
+                text.append(f"{sparkline(figure.points, curve, bars) if curve else '':<{curve + 1}}", side.colour)
+            yield text
+        bill = f", bill {self.predicted_gb:.1f}" if self.predicted_gb is not None else ""
+        yield Text(f"{'memory':<{labels}} {self.peak_gb:.1f} GB{bill}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def _short(value: float | None) -> str:
+    if value is None:  # as JSON has it
+        return "nan"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3f}"

@@ -1,0 +1,259 @@
+"""From an adapter there are two ways on; on both, the policy is its reference at step 0, and that is never the base model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from dpo_cli.app import app
+from dpo_cli.commands.eval import evaluate
+from dpo_cli.commands.eval_request import Request
+from dpo_cli.commands.train import train
+from dpo_cli.config.config import load_stages
+from dpo_cli.errors import Exit, InvalidInput
+from dpo_cli.evaluation.evaluation import score
+from dpo_cli.hardware.machine import probe
+from dpo_cli.models.source import adapter_at, foundation
+from dpo_cli.plan.preflight import inspect
+from dpo_cli.runs.open_run import load_policy, open_run
+from dpo_cli.ui.console import Console
+
+Run = Callable[..., tuple[dict[str, Any], Path]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Run:
+    """Trains in a folder of the given name: metrics.json and the folder."""
+    common = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
+    common |= {"eval_split": 0.3, "max_steps": 3, "lora_r": 4, "learning_rate": 5e-2}
+    common |= {"kl_prompts": 2, "max_new_tokens": 4}
+
+    def train_in(name: str, **options: Any) -> tuple[dict[str, Any], Path]:
+        config = tmp_path / f"{name}.json"
+        values = {key: value for key, value in {**common, **options}.items() if value is not None}
+        config.write_text(json.dumps({**values, "output_dir": str(tmp_path / name)}), encoding="utf-8")
+        (loaded,) = load_stages(str(config))
+        summary, code = train(loaded, inspect(loaded, probe()), probe(), Console(), overwrite=True, dry_run=False)
+        assert code is Exit.DONE
+        return summary, tmp_path / name
+
+    return train_in
+
+
+def first_line(place: Path) -> dict[str, Any]:
+    line: dict[str, Any] = json.loads((place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return line
+
+
+def plan_of(place: Path) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads((place / "plan.json").read_text(encoding="utf-8"))
+    return plan
+
+
+def assert_starts_at_its_reference(place: Path) -> None:
+    """Loss ln 2, margin 0, both rewards 0: to the bit, since policy and reference are computed alike."""
+    line = first_line(place)
+    assert line["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (line["margin"], line["reward_chosen"], line["reward_rejected"]) == (0, 0, 0)
+
+
+def assert_reference_is(place: Path, sft: Path, within: float = 1e-5) -> None:
+    """What dpo was held to gives all pairs the margin that the policy of sft gives them, which is not the base model's."""
+    pairs = str(place.parent / "pairs.jsonl")
+    of_sft, of_dpo = (load_policy(open_run(str(folder), pairs, Console()), Console()) for folder in (sft, place))
+    opened = open_run(str(place), pairs, Console())
+    ours = score(of_dpo[0], opened.rows, opened.tokenizer, of_dpo[1])
+    theirs = score(of_sft[0], opened.rows, opened.tokenizer, of_sft[1])
+    apart, moved = np.abs(ours.reference - theirs.policy).mean(), np.abs(theirs.policy - theirs.reference).mean()
+    assert moved > 0.1 and apart <= within * np.abs(theirs.policy).mean()
+
+
+@pytest.fixture
+def sft(run: Run) -> Path:
+    _, place = run("sft", strategy="sft")
+    return place
+
+
+def test_dpo_goes_on_from_the_sft_adapter_and_is_held_to_a_frozen_copy(run: Run, sft: Path) -> None:
+    """A reference that is the bare base model, or that moves with the policy, gives other figures."""
+    summary, place = run("dpo", model_name=str(sft), lora_r=None)
+    assert_starts_at_its_reference(place)
+    plan = plan_of(place)
+    assert plan["config"]["reference"] == "adapter" and plan["config"]["lora_r"] == 4
+    assert any("training goes on from the adapter of sft (rank 4)" in note for note in plan["notes"])
+    assert_reference_is(place, sft)
+    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]  # as the run itself judged it
+    # The saved adapter is one, on the base model, as PEFT loads it; and it has moved on from the SFT adapter.
+    assert sorted(file.name for file in (place / "adapter").iterdir() if file.is_dir()) == []
+    before, after = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (sft, place))
+    assert before.keys() == after.keys() and not all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("why", [{"lora_r": 2}, {"lora_r": None, "reference": "base"}])
+def test_another_shape_is_trained_on_the_merged_model(run: Run, sft: Path, tiny_model_dir: Path, why: dict[str, Any]) -> None:
+    summary, place = run("dpo", model_name=str(sft), max_steps=1, **why)
+    assert_starts_at_its_reference(place)
+    plan = plan_of(place)
+    assert plan["config"]["reference"] == "base"
+    assert any("is merged into its base model" in note for note in plan["notes"])
+    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]
+    assert_reference_is(place, sft)
+    config = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(sft)  # not the bare model, on which it would answer otherwise
+    # A third run on top stands on both: its reference is the second run's policy.
+    _, third = run("third", model_name=str(place), lora_r=None, max_steps=1)
+    assert_starts_at_its_reference(third)
+    assert foundation(str(third)) == str(tiny_model_dir)
+
+
+def test_what_cannot_be_gone_on_from_is_told(run: Run, sft: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        run("dpo", model_name=str(sft), lora_r=2, reference="adapter")
+    assert [problem.code for problem in caught.value.problems if problem.severity == "error"] == ["reference-adapter"]
+    (sft / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(InvalidInput) as caught:
+        run("dpo", model_name=str(sft), lora_r=None)
+    assert "adapter-unusable" in [problem.code for problem in caught.value.problems]
+
+
+def test_settings_belong_to_what_was_trained(run: Run, sft: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Another lora_alpha is another model, with the same weights: the run is refused, and what stands on it."""
+    _, place = run("dpo", model_name=str(sft), lora_r=None, max_steps=1)
+    whole = run("whole", lora_r=0, max_steps=1, learning_rate=1e-4)[1]
+
+    def refused(folder: Path) -> bool:
+        try:
+            open_run(str(folder), None, Console())
+        except InvalidInput as caught:
+            assert [problem.code for problem in caught.problems] == ["adapter-changed"]
+            return True
+        return False
+
+    def changed(file: Path, **values: Any) -> None:
+        file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+
+    settings = sft / "adapter" / "adapter_config.json"
+    before = settings.read_text(encoding="utf-8")
+    changed(settings, peft_version="0.0", inference_mode=False)  # which compute nothing
+    assert (refused(sft), refused(place), refused(whole)) == (False, False, False)
+    changed(settings, lora_alpha=999)
+    assert (refused(sft), refused(place), refused(whole)) == (True, True, False)
+    settings.write_text(before, encoding="utf-8")
+    changed(whole / "model" / "config.json", rms_norm_eps=0.5)
+    assert (refused(sft), refused(place), refused(whole)) == (False, False, True)
+    for folder in (sft, place):  # as versions before this wrote it
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        del manifest["trained"], manifest["model"]["settings"]
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert (refused(sft), refused(place)) == (False, False)
+
+
+def test_an_adapter_of_another_tool_is_a_start(run: Run, sft: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """A PEFT folder alone, which names its base model."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_bytes((sft / "adapter" / name).read_bytes())
+    adapter = adapter_at(str(folder))
+    assert adapter is not None and adapter.model_name == str(tiny_model_dir) and adapter.shape["lora_r"] == 4
+    _, place = run("dpo", model_name=str(folder), lora_r=None, max_steps=1)
+    assert_starts_at_its_reference(place)
+
+
+@pytest.mark.parametrize("strategy", ["dpo", "sft"])
+def test_every_weight_is_trained_when_the_rank_is_0(run: Run, strategy: str, tiny_model_dir: Path) -> None:
+    summary, place = run("whole", strategy=strategy, lora_r=0, learning_rate=1e-3)
+    if strategy == "dpo":
+        assert_starts_at_its_reference(place)
+    assert not (place / "adapter").exists()
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model_dir, place / "model"))
+    assert all(not torch.equal(before[name], after[name]) for name in before if "norm" not in name)
+    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]
+    _, on_top = run("on-top", model_name=str(place), max_steps=1)
+    assert_starts_at_its_reference(on_top)
+
+
+def test_4bit_goes_on_from_a_4bit_adapter(run: Run) -> None:
+    _, place = run("sft", strategy="sft", use_4bit=True, bf16=True)
+    _, on_top = run("dpo", model_name=str(place), use_4bit=True, bf16=True, lora_r=None, max_steps=1)
+    assert plan_of(on_top)["config"]["reference"] == "adapter"
+    assert_starts_at_its_reference(on_top)
+    assert_reference_is(on_top, place, within=1e-2)
+
+
+def test_an_adapter_is_not_lost_in_4bit_weights(run: Run) -> None:
+    """bitsandbytes' steps are larger than what an adapter adds: merged into quantised weights, it would be gone."""
+    _, place = run("sft", strategy="sft", use_4bit=True, learning_rate=1e-2, max_steps=10)
+    _, on_top = run("dpo", model_name=str(place), use_4bit=True, lora_r=2, max_steps=1)
+    assert plan_of(on_top)["config"]["reference"] == "base"
+    assert_starts_at_its_reference(on_top)
+    pairs = str(place.parent / "pairs.jsonl")
+    (of_sft, plan), (of_dpo, _) = (
+        load_policy(open_run(str(folder), pairs, Console()), Console()) for folder in (place, on_top)
+    )
+    opened = open_run(str(on_top), pairs, Console())
+    theirs, ours = (score(policy, opened.rows, opened.tokenizer, plan) for policy in (of_sft, of_dpo))
+    to_sft, to_base = (np.abs(ours.reference - scores).mean() for scores in (theirs.policy, theirs.reference))
+    assert to_sft < 0.7 * to_base
+
+
+def test_a_frozen_adapter_has_no_dropout(run: Run, sft: Path) -> None:
+    """With dropout in the reference, no two passes of it would agree; the policy's own acts."""
+    _, place = run("dpo", model_name=str(sft), lora_r=None, lora_dropout=0.3, max_steps=1)
+    line = first_line(place)
+    assert line["reward_chosen"] != 0
+    policy, plan = load_policy(open_run(str(place), None, Console()), Console())
+    opened = open_run(str(place), None, Console())
+    first, again = (score(policy, opened.rows, opened.tokenizer, plan).reference for _ in range(2))
+    assert np.array_equal(first, again)
+
+
+def test_sft_on_sft_is_judged_alike_by_run_and_eval(run: Run, sft: Path) -> None:
+    summary, place = run("more", strategy="sft", model_name=str(sft), lora_r=None)
+    judged = evaluate(Request(str(place)), Console())
+    assert (judged["policy"], judged["base"]) == (summary["eval"], summary["base"])
+
+
+def test_a_run_below_that_changed_is_told(run: Run, sft: Path) -> None:
+    _, place = run("dpo", model_name=str(sft), lora_r=2, max_steps=1)
+    run("sft", strategy="sft", seed=1)
+    with pytest.raises(InvalidInput, match="not the one that it was trained on"):
+        evaluate(Request(str(place)), Console())
+    (sft / "metrics.json").unlink()  # as in a run that was replaced and died
+    with pytest.raises(InvalidInput) as caught:
+        run("third", model_name=str(sft), lora_r=None)
+    assert "adapter-unusable" in [problem.code for problem in caught.value.problems]
+
+
+def test_a_run_is_not_written_over_what_it_stands_on(run: Run, sft: Path) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        run("sft", model_name=str(sft / "adapter"), lora_r=None)
+    assert [problem.code for problem in caught.value.problems if problem.severity == "error"] == ["output-is-input"]
+    assert (sft / "metrics.json").is_file()
+
+
+def test_stages_train_one_on_the_other(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> None:
+    config = tmp_path / "two.json"
+    common = {"dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False, "eval_split": 0.3, "lora_r": 4}
+    stages = [{"strategy": "sft", "learning_rate": 1e-2}, {"strategy": "dpo", "reference": "adapter"}]
+    config.write_text(json.dumps({**common, "model_name": "/no/model", "stages": stages}), encoding="utf-8")
+    place = tmp_path / "both"
+    words = ["train", str(config), f"model_name={tiny_model_dir}", f"output_dir={place}", "max_steps=2", "--json"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [Path(stage["run_dir"]).name for stage in told["stages"]] == ["1-sft", "2-dpo"]
+    assert_starts_at_its_reference(place / "2-dpo")
+    assert plan_of(place / "2-dpo")["config"]["model_name"] == str(place / "1-sft")
+    assert CliRunner().invoke(app, [*words[:-1], "strategy=dpo"]).exit_code == Exit.USAGE
+    again = CliRunner().invoke(app, words)
+    assert (again.exit_code, "holds a run already" in again.stderr) == (Exit.INVALID, True)

@@ -1,0 +1,60 @@
+"""The head by itself: its backward, its chunks, the KL; tests/test_forward.py has it in models."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_cli.scoring import lm_head as heads
+
+
+def test_head_gradients_are_exact() -> None:
+    """The backward against torch's own autograd on the full logits, without a model around it: 1e-12."""
+    torch.manual_seed(2)
+    hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(30, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(30, (7,))
+    head = heads.Head(weight, bias, scale=0.5, softcap=4.0, temperature=0.8)
+    scores = heads.score_tokens(hidden, targets, head)
+    (scores.log_probs.sum() + 0.3 * scores.entropy.sum()).backward()
+    got = [tensor.grad.clone() for tensor in (hidden, weight, bias)]
+    for tensor in (hidden, weight, bias):
+        tensor.grad = None
+    log_p = (4 * torch.tanh(0.5 * (hidden @ weight.T + bias) / 4) / 0.8).log_softmax(-1)
+    (log_p.gather(-1, targets[:, None]).sum() - 0.3 * (log_p.exp() * log_p).sum()).backward()
+    for mine, tensor in zip(got, (hidden, weight, bias), strict=True):
+        torch.testing.assert_close(mine, tensor.grad, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 40), vocabulary=st.integers(2, 60), budget=st.integers(1, 400))
+def test_full_logits_never_exist(rows: int, vocabulary: int, budget: int) -> None:
+    """No product of hidden states and head is larger than the budget (or one row, where the vocabulary alone is)."""
+    sizes: list[int] = []
+
+    class Counting(heads.Head):
+        def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(hidden))
+            return super().logits(hidden)
+
+    before, heads.CHUNK_ELEMENTS = heads.CHUNK_ELEMENTS, budget
+    try:
+        hidden = torch.randn(rows, 4, dtype=torch.float64, requires_grad=True)
+        head = Counting(torch.randn(vocabulary, 4, dtype=torch.float64))
+        heads.score_tokens(hidden, torch.randint(vocabulary, (rows,)), head).log_probs.sum().backward()
+    finally:
+        heads.CHUNK_ELEMENTS = before
+    assert sum(sizes) == 2 * rows  # each row once forward, once backward
+    assert max(sizes) <= max(1, budget // vocabulary)
+
+
+def test_token_kl_is_the_kl_of_the_full_distributions() -> None:
+    torch.manual_seed(3)
+    head = heads.Head(torch.randn(20, 6, dtype=torch.float64))
+    policy, reference = torch.randn(2, 5, 6, dtype=torch.float64)
+    p, q = (torch.distributions.Categorical(logits=states @ head.weight.T) for states in (policy, reference))
+    expected = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(heads.token_kl(policy, reference, head, head), expected, rtol=0, atol=1e-12)
+    assert not heads.token_kl(policy, policy, head, head).any()

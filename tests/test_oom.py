@@ -1,0 +1,127 @@
+"""A micro-batch that is out of memory, run in halves; and the probe of the longest pairs, which leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import made_row
+from test_dpo import make_trainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from dpo_cli.data.rows import to_pair
+from dpo_cli.data.tokens import encode
+from dpo_cli.scoring import forward
+from dpo_cli.scoring.oom import halves, run_in_parts, units_in
+from dpo_cli.training.callbacks.metrics_log import Record
+from dpo_cli.training.trainer import ProbeFirst
+
+
+def test_halves_keep_the_pairs_together() -> None:
+    batch = {"ids": torch.tensor([[1], [2], [3], [-1], [-2], [-3]])}
+    first, second = halves(batch, 2)
+    assert first["ids"].flatten().tolist() == [1, -1]
+    assert second["ids"].flatten().tolist() == [2, 3, -2, -3]
+
+
+def test_gradients_by_hand() -> None:
+    """Each pair has a third of the loss, w * x / 3, so dw = (1 + 2 + 6) / 3 = 3, on top of a gradient of 10 that was there.
+
+    With three pairs at once, and then with two, memory is out, after the gradient has been added.
+    """
+    weight = torch.nn.Parameter(torch.tensor(1.0))
+    weight.grad = torch.tensor(10.0)
+    tried, told = [], []
+
+    def step(batch: Any) -> Tensor:
+        count = units_in(batch, 2)
+        loss = (weight * batch["x"][:count] / 3).sum()
+        loss.backward()
+        tried.append(count)
+        if count > 1:
+            raise torch.OutOfMemoryError("none left")
+        return loss.detach()
+
+    batch = {"x": torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 0.0])}
+    assert run_in_parts(step, batch, [weight], told.append).item() == pytest.approx(3)
+    assert weight.grad.item() == pytest.approx(13)
+    assert tried == [3, 1, 2, 1, 1] and len(told) == 2
+
+
+def test_one_pair_alone_that_does_not_fit_is_an_error() -> None:
+    def step(batch: Any) -> Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run_in_parts(step, {"x": torch.zeros(4)}, [], lambda _: None)
+
+
+def trained(
+    place: Path, tokenizer: PreTrainedTokenizerFast, faults: Iterator[bool], probes: bool = True, **options: Any
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """An adapter trained for three steps of two micro-batches of four pairs; memory is out where `faults` says so."""
+    place.mkdir()
+    trainer, _ = make_trainer(
+        place, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, **options
+    )
+    if not probes:
+        trainer.remove_callback(ProbeFirst)
+    lines: list[dict[str, Any]] = []
+    trainer.add_callback(Record(trainer.totals, [lines.append]))
+    weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+    def fail(gradient: Tensor) -> None:
+        if next(faults, False):
+            raise torch.OutOfMemoryError("none left")
+
+    weights[len(weights) // 2].register_hook(fail)  # in the middle of the backward pass
+    trainer.train()
+    assert next(faults, None) is None  # all of them came
+    return [weight.detach() for weight in weights], lines
+
+
+def test_a_run_that_is_out_of_memory_goes_on_to_the_same_adapter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Out in the probe, in a first micro-batch, and in a second one, whose step has a gradient already."""
+    whole, lines = trained(tmp_path / "whole", tokenizer, iter([]))
+    faults = [True, False, False, True, False, False, False, False, True]
+    parted, others = trained(tmp_path / "parted", tokenizer, iter(faults))
+    for one, other in zip(whole, parted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    for line, other_line in zip(lines, others, strict=True):
+        assert line["tokens"] == other_line["tokens"]
+        for figure in ("loss", "margin", "accuracy", "logp_chosen", "grad_norm"):
+            assert line[figure] == pytest.approx(other_line[figure], rel=1e-4, abs=1e-6), figure
+
+
+def test_the_probe_leaves_no_trace(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """With dropout, so that a number drawn by the probe would show: the same bits as without it."""
+    probed, lines = trained(tmp_path / "probed", tokenizer, iter([]), dropout=0.2)
+    plain, others = trained(tmp_path / "plain", tokenizer, iter([]), probes=False, dropout=0.2)
+    assert all(torch.equal(one, other) for one, other in zip(probed, plain, strict=True))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in others]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_probe_takes_the_pairs_with_most_tokens(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, shared: bool) -> None:
+    """One pair has the longest sequence, another, of two long responses, has more tokens once its prompt counts once."""
+    long_prompt = {"prompt": "the cat sat " * 12, "chosen": "yes", "rejected": "no"}
+    long_answers = {"prompt": "q", "chosen": "the mat is " * 10, "rejected": "the answer " * 10}
+    pairs = encode([to_pair(row, 1) for row in (long_prompt, long_answers, made_row(0))], tokenizer)
+    assert pairs[0].length > pairs[1].length and pairs[0].shared_length < pairs[1].shared_length
+    states = forward.shared_states if shared else forward.plain_states
+    trainer, _ = make_trainer(tmp_path, tokenizer, states=states, pairs=pairs, per_device_train_batch_size=1, max_steps=1)
+    seen: list[int] = []
+    step = trainer.compute_loss
+
+    def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(int(inputs["attention_mask"].sum()))
+        return step(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    probed = pairs[1] if shared else pairs[0]
+    assert len(seen) > 1 and seen[0] == probed.shared_length + len(probed.prompt_ids)
