@@ -11,8 +11,7 @@ from typing import Any
 from machine import machine_line
 
 from dpo_cli.config.config import load
-from dpo_cli.data.dataset import read
-from dpo_cli.data.split import split
+from dpo_cli.data.dataset import is_held_out_prompt, read
 
 DPO = str(Path(sys.executable).with_name("dpo"))
 CONFIG, PLACE = "configs/smollm2-two-stage.json", Path("runs/smollm2-two-stage")
@@ -21,7 +20,9 @@ CONFIG, PLACE = "configs/smollm2-two-stage.json", Path("runs/smollm2-two-stage")
 def write_held_out(file: Path) -> None:
     """The pairs that both stages hold out, as rows."""
     config = load(CONFIG).require()
-    _, held_out = split(read(config.dataset).load(), config.eval_split, config.seed)
+    seed = config.seed if config.split_seed is None else config.split_seed
+    pairs = read(config.dataset).load()
+    held_out = [pair for pair in pairs if is_held_out_prompt(pair.prompt_key, config.eval_split, seed)]
     lines = Path(config.dataset).read_text(encoding="utf-8").splitlines()
     file.write_text("".join(lines[pair.line - 1] + "\n" for pair in held_out), encoding="utf-8")
 

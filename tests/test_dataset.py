@@ -19,11 +19,10 @@ from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import columns as names
 from dpo_cli.data.annotation_exports import HELD
 from dpo_cli.data.comparisons import LABELS, LISTS
-from dpo_cli.data.dataset import read
+from dpo_cli.data.dataset import is_held_out_prompt, read
 from dpo_cli.data.lint import Quality
 from dpo_cli.data.prompts import read_prompts
 from dpo_cli.data.rows import Pair
-from dpo_cli.data.split import is_held_out_prompt
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
 

@@ -21,7 +21,7 @@ from dpo_cli.commands.eval import evaluate
 from dpo_cli.commands.eval_request import Request
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, UsageError
-from dpo_cli.evaluation import divergence, evaluation
+from dpo_cli.evaluation import evaluation
 from dpo_cli.evaluation.bootstrap import Intervals
 from dpo_cli.evaluation.generation import Answer, Sampling, generate
 from dpo_cli.evaluation.thresholds import OF_VOTES, judged_by, parse
@@ -299,7 +299,7 @@ def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
     """log pi - log ref of the very tokens, ends included, with transformers and PEFT alone; and the dice lie where they lay."""
     _, place = run(max_steps=8, learning_rate=3e-2, eval_split=0.5, kl_prompts=6, max_new_tokens=12)
     asked, made = [], []
-    answers = divergence.answers
+    answers = evaluation.answers
 
     def watched(model: Any, tokenizer: Any, prompts: Any, sampling: Any, dtype: Any) -> Any:
         asked.extend(prompts)
@@ -308,11 +308,11 @@ def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
 
     def with_dice(*args: Any) -> Any:
         before = torch.get_rng_state()
-        values = divergence.sequence_kl(*args)
+        values = evaluation.sequence_kl(*args)
         assert bool((torch.get_rng_state() == before).all())
         return values
 
-    monkeypatch.setattr(divergence, "answers", watched)
+    monkeypatch.setattr(evaluation, "answers", watched)
     monkeypatch.setattr(evaluation, "sequence_kl", with_dice)
     judged = evaluate(Request(str(place)), Console())
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)

@@ -27,7 +27,7 @@ from dpo_cli.plan.plan import Counts, Scoring, resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.runs.resume import _weights
 from dpo_cli.storage.run_directory import RunDirectory
-from dpo_cli.training import schedule
+from dpo_cli.training import trainer as trainers
 from dpo_cli.ui.console import Console
 
 TIMED = ("tokens_per_second", "peak_memory_gb")
@@ -276,7 +276,7 @@ def test_checkpoints_come_by_the_clock_where_no_steps_are_named(
 
     go("slow", save_steps=None, eval_split=0)
     assert kept("slow") == ["step-12"]  # the end alone: ten minutes have not passed
-    monkeypatch.setattr(schedule, "BETWEEN_SECONDS", 0.0)
+    monkeypatch.setattr(trainers, "BETWEEN_SECONDS", 0.0)
     go("fast", save_steps=None, eval_split=0)
     assert kept("fast") == ["step-11", "step-12"]
 

@@ -15,7 +15,7 @@ from conftest import ROOT, Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dpo_cli.errors import InvalidInput
-from dpo_cli.plan import trackers
+from dpo_cli.plan import feasibility
 from dpo_cli.strategies.dpo import FIGURES
 
 absent = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def test_a_run_that_is_replaced_leaves_no_events(run: Run) -> None:
 
 
 def test_without_its_package_no_training_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    monkeypatch.setattr(feasibility, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     with pytest.raises(InvalidInput) as caught:
         run(report_to=["tensorboard", "wandb"])
     (problem,) = [problem for problem in caught.value.problems if problem.code == "tracker-missing"]
@@ -65,7 +65,7 @@ def test_a_folder_of_its_name_is_no_package(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "tracker_of_this_name").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert find_spec("tracker_of_this_name") is not None
-    assert not trackers._installed("tracker_of_this_name") and trackers._installed("tensorboard")
+    assert not feasibility._installed("tracker_of_this_name") and feasibility._installed("tensorboard")
 
 
 def dpo(place: Path, run_dir: Path, home: Path, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ weights.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -261,3 +262,17 @@ def _choices(value: str | Sequence[str | Mapping[str, Any]], key: str) -> Iterat
             message = f"files of {path} that are read ({len(content.files)}): {read}{rest}"
             fix = 'name a file, a list of files, or "FOLDER:SPLIT" (the split as in the names of its files) for others'
             yield Problem("hint", "folder-files", message, fix, key)
+
+
+def is_held_out_prompt(prompt_key: str, share: float, seed: int) -> bool:
+    """On which side a prompt falls: by its own hash, so that appended rows move no other row.
+
+    `share` of the prompts are held out in expectation.
+    """
+    return share > 0 and _position(prompt_key, seed) < share
+
+
+def _position(prompt: str, seed: int) -> float:
+    """A point in [0, 1) that depends on the prompt and the seed alone."""
+    digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

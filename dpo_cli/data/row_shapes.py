@@ -9,8 +9,8 @@ response_a  response_b  chosen  rejected names of two responses: {"chosen": "res
 messages  rejected_response              ms-swift: the last message is chosen; or rejected_messages
 input  preferred_output  ...             preference files of OpenAI
 
-Several responses and what says which is better are in comparisons.py, records of annotation tools in annotation_exports.py, and what
-columns are called in columns.py. A row may make several pairs.
+Several responses and what says which is better are in comparisons.py, records of annotation tools in annotation_exports.py, and
+what columns are called in columns.py. A row may make several pairs.
 """
 
 from __future__ import annotations

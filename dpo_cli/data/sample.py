@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Sample:
-    """Keeps up to `most` rows, spread over all; an observer of a pass (data/dataset.py). Without a tokenizer it keeps no row."""
+    """Keeps up to `most` rows, spread over all; an observer of a pass (data/dataset.py). Without a tokenizer it keeps none."""
 
     def __init__(self, tokenizer: Tokenizer | None, token_rows: int | None, most: int) -> None:
         self.rows: list[Row] = []

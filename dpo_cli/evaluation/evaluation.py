@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_cli.data.messages import Text
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Array, Intervals, mean
-from dpo_cli.evaluation.divergence import sequence_kl
-from dpo_cli.evaluation.generation import Sample, answer_tokens, side_by_side
+from dpo_cli.evaluation.generation import Sample, Sampling, answer_tokens, answers, first_of_each_prompt, side_by_side
 from dpo_cli.evaluation.losses import trained_loss
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
-from dpo_cli.evaluation.row_figures import extremes, row_figures
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import Policy
-from dpo_cli.scoring.forward import states_of
+from dpo_cli.runs.state_io import random_state_kept
+from dpo_cli.scoring.forward import plain_states, states_of
 from dpo_cli.storage.redaction import redact
 
 ANSWERS, SAMPLES = 32, 8  # held-out prompts that an evaluation answers, and those whose answers it keeps
@@ -108,3 +109,71 @@ def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[st
         name: _counts(own, plan) | figures(theirs, [row.row.prompt_key for row in own], plan.config.beta)
         for name, own, theirs in of_one
     }
+
+
+def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan) -> tuple[Array, int]:
+    """log pi(y) - log ref(y) of one answer y to each of the first `kl_prompts` prompts: (n,), nats a sequence.
+
+    And the number of those prompts that leave no room for an answer, and are not among the n.
+
+    y is drawn from the policy itself (temperature 1, top-p 1, at most `max_new_tokens`), so the mean estimates
+    KL(policy || reference) = E[log pi(y) - log ref(y)]; a single value may be negative. The same seed draws alike each time,
+    and the random state of a training is left as it was.
+    """
+    config, dtype = plan.config, getattr(torch, plan.dtype)
+    asked = first_of_each_prompt(rows, config.kl_prompts)
+    if not asked:
+        return np.zeros(0), 0
+    with random_state_kept():
+        torch.manual_seed(config.seed)
+        sampling = Sampling(config.max_new_tokens, temperature=1.0)
+        made = answers(policy.network, tokenizer, [row.prompt_ids for row in asked], sampling, dtype)
+    both = zip(asked, made, strict=True)
+    sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in both if not answer.is_missing]
+    if not sampled:
+        return np.zeros(0), len(asked)
+    # A sampled answer ends where the policy ended it: with the end, or without one at the limit.
+    scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), config.per_device_eval_batch_size, dtype)
+    difference: Array = (scores.policy - scores.reference)[:, 0]
+    return difference, len(asked) - len(sampled)
+
+
+EXTREMES = 10
+
+
+def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[dict[str, Any]]:
+    """Place and figures of each row: of a pair margin and rewards, of a demonstration its loss with and without training."""
+    places = [{"file": Path(row.row.file).name, "line": row.row.line, "category": row.row.category or None} for row in rows]
+    if scores.of_pairs:
+        rewards = (beta * (scores.policy - scores.reference)).tolist()
+        made = [
+            {"margin": chosen - rejected, "reward_chosen": chosen, "reward_rejected": rejected} for chosen, rejected in rewards
+        ]
+    else:
+        losses = zip((-scores.policy / scores.tokens)[:, 0], (-scores.reference / scores.tokens)[:, 0], strict=True)
+        made = [{"loss": float(policy), "base_loss": float(base)} for policy, base in losses]
+    return [{**place, **figures} for place, figures in zip(places, made, strict=True)]
+
+
+def extremes(rows: Sequence[Encoded], table: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """`best` and `worst`: the rows that training helped most and least, ten each at most, none in both, with their texts."""
+    helped = [row["margin"] if "margin" in row else row["base_loss"] - row["loss"] for row in table]
+    order = sorted(range(len(table)), key=lambda i: -helped[i])
+    count = min(EXTREMES, (len(order) + 1) // 2)
+    ends = {"best": order[:count], "worst": order[count:][-EXTREMES:][::-1]}
+    return {name: [{**table[i], **_texts(rows[i])} for i in places] for name, places in ends.items()}
+
+
+def _texts(encoded: Encoded) -> dict[str, str]:
+    names = ("chosen", "rejected") if len(encoded.responses) == 2 else ("completion",)
+    said = zip(names, encoded.row.responses, strict=True)
+    return {"prompt": as_text(encoded.row.prompt), **{name: as_text(text) for name, text in said}}
+
+
+def as_text(text: Text) -> str:
+    """A text to be read: that of a lone message without its role, several with theirs."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return str(text[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)

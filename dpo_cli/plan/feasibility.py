@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib.util import find_spec
 
+from dpo_cli.config.options import Config
 from dpo_cli.errors import Problem
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import savings
 from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.recommend import profiles
 from dpo_cli.models.shape import model_facts
-from dpo_cli.plan import trackers
 from dpo_cli.plan.plan import NOT_ON_MPS, Plan, settings_of
 from dpo_cli.storage.atomic import free_bytes
 from dpo_cli.storage.checkpoints import KEPT
@@ -55,7 +55,7 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         yield Problem("warning", "host-memory", message, fix, "model_name")
     if vram_gb is not None:
         return
-    yield from trackers.problems(config)
+    yield from _tracker_problems(config)
     if machine.memory_gb < HOST_GB - 1:  # the firmware keeps a part
         message = f"this machine has {machine.memory_gb:g} GB of memory; {HOST_GB} GB and more are documented"
         yield Problem("hint", "small-memory", message, "loading a model may fail: close other programs, or take a smaller one")
@@ -113,3 +113,39 @@ def remedies(plan: Plan) -> str | None:
     if facts is None:
         return None
     return "; ".join(savings(facts, settings_of(plan.config, plan.counts, plan.scoring, None))) or None
+
+
+LOGIN_FIX = 'log in with `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline; or write "report_to": "none"'
+
+
+def _tracker_problems(config: Config) -> Iterator[Problem]:
+    """What the trackers of a config lack on this machine."""
+    names = [config.report_to] if isinstance(config.report_to, str) else config.report_to
+    for name in names:
+        if name == "none":
+            continue
+        if not _installed(name):
+            message = f"report_to needs the package {name}, which is not installed"
+            fix = f'install it: pip install {name}; or write "report_to": "none"'
+            yield Problem("warning", "tracker-missing", message, fix, "report_to", stops_training=True)
+        elif name == "wandb" and (lack := _wandb_lacks()):
+            yield Problem("warning", "wandb-login", lack, LOGIN_FIX, "report_to", stops_training=True)
+
+
+def _installed(package: str) -> bool:
+    """A folder of that name is no package: wandb leaves one wherever it runs."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def _wandb_lacks() -> str | None:
+    """What is wrong with wandb's credentials, as wandb itself finds them; without them it asks on the terminal, or fails."""
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "disabled"):
+        return None
+    try:
+        found = wandb.login(prompt=False, verify=False)
+    except wandb.errors.AuthenticationError as error:
+        return f"wandb cannot log in: {error}"
+    return None if found else "wandb has no API key on this machine"

@@ -12,13 +12,12 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import findings
-from dpo_cli.data.dataset import Dataset, Observer, epoch_pairs, read
+from dpo_cli.data.dataset import Dataset, Observer, epoch_pairs, is_held_out_prompt, read
 from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.lint import Quality
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.data.rows import Row
 from dpo_cli.data.sample import Sample
-from dpo_cli.data.split import is_held_out_prompt
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.models import checks, target_layers

@@ -16,6 +16,7 @@ moves any of it):
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,9 +27,9 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl
+from transformers.trainer_callback import PrinterCallback, TrainerControl
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.models.tensor_files import SINGLE
@@ -39,7 +40,6 @@ from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, s
 from dpo_cli.scoring import forward, oom
 from dpo_cli.storage.checkpoints import PART
 from dpo_cli.storage.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
-from dpo_cli.training.schedule import Schedule
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Evaluate = Callable[[Policy], dict[str, float]]
@@ -369,7 +369,7 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
         "gradient_checkpointing": config.gradient_checkpointing,
         "max_length": None,  # rows are fitted to max_seq_length before they come here
         "router_aux_loss_coef": 0.0,  # our head gives no router logits; where a router is trained, the plan says so
-        # When is the matter of training/schedule.py.
+        # `Schedule` says when.
         "eval_strategy": "no",
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -382,3 +382,31 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
         "dataloader_pin_memory": config.device == "cuda",
         "disable_tqdm": True,
     }
+
+
+BETWEEN_SECONDS = 600.0  # from a checkpoint to the next, where save_steps does not say
+
+
+class Schedule(TrainerCallback):
+    """Asks Trainer for what is due. Whatever it is asked for at a step, its order is: log, evaluate, save."""
+
+    def __init__(self, plan: Plan, evaluates: bool) -> None:
+        self.config, self.evaluates = plan.config, evaluates
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, is_last = state.global_step, state.global_step >= state.max_steps
+        control.should_log = is_last or step % self.config.logging_steps == 0
+        control.should_evaluate = self.evaluates and (is_last or self._is_judged(step, state.epoch))
+        control.should_save = is_last or self._is_saved(step)
+
+    def _is_judged(self, step: int, epoch: float) -> bool:
+        return step % self.config.eval_steps == 0 if self.config.eval_steps else epoch == int(epoch)
+
+    def _is_saved(self, step: int) -> bool:
+        if self.config.save_steps:
+            return step % self.config.save_steps == 0
+        return time.monotonic() - self._saved >= BETWEEN_SECONDS
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saved = time.monotonic()
