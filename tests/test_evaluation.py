@@ -299,7 +299,7 @@ def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
     """log pi - log ref of the very tokens, ends included, with transformers and PEFT alone; and the dice lie where they lay."""
     _, place = run(max_steps=8, learning_rate=3e-2, eval_split=0.5, kl_prompts=6, max_new_tokens=12)
     asked, made = [], []
-    answers = evaluation.answers
+    answers, sequence_kl = evaluation.answers, evaluation.sequence_kl
 
     def watched(model: Any, tokenizer: Any, prompts: Any, sampling: Any, dtype: Any) -> Any:
         asked.extend(prompts)
@@ -308,7 +308,7 @@ def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
 
     def with_dice(*args: Any) -> Any:
         before = torch.get_rng_state()
-        values = evaluation.sequence_kl(*args)
+        values = sequence_kl(*args)
         assert bool((torch.get_rng_state() == before).all())
         return values
 

@@ -1,0 +1,89 @@
+"""`make house`: how the house stands, counted from its code; with --opens also what the commands open, which takes a minute.
+
+A count that must be zero stands with its limit: the command fails where one is not.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from test_imports import MODULES, PACKAGE, imported, room  # noqa: E402
+
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+LONG, SMALL = 60, 60  # lines of a function, and of a module
+ZERO = ("imports against the order", "conditionals on strategy outside strategies/")
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    """Each function with its lines."""
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{name_of(path)}.{node.name}", (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def strategy_conditionals() -> list[str]:
+    """Comparisons with the name of a strategy, outside the strategies' own folder and the options' rules."""
+    found = []
+    for path, tree in TREES.items():
+        if path.parent.name == "strategies":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Compare):
+                text = ast.unparse(node)
+                if re.search(r"strategy|\bis_sft\b", text) and re.search(r"['\"](dpo|sft|rlhf)['\"]", text):
+                    found.append(f"{name_of(path)}:{node.lineno}  {text}")
+    return found
+
+
+def counts() -> dict[str, int]:
+    imports = {name_of(path): imported(tree) for path, tree in TREES.items()}
+    importers = Counter(name for names in imports.values() for name in names)
+    small = [
+        path
+        for path in MODULES
+        if importers[name_of(path)] == 1 and len(path.read_text(encoding="utf-8").splitlines()) <= SMALL
+    ]
+    lines = [size for _, size in functions()]
+    return {
+        "modules": len(MODULES),
+        "folders": len({path.parent for path in MODULES}),
+        "modules at the top": sum(path.parent == PACKAGE for path in MODULES),
+        "files with one importer": sum(count == 1 for count in importers.values()),
+        f"of these, files of up to {SMALL} lines": len(small),
+        "imports against the order": sum(room(other) < room(own) for own, names in imports.items() for other in names),
+        "conditionals on strategy outside strategies/": len(strategy_conditionals()),
+        "functions": len(lines),
+        f"functions over {LONG} lines": sum(size > LONG for size in lines),
+        "Any": sum(len(re.findall(r"\bAny\b", path.read_text(encoding="utf-8"))) for path in MODULES),
+        "lines": sum(len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES),
+    }
+
+
+def main() -> None:
+    found = counts()
+    if "--json" in sys.argv:
+        print(json.dumps(found, indent=2))
+    else:
+        for name, count in found.items():
+            print(f"{count:6}  {name}")
+    if "--long" in sys.argv:
+        print(*(f"{size:6}  {name}" for name, size in functions() if size > LONG), sep="\n")
+        print(*strategy_conditionals(), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
