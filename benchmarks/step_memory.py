@@ -47,7 +47,7 @@ from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.models.shape import config_facts
 from dpo_cli.plan.plan import resolve
 from dpo_cli.scoring import shared_prompts
-from dpo_cli.strategies import dpo, sft
+from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -128,7 +128,7 @@ def trainer_for(
     plan, frozen = resolve(load(str(file)), probe()), None
     if not settings.rank:
         adapter, frozen = None, copy.deepcopy(model) if settings.strategy == "dpo" else None
-    build = {"dpo": dpo.build_trainer, "sft": sft.build_trainer}[settings.strategy]
+    build = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}[settings.strategy]
     trainer = build(model, adapter, tokenizer, plan, rows, [], lambda _: {}, frozen=frozen)
     trainer.remove_callback(ProbeFirst)
     return trainer

@@ -32,6 +32,7 @@ from dpo_cli.models.hub_models import require
 from dpo_cli.plan.preflight import Inspection, inspect, inspect_prompts, lengths_of
 from dpo_cli.storage.resumable_file import ResumableFile
 from dpo_cli.storage.run_directory import RunDirectory
+from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
 STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
@@ -107,7 +108,7 @@ def recommend(
         made = make_recommendation(_request(console, vram, model, dataset, strategy))
         for reason in made.reasons:
             console.line(reason)
-        if strategy != "dpo":
+        if not STRATEGIES[strategy].is_trained:
             console.line(f"this version cannot train {strategy} yet: the config is for a later one")
         console.bill(made.memory.to_json())
         text = json.dumps(made.config, indent=2)

@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 from dpo_cli.app import app
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.state_io import random_state, random_state_kept, set_random_state
-from dpo_cli.strategies import dpo, sft
+from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.trainer import on_one_device
 
 
-@pytest.mark.parametrize("arguments", [dpo.trainer_arguments, sft.trainer_arguments])
+@pytest.mark.parametrize("arguments", [dpo_trainer.trainer_arguments, sft_trainer.trainer_arguments])
 @pytest.mark.parametrize("gpus", [0, 1, 2, 8])
 def test_one_process_uses_one_device(
     arguments: Callable[..., Any], gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -34,8 +34,8 @@ def test_one_process_uses_one_device(
     """transformers' arguments with so many GPUs in sight, and as the trainers get them."""
     plan = make_plan(tmp_path, per_device_train_batch_size=2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(dpo, "common_arguments", on_gpus)
-    monkeypatch.setattr(sft, "common_arguments", on_gpus)
+    monkeypatch.setattr(dpo_trainer, "common_arguments", on_gpus)
+    monkeypatch.setattr(sft_trainer, "common_arguments", on_gpus)
     theirs = arguments(plan)
     assert (theirs.n_gpu, theirs.train_batch_size) == (gpus, 2 * max(1, gpus))
     ours = on_one_device(theirs)

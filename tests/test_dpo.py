@@ -26,8 +26,8 @@ from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.scoring import forward, shared_prompts
-from dpo_cli.strategies.dpo import FIGURES, PairTrainer, build_trainer, reward_figures, trainer_arguments
 from dpo_cli.training.callbacks.metrics_log import Record
+from dpo_cli.training.dpo_trainer import FIGURES, PairTrainer, build_trainer, reward_figures, trainer_arguments
 from dpo_cli.training.trainer import Totals
 
 

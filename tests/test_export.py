@@ -29,6 +29,7 @@ from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.open_run import load_policy, open_run
+from dpo_cli.strategies.figures import FIGURES
 from dpo_cli.ui.console import Console
 
 Train = Callable[..., Path]
@@ -209,14 +210,14 @@ def test_limits_by_hand() -> None:
     """A figure may be anywhere in the run's interval, and better than it; of 30 prompts all right, 3/30 may be lost."""
     figure = {"value": 0.8, "low": 0.7, "high": 0.9}
     for value, ok in ((0.7, True), (0.95, True), (0.69, False)):
-        made = limit("accuracy", -1, figure, {"value": value}, 30)
+        made = limit(FIGURES["accuracy"], figure, {"value": value}, 30)
         assert (made["limit"], made["ok"], made["before"], made["value"]) == (0.7, ok, 0.8, value)
     for value, ok in ((0.9, True), (0.1, True), (0.91, False)):
-        assert limit("loss", 1, figure, {"value": value}, 30)["ok"] is ok
+        assert limit(FIGURES["loss"], figure, {"value": value}, 30)["ok"] is ok
     all_right = {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert limit("accuracy", -1, all_right, {"value": 0.91}, 30)["ok"]
-    assert not limit("accuracy", -1, all_right, {"value": 0.89}, 30)["ok"]
-    assert not limit("margin", -1, all_right, {"value": 0.99}, 30)["ok"]
+    assert limit(FIGURES["accuracy"], all_right, {"value": 0.91}, 30)["ok"]
+    assert not limit(FIGURES["accuracy"], all_right, {"value": 0.89}, 30)["ok"]
+    assert not limit(FIGURES["margin"], all_right, {"value": 0.99}, 30)["ok"]
 
 
 def test_a_run_that_held_nothing_out_needs_a_file(trained: Train, tmp_path: Path) -> None:

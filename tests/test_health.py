@@ -22,8 +22,8 @@ from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import Counts, Plan, resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.strategies.dpo import PairTrainer
 from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, wrong_start
+from dpo_cli.training.dpo_trainer import PairTrainer
 from dpo_cli.ui.console import Console
 
 COUNTS = Counts(80, 0, 80, 0, 0, 0, 0, 0, 9, "", 9, 9, 9, 9, "", False)

@@ -31,7 +31,7 @@ from dpo_cli.providers.base import cache_dir
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.model_cache import made_once
 from dpo_cli.scoring.forward import choose, states_of
-from dpo_cli.strategies.dpo import build_trainer
+from dpo_cli.training.dpo_trainer import build_trainer
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 

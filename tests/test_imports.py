@@ -15,8 +15,8 @@ from conftest import ROOT
 PACKAGE = ROOT / "dpo_cli"
 # The rooms, each above those that it may import from.
 ROOMS = (
-    *("commands", "report", "strategies", "training", "preferences", "evaluation", "runs", "scoring", "providers", "publish"),
-    *("plan", "hardware", "models", "data", "ui", "config", "storage"),
+    *("commands", "report", "training", "preferences", "evaluation", "runs", "scoring", "providers", "publish"),
+    *("plan", "hardware", "models", "data", "ui", "config", "strategies", "storage"),
 )
 LIGHT = ROOMS[ROOMS.index("plan") :]  # no torch from here down
 ORDER = ("__main__", "app", *ROOMS, "errors")

@@ -85,7 +85,7 @@ def test_chat_template_auto_true_and_false(tokenizer: PreTrainedTokenizerFast) -
     messages = to_pair({key: [{"role": role, "content": key}] for key, role in rows.items()}, 7)
     with pytest.raises(InvalidInput) as caught:
         encode([pair, messages], tokenizer, False)
-    assert [(problem.code, problem.lines) for problem in caught.value.problems] == [("messages-without-template", (7,))]
+    assert [(problem.code, problem.line) for problem in caught.value.problems] == [("messages-without-template", 7)]
 
 
 def test_a_template_that_is_demanded_must_be_there(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:

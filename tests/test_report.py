@@ -29,15 +29,23 @@ from dpo_cli.report import comparison, curves
 from dpo_cli.report.render import PAGES, report, write_comparison
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import MOST_POINTS, Curve, Plot, histogram, mark_text, thinned, ticks
-from dpo_cli.report.verdict import Outcome, verdict
 from dpo_cli.runs.manifest import manifest
 from dpo_cli.storage.run_directory import REPORT, RunDirectory
+from dpo_cli.strategies import verdict as verdicts
+from dpo_cli.strategies.dpo import DPO
+from dpo_cli.strategies.sft import SFT
+from dpo_cli.strategies.strategy import Strategy
+from dpo_cli.strategies.verdict import Outcome, Verdict
 from dpo_cli.ui.console import Console
 
 NASTY = "</script><script>alert(1)</script>'\"&"
 
 
 # --- the verdict
+
+
+def verdict(outcome: Outcome, strategy: Strategy = DPO) -> Verdict:
+    return verdicts.verdict(outcome, strategy.read)
 
 
 def figure(value: float, low: float, high: float) -> dict[str, float]:
@@ -110,15 +118,15 @@ def test_the_verdict_on_pairs(
     margin: float, gain: float, kl: float | None, health: tuple[Any, ...], tone: str, title: str, tail: str
 ) -> None:
     """Whether an interval is clear of zero decides, not its middle; and accuracy never stands alone."""
-    said = verdict(Outcome("dpo", "completed", 29, judged_pairs(margin, gain, kl), 85, 40, health, max_kl=10))
+    said = verdict(Outcome("completed", 29, judged_pairs(margin, gain, kl), 85, 40, health, max_kl=10))
     assert (said.tone, said.title, said.sentence) == (tone, title, HEAD + tail)
 
 
 def test_the_limit_of_the_config_decides_what_is_far() -> None:
-    outcome = Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.2, 4.0), 85, 40, max_kl=3.0)
+    outcome = Outcome("completed", 29, judged_pairs(1.4, 0.2, 4.0), 85, 40, max_kl=3.0)
     assert verdict(outcome).title == "Clear gain, but far from its base"
     assert verdict(outcome).sentence.endswith("4 nats per answer from the base (over the limit of 3).")
-    outcome = Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.2, 40.0), 85, 40)
+    outcome = Outcome("completed", 29, judged_pairs(1.4, 0.2, 40.0), 85, 40)
     assert verdict(outcome).title == "Clear gain over its base"
     assert verdict(outcome).sentence.endswith("and it is 40 nats per answer from the base.")
 
@@ -135,7 +143,7 @@ def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told:
     """Of a loss, less is better."""
     policy = {"loss": figure(1.3, 1.2, 1.4), "token_accuracy": figure(0.611, 0.59, 0.63), "kl_token": figure(0.3, 0.2, 0.4)}
     gain = {"loss": figure(loss, loss - 0.1, loss + 0.1), "token_accuracy": figure(0.05, 0.03, 0.07)}
-    said = verdict(Outcome("sft", "completed", 58, {"policy": policy, "gain": gain}, 20, 20))
+    said = verdict(Outcome("completed", 58, {"policy": policy, "gain": gain}, 20, 20), SFT)
     assert (said.tone, said.title) == (tone, title)
     assert said.sentence == (
         f"On 20 held-out demonstrations the adapter's loss is 1.300 [1.200, 1.400] nats per token, {told}; it finds 61.1 % "
@@ -174,28 +182,28 @@ def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told:
 def test_the_verdict_where_nothing_was_judged(
     status: str, rows: int, health: tuple[Any, ...], tone: str, sentence: str
 ) -> None:
-    said = verdict(Outcome("dpo", status, 3, None, rows, rows, health))
+    said = verdict(Outcome(status, 3, None, rows, rows, health))
     assert (said.tone, said.sentence) == (tone, sentence)
 
 
 @pytest.mark.parametrize(("prompts", "told"), [(1, "one prompt alone"), (19, "19 prompts alone")])
 def test_figures_of_few_prompts_are_never_good(prompts: int, told: str) -> None:
     """The interval of one prompt is its value, which would be clear of zero."""
-    said = verdict(Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, prompts))
+    said = verdict(Outcome("completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, prompts))
     assert (said.tone, said.title) == ("doubtful", "Too few held-out prompts")
     assert said.sentence.startswith(f"{HEAD}{MARGIN}; ")
     assert said.sentence.endswith(f"; these are figures of {told}, which say little of others (take 20 or more).")
-    assert verdict(Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, 20)).tone == "good"
+    assert verdict(Outcome("completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, 20)).tone == "good"
 
 
 def test_what_it_started_from_is_called_by_its_name() -> None:
-    said = verdict(Outcome("dpo", "completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, 40, base="starting adapter"))
+    said = verdict(Outcome("completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, 40, base="starting adapter"))
     assert said.title == "Clear gain over its starting adapter"
     assert said.sentence.count("starting adapter") == 2 and "base" not in said.sentence
 
 
 def test_an_unhealthy_run_that_was_judged_all_the_same_is_not_good() -> None:
-    said = verdict(Outcome("dpo", "unhealthy", 3, judged_pairs(1.4, 0.2, 4.0), 85, 40, (STOP,)))
+    said = verdict(Outcome("unhealthy", 3, judged_pairs(1.4, 0.2, 4.0), 85, 40, (STOP,)))
     told = "The training was stopped as unhealthy after step 3: loss of step 3 is not finite; the adapter prefers"
     assert said.tone == "bad" and said.sentence.startswith(told)
 
@@ -203,7 +211,7 @@ def test_an_unhealthy_run_that_was_judged_all_the_same_is_not_good() -> None:
 def test_a_loss_that_is_not_finite_is_told() -> None:
     judged = judged_pairs(1.4, 0.2, None)
     judged["policy"]["loss"] = {"value": None, "low": None, "high": None}
-    said = verdict(Outcome("dpo", "completed", 3, judged, 85, 40))
+    said = verdict(Outcome("completed", 3, judged, 85, 40))
     told = "The training finished all of its 3 steps; on held-out rows its loss is not finite, so the adapter is broken."
     assert (said.tone, said.sentence) == ("bad", told)
 
@@ -470,12 +478,12 @@ def test_a_comparison_tells_what_differs_and_what_does_not_compare(copied: Path,
     assert comparison.distinct_names(runs) == [f"{tmp_path.name}/tiny", "other/tiny"]
     assert comparison.differing(runs) == [] and comparison.warnings(runs) == []
     config = RunDirectory(other).read_json("plan.json")["config"]
-    change(other, "plan.json", config={**config, "beta": 0.5, "seed": 1, "output_dir": "elsewhere"})
+    change(other, "plan.json", config={**config, "beta": 0.5, "seed": 1, "split_seed": 1, "output_dir": "elsewhere"})
     change(other, "manifest.json", dataset={"pairs.jsonl": "0" * 64})
     runs = [runs[0], Contents.read(other)]
-    assert comparison.differing(runs) == [("seed", ["42", "1"]), ("beta", ["0.1", "0.5"])]
+    assert comparison.differing(runs) == [("seed", ["42", "1"]), ("beta", ["0.1", "0.5"]), ("split_seed", ["42", "1"])]
     data, beta = comparison.warnings(runs)
-    assert "they differ in the data files, seed" in data and beta.startswith("beta differs")
+    assert "they differ in the data files, split_seed)" in data and beta.startswith("beta differs")
     done = CliRunner().invoke(app, ["report", str(copied), str(other), "--out", str(tmp_path / "two.html"), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout) == {"reports": [str(tmp_path / "two.html")]}
     page = (tmp_path / "two.html").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ from dpo_cli.errors import DoesNotFit, Exit, RunFailed
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.scoring import shared_prompts
-from dpo_cli.strategies.dpo import PairTrainer
+from dpo_cli.training.dpo_trainer import PairTrainer
 from dpo_cli.ui.console import Console
 
 

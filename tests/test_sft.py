@@ -24,8 +24,8 @@ from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.oom import run_in_parts
-from dpo_cli.strategies.sft import DemonstrationTrainer, build_trainer
 from dpo_cli.training.callbacks.metrics_log import Record
+from dpo_cli.training.sft_trainer import DemonstrationTrainer, build_trainer
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "where is the cat", "completion": "on the mat"},

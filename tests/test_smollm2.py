@@ -19,7 +19,7 @@ from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.scoring import forward, shared_prompts
 from dpo_cli.scoring.lm_head import Head, score_tokens
-from dpo_cli.strategies.dpo import build_trainer
+from dpo_cli.training.dpo_trainer import build_trainer
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = 20

@@ -26,9 +26,9 @@ from dpo_cli.errors import InvalidInput
 from dpo_cli.evaluation.losses import DISCOPOP_TAU, LOSSES, trained_loss
 from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.scoring import forward
-from dpo_cli.strategies.dpo import PairTrainer
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.metrics_log import Record
+from dpo_cli.training.dpo_trainer import PairTrainer
 from dpo_cli.training.trainer import ProbeFirst
 
 DIVISIONS = [[4, 1], [3, 2], [2, 2, 1], [1, 1, 1, 1, 1]]

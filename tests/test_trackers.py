@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dpo_cli.errors import InvalidInput
 from dpo_cli.plan import feasibility
-from dpo_cli.strategies.dpo import FIGURES
+from dpo_cli.training.dpo_trainer import FIGURES
 
 absent = pytest.mark.skipif(
     not (find_spec("wandb") and find_spec("trackio")), reason="`make check-trackers` installs wandb and trackio"

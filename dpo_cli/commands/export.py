@@ -36,11 +36,10 @@ from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.redaction import redact, redacted
 from dpo_cli.storage.run_directory import CARD, PLAN, SUMMARY
+from dpo_cli.strategies.figures import FIGURES, Figure
 from dpo_cli.ui.console import Console
 
 FACTS, MODELFILE = "export.json", "Modelfile"
-# The figures that may not get worse, by strategy, and the direction that is worse.
-WATCHED = {"dpo": {"accuracy": -1, "margin": -1}, "sft": {"loss": 1}}
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,8 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
         del group["policy"]["kl_token"]  # the merged one is not known
     apart = np.abs(merged.policy - own.policy)
     limits = [
-        limit(name, sign, before["policy"][name], after["policy"][name], counts["prompts"])
-        for name, sign in WATCHED[config.strategy].items()
+        limit(FIGURES[name], before["policy"][name], after["policy"][name], counts["prompts"])
+        for name in opened.plan.strategy.watched
     ]
     made = {
         "run": str(opened.folder.parent.absolute()),
@@ -196,19 +195,21 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
     return made, after
 
 
-def limit(name: str, worse: int, before: dict[str, float], after: dict[str, float], prompts: int) -> dict[str, Any]:
-    """A figure of the merged model beside the worst that it may be; `worse` is the sign of a change for the worse."""
+def limit(figure: Figure, before: dict[str, float], after: dict[str, float], prompts: int) -> dict[str, Any]:
+    """A figure of the merged model beside the worst that it may be."""
+    worse = -1 if figure.is_better_large else 1  # the sign of a change for the worse
     limit = before["high" if worse > 0 else "low"]
-    if name == "accuracy" and before["low"] == before["value"]:
+    if figure.is_share and before["low"] == before["value"]:
         # Where every pair is right, so is every resample. With none wrong of n, 3/n is the end of a 95 % interval.
         limit -= 3 / prompts
     value = after["value"]
-    return {"metric": name, "before": before["value"], "limit": limit, "value": value, "ok": bool(worse * (value - limit) <= 0)}
+    is_met = bool(worse * (value - limit) <= 0)
+    return {"metric": figure.name, "before": before["value"], "limit": limit, "value": value, "ok": is_met}
 
 
 def _worse(limit: dict[str, Any], trained: Plan) -> Problem:
     name, before, value = limit["metric"], limit["before"], limit["value"]
-    bound = "above" if name == "loss" else "below"
+    bound = "below" if FIGURES[name].is_better_large else "above"
     message = f"the merged model's {name} is {value:.3f}, {bound} the {limit['limit']:.3f} where"
     message += f" the interval of the run's {before:.3f} ends"
     fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or use the adapter as it is"

@@ -34,7 +34,7 @@ from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, REPORT, SUMMARY, RunDirectory
-from dpo_cli.strategies import dpo, sft
+from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
@@ -45,7 +45,7 @@ from dpo_cli.ui.console import Console
 from dpo_cli.ui.live import LiveView
 
 START_ROWS = 4  # pairs on which the policy has to be its reference before the first step
-TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo.build_trainer, "sft": sft.build_trainer}
+TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}
 
 
 def train(
@@ -189,7 +189,7 @@ def _trained(
                     trainer.evaluate()
             else:
                 run.try_to_write(partial(_save, trainer.model, tokenizer))
-                if plan.config.strategy == "dpo":
+                if plan.strategy.refers:
                     health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
             if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
                 keep.train()

@@ -3,16 +3,17 @@ Practices". A hint never stops anything. Written like the rules of rules.py; `GU
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dpo_cli.config import rules
 from dpo_cli.config.rules import Rule, Values
 from dpo_cli.config.schema import options, profile_defaults
 from dpo_cli.errors import Problem
+from dpo_cli.strategies.dpo import DPO
+from dpo_cli.strategies.sft import SFT
 
 LEARNING_RATE_RANGE = (1e-7, 1e-6)
-# What a LoRA adapter needs by measurement; the table is in the README, `make learning-rates` prints it.
-ADAPTER_LEARNING_RATE = 2e-4
+# `adapter_rate` is what a LoRA adapter needs by measurement; the table is in the README, `make learning-rates` prints it.
 MEASURED = "gave the quickstart a margin of 1.65, where 5e-7 and 5e-6 gave 0.00"
 ADAPTER_RATES = (1e-5, 1e-3)  # between which nothing is to be said
 EPOCHS = (2, 4)
@@ -25,7 +26,7 @@ BETAS = {0.1: "a weak preference signal", 0.5: "balanced, recommended", 2.0: "a 
 def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
     rate = values.get("learning_rate")
     low, high = LEARNING_RATE_RANGE
-    if rate is None or "learning_rate" not in given or values.get("strategy") != "dpo":
+    if rate is None or "learning_rate" not in given:
         return  # of the default the plan says the same
     if values.get("lora_r") == 0:
         if rate > high:
@@ -34,17 +35,17 @@ def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
     elif rate < ADAPTER_RATES[0]:
         where = "below" if rate < low else "in" if rate <= high else "above"
         message = f"learning_rate {rate:g} is {where} the documented range for DPO, and a LoRA adapter hardly moves at it"
-        fix = f'write "learning_rate": {ADAPTER_LEARNING_RATE:g}, which {MEASURED}: see the table in the README'
+        fix = f'write "learning_rate": {DPO.adapter_rate:g}, which {MEASURED}: see the table in the README'
         yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
     elif rate > ADAPTER_RATES[1]:
         message = f"learning_rate {rate:g} is far above what an adapter needs"
-        fix = f'write "learning_rate": {ADAPTER_LEARNING_RATE:g}, or one around it: see the table in the README'
+        fix = f'write "learning_rate": {DPO.adapter_rate:g}, or one around it: see the table in the README'
         yield Problem("warning", "learning-rate-high", message, fix, "learning_rate")
 
 
 def sft_learning_rate(values: Values, given: Values) -> Iterator[Problem]:
     rate, documented = values.get("learning_rate"), options()["learning_rate"].default("sft")
-    if rate is not None and values.get("strategy") == "sft" and not 0.1 <= rate / documented <= 10:
+    if rate is not None and not 0.1 <= rate / documented <= 10:
         message = f"learning_rate {rate:g} is far from the documented {documented:g} for SFT"
         yield Problem("hint", "learning-rate-sft", message, f'write "learning_rate": {documented:g}', "learning_rate")
 
@@ -63,9 +64,7 @@ def beta(values: Values, given: Values) -> Iterator[Problem]:
 def epochs(values: Values, given: Values) -> Iterator[Problem]:
     value = values.get("num_train_epochs")
     low, high = EPOCHS
-    if values.get("strategy") != "dpo" or values.get("max_steps") is not None:
-        return
-    if value is None or "num_train_epochs" not in given or low <= value <= high:
+    if values.get("max_steps") is not None or value is None or "num_train_epochs" not in given or low <= value <= high:
         return
     message = f"num_train_epochs is {value:g}; the documentation advises {low} to {high} for DPO"
     yield Problem("hint", "epochs", message, "fewer may not learn the preference, more may overfit", "num_train_epochs")
@@ -117,10 +116,7 @@ def within_the_profile(values: Values, given: Values) -> Iterator[Problem]:
 
 
 GUIDANCE: Sequence[Rule] = (
-    learning_rate,
-    sft_learning_rate,
     beta,
-    epochs,
     lora_rank,
     lora_alpha,
     lora_dropout,
@@ -130,6 +126,9 @@ GUIDANCE: Sequence[Rule] = (
 )
 
 
+OF_STRATEGY: Mapping[str, Sequence[Rule]] = {DPO.name: (learning_rate, epochs), SFT.name: (sft_learning_rate,)}
+
+
 def check(values: Values, given: Values) -> list[Problem]:
     """Every hint."""
-    return rules.check(values, given, GUIDANCE)
+    return rules.check(values, given, (*OF_STRATEGY.get(str(values.get("strategy")), ()), *GUIDANCE))

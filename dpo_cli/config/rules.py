@@ -376,5 +376,6 @@ RULES: Sequence[Rule] = (
 
 def check(values: Values, given: Values, rules: Sequence[Rule] = RULES) -> list[Problem]:
     """Every problem that every rule finds. An option of another strategy is told of once, and is then out of sight."""
-    own = {name: value for name, value in values.items() if values.get("strategy", "dpo") in options()[name].strategies}
+    strategy = str(values.get("strategy", options()["strategy"].default()))
+    own = {name: value for name, value in values.items() if strategy in options()[name].strategies}
     return [problem for rule in rules for problem in rule(own, given)]

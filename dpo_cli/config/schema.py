@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.storage.jsonio import read_json
+from dpo_cli.strategies.strategies import STRATEGIES
 
-STRATEGIES = ("dpo", "sft", "rlhf")
 NAMES = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "array": "a list"} | {
     "object": "an object",
     "null": "null",

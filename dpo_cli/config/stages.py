@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import jsonc
-from dpo_cli.config.schema import STRATEGIES, defaults, options
+from dpo_cli.config.schema import defaults, options
 from dpo_cli.errors import UsageError
+from dpo_cli.strategies.strategies import STRATEGIES
 
 PLAN_VERSION = 1  # of plan.json, which is read as a config too
 

@@ -26,6 +26,7 @@ from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
 from dpo_cli.errors import Problem, Severity
+from dpo_cli.strategies.strategy import DEMONSTRATIONS, PAIRS
 
 TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
@@ -87,7 +88,7 @@ class Dataset:
     @property
     def noun(self) -> str:
         """What its rows are."""
-        return "demonstrations" if self.demonstrations else "pairs"
+        return (DEMONSTRATIONS if self.demonstrations else PAIRS).noun
 
     def to_json(self) -> dict[str, Any]:
         counts = {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}

@@ -37,6 +37,7 @@ from dpo_cli.data.messages import (
     turns_of,
 )
 from dpo_cli.data.row_shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
+from dpo_cli.strategies.strategy import DEMONSTRATIONS, PAIRS, Rows
 
 Written = Mapping[str, Any]  # a row of a file
 ALWAYS = {"category": "category", "history": "earlier turns"}  # of every shape
@@ -56,6 +57,10 @@ class Pair:
     file: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()  # for the chat template
     category: str = ""  # by which figures are told apart
+
+    @property
+    def kind(self) -> Rows:
+        return PAIRS
 
     @property
     def responses(self) -> tuple[Text, ...]:
@@ -88,6 +93,10 @@ class Demonstration:
     file: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
     category: str = ""
+
+    @property
+    def kind(self) -> Rows:
+        return DEMONSTRATIONS
 
     @property
     def responses(self) -> tuple[Text, ...]:

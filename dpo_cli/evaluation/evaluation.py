@@ -46,14 +46,14 @@ class Measured:
 def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
     """Score the rows, and sample answers to their prompts; not of sft, nor from a policy whose log-probs are no numbers."""
     scores = score(policy, rows, tokenizer, plan)
-    samples_kl = plan.config.strategy == "dpo" and bool(np.isfinite(scores.policy).all())
+    samples_kl = plan.strategy.refers and bool(np.isfinite(scores.policy).all())
     return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan) if samples_kl else (np.zeros(0), 0)))
 
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
     """The figures of an evaluation line of metrics.jsonl: plain means, and the loss that is trained where it is another."""
     made = point_figures(measured.scores, plan.config.beta)
-    if plan.config.strategy == "dpo" and plan.config.loss_type not in ("sigmoid", ["sigmoid"]):
+    if plan.strategy.refers and plan.config.loss_type not in ("sigmoid", ["sigmoid"]):
         made["trained_loss"] = trained_loss(measured.scores, plan.config)
     return {**made, "kl_sequence": float(measured.kl.mean())} if len(measured.kl) else made
 
@@ -165,8 +165,7 @@ def extremes(rows: Sequence[Encoded], table: Sequence[dict[str, Any]]) -> dict[s
 
 
 def _texts(encoded: Encoded) -> dict[str, str]:
-    names = ("chosen", "rejected") if len(encoded.responses) == 2 else ("completion",)
-    said = zip(names, encoded.row.responses, strict=True)
+    said = zip(encoded.row.kind.responses, encoded.row.responses, strict=True)
     return {"prompt": as_text(encoded.row.prompt), **{name: as_text(text) for name, text in said}}
 
 

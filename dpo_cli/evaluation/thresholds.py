@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.errors import UsageError
+from dpo_cli.strategies.figures import FIGURES
 
 COMPARED: dict[str, Callable[[float, float], bool]] = {
     "=": operator.ge,
@@ -24,11 +25,8 @@ COMPARED: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
 }
-OF_BOTH = ("logp_accuracy", "normalized_logp_accuracy", "loss", "token_accuracy", "answer_tokens")  # of policy and base
-BETTER_SMALL = ("loss", "kl_token", "kl_sequence")
-OF_POLICY = ("accuracy", "margin", "kl_token", "kl_sequence", *OF_BOTH)
-METRICS = (*OF_POLICY, *(f"{group}.{name}" for group in ("base", "gain") for name in OF_BOTH))
-OF_ANSWERS = ("kl_sequence", "answer_tokens")
+OF_BOTH = tuple(name for name, figure in FIGURES.items() if figure.of_both)
+METRICS = (*FIGURES, *(f"{group}.{name}" for group in ("base", "gain") for name in OF_BOTH))
 OF_VOTES = ("win_rate",)
 EXAMPLE = "--fail-under 'accuracy=0.6,kl_sequence<10'"
 
@@ -67,7 +65,8 @@ def _parsed(part: str, known: Sequence[str]) -> Threshold:
         raise UsageError(f"--fail-under: {number!r} is no number", EXAMPLE) from error
     if math.isnan(limit):
         raise UsageError(f"--fail-under: {part!r} is no limit", EXAMPLE)
-    if sign == "=" and name.rpartition(".")[2] in BETTER_SMALL:
+    figure = FIGURES.get(name.rpartition(".")[2])
+    if sign == "=" and figure is not None and not figure.is_better_large:
         raise UsageError(f"--fail-under: {part} would ask for a {name} of {number} or more", f"write {name}<{number}")
     return Threshold(name, sign, limit)
 
@@ -77,10 +76,15 @@ def judged_by(thresholds: Sequence[Threshold], judged: Mapping[str, Any]) -> lis
     return [
         threshold.of(
             _value(judged, threshold.metric),
-            is_whole=threshold.metric.rpartition(".")[2] not in OF_ANSWERS or not judged.get("unanswered"),
+            is_whole=not _is_of_answers(threshold.metric) or not judged.get("unanswered"),
         )
         for threshold in thresholds
     ]
+
+
+def _is_of_answers(metric: str) -> bool:
+    figure = FIGURES.get(metric.rpartition(".")[2])
+    return figure is not None and figure.of_answers
 
 
 def _value(judged: Mapping[str, Any], metric: str) -> float | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_parameters, trained_width
 from dpo_cli.models.shape import ModelFacts
+from dpo_cli.strategies.strategies import STRATEGIES
 
 CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (training/head.py, CHUNK_ELEMENTS)
 FULL_LOGITS_COPIES = 3.5  # float32 copies of logits in a loss that makes them whole; fitcheck-llm 0.3 measured 3.5 to 4
@@ -43,7 +44,7 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     if settings.bits:  # a layer is dequantised to be multiplied
         one_layer = width * max(linear.parameters for linear in facts.linears)
         backward, forward = backward + one_layer, forward + one_layer
-    refers = settings.strategy != "sft" and settings.reference != "cache"
+    refers = STRATEGIES[settings.strategy].refers and settings.reference != "cache"
     head = gathered + _logits_bytes(facts, settings) + _head_gradient_bytes(facts, settings)
     moments = [(kept + end, head), (kept + backward, 0.0)]
     # At the end of the backward pass a micro-batch's gradients stand beside those of the ones before it (training/parts.py).

@@ -13,6 +13,7 @@ from dpo_cli.hardware.activations import step_bytes
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.hardware.memory_inputs import Settings, trained_parameters, trained_width
 from dpo_cli.models.shape import ModelFacts
+from dpo_cli.strategies.strategies import STRATEGIES
 
 # Bytes per 4-bit weight: half a byte; a one-byte scale per block of 64; a float32 per 256 of those (QLoRA, arXiv:2305.14314
 # section 3, double quantisation).
@@ -63,12 +64,12 @@ def components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
     trained, width = trained_parameters(facts, settings), trained_width(settings)
     frozen = weight_bytes(facts, settings)
     parts = {"weights": frozen, "adapter": trained * width if settings.rank else 0.0}
-    if settings.strategy != "sft" and settings.reference in ("copy", "adapter"):
+    if STRATEGIES[settings.strategy].refers and settings.reference in ("copy", "adapter"):
         parts["reference"] = frozen if settings.reference == "copy" else parts["adapter"]
     parts["gradients"] = trained * width
     parts["optimizer"] = trained * MOMENTS.get(settings.optimizer, 2 * width)
     parts["activations"], parts["scoring"] = step_bytes(facts, settings)
-    if settings.strategy == "rlhf":
+    if STRATEGIES[settings.strategy].generates:
         parts["sampling"] = sampling_bytes(facts, settings)
     if settings.on_gpu:
         parts["cuda_context"] = CUDA_CONTEXT_BYTES

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from dpo_cli.models import target_layers
 from dpo_cli.models.shape import Linear, ModelFacts
+from dpo_cli.strategies.strategies import STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Settings:
 
     @property
     def sequences(self) -> int:
-        return self.batch * (1 if self.strategy == "sft" else 2)
+        return self.batch * len(STRATEGIES[self.strategy].rows.responses)
 
     @property
     def tokens(self) -> int:

@@ -14,6 +14,7 @@ from dpo_cli.models.shape import model_facts
 from dpo_cli.models.source import SHAPE, Adapter, adapter_at, folders_below, foundation, is_on_head, without_bias
 from dpo_cli.models.tensor_files import header_of, some, stored_in
 from dpo_cli.storage.run_directory import WEIGHTS
+from dpo_cli.strategies.strategies import STRATEGIES
 
 
 def started(loaded: Loaded, config: Config) -> tuple[dict[str, Any], list[str]]:
@@ -36,7 +37,7 @@ def started(loaded: Loaded, config: Config) -> tuple[dict[str, Any], list[str]]:
         return {"reference": "base"}, [f"{note}; the reference is the merged model"]
     shape = dict(adapter.shape)
     note = f"training goes on from the adapter of {label} (rank {shape['lora_r']}), since the config asks for no other shape"
-    note += "; the reference is a frozen copy of it" if config.strategy == "dpo" else ""
+    note += "; the reference is a frozen copy of it" if STRATEGIES[config.strategy].refers else ""
     return {"reference": "adapter", **shape}, [note]
 
 

@@ -41,11 +41,11 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         key = "use_4bit" if config.use_4bit else "use_8bit"
         message = f"{key} needs the package bitsandbytes, which is not installed"
         yield Problem("warning", "bitsandbytes-missing", message, BITSANDBYTES_FIX, key, stops_training=True)
-    documented_gb = profiles()["mid_range"]["from_gb"]
     card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
+    documented_gb = profiles()[smallest]["from_gb"] if (smallest := plan.strategy.documented_profile) else 0.0
     # A card shows a little less than its name says.
-    if config.strategy == "dpo" and card_gb is not None and card_gb < documented_gb - 0.5 and not config.use_4bit:
-        message = f"{card_gb:g} GB are less than the {documented_gb} GB documented for DPO"
+    if card_gb is not None and card_gb < documented_gb - 0.5 and not config.use_4bit:
+        message = f"{card_gb:g} GB are less than the {documented_gb} GB documented for {plan.strategy.name.upper()}"
         fix = f'write "use_4bit": true (QLoRA), or take a smaller model: `dpo recommend --vram {card_gb:g}`'
         yield Problem("hint", "small-card", message, fix, "use_4bit")
     host_gb = HOST_GB if vram_gb is not None else machine.memory_gb

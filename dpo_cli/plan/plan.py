@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config.advice import ADAPTER_LEARNING_RATE
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
 from dpo_cli.config.rules import sorts_pairs
+from dpo_cli.config.schema import options
 from dpo_cli.config.stages import PLAN_VERSION
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
@@ -29,6 +30,8 @@ from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.shape import model_facts, quantisation_of
 from dpo_cli.models.source import adapter_at
 from dpo_cli.plan.adapter_start import started
+from dpo_cli.strategies.strategies import STRATEGIES
+from dpo_cli.strategies.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ ONE_RESPONSE = Scoring(False, "each demonstration once: a prompt has one respons
 
 def expected_scoring(config: Config) -> Scoring:
     """How a run scores, as far as its config tells."""
-    if config.strategy == "sft":
+    if len(STRATEGIES[config.strategy].rows.responses) == 1:
         return ONE_RESPONSE
     if config.provider == "unsloth" and config.prompt_sharing is not False:
         return Scoring(False, f"each prompt twice: {unsloth_support.NO_SHARING}")
@@ -144,7 +147,15 @@ class Plan:
     @property
     def noun(self) -> str:
         """What it trains on."""
-        return "demonstrations" if self.config.strategy == "sft" else "pairs"
+        return self.strategy.rows.noun
+
+    @property
+    def strategy(self) -> Strategy:
+        return STRATEGIES[self.config.strategy]
+
+    def takes(self, option: str) -> bool:
+        """Whether an option of the config has to do with the strategy."""
+        return self.config.strategy in options()[option].strategies
 
     @property
     def model_label(self) -> str:
@@ -267,9 +278,7 @@ def resolve(
             notes.append(
                 f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, and its parts have another"
             )
-    if config.strategy == "dpo" and loaded.sources.get("learning_rate") == "default" and config.lora_r:
-        learns = f"a LoRA adapter hardly moves at it, and learns at {ADAPTER_LEARNING_RATE:g} and around it (README)"
-        notes.append(f"learning_rate is the documented default {config.learning_rate:g}: {learns}")
+    notes += _slow_default(config, loaded)
     changed = {key for key, value in decided.items() if getattr(config, key) != value}
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys(changed & MEASURED, "measured")
@@ -300,8 +309,16 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
         whole_modules=tuple(config.modules_to_save or ()),
         on_gpu=config.device == "cuda",
         from_gguf=is_gguf(Path(config.model_name)),
-        is_whole=config.strategy == "dpo" and sorts_pairs(config.loss_type),
+        is_whole=sorts_pairs(config.loss_type),
     )
+
+
+def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:
+    """Where the documented learning rate, which nobody wrote, hardly moves an adapter."""
+    rate = STRATEGIES[config.strategy].adapter_rate
+    if rate is not None and loaded.sources.get("learning_rate") == "default" and config.lora_r:
+        learns = f"a LoRA adapter hardly moves at it, and learns at {rate:g} and around it (README)"
+        yield f"learning_rate is the documented default {config.learning_rate:g}: {learns}"
 
 
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
-from dpo_cli.config.schema import inner_defaults
+from dpo_cli.config.schema import defaults, inner_defaults
 from dpo_cli.data import findings
 from dpo_cli.data.dataset import Dataset, Observer, epoch_pairs, is_held_out_prompt, read
 from dpo_cli.data.lengths import Lengths
@@ -28,6 +28,8 @@ from dpo_cli.plan import adapter_start
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.storage.jsonio import read_json
+from dpo_cli.strategies.strategies import STRATEGIES
+from dpo_cli.strategies.strategy import DEMONSTRATIONS
 
 if TYPE_CHECKING:
     from dpo_cli.data.tokenizer import Tokenizer
@@ -105,8 +107,9 @@ def inspect(
     found = list(loaded.problems)
     wrong = {problem.key for problem in found if problem.severity == "error"}
     model = loaded.values.get("model_name") if "model_name" not in wrong else None
+    strategy = STRATEGIES.get(str(loaded.values.get("strategy")))
     about_model = (
-        list(checks.problems(model, to_align=loaded.values.get("strategy") == "dpo")) if isinstance(model, str) else []
+        list(checks.problems(model, to_align=strategy is not None and strategy.aligns)) if isinstance(model, str) else []
     )
     found += map(loaded.placed, about_model)
     damaged = any(problem.severity == "error" for problem in about_model)
@@ -157,7 +160,8 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
     """
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
     given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
-    skip, columns, is_sft = values.get("on_bad_rows") == "skip", values.get("columns"), values.get("strategy") == "sft"
+    skip, columns = values.get("on_bad_rows") == "skip", values.get("columns")
+    is_sft = STRATEGIES[str(values.get("strategy", defaults()["strategy"]))].rows is DEMONSTRATIONS
     quality, overlap, balance = (
         Quality({**inner_defaults("quality"), **values.get("quality", {})}),
         findings.Overlap(),
@@ -250,7 +254,7 @@ def step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
     """What is asked for at a step that the training, of this many pairs, never comes to."""
     config = plan.config
     steps = plan.steps_over(pairs)
-    if not pairs or config.strategy == "rlhf":
+    if not pairs or not plan.strategy.is_trained:
         return
     if config.eval_steps is not None and config.eval_steps > steps:
         message = f"eval_steps is {config.eval_steps}, but the training has {steps} steps: it is judged at its end only"

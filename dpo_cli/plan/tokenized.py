@@ -41,7 +41,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     all_rows = counts.train_pairs + counts.eval_pairs
     held_out = f"{counts.eval_pairs} {noun} of {counts.eval_prompts} prompts"
     trained = f"LoRA rank {config.lora_r}" if config.lora_r else "every weight"
-    beta = f"beta {config.beta:g}, " if config.strategy == "dpo" else ""
+    beta = f"beta {config.beta:g}, " if plan.takes("beta") else ""
     base = "4-bit base" if config.use_4bit else "8-bit base" if config.use_8bit else ""
     rows = [
         ("strategy", config.strategy),
@@ -153,8 +153,8 @@ def _digest(sides: Sequence[Sequence[Encoded]]) -> str:
 
 def first_row(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
     """Prompt and responses decoded with their special tokens; what is scored stands after the bar."""
-    names = ("chosen", "rejected") if len(row.responses) == 2 else ("completion",)
-    told = [f"{name:<8} | {tokenizer.decode(ids)!r}" for name, ids in zip(names, row.responses, strict=True)]
+    parts = zip(row.row.kind.responses, row.responses, strict=True)
+    told = [f"{name:<8} | {tokenizer.decode(ids)!r}" for name, ids in parts]
     return "\n".join([tokenizer.decode(row.prompt_ids), *told])
 
 

@@ -124,7 +124,7 @@ class HuggingFace:
             return base
         label, dropout = plan.model_label, plan.config.lora_dropout
         model = with_adapter(base, adapter.directory, TRAINED, label, is_trainable=True, dropout=dropout)
-        if plan.config.strategy != "dpo":  # whose trainer makes the frozen copy itself
+        if not plan.strategy.refers:  # else TRL makes the frozen copy itself
             model = with_adapter(model, adapter.directory, FROZEN, label)
         return model
 

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo_cli.evaluation.figures import TERMS
-from dpo_cli.report.curves import COMPARED, KINDS, levels
+from dpo_cli.report.curves import KINDS, levels
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import Curve, Plot
 from dpo_cli.report.views import duration
 from dpo_cli.storage.jsonio import json_text
+from dpo_cli.strategies.figures import FIGURES
 
 PLACES = {"output_dir"}  # differ between any two runs, and say nothing
 
@@ -45,7 +45,7 @@ def distinct_names(runs: Sequence[Contents]) -> list[str]:
 def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int]) -> list[Plot]:
     made, end = [], max((line["step"] for number in numbers for line in runs[number].lines), default=0)
     for kind in KINDS:
-        if kind.title not in COMPARED:
+        if not kind.is_compared:
             continue
         curves = [
             Curve(names[number], split, runs[number].points(split, key), number)
@@ -65,10 +65,10 @@ def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
     rows = []
     base = " or ".join(sorted({run.base for run in runs}))
     for side, words in (("policy", "{}"), ("base", f"{{}}, {base}"), ("gain", "gain in {}")):
-        for name, term in TERMS.items():
+        for name, term in FIGURES.items():
             figures = [run.judged[side].get(name) if run.judged else None for run in runs]
             if any(figures):
-                show = term.gain if side == "gain" else term.told
+                show = term.gain if side == "gain" else term.text
                 cells = [
                     str(show(figure)) if figure else "" if run.judged else "not judged"
                     for figure, run in zip(figures, runs, strict=True)
@@ -102,7 +102,7 @@ def warnings(runs: Sequence[Contents]) -> list[str]:
         found.append("The strategies differ: a loss of pairs and one of demonstrations are different quantities.")
     elif differ(runs, lambda run: run.config.get("beta")):
         found.append("beta differs, and scales rewards, margins and losses: compare accuracies, gains and KL.")
-    pairs = [run for run in runs if run.strategy == "dpo"]
+    pairs = [run for run in runs if run.takes("loss_type")]
     if differ(pairs, lambda run: run.config["loss_type"]):
         found.append("loss_type differs: losses of the training are different quantities; those held out are all of sigmoid.")
     if differ(pairs, lambda run: [run.config[key] for key in ("kl_prompts", "max_new_tokens")]):
@@ -127,7 +127,7 @@ def _held_out_otherwise(runs: Sequence[Contents]) -> list[str]:
         decides = {
             "the data files": lambda run: sorted(run.manifest["dataset"].values()),
             "eval_split": lambda run: run.config["eval_split"],
-            "seed": lambda run: run.config["seed"],
+            "split_seed": lambda run: run.config.get("split_seed", run.config["seed"]),
         }
     decides["the number of held-out rows"] = lambda run: run.held_out
     return [name for name, what in decides.items() if differ(runs, what)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
@@ -10,6 +9,7 @@ from typing import Any
 
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import Bars, Curve, Plot, histogram
+from dpo_cli.strategies.figures import FIGURES
 
 
 @dataclass(frozen=True)
@@ -20,40 +20,40 @@ class Kind:
     note: str
     keys: Mapping[str, str]
     from_zero: bool = False
+    is_compared: bool = False  # also on the page about several runs
 
 
 KINDS = (
-    Kind("Loss", "Held out it should fall too. Where it rises again, the training rows are memorised.", {"loss": ""}),
-    Kind(
-        "Training loss", "Of the loss_type of the config. The plot above it is of DPO's own loss, of sigmoid.", {"own_loss": ""}
+    *(
+        Kind(figure.title, figure.note, {figure.name: ""}, figure.from_zero, is_compared=True)
+        for figure in FIGURES.values()
+        if figure.title
     ),
-    Kind("Accuracy", "Share of pairs with the larger reward for chosen. Read it with the margin.", {"accuracy": ""}),
-    Kind("Token accuracy", "Share of tokens that the model finds most likely.", {"token_accuracy": ""}),
-    Kind("Margin", "Reward of chosen minus reward of rejected.", {"margin": ""}),
+    Kind("Training loss", "Of the config's loss_type; the other one is of sigmoid.", {"own_loss": ""}, is_compared=True),
     Kind(
         "Rewards",
         "Chosen may fall while the margin grows: common, and worth a look at the answers.",
         {"reward_chosen": "chosen", "reward_rejected": "rejected"},
     ),
-    Kind("KL per token", "Distance from before the training, nats.", {"kl_token": ""}, from_zero=True),
-    Kind("KL per answer", "Distance from before the training over sampled answers, nats.", {"kl_sequence": ""}, from_zero=True),
     Kind("Learning rate", "As the schedule had it.", {"learning_rate": ""}),
     Kind("Gradient norm", "Before clipping, of a step.", {"grad_norm": ""}),
     Kind("Memory", "The most held so far, GB.", {"peak_memory_gb": ""}, from_zero=True),
 )
-COMPARED = ("Loss", "Training loss", "Margin", "Accuracy", "Token accuracy", "KL per token", "KL per answer")
 
 
 def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
     """What the values of a plot compare with."""
-    known: dict[str, tuple[float | None, str]] = {
-        "Loss": (math.log(2) if run.strategy == "dpo" else None, "ln 2"),
-        "Accuracy": (0.5, "chance"),
-        "KL per answer": (run.max_kl, "max_kl"),
-        "Memory": (((run.summary or {}).get("memory") or {}).get("predicted_gb"), "billed"),
-    }
-    value, name = known.get(kind.title, (None, ""))
-    return [] if value is None else [(value, name)]
+    if kind.title == "Memory":
+        billed = ((run.summary or {}).get("memory") or {}).get("predicted_gb")
+        return [] if billed is None else [(billed, "billed")]
+    figure = FIGURES.get(next(iter(kind.keys)))
+    if figure is None:
+        return []
+    if figure.limit_option is not None:
+        limit = run.config.get(figure.limit_option)
+        return [] if limit is None else [(limit, figure.limit_option)]
+    level = run.method.start_loss if figure.name == "loss" else figure.level
+    return [] if level is None else [level]
 
 
 def plots(run: Contents) -> list[Plot]:
@@ -91,18 +91,8 @@ def spread(run: Contents) -> Spread | None:
     if not values:
         return None
     below = sum(value < 0 for value in values)
-    if run.strategy == "sft":
-        words = {
-            "title": "Gain of each demonstration",
-            "about": f"The {run.base}'s loss minus the {run.who}'s, nats per token. {below} of {len(values)} got worse.",
-            "listed": f"By how far the loss fell below the {run.base}'s, nats per token.",
-        }
-    else:
-        words = {
-            "title": "Margins",
-            "about": f"Of each held-out pair. Below zero, where the rejected response is preferred: {below} of {len(values)}.",
-            "listed": "By their margins. The worst are worth reading first: a wrong label, or something that was not learned.",
-        }
+    parts = {"base": run.base, "who": run.who, "below": below, "count": len(values)}
+    words = {name: text.format(**parts) for name, text in vars(run.method.spread).items()}
     return Spread(**words, bars=Bars(histogram(values)), quantiles=_quantiles(values))
 
 

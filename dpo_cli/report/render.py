@@ -15,11 +15,11 @@ from markupsafe import Markup
 
 import dpo_cli
 from dpo_cli.errors import UsageError
-from dpo_cli.evaluation.figures import TERMS
 from dpo_cli.report import comparison, curves, views
 from dpo_cli.report.run_data import Contents
 from dpo_cli.storage.redaction import redact
 from dpo_cli.storage.run_directory import REPORT, RunDirectory
+from dpo_cli.strategies.figures import FIGURES
 
 PAGES = Path(__file__).parent / "pages"
 MARK = '<meta name="generator" content="dpo '  # of a page that may be replaced
@@ -65,7 +65,7 @@ def report(run: Contents) -> str:
         config=views.config(run),
         command=views.command(run),
         made_with=views.made_with(run),
-        terms=[(term.label, term.meaning) for name, term in TERMS.items() if run.judged and run.judged["policy"].get(name)],
+        terms=[(term.label, term.meaning) for name, term in FIGURES.items() if run.judged and run.judged["policy"].get(name)],
     )
 
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.config.schema import options
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.report.svg import Point
-from dpo_cli.report.verdict import Outcome, Verdict, verdict
 from dpo_cli.storage.run_directory import EVALUATION, LINES, MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.strategies.strategies import STRATEGIES
+from dpo_cli.strategies.strategy import Strategy
+from dpo_cli.strategies.verdict import Outcome, Verdict, verdict
 
 # What a file of a run has to have at least.
 NEEDED = {
@@ -86,9 +89,17 @@ class Contents:
         return str(self.config["strategy"])
 
     @property
+    def method(self) -> Strategy:
+        return STRATEGIES[self.strategy]
+
+    def takes(self, option: str) -> bool:
+        """Whether an option of the config has to do with the strategy."""
+        return self.strategy in options()[option].strategies
+
+    @property
     def noun(self) -> str:
         """What it was trained on."""
-        return "demonstrations" if self.strategy == "sft" else "pairs"
+        return self.method.rows.noun
 
     @property
     def is_whole(self) -> bool:
@@ -107,7 +118,7 @@ class Contents:
     @property
     def has_own_loss(self) -> bool:
         """Whether it minimised another loss than the `loss` of an evaluation, which is always DPO's sigmoid loss."""
-        return self.strategy == "dpo" and self.config["loss_type"] != "sigmoid"
+        return self.takes("loss_type") and self.config["loss_type"] != "sigmoid"
 
     @property
     def health(self) -> list[dict[str, Any]]:
@@ -143,7 +154,6 @@ class Contents:
         summary = self.summary or {"status": "unfinished", "steps": max((line["step"] for line in self.lines), default=0)}
         return verdict(
             Outcome(
-                strategy=self.strategy,
                 status=summary["status"],
                 steps=summary["steps"],
                 judged=self.judged,
@@ -153,7 +163,8 @@ class Contents:
                 max_kl=self.max_kl,
                 whole=self.is_whole,
                 base=self.base,
-            )
+            ),
+            self.method.read,
         )
 
     def points(self, split: str, key: str) -> list[Point]:

@@ -6,10 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.evaluation.figures import TERMS, TOGETHER, Told, is_better_large, is_finite, number
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import DIGITS
 from dpo_cli.storage.jsonio import json_text
+from dpo_cli.strategies.figures import FIGURES, Told, is_finite, number
 
 MOST_TEXT = 1500  # characters shown of one text
 
@@ -19,12 +19,12 @@ def tiles(run: Contents) -> list[tuple[str, Told]]:
     if run.judged is None:
         return []
     policy, gain = run.judged["policy"], run.judged["gain"]
-    shown, gained = TOGETHER[run.strategy]
+    shown, gained = run.method.shown, run.method.gains[0]
     far = "kl_sequence" if policy.get("kl_sequence") else "kl_token"
     return [
-        *((TERMS[name].label, TERMS[name].told(policy[name])) for name in shown),
-        (f"gain in {TERMS[gained].label}", TERMS[gained].gain(gain[gained])),
-        (TERMS[far].label, TERMS[far].told(policy[far])),
+        *((FIGURES[name].label, FIGURES[name].text(policy[name])) for name in shown),
+        (f"gain in {FIGURES[gained].label}", FIGURES[gained].gain(gain[gained])),
+        (FIGURES[far].label, FIGURES[far].text(policy[far])),
     ]
 
 
@@ -33,17 +33,17 @@ def against(run: Contents) -> list[dict[str, Any]]:
     assert run.judged is not None
     sides = run.judged
     rows: list[dict[str, Any]] = []
-    for name, term in TERMS.items():
+    for name, term in FIGURES.items():
         if sides["policy"].get(name) is None:
             continue
         base, gain = sides["base"].get(name), sides["gain"].get(name)
         row: dict[str, Any] = {
             "label": term.label,
-            "base": term.told(base) if base else "",
-            "policy": term.told(sides["policy"][name]),
+            "base": term.text(base) if base else "",
+            "policy": term.text(sides["policy"][name]),
         }
         row |= {"gain": term.gain(gain) if gain else "", "whisker": gain if gain and is_finite(gain) else None}
-        rows.append({**row, "good": is_better_large(name)})
+        rows.append({**row, "good": term.is_better_large})
     if run.evaluation and (tokens := run.evaluation.get("answer_tokens")):
         row = {"label": "answer tokens"} | {side: number(tokens[side], digits=1) for side in ("base", "policy")}
         rows.append({**row, "gain": number(tokens["gain"], signed=True, digits=1), "whisker": None, "good": True})
@@ -55,12 +55,12 @@ def categories(run: Contents) -> dict[str, Any] | None:
     found = (run.evaluation or {}).get("categories")
     if not found:
         return None
-    shown, gained = TOGETHER[run.strategy]
+    shown, gained = run.method.shown, run.method.gains[0]
     rows = []
     for name, part in found.items():
-        figures = [TERMS[figure].told(part["policy"][figure]) for figure in shown]
-        rows.append((name, part[run.noun], [*figures, TERMS[gained].gain(part["gain"][gained])]))
-    return {"names": [*(TERMS[name].label for name in shown), f"gain in {TERMS[gained].label}"], "rows": rows}
+        figures = [FIGURES[figure].text(part["policy"][figure]) for figure in shown]
+        rows.append((name, part[run.noun], [*figures, FIGURES[gained].gain(part["gain"][gained])]))
+    return {"names": [*(FIGURES[name].label for name in shown), f"gain in {FIGURES[gained].label}"], "rows": rows}
 
 
 def data(run: Contents) -> list[tuple[str, str]]:
@@ -156,7 +156,7 @@ def facts(run: Contents) -> list[str]:
     trained = "every weight" if run.is_whole else f"LoRA rank {settings['lora_r']}"
     made = [settings["strategy"], model, ", ".join(Path(file).name for file in run.manifest["dataset"]), trained]
     made.append(f"learning rate {settings['learning_rate']:g}")
-    if run.strategy == "dpo":
+    if run.takes("beta"):
         made.append(f"beta {settings['beta']:g}")
     if run.summary:
         made += [f"{run.summary['steps']:,} steps", duration(run.summary["seconds"])]

@@ -9,6 +9,7 @@ from dpo_cli.data.dataset import sources_of
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.models.source import foundation
 from dpo_cli.plan.plan import Plan
+from dpo_cli.strategies.figures import FIGURES
 
 _TEMPLATE = """\
 ---
@@ -24,7 +25,6 @@ tags: [{tags}]
 
 {use}
 """
-METHODS = {"dpo": "Direct Preference Optimization", "sft": "supervised fine-tuning"}
 LOAD = """\
 ```python
 from {module} import {loader}
@@ -48,20 +48,6 @@ its logits differ by {max_difference:.3g} at most.
 
 """
 MERGED = "It stands on the run `{model}`, merged; `dpo export` makes one model of all."
-# The figures of a card: its words, the group of `judged` and the name in it.
-ROWS = {
-    "dpo": [
-        ("reward accuracy", "policy", "accuracy"),
-        ("margin", "policy", "margin"),
-        ("loss", "policy", "loss"),
-        ("gain in log-prob accuracy over the base", "gain", "logp_accuracy"),
-    ],
-    "sft": [
-        ("loss (nats a token)", "policy", "loss"),
-        ("token accuracy", "policy", "token_accuracy"),
-        ("gain in token accuracy over the base", "gain", "token_accuracy"),
-    ],
-}
 
 
 def card(plan: Plan, steps: int, judged: dict[str, Any]) -> str:
@@ -96,7 +82,8 @@ def _card(
     config, base = plan.config, foundation(plan.config.model_name)
     figures = "It was not judged, so there are no figures."
     if judged["policy"] is not None:
-        rows = [(words, judged[group][name]) for words, group, name in ROWS[config.strategy]]
+        rows = [(FIGURES[name].label, judged["policy"][name]) for name in plan.strategy.shown]
+        rows += [(f"gain in {FIGURES[name].label} over the base", judged["gain"][name]) for name in plan.strategy.gains]
         table = "\n".join(f"| {words} | {f['value']:.3f} | {f['low']:.3f} to {f['high']:.3f} |" for words, f in rows)
         held_out = f"On {judged[plan.noun]} held-out {plan.noun}"
         figures = f"{held_out}:\n\n| figure | value | 95 % interval |\n|---|---|---|\n{table}"
@@ -107,11 +94,11 @@ def _card(
         name=_plain(name),
         what=what,
         model=_plain(plan.model_label),
-        method=METHODS[config.strategy],
+        method=plan.strategy.method,
         rows=train_rows,
         noun=plan.noun,
         dataset=", ".join(_plain(Path(source.path).name) for source in sources_of(config.dataset)),
-        beta=f"beta {config.beta:g}, " if config.strategy == "dpo" else "",
+        beta=f"beta {config.beta:g}, " if plan.takes("beta") else "",
         rate=config.learning_rate,
         steps=steps,
         per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,

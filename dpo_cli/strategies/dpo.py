@@ -1,143 +1,55 @@
-"""TRL's DPOTrainer as this program uses it; what both trainers share is in trainer.py.
-
-What is overridden, and why (tests/test_dpo.py fails when TRL moves any of it):
-- `_prepare_dataset`: TRL 1.15 tokenises rows itself and takes no ready token ids. Ours are made once, for plan, training
-  and evaluation alike, and are the same ids (tests/test_tokens.py).
-- `compute_loss`: the response log-probs are read off the two model calls TRL makes for a micro-batch, policy first and
-  reference second, because its own averages count ties as losses. TRL's loss is the mean over the micro-batch, and Trainer
-  weighs all micro-batches of a step alike: here each pair of a step counts 1/n, so that the division of a step into
-  micro-batches changes nothing. The `sft` term, which TRL averages over the tokens of a micro-batch, is averaged over those of
-  the step, as TRL does where the step is one micro-batch.
-"""
+"""Direct Preference Optimization: pairs, and a reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
 
-import torch
-from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
-
-from dpo_cli.config.rules import sorts_pairs
-from dpo_cli.data.tokens import Encoded
-from dpo_cli.plan.plan import Plan
-from dpo_cli.scoring import forward, oom
-from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, on_one_device, ready
-
-FIGURES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
+from dpo_cli.strategies.figures import negative, number, points, share, sign
+from dpo_cli.strategies.strategy import PAIRS, Spread, Strategy
+from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, sentence_case, warned
 
 
-def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """Per-pair figures from summed response log-probs, both (2B,) with the B chosen first: (B, 6), named by `FIGURES[1:]`.
-
-    The reward is beta * (log pi - log ref) (Rafailov et al., arXiv:2305.18290, equation 5 without its constant); a tie counts
-    one half. In float64 on the CPU: Apple's GPUs have no float64.
-    """
-    policy, reference = policy.cpu().double(), reference.cpu().double()
-    pi_chosen, pi_rejected = policy.chunk(2)
-    reward_chosen, reward_rejected = (beta * (policy - reference)).chunk(2)
-    margin = reward_chosen - reward_rejected
-    accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()
-    return torch.stack([accuracy, margin, reward_chosen, reward_rejected, pi_chosen, pi_rejected], dim=1)
-
-
-class StepSize(NamedTuple):
-    """What an optimizer step holds, on all processes."""
-
-    pairs: int
-    chosen_tokens: int  # counted where a loss is averaged over them
-
-
-class PairTrainer(CarefulTrainer, DPOTrainer):
-    """DPOTrainer on encoded pairs, scoring with our head. Its loss is a micro-batch's share of the step's loss."""
-
-    ROWS_A_UNIT = 2
-    loss_types: list[str]
-    loss_weights: list[float]
-    sft_weight = 0.0  # of the loss that is averaged over tokens
-
-    def take_over(self, *args: Any, **kwargs: Any) -> None:
-        super().take_over(*args, **kwargs)
-        # TRL's loop leaves out the loss that is averaged over tokens: `compute_loss` adds it.
-        weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
-        self.sft_weight = weights.pop("sft", 0.0)
-        self.loss_types, self.loss_weights = list(weights), list(weights.values())
-
-    def step_size(self, batches: Sequence[oom.Batch]) -> StepSize:
-        pairs, tokens = sum(oom.units_in(batch, self.ROWS_A_UNIT) for batch in batches), 0
-        if self.sft_weight:
-            chosen = [batch["completion_mask"].chunk(2)[0][:, 1:] for batch in batches]
-            tokens = sum(int(mask.sum()) for mask in chosen)
-        here = torch.tensor([[pairs, tokens]], device=self.args.device)
-        return StepSize(*self.accelerator.gather(here).sum(dim=0).tolist())
-
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
-        return dataset
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, num_items_in_batch: StepSize | None = None) -> Any:
-        """The share of these pairs in the loss of a step of that size, or of these pairs alone."""
-        self.calls.clear()
-        step, pairs = num_items_in_batch or self.step_size([inputs]), oom.units_in(inputs, self.ROWS_A_UNIT)
-        loss: Any = super().compute_loss(model, inputs, *args) * (pairs / step.pairs)
-        if self.sft_weight:
-            log_probs = self.calls[0].log_probs.chunk(2)[0]  # of the chosen responses, zero elsewhere
-            loss = loss - self.sft_weight * log_probs.sum() / max(1, step.chosen_tokens)
-        policy, reference = (call.log_probs.detach().sum(dim=1) for call in self.calls)
-        figures = reward_figures(policy, reference, self.beta)
-        losses = loss.detach().cpu().double() * step.pairs / pairs  # whose mean over a step is its loss
-        losses = losses.expand(len(figures), 1)
-        self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))
-        return loss * self.accelerator.num_processes  # which average their gradients
+def _read(outcome: Outcome) -> Verdict:
+    assert outcome.judged is not None
+    policy, gain = outcome.judged["policy"], outcome.judged["gain"]["logp_accuracy"]
+    accuracy, margin, loss = (policy[name] for name in ("accuracy", "margin", "loss"))
+    prefers = f"{sentence_case(outcome.who)} prefers the chosen response in {share(accuracy)} of {outcome.rows} held-out pairs"
+    by = {1: "by a margin of", 0: "by a margin not clear of zero,", -1: "with a margin below zero,"}[sign(margin)]
+    changed = {
+        1: f"prefers it in {points(gain, signed=False)} more of the pairs than the {outcome.base} does",
+        0: f"does not clearly prefer it in more of the pairs than the {outcome.base} does, {points(gain)}",
+        -1: f"prefers it in {points(negative(gain), signed=False)} fewer of the pairs than the {outcome.base} does",
+    }[sign(gain)]
+    kl, is_far = distance(outcome)
+    told = f"{prefers}, {by} {number(margin)} at a loss of {loss['value']:.3f}; by its log-probs alone it {changed}"
+    sentence = f"{told}, and {kl}{warned(outcome)}."
+    if sign(margin) < 0 or sign(gain) < 0:
+        return Verdict("bad", f"Worse than its {outcome.base}", sentence)
+    if sign(margin) == 0:
+        return Verdict("doubtful", "No clear effect", sentence)
+    if sign(gain) == 0:
+        return Verdict("doubtful", f"No clear gain over its {outcome.base}", sentence)
+    return Verdict(*of_gain(outcome, is_far), sentence)
 
 
-def build_trainer(
-    model: PreTrainedModel | PeftModel,
-    adapter: LoraConfig | None,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
-    train: Sequence[Encoded],
-    held_out: Sequence[Encoded],
-    run_evaluation: Evaluate,
-    tell: Tell = print,
-    frozen: PreTrainedModel | None = None,
-) -> PairTrainer:
-    """The trainer of a plan; its figures leave through callbacks.
-
-    A fresh `adapter` is left to TRL, which then knows that the reference is the model with the adapter off. `model` may come
-    with an adapter already: TRL makes a frozen copy of that, which is the reference. Without either, it is `frozen`.
-    """
-    trainer = PairTrainer(
-        model=model,
-        ref_model=frozen,
-        args=on_one_device(trainer_arguments(plan)),
-        train_dataset=_rows(train, plan.scoring.shared),
-        eval_dataset=_rows(held_out, plan.scoring.shared) if held_out else None,
-        processing_class=tokenizer,
-        peft_config=adapter,
-    )
-    trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
-    trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell)
-    ready(trainer, plan)
-    return trainer
-
-
-def trainer_arguments(plan: Plan) -> DPOConfig:
-    """The plan in TRL's words."""
-    config = plan.config
-    return DPOConfig(
-        **common_arguments(plan),
-        beta=config.beta,
-        loss_type=config.loss_type,
-        loss_weights=config.loss_weights,
-        label_smoothing=config.label_smoothing,
-        disable_dropout=False,  # the provider stops the base model's; stopping the adapter's would undo lora_dropout
-    )
-
-
-def _rows(pairs: Sequence[Encoded], shared: bool) -> Dataset:
-    columns = {name: [getattr(pair, name) for pair in pairs] for name in (*forward.ID_COLUMNS, "length")}
-    return Dataset.from_dict({**columns, SIZE: [pair.shared_length if shared else pair.length for pair in pairs]})
+DPO = Strategy(
+    name="dpo",
+    method="Direct Preference Optimization",
+    rows=PAIRS,
+    refers=True,
+    generates=False,
+    is_trained=True,
+    aligns=True,
+    adapter_rate=2e-4,
+    documented_profile="mid_range",
+    start_loss=(math.log(2), "ln 2"),
+    shown=("accuracy", "margin", "loss"),
+    gains=("logp_accuracy",),
+    watched=("accuracy", "margin"),
+    spread=Spread(
+        "Margins",
+        "Of each held-out pair. Below zero, where the rejected response is preferred: {below} of {count}.",
+        "By their margins. The worst are worth reading first: a wrong label, or something that was not learned.",
+    ),
+    read=_read,
+)

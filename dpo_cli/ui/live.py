@@ -21,20 +21,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.strategies.figures import FIGURES
 from dpo_cli.ui.console import PIPED_LINES, Console
 
 Line = dict[str, Any]
 
-# Figures of a line, by the names under which they are shown; dpo has the one accuracy, sft the other.
-FIGURES = {
-    "loss": "loss",
-    "accuracy": "accuracy",
-    "token_accuracy": "accuracy",
-    "margin": "margin",
-    "kl_token": "KL/token",
-    "kl_sequence": "KL/seq",
-    "tokens_per_second": "tok/s",
-}
+# The figures of a line that are shown, by their short names.
+SHOWN = {**{name: figure.short for name, figure in FIGURES.items() if figure.short}, "tokens_per_second": "tok/s"}
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 WIDEST = 100  # columns of the view
 NARROWEST = 3  # a curve of fewer columns shows nothing
@@ -159,7 +152,7 @@ class LiveView:
         self.console, self.steps, self.predicted_gb, self.clock = console, steps, predicted_gb, clock
         self.step, self.peak_gb = 0, 0.0
         self.event: Event | None = None
-        self.curves = {side.split: {name: Curve() for name in FIGURES} for side in SIDES}
+        self.curves = {side.split: {name: Curve() for name in SHOWN} for side in SIDES}
         self.pace = Pace(clock())
         self._told = -1  # twentieths of the run of which a piped line told
         self._ended = False
@@ -190,7 +183,7 @@ class LiveView:
             self._tell(line)
 
     def _add(self, line: Line) -> None:
-        for name in FIGURES.keys() & line.keys():
+        for name in SHOWN.keys() & line.keys():
             self.curves[line["split"]][name].add(line[name])
         self.step, self.peak_gb = line["step"], line["peak_memory_gb"]
 
@@ -208,7 +201,7 @@ class LiveView:
         part = self._part(line)
         if line["split"] == "eval" or part > self._told:
             self._told = max(part, self._told)
-            figures = "  ".join(f"{label} {_short(line[name])}" for name, label in FIGURES.items() if name in line)
+            figures = "  ".join(f"{label} {_short(line[name])}" for name, label in SHOWN.items() if name in line)
             held_out = "held out: " if line["split"] == "eval" else ""
             self.console.line(f"step {line['step']}/{self.steps}  {held_out}{figures}")
 
@@ -235,9 +228,9 @@ class LiveView:
 
     def _table(self, width: int, bars: str) -> Iterator[Text]:
         """A line for each figure there is, and one for memory; the curves take the columns that are left."""
-        shown = [name for name in FIGURES if any(curves[name].text for curves in self.curves.values())]
+        shown = [name for name in SHOWN if any(curves[name].text for curves in self.curves.values())]
         sides = [side for side in SIDES if any(self.curves[side.split][name].text for name in shown)]
-        labels = max(len(FIGURES[name]) for name in shown)
+        labels = max(len(SHOWN[name]) for name in shown)
         values = [max(len(self.curves[side.split][name].text) for name in shown) for side in sides]
         room = width - labels - sum(values) - 3 * len(sides)
         shares = [room * side.share // sum(side.share for side in sides) for side in sides]
@@ -248,7 +241,7 @@ class LiveView:
             heads = (f" {side.head:<{value + curve + 2}}" for side, value, curve in zip(sides, values, widths, strict=True))
             yield Text(" " * labels + "".join(heads))
         for name in shown:
-            text = Text(f"{FIGURES[name]:<{labels}}")
+            text = Text(f"{SHOWN[name]:<{labels}}")
             for side, value, curve in zip(sides, values, widths, strict=True):
                 figure = self.curves[side.split][name]
                 text.append(f" {figure.text:>{value}} ", "bold")

@@ -18,6 +18,7 @@ import numpy as np
 
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
+from dpo_cli.strategies.strategy import PAIRS
 
 Line = dict[str, Any]
 Figures = dict[str, float]
@@ -60,7 +61,7 @@ class Course:
     def __init__(self, plan: Plan, steps: Sequence[Figures] = (), evaluation: Line | None = None) -> None:
         assert plan.counts is not None
         self.plan, self.pairs = plan, plan.counts.train_pairs
-        self.is_dpo = plan.config.strategy == "dpo"
+        self.of_pairs = plan.strategy.rows is PAIRS
         rows_a_step = plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps
         self.epoch = math.ceil(self.pairs / rows_a_step)  # steps
         self.recent = max(RECENT_STEPS, math.ceil(RECENT_PAIRS / rows_a_step))
@@ -149,7 +150,7 @@ def loss_oscillates(course: Course) -> Found:
 
 def loss_rises(course: Course) -> Found:
     """Of sft: the recent loss is a quarter above that of the first steps, and by more than chance."""
-    if course.is_dpo or course.done < 2 * course.recent:
+    if course.of_pairs or course.done < 2 * course.recent:
         return None
     first, recent = [step["loss"] for step in course.first], course.values("loss", course.recent)
     start, now = float(np.mean(first)), float(np.mean(recent))
@@ -161,7 +162,7 @@ def loss_rises(course: Course) -> Found:
 
 def prefers_rejected(course: Course) -> Found:
     """The recent margin is below 0, by more than a nat and by more than chance: it unlearns, whatever the loss."""
-    if not course.is_dpo or course.done < course.recent:
+    if not course.of_pairs or course.done < course.recent:
         return None
     margins = course.values("margin", course.recent)
     margin, limit = float(np.mean(margins)), TURNED_NATS * course.plan.config.beta
@@ -173,7 +174,7 @@ def prefers_rejected(course: Course) -> Found:
 
 def all_right_early(course: Course) -> Found:
     """Pairs come again, all of them are right, and nothing held out shows that this is more than memory."""
-    if not course.is_dpo or course.evaluation.get("accuracy", 0.0) >= GENERALISES:
+    if not course.of_pairs or course.evaluation.get("accuracy", 0.0) >= GENERALISES:
         return None
     # A dataset that fits into one step is nothing but learned by heart.
     window = max(HEART_STEPS, course.epoch) if course.epoch > 1 else 2
@@ -187,7 +188,7 @@ def all_right_early(course: Course) -> Found:
 
 def chosen_collapses(course: Course) -> Found:
     """The chosen responses have become twice as unlikely, in nats, as they are to the reference: repetition and gibberish."""
-    if not course.is_dpo or course.done < course.recent:
+    if not course.of_pairs or course.done < course.recent:
         return None
     policy = course.mean("logp_chosen")
     reference = policy - course.mean("reward_chosen") / course.plan.config.beta
@@ -199,7 +200,7 @@ def chosen_collapses(course: Course) -> Found:
 
 def chosen_falls(course: Course) -> Found:
     """The chosen reward falls below 0 and the margin grows. Common: the loss is of the difference alone (arXiv:2402.13228)."""
-    if not course.is_dpo or course.done < 2 * course.recent:
+    if not course.of_pairs or course.done < 2 * course.recent:
         return None
     chosen, margin = course.mean("reward_chosen"), course.mean("margin")
     is_falling = chosen < course.mean("reward_chosen", before=course.recent)
@@ -222,7 +223,7 @@ def no_movement(course: Course) -> Found:
     in_warmup = course.plan.ends_in_warmup
     if course.done == 1 and in_warmup:
         return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
-    if not course.is_dpo or course.done < (2 if in_warmup else course.recent):
+    if not course.of_pairs or course.done < (2 if in_warmup else course.recent):
         return None
     sizes = [
         float(np.sqrt(np.mean(np.square(course.values(name, course.recent))))) for name in ("reward_chosen", "reward_rejected")

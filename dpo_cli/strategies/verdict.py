@@ -5,11 +5,11 @@ An accuracy is never told without the margin, the loss and the gain: it reaches 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_cli.evaluation.figures import is_finite, negative, number, points, share, sign
+from dpo_cli.strategies.figures import is_finite
 
 FEW_PROMPTS = 20  # below it an interval over prompts is too narrow: over one prompt it is [v, v]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -22,7 +22,6 @@ Tone = Literal["good", "doubtful", "bad", "open"]
 class Outcome:
     """What a verdict is about. `judged` is the evaluation (`policy`, `gain`), None where there was none."""
 
-    strategy: str
     status: str  # completed, interrupted, unhealthy, unfinished
     steps: int
     judged: Mapping[str, Any] | None
@@ -51,14 +50,14 @@ class Verdict:
     sentence: str
 
 
-def verdict(outcome: Outcome) -> Verdict:
-    """The verdict on a run, honest about what was not measured."""
+def verdict(outcome: Outcome, read: Callable[[Outcome], Verdict]) -> Verdict:
+    """The verdict on a run, honest about what was not measured; `read` is how its strategy reads the figures."""
     if outcome.judged is None:
         return _unjudged(outcome)
     if not is_finite(outcome.judged["policy"]["loss"]):
         told = f"{_ending(outcome)}; on held-out rows its loss is not finite, so {outcome.who} is broken."
         return Verdict("bad", "Broken", told)
-    found = _pairs(outcome) if outcome.strategy == "dpo" else _demonstrations(outcome)
+    found = read(outcome)
     if outcome.prompts < FEW_PROMPTS:
         few = "of one prompt alone" if outcome.prompts == 1 else f"of {outcome.prompts} prompts alone"
         told = f"{found.sentence[:-1]}; these are figures {few}, which say little of others (take {FEW_PROMPTS} or more)."
@@ -98,52 +97,7 @@ def _unjudged(outcome: Outcome) -> Verdict:
     return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}{rest[outcome.status]}.")
 
 
-def _pairs(outcome: Outcome) -> Verdict:
-    assert outcome.judged is not None
-    policy, gain = outcome.judged["policy"], outcome.judged["gain"]["logp_accuracy"]
-    accuracy, margin, loss = (policy[name] for name in ("accuracy", "margin", "loss"))
-    prefers = f"{_sentence_case(outcome.who)} prefers the chosen response in {share(accuracy)} of {outcome.rows} held-out pairs"
-    by = {1: "by a margin of", 0: "by a margin not clear of zero,", -1: "with a margin below zero,"}[sign(margin)]
-    changed = {
-        1: f"prefers it in {points(gain, signed=False)} more of the pairs than the {outcome.base} does",
-        0: f"does not clearly prefer it in more of the pairs than the {outcome.base} does, {points(gain)}",
-        -1: f"prefers it in {points(negative(gain), signed=False)} fewer of the pairs than the {outcome.base} does",
-    }[sign(gain)]
-    kl, is_far = _distance(outcome)
-    told = f"{prefers}, {by} {number(margin)} at a loss of {loss['value']:.3f}; by its log-probs alone it {changed}"
-    sentence = f"{told}, and {kl}{_warned(outcome)}."
-    if sign(margin) < 0 or sign(gain) < 0:
-        return Verdict("bad", f"Worse than its {outcome.base}", sentence)
-    if sign(margin) == 0:
-        return Verdict("doubtful", "No clear effect", sentence)
-    if sign(gain) == 0:
-        return Verdict("doubtful", f"No clear gain over its {outcome.base}", sentence)
-    return Verdict(*_of_gain(outcome, is_far), sentence)
-
-
-def _demonstrations(outcome: Outcome) -> Verdict:
-    assert outcome.judged is not None
-    policy, gain = outcome.judged["policy"], outcome.judged["gain"]
-    loss, right = gain["loss"], gain["token_accuracy"]
-    fell = {
-        -1: f"below the {outcome.base}'s by {number(negative(loss))}",
-        0: f"not clearly another than the {outcome.base}'s ({number(loss, signed=True)})",
-        1: f"above the {outcome.base}'s by {number(loss)}",
-    }[sign(loss)]
-    whose = "model's" if outcome.whole else "adapter's"
-    kl, is_far = _distance(outcome)
-    sentence = (
-        f"On {outcome.rows} held-out demonstrations the {whose} loss is {number(policy['loss'])} nats per token, {fell}; "
-        f"it finds {share(policy['token_accuracy'])} of their tokens most likely ({points(right)}), and {kl}{_warned(outcome)}."
-    )
-    if sign(loss) > 0:
-        return Verdict("bad", f"Worse than its {outcome.base}", sentence)
-    if sign(loss) == 0:
-        return Verdict("doubtful", f"No clear gain over its {outcome.base}", sentence)
-    return Verdict(*_of_gain(outcome, is_far), sentence)
-
-
-def _of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
+def of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
     """The tone and the title where the gain is clear."""
     if is_far:
         return "doubtful", f"Clear gain, but far from its {outcome.base}"
@@ -152,7 +106,7 @@ def _of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
     return "good", f"Clear gain over its {outcome.base}"
 
 
-def _distance(outcome: Outcome) -> tuple[str, bool]:
+def distance(outcome: Outcome) -> tuple[str, bool]:
     """How far the policy is from its reference, and whether that is over the limit: known of sampled answers alone."""
     assert outcome.judged is not None
     policy = outcome.judged["policy"]
@@ -165,11 +119,11 @@ def _distance(outcome: Outcome) -> tuple[str, bool]:
     return f"it is {policy['kl_token']['value']:.2g} nats per token from the {outcome.base}", False
 
 
-def _warned(outcome: Outcome) -> str:
+def warned(outcome: Outcome) -> str:
     count = outcome.warnings
     words = NUMBERS[count] if count < len(NUMBERS) else str(count)
     return f"; {words} warning{' was' if count == 1 else 's were'} raised" if count else ""
 
 
-def _sentence_case(text: str) -> str:
+def sentence_case(text: str) -> str:
     return text[0].upper() + text[1:]

@@ -1,0 +1,19 @@
+"""Reinforcement learning from human feedback: known to `validate` and `recommend`, and not trained by this version."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from dpo_cli.strategies.dpo import DPO
+
+RLHF = replace(
+    DPO,
+    name="rlhf",
+    method="reinforcement learning from human feedback",
+    generates=True,
+    is_trained=False,
+    aligns=False,
+    adapter_rate=None,
+    documented_profile=None,
+    start_loss=None,
+)

@@ -1,0 +1,10 @@
+"""The strategies by the names that a config has for them."""
+
+from __future__ import annotations
+
+from dpo_cli.strategies.dpo import DPO
+from dpo_cli.strategies.rlhf import RLHF
+from dpo_cli.strategies.sft import SFT
+from dpo_cli.strategies.strategy import Strategy
+
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in (DPO, SFT, RLHF)}

@@ -1,0 +1,91 @@
+"""TRL's SFTTrainer as this program uses it; what both trainers share is in trainer.py.
+
+Rows come with their token ids and labels, which TRL takes as they are (`skip_prepare_dataset`). `compute_loss` is overridden
+only to read the figures off the model call that TRL makes, which divides by the tokens of the whole step (`step_size`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.plan.plan import Plan
+from dpo_cli.scoring import forward, oom
+from dpo_cli.scoring.shared_prompts import IGNORED
+from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, on_one_device, ready
+
+FIGURES = ("loss", "token_accuracy")  # nats a token; share of the completion's tokens that the model finds most likely
+
+
+class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
+    """SFTTrainer on encoded demonstrations, scoring with our head.
+
+    The loss is the mean of -log p over all completion tokens of a step, whatever micro-batches they came in.
+    """
+
+    ROWS_A_UNIT = 1
+
+    def step_size(self, batches: Sequence[oom.Batch]) -> Tensor:
+        """Completion tokens: all labels but a first one, which no state predicts."""
+        tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum()
+        return cast(Tensor, self.accelerator.gather(tokens.to(self.args.device)).sum())
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self.calls.clear()
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        (call,) = self.calls
+        tokens = call.label_mask.sum(dim=1)
+        sums = torch.stack([-call.log_probs.detach().sum(dim=1), call.is_top1.sum(dim=1)], dim=1)
+        self.totals.add(sums / tokens.clamp(min=1)[:, None], int(inputs["attention_mask"].sum()), weights=tokens)
+        return loss
+
+
+def build_trainer(
+    model: PreTrainedModel | PeftModel,
+    adapter: LoraConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    train: Sequence[Encoded],
+    held_out: Sequence[Encoded],
+    run_evaluation: Evaluate,
+    tell: Tell = print,
+    frozen: PreTrainedModel | None = None,
+) -> DemonstrationTrainer:
+    """The trainer of a plan, with a fresh `adapter`, that of `model`, or none; `frozen` is what evaluations compare with."""
+    trainer = DemonstrationTrainer(
+        model=model,
+        args=on_one_device(trainer_arguments(plan)),
+        train_dataset=_rows(train),
+        eval_dataset=_rows(held_out) if held_out else None,
+        processing_class=tokenizer,
+        peft_config=adapter,
+    )
+    trainer.ref_model = frozen
+    trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell)
+    ready(trainer, plan)
+    return trainer
+
+
+def trainer_arguments(plan: Plan) -> SFTConfig:
+    """The plan in TRL's words."""
+    return SFTConfig(**common_arguments(plan), dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
+
+
+def _rows(demonstrations: Sequence[Encoded]) -> Dataset:
+    made = [(row.prompt_ids, row.responses[0]) for row in demonstrations]
+    return Dataset.from_dict(
+        {
+            "input_ids": [prompt + completion for prompt, completion in made],
+            "labels": [[IGNORED] * len(prompt) + completion for prompt, completion in made],
+            "length": [row.length for row in demonstrations],
+            SIZE: [row.length for row in demonstrations],
+        }
+    )
