@@ -171,8 +171,11 @@ def train(
             console.line(f"fetching the dataset {name}")
             fetch(name)
         configs: list[Config] = []
+        inspections: list[Inspection | None] = []  # None of a stage that stands on one which is not trained yet
         for loaded in stages:  # before torch is imported and anything is trained: a mistake is told at once
-            _, plan = _inspected(loaded.on_foundation(), machine).require()
+            inspection = _inspected(loaded.on_foundation(), machine)
+            inspections.append(inspection if dry_run or loaded.foundation is None else None)
+            _, plan = inspection.require()
             RunDirectory.check(plan.run_dir, overwrite or dry_run or resume)
             if plan.run_dir in [Path(str(config.output_dir)) for config in configs]:
                 problem = Problem(
@@ -184,11 +187,11 @@ def train(
             require(name)
         composer = composer_for(configs)
         results, code = [], Exit.DONE
-        for loaded in stages:
+        for loaded, known in zip(stages, inspections, strict=True):
             if loaded.stage:
                 console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
             ready = loaded.on_foundation() if dry_run else loaded
-            inspection = _inspected(ready, machine)
+            inspection = known or _inspected(ready, machine)
             result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
             results.append(result)
             if code is not Exit.DONE:
@@ -200,7 +203,7 @@ def train(
 
 def _inspected(loaded: Loaded, machine: Machine) -> Inspection:
     """What a training needs to know of a config; memory is judged later, by its real lengths."""
-    return inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)
+    return inspect(loaded, machine, with_fit=False, keep_rows=True).stricter(lambda problem: problem.stops_training)
 
 
 @app.command("eval")

@@ -13,7 +13,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +58,7 @@ class Dataset:
     key: str = "dataset"  # of the config, that names it
     demonstrations: bool = False  # as sft reads rows
     read_as: Mapping[str, Any] = field(default_factory=dict)  # what its columns are read as, and which are not read
+    kept: Sequence[tuple[Source, Row]] | None = None  # the usable rows, where the pass kept them
 
     def load(self) -> list[Row]:
         """The usable rows in the order of their files, each as often as its weight says."""
@@ -70,20 +70,22 @@ class Dataset:
         A pair of weight 2 is trained on twice, of weight 0.5 every second is; each held-out pair stands once, so that a weight
         changes no figure of an evaluation.
         """
-        kept: list[Row] = []
+        train: list[Row] = []
         held_out: list[Row] = []
         seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighed as a whole
-        for source in self.sources:
-            for row in stream([source], self.columns, self.demonstrations):
-                if isinstance(row, Bad):
-                    continue
-                if is_held_out(row):
-                    held_out.append(row)
-                else:
-                    before = _due(seen[source.weight], source.weight)
-                    seen[source.weight] += 1
-                    kept += [row] * (_due(seen[source.weight], source.weight) - before)
-        return kept, held_out
+        for source, row in self._usable() if self.kept is None else self.kept:
+            if is_held_out(row):
+                held_out.append(row)
+            else:
+                before = _due(seen[source.weight], source.weight)
+                seen[source.weight] += 1
+                train += [row] * (_due(seen[source.weight], source.weight) - before)
+        return train, held_out
+
+    def _usable(self) -> Iterator[tuple[Source, Row]]:
+        for source, read_as in _rows(self.sources, self.columns, self.demonstrations):
+            if not isinstance(read_as, Bad):
+                yield from ((source, row) for row in read_as.rows)
 
     @property
     def noun(self) -> str:
@@ -161,23 +163,26 @@ def read(
     columns: Columns | None = None,
     observers: Sequence[Observer] = (),
     demonstrations: bool = False,
+    keep: bool = False,
 ) -> Dataset:
     """One pass over what `key` of a config names. Problems are returned, never raised; bad rows are warnings with `skip`.
 
     A problem of a file as a whole has no place: it belongs to the config that names it. With `demonstrations` the rows are
-    those of sft.
+    those of sft, and with `keep` they stay in memory, so that `load` and `divided` read nothing again.
     """
     sources = sources_of(value)
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
     data = Dataset(name, sources, columns, key=key, demonstrations=demonstrations)
-    whole = unreadable(value, key)
-    readable = [source for source in sources if fault(Path(source.path), key) is None]
+    faults = {source.path: fault(Path(source.path), key) for source in sources}
+    whole = [problem for source in sources if (problem := faults[source.path]) is not None]
+    readable = [source for source in sources if faults[source.path] is None]
+    kept: list[tuple[Source, Row]] | None = [] if keep else None
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first such rows, with their places
     account = Account(columns or {}, demonstrations)
     prompts: set[int] = set()
     rows = pairs = 0
-    for read_as in _rows(readable, columns, demonstrations):
+    for source, read_as in _rows(readable, columns, demonstrations):
         rows += 1
         if isinstance(read_as, Bad):  # kept, so that one pass names them all
             kind = (read_as.file, read_as.code, read_as.reason)
@@ -188,6 +193,8 @@ def read(
         account.see(read_as)
         pairs += len(read_as.rows)
         for row in read_as.rows:
+            if kept is not None:
+                kept.append((source, row))
             prompt_key = row.prompt_key
             prompts.add(hash(prompt_key))
             for observer in observers:
@@ -208,36 +215,46 @@ def read(
         fix = 'say what the columns are called with "columns" if that is not meant'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
     said = account.to_json()
-    return replace(data, rows=rows, pairs=pairs, prompts=len(prompts), problems=tuple(problems), read_as=said)
+    data = replace(data, rows=rows, pairs=pairs, prompts=len(prompts), kept=kept)
+    return replace(data, problems=tuple(problems), read_as=said)
 
 
 def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrations: bool = False) -> Iterator[Row | Bad]:
     """The pairs (or demonstrations) of the sources one after the other, and the rows that are none."""
-    for row in _rows(sources, columns, demonstrations):
+    for _, row in _rows(sources, columns, demonstrations):
         if isinstance(row, Bad):
             yield row
         else:
             yield from row.rows
 
 
-def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bool) -> Iterator[Read | Bad]:
+def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bool) -> Iterator[tuple[Source, Read | Bad]]:
     for source in sources:
-        known = _with_start(source.path, columns or {})
-        read_one = partial(read_row, file=source.path, columns=known, demonstrations=demonstrations)
-        for line, row in files.read_rows(source.path, read_one):
-            yield Bad(source.path, line, row.code, row.reason, row.detail) if isinstance(row, BadRow) else row
+        known: Columns | None = columns if columns and "labels" in columns else None
+
+        def read_one(row: Any, line: int, path: str = source.path) -> Read:
+            nonlocal known
+            if known is None:
+                known = _with_start(row, path, columns or {})
+            return read_row(row, line, path, known, demonstrations)
+
+        for line, read in files.read_rows(source.path, read_one):
+            if isinstance(read, BadRow):
+                yield source, Bad(source.path, line, read.code, read.reason, read.detail)
+            else:
+                yield source, read
 
 
-def _with_start(path: str, columns: Columns) -> Columns:
-    """`columns` with the number that means the first response, which only all labels of a file together tell."""
-    if "labels" in columns:
+def _with_start(first: Any, path: str, columns: Columns) -> Columns:
+    """`columns` with the number that means the first response, where the first row of a file has a label that counts.
+
+    Only all labels of the file together tell, so it is read once more then, and only then.
+    """
+    if counted(first, columns) is None:
         return columns
     rows = files.read_rows(path, lambda row, _: counted(row, columns))
-    layouts = (row for _, row in rows if not isinstance(row, BadRow))  # reported when the rows are read
-    first = next(layouts, None)
-    if first is None:
-        return columns
-    start = start_of([first, *(layout for layout in layouts if layout is not None)])
+    layouts = (row for _, row in rows if row is not None and not isinstance(row, BadRow))  # reported when the rows are read
+    start = start_of(layouts)
     return columns if start is None else {**columns, "start": start}
 
 

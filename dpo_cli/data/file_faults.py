@@ -108,7 +108,7 @@ def _fault_of_file(path: Path, readable: Collection[str]) -> Problem | None:
     if kind == ".parquet":
         damaged = not start.startswith(b"PAR1")
         return _error("dataset-damaged", f"{path} is not a Parquet file", "download or write it again") if damaged else None
-    if _unpacked_start(path)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    if (_unpacked_start(path) if start.startswith(GZIPPED) else start)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         return _error("dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
     return None
 

@@ -64,9 +64,12 @@ def read_rows(
 
 def opened(path: str) -> BinaryIO:
     """A file to be read, unpacked on the way where its first bytes say gzip."""
-    with Path(path).open("rb") as file:
-        is_packed = file.read(len(GZIPPED)) == GZIPPED
-    return cast(BinaryIO, gzip.open(path)) if is_packed else Path(path).open("rb")
+    file = Path(path).open("rb")  # noqa: SIM115 - for the caller, as the other one
+    if file.read(len(GZIPPED)) == GZIPPED:
+        file.close()
+        return cast(BinaryIO, gzip.open(path))
+    file.seek(0)
+    return file
 
 
 def lines_of(path: str, parse: Callable[[bytes], Any]) -> Rows:

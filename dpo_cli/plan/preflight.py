@@ -47,7 +47,7 @@ class Data:
     longest: int | None  # tokens that the longest sequence may have
 
     def sides(self, config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
-        """(train, held out): two sets, or one divided by prompt. Reads the files again, and keeps the rows this time."""
+        """(train, held out): two sets, or one divided by prompt."""
         if self.held_out is not None:
             return self.train.load(), self.held_out.divided(lambda row: True)[1]
         seed = config.split_seed
@@ -98,11 +98,12 @@ def inspect(
     with_data: bool = True,
     with_fit: bool = True,
     rendered_rows: int = 0,
+    keep_rows: bool = False,
 ) -> Inspection:
     """Check config, data, model and hardware together, so that one look shows everything that is wrong.
 
     Without `with_fit` the memory is not judged: a training judges it later, by its real lengths. Up to `rendered_rows` rows go
-    through the chat template and the tokenizer; a training does so with all of them, later.
+    through the chat template and the tokenizer; a training does so with all of them, later, and has them kept (`keep_rows`).
     """
     found = list(loaded.problems)
     wrong = {problem.key for problem in found if problem.severity == "error"}
@@ -115,7 +116,7 @@ def inspect(
     damaged = any(problem.severity == "error" for problem in about_model)
     data, pairs = None, 0
     if with_data:
-        data, pairs, about_data = _read_data(loaded, wrong, rendered_rows)
+        data, pairs, about_data = _read_data(loaded, wrong, rendered_rows, keep_rows)
         found += [problem if problem.file else loaded.placed(problem) for problem in about_data]
     plan = None
     draft = loaded.draft()
@@ -153,7 +154,9 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
     return inspection.plan, prompts, [problem for problem in found if problem.severity == "warning"]
 
 
-def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tuple[Data | None, int, list[Problem]]:
+def _read_data(
+    loaded: Loaded, wrong: set[str | None], rendered_rows: int, keep_rows: bool
+) -> tuple[Data | None, int, list[Problem]]:
     """The data that the config names, the pairs that an epoch trains on, and what is wrong with the data.
 
     A key in `wrong` was told of already.
@@ -177,7 +180,7 @@ def _read_data(loaded: Loaded, wrong: set[str | None], rendered_rows: int) -> tu
     found: list[Problem] = []
     sets: dict[str, Dataset] = {}
     for key, value in given.items():
-        sets[key] = read(value, skip, key, columns, observers[key], demonstrations=is_sft)
+        sets[key] = read(value, skip, key, columns, observers[key], is_sft, keep_rows)
         found += sets[key].problems
     if "dataset" not in sets:
         return None, 0, found

@@ -97,17 +97,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
     sides = encoded.sides
     kept = [[row for row in side if row.length <= config.max_seq_length] for side in sides]
     train, held_out = kept
-    if not sides[0]:
-        fix = f"raise the weights in dataset, or add {plan.noun}"
-        raise InvalidInput(
-            [Problem("error", "nothing-to-train", f"none of the {plan.noun} is left to train on", fix, "dataset")]
-        )
-    if not train:
-        limit = f"max_seq_length {config.max_seq_length}"
-        message = f"the responses of all {len(sides[0])} {plan.noun} to train on are longer than {limit}"
-        shortest = min(row.length for row in sides[0])
-        fix = f"raise it: the shortest has {shortest} tokens"
-        raise InvalidInput([Problem("error", "nothing-to-train", message, fix, "max_seq_length")])
+    _require_rows(sides[0], train, plan)
     longest = max((row for side in kept for row in side), key=lambda row: row.length)
     counts = Counts(
         train_pairs=len(train),
@@ -129,6 +119,37 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
         writes_date=template is not None and template.writes_date and config.use_chat_template is not False,
     )
     return Prepared(train, held_out, counts, encoded.problems)
+
+
+def prepare_judged(
+    data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None, all_rows: bool
+) -> tuple[list[Encoded], tuple[Problem, ...]]:
+    """The rows to judge on, of what is held out or of all, as `prepare` makes them; what is trained on is not tokenised."""
+    config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day)
+    require_padding(made, tokenizer, token_rows)
+    train, held_out = data.sides(config)
+    side = train if all_rows else held_out
+    skip = config.on_bad_rows == "skip"
+    encoded = encode_all([side], made, config.use_chat_template, config.max_seq_length, token_rows, skip).require()
+    kept = [row for row in encoded.sides[0] if row.length <= config.max_seq_length]
+    if all_rows:
+        _require_rows(encoded.sides[0], kept, plan)
+    return kept, encoded.problems
+
+
+def _require_rows(rows: Sequence[Encoded], kept: Sequence[Encoded], plan: Plan) -> None:
+    """`InvalidInput` where no row is left to train on."""
+    if not rows:
+        fix = f"raise the weights in dataset, or add {plan.noun}"
+        raise InvalidInput(
+            [Problem("error", "nothing-to-train", f"none of the {plan.noun} is left to train on", fix, "dataset")]
+        )
+    if not kept:
+        limit = f"max_seq_length {plan.config.max_seq_length}"
+        message = f"the responses of all {len(rows)} {plan.noun} to train on are longer than {limit}"
+        shortest = min(row.length for row in rows)
+        fix = f"raise it: the shortest has {shortest} tokens"
+        raise InvalidInput([Problem("error", "nothing-to-train", message, fix, "max_seq_length")])
 
 
 def require_padding(made: Tokenizer, tokenizer: PreTrainedTokenizerBase, token_rows: int | None) -> None:

@@ -19,7 +19,7 @@ from dpo_cli.hardware.machine import probe
 from dpo_cli.models.source import ADAPTER_CONFIG, fault_of, foundation, is_on_head
 from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import inspect
-from dpo_cli.plan.tokenized import prepare, tell_scoring
+from dpo_cli.plan.tokenized import prepare_judged, tell_scoring
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.registry import PROVIDERS
@@ -80,15 +80,15 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
         if not unreadable(dataset, "dataset") and holds_pairs(dataset):
             changes.append("strategy=dpo")  # pairs tell more, whatever was trained on
-    inspection = inspect(load(config, [*_decided_anew(config), *changes]), probe(), with_fit=False)
+    inspection = inspect(load(config, [*_decided_anew(config), *changes]), probe(), with_fit=False, keep_rows=True)
     data, plan = inspection.require()
     found = [problem for problem in inspection.problems if problem.severity == "warning"]
     console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
     provider = PROVIDERS[plan.config.provider](plan.config.model_name)
     tokenizer = provider.tokenizer()
-    rows = prepare(data, tokenizer, plan, provider.token_rows())
-    console.problems(rows.problems)
-    return Opened(folder, plan, provider, tokenizer, rows.train if dataset else rows.held_out)
+    rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), all_rows=bool(dataset))
+    console.problems(about_rows)
+    return Opened(folder, plan, provider, tokenizer, rows)
 
 
 def _decided_anew(config: str) -> list[str]:
