@@ -56,7 +56,7 @@ def test_an_option_is_added_through_the_schema_alone(tmp_path: Path) -> None:
     assert run("-c", code) == '0.5 "made_up": -1 is not a number of at least 0\n'
     helped = run("-c", "from dpo_cli.app import app; app(['train', '--help'])")
     assert "made_up: a number of at least 0; default 0.25; dpo only" in helped and NEW["description"] in helped
-    assert "README.md" in run("benchmarks/reference.py")
+    assert "README.md" in run("scripts/reference.py")
     assert "| `made_up` | a number of at least 0 | 0.25 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "made_up: float" in (tmp_path / "dpo_cli" / "config" / "options.pyi").read_text(encoding="utf-8")
 
