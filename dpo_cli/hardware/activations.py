@@ -52,7 +52,7 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     last_block = backward if settings.checkpointing else block + backward - end
     moments.append((last_block + new_gradients, 0.0))
     if refers:
-        moments.append((kept + forward, settings.scored * h * width))
+        moments.append((forward, settings.scored * h * width))  # before the policy's forward, which keeps more
     return max(moments, key=sum)
 
 
