@@ -16,7 +16,7 @@ from typing import Any, Literal
 from dpo_cli.config import advice, jsonc, other_tools, rules, stages
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
-from dpo_cli.config.values import PAIR_KEYS, missing, value_problems
+from dpo_cli.config.schema_checks import PAIR_KEYS, missing, value_problems
 from dpo_cli.errors import InvalidInput, Problem, UsageError
 
 Source = Literal["config", "override", "default", "profile", "measured"]

@@ -20,10 +20,10 @@ from dpo_cli.data import files, folders, hub_datasets
 from dpo_cli.data.column_use import Account
 from dpo_cli.data.columns import Columns
 from dpo_cli.data.comparisons import start_of
-from dpo_cli.data.file_faults import fault
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
+from dpo_cli.data.unreadable_files import fault
 from dpo_cli.errors import Problem, Severity
 from dpo_cli.strategies.strategy import DEMONSTRATIONS, PAIRS
 

@@ -16,7 +16,6 @@ from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
 
 CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (training/head.py, CHUNK_ELEMENTS)
-FULL_LOGITS_COPIES = 3.5  # float32 copies of logits in a loss that makes them whole; fitcheck-llm 0.3 measured 3.5 to 4
 
 
 def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
@@ -58,8 +57,6 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
 
 def _logits_bytes(facts: ModelFacts, settings: Settings) -> float:
     """The widest moment of the head: float32 logits and their log-softmax, a chunk at a time."""
-    if settings.full_logits:
-        return 4.0 * FULL_LOGITS_COPIES * settings.tokens * facts.vocab_size
     return 2.0 * min(CHUNK_BYTES, 4 * settings.scored * facts.vocab_size)
 
 
