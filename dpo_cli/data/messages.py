@@ -45,7 +45,6 @@ DEEPEST = 100  # levels of a row: far more than data has, and few enough for eve
 LARGEST_NUMBER = int(sys.float_info.max)
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")  # as in Anthropic's HH-RLHF
 # Of messages that are stored as text: what they hold in quotes, and how they begin.
 SPEAKS = re.compile(rf"""["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']""", re.IGNORECASE)
 BEGINS = re.compile(
@@ -54,7 +53,6 @@ BEGINS = re.compile(
     re.IGNORECASE,
 )
 WRAPPER = ("<tool_response>", "</tool_response>")  # which Hermes stores around a tool's result, and its template writes too
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 class BadRow(Exception):
@@ -386,59 +384,6 @@ def _is_empty_system(message: Any) -> bool:
         and role_of(message) == "system"
         and not visible(str(message.get("content") or message.get("value") or "")).strip()
     )
-
-
-def as_messages(text: Text, role: str) -> list[Message]:
-    """A plain string as one message of `role`, a transcript as its turns; messages as they are, an empty string as none."""
-    if isinstance(text, list):
-        return text
-    return turns_of(text) or [{"role": role, "content": text}] if text else []
-
-
-def answer_to(prompt: Text, response: Text) -> list[Message]:
-    """A response as messages; after a transcript without the blank that follows "Assistant:"."""
-    if isinstance(response, str) and isinstance(prompt, str) and turns_of(prompt):
-        response = response.strip()
-    return response if isinstance(response, list) else [{"role": "assistant", "content": response}] if response else []
-
-
-def turns_of(text: str) -> list[Message]:
-    """The turns of a text that begins with "Human:" and has an "Assistant:" after a blank line; none of another text."""
-    if "Human:" not in text[:40] or not re.match(r"\s*Human:", text) or "\n\nAssistant:" not in text:
-        return []
-    _, *pieces = TURN.split(text)
-    said = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": SPEAKERS[who], "content": words.strip()} for who, words in said if words.strip()]
-
-
-def from_last_turn(prompt: Text, responses: Mapping[str, Text]) -> tuple[Text, list[Text]]:
-    """A prompt and its responses, or `BadRow`: a transcript ends with the "Assistant:" of the turn that is answered.
-
-    What it already says of that turn stands at the start of each response; a response that repeats the transcript loses it.
-    Where the responses are messages, or the prompt is no transcript, they stay as they are.
-    """
-    answers = [answer for answer in responses.values() if isinstance(answer, str)]
-    if not isinstance(prompt, str) or len(answers) < len(responses) or not turns_of(prompt):
-        return prompt, [*responses.values()]
-    *_, last = TURN.finditer(prompt)
-    begun = prompt[last.end(1) + 1 :] if last[1] == "Assistant" else ""
-    start = prompt[: last.end(1) + 1] if begun.strip() else prompt
-    parts = [_answer_after(prompt, answer, key, last[1]) for key, answer in responses.items() if isinstance(answer, str)]
-    if len({turn for turn, _ in parts}) > 1:
-        raise BadRow("row-role", 'one response begins with "Assistant:", and another does not')
-    begun = begun if begun.strip() else ""
-    return start + parts[0][0], [sound(begun + answer, key) for key, (_, answer) in zip(responses, parts, strict=True)]
-
-
-def _answer_after(transcript: str, answer: str, key: str, speaker: str) -> tuple[str, str]:
-    """(the "Assistant:" that an answer begins with, its text) after a transcript whose last turn is of `speaker`."""
-    if answer.lstrip().startswith(transcript.strip()):
-        answer = answer.lstrip()[len(transcript.strip()) :]
-    turns = [*TURN.finditer(answer)]
-    own = turns.pop(0).end(1) + 1 if turns and turns[0].start() == 0 and (speaker, turns[0][1]) == ("Human", "Assistant") else 0
-    if turns:
-        raise BadRow("row-role", f"{key} holds another turn of a transcript after its answer, or before it")
-    return answer[:own], answer[own:]
 
 
 def said(text: Text) -> str:

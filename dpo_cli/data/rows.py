@@ -25,18 +25,15 @@ from dpo_cli.data.comparisons import Layout, layout_of
 from dpo_cli.data.messages import (
     BadRow,
     Text,
-    answer_to,
-    as_messages,
     flat,
-    from_last_turn,
     looks,
     sound,
     system_of,
     text_of,
     tools_of,
-    turns_of,
 )
 from dpo_cli.data.row_shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
+from dpo_cli.data.transcripts import answer_to, as_messages, from_last_turn, turns_of
 from dpo_cli.strategies.strategy import DEMONSTRATIONS, PAIRS, Rows
 
 Written = Mapping[str, Any]  # a row of a file
