@@ -160,6 +160,24 @@ def test_a_tool_result_loses_the_wrapper_that_the_template_writes(value: str, co
     assert prompt[-1] == {"role": "tool", "content": content or value}
 
 
+CALLS = ({"city": None, "unit": "C"}, '{"city": null, "unit": "C"}', {"unit": "C"}, '{"unit":"C"}')
+
+
+@pytest.mark.parametrize("arguments", CALLS)
+def test_a_null_argument_is_absent_in_every_form(arguments: Any, tmp_path: Path) -> None:
+    call = {"name": "weather", "arguments": arguments}
+    chosen = [{"role": "assistant", "tool_calls": [{"function": call}]}]
+    spoken = [{"from": "function_call", "value": json.dumps(call)}]
+    rows = [{"prompt": USER, "chosen": form, "rejected": NO} for form in (chosen, json.dumps(chosen), spoken)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = read(str(tmp_path / "rows.jsonl"), keep=True)
+    for _, pair in data.kept or ():
+        kept = pair.responses[0][0]["tool_calls"][0]["function"]["arguments"]  # type: ignore[index]
+        assert kept in ({"unit": "C"}, '{"unit":"C"}')
+    named = [problem.lines for problem in data.problems if problem.code == "null-arguments"]
+    assert named == ([(1, 2, 3)] if arguments in CALLS[:2] else [])
+
+
 RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
 
 

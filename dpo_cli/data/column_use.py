@@ -23,9 +23,9 @@ from dpo_cli.data.columns import (
     texts_in,
 )
 from dpo_cli.data.files import about_rows
-from dpo_cli.data.messages import flat
+from dpo_cli.data.messages import flat, has_null_arguments
 from dpo_cli.data.rows import Read
-from dpo_cli.errors import Problem
+from dpo_cli.errors import Problem, Severity
 
 WHOLE = (
     "prompt",
@@ -54,11 +54,17 @@ FINDINGS = {
         "exchange the two responses, or delete the row",
     ),
     "scores-tie": ("by {} chosen and rejected are equally good", "delete the row, unless the order is known to be right"),
+    "null-arguments": (
+        "a tool call has arguments that are null: they are left out, as every key that is null",
+        "delete them, or write a text where the model is to learn that value",
+    ),
     "label-unwanted": (
         '"{}" says that the response is not wanted, and sft learns it like any other',
         "delete the row, or train on pairs with strategy dpo",
     ),
 }
+
+HINTS = ("null-arguments",)
 
 
 class Account:
@@ -89,6 +95,8 @@ class Account:
             if "<" in said and (marker := MARKERS.search(said)):
                 self._note("media-marker", marker[0], row)
                 break
+        if any(turn.get("tool_calls") for text in (first.prompt, *first.responses) if isinstance(text, list) for turn in text):
+            self._look_at_calls(row)
         if self.demonstrations:
             self._look_at_marks(row)
         self._compare_scores(row)
@@ -127,6 +135,12 @@ class Account:
             if any(text not in known for text in texts):
                 self._note("column-unread", name, row)
 
+    def _look_at_calls(self, row: Read) -> None:
+        """Arguments of a tool call that are null in the file; those of a table are its padding, and gone when it is read."""
+        reads = row.reads()
+        if any(has_null_arguments(value) for name, value in row.written.items() if reads.get(name, "tools") != "tools"):
+            self._note("null-arguments", "", row)
+
     def _look_at_marks(self, row: Read) -> None:
         """Keys of a message by which other tools leave it out of the loss."""
         for text in row.rows[0].responses:
@@ -158,7 +172,8 @@ class Account:
             if code == "label-unwanted" and len(self._labels[name]) > 2:  # the classes of something else
                 continue
             reason, fix = FINDINGS[code]
-            yield about_rows("warning", code, reason.format(name), fix, key, file, lines)
+            severity: Severity = "hint" if code in HINTS else "warning"
+            yield about_rows(severity, code, reason.format(name), fix, key, file, lines)
         for name, stated in self.columns.items():
             for column in stated if isinstance(stated, list) else [stated]:
                 if name != "labels" and isinstance(column, str) and column not in self.seen:

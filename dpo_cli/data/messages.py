@@ -302,30 +302,58 @@ def _part_text(part: Mapping[str, Any], key: str) -> str:
 
 def _calls(message: Message, text: Any, key: str) -> list[dict[str, Any]]:
     """The tool calls of a message, taken out of it: `tool_calls`, the older `function_call`, or ShareGPT's text of a call."""
-    calls = message.pop("tool_calls", None)
-    older = message.pop("function_call", None)
-    calls = calls if calls is not None else older if older is not None else text
-    if calls is None:
-        return []
-    if isinstance(calls, str):
-        calls = _object(calls)
-    calls = calls if isinstance(calls, list) else [calls]
+    calls = _stored_calls(message, text)
+    for name in ("tool_calls", "function_call"):
+        message.pop(name, None)
     if not all(isinstance(call, Mapping) for call in calls):
         raise BadRow("row-call", f"{key} holds tool calls that are no objects")
     return [_call(without_nulls(call), key) for call in calls]
+
+
+def _stored_calls(message: Mapping[str, Any], text: Any) -> list[Any]:
+    """The tool calls of a message as they are stored."""
+    calls = next((message[name] for name in ("tool_calls", "function_call") if message.get(name) is not None), text)
+    if calls is None:
+        return []
+    calls = _object(calls) if isinstance(calls, str) else calls
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    function = call.get("function", call)
+    return function.get("arguments", function.get("parameters", {})) if isinstance(function, Mapping) else {}
 
 
 def _call(call: Mapping[str, Any], key: str) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("row-call", f'{key} holds a tool call without a "name"')
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str) and not isinstance(_object(arguments or "{}"), Mapping):
-        raise BadRow("row-call", f"{key} holds a tool call whose arguments are text, but no JSON object", f"{arguments[:40]!r}")
+    arguments = _arguments(call)
+    if isinstance(arguments, str):
+        given = _object(arguments or "{}")
+        if not isinstance(given, Mapping):
+            reason = f"{key} holds a tool call whose arguments are text, but no JSON object"
+            raise BadRow("row-call", reason, f"{arguments[:40]!r}")
+        kept = without_nulls(given)  # as of arguments that are an object; a text without nulls stays as it is written
+        arguments = arguments if kept == given else kept
     if not isinstance(arguments, str | Mapping):
         raise BadRow("row-call", f"{key} holds a tool call whose arguments are {type(arguments).__name__}, not an object")
     own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def has_null_arguments(value: Any) -> bool:
+    """Whether messages of a row hold a tool call of which an argument is null, so that it is left out."""
+    if isinstance(value, list):
+        return any(map(has_null_arguments, value))
+    if not isinstance(value, Mapping):
+        return False
+    is_call = str(value.get("from") or value.get("role")).lower() in CALL_ROLES
+    calls = _stored_calls(value, value.get("content", value.get("value")) if is_call else None)
+    given = [_arguments(call) for call in calls if isinstance(call, Mapping)]
+    given = [_object(arguments) if isinstance(arguments, str) else arguments for arguments in given]
+    inner = [part for part in value.values() if isinstance(part, list)]
+    return any(without_nulls(arguments) != arguments for arguments in given) or has_null_arguments(inner)
 
 
 def _object(text: str) -> Any:
