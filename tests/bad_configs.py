@@ -495,6 +495,7 @@ DATA = [
     rows("scores-contradict", '"dataset": "data/scores.jsonl"', "exchange the two responses", 1, "warning"),
     rows("scores-tie", '"dataset": "data/scores.jsonl", "seed": 1', "delete the row", 2, "warning"),
     rows("label-unwanted", '"dataset": "data/unwanted.jsonl", "strategy": "sft"', "delete the row", 1, "warning"),
+    rows("label-suggested", '"dataset": "data/suggested.jsonl"', "answer it in the tool", 1, "warning"),
     rows("null-arguments", '"dataset": "data/null-arguments.jsonl"', "delete them", 1, "hint"),
     rows("rows-read-as", '"dataset": "data/questions.jsonl"', "columns", None, "hint"),
     warning("column-missing", "columns", '"dataset": "pairs.jsonl", "columns": {"system": "sytem"}', "correct its name"),
@@ -611,6 +612,9 @@ def lay_out(place: Path) -> None:
     scored = b'{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": %d}'
     write("data/scores.jsonl", scored % 2, scored % 1)
     write("data/unwanted.jsonl", b'{"prompt": "a", "completion": "b", "label": false}')
+    fields = b'{"prompt": "a", "response_a": "b", "response_b": "c"}'
+    suggested = b'{"fields": %s, "responses": {}, "suggestions": {"winner": {"value": "response_a", "agent": "judge-1"}}}'
+    write("data/suggested.jsonl", suggested % fields)
     call = b'{"function": {"name": "weather", "arguments": "{\\"city\\": null}"}}'
     called = b'{"prompt": "a", "chosen": {"role": "assistant", "tool_calls": [%s]}, "rejected": {"from": "gpt", "value": "b"}}'
     write("data/null-arguments.jsonl", called % call)

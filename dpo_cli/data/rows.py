@@ -147,6 +147,7 @@ class Read:
     first: Written  # its first pair as documented
     reads: Callable[[], Mapping[str, str]]  # columns, and what each is read as
     origin: Mapping[str, str] = field(default_factory=dict)  # of the columns of an export
+    suggested: Mapping[str, str] = field(default_factory=dict)  # columns that no person filled in, and what did
 
 
 def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
@@ -166,11 +167,12 @@ def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrat
     pairs = [pair_of(each, line, file) for each in documented]
     says = f"{export.tool}, {shape.says}" if export is not None and shape.says else shape.says
     origin = (export.origin if export is not None else None) or {}
+    suggested = export.suggested if export is not None else {}
     rows: tuple[Row, ...] = tuple(pairs)
     if demonstrations:
         best = pairs[0]
         rows = (Demonstration(best.prompt, best.chosen, line, file, best.tools, best.category),)
-    return Read(rows, says, written, documented[0], lambda: {**_common(written), **shape.reads(written)}, origin)
+    return Read(rows, says, written, documented[0], lambda: {**_common(written), **shape.reads(written)}, origin, suggested)
 
 
 def _shape_of(row: Any, columns: Columns) -> tuple[Shape, Written, Export | None]:
