@@ -56,10 +56,11 @@ WRAPPER = ("<tool_response>", "</tool_response>")  # which Hermes stores around 
 
 
 class BadRow(Exception):
-    """Why a row cannot be used: a stable code, the reason in words, and what is particular to this row."""
+    """Why a row cannot be used: a stable code, the reason in words, what is particular to this row, and its own fix."""
 
-    def __init__(self, code: str, reason: str, detail: str = "") -> None:
+    def __init__(self, code: str, reason: str, detail: str = "", fix: str = "") -> None:
         super().__init__(reason)
+        self.fix = fix
         self.code = code
         self.reason = reason
         self.detail = detail

@@ -159,7 +159,7 @@ def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrat
         shape, written, export = _shape_of(row, columns)
     except BadRow as error:
         if demonstrations and error.code == "row-missing-key":
-            found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
+            found = _names(row)
             reason = "neither messages, nor prompt and completion, nor text"
             raise BadRow("row-missing-key", reason, f"which has {found}") from error
         raise
@@ -182,9 +182,14 @@ def _shape_of(row: Any, columns: Columns) -> tuple[Shape, Written, Export | None
     if shape is not None:
         return shape, written, export
     missing = [columns.get(key, key) for key in KEYS if key not in written]
-    found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
-    reason = f"no {' and no '.join(missing)}"
-    raise BadRow("row-missing-key", reason, f'which has {found}; "columns" can say what they are called')
+    reason = " and ".join(f"{name} is null" if name in row else f"no {name}" for name in missing)
+    advice = '; "columns" can say what they are called' if any(name not in row for name in missing) else ""
+    raise BadRow("row-missing-key", reason, f"which has {_names(row)}{advice}")
+
+
+def _names(row: Any) -> str:
+    """The columns of a row, in words."""
+    return ", ".join(sorted(f"{name} (null)" if row[name] is None else str(name) for name in row))[:200] or "nothing"
 
 
 def _flat(row: Any, columns: Columns) -> tuple[Written, Export | None, Columns]:
@@ -299,8 +304,7 @@ def to_question(row: Any, line: int, file: str = "", columns: Columns | None = N
         return Question(pair.prompt, reference or flat(pair.chosen), line, file, pair.tools)
     asking = asked(row)
     if asking is None:
-        found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
-        raise BadRow("row-missing-key", "no prompt", f'which has {found}; "columns" can say what it is called')
+        raise BadRow("row-missing-key", "no prompt", f'which has {_names(row)}; "columns" can say what it is called')
     prompt = _after_start(text_of(asking[0], "prompt"), row)
     if isinstance(prompt, list):
         _require_open(prompt)
