@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -144,7 +145,14 @@ def test_a_json_list_has_lines_too(tmp_path: Path) -> None:
         ("missing.jsonl", None, "dataset-missing"),
         ("data.txt", b"", "dataset-format"),
         ("empty.jsonl", b"\n\n", "dataset-empty"),
-        ("wide.jsonl", GOOD.decode().encode("utf-16"), "dataset-utf16"),
+        *(
+            (f"{name}.jsonl", GOOD.decode().encode(name), "dataset-utf16")
+            for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32-le")
+        ),
+        ("packed.jsonl.gz", gzip.compress(GOOD.decode().encode("utf-16-le")), "dataset-utf16"),
+        ("table.csv", "prompt,chosen,rejected\na,b,c".encode("utf-16-be"), "dataset-utf16"),
+        ("nul.jsonl", bytes(100), "row-not-json"),
+        ("first.jsonl", b"\0" + GOOD, "row-not-json"),
         ("object.json", b"{}", "dataset-not-list"),
         ("broken.json", b"[{]", "row-not-json"),
     ],
