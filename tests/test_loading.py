@@ -650,6 +650,8 @@ def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Resu
         {"max_new_tokens": -1, "cache_implementation": "none", "early_stopping": []},
         {"temperature": "0.6", "pad_token_id": -1, "num_beams": True, "num_return_sequences": 3},
         {"compile_config": {"mode": "x"}, "suppress_tokens": 5, "forced_eos_token_id": [5]},
+        {"do_sample": True, "temperature": -1.0, "top_p": 7, "forced_bos_token_id": 600, "begin_suppress_tokens": [4, 600]},
+        {"bad_words_ids": [[4], [600]], "sequence_bias": [[[600], -1.0]], "repetition_penalty": 0.0},
     ],
 )
 @pytest.mark.parametrize("rank", [0, 4])
@@ -662,7 +664,7 @@ def test_settings_that_nothing_can_be_saved_with_are_left_out(
     (folder / "generation_config.json").write_text(json.dumps({**kept, **settings}), encoding="utf-8")
     done = dpo("train", "run", model_name=str(folder), lora_r=rank)
     assert done.exit_code == 0, done.stderr
-    sound = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": [5]}
+    sound = {"do_sample": settings.get("do_sample"), "num_beams": 1, "forced_eos_token_id": [5]}
     left_out = [name for name, value in settings.items() if sound.get(name) is not value and sound.get(name) != value]
     assert all(f"generation_config.json: {name}" in done.stdout for name in left_out)
     hint = dpo("validate", "check", model_name=str(folder), lora_r=rank).stderr

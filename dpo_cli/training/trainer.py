@@ -279,6 +279,12 @@ class CarefulTrainer:
             self.control.should_training_stop = self.control.should_save = True
             self.control.should_evaluate = False
             return {}
+        except Exception:  # whatever it is, the steps before it are kept: a run that goes on begins with this evaluation
+            set_random_state(before)
+            self.missed_evaluation = True
+            if self.optimizer is not None:  # else nothing was trained since the checkpoint that this began with
+                self._save_checkpoint(self.model, None)
+            raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         trainer: Any = self
         trainer.log(dict(metrics))
