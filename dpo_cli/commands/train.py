@@ -235,7 +235,7 @@ def _trained(
 def _kept_when_trained(
     run: RunDirectory, trainer: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan, console: Console
 ) -> Iterator[None]:
-    """What fails inside after the last step (an evaluation, a tracker) loses nothing: what was trained is saved before it ends."""
+    """What fails inside after the last step (an evaluation, a tracker) loses nothing: what was trained is saved first."""
     try:
         yield
     except Exception:

@@ -1,8 +1,8 @@
 """What is wrong in a generation_config.json: with such settings transformers loads, or saves, no model. No torch.
 
 They are of another type or size than generation computes with, name tokens that the model does not have, or have no effect
-beside the rest (transformers 5.17 checks the latter when it saves). What is found is left out when the model is loaded; what only transformers knows is found there too
-(providers/huggingface.py).
+beside the rest (transformers 5.17 checks the latter when it saves). What is found is left out when the model is loaded; what
+only transformers knows is found there too (providers/huggingface.py).
 """
 
 from __future__ import annotations
