@@ -117,6 +117,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "use_dora": {"use_dora": True},
     "use_rslora": {"use_rslora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "names that end so": {"modules_to_save": ["norm"]},  # PEFT trains the norms of each block too
     "lora_bias": {"lora_bias": True},
     "gaussian": {"init_lora_weights": "gaussian"},
 }
@@ -355,6 +356,29 @@ def test_experts_of_an_adapter_are_not_joined_in_another_order(
     with pytest.raises(InvalidInput, match=r"experts\.7.* lacks .*experts\.1"):
         HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
     assert "experts.1" in dpo("validate", "go-on", model_name=str(folder), lora_r=None).stderr
+
+
+ON_FROM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "4-bit": ({}, {"use_4bit": True}),
+    "8-bit with DoRA": ({"use_dora": True}, {"use_8bit": True}),
+    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, {}),
+    "norms": ({"modules_to_save": ["norm"]}, {}),
+    "every weight": ({}, {"lora_r": 0, "learning_rate": 1e-4}),
+}
+
+
+@pytest.mark.parametrize("kind", ON_FROM)
+def test_a_training_begins_at_its_reference(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], kind: str
+) -> None:
+    """Rewards of 0 to the bit and each pair a tie, on an adapter of full precision, whatever is quantised below it."""
+    adapter, options = ON_FROM[kind]
+    folder = adapter_on(base("llama", tie_word_embeddings=False), tmp_path / "adapter", **adapter)
+    done = dpo("train", "run", **{"model_name": str(folder), "lora_r": None, "max_steps": 1, "eval_split": 0, **options})
+    assert done.exit_code == 0, done.stderr
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert (line["reward_chosen"], line["reward_rejected"], line["accuracy"]) == (0, 0, 0.5)
+    assert (tmp_path / "run/model").is_dir() == (kind == "every weight")
 
 
 def test_a_training_with_an_adapter_on_the_embedding_goes_on(
