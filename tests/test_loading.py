@@ -359,8 +359,8 @@ def test_experts_of_an_adapter_are_not_joined_in_another_order(
 
 
 ON_FROM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "4-bit": ({}, {"use_4bit": True}),
-    "8-bit with DoRA": ({"use_dora": True}, {"use_8bit": True}),
+    "4-bit with DoRA": ({"use_dora": True}, {"use_4bit": True}),
+    "8-bit": ({}, {"use_8bit": True}),
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, {}),
     "norms": ({"modules_to_save": ["norm"]}, {}),
     "every weight": ({}, {"lora_r": 0, "learning_rate": 1e-4}),
