@@ -52,8 +52,13 @@ def test_sampling_follows_its_seed_and_not_the_models_own_settings(tokenizer: Pr
     assert len({answer.text for answers in first for answer in answers}) > 6
     assert sampled(1) == first != sampled(2)
     own = {"temperature": 0.01, "top_k": 1, "top_p": 0.1, "repetition_penalty": 5.0, "min_p": 0.9, "do_sample": False}
+    own |= {"suppress_tokens": list(range(0, 300, 2)), "forced_eos_token_id": 7, "no_repeat_ngram_size": 1}
+    own |= {"min_new_tokens": 20, "bad_words_ids": [[5], [9]], "renormalize_logits": True, "num_beams": 3}
+    greedy = generate(model, tokenizer, asked, GREEDY, torch.float32)
     model.generation_config.update(**own)
     assert sampled(1) == first
+    assert generate(model, tokenizer, asked, GREEDY, torch.float32) == greedy
+    assert model.generation_config.suppress_tokens == own["suppress_tokens"]  # as it is saved
 
 
 def test_an_answer_ends_with_any_of_the_models_ends(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -117,6 +117,7 @@ SUPPORTED: dict[str, dict[str, Any]] = {
     "use_dora": {"use_dora": True},
     "use_rslora": {"use_rslora": True},
     "modules_to_save": {"modules_to_save": ["lm_head"]},
+    "names that end so": {"modules_to_save": ["norm"]},  # PEFT trains the norms of each block too
     "lora_bias": {"lora_bias": True},
     "gaussian": {"init_lora_weights": "gaussian"},
 }
@@ -355,6 +356,29 @@ def test_experts_of_an_adapter_are_not_joined_in_another_order(
     with pytest.raises(InvalidInput, match=r"experts\.7.* lacks .*experts\.1"):
         HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
     assert "experts.1" in dpo("validate", "go-on", model_name=str(folder), lora_r=None).stderr
+
+
+ON_FROM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "4-bit with DoRA": ({"use_dora": True}, {"use_4bit": True}),
+    "8-bit": ({}, {"use_8bit": True}),
+    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, {}),
+    "norms": ({"modules_to_save": ["norm"]}, {}),
+    "every weight": ({}, {"lora_r": 0, "learning_rate": 1e-4}),
+}
+
+
+@pytest.mark.parametrize("kind", ON_FROM)
+def test_a_training_begins_at_its_reference(
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], kind: str
+) -> None:
+    """Rewards of 0 to the bit and each pair a tie, on an adapter of full precision, whatever is quantised below it."""
+    adapter, options = ON_FROM[kind]
+    folder = adapter_on(base("llama", tie_word_embeddings=False), tmp_path / "adapter", **adapter)
+    done = dpo("train", "run", **{"model_name": str(folder), "lora_r": None, "max_steps": 1, "eval_split": 0, **options})
+    assert done.exit_code == 0, done.stderr
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert (line["reward_chosen"], line["reward_rejected"], line["accuracy"]) == (0, 0, 0.5)
+    assert (tmp_path / "run/model").is_dir() == (kind == "every weight")
 
 
 def test_a_training_with_an_adapter_on_the_embedding_goes_on(
@@ -650,6 +674,8 @@ def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Resu
         {"max_new_tokens": -1, "cache_implementation": "none", "early_stopping": []},
         {"temperature": "0.6", "pad_token_id": -1, "num_beams": True, "num_return_sequences": 3},
         {"compile_config": {"mode": "x"}, "suppress_tokens": 5, "forced_eos_token_id": [5]},
+        {"do_sample": True, "temperature": -1.0, "top_p": 7, "forced_bos_token_id": 600, "begin_suppress_tokens": [4, 600]},
+        {"bad_words_ids": [[4], [600]], "sequence_bias": [[[600], -1.0]], "repetition_penalty": 0.0},
     ],
 )
 @pytest.mark.parametrize("rank", [0, 4])
@@ -662,7 +688,7 @@ def test_settings_that_nothing_can_be_saved_with_are_left_out(
     (folder / "generation_config.json").write_text(json.dumps({**kept, **settings}), encoding="utf-8")
     done = dpo("train", "run", model_name=str(folder), lora_r=rank)
     assert done.exit_code == 0, done.stderr
-    sound = {"do_sample": False, "num_beams": 1, "forced_eos_token_id": [5]}
+    sound = {"do_sample": settings.get("do_sample"), "num_beams": 1, "forced_eos_token_id": [5]}
     left_out = [name for name, value in settings.items() if sound.get(name) is not value and sound.get(name) != value]
     assert all(f"generation_config.json: {name}" in done.stdout for name in left_out)
     hint = dpo("validate", "check", model_name=str(folder), lora_r=rank).stderr

@@ -181,6 +181,25 @@ def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
+def test_an_evaluation_that_fails_after_the_last_step_loses_nothing(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter is saved, and the run goes on with the evaluation alone."""
+    options = {"max_steps": 1, "save_steps": 50}
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("this cannot be judged")
+
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="cannot be judged"):
+        patched.setattr("dpo_cli.commands.train.measure", fail)
+        go("broken", **options)
+    file = tmp_path / "broken/adapter/adapter_model.safetensors"
+    saved = file.read_bytes()
+    made, _ = go("broken", **options)
+    assert made["eval"] is not None and file.read_bytes() == saved
+    assert [(line["step"], line["split"]) for line in lines(tmp_path / "broken")] == [(1, "train"), (1, "eval")]
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     go: Go, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

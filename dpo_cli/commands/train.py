@@ -192,7 +192,8 @@ def _trained(
                 if plan.strategy.refers:
                     health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
             if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
-                keep.train()
+                with _kept_when_trained(run, trainer, tokenizer, plan, console):
+                    keep.train()
         seconds = time.monotonic() - keep.begun
 
     status, code = _ending(stop, health)
@@ -228,6 +229,20 @@ def _trained(
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
     return {**summary, "run_dir": str(run.path)}, code
+
+
+@contextmanager
+def _kept_when_trained(
+    run: RunDirectory, trainer: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan, console: Console
+) -> Iterator[None]:
+    """What fails inside after the last step (an evaluation, a tracker) loses nothing: what was trained is saved first."""
+    try:
+        yield
+    except Exception:
+        if trainer.state.global_step >= plan.total_steps:
+            run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0)
+            console.line(f"all {plan.total_steps} steps are done, and {run.trained} is saved; --resume does the rest")
+        raise
 
 
 def _finished(run: RunDirectory, left_out: list[str], console: Console) -> tuple[dict[str, Any], Exit]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,21 +109,36 @@ def _batch(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     ends = _ends(model, tokenizer)
     is_sampled = sampling.temperature is not None
-    # What is left out here would be taken from the model's own generation_config.
     wanted = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=is_sampled,
         num_return_sequences=count,
-        repetition_penalty=1.0,
         eos_token_id=sorted(ends),
         pad_token_id=pad,
-        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0} if is_sampled else {}),
+        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}),
     )
-    with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with _plain(model), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         made = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
     rows: list[list[int]] = made[:, width:].tolist()
     answers = [_answer(row, ends, tokenizer) for row in rows]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+
+@contextmanager
+def _plain(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Without the model's generation_config meanwhile: `generate` takes from there all that it is not given.
+
+    An answer then follows the model alone, as the log-probs of a figure do: no token is forced, suppressed or penalised.
+    """
+    holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    own = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
 
 
 def _ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

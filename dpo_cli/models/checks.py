@@ -126,7 +126,7 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
     if (stored := stored_quantisation(config)) is not None and (problem := stored.problem(str(path))) is not None:
         yield problem
     yield from _token_faults(path, config)
-    yield from _generation_advice(path)
+    yield from _generation_advice(path, text_part(config).get("vocab_size"))
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER_FILES[0]} into it")
 
@@ -151,10 +151,10 @@ def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     yield Problem("warning", "tokens-outside", f"{what}: {first} ({outside[first]}) has none", fix, "model_name")
 
 
-def _generation_advice(path: Path) -> Iterator[Problem]:
-    """What of generation_config.json is left out, since transformers would not load or save the model with it."""
+def _generation_advice(path: Path, rows: Any) -> Iterator[Problem]:
+    """What of generation_config.json is left out, since transformers would not load or save the model, or answer, with it."""
     settings = _object(path / generation_config.FILE)
-    if wrong := generation_config.invalid(settings):
+    if wrong := generation_config.invalid(settings, rows if isinstance(rows, int) else None):
         told = "; ".join(f"{name} {json.dumps(settings[name])} {why}" for name, why in wrong.items())
         fix = f"nothing is to be done: {', '.join(wrong)} is left out of what is saved"
         yield Problem("hint", "generation-config", f"{generation_config.FILE} of {path}: {told}", fix, "model_name")

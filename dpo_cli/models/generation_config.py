@@ -1,8 +1,8 @@
 """What is wrong in a generation_config.json: with such settings transformers loads, or saves, no model. No torch.
 
-They are of another type than generation computes with, or have no effect beside the rest (transformers 5.17 checks the latter
-when it saves). What is found is left out when the model is loaded; what only transformers knows is found there too
-(providers/huggingface.py).
+They are of another type or size than generation computes with, name tokens that the model does not have, or have no effect
+beside the rest (transformers 5.17 checks the latter when it saves). What is found is left out when the model is loaded; what
+only transformers knows is found there too (providers/huggingface.py).
 """
 
 from __future__ import annotations
@@ -29,11 +29,21 @@ SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "eta_cutoff": (None, 0.0),
 }
 SEARCHING: Mapping[str, tuple[Any, ...]] = {"early_stopping": (None, False), "length_penalty": (None, 1.0)}  # several beams
+# Settings that name tokens by which generation changes its scores, so that an id without a row of the model fails there.
+ON_TOKENS = (*FORCED, "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")  # need return_dict_in_generate
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
 
 
 def _is_whole(value: Any) -> bool:
@@ -54,12 +64,9 @@ def _is_list(value: Any) -> bool:
 
 # What a setting has to be, and which do: None is always allowed.
 KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
-    ("a number", _is_number, ("temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")),
-    (
-        "a number",
-        _is_number,
-        ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "guidance_scale", "max_time"),
-    ),
+    ("a number above 0", _is_positive, ("temperature", "repetition_penalty", "encoder_repetition_penalty")),
+    ("a number from 0 to 1", _is_share, ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")),
+    ("a number", _is_number, ("length_penalty", "guidance_scale", "max_time")),
     ("a whole number", _is_whole, ("top_k", "max_length", "min_length", "min_new_tokens", "no_repeat_ngram_size")),
     ("a whole number above 0", _is_above_0, ("max_new_tokens", "num_beams", "num_return_sequences")),
     ("true or false", _is_switch, ("do_sample", "use_cache", "return_dict_in_generate", "renormalize_logits", *OUTPUTS)),
@@ -71,15 +78,31 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 )
 
 
-def invalid(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that are left out, each with why, in words that follow its name and value."""
+def invalid(settings: Mapping[str, Any], rows: int | None = None) -> dict[str, str]:
+    """The settings that are left out, each with why, in words that follow its name and value.
+
+    `rows` is the number of tokens that the model knows; None where that is not known.
+    """
     wrong = {
         name: f"is not {kind}"
         for kind, fits, names in KINDS
         for name in names
         if settings.get(name) is not None and not fits(settings[name])
     }
+    for name in ON_TOKENS if rows is not None else ():
+        if name not in wrong and (outside := [token for token in _tokens(settings.get(name)) if token >= (rows or 0)]):
+            wrong[name] = f"names the token {outside[0]}, and the model has {rows}"
     return wrong | dict(_without_effect({name: value for name, value in settings.items() if name not in wrong}))
+
+
+def _tokens(value: Any) -> Iterator[int]:
+    """The ids in a setting: one, a list, a list of lists, or a list of [ids, bias]."""
+    if _is_whole(value):
+        yield value
+    elif isinstance(value, list):
+        has_biases = all(isinstance(part, list) and len(part) == 2 and isinstance(part[0], list) for part in value)
+        for part in value:
+            yield from _tokens(part[0] if has_biases else part)
 
 
 def _without_effect(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -171,14 +171,20 @@ def resized(adapter: Mapping[str, Shape], base: Mapping[str, Shape]) -> str | No
 
 def of_base(names: Iterable[str], modules_to_save: Iterable[str] | None) -> list[str]:
     """The tensors in an adapter's file that PEFT puts into the base: neither LoRA's nor of a module that is trained whole."""
-    whole = [f".{module}." for module in modules_to_save or ()]
+    whole = tuple(modules_to_save or ())
     kept = re.compile(r"\.(original_module|base_layer)\.")  # beside what is trained
     return [
         name
         for name in names
         if ".lora_" not in name
-        if kept.search(name) or not any(module in f".{name.rpartition('.')[0]}." for module in whole)
+        if kept.search(name) or not any(module.endswith(whole) for module in _modules_above(name))
     ]
+
+
+def _modules_above(name: str) -> list[str]:
+    """The whole names of the modules that a tensor is in. PEFT 0.21 takes all for `modules_to_save` whose name ends so."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def place_of(name: str) -> str:

@@ -21,8 +21,8 @@ def started(loaded: Loaded, config: Config) -> tuple[dict[str, Any], list[str]]:
     """What an adapter that model_name names decides, and why in words.
 
     It is trained on, and has its shape already. Where the config asks for another shape, or for a "base" as the reference, it
-    is merged into its base, and a fresh adapter is trained on the merged model. Either way the reference is what the policy is
-    at step 0: the frozen adapter, or the merged model with the fresh adapter off.
+    is merged into its base, and a fresh adapter is trained on the merged model, or with "lora_r" 0 all its weights. Either way
+    the reference is what the policy is at step 0: the frozen adapter, or the merged model as it was.
     """
     try:
         adapter = adapter_at(config.model_name)
@@ -33,7 +33,8 @@ def started(loaded: Loaded, config: Config) -> tuple[dict[str, Any], list[str]]:
     label = Path(config.model_name).name
     why = '"reference" is "base"' if config.reference == "base" else other_shape(loaded, adapter)
     if why and config.reference != "adapter":
-        note = f"the adapter of {label} is merged into its base model and a fresh one trained on that, since {why}"
+        then = "a fresh one trained on that" if config.lora_r else "every weight of that is trained"
+        note = f"the adapter of {label} is merged into its base model and {then}, since {why}"
         return {"reference": "base"}, [f"{note}; the reference is the merged model"]
     shape = dict(adapter.shape)
     note = f"training goes on from the adapter of {label} (rank {shape['lora_r']}), since the config asks for no other shape"

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
+from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
@@ -277,7 +278,8 @@ class Architecture:
     def _read_off(self, put_on: PeftModel) -> Adapted:
         trained = sum(weight.numel() for weight in put_on.parameters() if weight.requires_grad)
         modules, parameters = _targeted(put_on)
-        whole = Counter(f"{_ends(name)[1]} whole" for name in self.modules if _is_saved(name, put_on))
+        saved = [name for name, module in put_on.get_base_model().named_modules() if isinstance(module, ModulesToSaveWrapper)]
+        whole = Counter(f"{_ends(name)[1]} whole" for name in saved)
         return Adapted({**self._kinds([*modules, *parameters]), **whole}, trained, self.weights)
 
     def _kinds(self, names: Iterable[str]) -> dict[str, int]:
@@ -368,11 +370,6 @@ def _counted(kinds: Mapping[str, int]) -> str:
 def _targeted(put_on: PeftModel) -> tuple[list[str], list[str]]:
     """Whole names of the modules, and of the parameters, that the adapter is on."""
     return put_on.base_model.targeted_module_names, put_on.base_model.targeted_parameter_names
-
-
-def _is_saved(name: str, put_on: PeftModel) -> bool:
-    """Whether a module is trained whole beside the adapter."""
-    return target_layers.names(list(put_on.peft_config["default"].modules_to_save or ()), name)
 
 
 def _experts(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, list[str]]]:

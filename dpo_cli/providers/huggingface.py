@@ -277,7 +277,7 @@ class HuggingFace:
 
     def _generation(self, source: str) -> dict[str, GenerationConfig]:
         """How `from_pretrained` is to generate, where the model says something of it that it would not load with."""
-        sound, notes = _sound_generation(self._read(source, generation_config.FILE))
+        sound, notes = _sound_generation(self._read(source, generation_config.FILE), self.token_rows())
         self.notes += [note for note in notes if note not in self.notes]
         return {"generation_config": sound} if notes else {}
 
@@ -347,15 +347,19 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
 
 def _mend_generation(model: PreTrainedModel) -> list[str]:
     """Take out what is invalid in the generation_config of a model, and say so: nothing could be saved with it."""
-    sound, notes = _sound_generation(model.generation_config.to_diff_dict())
+    rows = getattr(model.config.get_text_config(), "vocab_size", None)
+    sound, notes = _sound_generation(model.generation_config.to_diff_dict(), rows)
     if notes:
         model.generation_config = sound
     return notes
 
 
-def _sound_generation(settings: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
-    """The settings of a generation_config without those that no model can be loaded or saved with, and a note of each."""
-    wrong, kept = generation_config.invalid(settings), dict[str, Any]()
+def _sound_generation(settings: dict[str, Any], rows: int | None) -> tuple[GenerationConfig, list[str]]:
+    """The settings of a generation_config without those that no model can be loaded or saved with, and a note of each.
+
+    `rows` is the number of tokens that the model knows.
+    """
+    wrong, kept = generation_config.invalid(settings, rows), dict[str, Any]()
     for name in sorted(settings, key=lambda name: (name not in generation_config.DECIDING, name)):
         if name in wrong:
             continue

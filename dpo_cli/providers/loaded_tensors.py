@@ -292,7 +292,7 @@ def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTr
         message, fix = f"the adapter on {label} cannot be merged: {error}", "use it as it is, or train another one"
         raise InvalidInput([Problem("error", "merge-differs", message, fix, "model_name")]) from error
     _require_same(_log_probs(whole, ids), adapted, base, label, dtype)
-    return whole
+    return whole.requires_grad_(True)  # as any model that is loaded: PEFT had frozen it
 
 
 def _require_same(whole: Tensor, adapted: Tensor, base: Tensor, label: str, dtype: torch.dtype) -> None:

@@ -28,7 +28,17 @@ from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.reference import LiveReference, Reference
-from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, on_one_device, ready
+from dpo_cli.training.trainer import (
+    SIZE,
+    CarefulTrainer,
+    Evaluate,
+    Tell,
+    Totals,
+    adapter_weights,
+    common_arguments,
+    on_one_device,
+    ready,
+)
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 FIGURES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
@@ -117,6 +127,7 @@ def build_trainer(
     A fresh `adapter` is left to TRL, which then knows that the reference is the model with the adapter off. `model` may come
     with an adapter already: TRL makes a frozen copy of that, which is the reference. Without either, it is `frozen`.
     """
+    start = adapter_weights(model)
     trainer = PairTrainer(
         model=model,
         ref_model=frozen,
@@ -128,7 +139,7 @@ def build_trainer(
     )
     trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
     trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell)
-    ready(trainer, plan)
+    ready(trainer, plan, start)
     return trainer
 
 

@@ -20,7 +20,17 @@ from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.shared_prompts import IGNORED
-from dpo_cli.training.trainer import SIZE, CarefulTrainer, Evaluate, Tell, Totals, common_arguments, on_one_device, ready
+from dpo_cli.training.trainer import (
+    SIZE,
+    CarefulTrainer,
+    Evaluate,
+    Tell,
+    Totals,
+    adapter_weights,
+    common_arguments,
+    on_one_device,
+    ready,
+)
 
 FIGURES = ("loss", "token_accuracy")  # nats a token; share of the completion's tokens that the model finds most likely
 
@@ -60,6 +70,7 @@ def build_trainer(
     frozen: PreTrainedModel | None = None,
 ) -> DemonstrationTrainer:
     """The trainer of a plan, with a fresh `adapter`, that of `model`, or none; `frozen` is what evaluations compare with."""
+    start = adapter_weights(model)
     trainer = DemonstrationTrainer(
         model=model,
         args=on_one_device(trainer_arguments(plan)),
@@ -70,7 +81,7 @@ def build_trainer(
     )
     trainer.ref_model = frozen
     trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell)
-    ready(trainer, plan)
+    ready(trainer, plan, start)
     return trainer
 
 

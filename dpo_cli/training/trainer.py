@@ -279,6 +279,12 @@ class CarefulTrainer:
             self.control.should_training_stop = self.control.should_save = True
             self.control.should_evaluate = False
             return {}
+        except Exception:  # whatever it is, the steps before it are kept: a run that goes on begins with this evaluation
+            set_random_state(before)
+            self.missed_evaluation = True
+            if self.optimizer is not None:  # else nothing was trained since the checkpoint that this began with
+                self._save_checkpoint(self.model, None)
+            raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         trainer: Any = self
         trainer.log(dict(metrics))
@@ -297,9 +303,22 @@ class ProbeFirst(TrainerCallback):
         self.trainer.probe_longest()
 
 
-def ready(trainer: Any, plan: Plan) -> None:
-    """Give a built trainer's weights the dtypes they train in, and it the callbacks that every training has."""
-    _set_dtypes(trainer.model, plan)
+Weights = dict[str, Tensor]
+
+
+def adapter_weights(model: PeftModel | PreTrainedModel) -> Weights:
+    """The weights of the adapter that a model comes with, by their names in it; none of a fresh one."""
+    if not isinstance(model, PeftModel):
+        return {}
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if TRAINED in name.split(".")}
+
+
+def ready(trainer: Any, plan: Plan, start: Weights) -> None:
+    """Give a built trainer's weights the dtypes they train in, and it the callbacks that every training has.
+
+    `start` are the weights of the adapter that is trained on, as they were before TRL had the model.
+    """
+    _set_dtypes(trainer.model, plan, start)
     if plan.merges and plan.config.lora_r:  # it is not an adapter of the model below the one that model_name names
         trainer.model.peft_config[TRAINED].base_model_name_or_path = plan.config.model_name
     for module in trainer.model.modules():  # the frozen copy takes the dropout of the adapter over, and is to be exact
@@ -323,19 +342,24 @@ def save_trained(model: PeftModel | PreTrainedModel, place: Path) -> None:
         model.save_pretrained(str(place))
 
 
-def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan) -> None:
+def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan, start: Weights) -> None:
     """TRL makes the adapter of a quantised model bf16, as QLoRA has it (arXiv:2305.14314, section 3).
 
-    That is right where bf16 is computed in. fp16's gradient scaler cannot unscale it, and float32 would lose by it. The frozen
-    copy of the adapter has the same dtype, or the policy would differ from it at step 0.
+    That is right where bf16 is computed in. fp16's gradient scaler cannot unscale it, and float32 would lose by it. An adapter
+    that is trained on has the weights of its file again, which bf16 had rounded. The frozen copy has the same weights in the
+    same dtype, or the policy would differ from it at step 0: TRL 1.15 makes it before it rounds the other, and does not copy
+    an adapter on an embedding, whose parameters are not modules.
     """
     parameters = dict(model.named_parameters())
     for parameter in parameters.values() if plan.dtype != "bfloat16" else ():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for name, parameter in parameters.items():
-        if f".{FROZEN}." in name:
-            parameter.data = parameter.data.to(parameters[name.replace(f".{FROZEN}.", f".{TRAINED}.")].dtype)
+    for name, weight in start.items():
+        trained = parameters[name]
+        trained.data.copy_(weight)
+        copy = ".".join(FROZEN if part == TRAINED else part for part in name.split("."))
+        if copy in parameters:
+            parameters[copy].data = trained.data.clone()
 
 
 def on_one_device(arguments: Arguments) -> Arguments:
