@@ -37,9 +37,9 @@ def main() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             stream = open(number, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         if isinstance(stream, io.TextIOWrapper):
-            how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-            encoding, errors = stream.encoding, stream.errors
-            stream = _Stream(stream.detach(), encoding, errors, **how)
+            encoding, errors, newline = stream.encoding, stream.errors, None
+            by_line, at_once = stream.line_buffering, stream.write_through
+            stream = _Stream(stream.detach(), encoding, errors, newline, by_line, at_once)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     from dpo_cli.app import app
