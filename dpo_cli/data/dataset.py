@@ -25,7 +25,7 @@ from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
 from dpo_cli.data.unreadable_files import fault
 from dpo_cli.errors import Problem, Severity
-from dpo_cli.strategies.strategy import DEMONSTRATIONS, PAIRS
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 
 TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
 SHOWN = 3  # of a group of bad rows, those whose own fault is told

@@ -34,7 +34,7 @@ from dpo_cli.data.messages import (
 )
 from dpo_cli.data.row_shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
 from dpo_cli.data.transcripts import answer_to, as_messages, from_last_turn, turns_of
-from dpo_cli.strategies.strategy import DEMONSTRATIONS, PAIRS, Rows
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
 Written = Mapping[str, Any]  # a row of a file
 ALWAYS = {"category": "category", "history": "earlier turns"}  # of every shape

@@ -23,6 +23,7 @@ from dpo_cli.providers.policy import Policy
 from dpo_cli.runs.state_io import random_state_kept
 from dpo_cli.scoring.forward import plain_states, states_of
 from dpo_cli.storage.redaction import redact
+from dpo_cli.strategies.row_kinds import PAIRS
 
 ANSWERS, SAMPLES = 32, 8  # held-out prompts that an evaluation answers, and those whose answers it keeps
 CATEGORIES, NONE, OTHERS = 20, "(none)", "(others)"  # a column called so may be an id, another one in each row
@@ -144,7 +145,7 @@ EXTREMES = 10
 def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[dict[str, Any]]:
     """Place and figures of each row: of a pair margin and rewards, of a demonstration its loss with and without training."""
     places = [{"file": Path(row.row.file).name, "line": row.row.line, "category": row.row.category or None} for row in rows]
-    if scores.of_pairs:
+    if scores.kind is PAIRS:
         rewards = (beta * (scores.policy - scores.reference)).tolist()
         made = [
             {"margin": chosen - rejected, "reward_chosen": chosen, "reward_rejected": rejected} for chosen, rejected in rewards

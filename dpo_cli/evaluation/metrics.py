@@ -1,13 +1,6 @@
-"""The figures of a policy against its reference, each with a 95 % bootstrap interval over prompts.
+"""The scores of rows under a policy and its reference, and the figures of them with 95 % bootstrap intervals over prompts.
 
-For pair i with summed response log-probs pi (policy) and ref (reference), EOS included:
-    reward r = beta * (pi - ref)        margin = r_chosen - r_rejected        loss = -log sigmoid(margin)
-    accuracy: share with r_chosen > r_rejected; logp_accuracy: share with log p(chosen) > log p(rejected) under one model;
-    normalized_logp_accuracy: the same after dividing each by its number of tokens. A tie counts one half.
-For demonstrations, under one model:
-    loss: -log p averaged over the completions' tokens, nats; token_accuracy: share of them that the model finds most likely.
-For both:
-    kl_token: KL(policy || reference) over the full vocabulary, averaged over response tokens, nats.
+What each figure is stands in strategies/figures.py, its formula too.
 """
 
 from __future__ import annotations
@@ -27,6 +20,8 @@ from dpo_cli.scoring.forward import States, collate
 from dpo_cli.scoring.lm_head import Head, score_tokens, token_kl
 from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.shared_prompts import IGNORED
+from dpo_cli.strategies.figures import FIGURES, Columns
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
 
 @dataclass(frozen=True)
@@ -41,8 +36,8 @@ class Scores:
     kl: Array  # summed over the response's tokens, nats
 
     @property
-    def of_pairs(self) -> bool:
-        return bool(self.policy.shape[1] == 2)
+    def kind(self) -> Rows:
+        return PAIRS if self.policy.shape[1] == len(PAIRS.responses) else DEMONSTRATIONS
 
     def of(self, places: Sequence[int]) -> Scores:
         """The scores of these rows alone."""
@@ -89,20 +84,18 @@ def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: t
 
 
 def point_figures(scores: Scores, beta: float) -> dict[str, float]:
-    """The figures of an evaluation line of metrics.jsonl: plain means."""
-    columns = _policy_ratios(scores, beta)
-    if scores.of_pairs:
+    """The figures of an evaluation line of metrics.jsonl: plain means; of pairs also rewards and log-probs."""
+    columns = {name: ratio for name, ratio in _ratios(scores, beta).items() if FIGURES[name].in_lines}
+    if scores.kind is PAIRS:
         reward = beta * (scores.policy - scores.reference)
-        for name in ("logp_accuracy", "normalized_logp_accuracy"):
-            del columns[name]
-        for kind, name in enumerate(("chosen", "rejected")):
+        for kind, name in enumerate(PAIRS.responses):
             columns |= {f"reward_{name}": mean(reward[:, kind]), f"logp_{name}": mean(scores.policy[:, kind])}
     return {name: float(above.sum() / below.sum()) for name, (above, below) in columns.items()}
 
 
 def figures(scores: Scores, prompts: Sequence[str], beta: float) -> dict[str, Any]:
     """`policy`, `base` and `gain` (policy - base, paired), every figure {"value", "low", "high"}."""
-    policy, base = _policy_ratios(scores, beta), _base_ratios(scores)
+    policy, base = _ratios(scores, beta), _ratios(scores, beta, of_base=True)
     gain = {name: (policy[name][0] - base[name][0], base[name][1]) for name in base}
     intervals = Intervals(prompts)
     return {
@@ -111,30 +104,10 @@ def figures(scores: Scores, prompts: Sequence[str], beta: float) -> dict[str, An
     }
 
 
-def _policy_ratios(scores: Scores, beta: float) -> dict[str, Ratio]:
-    kl_token = {"kl_token": (scores.kl.sum(axis=1), scores.tokens.sum(axis=1))}
-    if not scores.of_pairs:
-        return {**_token_ratios(scores.policy, scores.policy_right, scores.tokens), **kl_token}
-    reward = beta * (scores.policy - scores.reference)
-    margin = reward[:, 0] - reward[:, 1]
-    preference = {"accuracy": mean(_wins(reward)), "margin": mean(margin), "loss": mean(np.logaddexp(0, -margin))}
-    return {**preference, **kl_token, **_logp_ratios(scores.policy, scores.tokens)}
-
-
-def _base_ratios(scores: Scores) -> dict[str, Ratio]:
-    """What can be said of the reference alone."""
-    if scores.of_pairs:
-        return _logp_ratios(scores.reference, scores.tokens)
-    return _token_ratios(scores.reference, scores.reference_right, scores.tokens)
-
-
-def _token_ratios(log_probs: Array, right: Array, tokens: Array) -> dict[str, Ratio]:
-    return {"loss": (-log_probs[:, 0], tokens[:, 0]), "token_accuracy": (right[:, 0], tokens[:, 0])}
-
-
-def _logp_ratios(log_probs: Array, tokens: Array) -> dict[str, Ratio]:
-    return {"logp_accuracy": mean(_wins(log_probs)), "normalized_logp_accuracy": mean(_wins(log_probs / tokens))}
-
-
-def _wins(scores: Array) -> Array:
-    return np.sign(scores[:, 0] - scores[:, 1]) / 2 + 0.5
+def _ratios(scores: Scores, beta: float, of_base: bool = False) -> dict[str, Ratio]:
+    """Each figure that such rows have, as a sum divided by a sum; of the base what is known of one model alone."""
+    model, right = (scores.reference, scores.reference_right) if of_base else (scores.policy, scores.policy_right)
+    columns = Columns(model, scores.tokens, right, scores.kl, beta * (model - scores.reference))
+    kind = scores.kind
+    declared = ((name, figure) for name, figure in FIGURES.items() if kind in (figure.alone if of_base else figure.formulas))
+    return {name: figure.formulas[kind](columns) for name, figure in declared if kind in figure.formulas}

@@ -25,7 +25,7 @@ COMPARED: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
 }
-OF_BOTH = tuple(name for name, figure in FIGURES.items() if figure.of_both)
+OF_BOTH = tuple(name for name, figure in FIGURES.items() if figure.alone)
 METRICS = (*FIGURES, *(f"{group}.{name}" for group in ("base", "gain") for name in OF_BOTH))
 OF_VOTES = ("win_rate",)
 EXAMPLE = "--fail-under 'accuracy=0.6,kl_sequence<10'"

@@ -28,8 +28,8 @@ from dpo_cli.plan import adapter_start
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.storage.jsonio import read_json
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
-from dpo_cli.strategies.strategy import DEMONSTRATIONS
 
 if TYPE_CHECKING:
     from dpo_cli.data.tokenizer import Tokenizer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from dpo_cli.strategies.figures import negative, number, points, share, sign
-from dpo_cli.strategies.strategy import PAIRS, Spread, Strategy
+from dpo_cli.strategies.row_kinds import PAIRS
+from dpo_cli.strategies.strategy import Spread, Strategy
 from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, sentence_case, warned
 
 

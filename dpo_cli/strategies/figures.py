@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 Interval = Mapping[str, float]  # value, low, high: a 95 % interval
 
@@ -54,15 +63,60 @@ def number(figure: Interval, signed: bool = False, digits: int = 3) -> Told:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of an evaluation, declared once: whoever shows, limits or explains it asks here.
+class Columns:
+    """The scores of n rows under one model, each (n, k): of chosen and rejected, or of a demonstration's completion."""
 
-    Its formula is in evaluation/metrics.py. Those `of_both` are known of the model before training too, so they have a gain.
-    """
+    log_probs: Array  # of a response, nats, its EOS included
+    tokens: Array  # of a response
+    right: Array  # tokens that the model finds most likely
+    kl: Array  # KL(model || reference) over the whole vocabulary, summed over the response's tokens, nats
+    reward: Array  # beta * (log p - log p of the reference): arXiv:2305.18290, equation 5 without its constant
+
+
+# A sum over rows divided by a sum over rows, each (n,): with weights over prompts both sums are resampled together.
+Formula = Callable[[Columns], tuple["Array", "Array"]]
+
+
+def _mean(values: Array) -> tuple[Array, Array]:
+    import numpy as np
+
+    return values, np.ones_like(values)
+
+
+def _wins(values: Array) -> Array:
+    """1 where the first of two is larger, one half where both are equal, else 0."""
+    import numpy as np
+
+    return np.sign(values[:, 0] - values[:, 1]) / 2 + 0.5
+
+
+def _margin(columns: Columns) -> Array:
+    return columns.reward[:, 0] - columns.reward[:, 1]
+
+
+def _loss_of_pairs(columns: Columns) -> tuple[Array, Array]:
+    """-log sigmoid(margin): arXiv:2305.18290, equation 7."""
+    import numpy as np
+
+    return _mean(np.logaddexp(0, -_margin(columns)))
+
+
+def _kl_token(columns: Columns) -> tuple[Array, Array]:
+    return columns.kl.sum(axis=1), columns.tokens.sum(axis=1)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of an evaluation, declared once: whoever computes, shows, limits or explains it asks here."""
 
     name: str
     label: str
     meaning: str
+    formulas: Mapping[Rows, Formula] = field(default_factory=dict)  # by the kinds of rows that have it; none: from answers
+    alone: tuple[
+        Rows, ...
+    ] = ()  # kinds for which one model alone has it: then the base has it too, and there is a gain
+    in_lines: bool = True  # whether an evaluation line of metrics.jsonl has it
     short: str = ""  # in the live view; empty where that does not show it
     title: str = ""  # of its curve, with a note and the value it compares with; empty where there is no curve
     note: str = ""
@@ -72,7 +126,6 @@ class Figure:
     is_share: bool = False  # shown in per cent
     digits: int = 3
     is_better_large: bool = True
-    of_both: bool = False
     of_answers: bool = False  # of sampled answers, which a prompt may have no room for
 
     def text(self, value: Interval) -> Told:
@@ -91,17 +144,19 @@ _DECLARED = (
         "loss",
         "loss",
         "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats per token.",
+        {PAIRS: _loss_of_pairs, DEMONSTRATIONS: lambda columns: (-columns.log_probs[:, 0], columns.tokens[:, 0])},
+        alone=(DEMONSTRATIONS,),
         short="loss",
         title="Loss",
         note="Held out it should fall too. Where it rises again, the training rows are memorised.",
         is_better_large=False,
-        of_both=True,
     ),
     Figure(
         "accuracy",
         "reward accuracy",
         "The share of pairs whose chosen response has the larger reward, beta * (log p after - log p before the training); "
         "a tie counts half. It reaches 1 long before a model has changed, so read it with the margin.",
+        {PAIRS: lambda columns: _mean(_wins(columns.reward))},
         short="accuracy",
         title="Accuracy",
         note="Share of pairs with the larger reward for chosen. Read it with the margin.",
@@ -112,44 +167,51 @@ _DECLARED = (
         "token_accuracy",
         "token accuracy",
         "The share of tokens that the model finds most likely.",
+        {DEMONSTRATIONS: lambda columns: (columns.right[:, 0], columns.tokens[:, 0])},
+        alone=(DEMONSTRATIONS,),
         short="accuracy",  # of demonstrations, which have no other
         title="Token accuracy",
         note="Share of tokens that the model finds most likely.",
         is_share=True,
-        of_both=True,
     ),
     Figure(
         "margin",
         "margin",
         "The reward of the chosen response minus that of the rejected one, on average.",
+        {PAIRS: lambda columns: _mean(_margin(columns))},
         short="margin",
         title="Margin",
         note="Reward of chosen minus reward of rejected.",
+    ),
+    Figure(
+        "kl_token",
+        "KL per token",
+        "The exact KL divergence from before the training at each token of the responses, nats.",
+        {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
+        short="KL/token",
+        title="KL per token",
+        note="Distance from before the training, nats.",
+        from_zero=True,
+        is_better_large=False,
     ),
     Figure(
         "logp_accuracy",
         "log-prob accuracy",
         "The share of pairs in which one model alone gives the chosen response the larger probability. The gain, after "
         "minus before on the same pairs, is what training changed.",
+        {PAIRS: lambda columns: _mean(_wins(columns.log_probs))},
+        alone=(PAIRS,),
+        in_lines=False,
         is_share=True,
-        of_both=True,
     ),
     Figure(
         "normalized_logp_accuracy",
         "log-prob accuracy by length",
         "Log-prob accuracy after dividing by the responses' tokens.",
+        {PAIRS: lambda columns: _mean(_wins(columns.log_probs / columns.tokens))},
+        alone=(PAIRS,),
+        in_lines=False,
         is_share=True,
-        of_both=True,
-    ),
-    Figure(
-        "kl_token",
-        "KL per token",
-        "The exact KL divergence from before the training at each token of the responses, nats.",
-        short="KL/token",
-        title="KL per token",
-        note="Distance from before the training, nats.",
-        from_zero=True,
-        is_better_large=False,
     ),
     Figure(
         "kl_sequence",
@@ -169,8 +231,8 @@ _DECLARED = (
         "answer_tokens",
         "tokens of an answer",
         "How long greedy answers to held-out prompts are.",
+        alone=(PAIRS, DEMONSTRATIONS),
         digits=1,
-        of_both=True,
         of_answers=True,
     ),
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dpo_cli.strategies.figures import negative, number, points, share, sign
-from dpo_cli.strategies.strategy import DEMONSTRATIONS, Spread, Strategy
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
+from dpo_cli.strategies.strategy import Spread, Strategy
 from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, warned
 
 

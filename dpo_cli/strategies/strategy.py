@@ -5,19 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dpo_cli.strategies.row_kinds import Rows
 from dpo_cli.strategies.verdict import Outcome, Verdict
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The kind of rows that are trained on."""
-
-    noun: str
-    responses: tuple[str, ...]  # what a row has after its prompt
-
-
-PAIRS = Rows("pairs", ("chosen", "rejected"))
-DEMONSTRATIONS = Rows("demonstrations", ("completion",))
 
 
 @dataclass(frozen=True)

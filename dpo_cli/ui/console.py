@@ -20,6 +20,7 @@ from rich.text import Text
 from dpo_cli.errors import DpoError, InvalidInput, Problem
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
+from dpo_cli.strategies.strategies import STRATEGIES
 
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
@@ -148,7 +149,7 @@ class Console:
         ]
         if tokens := judged.get("answer_tokens"):
             rows.append(["answer tokens", *(_interval(tokens[group]) for group in ("policy", "base", "gain"))])
-        noun = "pairs" if "pairs" in judged else "demonstrations"
+        noun = next(strategy.rows.noun for strategy in STRATEGIES.values() if strategy.rows.noun in judged)
         title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
         if missing := judged.get("unanswered"):
@@ -165,8 +166,8 @@ class Console:
         """The first two figures of the rows of each category, and the gain in one."""
         if not categories:
             return
-        some = next(iter(categories.values()))
-        (one, other), gain = list(some["policy"])[:2], next(iter(some["gain"]))
+        strategy = next(strategy for strategy in STRATEGIES.values() if strategy.rows.noun == noun)
+        (one, other), gain = strategy.shown[:2], strategy.gains[0]
         rows = [
             (
                 _printable(name),

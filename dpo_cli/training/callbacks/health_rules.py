@@ -18,7 +18,7 @@ import numpy as np
 
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
-from dpo_cli.strategies.strategy import PAIRS
+from dpo_cli.strategies.row_kinds import PAIRS
 
 Line = dict[str, Any]
 Figures = dict[str, float]
