@@ -34,6 +34,7 @@ from dpo_cli.models.hub_models import require
 from dpo_cli.plan.preflight import Inspection, inspect, inspect_prompts, lengths_of
 from dpo_cli.storage.resumable_file import ResumableFile
 from dpo_cli.storage.run_directory import RunDirectory
+from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
@@ -92,6 +93,12 @@ def validate(
         raise typer.Exit(int(worst(code for _, code in found)))
 
 
+def _known_strategy(name: str) -> str:
+    if name not in STRATEGIES:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(STRATEGIES)}")
+    return name
+
+
 @app.command()
 def recommend(
     vram: Annotated[
@@ -99,7 +106,9 @@ def recommend(
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model to train; else the profile's.")] = None,
     dataset: Annotated[str | None, typer.Option(help="The dataset to put into the config, whose lengths then count.")] = None,
-    strategy: Annotated[Literal["dpo", "sft", "rlhf"], typer.Option(help="How to train.")] = "dpo",
+    strategy: Annotated[
+        str, typer.Option(metavar="|".join(STRATEGIES), callback=_known_strategy, help="How to train.")
+    ] = DPO.name,
     write: Annotated[Path | None, typer.Option(help="Write the config to this file.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,

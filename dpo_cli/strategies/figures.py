@@ -113,9 +113,7 @@ class Figure:
     label: str
     meaning: str
     formulas: Mapping[Rows, Formula] = field(default_factory=dict)  # by the kinds of rows that have it; none: from answers
-    alone: tuple[
-        Rows, ...
-    ] = ()  # kinds for which one model alone has it: then the base has it too, and there is a gain
+    alone: tuple[Rows, ...] = ()  # kinds for which one model alone has it: then the base has it too, and there is a gain
     in_lines: bool = True  # whether an evaluation line of metrics.jsonl has it
     short: str = ""  # in the live view; empty where that does not show it
     title: str = ""  # of its curve, with a note and the value it compares with; empty where there is no curve
