@@ -699,6 +699,16 @@ def test_settings_that_nothing_can_be_saved_with_are_left_out(
     assert saved.items() >= kept.items() and all(saved.get(name) != settings[name] for name in left_out)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file_of_a_model_is_named(base: Callable[..., Path], tmp_path: Path, name: str, text: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base("llama", tie_word_embeddings=False), folder)
+    (folder / name).write_text(text, encoding="utf-8")
+    (problem,) = problems(str(folder))
+    assert problem.code == "model-damaged" and f"{name} is not" in problem.message
+
+
 def test_settings_are_judged_as_transformers_judges_them() -> None:
     """What is left is loaded and saved as it is, and nothing of it is left out that transformers takes."""
     values: dict[str, Any] = {
