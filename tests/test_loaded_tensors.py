@@ -175,7 +175,9 @@ def test_a_tensor_that_stands_twice_is_the_same_or_refused(tmp_path: Path) -> No
         == []
     )
     for other in (PART + 1, PART.half(), PART.reshape(2, 8)):
-        (fault,) = in_files(tmp_path, dict(zip(files, ({"a.weight": PART}, {"a.weight": other}), strict=True)))
+        (fault,) = in_files(
+            tmp_path, dict(zip(files, ({"a.weight": PART}, {"a.weight": other, "b.weight": PART + 1}), strict=True))
+        )
         assert "both hold a.weight" in fault
 
 

@@ -143,10 +143,10 @@ def _unequal_twice(folder: Path, again: str) -> Fault | None:
     for file in files_of(folder):
         for name in header_of(file):
             other = holders.setdefault(name, file)
-            if other != file and (dtypes_of(other)[name], _bytes_of(other, name)) != (
-                dtypes_of(file)[name],
-                _bytes_of(file, name),
-            ):
+            if other == file:
+                continue
+            one, two = ((header_of(place)[name], dtypes_of(place)[name], _bytes_of(place, name)) for place in (other, file))
+            if one != two:
                 return Fault(f"{other.name} and {file.name} in {folder} both hold {name}, with other values", again)
     return None
 
