@@ -272,9 +272,8 @@ def _other_config(own: Mapping[str, Shape], config: Mapping[str, Any]) -> str:
         return f"holds {count(other)}, {says} layers_to_transform {numbers}"
     has_magnitudes = any(".lora_magnitude_vector" in name for name in names)
     if ranks and has_magnitudes != bool(config.get("use_dora")):
-        return (
-            f"{'holds' if has_magnitudes else 'lacks'} the magnitudes of DoRA, {says} use_dora {config.get('use_dora', False)}"
-        )
+        has, value = ("holds", "false") if has_magnitudes else ("lacks", "true")
+        return f"{has} the magnitudes of DoRA, {says} use_dora {value}"
     return ""
 
 
