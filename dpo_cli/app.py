@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +16,8 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.commands.eval_request import Request as Judged
+from dpo_cli.commands.requests import PROMPTS, VoteRequest
+from dpo_cli.commands.requests import Request as Judged
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import Loaded, is_override, load, load_stages
@@ -24,7 +26,7 @@ from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.data import dataset
 from dpo_cli.data.hub_datasets import fetch
 from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
-from dpo_cli.evaluation.thresholds import judged_by
+from dpo_cli.evaluation.thresholds import Threshold, judged_by
 from dpo_cli.hardware.machine import Machine, probe
 from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
@@ -48,6 +50,7 @@ app = typer.Typer(
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, all else on standard error.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+JudgedOn = Annotated[str | None, typer.Option("--dataset", help="Judge on this file instead of what was held out.")]
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A JSON config; - reads standard input.")]
 
 
@@ -215,39 +218,84 @@ def evaluate(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the run's or file's.")
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Judge this PEFT adapter, of any tool, on CONFIG's model.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what was held out.")] = None,
+    dataset: JudgedOn = None,
     fail_under: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="accuracy=0.6,kl_sequence<10: exit 5 where a figure misses its limit.")
     ] = None,
-    side_by_side: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Write a page that asks which answer to N prompts is better.")
-    ] = None,
-    by_judge: Annotated[
-        bool, typer.Option("--judge", help='With --side-by-side: ask the judge that "augment" names, and count its votes.')
-    ] = False,
-    tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Count the votes in a votes.json.")] = None,
+    side_by_side: Annotated[int | None, typer.Option(min=1, metavar="N", help="As `dpo vote RUN_DIR --prompts N`.")] = None,
+    by_judge: Annotated[bool, typer.Option("--judge", help="As `dpo vote RUN_DIR --judge`.")] = False,
+    tally: Annotated[Path | None, typer.Option(metavar="FILE", help="As `dpo vote --tally FILE`.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Judge an adapter against its base model on held-out pairs; or count votes."""
+    """Judge an adapter against its base model on held-out pairs."""
     with session(as_json, debug) as console:
-        asked = Judged(target or "", adapter, dataset, tuple(overrides or ()), fail_under, side_by_side, by_judge, tally)
+        name, values = target or "", tuple(overrides or ())
         if tally is not None:
-            from dpo_cli.preferences.votes import count
+            if adapter or side_by_side:
+                raise UsageError("--tally counts a file by itself", f"dpo vote --tally {tally}")
+            console.line(f"note: `dpo vote --tally {tally}` counts votes")
+            _vote(VoteRequest(name, PROMPTS, by_judge, dataset, values, tally, fail_under), console, as_json)
+            return
+        if by_judge and not side_by_side:
+            raise UsageError("--judge fills the votes of --side-by-side", f"dpo vote {name or 'RUN_DIR'} --judge")
+        asked = Judged(
+            name, adapter, dataset, values, fail_under, VoteRequest(name, side_by_side, by_judge) if side_by_side else None
+        )
+        if side_by_side:
+            console.line(f"note: `dpo vote {name} --prompts {side_by_side}` compares answers without judging the run again")
+        composer_for()
+        from dpo_cli.commands.eval import evaluate as evaluate_it
 
-            result = count(tally)
-            console.tally(result)
-        else:
-            composer_for()
-            from dpo_cli.commands.eval import evaluate as evaluate_it
+        result = evaluate_it(asked, console)
+        _end(asked.thresholds, result, result, console, as_json)
 
-            result = evaluate_it(asked, console)
-        result["thresholds"] = judged_by(asked.thresholds, result)
-        console.thresholds(asked.thresholds, result["thresholds"])
-        if as_json:
-            console.json(result)
-        if not all(threshold["ok"] for threshold in result["thresholds"]):
-            raise typer.Exit(int(Exit.MISSED))
+
+@app.command()
+def vote(
+    run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the run's.")] = None,
+    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Compare the answers to so many prompts.")] = PROMPTS,
+    by_judge: Annotated[bool, typer.Option("--judge", help='Ask the judge that "augment" names, and count its votes.')] = False,
+    dataset: JudgedOn = None,
+    tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Count the votes in a votes.json.")] = None,
+    fail_under: Annotated[
+        str | None, typer.Option(metavar="LIMITS", help="win_rate=0.5: exit 5 where the adapter wins more seldom.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a page that asks which answer is better, the adapter's or the base's; or ask a judge; or count the votes."""
+    with session(as_json, debug) as console:
+        asked = VoteRequest(run_dir or "", prompts, by_judge, dataset, tuple(overrides or ()), tally, fail_under)
+        _vote(asked, console, as_json)
+
+
+def _vote(asked: VoteRequest, console: Console, as_json: bool) -> None:
+    if asked.tally is not None:
+        from dpo_cli.preferences.votes import count
+
+        result = counted = count(asked.tally)
+        console.tally(result)
+    else:
+        composer_for()
+        from dpo_cli.commands.vote import vote as hold
+
+        result = hold(asked, console)
+        counted = result["tally"] or {}
+    _end(asked.thresholds, counted, result, console, as_json)
+
+
+def _end(
+    thresholds: Sequence[Threshold], judged: dict[str, Any], result: dict[str, Any], console: Console, as_json: bool
+) -> None:
+    """Print the result with what becomes of its limits, and exit with 5 where one is missed."""
+    result["thresholds"] = judged_by(thresholds, judged)
+    console.thresholds(thresholds, result["thresholds"])
+    if as_json:
+        console.json(result)
+    if not all(threshold["ok"] for threshold in result["thresholds"]):
+        raise typer.Exit(int(Exit.MISSED))
 
 
 @app.command()

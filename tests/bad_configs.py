@@ -92,7 +92,6 @@ SYNTAX = [
     whole("json-syntax", "# TOML\n\n[training]\nbeta = 0.1\n", "tomllib.load(sys.stdin.buffer)", 3),
     whole("json-syntax", "// nothing but a comment\n", 'write { "dataset"', 2),
     whole("config-type", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "d"}', "looks like a dataset"),
-    whole("config-unreadable", b"GGUF" + bytes(20), "name it in a config", None),
     Case("json-syntax", "beta", '"beta": .5', "write 0.5"),
     Case("json-syntax", "beta", '"beta": +0.5', "write 0.5"),
     Case("json-syntax", "seed", '"seed": 0x10', "write 16"),
@@ -136,6 +135,8 @@ FILES = [
     whole("config-type", "3", "write {"),
     whole("config-type", '[{"prompt": "a", "chosen": "b", "rejected": "c"}]', "looks like a dataset"),
     whole("config-unreadable", b"\xff\xfe{\x00}\x00", "save it as UTF-8", None),
+    whole("config-unreadable", b"GGUF" + bytes(20), "name it in a config", None),
+    whole("config-unreadable", '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', '"model_name": "."', None),
     whole("config-unreadable", "{}".encode("utf-32"), "save it as UTF-8", None),
     whole("config-unreadable", "{}".encode("utf-16-le"), "save it as UTF-8", None),
     whole("config-unreadable", b'{"dataset": "\xff"}', "save it as UTF-8", None),
@@ -500,6 +501,8 @@ DATA = [
     rows("scores-contradict", '"dataset": "data/scores.jsonl"', "exchange the two responses", 1, "warning"),
     rows("scores-tie", '"dataset": "data/scores.jsonl", "seed": 1', "delete the row", 2, "warning"),
     rows("label-unwanted", '"dataset": "data/unwanted.jsonl", "strategy": "sft"', "delete the row", 1, "warning"),
+    rows("label-suggested", '"dataset": "data/suggested.jsonl"', "answer it in the tool", 1, "warning"),
+    rows("null-arguments", '"dataset": "data/null-arguments.jsonl"', "delete them", 1, "hint"),
     rows("rows-read-as", '"dataset": "data/questions.jsonl"', "columns", None, "hint"),
     warning("column-missing", "columns", '"dataset": "pairs.jsonl", "columns": {"system": "sytem"}', "correct its name"),
     rows("too-similar", '"dataset": "data/similar.jsonl"', "clearly worse", 1, "warning"),
@@ -618,6 +621,12 @@ def lay_out(place: Path) -> None:
     scored = b'{"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": %d}'
     write("data/scores.jsonl", scored % 2, scored % 1)
     write("data/unwanted.jsonl", b'{"prompt": "a", "completion": "b", "label": false}')
+    fields = b'{"prompt": "a", "response_a": "b", "response_b": "c"}'
+    suggested = b'{"fields": %s, "responses": {}, "suggestions": {"winner": {"value": "response_a", "agent": "judge-1"}}}'
+    write("data/suggested.jsonl", suggested % fields)
+    call = b'{"function": {"name": "weather", "arguments": "{\\"city\\": null}"}}'
+    called = b'{"prompt": "a", "chosen": {"role": "assistant", "tool_calls": [%s]}, "rejected": {"from": "gpt", "value": "b"}}'
+    write("data/null-arguments.jsonl", called % call)
     write("data/pairs.txt", pair(0))
     (place / "data" / "folder.jsonl").mkdir()
     (place / "data" / "utf16.jsonl").write_bytes(pair(0).decode().encode("utf-16"))

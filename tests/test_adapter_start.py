@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.app import app
 from dpo_cli.commands.eval import evaluate
-from dpo_cli.commands.eval_request import Request
+from dpo_cli.commands.requests import Request
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load_stages
 from dpo_cli.errors import Exit, InvalidInput

@@ -16,7 +16,7 @@ from conftest import ROOT, Run
 from safetensors.torch import load_file
 
 from dpo_cli.commands.eval import evaluate
-from dpo_cli.commands.eval_request import Request
+from dpo_cli.commands.requests import Request
 from dpo_cli.errors import Exit, InvalidInput
 from dpo_cli.plan import feasibility
 from dpo_cli.ui.console import Console

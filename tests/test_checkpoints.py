@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from dpo_cli.commands.session import unexpected
+from dpo_cli.storage.atomic import way_out, writing
 from dpo_cli.storage.checkpoints import PART, SUMS, Checkpoint, Checkpoints
 
 FILES = {"adapter_model.safetensors": b"\x00\x01weights", "progress.json": b'{"a": 1}', "inner/empty": b""}
@@ -95,6 +100,25 @@ def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
     assert verified(tmp_path) == ([2], {4: "progress.json has changed"})
     checkpoints.write(3, filled())  # of the training that went on from step 2
     assert verified(tmp_path) == ([3, 2], {})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of a file")
+def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
+    """What safetensors writes within such a limit, and what is said of it."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught, writing(tmp_path):
+            save_file({"a": torch.zeros(1000)}, tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert "ulimit -f" in (way_out(caught.value, tmp_path) or "") and "ulimit -f" in (unexpected(caught.value).fix or "")
+    assert (
+        "free space" in (way_out(OSError(errno.ENOSPC, "full"), tmp_path) or "") and way_out(OSError(5, ""), tmp_path) is None
+    )
 
 
 @pytest.mark.parametrize(

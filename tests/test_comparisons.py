@@ -365,6 +365,61 @@ def test_columns_that_may_matter_are_warned_of(tmp_path: Path, row: dict[str, An
     assert all(name in problem.message for name in names)
 
 
+SUGGESTED = {"value": "response_2", "agent": "judge-1"}
+PREDICTED = {
+    "model_version": "v1",
+    "result": [{"from_name": "pw", "to_name": "response_1,response_2", "value": {"selected": "right"}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "by", "read_as"),
+    [
+        ({"fields": UNANSWERED, "suggestions": {"best": SUGGESTED}}, "judge-1", {"fields", "suggestions"}),
+        ({"fields": UNANSWERED, "suggestions": [{**SUGGESTED, "question_name": "best"}]}, "judge-1", {"fields", "suggestions"}),
+        (
+            {**UNANSWERED, "best.suggestion": "response_2", "best.suggestion.agent": "judge-1"},
+            "judge-1",
+            {*UNANSWERED, "best.suggestion"},
+        ),
+        ({"data": UNANSWERED, "annotations": [], "predictions": [PREDICTED]}, "v1", {"data", "predictions"}),
+    ],
+)
+def test_an_answer_of_a_machine_is_said(tmp_path: Path, row: dict[str, Any], by: str, read_as: set[str]) -> None:
+    data = dataset([row], tmp_path)
+    (problem,) = [problem for problem in data.problems if problem.code == "label-suggested"]
+    assert problem.line == 1 and f" of {by} " in problem.message
+    assert data.read_as["read"].keys() == read_as and not data.read_as["unread"]
+
+
+def test_an_answer_of_a_person_is_read_from_its_column(tmp_path: Path) -> None:
+    row = {"fields": UNANSWERED, "responses": {"best": [{"value": "response_2"}]}, "suggestions": {"best": SUGGESTED}}
+    data = dataset([row, {**row, "responses": {}}], tmp_path)
+    assert [problem.line for problem in data.problems if problem.code == "label-suggested"] == [2]
+    assert data.read_as["read"] == {"fields": "prompt, response", "responses": "label", "suggestions": "label"}
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (
+            {"prompt": "p", "response_1": "A", "response_2": "B", "score_1": 1, "score_2": 5, "winner": "response_1"},
+            "score_1 and score_2",
+        ),
+        ({"prompt": "p", "responses": ["A", "B"], "scores": [1, 5], "label": 0}, "scores"),
+    ],
+)
+def test_scores_that_contradict_a_label_are_called_as_the_file_calls_them(
+    tmp_path: Path, row: dict[str, Any], name: str
+) -> None:
+    (problem,) = [
+        one
+        for one in dataset([row], tmp_path, {"labels": [0, 1]} if "label" in row else None).problems
+        if "scores-" in one.code
+    ]
+    assert problem.message.startswith(f"by {name} the rejected")
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -237,6 +237,20 @@ def test_an_unreadable_file_is_a_problem(path: str, monkeypatch: pytest.MonkeyPa
     assert codes(load(path).problems) == [("config-unreadable", None)]
 
 
+@pytest.mark.parametrize("name", ["", "config.json", "generation_config.json", "adapter_config.json", "model.safetensors"])
+def test_a_model_is_no_config(tmp_path: Path, name: str) -> None:
+    keys = {
+        "config.json": "architectures",
+        "generation_config.json": "transformers_version",
+        "adapter_config.json": "peft_type",
+    }
+    for file, key in keys.items():
+        (tmp_path / file).write_text(f'{{"{key}": "x", "lora_alpha": 3}}')
+    (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    (problem,) = load(str(tmp_path / name)).problems
+    assert "a model, not a config" in problem.message and problem.fix == f'name it in a config: "model_name": "{tmp_path}"'
+
+
 @pytest.mark.parametrize("data", [b"\xff\xfe{\x00}\x00", b"x" * (1 << 20) + b"y", b"[]", b"3"])
 def test_a_file_that_is_no_config_is_a_problem(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "c.json"

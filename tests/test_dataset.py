@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +145,14 @@ def test_a_json_list_has_lines_too(tmp_path: Path) -> None:
         ("missing.jsonl", None, "dataset-missing"),
         ("data.txt", b"", "dataset-format"),
         ("empty.jsonl", b"\n\n", "dataset-empty"),
-        ("wide.jsonl", GOOD.decode().encode("utf-16"), "dataset-utf16"),
+        *(
+            (f"{name}.jsonl", GOOD.decode().encode(name), "dataset-utf16")
+            for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32-le")
+        ),
+        ("packed.jsonl.gz", gzip.compress(GOOD.decode().encode("utf-16-le")), "dataset-utf16"),
+        ("table.csv", "prompt,chosen,rejected\na,b,c".encode("utf-16-be"), "dataset-utf16"),
+        ("nul.jsonl", bytes(100), "row-not-json"),
+        ("first.jsonl", b"\0" + GOOD, "row-not-json"),
         ("object.json", b"{}", "dataset-not-list"),
         ("broken.json", b"[{]", "row-not-json"),
     ],
@@ -153,6 +162,44 @@ def test_an_unusable_file_is_one_problem(tmp_path: Path, name: str, content: byt
     if content is not None:
         path.write_bytes(content)
     assert [problem.code for problem in read(str(path)).problems] == [code]
+
+
+ROWS = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(2)]
+COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ({"data": ROWS, "version": 1}, "lists of rows: data"),
+        ({"test": ROWS[:1], "train": ROWS}, "lists of rows: test, train"),
+        (COLUMNS, "a list for each column"),
+        ({name: dict(enumerate(values)) for name, values in COLUMNS.items()}, "by columns"),
+        (dict(enumerate(ROWS)), "rows by number"),
+        ({"columns": [*ROWS[0]], "index": [0, 1], "data": [[*row.values()] for row in ROWS]}, "of pandas (split)"),
+    ],
+)
+def test_an_object_of_rows_is_named_and_its_fix_makes_a_list(tmp_path: Path, value: Any, says: str) -> None:
+    path = tmp_path / "all.json"
+    path.write_text(json.dumps(value))
+    (problem,) = read(str(path)).problems
+    assert problem.code == "dataset-not-list" and says in problem.message and problem.fix is not None
+    name, code = re.fullmatch(r"name (.+), which `python -c \"(.+)\"` writes", problem.fix).groups()  # type: ignore[union-attr]
+    exec(code, {})
+    assert [pair.prompt for pair in read(name, keep=True).load()] == ["p0", "p1"]
+
+
+@pytest.mark.parametrize("row", [ROWS[0], {name: [{"role": "user", "content": "q"}] for name in ROWS[0]}])
+def test_one_row_is_no_object_of_rows(tmp_path: Path, row: Any) -> None:
+    (tmp_path / "one.json").write_text(json.dumps(row))
+    (problem,) = read(str(tmp_path / "one.json")).problems
+    assert problem.fix is not None and problem.fix.startswith("write the rows between [ and ]")
+
+
+def test_a_null_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "null.jsonl").write_text('{"prompt": "a", "chosen": null, "rejected": "b"}')
+    (problem,) = read(str(tmp_path / "null.jsonl")).problems
+    assert problem.message == "chosen is null (line 1, which has chosen (null), prompt, rejected)"
 
 
 def test_shipped_samples_are_clean() -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.app import app
 from dpo_cli.commands.eval import evaluate
-from dpo_cli.commands.eval_request import Request
+from dpo_cli.commands.requests import Request, VoteRequest
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, UsageError
 from dpo_cli.evaluation import evaluation
@@ -259,12 +259,9 @@ def test_what_is_no_limit(text: str, says: str) -> None:
     ("asked", "says"),
     [
         ({}, "no run is named"),
-        ({"target": "r", "by_judge": True}, "--judge fills"),
-        ({"target": "r", "adapter": Path("a"), "side_by_side": 3}, "directory of a run"),
+        ({"target": "r", "adapter": Path("a"), "vote": VoteRequest("r")}, "directory of a run"),
         ({"target": "r", "overrides": ("beta=1",)}, "dpo eval takes no beta="),
-        ({"target": "r", "tally": Path("v")}, "by itself"),
         ({"target": __file__}, "is a file"),
-        ({"tally": Path("v"), "fail_under": "accuracy=1"}, "there is no figure accuracy"),
     ],
 )
 def test_what_does_not_go_together(asked: dict[str, Any], says: str) -> None:
@@ -272,8 +269,24 @@ def test_what_does_not_go_together(asked: dict[str, Any], says: str) -> None:
         Request(**asked)
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({}, "no run is named"),
+        ({"run": "r", "tally": Path("v")}, "by itself"),
+        ({"by_judge": True, "tally": Path("v")}, "by itself"),
+        ({"run": "r", "fail_under": "win_rate=0.5"}, "no votes yet"),
+        ({"run": "r", "overrides": ("beta=1",)}, "takes no beta="),
+        ({"tally": Path("v"), "fail_under": "accuracy=1"}, "there is no figure accuracy"),
+    ],
+)
+def test_what_does_not_go_together_in_a_vote(asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        VoteRequest(**asked)
+
+
 def test_votes_have_a_limit_too() -> None:
-    request = Request(tally=Path("votes.json"), fail_under="win_rate=0.5")
+    request = VoteRequest(tally=Path("votes.json"), fail_under="win_rate=0.5")
     assert judged_by(request.thresholds, {"win_rate": FIGURE})[0]["ok"] and OF_VOTES == ("win_rate",)
 
 

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from dpo_cli.app import app
 from dpo_cli.commands.eval import evaluate
-from dpo_cli.commands.eval_request import Request as Judged
 from dpo_cli.commands.export import Request, export, limit
+from dpo_cli.commands.requests import Request as Judged
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load_stages
 from dpo_cli.data.tokens import Encoded

@@ -334,7 +334,7 @@ def test_dropout_of_an_adapter_on_experts_is_that_of_this_training(base: Callabl
     policy = HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
     torch.testing.assert_close(log_probs(policy.network), right, atol=1e-4, rtol=1e-4)
     provider = HuggingFace(str(folder))
-    on = plan_of(folder, tmp_path, strategy="rlhf")
+    on = plan_of(folder, tmp_path, strategy="sft")
     network = provider.start(on, provider.base_model(on))
     torch.testing.assert_close(log_probs(network), right, atol=1e-4, rtol=1e-4)
     assert isinstance(network, PeftModel)

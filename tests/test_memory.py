@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.config.config import load
 from dpo_cli.errors import DoesNotFit, InvalidInput
+from dpo_cli.hardware import activations
 from dpo_cli.hardware.fit import fit, largest_model, savings
 from dpo_cli.hardware.machine import GIB, Machine, amd_gpus
 from dpo_cli.hardware.memory import NF4_BYTES, bill, components
@@ -103,10 +104,13 @@ def test_trl_s_reported_figures() -> None:
     assert bill(facts_of(QWEN), replace(padded, reference="copy"), None).total_gb == pytest.approx(31.1, rel=0.1)
 
 
+COPIES = 3.5  # float32 copies of logits in a loss that makes them whole; fitcheck-llm 0.3 measured 3.5 to 4
+
+
 @pytest.mark.parametrize("name", [LLAMA, QWEN, "TinyLlama/TinyLlama-1.1B-Chat-v1.0"])
 @pytest.mark.parametrize("length", [256, 1024, 4096, 8192])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_sft_bills_agree_with_fitcheck(name: str, length: int, checkpointing: bool) -> None:
+def test_sft_bills_agree_with_fitcheck(name: str, length: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bill made by others, measured within 3.4 % on a T4: LoRA on 16-bit weights with whole logits.
 
     Its 4-bit bills are of another run: embeddings and adapter in float32, where TRL's are in bf16.
@@ -129,7 +133,9 @@ def test_sft_bills_agree_with_fitcheck(name: str, length: int, checkpointing: bo
         seq_len=length, grad_checkpoint=checkpointing, flash_attn=True, lora_targets=[linear.name for linear in facts.linears]
     )
     theirs = estimator._compute_components(model, training)
-    settings = Settings(1, length, 16, 2, checkpointing, strategy="sft", full_logits=True)
+    settings = Settings(1, length, 16, 2, checkpointing, strategy="sft")
+    # Theirs makes the logits whole, which this program never does.
+    monkeypatch.setattr(activations, "_logits_bytes", lambda facts, settings: 4.0 * COPIES * settings.tokens * facts.vocab_size)
     ours = {key: size / 2**20 for key, size in components(facts, settings).items()}
     assert ours["weights"] == pytest.approx(theirs.weight_mib)
     assert (ours["adapter"], ours["optimizer"]) == pytest.approx((theirs.lora_mib, theirs.optimizer_mib))
@@ -186,7 +192,6 @@ def test_the_bill_grows_with_what_makes_a_run_larger() -> None:
         {"bits": 8},
         {"bits": None},
         {"checkpointing": False},
-        {"full_logits": True},
         {"reference": "copy"},
         {"fused_attention": False},
         {"nested_quantisation": False},
@@ -245,7 +250,7 @@ def test_a_recommendation_is_the_documented_preset_or_better(vram: float, name: 
     documented = json.loads((ROOT / "configs" / f"{name}.json").read_text(encoding="utf-8"))
     made = recommend(Request(vram))
     assert made.preset == {key: value for key, value in documented.items() if key != "model_name"}
-    assert made.preset_memory.fits and made.memory.fits
+    assert made.memory.fits
     assert made.config["model_name"] == documented["model_name"]
     pairs = ("per_device_train_batch_size", "gradient_accumulation_steps")
     assert made.config[pairs[0]] * made.config[pairs[1]] == documented[pairs[0]] * documented[pairs[1]]

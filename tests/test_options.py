@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from dpo_cli.commands.eval import evaluate
-from dpo_cli.commands.eval_request import Request
+from dpo_cli.commands.requests import Request
 from dpo_cli.config.config import load
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode

@@ -20,8 +20,9 @@ from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.dataset import Bad, Dataset, read, sources_of, stream
 from dpo_cli.data.files import READERS
 from dpo_cli.data.lint import Quality
-from dpo_cli.data.messages import BadRow, from_last_turn
+from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Pair, to_demonstration, to_pair
+from dpo_cli.data.transcripts import from_last_turn
 from dpo_cli.errors import Problem
 
 USER = [{"role": "user", "content": "q"}]
@@ -159,6 +160,24 @@ def test_a_tool_result_loses_the_wrapper_that_the_template_writes(value: str, co
     assert prompt[-1] == {"role": "tool", "content": content or value}
 
 
+CALLS = ({"city": None, "unit": "C"}, '{"city": null, "unit": "C"}', {"unit": "C"}, '{"unit":"C"}')
+
+
+@pytest.mark.parametrize("arguments", CALLS)
+def test_a_null_argument_is_absent_in_every_form(arguments: Any, tmp_path: Path) -> None:
+    call = {"name": "weather", "arguments": arguments}
+    chosen = [{"role": "assistant", "tool_calls": [{"function": call}]}]
+    spoken = [{"from": "function_call", "value": json.dumps(call)}]
+    rows = [{"prompt": USER, "chosen": form, "rejected": NO} for form in (chosen, json.dumps(chosen), spoken)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = read(str(tmp_path / "rows.jsonl"), keep=True)
+    for _, pair in data.kept or ():
+        kept = pair.responses[0][0]["tool_calls"][0]["function"]["arguments"]  # type: ignore[index]
+        assert kept in ({"unit": "C"}, '{"unit":"C"}')
+    named = [problem.lines for problem in data.problems if problem.code == "null-arguments"]
+    assert named == ([(1, 2, 3)] if arguments in CALLS[:2] else [])
+
+
 RIVER = "\n\nHuman: Name a river.\n\nAssistant:"
 
 
@@ -192,6 +211,76 @@ def test_rows_with_a_transcript_are_cut_at_its_last_turn() -> None:
     assert to_pair({**row, "system": "s"}, 1).prompt == SYSTEM + asked
     shown = to_demonstration({"prompt": f"{RIVER} One is", "completion": " the Rhine."}, 1)
     assert (shown.prompt, shown.completion) == (RIVER, " One is the Rhine.")
+
+
+Q, THEN = ["user", "River?"], [["assistant", "Elbe."], ["user", "More!"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "turns", "answers"),
+    [
+        (["User: River?\nAssistant: The Rhine.", "User: River?\nAssistant: The Po."], [Q], ["The Rhine.", "The Po."]),
+        (["### Human: River?\n### Assistant: The Po", "### Human: River?\n### Assistant: The"], [Q], ["The Po", "The"]),
+        (["USER: River? ASSISTANT: The Rhine.", "USER: River? ASSISTANT: The Po."], [Q], ["The Rhine.", "The Po."]),
+        (
+            [f"User: River?\n\nAI: Elbe.\n\nUser: More!\n\nAI: The {name}." for name in ("Rhine", "Po")],
+            [Q, *THEN],
+            ["The Rhine.", "The Po."],
+        ),
+        ([f"\n\nSystem: s\n\nHuman: River?\n\nAssistant: {x}" for x in ("ab", "ac")], [["system", "s"], Q], ["ab", "ac"]),
+        (["River?", "\n\nHuman: River?\n\nAssistant: The Po.", "\n\nHuman: River?\n\nAssistant: No."], [Q], ["The Po.", "No."]),
+        (["User: River?\nAssistant:", " The Rhine.", " The Po."], [Q], ["The Rhine.", "The Po."]),
+        (["User: River?", "\nAssistant: The Rhine.", "\nAssistant: The Po."], [Q], ["The Rhine.", "The Po."]),
+    ],
+)
+def test_a_transcript_of_any_labels_is_its_turns(row: list[str], turns: list[list[str]], answers: list[str]) -> None:
+    names = ("prompt", "chosen", "rejected")[-len(row) :]
+    pair = to_pair(dict(zip(names, row, strict=True)), 1).as_turns()
+    assert [[turn["role"], turn["content"]] for turn in pair.prompt] == turns  # type: ignore[index]
+    assert [answer[0]["content"] for answer in pair.responses] == answers  # type: ignore[index]
+
+
+ALPACA = "Below is a task.\n\n### Instruction:\nRiver?\n\n### Response:\n"
+
+
+@pytest.mark.parametrize("start", [ALPACA, "Q: Lake?\nA: Como.\n\nQ: River?\nA:", "Question: River?\nAnswer:"])
+def test_a_labelled_answer_is_whole(start: str) -> None:
+    space = "" if start.endswith("\n") else " "
+    pair = to_pair({"chosen": f"{start}{space}The Rhine.", "rejected": f"{start}{space}The Po."}, 1)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (start, f"{space}The Rhine.", f"{space}The Po.")
+    assert pair.as_turns() == pair
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "User: a\nAssistant: b\n\nRewrite the answer.",
+        "Write a dialogue.",
+        "Human: an essay on being human",
+        "User: a\nAssistant: b\nUser: c\n\nSum this up.",
+    ],
+)
+def test_a_text_about_a_conversation_is_no_transcript(prompt: str) -> None:
+    pair = to_pair({"prompt": prompt, "chosen": "User: hi\nAssistant: hello", "rejected": "no"}, 1)
+    assert pair.as_turns() == pair and (pair.prompt, pair.chosen) == (prompt, "User: hi\nAssistant: hello")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Lake?", "chosen": f"{RIVER} Po.", "rejected": f"{RIVER} Rome."},
+        {"prompt": "Name a river.", "chosen": f"{RIVER} Po.", "rejected": "Rome."},
+        {
+            "chosen": "User: a?\nAssistant: b\nUser: c?\nAssistant: d",
+            "rejected": "User: a?\nAssistant: e\nUser: c?\nAssistant: f",
+        },
+        {"chosen": "User: a?\nAssistant: b", "rejected": "User: an?\nAssistant: b"},
+    ],
+)
+def test_no_question_is_learned_from_a_transcript(row: dict[str, str]) -> None:
+    with pytest.raises(BadRow) as caught:
+        to_pair(row, 1)
+    assert caught.value.code == "row-role"
 
 
 @pytest.mark.parametrize("chosen", [" Po.\n\nHuman: more\n\nAssistant: Elbe.", "Human: Po.", "\n\nAssistant: Po."])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_forward import rejected_sees_chosen
 
 from dpo_cli.commands.eval import evaluate
-from dpo_cli.commands.eval_request import Request
+from dpo_cli.commands.requests import Request
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
 from dpo_cli.errors import DoesNotFit, Exit, RunFailed

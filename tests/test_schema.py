@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "scripts"))
 import reference
 
 from dpo_cli.config.schema import options, options_help, schema_path
@@ -34,7 +34,7 @@ def test_what_is_written_from_the_schema_is_fresh() -> None:
 
 def test_an_option_is_added_through_the_schema_alone(tmp_path: Path) -> None:
     """In a copy of the program: the schema gets an option, and Config, help, loader and README table know it."""
-    for name in ("dpo_cli", "benchmarks", "tests"):
+    for name in ("dpo_cli", "benchmarks", "scripts", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "README.md", tmp_path)
     file = tmp_path / "dpo_cli" / "config" / "schema.json"
@@ -56,7 +56,7 @@ def test_an_option_is_added_through_the_schema_alone(tmp_path: Path) -> None:
     assert run("-c", code) == '0.5 "made_up": -1 is not a number of at least 0\n'
     helped = run("-c", "from dpo_cli.app import app; app(['train', '--help'])")
     assert "made_up: a number of at least 0; default 0.25; dpo only" in helped and NEW["description"] in helped
-    assert "README.md" in run("benchmarks/reference.py")
+    assert "README.md" in run("scripts/reference.py")
     assert "| `made_up` | a number of at least 0 | 0.25 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "made_up: float" in (tmp_path / "dpo_cli" / "config" / "options.pyi").read_text(encoding="utf-8")
 

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from dpo_cli.data.messages import as_messages
 from dpo_cli.data.rows import Pair
 from dpo_cli.data.tokens import encode
+from dpo_cli.data.transcripts import as_messages
 from dpo_cli.errors import InvalidInput
 
 PAIRS = [

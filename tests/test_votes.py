@@ -102,33 +102,36 @@ def test_what_is_no_file_of_votes_is_told(tmp_path: Path, text: str, code: str, 
     assert problem.code == code and says in problem.message and problem.file == str(tmp_path / "votes.json")
 
 
-def test_a_tally_on_the_command_line_needs_no_run_and_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["vote", "eval"])  # as it was before there was `dpo vote`
+def test_a_tally_on_the_command_line_needs_no_run_and_no_torch(tmp_path: Path, command: str) -> None:
     place = written(tmp_path, voted("adapter", "tie", None))
     code = (
         "import sys\n"
         "from dpo_cli.app import app\n"
-        f"app(['eval', '--tally', {str(place)!r}, '--json'], standalone_mode=False)\n"
+        f"app([{command!r}, '--tally', {str(place)!r}, '--json'], standalone_mode=False)\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert json.loads(done.stdout) == {**votes.tally(voted("adapter", "tie", None)), "thresholds": []}
     assert "note: 1 of 3 prompts have no vote yet" in done.stderr
-    assert CliRunner().invoke(app, ["eval", "--tally", str(place), "--fail-under", "win_rate>0.75"]).exit_code == 5
-    told = CliRunner().invoke(app, ["eval", "--tally", str(tmp_path / "gone.json")])
+    assert CliRunner().invoke(app, [command, "--tally", str(place), "--fail-under", "win_rate>0.75"]).exit_code == 5
+    told = CliRunner().invoke(app, [command, "--tally", str(tmp_path / "gone.json")])
     assert told.exit_code == 3 and "No such file" in told.stderr
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        [],
-        ["run", "--tally", "votes.json"],
-        ["--tally", "votes.json", "--side-by-side", "3"],
-        ["run", "--judge"],
+        ["eval"],
+        ["eval", "run", "--tally", "votes.json"],
+        ["eval", "--tally", "votes.json", "--side-by-side", "3"],
+        ["eval", "run", "--judge"],
+        ["vote"],
+        ["vote", "run", "--tally", "votes.json"],
     ],
 )
 def test_what_does_not_go_together_is_wrong_usage(words: list[str]) -> None:
-    assert CliRunner().invoke(app, ["eval", *words]).exit_code == 2
+    assert CliRunner().invoke(app, words).exit_code == 2
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +311,7 @@ def test_a_reply_that_is_no_verdict_is_no_vote(run: Run, endpoint: Endpoint) -> 
     """Half of the replies say nothing: these prompts stay open, and the same command asks for them again; all: exit 1."""
     _, place = run(eval_split=0.5, learning_rate=1.0, max_new_tokens=16)
     options = {"judge_url": endpoint.url, "judge_model": "judge-1"}
-    words = ["eval", str(place), f"augment={json.dumps(options)}", "--side-by-side", "99", "--judge"]
+    words = ["vote", str(place), f"augment={json.dumps(options)}", "--prompts", "99", "--judge"]
     endpoint.reply = lambda _: (200, "I really cannot say, both are great!")
     told = CliRunner().invoke(app, words)
     assert told.exit_code == 1 and "its replies are not A, B or T" in told.stderr
@@ -322,3 +325,7 @@ def test_a_reply_that_is_no_verdict_is_no_vote(run: Run, endpoint: Endpoint) -> 
     assert told.exit_code == 0 and "have no verdict of the judge" in told.stdout
     kept = json.loads((place / "votes.json").read_text(encoding="utf-8"))["votes"]
     assert [vote["prompt"] for vote in kept if vote["by"] == "judge"] == open_before[:1]
+    endpoint.reply = lambda _: (200, "T")
+    done = CliRunner().invoke(app, [*words, "--json", "--fail-under", "win_rate>0.99"])
+    result = json.loads(done.stdout)
+    assert (done.exit_code, result["thresholds"][0]["ok"]) == (5, False) and result["prompts"] == 5

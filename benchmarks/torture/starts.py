@@ -27,7 +27,9 @@ def _started(bench: Bench, case: tuple[int, int]) -> str | None:
     run = bench.place / f"starts-{number}"
     config = bench.place / "evaluations.json"
     children = [train(config, run, *draw.choice(WORDS)) for _ in range(draw.randint(2, 4))]
-    codes = sorted(child.end() for child in children)
+    ends = [(child.end(), child.said()) for child in children]
+    codes = sorted(code for code, _ in ends)
     if codes != [Exit.DONE, *[Exit.INVALID] * (len(children) - 1)]:
-        return f"{run}: exit codes {codes}: {children[0].said()[-2000:]}"
+        odd = [said[-2000:] for code, said in ends if code not in (Exit.DONE, Exit.INVALID)] or [ends[0][1][-2000:]]
+        return f"{run}: exit codes {codes}: {odd[0]}"
     return bench.torn(run) or bench.other("evaluations", run)

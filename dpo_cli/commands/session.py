@@ -16,6 +16,7 @@ import typer
 
 from dpo_cli.config.options import Config
 from dpo_cli.errors import DpoError, Exit, UsageError
+from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.hub import ask_nobody
 from dpo_cli.storage.redaction import Redacted
 from dpo_cli.ui.console import Console
@@ -68,6 +69,8 @@ def unexpected(error: Exception) -> DpoError:
     if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
         what = "the disk is full; what was written before is kept"
         return DpoError(what, "free space where output_dir (or standard output) is, and start again")
+    if isinstance(error, OSError) and (first := way_out(error, Path(error.filename or "."))) is not None:
+        return DpoError(f"{error.filename or 'standard output'}: {error.strerror}", f"{first}, and start again")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UsageError(f"a name is too long for the file system: {str(error.filename)[:SHOWN]}...", "name a shorter path")
     return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")

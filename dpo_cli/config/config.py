@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import json
 import os
 import re
 import sys
@@ -16,11 +17,14 @@ from typing import Any, Literal
 from dpo_cli.config import advice, jsonc, other_tools, rules, stages
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
-from dpo_cli.config.values import PAIR_KEYS, missing, value_problems
+from dpo_cli.config.schema_checks import PAIR_KEYS, missing, value_problems
 from dpo_cli.errors import InvalidInput, Problem, UsageError
 
 Source = Literal["config", "override", "default", "profile", "measured"]
 MAX_CONFIG_BYTES = 1 << 20
+# JSON files that lie beside a model's or an adapter's weights: two of their names, and keys of all of them.
+BESIDE_WEIGHTS = ("config.json", "adapter_config.json")
+OF_A_MODEL = frozenset(("architectures", "transformers_version", "tokenizer_class", "added_tokens", "weight_map", "peft_type"))
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,9 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
     is_data = isinstance(values, dict) and problems and len(PAIR_KEYS & values.keys()) > 1
     if is_data or not isinstance(values, dict):
         return [Loaded(path, {}, {}, {}, (problems if not is_data else ()) or (_not_an_object(path, values),))]
+    if OF_A_MODEL & values.keys() and {"dataset", "model_name"}.isdisjoint(values):
+        model = "MODEL_FOLDER" if path == "-" else str(Path(path).parent)
+        return [Loaded(path, {}, {}, {}, (_of_a_model(path, model),))]
     return [_checked(written, document) for written in stages.written(path, document, changes)]
 
 
@@ -160,11 +167,20 @@ def _not_an_object(path: str, value: Any) -> Problem:
     return Problem("error", "config-type", "a config is a JSON object", fix, None, path, 1, 1)
 
 
+def _of_a_model(path: str, model: str) -> Problem:
+    """That a file, or a folder, is a model or a part of one."""
+    what = "is a model" if model == path else "belongs to a model"
+    fix = f'name it in a config: "model_name": {json.dumps(model, ensure_ascii=False)}'
+    return Problem("error", "config-unreadable", f"{path} {what}, not a config", fix, file=path)
+
+
 def _read_text(path: str) -> tuple[str | None, tuple[Problem, ...]]:
     def unreadable(message: str, fix: str) -> tuple[None, tuple[Problem, ...]]:
         return None, (Problem("error", "config-unreadable", message, fix, file=path),)
 
     try:
+        if Path(path).is_dir() and any((Path(path) / name).is_file() for name in BESIDE_WEIGHTS):
+            return None, (_of_a_model(path, path),)
         data = sys.stdin.buffer.read(MAX_CONFIG_BYTES + 1) if path == "-" else _read_bounded(Path(path))
     except FileNotFoundError:
         near = difflib.get_close_matches(Path(path).name, [file.name for file in _siblings(path)], 1, cutoff=0.75)
@@ -173,7 +189,9 @@ def _read_text(path: str) -> tuple[str | None, tuple[Problem, ...]]:
     except (OSError, ValueError) as error:  # a directory, a file that may not be read, a name no file can have
         return unreadable(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", "name a readable JSON file")
     if data.startswith(b"GGUF"):
-        return unreadable(f"{path} is a model, not a config", f'name it in a config: "model_name": "{path}"')
+        return None, (_of_a_model(path, path),)
+    if Path(path).suffix == ".safetensors":
+        return None, (_of_a_model(path, str(Path(path).parent)),)
     if len(data) > MAX_CONFIG_BYTES:
         return unreadable(f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes: not a config", "is this the dataset?")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:

@@ -4,14 +4,14 @@ Argilla        {"fields": {...}, "responses": ..., "suggestions": ...}, or flat:
 Label Studio   {"data": {...}, "annotations": [...]} (JSON), or an answer {"selected": "left"} in a cell (JSON-MIN)
 LMSYS          prompt, response_a and response_b hold a list with a text for each turn, which a table stores as JSON text
 
-Answers of several annotators are votes: a list.
+Answers of several annotators are votes: a list. Where nobody answered, what a machine suggested counts, and that is said.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo_cli.data.columns import Row
@@ -31,6 +31,7 @@ class Export:
     answers: tuple[str, ...]  # columns that an annotator filled in
     responses: tuple[str, ...] = ()  # columns that were compared, where the record says so: the left one first
     origin: Mapping[str, str] | None = None  # the columns that hold these, under other names
+    suggested: Mapping[str, str] = field(default_factory=dict)  # answers that no person gave: which, and of what machine
 
 
 def export_of(row: Row) -> Export | None:
@@ -60,17 +61,19 @@ def _argilla(row: Row) -> Export:
         for question, values in responses.items():
             given[question] = _votes(values)
     given = {question: votes for question, votes in given.items() if votes}
+    origin, suggested = dict.fromkeys(given, "responses"), {}
     suggestions = row.get("suggestions") or {}
     if isinstance(suggestions, list):
-        suggestions = {str(s.get("question_name") or ""): s.get("value") for s in suggestions if isinstance(s, Mapping)}
-    for question, value in _object(suggestions).items():
-        if question and value is not None:
-            given.setdefault(question, [_answer(value)])
+        suggestions = {str(s.get("question_name") or ""): s for s in suggestions if isinstance(s, Mapping)}
+    for question, suggestion in _object(suggestions).items():
+        value = _answer(suggestion["value"] if isinstance(suggestion, Mapping) and "value" in suggestion else suggestion)
+        if question and value is not None and question not in given:
+            given[question], origin[question] = [value], "suggestions"
+            suggested[question] = _by("suggestion", _object(suggestion).get("agent"))
     fields = {name: value for name, value in row["fields"].items() if value is not None}
     answers = {name: votes[0] if len(votes) == 1 else votes for name, votes in given.items() if name not in fields}
-    return Export(
-        "Argilla", _ranked({**fields, **answers}), tuple(answers), origin=dict.fromkeys((*fields, *answers), "fields")
-    )
+    origin |= dict.fromkeys(fields, "fields")
+    return Export("Argilla", _ranked({**fields, **answers}, origin), tuple(answers), origin=origin, suggested=suggested)
 
 
 def _argilla_table(row: Row) -> Export:
@@ -81,14 +84,18 @@ def _argilla_table(row: Row) -> Export:
     ]
     answers: dict[str, Any] = {}
     origin: dict[str, str] = {}
+    suggested: dict[str, str] = {}
     for question in dict.fromkeys(questions):
         for column in (f"{question}.responses", question, f"{question}.suggestion", f"{question}-suggestion"):
             states = row.get(f"{question}.responses.status")
             votes = _votes(row[column], states) if row.get(column) is not None else []
             if votes:
                 answers[question], origin[question] = votes[0] if len(votes) == 1 else votes, column
+                if column.endswith("suggestion"):
+                    metadata = _object(row.get(f"{column}-metadata"))
+                    suggested[question] = _by("suggestion", row.get(f"{column}.agent", metadata.get("agent")))
                 break
-    return Export("Argilla", _ranked({**rest, **answers}), tuple(answers), origin=origin)
+    return Export("Argilla", _ranked({**rest, **answers}, origin), tuple(answers), origin=origin, suggested=suggested)
 
 
 def _votes(values: Any, states: Any = None) -> list[Any]:
@@ -108,7 +115,12 @@ def _is_ranking(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(part, Mapping) and "rank" in part for part in value)
 
 
-def _ranked(row: dict[str, Any]) -> Row:
+def _by(what: str, machine: Any) -> str:
+    """A suggestion or a prediction with the machine that made it, where the record names one."""
+    return f"the {what} of {machine}" if isinstance(machine, str) and machine else f"a {what}"
+
+
+def _ranked(row: dict[str, Any], origin: dict[str, str]) -> Row:
     """The row with a ranking, [{"value": "response_1", "rank": 1}, ...], as a rank for each response that it names."""
     for name, value in list(row.items()):
         if _is_ranking(value):
@@ -117,7 +129,8 @@ def _ranked(row: dict[str, Any]) -> Row:
             if all(response.replace("-", "_") in columns for response in ranks):
                 del row[name]
                 for response, rank in ranks.items():
-                    row[f"{columns[response.replace('-', '_')]}_rank"] = rank
+                    column = f"{columns[response.replace('-', '_')]}_rank"
+                    row[column], origin[column] = rank, origin.get(name, name)
     return row
 
 
@@ -127,10 +140,12 @@ def _label_studio(row: Row) -> Export:
     votes: dict[str, list[Any]] = {}
     compared: tuple[str, ...] = ()
     given = [a for a in _objects(row.get("annotations", row.get("completions"))) if not a.get("was_cancelled")]
+    machines: dict[str, str] = {}
     for annotation in given or _objects(row.get("predictions")):
         for result in _objects(annotation.get("result")):
             if isinstance(result.get("value"), Mapping):
                 votes.setdefault(str(result.get("from_name")), []).append(_answer(result["value"]))
+                machines[str(result.get("from_name"))] = _by("prediction", annotation.get("model_version"))
                 names = result.get("to_name")
                 if isinstance(names, str):
                     names = names.split(",")
@@ -141,8 +156,9 @@ def _label_studio(row: Row) -> Export:
                 ):
                     compared = tuple(names)
     answers = {name: values[0] if len(values) == 1 else values for name, values in votes.items()}
-    origin = {**dict.fromkeys(data, "data"), **dict.fromkeys(answers, "annotations")}
-    return Export("Label Studio", {**data, **answers}, tuple(answers), compared, origin)
+    asked = "completions" if "annotations" not in row else "annotations"
+    origin = {**dict.fromkeys(data, "data"), **dict.fromkeys(answers, asked if given else "predictions")}
+    return Export("Label Studio", {**data, **answers}, tuple(answers), compared, origin, {} if given else machines)
 
 
 def _arena(row: Row) -> Export | None:

@@ -23,9 +23,9 @@ from dpo_cli.data.columns import (
     texts_in,
 )
 from dpo_cli.data.files import about_rows
-from dpo_cli.data.messages import flat
+from dpo_cli.data.messages import flat, has_null_arguments
 from dpo_cli.data.rows import Read
-from dpo_cli.errors import Problem
+from dpo_cli.errors import Problem, Severity
 
 WHOLE = (
     "prompt",
@@ -54,11 +54,21 @@ FINDINGS = {
         "exchange the two responses, or delete the row",
     ),
     "scores-tie": ("by {} chosen and rejected are equally good", "delete the row, unless the order is known to be right"),
+    "label-suggested": (
+        "no person answered {} is taken as the answer",
+        "answer it in the tool that wrote the file, or delete the row, unless the machine is to be learned from",
+    ),
+    "null-arguments": (
+        "a tool call has arguments that are null: they are left out, as every key that is null",
+        "delete them, or write a text where the model is to learn that value",
+    ),
     "label-unwanted": (
         '"{}" says that the response is not wanted, and sft learns it like any other',
         "delete the row, or train on pairs with strategy dpo",
     ),
 }
+
+HINTS = ("null-arguments",)
 
 
 class Account:
@@ -69,7 +79,9 @@ class Account:
         self.shapes: Counter[str] = Counter()  # those that are not written as documented
         self.read: dict[str, str] = {}  # by column what it is read as
         self.seen: dict[str, None] = {}  # every column, in the order in which they come
-        self._kinds: dict[tuple[str | None, tuple[str, ...]], tuple[str, ...]] = {}  # columns to look at, by kind of row
+        self._kinds: dict[
+            tuple[str | None, tuple[str, ...], tuple[str, ...]], tuple[str, ...]
+        ] = {}  # columns to look at, by kind of row
         self._labels: dict[str, set[str]] = defaultdict(set)
         self.rows: dict[tuple[str, str, str], array[int]] = defaultdict(lambda: array("q"))  # by code, column and file
 
@@ -77,18 +89,22 @@ class Account:
         """Look at one row and what became of it."""
         if row.says:
             self.shapes[row.says] += 1
-        kind = (row.says, tuple(row.written))
+        kind = (row.says, tuple(row.written), tuple(row.origin.values()))
         watched = self._kinds.get(kind)
         if watched is None:
             watched = self._kinds[kind] = self._meet(row)
         for name in watched:
             self._look(name, row)
+        if row.suggested:
+            self._look_at_suggestions(row)
         first = row.rows[0]
         for text in (first.prompt, *first.responses):
             said = flat(text)
             if "<" in said and (marker := MARKERS.search(said)):
                 self._note("media-marker", marker[0], row)
                 break
+        if any(turn.get("tool_calls") for text in (first.prompt, *first.responses) if isinstance(text, list) for turn in text):
+            self._look_at_calls(row)
         if self.demonstrations:
             self._look_at_marks(row)
         self._compare_scores(row)
@@ -99,8 +115,12 @@ class Account:
         for name in row.written:
             theirs = self._theirs(row.origin.get(name, name))
             self.seen[theirs] = None
-            if name in reads:
-                self.read.setdefault(theirs, reads[name])
+            if name in reads and theirs not in self.read:
+                self.read[theirs] = reads[name]
+            elif name in row.origin and reads.get(name, "") not in self.read.get(
+                theirs, ""
+            ):  # a column of an export holds several
+                self.read[theirs] += f", {reads[name]}"
         looked = [name for name in row.written if is_media(name) or (is_prompt_like(name) and reads.get(name) not in WHOLE)]
         if self.demonstrations:
             looked += [name for name in row.written if name in COMPLETIONS or _may_be_label(name)]
@@ -127,6 +147,19 @@ class Account:
             if any(text not in known for text in texts):
                 self._note("column-unread", name, row)
 
+    def _look_at_suggestions(self, row: Read) -> None:
+        """Answers of a machine that say which response is better."""
+        reads = row.reads()
+        for name, by in row.suggested.items():
+            if name in reads or name not in row.written:  # a ranking is no column any more
+                self._note("label-suggested", f'"{name}": {by}', row)
+
+    def _look_at_calls(self, row: Read) -> None:
+        """Arguments of a tool call that are null in the file; those of a table are its padding, and gone when it is read."""
+        reads = row.reads()
+        if any(has_null_arguments(value) for name, value in row.written.items() if reads.get(name, "tools") != "tools"):
+            self._note("null-arguments", "", row)
+
     def _look_at_marks(self, row: Read) -> None:
         """Keys of a message by which other tools leave it out of the loss."""
         for text in row.rows[0].responses:
@@ -146,7 +179,10 @@ class Account:
             above = float(one) - float(other)
             above = -above if any(word in RANKS for word in _words(chosen)) else above
             if above <= 0:
-                self._note("scores-contradict" if above < 0 else "scores-tie", f"{chosen} and {rejected}", row)
+                names = [chosen, rejected]
+                if chosen not in row.written:  # of responses that are not called so in the file
+                    names = [name for name, meaning in row.reads().items() if meaning == "score"] or ["their scores"]
+                self._note("scores-contradict" if above < 0 else "scores-tie", " and ".join(names), row)
 
     def _note(self, code: str, name: str, row: Read) -> None:
         first = row.rows[0]
@@ -158,7 +194,8 @@ class Account:
             if code == "label-unwanted" and len(self._labels[name]) > 2:  # the classes of something else
                 continue
             reason, fix = FINDINGS[code]
-            yield about_rows("warning", code, reason.format(name), fix, key, file, lines)
+            severity: Severity = "hint" if code in HINTS else "warning"
+            yield about_rows(severity, code, reason.format(name), fix, key, file, lines)
         for name, stated in self.columns.items():
             for column in stated if isinstance(stated, list) else [stated]:
                 if name != "labels" and isinstance(column, str) and column not in self.seen:

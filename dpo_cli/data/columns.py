@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_cli.data.messages import BadRow, Message, Text, as_messages, message_of
+from dpo_cli.data.messages import BadRow, Message, Text, message_of
+from dpo_cli.data.transcripts import as_messages
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, Any]  # the option "columns"

@@ -20,10 +20,10 @@ from dpo_cli.data import files, folders, hub_datasets
 from dpo_cli.data.column_use import Account
 from dpo_cli.data.columns import Columns
 from dpo_cli.data.comparisons import start_of
-from dpo_cli.data.file_faults import fault
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
+from dpo_cli.data.unreadable_files import fault
 from dpo_cli.errors import Problem, Severity
 from dpo_cli.strategies.strategy import DEMONSTRATIONS, PAIRS
 
@@ -125,6 +125,7 @@ class Bad:
     code: str
     reason: str
     detail: str  # what is particular to this row
+    fix: str = ""  # where another helps than with all rows of the code
 
 
 def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, ...]:
@@ -179,6 +180,7 @@ def read(
     kept: list[tuple[Source, Row]] | None = [] if keep else None
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first such rows, with their places
+    fixes: dict[tuple[str, str, str], str] = {}
     account = Account(columns or {}, demonstrations)
     prompts: set[int] = set()
     rows = pairs = 0
@@ -187,6 +189,7 @@ def read(
         if isinstance(read_as, Bad):  # kept, so that one pass names them all
             kind = (read_as.file, read_as.code, read_as.reason)
             bad[kind].append(read_as.line)
+            fixes[kind] = read_as.fix
             if read_as.detail and len(details[kind]) < SHOWN:
                 details[kind].setdefault(read_as.detail, read_as.line)
             continue
@@ -204,9 +207,10 @@ def read(
         left_out = skip or code == TIE
         severity: Severity = "warning" if left_out else "error"
         fix = "left out of the training" if left_out else 'correct or delete what is named, or set "on_bad_rows": "skip"'
+        fix = fixes[file, code, reason] or FIXES.get(code, fix)
         examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in details[file, code, reason].items()]
         reason += f" ({'; '.join(examples)})" if examples else ""
-        problems.append(about_rows(severity, code, reason, FIXES.get(code, fix), key, file, lines))
+        problems.append(about_rows(severity, code, reason, fix, key, file, lines))
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", f"{name} holds no usable row", f"add {data.noun}", key, name))
     problems += account.problems(key) if pairs else []
@@ -240,7 +244,7 @@ def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bo
 
         for line, read in files.read_rows(source.path, read_one):
             if isinstance(read, BadRow):
-                yield source, Bad(source.path, line, read.code, read.reason, read.detail)
+                yield source, Bad(source.path, line, read.code, read.reason, read.detail, read.fix)
             else:
                 yield source, read
 

@@ -108,8 +108,8 @@ def _json_lines(path: str) -> Rows:
     return lines_of(path, _parse_line)
 
 
-def _refuse(code: str, reason: str) -> Any:
-    raise BadRow(code, reason)
+def _refuse(code: str, reason: str, fix: str = "") -> Any:
+    raise BadRow(code, reason, fix=fix)
 
 
 def _parse_line(line: bytes) -> Any:
@@ -148,7 +148,9 @@ def _json_list(path: str) -> Rows:
     places = range(1, len(lines) + 1) if _share_a_line(lines) else lines
     for place, start in zip(places[: len(places) - (fault is not None)], starts, strict=False):
         yield place, partial(_parse_at, text, start)
-    if fault is not None:
+    if fault is not None and fault[0] == "dataset-not-list":
+        yield places[-1], partial(_refuse, fault[0], *_object_of_rows(path, text, fault[1]))
+    elif fault is not None:
         yield places[-1], partial(_refuse, *fault)
 
 
@@ -183,6 +185,48 @@ def _row_starts(text: str) -> tuple[array[int], tuple[str, str] | None]:
         starts.append(end)
         return starts, ("row-not-json", "the list ends here, so what follows cannot be read")
     return starts, None
+
+
+def _object_of_rows(path: str, text: str, reason: str) -> tuple[str, str]:
+    """(what a JSON file without a list is, a command that makes one of it); the reason alone where it holds no rows."""
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return reason, ""
+    parts = whole if isinstance(whole, dict) else {}
+    held = [name for name, part in parts.items() if _is_rows(part) and re.fullmatch(r"[\w .-]+", name)]
+    kinds, rows = {type(part) for part in parts.values()}, "rows"
+    if held:
+        rows = next((name for name in held if name.startswith("train")), held[0])
+        what, expression = f"an object that holds lists of rows: {', '.join(held)}", f"t[{rows!r}]"
+    elif kinds == {list} and len({len(part) for part in parts.values()}) == 1 and not _holds_messages(parts):
+        what, expression = "an object that holds a list for each column", "[dict(zip(t, r)) for r in zip(*t.values())]"
+    elif {"columns", "data"} <= parts.keys() and isinstance(parts["data"], list):
+        what, expression = "a table of pandas (split)", "[dict(zip(t['columns'], r)) for r in t['data']]"
+    elif kinds == {dict} and all(name.isdecimal() for name in parts):
+        what, expression = "an object that holds its rows by number", "[*t.values()]"
+    elif kinds == {dict} and all(number.isdecimal() for part in parts.values() for number in part):
+        columns = "zip(*(c.values() for c in t.values()))"
+        what, expression = "a table of pandas (by columns)", f"[dict(zip(t, r)) for r in {columns}]"
+    else:
+        return reason, ""
+    opening = "import gzip, json; t = json.load(gzip.open(" if path.endswith(".gz") else "import json; t = json.load(open("
+    target = str(Path(path).with_name(f"{Path(path).name.partition('.json')[0]}-{rows.replace(' ', '-')}.json"))
+    code = f"{opening}{path!r})); json.dump({expression}, open({target!r}, 'w'))"
+    return f"the file is not a JSON list of rows, but {what}", f'name {target}, which `python -c "{code}"` writes'
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value) and not _is_said(value)
+
+
+def _holds_messages(row: Mapping[str, Any]) -> bool:
+    return any(_is_said(value) for value in row.values())
+
+
+def _is_said(value: Sequence[Any]) -> bool:
+    """Whether a list is one of messages, so that the object that holds it is a row."""
+    return any(isinstance(part, dict) and not {"role", "from"}.isdisjoint(part) for part in value)
 
 
 def _behind_space(text: str, at: int) -> int:

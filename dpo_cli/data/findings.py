@@ -15,7 +15,7 @@ from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.dataset import Dataset
 from dpo_cli.data.files import about_rows, unit
-from dpo_cli.data.messages import flat, said, turns_of
+from dpo_cli.data.messages import flat, said
 from dpo_cli.data.rows import Pair
 from dpo_cli.data.text_features import (
     ABOUT_LANGUAGE,
@@ -29,6 +29,7 @@ from dpo_cli.data.text_features import (
     script,
     words,
 )
+from dpo_cli.data.transcripts import turns_of
 from dpo_cli.errors import Problem, Severity
 
 Limits = Mapping[str, float]

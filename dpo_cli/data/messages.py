@@ -45,7 +45,6 @@ DEEPEST = 100  # levels of a row: far more than data has, and few enough for eve
 LARGEST_NUMBER = int(sys.float_info.max)
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
-TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ \t]?")  # as in Anthropic's HH-RLHF
 # Of messages that are stored as text: what they hold in quotes, and how they begin.
 SPEAKS = re.compile(rf"""["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']""", re.IGNORECASE)
 BEGINS = re.compile(
@@ -54,14 +53,14 @@ BEGINS = re.compile(
     re.IGNORECASE,
 )
 WRAPPER = ("<tool_response>", "</tool_response>")  # which Hermes stores around a tool's result, and its template writes too
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 
 
 class BadRow(Exception):
-    """Why a row cannot be used: a stable code, the reason in words, and what is particular to this row."""
+    """Why a row cannot be used: a stable code, the reason in words, what is particular to this row, and its own fix."""
 
-    def __init__(self, code: str, reason: str, detail: str = "") -> None:
+    def __init__(self, code: str, reason: str, detail: str = "", fix: str = "") -> None:
         super().__init__(reason)
+        self.fix = fix
         self.code = code
         self.reason = reason
         self.detail = detail
@@ -304,30 +303,58 @@ def _part_text(part: Mapping[str, Any], key: str) -> str:
 
 def _calls(message: Message, text: Any, key: str) -> list[dict[str, Any]]:
     """The tool calls of a message, taken out of it: `tool_calls`, the older `function_call`, or ShareGPT's text of a call."""
-    calls = message.pop("tool_calls", None)
-    older = message.pop("function_call", None)
-    calls = calls if calls is not None else older if older is not None else text
-    if calls is None:
-        return []
-    if isinstance(calls, str):
-        calls = _object(calls)
-    calls = calls if isinstance(calls, list) else [calls]
+    calls = _stored_calls(message, text)
+    for name in ("tool_calls", "function_call"):
+        message.pop(name, None)
     if not all(isinstance(call, Mapping) for call in calls):
         raise BadRow("row-call", f"{key} holds tool calls that are no objects")
     return [_call(without_nulls(call), key) for call in calls]
+
+
+def _stored_calls(message: Mapping[str, Any], text: Any) -> list[Any]:
+    """The tool calls of a message as they are stored."""
+    calls = next((message[name] for name in ("tool_calls", "function_call") if message.get(name) is not None), text)
+    if calls is None:
+        return []
+    calls = _object(calls) if isinstance(calls, str) else calls
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    function = call.get("function", call)
+    return function.get("arguments", function.get("parameters", {})) if isinstance(function, Mapping) else {}
 
 
 def _call(call: Mapping[str, Any], key: str) -> dict[str, Any]:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("row-call", f'{key} holds a tool call without a "name"')
-    arguments = function.get("arguments", function.get("parameters", {}))
-    if isinstance(arguments, str) and not isinstance(_object(arguments or "{}"), Mapping):
-        raise BadRow("row-call", f"{key} holds a tool call whose arguments are text, but no JSON object", f"{arguments[:40]!r}")
+    arguments = _arguments(call)
+    if isinstance(arguments, str):
+        given = _object(arguments or "{}")
+        if not isinstance(given, Mapping):
+            reason = f"{key} holds a tool call whose arguments are text, but no JSON object"
+            raise BadRow("row-call", reason, f"{arguments[:40]!r}")
+        kept = without_nulls(given)  # as of arguments that are an object; a text without nulls stays as it is written
+        arguments = arguments if kept == given else kept
     if not isinstance(arguments, str | Mapping):
         raise BadRow("row-call", f"{key} holds a tool call whose arguments are {type(arguments).__name__}, not an object")
     own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def has_null_arguments(value: Any) -> bool:
+    """Whether messages of a row hold a tool call of which an argument is null, so that it is left out."""
+    if isinstance(value, list):
+        return any(map(has_null_arguments, value))
+    if not isinstance(value, Mapping):
+        return False
+    is_call = str(value.get("from") or value.get("role")).lower() in CALL_ROLES
+    calls = _stored_calls(value, value.get("content", value.get("value")) if is_call else None)
+    given = [_arguments(call) for call in calls if isinstance(call, Mapping)]
+    given = [_object(arguments) if isinstance(arguments, str) else arguments for arguments in given]
+    inner = [part for part in value.values() if isinstance(part, list)]
+    return any(without_nulls(arguments) != arguments for arguments in given) or has_null_arguments(inner)
 
 
 def _object(text: str) -> Any:
@@ -386,59 +413,6 @@ def _is_empty_system(message: Any) -> bool:
         and role_of(message) == "system"
         and not visible(str(message.get("content") or message.get("value") or "")).strip()
     )
-
-
-def as_messages(text: Text, role: str) -> list[Message]:
-    """A plain string as one message of `role`, a transcript as its turns; messages as they are, an empty string as none."""
-    if isinstance(text, list):
-        return text
-    return turns_of(text) or [{"role": role, "content": text}] if text else []
-
-
-def answer_to(prompt: Text, response: Text) -> list[Message]:
-    """A response as messages; after a transcript without the blank that follows "Assistant:"."""
-    if isinstance(response, str) and isinstance(prompt, str) and turns_of(prompt):
-        response = response.strip()
-    return response if isinstance(response, list) else [{"role": "assistant", "content": response}] if response else []
-
-
-def turns_of(text: str) -> list[Message]:
-    """The turns of a text that begins with "Human:" and has an "Assistant:" after a blank line; none of another text."""
-    if "Human:" not in text[:40] or not re.match(r"\s*Human:", text) or "\n\nAssistant:" not in text:
-        return []
-    _, *pieces = TURN.split(text)
-    said = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": SPEAKERS[who], "content": words.strip()} for who, words in said if words.strip()]
-
-
-def from_last_turn(prompt: Text, responses: Mapping[str, Text]) -> tuple[Text, list[Text]]:
-    """A prompt and its responses, or `BadRow`: a transcript ends with the "Assistant:" of the turn that is answered.
-
-    What it already says of that turn stands at the start of each response; a response that repeats the transcript loses it.
-    Where the responses are messages, or the prompt is no transcript, they stay as they are.
-    """
-    answers = [answer for answer in responses.values() if isinstance(answer, str)]
-    if not isinstance(prompt, str) or len(answers) < len(responses) or not turns_of(prompt):
-        return prompt, [*responses.values()]
-    *_, last = TURN.finditer(prompt)
-    begun = prompt[last.end(1) + 1 :] if last[1] == "Assistant" else ""
-    start = prompt[: last.end(1) + 1] if begun.strip() else prompt
-    parts = [_answer_after(prompt, answer, key, last[1]) for key, answer in responses.items() if isinstance(answer, str)]
-    if len({turn for turn, _ in parts}) > 1:
-        raise BadRow("row-role", 'one response begins with "Assistant:", and another does not')
-    begun = begun if begun.strip() else ""
-    return start + parts[0][0], [sound(begun + answer, key) for key, (_, answer) in zip(responses, parts, strict=True)]
-
-
-def _answer_after(transcript: str, answer: str, key: str, speaker: str) -> tuple[str, str]:
-    """(the "Assistant:" that an answer begins with, its text) after a transcript whose last turn is of `speaker`."""
-    if answer.lstrip().startswith(transcript.strip()):
-        answer = answer.lstrip()[len(transcript.strip()) :]
-    turns = [*TURN.finditer(answer)]
-    own = turns.pop(0).end(1) + 1 if turns and turns[0].start() == 0 and (speaker, turns[0][1]) == ("Human", "Assistant") else 0
-    if turns:
-        raise BadRow("row-role", f"{key} holds another turn of a transcript after its answer, or before it")
-    return answer[:own], answer[own:]
 
 
 def said(text: Text) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dpo_cli.data import file_faults, files, folders
+from dpo_cli.data import files, folders, unreadable_files
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Question, to_question
@@ -70,7 +70,7 @@ def _fault(path: str) -> Problem | None:
         return Problem("error", "prompts-missing", f"there is no file {path}", "check the path of the prompts")
     if not Path(path).is_file():
         return Problem("error", "prompts-unreadable", f"cannot read {path}", "name a readable file")
-    problem = file_faults.fault(Path(path), "prompts", suffixes)
+    problem = unreadable_files.fault(Path(path), "prompts", suffixes)
     if problem is not None and problem.code == "dataset-format":
         fix = "use a .txt file with a prompt a line, or a .jsonl file"
         return Problem("error", "prompts-format", problem.message, fix)

@@ -22,7 +22,8 @@ from typing import Any
 
 from dpo_cli.data.columns import CONVERSATIONS, OURS, QUESTIONS, SCORES, Columns, Row, answered, asked
 from dpo_cli.data.comparisons import LISTS, Layout, layout_of, members_named
-from dpo_cli.data.messages import TURN, BadRow, answer_to, list_in, parsed, role_of, text_of, turns_of
+from dpo_cli.data.messages import BadRow, list_in, parsed, role_of, text_of
+from dpo_cli.data.transcripts import answer_to, parted
 
 Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
 
@@ -98,7 +99,7 @@ def _repeats_prompt(row: Mapping[str, Any]) -> bool:
 def _common_start(row: Mapping[str, Any]) -> Parts:
     """Both responses without what they have in common, which is the prompt; of strings, up to a space (as TRL does).
 
-    Of transcripts ("Human:", "Assistant:") the prompt is all up to the answer in which they part.
+    Of transcripts ("Human:", "Assistant:" and the like) the prompt is all up to the answer in which they part.
     """
     chosen, rejected = (text_of(row[name], name) for name in ("chosen", "rejected"))
     if chosen == rejected:
@@ -108,23 +109,14 @@ def _common_start(row: Mapping[str, Any]) -> Parts:
     parting = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     start = next(parting, min(len(chosen), len(rejected)))
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if turns_of(chosen) and turns_of(rejected):
-            return _parted(chosen, rejected, start)
+        if (parts := parted(chosen, rejected, start)) is not None:
+            return parts
         start -= start > 0 and chosen[start - 1] == " "
         is_turn = "\n" in chosen[:start] or chosen[:start].rstrip().endswith((":", "?"))
         start = start if is_turn else 0  # else two answers that happen to start alike
     if start == 0:
         raise BadRow("row-no-prompt", "there is no prompt, and chosen and rejected do not start alike")
     return chosen[:start], chosen[start:], rejected[start:]
-
-
-def _parted(chosen: str, rejected: str, start: int) -> Parts:
-    """Two transcripts that part at `start`: the prompt ends with the "Assistant:" of the answers in which they part."""
-    turn = next((turn for turn in reversed([*TURN.finditer(chosen, 0, start)])), None)
-    answers = (chosen[turn.end(1) + 1 :], rejected[turn.end(1) + 1 :]) if turn else (chosen, rejected)
-    if turn is None or turn[1] != "Assistant" or any(TURN.search(answer) for answer in answers):
-        raise BadRow("row-role", "the two transcripts part before their last answer, so one of them holds another question")
-    return chosen[: turn.end(1) + 1], *answers
 
 
 def _plain(row: Row) -> Iterator[Row]:

@@ -25,18 +25,15 @@ from dpo_cli.data.comparisons import Layout, layout_of
 from dpo_cli.data.messages import (
     BadRow,
     Text,
-    answer_to,
-    as_messages,
     flat,
-    from_last_turn,
     looks,
     sound,
     system_of,
     text_of,
     tools_of,
-    turns_of,
 )
 from dpo_cli.data.row_shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
+from dpo_cli.data.transcripts import answer_to, as_messages, from_last_turn, turns_of
 from dpo_cli.strategies.strategy import DEMONSTRATIONS, PAIRS, Rows
 
 Written = Mapping[str, Any]  # a row of a file
@@ -150,6 +147,7 @@ class Read:
     first: Written  # its first pair as documented
     reads: Callable[[], Mapping[str, str]]  # columns, and what each is read as
     origin: Mapping[str, str] = field(default_factory=dict)  # of the columns of an export
+    suggested: Mapping[str, str] = field(default_factory=dict)  # columns that no person filled in, and what did
 
 
 def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
@@ -161,7 +159,7 @@ def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrat
         shape, written, export = _shape_of(row, columns)
     except BadRow as error:
         if demonstrations and error.code == "row-missing-key":
-            found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
+            found = _names(row)
             reason = "neither messages, nor prompt and completion, nor text"
             raise BadRow("row-missing-key", reason, f"which has {found}") from error
         raise
@@ -169,11 +167,12 @@ def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrat
     pairs = [pair_of(each, line, file) for each in documented]
     says = f"{export.tool}, {shape.says}" if export is not None and shape.says else shape.says
     origin = (export.origin if export is not None else None) or {}
+    suggested = export.suggested if export is not None else {}
     rows: tuple[Row, ...] = tuple(pairs)
     if demonstrations:
         best = pairs[0]
         rows = (Demonstration(best.prompt, best.chosen, line, file, best.tools, best.category),)
-    return Read(rows, says, written, documented[0], lambda: {**_common(written), **shape.reads(written)}, origin)
+    return Read(rows, says, written, documented[0], lambda: {**_common(written), **shape.reads(written)}, origin, suggested)
 
 
 def _shape_of(row: Any, columns: Columns) -> tuple[Shape, Written, Export | None]:
@@ -183,9 +182,14 @@ def _shape_of(row: Any, columns: Columns) -> tuple[Shape, Written, Export | None
     if shape is not None:
         return shape, written, export
     missing = [columns.get(key, key) for key in KEYS if key not in written]
-    found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
-    reason = f"no {' and no '.join(missing)}"
-    raise BadRow("row-missing-key", reason, f'which has {found}; "columns" can say what they are called')
+    reason = " and ".join(f"{name} is null" if name in row else f"no {name}" for name in missing)
+    advice = '; "columns" can say what they are called' if any(name not in row for name in missing) else ""
+    raise BadRow("row-missing-key", reason, f"which has {_names(row)}{advice}")
+
+
+def _names(row: Any) -> str:
+    """The columns of a row, in words."""
+    return ", ".join(sorted(f"{name} (null)" if row[name] is None else str(name) for name in row))[:200] or "nothing"
 
 
 def _flat(row: Any, columns: Columns) -> tuple[Written, Export | None, Columns]:
@@ -300,8 +304,7 @@ def to_question(row: Any, line: int, file: str = "", columns: Columns | None = N
         return Question(pair.prompt, reference or flat(pair.chosen), line, file, pair.tools)
     asking = asked(row)
     if asking is None:
-        found = ", ".join(sorted(map(str, row)))[:200] or "nothing"
-        raise BadRow("row-missing-key", "no prompt", f'which has {found}; "columns" can say what it is called')
+        raise BadRow("row-missing-key", "no prompt", f'which has {_names(row)}; "columns" can say what it is called')
     prompt = _after_start(text_of(asking[0], "prompt"), row)
     if isinstance(prompt, list):
         _require_open(prompt)

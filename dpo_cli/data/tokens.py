@@ -17,10 +17,11 @@ from jinja2 import TemplateError
 
 from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
 from dpo_cli.data.files import about_rows
-from dpo_cli.data.messages import Message, Text, as_messages
+from dpo_cli.data.messages import Message, Text
 from dpo_cli.data.omissions import Part, cause, fails, left_out, parts_of
 from dpo_cli.data.rows import Row
 from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.transcripts import as_messages
 from dpo_cli.errors import InvalidInput, Problem, Severity
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from dpo_cli.data.messages import Text
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Intervals, mean
 from dpo_cli.providers.policy import Policy
-from dpo_cli.scoring.oom import is_out_of_memory
+from dpo_cli.scoring.oom import in_halves, list_halves
 
 
 @dataclass(frozen=True)
@@ -187,17 +187,9 @@ def answers(
     dtype: torch.dtype,
 ) -> list[Answer]:
     """An answer to each prompt, in batches of `AT_ONCE`; one that is out of memory is made in halves."""
-    made: list[Answer] = []
-    waiting = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
-    while waiting:
-        batch = waiting.pop(0)
-        try:
-            made += [answer for (answer,) in generate(model, tokenizer, batch, sampling, dtype)]
-        except RuntimeError as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-            waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-    return made
+    batches = [list(prompts[start : start + AT_ONCE]) for start in range(0, len(prompts), AT_ONCE)]
+    made = in_halves(batches, lambda batch: generate(model, tokenizer, batch, sampling, dtype), list_halves)
+    return [answer for _, of_batch in made for (answer,) in of_batch]
 
 
 def answer_tokens(samples: Sequence[Sample]) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio, mean
 from dpo_cli.providers.policy import Policy
 from dpo_cli.scoring.forward import States, collate
 from dpo_cli.scoring.lm_head import Head, score_tokens, token_kl
-from dpo_cli.scoring.oom import is_out_of_memory
+from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.shared_prompts import IGNORED
 
 
@@ -60,17 +60,12 @@ def score_rows(
     kinds = len(rows[0].responses)
     columns = np.zeros((6, len(rows), kinds))
     by_length = sorted(range(len(rows)), key=lambda i: rows[i].length)  # so that little is padded
-    waiting = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    while waiting:
-        batch = waiting.pop(0)
-        try:
-            collated = collate([rows[i] for i in batch], pad_token_id, policy.network.device)
-            scores = _score(policy, states, collated, dtype)
-        except RuntimeError as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-            waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-            continue
+    batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+    def scored(batch: list[int]) -> list[Tensor]:
+        return _score(policy, states, collate([rows[i] for i in batch], pad_token_id, policy.network.device), dtype)
+
+    for batch, scores in in_halves(batches, scored, list_halves):
         for column, sums in zip(columns, scores, strict=True):
             column[batch] = sums.view(kinds, len(batch)).T.numpy()
     return Scores(*columns)

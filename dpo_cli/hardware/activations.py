@@ -16,7 +16,6 @@ from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
 
 CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (training/head.py, CHUNK_ELEMENTS)
-FULL_LOGITS_COPIES = 3.5  # float32 copies of logits in a loss that makes them whole; fitcheck-llm 0.3 measured 3.5 to 4
 
 
 def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
@@ -52,14 +51,12 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     last_block = backward if settings.checkpointing else block + backward - end
     moments.append((last_block + new_gradients, 0.0))
     if refers:
-        moments.append((kept + forward, settings.scored * h * width))
+        moments.append((forward, settings.scored * h * width))  # before the policy's forward, which keeps more
     return max(moments, key=sum)
 
 
 def _logits_bytes(facts: ModelFacts, settings: Settings) -> float:
     """The widest moment of the head: float32 logits and their log-softmax, a chunk at a time."""
-    if settings.full_logits:
-        return 4.0 * FULL_LOGITS_COPIES * settings.tokens * facts.vocab_size
     return 2.0 * min(CHUNK_BYTES, 4 * settings.scored * facts.vocab_size)
 
 

@@ -34,7 +34,6 @@ class Settings:
     response_tokens: int | None = None  # scored tokens of the longest pair, where lengths are known
     is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never divided
 
-    full_logits: bool = False  # padded rows whose logits are made whole
     reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
     fused_attention: bool = True  # false: the probabilities are kept, as eager attention does
 

@@ -59,14 +59,13 @@ CONCESSIONS: Sequence[Step] = (
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`config` fits `budget_gb` less the margin; `preset` is the documented one it started from, with its own bill."""
+    """`config` fits `budget_gb` less the margin; `preset` is the documented one it started from."""
 
     profile: str
     vram_gb: float
     config: dict[str, Any]
     memory: Bill
     preset: dict[str, Any]
-    preset_memory: Bill
     reasons: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -163,7 +162,7 @@ def _best(request: Request) -> Recommendation:
             if share := request.share_over(values[LENGTH]):
                 reasons.append(f"about {share:.0%} of the pairs are longer than {values[LENGTH]}, and are cut or left out")
         reasons += [*steps, "learning_rate keeps its documented default; the README has a table of what an adapter needs"]
-        return Recommendation(name, request.vram_gb, config, memory, preset, documented, reasons)
+        return Recommendation(name, request.vram_gb, config, memory, preset, reasons)
     raise DoesNotFit([_misfit(models[-1], shapes[models[-1]], start, request)])
 
 

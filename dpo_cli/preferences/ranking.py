@@ -22,8 +22,9 @@ import torch
 from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.chat_template import ChatTemplate
-from dpo_cli.data.messages import as_messages, flat
+from dpo_cli.data.messages import flat
 from dpo_cli.data.rows import Question
+from dpo_cli.data.transcripts import as_messages
 from dpo_cli.evaluation.generation import Answer
 from dpo_cli.preferences.judge import Judge
 from dpo_cli.providers.huggingface import HuggingFace

@@ -27,10 +27,8 @@ JUDGE_FIX = (
 WINNERS = {1.0: "adapter", -1.0: "base", 0.0: "tie"}
 
 
-def contest_of(prompts: int | None, by_judge: bool, run: RunDirectory, plan: Plan, rows: Sequence[Encoded]) -> Contest | None:
-    """What `dpo eval RUN_DIR --side-by-side` holds over so many prompts, None over none; checked before any model is loaded."""
-    if prompts is None:
-        return None
+def contest_of(prompts: int, by_judge: bool, run: RunDirectory, plan: Plan, rows: Sequence[Encoded]) -> Contest:
+    """What `dpo vote RUN_DIR` holds over so many prompts; checked before any model is loaded."""
     if not first_of_each_prompt(rows, 1):
         message, fix = "there is no prompt to answer", "name a file with prompts: --dataset"
         raise InvalidInput([Problem("error", "nothing-to-compare", message, fix)])
@@ -65,7 +63,7 @@ class Contest:
     judge: Judge | None
 
     def hold(self, samples: Sequence[Sample], console: Console) -> dict[str, Any]:
-        """Write the page, and the votes of the judge: `side_by_side` of what `eval --json` prints."""
+        """Write the page, and the votes of the judge: what `vote --json` prints of it."""
         answers = [
             (sample.prompt, sample.adapter.text, sample.base.text)
             for sample in samples[: self.prompts]

@@ -28,7 +28,8 @@ import numpy as np
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from dpo_cli.data.messages import Text, as_messages
+from dpo_cli.data.messages import Text
+from dpo_cli.data.transcripts import as_messages
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.evaluation.bootstrap import Intervals, mean
 

@@ -15,7 +15,7 @@ from dpo_cli.config.schema import options
 from dpo_cli.config.stages import day_of
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.plan.plan import MEASURED, Plan
-from dpo_cli.storage.atomic import free_bytes, is_full
+from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.checkpoints import Checkpoint
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.run_directory import MANIFEST, PLAN, SUMMARY, RunDirectory
@@ -198,8 +198,8 @@ def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
         where = error.filename or run.path
         message = f"{where}: {error.strerror or error}; {left}"
         again = f"the same command with --resume {'goes on from there' if checkpoints else 'starts again'}"
-        free = f"free space on the disk of {run.path} ({free_bytes(run.path) / 1e6:,.0f} MB are free), then "
-        raise RunFailed(message, (free if is_full(error) else "") + again) from error
+        first = way_out(error, run.path)
+        raise RunFailed(message, f"{first}, then {again}" if first else again) from error
 
 
 def tell_on(console: Console) -> Tell:

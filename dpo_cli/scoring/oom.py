@@ -8,7 +8,8 @@ of a whole one are added to what was there, as autograd itself would have added 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,38 @@ def free_memory() -> None:
         torch.accelerator.empty_cache()
 
 
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+def in_halves(
+    parts: Iterable[Part], run: Callable[[Part], Result], divided: Callable[[Part], list[Part]]
+) -> Iterator[tuple[Part, Result]]:
+    """Each part with what `run` makes of it; one that is out of memory is `divided`, and its error raised where that is not."""
+    waiting = list(parts)
+    while waiting:
+        part = waiting.pop(0)
+        try:
+            result = run(part)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking = error.with_traceback(None)  # whose frames hold the tensors that fill the memory
+        else:
+            yield part, result
+            continue
+        free_memory()
+        if not (smaller := divided(part)):
+            raise lacking
+        waiting[:0] = smaller
+
+
+def list_halves(rows: list[Result]) -> list[list[Result]]:
+    """Both halves of a list; none of a list of one."""
+    middle = len(rows) // 2
+    return [rows[:middle], rows[middle:]] if middle else []
+
+
 def run_in_parts(
     step: Callable[[Batch], Tensor],
     batch: Batch,
@@ -56,27 +89,22 @@ def run_in_parts(
     parts' losses.
     """
     sums = [parameter.grad for parameter in parameters]
-    waiting, losses = [batch], []
-    while waiting:
-        part = waiting.pop(0)
+
+    def one(part: Batch) -> Tensor:
         for parameter in parameters:
             parameter.grad = None
-        try:
-            losses.append(step(part))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            lacking = error.with_traceback(None)  # whose frames hold the tensors that fill the memory
-        else:
-            for i, parameter in enumerate(parameters):
-                sums[i] = _sum(sums[i], parameter.grad)
-            continue
-        free_memory()
-        count = units_in(part, rows_a_unit)
-        if count == 1:
-            raise lacking
+        loss = step(part)
+        for i, parameter in enumerate(parameters):
+            sums[i] = _sum(sums[i], parameter.grad)
+        return loss
+
+    def divided(part: Batch) -> list[Batch]:
+        if (count := units_in(part, rows_a_unit)) == 1:
+            return []
         tell(f"out of memory with {count} rows at once: they go on in halves; a smaller per_device_train_batch_size is faster")
-        waiting[:0] = halves(part, rows_a_unit)
+        return halves(part, rows_a_unit)
+
+    losses = [loss for _, loss in in_halves([batch], one, divided)]
     for parameter, grad in zip(parameters, sums, strict=True):
         parameter.grad = grad
     return torch.stack(losses).sum()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -60,7 +61,8 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        said = re.search(r"\(os error (\d+)\)", str(error)) if sys.platform != "win32" else None  # whose numbers are others
+        number = int(said[1]) if said is not None else errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, os.strerror(number), str(place)) from error
 
 
@@ -80,6 +82,15 @@ def trial() -> Iterator[None]:
 def is_full(error: BaseException) -> bool:
     """Whether what failed is a write for which there was no room."""
     return isinstance(error, OSError) and error.errno in FULL
+
+
+def way_out(error: OSError, path: Path) -> str | None:
+    """What lets a write go through for which there was no room; None where another thing failed."""
+    if not is_full(error):
+        return None
+    if error.errno == errno.EFBIG:
+        return "raise the limit on the size of a file (`ulimit -f unlimited`; a FAT disk takes no file of 4 GB)"
+    return f"free space on the disk of {path} ({free_bytes(path) / 1e6:,.0f} MB are free)"
 
 
 def free_bytes(path: Path) -> int:

@@ -3,9 +3,10 @@
 What is overridden, and why (tests/test_dpo.py fails when TRL moves any of it):
 - `_prepare_dataset`: TRL 1.15 tokenises rows itself and takes no ready token ids. Ours are made once, for plan, training
   and evaluation alike, and are the same ids (tests/test_tokens.py).
-- `compute_loss`: the response log-probs are read off the two model calls TRL makes for a micro-batch, policy first and
-  reference second, because its own averages count ties as losses. TRL's loss is the mean over the micro-batch, and Trainer
-  weighs all micro-batches of a step alike: here each pair of a step counts 1/n, so that the division of a step into
+- `compute_loss`: TRL takes the reference's log-probs as columns of the micro-batch, as where it has computed them before
+  (`precompute_ref_logps`, which is set after its constructor: there it would compute them). The policy's are read off the one
+  model call that is left, because TRL's own averages count ties as losses. TRL's loss is the mean over the micro-batch, and
+  Trainer weighs all micro-batches of a step alike: here each pair of a step counts 1/n, so that the division of a step into
   micro-batches changes nothing. The `sft` term, which TRL averages over the tokens of a micro-batch, is averaged over those of
   the step, as TRL does where the step is one micro-batch.
 """
@@ -26,6 +27,7 @@ from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward, oom
+from dpo_cli.scoring.reference import LiveReference, Reference
 from dpo_cli.training.trainer import (
     SIZE,
     CarefulTrainer,
@@ -38,6 +40,7 @@ from dpo_cli.training.trainer import (
     ready,
 )
 
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 FIGURES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
 
 
@@ -70,8 +73,10 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
     loss_weights: list[float]
     sft_weight = 0.0  # of the loss that is averaged over tokens
 
-    def take_over(self, *args: Any, **kwargs: Any) -> None:
-        super().take_over(*args, **kwargs)
+    def take_over(self, states: forward.States, *args: Any) -> None:
+        super().take_over(states, *args)
+        self.reference: Reference = LiveReference(self.policy, states)
+        self.precompute_ref_logps = True
         # TRL's loop leaves out the loss that is averaged over tokens: `compute_loss` adds it.
         weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
         self.sft_weight = weights.pop("sft", 0.0)
@@ -92,12 +97,14 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         """The share of these pairs in the loss of a step of that size, or of these pairs alone."""
         self.calls.clear()
         step, pairs = num_items_in_batch or self.step_size([inputs]), oom.units_in(inputs, self.ROWS_A_UNIT)
-        loss: Any = super().compute_loss(model, inputs, *args) * (pairs / step.pairs)
+        reference = self.reference.log_probs(inputs)  # before the policy's call, which keeps what its gradient needs
+        columns = dict(zip(REFERENCE_COLUMNS, reference.chunk(2), strict=True))
+        loss: Any = super().compute_loss(model, {**inputs, **columns}, *args) * (pairs / step.pairs)
+        (call,) = self.calls
         if self.sft_weight:
-            log_probs = self.calls[0].log_probs.chunk(2)[0]  # of the chosen responses, zero elsewhere
+            log_probs = call.log_probs.chunk(2)[0]  # of the chosen responses, zero elsewhere
             loss = loss - self.sft_weight * log_probs.sum() / max(1, step.chosen_tokens)
-        policy, reference = (call.log_probs.detach().sum(dim=1) for call in self.calls)
-        figures = reward_figures(policy, reference, self.beta)
+        figures = reward_figures(call.log_probs.detach().sum(dim=1), reference, self.beta)
         losses = loss.detach().cpu().double() * step.pairs / pairs  # whose mean over a step is its loss
         losses = losses.expand(len(figures), 1)
         self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))

@@ -204,6 +204,14 @@ def test_a_reader_that_leaves_does_not_end_the_training(workplace: Path) -> None
     assert json.loads((workplace / "piped" / "metrics.json").read_text(encoding="utf-8"))["status"] == "completed"
 
 
+@pytest.mark.parametrize(("words", "code"), [("train --help", 0), ("validate gone.json --json", 3), ("--version", 0)])
+def test_a_reader_that_leaves_changes_no_exit_code(words: str, code: int, workplace: Path) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f'{DPO} {words} | true; exit "${{PIPESTATUS[0]}}"'], capture_output=True, cwd=workplace
+    )
+    assert (done.returncode, b"Traceback" in done.stderr, b"BrokenPipe" in done.stderr) == (code, False, False)
+
+
 def test_too_long_pairs_are_left_out_and_counted(workplace: Path) -> None:
     rows = [made_row(i) for i in range(6)]
     rows[3]["chosen"] = "the cat " * 50

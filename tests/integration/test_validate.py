@@ -69,7 +69,7 @@ def test_the_wheel_ships_the_schema(tmp_path: Path) -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "zipfile", "-l", *tmp_path.glob("wheel/*.whl")], capture_output=True, text=True, check=True
     ).stdout
-    wanted = ["config/schema.json", "config/options.pyi", "hardware/models.json", "hardware/profiles.json"]
+    wanted = ["config/schema.json", "config/options.pyi", "models/models.json", "hardware/profiles.json"]
     assert [name for name in wanted if f"dpo_cli/{name}" not in listed] == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import json
 import os
 import shlex
 from collections.abc import Collection, Sequence
@@ -108,9 +109,18 @@ def _fault_of_file(path: Path, readable: Collection[str]) -> Problem | None:
     if kind == ".parquet":
         damaged = not start.startswith(b"PAR1")
         return _error("dataset-damaged", f"{path} is not a Parquet file", "download or write it again") if damaged else None
-    if (_unpacked_start(path) if start.startswith(GZIPPED) else start)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        return _error("dataset-utf16", f"{path} is UTF-16", "save it as UTF-8")
-    return None
+    wide = _wide(_unpacked_start(path) if start.startswith(GZIPPED) else start)
+    return _error("dataset-utf16", f"{path} is {wide}", "save it as UTF-8") if wide else None
+
+
+def _wide(start: bytes) -> str | None:
+    """UTF-16 or UTF-32, with its byte order mark or without; of ASCII, with which JSON begins, half the bytes are 0 then."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if start[:4] == bytes(4) or start.count(0) * 4 < len(start):
+        return None
+    encoding = json.detect_encoding(start[:4])
+    return None if encoding.startswith("utf-8") else encoding[:6].upper()
 
 
 def _unpacking(path: Path, start: bytes, readable: Collection[str]) -> str | None:
@@ -134,6 +144,6 @@ def _unpacking(path: Path, start: bytes, readable: Collection[str]) -> str | Non
 def _unpacked_start(path: Path) -> bytes:
     try:
         with opened(str(path)) as file:
-            return file.read(4)
+            return file.read(len(GIT_LFS))
     except DAMAGED:  # which the rows of the file tell
         return b""

@@ -93,12 +93,12 @@ WHILE_RUNNING = {
         '`dpo export` of a run with `"eval_split": 0`',
         "nothing tells whether the merged model is as good: name a `--dataset`",
     ),
-    "votes-unreadable": ("error", "`dpo eval --tally gone.json`", "there is no such file, or it is damaged"),
-    "not-votes": ("error", "`dpo eval --tally config.json`", "the file is another JSON file; the first place that differs"),
-    "no-votes": ("error", "`dpo eval --tally votes.json`", "nobody has voted yet"),
+    "votes-unreadable": ("error", "`dpo vote --tally gone.json`", "there is no such file, or it is damaged"),
+    "not-votes": ("error", "`dpo vote --tally config.json`", "the file is another JSON file; the first place that differs"),
+    "no-votes": ("error", "`dpo vote --tally votes.json`", "nobody has voted yet"),
     "votes-of-people": (
         "error",
-        "`dpo eval --side-by-side 20 --judge`",
+        "`dpo vote runs/my-run --judge`",
         "`votes.json` in the run directory holds votes of people, which would be replaced",
     ),
     "export-worse": (

@@ -1,0 +1,83 @@
+"""What is asked of `dpo eval` and of `dpo vote`, and what of it goes together. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dpo_cli.errors import UsageError
+from dpo_cli.evaluation.thresholds import METRICS, OF_VOTES, Threshold, parse
+
+# The options that say how a run is judged, and not how it was trained.
+JUDGING = frozenset({"augment", "kl_prompts", "max_new_tokens", "per_device_eval_batch_size", "device", "bf16", "fp16"})
+PROMPTS = 20  # that `dpo vote` asks about
+
+
+@dataclass(frozen=True)
+class VoteRequest:
+    """A run whose answers are compared, by people or by a judge; or a file of votes to count.
+
+    Raises `UsageError` for what does not go together.
+    """
+
+    run: str = ""
+    prompts: int = PROMPTS
+    by_judge: bool = False
+    dataset: str | None = None
+    overrides: tuple[str, ...] = ()
+    tally: Path | None = None
+    fail_under: str | None = None
+    thresholds: list[Threshold] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thresholds", _limits(self.fail_under, OF_VOTES))
+        if self.tally is not None:
+            if self.run or self.dataset or self.by_judge:
+                raise UsageError("--tally counts a file by itself", f"dpo vote --tally {self.tally}")
+            return
+        if not self.run:
+            raise UsageError("no run is named", "dpo vote RUN_DIR, or dpo vote --tally votes.json")
+        if self.thresholds and not self.by_judge:
+            raise UsageError("there are no votes yet to keep a limit", "dpo vote --tally votes.json --fail-under win_rate=0.5")
+        _require_run(self.run, self.overrides)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run to judge; with an `adapter`, a config whose model it is put on. With `vote`, its answers are compared too.
+
+    Raises `UsageError` for what does not go together.
+    """
+
+    target: str = ""
+    adapter: Path | None = None
+    dataset: str | None = None
+    overrides: tuple[str, ...] = ()
+    fail_under: str | None = None
+    vote: VoteRequest | None = None
+    thresholds: list[Threshold] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "thresholds", _limits(self.fail_under, METRICS))
+        if not self.target:
+            raise UsageError("no run is named", "dpo eval RUN_DIR, or dpo vote --tally votes.json")
+        if self.adapter is None:
+            _require_run(self.target, self.overrides)
+        elif self.vote is not None:
+            raise UsageError("--side-by-side writes into the directory of a run", "dpo vote RUN_DIR")
+
+
+def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:
+    return parse(text, tuple(known)) if text is not None else []
+
+
+def _require_run(name: str, overrides: Iterable[str]) -> None:
+    """`UsageError` where a run is a file, or is to be judged otherwise than it was trained."""
+    if Path(name).is_file():
+        fix = f"dpo eval {name} --adapter DIR, or dpo eval RUN_DIR"
+        raise UsageError(f"{name} is a file: a run is judged, or an adapter on a config's model", fix)
+    for key in (word.partition("=")[0] for word in overrides):
+        if key not in JUDGING:
+            fix = f"only {', '.join(sorted(JUDGING))} may differ; another model or dataset: --adapter, --dataset"
+            raise UsageError(f"dpo eval takes no {key}=...: a run is judged as it was trained", fix)

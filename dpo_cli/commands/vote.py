@@ -1,0 +1,22 @@
+"""The story of `dpo vote`: open a run, let it and its base answer, and put the answers before people or a judge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dpo_cli.commands.requests import VoteRequest
+from dpo_cli.evaluation.evaluation import answered
+from dpo_cli.preferences.side_by_side import contest_of
+from dpo_cli.runs.open_run import load_policy, open_run
+from dpo_cli.storage.log import log_to
+from dpo_cli.ui.console import Console
+
+
+def vote(asked: VoteRequest, console: Console) -> dict[str, Any]:
+    """What `vote --json` prints of a run, without its thresholds: the page, and the judge's votes where one is asked."""
+    opened = open_run(asked.run, asked.dataset, console, asked.overrides)
+    contest = contest_of(asked.prompts, asked.by_judge, opened.run, opened.plan, opened.rows)
+    with log_to(opened.run.log):
+        policy, plan = load_policy(opened, console)
+        samples = answered(policy, opened.tokenizer, opened.rows, plan, asked.prompts)
+    return contest.hold(samples, console)

@@ -1,0 +1,229 @@
+"""Conversations that are one text, with a label before each turn, to their turns.
+
+Human: ...  Assistant: ...               after blank lines, as in Anthropic's HH-RLHF; System: ... may come first
+User: ...   Assistant: ...               and the like (AI, Bot), on lines of their own; also with ### before the label
+
+Other labels (### Instruction and ### Response, Question and Answer) make no turns, since they are parts of a text as well. Of
+two texts with a common start they only say where the answer begins.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dpo_cli.data.messages import BadRow, Message, Text, sound
+
+HH = ("Human", "Assistant")
+# By kind of text: the labels of who asks, and of who answers.
+SPEAKERS = (("Human", "User"), ("Assistant", "AI", "Bot", "ChatGPT", "GPT"))
+KINDS = (SPEAKERS, (("Question", "Q"), ("Answer", "A")), (("Instruction", "Input"), ("Response", "Output")))
+MARKED = ("Instruction", "Input", "Response", "Output")  # labels only behind ###: the words alone are too common
+WIDE = "USER|ASSISTANT"  # labels within a line, as Vicuna writes them
+
+
+def _forms(words: Sequence[str]) -> str:
+    return "|".join(form for word in words for form in dict.fromkeys((word, word.upper())))
+
+
+_PLAIN = _forms(["System", *(word for kind in KINDS for side in kind for word in side if word not in MARKED)])
+_LABEL = re.compile(
+    rf"(?:\A\s*|(?P<blank>\r?\n\r?\n)|\r?\n| (?=(?:{WIDE}):))"
+    rf"(?:(?P<mark>\#\#\#? ?)(?:(?P<marked>{_forms(MARKED)})|(?P<turn>{_PLAIN}))|(?P<who>{_PLAIN})):[ \t]?"
+)
+_START = re.compile(rf"\s*(?:###? ?)?(?:{_forms(['System', *SPEAKERS[0]])}):")  # how a text begins that is a transcript
+Label = re.Match[str]
+
+
+def _word(label: Label) -> str:
+    return label["who"] or label["turn"] or label["marked"]
+
+
+def _kind(label: Label) -> tuple[int, int] | None:
+    """(the kind of text, 0 of who asks and 1 of who answers); None of a system message."""
+    return _kind_of(_word(label))
+
+
+@functools.cache
+def _kind_of(word: str) -> tuple[int, int] | None:
+    folded = word.casefold()
+    places = ((i, side) for i, kind in enumerate(KINDS) for side in (0, 1) if folded in map(str.casefold, kind[side]))
+    return next(places, None)
+
+
+def _colon(label: Label) -> int:
+    """Behind the colon of a label."""
+    return label.end() - (label[0][-1] != ":")
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How the turns of one text are labelled."""
+
+    asks: str
+    answers: str
+    mark: str | None
+    apart: bool  # by blank lines
+
+    def labels(self, text: str, end: int | None = None) -> list[Label]:
+        """The labels of turns in a text of this style, or in a part of one."""
+        found = [*_LABEL.finditer(text, 0, len(text) if end is None else end)]
+        return [label for i, label in enumerate(found) if (i == 0 and _kind(label) is None) or self._is_label(label)]
+
+    def _is_label(self, label: Label) -> bool:
+        is_apart = label["blank"] is not None or not self.apart or label.start() == 0
+        return _word(label) in (self.asks, self.answers) and label["mark"] == self.mark and is_apart
+
+    @property
+    def is_hh(self) -> bool:
+        return (self.asks, self.answers) == HH and self.apart and self.mark is None
+
+
+def _style(labels: Sequence[Label]) -> Style | None:
+    """The style of the first label of who asks, and of the last of who answers."""
+    asks = next((label for label in labels if _kind(label) is not None), None)
+    kind = _kind(asks) if asks is not None else None
+    if asks is None or kind is None or kind[1] == 1:
+        return None
+    answers = [one for one in labels if _kind(one) == (kind[0], 1) and one["mark"] == asks["mark"]]
+    answers = [one for one in answers if one["blank"]] or answers
+    return Style(_word(asks), _word(answers[-1]), asks["mark"], bool(answers[-1]["blank"])) if answers else None
+
+
+def _style_of(text: str) -> Style | None:
+    """The style of a text that is a transcript from its beginning on."""
+    return _style([*_LABEL.finditer(text)]) if _START.match(text) is not None else None
+
+
+def turns_of(text: str) -> list[Message]:
+    """The turns of a transcript that waits for an answer; none of another text.
+
+    One of HH-RLHF may end otherwise. A text of other labels that does may be about a conversation.
+    """
+    style = _style_of(text)
+    if style is None or not (style.is_hh or _is_open(text, style)):
+        return []
+    labels = style.labels(text)
+    ends = [*(label.start() for label in labels[1:]), len(text)]
+    said = [(label, text[label.end() : end].strip()) for label, end in zip(labels, ends, strict=True)]
+    return [{"role": _role(label), "content": words} for label, words in said if words]
+
+
+def _role(label: Label) -> str:
+    kind = _kind(label)
+    return "system" if kind is None else ("user", "assistant")[kind[1]]
+
+
+def _is_open(text: str, style: Style) -> bool:
+    """Whether a text ends with the label of an answer that is not begun."""
+    last = style.labels(text)[-1]
+    return _word(last) == style.answers and not text[last.end() :].strip()
+
+
+def as_messages(text: Text, role: str) -> list[Message]:
+    """A plain string as one message of `role`, a transcript as its turns; messages as they are, an empty string as none."""
+    if isinstance(text, list):
+        return text
+    return turns_of(text) or [{"role": role, "content": text}] if text else []
+
+
+def answer_to(prompt: Text, response: Text) -> list[Message]:
+    """A response as messages; after a transcript without the blank that follows "Assistant:"."""
+    if isinstance(response, str) and isinstance(prompt, str) and turns_of(prompt):
+        response = response.strip()
+    return response if isinstance(response, list) else [{"role": "assistant", "content": response}] if response else []
+
+
+def parted(chosen: str, rejected: str, start: int) -> tuple[str, str, str] | None:
+    """(prompt, answers) of two texts that part at `start` within a labelled answer; None where they have no such labels.
+
+    The prompt ends with the label of that answer. `BadRow` where they part before their last answer.
+    """
+    style = _style([*_LABEL.finditer(chosen, 0, start)])
+    before = style.labels(chosen, start) if style is not None else []
+    if style is not None and _word(before[-1]) == style.answers:
+        end = _behind_line(chosen, _colon(before[-1]), start)
+        answers = chosen[end:], rejected[end:]
+        if not any(style.labels(answer) for answer in answers):
+            return chosen[:end], *answers
+    if _style_of(chosen) is None or _style_of(rejected) is None:
+        return None
+    raise BadRow("row-role", "the two transcripts part before their last answer, so one of them holds another question")
+
+
+def _behind_line(text: str, at: int, most: int) -> int:
+    """Behind the line breaks that follow a label; where the answer stands on its line, behind the label itself."""
+    rest = re.compile(r"[ \t]*[\r\n]+").match(text, at, most)
+    return rest.end() if rest is not None else at
+
+
+def from_last_turn(prompt: Text, responses: Mapping[str, Text]) -> tuple[Text, list[Text]]:
+    """A prompt and its responses, or `BadRow`: a transcript ends with the "Assistant:" of the turn that is answered.
+
+    What it already says of that turn stands at the start of each response; a response that repeats the transcript loses it.
+    So does one that repeats a plain prompt as a transcript: that is the prompt then. Where the responses are messages, or
+    nothing is a transcript, all stay as they are.
+    """
+    answers = {key: answer for key, answer in responses.items() if isinstance(answer, str)}
+    if not isinstance(prompt, str) or len(answers) < len(responses):
+        return prompt, [*responses.values()]
+    if _START.match(prompt) is None:
+        return _from_repeated(prompt, answers)
+    answers = {key: _without(prompt, answer) for key, answer in answers.items()}
+    label = _first_label(next(iter(answers.values())))
+    style = _style_of(prompt + label)
+    is_open = style is not None and _is_open(prompt + label, style)
+    if style is None or not (style.is_hh or is_open):
+        return prompt, [*responses.values()]
+    last = style.labels(prompt)[-1]
+    is_answered = _word(last) == style.answers
+    begun = prompt[_colon(last) :] if is_answered else ""
+    start = prompt[: _colon(last)] if begun.strip() else prompt
+    parts = [_answer_after(style, is_answered, answer, key) for key, answer in answers.items()]
+    if len({turn for turn, _ in parts}) > 1:
+        raise BadRow("row-role", 'one response begins with "Assistant:", and another does not')
+    begun = begun if begun.strip() else ""
+    return start + parts[0][0], [sound(begun + answer, key) for key, (_, answer) in zip(answers, parts, strict=True)]
+
+
+def _without(transcript: str, answer: str) -> str:
+    """An answer without the transcript that it may repeat."""
+    is_repeated = answer.lstrip().startswith(transcript.strip())
+    return answer.lstrip()[len(transcript.strip()) :] if is_repeated else answer
+
+
+def _first_label(answer: str) -> str:
+    """The label with which an answer begins; empty where it begins with none."""
+    label = _LABEL.match(answer)
+    return label[0] if label is not None and answer[:1].isspace() and _kind(label) == (0, 1) else ""
+
+
+def _answer_after(style: Style, is_answered: bool, answer: str, key: str) -> tuple[str, str]:
+    """(the "Assistant:" that an answer begins with, its text) after a transcript, whose last turn may be the answer's."""
+    turns = style.labels(answer)
+    is_own = bool(turns) and turns[0].start() == 0 and not is_answered and _word(turns[0]) == style.answers
+    own = _colon(turns.pop(0)) if is_own else 0
+    if turns:
+        raise BadRow("row-role", f"{key} holds another turn of a transcript after its answer, or before it")
+    return answer[:own], answer[own:]
+
+
+def _from_repeated(prompt: str, answers: Mapping[str, str]) -> tuple[Text, list[Text]]:
+    """A plain prompt and its responses; of responses that are transcripts whose last question is the prompt, what they say."""
+    starts: list[str] = []
+    for key, answer in answers.items():
+        style = _style_of(answer)
+        labels = style.labels(answer) if style is not None else []
+        if style is None or len(labels) < 2 or _word(labels[-1]) != style.answers:
+            continue
+        if answer[labels[-2].end() : labels[-1].start()].strip() == prompt.strip():
+            starts.append(answer[: _colon(labels[-1])])
+        elif style.is_hh and answer.startswith("\n\n"):
+            raise BadRow("row-role", f"{key} holds another turn of a transcript after its answer, or before it")
+    if not starts:
+        return prompt, [*answers.values()]
+    if len(starts) < len(answers) or len(set(starts)) > 1:
+        raise BadRow("row-role", "one response repeats the prompt as a transcript, and another does not repeat the same")
+    return starts[0], [sound(answer[len(starts[0]) :], key) for key, answer in answers.items()]
