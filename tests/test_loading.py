@@ -674,8 +674,10 @@ def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Resu
         {"max_new_tokens": -1, "cache_implementation": "none", "early_stopping": []},
         {"temperature": "0.6", "pad_token_id": -1, "num_beams": True, "num_return_sequences": 3},
         {"compile_config": {"mode": "x"}, "suppress_tokens": 5, "forced_eos_token_id": [5]},
-        {"do_sample": True, "temperature": -1.0, "top_p": 7, "forced_bos_token_id": 600, "begin_suppress_tokens": [4, 600]},
-        {"bad_words_ids": [[4], [600]], "sequence_bias": [[[600], -1.0]], "repetition_penalty": 0.0},
+        {
+            **{"do_sample": True, "temperature": -1.0, "top_p": 7, "repetition_penalty": 0.0, "forced_bos_token_id": 600},
+            **{"begin_suppress_tokens": [4, 600], "bad_words_ids": [[4], [600]], "sequence_bias": [[[600], -1.0]]},
+        },
     ],
 )
 @pytest.mark.parametrize("rank", [0, 4])
