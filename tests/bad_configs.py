@@ -403,6 +403,8 @@ MODELS = [
     warning("model-not-here", "model_name", '"model_name": "models/gone"', "owner/model"),
     Case("adapter-unusable", "model_name", '"model_name": "models/adapter"', "a complete adapter"),
     Case("adapter-unusable", "model_name", '"model_name": "models/run"', "a finished run"),
+    Case("adapter-unusable", "model_name", '"model_name": "models/lora-on-itself"', "a complete adapter"),
+    Case("adapter-unusable", "model_name", '"model_name": "models/lora-of-text"', "what it was trained with"),
     Case("model-missing", "model_name", '"model_name": "models/lora-on-nothing"', "check the path"),
     Case("reference-adapter", "reference", '"reference": "adapter"', "name a run or an adapter"),
     Case(
@@ -413,6 +415,7 @@ MODELS = [
         FIRST + 2,
     ),
     Case("model-incomplete", "model_name", '"model_name": "models/empty"', "a complete model directory"),
+    Case("model-incomplete", "model_name", '"model_name": "models/typeless"', "copy the config.json"),
     Case("model-damaged", "model_name", '"model_name": "models/damaged"', "download it again"),
     Case("model-damaged", "model_name", '"model_name": "models/cut.gguf"', "download it again"),
     Case("model-not-gguf", "model_name", '"model_name": "pairs.jsonl"', "name a GGUF file"),
@@ -422,6 +425,8 @@ MODELS = [
     Case("model-code", "model_name", '"model_name": "models/own-code"', "no option changes that"),
     Case("model-tensors", "model_name", '"model_name": "models/lacking"', "copy it whole"),
     Case("model-tensors", "model_name", '"model_name": "models/cut-off"', "copy it whole"),
+    Case("model-tensors", "model_name", '"model_name": "models/pointer"', "git lfs pull"),
+    Case("tokenizer-no-eos", "model_name", '"model_name": "models/endless"', '"eos_token"'),
     Case("model-quantised", "model_name", '"model_name": "models/gptq"', "the model that it was made from"),
     Case("quantised-already", "use_8bit", '"model_name": "models/4bit",\n  "use_8bit": true', "remove use_8bit", FIRST + 1),
     Case("tokens-outside", "model_name", '"model_name": "models/padded"', "another pad_token"),
@@ -581,6 +586,9 @@ FOLDERS: dict[str, tuple[dict[str, object], Mapping[str, tuple[int, ...]]]] = {
     "4bit": ({"model_type": "llama", "quantization_config": IN_4BIT}, LLAMA),
     "padded": ({"model_type": "llama"}, LLAMA),
     "greedy": ({"model_type": "llama"}, LLAMA),
+    "endless": ({"model_type": "llama"}, LLAMA),
+    "pointer": ({"model_type": "llama"}, LLAMA),
+    "typeless": ({}, LLAMA),
     "cut-off": ({"model_type": "llama"}, LLAMA),
     "falcon": ({"model_type": "falcon_h1"}, {}),
     "experts": ({"model_type": "olmoe", "num_experts": 8}, {}),
@@ -646,7 +654,7 @@ def lay_out(place: Path) -> None:
         json.dumps({"prompt": russian, "chosen": "Paris is the capital of France.", "rejected": "no"}).encode(),
     )
     write("data/overlap.jsonl", pair(900), pair(7))
-    config = json.dumps({**SHAPE, "architectures": ["LlamaForCausalLM"]}).encode()
+    config = json.dumps({**SHAPE, "model_type": "stablelm", "architectures": ["StableLmForCausalLM"]}).encode()
     write("models/adapter/adapter_config.json", b"{}")
     write("models/run/plan.json", b"{}")
     lora = {
@@ -659,6 +667,10 @@ def lay_out(place: Path) -> None:
     }
     for folder, base in (("lora", "owner/Model-Instruct"), ("lora-on-nothing", "/no/model")):
         write(f"models/{folder}/adapter_config.json", json.dumps({**lora, "base_model_name_or_path": base}).encode())
+        write(f"models/{folder}/adapter_model.safetensors", b"")
+    for folder, own in (("lora-on-itself", {}), ("lora-of-text", {"r": "8"})):
+        written = {**lora, "base_model_name_or_path": f"models/{folder}", **own}
+        write(f"models/{folder}/adapter_config.json", json.dumps(written).encode())
         write(f"models/{folder}/adapter_model.safetensors", b"")
     on_head = {**lora, "base_model_name_or_path": "owner/Model-Instruct", "target_modules": ["q_proj", "lm_head"]}
     write("models/lora-on-head/adapter_config.json", json.dumps(on_head).encode())
@@ -675,16 +687,18 @@ def lay_out(place: Path) -> None:
     header = {"general.architecture": "llama", **{f"llama.{key}": value for key, value in large.items()}}
     write_gguf(place / "models/large.gguf", {**header, "tokenizer.chat_template": "", "tokenizer.ggml.tokens": ["a"] * 32_000})
     code = {"auto_map": {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
-    own: dict[str, tuple[dict[str, object], Mapping[str, tuple[int, ...]]]] = {
+    with_code: dict[str, tuple[dict[str, object], Mapping[str, tuple[int, ...]]]] = {
         "own-code": ({"model_type": "own", **code}, {}),
         "phi": ({"model_type": "phi3", **code}, matrices(PHI)),
     }
-    for folder, (settings, shapes) in {**FOLDERS, **own}.items():
+    for folder, (settings, shapes) in {**FOLDERS, **with_code}.items():
         write(f"models/{folder}/config.json", json.dumps({**SHAPE, **settings}).encode())
         (place / f"models/{folder}/model.safetensors").write_bytes(weights(shapes))
         write(f"models/{folder}/tokenizer.json", b"{}")
         write(f"models/{folder}/chat_template.jinja", b"")
     (place / "models/cut-off/model.safetensors").write_bytes(weights(LLAMA)[:-100])
+    write("models/pointer/model.safetensors", b"version https://git-lfs.github.com/spec/v1", b"oid sha256:0", b"size 12345")
+    write("models/endless/tokenizer_config.json", b'{"tokenizer_class": "PreTrainedTokenizerFast"}')
     write("models/padded/tokenizer.json", b'{"added_tokens": [{"id": 9, "content": "<pad>"}]}')
     write("models/padded/tokenizer_config.json", b'{"pad_token": "<pad>"}')
     write("models/greedy/generation_config.json", b'{"do_sample": false, "temperature": 0.6}')

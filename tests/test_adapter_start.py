@@ -22,6 +22,7 @@ from dpo_cli.config.config import load_stages
 from dpo_cli.errors import Exit, InvalidInput
 from dpo_cli.evaluation.evaluation import score
 from dpo_cli.hardware.machine import probe
+from dpo_cli.models.checks import problems
 from dpo_cli.models.source import adapter_at, foundation
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.runs.open_run import load_policy, open_run
@@ -167,6 +168,24 @@ def test_an_adapter_of_another_tool_is_a_start(run: Run, sft: Path, tmp_path: Pa
     assert adapter is not None and adapter.model_name == str(tiny_model_dir) and adapter.shape["lora_r"] == 4
     _, place = run("dpo", model_name=str(folder), lora_r=None, max_steps=1)
     assert_starts_at_its_reference(place)
+
+
+def test_what_stands_on_itself_is_no_start(tmp_path: Path) -> None:
+    """An adapter, two in a ring, and a run that goes on from itself; none of them is followed without end."""
+    lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    for name, base in (("alone", "alone"), ("one", "two"), ("two", "one"), ("run/adapter", "run")):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        written = json.dumps({**lora, "base_model_name_or_path": str(tmp_path / base)})
+        (folder / "adapter_config.json").write_text(written, encoding="utf-8")
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+    plan = {"config": {"model_name": str(tmp_path / "run"), "reference": "adapter"}}
+    (tmp_path / "run/plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    (tmp_path / "run/metrics.json").write_text("{}", encoding="utf-8")
+    for name in ("alone", "one", "run"):
+        (problem,) = problems(str(tmp_path / name))
+        assert problem.code == "adapter-unusable" and "stands on itself" in problem.message
+        foundation(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("strategy", ["dpo", "sft"])

@@ -36,7 +36,7 @@ BY_HAND = {
     "path-control-character", "rank-incomplete", "judge-url", "too-few-responses", "augment-too-long", "loss-weights",
     "weights-below-one", "stages-within", "beta", "epochs", "lora-rank", "lm-head-adapter", "model-missing",
     "model-not-gguf", "model-repacked", "model-not-here", "adapter-unusable", "model-incomplete", "model-damaged",
-    "adapter-unmergeable",
+    "adapter-unmergeable", "tokenizer-no-eos",
     "model-not-causal", "model-no-weights", "model-no-tokenizer", "model-code", "model-tensors", "model-quantised",
     "tokens-outside", "generation-config", "model-code-unused", "no-such-layer", "target-not-linear", "fused-target",
     "host-memory", "small-memory", "dataset-format", "dataset-unreadable", "dataset-utf16", "dataset-empty",

@@ -83,6 +83,25 @@ def test_rules_by_hand(tmp_path: Path, made: list[dict[str, float]], rules: list
     assert spoken(Course(plan(tmp_path), made)) == rules
 
 
+def test_rewards_of_exactly_0_are_seen_in_few_steps(tmp_path: Path) -> None:
+    """A step is measured before it is taken, and the first of a warm-up has the rate 0: an evaluation or a later step tells."""
+    still = {"reward_chosen": 0.0, "reward_rejected": 0.0}
+    for warmup, count, evaluation, rules in [
+        (0, 1, None, []),
+        (0, 1, {**still, "step": 1}, ["no-movement"]),
+        (0, 2, None, ["no-movement"]),
+        (0, 2, {"step": 2, "reward_chosen": 1e-6, "reward_rejected": 0.0}, []),
+        (1, 2, None, []),
+        (1, 2, {**still, "step": 2}, ["no-movement"]),
+        (1, 3, {**still, "step": 2}, ["no-movement"]),
+    ]:
+        made = plan(tmp_path, max_steps=count, warmup_ratio=0.0, **({"warmup_steps": warmup} if warmup else {}))
+        course = Course(made, steps(count, margin=0.0, **still), evaluation)
+        assert spoken(course) == rules, (warmup, count, evaluation)
+    moved = [*steps(1, **still), *steps(1, reward_chosen=0.001)]
+    assert spoken(Course(plan(tmp_path, max_steps=2, warmup_ratio=0.0), moved)) == []
+
+
 def test_a_rising_loss_of_sft(tmp_path: Path) -> None:
     """2.0 to 2.6 is more than a quarter; where steps differ by 2 nats, eight of them do not show it."""
     made = plan(tmp_path, strategy="sft")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -151,6 +152,91 @@ def test_a_damaged_model_is_refused_by_name_or_computes_the_same(place: Place, t
         refused += is_refused(partial(lambda path: HuggingFace(path).base_model(plan), str(folder)), whole, names)
         shutil.rmtree(folder)
     assert refused > TRIES / 2
+
+
+WHOLE = torch.ones(4, 4, dtype=torch.int8)
+PART = torch.ones(4, 4)
+
+
+def in_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> list[str]:
+    """What is wrong with a folder of these files, whose index places every tensor in the first that holds it."""
+    index: dict[str, str] = {}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name)
+        index = {**dict.fromkeys(tensors, name), **index}
+    (folder / tensor_files.INDEX).write_text(json.dumps({"weight_map": index}), encoding="utf-8")
+    return [fault.message for fault in tensor_files.faults(folder, {})]
+
+
+def test_a_tensor_that_stands_twice_is_the_same_or_refused(tmp_path: Path) -> None:
+    files = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    assert (
+        in_files(tmp_path, dict(zip(files, ({"a.weight": PART}, {"a.weight": PART, "b.weight": PART.clone()}), strict=True)))
+        == []
+    )
+    for other in (PART + 1, PART.half(), PART.reshape(2, 8)):
+        (fault,) = in_files(
+            tmp_path, dict(zip(files, ({"a.weight": PART}, {"a.weight": other, "b.weight": PART + 1}), strict=True))
+        )
+        assert "both hold a.weight" in fault
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+def test_whole_numbers_are_no_weights_without_their_scale(tmp_path: Path, dtype: torch.dtype) -> None:
+    beside = {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=dtype), "position_ids": torch.ones(1, 4, dtype=dtype)}
+    assert in_files(tmp_path, {"one.safetensors": beside}) == []
+    (fault,) = in_files(tmp_path, {"one.safetensors": {**beside, "a.weight": WHOLE.to(dtype)}})
+    assert "a.weight" in fault and "no quantization_config" in fault
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"load_in_8bit": True}, ["a.SCB"]),
+        ({"load_in_4bit": True}, ["a.weight.absmax", "a.weight.quant_map", "a.weight.quant_state.bitsandbytes__nf4"]),
+    ],
+)
+def test_a_lost_part_of_quantised_weights_is_named(tmp_path: Path, settings: dict[str, bool], parts: list[str]) -> None:
+    config = {"quantization_config": {"quant_method": "bitsandbytes", **settings}}
+    for lost in (None, *parts):
+        save_file({"a.weight": WHOLE, **{part: PART.clone() for part in parts if part != lost}}, tmp_path / tensor_files.SINGLE)
+        found = [fault.message for fault in tensor_files.faults(tmp_path, config)]
+        assert len(found) == (lost is not None) and all(str(lost).removesuffix("nf4") in message for message in found)
+
+
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / tensor_files.SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (fault,) = tensor_files.faults(tmp_path, {})
+    assert "is a Git LFS pointer" in fault.message and "git lfs pull" in fault.fix
+
+
+CONFIG = {"r": 2, "target_modules": ["q_proj"], "use_dora": False}
+HALVES = {f"base_model.model.layers.{layer}.q_proj.lora_{half}.weight": (2, 2) for layer in (0, 1) for half in "AB"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, ""),
+        ({"r": 4}, "rank 2 .* has r 4"),
+        ({"r": 4, "rank_pattern": {"q_proj": 2}}, ""),
+        ({"target_modules": ["proj", "v_proj"]}, "target_modules proj, v_proj"),
+        ({"target_modules": ".*q_proj"}, ""),
+        ({"layers_to_transform": [1]}, r"layers\.0.* layers_to_transform"),
+        ({"use_dora": True}, "lacks the magnitudes of DoRA"),
+    ],
+)
+def test_an_adapter_is_as_its_config_says_by_its_header(change: dict[str, Any], said: str) -> None:
+    fault = tensor_files.lora_fault(HALVES, {}, {**CONFIG, **change})
+    assert (fault is not None) == bool(said) and (fault is None or re.search(said, fault.message))
+
+
+def test_the_other_half_of_an_adapter_is_named() -> None:
+    for lost in HALVES:
+        fault = tensor_files.lora_fault({name: shape for name, shape in HALVES.items() if name != lost}, {}, CONFIG)
+        assert fault is not None and f"lacks 1 tensor ({lost})" in fault.message and "copy it again" in fault.fix
+    fault = tensor_files.lora_fault(HALVES, dict.fromkeys(HALVES, "I8"), CONFIG)
+    assert fault is not None and "whole numbers (I8)" in fault.message
 
 
 @pytest.mark.filterwarnings("ignore")

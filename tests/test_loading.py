@@ -674,8 +674,10 @@ def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Resu
         {"max_new_tokens": -1, "cache_implementation": "none", "early_stopping": []},
         {"temperature": "0.6", "pad_token_id": -1, "num_beams": True, "num_return_sequences": 3},
         {"compile_config": {"mode": "x"}, "suppress_tokens": 5, "forced_eos_token_id": [5]},
-        {"do_sample": True, "temperature": -1.0, "top_p": 7, "forced_bos_token_id": 600, "begin_suppress_tokens": [4, 600]},
-        {"bad_words_ids": [[4], [600]], "sequence_bias": [[[600], -1.0]], "repetition_penalty": 0.0},
+        {
+            **{"do_sample": True, "temperature": -1.0, "top_p": 7, "repetition_penalty": 0.0, "forced_bos_token_id": 600},
+            **{"begin_suppress_tokens": [4, 600], "bad_words_ids": [[4], [600]], "sequence_bias": [[[600], -1.0]]},
+        },
     ],
 )
 @pytest.mark.parametrize("rank", [0, 4])
@@ -697,6 +699,16 @@ def test_settings_that_nothing_can_be_saved_with_are_left_out(
     assert done.exit_code == 0, done.stderr
     saved = json.loads((tmp_path / "out/generation_config.json").read_text(encoding="utf-8"))
     assert saved.items() >= kept.items() and all(saved.get(name) != settings[name] for name in left_out)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file_of_a_model_is_named(base: Callable[..., Path], tmp_path: Path, name: str, text: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base("llama", tie_word_embeddings=False), folder)
+    (folder / name).write_text(text, encoding="utf-8")
+    (problem,) = problems(str(folder))
+    assert problem.code == "model-damaged" and f"{name} is not" in problem.message
 
 
 def test_settings_are_judged_as_transformers_judges_them() -> None:

@@ -15,11 +15,12 @@ from dpo_cli.errors import Problem
 from dpo_cli.models import generation_config, gguf_header, remote_code, tensor_files
 from dpo_cli.models.quantised_files import stored_quantisation, text_part
 from dpo_cli.models.shape import known_models, model_facts
-from dpo_cli.models.source import ADAPTER_CONFIG, adapter_at, foundation, model_of
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.models.source import ADAPTER_CONFIG, adapter_at, folders_below, foundation, model_of
+from dpo_cli.storage.jsonio import read_object_if_there
 from dpo_cli.storage.run_directory import PLAN, WEIGHTS
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+NO_EOS = "tokenizer-no-eos"
 CONVERT = "convert its weights with `save_pretrained`: others than safetensors can run code when they are read"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "vocab.json", "tekken.json")
 CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
@@ -69,7 +70,7 @@ def _faults(model_name: str) -> Iterator[Problem]:
     else:
         try:
             is_whole = True
-            for problem in _directory_faults(path, _object(path / "config.json")) if path.is_dir() else ():
+            for problem in _directory_faults(path, read_object_if_there(path / "config.json")) if path.is_dir() else ():
                 is_whole &= problem.severity != "error"
                 yield problem
             if is_whole:
@@ -81,9 +82,10 @@ def _faults(model_name: str) -> Iterator[Problem]:
 def _adapter_faults(model_name: str) -> Iterator[Problem]:
     """Why a run or an adapter cannot be trained on; what it stands on is looked at too."""
     try:
+        folders_below(model_name)  # which ends where one stands on itself
         adapter = adapter_at(model_name)
     except (OSError, ValueError) as error:
-        fix = "name the directory of a finished run, or of a complete adapter"
+        fix = getattr(error, "fix", "name the directory of a finished run, or of a complete adapter")
         yield _wrong("adapter-unusable", f"{model_name} cannot be trained on: {error}", fix)
         return
     if adapter is not None:
@@ -91,13 +93,16 @@ def _adapter_faults(model_name: str) -> Iterator[Problem]:
         if (base / "config.json").is_file():
             stored = tensor_files.stored_in(base)
             # The layers of experts have other names in the files than in the model.
-            family = _object(base / "config.json").get("model_type")
+            family = read_object_if_there(base / "config.json").get("model_type")
             is_dense = family in tensor_files.DENSE and not tensor_files.has_experts(stored)
             for fault in tensor_files.adapter_faults(adapter.directory, WEIGHTS, stored, is_dense):
                 yield _wrong("adapter-unusable", fault.message, fault.fix)
-        tokenizer = _object(adapter.directory / TOKENIZER_CONFIG)
+        tokenizer = read_object_if_there(adapter.directory / TOKENIZER_CONFIG)
         yield from remote_code.problems({}, tokenizer, str(adapter.directory))
+    has_tokenizer = adapter is not None and (adapter.directory / TOKENIZER_CONFIG).is_file()  # which is taken then
     for problem in _faults(adapter.model_name if adapter else model_of(model_name)):
+        if has_tokenizer and problem.code == NO_EOS:
+            continue
         yield replace(problem, message=f"{model_name} stands on another model: {problem.message}")
 
 
@@ -109,16 +114,19 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield _wrong(
             "model-not-causal", f"{path} is no causal language model: {what}", "name an instruct model that writes text"
         )
+    elif not config.get("model_type"):
+        fix = "copy the config.json that belongs to these weights into it"
+        yield _wrong("model-incomplete", f"config.json of {path} has no model_type", fix)
     elif not config.get("auto_map") and not remote_code.is_causal(family := config.get("model_type")):
         yield not_causal(str(path), str(family))
-    yield from remote_code.problems(config, _object(path / TOKENIZER_CONFIG), str(path))
+    yield from remote_code.problems(config, read_object_if_there(path / TOKENIZER_CONFIG), str(path))
     index = path / tensor_files.INDEX
     if not any(path.glob("*.safetensors")):
         yield _wrong("model-no-weights", f"{path} has no .safetensors file", CONVERT)
     elif not index.is_file() and not (path / tensor_files.SINGLE).is_file():
         fix = f"rename a single file of weights to {tensor_files.SINGLE}; of several, the index is missing: download it again"
         yield _wrong("model-no-weights", f"{path} has neither {tensor_files.SINGLE} nor {tensor_files.INDEX}", fix)
-    elif index.is_file() and (files := remote_code.unsafe_shards(_object(index))):
+    elif index.is_file() and (files := remote_code.unsafe_shards(read_object_if_there(index))):
         message = f"{index} names {', '.join(files)}, which are no .safetensors files beside it"
         yield _wrong("model-no-weights", message, CONVERT)
     else:
@@ -127,6 +135,8 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield problem
     yield from _token_faults(path, config)
     yield from _generation_advice(path, text_part(config).get("vocab_size"))
+    if without_eos(read_object_if_there(path / TOKENIZER_CONFIG), read_object_if_there(path / SPECIAL_TOKENS)):
+        yield no_eos(str(path))
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER_FILES[0]} into it")
 
@@ -134,13 +144,13 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
 def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     """A padding token that the tokenizer has and the model has no row for, and others that rows may hold."""
     rows = text_part(config).get("vocab_size")
-    added = _object(path / "tokenizer.json").get("added_tokens") or []
+    added = read_object_if_there(path / "tokenizer.json").get("added_tokens") or []
     outside = {token["content"]: token["id"] for token in added if isinstance(rows, int) and token["id"] >= rows}
     if not outside:
         return
     total = max(outside.values()) + 1
     what = f"the tokenizer of {path} has {total} tokens, and the model {rows} rows for them"
-    padding = _object(path / TOKENIZER_CONFIG).get("pad_token")
+    padding = read_object_if_there(path / TOKENIZER_CONFIG).get("pad_token")
     padding = padding.get("content") if isinstance(padding, dict) else padding
     if padding in outside:
         fix = f"name another pad_token in {TOKENIZER_CONFIG}, or resize the model's embedding to {total} rows"
@@ -153,7 +163,7 @@ def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _generation_advice(path: Path, rows: Any) -> Iterator[Problem]:
     """What of generation_config.json is left out, since transformers would not load or save the model, or answer, with it."""
-    settings = _object(path / generation_config.FILE)
+    settings = read_object_if_there(path / generation_config.FILE)
     if wrong := generation_config.invalid(settings, rows if isinstance(rows, int) else None):
         told = "; ".join(f"{name} {json.dumps(settings[name])} {why}" for name, why in wrong.items())
         fix = f"nothing is to be done: {', '.join(wrong)} is left out of what is saved"
@@ -198,6 +208,18 @@ def _answers_instructions(model_name: str) -> bool:
     return BASE.search(path.name) is None or INSTRUCT.search(path.name) is not None
 
 
+def without_eos(tokenizer: Mapping[str, Any], special: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer surely has no EOS token: its files name none, and its class has none of its own."""
+    has_plain_class = tokenizer.get("tokenizer_class") in remote_code.GENERIC
+    return has_plain_class and not tokenizer.get("eos_token") and not special.get("eos_token")
+
+
+def no_eos(label: str) -> Problem:
+    """The problem of a model that would never learn where an answer ends."""
+    message = f"the tokenizer of {label} names no EOS token, with which a response ends"
+    return _wrong(NO_EOS, message, f'write "eos_token" into {TOKENIZER_CONFIG}, or take an instruct model')
+
+
 def not_causal(label: str, model_type: str) -> Problem:
     """The problem of a model that transformers loads as something else, or not at all."""
     message = f"{label} is of the type {model_type}, of which transformers has no causal language model"
@@ -207,11 +229,3 @@ def not_causal(label: str, model_type: str) -> Problem:
 
 def _wrong(code: str, message: str, fix: str) -> Problem:
     return Problem("error", code, message, fix, "model_name")
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; nothing where there is no file."""
-    if not file.is_file():
-        return {}
-    loaded: dict[str, Any] = read_json(file)
-    return loaded

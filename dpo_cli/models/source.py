@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from dpo_cli.models.remote_code import in_adapter
 from dpo_cli.models.tensor_files import Fault
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.jsonio import read_object
 from dpo_cli.storage.run_directory import ADAPTER, MODEL, PLAN, SUMMARY, WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -43,9 +43,50 @@ BECAUSE = {
     "alora_invocation_tokens": "it acts only after certain tokens",
     "ensure_weight_tying": "embedding and head share what is trained",
 }
+DEFAULTS = {"r": 8, "lora_alpha": 8, "use_dora": False, "use_rslora": False}  # of PEFT, where a key is left out
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+
+
+def _is_list(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and _is_names(value))
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_switch(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+# What the keys of an adapter_config.json that are computed with have to be.
+KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+    ("a whole number above 0", _is_size, ("r",)),
+    ("a number", _is_number, ("lora_alpha", "lora_dropout")),
+    ("true or false", _is_switch, ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out")),
+    ("a name or a list of names", lambda value: value is None or _is_names(value), ("target_modules", "exclude_modules")),
+    ("a list of names", _is_list, ("modules_to_save", "target_parameters")),
+    ("an object", lambda value: value is None or isinstance(value, dict), ("rank_pattern", "alpha_pattern")),
+    ("a name", lambda value: value is None or isinstance(value, str), ("base_model_name_or_path",)),
+)
 UNSUPPORTED_FIX = "merge it with PEFT into its base, and name the merged model"
 HEADS = ("lm_head", "embed_out")  # what families of models call their output head
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that take a part out of the base's weights
+
+
+class UnusableAdapter(ValueError):
+    """An adapter that is not taken, and what to do about it."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(f"its adapter {fault.message}")
+        self.fix = fault.fix
 
 
 @dataclass(frozen=True)
@@ -58,9 +99,14 @@ class Adapter:
     config: Mapping[str, Any]  # its adapter_config.json
 
 
-def adapter_at(model_name: str) -> Adapter | None:
-    """The adapter that `model_name` names, None when it names a model. Raises `ValueError` for one that cannot be used."""
+def adapter_at(model_name: str, above: tuple[Path, ...] = ()) -> Adapter | None:
+    """The adapter that `model_name` names, None when it names a model. Raises `ValueError` for one that cannot be used.
+
+    `above` are the folders of runs that go on from it.
+    """
     path = Path(model_name)
+    if path in above:
+        raise ValueError("it stands on itself")
     if (path / PLAN).is_file() and not (path / SUMMARY).is_file():
         raise ValueError("the run in it is not finished")
     if (path / PLAN).is_file() and not (path / MODEL).is_dir():
@@ -71,16 +117,16 @@ def adapter_at(model_name: str) -> Adapter | None:
         directory = path
     else:
         return None
-    config = _object(directory / ADAPTER_CONFIG)
+    config = read_object(directory / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"its adapter is of the type {config.get('peft_type')}, and only LORA can be trained on")
     if fault := fault_of(directory):
-        raise ValueError(f"its adapter {fault.message}")
-    shape = {name: config.get(theirs) for name, theirs in SHAPE.items()}
+        raise UnusableAdapter(fault)
+    shape = {name: config.get(theirs, DEFAULTS.get(theirs)) for name, theirs in SHAPE.items()}
     if isinstance(shape["target_modules"], list):
         shape["target_modules"] = sorted(shape["target_modules"])
     if (plan := directory.parent / PLAN).is_file():
-        model_name = _stands_on(_object(plan))
+        model_name = _stands_on(read_object(plan), (*above, path))
     else:
         model_name = config.get("base_model_name_or_path") or ""
     if not model_name:
@@ -95,8 +141,22 @@ def fault_of(folder: Path) -> Fault | None:
     """
     if fault := unsafe(folder):
         return fault
-    why = unsupported(_object(folder / ADAPTER_CONFIG))
+    config = read_object(folder / ADAPTER_CONFIG)
+    if wrong := _of_another_type(config):
+        return Fault(f"has {wrong}", f"write what it was trained with into {ADAPTER_CONFIG}, or save it again with PEFT")
+    why = unsupported(config)
     return Fault(why, UNSUPPORTED_FIX) if why else None
+
+
+def _of_another_type(config: Mapping[str, Any]) -> str:
+    """The first value that PEFT cannot compute with, in words; empty where there is none."""
+    found = (
+        f"{name} {_short(config[name])} in its {ADAPTER_CONFIG}, which is not {kind}"
+        for kind, fits, names in KINDS
+        for name in names
+        if name in config and not fits(config[name])
+    )
+    return next(found, "")
 
 
 def unsafe(folder: Path) -> Fault | None:
@@ -104,7 +164,7 @@ def unsafe(folder: Path) -> Fault | None:
     if not (folder / WEIGHTS).is_file():
         message = f"has no {WEIGHTS}, and other files of weights are not read, since they may run code"
         return Fault(message, "save it again with PEFT, which writes safetensors")
-    if code := in_adapter(_object(folder / ADAPTER_CONFIG)):
+    if code := in_adapter(read_object(folder / ADAPTER_CONFIG)):
         message = f"has an {ADAPTER_CONFIG} that names a module to import ({code}), and no code of an adapter is run"
         return Fault(message, "remove that from the file, if you know where the adapter comes from")
     return None
@@ -198,25 +258,21 @@ def settings_of(model_name: str) -> dict[str, str]:
 
 def foundation(model_name: str) -> str:
     """The model below all adapters: whose shape and tokenizer count. The name itself where its adapter cannot be used."""
+    below, seen = model_name, set[str]()
     try:
-        adapter = adapter_at(model_name)
+        while (adapter := adapter_at(below)) is not None and str(adapter.directory) not in seen:
+            seen.add(str(adapter.directory))
+            below = adapter.model_name
     except (OSError, ValueError):  # told of as a fault of model_name (checks.py)
-        return model_name
-    return foundation(adapter.model_name) if adapter else model_of(model_name)
+        return below
+    return model_of(below)
 
 
-def _stands_on(plan: Mapping[str, Any]) -> str:
+def _stands_on(plan: Mapping[str, Any], above: tuple[Path, ...]) -> str:
     """The model of a run's adapter: one that went on from another adapter stands where that one does."""
     config = plan.get("config")
     name = config.get("model_name") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(name, str):
         raise ValueError(f"its {PLAN} names no model")
-    start = adapter_at(name) if config.get("reference") == "adapter" else None
+    start = adapter_at(name, above) if config.get("reference") == "adapter" else None
     return start.model_name if start else name
-
-
-def _object(file: Path) -> dict[str, Any]:
-    loaded = read_json(file)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{file.name} is not an object")
-    return loaded

@@ -19,6 +19,9 @@ from dpo_cli.storage.jsonio import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 1 << 27
+LFS_POINTER = b"version https://git-lfs"
+PULL = "run `git lfs pull` where it was cloned, or download it again"
+WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # dtypes, as headers word them
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 # Put before every name by tools that wrap a model: DataParallel, torch.compile, FSDP, PEFT, Lightning.
@@ -42,11 +45,27 @@ class Fault:
     fix: str
 
 
+class PointerError(ValueError):
+    """A file that Git LFS left in the place of another."""
+
+
 def header_of(path: Path) -> dict[str, Shape]:
     """The shapes of the tensors in a file, by their names. Raises ValueError for a file that is damaged or cut off."""
+    return {name: tuple(tensor["shape"]) for name, tensor in _entries(path)[0].items()}
+
+
+def dtypes_of(path: Path) -> dict[str, str]:
+    """The dtypes of the tensors in a file as its header words them, by their names. Raises as `header_of`."""
+    return {name: str(tensor["dtype"]) for name, tensor in _entries(path)[0].items()}
+
+
+def _entries(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """What the header of a file says of each tensor, and where the bytes of the first one begin."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
+        if start == LFS_POINTER[:8] and LFS_POINTER in start + file.read(len(LFS_POINTER)):
+            raise PointerError(f"{path.name} is a Git LFS pointer: the file itself was not fetched")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 0 < length <= min(MOST_HEADER_BYTES, size - 8):
             raise ValueError(
@@ -63,7 +82,16 @@ def header_of(path: Path) -> dict[str, Shape]:
         beyond = some(sorted((name for name, place in ends.items() if place > size), key=lambda name: ends[name]))
         message = f"{path.name} has {size:,} bytes, and its header describes {end:,}"
         raise ValueError(f"{message}: it is cut off, and lacks {beyond}" if beyond else f"{message}: it is damaged")
-    return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    return header, 8 + length
+
+
+def _bytes_of(path: Path, name: str) -> bytes:
+    """The bytes of a tensor in a file."""
+    header, begin = _entries(path)
+    first, end = header[name]["data_offsets"]
+    with path.open("rb") as file:
+        file.seek(begin + first)
+        return file.read(end - first)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -91,8 +119,12 @@ def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
     except FileNotFoundError as error:
         yield Fault(f"{folder} has no {Path(error.filename).name}, which its {INDEX} names", again)
         return
-    except (ValueError, KeyError, TypeError) as error:
-        yield Fault(f"{folder}: {error}", again)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        yield Fault(f"{folder}: {error}", PULL if isinstance(error, PointerError) else again)
+        return
+    quantised = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    if fault := _unequal_twice(folder, again) or _dtype_fault(folder, quantised):
+        yield fault
         return
     if wrapper := wrapper_of(stored):
         message = f"every tensor name in {folder} begins with {wrapper!r}: the model was saved inside a wrapper"
@@ -103,6 +135,53 @@ def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
         return
     if gap := expert_gap(stored):
         yield Fault(f"{folder} {gap}", again)
+
+
+def _unequal_twice(folder: Path, again: str) -> Fault | None:
+    """A tensor that two of the files hold with different bytes, of which transformers takes either without a word."""
+    holders: dict[str, Path] = {}
+    for file in files_of(folder):
+        for name in header_of(file):
+            other = holders.setdefault(name, file)
+            if other == file:
+                continue
+            one, two = ((header_of(place)[name], dtypes_of(place)[name], _bytes_of(place, name)) for place in (other, file))
+            if one != two:
+                return Fault(f"{other.name} and {file.name} in {folder} both hold {name}, with other values", again)
+    return None
+
+
+def _dtype_fault(folder: Path, quantised: Any) -> Fault | None:
+    """Weights of whole numbers without what says how large their steps are."""
+    dtypes = {name: dtype for file in files_of(folder) for name, dtype in dtypes_of(file).items()}
+    whole = whole_numbers(dtypes)
+    if not quantised:
+        if not whole:
+            return None
+        message = f"{folder} holds {count(whole)} as whole numbers ({dtypes[whole[0]]}): they were quantised, and"
+        fix = "name the model that it was quantised from, or copy the config.json that was saved with these files"
+        return Fault(f"{message} its config.json has no quantization_config", fix)
+    if not isinstance(quantised, Mapping) or quantised.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return None
+    is_4bit = bool(quantised.get("load_in_4bit") or quantised.get("_load_in_4bit"))
+    parts: tuple[str, ...] = (".absmax", ".quant_map", ".quant_state.bitsandbytes__") if is_4bit else ("SCB",)
+    if is_4bit and quantised.get("bnb_4bit_use_double_quant"):
+        parts += (".nested_absmax", ".nested_quant_map")
+    for name in whole:
+        stem = name if is_4bit else name.removesuffix("weight")
+        if lost := [stem + part for part in parts if not any(held.startswith(stem + part) for held in dtypes)]:
+            message = f"{folder} holds the quantised {name} and lacks {some(lost)}, by which it is read"
+            return Fault(message, "download it again, or copy it whole")
+    return None
+
+
+def whole_numbers(dtypes: Mapping[str, str]) -> list[str]:
+    """The weights among tensors that are whole numbers, by their dtypes; masks and positions have other names."""
+    return [
+        name
+        for name, dtype in dtypes.items()
+        if dtype in WHOLE_NUMBERS and (name.endswith(".weight") or ".experts." in name or ".lora_" in name)
+    ]
 
 
 def _decoder_faults(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Shape], again: str) -> Iterator[Fault]:
@@ -132,15 +211,18 @@ def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense:
     With `is_dense`, a layer has the same name in these files and in the adapter's.
     """
     try:
-        own = header_of(folder / file)
+        own, dtypes = header_of(folder / file), dtypes_of(folder / file)
     except ValueError as error:
-        yield Fault(f"{folder}: {error}", "copy it again, or save it again with PEFT")
+        yield Fault(f"{folder}: {error}", PULL if isinstance(error, PointerError) else AGAIN)
+        return
+    if fault := lora_fault(own, dtypes, read_json(folder / "adapter_config.json")):
+        yield Fault(f"the adapter in {folder} {fault.message}", fault.fix)
         return
     if difference := resized(own, base):
         yield Fault(f"the adapter in {folder} {difference}", RESIZED_FIX)
         return
     if gap := expert_gap(own):
-        yield Fault(f"the adapter in {folder} {gap}", "copy it again, or save it again with PEFT")
+        yield Fault(f"the adapter in {folder} {gap}", AGAIN)
     rows = max((shape[0] for shape in base.values() if len(shape) == 2), default=0)  # a table, which PEFT may save, has most
     own_config = read_json(folder / "adapter_config.json")
     of_layers = [name for name in of_base(own, own_config.get("modules_to_save")) if own[name][:1] != (rows,)]
@@ -154,6 +236,48 @@ def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense:
         yield Fault(f"the adapter in {folder} holds {count(unknown)} for layers that its base model does not have", fix)
 
 
+def lora_fault(own: Mapping[str, Shape], dtypes: Mapping[str, str], config: Mapping[str, Any]) -> Fault | None:
+    """What of an adapter's own tensors is missing, or is not as its adapter_config.json says, in words after "the adapter"."""
+    if whole := whole_numbers(dtypes):
+        message = f"holds {count(whole)} as whole numbers ({dtypes[whole[0]]}), and an adapter is of numbers with fractions"
+        return Fault(message, AGAIN)
+    half = re.compile(r"\.lora_(embedding_)?(A|B)(?=\.|$)")
+    other = {"A": "B", "B": "A"}
+    halves = [half.sub(lambda part: f".lora_{part[1] or ''}{other[part[2]]}", name) for name in own if half.search(name)]
+    if lost := [name for name in halves if name not in own and not name.endswith(".lora_A.bias")]:  # which only B has
+        return Fault(f"lacks {count(lost)}, the other half of what it holds", AGAIN)
+    if difference := _other_config(own, config):
+        return Fault(f"{difference}: they are of two adapters", "copy adapter_config.json and weights from one adapter")
+    return None
+
+
+def _other_config(own: Mapping[str, Shape], config: Mapping[str, Any]) -> str:
+    """What the tensors of an adapter, and its adapter_config.json, say otherwise; empty where there is nothing.
+
+    Experts are left to the loading: PEFT names and sizes them otherwise in its files than in the model.
+    """
+    names = [name for name in own if ".lora_" in name and ".experts" not in name]
+    says = "and its adapter_config.json has"
+    ranks = {name: own[name][0] for name in names if ".lora_A." in name and len(own[name]) == 2}
+    if not config.get("rank_pattern") and (other := [name for name, rank in ranks.items() if rank != config.get("r", 8)]):
+        return f"has rank {ranks[other[0]]} in {count(other)}, {says} r {config.get('r', 8)}"
+    targets, numbers = config.get("target_modules"), config.get("layers_to_transform")
+    if isinstance(targets, list) and not config.get("target_parameters"):
+        ends = tuple(f".{target}" for target in targets)
+        if other := [name for name in names if not f".{_layer_of(name)}".endswith(ends)]:
+            return f"holds {count(other)}, {says} target_modules {', '.join(map(str, targets))}"
+    wanted = {numbers} if isinstance(numbers, int) else set(numbers or ())
+    layers = {name: re.search(r"\.(\d+)\.", _layer_of(name)) for name in names}
+    if wanted and (other := [name for name, layer in layers.items() if layer and int(layer[1]) not in wanted]):
+        return f"holds {count(other)}, {says} layers_to_transform {numbers}"
+    has_magnitudes = any(".lora_magnitude_vector" in name for name in names)
+    if ranks and has_magnitudes != bool(config.get("use_dora")):
+        has, value = ("holds", "false") if has_magnitudes else ("lacks", "true")
+        return f"{has} the magnitudes of DoRA, {says} use_dora {value}"
+    return ""
+
+
+AGAIN = "copy it again, or save it again with PEFT"
 RESIZED_FIX = "merge it with PEFT into the model with these tokens, and name the merged model"
 
 

@@ -27,7 +27,7 @@ from transformers.utils import cached_file
 from dpo_cli.data.tokenizer import fast_tokenizer
 from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.models import generation_config, gguf_header, remote_code
-from dpo_cli.models.checks import TOKENIZER_CONFIG
+from dpo_cli.models.checks import TOKENIZER_CONFIG, no_eos
 from dpo_cli.models.hub_models import answers, revision
 from dpo_cli.models.quantised_files import stored_quantisation, text_part
 from dpo_cli.models.source import ADAPTER_CONFIG, adapter_at, chain_of, foundation, settings_of, unsafe
@@ -39,7 +39,7 @@ from dpo_cli.providers.model_cache import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.storage import hub
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.jsonio import read_object
 
 PROBE = "  two blanks\n\na line\tand é, ж, 中 and 1234"  # texts that tokenizers are known to treat in different ways
 
@@ -71,7 +71,7 @@ class HuggingFace:
         tokenizer = self._as_in_its_file(cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, source)), source)
         tokenizer.init_kwargs.pop("auto_map", None)  # names of code that is not run, and would be written with the adapter
         if tokenizer.eos_token is None:
-            raise RunFailed(f"the tokenizer of {self.name} names no EOS token", "use an instruct model")
+            raise InvalidInput([no_eos(self.name)])
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -295,7 +295,7 @@ class HuggingFace:
         """An object in a JSON file of the model, local or of the hub; empty where there is none."""
         there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
         found = cached_file(source, name, local_files_only=self.only_local, **there)
-        return dict(read_json(Path(found))) if found else {}
+        return read_object(Path(found)) if found else {}
 
 
 def require_device(plan: Plan) -> torch.device:

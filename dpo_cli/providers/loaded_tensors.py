@@ -26,11 +26,17 @@ from transformers.utils import cached_file
 from dpo_cli.errors import InvalidInput, Problem, RunFailed
 from dpo_cli.models.source import ADAPTER_CONFIG, fault_of
 from dpo_cli.models.tensor_files import (
+    AGAIN,
+    PULL,
     RESIZED_FIX,
+    PointerError,
     count,
+    dtypes_of,
     expert_gap,
     faults,
     files_of,
+    header_of,
+    lora_fault,
     of_base,
     place_of,
     resized,
@@ -219,7 +225,8 @@ def with_adapter(
         raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")]) from error
     missing = [_written(key, name) for key in result.missing_keys if name in key.split(".")]
     unexpected = [_written(key, name) for key in result.unexpected_keys]
-    refuse(f"the adapter in {folder}, put on {label},", missing, unexpected, (), OTHER_BASE, "model_name")
+    fix = OTHER_BASE if unexpected else AGAIN
+    refuse(f"the adapter in {folder}, put on {label},", missing, unexpected, (), fix, "model_name")
     return model
 
 
@@ -229,16 +236,18 @@ def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str,
         message = f"the adapter in {folder} {fault.message}"
         raise InvalidInput([Problem("error", "adapter-unsupported", message, fault.fix, "model_name")])
     config = read_json(folder / ADAPTER_CONFIG)
-    again = "copy it again, or save it again with PEFT"
     try:
+        shapes, dtypes = header_of(folder / WEIGHTS), dtypes_of(folder / WEIGHTS)
         written = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise InvalidInput(
-            [Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", again, "model_name")]
-        ) from error
+    except (SafetensorError, ValueError) as error:
+        fix = PULL if isinstance(error, PointerError) else AGAIN
+        raise InvalidInput([Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name")]) from error
+    if fault := lora_fault(shapes, dtypes, config):
+        message = f"the adapter in {folder} {fault.message}"
+        raise InvalidInput([Problem("error", "tensors-unaccounted", message, fault.fix, "model_name")])
     _refuse_numbers(_not_finite(written), str(folder))
     if gap := expert_gap(written):
-        raise InvalidInput([Problem("error", "tensors-unaccounted", f"the adapter in {folder} {gap}", again, "model_name")])
+        raise InvalidInput([Problem("error", "tensors-unaccounted", f"the adapter in {folder} {gap}", AGAIN, "model_name")])
     _require_same_base(network, written, config, folder, label)
     return written
 

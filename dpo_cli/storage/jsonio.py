@@ -23,8 +23,13 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def read_json(file: Path | Traversable) -> Any:
-    """The value in a file; `ValueError` where it is no JSON, `OSError` where it cannot be read."""
-    return json.loads(file.read_text(encoding="utf-8"))
+    """The value in a file; `ValueError` that names it where it is no JSON, `OSError` where it cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file.name} is not JSON that can be read: it is nested too deeply") from error
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -81,6 +81,20 @@ class Course:
         self.done += 1
         self.all_right = self.all_right + 1 if step.get("accuracy") == 1 else 0
 
+    @property
+    def never_moved(self) -> bool:
+        """Whether every reward has been exactly 0, and one was seen after a step that can move the policy.
+
+        A step is measured before it is taken, and the first one of a warm-up has the learning rate 0.
+        """
+        seen: list[Figures] = [*self.first, *self.last]
+        is_judged = self.evaluation.get("step") == self.done and "reward_chosen" in self.evaluation
+        if is_judged:
+            seen.append(self.evaluation)
+        elif self.done < (3 if self.plan.warmup_over(self.plan.total_steps) else 2):
+            return False
+        return all(figures["reward_chosen"] == figures["reward_rejected"] == 0 for figures in seen)
+
     def state(self) -> dict[str, Any]:
         """What there is of it, for a checkpoint."""
         kept = ("first", "done", "all_right", "line", "evaluation")
@@ -223,7 +237,14 @@ def no_movement(course: Course) -> Found:
     in_warmup = course.plan.ends_in_warmup
     if course.done == 1 and in_warmup:
         return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
-    if not course.of_pairs or course.done < (2 if in_warmup else course.recent):
+    if not course.of_pairs:
+        return None
+    remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above: README), train 2-4 epochs, check that chosen and"
+    remedy = NO_WARMUP if in_warmup else f"{remedy} rejected differ clearly"
+    if course.never_moved:
+        message = f"after {course.done} steps every reward is exactly 0: nothing that was trained changes an answer"
+        return message, f"{remedy}, and that the model's weights are not all 0"
+    if course.done < (2 if in_warmup else course.recent):
         return None
     sizes = [
         float(np.sqrt(np.mean(np.square(course.values(name, course.recent))))) for name in ("reward_chosen", "reward_rejected")
@@ -231,10 +252,7 @@ def no_movement(course: Course) -> Found:
     if not max(sizes) < STILL_NATS * course.plan.config.beta:
         return None
     message = f"after {course.done} steps the rewards are of the size {max(sizes):.2g}: the policy has hardly moved"
-    if in_warmup:
-        return message, NO_WARMUP
-    remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above: README), train 2-4 epochs, check that chosen and"
-    return message, f"{remedy} rejected differ clearly"
+    return message, remedy
 
 
 NOT_FINITE, NOT_AT_REFERENCE = "not-finite", "not-at-reference"  # with these, a policy is not judged
