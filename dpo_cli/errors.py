@@ -96,6 +96,19 @@ class InvalidInput(DpoError):
         self.problems = tuple(problems)
 
 
+def invalid(
+    code: str,
+    message: str,
+    fix: str | None = None,
+    key: str | None = None,
+    file: str | None = None,
+    line: int | None = None,
+    column: int | None = None,
+) -> InvalidInput:
+    """The error of one thing that is wrong."""
+    return InvalidInput([Problem("error", code, message, fix, key, file, line, column)])
+
+
 class DoesNotFit(InvalidInput):
     exit_code = Exit.UNFIT
 

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 
 from dpo_cli.config.other_tools import fits
-from dpo_cli.errors import Exit, InvalidInput, Problem, RunFailed, UsageError
+from dpo_cli.errors import Exit, Problem, RunFailed, UsageError, invalid
 from dpo_cli.evaluation.evaluation import score
 from dpo_cli.evaluation.metrics import Scores, figures
 from dpo_cli.hardware.machine import GIB
@@ -64,7 +64,7 @@ def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
     opened = open_run(asked.run, asked.dataset, console)
     if not opened.rows:
         message, fix = "the run held nothing out, so nobody could tell whether the merged model is as good", "--dataset FILE"
-        raise InvalidInput([Problem("error", "nothing-to-compare", message, f"judge it on other {opened.plan.noun}: {fix}")])
+        raise invalid("nothing-to-compare", message, f"judge it on other {opened.plan.noun}: {fix}")
     trained = as_trained(opened)
     _require_space(asked, trained)
     with log_to(opened.run.log), _staged(asked.out) as place:

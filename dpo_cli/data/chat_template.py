@@ -24,7 +24,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 from dpo_cli.data.messages import Message, with_arguments
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import invalid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -216,7 +216,7 @@ def _too_slow(number: int, frame: FrameType | None) -> NoReturn:
 def _refuse(what: str) -> NoReturn:
     message = f"the model's chat template {what} on one conversation"
     fix = 'use a model whose template you trust, or write "use_chat_template": false for rows of plain text'
-    raise InvalidInput([Problem("error", "template-unbounded", message, fix, "model_name")]) from None
+    raise invalid("template-unbounded", message, fix, "model_name") from None
 
 
 def _address_space() -> int:

@@ -22,7 +22,7 @@ from dpo_cli.data.omissions import Part, cause, fails, left_out, parts_of
 from dpo_cli.data.rows import Row
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.transcripts import as_messages
-from dpo_cli.errors import InvalidInput, Problem, Severity
+from dpo_cli.errors import InvalidInput, Problem, Severity, invalid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -131,7 +131,7 @@ def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_templa
     has_template = tokenizer.template is not None
     if use_chat_template is True and not has_template:
         fix = 'write "use_chat_template": "auto", or start from an instruct model'
-        raise InvalidInput([Problem("error", "no-chat-template", "this model has no chat template", fix, "use_chat_template")])
+        raise invalid("no-chat-template", "this model has no chat template", fix, "use_chat_template")
     as_chat = has_template and use_chat_template is not False
     places: dict[str, list[int]] = defaultdict(list)
     if not as_chat:

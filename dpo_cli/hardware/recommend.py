@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from dpo_cli.config.schema import profile_defaults
-from dpo_cli.errors import DoesNotFit, InvalidInput, Problem
+from dpo_cli.errors import DoesNotFit, InvalidInput, Problem, invalid
 from dpo_cli.hardware.fit import MARGIN, smaller_model, way
 from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.memory_inputs import Settings
@@ -252,7 +252,7 @@ def _facts(model: str) -> ModelFacts:
     if facts is None:
         message = f"the shape of {model} is not known here"
         fix = "name a local model directory, a GGUF file, or one of: " + ", ".join(known_models())
-        raise InvalidInput([Problem("error", "model-unknown", message, fix, "model_name")])
+        raise invalid("model-unknown", message, fix, "model_name")
     return facts
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoded, encode_all
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import Problem, invalid
 from dpo_cli.models.checks import TOKENIZER_CONFIG
 from dpo_cli.plan.plan import Counts, Plan
 from dpo_cli.plan.preflight import Data
@@ -141,15 +141,13 @@ def _require_rows(rows: Sequence[Encoded], kept: Sequence[Encoded], plan: Plan) 
     """`InvalidInput` where no row is left to train on."""
     if not rows:
         fix = f"raise the weights in dataset, or add {plan.noun}"
-        raise InvalidInput(
-            [Problem("error", "nothing-to-train", f"none of the {plan.noun} is left to train on", fix, "dataset")]
-        )
+        raise invalid("nothing-to-train", f"none of the {plan.noun} is left to train on", fix, "dataset")
     if not kept:
         limit = f"max_seq_length {plan.config.max_seq_length}"
         message = f"the responses of all {len(rows)} {plan.noun} to train on are longer than {limit}"
         shortest = min(row.length for row in rows)
         fix = f"raise it: the shortest has {shortest} tokens"
-        raise InvalidInput([Problem("error", "nothing-to-train", message, fix, "max_seq_length")])
+        raise invalid("nothing-to-train", message, fix, "max_seq_length")
 
 
 def require_padding(made: Tokenizer, tokenizer: PreTrainedTokenizerBase, token_rows: int | None) -> None:
@@ -159,7 +157,7 @@ def require_padding(made: Tokenizer, tokenizer: PreTrainedTokenizerBase, token_r
         return
     message = f"the padding token {tokenizer.pad_token} ({padding}) has no row in the model: {made.against(token_rows)}"
     fix = f"name another pad_token in {TOKENIZER_CONFIG}, or {made.resize}"
-    raise InvalidInput([Problem("error", "tokens-outside", message, fix, "model_name")])
+    raise invalid("tokens-outside", message, fix, "model_name")
 
 
 def _digest(sides: Sequence[Sequence[Encoded]]) -> str:

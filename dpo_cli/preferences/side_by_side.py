@@ -11,7 +11,7 @@ from dpo_cli.config.augment_rules import RANK_PARTS, judge_is_a_plain_url, rank_
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.messages import flat
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.errors import InvalidInput, RunFailed, invalid
 from dpo_cli.evaluation.generation import Sample, first_of_each_prompt
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences import votes
@@ -31,7 +31,7 @@ def contest_of(prompts: int, by_judge: bool, run: RunDirectory, plan: Plan, rows
     """What `dpo vote RUN_DIR` holds over so many prompts; checked before any model is loaded."""
     if not first_of_each_prompt(rows, 1):
         message, fix = "there is no prompt to answer", "name a file with prompts: --dataset"
-        raise InvalidInput([Problem("error", "nothing-to-compare", message, fix)])
+        raise invalid("nothing-to-compare", message, fix)
     parts = {name: value for name, value in plan.config.augment.items() if name in RANK_PARTS["judge"]}
     options = {**inner_defaults("augment"), **parts}
     if not by_judge:
@@ -49,7 +49,7 @@ def _require_no_human_votes(run: RunDirectory) -> None:
     place = run.path / VOTES
     if place.exists() and votes.read(place)["judge"] is None:
         message = f"{place} holds votes of people, which a judge's would replace"
-        raise InvalidInput([Problem("error", "votes-of-people", message, "give the file another name", file=str(place))])
+        raise invalid("votes-of-people", message, "give the file another name", file=str(place))
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from jsonschema.exceptions import best_match
 
 from dpo_cli.data.messages import Text
 from dpo_cli.data.transcripts import as_messages
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.evaluation.bootstrap import Intervals, mean
 
 VERSION = 1
@@ -124,7 +124,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _invalid(code: str, message: str, path: Path, fix: str = REMEDY) -> InvalidInput:
-    return InvalidInput([Problem("error", code, message, fix, file=str(path))])
+    return invalid(code, message, fix, file=str(path))
 
 
 def count(path: Path) -> dict[str, Any]:

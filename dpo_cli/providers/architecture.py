@@ -29,7 +29,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.config.options import Config
-from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
 from dpo_cli.models import target_layers
 from dpo_cli.models.checks import not_causal
 from dpo_cli.models.source import adapter_at
@@ -121,7 +121,7 @@ class Architecture:
         if idle and all(name in idle for name in self._known() if target_layers.names(config.target_modules, name)):
             message = f"no text reaches the layers of {self.label} that target_modules names: an adapter would learn nothing"
             fix = f"name others: its linear layers are {self._linear_kinds()}"
-            raise InvalidInput([Problem("error", "target-unreached", message, fix, KEY)])
+            raise invalid("target-unreached", message, fix, KEY)
         put_on = self._tried(config, replace(wanted, exclude_modules=sorted(idle)) if idle else wanted)
         touched, parameters = (set(names) for names in _targeted(put_on))
         if config.target_modules == ALL_LINEAR:
@@ -173,7 +173,7 @@ class Architecture:
         key = next((key for key in keys if self._takes(replace(adapter, **{key: type(getattr(adapter, key))()}))), KEY)
         message = f"PEFT puts no such adapter on {self.label}: {reason}"
         fix = f"change {key}; the linear layers are {self._linear_kinds()}"
-        raise InvalidInput([Problem("error", "adapter-refused", message, fix, key)])
+        raise invalid("adapter-refused", message, fix, key)
 
     def _takes(self, adapter: LoraConfig) -> bool:
         try:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
 from dpo_cli.models.source import ADAPTER_CONFIG, fault_of
 from dpo_cli.models.tensor_files import (
     AGAIN,
@@ -70,7 +70,7 @@ def refuse(what: str, missing: Sequence[str], unexpected: Sequence[str], other: 
         return
     if wrapper := wrapper_of(unexpected):
         fix = f"save it again without the wrapper that put {wrapper!r} before every name"
-    raise InvalidInput([Problem("error", "tensors-unaccounted", f"{what} {', and '.join(parts)}", fix, key)])
+    raise invalid("tensors-unaccounted", f"{what} {', and '.join(parts)}", fix, key)
 
 
 @contextmanager
@@ -173,7 +173,7 @@ def _refuse_numbers(broken: list[str], what: str) -> None:
     if broken:
         message = f"{what} holds NaN or infinity in {count(broken)}"
         fix = "download it again, or train it again with a lower learning_rate: such weights compute nothing"
-        raise InvalidInput([Problem("error", "weights-not-finite", message, fix, "model_name")])
+        raise invalid("weights-not-finite", message, fix, "model_name")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -222,7 +222,7 @@ def with_adapter(
         shapes = [_written(key, name) for key in re.findall(r"size mismatch for (\S+):", str(error))]
         refuse(f"the adapter in {folder}, put on {label},", (), (), shapes, OTHER_BASE, "model_name")
         message = f"{folder} is no adapter of {label}: {' '.join(str(error).split())[:300]}"
-        raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")]) from error
+        raise invalid("adapter-other-base", message, OTHER_BASE, "model_name") from error
     missing = [_written(key, name) for key in result.missing_keys if name in key.split(".")]
     unexpected = [_written(key, name) for key in result.unexpected_keys]
     fix = OTHER_BASE if unexpected else AGAIN
@@ -234,20 +234,20 @@ def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str,
     """The tensors of an adapter for `network`; `InvalidInput` where its files tell already that it cannot be put on."""
     if fault := fault_of(folder):
         message = f"the adapter in {folder} {fault.message}"
-        raise InvalidInput([Problem("error", "adapter-unsupported", message, fault.fix, "model_name")])
+        raise invalid("adapter-unsupported", message, fault.fix, "model_name")
     config = read_json(folder / ADAPTER_CONFIG)
     try:
         shapes, dtypes = header_of(folder / WEIGHTS), dtypes_of(folder / WEIGHTS)
         written = load_file(folder / WEIGHTS)
     except (SafetensorError, ValueError) as error:
         fix = PULL if isinstance(error, PointerError) else AGAIN
-        raise InvalidInput([Problem("error", "adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name")]) from error
+        raise invalid("adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name") from error
     if fault := lora_fault(shapes, dtypes, config):
         message = f"the adapter in {folder} {fault.message}"
-        raise InvalidInput([Problem("error", "tensors-unaccounted", message, fault.fix, "model_name")])
+        raise invalid("tensors-unaccounted", message, fault.fix, "model_name")
     _refuse_numbers(_not_finite(written), str(folder))
     if gap := expert_gap(written):
-        raise InvalidInput([Problem("error", "tensors-unaccounted", f"the adapter in {folder} {gap}", AGAIN, "model_name")])
+        raise invalid("tensors-unaccounted", f"the adapter in {folder} {gap}", AGAIN, "model_name")
     _require_same_base(network, written, config, folder, label)
     return written
 
@@ -269,11 +269,11 @@ def _require_same_base(
     shapes = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (written, own))
     if difference := resized(*shapes):
         message = f"the adapter in {folder} {difference}"
-        raise InvalidInput([Problem("error", "adapter-resized", message, RESIZED_FIX, "model_name")])
+        raise invalid("adapter-resized", message, RESIZED_FIX, "model_name")
     held = [(place_of(key), written[key]) for key in of_base(written, config.get("modules_to_save"))]
     if other := [name for name, tensor in held if name in own and not _is_same(own[name], tensor)]:
         message = f"{folder} holds {count(other)} of its base, with other values than in {label}: it was made on another model"
-        raise InvalidInput([Problem("error", "adapter-other-base", message, OTHER_BASE, "model_name")])
+        raise invalid("adapter-other-base", message, OTHER_BASE, "model_name")
 
 
 def _is_same(there: Tensor, tensor: Tensor) -> bool:
@@ -299,7 +299,7 @@ def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTr
         raise
     except (RuntimeError, ValueError) as error:  # NaN in the merged weights; a kind of adapter that cannot be merged
         message, fix = f"the adapter on {label} cannot be merged: {error}", "use it as it is, or train another one"
-        raise InvalidInput([Problem("error", "merge-differs", message, fix, "model_name")]) from error
+        raise invalid("merge-differs", message, fix, "model_name") from error
     _require_same(_log_probs(whole, ids), adapted, base, label, dtype)
     return whole.requires_grad_(True)  # as any model that is loaded: PEFT had frozen it
 
@@ -314,7 +314,7 @@ def _require_same(whole: Tensor, adapted: Tensor, base: Tensor, label: str, dtyp
     message = f"merged into {label}, the adapter computes something else: log-probs differ by {apart:.2g} nats a token"
     message = f"{message} ({allowed:.2g} allowed), where the adapter changes them by {effect:.2g}"
     fix = "use the adapter as it is, or train it again without what PEFT cannot merge"
-    raise InvalidInput([Problem("error", "merge-differs", message, fix, "model_name")])
+    raise invalid("merge-differs", message, fix, "model_name")
 
 
 def _untie(network: PreTrainedModel) -> None:

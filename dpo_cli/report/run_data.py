@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.schema import options
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.report.svg import Point
 from dpo_cli.storage.run_directory import EVALUATION, LINES, MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -51,7 +51,7 @@ def _lines(run: RunDirectory) -> list[dict[str, Any]]:
 
 def _damaged(run: RunDirectory, name: str, why: str) -> InvalidInput:
     message = f"{run.path / name} is damaged: {why}"
-    return InvalidInput([Problem("error", "not-a-run", message, "restore it, or train again")])
+    return invalid("not-a-run", message, "restore it, or train again")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Contents:
         run = RunDirectory(path)
         if missing := [name for name in (PLAN, MANIFEST) if not run.has(name)]:
             message = f"{path} is not a run: it has no {' and no '.join(missing)}"
-            raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a `dpo train`")])
+            raise invalid("not-a-run", message, "name the output_dir of a `dpo train`")
         plan, manifest = (_parsed(run, name) for name in (PLAN, MANIFEST))
         summary, evaluation = (_parsed(run, name) if run.has(name) else None for name in (SUMMARY, EVALUATION))
         return cls(path.absolute(), plan, manifest, _lines(run), summary, evaluation)

@@ -14,7 +14,7 @@ from dpo_cli.config.config import load
 from dpo_cli.config.schema import defaults
 from dpo_cli.data.dataset import holds_pairs, unreadable
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.source import ADAPTER_CONFIG, fault_of, foundation, is_on_head
 from dpo_cli.plan.plan import Plan
@@ -129,7 +129,7 @@ def _base_of(folder: Path) -> str:
 
 
 def _no_adapter(message: str, fix: str) -> InvalidInput:
-    return InvalidInput([Problem("error", "not-an-adapter", message, fix)])
+    return invalid("not-an-adapter", message, fix)
 
 
 def _require_same_below(run: RunDirectory) -> None:
@@ -140,7 +140,7 @@ def _require_same_below(run: RunDirectory) -> None:
         is_same = place.is_dir() and sha256_of_all(place) == digest and settings in (None, sha256_of_settings(place))
         if not is_same:
             message = f"{run.path} stands on {folder}, which is not the one that it was trained on"
-            raise InvalidInput([Problem("error", "adapter-changed", message, "restore that folder, or train both again")])
+            raise invalid("adapter-changed", message, "restore that folder, or train both again")
 
 
 def load_policy(opened: Opened, console: Console) -> tuple[Policy, Plan]:

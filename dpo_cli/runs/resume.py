@@ -13,7 +13,7 @@ from typing import Any
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.schema import options
 from dpo_cli.config.stages import day_of
-from dpo_cli.errors import InvalidInput, Problem, RunFailed
+from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
 from dpo_cli.plan.plan import MEASURED, Plan
 from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.checkpoints import Checkpoint
@@ -172,7 +172,7 @@ def go_on(run: RunDirectory, begun: Begun, plan: Plan, manifest: Json, tell: Tel
     """Bring the run directory to where the checkpoint left it: the steps at which it was gone on with, for its manifest."""
     if begun.checkpoint is None:
         message = f"{run.path} is finished, and has no checkpoint to go on from to what is asked for now"
-        raise InvalidInput([Problem("error", "resume-differs", message, "start anew with --overwrite", "output_dir")])
+        raise invalid("resume-differs", message, "start anew with --overwrite", "output_dir")
     run.forget_end()
     run.take_lines(begun.checkpoint.folder)
     tell(f"going on from {begun.checkpoint.folder.name}")

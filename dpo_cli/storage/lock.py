@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import invalid
 
 FAR = 1 << 30  # a byte that no lock file has: what Windows locks cannot be read by others
 
@@ -49,7 +49,7 @@ def locked(path: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             message = f"{path.parent} is in use by {holder}"
             fix = "wait for it, stop it, or choose another output_dir"
-            raise InvalidInput([Problem("error", "run-locked", message, fix, "output_dir")])
+            raise invalid("run-locked", message, fix, "output_dir")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC\n")
         file.flush()

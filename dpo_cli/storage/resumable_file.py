@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from dpo_cli.errors import InvalidInput, Problem, UsageError
+from dpo_cli.errors import UsageError, invalid
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.lock import is_locked_now
 from dpo_cli.storage.redaction import redacted
@@ -92,7 +92,7 @@ class ResumableFile:
         if size and self.digest.hexdigest() != mark["sha256"]:
             message = f"{self.path} is not what was written so far: it was changed since"
             fix = f"name another file, or delete it and {self.marks}"
-            raise InvalidInput([Problem("error", "out-changed", message, fix)])
+            raise invalid("out-changed", message, fix)
         return size
 
     def _mark(self, mark: Mapping[str, Any]) -> None:
@@ -138,7 +138,7 @@ def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
     if differ:
         told = "; ".join(f"{name} was {json_text(was.get(name))}, and is {json_text(now.get(name))}" for name in differ)
         fix = f"go on with the same settings, name another file, or delete it and {_marks_of(path)}"
-        raise InvalidInput([Problem("error", "out-other-settings", f"{path} was begun with other settings: {told}", fix)])
+        raise invalid("out-other-settings", f"{path} was begun with other settings: {told}", fix)
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.errors import InvalidInput, Problem
+from dpo_cli.errors import invalid
 from dpo_cli.storage.atomic import let_others_read, sync, sync_all, trial, write_whole, writing
 from dpo_cli.storage.checkpoints import Checkpoints
 from dpo_cli.storage.digests import SAFE, sha256_of_all, sha256_of_settings
@@ -46,12 +46,12 @@ class RunDirectory:
         foreign = [name for name in (ADAPTER, MODEL) if (path / name).exists()]
         if foreign and not any((path / name).exists() for name in (LOCK, MANIFEST)):
             message = f"{path} holds a folder {foreign[0]} that no run wrote, and that a run would replace"
-            raise InvalidInput([Problem("error", "run-exists", message, "choose another output_dir", "output_dir")])
+            raise invalid("run-exists", message, "choose another output_dir", "output_dir")
         holds_run = any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL)) or cls(path).checkpoints.all()
         if holds_run and not replace:
             message = f"{path} holds a run already"
             fix = "go on with it with --resume, replace it with --overwrite, or choose another with output_dir=..."
-            raise InvalidInput([Problem("error", "run-exists", message, fix, "output_dir")])
+            raise invalid("run-exists", message, fix, "output_dir")
 
     @staticmethod
     def is_plan(path: Path) -> bool:
@@ -77,9 +77,7 @@ class RunDirectory:
                 (path / LOG).open("a").close()
             except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
                 message = f"cannot write to {path}: {error.strerror}"
-                raise InvalidInput(
-                    [Problem("error", "run-unwritable", message, "choose another output_dir", "output_dir")]
-                ) from error
+                raise invalid("run-unwritable", message, "choose another output_dir", "output_dir") from error
             yield cls(path)
 
     def clear(self) -> None:
@@ -101,11 +99,11 @@ class RunDirectory:
             missing.append(f"{ADAPTER}/{WEIGHTS}")
         if missing:
             message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
-            raise InvalidInput([Problem("error", "not-a-run", message, "name the output_dir of a finished `dpo train`")])
+            raise invalid("not-a-run", message, "name the output_dir of a finished `dpo train`")
         _require_no_links(path)
         if not run.has_its_weights():
             message = f"the {run.trained.name} in {path} is not the one that this run wrote"
-            raise InvalidInput([Problem("error", "adapter-changed", message, "train again, or restore the file")])
+            raise invalid("adapter-changed", message, "train again, or restore the file")
         return run
 
     @property
@@ -215,4 +213,4 @@ def _require_no_links(path: Path) -> None:
             if place.is_symlink():
                 message = f"{place} is a link to {place.readlink()}, and a run writes nothing outside its directory"
                 fix = f"remove the link, or copy what it leads to: cp -rL {path} ANOTHER"
-                raise InvalidInput([Problem("error", "run-link", message, fix, "output_dir")])
+                raise invalid("run-link", message, fix, "output_dir")
