@@ -73,7 +73,7 @@ class Dataset:
         train: list[Row] = []
         held_out: list[Row] = []
         seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighed as a whole
-        for source, row in self._usable() if self.kept is None else self.kept:
+        for source, row in self._weighed():
             if is_held_out(row):
                 held_out.append(row)
             else:
@@ -82,7 +82,14 @@ class Dataset:
                 train += [row] * (_due(seen[source.weight], source.weight) - before)
         return train, held_out
 
-    def _usable(self) -> Iterator[tuple[Source, Row]]:
+    def usable(self) -> Iterator[Row]:
+        """The usable rows in the order of their files, each once."""
+        return (row for _, row in self._weighed())
+
+    def _weighed(self) -> Iterator[tuple[Source, Row]]:
+        if self.kept is not None:
+            yield from self.kept
+            return
         for source, read_as in _rows(self.sources, self.columns, self.demonstrations):
             if not isinstance(read_as, Bad):
                 yield from ((source, row) for row in read_as.rows)

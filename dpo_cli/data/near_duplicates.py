@@ -15,7 +15,7 @@ from itertools import pairwise
 from rapidfuzz import fuzz, utils
 from rensa import RMinHash
 
-from dpo_cli.data.dataset import Dataset, stream
+from dpo_cli.data.dataset import Dataset
 from dpo_cli.data.findings import COMPARED, Finding, Limits, Seen
 from dpo_cli.data.rows import Pair
 from dpo_cli.errors import Problem
@@ -84,10 +84,10 @@ class NearDuplicates(Finding):
         return found
 
     def _read_again(self, data: Dataset, wanted: set[int]) -> dict[int, tuple[Pair, tuple[str, str, str]]]:
-        """The pairs with these numbers and their texts, from another pass over the files."""
+        """The pairs with these numbers and their texts, from another pass over the files where none kept them."""
         if not wanted:
             return {}
-        pairs = (row for row in stream(data.sources, data.columns) if isinstance(row, Pair))
+        pairs = (row for row in data.usable() if isinstance(row, Pair))
         chosen = ((index, pair) for index, pair in enumerate(pairs) if index in wanted)
         return {index: (pair, _texts(Seen.of(pair, ""))) for index, pair in chosen}
 

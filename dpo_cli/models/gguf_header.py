@@ -6,12 +6,13 @@ github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import functools
 import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dpo_cli.storage.once import once_per_file
 
 MAGIC = b"GGUF"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -20,10 +21,13 @@ _STRING, _ARRAY = 8, 9
 
 def is_gguf(path: Path) -> bool:
     """Whether the file starts with the GGUF magic."""
-    if not path.is_file():
-        return False
+    return path.is_file() and _start(path) == MAGIC
+
+
+@once_per_file
+def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(4) == MAGIC
+        return file.read(len(MAGIC))
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,9 @@ class Header:
     tensors: frozenset[str]
 
 
+@once_per_file
 def read_header(path: Path) -> Header:
-    """The header of the file at `path`, read once while the file stays as it is; ValueError when it is damaged."""
-    stat = path.stat()
-    return _read_header(path, stat.st_mtime_ns, stat.st_size)
-
-
-@functools.lru_cache(maxsize=4)
-def _read_header(path: Path, _mtime_ns: int, _size: int) -> Header:
+    """The header of the file at `path`; ValueError when it is damaged."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cursor = _Cursor(data)
         if cursor.bytes(4) != MAGIC:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.once import once_per_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 1 << 27
@@ -59,6 +60,7 @@ def dtypes_of(path: Path) -> dict[str, str]:
     return {name: str(tensor["dtype"]) for name, tensor in _entries(path)[0].items()}
 
 
+@once_per_file
 def _entries(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """What the header of a file says of each tensor, and where the bytes of the first one begin."""
     size = path.stat().st_size

@@ -8,6 +8,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.storage.once import once_per_file
+
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON that every reader accepts: a NaN or infinity, which JSON has no word for, becomes null."""
@@ -25,11 +27,16 @@ def json_text(value: Any, indent: int | None = None) -> str:
 def read_json(file: Path | Traversable) -> Any:
     """The value in a file; `ValueError` that names it where it is no JSON, `OSError` where it cannot be read."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(_text(file) if isinstance(file, Path) else file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file.name} is not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{file.name} is not JSON that can be read: it is nested too deeply") from error
+
+
+@once_per_file
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def read_object(file: Path) -> dict[str, Any]:
