@@ -35,7 +35,7 @@ def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
     def many(short: int, whole: int) -> int:
         return short if is_short else whole
 
-    yield lambda: kills(bench, many(2, 200), FEW if is_short else tuple(SHAPES))
+    yield lambda: kills(bench, many(1, 200), FEW if is_short else tuple(SHAPES))
     if not is_short:
         yield lambda: whole_kills(bench, 8)
     yield lambda: detection(bench, 500)
@@ -43,8 +43,8 @@ def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
     if is_possible():
         interrupt(bench)
         for way in WAYS:
-            yield partial(writes, bench, way, first=many(20, 1), every=200 if is_short else None)
-    yield lambda: starts(bench, many(2, 20))
+            yield partial(writes, bench, way, first=many(40, 1), every=400 if is_short else None)
+    yield lambda: starts(bench, many(1, 20))
     if can_mount(bench.place):
         yield lambda: full_disks(bench, many(1, 20))
     yield lambda: signals(bench, many(2, 20))
