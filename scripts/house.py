@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,8 +76,52 @@ def counts() -> dict[str, int]:
     }
 
 
+WATCHED = """
+import collections, json, os, sys
+opened = collections.Counter()
+place = os.getcwd()
+def watch(event, args):
+    if event == "open" and isinstance(args[0], str | bytes):
+        path = os.path.realpath(os.fsdecode(args[0]))
+        if path.startswith((place + "/model/", place + "/pairs")):
+            frame = sys._getframe(1)
+            ours = False
+            while frame is not None and not ours:  # what transformers opens for itself does not count
+                name = frame.f_globals.get("__name__", "")
+                ours = name.startswith("dpo_cli.")
+                if name.startswith(("transformers.", "tokenizers", "safetensors", "huggingface_hub", "peft", "datasets")):
+                    return
+                frame = frame.f_back
+            opened[os.path.relpath(path, place)] += ours
+sys.addaudithook(watch)
+from dpo_cli.app import app
+try:
+    app(sys.argv[1:], standalone_mode=False)
+except SystemExit:
+    pass
+print("OPENED", json.dumps(opened), file=sys.__stderr__)
+"""
+
+
+def opens() -> dict[str, int]:
+    """How often a command opens the dataset, and the file of the model that it opens most: of a tiny model."""
+    from test_contract import lay_out
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        lay_out(place := Path(folder).resolve())
+        for words in (["validate", "dpo.json"], ["train", "dpo.json"], ["eval", "runs/dpo"]):
+            env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+            command = [sys.executable, "-c", WATCHED, *words]
+            done = subprocess.run(command, cwd=place, env=env, capture_output=True, text=True, check=True)
+            opened = json.loads(done.stderr.rpartition("OPENED")[2])
+            found[f"{words[0]}: opens of the dataset"] = opened.pop("pairs.jsonl")
+            found[f"{words[0]}: opens of one file of the model, at most"] = max(opened.values())
+    return found
+
+
 def main() -> None:
-    found = counts()
+    found = counts() | (opens() if "--opens" in sys.argv else {})
     if "--json" in sys.argv:
         print(json.dumps(found, indent=2))
     else:
