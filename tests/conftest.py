@@ -83,6 +83,11 @@ CONFIGS = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test goes first: at the end one worker would wait for it."""
+    items.sort(key=lambda item: "test_torture" not in item.nodeid)
+
+
 def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A two-layer model of the family with weights large enough that its predictions differ from uniform."""
     torch.manual_seed(0)

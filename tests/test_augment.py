@@ -112,7 +112,7 @@ def test_an_adapter_answers_for_itself(place: Path) -> None:
 
 def test_a_killed_file_goes_on_to_the_same_bytes(place: Path) -> None:
     """One process is killed while it writes; another, with the same arguments, goes on from what is there."""
-    slow = rule(max_new_tokens=100, prompts_per_batch=1)  # so that it is alive when it is killed
+    slow = rule(max_new_tokens=40, prompts_per_batch=1)  # so that it is alive when it is killed
     assert run(slow, out="whole.jsonl").exit_code == 0
     words = [sys.executable, "-m", "dpo_cli", "augment", "prompts.txt", "config.json", slow, "--out", "pairs.jsonl"]
     process = subprocess.Popen(
