@@ -185,8 +185,9 @@ def train(
         configs: list[Config] = []
         inspections: list[Inspection | None] = []  # None of a stage that stands on one which is not trained yet
         for loaded in stages:  # before torch is imported and anything is trained: a mistake is told at once
-            inspection = _inspected(loaded.on_foundation(), machine)
-            inspections.append(inspection if dry_run or loaded.foundation is None else None)
+            is_first_to_run = dry_run or loaded.foundation is None
+            inspection = _inspected(loaded.on_foundation(), machine, keep_rows=is_first_to_run)
+            inspections.append(inspection if is_first_to_run else None)
             _, plan = inspection.require()
             RunDirectory.check(plan.run_dir, overwrite or dry_run or resume)
             if plan.run_dir in [Path(str(config.output_dir)) for config in configs]:
@@ -199,12 +200,14 @@ def train(
             require(name)
         composer = composer_for(configs)
         results, code = [], Exit.DONE
-        for loaded, known in zip(stages, inspections, strict=True):
+        inspections.reverse()
+        for loaded in stages:
             if loaded.stage:
                 console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
             ready = loaded.on_foundation() if dry_run else loaded
-            inspection = known or _inspected(ready, machine)
+            inspection = inspections.pop() or _inspected(ready, machine)  # no longer held here: it has the rows
             result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
+            del inspection
             results.append(result)
             if code is not Exit.DONE:
                 break
@@ -213,9 +216,9 @@ def train(
         raise typer.Exit(int(code))
 
 
-def _inspected(loaded: Loaded, machine: Machine) -> Inspection:
+def _inspected(loaded: Loaded, machine: Machine, keep_rows: bool = True) -> Inspection:
     """What a training needs to know of a config; memory is judged later, by its real lengths."""
-    return inspect(loaded, machine, with_fit=False, keep_rows=True).stricter(lambda problem: problem.stops_training)
+    return inspect(loaded, machine, with_fit=False, keep_rows=keep_rows).stricter(lambda problem: problem.stops_training)
 
 
 @app.command("eval")
@@ -241,16 +244,17 @@ def evaluate(
     with session(as_json, debug) as console:
         name, values = target or "", tuple(overrides or ())
         if tally is not None:
-            if adapter or side_by_side:
+            if adapter:
                 raise UsageError("--tally counts a file by itself", f"dpo vote --tally {tally}")
             console.line(f"note: `dpo vote --tally {tally}` counts votes")
-            _vote(VoteRequest(name, PROMPTS, by_judge, dataset, values, tally, fail_under), console, as_json)
+            _vote(VoteRequest(name, side_by_side, by_judge, dataset, values, tally, fail_under), console, as_json)
             return
         if by_judge and not side_by_side:
             raise UsageError("--judge fills the votes of --side-by-side", f"dpo vote {name or 'RUN_DIR'} --judge")
-        asked = Judged(
-            name, adapter, dataset, values, fail_under, VoteRequest(name, side_by_side, by_judge) if side_by_side else None
-        )
+        if adapter and side_by_side:
+            raise UsageError("--side-by-side writes into the directory of a run", "dpo vote RUN_DIR")
+        both = VoteRequest(name, side_by_side, by_judge) if side_by_side else None
+        asked = Judged(name, adapter, dataset, values, fail_under, both)
         if side_by_side:
             console.line(f"note: `dpo vote {name} --prompts {side_by_side}` compares answers without judging the run again")
         composer_for()
@@ -264,7 +268,9 @@ def evaluate(
 def vote(
     run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the run's.")] = None,
-    prompts: Annotated[int, typer.Option(min=1, metavar="N", help="Compare the answers to so many prompts.")] = PROMPTS,
+    prompts: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help=f"Compare the answers to so many prompts; {PROMPTS} without it.")
+    ] = None,
     by_judge: Annotated[bool, typer.Option("--judge", help='Ask the judge that "augment" names, and count its votes.')] = False,
     dataset: JudgedOn = None,
     tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Count the votes in a votes.json.")] = None,

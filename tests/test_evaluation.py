@@ -275,8 +275,11 @@ def test_what_does_not_go_together(asked: dict[str, Any], says: str) -> None:
         ({}, "no run is named"),
         ({"run": "r", "tally": Path("v")}, "by itself"),
         ({"by_judge": True, "tally": Path("v")}, "by itself"),
+        ({"prompts": 7, "tally": Path("v")}, "by itself"),
+        ({"overrides": ("beta=1",), "tally": Path("v")}, "by itself"),
+        ({"run": __file__}, "is a file"),
         ({"run": "r", "fail_under": "win_rate=0.5"}, "no votes yet"),
-        ({"run": "r", "overrides": ("beta=1",)}, "takes no beta="),
+        ({"run": "r", "overrides": ("beta=1",)}, "dpo vote takes no beta="),
         ({"tally": Path("v"), "fail_under": "accuracy=1"}, "there is no figure accuracy"),
     ],
 )

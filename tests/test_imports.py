@@ -20,6 +20,7 @@ ROOMS = (
 )
 LIGHT = ROOMS[ROOMS.index("plan") :]  # no torch from here down
 ORDER = ("__main__", "app", *ROOMS, "errors")
+NAMED = re.compile(r"(?<![\w/.])((?:[a-z_]+/)+[a-z_]+\.py)\b")
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas", "pyarrow")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
@@ -73,6 +74,18 @@ def test_the_readme_maps_every_module_and_its_links_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not (ROOT / link).exists()]
     assert not [path for path in MODULES if f"`{path.relative_to(ROOT)}`" not in text]
+
+
+def test_files_that_comments_name_exist() -> None:
+    there = [
+        path.relative_to(ROOT).as_posix()
+        for name in ("dpo_cli", "tests", "benchmarks", "scripts")
+        for path in (ROOT / name).rglob("*.py")
+    ]
+    known = {*there, *(path.partition("/")[2] for path in there)}
+    theirs = ("utils/", "tuners/")  # of transformers and PEFT
+    named = {(path, name) for path in there for name in NAMED.findall((ROOT / path).read_text(encoding="utf-8"))}
+    assert [(path, name) for path, name in named if name not in known and not name.startswith(theirs)] == []
 
 
 @pytest.mark.parametrize(

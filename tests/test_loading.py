@@ -364,6 +364,9 @@ ON_FROM: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, {}),
     "norms": ({"modules_to_save": ["norm"]}, {}),
     "every weight": ({}, {"lora_r": 0, "learning_rate": 1e-4}),
+    "in bf16": ({}, {"bf16": True}),
+    "every weight, in bf16": ({}, {"lora_r": 0, "learning_rate": 1e-4, "bf16": True}),
+    "a fresh one, in bf16": ({}, {"reference": "base", "bf16": True}),
 }
 
 
@@ -378,7 +381,7 @@ def test_a_training_begins_at_its_reference(
     assert done.exit_code == 0, done.stderr
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert (line["reward_chosen"], line["reward_rejected"], line["accuracy"]) == (0, 0, 0.5)
-    assert (tmp_path / "run/model").is_dir() == (kind == "every weight")
+    assert (tmp_path / "run/model").is_dir() == kind.startswith("every weight")
 
 
 def test_a_training_with_an_adapter_on_the_embedding_goes_on(

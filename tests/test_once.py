@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from dpo_cli.storage import once
 from dpo_cli.storage.once import KEPT, YOUNG_NS, once_per_file
 
 
-def test_a_file_is_read_once_while_it_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_file_is_read_once_while_it_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a change leaves its size and sets its time back, as rsync does."""
     seen = []
 
     @once_per_file
@@ -16,20 +21,24 @@ def test_a_file_is_read_once_while_it_stays_as_it_is(tmp_path: Path) -> None:
         seen.append(path.name)
         return path.read_text(encoding="utf-8")
 
-    def write(path: Path, text: str, age: int) -> None:
-        path.write_text(text, encoding="utf-8")
-        then = path.stat().st_mtime_ns - age
-        os.utime(path, ns=(then, then))
+    def now(file: Path, age: int) -> None:
+        monkeypatch.setattr(once, "time", SimpleNamespace(time_ns=lambda: file.stat().st_ctime_ns + age))
 
     file = tmp_path / "a"
-    write(file, "one", 2 * YOUNG_NS)
+    file.write_text("one", encoding="utf-8")
+    then = file.stat().st_mtime_ns
+    now(file, 2 * YOUNG_NS)
     assert [read(file), read(tmp_path / "." / "a"), seen] == ["one", "one", ["a"]]
-    write(file, "two", 3 * YOUNG_NS)  # of the same size
+    file.write_text("two", encoding="utf-8")
+    os.utime(file, ns=(then, then))
+    now(file, 2 * YOUNG_NS)
     assert [read(file), read(file), seen] == ["two", "two", ["a", "a"]]
-    write(file, "new", 0)  # so young that its time may not tell it from the next
-    write(file, "now", 0)
-    assert [read(file), read(file), len(seen)] == ["now", "now", 4]
+    file.write_text("new", encoding="utf-8")
+    now(file, 0)  # so young that its time may not tell it from the next
+    assert [read(file), read(file), len(seen)] == ["new", "new", 4]
     for number in range(KEPT + 1):
-        write(tmp_path / str(number), str(number), 2 * YOUNG_NS)
+        (tmp_path / str(number)).write_text(str(number), encoding="utf-8")
+        now(tmp_path / str(number), 2 * YOUNG_NS)
         assert read(tmp_path / str(number)) == str(number)
+    now(tmp_path / "0", 2 * YOUNG_NS)
     assert read(tmp_path / "0") == "0" and seen.count("0") == 2

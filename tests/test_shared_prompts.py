@@ -134,7 +134,7 @@ def test_prompts_that_differ_share_what_is_equal() -> None:
 
 
 def test_layout_by_hand() -> None:
-    """The drawing of training/sharing.py: P P P C C R R R | P P C R, and the places of TRL's four rows in it."""
+    """The drawing of scoring/shared_prompts.py: P P P C C R R R | P P C R, and the places of TRL's four rows in it."""
     batch = collate([([11, 12, 13], [21, 22], [31, 32, 33]), ([14, 15], [23], [34])])
     layout = shared_prompts.lay_out(batch["input_ids"], batch["attention_mask"], batch["labels"])
     assert layout.input_ids.tolist() == [[11, 12, 13, 21, 22, 31, 32, 33, 14, 15, 23, 34]]

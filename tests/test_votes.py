@@ -126,6 +126,7 @@ def test_a_tally_on_the_command_line_needs_no_run_and_no_torch(tmp_path: Path, c
         ["eval", "run", "--tally", "votes.json"],
         ["eval", "--tally", "votes.json", "--side-by-side", "3"],
         ["eval", "run", "--judge"],
+        ["eval", __file__, "--adapter", "a", "--side-by-side", "3"],
         ["vote"],
         ["vote", "run", "--tally", "votes.json"],
     ],

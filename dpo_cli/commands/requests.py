@@ -22,7 +22,7 @@ class VoteRequest:
     """
 
     run: str = ""
-    prompts: int = PROMPTS
+    prompts: int | None = None  # `PROMPTS` where nothing is said
     by_judge: bool = False
     dataset: str | None = None
     overrides: tuple[str, ...] = ()
@@ -30,17 +30,22 @@ class VoteRequest:
     fail_under: str | None = None
     thresholds: list[Threshold] = field(init=False)
 
+    @property
+    def count(self) -> int:
+        """The prompts whose answers are compared."""
+        return self.prompts or PROMPTS
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", _limits(self.fail_under, OF_VOTES))
         if self.tally is not None:
-            if self.run or self.dataset or self.by_judge:
+            if self.run or self.dataset or self.by_judge or self.overrides or self.prompts is not None:
                 raise UsageError("--tally counts a file by itself", f"dpo vote --tally {self.tally}")
             return
         if not self.run:
             raise UsageError("no run is named", "dpo vote RUN_DIR, or dpo vote --tally votes.json")
         if self.thresholds and not self.by_judge:
             raise UsageError("there are no votes yet to keep a limit", "dpo vote --tally votes.json --fail-under win_rate=0.5")
-        _require_run(self.run, self.overrides)
+        _require_run("dpo vote", self.run, self.overrides)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Request:
         if not self.target:
             raise UsageError("no run is named", "dpo eval RUN_DIR, or dpo vote --tally votes.json")
         if self.adapter is None:
-            _require_run(self.target, self.overrides)
+            _require_run("dpo eval", self.target, self.overrides, f"dpo eval {self.target} --adapter DIR, or ")
         elif self.vote is not None:
             raise UsageError("--side-by-side writes into the directory of a run", "dpo vote RUN_DIR")
 
@@ -72,12 +77,11 @@ def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:
     return parse(text, tuple(known)) if text is not None else []
 
 
-def _require_run(name: str, overrides: Iterable[str]) -> None:
+def _require_run(command: str, name: str, overrides: Iterable[str], or_else: str = "") -> None:
     """`UsageError` where a run is a file, or is to be judged otherwise than it was trained."""
     if Path(name).is_file():
-        fix = f"dpo eval {name} --adapter DIR, or dpo eval RUN_DIR"
-        raise UsageError(f"{name} is a file: a run is judged, or an adapter on a config's model", fix)
+        raise UsageError(f"{name} is a file, and no directory of a run", f"{or_else}{command} RUN_DIR")
     for key in (word.partition("=")[0] for word in overrides):
         if key not in JUDGING:
-            fix = f"only {', '.join(sorted(JUDGING))} may differ; another model or dataset: --adapter, --dataset"
-            raise UsageError(f"dpo eval takes no {key}=...: a run is judged as it was trained", fix)
+            fix = f"only {', '.join(sorted(JUDGING))} may differ; {command} --dataset names other rows"
+            raise UsageError(f"{command} takes no {key}=...: a run is judged as it was trained", fix)

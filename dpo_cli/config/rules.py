@@ -174,7 +174,7 @@ def losses(values: Values) -> list[str]:
 def sorts_pairs(loss_type: str | Sequence[str]) -> bool:
     """Whether a loss compares the sorted pairs of a micro-batch (AOT, arXiv:2406.05882), so that its parts have another.
 
-    In TRL 1.15 no other does; `sft`, its mean over tokens, is taken over those of the whole step (training/dpo.py).
+    In TRL 1.15 no other does; `sft`, its mean over tokens, is taken over those of the whole step (training/dpo_trainer.py).
     """
     return any(name.startswith("aot") for name in ([loss_type] if isinstance(loss_type, str) else loss_type))
 

@@ -1,6 +1,6 @@
 """Files of rows to `Pair`s, as a stream: every bad row is named, and none stops the reading.
 
-Memory does not grow with the file, but for a JSON list, which has no lines to read one by one.
+Memory does not grow with the file, but for a JSON list, which has no lines to read one by one, and where the rows are kept.
 
 A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet; text also in gzip), a folder of such files, or a list of those with
 weights.
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a pass over the sources found; `load` makes another that keeps the rows. `pairs` may count demonstrations."""
+    """What a pass over the sources found. `pairs` may count demonstrations."""
 
     name: str
     sources: tuple[Source, ...]

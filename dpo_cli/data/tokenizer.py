@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.hub_datasets import is_hub_id
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.jsonio import read_shared_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
@@ -119,7 +119,7 @@ def _add_missing(fast: Fast, config: dict[str, Any], added: dict[str, Any]) -> N
 def _object(file: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none, or it is damaged, which the model's loading reports."""
     try:
-        value = read_json(file)
+        value = read_shared_json(file)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

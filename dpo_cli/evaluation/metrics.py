@@ -49,7 +49,7 @@ def score_rows(
 ) -> Scores:
     """Score rows under the policy and under its reference, in evaluation mode and without gradient.
 
-    `states` is the path of the run (training/scoring.py). A batch that is out of memory is scored in halves.
+    `states` is the path of the run (scoring/forward.py). A batch that is out of memory is scored in halves.
     """
     policy.model.eval()
     kinds = len(rows[0].responses)

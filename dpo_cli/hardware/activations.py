@@ -15,7 +15,7 @@ from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_paramet
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
 
-CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (training/head.py, CHUNK_ELEMENTS)
+CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (scoring/lm_head.py, CHUNK_ELEMENTS)
 
 
 def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
@@ -46,7 +46,7 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     refers = STRATEGIES[settings.strategy].refers and settings.reference != "cache"
     head = gathered + _logits_bytes(facts, settings) + _head_gradient_bytes(facts, settings)
     moments = [(kept + end, head), (kept + backward, 0.0)]
-    # At the end of the backward pass a micro-batch's gradients stand beside those of the ones before it (training/parts.py).
+    # At the end of the backward pass a micro-batch's gradients stand beside those of the ones before it (scoring/oom.py).
     new_gradients = trained_parameters(facts, settings) * trained_width(settings)
     last_block = backward if settings.checkpointing else block + backward - end
     moments.append((last_block + new_gradients, 0.0))
@@ -131,7 +131,8 @@ def _attention_bytes(facts: ModelFacts, settings: Settings) -> float:
 def _masked(facts: ModelFacts, settings: Settings) -> int:
     """Query-key pairs that a mask has: padded rows are masked whole; of a shared pair only the rejected response is.
 
-    Its r = pair - L queries then meet L keys (training/sharing.py). A window that is shorter than a sequence is a mask too.
+    Its r = pair - L queries then meet L keys (scoring/shared_prompts.py). A window that is shorter than a sequence is a mask
+    too.
     """
     length = settings.length
     if settings.pair_tokens is not None:

@@ -57,8 +57,8 @@ class Settings:
         """Whether each adapted layer keeps its own copy of its input.
 
         PEFT hands the input in the adapter's float32, and autocast casts it back to 16 bits, once a layer. Adapters on
-        quantised weights are in bf16 (TRL 1.15, DPOTrainer; training/dpo.py but for fp16), and in float32 nothing is cast: then
-        layers share what they read, unless dropout makes another of it for each.
+        quantised weights are in bf16 (TRL 1.15, DPOTrainer; training/dpo_trainer.py but for fp16), and in float32 nothing is
+        cast: then layers share what they read, unless dropout makes another of it for each.
         """
         return self.rank > 0 and (self.dropout or (self.bytes_per_value < 4 and (self.bits is None or self.fp16)))
 

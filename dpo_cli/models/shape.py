@@ -14,7 +14,7 @@ from dpo_cli.models import gguf_header
 from dpo_cli.models.quantised_files import Quantisation, stored_quantisation, text_part
 from dpo_cli.models.source import foundation
 from dpo_cli.models.tensor_files import stored_in
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.jsonio import read_json, read_shared_json
 
 # Traits of families, by their `model_type` in transformers 5.17.
 FUSED = frozenset({"phi3"})  # q, k, v in one linear layer, gate and up in another
@@ -122,7 +122,7 @@ def model_facts(model_name: str) -> ModelFacts | None:
     if gguf_header.is_gguf(path):
         return _gguf_facts(gguf_header.read_header(path))
     if (path / "config.json").is_file():
-        config = read_json(path / "config.json")
+        config = read_shared_json(path / "config.json")
         return config_facts(config, path)
     return known_models().get(model_name)
 
@@ -130,7 +130,7 @@ def model_facts(model_name: str) -> ModelFacts | None:
 def quantisation_of(model_name: str) -> Quantisation | None:
     """How the weights below a model's adapters are quantised in their files; None of plain ones, and where this is unknown."""
     file = Path(foundation(model_name)) / "config.json"
-    return stored_quantisation(read_json(file)) if file.is_file() else None
+    return stored_quantisation(read_shared_json(file)) if file.is_file() else None
 
 
 def is_mixture(model_name: str) -> bool:
@@ -141,7 +141,7 @@ def is_mixture(model_name: str) -> bool:
         return bool(values.get(f"{values.get('general.architecture', '')}.expert_count"))
     if not (path / "config.json").is_file():
         return False
-    config = read_json(path / "config.json")
+    config = read_shared_json(path / "config.json")
     return any(text_part(config).get(name) for name in EXPERTS)
 
 

@@ -19,7 +19,7 @@ from dpo_cli.errors import Problem, Severity
 from dpo_cli.models.shape import ModelFacts, model_facts
 from dpo_cli.models.source import foundation
 from dpo_cli.models.tensor_files import stored_in
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.jsonio import read_shared_json
 
 ALL_LINEAR = "all-linear"
 KEY = "target_modules"
@@ -120,7 +120,7 @@ def problems(config: Config, label: str) -> Iterator[Problem]:
     """What is wrong with the targets of a fresh adapter, as far as the model's config.json and its tensors' names tell."""
     place = Path(foundation(config.model_name))
     file = place / "config.json"
-    family = read_json(file).get("model_type") if file.is_file() else None
+    family = read_shared_json(file).get("model_type") if file.is_file() else None
     wanted = config.target_modules
     named = [wanted] if isinstance(wanted, str) else wanted
     last = {name.rpartition(".")[2] for name in named}

@@ -2,7 +2,7 @@
 
 A file is eight bytes that give the size of its header, the header as JSON, and the bytes of the tensors
 (github.com/safetensors/safetensors). What is said here is sure; what only the architecture itself can tell is checked when the
-model is loaded (providers/accounting.py).
+model is loaded (providers/loaded_tensors.py).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.jsonio import read_shared_json
 from dpo_cli.storage.once import once_per_file
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def files_of(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         return []
-    names = read_json(folder / INDEX)["weight_map"].values()
+    names = read_shared_json(folder / INDEX)["weight_map"].values()
     return [folder / name for name in sorted(set(names))]
 
 
@@ -217,7 +217,7 @@ def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense:
     except ValueError as error:
         yield Fault(f"{folder}: {error}", PULL if isinstance(error, PointerError) else AGAIN)
         return
-    if fault := lora_fault(own, dtypes, read_json(folder / "adapter_config.json")):
+    if fault := lora_fault(own, dtypes, read_shared_json(folder / "adapter_config.json")):
         yield Fault(f"the adapter in {folder} {fault.message}", fault.fix)
         return
     if difference := resized(own, base):
@@ -226,7 +226,7 @@ def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense:
     if gap := expert_gap(own):
         yield Fault(f"the adapter in {folder} {gap}", AGAIN)
     rows = max((shape[0] for shape in base.values() if len(shape) == 2), default=0)  # a table, which PEFT may save, has most
-    own_config = read_json(folder / "adapter_config.json")
+    own_config = read_shared_json(folder / "adapter_config.json")
     of_layers = [name for name in of_base(own, own_config.get("modules_to_save")) if own[name][:1] != (rows,)]
     if of_layers:
         message = f"the adapter in {folder} holds {count(of_layers)} of its base itself, which would replace the model's"
@@ -339,7 +339,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def _index_faults(folder: Path, again: str) -> Iterator[Fault]:
-    named: Mapping[str, str] = read_json(folder / INDEX)["weight_map"]
+    named: Mapping[str, str] = read_shared_json(folder / INDEX)["weight_map"]
     files = set(named.values())
     shards = {file.name for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)}
     if left := [shard for shard in sorted(shards - files) if _belongs(folder / shard, named)]:

@@ -27,7 +27,7 @@ from dpo_cli.models.source import adapter_at, foundation
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.plan.plan import Plan, resolve
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.jsonio import read_shared_json
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
 
@@ -206,7 +206,7 @@ def _tokenizer_of(model_name: str) -> tuple[Tokenizer | None, int | None]:
     folder = Path(foundation(model_name))
     try:
         adapter = adapter_at(model_name)
-        config: dict[str, Any] = read_json(folder / "config.json")
+        config: dict[str, Any] = read_shared_json(folder / "config.json")
     except (OSError, ValueError):  # no folder of a model; what is wrong with one is a problem of model_name
         return None, None
     from dpo_cli.data.tokenizer import Tokenizer

@@ -47,7 +47,7 @@ PROBE = "  two blanks\n\na line\tand é, ж, 中 and 1234"  # texts that tokeniz
 class HuggingFace:
     """Loads `model_name`: a hub id, a model directory, a GGUF file, or a run or PEFT adapter on one of them."""
 
-    no_sharing: str | None = None  # each model decides (training/sharing.py)
+    no_sharing: str | None = None  # each model decides (scoring/shared_prompts.py)
 
     def __init__(self, model_name: str) -> None:
         self.name = model_name

@@ -45,7 +45,7 @@ from dpo_cli.models.tensor_files import (
     wrapper_of,
 )
 from dpo_cli.providers.precision import in_float32
-from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.jsonio import read_shared_json
 from dpo_cli.storage.run_directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
@@ -128,7 +128,7 @@ def folder_of(source: str) -> Path:
 def require_whole_files(folder: Path) -> None:
     """`InvalidInput` where the headers of a model's files show already that something is missing, cut off or misnumbered."""
     if (folder / "config.json").is_file() and files_of(folder):  # weights of another format are refused by their own words
-        config = read_json(folder / "config.json")
+        config = read_shared_json(folder / "config.json")
         if found := [
             Problem("error", "model-tensors", fault.message, fault.fix, "model_name") for fault in faults(folder, config)
         ]:
@@ -235,7 +235,7 @@ def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str,
     if fault := fault_of(folder):
         message = f"the adapter in {folder} {fault.message}"
         raise invalid("adapter-unsupported", message, fault.fix, "model_name")
-    config = read_json(folder / ADAPTER_CONFIG)
+    config = read_shared_json(folder / ADAPTER_CONFIG)
     try:
         shapes, dtypes = header_of(folder / WEIGHTS), dtypes_of(folder / WEIGHTS)
         written = load_file(folder / WEIGHTS)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import Bars, Curve, Plot, histogram
-from dpo_cli.strategies.figures import FIGURES
+from dpo_cli.strategies.figures import DRAWN, FIGURES
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Kind:
 KINDS = (
     *(
         Kind(figure.title, figure.note, {figure.name: ""}, figure.from_zero, is_compared=True)
-        for figure in FIGURES.values()
+        for figure in DRAWN
         if figure.title
     ),
     Kind("Training loss", "Of the config's loss_type; the other one is of sigmoid.", {"own_loss": ""}, is_compared=True),

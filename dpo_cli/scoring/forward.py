@@ -5,11 +5,11 @@ A micro-batch of B pairs comes from TRL as 2B padded rows, chosen rows first:
     input_ids        prompt | chosen   | pad        rows 0 .. B-1
                      prompt | rejected | pad        rows B .. 2B-1
     completion_mask  0 0 0    1 1 1 1    0 0
-    predicted from   . . x    x x x .    . .        x: hidden states that meet the LM head (training/head.py)
+    predicted from   . . x    x x x .    . .        x: hidden states that meet the LM head (scoring/lm_head.py)
 
 The token at position t is predicted by the hidden state at t - 1, so the first response token comes from the last prompt
 token. Two functions find the states marked x, in the same order: `plain_states` runs the rows as they are, `shared_states`
-runs the layout of training/sharing.py. Training, reference and evaluation all take what `choose` decides.
+runs the layout of scoring/shared_prompts.py. Training, reference and evaluation all take what `choose` decides.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class Reference(Protocol):
 class LiveReference:
     """The policy's model with its adapter off or a frozen one on, or a model of its own: computed whenever it is asked.
 
-    It takes the path of the policy, so that both give the same bits before the first step. None of the weights that it uses is
-    trained, so autocast keeps no copy of one that would come without a gradient.
+    It takes the path of the policy, so that both give the same bits before the first step, within the same autocast. It uses no
+    weight that is trained, so autocast keeps no copy of one that would come without a gradient.
     """
 
     policy: Policy

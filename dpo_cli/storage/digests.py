@@ -10,7 +10,7 @@ from typing import Any
 SAFE = "*.safetensors"
 SETTINGS = ("adapter_config.json", "config.json")  # of an adapter, of a whole model
 # What of them may change: where the base lies, who wrote the file, what only training reads, and what names code, which is
-# looked at by itself (hardware/foreign.py).
+# looked at by itself (models/remote_code.py).
 OPEN = frozenset(
     {"base_model_name_or_path", "revision", "_name_or_path", "peft_version", "transformers_version", "inference_mode"}
     | {"lora_dropout", "auto_mapping", "auto_map", "megatron_core", "megatron_config"}

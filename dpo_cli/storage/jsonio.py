@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 def read_json(file: Path | Traversable) -> Any:
     """The value in a file; `ValueError` that names it where it is no JSON, `OSError` where it cannot be read."""
-    try:
-        return json.loads(_text(file) if isinstance(file, Path) else file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError(f"{file.name} is not JSON that can be read: it is nested too deeply") from error
+    return _parsed(file.name, lambda: file.read_text(encoding="utf-8"))
+
+
+def read_shared_json(file: Path) -> Any:
+    """The same of a file of a model, which several checks of a command ask: it is opened once while it stays as it is."""
+    return _parsed(file.name, lambda: _text(file))
 
 
 @once_per_file
@@ -39,9 +40,18 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
+def _parsed(name: str, text: Callable[[], str]) -> Any:
+    try:
+        return json.loads(text())
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{name} is not JSON that can be read: it is nested too deeply") from error
+
+
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a file; `ValueError` also where it holds another value."""
-    value = read_json(file)
+    """The object in a file of a model; `ValueError` also where it holds another value."""
+    value = read_shared_json(file)
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} is not an object")
     return value

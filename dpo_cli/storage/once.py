@@ -10,7 +10,7 @@ from typing import TypeVar
 
 Read = TypeVar("Read")
 KEPT = 256  # files of each kind
-YOUNG_NS = 100_000_000  # a file system may give two changes within some milliseconds the same time
+YOUNG_NS = 2_000_000_000  # a file system may give two changes within two seconds the same time
 
 
 def once_per_file(read: Callable[[Path], Read]) -> Callable[[Path], Read]:
@@ -20,9 +20,10 @@ def once_per_file(read: Callable[[Path], Read]) -> Callable[[Path], Read]:
     @functools.wraps(read)
     def of(path: Path) -> Read:
         stat = path.stat()
-        if time.time_ns() - stat.st_mtime_ns < YOUNG_NS:
+        if time.time_ns() - stat.st_ctime_ns < YOUNG_NS:
             return read(path)
-        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        # Of the two times of change a program can set the one, as rsync and cp -p do, and not the other.
+        state = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
         if state not in kept:
             if len(kept) == KEPT:
                 del kept[next(iter(kept))]

@@ -2,7 +2,7 @@
 
 plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.html  train.log  run.lock
 adapter/, a PEFT adapter, or model/, where every weight was trained
-checkpoints/, see runs/checkpoint.py
+checkpoints/, see storage/checkpoints.py
 side-by-side.html  votes.json, where an evaluation was asked for them
 tensorboard/, where report_to names it
 """

@@ -139,17 +139,6 @@ class Figure:
 
 _DECLARED = (
     Figure(
-        "loss",
-        "loss",
-        "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats per token.",
-        {PAIRS: _loss_of_pairs, DEMONSTRATIONS: lambda columns: (-columns.log_probs[:, 0], columns.tokens[:, 0])},
-        alone=(DEMONSTRATIONS,),
-        short="loss",
-        title="Loss",
-        note="Held out it should fall too. Where it rises again, the training rows are memorised.",
-        is_better_large=False,
-    ),
-    Figure(
         "accuracy",
         "reward accuracy",
         "The share of pairs whose chosen response has the larger reward, beta * (log p after - log p before the training); "
@@ -162,17 +151,6 @@ _DECLARED = (
         is_share=True,
     ),
     Figure(
-        "token_accuracy",
-        "token accuracy",
-        "The share of tokens that the model finds most likely.",
-        {DEMONSTRATIONS: lambda columns: (columns.right[:, 0], columns.tokens[:, 0])},
-        alone=(DEMONSTRATIONS,),
-        short="accuracy",  # of demonstrations, which have no other
-        title="Token accuracy",
-        note="Share of tokens that the model finds most likely.",
-        is_share=True,
-    ),
-    Figure(
         "margin",
         "margin",
         "The reward of the chosen response minus that of the rejected one, on average.",
@@ -182,15 +160,26 @@ _DECLARED = (
         note="Reward of chosen minus reward of rejected.",
     ),
     Figure(
-        "kl_token",
-        "KL per token",
-        "The exact KL divergence from before the training at each token of the responses, nats.",
-        {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
-        short="KL/token",
-        title="KL per token",
-        note="Distance from before the training, nats.",
-        from_zero=True,
+        "loss",
+        "loss",
+        "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats per token.",
+        {PAIRS: _loss_of_pairs, DEMONSTRATIONS: lambda columns: (-columns.log_probs[:, 0], columns.tokens[:, 0])},
+        alone=(DEMONSTRATIONS,),
+        short="loss",
+        title="Loss",
+        note="Held out it should fall too. Where it rises again, the training rows are memorised.",
         is_better_large=False,
+    ),
+    Figure(
+        "token_accuracy",
+        "token accuracy",
+        "The share of tokens that the model finds most likely.",
+        {DEMONSTRATIONS: lambda columns: (columns.right[:, 0], columns.tokens[:, 0])},
+        alone=(DEMONSTRATIONS,),
+        short="accuracy",  # of demonstrations, which have no other
+        title="Token accuracy",
+        note="Share of tokens that the model finds most likely.",
+        is_share=True,
     ),
     Figure(
         "logp_accuracy",
@@ -226,6 +215,17 @@ _DECLARED = (
         of_answers=True,
     ),
     Figure(
+        "kl_token",
+        "KL per token",
+        "The exact KL divergence from before the training at each token of the responses, nats.",
+        {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
+        short="KL/token",
+        title="KL per token",
+        note="Distance from before the training, nats.",
+        from_zero=True,
+        is_better_large=False,
+    ),
+    Figure(
         "answer_tokens",
         "tokens of an answer",
         "How long greedy answers to held-out prompts are.",
@@ -235,3 +235,4 @@ _DECLARED = (
     ),
 )
 FIGURES = {figure.name: figure for figure in _DECLARED}
+DRAWN = sorted(FIGURES.values(), key=lambda figure: figure.name != "loss")  # over the steps what is minimised comes first

@@ -97,7 +97,9 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         """The share of these pairs in the loss of a step of that size, or of these pairs alone."""
         self.calls.clear()
         step, pairs = num_items_in_batch or self.step_size([inputs]), oom.units_in(inputs, self.ROWS_A_UNIT)
-        reference = self.reference.log_probs(inputs)  # before the policy's call, which keeps what its gradient needs
+        # Before the policy's call, which keeps what its gradient needs; in the precision that accelerate gives that call.
+        with self.accelerator.autocast():
+            reference = self.reference.log_probs(inputs)
         columns = dict(zip(REFERENCE_COLUMNS, reference.chunk(2), strict=True))
         loss: Any = super().compute_loss(model, {**inputs, **columns}, *args) * (pairs / step.pairs)
         (call,) = self.calls

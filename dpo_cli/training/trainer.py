@@ -4,14 +4,14 @@ Longer than other modules: all that touches the inside of transformers' Trainer 
 
 Beside dpo.py and sft.py the only module that overrides anything of TRL's (tests/test_dpo.py and tests/test_sft.py fail when TRL
 moves any of it):
-- `training_step`: a micro-batch that does not fit is run in parts (training/parts.py).
+- `training_step`: a micro-batch that does not fit is run in parts (scoring/oom.py).
 - `get_batch_samples`: what a step holds is counted, so that the loss of a micro-batch is its share of the step's.
 - `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
 - `log`: a training line takes our figures along.
 - `_save`, `_load_from_checkpoint`: a checkpoint holds the adapter in training alone, and what is loaded is what was written;
   Trainer passes over the adapter where a frozen one lies beside it.
-- `_save_checkpoint`: it is written where it may fail. What is in it beside weights Trainer would pickle (training/states.py).
-- the forward of the model: our head in the place of TRL's, which is a Triton kernel (training/scoring.py).
+- `_save_checkpoint`: it is written where it may fail. What is in it beside weights Trainer would pickle (runs/state_io.py).
+- the forward of the model: our head in the place of TRL's, which is a Triton kernel (scoring/forward.py).
 """
 
 from __future__ import annotations

@@ -21,13 +21,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.strategies.figures import FIGURES
+from dpo_cli.strategies.figures import DRAWN
 from dpo_cli.ui.console import PIPED_LINES, Console
 
 Line = dict[str, Any]
 
 # The figures of a line that are shown, by their short names.
-SHOWN = {**{name: figure.short for name, figure in FIGURES.items() if figure.short}, "tokens_per_second": "tok/s"}
+SHOWN = {**{figure.name: figure.short for figure in DRAWN if figure.short}, "tokens_per_second": "tok/s"}
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 WIDEST = 100  # columns of the view
 NARROWEST = 3  # a curve of fewer columns shows nothing
@@ -51,7 +51,7 @@ SIDES = (Side("train", "train", "cyan", share=2, most=48), Side("eval", "held ou
 
 
 class Event(Protocol):
-    """What a health rule found (training/callbacks/rules.py, which brings torch)."""
+    """What a health rule found (training/callbacks/health_rules.py, which brings torch)."""
 
     @property
     def action(self) -> str: ...
