@@ -201,6 +201,17 @@ _DECLARED = (
         is_share=True,
     ),
     Figure(
+        "kl_token",
+        "KL per token",
+        "The exact KL divergence from before the training at each token of the responses, nats.",
+        {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
+        short="KL/token",
+        title="KL per token",
+        note="Distance from before the training, nats.",
+        from_zero=True,
+        is_better_large=False,
+    ),
+    Figure(
         "kl_sequence",
         "KL per answer",
         "How far the training has moved the model: log p after - log p before over answers sampled after it, nats. The "
@@ -213,17 +224,6 @@ _DECLARED = (
         digits=1,
         is_better_large=False,
         of_answers=True,
-    ),
-    Figure(
-        "kl_token",
-        "KL per token",
-        "The exact KL divergence from before the training at each token of the responses, nats.",
-        {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
-        short="KL/token",
-        title="KL per token",
-        note="Distance from before the training, nats.",
-        from_zero=True,
-        is_better_large=False,
     ),
     Figure(
         "answer_tokens",
