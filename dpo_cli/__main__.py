@@ -25,7 +25,9 @@ class _Stream(io.TextIOWrapper):
             self._leave()
 
     def _leave(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
 
 
 def main() -> None:

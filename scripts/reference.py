@@ -75,6 +75,7 @@ WHILE_RUNNING = {
     "bitsandbytes-missing": ("warning", '`"use_4bit": true`', "bitsandbytes is not installed; stops a training"),
     "tracker-missing": ("warning", '`"report_to": "wandb"`', "the package of a tracker is not installed; stops a training"),
     "wandb-login": ("warning", '`"report_to": "wandb"`', "wandb has no key, or one that cannot be; stops a training"),
+    "dataset-changed": ("error", "a file that is still being written", "its rows are not those that would be hashed"),
     "run-exists": ("error", "`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
     "run-locked": ("error", "`dpo train` twice at once", "another process is using output_dir; it is named"),
     "resume-differs": (

@@ -25,6 +25,7 @@ from dpo_cli.data.dataset import is_held_out_prompt, read
 from dpo_cli.data.lint import Quality
 from dpo_cli.data.prompts import read_prompts
 from dpo_cli.data.rows import Pair
+from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
 
@@ -294,3 +295,17 @@ def test_rows_of_messages(pairs_file: Callable[..., Path]) -> None:
     row = {key: [{"role": roles[key], "content": str(value)}] for key, value in made_row(0).items()}
     (pair,) = read(str(pairs_file([row]))).load()
     assert (pair.prompt, pair.chosen, pair.rejected) == (row["prompt"], row["chosen"], row["rejected"])
+
+
+def test_a_file_that_changes_after_it_was_read_stops_the_training(tmp_path: Path) -> None:
+    """Else a run would hold the hash of rows that it was not trained on."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    data = read(str(path), keep=True)
+    data.require_unchanged()
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "d!"}\n', encoding="utf-8")
+    with pytest.raises(InvalidInput, match=r"pairs\.jsonl was changed"):
+        data.require_unchanged()
+    path.unlink()
+    with pytest.raises(InvalidInput, match=r"pairs\.jsonl was changed"):
+        data.require_unchanged()

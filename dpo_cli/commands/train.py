@@ -100,6 +100,7 @@ def train(
             run.checkpoints.clear(with_damaged=not resume)
             run.clear()
         about = manifest(plan, machine, provider.local_dir)
+        data.require_unchanged()  # since its rows were read, before torch was imported
         if begun is not None:
             begun.require_same(loaded, plan, about)
             if is_finished:

@@ -24,7 +24,7 @@ from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
 from dpo_cli.data.unreadable_files import fault
-from dpo_cli.errors import Problem, Severity
+from dpo_cli.errors import Problem, Severity, invalid
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 
 TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
@@ -59,6 +59,7 @@ class Dataset:
     demonstrations: bool = False  # as sft reads rows
     read_as: Mapping[str, Any] = field(default_factory=dict)  # what its columns are read as, and which are not read
     kept: Sequence[tuple[Source, Row]] | None = None  # the usable rows, where the pass kept them
+    states: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of the files, when the pass began
 
     def load(self) -> list[Row]:
         """The usable rows in the order of their files, each as often as its weight says."""
@@ -81,6 +82,13 @@ class Dataset:
                 seen[source.weight] += 1
                 train += [row] * (_due(seen[source.weight], source.weight) - before)
         return train, held_out
+
+    def require_unchanged(self) -> None:
+        """`InvalidInput` where a file is another than when its rows were read: they would not be those that are hashed."""
+        for path, state in self.states.items():
+            if not Path(path).is_file() or _state(path) != state:
+                fix = "start again when nothing writes to it"
+                raise invalid("dataset-changed", f"{path} was changed while it was read", fix, self.key)
 
     def usable(self) -> Iterator[Row]:
         """The usable rows in the order of their files, each once."""
@@ -185,6 +193,7 @@ def read(
     whole = [problem for source in sources if (problem := faults[source.path]) is not None]
     readable = [source for source in sources if faults[source.path] is None]
     kept: list[tuple[Source, Row]] | None = [] if keep else None
+    states = {source.path: _state(source.path) for source in readable}
     bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first such rows, with their places
     fixes: dict[tuple[str, str, str], str] = {}
@@ -226,8 +235,14 @@ def read(
         fix = 'say what the columns are called with "columns" if that is not meant'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
     said = account.to_json()
-    data = replace(data, rows=rows, pairs=pairs, prompts=len(prompts), kept=kept)
+    data = replace(data, rows=rows, pairs=pairs, prompts=len(prompts), kept=kept, states=states)
     return replace(data, problems=tuple(problems), read_as=said)
+
+
+def _state(path: str) -> tuple[int, int]:
+    """What a change of a file changes: its size, or its time."""
+    stat = Path(path).stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrations: bool = False) -> Iterator[Row | Bad]:

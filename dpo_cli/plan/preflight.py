@@ -54,6 +54,11 @@ class Data:
         assert seed is not None  # the loader sets it
         return self.train.divided(lambda row: is_held_out_prompt(row.prompt_key, config.eval_split, seed))
 
+    def require_unchanged(self) -> None:
+        """`InvalidInput` where a file was changed since its rows were read."""
+        for rows in filter(None, (self.train, self.held_out)):
+            rows.require_unchanged()
+
     def to_json(self) -> dict[str, Any]:
         return {**self.train.to_json(), **self.said, "held_out": self.held_out.to_json() if self.held_out else None}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -28,19 +27,11 @@ PIPED_WIDTH = 120
 PIPED_LINES = 20  # progress lines of a piped run
 
 
-class _Stream(RichConsole):
-    """A console whose reader may leave: a training does not end because `| head` has seen enough."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno() if self.stderr else sys.stdout.fileno())
-
-
-def _stream(stderr: bool) -> _Stream:
-    """A pipe has a width of its own, and nothing on it is drawn anew, whatever FORCE_COLOR makes of it."""
+def _stream(stderr: bool) -> RichConsole:
+    """A pipe has a width of its own, and nothing on it is drawn again, whatever FORCE_COLOR makes of it."""
     if (sys.stderr if stderr else sys.stdout).isatty():
-        return _Stream(stderr=stderr, highlight=False)
-    return _Stream(stderr=stderr, highlight=False, width=PIPED_WIDTH, force_interactive=False)
+        return RichConsole(stderr=stderr, highlight=False)
+    return RichConsole(stderr=stderr, highlight=False, width=PIPED_WIDTH, force_interactive=False)
 
 
 class Console:
