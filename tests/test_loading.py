@@ -683,10 +683,10 @@ def test_what_4_bits_do_not_allow_is_said(in_4bit: Path, dpo: Callable[..., Resu
         },
     ],
 )
-@pytest.mark.parametrize("rank", [0, 4])
 def test_settings_that_nothing_can_be_saved_with_are_left_out(
-    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], settings: dict[str, Any], rank: int
+    base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result], settings: dict[str, Any]
 ) -> None:
+    rank = 4 * (len(settings) % 2)  # an adapter, or every weight
     folder = tmp_path / "model"
     shutil.copytree(base("llama", tie_word_embeddings=False), folder)
     kept = {"eos_token_id": [2, 1], "max_length": 77}

@@ -515,24 +515,18 @@ def test_a_number_is_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     assert redact("/data/sk-learn-preferences-v2.jsonl") == "/data/sk-learn-preferences-v2.jsonl"
 
 
-@pytest.mark.parametrize(
-    "word",
-    [
-        "learning_rate",
-        "per_device_train_batch_size",
-        "adamw_torch_fused",
-        "normalized_logp_accuracy",
-        "adapter_sha256",
-        "reward_rejected",
-    ],
+OUR_WORDS = (
+    *("learning_rate", "per_device_train_batch_size", "adamw_torch_fused", "normalized_logp_accuracy", "adapter_sha256"),
+    "reward_rejected",
 )
-def test_redaction_leaves_the_keys_of_a_document(
-    word: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A variable that is named for a secret and holds a name of ours, or of the run's place: the run goes on, and is judged."""
-    monkeypatch.setenv("SORT_KEY", word)
+
+
+def test_redaction_leaves_the_keys_of_a_document(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that are named for a secret and hold names of ours, or of the run's place: the run goes on, and is judged."""
+    for number, word in enumerate(OUR_WORDS):
+        monkeypatch.setenv(f"SORT_{number}_KEY", word)
+        assert redacted({word: [f"my {word}", 1.5, None, {word: True}]}).keys() == {word}
     monkeypatch.setenv("PARTITION_KEY", tmp_path.name)
-    assert redacted({word: [f"my {word}", 1.5, None, {word: True}]}).keys() == {word}
     run = tmp_path / "run"
     changed(config, output_dir=str(run), max_steps=1, optim="adamw_torch_fused")
     for more in ((), ("max_steps=2",)):
