@@ -219,6 +219,18 @@ def test_the_command_of_a_fix_stands_any_name_of_a_file(tmp_path: Path, name: st
     assert read(target).pairs == len(ROWS)
 
 
+def test_bad_prompts_have_the_fix_that_bad_rows_have(tmp_path: Path) -> None:
+    """An object of rows, one of none, and a file that is cut off."""
+    files = [tmp_path / name for name in ("rows.json", "none.json", "cut.jsonl.gz")]
+    files[0].write_text(json.dumps({"train": ROWS}))
+    files[1].write_text("7")
+    files[2].write_bytes(gzip.compress(GOOD)[:-9])
+    for path in files:
+        fixes = [{problem.code: problem.fix for problem in of.problems} for of in (read_prompts(str(path)), read(str(path)))]
+        code = "row-not-gzip" if path == files[2] else "dataset-not-list"
+        assert fixes[0][code] == fixes[1][code] and "skip" not in (fixes[0][code] or "skip"), path
+
+
 @pytest.mark.parametrize("row", [ROWS[0], {name: [{"role": "user", "content": "q"}] for name in ROWS[0]}])
 def test_one_row_is_no_object_of_rows(tmp_path: Path, row: Any) -> None:
     (tmp_path / "one.json").write_text(json.dumps(row))
