@@ -262,7 +262,7 @@ def load_text(case: Case) -> Problem:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("other.yaml", "### model\nmodel_name: some/model\ndataset: pairs.jsonl\nbeta: 0.3\n"),
+        ("it's $other.yaml", "### model\nmodel_name: some/model\ndataset: pairs.jsonl\nbeta: 0.3\n"),
         ("other.toml", 'model_name = "some/model"\ndataset = "pairs.jsonl"\nbeta = 0.3\n'),
     ],
 )
@@ -271,9 +271,12 @@ def test_another_format_is_converted_by_its_fix(name: str, text: str, place: Pat
     Path(name).write_text(text, encoding="utf-8")
     (problem,) = load(name).problems
     command = (problem.fix or "").removeprefix("convert it: ")
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    command = command.replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True)
     config = load(str(Path(name).with_suffix(".json"))).require()
     assert (config.model_name, config.dataset, config.beta) == ("some/model", "pairs.jsonl", 0.3)
+    again = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert "FileExistsError" in again.stderr
 
 
 SAMPLES: Mapping[str, Any] = {"string": "me/some-name", "boolean": True, "number": 0.25, "integer": 3}

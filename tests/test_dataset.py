@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
+import shlex
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -180,14 +184,52 @@ COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
         ({"columns": [*ROWS[0]], "index": [0, 1], "data": [[*row.values()] for row in ROWS]}, "of pandas (split)"),
     ],
 )
-def test_an_object_of_rows_is_named_and_its_fix_makes_a_list(tmp_path: Path, value: Any, says: str) -> None:
+def test_an_object_of_rows_is_named_and_its_fix_makes_a_list(
+    tmp_path: Path, value: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "all.json"
     path.write_text(json.dumps(value))
     (problem,) = read(str(path)).problems
     assert problem.code == "dataset-not-list" and says in problem.message and problem.fix is not None
-    name, code = re.fullmatch(r"name (.+), which `python -c \"(.+)\"` writes", problem.fix).groups()  # type: ignore[union-attr]
-    exec(code, {})
+    name = follow(problem.fix, monkeypatch)
     assert [pair.prompt for pair in read(name, keep=True).load()] == ["p0", "p1"]
+    with pytest.raises(FileExistsError):
+        follow(problem.fix, monkeypatch)
+    assert [pair.prompt for pair in read(name, keep=True).load()] == ["p0", "p1"]
+
+
+def follow(fix: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The file that a fix names, after its code was run in this process with the arguments that a shell would pass."""
+    name, command = re.fullmatch(r"name (.+), which `(.+)` writes", fix).groups()  # type: ignore[union-attr]
+    _, option, code, *arguments = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [option, *arguments])
+    exec(code, {})
+    return name
+
+
+@pytest.mark.parametrize("name", ["it's.json", "$HOME `id`.json", 'a "b" \\ c.json', "packed it's.json.gz", "packed $x.json"])
+def test_the_command_of_a_fix_stands_any_name_of_a_file(tmp_path: Path, name: str) -> None:
+    """In a shell. A file that is packed may not be called so."""
+    path = tmp_path / name
+    text = codecs.BOM_UTF8 + json.dumps({"train split": ROWS}).encode()
+    path.write_bytes(gzip.compress(text) if name.startswith("packed") else text)
+    (problem,) = read(str(path)).problems
+    target, command = re.fullmatch(r"name (.+), which `(.+)` writes", problem.fix or "").groups()  # type: ignore[union-attr]
+    command = command.replace("python", shlex.quote(sys.executable), 1)
+    assert subprocess.run(command, shell=True, capture_output=True, timeout=60).stderr == b""
+    assert read(target).pairs == len(ROWS)
+
+
+def test_bad_prompts_have_the_fix_that_bad_rows_have(tmp_path: Path) -> None:
+    """An object of rows, one of none, and a file that is cut off."""
+    files = [tmp_path / name for name in ("rows.json", "none.json", "cut.jsonl.gz")]
+    files[0].write_text(json.dumps({"train": ROWS}))
+    files[1].write_text("7")
+    files[2].write_bytes(gzip.compress(GOOD)[:-9])
+    for path in files:
+        fixes = [{problem.code: problem.fix for problem in of.problems} for of in (read_prompts(str(path)), read(str(path)))]
+        code = "row-not-gzip" if path == files[2] else "dataset-not-list"
+        assert fixes[0][code] == fixes[1][code] and "skip" not in (fixes[0][code] or "skip"), path
 
 
 @pytest.mark.parametrize("row", [ROWS[0], {name: [{"role": "user", "content": "q"}] for name in ROWS[0]}])

@@ -318,16 +318,23 @@ def test_what_save_to_disk_wrote_is_named_with_what_converts_it(tmp_path: Path) 
     import datasets
 
     whole = datasets.Dataset.from_list(ROWS)
-    whole.save_to_disk(tmp_path / "one")
+    whole.save_to_disk(tmp_path / "it's $one")
     datasets.DatasetDict({"test": whole.select([0]), "train": whole}).save_to_disk(tmp_path / "both")
     (tmp_path / "arrows").mkdir()
-    shutil.copy(tmp_path / "one" / "data-00000-of-00001.arrow", tmp_path / "arrows")
-    for path in (tmp_path / "one", tmp_path / "both", tmp_path / "arrows", tmp_path / "arrows" / "data-00000-of-00001.arrow"):
+    shutil.copy(tmp_path / "it's $one" / "data-00000-of-00001.arrow", tmp_path / "arrows")
+    for path in (
+        tmp_path / "it's $one",
+        tmp_path / "both",
+        tmp_path / "arrows",
+        tmp_path / "arrows" / "data-00000-of-00001.arrow",
+    ):
         problem = fault(path)
         assert (problem.code, problem.severity) == ("dataset-arrow", "error")
         name, _, command = (problem.fix or "").partition(", which `")
         done = [sys.executable, *shlex.split(command.rpartition("`")[0])[1:]]
-        subprocess.run(done, check=True, capture_output=True)
+        is_there = Path(name.removeprefix("name ")).exists()  # of the folder with this file, and not overwritten
+        errors = subprocess.run(done, capture_output=True, text=True).stderr
+        assert is_there == ("FileExistsError" in errors) == (path.suffix == ".arrow"), errors
         assert read(name.removeprefix("name ")).pairs == 5
 
 

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import random
+import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.config.schema import inner_defaults
+from dpo_cli.data import transcripts
 from dpo_cli.data.dataset import Bad, Dataset, read, sources_of, stream
 from dpo_cli.data.files import READERS
 from dpo_cli.data.lint import Quality
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Pair, to_demonstration, to_pair
-from dpo_cli.data.transcripts import from_last_turn
+from dpo_cli.data.transcripts import from_last_turn, turns_of
 from dpo_cli.errors import Problem
 
 USER = [{"role": "user", "content": "q"}]
@@ -287,6 +290,109 @@ def test_no_question_is_learned_from_a_transcript(row: dict[str, str]) -> None:
 def test_a_response_is_one_turn_of_a_transcript(chosen: str) -> None:
     with pytest.raises(BadRow, match="chosen holds another turn"):
         from_last_turn(RIVER, {"chosen": chosen, "rejected": " Rome."})
+
+
+LINES = "User: River?\nAssistant:"
+
+
+@pytest.mark.parametrize("start", [RIVER, LINES, "\n\nSystem: s\n\nHuman: River?\n\nAssistant:", "USER: River? ASSISTANT:"])
+@pytest.mark.parametrize(
+    "answer", [" The log says:\nSystem: booting", " System: booting", " It is:\n\nSystem: up\n\nSYSTEM: down", "\nSystem: up"]
+)
+def test_an_answer_may_hold_a_line_that_begins_with_system(start: str, answer: str) -> None:
+    """Also where the responses repeat the prompt."""
+    answer = answer if start != LINES or not answer.startswith("\n") else f" {answer.strip()}"
+    plain = {"prompt": start, "chosen": answer, "rejected": " No."}
+    assert to_pair(plain, 1).chosen == answer
+    implicit = to_pair({name: start + plain[name] for name in ("chosen", "rejected")}, 1)
+    assert (implicit.prompt, implicit.chosen) == (start, answer)
+
+
+def test_a_begun_answer_may_hold_such_a_line() -> None:
+    pair = to_pair({"prompt": f"{RIVER} It says:\nSystem:", "chosen": " up", "rejected": " down"}, 1)
+    assert (pair.prompt, pair.chosen) == (RIVER, " It says:\nSystem: up")
+
+
+@pytest.mark.parametrize(
+    ("text", "turns"),
+    [
+        ("\n\nHuman: q\n\nAssistant: I am.\n\n{other}: ...\n\nHuman: and?", ["q", "I am.\n\n{other}: ...", "and?"]),
+        (
+            "\n\nHuman: q\n\nAssistant: I am.\n\n{other}: ...\n\nHuman: and?\n\nAssistant:",
+            ["q", "I am.\n\n{other}: ...", "and?"],
+        ),
+        ("\n\nHuman: log:\n\n{other}: hi\n\nwhy?\n\nAssistant:", ["log:\n\n{other}: hi\n\nwhy?"]),
+        ("\n\nHuman: log:\n\n{other}: hi\n\nAssistant: so\n\nHuman: and?", ["log:\n\n{other}: hi", "so", "and?"]),
+        ("\n\nHuman: q\n\nAssistant: a\n\nHuman: go on:\n\n{other}:", ["q", "a", "go on:\n\n{other}:"]),
+        ("Human: q\n\n{other}: a\n\nAssistant: b\n\nHuman: and?\n\n{other}:", ["q", "a\n\nAssistant: b", "and?"]),
+        ("User: q\n\nAssistant: I am.\n\n{other}: ...\n\nUser: and?\n\nAssistant:", ["q", "I am.\n\n{other}: ...", "and?"]),
+        ("User: q\nAssistant: I am.\n\n{other}: ...\nUser: and?\nAssistant:", ["q", "I am.\n\n{other}: ...", "and?"]),
+        ("User: q\n\n{other}: a\n\nUser: and?\n\n{other}:", ["q", "a", "and?"]),
+        ("User: q\n\nAssistant: a\n\nUser: go on:\n\n{other}:", []),
+    ],
+)
+@pytest.mark.parametrize("other", ["AI", "Bot", "GPT", "ChatGPT"])
+def test_a_paragraph_may_begin_with_another_word_for_an_assistant(text: str, turns: list[str], other: str) -> None:
+    said = turns_of(text.format(other=other))
+    assert [turn["content"] for turn in said] == [turn.format(other=other) for turn in turns]
+    assert [turn["role"] for turn in said] == [("user", "assistant")[i % 2] for i in range(len(turns))]
+
+
+def test_the_shared_start_of_two_answers_may_hold_such_a_paragraph() -> None:
+    answer = " I am.\n\nGPT: the kind is "
+    pair = to_pair({"chosen": f"{RIVER}{answer}new", "rejected": f"{RIVER}{answer}old"}, 1)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (RIVER, f"{answer}new", f"{answer}old")
+
+
+PIECES = (
+    *"\n \t:x",
+    "\n\n",
+    "\r\n",
+    "### ",
+    "## ",
+    "Human:",
+    "USER:",
+    "ASSISTANT:",
+    "AI:",
+    "ChatGPT:",
+    "System:",
+    "Q:",
+    "Response:",
+)
+
+
+def test_the_labels_are_those_of_the_pattern() -> None:
+    """The search for words gives what the pattern itself matches, in whole texts and up to any place."""
+    draw = random.Random(0)
+    for _ in range(3000):
+        text = "".join(draw.choices(PIECES, k=draw.randint(1, 12)))
+        end = draw.randint(0, len(text))
+        expected = [label.span() for label in transcripts._LABEL.finditer(text)]
+        assert [label.span() for label in transcripts._labels(text)] == expected
+        expected = [label.start() for label in transcripts._LABEL.finditer(text, 0, end)]
+        assert [label.start() for label in transcripts._up_to(end, transcripts._labels(text))] == expected
+
+
+def test_a_row_of_a_long_transcript_is_searched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each text of a row once: the prompt, both responses, and where they repeat the prompt what is left of them."""
+    searched: list[str] = []
+
+    class Counted:
+        def finditer(self, text: str, start: int) -> Iterator[re.Match[str]]:
+            searched.append(text)
+            return words.finditer(text, start)
+
+    words = transcripts._WORD
+    monkeypatch.setattr(transcripts, "_WORD", Counted())
+    start = "".join(f"\n\nHuman: {i}?\n\nAssistant: {i} {'word ' * 200}" for i in range(9)) + "\n\nHuman: once?\n\nAssistant:"
+    for row in (
+        {"prompt": start, "chosen": " Po.", "rejected": " No."},
+        {"chosen": f"{start} Elbe.", "rejected": f"{start} None."},
+    ):
+        searched.clear()
+        to_pair(row, 1).as_turns()
+        long = [text for text in searched if len(text) > len(start) / 2]
+        assert 1 <= len(long) == len(set(long)) <= 3
 
 
 def _bare(text: Any) -> Any:

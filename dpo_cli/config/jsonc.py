@@ -46,8 +46,8 @@ _FORMATS = {
 }
 _SUFFIXES = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML"}
 _CONVERTED = {
-    "YAML": "import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin), indent=1))",
-    "TOML": "import json, sys, tomllib; print(json.dumps(tomllib.load(sys.stdin.buffer), indent=1))",
+    "YAML": 'import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin), indent=1), file=open(sys.argv[1], "x"))',
+    "TOML": 'import json, sys, tomllib; print(json.dumps(tomllib.load(open(0, "rb")), indent=1), file=open(sys.argv[1], "x"))',
 }
 _OTHER_LANGUAGES = dict.fromkeys(("true", "yes", "on"), "true") | dict.fromkeys(("false", "no", "off"), "false")
 _OTHER_LANGUAGES |= dict.fromkeys(("none", "null", "nil", "undefined"), "null")
@@ -296,6 +296,6 @@ def other_format(text: str, file: str) -> Problem | None:
         return None
     new = shlex.quote(str(PurePath(file).with_suffix(".json"))) if suffix else "NEW.json"
     old = "FILE" if file == "-" else shlex.quote(file)
-    fix = f"convert it: python -c '{_CONVERTED[name]}' < {old} > {new}"
+    fix = f"convert it: python -c '{_CONVERTED[name]}' {new} < {old}"
     line = text.count("\n", 0, first.start(1)) + 1 if first else 1
     return Problem("error", "json-syntax", f"this is {name}, and a config is JSON", fix, None, file, line, 1)

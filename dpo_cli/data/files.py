@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import re
+import shlex
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -64,12 +65,12 @@ def read_rows(
 
 def opened(path: str) -> BinaryIO:
     """A file to be read, unpacked on the way where its first bytes say gzip."""
-    file = Path(path).open("rb")  # noqa: SIM115 - for the caller, as the other one
-    if file.read(len(GZIPPED)) == GZIPPED:
-        file.close()
-        return cast(BinaryIO, gzip.open(path))
-    file.seek(0)
-    return file
+    return cast(BinaryIO, gzip.open(path)) if _is_gzip(path) else Path(path).open("rb")
+
+
+def _is_gzip(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        return file.read(len(GZIPPED)) == GZIPPED
 
 
 def lines_of(path: str, parse: Callable[[bytes], Any]) -> Rows:
@@ -198,11 +199,11 @@ def _object_of_rows(path: str, text: str, reason: str) -> tuple[str, str]:
     kinds, rows = {type(part) for part in parts.values()}, "rows"
     if held:
         rows = next((name for name in held if name.startswith("train")), held[0])
-        what, expression = f"an object that holds lists of rows: {', '.join(held)}", f"t[{rows!r}]"
+        what, expression = f"an object that holds lists of rows: {', '.join(held)}", f"t[{json.dumps(rows)}]"
     elif kinds == {list} and len({len(part) for part in parts.values()}) == 1 and not _holds_messages(parts):
         what, expression = "an object that holds a list for each column", "[dict(zip(t, r)) for r in zip(*t.values())]"
     elif {"columns", "data"} <= parts.keys() and isinstance(parts["data"], list):
-        what, expression = "a table of pandas (split)", "[dict(zip(t['columns'], r)) for r in t['data']]"
+        what, expression = "a table of pandas (split)", '[dict(zip(t["columns"], r)) for r in t["data"]]'
     elif kinds == {dict} and all(name.isdecimal() for name in parts):
         what, expression = "an object that holds its rows by number", "[*t.values()]"
     elif kinds == {dict} and all(number.isdecimal() for part in parts.values() for number in part):
@@ -210,10 +211,19 @@ def _object_of_rows(path: str, text: str, reason: str) -> tuple[str, str]:
         what, expression = "a table of pandas (by columns)", f"[dict(zip(t, r)) for r in {columns}]"
     else:
         return reason, ""
-    opening = "import gzip, json; t = json.load(gzip.open(" if path.endswith(".gz") else "import json; t = json.load(open("
+    opening = "import gzip, json, sys; t = json.load(gzip.open(" if _is_gzip(path) else "import json, sys; t = json.load(open("
     target = str(Path(path).with_name(f"{Path(path).name.partition('.json')[0]}-{rows.replace(' ', '-')}.json"))
-    code = f"{opening}{path!r})); json.dump({expression}, open({target!r}, 'w'))"
-    return f"the file is not a JSON list of rows, but {what}", f'name {target}, which `python -c "{code}"` writes'
+    code = f'{opening}sys.argv[1], "rb")); print(json.dumps({expression}), file=open(sys.argv[2], "x"))'
+    return f"the file is not a JSON list of rows, but {what}", python_writes(target, code, path)
+
+
+def python_writes(target: str, code: str, source: str) -> str:
+    """The fix that names `target`, which code writes: its arguments are the source and the target.
+
+    The code opens the target with "x", so that it overwrites nothing, and holds no single quote, so that it can be read in a
+    shell.
+    """
+    return f"name {target}, which `python -c {shlex.join([code, source, target])}` writes"
 
 
 def _is_rows(value: Any) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from dpo_cli.data import files, folders, unreadable_files
+from dpo_cli.data.dataset import FIXES
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Question, to_question
@@ -35,19 +36,22 @@ def read_prompts(path: str, columns: Mapping[str, str] | None = None, skip: bool
     fault = _fault(path)
     if fault is not None:
         return Prompts("", (), 0, 0, (fault,))
-    bad: dict[tuple[str, str], list[int]] = defaultdict(list)
+    bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     questions: dict[str, Question] = {}
     rows = 0
     reader = _lines if folders.kind(path) == TEXT else None
     for line, row in files.read_rows(path, partial(to_question, file=path, columns=columns), reader):
         rows += 1
         if isinstance(row, BadRow):  # kept, so that one pass names them all
-            bad[row.code, f"{row.reason} ({row.detail})" if row.detail else row.reason].append(line)
+            bad[row.code, f"{row.reason} ({row.detail})" if row.detail else row.reason, row.fix].append(line)
         else:
             questions.setdefault(row.with_answers("", "").prompt_key, row)
     severity: Severity = "warning" if skip else "error"
     fix = "left out" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
-    problems = [about_rows(severity, code, reason, fix, None, path, lines) for (code, reason), lines in bad.items()]
+    problems = [
+        about_rows(severity, code, reason, own or FIXES.get(code, fix), None, path, lines)
+        for (code, reason, own), lines in bad.items()
+    ]
     bad_rows = sum(map(len, bad.values()))
     if not questions and (skip or not bad):
         problems.append(Problem("error", "no-prompts", f"{path} holds no prompt", "write a prompt a line", None, path))

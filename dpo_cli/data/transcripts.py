@@ -33,8 +33,29 @@ _LABEL = re.compile(
     rf"(?:\A\s*|(?P<blank>\r?\n\r?\n)|\r?\n| (?=(?:{WIDE}):))"
     rf"(?:(?P<mark>\#\#\#? ?)(?:(?P<marked>{_forms(MARKED)})|(?P<turn>{_PLAIN}))|(?P<who>{_PLAIN})):[ \t]?"
 )
+# To look at each place where a label may begin is slow. So the words with their colons are searched, then what is before one.
+# _LABEL.finditer gives the same labels.
+_WORD = re.compile(rf"(?:{_PLAIN}|{_forms(MARKED)}):")
+_BEFORE = re.compile(r"(?:(?:\r?\n\r?\n|\r?\n)(?:\#\#\#? ?)?| )\Z")
+BEFORE = 8  # the most characters that it matches
+CACHED = 16  # texts: the strings of a row and what they are cut into
 _START = re.compile(rf"\s*(?:###? ?)?(?:{_forms(['System', *SPEAKERS[0]])}):")  # how a text begins that is a transcript
 Label = re.Match[str]
+
+
+@functools.lru_cache(CACHED)
+def _labels(text: str) -> tuple[Label, ...]:
+    """All labels in a text, of whatever style."""
+    first = _LABEL.match(text)
+    labels = [] if first is None else [first]
+    end = 0 if first is None else first.end()
+    for word in _WORD.finditer(text, end):
+        before = _BEFORE.search(text, max(end, word.start() - BEFORE), word.start())
+        label = _LABEL.match(text, before.start()) if before is not None else None
+        if label is not None:
+            labels.append(label)
+            end = label.end()
+    return tuple(labels)
 
 
 def _word(label: Label) -> str:
@@ -67,10 +88,15 @@ class Style:
     mark: str | None
     apart: bool  # by blank lines
 
-    def labels(self, text: str, end: int | None = None) -> list[Label]:
-        """The labels of turns in a text of this style, or in a part of one."""
-        found = [*_LABEL.finditer(text, 0, len(text) if end is None else end)]
-        return [label for i, label in enumerate(found) if (i == 0 and _kind(label) is None) or self._is_label(label)]
+    def labels(self, transcript: str, end: int | None = None) -> list[Label]:
+        """The labels of the turns of a transcript, or of its part up to `end`; it may begin with a system message."""
+        labels = _up_to(end, _labels(transcript))
+        is_system = bool(labels) and labels[0].start() == 0 and _kind(labels[0]) is None
+        return [*labels[:is_system], *filter(self._is_label, labels)]
+
+    def labels_within(self, answer: str) -> list[Label]:
+        """The labels of turns in what one turn says, where a line that begins with "System:" is text."""
+        return [*filter(self._is_label, _labels(answer))]
 
     def _is_label(self, label: Label) -> bool:
         is_apart = label["blank"] is not None or not self.apart or label.start() == 0
@@ -81,20 +107,57 @@ class Style:
         return (self.asks, self.answers) == HH and self.apart and self.mark is None
 
 
-def _style(labels: Sequence[Label]) -> Style | None:
-    """The style of the first label of who asks, and of the last of who answers."""
-    asks = next((label for label in labels if _kind(label) is not None), None)
-    kind = _kind(asks) if asks is not None else None
-    if asks is None or kind is None or kind[1] == 1:
+def _up_to(end: int | None, labels: Sequence[Label]) -> Sequence[Label]:
+    """The labels before `end`, without the blank behind a colon."""
+    return labels if end is None else [label for label in labels if _colon(label) <= end]
+
+
+def _style(text: str, end: int | None = None) -> Style | None:
+    """The style of the labels in a text, or in its part up to `end`: of the first who asks, and of who answers."""
+    labels = _up_to(end, _labels(text))
+    first = next((i for i, label in enumerate(labels) if _kind(label) is not None), len(labels))
+    kind = _kind(labels[first]) if first < len(labels) else None
+    if kind is None or kind[1] == 1:
         return None
-    answers = [one for one in labels if _kind(one) == (kind[0], 1) and one["mark"] == asks["mark"]]
-    answers = [one for one in answers if one["blank"]] or answers
-    return Style(_word(asks), _word(answers[-1]), asks["mark"], bool(answers[-1]["blank"])) if answers else None
+    asks = labels[first]
+    turns = [one for one in labels[first:] if _word(one) == _word(asks) or _kind(one) == (kind[0], 1)]
+    turns = [label for label in turns if label["mark"] == asks["mark"]]
+    answers = [label for label in turns if _word(label) != _word(asks)]
+    if not answers:
+        return None
+    opens = answers[-1] if not text[answers[-1].end() : end].strip() else None
+    is_by_lines = opens is not None and not answers[0]["blank"] and not opens["blank"] and _word(answers[0]) == _word(opens)
+    is_apart = any(label["blank"] for label in answers) and not is_by_lines
+    turns = [label for label in turns if label is asks or label["blank"] or not is_apart]
+    return Style(_word(asks), _answering(turns, opens), asks["mark"], is_apart)
 
 
+def _answering(turns: Sequence[Label], opens: Label | None) -> str:
+    """The word that labels the answers among words of which others may begin a paragraph of a question or of an answer.
+
+    It is the one that answers the most questions, from the first on. Of those that answer as many, it is the one of the label
+    that opens the answer at the end, and then Assistant.
+    """
+    questions = 0
+    answered: dict[str, set[int]] = {}
+    for label in turns:
+        if _word(label) == _word(turns[0]):
+            questions += 1
+        else:
+            answered.setdefault(_word(label), set()).add(questions)
+
+    opening = _word(turns[-1]) if turns[-1] is opens else None
+
+    def rank(word: str) -> tuple[int, int, bool, bool]:
+        return len(answered[word]), -min(answered[word]), word == opening, word.capitalize() == HH[1]
+
+    return max(answered, key=rank)
+
+
+@functools.lru_cache(CACHED)
 def _style_of(text: str) -> Style | None:
     """The style of a text that is a transcript from its beginning on."""
-    return _style([*_LABEL.finditer(text)]) if _START.match(text) is not None else None
+    return _style(text) if _START.match(text) is not None else None
 
 
 def turns_of(text: str) -> list[Message]:
@@ -141,12 +204,12 @@ def parted(chosen: str, rejected: str, start: int) -> tuple[str, str, str] | Non
 
     The prompt ends with the label of that answer. `BadRow` where they part before their last answer.
     """
-    style = _style([*_LABEL.finditer(chosen, 0, start)])
+    style = _style(chosen, start)
     before = style.labels(chosen, start) if style is not None else []
     if style is not None and _word(before[-1]) == style.answers:
         end = _behind_line(chosen, _colon(before[-1]), start)
         answers = chosen[end:], rejected[end:]
-        if not any(style.labels(answer) for answer in answers):
+        if not any(map(style.labels_within, answers)):
             return chosen[:end], *answers
     if _style_of(chosen) is None or _style_of(rejected) is None:
         return None
@@ -202,7 +265,7 @@ def _first_label(answer: str) -> str:
 
 def _answer_after(style: Style, is_answered: bool, answer: str, key: str) -> tuple[str, str]:
     """(the "Assistant:" that an answer begins with, its text) after a transcript, whose last turn may be the answer's."""
-    turns = style.labels(answer)
+    turns = style.labels_within(answer)
     is_own = bool(turns) and turns[0].start() == 0 and not is_answered and _word(turns[0]) == style.answers
     own = _colon(turns.pop(0)) if is_own else 0
     if turns:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo_cli.data import folders, hub_datasets
-from dpo_cli.data.files import DAMAGED, GZIPPED, READERS, opened
+from dpo_cli.data.files import DAMAGED, GZIPPED, READERS, opened, python_writes
 from dpo_cli.errors import Problem
 
 GIT_LFS = b"version https://git-lfs.github.com/spec/"
@@ -25,6 +25,7 @@ UNPACK = {
     b"\xfd7zXZ\0": "xz -d",
 }
 PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz")
+TO_PARQUET = 'to_parquet(open(sys.argv[2], "xb"))'
 JSONL = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object a line'
 
 
@@ -69,9 +70,9 @@ def _fault_of_folder(path: Path, content: folders.Choice) -> Problem | None:
         return _split_fault(folder, wanted, content.splits, f"{folder}:SPLIT")
     if folders.was_saved_to_disk(path):
         splits = folders.to_train_on(file.name for file in sorted(path.iterdir()) if (file / "state.json").is_file())
-        loaded = f"load_from_disk({str(path)!r})" + (f"[{splits[0]!r}]" if splits else "")
-        code = f"from datasets import load_from_disk; {loaded}.to_parquet({f'{path}.parquet'!r})"
-        return _arrow(f"{path} was written by save_to_disk", code, f"{path}.parquet")
+        loaded = "datasets.load_from_disk(sys.argv[1])" + (f"[{json.dumps(splits[0])}]" if splits else "")
+        code = f"import sys, datasets; {loaded}.{TO_PARQUET}"
+        return _arrow(path, f"{path} was written by save_to_disk", code, f"{path}.parquet")
     if arrows := [name for name in content.others if name.endswith(".arrow")]:
         return _fault_of_file(path / arrows[0], ())
     inner = [name for name in content.others if name.endswith("/")]
@@ -79,10 +80,8 @@ def _fault_of_folder(path: Path, content: folders.Choice) -> Problem | None:
     return _error("dataset-format", f"{path} holds no {', '.join(READERS)} file", fix)
 
 
-def _arrow(what: str, code: str, written: str) -> Problem:
-    return _error(
-        "dataset-arrow", f"{what}, in Arrow files, which are not read", f'name {written}, which `python -c "{code}"` writes'
-    )
+def _arrow(path: Path, what: str, code: str, target: str) -> Problem:
+    return _error("dataset-arrow", f"{what}, in Arrow files, which are not read", python_writes(target, code, str(path)))
 
 
 def _fault_of_file(path: Path, readable: Collection[str]) -> Problem | None:
@@ -102,8 +101,8 @@ def _fault_of_file(path: Path, readable: Collection[str]) -> Problem | None:
         return _error("dataset-packed", f"{path} is packed", unpacking)
     if path.suffix.lower() == ".arrow":
         target = str(path.with_suffix(".parquet"))
-        code = f"from datasets import Dataset; Dataset.from_file({str(path)!r}).to_parquet({target!r})"
-        return _arrow(f"{path} is a file of the library datasets", code, target)
+        code = f"import sys, datasets; datasets.Dataset.from_file(sys.argv[1]).{TO_PARQUET}"
+        return _arrow(path, f"{path} is a file of the library datasets", code, target)
     if kind not in readable:
         return _error("dataset-format", f"{path} is not a {', '.join(readable)} file", JSONL)
     if kind == ".parquet":
