@@ -143,6 +143,33 @@ class Bad:
     fix: str = ""  # where another helps than with all rows of the code
 
 
+class BadRows:
+    """The bad rows of a pass by their kind, so that one pass names them all."""
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+        self._details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first ones, with their places
+        self._fixes: dict[tuple[str, str, str], str] = {}
+
+    def add(self, row: Bad) -> None:
+        kind = (row.file, row.code, row.reason)
+        self._lines[kind].append(row.line)
+        self._fixes[kind] = row.fix
+        if row.detail and len(self._details[kind]) < SHOWN:
+            self._details[kind].setdefault(row.detail, row.line)
+
+    def problems(self, key: str, skip: bool) -> Iterator[Problem]:
+        """A problem for each kind; a warning where such rows are left out."""
+        for kind, lines in self._lines.items():
+            file, code, reason = kind
+            left_out = skip or code == TIE
+            severity: Severity = "warning" if left_out else "error"
+            fix = "left out of the training" if left_out else 'correct or delete what is named, or set "on_bad_rows": "skip"'
+            examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in self._details[kind].items()]
+            reason += f" ({'; '.join(examples)})" if examples else ""
+            yield about_rows(severity, code, reason, self._fixes[kind] or FIXES.get(code, fix), key, file, lines)
+
+
 def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, ...]:
     """The files that a config's value names: a path or a list of paths and {"path", "weight"}; a folder is its files."""
     return tuple(Source(file, weight) for path, weight in _entries(value) for file in _files(path))
@@ -194,20 +221,13 @@ def read(
     readable = [source for source in sources if faults[source.path] is None]
     kept: list[tuple[Source, Row]] | None = [] if keep else None
     states = {source.path: _state(source.path) for source in readable}
-    bad: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first such rows, with their places
-    fixes: dict[tuple[str, str, str], str] = {}
-    account = Account(columns or {}, demonstrations)
+    bad, account = BadRows(), Account(columns or {}, demonstrations)
     prompts: set[int] = set()
     rows = pairs = 0
     for source, read_as in _rows(readable, columns, demonstrations):
         rows += 1
-        if isinstance(read_as, Bad):  # kept, so that one pass names them all
-            kind = (read_as.file, read_as.code, read_as.reason)
-            bad[kind].append(read_as.line)
-            fixes[kind] = read_as.fix
-            if read_as.detail and len(details[kind]) < SHOWN:
-                details[kind].setdefault(read_as.detail, read_as.line)
+        if isinstance(read_as, Bad):
+            bad.add(read_as)
             continue
         account.see(read_as)
         pairs += len(read_as.rows)
@@ -218,15 +238,7 @@ def read(
             prompts.add(hash(prompt_key))
             for observer in observers:
                 observer.see(row, prompt_key)
-    problems = [*whole]
-    for (file, code, reason), lines in bad.items():
-        left_out = skip or code == TIE
-        severity: Severity = "warning" if left_out else "error"
-        fix = "left out of the training" if left_out else 'correct or delete what is named, or set "on_bad_rows": "skip"'
-        fix = fixes[file, code, reason] or FIXES.get(code, fix)
-        examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in details[file, code, reason].items()]
-        reason += f" ({'; '.join(examples)})" if examples else ""
-        problems.append(about_rows(severity, code, reason, fix, key, file, lines))
+    problems = [*whole, *bad.problems(key, skip)]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", f"{name} holds no usable row", f"add {data.noun}", key, name))
     problems += account.problems(key) if pairs else []
