@@ -32,6 +32,7 @@ from dpo_cli.runs.card import export_card
 from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory
+from dpo_cli.storage.atomic import free_bytes
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.redaction import redact, redacted
@@ -107,7 +108,7 @@ def _require_space(asked: Request, plan: Plan) -> None:
     bytes_per_value = getattr(torch, plan.dtype).itemsize + (gguf_export.BYTES_PER_VALUE[asked.gguf] if asked.gguf else 0)
     needed = facts.parameters * bytes_per_value
     there = next(place for place in asked.out.absolute().parents if place.is_dir())
-    free = shutil.disk_usage(there).free
+    free = free_bytes(there)
     if needed > free:
         message = f"the export takes {needed / GIB:.1f} GB, and the disk of {there} has {free / GIB:.1f} free"
         raise RunFailed(message, f"free {(needed - free) / GIB:.1f} GB there, or name a folder on another disk with --out")

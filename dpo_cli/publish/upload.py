@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from pathlib import Path
+from shlex import join, quote
 
 import httpx
 from huggingface_hub import HfApi
@@ -30,14 +31,14 @@ def push(folder: Path, repository: str) -> str:
         response = getattr(error, "response", None)
         needs_login = response is not None and response.status_code in (401, 403)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        again = f"`hf upload {repository} {folder} . --private`"
+        again = f"`hf upload {repository} {quote(str(folder))} . --private`"
         first = f"`hf auth login` with a token that may write to {repository}, then " if needs_login else "try again: "
         raise RunFailed(f"the upload to {repository} failed ({reason}); {folder} is complete", first + again) from error
     if others:
         named = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
         message = f"{repository} holds other weights, which would be loaded with or instead of these: {named}"
-        delete = f"`hf repos delete-files {repository} {' '.join(others)}`"
-        fix = f"upload to another repository, or delete them there ({delete}) and then `hf upload {repository} {folder} .`"
+        delete = f"`hf repos delete-files {repository} {join(others)}`"
+        fix = f"upload to another repository, or delete them there ({delete}) and then `hf upload {repository} {quote(str(folder))} .`"
         raise RunFailed(f"{message}; nothing was uploaded, and {folder} is complete", fix)
     return str(address)
 
