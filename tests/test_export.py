@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,7 +247,7 @@ def test_a_disk_without_room_is_told_before_anything_is_loaded(
     trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = of_kind(trained, "adapter")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("dpo_cli.commands.export.free_bytes", lambda _: 1000)
     monkeypatch.setattr(HuggingFace, "base_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(RunFailed, match=r"has 0\.0 free") as caught:
         export(Request(str(run), tmp_path / "out"), Console())

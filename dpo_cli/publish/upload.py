@@ -38,7 +38,8 @@ def push(folder: Path, repository: str) -> str:
         named = ", ".join(others[:SHOWN]) + (f" and {len(others) - SHOWN} more" if len(others) > SHOWN else "")
         message = f"{repository} holds other weights, which would be loaded with or instead of these: {named}"
         delete = f"`hf repos delete-files {repository} {join(others)}`"
-        fix = f"upload to another repository, or delete them there ({delete}) and then `hf upload {repository} {quote(str(folder))} .`"
+        upload = f"`hf upload {repository} {quote(str(folder))} .`"
+        fix = f"upload to another repository, or delete them there ({delete}) and then {upload}"
         raise RunFailed(f"{message}; nothing was uploaded, and {folder} is complete", fix)
     return str(address)
 
