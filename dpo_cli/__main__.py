@@ -46,8 +46,7 @@ def main() -> None:
         setattr(sys, f"__{name}__", stream)
     from dpo_cli.app import app
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    app()
+    app()  # in which a command's session takes Ctrl-C back
 
 
 if __name__ == "__main__":

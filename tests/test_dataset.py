@@ -154,7 +154,7 @@ def test_a_json_list_has_lines_too(tmp_path: Path) -> None:
             (f"{name}.jsonl", GOOD.decode().encode(name), "dataset-utf16")
             for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32-le")
         ),
-        ("packed.jsonl.gz", gzip.compress(GOOD.decode().encode("utf-16-le")), "dataset-utf16"),
+        ("packed.jsonl.gz", gzip.compress(GOOD.decode().encode("utf-16-le"), mtime=0), "dataset-utf16"),
         ("table.csv", "prompt,chosen,rejected\na,b,c".encode("utf-16-be"), "dataset-utf16"),
         ("nul.jsonl", bytes(100), "row-not-json"),
         ("first.jsonl", b"\0" + GOOD, "row-not-json"),
@@ -212,7 +212,7 @@ def test_the_command_of_a_fix_stands_any_name_of_a_file(tmp_path: Path, name: st
     """In a shell. A file that is packed may not be called so."""
     path = tmp_path / name
     text = codecs.BOM_UTF8 + json.dumps({"train split": ROWS}).encode()
-    path.write_bytes(gzip.compress(text) if name.startswith("packed") else text)
+    path.write_bytes(gzip.compress(text, mtime=0) if name.startswith("packed") else text)
     (problem,) = read(str(path)).problems
     target, command = re.fullmatch(r"name (.+), which `(.+)` writes", problem.fix or "").groups()  # type: ignore[union-attr]
     command = command.replace("python", shlex.quote(sys.executable), 1)
@@ -225,7 +225,7 @@ def test_bad_prompts_have_the_fix_that_bad_rows_have(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("rows.json", "none.json", "cut.jsonl.gz")]
     files[0].write_text(json.dumps({"train": ROWS}))
     files[1].write_text("7")
-    files[2].write_bytes(gzip.compress(GOOD)[:-9])
+    files[2].write_bytes(gzip.compress(GOOD, mtime=0)[:-9])
     for path in files:
         fixes = [{problem.code: problem.fix for problem in of.problems} for of in (read_prompts(str(path)), read(str(path)))]
         code = "row-not-gzip" if path == files[2] else "dataset-not-list"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
     with redirect_stdout(cast(TextIO, Redacted(sys.stdout))), redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
         console = Console(as_json)
         with _told(console, debug), redirect_stdout(sys.stderr) if as_json else nullcontext():
+            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while modules and commands were loaded (__main__.py)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             _require_folder()
             yield console
 
