@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -183,7 +184,7 @@ def train(
             console.line(f"fetching the dataset {name}")
             fetch(name)
         configs: list[Config] = []
-        inspections: list[Inspection | None] = []  # None of a stage that stands on one which is not trained yet
+        inspections: deque[Inspection | None] = deque()  # None of a stage that stands on one which is not trained yet
         for loaded in stages:  # before torch is imported and anything is trained: a mistake is told at once
             is_first_to_run = dry_run or loaded.foundation is None
             inspection = _inspected(loaded.on_foundation(), machine, keep_rows=is_first_to_run)
@@ -200,12 +201,11 @@ def train(
             require(name)
         composer = composer_for(configs)
         results, code = [], Exit.DONE
-        inspections.reverse()
         for loaded in stages:
             if loaded.stage:
                 console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
             ready = loaded.on_foundation() if dry_run else loaded
-            inspection = inspections.pop() or _inspected(ready, machine)  # no longer held here: it has the rows
+            inspection = inspections.popleft() or _inspected(ready, machine)  # no longer held here: it has the rows
             result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
             del inspection
             results.append(result)
@@ -246,7 +246,7 @@ def evaluate(
         if tally is not None:
             if adapter:
                 raise UsageError("--tally counts a file by itself", f"dpo vote --tally {tally}")
-            console.line(f"note: `dpo vote --tally {tally}` counts votes")
+            console.line(f"note: this is `dpo vote --tally {tally}` now")
             _vote(VoteRequest(name, side_by_side, by_judge, dataset, values, tally, fail_under), console, as_json)
             return
         if by_judge and not side_by_side:
@@ -275,7 +275,7 @@ def vote(
     dataset: JudgedOn = None,
     tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Count the votes in a votes.json.")] = None,
     fail_under: Annotated[
-        str | None, typer.Option(metavar="LIMITS", help="win_rate=0.5: exit 5 where the adapter wins more seldom.")
+        str | None, typer.Option(metavar="LIMITS", help="win_rate=0.5: exit 5 where the adapter wins less often.")
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,

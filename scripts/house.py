@@ -1,6 +1,6 @@
 """`make house`: how the house stands, counted from its code; with --opens also what the commands open, which takes a minute.
 
-A count that must be zero stands with its limit: the command fails where one is not.
+The command fails where a count of `ZERO` is not zero.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ def main() -> None:
     if "--long" in sys.argv:
         print(*(f"{size:6}  {name}" for name, size in functions() if size > LONG), sep="\n")
         print(*strategy_conditionals(), sep="\n")
+    sys.exit(any(found[name] for name in ZERO))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 WORDS = """
@@ -16,6 +17,7 @@ question answer reason color window runs likes sees makes keeps finds opens foll
 while because slowly quickly often never again tomorrow really quite small large green old new warm
 """
 VOCABULARY = 300
+IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -68,3 +70,19 @@ def norms_in_float64(model: torch.nn.Module) -> None:
     for module in model.modules():
         if "RMSNorm" in type(module).__name__:
             module.forward = exact(module)  # type: ignore[method-assign]
+
+
+def log_probs(model: nn.Module) -> Tensor:
+    """Of each token of `IDS` after the first: (1, 7)."""
+    with torch.no_grad():
+        logits: Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
+    return logits[:, :-1].log_softmax(dim=-1).gather(-1, IDS[:, 1:, None])[..., 0]
+
+
+def randomised(model: nn.Module) -> None:
+    """Move the trained weights, so that they do something; norms stay as they are."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and "norm" not in name:
+                weight.add_(torch.randn_like(weight) * 0.2)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from builders import tiny_tokenizer
+from builders import log_probs, randomised, tiny_tokenizer
 from conftest import SHAPE
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -41,23 +41,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 TARGETS = {"falcon_h1": ["q_proj", "v_proj", "gate_proj"]}
-IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
 TRIES = 30  # of each architecture, and as many of an adapter on it: 300 in all
 Place = Callable[[str], Path]
-
-
-def log_probs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
-    return logits[:, :-1].log_softmax(dim=-1).gather(-1, IDS[:, 1:, None])[..., 0]
-
-
-def randomised(model: nn.Module) -> None:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad and "norm" not in name:
-                weight.add_(torch.randn_like(weight) * 0.2)
 
 
 @pytest.fixture(scope="module")

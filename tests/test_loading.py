@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from builders import tiny_tokenizer
+from builders import IDS, log_probs, randomised, tiny_tokenizer
 from conftest import SHAPE, made_row
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -34,24 +34,9 @@ from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.policy import FROZEN
 from dpo_cli.scoring.lm_head import Head
 
-IDS = torch.tensor([[1, 7, 30, 299, 12, 150, 66, 5]])
 COMMON = {"device": "cpu", "bf16": False, "fp16": False, "max_steps": 2, "lora_r": 4, "learning_rate": 1e-2}
 COMMON |= {"eval_split": 0.3, "kl_prompts": 0, "max_new_tokens": 4}
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def log_probs(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model.eval()(input_ids=IDS, use_cache=False).logits
-    return logits[:, :-1].log_softmax(dim=-1).gather(-1, IDS[:, 1:, None])[..., 0]
-
-
-def randomised(model: nn.Module) -> None:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad and "norm" not in name:
-                weight.add_(torch.randn_like(weight) * 0.2)
 
 
 @pytest.fixture(scope="module")
