@@ -33,6 +33,9 @@ from dpo_cli.hardware.recommend import Request
 from dpo_cli.hardware.recommend import recommend as make_recommendation
 from dpo_cli.models.hub_models import require
 from dpo_cli.plan.preflight import Inspection, inspect, inspect_prompts, lengths_of
+from dpo_cli.results.codec import JsonObject, to_json
+from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.tally import Tally
 from dpo_cli.storage.resumable_file import ResumableFile
 from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.strategies.dpo import DPO
@@ -253,15 +256,16 @@ def evaluate(
             raise UsageError("--judge fills the votes of --side-by-side", f"dpo vote {name or 'RUN_DIR'} --judge")
         if adapter and side_by_side:
             raise UsageError("--side-by-side writes into the directory of a run", "dpo vote RUN_DIR")
-        both = VoteRequest(name, side_by_side, by_judge) if side_by_side else None
-        asked = Judged(name, adapter, dataset, values, fail_under, both)
+        votes = VoteRequest(name, side_by_side, by_judge) if side_by_side else None
+        asked = Judged(name, adapter, dataset, values, fail_under, votes)
         if side_by_side:
             console.line(f"note: `dpo vote {name} --prompts {side_by_side}` compares answers without judging the run again")
         composer_for()
         from dpo_cli.commands.eval import evaluate as evaluate_it
 
-        result = evaluate_it(asked, console)
-        _end(asked.thresholds, result, result, console, as_json)
+        judged, compared = evaluate_it(asked, console)
+        result = {**judged.shown, "side_by_side": to_json(compared) if compared else None}
+        _end(asked.thresholds, judged, result, console, as_json)
 
 
 @app.command()
@@ -290,26 +294,26 @@ def _vote(asked: VoteRequest, console: Console, as_json: bool) -> None:
     if asked.tally is not None:
         from dpo_cli.preferences.votes import count
 
-        result = counted = count(asked.tally)
-        console.tally(result)
+        tally = count(asked.tally)
+        console.tally(tally)
+        _end(asked.thresholds, tally, to_json(tally), console, as_json)
     else:
         composer_for()
         from dpo_cli.commands.vote import vote as hold
 
-        result = hold(asked, console)
-        counted = result["tally"] or {}
-    _end(asked.thresholds, counted, result, console, as_json)
+        compared = hold(asked, console)
+        _end(asked.thresholds, compared.tally, to_json(compared), console, as_json)
 
 
 def _end(
-    thresholds: Sequence[Threshold], judged: dict[str, Any], result: dict[str, Any], console: Console, as_json: bool
+    thresholds: Sequence[Threshold], judged: Evaluation | Tally | None, result: JsonObject, console: Console, as_json: bool
 ) -> None:
     """Print the result with what becomes of its limits, and exit with 5 where one is missed."""
-    result["thresholds"] = judged_by(thresholds, judged)
-    console.thresholds(thresholds, result["thresholds"])
+    limits = judged_by(thresholds, judged)
+    console.thresholds([(threshold.sign, limit) for threshold, limit in zip(thresholds, limits, strict=True)])
     if as_json:
-        console.json(result)
-    if not all(threshold["ok"] for threshold in result["thresholds"]):
+        console.json({**result, "thresholds": [to_json(limit) for limit in limits]})
+    if not all(limit.ok for limit in limits):
         raise typer.Exit(int(Exit.MISSED))
 
 

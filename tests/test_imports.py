@@ -16,7 +16,7 @@ PACKAGE = ROOT / "dpo_cli"
 # The rooms, each above those that it may import from.
 ROOMS = (
     *("commands", "report", "training", "preferences", "evaluation", "runs", "scoring", "providers", "publish"),
-    *("plan", "hardware", "models", "data", "ui", "config", "strategies", "storage"),
+    *("plan", "hardware", "models", "data", "ui", "config", "strategies", "results", "storage"),
 )
 LIGHT = ROOMS[ROOMS.index("plan") :]  # no torch from here down
 ORDER = ("__main__", "app", *ROOMS, "errors")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
 
 from dpo_cli.commands.requests import Request
-from dpo_cli.evaluation.evaluation import ANSWERS, ROW_BY_ROW, answered, judge, measure
+from dpo_cli.evaluation.evaluation import ANSWERS, answered, judge, measure
 from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
+from dpo_cli.results.codec import to_json
+from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.tally import SideBySide
 from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import EVALUATION
@@ -17,8 +19,8 @@ from dpo_cli.ui.console import Console
 SHOWN = 3  # prompts whose answers are printed
 
 
-def evaluate(asked: Request, console: Console) -> dict[str, Any]:
-    """Judge what was trained against its reference: what `eval --json` prints, without its thresholds."""
+def evaluate(asked: Request, console: Console) -> tuple[Evaluation, SideBySide | None]:
+    """Judge what was trained against its reference; with votes asked for, its answers are compared too."""
     if asked.adapter is not None:
         opened = open_adapter(asked.target, asked.adapter, asked.dataset, asked.overrides, console)
     else:
@@ -31,10 +33,8 @@ def evaluate(asked: Request, console: Console) -> dict[str, Any]:
         measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
         judged = judge(opened.rows, measured, samples, plan)
     is_as_trained = asked.dataset is None and not asked.overrides  # only such figures are the run's own
-    if run and is_as_trained and judged["policy"] is not None and not run.has(EVALUATION):
-        run.write_json(EVALUATION, judged)  # of a training that was stopped, which judges nothing
+    if run and is_as_trained and judged.sides is not None and not run.has(EVALUATION):
+        run.write_json(EVALUATION, to_json(judged))  # of a training that was stopped, which judges nothing
         console.line(f"report: {write_report(run.path)}")  # which told of no figures
-    console.judgement(judged, judged["samples"][:SHOWN])
-    held = contest.hold(samples, console) if contest else None
-    told = {name: value for name, value in judged.items() if name not in ROW_BY_ROW}
-    return {**told, "side_by_side": held}
+    console.judgement(judged, judged.samples[:SHOWN])
+    return judged, contest.hold(samples, console) if contest else None

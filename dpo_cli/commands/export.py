@@ -28,6 +28,10 @@ from dpo_cli.providers.loaded_tensors import merged
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.publish import gguf_export, upload
 from dpo_cli.publish.modelfile import modelfile
+from dpo_cli.results.codec import JsonObject, to_json
+from dpo_cli.results.intervals import Interval, required
+from dpo_cli.results.judgement import Judged
+from dpo_cli.results.merge import Difference, GgufCheck, Merge, MergeLimit
 from dpo_cli.runs.card import export_card
 from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.scoring.forward import choose
@@ -55,8 +59,8 @@ class Request:
     push: str | None = None
 
 
-def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
-    """Merge, judge, convert and publish: what export.json holds, and the exit code. Refused, it leaves nothing in `out`."""
+def export(asked: Request, console: Console) -> tuple[JsonObject, Exit]:
+    """Merge, judge, convert and publish: what `export --json` prints, and the exit code. Refused, nothing is left in `out`."""
     converter = gguf_export.find_converter(asked.converter) if asked.gguf else None
     if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise UsageError(f"{asked.out} exists already", "name a new folder with --out, or delete it")
@@ -73,23 +77,24 @@ def export(asked: Request, console: Console) -> tuple[dict[str, Any], Exit]:
         console.line(f"merging into the {trained.dtype} base")
         _write_merged(opened, trained, place)
         merged = _merged_scores(opened, plan, own, place, console)
-        made, judged = compare(opened, trained, own, merged)
-        console.comparison(made)
-        refused = [_worse(limit, trained) for limit in made["limits"] if not limit["ok"]]
+        merge, judged = compare(opened, trained, own, merged)
+        console.comparison(merge)
+        refused = [_worse(limit, trained) for limit in merge.limits if not limit.ok]
         if asked.gguf and converter and not refused:
-            made["gguf"], refused = _gguf(asked, asked.gguf, converter, opened, place, console)
+            check, refused = _gguf(asked, asked.gguf, converter, opened, place, console)
+            merge = replace(merge, gguf=check)
         if refused:
             console.problems(refused)
-            return made, Exit.MISSED
+            return to_json(merge), Exit.MISSED
         counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
-        text = export_card(trained, asked.out.name, counts["train_pairs"], steps, judged, made)
+        text = export_card(trained, asked.out.name, counts["train_pairs"], steps, judged, merge)
         (place / CARD).write_text(redact(text), encoding="utf-8")
-        (place / FACTS).write_text(json_text(redacted(made), indent=2) + "\n", encoding="utf-8")
+        (place / FACTS).write_text(json_text(redacted(to_json(merge)), indent=2) + "\n", encoding="utf-8")
     console.line(f"exported to {asked.out}")
     address = upload.push(asked.out, asked.push) if asked.push else None
     if address:
         console.line(f"uploaded to {address}")
-    return {**made, "out": str(asked.out), "address": address}, Exit.DONE
+    return {**to_json(merge), "out": str(asked.out), "address": address}, Exit.DONE
 
 
 def as_trained(opened: OpenedRun) -> Plan:
@@ -166,61 +171,58 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
     return replace(own, policy=made.policy, policy_right=made.policy_right)
 
 
-def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[Merge, Judged]:
     """What export.json holds of the merge, and the figures of the merged model for its card.
 
     A watched figure may not leave the 95 % interval of the run's own on its bad side.
     """
     config, prompts = opened.plan.config, [row.row.prompt_key for row in opened.rows]
-    counts = {opened.plan.noun: len(opened.rows), "prompts": len(set(prompts))}
-    before, after = ({**counts, **figures(scores, prompts, config.beta)} for scores in (own, merged))
-    for group in before, after:
-        del group["policy"]["kl_token"]  # the merged one is not known
+    before, after = (figures(scores, prompts, config.beta) for scores in (own, merged))
+    for sides in before, after:
+        del sides.policy["kl_token"]  # the merged one is not known
     apart = np.abs(merged.policy - own.policy)
-    limits = [
-        limit(FIGURES[name], before["policy"][name], after["policy"][name], counts["prompts"])
-        for name in opened.plan.strategy.watched
-    ]
-    made = {
-        "run": str(opened.folder.parent.absolute()),
-        "model": trained.config.model_name,
-        "dtype": trained.dtype,
-        "trained_on": "4-bit" if config.use_4bit else "8-bit" if config.use_8bit else trained.dtype,
-        **counts,
-        "before": before["policy"],
-        "after": after["policy"],
-        "difference": {"mean": float(apart.mean()), "max": float(apart.max())},  # log-prob of a response, nats
-        "limits": limits,
-        "gguf": None,
-    }
-    return made, after
+    judged = Judged(opened.plan.noun, len(opened.rows), len(set(prompts)), after)
+    merge = Merge(
+        run=str(opened.folder.parent.absolute()),
+        model=trained.config.model_name,
+        dtype=trained.dtype,
+        trained_on="4-bit" if config.use_4bit else "8-bit" if config.use_8bit else trained.dtype,
+        noun=judged.noun,
+        count=judged.count,
+        prompts=judged.prompts,
+        before=before.policy,
+        after=after.policy,
+        difference=Difference(float(apart.mean()), float(apart.max())),
+        limits=[
+            limit(FIGURES[name], required(before.policy, name), required(after.policy, name), judged.prompts)
+            for name in opened.plan.strategy.watched
+        ],
+    )
+    return merge, judged
 
 
-def limit(figure: Figure, before: dict[str, float], after: dict[str, float], prompts: int) -> dict[str, Any]:
+def limit(figure: Figure, before: Interval, after: Interval, prompts: int) -> MergeLimit:
     """A figure of the merged model beside the worst that it may be."""
     worse = -1 if figure.is_better_large else 1  # the sign of a change for the worse
-    limit = before["high" if worse > 0 else "low"]
-    if figure.is_share and before["low"] == before["value"]:
+    limit = before.high if worse > 0 else before.low
+    if figure.is_share and before.low == before.value:
         # Where every pair is right, so is every resample. With none wrong of n, 3/n is the end of a 95 % interval.
         limit -= 3 / prompts
-    value = after["value"]
-    is_met = bool(worse * (value - limit) <= 0)
-    return {"metric": figure.name, "before": before["value"], "limit": limit, "value": value, "ok": is_met}
+    return MergeLimit(figure.name, before.value, limit, after.value, ok=bool(worse * (after.value - limit) <= 0))
 
 
-def _worse(limit: dict[str, Any], trained: Plan) -> Problem:
-    name, before, value = limit["metric"], limit["before"], limit["value"]
-    bound = "below" if FIGURES[name].is_better_large else "above"
-    message = f"the merged model's {name} is {value:.3f}, {bound} the {limit['limit']:.3f} where"
-    message += f" the interval of the run's {before:.3f} ends"
+def _worse(limit: MergeLimit, trained: Plan) -> Problem:
+    bound = "below" if FIGURES[limit.metric].is_better_large else "above"
+    message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the {limit.limit:.3f} where"
+    message += f" the interval of the run's {limit.before:.3f} ends"
     fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or use the adapter as it is"
     return Problem("error", "export-worse", message, fix)
 
 
 def _gguf(
     asked: Request, kind: gguf_export.Type, converter: Path, opened: Opened, place: Path, console: Console
-) -> tuple[dict[str, Any], list[Problem]]:
-    """Write the GGUF file and its Modelfile: what export.json says of them, and what stands in the way."""
+) -> tuple[GgufCheck, list[Problem]]:
+    """Write the GGUF file and its Modelfile: how they compare with the model, and what stands in the way."""
     file = place / f"{asked.out.name}.{kind.upper()}.gguf"
     console.line(f"writing {file.name}")
     free_memory()
@@ -235,4 +237,4 @@ def _gguf(
     message = f"{file.name} answers otherwise than the merged model: {same}, and {check.least_same:.1%} is the least"
     fix = "nothing was exported: take a finer type than that, or a newer converter"
     refused = [] if check.ok else [Problem("error", "gguf-differs", message, fix)]
-    return {**check.to_json(), "modelfile_template": has_template}, refused
+    return replace(check, modelfile_template=has_template), refused

@@ -27,6 +27,9 @@ from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.publish.upload import push
 from dpo_cli.report.render import write_report
+from dpo_cli.results.codec import JsonObject, to_json
+from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.summary import Line, Memory, RunSummary
 from dpo_cli.runs.card import card
 from dpo_cli.runs.manifest import manifest
 from dpo_cli.runs.resume import Begun, go_on, tell_on, told_how_to_go_on
@@ -56,7 +59,7 @@ def train(
     overwrite: bool = False,
     dry_run: bool = False,
     resume: bool = False,
-) -> tuple[dict[str, Any], Exit]:
+) -> tuple[JsonObject, Exit]:
     """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
 
     A line longer than other functions: it is the composer, and reads from top to bottom.
@@ -104,9 +107,12 @@ def train(
         if begun is not None:
             begun.require_same(loaded, plan, about)
             if is_finished:
-                return _finished(run, begun.left_out(plan), console)
+                return _finished(run, plan.noun, begun.left_out(plan), console)
             about["resumed"] = go_on(run, begun, plan, about, tell)
-        found = {"problems": [problem.to_json() for problem in (*inspection.problems, *late)], "data": data.to_json()}
+        found: JsonObject = {
+            "problems": [problem.to_json() for problem in (*inspection.problems, *late)],
+            "data": data.to_json(),
+        }
         run.write_plan({**plan.to_json(), **found})
         run.write_json(MANIFEST, about)
         rows = Rows(prepared.train, prepared.held_out, tokenizer)
@@ -136,13 +142,13 @@ def _trained(
     run: RunDirectory,
     begun: Begun | None,
     plan: Plan,
-    found: dict[str, Any],
+    found: JsonObject,
     provider: Provider,
     rows: Rows,
     loaded: Loaded,
     machine: Machine,
     console: Console,
-) -> tuple[dict[str, Any], Exit]:
+) -> tuple[JsonObject, Exit]:
     """The story from the model on. Longer than other functions: it is told whole, in the order in which it happens."""
     tokenizer, pad_token_id = rows.tokenizer, int(rows.tokenizer.pad_token_id)
     view = LiveView(console, plan.total_steps, plan.predicted_gb)
@@ -175,7 +181,7 @@ def _trained(
         provider.ready(trainer.model, plan)
         health = Health(plan, trainer.totals, view.note)
         early = StopEarly(trainer.model, plan.config.early_stopping_patience)
-        record = Record(trainer.totals, [run.append_line, view.show, log_line, health.see, early.see])
+        record = Record(trainer.totals, [partial(_write_line, run), view.show, health.see, early.see])
         keep = Keep(run, trainer, health, early, stop)
         for callback in (record, health, early, stop, keep):
             trainer.add_callback(callback)
@@ -184,8 +190,9 @@ def _trained(
                 keep.go_back_to(begun.checkpoint)
                 if begun.asks_on(plan):
                     health.forget_stops()
-                record.recall(run.read_lines())
-                view.recall(run.read_lines())
+                lines = [Line.of_json(line) for line in run.read_lines()]
+                record.recall(lines)
+                view.recall(lines)
                 if keep.missed_evaluation:
                     trainer.evaluate()
             else:
@@ -200,36 +207,34 @@ def _trained(
     status, code = _ending(stop, health)
     early.put_best_back()
     steps = trainer.state.global_step
-    summary: dict[str, Any] = {
-        "status": status,
-        "steps": steps,
-        "best_step": early.best_step or None,
-        "seconds": round(seconds, 3),
-        "train": record.last_train,
-        "eval": None,
-        "base": None,
-        "gain": None,
-        "memory": {"predicted_gb": plan.predicted_gb, "measured_gb": record.peak_gb},
-        "health": [event.to_json() for event in health.events],
-        "adapter_sha256": run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0),
-    }
-    run.write_json(SUMMARY, summary)  # before the judging, so that a second Ctrl-C loses only that
+    summary = RunSummary(
+        status=status,
+        steps=steps,
+        best_step=early.best_step or None,
+        seconds=round(seconds, 3),
+        train=record.last_train,
+        sides=None,
+        memory=Memory(plan.predicted_gb, record.peak_gb),
+        health=health.events,
+        adapter_sha256=run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0),
+    )
+    run.write_json(SUMMARY, to_json(summary))  # before the judging, so that a second Ctrl-C loses only that
     can_be_judged = not stop.received and health.can_be_judged
     with log_to(run.log):
         last = measured.get(early.best_step or steps)
         judged = _judged(trainer.policy, rows.held_out if can_be_judged else [], tokenizer, plan, last)
-    summary |= {"eval": judged["policy"], "base": judged["base"], "gain": judged["gain"]}
-    if judged["policy"] is not None:
-        run.write_json(EVALUATION, judged)
+    summary = replace(summary, sides=judged.sides)
+    if judged.sides is not None:
+        run.write_json(EVALUATION, to_json(judged))
     run.write_card(card(plan, steps, judged))
-    run.write_json(SUMMARY, summary)
+    run.write_json(SUMMARY, to_json(summary))
     if can_be_judged:
         console.judgement(judged, [])
     console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
     console.line(f"report: {write_report(run.path)}")  # the last of a run's files, made of the others
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
-    return {**summary, "run_dir": str(run.path)}, code
+    return {**to_json(summary), "run_dir": str(run.path)}, code
 
 
 @contextmanager
@@ -246,18 +251,24 @@ def _kept_when_trained(
         raise
 
 
-def _finished(run: RunDirectory, left_out: list[str], console: Console) -> tuple[dict[str, Any], Exit]:
+def _finished(run: RunDirectory, noun: str, left_out: list[str], console: Console) -> tuple[JsonObject, Exit]:
     """The figures of a run that is finished already."""
-    summary = run.read_json(SUMMARY)
+    summary = RunSummary.of_json(run.read_json(SUMMARY))
     if not run.has(REPORT):
         write_report(run.path)
     if run.has(EVALUATION):
-        console.judgement(run.read_json(EVALUATION), [])
+        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), noun), [])
     if left_out:
         console.line(f"note: a finished run takes no other {', '.join(left_out)} any more; `dpo eval` judges it anew")
-    console.line(f"{summary['status']} already, after step {summary['steps']}; {run.trained.name}: {run.trained}")
-    code = Exit.DONE if summary["status"] == "completed" else Exit.MISSED
-    return {**summary, "run_dir": str(run.path)}, code
+    console.line(f"{summary.status} already, after step {summary.steps}; {run.trained.name}: {run.trained}")
+    code = Exit.DONE if summary.status == "completed" else Exit.MISSED
+    return {**to_json(summary), "run_dir": str(run.path)}, code
+
+
+def _write_line(run: RunDirectory, line: Line) -> None:
+    """A line of metrics.jsonl, and of the log."""
+    run.append_line(line.to_json())
+    log_line(line.to_json())
 
 
 def _ending(stop: StopOnSignal, health: Health) -> tuple[str, Exit]:
@@ -269,8 +280,8 @@ def _ending(stop: StopOnSignal, health: Health) -> tuple[str, Exit]:
 
 def _judged(
     policy: Policy, rows: list[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan, last: Measured | None
-) -> dict[str, Any]:
-    """What evaluation.json holds; `last` is the evaluation of the last step, if there was one."""
+) -> Evaluation:
+    """The evaluation of what was trained; `last` is the evaluation of the last step, if there was one."""
     if not rows:
         return judge([], None, [], plan)
     return judge(rows, last or measure(policy, rows, tokenizer, plan), answered(policy, tokenizer, rows, plan), plan)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from dpo_cli.commands.requests import VoteRequest
 from dpo_cli.evaluation.evaluation import answered
 from dpo_cli.preferences.side_by_side import contest_of
+from dpo_cli.results.tally import SideBySide
 from dpo_cli.runs.open_run import load_policy, open_run
 from dpo_cli.storage.log import log_to
 from dpo_cli.ui.console import Console
 
 
-def vote(asked: VoteRequest, console: Console) -> dict[str, Any]:
-    """What `vote --json` prints of a run, without its thresholds: the page, and the judge's votes where one is asked."""
+def vote(asked: VoteRequest, console: Console) -> SideBySide:
+    """The page of a run, and the judge's votes where one is asked."""
     opened = open_run(asked.run, asked.dataset, console, asked.overrides)
     contest = contest_of(asked.count, asked.by_judge, opened.run, opened.plan, opened.rows)
     with log_to(opened.run.log):

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_cli.results.intervals import Interval
+
 Array = NDArray[np.float64]
 
 RESAMPLES, AT_ONCE = 2000, 50
@@ -34,8 +36,8 @@ class Intervals:
             drawn = [np.bincount(draws.integers(count, size=count), minlength=count) for _ in range(AT_ONCE)]
             yield np.stack(drawn).astype(np.float64)
 
-    def of(self, ratio: Ratio) -> dict[str, float]:
+    def of(self, ratio: Ratio) -> Interval:
         above, below = (np.bincount(self.group, weights=side) for side in ratio)
         ratios = [(weights @ above) / (weights @ below) for weights in self._kept or self._draw()]
         low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
-        return {"value": float(above.sum() / below.sum()), "low": float(low), "high": float(high)}
+        return Interval(float(above.sum() / below.sum()), float(low), float(high))

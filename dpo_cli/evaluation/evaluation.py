@@ -1,4 +1,4 @@
-"""What a run trained, judged against its reference: all that `dpo eval` prints and evaluation.json holds."""
+"""What a run trained, judged against its reference: the `Evaluation` that `dpo eval` prints and evaluation.json holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from dpo_cli.evaluation.losses import trained_loss
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import Policy
+from dpo_cli.results.judgement import Evaluation, Judged, JudgedRow
 from dpo_cli.runs.state_io import random_state_kept
 from dpo_cli.scoring.forward import plain_states, states_of
 from dpo_cli.storage.redaction import redact
@@ -27,7 +27,6 @@ from dpo_cli.strategies.row_kinds import PAIRS
 
 ANSWERS, SAMPLES = 32, 8  # held-out prompts that an evaluation answers, and those whose answers it keeps
 CATEGORIES, NONE, OTHERS = 20, "(none)", "(others)"  # a column called so may be an id, another one in each row
-ROW_BY_ROW = ("rows", "best", "worst")  # what evaluation.json has beside what `eval --json` prints
 
 
 def score(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Scores:
@@ -66,50 +65,50 @@ def answered(
     return side_by_side(policy, tokenizer, rows, count, plan.config.max_new_tokens, getattr(torch, plan.dtype))
 
 
-def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[Sample], plan: Plan) -> dict[str, Any]:
-    """What evaluation.json holds: the figures of `eval --json`, null when nothing was measured, and the rows."""
+def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[Sample], plan: Plan) -> Evaluation:
+    """The evaluation of these rows; without figures when nothing is measured."""
     if measured is None:
-        nothing: dict[str, Any] = dict.fromkeys(("policy", "base", "gain", "answer_tokens"))
-        return (
-            _counts([], plan) | nothing | {"unanswered": 0, "categories": {}, "samples": []} | {name: [] for name in ROW_BY_ROW}
-        )
-    beta, scores, kl = plan.config.beta, measured.scores, measured.kl
-    made: dict[str, Any] = figures(scores, [row.row.prompt_key for row in rows], beta)
-    made["policy"]["kl_sequence"] = Intervals([str(i) for i in range(len(kl))]).of(mean(kl)) if len(kl) else None
-    table = row_figures(rows, scores, beta)
-    return {
-        **_counts(rows, plan),
-        **made,
-        "answer_tokens": answer_tokens(samples[:ANSWERS]),
+        return Evaluation(plan.noun, 0, 0, None)
+    scores, kl = measured.scores, measured.kl
+    judged = _judged(rows, scores, plan)
+    sides = judged.sides
+    assert sides is not None
+    sequence = Intervals([str(i) for i in range(len(kl))]).of(mean(kl)) if len(kl) else None
+    table = row_figures(rows, scores, plan.config.beta)
+    best, worst = extremes(rows, table)
+    return Evaluation(
+        judged.noun,
+        judged.count,
+        judged.prompts,
+        replace(sides, policy={**sides.policy, "kl_sequence": sequence}),
+        answer_tokens=answer_tokens(samples[:ANSWERS]),
         # Both ask the first of the same prompts: the longer list holds the other.
-        "unanswered": max(measured.unanswered, sum(sample.is_missing for sample in samples[:ANSWERS])),
-        "categories": _by_category(rows, scores, plan),
-        "samples": [sample.to_json() for sample in samples if not sample.is_missing][:SAMPLES],
-        "rows": table,
-        **extremes(rows, table),
-    }
+        unanswered=max(measured.unanswered, sum(sample.is_missing for sample in samples[:ANSWERS])),
+        categories=_by_category(rows, scores, plan),
+        samples=[sample.texts for sample in samples if not sample.is_missing][:SAMPLES],
+        rows=table,
+        best=best,
+        worst=worst,
+    )
 
 
-def _counts(rows: Sequence[Encoded], plan: Plan) -> dict[str, Any]:
-    return {plan.noun: len(rows), "prompts": len({row.row.prompt_key for row in rows})}
+def _judged(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> Judged:
+    prompts = [row.row.prompt_key for row in rows]
+    return Judged(plan.noun, len(rows), len(set(prompts)), figures(scores, prompts, plan.config.beta))
 
 
-def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[str, Any]:
+def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[str, Judged]:
     """The figures of the rows of each category, the largest first and many small ones as one; empty where no row has one."""
     names = [redact(row.row.category) or NONE for row in rows]  # which become keys, where nothing is redacted
     sizes = Counter(names)
     if set(sizes) == {NONE}:
         return {}
-    told = [name for name, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))]
-    told = told if len(told) <= CATEGORIES else [*told[: CATEGORIES - 1], OTHERS]
-    places: dict[str, list[int]] = {name: [] for name in told}
+    shown = [name for name, _ in sorted(sizes.items(), key=lambda item: (-item[1], item[0]))]
+    shown = shown if len(shown) <= CATEGORIES else [*shown[: CATEGORIES - 1], OTHERS]
+    places: dict[str, list[int]] = {name: [] for name in shown}
     for i, name in enumerate(names):
-        places.get(name, places[told[-1]]).append(i)
-    of_one = ((name, [rows[i] for i in found], scores.of(found)) for name, found in places.items())
-    return {
-        name: _counts(own, plan) | figures(theirs, [row.row.prompt_key for row in own], plan.config.beta)
-        for name, own, theirs in of_one
-    }
+        places.get(name, places[shown[-1]]).append(i)
+    return {name: _judged([rows[i] for i in own], scores.of(own), plan) for name, own in places.items()}
 
 
 def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan) -> tuple[Array, int]:
@@ -142,9 +141,8 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
 EXTREMES = 10
 
 
-def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[dict[str, Any]]:
+def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[JudgedRow]:
     """Place and figures of each row: of a pair margin and rewards, of a demonstration its loss with and without training."""
-    places = [{"file": Path(row.row.file).name, "line": row.row.line, "category": row.row.category or None} for row in rows]
     if scores.kind is PAIRS:
         rewards = (beta * (scores.policy - scores.reference)).tolist()
         made = [
@@ -153,16 +151,20 @@ def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[di
     else:
         losses = zip((-scores.policy / scores.tokens)[:, 0], (-scores.reference / scores.tokens)[:, 0], strict=True)
         made = [{"loss": float(policy), "base_loss": float(base)} for policy, base in losses]
-    return [{**place, **figures} for place, figures in zip(places, made, strict=True)]
+    return [
+        JudgedRow(Path(row.row.file).name, row.row.line, row.row.category or None, figures_of_row)
+        for row, figures_of_row in zip(rows, made, strict=True)
+    ]
 
 
-def extremes(rows: Sequence[Encoded], table: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """`best` and `worst`: the rows that training helped most and least, ten each at most, none in both, with their texts."""
-    helped = [row["margin"] if "margin" in row else row["base_loss"] - row["loss"] for row in table]
-    order = sorted(range(len(table)), key=lambda i: -helped[i])
+def extremes(rows: Sequence[Encoded], table: Sequence[JudgedRow]) -> tuple[list[JudgedRow], list[JudgedRow]]:
+    """The rows that training helped most, and those it helped least: ten each at most, none in both, with their texts."""
+    order = sorted(range(len(table)), key=lambda i: -table[i].gain)
     count = min(EXTREMES, (len(order) + 1) // 2)
-    ends = {"best": order[:count], "worst": order[count:][-EXTREMES:][::-1]}
-    return {name: [{**table[i], **_texts(rows[i])} for i in places] for name, places in ends.items()}
+    best, worst = (
+        [replace(table[i], texts=_texts(rows[i])) for i in ends] for ends in (order[:count], order[count:][-EXTREMES:][::-1])
+    )
+    return best, worst
 
 
 def _texts(encoded: Encoded) -> dict[str, str]:

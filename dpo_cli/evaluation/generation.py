@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,8 @@ from dpo_cli.data.messages import Text
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Intervals, mean
 from dpo_cli.providers.policy import Policy
+from dpo_cli.results.intervals import Interval
+from dpo_cli.results.judgement import Answers
 from dpo_cli.scoring.oom import in_halves, list_halves
 
 
@@ -60,7 +61,8 @@ class Sample:
         """Whether the prompt left no room for answers."""
         return self.base.is_missing and self.adapter.is_missing
 
-    def to_json(self) -> dict[str, str]:
+    @property
+    def texts(self) -> Answers:
         """The answers to the last message of the prompt."""
         last = self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1]["content"])
         return {"prompt": last, "base": self.base.text, "adapter": self.adapter.text}
@@ -192,7 +194,7 @@ def answers(
     return [answer for _, of_batch in made for (answer,) in of_batch]
 
 
-def answer_tokens(samples: Sequence[Sample]) -> dict[str, Any] | None:
+def answer_tokens(samples: Sequence[Sample]) -> dict[str, Interval] | None:
     """Mean tokens of the answers of `base` and of `policy`, and `gain`, their paired difference, with intervals.
 
     An answer that did not end counts with the tokens it has, and a missing one not at all.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio, mean
 from dpo_cli.providers.policy import Policy
+from dpo_cli.results.intervals import Figures, Sides
 from dpo_cli.scoring.forward import States, collate
 from dpo_cli.scoring.lm_head import Head, score_tokens, token_kl
 from dpo_cli.scoring.oom import in_halves, list_halves
@@ -93,15 +93,16 @@ def point_figures(scores: Scores, beta: float) -> dict[str, float]:
     return {name: float(above.sum() / below.sum()) for name, (above, below) in columns.items()}
 
 
-def figures(scores: Scores, prompts: Sequence[str], beta: float) -> dict[str, Any]:
-    """`policy`, `base` and `gain` (policy - base, paired), every figure {"value", "low", "high"}."""
+def figures(scores: Scores, prompts: Sequence[str], beta: float) -> Sides:
+    """The figures of the policy, of its base, and the paired differences, each with its interval."""
     policy, base = _ratios(scores, beta), _ratios(scores, beta, of_base=True)
     gain = {name: (policy[name][0] - base[name][0], base[name][1]) for name in base}
     intervals = Intervals(prompts)
-    return {
-        group: {name: intervals.of(ratio) for name, ratio in ratios.items()}
-        for group, ratios in {"policy": policy, "base": base, "gain": gain}.items()
-    }
+
+    def of(ratios: Mapping[str, Ratio]) -> Figures:
+        return {name: intervals.of(ratio) for name, ratio in ratios.items()}
+
+    return Sides(of(policy), of(base), of(gain))
 
 
 def _ratios(scores: Scores, beta: float, of_base: bool = False) -> dict[str, Ratio]:

@@ -11,11 +11,13 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dpo_cli.errors import UsageError
+from dpo_cli.results.intervals import Interval
+from dpo_cli.results.judgement import Evaluation, Limit
+from dpo_cli.results.tally import Tally
 from dpo_cli.strategies.figures import FIGURES
 
 COMPARED: dict[str, Callable[[float, float], bool]] = {
@@ -39,10 +41,10 @@ class Threshold:
     sign: str
     limit: float
 
-    def of(self, value: float | None, is_whole: bool = True) -> dict[str, Any]:
-        """An entry of `thresholds` in `eval --json`; a figure that is not of all that it should be of keeps no limit."""
+    def of(self, value: float | None, is_whole: bool = True) -> Limit:
+        """Whether a value keeps the limit; a figure that is not of all that it should be of keeps none."""
         is_met = is_whole and value is not None and math.isfinite(value) and COMPARED[self.sign](value, self.limit)
-        return {"metric": self.metric, "limit": self.limit, "value": value, "ok": is_met}
+        return Limit(self.metric, self.limit, value, is_met)
 
 
 def parse(text: str, known: Sequence[str] = METRICS) -> list[Threshold]:
@@ -71,15 +73,15 @@ def _parsed(part: str, known: Sequence[str]) -> Threshold:
     return Threshold(name, sign, limit)
 
 
-def judged_by(thresholds: Sequence[Threshold], judged: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What `eval --json` says of the limits on these figures, or on a tally's."""
-    return [
-        threshold.of(
-            _value(judged, threshold.metric),
-            is_whole=not _is_of_answers(threshold.metric) or not judged.get("unanswered"),
-        )
-        for threshold in thresholds
-    ]
+def judged_by(thresholds: Sequence[Threshold], judged: Evaluation | Tally | None) -> list[Limit]:
+    """The limits on the figures of an evaluation, or of a tally of votes."""
+    unanswered = isinstance(judged, Evaluation) and judged.unanswered > 0
+    limits = []
+    for threshold in thresholds:
+        figure = _figure(judged, threshold.metric)
+        is_whole = not (unanswered and _is_of_answers(threshold.metric))
+        limits.append(threshold.of(figure.value if figure else None, is_whole))
+    return limits
 
 
 def _is_of_answers(metric: str) -> bool:
@@ -87,12 +89,12 @@ def _is_of_answers(metric: str) -> bool:
     return figure is not None and figure.of_answers
 
 
-def _value(judged: Mapping[str, Any], metric: str) -> float | None:
-    group, _, name = metric.rpartition(".")
-    if name in OF_VOTES:
-        figure = judged[name]
-    elif name == "answer_tokens":
-        figure = (judged["answer_tokens"] or {}).get(group or "policy")
-    else:
-        figure = (judged[group or "policy"] or {}).get(name)
-    return float(figure["value"]) if figure else None
+def _figure(judged: Evaluation | Tally | None, metric: str) -> Interval | None:
+    if judged is None:
+        return None
+    if isinstance(judged, Tally):
+        return judged.win_rate
+    side, _, name = metric.rpartition(".")
+    if name == "answer_tokens":
+        return (judged.answer_tokens or {}).get(side or "policy")
+    return judged.sides.of(side or "policy").get(name) if judged.sides else None

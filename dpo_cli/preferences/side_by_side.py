@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 from dpo_cli.config.augment_rules import RANK_PARTS, judge_is_a_plain_url, rank_has_its_parts
 from dpo_cli.config.schema import inner_defaults
@@ -16,6 +15,7 @@ from dpo_cli.evaluation.generation import Sample, first_of_each_prompt
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences import votes
 from dpo_cli.preferences.judge import AT_ONCE, Judge
+from dpo_cli.results.tally import SideBySide
 from dpo_cli.storage.redaction import redacted
 from dpo_cli.storage.run_directory import PAGE, SUMMARY, VOTES, RunDirectory
 from dpo_cli.ui.console import Console
@@ -24,7 +24,7 @@ JUDGE_FIX = (
     """add 'augment={"judge_url": "http://localhost:8000/v1", "judge_model": "..."}' to the command; """
     "a key stands in the environment, as OPENAI_API_KEY"
 )
-WINNERS = {1.0: "adapter", -1.0: "base", 0.0: "tie"}
+WINNERS: dict[float, votes.Winner] = {1.0: "adapter", -1.0: "base", 0.0: "tie"}
 
 
 def contest_of(prompts: int, by_judge: bool, run: RunDirectory, plan: Plan, rows: Sequence[Encoded]) -> Contest:
@@ -62,41 +62,40 @@ class Contest:
     criterion: str
     judge: Judge | None
 
-    def hold(self, samples: Sequence[Sample], console: Console) -> dict[str, Any]:
-        """Write the page, and the votes of the judge: what `vote --json` prints of it."""
+    def hold(self, samples: Sequence[Sample], console: Console) -> SideBySide:
+        """Write the page, and the votes of the judge."""
         answers = [
             (sample.prompt, sample.adapter.text, sample.base.text)
             for sample in samples[: self.prompts]
             if not sample.is_missing
         ]
         sha256 = self.run.read_json(SUMMARY)["adapter_sha256"]
-        origin = {"run": self.run.path.resolve().name, "adapter_sha256": sha256, "criterion": self.criterion}
+        origin: votes.Origin = {"run": self.run.path.resolve().name, "adapter_sha256": sha256, "criterion": self.criterion}
         document = votes.unvoted(origin, redacted(answers), self.seed)  # before they are sealed, where nothing can be found
         self.run.write_text(PAGE, votes.page(document, self.seed))
         page = str(self.run.path / PAGE)
         fewer = f" (all there are; {self.prompts} were asked for)" if len(answers) < self.prompts else ""
         console.line(f"side by side: {len(answers)} prompts{fewer}; open {page} in a browser")
-        held: dict[str, Any] = {"page": page, "prompts": len(answers), "votes": None, "tally": None}
         if self.judge is None:
-            return held
+            return SideBySide(page, len(answers))
         self._judged(document, self.judge, console)
         counted = votes.tally(document)
         console.tally(counted)
-        return {**held, "votes": str(self.run.path / VOTES), "tally": counted}
+        return SideBySide(page, len(answers), str(self.run.path / VOTES), counted)
 
-    def _judged(self, document: dict[str, Any], judge: Judge, console: Console) -> None:
+    def _judged(self, document: votes.Document, judge: Judge, console: Console) -> None:
         """The judge's votes, with those of an earlier, unfinished call; written whatever happens: none is paid twice."""
         document["judge"] = {"url": judge.url, "model": judge.model}
         place = self.run.path / VOTES
         before = votes.read(place) if place.exists() else document
-        if all(before[key] == document[key] for key in ("page", "judge")):
+        if (before["page"], before["judge"]) == (document["page"], document["judge"]):
             document["votes"] = before["votes"]
         asked = [vote for vote in document["votes"] if vote["winner"] is None]
 
-        def ask(vote: dict[str, Any]) -> None:
+        def ask(vote: votes.Vote) -> None:
             won = judge.better(flat(vote["prompt"]), vote["adapter"], vote["base"])
             if won is not None:  # else nobody has voted: the same command asks again
-                vote |= {"winner": WINNERS[won], "by": "judge"}
+                vote["winner"], vote["by"] = WINNERS[won], "judge"
 
         try:
             with console.counting("judged", len(asked), 0) as show, ThreadPoolExecutor(AT_ONCE) as pool:

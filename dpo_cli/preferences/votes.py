@@ -19,9 +19,9 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypedDict
 
 import jinja2
 import numpy as np
@@ -32,9 +32,14 @@ from dpo_cli.data.messages import Text
 from dpo_cli.data.transcripts import as_messages
 from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.evaluation.bootstrap import Intervals, mean
+from dpo_cli.results.tally import JudgeModel, Tally
 
 VERSION = 1
-POINTS = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
+Side = Literal["adapter", "base"]
+Winner = Literal["adapter", "base", "tie"]
+POINTS: dict[Winner, float] = {"adapter": 1.0, "tie": 0.5, "base": 0.0}
+AS_MADE: tuple[Side, Side] = ("adapter", "base")
+TURNED: tuple[Side, Side] = ("base", "adapter")
 TEMPLATE = Path(__file__).with_name("side_by_side.html.j2")
 
 _TEXT = {"type": "string"}
@@ -63,17 +68,53 @@ _FILE = {
 REMEDY = "name the votes.json that a side-by-side page saved, or a judge wrote"
 
 
-def unvoted(origin: Mapping[str, str], answers: Sequence[tuple[Text, str, str]], seed: int) -> dict[str, Any]:
+class Named(TypedDict):
+    """The judge that votes."""
+
+    url: str
+    model: str
+
+
+class Vote(TypedDict):
+    """A prompt, both answers to it, and which is better."""
+
+    prompt: Text
+    adapter: str
+    base: str
+    winner: Winner | None
+    by: str | None
+
+
+class Origin(TypedDict):
+    """Whose answers are compared, and by what."""
+
+    run: str
+    adapter_sha256: str
+    criterion: str
+
+
+class Document(Origin):
+    """A file of votes."""
+
+    votes_version: int
+    page: str
+    judge: Named | None
+    votes: list[Vote]
+
+
+def unvoted(origin: Origin, answers: Sequence[tuple[Text, str, str]], seed: int) -> Document:
     """A file of votes before anybody has voted; `answers` are a prompt, the adapter's answer and the base's."""
-    votes = []
+    votes: list[Vote] = []
     for prompt, adapter, base in answers:
-        settled = ("tie", "same text") if adapter == base else (None, None)
-        votes.append({"prompt": prompt, "adapter": adapter, "base": base, **dict(zip(("winner", "by"), settled, strict=True))})
+        is_same = adapter == base
+        winner: Winner | None = "tie" if is_same else None
+        by = "same text" if is_same else None
+        votes.append({"prompt": prompt, "adapter": adapter, "base": base, "winner": winner, "by": by})
     digest = hashlib.sha256(json.dumps([dict(origin), votes, seed]).encode()).hexdigest()
     return {"votes_version": VERSION, **origin, "page": digest, "judge": None, "votes": votes}
 
 
-def page(document: Mapping[str, Any], seed: int) -> str:
+def page(document: Document, seed: int) -> str:
     """The page that asks for the votes of an unvoted file, in an order of its own, each answer as often first as second.
 
     Which answer is whose stands in the page, since its file of votes has to say it; it is written so that a look at the page's
@@ -88,11 +129,11 @@ def page(document: Mapping[str, Any], seed: int) -> str:
     return made
 
 
-def _cases(votes: Sequence[Mapping[str, Any]], seed: int) -> list[dict[str, Any]]:
+def _cases(votes: Sequence[Vote], seed: int) -> list[dict[str, object]]:
     """What is asked: the place of each open vote, its prompt as messages, and its answers in the order they are shown in."""
     draw = random.Random(seed)
     places = [place for place, vote in enumerate(votes) if vote["winner"] is None]
-    orders = [("adapter", "base") if i % 2 else ("base", "adapter") for i in range(len(places))]
+    orders = [AS_MADE if i % 2 else TURNED for i in range(len(places))]
     draw.shuffle(places)
     draw.shuffle(orders)
     return [
@@ -109,10 +150,10 @@ def _shown(prompt: Text) -> list[dict[str, str]]:
     ]
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Document:
     """A file of votes, or `InvalidInput` that says why it is none."""
     try:
-        document = json.loads(path.read_bytes())
+        document: Document = json.loads(path.read_bytes())
     except OSError as error:
         raise _invalid("votes-unreadable", f"cannot be read: {error.strerror}", path) from error
     except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or brackets without end
@@ -120,38 +161,42 @@ def read(path: Path) -> dict[str, Any]:
     if (wrong := best_match(Draft202012Validator(_FILE).iter_errors(document))) is not None:
         place = f"{wrong.json_path.removeprefix('$').removeprefix('.')}: " if wrong.path else ""
         raise _invalid("not-votes", f"no file of votes: {place}{wrong.message[:200]}", path)
-    return dict(document)
+    return document
 
 
 def _invalid(code: str, message: str, path: Path, fix: str = REMEDY) -> InvalidInput:
     return invalid(code, message, fix, file=str(path))
 
 
-def count(path: Path) -> dict[str, Any]:
-    """What `eval --tally` prints of a file that holds at least one vote."""
+def count(path: Path) -> Tally:
+    """The count of a file that holds at least one vote."""
     document = read(path)
     if all(vote["winner"] is None for vote in document["votes"]):
         raise _invalid("no-votes", "nobody has voted yet", path, "vote on side-by-side.html, and save votes.json again")
     return tally(document)
 
 
-def tally(document: Mapping[str, Any]) -> dict[str, Any]:
+def tally(document: Document) -> Tally:
     """The adapter's wins, losses and ties, its win rate (a tie counts one half) over what is voted, and the sign test."""
-    counted = [vote for vote in document["votes"] if vote["winner"] is not None]
-    winners, voters = Counter(vote["winner"] for vote in counted), Counter(vote["by"] for vote in counted)
+    counted = [(vote, winner) for vote in document["votes"] if (winner := vote["winner"]) is not None]
+    winners, voters = Counter(winner for _, winner in counted), Counter(vote["by"] for vote, _ in counted)
     wins, losses = winners["adapter"], winners["base"]
-    points = np.array([POINTS[vote["winner"]] for vote in counted])
-    return {
-        **{name: document[name] for name in ("run", "adapter_sha256", "criterion", "judge")},
-        "prompts": len(document["votes"]),
-        "missing": len(document["votes"]) - len(counted),
-        "same_text": voters["same text"],
-        "wins": wins,
-        "losses": losses,
-        "ties": winners["tie"],
-        "win_rate": Intervals([json.dumps(vote["prompt"]) for vote in counted]).of(mean(points)),
-        "sign_test": sign_test(wins, losses),
-    }
+    points = np.array([POINTS[winner] for _, winner in counted])
+    judge = document["judge"]
+    return Tally(
+        run=document["run"],
+        adapter_sha256=document["adapter_sha256"],
+        criterion=document["criterion"],
+        judge=JudgeModel(judge["url"], judge["model"]) if judge else None,
+        prompts=len(document["votes"]),
+        missing=len(document["votes"]) - len(counted),
+        same_text=voters["same text"],
+        wins=wins,
+        losses=losses,
+        ties=winners["tie"],
+        win_rate=Intervals([json.dumps(vote["prompt"]) for vote, _ in counted]).of(mean(points)),
+        sign_test=sign_test(wins, losses),
+    )
 
 
 def sign_test(wins: int, losses: int) -> float:

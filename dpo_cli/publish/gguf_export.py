@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import RunFailed, UsageError
 from dpo_cli.models.gguf_header import is_gguf, read_header
+from dpo_cli.results.merge import GgufCheck
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 SCRIPT = "convert_hf_to_gguf.py"
@@ -34,25 +34,6 @@ WHERE = (
     "it is llama.cpp's: `pip download --no-binary llama-cpp-python --no-deps llama-cpp-python` has it in vendor/llama.cpp; "
     "unpack that folder, and name the script in it with --converter or DPO_GGUF_CONVERTER"
 )
-
-
-@dataclass(frozen=True)
-class Check:
-    """How a GGUF file compares with the model that it was made of, both computed in float32."""
-
-    file: str
-    type: str
-    positions: int
-    same_argmax: float  # share of positions
-    max_difference: float  # between two logits
-    least_same: float
-
-    @property
-    def ok(self) -> bool:
-        return self.same_argmax >= self.least_same
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "ok": self.ok}
 
 
 def find_converter(named: Path | None) -> Path:
@@ -80,7 +61,7 @@ def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) 
         raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
 
 
-def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> Check:
+def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> GgufCheck:
     """Read a GGUF file back with transformers and compare its logits with those of the model directory.
 
     One model is in memory at a time, in float32. `RunFailed` for a file that cannot be read, or ends texts with another token.
@@ -96,9 +77,9 @@ def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], token
     if ends != tokenizer.eos_token_id or made.shape != wanted.shape:
         message = f"{file.name} has another vocabulary than the model, or ends its texts with another token"
         raise RunFailed(message, "use a newer converter, or export without --gguf")
-    same = (made.argmax(dim=-1) == wanted.argmax(dim=-1)).double().mean()
-    apart = (made - wanted).abs().max()
-    return Check(file.name, kind, len(wanted), float(same), float(apart), LEAST_SAME[kind])
+    same = float((made.argmax(dim=-1) == wanted.argmax(dim=-1)).double().mean())
+    apart = float((made - wanted).abs().max())
+    return GgufCheck(file.name, kind, len(wanted), same, apart, LEAST_SAME[kind], ok=same >= LEAST_SAME[kind])
 
 
 def _logits(rows: Sequence[Encoded], **source: str) -> Tensor:

@@ -43,7 +43,7 @@ def distinct_names(runs: Sequence[Contents]) -> list[str]:
 
 
 def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int]) -> list[Plot]:
-    made, end = [], max((line["step"] for number in numbers for line in runs[number].lines), default=0)
+    made, end = [], max((line.step for number in numbers for line in runs[number].lines), default=0)
     for kind in KINDS:
         if not kind.is_compared:
             continue
@@ -66,7 +66,7 @@ def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
     base = " or ".join(sorted({run.base for run in runs}))
     for side, words in (("policy", "{}"), ("base", f"{{}}, {base}"), ("gain", "gain in {}")):
         for name, term in FIGURES.items():
-            figures = [run.judged[side].get(name) if run.judged else None for run in runs]
+            figures = [run.judged.of(side).get(name) if run.judged else None for run in runs]
             if any(figures):
                 show = term.gain if side == "gain" else term.text
                 cells = [
@@ -74,11 +74,11 @@ def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
                     for figure, run in zip(figures, runs, strict=True)
                 ]
                 rows.append((words.format(term.label), cells))
-    summaries = [run.summary or {} for run in runs]
-    rows.append(("status", [str(summary.get("status", "unfinished")) for summary in summaries]))
-    rows.append(("steps", [f"{summary['steps']:,}" if summary else "" for summary in summaries]))
-    rows.append(("time", [duration(summary["seconds"]) if summary else "" for summary in summaries]))
-    peaks = [(summary.get("memory") or {}).get("measured_gb") for summary in summaries]
+    summaries = [run.summary for run in runs]
+    rows.append(("status", [summary.status if summary else "unfinished" for summary in summaries]))
+    rows.append(("steps", [f"{summary.steps:,}" if summary else "" for summary in summaries]))
+    rows.append(("time", [duration(summary.seconds) if summary else "" for summary in summaries]))
+    peaks = [summary.memory.measured_gb if summary else None for summary in summaries]
     rows.append(("peak memory", [f"{peak:.2f} GB" if peak else "" for peak in peaks]))
     return rows
 

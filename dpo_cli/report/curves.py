@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
-from typing import Any
 
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import Bars, Curve, Plot, histogram
@@ -44,7 +44,7 @@ KINDS = (
 def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
     """What the values of a plot compare with."""
     if kind.title == "Memory":
-        billed = ((run.summary or {}).get("memory") or {}).get("predicted_gb")
+        billed = run.summary.memory.predicted_gb if run.summary else None
         return [] if billed is None else [(billed, "billed")]
     figure = FIGURES.get(next(iter(kind.keys)))
     if figure is None:
@@ -58,7 +58,7 @@ def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
 
 def plots(run: Contents) -> list[Plot]:
     """Every plot for which the run has lines."""
-    made, end = [], max((line["step"] for line in run.lines), default=0)
+    made, end = [], max((line.step for line in run.lines), default=0)
     for kind in KINDS:
         curves = [
             Curve(name, split, run.points(split, key), colour)
@@ -87,7 +87,7 @@ def spread(run: Contents) -> Spread | None:
     """None where nothing was judged row by row."""
     if run.evaluation is None:
         return None
-    values = [value for row in run.evaluation["rows"] if (value := row_value(row)) is not None]
+    values = [row.gain for row in run.evaluation.rows if math.isfinite(row.gain)]
     if not values:
         return None
     below = sum(value < 0 for value in values)
@@ -100,10 +100,3 @@ def _quantiles(values: Sequence[float]) -> list[tuple[str, float]]:
     tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
     ends = (("least", min(values)), ("lowest tenth below", tenths[0]), ("middle", tenths[4]))
     return [*ends, ("highest tenth above", tenths[8]), ("greatest", max(values))]
-
-
-def row_value(row: Mapping[str, Any]) -> float | None:
-    """What rows are sorted by: a pair's margin, or how far a demonstration's loss fell."""
-    if "margin" in row:
-        return None if row["margin"] is None else float(row["margin"])
-    return None if row["loss"] is None or row["base_loss"] is None else float(row["base_loss"] - row["loss"])

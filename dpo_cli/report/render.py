@@ -45,10 +45,10 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
 
 def report(run: Contents) -> str:
     """The page of one run."""
-    lengths = (run.evaluation or {}).get("answer_tokens")
+    lengths = run.evaluation.answer_tokens if run.evaluation else None
     answer_lengths = ""
     if lengths:
-        base, policy = (lengths[side]["value"] for side in ("base", "policy"))
+        base, policy = (lengths[side].value for side in ("base", "policy"))
         answer_lengths = f"; on average the {run.base}'s have {base:.0f} tokens, and the {run.who}'s {policy:.0f}"
     return _page(
         "report.html.j2",
@@ -65,7 +65,7 @@ def report(run: Contents) -> str:
         config=views.config(run),
         command=views.command(run),
         made_with=views.made_with(run),
-        terms=[(term.label, term.meaning) for name, term in FIGURES.items() if run.judged and run.judged["policy"].get(name)],
+        terms=[(term.label, term.meaning) for name, term in FIGURES.items() if run.judged and run.judged.policy.get(name)],
     )
 
 
@@ -85,7 +85,6 @@ def _environment() -> Environment:
     environment.globals |= {
         "reading": views.reading,
         "signed": views.signed,
-        "row_value": curves.row_value,
         "place_of": _place,
         "hash_of": _hash,
         "css": Markup((PAGES / "page.css").read_text(encoding="utf-8")),

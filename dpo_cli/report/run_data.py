@@ -5,47 +5,59 @@ Of a run that has not ended there is less: `summary` and `evaluation` are None t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_cli.config.schema import options
 from dpo_cli.errors import InvalidInput, invalid
-from dpo_cli.report.svg import Point
+from dpo_cli.report.svg import Point, finite
+from dpo_cli.results.intervals import Sides
+from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.summary import Event, Line, RunSummary
 from dpo_cli.storage.run_directory import EVALUATION, LINES, MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 from dpo_cli.strategies.verdict import Outcome, Verdict, verdict
 
-# What a file of a run has to have at least.
-NEEDED = {
-    PLAN: ("config", "sources", "counts"),
-    MANIFEST: ("dataset", "model", "versions"),
-    SUMMARY: ("status", "steps", "seconds", "eval", "base", "gain", "health"),
-    EVALUATION: ("policy", "rows", "best", "worst", "samples"),
-}
+# What these files of a run have at least.
+NEEDED = {PLAN: ("config", "sources", "counts"), MANIFEST: ("dataset", "model", "versions")}
+T = TypeVar("T")
 
 
-def _parsed(run: RunDirectory, name: str) -> dict[str, Any]:
+def _parsed(run: RunDirectory, name: str, parse: Callable[[object], T]) -> T:
     """A file of the run; `InvalidInput` where it is damaged."""
     try:
-        value = run.read_json(name)
+        return parse(run.read_json(name))
     except ValueError as error:
         raise _damaged(run, name, str(error)) from error
-    missing = [key for key in NEEDED[name] if not isinstance(value, dict) or key not in value]
-    if missing:
-        raise _damaged(run, name, f"it has no {' and no '.join(missing)}")
-    return dict(value)
 
 
-def _lines(run: RunDirectory) -> list[dict[str, Any]]:
+def _object(name: str) -> Callable[[object], dict[str, Any]]:
+    """Takes a JSON value that has the keys of `NEEDED`."""
+
+    def parse(value: object) -> dict[str, Any]:
+        if missing := [key for key in NEEDED[name] if not isinstance(value, dict) or key not in value]:
+            raise ValueError(f"it has no {' and no '.join(missing)}")
+        assert isinstance(value, dict)
+        return value
+
+    return parse
+
+
+def _lines(run: RunDirectory) -> list[Line]:
     try:
-        lines = run.read_lines()
+        values = run.read_lines()
     except ValueError as error:
         raise _damaged(run, LINES, str(error)) from error
-    for number, line in enumerate(lines, start=1):
-        if not isinstance(line, dict) or "split" not in line or not isinstance(line.get("step"), int):
-            raise _damaged(run, LINES, f"line {number} has no split and step")
+    lines = []
+    for number, value in enumerate(values, start=1):
+        try:
+            lines.append(Line.of_json(value))
+        except ValueError as error:
+            raise _damaged(run, LINES, f"line {number}: {error}") from error
     return lines
 
 
@@ -61,9 +73,9 @@ class Contents:
     path: Path
     plan: dict[str, Any]
     manifest: dict[str, Any]
-    lines: list[dict[str, Any]]  # of metrics.jsonl
-    summary: dict[str, Any] | None
-    evaluation: dict[str, Any] | None
+    lines: list[Line]  # of metrics.jsonl
+    summary: RunSummary | None
+    evaluation: Evaluation | None
 
     @classmethod
     def read(cls, path: Path) -> Contents:
@@ -71,8 +83,10 @@ class Contents:
         if missing := [name for name in (PLAN, MANIFEST) if not run.has(name)]:
             message = f"{path} is not a run: it has no {' and no '.join(missing)}"
             raise invalid("not-a-run", message, "name the output_dir of a `dpo train`")
-        plan, manifest = (_parsed(run, name) for name in (PLAN, MANIFEST))
-        summary, evaluation = (_parsed(run, name) if run.has(name) else None for name in (SUMMARY, EVALUATION))
+        plan, manifest = (_parsed(run, name, _object(name)) for name in (PLAN, MANIFEST))
+        noun = STRATEGIES[plan["config"]["strategy"]].rows.noun
+        summary = _parsed(run, SUMMARY, RunSummary.of_json) if run.has(SUMMARY) else None
+        evaluation = _parsed(run, EVALUATION, partial(Evaluation.of_json, noun=noun)) if run.has(EVALUATION) else None
         return cls(path.absolute(), plan, manifest, _lines(run), summary, evaluation)
 
     @property
@@ -121,8 +135,8 @@ class Contents:
         return self.takes("loss_type") and self.config["loss_type"] != "sigmoid"
 
     @property
-    def health(self) -> list[dict[str, Any]]:
-        return list((self.summary or {}).get("health", ()))
+    def health(self) -> Sequence[Event]:
+        return self.summary.health if self.summary else ()
 
     @property
     def findings(self) -> list[dict[str, Any]]:
@@ -143,23 +157,22 @@ class Contents:
         return self.config.get("max_kl")
 
     @property
-    def judged(self) -> dict[str, Any] | None:
-        """`policy`, `base` and `gain` on what was held out; where a run did not come to it, as `dpo eval` found them."""
-        if self.summary is not None and self.summary["eval"] is not None:
-            return {"policy": self.summary["eval"], "base": self.summary["base"], "gain": self.summary["gain"]}
-        return self.evaluation if self.evaluation is not None and self.evaluation["policy"] is not None else None
+    def judged(self) -> Sides | None:
+        """The figures on what was held out; where a run did not come to them, those that `dpo eval` found."""
+        if self.summary is not None and self.summary.sides is not None:
+            return self.summary.sides
+        return self.evaluation.sides if self.evaluation else None
 
     @property
     def verdict(self) -> Verdict:
-        summary = self.summary or {"status": "unfinished", "steps": max((line["step"] for line in self.lines), default=0)}
         return verdict(
             Outcome(
-                status=summary["status"],
-                steps=summary["steps"],
+                status=self.summary.status if self.summary else "unfinished",
+                steps=self.summary.steps if self.summary else max((line.step for line in self.lines), default=0),
                 judged=self.judged,
                 rows=self.held_out,
                 prompts=self.held_out_prompts,
-                health=tuple(self.health),
+                health=self.health,
                 max_kl=self.max_kl,
                 whole=self.is_whole,
                 base=self.base,
@@ -176,5 +189,5 @@ class Contents:
         if self.has_own_loss:
             others = {"train": {"loss": "", "own_loss": "loss"}, "eval": {"own_loss": "trained_loss"}}
             key = others[split].get(key, key)
-        lines = (line for line in self.lines if line["split"] == split and key in line)
-        return sorted({line["step"]: line[key] for line in lines}.items())
+        lines = (line for line in self.lines if line.split == split and key in line.figures)
+        return sorted({line.step: finite(line.figures[key]) for line in lines}.items())

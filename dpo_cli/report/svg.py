@@ -9,6 +9,11 @@ from functools import cached_property
 
 Point = tuple[float, float | None]  # a step and its value; None where that was not finite
 
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
 WIDTH, HEIGHT = 360, 200  # of a plot, in the units of its viewBox
 LEFT, RIGHT, TOP, BOTTOM = 48, 16, 12, 24  # around the area that is drawn on
 MOST_POINTS = 240  # of a drawn curve: about one for each pixel that it has

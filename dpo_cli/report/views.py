@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import DIGITS
+from dpo_cli.results.intervals import required
+from dpo_cli.results.summary import Memory
 from dpo_cli.storage.jsonio import json_text
-from dpo_cli.strategies.figures import FIGURES, Told, is_finite, number
+from dpo_cli.strategies.figures import FIGURES, Told, number
 
 MOST_TEXT = 1500  # characters shown of one text
 
@@ -18,13 +21,13 @@ def tiles(run: Contents) -> list[tuple[str, Told]]:
     """The figures that a reader looks for first; those that belong together stand together."""
     if run.judged is None:
         return []
-    policy, gain = run.judged["policy"], run.judged["gain"]
+    policy, gain = run.judged.policy, run.judged.gain
     shown, gained = run.method.shown, run.method.gains[0]
     far = "kl_sequence" if policy.get("kl_sequence") else "kl_token"
     return [
-        *((FIGURES[name].label, FIGURES[name].text(policy[name])) for name in shown),
-        (f"gain in {FIGURES[gained].label}", FIGURES[gained].gain(gain[gained])),
-        (FIGURES[far].label, FIGURES[far].text(policy[far])),
+        *((FIGURES[name].label, FIGURES[name].text(required(policy, name))) for name in shown),
+        (f"gain in {FIGURES[gained].label}", FIGURES[gained].gain(required(gain, gained))),
+        (FIGURES[far].label, FIGURES[far].text(required(policy, far))),
     ]
 
 
@@ -34,17 +37,17 @@ def against(run: Contents) -> list[dict[str, Any]]:
     sides = run.judged
     rows: list[dict[str, Any]] = []
     for name, term in FIGURES.items():
-        if sides["policy"].get(name) is None:
+        if (policy := sides.policy.get(name)) is None:
             continue
-        base, gain = sides["base"].get(name), sides["gain"].get(name)
+        base, gain = sides.base.get(name), sides.gain.get(name)
         row: dict[str, Any] = {
             "label": term.label,
             "base": term.text(base) if base else "",
-            "policy": term.text(sides["policy"][name]),
+            "policy": term.text(policy),
         }
-        row |= {"gain": term.gain(gain) if gain else "", "whisker": gain if gain and is_finite(gain) else None}
+        row |= {"gain": term.gain(gain) if gain else "", "whisker": gain if gain and gain.is_finite else None}
         rows.append({**row, "good": term.is_better_large})
-    if run.evaluation and (tokens := run.evaluation.get("answer_tokens")):
+    if run.evaluation and (tokens := run.evaluation.answer_tokens):
         row = {"label": "answer tokens"} | {side: number(tokens[side], digits=1) for side in ("base", "policy")}
         rows.append({**row, "gain": number(tokens["gain"], signed=True, digits=1), "whisker": None, "good": True})
     return rows
@@ -52,14 +55,14 @@ def against(run: Contents) -> list[dict[str, Any]]:
 
 def categories(run: Contents) -> dict[str, Any] | None:
     """A line for each category of the held-out rows, where they have some."""
-    found = (run.evaluation or {}).get("categories")
-    if not found:
+    if run.evaluation is None or not run.evaluation.categories:
         return None
     shown, gained = run.method.shown, run.method.gains[0]
     rows = []
-    for name, part in found.items():
-        figures = [FIGURES[figure].text(part["policy"][figure]) for figure in shown]
-        rows.append((name, part[run.noun], [*figures, FIGURES[gained].gain(part["gain"][gained])]))
+    for name, part in run.evaluation.categories.items():
+        assert part.sides is not None
+        figures = [FIGURES[figure].text(required(part.sides.policy, figure)) for figure in shown]
+        rows.append((name, part.count, [*figures, FIGURES[gained].gain(required(part.sides.gain, gained))]))
     return {"names": [*(FIGURES[name].label for name in shown), f"gain in {FIGURES[gained].label}"], "rows": rows}
 
 
@@ -98,12 +101,12 @@ def bill(run: Contents) -> dict[str, Any] | None:
         for name, size in memory["components"].items()
         if size
     ]
-    known = (run.summary or {}).get("memory") or {}
+    known = run.summary.memory if run.summary else Memory()
     about = "What the plan billed for the fullest moment of a step"
     about += f", of {memory['budget_gb']:.1f} GB that were there." if memory["budget_gb"] else "."
-    if known.get("measured_gb") and known.get("predicted_gb"):
+    if known.measured_gb and known.predicted_gb:
         what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, with what malloc keeps"
-        measured, billed = known["measured_gb"], known["predicted_gb"]
+        measured, billed = known.measured_gb, known.predicted_gb
         about += f" Measured: {measured:.2f} GB ({what}) against {billed:.2f} billed for that, {measured / billed:.2f}x."
     return {"parts": parts, "total": f"{memory['total_gb']:.2f}", "about": about}
 
@@ -145,7 +148,7 @@ def made_with(run: Contents) -> list[tuple[str, str]]:
     rows += [(f"dataset {Path(file).name}", f"SHA-256 {digest}") for file, digest in made["dataset"].items()]
     rows += [(f"model {file}", f"SHA-256 {digest}") for file, digest in made["model"]["sha256"].items()]
     if run.summary:
-        rows.append(("what was trained", f"SHA-256 {run.summary['adapter_sha256']}"))
+        rows.append(("what was trained", f"SHA-256 {run.summary.adapter_sha256}"))
     return rows
 
 
@@ -159,7 +162,7 @@ def facts(run: Contents) -> list[str]:
     if run.takes("beta"):
         made.append(f"beta {settings['beta']:g}")
     if run.summary:
-        made += [f"{run.summary['steps']:,} steps", duration(run.summary["seconds"])]
+        made += [f"{run.summary.steps:,} steps", duration(run.summary.seconds)]
     return [fact for fact in made if fact]
 
 
@@ -176,9 +179,9 @@ def reading(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.{DIGITS}g}"
 
 
-def signed(value: float | None) -> str:
+def signed(value: float) -> str:
     """A reward, a margin."""
-    return "not finite" if value is None else f"{value:+.3f}"
+    return f"{value:+.3f}" if math.isfinite(value) else "not finite"
 
 
 def shortened(text: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.data.dataset import sources_of
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.models.source import foundation
 from dpo_cli.plan.plan import Plan
+from dpo_cli.results.codec import to_json
+from dpo_cli.results.intervals import required
+from dpo_cli.results.judgement import Judged
+from dpo_cli.results.merge import Merge
 from dpo_cli.strategies.figures import FIGURES
 
 _TEMPLATE = """\
@@ -50,8 +53,8 @@ its logits differ by {max_difference:.3g} at most.
 MERGED = "It stands on the run `{model}`, merged; `dpo export` makes one model of all."
 
 
-def card(plan: Plan, steps: int, judged: dict[str, Any]) -> str:
-    """The text of README.md beside what was trained; `judged` are the figures on held-out prompts, null when nothing is."""
+def card(plan: Plan, steps: int, judged: Judged) -> str:
+    """The text of README.md beside what was trained; `judged` has the figures on held-out prompts, where there are some."""
     assert plan.counts is not None
     is_peft = plan.config.lora_r > 0
     what = f"A LoRA adapter (rank {plan.config.lora_r}) for" if is_peft else "All weights of"
@@ -59,16 +62,17 @@ def card(plan: Plan, steps: int, judged: dict[str, Any]) -> str:
     return _card(plan, plan.run_dir.name, what, plan.counts.train_pairs, steps, judged, use, is_peft)
 
 
-def export_card(plan: Plan, name: str, train_rows: int, steps: int, judged: dict[str, Any], made: dict[str, Any]) -> str:
-    """The text of README.md beside an exported model; `made` is the content of export.json."""
+def export_card(plan: Plan, name: str, train_rows: int, steps: int, judged: Judged, merge: Merge) -> str:
+    """The text of README.md beside an exported model."""
     rank = plan.config.lora_r
     what = f"A LoRA adapter (rank {rank}) merged into" if rank else "All weights of"
     rows = "\n".join(
-        f"| {name} | {made['before'][name]['value']:.3f} | {made['after'][name]['value']:.3f} |" for name in made["before"]
+        f"| {name} | {required(merge.before, name).value:.3f} | {required(merge.after, name).value:.3f} |"
+        for name in merge.before
     )
-    merge = MERGE.format(rows=rows, trained=made["trained_on"], dtype=made["dtype"], **made["difference"])
-    file = GGUF.format(**made["gguf"]) if made["gguf"] else ""
-    return _card(plan, name, what, train_rows, steps, judged, merge + file + LOAD.format(**TRANSFORMERS), is_peft=False)
+    text = MERGE.format(rows=rows, trained=merge.trained_on, dtype=merge.dtype, **to_json(merge.difference))
+    file = GGUF.format(**to_json(merge.gguf)) if merge.gguf else ""
+    return _card(plan, name, what, train_rows, steps, judged, text + file + LOAD.format(**TRANSFORMERS), is_peft=False)
 
 
 def _plain(name: str) -> str:
@@ -76,16 +80,14 @@ def _plain(name: str) -> str:
     return "".join(char if char.isprintable() and char not in "`<>[]" else "\N{REPLACEMENT CHARACTER}" for char in name)
 
 
-def _card(
-    plan: Plan, name: str, what: str, train_rows: int, steps: int, judged: dict[str, Any], use: str, is_peft: bool
-) -> str:
+def _card(plan: Plan, name: str, what: str, train_rows: int, steps: int, judged: Judged, use: str, is_peft: bool) -> str:
     config, base = plan.config, foundation(plan.config.model_name)
     figures = "It was not judged, so there are no figures."
-    if judged["policy"] is not None:
-        rows = [(FIGURES[name].label, judged["policy"][name]) for name in plan.strategy.shown]
-        rows += [(f"gain in {FIGURES[name].label} over the base", judged["gain"][name]) for name in plan.strategy.gains]
-        table = "\n".join(f"| {words} | {f['value']:.3f} | {f['low']:.3f} to {f['high']:.3f} |" for words, f in rows)
-        held_out = f"On {judged[plan.noun]} held-out {plan.noun}"
+    if sides := judged.sides:
+        rows = [(FIGURES[name].label, required(sides.policy, name)) for name in plan.strategy.shown]
+        rows += [(f"gain in {FIGURES[name].label} over the base", required(sides.gain, name)) for name in plan.strategy.gains]
+        table = "\n".join(f"| {words} | {f.value:.3f} | {f.low:.3f} to {f.high:.3f} |" for words, f in rows)
+        held_out = f"On {judged.count} held-out {plan.noun}"
         figures = f"{held_out}:\n\n| figure | value | 95 % interval |\n|---|---|---|\n{table}"
     return _TEMPLATE.format(
         library="peft" if is_peft else "transformers",

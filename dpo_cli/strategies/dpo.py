@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from dpo_cli.strategies.figures import negative, number, points, share, sign
+from dpo_cli.results.intervals import required
+from dpo_cli.strategies.figures import number, points, share
 from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.strategies.strategy import Spread, Strategy
 from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, sentence_case, warned
@@ -12,23 +13,23 @@ from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, sent
 
 def _read(outcome: Outcome) -> Verdict:
     assert outcome.judged is not None
-    policy, gain = outcome.judged["policy"], outcome.judged["gain"]["logp_accuracy"]
-    accuracy, margin, loss = (policy[name] for name in ("accuracy", "margin", "loss"))
+    accuracy, margin, loss = (required(outcome.judged.policy, name) for name in ("accuracy", "margin", "loss"))
+    gain = required(outcome.judged.gain, "logp_accuracy")
     prefers = f"{sentence_case(outcome.who)} prefers the chosen response in {share(accuracy)} of {outcome.rows} held-out pairs"
-    by = {1: "by a margin of", 0: "by a margin not clear of zero,", -1: "with a margin below zero,"}[sign(margin)]
+    by = {1: "by a margin of", 0: "by a margin not clear of zero,", -1: "with a margin below zero,"}[margin.sign]
     changed = {
         1: f"prefers it in {points(gain, signed=False)} more of the pairs than the {outcome.base} does",
         0: f"does not clearly prefer it in more of the pairs than the {outcome.base} does, {points(gain)}",
-        -1: f"prefers it in {points(negative(gain), signed=False)} fewer of the pairs than the {outcome.base} does",
-    }[sign(gain)]
+        -1: f"prefers it in {points(-gain, signed=False)} fewer of the pairs than the {outcome.base} does",
+    }[gain.sign]
     kl, is_far = distance(outcome)
-    told = f"{prefers}, {by} {number(margin)} at a loss of {loss['value']:.3f}; by its log-probs alone it {changed}"
+    told = f"{prefers}, {by} {number(margin)} at a loss of {loss.value:.3f}; by its log-probs alone it {changed}"
     sentence = f"{told}, and {kl}{warned(outcome)}."
-    if sign(margin) < 0 or sign(gain) < 0:
+    if margin.sign < 0 or gain.sign < 0:
         return Verdict("bad", f"Worse than its {outcome.base}", sentence)
-    if sign(margin) == 0:
+    if margin.sign == 0:
         return Verdict("doubtful", "No clear effect", sentence)
-    if sign(gain) == 0:
+    if gain.sign == 0:
         return Verdict("doubtful", f"No clear gain over its {outcome.base}", sentence)
     return Verdict(*of_gain(outcome, is_far), sentence)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from dpo_cli.results.intervals import Interval
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
 if TYPE_CHECKING:
@@ -13,22 +14,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
-
-Interval = Mapping[str, float]  # value, low, high: a 95 % interval
-
-
-def is_finite(figure: Interval) -> bool:
-    """Whether there is a value: JSON has null where it was not a number."""
-    return None not in figure.values()
-
-
-def sign(figure: Interval) -> int:
-    """1 or -1 where the whole interval is on one side of zero, else 0: not clear of it."""
-    return (figure["low"] > 0) - (figure["high"] < 0)
-
-
-def negative(figure: Interval) -> Interval:
-    return {"value": -figure["value"], "low": -figure["high"], "high": -figure["low"]}
 
 
 @dataclass(frozen=True)
@@ -47,19 +32,19 @@ NOT_FINITE = Told("not finite")
 
 def share(figure: Interval) -> Told:
     """98.8 % [96, 100]"""
-    return Told(f"{100 * figure['value']:.1f} %", f"[{100 * figure['low']:.0f}, {100 * figure['high']:.0f}]")
+    return Told(f"{100 * figure.value:.1f} %", f"[{100 * figure.low:.0f}, {100 * figure.high:.0f}]")
 
 
 def points(figure: Interval, signed: bool = True) -> Told:
     """+14.1 points [+8, +21]: a difference of two shares."""
     one, whole = ("+.1f", "+.0f") if signed else (".1f", ".0f")
-    return Told(f"{100 * figure['value']:{one}}", f"points [{100 * figure['low']:{whole}}, {100 * figure['high']:{whole}}]")
+    return Told(f"{100 * figure.value:{one}}", f"points [{100 * figure.low:{whole}}, {100 * figure.high:{whole}}]")
 
 
 def number(figure: Interval, signed: bool = False, digits: int = 3) -> Told:
     """1.401 [1.193, 1.620]"""
     form = f"{'+' if signed else ''}.{digits}f"
-    return Told(f"{figure['value']:{form}}", f"[{figure['low']:{form}}, {figure['high']:{form}}]")
+    return Told(f"{figure.value:{form}}", f"[{figure.low:{form}}, {figure.high:{form}}]")
 
 
 @dataclass(frozen=True)
@@ -127,12 +112,12 @@ class Figure:
     of_answers: bool = False  # of sampled answers, which a prompt may have no room for
 
     def text(self, value: Interval) -> Told:
-        if not is_finite(value):
+        if not value.is_finite:
             return NOT_FINITE
         return share(value) if self.is_share else number(value, digits=self.digits)
 
     def gain(self, value: Interval) -> Told:
-        if not is_finite(value):
+        if not value.is_finite:
             return NOT_FINITE
         return points(value) if self.is_share else number(value, signed=True, digits=self.digits)
 

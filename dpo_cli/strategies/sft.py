@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dpo_cli.strategies.figures import negative, number, points, share, sign
+from dpo_cli.results.intervals import required
+from dpo_cli.strategies.figures import number, points, share
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategy import Spread, Strategy
 from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, warned
@@ -10,22 +11,22 @@ from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, warn
 
 def _read(outcome: Outcome) -> Verdict:
     assert outcome.judged is not None
-    policy, gain = outcome.judged["policy"], outcome.judged["gain"]
-    loss, right = gain["loss"], gain["token_accuracy"]
+    policy_loss, policy_right = (required(outcome.judged.policy, name) for name in ("loss", "token_accuracy"))
+    loss, right = (required(outcome.judged.gain, name) for name in ("loss", "token_accuracy"))
     fell = {
-        -1: f"below the {outcome.base}'s by {number(negative(loss))}",
+        -1: f"below the {outcome.base}'s by {number(-loss)}",
         0: f"not clearly another than the {outcome.base}'s ({number(loss, signed=True)})",
         1: f"above the {outcome.base}'s by {number(loss)}",
-    }[sign(loss)]
+    }[loss.sign]
     whose = "model's" if outcome.whole else "adapter's"
     kl, is_far = distance(outcome)
     sentence = (
-        f"On {outcome.rows} held-out demonstrations the {whose} loss is {number(policy['loss'])} nats per token, {fell}; "
-        f"it finds {share(policy['token_accuracy'])} of their tokens most likely ({points(right)}), and {kl}{warned(outcome)}."
+        f"On {outcome.rows} held-out demonstrations the {whose} loss is {number(policy_loss)} nats per token, {fell}; "
+        f"it finds {share(policy_right)} of their tokens most likely ({points(right)}), and {kl}{warned(outcome)}."
     )
-    if sign(loss) > 0:
+    if loss.sign > 0:
         return Verdict("bad", f"Worse than its {outcome.base}", sentence)
-    if sign(loss) == 0:
+    if loss.sign == 0:
         return Verdict("doubtful", f"No clear gain over its {outcome.base}", sentence)
     return Verdict(*of_gain(outcome, is_far), sentence)
 

@@ -5,11 +5,12 @@ An accuracy is never told without the margin, the loss and the gain: it reaches 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from dpo_cli.strategies.figures import is_finite
+from dpo_cli.results.intervals import Sides, required
+from dpo_cli.results.summary import Event
 
 FEW_PROMPTS = 20  # below it an interval over prompts is too narrow: over one prompt it is [v, v]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -20,14 +21,14 @@ Tone = Literal["good", "doubtful", "bad", "open"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verdict is about. `judged` is the evaluation (`policy`, `gain`), None where there was none."""
+    """What a verdict is about. `judged` are the figures on what was held out, None where there are none."""
 
     status: str  # completed, interrupted, unhealthy, unfinished
     steps: int
-    judged: Mapping[str, Any] | None
+    judged: Sides | None
     rows: int  # held out, and their different prompts
     prompts: int
-    health: tuple[Mapping[str, Any], ...] = ()
+    health: Sequence[Event] = ()
     max_kl: float | None = None
     whole: bool = False  # every weight was trained, not an adapter
     base: str = "base"  # what it is compared with, in words
@@ -38,7 +39,7 @@ class Outcome:
 
     @property
     def warnings(self) -> int:
-        return sum(event["action"] == "warn" for event in self.health)
+        return sum(event.action == "warn" for event in self.health)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def verdict(outcome: Outcome, read: Callable[[Outcome], Verdict]) -> Verdict:
     """The verdict on a run, honest about what was not measured; `read` is how its strategy reads the figures."""
     if outcome.judged is None:
         return _unjudged(outcome)
-    if not is_finite(outcome.judged["policy"]["loss"]):
+    if not required(outcome.judged.policy, "loss").is_finite:
         told = f"{_ending(outcome)}; on held-out rows its loss is not finite, so {outcome.who} is broken."
         return Verdict("bad", "Broken", told)
     found = read(outcome)
@@ -79,7 +80,7 @@ ENDINGS = {
 
 def _ending(outcome: Outcome) -> str:
     """How the training ended, and what stopped it."""
-    stops = [event["message"] for event in outcome.health if event["action"] == "stop"]
+    stops = [event.message for event in outcome.health if event.action == "stop"]
     told = ENDINGS[outcome.status].format(steps=outcome.steps)
     return f"{told}: {stops[-1]}" if outcome.status == "unhealthy" and stops else told
 
@@ -109,14 +110,14 @@ def of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
 def distance(outcome: Outcome) -> tuple[str, bool]:
     """How far the policy is from its reference, and whether that is over the limit: known of sampled answers alone."""
     assert outcome.judged is not None
-    policy = outcome.judged["policy"]
+    policy = outcome.judged.policy
     if sampled := policy.get("kl_sequence"):
-        is_far = outcome.max_kl is not None and sampled["value"] > outcome.max_kl
-        told = f"it is {sampled['value']:.3g} nats per answer from the {outcome.base}"
+        is_far = outcome.max_kl is not None and sampled.value > outcome.max_kl
+        told = f"it is {sampled.value:.3g} nats per answer from the {outcome.base}"
         if outcome.max_kl is None:
             return told, False
         return f"{told} ({'over the limit of' if is_far else 'limit'} {outcome.max_kl:g})", is_far
-    return f"it is {policy['kl_token']['value']:.2g} nats per token from the {outcome.base}", False
+    return f"it is {required(policy, 'kl_token').value:.2g} nats per token from the {outcome.base}", False
 
 
 def warned(outcome: Outcome) -> str:

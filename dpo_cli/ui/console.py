@@ -17,6 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.errors import DpoError, InvalidInput, Problem
+from dpo_cli.results.intervals import Interval
+from dpo_cli.results.judgement import Answers, Evaluation, Judged, Limit
+from dpo_cli.results.merge import Merge
+from dpo_cli.results.tally import Tally
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -128,32 +132,29 @@ class Console:
         budget = f" of {memory['budget_gb']:.1f}" if memory["budget_gb"] else ""
         self.table(f"memory: {memory['total_gb']:.2f}{budget} GB", bars)
 
-    def judgement(self, judged: dict[str, Any], samples: Sequence[dict[str, str]]) -> None:
+    def judgement(self, evaluation: Evaluation, samples: Sequence[Answers]) -> None:
         """The figures of an evaluation, and answers side by side."""
-        if judged["policy"] is None:
+        if evaluation.sides is None:
             self.line("nothing was held out: set or raise eval_split in the config, or name a file with `dpo eval --dataset`")
             return
-        names = [name for name, figure in judged["policy"].items() if figure]
-        rows = [
-            [name.replace("_", " "), *(_interval(judged[group].get(name)) for group in ("policy", "base", "gain"))]
-            for name in names
-        ]
-        if tokens := judged.get("answer_tokens"):
-            rows.append(["answer tokens", *(_interval(tokens[group]) for group in ("policy", "base", "gain"))])
-        noun = next(strategy.rows.noun for strategy in STRATEGIES.values() if strategy.rows.noun in judged)
-        title = f"{judged[noun]} {noun} of {judged['prompts']} prompts; 95 % intervals"
+        sides = [evaluation.sides.policy, evaluation.sides.base, evaluation.sides.gain]
+        names = [name for name, figure in evaluation.sides.policy.items() if figure]
+        rows = [[name.replace("_", " "), *(_interval(side.get(name)) for side in sides)] for name in names]
+        if tokens := evaluation.answer_tokens:
+            rows.append(["answer tokens", *(_interval(tokens[side]) for side in ("policy", "base", "gain"))])
+        title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
-        if missing := judged.get("unanswered"):
+        if missing := evaluation.unanswered:
             fix = "lower max_seq_length, so that prompts are cut, or judge with shorter ones"
             told = f"{missing} prompts fill the model's context and have no answer"
             self.line(f"note: {told}: kl_sequence and answer_tokens are of the others, and keep no limit; {fix}")
-        self._categories(judged["categories"], noun)
+        self._categories(evaluation.categories, evaluation.noun)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]
             text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
             self.panel(sample["prompt"][-200:], text)
 
-    def _categories(self, categories: dict[str, Any], noun: str) -> None:
+    def _categories(self, categories: Mapping[str, Judged], noun: str) -> None:
         """The first two figures of the rows of each category, and the gain in one."""
         if not categories:
             return
@@ -162,40 +163,40 @@ class Console:
         rows = [
             (
                 _printable(name),
-                str(made[noun]),
-                *(_interval(made["policy"][key]) for key in (one, other)),
-                _interval(made["gain"][gain]),
+                str(part.count),
+                *(_interval(part.sides.policy[key]) for key in (one, other)),
+                _interval(part.sides.gain[gain]),
             )
-            for name, made in categories.items()
+            for name, part in categories.items()
+            if part.sides
         ]
         self.table("by category", rows, ("category", noun, one, other, f"gain in {gain.replace('_', ' ')}"))
 
-    def thresholds(self, asked: Sequence[Any], made: Sequence[dict[str, Any]]) -> None:
-        """Each limit that a figure was asked to keep, and whether it did."""
-        for threshold, found in zip(asked, made, strict=True):
-            value = "no value" if found["value"] is None else f"{found['value']:.6g}"
-            self.line(f"{found['metric']} is {value}, {threshold.sign} {found['limit']:g}: {'ok' if found['ok'] else 'missed'}")
+    def thresholds(self, asked: Sequence[tuple[str, Limit]]) -> None:
+        """Each limit that a figure was asked to keep, with its sign, and whether it did."""
+        for sign, limit in asked:
+            value = "no value" if limit.value is None else f"{limit.value:.6g}"
+            self.line(f"{limit.metric} is {value}, {sign} {limit.limit:g}: {'ok' if limit.ok else 'missed'}")
 
-    def tally(self, counted: dict[str, Any]) -> None:
+    def tally(self, tally: Tally) -> None:
         """The count of a file of votes, which may come from anybody."""
-        voted = counted["prompts"] - counted["missing"]
-        rows = [("run", _printable(counted["run"])), ("prompts", f"{voted} of {counted['prompts']}")]
-        rows += [("judge", _printable(counted["judge"]["model"]))] if counted["judge"] else []
-        rows += [(name, str(counted[name])) for name in ("wins", "losses", "ties")]
-        rows += [("win rate", _interval(counted["win_rate"])), ("sign test", f"p = {counted['sign_test']:.2g}")]
+        rows = [("run", _printable(tally.run)), ("prompts", f"{tally.prompts - tally.missing} of {tally.prompts}")]
+        rows += [("judge", _printable(tally.judge.model))] if tally.judge else []
+        rows += [("wins", str(tally.wins)), ("losses", str(tally.losses)), ("ties", str(tally.ties))]
+        rows += [("win rate", _interval(tally.win_rate)), ("sign test", f"p = {tally.sign_test:.2g}")]
         self.table("votes for the adapter", rows)
-        if counted["same_text"]:
-            self.line(f"note: {counted['same_text']} of the ties are the same text from both, which nobody was asked about")
-        if counted["missing"]:
-            self.line(f"note: {counted['missing']} of {counted['prompts']} prompts have no vote yet, and are not counted")
+        if tally.same_text:
+            self.line(f"note: {tally.same_text} of the ties are the same text from both, which nobody was asked about")
+        if tally.missing:
+            self.line(f"note: {tally.missing} of {tally.prompts} prompts have no vote yet, and are not counted")
 
-    def comparison(self, made: dict[str, Any]) -> None:
-        """The figures of a run beside those of what it is exported to (export.json), and how far their log-probs are apart."""
-        limits = {limit["metric"]: f"{limit['limit']:.3f}{'' if limit['ok'] else ' missed'}" for limit in made["limits"]}
-        rows = [(name, *(_interval(made[side][name]) for side in ("before", "after")), limits[name]) for name in limits]
+    def comparison(self, merge: Merge) -> None:
+        """The figures of a run beside those of what it is exported to, and how far their log-probs are apart."""
+        limits = {limit.metric: f"{limit.limit:.3f}{'' if limit.ok else ' missed'}" for limit in merge.limits}
+        rows = [(name, _interval(merge.before[name]), _interval(merge.after[name]), limits[name]) for name in limits]
         self.table("the run, and the model read back; 95 % intervals", rows, ("figure", "run", "merged", "limit"))
-        apart = made["difference"]
-        self.line(f"log-probs of responses differ by {apart['mean']:.3g} nats on average, by {apart['max']:.3g} at most")
+        apart = merge.difference
+        self.line(f"log-probs of responses differ by {apart.mean:.3g} nats on average, by {apart.max:.3g} at most")
 
     @contextmanager
     def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
@@ -245,5 +246,5 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _interval(figure: dict[str, float] | None) -> str:
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" if figure else ""
+def _interval(figure: Interval | None) -> str:
+    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]" if figure else ""

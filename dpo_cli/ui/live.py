@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -21,10 +20,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.results.summary import Event, Line
 from dpo_cli.strategies.figures import DRAWN
 from dpo_cli.ui.console import PIPED_LINES, Console
-
-Line = dict[str, Any]
 
 # The figures of a line that are shown, by their short names.
 SHOWN = {**{figure.name: figure.short for figure in DRAWN if figure.short}, "tokens_per_second": "tok/s"}
@@ -50,26 +48,18 @@ class Side:
 SIDES = (Side("train", "train", "cyan", share=2, most=48), Side("eval", "held out", "magenta", share=1, most=16))
 
 
-class Event(Protocol):
-    """What a health rule found (training/callbacks/health_rules.py, which brings torch)."""
-
-    @property
-    def action(self) -> str: ...
-    def told(self) -> str: ...
-
-
 class Curve:
     """A figure over the whole run in a bounded number of means: when there are too many, neighbours are joined."""
 
     def __init__(self) -> None:
-        self.latest: float | None = None
+        self.latest = math.nan
         self._sums: list[tuple[float, int]] = []  # of the finite values of each point, and how many they are
         self._seen, self._each = 0, 1  # values so far, and values a point
 
-    def add(self, value: float | None) -> None:
+    def add(self, value: float) -> None:
         if self._seen % self._each == 0:
             self._sums.append((0.0, 0))
-        if value is not None and math.isfinite(value):
+        if math.isfinite(value):
             total, count = self._sums[-1]
             self._sums[-1] = (total + value, count + 1)
         self.latest = value
@@ -114,20 +104,20 @@ class Pace:
 
     def __init__(self, now: float) -> None:
         self._step, self._time = 0, now  # of the last line
-        self._trained, self._tokens = 0, 0  # step and tokens of the last line of training
+        self._trained, self._tokens = 0, 0.0  # step and tokens of the last line of training
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)  # steps and their seconds
         self._evaluated, self._every, self._evaluation = 0, 0, 0.0  # step of the last one, steps between, seconds
 
     def see(self, line: Line, now: float) -> None:
-        if line["split"] == "eval":
-            training = (line["step"] - self._step) * self._step_seconds
+        if line.split == "eval":
+            training = (line.step - self._step) * self._step_seconds
             self._evaluation = max(0.0, now - self._time - training)
-            self._evaluated, self._every = line["step"], line["step"] - self._evaluated
-        elif line["step"] > self._trained and line.get("tokens_per_second"):  # which leaves out loading and evaluating
-            seconds = (line["tokens"] - self._tokens) / line["tokens_per_second"]
-            self._recent.append((line["step"] - self._trained, seconds))
-            self._trained, self._tokens = line["step"], line["tokens"]
-        self._step, self._time = line["step"], now
+            self._evaluated, self._every = line.step, line.step - self._evaluated
+        elif line.step > self._trained and line.figures.get("tokens_per_second"):  # which leaves out loading and evaluating
+            seconds = (line.figures["tokens"] - self._tokens) / line.figures["tokens_per_second"]
+            self._recent.append((line.step - self._trained, seconds))
+            self._trained, self._tokens = line.step, line.figures["tokens"]
+        self._step, self._time = line.step, now
 
     @property
     def _step_seconds(self) -> float:
@@ -172,7 +162,7 @@ class LiveView:
         for line in lines:
             self._add(line)
             self._told = max(self._told, self._part(line))
-            if line["split"] == "train":  # how long an evaluation took is not told
+            if line.split == "train":  # how long an evaluation took is not told
                 self.pace.see(line, self.clock())
 
     def show(self, line: Line) -> None:
@@ -183,13 +173,13 @@ class LiveView:
             self._tell(line)
 
     def _add(self, line: Line) -> None:
-        for name in SHOWN.keys() & line.keys():
-            self.curves[line["split"]][name].add(line[name])
-        self.step, self.peak_gb = line["step"], line["peak_memory_gb"]
+        for name in SHOWN.keys() & line.figures.keys():
+            self.curves[line.split][name].add(line.figures[name])
+        self.step, self.peak_gb = line.step, line.figures["peak_memory_gb"]
 
     def _part(self, line: Line) -> int:
         """The twentieths of the run that are done."""
-        return int(line["step"]) * PIPED_LINES // self.steps
+        return line.step * PIPED_LINES // self.steps
 
     def note(self, event: Event) -> None:
         """A health event: printed once, and kept in view until the next."""
@@ -199,11 +189,13 @@ class LiveView:
     def _tell(self, line: Line) -> None:
         """A line of text for an evaluation, and for each twentieth of the run."""
         part = self._part(line)
-        if line["split"] == "eval" or part > self._told:
+        if line.split == "eval" or part > self._told:
             self._told = max(part, self._told)
-            figures = "  ".join(f"{label} {_short(line[name])}" for name, label in SHOWN.items() if name in line)
-            held_out = "held out: " if line["split"] == "eval" else ""
-            self.console.line(f"step {line['step']}/{self.steps}  {held_out}{figures}")
+            figures = "  ".join(
+                f"{label} {_short(line.figures[name])}" for name, label in SHOWN.items() if name in line.figures
+            )
+            held_out = "held out: " if line.split == "eval" else ""
+            self.console.line(f"step {line.step}/{self.steps}  {held_out}{figures}")
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
         width = min(WIDEST, options.max_width)
@@ -256,7 +248,5 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
-def _short(value: float | None) -> str:
-    if value is None:  # as JSON has it
-        return "nan"
+def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3f}"

@@ -4,11 +4,21 @@ for long."""
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
+
+from dpo_cli.results.summary import Line
+
+
+class EarlyState(TypedDict):
+    """A `StopEarly` as a checkpoint holds it, but for the weights."""
+
+    best_step: int
+    best_loss: float
+    waited: int
 
 
 class StopEarly(TrainerCallback):
@@ -26,13 +36,15 @@ class StopEarly(TrainerCallback):
     def ended(self) -> bool:
         return self.patience is not None and self.waited >= self.patience
 
-    def see(self, line: dict[str, Any]) -> None:
+    def see(self, line: Line) -> None:
         """A line of metrics.jsonl, as it is written."""
-        if self.patience is None or line["split"] != "eval":
+        if self.patience is None or line.split != "eval":
             return
-        loss = line.get("trained_loss", line["loss"])  # two keys where another than DPO's sigmoid loss is trained
+        loss = line.figures.get(
+            "trained_loss", line.figures["loss"]
+        )  # two keys where another than DPO's sigmoid loss is trained
         if loss < self.best_loss:
-            self.best_step, self.best_loss, self.waited = line["step"], loss, 0
+            self.best_step, self.best_loss, self.waited = line.step, loss, 0
             self.weights = self._copy()
         else:
             self.waited += 1
@@ -53,10 +65,10 @@ class StopEarly(TrainerCallback):
     def _trained(self) -> list[tuple[str, Tensor]]:
         return [(name, weight) for name, weight in self.model.named_parameters() if weight.requires_grad]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> EarlyState:
         return {"best_step": self.best_step, "best_loss": self.best_loss, "waited": self.waited}
 
-    def restore(self, state: dict[str, Any], weights: dict[str, Tensor] | None) -> None:
+    def restore(self, state: EarlyState, weights: dict[str, Tensor] | None) -> None:
         """Go on as from `state`, by the patience that is asked for now; without `weights`, the model has the best ones."""
         if self.patience is None:  # as in a training that never had one
             return

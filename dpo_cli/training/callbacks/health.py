@@ -5,14 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from transformers import TrainerCallback
 
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
-from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, Event, Line, wrong_start
+from dpo_cli.results.codec import JsonObject, from_json, to_json
+from dpo_cli.results.summary import Event, Line
+from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, CourseState, wrong_start
 from dpo_cli.training.trainer import Totals
+
+
+class HealthState(TypedDict):
+    """A `Health` as a checkpoint holds it."""
+
+    course: CourseState
+    events: list[JsonObject]
 
 
 @dataclass
@@ -44,7 +53,7 @@ class Health(TrainerCallback):
     def see(self, line: Line) -> None:
         """A line of metrics.jsonl, as it is written."""
         self.course.line = line
-        if line["split"] == "eval":
+        if line.split == "eval":
             self.course.evaluation = line
         self._ask()
 
@@ -65,12 +74,12 @@ class Health(TrainerCallback):
         """Another end is asked for than when these rules ended the training: they are asked again."""
         self.events = [event for event in self.events if event.action != "stop"]
 
-    def state(self) -> dict[str, Any]:
-        return {"course": self.course.state(), "events": [event.to_json() for event in self.events]}
+    def state(self) -> HealthState:
+        return {"course": self.course.state(), "events": [to_json(event) for event in self.events]}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: HealthState) -> None:
         self.course.restore(state["course"])
-        self.events = [Event(**event) for event in state["events"]]
+        self.events = [from_json(Event, event) for event in state["events"]]
 
     def _ask(self) -> None:
         told = {event.rule for event in self.events}
@@ -80,5 +89,5 @@ class Health(TrainerCallback):
 
     def _raise(self, event: Event) -> None:
         self.events.append(event)
-        logging.getLogger("dpo").warning("%s", event.to_json())
+        logging.getLogger("dpo").warning("%s", to_json(event))
         self.tell(event)

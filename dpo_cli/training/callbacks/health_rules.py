@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import TypedDict
 
 import numpy as np
 
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
+from dpo_cli.results.codec import JsonObject
+from dpo_cli.results.summary import Action, Event, Line
 from dpo_cli.strategies.row_kinds import PAIRS
 
-Line = dict[str, Any]
-Figures = dict[str, float]
-Action = Literal["note", "warn", "stop"]
+StepFigures = dict[str, float]  # means over the rows of a step
 
 RECENT_STEPS, RECENT_PAIRS = 8, 64  # the last steps that a rule looks at are at least so many, and hold so many pairs
 ERRORS = 5.0  # standard errors, of few steps, that are no chance
@@ -38,27 +37,21 @@ GENERALISES = 0.9  # of the held-out pairs
 APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # a token, that rounding may cost a policy at step 0
 
 
-@dataclass(frozen=True)
-class Event:
-    """What a rule found: shown, kept in metrics.json, and with the action "stop" the end of the training (exit 5)."""
+class CourseState(TypedDict):
+    """A `Course` as a checkpoint holds it."""
 
-    rule: str
-    action: Action
-    step: int
-    message: str
-    remedy: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def told(self) -> str:
-        return f"{self.action} [{self.rule}] {self.message}\n  {self.remedy}"
+    first: list[StepFigures]
+    last: list[StepFigures]
+    done: int
+    all_right: int
+    line: JsonObject  # {} where there is none
+    evaluation: JsonObject
 
 
 class Course:
     """A training so far: means over the rows of its first and last optimizer steps, and the last lines of metrics.jsonl."""
 
-    def __init__(self, plan: Plan, steps: Sequence[Figures] = (), evaluation: Line | None = None) -> None:
+    def __init__(self, plan: Plan, steps: Sequence[StepFigures] = (), evaluation: Line | None = None) -> None:
         assert plan.counts is not None
         self.plan, self.pairs = plan, plan.counts.train_pairs
         self.of_pairs = plan.strategy.rows is PAIRS
@@ -66,15 +59,15 @@ class Course:
         self.epoch = math.ceil(self.pairs / rows_a_step)  # steps
         self.recent = max(RECENT_STEPS, math.ceil(RECENT_PAIRS / rows_a_step))
         self.swing = max(SWING_STEPS, self.recent)
-        self.first: list[Figures] = []
-        self.last: deque[Figures] = deque(maxlen=2 * self.swing)
+        self.first: list[StepFigures] = []
+        self.last: deque[StepFigures] = deque(maxlen=2 * self.swing)
         self.done = self.all_right = 0  # steps, and those in a row to the last of which every pair was right
-        self.line: Line = {}
-        self.evaluation: Line = evaluation or {}
+        self.line: Line | None = None
+        self.evaluation = evaluation
         for step in steps:
             self.add(step)
 
-    def add(self, step: Figures) -> None:
+    def add(self, step: StepFigures) -> None:
         if len(self.first) < self.recent:
             self.first.append(step)
         self.last.append(step)
@@ -87,23 +80,34 @@ class Course:
 
         A step is measured before it is taken, and the first one of a warm-up has the learning rate 0.
         """
-        seen: list[Figures] = [*self.first, *self.last]
-        is_judged = self.evaluation.get("step") == self.done and "reward_chosen" in self.evaluation
-        if is_judged:
-            seen.append(self.evaluation)
+        seen = [*self.first, *self.last]
+        evaluation = self.evaluation
+        if evaluation is not None and evaluation.step == self.done and "reward_chosen" in evaluation.figures:
+            seen.append(evaluation.figures)
         elif self.done < (3 if self.plan.warmup_over(self.plan.total_steps) else 2):
             return False
         return all(figures["reward_chosen"] == figures["reward_rejected"] == 0 for figures in seen)
 
-    def state(self) -> dict[str, Any]:
-        """What there is of it, for a checkpoint."""
-        kept = ("first", "done", "all_right", "line", "evaluation")
-        return {"last": list(self.last), **{name: getattr(self, name) for name in kept}}
+    def held_out(self, name: str) -> float | None:
+        """A figure of the last evaluation, where there is one."""
+        return self.evaluation.figures.get(name) if self.evaluation else None
 
-    def restore(self, state: dict[str, Any]) -> None:
-        self.last = deque(state.pop("last"), maxlen=self.last.maxlen)
-        for name, value in state.items():
-            setattr(self, name, value)
+    def state(self) -> CourseState:
+        """What there is of it, for a checkpoint."""
+        line, evaluation = (one.to_json() if one else {} for one in (self.line, self.evaluation))
+        return {
+            "first": self.first,
+            "last": list(self.last),
+            "done": self.done,
+            "all_right": self.all_right,
+            "line": line,
+            "evaluation": evaluation,
+        }
+
+    def restore(self, state: CourseState) -> None:
+        self.first, self.last = state["first"], deque(state["last"], maxlen=self.last.maxlen)
+        self.done, self.all_right = state["done"], state["all_right"]
+        self.line, self.evaluation = (Line.of_json(state[name]) if state[name] else None for name in ("line", "evaluation"))
 
     def values(self, name: str, count: int, before: int = 0) -> list[float]:
         """A figure of the last `count` steps, or of those that end `before` steps ago."""
@@ -130,7 +134,7 @@ def not_finite(course: Course) -> Found:
     """
     told = {"loss": course.last[-1]["loss"] if course.last else 0.0}
     if not course.plan.config.fp16:
-        told["grad_norm"] = course.line.get("grad_norm", 0.0)
+        told["grad_norm"] = course.line.figures.get("grad_norm", 0.0) if course.line else 0.0
     broken = [name for name, value in told.items() if not math.isfinite(value)]
     if not broken:
         return None
@@ -140,7 +144,7 @@ def not_finite(course: Course) -> Found:
 
 def too_far(course: Course) -> Found:
     """kl_sequence of the last evaluation is over `max_kl`; the documentation says that below 10 is reasonable."""
-    kl, limit = course.evaluation.get("kl_sequence"), course.plan.config.max_kl
+    kl, limit = course.held_out("kl_sequence"), course.plan.config.max_kl
     if kl is None or limit is None or not kl > limit:
         return None
     message = f"the policy is {kl:.1f} nats from its reference over an answer it samples, and max_kl is {limit:g}"
@@ -188,7 +192,7 @@ def prefers_rejected(course: Course) -> Found:
 
 def all_right_early(course: Course) -> Found:
     """Pairs come again, all of them are right, and nothing held out shows that this is more than memory."""
-    if not course.of_pairs or course.evaluation.get("accuracy", 0.0) >= GENERALISES:
+    if not course.of_pairs or (course.held_out("accuracy") or 0.0) >= GENERALISES:
         return None
     # A dataset that fits into one step is nothing but learned by heart.
     window = max(HEART_STEPS, course.epoch) if course.epoch > 1 else 2

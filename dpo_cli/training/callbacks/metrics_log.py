@@ -11,9 +11,10 @@ import torch
 from transformers import TrainerCallback
 
 from dpo_cli.hardware.machine import GIB
+from dpo_cli.results.summary import Line
 from dpo_cli.training.trainer import Totals
 
-Sink = Callable[[dict[str, Any]], None]
+Sink = Callable[[Line], None]
 
 
 class Record(TrainerCallback):
@@ -21,15 +22,15 @@ class Record(TrainerCallback):
 
     def __init__(self, totals: Totals, sinks: list[Sink]) -> None:
         self.totals, self.sinks = totals, sinks
-        self.last_train: dict[str, Any] | None = None
+        self.last_train: Line | None = None
         self.peak_gb: float | None = None  # the most memory until the last step
         self._tokens, self._time, self._step_end = 0, 0.0, 0.0
 
-    def recall(self, lines: Sequence[dict[str, Any]]) -> None:
+    def recall(self, lines: Sequence[Line]) -> None:
         """Go on after these lines, of the training that this one continues."""
-        told = [line for line in lines if line["split"] == "train"]
-        if told:
-            self.last_train, self.peak_gb = told[-1], max(line["peak_memory_gb"] for line in told)
+        trained = [line for line in lines if line.split == "train"]
+        if trained:
+            self.last_train, self.peak_gb = trained[-1], max(line.figures["peak_memory_gb"] for line in trained)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._time, self._tokens = time.monotonic(), self.totals.tokens
@@ -38,17 +39,17 @@ class Record(TrainerCallback):
         self._step_end = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        where = {"step": state.global_step, "epoch": round(state.epoch, 4)}
+        step, epoch = state.global_step, round(state.epoch, 4)
+        peak = peak_memory_gb(args.device)
         if "eval_loss" in logs:
             figures = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-            self._emit({"split": "eval", **where, **figures, "peak_memory_gb": peak_memory_gb(args.device)})
+            self._emit(Line("eval", step, epoch, {**figures, "peak_memory_gb": peak}))
             self._time += time.monotonic() - max(self._step_end, self._time)  # an evaluation is not training time
         elif "loss" in logs:
             names = (*self.totals.names, "grad_norm", "learning_rate")
-            line = {"split": "train", **where, **{name: logs[name] for name in names}, **self._speed()}
-            line["peak_memory_gb"] = peak_memory_gb(args.device)
-            self.last_train, self.peak_gb = line, max(self.peak_gb or 0.0, line["peak_memory_gb"])
-            self._emit(line)
+            figures = {**{name: logs[name] for name in names}, **self._speed(), "peak_memory_gb": peak}
+            self.last_train, self.peak_gb = Line("train", step, epoch, figures), max(self.peak_gb or 0.0, peak)
+            self._emit(self.last_train)
 
     def _speed(self) -> dict[str, float]:
         now, tokens = time.monotonic(), self.totals.tokens
@@ -56,7 +57,7 @@ class Record(TrainerCallback):
         self._tokens, self._time = tokens, now
         return {"tokens": tokens, "tokens_per_second": round(speed, 1)}
 
-    def _emit(self, line: dict[str, Any]) -> None:
+    def _emit(self, line: Line) -> None:
         for sink in self.sinks:
             sink(line)
 

@@ -1,0 +1,57 @@
+"""Results as JSON and back: the fields of a dataclass are its keys, null is not a number.
+
+A class whose JSON has another shape has the methods `to_json` and `of_json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from cattrs import Converter
+
+T = TypeVar("T")
+JsonObject = dict[str, object]
+MISSING = "required field missing"  # as cattrs says it
+
+
+@functools.cache
+def _converter() -> Converter:
+    """Late: cattrs takes 40 ms to import, and `validate` needs none of it."""
+    from cattrs import Converter
+    from cattrs.strategies import use_class_methods
+
+    converter = Converter()
+    converter.register_structure_hook(float, lambda value, _: _number(value))
+    use_class_methods(converter, unstructure_method_name="to_json")
+    return converter
+
+
+def _number(value: object) -> float:
+    """A number as JSON has it: whole ones stay whole."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("it is not a number")
+    return value
+
+
+def to_json(result: object) -> JsonObject:
+    """The JSON of a result; what is no number in it is written as null (storage/jsonio.py)."""
+    value: JsonObject = _converter().unstructure(result)
+    return value
+
+
+def from_json(kind: type[T], value: object) -> T:
+    """The result in a JSON value; `ValueError` with each key that is missing or has another type."""
+    from cattrs import BaseValidationError, transform_error
+
+    try:
+        return _converter().structure(value, kind)
+    except BaseValidationError as error:
+        faults = [message.partition(" @ ") for message in transform_error(error, path="")]
+        missing = [path.lstrip(".") for what, _, path in faults if what == MISSING]
+        others = [f"{path.lstrip('.')}: {what}" for what, _, path in faults if what != MISSING]
+        raise ValueError("; ".join([f"it has no {' and no '.join(missing)}"] * bool(missing) + others)) from error

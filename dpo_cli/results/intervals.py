@@ -1,0 +1,50 @@
+"""A figure with its 95 % interval, and the figures of a policy beside those of its base. No numpy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % interval; not a number (null in JSON) where a model's log-probs are none."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, (self.value, self.low, self.high)))
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the whole interval is on one side of zero, else 0: not clear of it."""
+        return (self.low > 0) - (self.high < 0)
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.value, -self.high, -self.low)
+
+
+Figures = dict[str, Interval | None]  # by the names of strategies/figures.py; None where there are no samples for one
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The figures of a policy, those of its base alone, and the paired differences policy - base."""
+
+    policy: Figures
+    base: Figures
+    gain: Figures
+
+    def of(self, side: str) -> Figures:
+        """The figures of `policy`, `base` or `gain`."""
+        return {"policy": self.policy, "base": self.base, "gain": self.gain}[side]
+
+
+def required(figures: Figures, name: str) -> Interval:
+    """A figure that has to be there."""
+    figure = figures[name]
+    assert figure is not None, f"{name} has no value"
+    return figure

@@ -1,0 +1,119 @@
+"""What `dpo eval` comes to: the figures of held-out rows, the rows one by one, answers side by side, and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self, TypedDict
+
+from dpo_cli.results.codec import JsonObject, from_json, to_json
+from dpo_cli.results.intervals import Interval, Sides
+
+ROW_BY_ROW = ("rows", "best", "worst")  # what evaluation.json has beside what `eval --json` prints
+SIDES = ("policy", "base", "gain")
+
+
+@dataclass(frozen=True)
+class JudgedRow:
+    """A held-out row: its place, its figures, and its texts where it is among the best or the worst."""
+
+    file: str
+    line: int | None
+    category: str | None
+    figures: Mapping[str, float]  # of a pair margin, reward_chosen, reward_rejected; of a demonstration loss, base_loss
+    texts: Mapping[str, str] = field(default_factory=dict)  # prompt, and its responses by their names
+
+    @property
+    def gain(self) -> float:
+        """How far training helped: a pair's margin, or how far a demonstration's loss fell, nats; NaN where not finite."""
+        if "margin" in self.figures:
+            return self.figures["margin"]
+        return self.figures["base_loss"] - self.figures["loss"]
+
+    def to_json(self) -> JsonObject:
+        return {"file": self.file, "line": self.line, "category": self.category, **self.figures, **self.texts}
+
+
+class Answers(TypedDict):
+    """Both answers to the last message of a prompt."""
+
+    prompt: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An entry of `thresholds`: a limit on a figure, and whether it is kept."""
+
+    metric: str
+    limit: float
+    value: float | None  # None where there is no such figure
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The figures of so many rows of one kind; no `sides` where nothing is held out."""
+
+    noun: str  # pairs, demonstrations: the key that their number has in JSON
+    count: int
+    prompts: int
+    sides: Sides | None
+
+    def to_json(self) -> JsonObject:
+        sides = to_json(self.sides) if self.sides else dict.fromkeys(SIDES)
+        return {self.noun: self.count, "prompts": self.prompts, **sides}
+
+    @classmethod
+    def of_json(cls, value: object, noun: str) -> Self:
+        """What is in a JSON value about rows of the kind `noun`; `ValueError` that names what is missing in it."""
+        return from_json(cls, _nested(value, noun))
+
+
+@dataclass(frozen=True)
+class Evaluation(Judged):
+    """All that evaluation.json holds."""
+
+    answer_tokens: Mapping[str, Interval] | None = None  # of both sides and the difference
+    unanswered: int = 0  # prompts that leave no room for an answer
+    categories: Mapping[str, Judged] = field(default_factory=dict)
+    samples: Sequence[Answers] = ()
+    rows: Sequence[JudgedRow] = ()
+    best: Sequence[JudgedRow] = ()
+    worst: Sequence[JudgedRow] = ()
+
+    def to_json(self) -> JsonObject:
+        return {
+            **super().to_json(),
+            "answer_tokens": to_json(self.answer_tokens) if self.answer_tokens else None,
+            "unanswered": self.unanswered,
+            "categories": {name: part.to_json() for name, part in self.categories.items()},
+            "samples": list(self.samples),
+            **{name: [row.to_json() for row in getattr(self, name)] for name in ROW_BY_ROW},
+        }
+
+    @property
+    def shown(self) -> JsonObject:
+        """What `eval --json` prints of it."""
+        return {name: value for name, value in self.to_json().items() if name not in ROW_BY_ROW}
+
+
+def _nested(value: object, noun: str) -> object:
+    """JSON of an evaluation, or of one of its categories, in the shape of its fields."""
+    if not isinstance(value, dict) or noun not in value:
+        raise ValueError(f"it has no {noun}")
+    if lacking := [side for side in SIDES if side not in value]:
+        raise ValueError(f"it has no {' and no '.join(lacking)}")
+    sides = {side: value[side] for side in SIDES} if value["policy"] is not None else None
+    categories = {name: _nested(part, noun) for name, part in dict(value.get("categories") or {}).items()}
+    rows = {name: [_nested_row(row) for row in value[name]] for name in ROW_BY_ROW if name in value}
+    return {**value, "noun": noun, "count": value[noun], "sides": sides, "categories": categories, **rows}
+
+
+def _nested_row(row: Mapping[str, object]) -> JsonObject:
+    """JSON of a row in the shape of its fields: what is no place is a text or a number."""
+    place = {name: row.get(name) for name in ("file", "line", "category")}
+    rest = {name: value for name, value in row.items() if name not in place}
+    texts = {name: value for name, value in rest.items() if isinstance(value, str)}
+    return {**place, "texts": texts, "figures": {name: value for name, value in rest.items() if name not in texts}}

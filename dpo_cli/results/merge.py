@@ -1,0 +1,75 @@
+"""What `dpo export` comes to: the figures of a run beside those of the merged model, and its GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo_cli.results.codec import JsonObject, to_json
+from dpo_cli.results.intervals import Figures
+
+
+@dataclass(frozen=True)
+class MergeLimit:
+    """A figure of the merged model beside the worst that it may be."""
+
+    metric: str
+    before: float
+    limit: float
+    value: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between the log-probs of a response before and after the merge, nats."""
+
+    mean: float
+    max: float
+
+
+@dataclass(frozen=True)
+class GgufCheck:
+    """How a GGUF file compares with the model that it is made of, both computed in float32."""
+
+    file: str
+    type: str
+    positions: int
+    same_argmax: float  # share of positions
+    max_difference: float  # between two logits
+    least_same: float  # that is allowed
+    ok: bool
+    modelfile_template: bool = False  # whether the Modelfile has the chat template
+
+
+@dataclass(frozen=True)
+class Merge:
+    """All that export.json holds."""
+
+    run: str
+    model: str
+    dtype: str
+    trained_on: str  # 4-bit, 8-bit or a dtype
+    noun: str  # pairs, demonstrations: the key that their number has in JSON
+    count: int
+    prompts: int
+    before: Figures
+    after: Figures
+    difference: Difference
+    limits: Sequence[MergeLimit]
+    gguf: GgufCheck | None = None
+
+    def to_json(self) -> JsonObject:
+        return {
+            "run": self.run,
+            "model": self.model,
+            "dtype": self.dtype,
+            "trained_on": self.trained_on,
+            self.noun: self.count,
+            "prompts": self.prompts,
+            "before": to_json(self.before),
+            "after": to_json(self.after),
+            "difference": to_json(self.difference),
+            "limits": [to_json(limit) for limit in self.limits],
+            "gguf": to_json(self.gguf) if self.gguf else None,
+        }

@@ -1,0 +1,106 @@
+"""What `dpo train` comes to: the lines of metrics.jsonl, the events of health, and the summary that is metrics.json."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_cli.results.codec import JsonObject, from_json, to_json
+from dpo_cli.results.intervals import Sides
+
+Split = Literal["train", "eval"]
+Action = Literal["note", "warn", "stop"]
+PLACES = ("split", "step", "epoch")  # of a line, beside its figures
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of metrics.jsonl: a logged step, or an evaluation after one."""
+
+    split: Split
+    step: int
+    epoch: float
+    figures: dict[str, float]  # NaN (null in JSON) where one is not finite
+
+    def to_json(self) -> JsonObject:
+        return {"split": self.split, "step": self.step, "epoch": self.epoch, **self.figures}
+
+    @classmethod
+    def of_json(cls, value: object) -> Line:
+        """The line in a JSON value; `ValueError` that names what is missing in it."""
+        return from_json(cls, _nested(value))
+
+
+def _nested(value: object) -> JsonObject:
+    """JSON of a `Line` in the shape of its fields."""
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
+    places = {name: value[name] for name in PLACES if name in value}
+    return {**places, "figures": {name: figure for name, figure in value.items() if name not in PLACES}}
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a rule of health found: shown, and kept; with the action "stop" the end of the training (exit 5)."""
+
+    rule: str
+    action: Action
+    step: int
+    message: str
+    remedy: str
+
+    def told(self) -> str:
+        return f"{self.action} [{self.rule}] {self.message}\n  {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most memory of a training, GB: as the plan billed it, and as it was measured."""
+
+    predicted_gb: float | None = None
+    measured_gb: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What metrics.json holds: how a training ended, and its figures on what was held out."""
+
+    status: str  # completed, interrupted, unhealthy
+    steps: int
+    best_step: int | None = None
+    seconds: float  # from the first log-prob of the reference to the last step
+    train: Line | None = None  # the last line
+    sides: Sides | None  # `eval`, `base` and `gain` in JSON
+    memory: Memory = Memory()
+    health: Sequence[Event]
+    adapter_sha256: str = ""
+
+    def to_json(self) -> JsonObject:
+        return {
+            "status": self.status,
+            "steps": self.steps,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
+            "train": self.train.to_json() if self.train else None,
+            "eval": self._side("policy"),
+            "base": self._side("base"),
+            "gain": self._side("gain"),
+            "memory": to_json(self.memory),
+            "health": [to_json(event) for event in self.health],
+            "adapter_sha256": self.adapter_sha256,
+        }
+
+    def _side(self, side: str) -> JsonObject | None:
+        return to_json(self.sides.of(side)) if self.sides else None
+
+    @classmethod
+    def of_json(cls, value: object) -> RunSummary:
+        """The summary in a JSON value; `ValueError` that names what is missing in it."""
+        if not isinstance(value, dict):
+            raise ValueError("it is not an object")
+        if lacking := [side for side in ("eval", "base", "gain") if side not in value]:
+            raise ValueError(f"it has no {' and no '.join(lacking)}")
+        sides = {"policy": value["eval"], "base": value["base"], "gain": value["gain"]} if value["eval"] is not None else None
+        line = _nested(value["train"]) if value.get("train") else None
+        return from_json(cls, {**value, "sides": sides, "train": line, "memory": value.get("memory") or {}})
