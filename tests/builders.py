@@ -11,6 +11,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from dpo_cli.commands.eval import evaluate
+from dpo_cli.commands.requests import Request
+from dpo_cli.results.codec import to_json
+from dpo_cli.results.summary import Line
+from dpo_cli.ui.console import Console
+
 WORDS = """
 the a this that my your one some cat dog house river mountain bread letter garden winter morning train city friend song idea
 question answer reason color window runs likes sees makes keeps finds opens follows asks tells under over near before after
@@ -22,6 +28,17 @@ CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def judged_json(asked: Request, console: Console) -> dict[str, Any]:
+    """What `eval --json` prints, without its thresholds."""
+    evaluation, compared = evaluate(asked, console)
+    return {**evaluation.shown, "side_by_side": to_json(compared) if compared else None}
+
+
+def line_of(**values: Any) -> Line:
+    """A line of metrics.jsonl; of the first step and epoch where nothing is said."""
+    return Line.of_json({"split": "train", "step": 1, "epoch": 0.0, **values})
 
 
 def conversation_pairs(count: int, turn_words: int, answer_words: int, seed: int = 0) -> list[dict[str, object]]:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import judged_json
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dpo_cli.app import app
-from dpo_cli.commands.eval import evaluate
 from dpo_cli.commands.requests import Request
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load_stages
@@ -92,7 +92,7 @@ def test_dpo_goes_on_from_the_sft_adapter_and_is_held_to_a_frozen_copy(run: Run,
     assert plan["config"]["reference"] == "adapter" and plan["config"]["lora_r"] == 4
     assert any("training goes on from the adapter of sft (rank 4)" in note for note in plan["notes"])
     assert_reference_is(place, sft)
-    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]  # as the run itself judged it
+    assert judged_json(Request(str(place)), Console())["policy"] == summary["eval"]  # as the run itself judged it
     # The saved adapter is one, on the base model, as PEFT loads it; and it has moved on from the SFT adapter.
     assert sorted(file.name for file in (place / "adapter").iterdir() if file.is_dir()) == []
     before, after = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (sft, place))
@@ -106,7 +106,7 @@ def test_another_shape_is_trained_on_the_merged_model(run: Run, sft: Path, tiny_
     plan = plan_of(place)
     assert plan["config"]["reference"] == "base"
     assert any("is merged into its base model" in note for note in plan["notes"])
-    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]
+    assert judged_json(Request(str(place)), Console())["policy"] == summary["eval"]
     assert_reference_is(place, sft)
     config = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(sft)  # not the bare model, on which it would answer otherwise
@@ -196,7 +196,7 @@ def test_every_weight_is_trained_when_the_rank_is_0(run: Run, strategy: str, tin
     assert not (place / "adapter").exists()
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_model_dir, place / "model"))
     assert all(not torch.equal(before[name], after[name]) for name in before if "norm" not in name)
-    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]
+    assert judged_json(Request(str(place)), Console())["policy"] == summary["eval"]
     _, on_top = run("on-top", model_name=str(place), max_steps=1)
     assert_starts_at_its_reference(on_top)
 
@@ -238,7 +238,7 @@ def test_a_frozen_adapter_has_no_dropout(run: Run, sft: Path) -> None:
 
 def test_sft_on_sft_is_judged_alike_by_run_and_eval(run: Run, sft: Path) -> None:
     summary, place = run("more", strategy="sft", model_name=str(sft), lora_r=None)
-    judged = evaluate(Request(str(place)), Console())
+    judged = judged_json(Request(str(place)), Console())
     assert (judged["policy"], judged["base"]) == (summary["eval"], summary["base"])
 
 
@@ -246,7 +246,7 @@ def test_a_run_below_that_changed_is_told(run: Run, sft: Path) -> None:
     _, place = run("dpo", model_name=str(sft), lora_r=2, max_steps=1)
     run("sft", strategy="sft", seed=1)
     with pytest.raises(InvalidInput, match="not the one that it was trained on"):
-        evaluate(Request(str(place)), Console())
+        judged_json(Request(str(place)), Console())
     (sft / "metrics.json").unlink()  # as in a run that was replaced and died
     with pytest.raises(InvalidInput) as caught:
         run("third", model_name=str(sft), lora_r=None)

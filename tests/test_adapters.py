@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders import judged_json
 from conftest import ROOT, Run
 from safetensors.torch import load_file
 
-from dpo_cli.commands.eval import evaluate
 from dpo_cli.commands.requests import Request
 from dpo_cli.errors import Exit, InvalidInput
 from dpo_cli.plan import feasibility
@@ -47,7 +47,7 @@ def test_modules_to_save_are_trained_whole_and_left_out_of_the_reference(run: Ru
     head = weights["base_model.model.lm_head.weight"]
     assert not torch.equal(head, load_file(Path(model) / "model.safetensors")["lm_head.weight"])
     assert summary["train"]["margin"] != 0
-    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]
+    assert judged_json(Request(str(place)), Console())["policy"] == summary["eval"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -56,7 +56,7 @@ def test_quantised_weights_train_and_are_judged_alike(run: Run, bits: int) -> No
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and lines[0]["grad_norm"] > 0
     assert lines[-1]["margin"] != 0
-    assert evaluate(Request(str(place)), Console())["policy"]["margin"]["value"] == pytest.approx(
+    assert judged_json(Request(str(place)), Console())["policy"]["margin"]["value"] == pytest.approx(
         summary["eval"]["margin"]["value"], rel=1e-3
     )
 

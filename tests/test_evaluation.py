@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from builders import judged_json
 from conftest import Run, made_row, tiny_model
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dpo_cli.app import app
-from dpo_cli.commands.eval import evaluate
 from dpo_cli.commands.requests import Request, VoteRequest
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, UsageError
@@ -27,6 +29,10 @@ from dpo_cli.evaluation.generation import Answer, Sampling, generate
 from dpo_cli.evaluation.thresholds import OF_VOTES, judged_by, parse
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
+from dpo_cli.results.codec import to_json
+from dpo_cli.results.intervals import Interval, Sides
+from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.tally import Tally
 from dpo_cli.ui.console import Console
 
 
@@ -69,7 +75,7 @@ def test_figures_equal_an_independent_computation(run: Run, tmp_path: Path, tiny
     rows = [made_row(i) | {"prompt": f"which cat {i}"} for i in range(20)]
     file = tmp_path / "others.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    judged = evaluate(Request(str(tmp_path / "run"), dataset=str(file)), Console())
+    judged = judged_json(Request(str(tmp_path / "run"), dataset=str(file)), Console())
     expected = by_hand(tiny_model_dir, tmp_path / "run" / "adapter", rows, 0.3)
     found = {name: judged["policy"][name]["value"] for name in ("accuracy", "margin", "loss", "kl_token", "logp_accuracy")}
     assert found["accuracy"] == expected["accuracy"] and found["logp_accuracy"] == expected["logp_accuracy"]
@@ -99,12 +105,12 @@ def test_an_adapter_of_another_tool_is_judged_by_a_config(
                     parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key))) * 0.2)
         model.save_pretrained(str(tmp_path / name))
         AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / name)
-        judged = evaluate(Request(str(config), tmp_path / name, values["dataset"]), Console())
+        judged = judged_json(Request(str(config), tmp_path / name, values["dataset"]), Console())
         expected = by_hand(tiny_model_dir, tmp_path / name, rows, 0.5)
         assert judged["pairs"] == 24
         assert judged["policy"]["margin"]["value"] == pytest.approx(expected["margin"], abs=1e-4)
         assert judged["policy"]["kl_token"]["value"] == pytest.approx(expected["kl_token"], abs=1e-4)
-    held_out = evaluate(Request(str(config), tmp_path / "lora", overrides=("beta=0.1",)), Console())
+    held_out = judged_json(Request(str(config), tmp_path / "lora", overrides=("beta=0.1",)), Console())
     assert 0 < held_out["pairs"] < 24
     assert "was made on" not in capsys.readouterr().out
 
@@ -115,26 +121,26 @@ def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path, run: Run, ti
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(InvalidInput, match=r"has no adapter_config\.json"):
-        evaluate(Request(config, empty), Console())
+        judged_json(Request(config, empty), Console())
     (empty / "adapter_config.json").write_text("{}")
     (empty / "adapter_model.bin").touch()
     with pytest.raises(InvalidInput, match="may run code"):
-        evaluate(Request(config, empty), Console())
+        judged_json(Request(config, empty), Console())
     (empty / "adapter_model.safetensors").touch()
     with pytest.raises(InvalidInput, match="names no peft_type"):
-        evaluate(Request(config, empty), Console())
+        judged_json(Request(config, empty), Console())
     (empty / "adapter_config.json").write_text('{"peft_type": "NEW"}')
     with pytest.raises(InvalidInput, match="PEFT cannot read"):
-        evaluate(Request(config, empty), Console())
+        judged_json(Request(config, empty), Console())
     virtual = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), virtual).save_pretrained(str(tmp_path / "prefix"))
     with pytest.raises(InvalidInput, match="virtual tokens"):
-        evaluate(Request(config, tmp_path / "prefix"), Console())
+        judged_json(Request(config, tmp_path / "prefix"), Console())
     adapter_config = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     for change in ({"target_modules": ["q_proj"]}, {"r": 2}):  # fewer places than tensors; tensors of another shape
         (place / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config | change), encoding="utf-8")
         with pytest.raises(InvalidInput, match=r"the adapter in .* (has|holds) .*: they are of two adapters"):
-            evaluate(Request(config, place / "adapter", str(tmp_path / "pairs.jsonl")), Console())
+            judged_json(Request(config, place / "adapter", str(tmp_path / "pairs.jsonl")), Console())
 
 
 def test_rows_with_a_category_are_judged_apart(run: Run, pairs_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -165,7 +171,7 @@ def test_rows_with_a_category_are_judged_apart(run: Run, pairs_file: Callable[..
 def test_a_stopped_run_gets_its_evaluation_from_eval(run: Run) -> None:
     _, place = run(eval_split=0.4)
     (place / "evaluation.json").rename(place / "before.json")
-    evaluate(Request(str(place)), Console())
+    judged_json(Request(str(place)), Console())
     again, before = (json.loads((place / f"{name}.json").read_text(encoding="utf-8")) for name in ("evaluation", "before"))
     assert again == before
 
@@ -174,12 +180,12 @@ def test_figures_of_other_settings_are_not_the_evaluation_of_the_run(run: Run) -
     _, place = run(eval_split=0.4)
     written = (place / "evaluation.json").read_bytes()
     other = ("max_new_tokens=1", "kl_prompts=1")
-    assert evaluate(Request(str(place), overrides=other), Console())["policy"]["kl_sequence"] is not None
+    assert judged_json(Request(str(place), overrides=other), Console())["policy"]["kl_sequence"] is not None
     assert (place / "evaluation.json").read_bytes() == written
     (place / "evaluation.json").unlink()  # as a training that was stopped leaves it
     report = (place / "report.html").read_bytes()
     for overrides, dataset in ((other, None), ((), plan_dataset(place)), (("kl_prompts=1",), plan_dataset(place))):
-        evaluate(Request(str(place), overrides=overrides, dataset=dataset), Console())
+        judged_json(Request(str(place), overrides=overrides, dataset=dataset), Console())
         assert not (place / "evaluation.json").exists() and (place / "report.html").read_bytes() == report
 
 
@@ -190,24 +196,25 @@ def plan_dataset(place: Path) -> str:
 def test_a_plan_of_another_machine_judges_an_adapter_here(run: Run) -> None:
     """What that machine decided or had is decided anew, with --adapter as without."""
     _, place = run(eval_split=0.4)
-    here = evaluate(Request(str(place)), Console())
+    here = judged_json(Request(str(place)), Console())
     plan = json.loads((place / "plan.json").read_text(encoding="utf-8"))
     plan["config"] |= {"device": "cuda", "bf16": True}
     for sources in ({"device": "config", "bf16": "measured"}, {"device": "measured", "bf16": "measured"}):
         plan["sources"] |= sources
         (place / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
         assert (
-            evaluate(Request(str(place), place / "adapter", overrides=("bf16=false",)), Console())["policy"] == here["policy"]
+            judged_json(Request(str(place), place / "adapter", overrides=("bf16=false",)), Console())["policy"]
+            == here["policy"]
         )
 
 
-FIGURE = {"value": 0.7, "low": 0.6, "high": 0.8}
-JUDGED: dict[str, Any] = {
-    "policy": {"accuracy": FIGURE, "loss": FIGURE, "kl_sequence": None},
-    "base": {"logp_accuracy": FIGURE},
-    "gain": {"logp_accuracy": {"value": -0.1, "low": -0.2, "high": 0.0}},
-    "answer_tokens": {"policy": FIGURE, "base": FIGURE, "gain": FIGURE},
-}
+FIGURE = Interval(0.7, 0.6, 0.8)
+SIDES = Sides(
+    {"accuracy": FIGURE, "loss": FIGURE, "kl_sequence": None},
+    {"logp_accuracy": FIGURE},
+    {"logp_accuracy": Interval(-0.1, -0.2, 0.0)},
+)
+JUDGED = Evaluation("pairs", 2, 2, SIDES, answer_tokens=dict.fromkeys(("policy", "base", "gain"), FIGURE))
 
 
 @pytest.mark.parametrize(
@@ -229,13 +236,14 @@ JUDGED: dict[str, Any] = {
 )
 def test_limits(text: str, is_met: bool) -> None:
     (made,) = judged_by(parse(text), JUDGED)
-    assert made["ok"] is is_met and set(made) == {"metric", "limit", "value", "ok"}
+    assert made.ok is is_met and set(to_json(made)) == {"metric", "limit", "value", "ok"}
 
 
 def test_no_number_keeps_no_limit() -> None:
-    broken = {**JUDGED, "policy": {"accuracy": {"value": float("nan")}}}
-    assert [made["ok"] for made in judged_by(parse("accuracy>0,accuracy<1"), broken)] == [False, False]
-    assert [made["ok"] for made in judged_by(parse("accuracy>0"), {**JUDGED, "policy": None})] == [False]
+    nothing = Interval(math.nan, math.nan, math.nan)
+    broken = replace(JUDGED, sides=replace(SIDES, policy={"accuracy": nothing}))
+    assert [made.ok for made in judged_by(parse("accuracy>0,accuracy<1"), broken)] == [False, False]
+    assert [made.ok for made in judged_by(parse("accuracy>0"), replace(JUDGED, sides=None))] == [False]
 
 
 @pytest.mark.parametrize(
@@ -290,13 +298,15 @@ def test_what_does_not_go_together_in_a_vote(asked: dict[str, Any], says: str) -
 
 def test_votes_have_a_limit_too() -> None:
     request = VoteRequest(tally=Path("votes.json"), fail_under="win_rate=0.5")
-    assert judged_by(request.thresholds, {"win_rate": FIGURE})[0]["ok"] and OF_VOTES == ("win_rate",)
+    tally = Tally("run", "", "", None, 2, 0, 0, 1, 1, 0, FIGURE, 1.0)
+    assert judged_by(request.thresholds, tally)[0].ok and OF_VOTES == ("win_rate",)
+    assert not judged_by(request.thresholds, None)[0].ok
 
 
 def test_a_run_that_adapts_the_embedding_is_judged_as_it_was(run: Run) -> None:
     """PEFT then writes the base's embedding beside the adapter."""
     summary, place = run(target_modules=".*(q_proj|embed_tokens)", eval_split=0.4)
-    assert evaluate(Request(str(place)), Console())["policy"] == summary["eval"]
+    assert judged_json(Request(str(place)), Console())["policy"] == summary["eval"]
 
 
 def test_categories_by_the_hundred_are_told_as_twenty(run: Run, pairs_file: Callable[..., Path]) -> None:
@@ -330,7 +340,7 @@ def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
 
     monkeypatch.setattr(evaluation, "answers", watched)
     monkeypatch.setattr(evaluation, "sequence_kl", with_dice)
-    judged = evaluate(Request(str(place)), Console())
+    judged = judged_json(Request(str(place)), Console())
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
     policy = PeftModel.from_pretrained(base, str(place / "adapter")).eval()
     differences = []
@@ -389,7 +399,7 @@ def test_no_answer_goes_beyond_the_context(tokenizer: Any) -> None:
 def test_a_dataset_that_is_not_there_is_told(run: Run) -> None:
     _, place = run(eval_split=0)
     with pytest.raises(InvalidInput) as caught:
-        evaluate(Request(str(place), dataset="/nowhere/pairs.jsonl"), Console())
+        judged_json(Request(str(place), dataset="/nowhere/pairs.jsonl"), Console())
     assert any(problem.key == "dataset" and problem.severity == "error" for problem in caught.value.problems)
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from builders import conversation_pairs
+from builders import conversation_pairs, judged_json
 from conftest import made_row
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dpo_cli.app import app
-from dpo_cli.commands.eval import evaluate
 from dpo_cli.commands.export import Request, export, limit
 from dpo_cli.commands.requests import Request as Judged
 from dpo_cli.commands.train import train
@@ -26,6 +25,7 @@ from dpo_cli.errors import Exit, InvalidInput, RunFailed, UsageError
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.results.intervals import Interval
 from dpo_cli.runs.open_run import load_policy, open_run
 from dpo_cli.strategies.figures import FIGURES
 from dpo_cli.ui.console import Console
@@ -175,7 +175,7 @@ def test_a_4bit_run_is_merged_into_the_16_bit_base_and_the_difference_measured(t
     apart = (own - merged).abs()
     assert apart.max() > 1
     assert made["difference"] == pytest.approx({"mean": float(apart.mean()), "max": float(apart.max())}, abs=1e-3)
-    judged = evaluate(Judged(str(run)), Console())["policy"]
+    judged = judged_json(Judged(str(run)), Console())["policy"]
     for name in ("accuracy", "margin", "loss"):
         assert made["before"][name] == pytest.approx(judged[name], abs=1e-4)
     rewards = plan.config.beta * (merged - reference)
@@ -206,16 +206,16 @@ def test_a_worse_model_is_refused_and_nothing_is_left(
 
 def test_limits_by_hand() -> None:
     """A figure may be anywhere in the run's interval, and better than it; of 30 prompts all right, 3/30 may be lost."""
-    figure = {"value": 0.8, "low": 0.7, "high": 0.9}
+    figure = Interval(0.8, 0.7, 0.9)
     for value, ok in ((0.7, True), (0.95, True), (0.69, False)):
-        made = limit(FIGURES["accuracy"], figure, {"value": value}, 30)
-        assert (made["limit"], made["ok"], made["before"], made["value"]) == (0.7, ok, 0.8, value)
+        made = limit(FIGURES["accuracy"], figure, Interval(value, value, value), 30)
+        assert (made.limit, made.ok, made.before, made.value) == (0.7, ok, 0.8, value)
     for value, ok in ((0.9, True), (0.1, True), (0.91, False)):
-        assert limit(FIGURES["loss"], figure, {"value": value}, 30)["ok"] is ok
-    all_right = {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert limit(FIGURES["accuracy"], all_right, {"value": 0.91}, 30)["ok"]
-    assert not limit(FIGURES["accuracy"], all_right, {"value": 0.89}, 30)["ok"]
-    assert not limit(FIGURES["margin"], all_right, {"value": 0.99}, 30)["ok"]
+        assert limit(FIGURES["loss"], figure, Interval(value, value, value), 30).ok is ok
+    all_right = Interval(1.0, 1.0, 1.0)
+    assert limit(FIGURES["accuracy"], all_right, Interval(0.91, 0.9, 0.92), 30).ok
+    assert not limit(FIGURES["accuracy"], all_right, Interval(0.89, 0.88, 0.9), 30).ok
+    assert not limit(FIGURES["margin"], all_right, Interval(0.99, 0.98, 1.0), 30).ok
 
 
 def test_a_run_that_held_nothing_out_needs_a_file(trained: Train, tmp_path: Path) -> None:

@@ -137,6 +137,6 @@ def test_answer_tokens_by_hand() -> None:
     both = [(10, 5), (20, 10), (60, 30)]
     made = answer_tokens([Sample("p", Answer("", base, True), Answer("", adapter, True)) for base, adapter in both])
     assert made is not None and list(made) == ["base", "policy", "gain"]
-    assert [made[name]["value"] for name in made] == pytest.approx([30, 15, -15])
-    assert (made["gain"]["low"], made["gain"]["high"]) == pytest.approx((-30, -5))
+    assert [made[name].value for name in made] == pytest.approx([30, 15, -15])
+    assert (made["gain"].low, made["gain"].high) == pytest.approx((-30, -5))
     assert answer_tokens([]) is None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import line_of
 from conftest import ROOT, made_row
 
 from dpo_cli.commands.train import train
@@ -96,7 +97,7 @@ def test_rewards_of_exactly_0_are_seen_in_few_steps(tmp_path: Path) -> None:
         (1, 3, {**still, "step": 2}, ["no-movement"]),
     ]:
         made = plan(tmp_path, max_steps=count, warmup_ratio=0.0, **({"warmup_steps": warmup} if warmup else {}))
-        course = Course(made, steps(count, margin=0.0, **still), evaluation)
+        course = Course(made, steps(count, margin=0.0, **still), line_of(**evaluation) if evaluation else None)
         assert spoken(course) == rules, (warmup, count, evaluation)
     moved = [*steps(1, **still), *steps(1, reward_chosen=0.001)]
     assert spoken(Course(plan(tmp_path, max_steps=2, warmup_ratio=0.0), moved)) == []
@@ -131,7 +132,7 @@ def test_chance_is_no_warning(tmp_path: Path) -> None:
 def test_an_infinite_gradient_of_fp16_is_its_scaler_at_work(tmp_path: Path) -> None:
     for fp16, rules in [(False, ["not-finite"]), (True, [])]:
         course = Course(plan(tmp_path, fp16=fp16), steps(3))
-        course.line = {"grad_norm": math.inf}
+        course.line = line_of(grad_norm=math.inf)
         assert spoken(course) == rules
 
 
@@ -141,8 +142,8 @@ def test_all_right_is_memory_only_where_nothing_held_out_says_otherwise(tmp_path
     right = steps(20, accuracy=lambda i: float(i > 9))
     assert spoken(Course(made, right)) == ["all-right-early"]
     assert spoken(Course(made, right[:19])) == []
-    assert spoken(Course(made, right, {"accuracy": 0.85})) == ["all-right-early"]
-    assert spoken(Course(made, right, {"accuracy": 0.95})) == []
+    assert spoken(Course(made, right, line_of(accuracy=0.85))) == ["all-right-early"]
+    assert spoken(Course(made, right, line_of(accuracy=0.95))) == []
 
 
 def test_a_dataset_of_one_step_is_learned_by_heart_at_once(tmp_path: Path) -> None:
@@ -158,7 +159,7 @@ def test_a_long_training_takes_no_more_memory(tmp_path: Path) -> None:
 
 def test_max_kl_is_a_limit_on_what_was_sampled(tmp_path: Path) -> None:
     for limit, kl, rules in [(10, 10.0, []), (10, 10.1, ["kl"]), (3, 4.0, ["kl"]), (None, 99.0, []), (10, None, [])]:
-        course = Course(plan(tmp_path, max_kl=limit), steps(6), {"accuracy": 0.9, "kl_sequence": kl})
+        course = Course(plan(tmp_path, max_kl=limit), steps(6), line_of(accuracy=0.9, kl_sequence=kl))
         assert spoken(course) == rules, (limit, kl)
 
 

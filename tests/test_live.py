@@ -15,13 +15,14 @@ from typing import Any
 import pyte
 import pytest
 import torch
+from builders import line_of
 from rich.console import Console as RichConsole
 
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
-from dpo_cli.training.callbacks.health_rules import Event
+from dpo_cli.results.summary import Event, Line
 from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.trainer import Totals
 from dpo_cli.ui.console import Console
@@ -58,16 +59,16 @@ class Terminal:
         self.console.out.size = (columns, rows)  # type: ignore[assignment]
 
 
-def lines_of(steps: int, every: int) -> list[dict[str, Any]]:
+def lines_of(steps: int, every: int) -> list[Line]:
     """The lines of a run that is evaluated now and then; its third step has a loss that is NaN."""
-    lines: list[dict[str, Any]] = []
+    lines: list[Line] = []
     for step in range(1, steps + 1):
-        line = {"split": "train", "step": step, "loss": 0.7 - step / 100, "accuracy": 0.5, "margin": step / 10}
-        line |= {"tokens": 800 * step, "tokens_per_second": 100.0, "peak_memory_gb": 4.9}
-        lines.append({**line, "loss": math.nan} if step == 3 else line)
+        figures = {"loss": 0.7 - step / 100, "accuracy": 0.5, "margin": step / 10}
+        figures |= {"tokens": 800 * step, "tokens_per_second": 100.0, "peak_memory_gb": 4.9}
+        lines.append(line_of(step=step, **(figures | {"loss": math.nan} if step == 3 else figures)))
         if step % every == 0:
-            judged = {"split": "eval", "step": step, "loss": 0.6, "accuracy": 0.75, "margin": 0.4, "peak_memory_gb": 4.9}
-            lines.append({**judged, "kl_token": step / 100, "kl_sequence": float(step)})
+            judged = {"loss": 0.6, "accuracy": 0.75, "margin": 0.4, "peak_memory_gb": 4.9}
+            lines.append(line_of(split="eval", step=step, **judged, kl_token=step / 100, kl_sequence=float(step)))
     return lines
 
 
@@ -147,8 +148,8 @@ def test_colours_are_left_out_where_they_are_not_wanted() -> None:
 def test_demonstrations_have_figures_of_their_own() -> None:
     terminal = Terminal(60, 20)
     with LiveView(terminal.console, 20, 2.83, clock=lambda: 0.0) as view:
-        line = {"split": "train", "step": 1, "loss": None, "token_accuracy": 0.25, "peak_memory_gb": 1.0}
-        view.show(line | {"tokens": 10, "tokens_per_second": 5.0})  # the loss as metrics.jsonl has one that is NaN
+        figures = {"loss": None, "token_accuracy": 0.25, "peak_memory_gb": 1.0}
+        view.show(line_of(**figures, tokens=10, tokens_per_second=5.0))  # the loss as metrics.jsonl has one that is NaN
     shown = [line for line in terminal.play() if line]
     assert [line.split() for line in shown[1:]] == [
         ["loss", "nan"],
@@ -177,14 +178,14 @@ def test_time_left_counts_the_evaluations_on_the_way() -> None:
     pace = Pace(now=0.0)  # loading takes 100 s, which is no training
     assert pace.left(100, 50.0) is None
     for step in range(1, 11):
-        pace.see({"split": "train", "step": step, "tokens": 50 * step, "tokens_per_second": 25.0}, 100.0 + 2 * step)
+        pace.see(line_of(split="train", step=step, tokens=50 * step, tokens_per_second=25.0), 100.0 + 2 * step)
     assert pace.left(100, 120.0) == 180
-    pace.see({"split": "eval", "step": 10}, 150.0)
+    pace.see(line_of(split="eval", step=10), 150.0)
     assert pace.left(100, 150.0) == 450
     assert pace.left(100, 151.0) == 449  # it counts down between lines
-    pace.see({"split": "train", "step": 20, "tokens": 1000, "tokens_per_second": 25.0}, 170.0)
+    pace.see(line_of(split="train", step=20, tokens=1000, tokens_per_second=25.0), 170.0)
     assert pace.left(100, 170.0) == 80 * 2 + 9 * 30  # the one of step 20 is still to come
-    pace.see({"split": "eval", "step": 20}, 200.0)
+    pace.see(line_of(split="eval", step=20), 200.0)
     assert pace.left(100, 200.0) == 80 * 2 + 8 * 30
     assert pace.left(100, 9999.0) == 0
 
@@ -192,9 +193,9 @@ def test_time_left_counts_the_evaluations_on_the_way() -> None:
 def test_time_left_where_evaluations_fall_between_lines() -> None:
     """Steps of 2 s and 50 tokens; a line every 10 and an evaluation of 30 s every 15, which is on the way once more."""
     pace = Pace(now=0.0)
-    pace.see({"split": "train", "step": 10, "tokens": 500, "tokens_per_second": 25.0}, 20.0)
-    pace.see({"split": "eval", "step": 15}, 60.0)
-    pace.see({"split": "train", "step": 20, "tokens": 1000, "tokens_per_second": 25.0}, 70.0)
+    pace.see(line_of(split="train", step=10, tokens=500, tokens_per_second=25.0), 20.0)
+    pace.see(line_of(split="eval", step=15), 60.0)
+    pace.see(line_of(split="train", step=20, tokens=1000, tokens_per_second=25.0), 70.0)
     assert pace.left(30, 70.0) == 10 * 2 + 30
 
 
@@ -215,7 +216,7 @@ def test_the_time_left_is_read_while_lines_come() -> None:
     drawing = threading.Thread(target=draw)
     drawing.start()
     for step in range(1, 5001):
-        pace.see({"split": "train", "step": step, "tokens": step, "tokens_per_second": 1.0}, float(step))
+        pace.see(line_of(split="train", step=step, tokens=step, tokens_per_second=1.0), float(step))
     ended.set()
     drawing.join()
     sys.setswitchinterval(interval)
@@ -239,7 +240,7 @@ def test_an_evaluation_between_two_lines_is_no_time_of_training(monkeypatch: pyt
         if step == 3:
             now += 60
             record.on_log(args, state, control, {"eval_loss": 0.5})
-    assert [line.get("tokens_per_second") for line in lines] == [20.0, None, 20.0]
+    assert [line.figures.get("tokens_per_second") for line in lines] == [20.0, None, 20.0]
 
 
 def test_sparklines_by_hand() -> None:

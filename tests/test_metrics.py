@@ -16,6 +16,7 @@ from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation.bootstrap import Intervals
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.providers.policy import Policy
+from dpo_cli.results.intervals import Interval
 from dpo_cli.scoring import forward, shared_prompts
 
 # Pair 1: pi = (-10, -12), ref = (-11, -10), tokens (5, 2). Pair 2: pi = (-8, -6), ref = (-8, -6), tokens (4, 2).
@@ -38,7 +39,7 @@ def test_figures_by_hand() -> None:
     normalized: policy -2 > -6 yes, -2 > -3 yes: 1; base -2.2 > -5 yes, yes: 1. Gain 0.
     """
     made = figures(SCORES, ["a", "b"], 0.1)
-    values = {group: {k: f["value"] for k, f in made[group].items() if f} for group in ("policy", "base", "gain")}
+    values = {side: {k: f.value for k, f in made.of(side).items() if f} for side in ("policy", "base", "gain")}
     loss = (math.log(1 + math.exp(-0.3)) + math.log(2)) / 2
     assert values["policy"] == pytest.approx(
         {"accuracy": 0.75, "margin": 0.15, "loss": loss, "kl_token": 1.6 / 13}
@@ -56,9 +57,9 @@ def test_interval_draws_whole_prompts() -> None:
     """Four pairs of one prompt are one observation: with one prompt the interval is the value itself."""
     values = np.array([1.0, 0, 1, 0])
     one = Intervals(["a"] * 4).of((values, np.ones(4)))
-    assert one == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert one == Interval(0.5, 0.5, 0.5)
     four = Intervals(list("abcd")).of((values, np.ones(4)))
-    assert four["low"] == 0 and four["high"] == 1
+    assert four.low == 0 and four.high == 1
 
 
 def test_interval_covers_a_known_mean() -> None:
@@ -68,7 +69,7 @@ def test_interval_covers_a_known_mean() -> None:
     for _ in range(100):
         values = draws.random(50)
         made = Intervals([str(i) for i in range(50)]).of((values, np.ones(50)))
-        covered += made["low"] <= 0.5 <= made["high"]
+        covered += made.low <= 0.5 <= made.high
     assert 85 <= covered <= 100
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from builders import judged_json
 from conftest import Run, made_row
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from dpo_cli.commands.eval import evaluate
 from dpo_cli.commands.requests import Request
 from dpo_cli.config.config import load
 from dpo_cli.data.rows import to_pair
@@ -33,10 +33,10 @@ def test_an_evaluation_set_is_judged_and_the_whole_dataset_trained_on(run: Run, 
     summary, place = run(eval_dataset=str(others))
     counts = json.loads((place / "plan.json").read_text(encoding="utf-8"))["counts"]
     assert (counts["train_pairs"], counts["eval_pairs"], counts["eval_prompts"]) == (24, 5, 5)
-    judged = evaluate(Request(str(place)), Console())
+    judged = judged_json(Request(str(place)), Console())
     assert judged["pairs"] == 5
     assert judged["policy"]["margin"]["value"] == pytest.approx(summary["eval"]["margin"]["value"], abs=1e-6)
-    assert evaluate(Request(str(place), dataset=str(tmp_path / "pairs.jsonl")), Console())["pairs"] == 24
+    assert judged_json(Request(str(place), dataset=str(tmp_path / "pairs.jsonl")), Console())["pairs"] == 24
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "sgd"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -29,6 +30,8 @@ from dpo_cli.report import comparison, curves
 from dpo_cli.report.render import PAGES, report, write_comparison
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import MOST_POINTS, Curve, Plot, histogram, mark_text, thinned, ticks
+from dpo_cli.results.intervals import Figures, Interval, Sides
+from dpo_cli.results.summary import Event, Line
 from dpo_cli.runs.manifest import manifest
 from dpo_cli.storage.run_directory import REPORT, RunDirectory
 from dpo_cli.strategies import verdict as verdicts
@@ -48,26 +51,22 @@ def verdict(outcome: Outcome, strategy: Strategy = DPO) -> Verdict:
     return verdicts.verdict(outcome, strategy.read)
 
 
-def figure(value: float, low: float, high: float) -> dict[str, float]:
-    return {"value": value, "low": low, "high": high}
-
-
-def judged_pairs(margin: float, gain: float, kl_sequence: float | None) -> dict[str, Any]:
+def judged_pairs(margin: float, gain: float, kl_sequence: float | None) -> Sides:
     """An evaluation with intervals of 0.1 to both sides."""
-    kl = None if kl_sequence is None else figure(kl_sequence, kl_sequence - 0.1, kl_sequence + 0.1)
-    policy = {
-        "accuracy": figure(0.988, 0.963, 1.0),
-        "margin": figure(margin, margin - 0.1, margin + 0.1),
-        "loss": figure(0.325, 0.3, 0.35),
-        "kl_token": figure(0.0456, 0.04, 0.05),
+    kl = None if kl_sequence is None else Interval(kl_sequence, kl_sequence - 0.1, kl_sequence + 0.1)
+    policy: Figures = {
+        "accuracy": Interval(0.988, 0.963, 1.0),
+        "margin": Interval(margin, margin - 0.1, margin + 0.1),
+        "loss": Interval(0.325, 0.3, 0.35),
+        "kl_token": Interval(0.0456, 0.04, 0.05),
         "kl_sequence": kl,
     }
-    return {"policy": policy, "gain": {"logp_accuracy": figure(gain, gain - 0.1, gain + 0.1)}}
+    return Sides(policy, {}, {"logp_accuracy": Interval(gain, gain - 0.1, gain + 0.1)})
 
 
-WARNING = {"rule": "kl", "action": "warn", "step": 3, "message": "far", "remedy": "less"}
-NOTE = {**WARNING, "action": "note"}
-STOP = {**WARNING, "action": "stop", "message": "loss of step 3 is not finite"}
+WARNING = Event("kl", "warn", 3, "far", "less")
+NOTE = replace(WARNING, action="note")
+STOP = replace(WARNING, action="stop", message="loss of step 3 is not finite")
 HEAD = "The adapter prefers the chosen response in 98.8 % [96, 100] of 85 held-out pairs, "
 MARGIN = "by a margin of 1.400 [1.300, 1.500] at a loss of 0.325"
 
@@ -141,9 +140,13 @@ def test_the_limit_of_the_config_decides_what_is_far() -> None:
 )
 def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told: str) -> None:
     """Of a loss, less is better."""
-    policy = {"loss": figure(1.3, 1.2, 1.4), "token_accuracy": figure(0.611, 0.59, 0.63), "kl_token": figure(0.3, 0.2, 0.4)}
-    gain = {"loss": figure(loss, loss - 0.1, loss + 0.1), "token_accuracy": figure(0.05, 0.03, 0.07)}
-    said = verdict(Outcome("completed", 58, {"policy": policy, "gain": gain}, 20, 20), SFT)
+    policy: Figures = {
+        "loss": Interval(1.3, 1.2, 1.4),
+        "token_accuracy": Interval(0.611, 0.59, 0.63),
+        "kl_token": Interval(0.3, 0.2, 0.4),
+    }
+    gain: Figures = {"loss": Interval(loss, loss - 0.1, loss + 0.1), "token_accuracy": Interval(0.05, 0.03, 0.07)}
+    said = verdict(Outcome("completed", 58, Sides(policy, {}, gain), 20, 20), SFT)
     assert (said.tone, said.title) == (tone, title)
     assert said.sentence == (
         f"On 20 held-out demonstrations the adapter's loss is 1.300 [1.200, 1.400] nats per token, {told}; it finds 61.1 % "
@@ -210,7 +213,7 @@ def test_an_unhealthy_run_that_was_judged_all_the_same_is_not_good() -> None:
 
 def test_a_loss_that_is_not_finite_is_told() -> None:
     judged = judged_pairs(1.4, 0.2, None)
-    judged["policy"]["loss"] = {"value": None, "low": None, "high": None}
+    judged.policy["loss"] = Interval(math.nan, math.nan, math.nan)
     said = verdict(Outcome("completed", 3, judged, 85, 40))
     told = "The training finished all of its 3 steps; on held-out rows its loss is not finite, so the adapter is broken."
     assert (said.tone, said.sentence) == ("bad", told)
@@ -411,9 +414,10 @@ def test_another_loss_than_dpos_own_is_drawn_apart(trained: Path) -> None:
 
 def test_a_figure_that_is_not_finite_has_no_interval(trained: Path) -> None:
     run = Contents.read(trained)
-    assert run.summary is not None
-    nothing = {"value": None, "low": None, "high": None}
-    broken = replace(run, summary={**run.summary, "eval": dict.fromkeys(run.summary["eval"], nothing)})
+    assert run.summary is not None and run.summary.sides is not None
+    nothing = Interval(math.nan, math.nan, math.nan)
+    sides = replace(run.summary.sides, policy=dict.fromkeys(run.summary.sides.policy, nothing))
+    broken = replace(run, summary=replace(run.summary, sides=sides))
     assert report(broken).count("<dd>not finite</dd></div>") == 4  # accuracy, margin, loss, KL: and nothing after it
 
 
@@ -449,8 +453,8 @@ def test_a_run_of_sft_has_its_own_figures(run: Run, copied: Path) -> None:
 def test_a_long_run_has_a_small_page(trained: Path) -> None:
     """100,000 lines, of which every one differs."""
     run = Contents.read(trained)
-    names = [name for name, value in run.lines[0].items() if isinstance(value, float)]
-    many = [{**run.lines[0], "step": i, **dict.fromkeys(names, (i * 0.618034) % 1)} for i in range(1, 100_001)]
+    names = [name for name, value in run.lines[0].figures.items() if isinstance(value, float)]
+    many = [Line("train", i, 0.0, run.lines[0].figures | dict.fromkeys(names, (i * 0.618034) % 1)) for i in range(1, 100_001)]
     assert len(report(replace(run, lines=many)).encode()) < 300_000
 
 

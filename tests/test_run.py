@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders import judged_json
 from safetensors.torch import load_file
 from test_forward import rejected_sees_chosen
 
-from dpo_cli.commands.eval import evaluate
 from dpo_cli.commands.requests import Request
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
@@ -82,11 +82,11 @@ def test_an_evaluation_checks_again(
 ) -> None:
     """The plan keeps what was decided on its machine; another machine, or another version of a library, may be different."""
     assert run("shared")["scoring"]["shared"] is True
-    right = evaluate(Request(str(tmp_path / "shared")), Console())
+    right = judged_json(Request(str(tmp_path / "shared")), Console())
     lay_out = shared_prompts.lay_out
     monkeypatch.setattr(shared_prompts, "lay_out", lambda *rows: rejected_sees_chosen(lay_out(*rows)))
     capsys.readouterr()
-    checked = evaluate(Request(str(tmp_path / "shared")), Console())
+    checked = judged_json(Request(str(tmp_path / "shared")), Console())
     assert "each prompt twice" in capsys.readouterr().out
     for name, figure in checked["policy"].items():
         assert figure is None or figure["value"] == pytest.approx(right["policy"][name]["value"], abs=1e-3)

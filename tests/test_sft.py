@@ -22,6 +22,7 @@ from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Demonstration, to_demonstration
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
+from dpo_cli.results.intervals import required
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.oom import run_in_parts
 from dpo_cli.training.callbacks.metrics_log import Record
@@ -128,8 +129,8 @@ def test_it_learns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     trainer.train()
     made = score_rows(trainer.policy, rows, forward.plain_states, tokenizer.pad_token_id, 2, torch.float32)
     judged = figures(made, [row.row.prompt_key for row in rows], 0.1)
-    assert judged["gain"]["loss"]["high"] < 0 < judged["gain"]["token_accuracy"]["low"]
-    assert point_figures(made, 0.1)["loss"] == pytest.approx(judged["policy"]["loss"]["value"])
+    assert required(judged.gain, "loss").high < 0 < required(judged.gain, "token_accuracy").low
+    assert point_figures(made, 0.1)["loss"] == pytest.approx(required(judged.policy, "loss").value)
 
 
 def test_halves_of_a_sum_add_up() -> None:
@@ -159,7 +160,7 @@ def test_figures_of_demonstrations_by_hand() -> None:
         kl=np.array([[0.5], [0.0]]),
     )
     made = figures(scores, ["a", "b"], 0.1)
-    values = {group: {k: f["value"] for k, f in made[group].items() if f} for group in ("policy", "base", "gain")}
+    values = {side: {k: f.value for k, f in made.of(side).items() if f} for side in ("policy", "base", "gain")}
     assert values["policy"] == pytest.approx({"loss": 1.8, "token_accuracy": 0.6, "kl_token": 0.1})
     assert values["base"] == pytest.approx({"loss": 2.2, "token_accuracy": 0.4})
     assert values["gain"] == pytest.approx({"loss": -0.4, "token_accuracy": 0.2})

@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 from dpo_cli.app import app
 from dpo_cli.errors import InvalidInput
 from dpo_cli.preferences import votes
+from dpo_cli.results.codec import to_json
+from dpo_cli.results.intervals import Interval
 
-ORIGIN = {"run": "quickstart", "adapter_sha256": "ab" * 32, "criterion": "clearer"}
+ORIGIN: votes.Origin = {"run": "quickstart", "adapter_sha256": "ab" * 32, "criterion": "clearer"}
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Why?"},
@@ -36,14 +38,14 @@ ANSWERS = [
 ]
 
 
-def made(answers: list[Any] = ANSWERS, seed: int = 1) -> dict[str, Any]:
+def made(answers: list[Any] = ANSWERS, seed: int = 1) -> votes.Document:
     return votes.unvoted(ORIGIN, answers, seed)
 
 
-def voted(*winners: str | None) -> dict[str, Any]:
+def voted(*winners: votes.Winner | None) -> votes.Document:
     document = made([(f"question {i}", "a", "b") for i in range(len(winners))])
     for vote, winner in zip(document["votes"], winners, strict=True):
-        vote |= {"winner": winner, "by": winner and "human"}
+        vote["winner"], vote["by"] = winner, winner and "human"
     return document
 
 
@@ -56,11 +58,18 @@ def written(tmp_path: Path, document: Any) -> Path:
 def test_a_tally_by_hand() -> None:
     """6 wins, 1 loss, 1 tie: (6 + 1/2) / 8 = 0.8125. Sign test of 1 of 7: 2 (1 + 7) / 2^7 = 0.125. Two are not voted yet."""
     counted = votes.tally(voted(*["adapter"] * 6, "base", "tie", None, None))
-    assert [counted[name] for name in ("prompts", "missing", "wins", "losses", "ties", "same_text")] == [10, 2, 6, 1, 1, 0]
-    assert counted["win_rate"]["value"] == 0.8125
-    assert 0.4 < counted["win_rate"]["low"] < 0.8125 < counted["win_rate"]["high"] == 1.0
-    assert counted["sign_test"] == 0.125
-    assert votes.tally(voted("adapter"))["win_rate"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert [getattr(counted, name) for name in ("prompts", "missing", "wins", "losses", "ties", "same_text")] == [
+        10,
+        2,
+        6,
+        1,
+        1,
+        0,
+    ]
+    assert counted.win_rate.value == 0.8125
+    assert 0.4 < counted.win_rate.low < 0.8125 < counted.win_rate.high == 1.0
+    assert counted.sign_test == 0.125
+    assert votes.tally(voted("adapter")).win_rate == Interval(1.0, 1.0, 1.0)
 
 
 def test_the_sign_test_by_hand() -> None:
@@ -112,7 +121,7 @@ def test_a_tally_on_the_command_line_needs_no_run_and_no_torch(tmp_path: Path, c
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert json.loads(done.stdout) == {**votes.tally(voted("adapter", "tie", None)), "thresholds": []}
+    assert json.loads(done.stdout) == {**to_json(votes.tally(voted("adapter", "tie", None))), "thresholds": []}
     assert "note: 1 of 3 prompts have no vote yet" in done.stderr
     assert CliRunner().invoke(app, [command, "--tally", str(place), "--fail-under", "win_rate>0.75"]).exit_code == 5
     told = CliRunner().invoke(app, [command, "--tally", str(tmp_path / "gone.json")])
@@ -157,7 +166,7 @@ def seen(page: Page) -> tuple[str, list[str]]:
     return page.js("[heading.innerText, [...document.querySelectorAll('#ask .text')].map((text) => text.textContent)]")
 
 
-def downloaded(page: Page, folder: Path) -> dict[str, Any]:
+def downloaded(page: Page, folder: Path) -> votes.Document:
     """What the page saves, once the browser has written it."""
     place = folder / "votes.json"
     place.unlink(missing_ok=True)
@@ -194,8 +203,8 @@ def test_votes_by_keyboard_and_button_reach_the_file(page: Page, tmp_path: Path)
     assert saved == document and votes.count(tmp_path / "votes.json") == votes.tally(document)
     assert {vote["by"] for vote in saved["votes"]} == {"human", "same text"}
     page.click("#end [data-does=show]")
-    wins, losses, ties = (votes.tally(document)[name] for name in ("wins", "losses", "ties"))
-    assert page.js("result.innerText.match(/[0-9]+$/gm).map(Number)") == [wins, losses, ties]
+    counted = votes.tally(document)
+    assert page.js("result.innerText.match(/[0-9]+$/gm).map(Number)") == [counted.wins, counted.losses, counted.ties]
     page.press("Backspace")
     assert page.js("at") == 9  # who has seen the result votes no more
     assert page.console == [] and len(page.requests) == 1
@@ -209,7 +218,7 @@ def test_a_reload_loses_nothing_and_back_goes_back(page: Page, tmp_path: Path) -
     page.press("1")
     page.reload()
     assert page.js("[at, marks.slice(0, 4), progress.value]") == [3, ["1", "1", "tie", None], 3]
-    assert votes.tally(downloaded(page, tmp_path))["missing"] == 6
+    assert votes.tally(downloaded(page, tmp_path)).missing == 6
     page.call("Input.dispatchKeyEvent", type="keyDown", key="1", autoRepeat=True)
     page.call("Input.dispatchKeyEvent", type="keyDown", key="1", modifiers=2)
     assert page.js("at") == 3  # a key held down votes once, and Ctrl+1 is the browser's
@@ -221,7 +230,7 @@ def test_a_browser_that_keeps_nothing_says_so_and_votes_all_the_same(page: Page,
     page.reload()
     page.press("1")
     assert "does not keep them: save before you close" in page.js("document.querySelector('#status').innerText")
-    assert votes.tally(downloaded(page, tmp_path))["missing"] == 8
+    assert votes.tally(downloaded(page, tmp_path)).missing == 8
     assert page.js("document.querySelector('#status').innerText") == "1 of 9 voted. Saved."
     assert page.console == []
 
@@ -233,7 +242,7 @@ def test_nothing_is_asked_where_all_answers_are_the_same(page: Page, tmp_path: P
     page.press("1", "Backspace")
     assert page.js("heading.innerText") == "Nothing to ask: all answers are the same text"
     assert downloaded(page, tmp_path) == document
-    assert votes.tally(document)["win_rate"] == {"value": 0.5, "low": 0.5, "high": 0.5}
+    assert votes.tally(document).win_rate == Interval(0.5, 0.5, 0.5)
     assert page.console == []
 
 
@@ -276,7 +285,7 @@ def test_a_run_is_put_before_a_judge(run: Run, endpoint: Endpoint, monkeypatch: 
     orders = [order for vote in open_ones for order in ((vote["adapter"], vote["base"]), (vote["base"], vote["adapter"]))]
     assert asked == orders
     result, document = json.loads(done.stdout)["side_by_side"], votes.read(place / "votes.json")
-    assert result["tally"] == votes.tally(document) and result["prompts"] == len(document["votes"]) == 5
+    assert result["tally"] == to_json(votes.tally(document)) and result["prompts"] == len(document["votes"]) == 5
     assert "all there are; 99 were asked for" in done.stderr
     assert document["judge"] == {"url": f"{endpoint.url}/chat/completions", "model": "judge-1"}
     for vote in document["votes"]:
