@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from dpo_cli.report.curves import KINDS, levels
 from dpo_cli.report.run_data import Contents
@@ -16,7 +15,7 @@ from dpo_cli.strategies.figures import FIGURES
 PLACES = {"output_dir"}  # differ between any two runs, and say nothing
 
 
-def compared(runs: Sequence[Contents]) -> dict[str, Any]:
+def compared(runs: Sequence[Contents]) -> dict[str, object]:
     """What the page of a comparison shows."""
     names = distinct_names(runs)
     by_strategy: dict[str, list[int]] = {}
@@ -114,13 +113,13 @@ def warnings(runs: Sequence[Contents]) -> list[str]:
     return found
 
 
-def differ(runs: Sequence[Contents], what: Callable[[Contents], Any]) -> bool:
+def differ(runs: Sequence[Contents], what: Callable[[Contents], object]) -> bool:
     return len({json_text(what(run)) for run in runs}) > 1
 
 
 def _held_out_otherwise(runs: Sequence[Contents]) -> list[str]:
     """In what the held-out sets differ, in words: in their own files, or in what a share of the dataset follows from."""
-    decides: dict[str, Callable[[Contents], Any]]
+    decides: dict[str, Callable[[Contents], object]]
     if any(run.config.get("eval_dataset") for run in runs):
         decides = {"eval_dataset": _eval_files}
     else:
@@ -133,7 +132,7 @@ def _held_out_otherwise(runs: Sequence[Contents]) -> list[str]:
     return [name for name, what in decides.items() if differ(runs, what)]
 
 
-def _eval_files(run: Contents) -> Any:
+def _eval_files(run: Contents) -> object:
     """The hashes of the files of eval_dataset; of a run that noted none, their paths."""
     hashes = run.manifest.get("eval_dataset")
     return run.config.get("eval_dataset") if hashes is None else sorted(hashes.values())

@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -69,7 +68,7 @@ def report(run: Contents) -> str:
     )
 
 
-def _page(template: str, **content: Any) -> str:
+def _page(template: str, **content: object) -> str:
     return _environment().get_template(template).render(content)
 
 
@@ -99,7 +98,7 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _place(problem: dict[str, Any]) -> str:
+def _place(problem: dict[str, str | None]) -> str:
     """file:line of a finding, where it has one."""
     parts = [Path(problem["file"]).name if problem["file"] else None, problem["line"]]
     place = ":".join(str(part) for part in parts if part is not None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import DIGITS
-from dpo_cli.results.intervals import required
+from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.summary import Memory
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.strategies.figures import FIGURES, Told, number
@@ -31,30 +32,52 @@ def tiles(run: Contents) -> list[tuple[str, Told]]:
     ]
 
 
-def against(run: Contents) -> list[dict[str, Any]]:
-    """The rows of the table of base, adapter and gain; the whisker is drawn where the gain is a number."""
+@dataclass(frozen=True)
+class ComparedFigure:
+    """A row of the table of base, adapter and gain; with a whisker where the gain is a number."""
+
+    label: str
+    base: Told | None
+    policy: Told
+    gain: Told | None
+    whisker: Interval | None
+    good: bool  # whether more of it is better
+
+
+def against(run: Contents) -> list[ComparedFigure]:
+    """The rows of that table."""
     assert run.judged is not None
-    sides = run.judged
-    rows: list[dict[str, Any]] = []
-    for name, term in FIGURES.items():
+    sides, rows = run.judged, []
+    for name, figure in FIGURES.items():
         if (policy := sides.policy.get(name)) is None:
             continue
         base, gain = sides.base.get(name), sides.gain.get(name)
-        row: dict[str, Any] = {
-            "label": term.label,
-            "base": term.text(base) if base else "",
-            "policy": term.text(policy),
-        }
-        row |= {"gain": term.gain(gain) if gain else "", "whisker": gain if gain and gain.is_finite else None}
-        rows.append({**row, "good": term.is_better_large})
+        row = ComparedFigure(
+            figure.label,
+            figure.text(base) if base else None,
+            figure.text(policy),
+            figure.gain(gain) if gain else None,
+            gain if gain and gain.is_finite else None,
+            figure.is_better_large,
+        )
+        rows.append(row)
     if run.evaluation and (tokens := run.evaluation.answer_tokens):
-        row = {"label": "answer tokens"} | {side: number(tokens[side], digits=1) for side in ("base", "policy")}
-        rows.append({**row, "gain": number(tokens["gain"], signed=True, digits=1), "whisker": None, "good": True})
+        gained = number(tokens["gain"], signed=True, digits=1)
+        before, after = (number(tokens[side], digits=1) for side in ("base", "policy"))
+        rows.append(ComparedFigure("answer tokens", before, after, gained, None, good=True))
     return rows
 
 
-def categories(run: Contents) -> dict[str, Any] | None:
-    """A line for each category of the held-out rows, where they have some."""
+@dataclass(frozen=True)
+class ByCategory:
+    """A line for each category of the held-out rows: its name, its rows, and its figures under these names."""
+
+    names: Sequence[str]
+    rows: Sequence[tuple[str, int, Sequence[Told]]]
+
+
+def categories(run: Contents) -> ByCategory | None:
+    """Where the held-out rows have categories."""
     if run.evaluation is None or not run.evaluation.categories:
         return None
     shown, gained = run.method.shown, run.method.gains[0]
@@ -63,7 +86,7 @@ def categories(run: Contents) -> dict[str, Any] | None:
         assert part.sides is not None
         figures = [FIGURES[figure].text(required(part.sides.policy, figure)) for figure in shown]
         rows.append((name, part.count, [*figures, FIGURES[gained].gain(required(part.sides.gain, gained))]))
-    return {"names": [*(FIGURES[name].label for name in shown), f"gain in {FIGURES[gained].label}"], "rows": rows}
+    return ByCategory([*(FIGURES[name].label for name in shown), f"gain in {FIGURES[gained].label}"], rows)
 
 
 def data(run: Contents) -> list[tuple[str, str]]:
@@ -90,7 +113,16 @@ def data(run: Contents) -> list[tuple[str, str]]:
     return rows
 
 
-def bill(run: Contents) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class MemoryTable:
+    """The memory bill: each part with its size, GB, and the width of its bar."""
+
+    parts: Sequence[tuple[str, str, float]]
+    total: str
+    about: str
+
+
+def bill(run: Contents) -> MemoryTable | None:
     """The memory bill, beside what was measured."""
     memory = run.plan["memory"]
     if memory is None:
@@ -108,7 +140,7 @@ def bill(run: Contents) -> dict[str, Any] | None:
         what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, with what malloc keeps"
         measured, billed = known.measured_gb, known.predicted_gb
         about += f" Measured: {measured:.2f} GB ({what}) against {billed:.2f} billed for that, {measured / billed:.2f}x."
-    return {"parts": parts, "total": f"{memory['total_gb']:.2f}", "about": about}
+    return MemoryTable(parts, f"{memory['total_gb']:.2f}", about)
 
 
 GIVEN = {"config": "config", "override": "command line"}

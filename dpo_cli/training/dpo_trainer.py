@@ -14,12 +14,12 @@ What is overridden, and why (tests/test_dpo.py fails when TRL moves any of it):
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
@@ -73,8 +73,8 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
     loss_weights: list[float]
     sft_weight = 0.0  # of the loss that is averaged over tokens
 
-    def take_over(self, states: forward.States, *args: Any) -> None:
-        super().take_over(states, *args)
+    def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
+        super().take_over(states, totals, run_evaluation, tell)
         self.reference: Reference = LiveReference(self.policy, states)
         self.precompute_ref_logps = True
         # TRL's loop leaves out the loss that is averaged over tokens: `compute_loss` adds it.
@@ -90,10 +90,12 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         here = torch.tensor([[pairs, tokens]], device=self.args.device)
         return StepSize(*self.accelerator.gather(here).sum(dim=0).tolist())
 
-    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+    def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, num_items_in_batch: StepSize | None = None) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: oom.Batch, *args: object, num_items_in_batch: StepSize | None = None
+    ) -> Tensor:
         """The share of these pairs in the loss of a step of that size, or of these pairs alone."""
         self.calls.clear()
         step, pairs = num_items_in_batch or self.step_size([inputs]), oom.units_in(inputs, self.ROWS_A_UNIT)
@@ -101,7 +103,7 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         with self.accelerator.autocast():
             reference = self.reference.log_probs(inputs)
         columns = dict(zip(REFERENCE_COLUMNS, reference.chunk(2), strict=True))
-        loss: Any = super().compute_loss(model, {**inputs, **columns}, *args) * (pairs / step.pairs)
+        loss: Tensor = super().compute_loss(model, {**inputs, **columns}, *args) * (pairs / step.pairs)
         (call,) = self.calls
         if self.sft_weight:
             log_probs = call.log_probs.chunk(2)[0]  # of the chosen responses, zero elsewhere
@@ -110,7 +112,7 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         losses = loss.detach().cpu().double() * step.pairs / pairs  # whose mean over a step is its loss
         losses = losses.expand(len(figures), 1)
         self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))
-        return loss * self.accelerator.num_processes  # which average their gradients
+        return loss * int(self.accelerator.num_processes)  # which average their gradients
 
 
 def build_trainer(

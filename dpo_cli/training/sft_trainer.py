@@ -7,12 +7,12 @@ only to read the figures off the model call that TRL makes, which divides by the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -48,9 +48,9 @@ class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum()
         return cast(Tensor, self.accelerator.gather(tokens.to(self.args.device)).sum())
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: oom.Batch, *args: object, **kwargs: object) -> Tensor:
         self.calls.clear()
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         (call,) = self.calls
         tokens = call.label_mask.sum(dim=1)
         sums = torch.stack([-call.log_probs.detach().sum(dim=1), call.is_top1.sum(dim=1)], dim=1)

@@ -20,16 +20,16 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, load_model, save_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, TrainerControl
+from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.models.tensor_files import SINGLE
@@ -53,6 +53,15 @@ SIZE = "tokens_in_a_batch"  # column: what decides how much memory a row takes
 
 class Stopped(KeyboardInterrupt):
     """An evaluation ends here, since the training is to stop."""
+
+
+class TotalsState(TypedDict):
+    """`Totals` as a checkpoint holds them."""
+
+    tokens: int
+    step_begins: int
+    figures: list[list[list[float]]]  # of each micro-batch, row by row
+    weights: list[list[float]]
 
 
 class Totals:
@@ -98,16 +107,15 @@ class Totals:
         count, self.tokens = mark
         del self._figures[count:], self._weights[count:]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> TotalsState:
         """All of it, for a checkpoint, as JSON has it."""
-        added = [[part.tolist() for part in parts] for parts in (self._figures, self._weights)]
-        return {"tokens": self.tokens, "step_begins": self._step_begins, "figures": added[0], "weights": added[1]}
+        figures, weights = ([part.tolist() for part in parts] for parts in (self._figures, self._weights))
+        return {"tokens": self.tokens, "step_begins": self._step_begins, "figures": figures, "weights": weights}
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: TotalsState) -> None:
         self.tokens, self._step_begins = state["tokens"], state["step_begins"]
-        self._figures, self._weights = (
-            [torch.tensor(part, dtype=torch.float64) for part in state[name]] for name in ("figures", "weights")
-        )
+        self._figures = [torch.tensor(part, dtype=torch.float64) for part in state["figures"]]
+        self._weights = [torch.tensor(part, dtype=torch.float64) for part in state["weights"]]
 
 
 class CarefulTrainer:
@@ -139,21 +147,21 @@ class CarefulTrainer:
         for model in filter(None, (self.policy.model, self.policy.frozen)):
             model.register_forward_hook(self._keep_call)
 
-    def _keep_call(self, model: Any, inputs: Any, output: Any) -> None:
+    def _keep_call(self, model: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, FusedCausalLMOutput):
             self.calls.append(output)
 
-    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+    def get_batch_samples(self, *args: object) -> tuple[list[oom.Batch], object]:
         """The micro-batches of the next optimizer step, and its size, which Trainer hands to `compute_loss` as it is."""
         batches, _ = super().get_batch_samples(*args)  # type: ignore[misc]
         return batches, self.step_size(batches)
 
-    def step_size(self, batches: Sequence[oom.Batch]) -> Any:
+    def step_size(self, batches: Sequence[oom.Batch]) -> object:
         """What the loss of a step is divided by, over all processes."""
         raise NotImplementedError
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        step: Any = super().training_step  # type: ignore[misc]
+    def training_step(self, model: nn.Module, inputs: oom.Batch, *args: object, **kwargs: object) -> Tensor:
+        step: Callable[..., Tensor] = super().training_step  # type: ignore[misc]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Processes add up gradients while they come, and must all do the same; some losses are of the whole micro-batch.
         if self.accelerator.num_processes > 1 or self.IS_WHOLE:
@@ -178,11 +186,11 @@ class CarefulTrainer:
         """
         sizes = self.train_dataset[SIZE]
         rows = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
-        trainer: Any = self
+        trainer: Any = self  # what Trainer sets on itself
         batch = trainer.data_collator([self.train_dataset[i] for i in rows])
         trainer.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         mark = self.totals.mark()
-        seen: Any = getattr(self, TRL_TOKENS)
+        seen: int = getattr(self, TRL_TOKENS)
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
         held = (
             1 if self.optimizer is not None and self.optimizer.state else 3
@@ -196,7 +204,7 @@ class CarefulTrainer:
         trainer._metrics["train"].clear()
         self.model.zero_grad(set_to_none=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         place = Path(str(output_dir))
         if isinstance(self.model, PeftModel):
             save_trained(self.model, place)
@@ -204,7 +212,7 @@ class CarefulTrainer:
             place.mkdir(parents=True, exist_ok=True)
             save_model(self.model, str(place / SINGLE), metadata={"format": "pt"})
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: object = None) -> None:
         if not isinstance(self.model, PeftModel):
             missing, unexpected = load_model(self.model, Path(resume_from_checkpoint) / SINGLE, strict=False)
             refuse(resume_from_checkpoint, missing, unexpected, (), RESTART, "output_dir")
@@ -216,7 +224,7 @@ class CarefulTrainer:
         missing, unexpected = loaded.keys() - written.keys(), written.keys() - loaded.keys()
         refuse(resume_from_checkpoint, sorted(missing), sorted(unexpected), other, RESTART, "output_dir")
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
+    def create_model_card(self, *_: object, **__: object) -> None:
         """Nothing: what a run leaves has a card of ours, and no one reads TRL's beside a checkpoint."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -258,17 +266,17 @@ class CarefulTrainer:
         if checkpoint is not None:
             set_random_state(load_state(Path(checkpoint) / RANDOM))
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         if self.write_checkpoint is not None:
             self.write_checkpoint(lambda: super(CarefulTrainer, self)._save_checkpoint(model, trial))  # type: ignore[misc]
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
         """Our figures join the line here, so that they also reach the trackers of `report_to`."""
         if "loss" in logs:
             logs.update({**self.totals.take(), "loss": logs["loss"]})  # whose loss is of all processes
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+    def evaluate(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> dict[str, float]:
         self.model.eval()  # TRL's log() asks the model which of its own averages to add
         before = random_state()
         try:
@@ -299,7 +307,7 @@ class ProbeFirst(TrainerCallback):
     def __init__(self, trainer: CarefulTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.trainer.probe_longest()
 
 
@@ -418,7 +426,7 @@ class Schedule(TrainerCallback):
         self.config, self.evaluates = plan.config, evaluates
         self._saved = time.monotonic()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         step, is_last = state.global_step, state.global_step >= state.max_steps
         control.should_log = is_last or step % self.config.logging_steps == 0
         control.should_evaluate = self.evaluates and (is_last or self._is_judged(step, state.epoch))
@@ -432,5 +440,5 @@ class Schedule(TrainerCallback):
             return step % self.config.save_steps == 0
         return time.monotonic() - self._saved >= BETWEEN_SECONDS
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._saved = time.monotonic()

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerState
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from dpo_cli.storage.checkpoints import Checkpoint
 from dpo_cli.storage.jsonio import read_json
@@ -104,14 +104,14 @@ class Keep(TrainerCallback):
     def train(self) -> None:
         self.trainer.train(resume_from_checkpoint=str(self._from.folder) if self._from else None)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._from is None:  # what cannot be saved is known now, and not hours later
             self.trainer._save_checkpoint(self.trainer.model, None)
             return
         self.trainer._tr_loss += self._progress["loss"]
         self.trainer._globalstep_last_logged = self._progress["logged"]
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._from is not None and state.epoch == int(state.epoch):  # where Trainer restores it, but after this
             self.trainer._load_rng_state(str(self._from.folder))
         elif self._from is not None:

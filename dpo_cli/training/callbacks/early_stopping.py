@@ -4,11 +4,12 @@ for long."""
 from __future__ import annotations
 
 import math
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from dpo_cli.results.summary import Line
 
@@ -49,7 +50,7 @@ class StopEarly(TrainerCallback):
         else:
             self.waited += 1
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.ended:
             control.should_training_stop = control.should_save = True
 

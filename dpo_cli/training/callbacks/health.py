@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import TypedDict
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
@@ -57,13 +58,13 @@ class Health(TrainerCallback):
             self.course.evaluation = line
         self._ask()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.course.add(self.totals.of_step())
         self._ask()
         control.should_log = control.should_log or self.stopped  # so that the last step has a line
         self.on_log(args, state, control)
 
-    def on_log(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self.stopped:
             control.should_training_stop = True
             control.should_evaluate = False

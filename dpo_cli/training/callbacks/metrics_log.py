@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.results.summary import Line
@@ -32,13 +32,15 @@ class Record(TrainerCallback):
         if trained:
             self.last_train, self.peak_gb = trained[-1], max(line.figures["peak_memory_gb"] for line in trained)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._time, self._tokens = time.monotonic(), self.totals.tokens
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._step_end = time.monotonic()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: object
+    ) -> None:
         step, epoch = state.global_step, round(state.epoch, 4)
         peak = peak_memory_gb(args.device)
         if "eval_loss" in logs:

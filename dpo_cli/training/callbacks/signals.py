@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from dpo_cli.training.trainer import Stopped
+
+Handler = Callable[[int, FrameType | None], object] | int | None  # as the module signal has them
 
 
 class StopOnSignal(TrainerCallback):
@@ -26,7 +28,7 @@ class StopOnSignal(TrainerCallback):
         self.received: signal.Signals | None = None
         self.missed_evaluation = False  # the stop came at a step that was to be evaluated
         self._is_training = self._may_interrupt = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopOnSignal:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -62,13 +64,13 @@ class StopOnSignal(TrainerCallback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._is_training = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._is_training = False
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Not between the micro-batches of a step, where nothing could be kept."""
         if self.received is not None:
             self.missed_evaluation = control.should_evaluate
