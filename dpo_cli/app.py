@@ -11,14 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.commands.requests import PROMPTS, VoteRequest
-from dpo_cli.commands.requests import Request as Judged
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import Loaded, is_override, load, load_stages
@@ -27,22 +25,26 @@ from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.data import dataset
 from dpo_cli.data.hub_datasets import fetch
 from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
-from dpo_cli.evaluation.thresholds import Threshold, judged_by
 from dpo_cli.hardware.machine import Machine, probe
-from dpo_cli.hardware.recommend import Request
+from dpo_cli.hardware.recommend import Request as Wanted
 from dpo_cli.hardware.recommend import recommend as make_recommendation
 from dpo_cli.models.hub_models import require
 from dpo_cli.plan.preflight import Inspection, inspect, inspect_prompts, lengths_of
 from dpo_cli.results.codec import JsonObject, to_json
-from dpo_cli.results.judgement import Evaluation
-from dpo_cli.results.tally import Tally
 from dpo_cli.storage.resumable_file import ResumableFile
 from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
+if TYPE_CHECKING:
+    from dpo_cli.commands.requests import VoteRequest
+    from dpo_cli.evaluation.thresholds import Threshold
+    from dpo_cli.results.judgement import Evaluation
+    from dpo_cli.results.tally import Tally
+
 STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
+VOTED_ON = 20  # prompts whose answers `dpo vote` compares
 MAX_VRAM_GB = 100_000
 
 app = typer.Typer(
@@ -138,9 +140,9 @@ def recommend(
             console.json(made.to_json())
 
 
-def _request(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Request:
+def _request(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Wanted:
     """What is asked of `recommend`, for this machine's card where none is named."""
-    asked = Request(vram or 0.0, model, dataset, strategy)
+    asked = Wanted(vram or 0.0, model, dataset, strategy)
     if vram is None:
         machine = probe()
         if machine.card is None:
@@ -245,19 +247,21 @@ def evaluate(
 ) -> None:
     """Judge an adapter against its base model on held-out pairs."""
     with session(as_json, debug) as console:
+        from dpo_cli.commands.requests import Request, VoteRequest
+
         name, values = target or "", tuple(overrides or ())
         if tally is not None:
             if adapter:
                 raise UsageError("--tally counts a file by itself", f"dpo vote --tally {tally}")
             console.line(f"note: this is `dpo vote --tally {tally}` now")
-            _vote(VoteRequest(name, side_by_side, by_judge, dataset, values, tally, fail_under), console, as_json)
+            _vote(VoteRequest(name, side_by_side or 0, by_judge, dataset, values, tally, fail_under), console, as_json)
             return
         if by_judge and not side_by_side:
             raise UsageError("--judge fills the votes of --side-by-side", f"dpo vote {name or 'RUN_DIR'} --judge")
         if adapter and side_by_side:
             raise UsageError("--side-by-side writes into the directory of a run", "dpo vote RUN_DIR")
         votes = VoteRequest(name, side_by_side, by_judge) if side_by_side else None
-        asked = Judged(name, adapter, dataset, values, fail_under, votes)
+        asked = Request(name, adapter, dataset, values, fail_under, votes)
         if side_by_side:
             console.line(f"note: `dpo vote {name} --prompts {side_by_side}` compares answers without judging the run again")
         composer_for()
@@ -273,7 +277,7 @@ def vote(
     run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the run's.")] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help=f"Compare the answers to so many prompts; {PROMPTS} without it.")
+        int | None, typer.Option(min=1, metavar="N", help=f"Compare the answers to so many prompts; {VOTED_ON} without it.")
     ] = None,
     by_judge: Annotated[bool, typer.Option("--judge", help='Ask the judge that "augment" names, and count its votes.')] = False,
     dataset: JudgedOn = None,
@@ -286,7 +290,10 @@ def vote(
 ) -> None:
     """Write a page that asks which answer is better, the adapter's or the base's; or ask a judge; or count the votes."""
     with session(as_json, debug) as console:
-        asked = VoteRequest(run_dir or "", prompts, by_judge, dataset, tuple(overrides or ()), tally, fail_under)
+        from dpo_cli.commands.requests import VoteRequest
+
+        count = prompts or (0 if tally else VOTED_ON)
+        asked = VoteRequest(run_dir or "", count, by_judge, dataset, tuple(overrides or ()), tally, fail_under)
         _vote(asked, console, as_json)
 
 
@@ -309,6 +316,8 @@ def _end(
     thresholds: Sequence[Threshold], judged: Evaluation | Tally | None, result: JsonObject, console: Console, as_json: bool
 ) -> None:
     """Print the result with what becomes of its limits, and exit with 5 where one is missed."""
+    from dpo_cli.evaluation.thresholds import judged_by
+
     limits = judged_by(thresholds, judged)
     console.thresholds([(threshold.sign, limit) for threshold, limit in zip(thresholds, limits, strict=True)])
     if as_json:

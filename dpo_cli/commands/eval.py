@@ -26,10 +26,10 @@ def evaluate(asked: Request, console: Console) -> tuple[Evaluation, SideBySide |
     else:
         opened = open_run(asked.target, asked.dataset, console, asked.overrides)
     run = opened.run if isinstance(opened, OpenedRun) else None
-    contest = contest_of(asked.vote.count, asked.vote.by_judge, run, opened.plan, opened.rows) if run and asked.vote else None
+    contest = contest_of(asked.vote.prompts, asked.vote.by_judge, run, opened.plan, opened.rows) if run and asked.vote else None
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
-        samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.vote.count if asked.vote else 0))
+        samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.vote.prompts if asked.vote else 0))
         measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
         judged = judge(opened.rows, measured, samples, plan)
     is_as_trained = asked.dataset is None and not asked.overrides  # only such figures are the run's own

@@ -11,7 +11,6 @@ from dpo_cli.evaluation.thresholds import METRICS, OF_VOTES, Threshold, parse
 
 # The options that say how a run is judged, and not how it was trained.
 JUDGING = frozenset({"augment", "kl_prompts", "max_new_tokens", "per_device_eval_batch_size", "device", "bf16", "fp16"})
-PROMPTS = 20  # that `dpo vote` asks about
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class VoteRequest:
     """
 
     run: str = ""
-    prompts: int | None = None  # `PROMPTS` where nothing is said
+    prompts: int = 0  # whose answers are compared; none are with a tally
     by_judge: bool = False
     dataset: str | None = None
     overrides: tuple[str, ...] = ()
@@ -30,15 +29,10 @@ class VoteRequest:
     fail_under: str | None = None
     thresholds: list[Threshold] = field(init=False)
 
-    @property
-    def count(self) -> int:
-        """The prompts whose answers are compared."""
-        return self.prompts or PROMPTS
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", _limits(self.fail_under, OF_VOTES))
         if self.tally is not None:
-            if self.run or self.dataset or self.by_judge or self.overrides or self.prompts is not None:
+            if self.run or self.dataset or self.by_judge or self.overrides or self.prompts:
                 raise UsageError("--tally counts a file by itself", f"dpo vote --tally {self.tally}")
             return
         if not self.run:

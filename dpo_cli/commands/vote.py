@@ -14,8 +14,8 @@ from dpo_cli.ui.console import Console
 def vote(asked: VoteRequest, console: Console) -> SideBySide:
     """The page of a run, and the judge's votes where one is asked."""
     opened = open_run(asked.run, asked.dataset, console, asked.overrides)
-    contest = contest_of(asked.count, asked.by_judge, opened.run, opened.plan, opened.rows)
+    contest = contest_of(asked.prompts, asked.by_judge, opened.run, opened.plan, opened.rows)
     with log_to(opened.run.log):
         policy, plan = load_policy(opened, console)
-        samples = answered(policy, opened.tokenizer, opened.rows, plan, asked.count)
+        samples = answered(policy, opened.tokenizer, opened.rows, plan, asked.prompts)
     return contest.hold(samples, console)

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpo_cli.results.intervals import Interval
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from dpo_cli.results.intervals import Interval
 
     Array = NDArray[np.float64]
 

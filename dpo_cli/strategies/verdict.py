@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dpo_cli.results.intervals import Sides, required
-from dpo_cli.results.summary import Event
+
+if TYPE_CHECKING:
+    from dpo_cli.results.summary import Event
 
 FEW_PROMPTS = 20  # below it an interval over prompts is too narrow: over one prompt it is [v, v]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

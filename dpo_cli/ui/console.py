@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -17,13 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.errors import DpoError, InvalidInput, Problem
-from dpo_cli.results.intervals import Interval
-from dpo_cli.results.judgement import Answers, Evaluation, Judged, Limit
-from dpo_cli.results.merge import Merge
-from dpo_cli.results.tally import Tally
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
 from dpo_cli.strategies.strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from dpo_cli.results.intervals import Interval
+    from dpo_cli.results.judgement import Answers, Evaluation, Judged, Limit
+    from dpo_cli.results.merge import Merge
+    from dpo_cli.results.tally import Tally
 
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
