@@ -23,7 +23,8 @@ from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import Counts, Plan, resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, wrong_start
+from dpo_cli.strategies.strategies import STRATEGIES
+from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, watching, wrong_start
 from dpo_cli.training.dpo_trainer import PairTrainer
 from dpo_cli.ui.console import Console
 
@@ -41,7 +42,7 @@ def plan(tmp_path: Path, **options: object) -> Plan:
 
 
 def spoken(course: Course) -> list[str]:
-    return [name for name, (_, rule) in RULES.items() if rule(course) is not None]
+    return [name for name, (_, rule) in watching(course.plan.strategy).items() if rule(course) is not None]
 
 
 def steps(count: int, **figures: Any) -> list[dict[str, float]]:
@@ -181,6 +182,7 @@ def test_a_policy_that_is_not_its_reference_is_told_of(tmp_path: Path) -> None:
 def test_the_schema_and_the_readme_know_every_rule() -> None:
     enum = options()["stop_on"].rule["items"]["enum"]
     assert enum == [name for name, (action, _) in RULES.items() if action != "stop"]
+    assert {name for strategy in STRATEGIES.values() for name in strategy.health} == set(RULES)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert not [name for name in (*RULES, NOT_AT_REFERENCE) if f"| `{name}` |" not in readme]
 

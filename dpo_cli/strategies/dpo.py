@@ -48,6 +48,10 @@ DPO = Strategy(
     shown=("accuracy", "margin", "loss"),
     gains=("logp_accuracy",),
     watched=("accuracy", "margin"),
+    health=(
+        *("not-finite", "kl", "loss-oscillates", "prefers-rejected", "all-right-early"),
+        *("chosen-collapses", "chosen-falls", "no-movement"),
+    ),
     spread=Spread(
         "Margins",
         "Of each held-out pair. Below zero, where the rejected response is preferred: {below} of {count}.",

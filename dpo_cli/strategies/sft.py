@@ -45,6 +45,7 @@ SFT = Strategy(
     shown=("loss", "token_accuracy"),
     gains=("loss", "token_accuracy"),
     watched=("loss",),
+    health=("not-finite", "loss-oscillates", "loss-rises", "no-movement"),
     spread=Spread(
         "Gain of each demonstration",
         "The {base}'s loss minus the {who}'s, nats per token. {below} of {count} got worse.",

@@ -35,5 +35,6 @@ class Strategy:
     shown: tuple[str, ...]  # the figures that are never shown without each other
     gains: tuple[str, ...]  # those whose gain goes with them, the first of them first
     watched: tuple[str, ...]  # the figures that an export may not make worse
+    health: tuple[str, ...]  # the rules that watch it (training/callbacks/health_rules.py)
     spread: Spread
     read: Callable[[Outcome], Verdict]  # figures to a verdict

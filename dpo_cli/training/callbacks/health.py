@@ -14,7 +14,7 @@ from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
 from dpo_cli.results.codec import JsonObject, from_json, to_json
 from dpo_cli.results.summary import Event, Line
-from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, CourseState, wrong_start
+from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, Course, CourseState, watching, wrong_start
 from dpo_cli.training.trainer import Totals
 
 
@@ -84,7 +84,7 @@ class Health(TrainerCallback):
 
     def _ask(self) -> None:
         told = {event.rule for event in self.events}
-        for name, (action, rule) in RULES.items():
+        for name, (action, rule) in watching(self.plan.strategy).items():
             if name not in told and (found := rule(self.course)) is not None:
                 self._raise(Event(name, "stop" if name in self.plan.config.stop_on else action, self.course.done, *found))
 

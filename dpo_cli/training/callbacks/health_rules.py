@@ -1,8 +1,8 @@
 """Is the training healthy? Rules over its steps and lines, each with what the documentation says to do.
 
 A rule looks at the course of a training and returns what it found and what to do about it, or nothing; `RULES` at the end
-names them, with what happens then. A rule speaks once. Batches differ by chance: what a rule compares is a mean over many
-pairs, and beyond what their number explains.
+names them, with what happens then, and a strategy says which of them watch it. A rule speaks once. Batches differ by chance:
+what a rule compares is a mean over many pairs, and beyond what their number explains.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.results.codec import JsonObject
 from dpo_cli.results.summary import Action, Event, Line
 from dpo_cli.strategies.row_kinds import PAIRS
+from dpo_cli.strategies.strategy import Strategy
 
 StepFigures = dict[str, float]  # means over the rows of a step
 
@@ -54,7 +55,6 @@ class Course:
     def __init__(self, plan: Plan, steps: Sequence[StepFigures] = (), evaluation: Line | None = None) -> None:
         assert plan.counts is not None
         self.plan, self.pairs = plan, plan.counts.train_pairs
-        self.of_pairs = plan.strategy.rows is PAIRS
         rows_a_step = plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps
         self.epoch = math.ceil(self.pairs / rows_a_step)  # steps
         self.recent = max(RECENT_STEPS, math.ceil(RECENT_PAIRS / rows_a_step))
@@ -167,8 +167,8 @@ def loss_oscillates(course: Course) -> Found:
 
 
 def loss_rises(course: Course) -> Found:
-    """Of sft: the recent loss is a quarter above that of the first steps, and by more than chance."""
-    if course.of_pairs or course.done < 2 * course.recent:
+    """The recent loss is a quarter above that of the first steps, and by more than chance."""
+    if course.done < 2 * course.recent:
         return None
     first, recent = [step["loss"] for step in course.first], course.values("loss", course.recent)
     start, now = float(np.mean(first)), float(np.mean(recent))
@@ -180,7 +180,7 @@ def loss_rises(course: Course) -> Found:
 
 def prefers_rejected(course: Course) -> Found:
     """The recent margin is below 0, by more than a nat and by more than chance: it unlearns, whatever the loss."""
-    if not course.of_pairs or course.done < course.recent:
+    if course.done < course.recent:
         return None
     margins = course.values("margin", course.recent)
     margin, limit = float(np.mean(margins)), TURNED_NATS * course.plan.config.beta
@@ -192,7 +192,7 @@ def prefers_rejected(course: Course) -> Found:
 
 def all_right_early(course: Course) -> Found:
     """Pairs come again, all of them are right, and nothing held out shows that this is more than memory."""
-    if not course.of_pairs or (course.held_out("accuracy") or 0.0) >= GENERALISES:
+    if (course.held_out("accuracy") or 0.0) >= GENERALISES:
         return None
     # A dataset that fits into one step is nothing but learned by heart.
     window = max(HEART_STEPS, course.epoch) if course.epoch > 1 else 2
@@ -206,7 +206,7 @@ def all_right_early(course: Course) -> Found:
 
 def chosen_collapses(course: Course) -> Found:
     """The chosen responses have become twice as unlikely, in nats, as they are to the reference: repetition and gibberish."""
-    if not course.of_pairs or course.done < course.recent:
+    if course.done < course.recent:
         return None
     policy = course.mean("logp_chosen")
     reference = policy - course.mean("reward_chosen") / course.plan.config.beta
@@ -218,7 +218,7 @@ def chosen_collapses(course: Course) -> Found:
 
 def chosen_falls(course: Course) -> Found:
     """The chosen reward falls below 0 and the margin grows. Common: the loss is of the difference alone (arXiv:2402.13228)."""
-    if not course.of_pairs or course.done < 2 * course.recent:
+    if course.done < 2 * course.recent:
         return None
     chosen, margin = course.mean("reward_chosen"), course.mean("margin")
     is_falling = chosen < course.mean("reward_chosen", before=course.recent)
@@ -241,7 +241,7 @@ def no_movement(course: Course) -> Found:
     in_warmup = course.plan.ends_in_warmup
     if course.done == 1 and in_warmup:
         return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
-    if not course.of_pairs:
+    if course.plan.strategy.rows is not PAIRS:  # of demonstrations only the steps are known
         return None
     remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above: README), train 2-4 epochs, check that chosen and"
     remedy = NO_WARMUP if in_warmup else f"{remedy} rejected differ clearly"
@@ -286,3 +286,8 @@ def wrong_start(scores: Scores, plan: Plan) -> Event | None:
     message = f"before the first step the policy differs from its reference by {apart:.2g} nats a token, and must be the same"
     remedy = "train on another model_name or reference, and please report this: the figures would mean nothing"
     return Event(NOT_AT_REFERENCE, "stop", 0, message, remedy)
+
+
+def watching(strategy: Strategy) -> dict[str, tuple[Action, Rule]]:
+    """The rules that watch a training with this strategy, in their order."""
+    return {name: rule for name, rule in RULES.items() if name in strategy.health}
