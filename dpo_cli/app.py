@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,20 +18,15 @@ from typer.core import TyperCommand
 import dpo_cli
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
-from dpo_cli.config.config import Loaded, is_override, load, load_stages
-from dpo_cli.config.options import Config
+from dpo_cli.config.config import is_override, load
 from dpo_cli.config.schema import options_help, schema_path
-from dpo_cli.data import dataset
-from dpo_cli.data.hub_datasets import fetch
-from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
-from dpo_cli.hardware.machine import Machine, probe
+from dpo_cli.errors import Exit, UsageError
+from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.recommend import Request as Wanted
 from dpo_cli.hardware.recommend import recommend as make_recommendation
-from dpo_cli.models.hub_models import require
-from dpo_cli.plan.preflight import Inspection, inspect, inspect_prompts, lengths_of
+from dpo_cli.plan.preflight import inspect_prompts, lengths_of
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.storage.resumable_file import ResumableFile
-from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
@@ -43,7 +37,6 @@ if TYPE_CHECKING:
     from dpo_cli.results.judgement import Evaluation
     from dpo_cli.results.tally import Tally
 
-STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
 VOTED_ON = 20  # prompts whose answers `dpo vote` compares
 MAX_VRAM_GB = 100_000
 
@@ -180,50 +173,12 @@ def train(
 ) -> None:
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
-        if overwrite and resume:
-            raise UsageError("--overwrite starts anew, and --resume goes on", "leave one of them out")
-        if resume and RunDirectory.is_plan(Path(config)):  # of the run that it lies in, wherever that was moved to
-            overrides = [f"output_dir={Path(config).absolute().parent}", *(overrides or ())]
-        stages, machine = load_stages(config, overrides or ()), probe()
-        for name in dict.fromkeys(name for loaded in stages for name in dataset.hub_ids(loaded.require().to_json())):
-            console.line(f"fetching the dataset {name}")
-            fetch(name)
-        configs: list[Config] = []
-        inspections: deque[Inspection | None] = deque()  # None of a stage that stands on one which is not trained yet
-        for loaded in stages:  # before torch is imported and anything is trained: a mistake is told at once
-            is_first_to_run = dry_run or loaded.foundation is None
-            inspection = _inspected(loaded.on_foundation(), machine, keep_rows=is_first_to_run)
-            inspections.append(inspection if is_first_to_run else None)
-            _, plan = inspection.require()
-            RunDirectory.check(plan.run_dir, overwrite or dry_run or resume)
-            if plan.run_dir in [Path(str(config.output_dir)) for config in configs]:
-                problem = Problem(
-                    "error", "stages-one-place", f"two stages would write {plan.run_dir}", STAGES_FIX, "output_dir"
-                )
-                raise InvalidInput([loaded.placed(problem)])
-            configs.append(plan.config)
-        for name in dict.fromkeys(config.model_name for config in configs):
-            require(name)
-        composer = composer_for(configs)
-        results, code = [], Exit.DONE
-        for loaded in stages:
-            if loaded.stage:
-                console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
-            ready = loaded.on_foundation() if dry_run else loaded
-            inspection = inspections.popleft() or _inspected(ready, machine)  # no longer held here: it has the rows
-            result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
-            del inspection
-            results.append(result)
-            if code is not Exit.DONE:
-                break
+        from dpo_cli.commands.train_stages import train_stages
+
+        result, code = train_stages(config, overrides or (), console, overwrite=overwrite, resume=resume, dry_run=dry_run)
         if as_json:
-            console.json({**results[-1], "stages": results} if len(stages) > 1 else results[0])
+            console.json(result)
         raise typer.Exit(int(code))
-
-
-def _inspected(loaded: Loaded, machine: Machine, keep_rows: bool = True) -> Inspection:
-    """What a training needs to know of a config; memory is judged later, by its real lengths."""
-    return inspect(loaded, machine, with_fit=False, keep_rows=keep_rows).stricter(lambda problem: problem.stops_training)
 
 
 @app.command("eval")

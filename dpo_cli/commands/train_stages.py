@@ -1,0 +1,82 @@
+"""What `dpo train` does before torch is there: every stage is checked, and then each is trained on the one before it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_cli.commands.session import composer_for
+from dpo_cli.config.config import Loaded, load_stages
+from dpo_cli.config.options import Config
+from dpo_cli.data.dataset import hub_ids
+from dpo_cli.data.hub_datasets import fetch
+from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
+from dpo_cli.hardware.machine import Machine, probe
+from dpo_cli.models.hub_models import require
+from dpo_cli.plan.preflight import Inspection, inspect
+from dpo_cli.results.codec import JsonObject
+from dpo_cli.storage.run_directory import RunDirectory
+from dpo_cli.ui.console import Console
+
+STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
+
+
+def train_stages(
+    config: str,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> tuple[JsonObject, Exit]:
+    """Train what a config asks for, in one stage or several: what `train --json` prints, and the exit code."""
+    if overwrite and resume:
+        raise UsageError("--overwrite starts anew, and --resume goes on", "leave one of them out")
+    if resume and RunDirectory.is_plan(Path(config)):  # of the run that it lies in, wherever that was moved to
+        overrides = [f"output_dir={Path(config).absolute().parent}", *overrides]
+    stages, machine = load_stages(config, overrides), probe()
+    for name in dict.fromkeys(name for loaded in stages for name in hub_ids(loaded.require().to_json())):
+        console.line(f"fetching the dataset {name}")
+        fetch(name)
+    inspections, configs = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume)
+    for name in dict.fromkeys(config.model_name for config in configs):
+        require(name)
+    composer = composer_for(configs)
+    results: list[JsonObject] = []
+    for loaded in stages:
+        if loaded.stage:
+            console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
+        ready = loaded.on_foundation() if dry_run else loaded
+        inspection = inspections.popleft() or _inspected(ready, machine)  # no longer held here: it has the rows
+        result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
+        del inspection
+        results.append(result)
+        if code is not Exit.DONE:
+            break
+    return ({**results[-1], "stages": results} if len(stages) > 1 else results[0]), code
+
+
+def _inspections(
+    stages: Sequence[Loaded], machine: Machine, dry_run: bool, may_exist: bool
+) -> tuple[deque[Inspection | None], list[Config]]:
+    """Each stage inspected before torch is imported and anything is trained; None of one that stands on an untrained one."""
+    configs: list[Config] = []
+    inspections: deque[Inspection | None] = deque()
+    for loaded in stages:
+        is_first_to_run = dry_run or loaded.foundation is None
+        inspection = _inspected(loaded.on_foundation(), machine, keep_rows=is_first_to_run)
+        inspections.append(inspection if is_first_to_run else None)
+        _, plan = inspection.require()
+        RunDirectory.check(plan.run_dir, may_exist)
+        if plan.run_dir in [Path(str(config.output_dir)) for config in configs]:
+            message = f"two stages would write {plan.run_dir}"
+            raise InvalidInput([loaded.placed(Problem("error", "stages-one-place", message, STAGES_FIX, "output_dir"))])
+        configs.append(plan.config)
+    return inspections, configs
+
+
+def _inspected(loaded: Loaded, machine: Machine, keep_rows: bool = True) -> Inspection:
+    """What a training needs to know of a config; memory is judged later, by its real lengths."""
+    return inspect(loaded, machine, with_fit=False, keep_rows=keep_rows).stricter(lambda problem: problem.stops_training)
