@@ -104,7 +104,7 @@ def test_training_starts_at_ln_2_and_learns(
     """Step 0: policy and reference are the same model in the same layout, so loss ln 2 and margin 0."""
     trainer, _ = make_trainer(tmp_path, tokenizer, family, states=states, max_steps=12, lr_scheduler_type="constant")
     lines: list[dict[str, Any]] = []
-    trainer.add_callback(Record(trainer.totals, [lines.append]))
+    trainer.add_callback(Record(trainer.totals, [lambda line: lines.append(line.figures)]))
     trainer.train()
     losses = [line["loss"] for line in lines]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)

@@ -71,7 +71,7 @@ def trained(
     if not probes:
         trainer.remove_callback(ProbeFirst)
     lines: list[dict[str, Any]] = []
-    trainer.add_callback(Record(trainer.totals, [lines.append]))
+    trainer.add_callback(Record(trainer.totals, [lambda line: lines.append(line.figures)]))
     weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
     def fail(gradient: Tensor) -> None:

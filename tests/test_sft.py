@@ -108,7 +108,7 @@ def test_the_loss_is_the_mean_over_all_tokens_of_a_step(tmp_path: Path, tokenize
     options = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 1}
     trainer, rows = make_trainer(tmp_path, tokenizer, **options)
     lines: list[dict[str, Any]] = []
-    trainer.add_callback(Record(trainer.totals, [lines.append]))
+    trainer.add_callback(Record(trainer.totals, [lambda line: lines.append(line.figures)]))
     trainer.train()
     log_probs, right, tokens = 0.0, 0, 0
     for row in rows:  # the adapter's B is zero at step 1, so the loss is the base model's

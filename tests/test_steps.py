@@ -103,7 +103,7 @@ def stepped(trainer: PairTrainer, faults: Iterator[bool]) -> tuple[Tensor, dict[
     trainer.remove_callback(ProbeFirst)
     weights, lines = _weights(trainer), []
     before = torch.cat([weight.detach().flatten().clone() for weight in weights])
-    trainer.add_callback(Record(trainer.totals, [lines.append]))
+    trainer.add_callback(Record(trainer.totals, [lambda line: lines.append(line.figures)]))
 
     def fail(gradient: Tensor) -> None:
         if next(faults, False):
