@@ -32,14 +32,10 @@ PROMPT_WORDS = frozenset(
     instructions question questions query system preamble preface turns conversation conversations messages dialogue""".split()  # noqa: SIM905
 )
 # Words that end the names of what is offered to the model or what it thinks, where nothing reads them.
-MORE_PROMPT = re.compile(
-    r"(.*[ _.-])?(tools?|functions?|choices|thoughts?|thinking|reasoning|cot|reason(ing)?[ _.-]steps?)", re.IGNORECASE
-)
+MORE_PROMPT = r"(?i)(.*[ _.-])?(tools?|functions?|choices|thoughts?|thinking|reasoning|cot|reason(ing)?[ _.-]steps?)"
 NOTHING = frozenset(["nan", "none", "null"])  # what a table holds where a cell was empty
-SYSTEM_START = re.compile(r"(system|sys|developer)[ _-]?(prompt|message|msg|instruction)s?", re.IGNORECASE)
-MEDIA = re.compile(
-    r"(.*[ _-])?(image|img|picture|photo|pixel_value|audio|video)s?([ _-](path|file|url|byte)s?)?", re.IGNORECASE
-)
+SYSTEM_START = r"(?i)(system|sys|developer)[ _-]?(prompt|message|msg|instruction)s?"
+MEDIA = r"(?i)(.*[ _-])?(image|img|picture|photo|pixel_value|audio|video)s?([ _-](path|file|url|byte)s?)?"
 MARKERS = re.compile(r"<\|?(image|audio|video)(?:[_ ]?\d+)?\|?>")
 SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "rank", "ranks", "votes", "overall", "grade", "winner")
 RANKS = ("rank", "ranks")  # the lowest is the best
@@ -125,13 +121,13 @@ def with_history(prompt: Text, history: object) -> Text:
 def is_prompt_like(name: str) -> bool:
     """Whether a column is called like a part of a prompt."""
     words = re.split(r"[ _.-]", name.lower())
-    return words[-1] in PROMPT_WORDS or any(pattern.fullmatch(name) for pattern in (SYSTEM_START, MORE_PROMPT))
+    return words[-1] in PROMPT_WORDS or any(re.fullmatch(pattern, name) for pattern in (SYSTEM_START, MORE_PROMPT))
 
 
 @functools.cache
 def is_media(name: str) -> bool:
     """Whether a column is called like pictures, sound or films."""
-    return MEDIA.fullmatch(name) is not None
+    return re.fullmatch(MEDIA, name) is not None
 
 
 def is_shown(value: object) -> bool:

@@ -24,6 +24,7 @@ from typing import TypeGuard
 
 from dpo_cli.data.columns import COMPLETIONS, PROMPTS, RANKS, SCORES, Columns, Row, asked
 from dpo_cli.data.messages import BadRow
+from dpo_cli.data.text_features import compiled
 
 STEMS = frozenset(
     """response responses output answer completion generation candidate reply summary text ref conversation chat""".split()  # noqa: SIM905
@@ -78,12 +79,13 @@ TIES = frozenset(
         *("both good", "equally good", "equally bad", "about the same", "no preference", "unsure"),
     ]
 )
-_BETTER = re.compile(
-    r"win|wins|winner|winning|prefer\w*|best|better|choice|choose|chosen|gold\w*|votes?|voted|picks?|picked|selected|favou?r\w*|verdict|correct"
+_BETTER = (
+    r"win|wins|winner|winning|prefer\w*|best|better|choice|choose|chosen|gold\w*|votes?|voted|picks?|picked|selected"
+    r"|favou?r\w*|verdict|correct"
 )
-_WORSE = re.compile(r"los[est]\w*|worse|worst|reject\w*|bad|least|less|not|non|dis\w*|un\w*|wrong|incorrect|inferior")
+_WORSE = r"los[est]\w*|worse|worst|reject\w*|bad|least|less|not|non|dis\w*|un\w*|wrong|incorrect|inferior"
 # Of these a high score is no merit.
-_NO_MERIT = re.compile(
+_NO_MERIT = (
     r"toxic\w*|harm(?!less)\w*|unsafe\w*|risk\w*|bias\w*|hate\w*|offens\w*|violence|violations?|hallucinat\w*|loss|losses|errors?"
     r"|perplexity|ppl|penalty|lengths?|long\w*|short\w*|len|tokens?|words?|chars?|characters|verbos\w*|complex\w*|repetit\w*|distance|latency|time|cost"
 )
@@ -398,8 +400,8 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
-def _has(words: Iterable[str], pattern: re.Pattern[str]) -> bool:
-    return any(map(pattern.fullmatch, words))
+def _has(words: Iterable[str], pattern: str) -> bool:
+    return any(map(compiled(pattern).fullmatch, words))
 
 
 def _says_worse(name: str) -> bool:

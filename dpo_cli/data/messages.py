@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, TypeVar
 
-from dpo_cli.data.text_features import visible
+from dpo_cli.data.text_features import compiled, visible
 
 Value = TypeVar("Value")
 
@@ -68,11 +68,11 @@ LARGEST_NUMBER = int(sys.float_info.max)
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
 # Of messages that are stored as text: what they hold in quotes, and how they begin.
-SPEAKS = re.compile(rf"""["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']""", re.IGNORECASE)
-BEGINS = re.compile(
+SPEAKS = rf"""(?i)["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']"""
+BEGINS = (
+    r"(?i)"
     rf"""(?:"|array\()?(?:\[?\s*\{{\s*\\?["'](?:role|from)\\?["']\s*:\s*\\?["'](?:{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']"""
-    r"""|\[\s*\{\s*\\?["'](?:content|value)\\?["']\s*:)""",
-    re.IGNORECASE,
+    r"""|\[\s*\{\s*\\?["'](?:content|value)\\?["']\s*:)"""
 )
 WRAPPER = ("<tool_response>", "</tool_response>")  # which Hermes stores around a tool's result, and its template writes too
 
@@ -163,12 +163,12 @@ def parsed(text: str) -> object:
     `BadRow` where it begins like messages, and cannot be read.
     """
     start = text[:200].lstrip()
-    if not start.startswith(("[", "{", '"', "array(")) or not SPEAKS.search(text):
+    if not start.startswith(("[", "{", '"', "array(")) or not compiled(SPEAKS).search(text):
         return text
     try:
         messages = _messages_in(_value_of(text))
     except ValueError as error:
-        if BEGINS.match(start) and not _begins_with_json(text):
+        if compiled(BEGINS).match(start) and not _begins_with_json(text):
             reason = "a text begins like a list of messages, but is neither JSON nor Python's notation of one"
             raise BadRow("row-wrong-type", reason, f"{start[:40]!r}") from error
         return text
