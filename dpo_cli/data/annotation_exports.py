@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeGuard
 
 from dpo_cli.data.columns import Row
 from dpo_cli.data.messages import BadRow, list_in
@@ -50,7 +50,7 @@ def export_of(row: Row) -> Export | None:
 
 def _argilla(row: Row) -> Export:
     """A record as rg.Dataset.to_json or FeedbackDataset write it."""
-    given: dict[str, list[Any]] = {}
+    given: dict[str, list[object]] = {}
     responses = row.get("responses") or {}
     if isinstance(responses, list):  # Argilla 1: an entry for each annotator
         for response in responses:
@@ -70,7 +70,7 @@ def _argilla(row: Row) -> Export:
         if question and value is not None and question not in given:
             given[question], origin[question] = [value], "suggestions"
             suggested[question] = _by("suggestion", _object(suggestion).get("agent"))
-    fields = {name: value for name, value in row["fields"].items() if value is not None}
+    fields = {name: value for name, value in _object(row["fields"]).items() if value is not None}
     answers = {name: votes[0] if len(votes) == 1 else votes for name, votes in given.items() if name not in fields}
     origin |= dict.fromkeys(fields, "fields")
     return Export("Argilla", _ranked({**fields, **answers}, origin), tuple(answers), origin=origin, suggested=suggested)
@@ -82,7 +82,7 @@ def _argilla_table(row: Row) -> Export:
     questions = [
         name.removesuffix(end) for end in (".responses", ".suggestion", "-suggestion") for name in row if name.endswith(end)
     ]
-    answers: dict[str, Any] = {}
+    answers: dict[str, object] = {}
     origin: dict[str, str] = {}
     suggested: dict[str, str] = {}
     for question in dict.fromkeys(questions):
@@ -98,7 +98,7 @@ def _argilla_table(row: Row) -> Export:
     return Export("Argilla", _ranked({**rest, **answers}, origin), tuple(answers), origin=origin, suggested=suggested)
 
 
-def _votes(values: Any, states: Any = None) -> list[Any]:
+def _votes(values: object, states: object = None) -> list[object]:
     """What annotators answered, without what they discarded."""
     values = values if isinstance(values, list) and not _is_ranking(values) else [values]
     states = states if isinstance(states, list) and len(states) == len(values) else [None] * len(values)
@@ -111,16 +111,16 @@ def _votes(values: Any, states: Any = None) -> list[Any]:
     ]
 
 
-def _is_ranking(value: Any) -> bool:
+def _is_ranking(value: object) -> TypeGuard[list[Mapping[str, object]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(part, Mapping) and "rank" in part for part in value)
 
 
-def _by(what: str, machine: Any) -> str:
+def _by(what: str, machine: object) -> str:
     """A suggestion or a prediction with the machine that made it, where the record names one."""
     return f"the {what} of {machine}" if isinstance(machine, str) and machine else f"a {what}"
 
 
-def _ranked(row: dict[str, Any], origin: dict[str, str]) -> Row:
+def _ranked(row: dict[str, object], origin: dict[str, str]) -> Row:
     """The row with a ranking, [{"value": "response_1", "rank": 1}, ...], as a rank for each response that it names."""
     for name, value in list(row.items()):
         if _is_ranking(value):
@@ -136,8 +136,8 @@ def _ranked(row: dict[str, Any], origin: dict[str, str]) -> Row:
 
 def _label_studio(row: Row) -> Export:
     """A task with its annotations, of which those that were cancelled do not count; else with its predictions."""
-    data = {name: value for name, value in row["data"].items() if value is not None}
-    votes: dict[str, list[Any]] = {}
+    data = {name: value for name, value in _object(row["data"]).items() if value is not None}
+    votes: dict[str, list[object]] = {}
     compared: tuple[str, ...] = ()
     given = [a for a in _objects(row.get("annotations", row.get("completions"))) if not a.get("was_cancelled")]
     machines: dict[str, str] = {}
@@ -177,7 +177,7 @@ def _arena(row: Row) -> Export | None:
     return Export("LMSYS", {**row, **dict(zip(ARENA, (prompt, one[-1], other[-1]), strict=True))}, ())
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: object) -> list[str]:
     """The texts of a list, or of one that is stored as JSON text; none where it is anything else."""
     value = list_in(value)
     if not isinstance(value, list) or not all(text is None or isinstance(text, str) for text in value):
@@ -185,17 +185,17 @@ def _texts(value: Any) -> list[str]:
     return [text or "" for text in value]
 
 
-def _object(value: Any) -> Mapping[str, Any]:
+def _object(value: object) -> Mapping[str, object]:
     """The value where it is an object; of any other type it says nothing."""
     return value if isinstance(value, Mapping) else {}
 
 
-def _objects(values: Any) -> list[Mapping[str, Any]]:
+def _objects(values: object) -> list[Mapping[str, object]]:
     """The objects of a list."""
     return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
 
 
-def _is_selection(value: Any) -> bool:
+def _is_selection(value: object) -> bool:
     """Whether a value is an answer of Label Studio to "which is better", in JSON-MIN or as text in a cell."""
     if isinstance(value, str) and '"selected"' in value[:40]:
         try:
@@ -207,7 +207,7 @@ def _is_selection(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("selected"), str)
 
 
-def _answer(value: Any) -> Any:
+def _answer(value: object) -> object:
     """An answer without what it is wrapped in."""
     if isinstance(value, str) and '"selected"' in value[:40]:
         value = json.loads(value)

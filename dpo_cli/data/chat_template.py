@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import date, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -23,7 +23,7 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-from dpo_cli.data.messages import Message, with_arguments
+from dpo_cli.data.messages import Message, Tool, ToolCall, with_arguments
 from dpo_cli.errors import invalid
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class ChatTemplate:
     JSON text to a template that joins texts.
     """
 
-    def __init__(self, sources: str | Mapping[str, str], tokens: Mapping[str, Any], day: date | None = None) -> None:
+    def __init__(self, sources: str | Mapping[str, str], tokens: Mapping[str, object], day: date | None = None) -> None:
         self.sources = {"default": sources} if isinstance(sources, str) else dict(sources)
         self.tokens = tokens
         self.day = day or datetime.now().date()
@@ -98,7 +98,7 @@ class ChatTemplate:
     def writes_date(self) -> bool:
         return "strftime_now" in self.source
 
-    def render(self, messages: Sequence[Message], tools: list[Any] | None = None, **options: Any) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, **options: bool | str) -> str:
         """The rendered conversation, under the bound; the template writes its own BOS.
 
         `TemplateError` where the template refuses the conversation, `TemplateFailed` where it fails on it.
@@ -109,7 +109,7 @@ class ChatTemplate:
         return self._rendered(messages, tools, options, self._wants_text if has_calls else None)
 
     def _rendered(
-        self, messages: Sequence[Message], tools: list[Any] | None, options: Mapping[str, Any], as_text: bool | None
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None, options: Mapping[str, object], as_text: bool | None
     ) -> str:
         """With the arguments of tool calls as JSON text or as objects; None where there are none."""
         said = sum(len(str(message)) for message in messages) + len(str(tools))
@@ -127,7 +127,7 @@ class ChatTemplate:
         check_size(text, said)
         return text
 
-    def _template(self, tools: list[Any] | None) -> Template:
+    def _template(self, tools: Sequence[Tool] | None) -> Template:
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
         if name not in self.sources:
             raise TemplateError(f"the tokenizer has the templates {', '.join(sorted(self.sources))}, and none is the default")
@@ -135,14 +135,14 @@ class ChatTemplate:
             self._compiled[name] = _environment(self.day).from_string(self.sources[name])
         return self._compiled[name]
 
-    def _joins_text(self, messages: Sequence[Message], tools: list[Any] | None) -> bool:
+    def _joins_text(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> bool:
         """Whether arguments must be JSON text: objects fail, or come out as Python writes them, and text comes out once."""
         as_object, as_text = (self._probed(messages, tools, as_text) for as_text in (False, True))
         return not _is_once(as_object) and _is_once(as_text)
 
-    def _probed(self, messages: Sequence[Message], tools: list[Any] | None, as_text: bool) -> str:
+    def _probed(self, messages: Sequence[Message], tools: Sequence[Tool] | None, as_text: bool) -> str:
         """The conversation with arguments of our own; empty where the template fails on it."""
-        probed = [
+        probed: list[Message] = [
             {**message, "tool_calls": [_with_probe(call) for call in message["tool_calls"]]}
             if message.get("tool_calls")
             else message
@@ -161,7 +161,7 @@ class TemplateFailed(TemplateError):
 PROBE = "dpo_probe"
 
 
-def _with_probe(call: Mapping[str, Any]) -> dict[str, Any]:
+def _with_probe(call: ToolCall) -> ToolCall:
     return {**call, "function": {**call["function"], "arguments": {PROBE: PROBE}}}
 
 
@@ -187,7 +187,11 @@ def _environment(day: date) -> ImmutableSandboxedEnvironment:
         raise TemplateError(message)
 
     def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -6,7 +6,7 @@ import functools
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from dpo_cli.data.columns import (
     COMPLETIONS,
@@ -202,7 +202,7 @@ class Account:
                     message = f'no row has a column "{column}", which "columns" names for {name}'
                     yield Problem("warning", "column-missing", message, "correct its name, or leave it out", "columns")
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Which columns are read as what, and which are not read."""
         return {"read": self.read, "unread": [name for name in self.seen if name not in self.read]}
 
@@ -211,7 +211,7 @@ def _may_be_label(name: str) -> bool:
     return says_no(name, 0) or says_no(name, 1)
 
 
-def _is_score(value: Any) -> bool:
+def _is_score(value: Any) -> TypeGuard[str | float]:
     try:
         return not isinstance(value, bool | Mapping | list) and float(value) == float(value)
     except (TypeError, ValueError):  # a text or nothing: no score

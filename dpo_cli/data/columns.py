@@ -10,8 +10,8 @@ from typing import Any
 from dpo_cli.data.messages import BadRow, Message, Text, message_of
 from dpo_cli.data.transcripts import as_messages
 
-Row = Mapping[str, Any]
-Columns = Mapping[str, Any]  # the option "columns"
+Row = Mapping[str, object]
+Columns = Mapping[str, Any]  # the option "columns", whose values schema.json has checked
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 QUESTIONS = ("question", "instruction", "query", "input")
@@ -32,14 +32,10 @@ PROMPT_WORDS = frozenset(
     instructions question questions query system preamble preface turns conversation conversations messages dialogue""".split()  # noqa: SIM905
 )
 # Words that end the names of what is offered to the model or what it thinks, where nothing reads them.
-MORE_PROMPT = re.compile(
-    r"(.*[ _.-])?(tools?|functions?|choices|thoughts?|thinking|reasoning|cot|reason(ing)?[ _.-]steps?)", re.IGNORECASE
-)
+MORE_PROMPT = r"(?i)(.*[ _.-])?(tools?|functions?|choices|thoughts?|thinking|reasoning|cot|reason(ing)?[ _.-]steps?)"
 NOTHING = frozenset(["nan", "none", "null"])  # what a table holds where a cell was empty
-SYSTEM_START = re.compile(r"(system|sys|developer)[ _-]?(prompt|message|msg|instruction)s?", re.IGNORECASE)
-MEDIA = re.compile(
-    r"(.*[ _-])?(image|img|picture|photo|pixel_value|audio|video)s?([ _-](path|file|url|byte)s?)?", re.IGNORECASE
-)
+SYSTEM_START = r"(?i)(system|sys|developer)[ _-]?(prompt|message|msg|instruction)s?"
+MEDIA = r"(?i)(.*[ _-])?(image|img|picture|photo|pixel_value|audio|video)s?([ _-](path|file|url|byte)s?)?"
 MARKERS = re.compile(r"<\|?(image|audio|video)(?:[_ ]?\d+)?\|?>")
 SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "rank", "ranks", "votes", "overall", "grade", "winner")
 RANKS = ("rank", "ranks")  # the lowest is the best
@@ -55,7 +51,7 @@ NO = frozenset(
 YES = frozenset("true 1 yes".split())  # noqa: SIM905
 
 
-def asked(row: Row, names: tuple[str, ...] = PROMPTS) -> tuple[Any, tuple[str, ...]] | None:
+def asked(row: Row, names: tuple[str, ...] = PROMPTS) -> tuple[object, tuple[str, ...]] | None:
     """The prompt of a row, not checked yet, and the columns that it stands in: an instruction and its input are joined."""
     main = "prompt" if "prompt" in row else next((name for name in names if name in row), None)
     if main is None:
@@ -97,12 +93,12 @@ def tools_column(row: Row) -> str | None:
     return "functions" if functions and is_list else None
 
 
-def says_nothing(value: Any) -> bool:
+def says_nothing(value: object) -> bool:
     """Whether a cell is empty, also in the words of pandas and Python."""
     return isinstance(value, str) and (not value.strip() or value.strip().lower() in NOTHING)
 
 
-def with_history(prompt: Text, history: Any) -> Text:
+def with_history(prompt: Text, history: object) -> Text:
     """The prompt after the earlier turns of the row: messages, or [question, answer] lists, as LLaMA-Factory has them."""
     if not history or says_nothing(history):
         return prompt
@@ -125,23 +121,23 @@ def with_history(prompt: Text, history: Any) -> Text:
 def is_prompt_like(name: str) -> bool:
     """Whether a column is called like a part of a prompt."""
     words = re.split(r"[ _.-]", name.lower())
-    return words[-1] in PROMPT_WORDS or any(pattern.fullmatch(name) for pattern in (SYSTEM_START, MORE_PROMPT))
+    return words[-1] in PROMPT_WORDS or any(re.fullmatch(pattern, name) for pattern in (SYSTEM_START, MORE_PROMPT))
 
 
 @functools.cache
 def is_media(name: str) -> bool:
     """Whether a column is called like pictures, sound or films."""
-    return MEDIA.fullmatch(name) is not None
+    return re.fullmatch(MEDIA, name) is not None
 
 
-def is_shown(value: Any) -> bool:
+def is_shown(value: object) -> bool:
     """Whether a value of a column that is called like pictures, sound or films may hold some: not where it is a number."""
     if isinstance(value, str):
         return re.fullmatch(r"[\d.]*", value.strip()) is None and value.strip().lower() not in ("false", "no")
     return value is True or not isinstance(value, int | float)
 
 
-def texts_in(value: Any) -> list[str]:
+def texts_in(value: object) -> list[str]:
     """All texts within a value: itself, or those of its messages, turns and parts; of tools their names."""
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
@@ -150,7 +146,7 @@ def texts_in(value: Any) -> list[str]:
     return [text for part in value for text in texts_in(part)] if isinstance(value, list) else []
 
 
-def says_no(name: str, value: Any) -> bool:
+def says_no(name: str, value: object) -> bool:
     """Whether a label says that its row is not wanted."""
     word = str(value).strip().lower()
     return (name.lower() in WANTED and word in NO) or (name.lower() in UNWANTED and word in YES)

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TypeGuard
 
 from dpo_cli.data.columns import COMPLETIONS, PROMPTS, RANKS, SCORES, Columns, Row, asked
 from dpo_cli.data.messages import BadRow
+from dpo_cli.data.text_features import compiled
 
 STEMS = frozenset(
     """response responses output answer completion generation candidate reply summary text ref conversation chat""".split()  # noqa: SIM905
@@ -78,12 +79,13 @@ TIES = frozenset(
         *("both good", "equally good", "equally bad", "about the same", "no preference", "unsure"),
     ]
 )
-_BETTER = re.compile(
-    r"win|wins|winner|winning|prefer\w*|best|better|choice|choose|chosen|gold\w*|votes?|voted|picks?|picked|selected|favou?r\w*|verdict|correct"
+_BETTER = (
+    r"win|wins|winner|winning|prefer\w*|best|better|choice|choose|chosen|gold\w*|votes?|voted|picks?|picked|selected"
+    r"|favou?r\w*|verdict|correct"
 )
-_WORSE = re.compile(r"los[est]\w*|worse|worst|reject\w*|bad|least|less|not|non|dis\w*|un\w*|wrong|incorrect|inferior")
+_WORSE = r"los[est]\w*|worse|worst|reject\w*|bad|least|less|not|non|dis\w*|un\w*|wrong|incorrect|inferior"
 # Of these a high score is no merit.
-_NO_MERIT = re.compile(
+_NO_MERIT = (
     r"toxic\w*|harm(?!less)\w*|unsafe\w*|risk\w*|bias\w*|hate\w*|offens\w*|violence|violations?|hallucinat\w*|loss|losses|errors?"
     r"|perplexity|ppl|penalty|lengths?|long\w*|short\w*|len|tokens?|words?|chars?|characters|verbos\w*|complex\w*|repetit\w*|distance|latency|time|cost"
 )
@@ -151,13 +153,17 @@ class Layout:
             base["prompt"] = prompt_of(row)
         return [{**base, "chosen": answers[best], "rejected": answers[i], **_told(scores, best, i)} for i in others]
 
-    def _answers(self, row: Row) -> list[Any]:
+    def _answers(self, row: Row) -> list[object]:
         """The responses of a row as texts or messages."""
         if len(self.responses) > 1:
             missing = [name for name in self.responses if name not in row]
             if missing:
                 raise BadRow("row-missing-key", f"no {' and no '.join(missing)}")
             return [row[name] for name in self.responses]
+        return [_text_within(value) for value in self._listed(row)]
+
+    def _listed(self, row: Row) -> list[object]:
+        """The responses of a row as they stand in its list."""
         values = row.get(self.responses[0])
         if not isinstance(values, list):
             raise BadRow("row-wrong-type", f"{self.responses[0]} is {type(values).__name__}, not a list of responses")
@@ -165,13 +171,12 @@ class Layout:
             raise BadRow(
                 "row-one-response", f"{self.responses[0]} holds fewer than two responses, so there is nothing to compare"
             )
-        return [_text_within(value) for value in values]
+        return values
 
     def _scores(self, row: Row) -> list[float | None]:
         """A score for each response, higher for the better; none at all where the row has no scores."""
         if len(self.responses) == 1 and not self.scores:
-            values = row[self.responses[0]]
-            return [_score_within(value) if isinstance(value, Mapping) else None for value in values]
+            return [_score_within(value) if isinstance(value, Mapping) else None for value in self._listed(row)]
         if len(self.scores) > 1:
             return [_number(row.get(name), name) for name in self.scores]
         if not self.scores:
@@ -181,7 +186,7 @@ class Layout:
             raise BadRow("row-score", f"{self.scores[0]} is not a list with a score for each response")
         return [_number(value, self.scores[0]) for value in values]
 
-    def _preferred(self, row: Row, answers: list[Any]) -> int:
+    def _preferred(self, row: Row, answers: list[object]) -> int:
         """The position of the response that the label prefers; of several votes, that of the most."""
         assert self.label is not None
         value = row.get(self.label)
@@ -193,7 +198,7 @@ class Layout:
             raise BadRow("row-tie", "the label prefers no response")
         return best
 
-    def _meant(self, value: Any, answers: list[Any]) -> int | None:
+    def _meant(self, value: object, answers: list[object]) -> int | None:
         """The position that a value of the label means; None of a tie."""
         said = plain_value(value)
         for position, values in enumerate(self.labels):
@@ -248,9 +253,8 @@ class Layout:
 
 def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> Layout | None:
     """How a row is laid out, if it is a comparison; `more_labels` are columns of any name that may be the label."""
-    responses = columns.get("responses")
-    stated = responses is not None
-    responses, which = (_stated(responses), ()) if stated else _family(row) or _list(row) or ((), ())
+    stated = columns.get("responses") is not None
+    responses, which = (_stated(columns["responses"]), ()) if stated else _family(row) or _list(row) or ((), ())
     if not responses:
         return None
     asking = asked(row, PROMPT_NAMES)
@@ -273,11 +277,11 @@ def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> La
     return Layout(prompt, responses, label, scores, which, labels, start)
 
 
-def members_named(row: Row, values: Sequence[Any]) -> tuple[str, ...] | None:
+def members_named(row: Row, values: Sequence[object]) -> tuple[str, ...] | None:
     """The columns of the responses that these values name, each another one; None where the values are something else."""
     if any((isinstance(value, str) and len(value) >= LONGEST_NAME) or not isinstance(value, str | int) for value in values):
         return None
-    own = tuple(value for value in values if isinstance(row.get(str(value)), str | list) and value not in PROMPT_NAMES)
+    own = tuple(name for name in map(str, values) if isinstance(row.get(name), str | list) and name not in PROMPT_NAMES)
     if len(set(own)) == len(values):  # columns called like the models that wrote them
         return own
     responses, which = _family(row) or ((), ())
@@ -295,7 +299,8 @@ def start_of(layouts: Iterable[tuple[Layout, Row]]) -> int | None:
     numbers: set[int] = set()
     most, has_fractions = 2, False
     for layout, row in layouts:
-        most = max(most, len(layout.responses) if len(layout.responses) > 1 else len(row.get(layout.responses[0]) or ()))
+        held = row.get(layout.responses[0])
+        most = max(most, len(layout.responses), len(held) if len(layout.responses) == 1 and isinstance(held, Sized) else 0)
         value = row.get(layout.label or "")
         for vote in value if isinstance(value, list) else [value]:
             said = plain_value(vote)
@@ -306,7 +311,7 @@ def start_of(layouts: Iterable[tuple[Layout, Row]]) -> int | None:
     return starts[0] if numbers and len(starts) == 1 and not has_fractions else None
 
 
-def prompt_of(row: Row) -> Any:
+def prompt_of(row: Row) -> object:
     """The prompt of a comparison; posts of TL;DR as OpenAI prompted with them."""
     asking = asked(row, PROMPT_NAMES)
     prompt = asking[0] if asking is not None else None
@@ -320,7 +325,7 @@ def prompt_of(row: Row) -> Any:
     return prompt
 
 
-def plain_value(value: Any) -> str:
+def plain_value(value: object) -> str:
     """A value of a label as text in one form: 1, 1.0 and "1" are the same, and true is not 1."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -332,7 +337,7 @@ def _integer(said: str) -> int | None:
     return int(said) if re.fullmatch(r"-?\d{1,4}", said) else None
 
 
-def _stated(value: Any) -> tuple[str, ...]:
+def _stated(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
@@ -395,8 +400,8 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
-def _has(words: Iterable[str], pattern: re.Pattern[str]) -> bool:
-    return any(map(pattern.fullmatch, words))
+def _has(words: Iterable[str], pattern: str) -> bool:
+    return any(map(compiled(pattern).fullmatch, words))
 
 
 def _says_worse(name: str) -> bool:
@@ -418,7 +423,7 @@ def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: S
     questions = [name for name in more if name in row and name not in responses and not _asks_another_matter(name)]
     asking = [name for name in questions if _says_better(name) or name in LABELS]
     usual = [name for name in LABELS if name in row and name not in responses and isinstance(row[name], str | int | float)]
-    votes = {name: row[name][0] if isinstance(row[name], list) and row[name] else row[name] for name in questions}
+    votes = {name: value[0] if isinstance(value := row[name], list) and value else value for name in questions}
     only = questions if len(more) == 1 else [*_naming(votes, responses, which)]
     found = next(iter((*asking, *usual, *(only if len(only) == 1 else ()))), None)
     if found is not None or len(responses) == 1 or not search:
@@ -436,12 +441,15 @@ def _is_side(row: Row, name: str) -> bool:
 def _naming(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> dict[str, int]:
     """The columns whose value names a response, and its position."""
     trial = Layout((), responses, None, (), which)
-    other = [name for name in row if name not in responses and name not in PROMPT_NAMES and isinstance(row[name], str)]
-    places = {name: trial._named(plain_value(row[name])) for name in other if len(row[name]) < LONGEST_NAME}
+    places = {
+        name: trial._named(plain_value(value))
+        for name, value in row.items()
+        if name not in responses and name not in PROMPT_NAMES and isinstance(value, str) and len(value) < LONGEST_NAME
+    }
     return {name: place for name, place in places.items() if place is not None}
 
 
-def _holds_scores(values: Any) -> bool:
+def _holds_scores(values: object) -> bool:
     return isinstance(values, list) and any(isinstance(value, Mapping) and _score_within(value) is not None for value in values)
 
 
@@ -460,29 +468,29 @@ def _without_label(row: Row, responses: tuple[str, ...], which: tuple[str, ...])
     return BadRow("row-label", reason)
 
 
-def _text_within(value: Any) -> Any:
+def _text_within(value: object) -> object:
     """A response of a list: a text or messages, or what an object holds of them."""
     if isinstance(value, Mapping) and "role" not in value and "from" not in value:
         value = next((value[key] for key in (*TEXT_KEYS, "messages") if value.get(key)), value)
     return value
 
 
-def _score_within(value: Mapping[str, Any]) -> float | None:
+def _score_within(value: Mapping[str, object]) -> float | None:
     """The score of an object; of annotations by aspect, as UltraFeedback has them, the mean of their ratings."""
     name = next((key for key in SCORE_KEYS if value.get(key) not in (None, "N/A", "")), None)
     if name == "annotations":
-        aspects = value[name].values() if isinstance(value[name], Mapping) else ()
+        aspects = held.values() if isinstance(held := value[name], Mapping) else ()
         ratings = [aspect.get("Rating", aspect.get("rating")) for aspect in aspects if isinstance(aspect, Mapping)]
         numbers = [float(rating) for rating in ratings if _is_number(rating)]
         return fmean(numbers) if numbers else None
     return _number(value[name], name) if name is not None else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[str | float]:
     return re.fullmatch(r"-?\d+(\.\d+)?([eE][-+]?\d+)?", str(value).strip()) is not None
 
 
-def _number(value: Any, name: str) -> float | None:
+def _number(value: object, name: str) -> float | None:
     """A score, higher for the better: a rank counts down."""
     if value is None:
         return None
@@ -494,6 +502,6 @@ def _number(value: Any, name: str) -> float | None:
     return -float(value) if any(word in RANKS for word in words) else float(value)
 
 
-def _told(scores: list[float | None], best: int, other: int) -> dict[str, Any]:
+def _told(scores: list[float | None], best: int, other: int) -> dict[str, float | None]:
     """The scores of a pair beside its label, so that a label which they contradict is found."""
     return {"score_chosen": scores[best], "score_rejected": scores[other]} if scores else {}

@@ -27,6 +27,8 @@ from dpo_cli.data.unreadable_files import fault
 from dpo_cli.errors import Problem, Severity, invalid
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 
+Named = str | Sequence[str | Mapping[str, Any]]  # what a config calls its data: a path, or paths and {"path", "weight"}
+
 TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
 # What helps where no row can be deleted or left out.
@@ -57,7 +59,7 @@ class Dataset:
     problems: tuple[Problem, ...] = ()
     key: str = "dataset"  # of the config, that names it
     demonstrations: bool = False  # as sft reads rows
-    read_as: Mapping[str, Any] = field(default_factory=dict)  # what its columns are read as, and which are not read
+    read_as: Mapping[str, object] = field(default_factory=dict)  # what its columns are read as, and which are not read
     kept: Sequence[tuple[Source, Row]] | None = None  # the usable rows, where the pass kept them
     states: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of the files, when the pass began
 
@@ -107,7 +109,7 @@ class Dataset:
         """What its rows are."""
         return (DEMONSTRATIONS if self.demonstrations else PAIRS).noun
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         counts = {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}
         return {**counts, "columns": dict(self.read_as)}
 
@@ -170,12 +172,12 @@ class BadRows:
             yield about_rows(severity, code, reason, self._fixes[kind] or FIXES.get(code, fix), key, file, lines)
 
 
-def sources_of(value: str | Sequence[str | Mapping[str, Any]]) -> tuple[Source, ...]:
+def sources_of(value: Named) -> tuple[Source, ...]:
     """The files that a config's value names: a path or a list of paths and {"path", "weight"}; a folder is its files."""
     return tuple(Source(file, weight) for path, weight in _entries(value) for file in _files(path))
 
 
-def _entries(value: str | Sequence[str | Mapping[str, Any]]) -> list[tuple[str, float]]:
+def _entries(value: Named) -> list[tuple[str, float]]:
     """(path, weight) of each entry, its ~ expanded."""
     entries = [value] if isinstance(value, str) else value
     given = [(entry, 1.0) if isinstance(entry, str) else (entry["path"], entry.get("weight", 1.0)) for entry in entries]
@@ -193,14 +195,14 @@ def holds_pairs(path: str) -> bool:
     return next((True for row in stream(sources_of(path)) if isinstance(row, Pair)), False)
 
 
-def unreadable(value: str | Sequence[str | Mapping[str, Any]], key: str) -> list[Problem]:
+def unreadable(value: Named, key: str) -> list[Problem]:
     """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
     found = (fault(Path(source.path), key) for source in sources_of(value))
     return [problem for problem in found if problem is not None]
 
 
 def read(
-    value: str | Sequence[str | Mapping[str, Any]],
+    value: Named,
     skip: bool = False,
     key: str = "dataset",
     columns: Columns | None = None,
@@ -270,7 +272,7 @@ def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bo
     for source in sources:
         known: Columns | None = columns if columns and "labels" in columns else None
 
-        def read_one(row: Any, line: int, path: str = source.path) -> Read:
+        def read_one(row: object, line: int, path: str = source.path) -> Read:
             nonlocal known
             if known is None:
                 known = _with_start(row, path, columns or {})
@@ -283,7 +285,7 @@ def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bo
                 yield source, read
 
 
-def _with_start(first: Any, path: str, columns: Columns) -> Columns:
+def _with_start(first: object, path: str, columns: Columns) -> Columns:
     """`columns` with the number that means the first response, where the first row of a file has a label that counts.
 
     Only all labels of the file together tell, so it is read once more then, and only then.
@@ -304,7 +306,7 @@ def _files(path: str) -> list[str]:
     return [str(file) for file in content.files] if content is not None and content.files else [path]
 
 
-def _choices(value: str | Sequence[str | Mapping[str, Any]], key: str) -> Iterator[Problem]:
+def _choices(value: Named, key: str) -> Iterator[Problem]:
     """Hints that say which files of a hub dataset or a folder are read."""
     for path, _ in _entries(value):
         if hub_datasets.is_hub_id(path):

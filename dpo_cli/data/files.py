@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import BinaryIO, NoReturn, TypeVar, cast
 
 from dpo_cli import errors
 from dpo_cli.data import folders
@@ -27,7 +27,7 @@ from dpo_cli.data.messages import BadRow, bounded, without_padding
 from dpo_cli.errors import Problem, Severity
 
 T = TypeVar("T")
-Rows = Iterator[tuple[int, Callable[[], Any]]]  # place, and what parses the row or raises BadRow
+Rows = Iterator[tuple[int, Callable[[], object]]]  # place, and what parses the row or raises BadRow
 
 MAX_LINE_BYTES = 1 << 26  # a row of 64 MiB is no pair
 MAX_LIST_BYTES = 1 << 30  # a JSON list is held in memory as a whole, and a packed one may unpack to a thousand times its size
@@ -50,7 +50,7 @@ def rows_of(path: str, reader: Callable[[str], Rows] | None = None) -> Rows:
 
 
 def read_rows(
-    path: str, read: Callable[[Any, int], T], reader: Callable[[str], Rows] | None = None
+    path: str, read: Callable[[object, int], T], reader: Callable[[str], Rows] | None = None
 ) -> Iterator[tuple[int, T | BadRow]]:
     """Each row of a readable file as `read` takes it with its place, or why it is none: no row stops the reading."""
     for place, parse_row in rows_of(path, reader):
@@ -73,7 +73,7 @@ def _is_gzip(path: str) -> bool:
         return file.read(len(GZIPPED)) == GZIPPED
 
 
-def lines_of(path: str, parse: Callable[[bytes], Any]) -> Rows:
+def lines_of(path: str, parse: Callable[[bytes], object]) -> Rows:
     """Each line that is not blank as a row, without byte order marks."""
     with opened(path) as file:
         number = 0
@@ -109,11 +109,11 @@ def _json_lines(path: str) -> Rows:
     return lines_of(path, _parse_line)
 
 
-def _refuse(code: str, reason: str, fix: str = "") -> Any:
+def _refuse(code: str, reason: str, fix: str = "") -> NoReturn:
     raise BadRow(code, reason, fix=fix)
 
 
-def _parse_line(line: bytes) -> Any:
+def _parse_line(line: bytes) -> object:
     try:
         return _DECODER.decode(line.decode("utf-8").strip())
     except UnicodeDecodeError as error:
@@ -123,7 +123,7 @@ def _parse_line(line: bytes) -> Any:
         raise BadRow("row-not-json", "not valid JSON", where) from error
 
 
-def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(items: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(items)
     if len(row) < len(items):
         raise BadRow("row-duplicate-key", "a key stands twice")
@@ -226,15 +226,15 @@ def python_writes(target: str, code: str, source: str) -> str:
     return f"name {target}, which `python -c {shlex.join([code, source, target])}` writes"
 
 
-def _is_rows(value: Any) -> bool:
+def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value) and not _is_said(value)
 
 
-def _holds_messages(row: Mapping[str, Any]) -> bool:
+def _holds_messages(row: Mapping[str, Sequence[object]]) -> bool:
     return any(_is_said(value) for value in row.values())
 
 
-def _is_said(value: Sequence[Any]) -> bool:
+def _is_said(value: Sequence[object]) -> bool:
     """Whether a list is one of messages, so that the object that holds it is a row."""
     return any(isinstance(part, dict) and not {"role", "from"}.isdisjoint(part) for part in value)
 
@@ -266,14 +266,14 @@ def _unit_of_list(path: str, changed_at: int, size: int) -> str:
     return "row" if _share_a_line(_lines_at(text, _row_starts(text)[0])) else "line"
 
 
-def _parse_at(text: str, start: int) -> Any:
+def _parse_at(text: str, start: int) -> object:
     try:
         return _DECODER.raw_decode(text, start)[0]
     except (ValueError, RecursionError) as error:
         raise BadRow("row-not-json", "not valid JSON") from error
 
 
-def _as_it_is(row: Any) -> Any:
+def _as_it_is(row: object) -> object:
     return row
 
 
@@ -321,7 +321,7 @@ def _bounded(file: io.TextIOBase) -> Iterator[str]:
         yield "x" * (MAX_LINE_BYTES + 1)
 
 
-def _parse_cells(header: list[str], cells: list[str]) -> Any:
+def _parse_cells(header: list[str], cells: list[str]) -> dict[str, str]:
     if len(cells) != len(header):
         raise BadRow("row-not-csv", f"{len(cells)} cells under a header of {len(header)}")
     if any("\udc80" <= char <= "\udcff" for cell in cells if not cell.isascii() for char in cell):

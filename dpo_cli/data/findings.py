@@ -11,8 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rapidfuzz import fuzz, utils
-
 from dpo_cli.data.dataset import Dataset
 from dpo_cli.data.files import about_rows, unit
 from dpo_cli.data.messages import flat, said
@@ -23,6 +21,7 @@ from dpo_cli.data.text_features import (
     MARKERS,
     REFUSAL,
     auc,
+    compiled,
     differ,
     plain,
     same_answer,
@@ -178,7 +177,9 @@ class TooSimilar(Finding):
     fix = "write a rejected response that is clearly worse, or delete the row"
 
     def see(self, seen: Seen) -> None:
-        if FREE_TEXT.search(seen.prompt):
+        if compiled(FREE_TEXT).search(seen.prompt):
+            from rapidfuzz import fuzz, utils
+
             chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.chosen, seen.rejected))
             alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
         elif differ(seen.chosen.lower(), seen.rejected.lower()):
@@ -234,7 +235,9 @@ class OneSideRefuses(Finding):
         self.sides: dict[str, list[tuple[str, int]]] = {"chosen": [], "rejected": []}
 
     def see(self, seen: Seen) -> None:
-        refuses = [side for side, text in (("chosen", seen.chosen), ("rejected", seen.rejected)) if REFUSAL.match(text)]
+        refuses = [
+            side for side, text in (("chosen", seen.chosen), ("rejected", seen.rejected)) if compiled(REFUSAL).match(text)
+        ]
         if len(refuses) == 1:
             self.sides[refuses[0]].append((seen.pair.file, seen.pair.line))
 
@@ -259,7 +262,7 @@ class ChatMarkers(Finding):
 
     def see(self, seen: Seen) -> None:
         is_split = isinstance(seen.pair.prompt, str) and bool(turns_of(seen.prompt))  # a transcript, which becomes messages
-        found = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in MARKERS.finditer(text)]
+        found = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in compiled(MARKERS).finditer(text)]
         if any(marker[4] is None or not is_split for marker in found):
             self.note(seen.pair)
 
@@ -271,7 +274,7 @@ class OtherScript(Finding):
     fix = "check that the answer is in the language that was asked for"
 
     def see(self, seen: Seen) -> None:
-        if (seen.prompt.isascii() and seen.chosen.isascii()) or ABOUT_LANGUAGE.search(seen.prompt):
+        if (seen.prompt.isascii() and seen.chosen.isascii()) or compiled(ABOUT_LANGUAGE).search(seen.prompt):
             return
         prompt, chosen = script(seen.prompt), script(seen.chosen)
         if prompt and chosen and prompt != chosen:

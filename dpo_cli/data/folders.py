@@ -13,12 +13,10 @@ from pathlib import Path
 
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # of a hub dataset the first that it has is read
 GZIP = ".gz"
-TRAINING = re.compile(r"(?<![a-z])train", re.IGNORECASE)
-EVALUATION = re.compile(
-    r"(?<![a-z])(tests?|val(id(ation)?)?|dev|eval(uation)?|held[-_.]?out|hold[-_.]?out)(?![a-z])", re.IGNORECASE
-)
-DESCRIPTION = re.compile(r"info|(?<![a-z])(stats|statistics|metadata|schema|config|state)\.json", re.IGNORECASE)
-_SHARD = re.compile(r"(?:^|[-_.])\d+(?:-of-\d+(?:-[0-9a-f]+)?)?$")
+TRAINING = r"(?i)(?<![a-z])train"
+EVALUATION = r"(?i)(?<![a-z])(tests?|val(id(ation)?)?|dev|eval(uation)?|held[-_.]?out|hold[-_.]?out)(?![a-z])"
+DESCRIPTION = r"(?i)info|(?<![a-z])(stats|statistics|metadata|schema|config|state)\.json"
+_SHARD = r"(?:^|[-_.])\d+(?:-of-\d+(?:-[0-9a-f]+)?)?$"
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ def kind(path: str | Path) -> str:
 
 def holds_rows(file: Path) -> bool:
     """Whether a file of a folder may hold rows: dataset_info.json, train_stats.json and the like describe others."""
-    return kind(file) in SUFFIXES and not (kind(file) == ".json" and DESCRIPTION.search(file.name))
+    return kind(file) in SUFFIXES and not (kind(file) == ".json" and re.search(DESCRIPTION, file.name))
 
 
 def by_split(files: Iterable[Path], folder: Path) -> dict[str, list[Path]]:
@@ -55,7 +53,7 @@ def by_split(files: Iterable[Path], folder: Path) -> dict[str, list[Path]]:
 def _own(file: Path) -> str:
     """The name of a file without its suffixes and the number of its shard."""
     stem = file.name[: -len(GZIP)] if file.suffix.lower() == GZIP else file.name
-    return _SHARD.sub("", Path(stem).stem)
+    return re.sub(_SHARD, "", Path(stem).stem)
 
 
 def _once(files: Sequence[Path]) -> list[Path]:
@@ -71,8 +69,8 @@ def _once(files: Sequence[Path]) -> list[Path]:
 def to_train_on(splits: Iterable[str]) -> list[str]:
     """The splits whose names say training; else those whose names do not say evaluation; else all."""
     names = list(splits)
-    training = [name for name in names if TRAINING.search(name)]
-    return training or [name for name in names if not EVALUATION.search(name)] or names
+    training = [name for name in names if re.search(TRAINING, name)]
+    return training or [name for name in names if not re.search(EVALUATION, name)] or names
 
 
 def choice(path: str) -> Choice | None:
@@ -92,7 +90,7 @@ def choice(path: str) -> Choice | None:
         files = _with_rows(content)
     splits = by_split(files, folder)
     names = [wanted] if wanted else to_train_on(splits)
-    is_open = wanted not in splits if wanted else len(names) > 1 and bool(TRAINING.search(names[0]))
+    is_open = wanted not in splits if wanted else len(names) > 1 and bool(re.search(TRAINING, names[0]))
     if is_open:
         return Choice(splits=tuple(splits if wanted else names))
     chosen = sorted(file for name in names for file in splits.get(name, ()))
@@ -114,7 +112,7 @@ def shown(names: Sequence[str], most: int = 10) -> str:
 
 
 def _is_split(name: str) -> bool:
-    return bool(TRAINING.search(name) or EVALUATION.search(name))
+    return bool(re.search(TRAINING, name) or re.search(EVALUATION, name))
 
 
 def _folder_and_split(path: str) -> tuple[Path | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpo_cli.data.messages import Text
 from dpo_cli.data.rows import Row
@@ -71,7 +71,7 @@ class Lengths:
         rate = self._rate
         return sum(size * rate > max_length for size in self.characters) / max(1, len(self.characters))
 
-    def to_json(self, max_length: int) -> dict[str, Any]:
+    def to_json(self, max_length: int) -> dict[str, object]:
         """Median and longest; with a tokenizer the tokens of both, and the share of pairs longer than `max_length`."""
         if self.longest is None:
             return {"characters": None, "tokens": None, "longest": None}

@@ -11,12 +11,34 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict, TypeVar
 
-from dpo_cli.data.text_features import visible
+from dpo_cli.data.text_features import compiled, visible
 
-Message = dict[str, Any]
+Value = TypeVar("Value")
+
+
+class Function(TypedDict):
+    name: str
+    arguments: str | Mapping[str, object]  # JSON text where it is stored so
+
+
+class ToolCall(TypedDict):
+    id: NotRequired[str]
+    type: str
+    function: Function
+
+
+class Message(TypedDict):
+    """What every message has. The other keys of a row's message stay in it, for templates that read them."""
+
+    role: str
+    content: str
+    tool_calls: NotRequired[list[ToolCall]]
+
+
 Text = str | list[Message]
+Tool = Mapping[str, object]
 
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLES = {
@@ -46,11 +68,11 @@ LARGEST_NUMBER = int(sys.float_info.max)
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
 # Of messages that are stored as text: what they hold in quotes, and how they begin.
-SPEAKS = re.compile(rf"""["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']""", re.IGNORECASE)
-BEGINS = re.compile(
+SPEAKS = rf"""(?i)["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']"""
+BEGINS = (
+    r"(?i)"
     rf"""(?:"|array\()?(?:\[?\s*\{{\s*\\?["'](?:role|from)\\?["']\s*:\s*\\?["'](?:{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']"""
-    r"""|\[\s*\{\s*\\?["'](?:content|value)\\?["']\s*:)""",
-    re.IGNORECASE,
+    r"""|\[\s*\{\s*\\?["'](?:content|value)\\?["']\s*:)"""
 )
 WRAPPER = ("<tool_response>", "</tool_response>")  # which Hermes stores around a tool's result, and its template writes too
 
@@ -66,7 +88,7 @@ class BadRow(Exception):
         self.detail = detail
 
 
-def text_of(value: Any, key: str) -> Text:
+def text_of(value: object, key: str) -> Text:
     """A value of a row as text or as messages, or `BadRow`."""
     if isinstance(value, str):
         return sound(value, key)
@@ -80,7 +102,7 @@ def text_of(value: Any, key: str) -> Text:
     return [message_of(message, key) for message in said or value]
 
 
-def message_of(value: Any, key: str) -> Message:
+def message_of(value: object, key: str) -> Message:
     """One message of a conversation in our shape, or `BadRow`."""
     if not isinstance(value, Mapping):
         raise BadRow("row-wrong-type", f"{key} holds a {type(value).__name__} where a message should be")
@@ -103,17 +125,23 @@ def message_of(value: Any, key: str) -> Message:
     can_be_empty = calls or role == "tool" or any(isinstance(message.get(name), str) for name in REASONING)
     if content or not can_be_empty:
         content = sound(content, key)
-    return {"role": role, "content": content, **message}
+    return as_message({"role": role, "content": content, **message})
 
 
-def role_of(message: Mapping[str, Any]) -> str:
+def as_message(keys: Any) -> Message:
+    """An object with the keys of a message as one; a TypedDict has no way to say that there may be others."""
+    message: Message = keys
+    return message
+
+
+def role_of(message: Mapping[str, object]) -> str:
     """The role of a message under our name; empty where it has none."""
     role = message.get("role")
     role = message.get("from") if role is None else role
     return ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else ""
 
 
-def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
+def tools_of(value: object) -> tuple[Tool, ...]:
     """The tools of a row, which may be JSON text, without keys that are null; or `BadRow`."""
     if isinstance(value, str):  # TRL takes them as JSON text too, since columns of objects need one type
         try:
@@ -129,25 +157,25 @@ def tools_of(value: Any) -> tuple[Mapping[str, Any], ...]:
     return tuple(without_nulls(tool, keep=SCHEMA_VALUES) for tool in value)
 
 
-def parsed(text: str) -> Any:
+def parsed(text: str) -> object:
     """Messages, or one message, that are stored as JSON or Python text; the text itself where it is anything else.
 
     `BadRow` where it begins like messages, and cannot be read.
     """
     start = text[:200].lstrip()
-    if not start.startswith(("[", "{", '"', "array(")) or not SPEAKS.search(text):
+    if not start.startswith(("[", "{", '"', "array(")) or not compiled(SPEAKS).search(text):
         return text
     try:
         messages = _messages_in(_value_of(text))
     except ValueError as error:
-        if BEGINS.match(start) and not _begins_with_json(text):
+        if compiled(BEGINS).match(start) and not _begins_with_json(text):
             reason = "a text begins like a list of messages, but is neither JSON nor Python's notation of one"
             raise BadRow("row-wrong-type", reason, f"{start[:40]!r}") from error
         return text
     return text if messages is None else bounded(messages)
 
 
-def list_in(value: Any) -> Any:
+def list_in(value: object) -> object:
     """The list that is stored as JSON or Python text; the value itself where it is anything else."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "array(")):
         return value
@@ -158,7 +186,7 @@ def list_in(value: Any) -> Any:
     return bounded(found) if isinstance(found, list) else value
 
 
-def _value_of(text: str) -> Any:
+def _value_of(text: str) -> object:
     """The value of JSON text, or of Python's notation; `ValueError` where it is neither."""
     for parse in (json.loads, _literal):
         try:
@@ -168,7 +196,7 @@ def _value_of(text: str) -> Any:
     raise ValueError("neither JSON nor Python")
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     """Python's own notation; numpy, of which pandas writes lists, leaves out the comma between two objects."""
     if len(text) > LARGEST_LITERAL:
         raise ValueError("too long")
@@ -197,7 +225,7 @@ def _begins_with_json(text: str) -> bool:
     return True
 
 
-def _messages_in(value: Any) -> Any:
+def _messages_in(value: object) -> object:
     """The messages, or the message, that a parsed text is; None where it is something else."""
     if isinstance(value, str):  # encoded twice
         try:
@@ -206,24 +234,27 @@ def _messages_in(value: Any) -> Any:
             return None
     if isinstance(value, Mapping) and len(value) == 1 and not {"messages", "conversations"}.isdisjoint(value):
         value = next(iter(value.values()))
-    if isinstance(value, list) and value and all(_is_said(turn) for turn in value):
+    if isinstance(value, list) and value and all(map(_is_said, value)):
         return [{"role": role, "content": text} for role, text in value]
     messages = value if isinstance(value, list) else [value]
-    are_messages = all(
-        isinstance(message, Mapping) and role_of(message) and not MESSAGE_KEYS.isdisjoint(message) for message in messages
-    )
-    return value if are_messages and any(role_of(message) in KNOWN_ROLES for message in messages) else None
+    roles = [role_of(part) for part in messages if isinstance(part, Mapping) and not MESSAGE_KEYS.isdisjoint(part)]
+    are_messages = len(roles) == len(messages) and all(roles)
+    return value if are_messages and any(role in KNOWN_ROLES for role in roles) else None
 
 
-def _is_said(turn: Any) -> bool:
+def _is_said(turn: object) -> bool:
     """Whether a value is [role, text]."""
-    is_pair = isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(part, str) for part in turn)
-    return is_pair and role_of({"role": turn[0]}) in KNOWN_ROLES
+    return (
+        isinstance(turn, list | tuple)
+        and len(turn) == 2
+        and all(isinstance(part, str) for part in turn)
+        and role_of({"role": turn[0]}) in KNOWN_ROLES
+    )
 
 
-def bounded(value: Any) -> Any:
+def bounded(value: Value) -> Value:
     """The value of a row, or `BadRow` where it is nested too deep to walk, or holds an integer that is no float."""
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(DEEPEST):
         inner: list[Any] = []
         for part in level:
@@ -240,14 +271,14 @@ def bounded(value: Any) -> Any:
     raise BadRow("row-unreadable", f"values are nested more than {DEEPEST} levels deep")
 
 
-def without_nulls(value: Any, keep: Sequence[str] = ()) -> Any:
+def without_nulls(value: object, keep: Sequence[str] = ()) -> Any:
     """The value without object keys that are null, at every depth; those of `keep` stay."""
     if isinstance(value, Mapping):
         return {name: without_nulls(part, keep) for name, part in value.items() if part is not None or name in keep}
     return [without_nulls(part, keep) for part in value] if isinstance(value, list) else value
 
 
-def without_padding(value: Any) -> Any:
+def without_padding(value: object) -> object:
     """A value of an Arrow table without the nulls that fill up its structs, which have the keys of all rows.
 
     `"default": null` and its kin stay in a JSON schema that takes null.
@@ -258,13 +289,13 @@ def without_padding(value: Any) -> Any:
     return [without_padding(part) for part in value] if isinstance(value, list) else value
 
 
-def _takes_null(schema: Mapping[str, Any]) -> bool:
+def _takes_null(schema: Mapping[str, object]) -> bool:
     kinds, values = schema.get("type"), schema.get("enum")
     has_null = "null" in kinds if isinstance(kinds, list) else kinds == "null"
     return has_null or schema.get("nullable") is True or (isinstance(values, list) and None in values)
 
 
-def _content(value: Any, role: str, key: str) -> str:
+def _content(value: object, role: str, key: str) -> str:
     """The text of a message: its text parts joined; of a tool's result also any object, as JSON."""
     if value is None:
         return ""
@@ -285,7 +316,7 @@ def _unwrapped(result: str) -> str:
     return text[len(start) : -len(end)].strip() if is_wrapped else result
 
 
-def _kind(part: Any) -> str:
+def _kind(part: object) -> str:
     """What a part of a message is: its "type", or the key that only such a part has."""
     if not isinstance(part, Mapping):
         return ""
@@ -293,7 +324,7 @@ def _kind(part: Any) -> str:
     return kind if isinstance(kind, str) else next((name for name in UNTYPED_PARTS if part.get(name)), "")
 
 
-def _part_text(part: Mapping[str, Any], key: str) -> str:
+def _part_text(part: Mapping[str, object], key: str) -> str:
     kind, text = _kind(part), part.get("text")
     if kind not in TEXT_PARTS or not isinstance(text, str):
         reason = f"{key} holds a part that is no text, which this model is not given"
@@ -301,7 +332,7 @@ def _part_text(part: Mapping[str, Any], key: str) -> str:
     return text
 
 
-def _calls(message: Message, text: Any, key: str) -> list[dict[str, Any]]:
+def _calls(message: dict[str, object], text: object, key: str) -> list[ToolCall]:
     """The tool calls of a message, taken out of it: `tool_calls`, the older `function_call`, or ShareGPT's text of a call."""
     calls = _stored_calls(message, text)
     for name in ("tool_calls", "function_call"):
@@ -311,7 +342,7 @@ def _calls(message: Message, text: Any, key: str) -> list[dict[str, Any]]:
     return [_call(without_nulls(call), key) for call in calls]
 
 
-def _stored_calls(message: Mapping[str, Any], text: Any) -> list[Any]:
+def _stored_calls(message: Mapping[str, object], text: object) -> list[object]:
     """The tool calls of a message as they are stored."""
     calls = next((message[name] for name in ("tool_calls", "function_call") if message.get(name) is not None), text)
     if calls is None:
@@ -320,12 +351,12 @@ def _stored_calls(message: Mapping[str, Any], text: Any) -> list[Any]:
     return calls if isinstance(calls, list) else [calls]
 
 
-def _arguments(call: Mapping[str, Any]) -> Any:
+def _arguments(call: Mapping[str, object]) -> object:
     function = call.get("function", call)
     return function.get("arguments", function.get("parameters", {})) if isinstance(function, Mapping) else {}
 
 
-def _call(call: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _call(call: Mapping[str, object], key: str) -> ToolCall:
     function = call.get("function", call)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("row-call", f'{key} holds a tool call without a "name"')
@@ -339,11 +370,13 @@ def _call(call: Mapping[str, Any], key: str) -> dict[str, Any]:
         arguments = arguments if kept == given else kept
     if not isinstance(arguments, str | Mapping):
         raise BadRow("row-call", f"{key} holds a tool call whose arguments are {type(arguments).__name__}, not an object")
-    own = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-    return {**own, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    called: Function = {"name": function["name"], "arguments": arguments}
+    if isinstance(number := call.get("id"), str):
+        return {"id": number, "type": "function", "function": called}
+    return {"type": "function", "function": called}
 
 
-def has_null_arguments(value: Any) -> bool:
+def has_null_arguments(value: object) -> bool:
     """Whether messages of a row hold a tool call of which an argument is null, so that it is left out."""
     if isinstance(value, list):
         return any(map(has_null_arguments, value))
@@ -357,7 +390,7 @@ def has_null_arguments(value: Any) -> bool:
     return any(without_nulls(arguments) != arguments for arguments in given) or has_null_arguments(inner)
 
 
-def _object(text: str) -> Any:
+def _object(text: str) -> object:
     """JSON text as a value; None where it is none."""
     try:
         return bounded(json.loads(text))
@@ -369,18 +402,25 @@ def with_arguments(message: Message, as_text: bool) -> Message:
     """The message with the arguments of its tool calls as JSON text, or as objects."""
     if not message.get("tool_calls"):
         return message
-    calls = []
-    for call in message["tool_calls"]:
-        given = call["function"]["arguments"]
-        if as_text and not isinstance(given, str):
-            given = json.dumps(given, ensure_ascii=False)
-        if not as_text and isinstance(given, str):
-            given = json.loads(given or "{}")
-        calls.append({**call, "function": {**call["function"], "arguments": given}})
-    return {**message, "tool_calls": calls}
+    return {**message, "tool_calls": [call_with_arguments(call, as_text) for call in message["tool_calls"]]}
 
 
-def looks(text: Text) -> Any:
+def call_with_arguments(call: ToolCall, as_text: bool) -> ToolCall:
+    """The same of one call."""
+    given = call["function"]["arguments"]
+    if as_text and not isinstance(given, str):
+        given = json.dumps(given, ensure_ascii=False)
+    if not as_text and isinstance(given, str):
+        given = json.loads(given or "{}")
+    return {**call, "function": {**call["function"], "arguments": given}}
+
+
+def without_key(message: Message, key: str) -> Message:
+    """The message without one of its keys."""
+    return as_message({name: value for name, value in message.items() if name != key})
+
+
+def looks(text: Text) -> object:
     """What can be seen of a text or of messages: the same for two that differ in nothing else."""
     return visible(text) if isinstance(text, str) else [{**turn, "content": visible(turn["content"])} for turn in text]
 
@@ -396,7 +436,7 @@ def sound(text: str, key: str) -> str:
     return text
 
 
-def system_of(value: Any) -> str:
+def system_of(value: object) -> str:
     """The text of a row's "system": a text, a message, or a list of texts, parts or messages; empty where there is none."""
     if isinstance(value, Mapping) and not _kind(value):
         value = value.get("content", value.get("value"))
@@ -406,7 +446,7 @@ def system_of(value: Any) -> str:
     return sound(text, "system") if visible(text).strip() else ""
 
 
-def _is_empty_system(message: Any) -> bool:
+def _is_empty_system(message: object) -> bool:
     """A system message without text says nothing, and many sets have one in every row."""
     return (
         isinstance(message, Mapping)

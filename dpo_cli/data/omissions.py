@@ -10,12 +10,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import TemplateError
 
 from dpo_cli.data.chat_template import PROBE, ChatTemplate
-from dpo_cli.data.messages import REASONING, Message, with_arguments
+from dpo_cli.data.messages import REASONING, Message, Tool, ToolCall, as_message, call_with_arguments, without_key
 
 TAGS = r"think|thinking|thought|reasoning|reflection"
 OPENING = rf"<(?:{TAGS})>|\[THINK\]"
@@ -61,10 +60,10 @@ def left_out(
     template: ChatTemplate,
     messages: list[Message],
     places: Sequence[int],
-    tools: list[Any] | None,
+    tools: Sequence[Tool] | None,
     rendered: str,
     start: int = 0,
-    **options: Any,
+    **options: bool | str,
 ) -> list[Part]:
     """The parts of the messages at `places` that are not in the `rendered` conversation, where these stand after `start`.
 
@@ -107,10 +106,10 @@ class _Suspect:
             name, argument = self.probes
             calls[self.number] = {**calls[self.number], "function": {"name": name, "arguments": {argument: argument}}}
             return {**message, "tool_calls": calls}
-        value = message[self.part.key]
+        value = str(dict(message)[self.part.key])
         for text, probe in zip(self.texts, self.probes, strict=True):
             value = value.replace(text, probe, 1)
-        return {**message, self.part.key: value}
+        return as_message({**message, self.part.key: value})
 
 
 def _suspects(message: Message, place: int, rendered: str, start: int, source: str) -> Iterator[_Suspect]:
@@ -139,11 +138,11 @@ def _lines_not_in(rendered: str, text: str) -> list[str]:
     return sorted((line for line in lines if line and line not in rendered), key=len, reverse=True)
 
 
-def _said_by(call: Mapping[str, Any]) -> Iterator[str]:
+def _said_by(call: ToolCall) -> Iterator[str]:
     """The name of a call, and the texts among its arguments."""
-    (made,) = with_arguments({"tool_calls": [call]}, as_text=False)["tool_calls"]
-    yield made["function"]["name"]
-    stack: list[Any] = [made["function"]["arguments"]]
+    function = call_with_arguments(call, as_text=False)["function"]
+    yield function["name"]
+    stack: list[object] = [function["arguments"]]
     while stack:
         value = stack.pop()
         if isinstance(value, str):
@@ -159,7 +158,7 @@ def _stands_in(rendered: str, text: str) -> bool:
     return any(form in rendered for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]))
 
 
-def fails(template: ChatTemplate, messages: list[Message], tools: list[Any] | None, **options: Any) -> bool:
+def fails(template: ChatTemplate, messages: list[Message], tools: Sequence[Tool] | None, **options: bool | str) -> bool:
     """Whether the template does not take a conversation."""
     try:
         template.render(messages, tools, **options)
@@ -168,7 +167,7 @@ def fails(template: ChatTemplate, messages: list[Message], tools: list[Any] | No
     return False
 
 
-def cause(template: ChatTemplate, messages: list[Message], tools: list[Any] | None, **options: Any) -> str:
+def cause(template: ChatTemplate, messages: list[Message], tools: Sequence[Tool] | None, **options: bool | str) -> str:
     """The part of a conversation on which a template fails: the first message that it fails on, and the key without which it
     does not."""
     if tools and not fails(template, messages, None, **options):
@@ -176,6 +175,6 @@ def cause(template: ChatTemplate, messages: list[Message], tools: list[Any] | No
     counts = range(1, len(messages) + 1)
     count = next((count for count in counts if fails(template, messages[:count], tools, **options)), len(messages))
     *before, last = messages[:count]
-    without = {key: {k: value for k, value in last.items() if k != key} for key in last if key not in ("role", "content")}
+    without = {key: without_key(last, key) for key in last if key not in ("role", "content")}
     key = next((key for key, less in without.items() if not fails(template, [*before, less], tools, **options)), "content")
     return f'"{key}" of message {count} ({last["role"]})'

@@ -18,14 +18,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import TypeGuard
 
 from dpo_cli.data.columns import CONVERSATIONS, OURS, QUESTIONS, SCORES, Columns, Row, answered, asked
 from dpo_cli.data.comparisons import LISTS, Layout, layout_of, members_named
 from dpo_cli.data.messages import BadRow, list_in, parsed, role_of, text_of
 from dpo_cli.data.transcripts import answer_to, parted
 
-Parts = tuple[Any, Any, Any]  # prompt, chosen, rejected, not checked yet
+Parts = tuple[object, object, object]  # prompt, chosen, rejected, not checked yet
 
 KEYS = ("prompt", "chosen", "rejected")
 LIST_COLUMNS = (*LISTS, *SCORES, "history")  # which a table stores as text
@@ -42,12 +42,17 @@ class Shape:
     reads: Callable[[Row], Mapping[str, str]]  # its columns, and what each is read as
 
 
-def renamed(row: Any, columns: Columns) -> Row:
-    """The row as an object without nulls, with its `columns` under our names, and lists of messages that are stored as text."""
+def as_object(row: object) -> Row:
+    """A parsed row, or `BadRow` where it is no object."""
     if isinstance(row, list):
         raise BadRow("row-not-object", "a list, not an object: a file that is one list of rows is called .json")
     if not isinstance(row, Mapping):
         raise BadRow("row-not-object", "not a JSON object")
+    return row
+
+
+def renamed(row: Row, columns: Columns) -> Row:
+    """The row without nulls, with its `columns` under our names, and lists of messages that are stored as text."""
     known: Row = {name: parsed(value) if isinstance(value, str) else value for name, value in row.items() if value is not None}
     lists = {*LIST_COLUMNS, *_each(columns.get("responses")), *_each(columns.get("scores"))}
     known = {name: list_in(value) if name in lists else value for name, value in known.items()}
@@ -81,22 +86,20 @@ def _of_layout(layout: Layout) -> Shape:
     return Shape(layout.says, lambda row: True, rows, lambda row: layout.reads)
 
 
-def _are_messages(value: Any) -> bool:
+def _are_messages(value: object) -> TypeGuard[list[Mapping[str, object]]]:
     return isinstance(value, list) and bool(value) and all(isinstance(message, Mapping) for message in value)
 
 
-def _repeats_prompt(row: Mapping[str, Any]) -> bool:
+def _repeats_prompt(row: Mapping[str, object]) -> bool:
     """Whether both responses are conversations from their first user or system message on."""
     both = [row[name] for name in answered(row) or ()]
     if "prompt" not in row and any(name in row for name in CONVERSATIONS):
         return False
-    if not all(map(_are_messages, both)):
-        return False
-    roles = [[role_of(message) for message in value] for value in both]
-    return all(said[0] not in RESPONSE_ROLES and "assistant" in said for said in roles)
+    roles = [[role_of(message) for message in value] for value in both if _are_messages(value)]
+    return len(roles) == len(both) and all(said[0] not in RESPONSE_ROLES and "assistant" in said for said in roles)
 
 
-def _common_start(row: Mapping[str, Any]) -> Parts:
+def _common_start(row: Mapping[str, object]) -> Parts:
     """Both responses without what they have in common, which is the prompt; of strings, up to a space (as TRL does).
 
     Of transcripts ("Human:", "Assistant:" and the like) the prompt is all up to the answer in which they part.
@@ -131,7 +134,7 @@ def _plain(row: Row) -> Iterator[Row]:
         yield {**row, "prompt": prompt, "chosen": one, "rejected": other}
 
 
-def _each(value: Any) -> list[Any]:
+def _each(value: object) -> list[object]:
     """The texts of a list of texts; anything else is one response."""
     return value if isinstance(value, list) and value and all(isinstance(text, str) for text in value) else [value]
 
@@ -186,7 +189,7 @@ def _swift(row: Row) -> Iterator[Row]:
 
 def _openai(row: Row) -> Iterator[Row]:
     asking = row["input"]
-    tools: dict[str, Any] = {}
+    tools: dict[str, object] = {}
     if isinstance(asking, Mapping) and "messages" in asking:
         tools = {"tools": asking["tools"]} if asking.get("tools") else {}
         asking = asking["messages"]

@@ -25,6 +25,7 @@ from dpo_cli.data.comparisons import Layout, layout_of
 from dpo_cli.data.messages import (
     BadRow,
     Text,
+    Tool,
     flat,
     looks,
     sound,
@@ -32,11 +33,11 @@ from dpo_cli.data.messages import (
     text_of,
     tools_of,
 )
-from dpo_cli.data.row_shapes import KEYS, RESPONSE_ROLES, Shape, fitting, is_swift, renamed, shape_of
+from dpo_cli.data.row_shapes import KEYS, RESPONSE_ROLES, Shape, as_object, fitting, is_swift, renamed, shape_of
 from dpo_cli.data.transcripts import answer_to, as_messages, from_last_turn, turns_of
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
-Written = Mapping[str, Any]  # a row of a file
+Written = Mapping[str, object]  # a row of a file
 ALWAYS = {"category": "category", "history": "earlier turns"}  # of every shape
 
 
@@ -52,7 +53,7 @@ class Pair:
     rejected: Text
     line: int
     file: str = ""
-    tools: tuple[Mapping[str, Any], ...] = ()  # for the chat template
+    tools: tuple[Tool, ...] = ()  # for the chat template
     category: str = ""  # by which figures are told apart
 
     @property
@@ -88,7 +89,7 @@ class Demonstration:
     completion: Text
     line: int
     file: str = ""
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Tool, ...] = ()
     category: str = ""
 
     @property
@@ -114,11 +115,12 @@ class Demonstration:
 Row = Pair | Demonstration
 
 
-def _key(prompt: Any, tools: tuple[Mapping[str, Any], ...]) -> str:
+def _key(prompt: Text, tools: tuple[Tool, ...]) -> str:
+    key: object = prompt
     if isinstance(prompt, list):
-        prompt = [[message["role"], message["content"], *map(str, message.get("tool_calls") or ())] for message in prompt]
-        prompt = prompt[0][1] if len(prompt) == 1 and prompt[0][0] == "user" else prompt
-    return json.dumps([prompt, list(map(str, tools))] if tools else prompt, ensure_ascii=False)
+        turns = [[message["role"], message["content"], *map(str, message.get("tool_calls") or ())] for message in prompt]
+        key = turns[0][1] if len(turns) == 1 and turns[0][0] == "user" else turns
+    return json.dumps([key, list(map(str, tools))] if tools else key, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ class Question:
     reference: str | None
     line: int
     file: str = ""
-    tools: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Tool, ...] = ()
 
     def with_answers(self, chosen: str, rejected: str) -> Pair:
         """The question as a pair: answers to messages are messages."""
@@ -150,9 +152,9 @@ class Read:
     suggested: Mapping[str, str] = field(default_factory=dict)  # columns that no person filled in, and what did
 
 
-def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
+def read_row(row: object, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
     """A parsed row as it is read, or `BadRow`. A demonstration of a row with several responses is the best one."""
-    columns = columns or {}
+    row, columns = as_object(row), columns or {}
     if demonstrations and (shown := _shown(renamed(row, columns), line, file, "text" in columns)) is not None:
         return shown
     try:
@@ -175,7 +177,7 @@ def read_row(row: Any, line: int, file: str, columns: Columns | None, demonstrat
     return Read(rows, says, written, documented[0], lambda: {**_common(written), **shape.reads(written)}, origin, suggested)
 
 
-def _shape_of(row: Any, columns: Columns) -> tuple[Shape, Written, Export | None]:
+def _shape_of(row: Written, columns: Columns) -> tuple[Shape, Written, Export | None]:
     """The shape of a parsed row, the row under the names of the shape, and the export that it is; or `BadRow`."""
     written, export, columns = _flat(row, columns)
     shape = fitting(written, columns, export.answers if export is not None else ())
@@ -187,12 +189,12 @@ def _shape_of(row: Any, columns: Columns) -> tuple[Shape, Written, Export | None
     raise BadRow("row-missing-key", reason, f"which has {_names(row)}{advice}")
 
 
-def _names(row: Any) -> str:
+def _names(row: Written) -> str:
     """The columns of a row, in words."""
     return ", ".join(sorted(f"{name} (null)" if row[name] is None else str(name) for name in row))[:200] or "nothing"
 
 
-def _flat(row: Any, columns: Columns) -> tuple[Written, Export | None, Columns]:
+def _flat(row: Written, columns: Columns) -> tuple[Written, Export | None, Columns]:
     """The row under our names, the export that it is, and the columns, with the responses that an export says it compares."""
     written = renamed(row, columns)
     export = export_of(written) if answered(written) is None else None
@@ -202,21 +204,21 @@ def _flat(row: Any, columns: Columns) -> tuple[Written, Export | None, Columns]:
     return renamed(export.row, columns), export, {**stated, **columns}
 
 
-def counted(row: Any, columns: Columns) -> tuple[Layout, Written] | None:
+def counted(row: object, columns: Columns) -> tuple[Layout, Written] | None:
     """The comparison of a parsed row whose labels may count from 0 or from 1; None where it is something else."""
-    row, export, stated = _flat(row, columns)
-    if shape_of(row, stated) is not None:
+    written, export, stated = _flat(as_object(row), columns)
+    if shape_of(written, stated) is not None:
         return None
-    layout = layout_of(row, stated, export.answers if export is not None else ())
-    return (layout, row) if layout is not None and layout.counts else None
+    layout = layout_of(written, stated, export.answers if export is not None else ())
+    return (layout, written) if layout is not None and layout.counts else None
 
 
-def to_pairs(row: Any, line: int, file: str = "", columns: Columns | None = None) -> tuple[Pair, ...]:
+def to_pairs(row: object, line: int, file: str = "", columns: Columns | None = None) -> tuple[Pair, ...]:
     """A parsed row to its pairs, or `BadRow`."""
     return read_row(row, line, file, columns).rows  # type: ignore[return-value]
 
 
-def to_pair(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Pair:
+def to_pair(row: object, line: int, file: str = "", columns: Columns | None = None) -> Pair:
     """A parsed row to its first pair, or `BadRow`."""
     return to_pairs(row, line, file, columns)[0]
 
@@ -241,7 +243,7 @@ def pair_of(row: Written, line: int, file: str) -> Pair:
     return Pair(prompt, chosen, rejected, line, file, _tools(row), _category(row))
 
 
-def to_demonstration(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Demonstration:
+def to_demonstration(row: object, line: int, file: str = "", columns: Columns | None = None) -> Demonstration:
     """A parsed row of an sft set to a demonstration, or `BadRow`: messages, prompt + completion, text, or a pair's chosen."""
     return read_row(row, line, file, columns, demonstrations=True).rows[0]  # type: ignore[return-value]
 
@@ -253,7 +255,7 @@ def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
         return None
     asking, answer, reads = learned
     tools, category = _tools(row), _category(row)
-    if "text" in reads:
+    if "text" in reads and isinstance(answer, str):
         shown = Demonstration("", sound(answer, "text"), line, file, category=category)
         return Read((shown,), None, row, row, lambda: {"category": "category", **reads})
     completion = text_of(answer, "completion")
@@ -268,7 +270,7 @@ def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
     return Read((Demonstration(prompt, completion, line, file, tools, category),), says, row, row, lambda: _common(row) | reads)
 
 
-def _learned(row: Written, is_text: bool) -> tuple[Any, Any, dict[str, str]] | None:
+def _learned(row: Written, is_text: bool) -> tuple[object, object, dict[str, str]] | None:
     """(prompt, completion, columns) of a demonstration: prompt and completion, messages whose last is learned, or a text.
 
     Beside the others a text repeats them, as a template wrote them, and would put the prompt into the loss.
@@ -293,9 +295,9 @@ def _learned(row: Written, is_text: bool) -> tuple[Any, Any, dict[str, str]] | N
     return messages[:-1], messages[-1:], {conversation: "messages"}
 
 
-def to_question(row: Any, line: int, file: str = "", columns: Columns | None = None) -> Question:
+def to_question(row: object, line: int, file: str = "", columns: Columns | None = None) -> Question:
     """A parsed row to a question, or `BadRow`: a pair's prompt, or a prompt alone; the reference is "reference" or "chosen"."""
-    row = renamed(row, columns or {})
+    row = renamed(as_object(row), columns or {})
     reference = row.get("reference")
     if reference is not None:
         reference = flat(text_of(reference, "reference"))
@@ -324,7 +326,7 @@ def _common(row: Written) -> dict[str, str]:
     return ALWAYS | {name: meaning for name, meaning in named.items() if name is not None}
 
 
-def _tools(row: Written) -> tuple[Mapping[str, Any], ...]:
+def _tools(row: Written) -> tuple[Tool, ...]:
     column = tools_column(row)
     return tools_of(row[column]) if column is not None else ()
 
@@ -341,7 +343,7 @@ def _require_open(prompt: Text) -> None:
         raise BadRow("row-role", "the prompt ends with an assistant message, so there is nothing to answer")
 
 
-def _with_system(prompt: Text, system: Any) -> Text:
+def _with_system(prompt: Text, system: object) -> Text:
     """The prompt after the system message of the row, where it has one and the prompt does not."""
     text = system_of(system)
     if not text or (isinstance(prompt, list) and prompt[:1] and prompt[0]["role"] == "system"):
@@ -349,7 +351,7 @@ def _with_system(prompt: Text, system: Any) -> Text:
     return [{"role": "system", "content": text}, *as_messages(prompt, "user")]
 
 
-def _category(row: Mapping[str, Any]) -> str:
+def _category(row: Mapping[str, object]) -> str:
     """A name or a number; anything else that sets call so is no category."""
     value = row.get("category")
     return str(value) if isinstance(value, str | int | float) else ""

@@ -6,6 +6,13 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+
+
+@cache
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern, compiled when a text is first held against it: `dpo validate` has to be quick, and needs few of them."""
+    return re.compile(pattern)
 
 
 def differ(one: str, other: str) -> bool:
@@ -56,11 +63,10 @@ def script(text: str) -> str | None:
 
 
 _SCRIPTS = {"CJK": "Han or kana", "HIRAGANA": "Han or kana", "KATAKANA": "Han or kana", "FULLWIDTH": "LATIN"}
-FREE_TEXT = re.compile(
-    r"^\s*(please |can you |could you )*"
+FREE_TEXT = (
+    r"(?is)^\s*(please |can you |could you )*"
     r"(describe|write|compose|draft|tell|create|explain|imagine|invent|narrate|summari[sz]e)\b"
-    r"(?!.*\?\s*$)",
-    re.IGNORECASE | re.DOTALL,
+    r"(?!.*\?\s*$)"
 )
 _WORDS = re.compile(r"[-+]?\d+(?:[.,]\d+)*|\w+(?:['’]\w+)?|[^\s\w.,;:!?\"'“”‘’()`]")
 FILLERS = frozenset(
@@ -68,21 +74,18 @@ FILLERS = frozenset(
     had will would can could of in on at to for from by with as and or so then well answer result equals equal makes correct
     right s re""".split()  # noqa: SIM905 - a list of quoted words would be four times as long
 )
-ABOUT_LANGUAGE = re.compile(
-    r"translat|language|english|spanish|french|german|italian|portuguese|russian|ukrainian|greek|chinese|mandarin|japanese|korean"
-    r"|arabic|persian|farsi|hebrew|hindi|urdu|bengali|tamil|thai|vietnamese|turkish",
-    re.IGNORECASE,
+ABOUT_LANGUAGE = (
+    r"(?i)translat|language|english|spanish|french|german|italian|portuguese|russian|ukrainian|greek|chinese|mandarin|japanese|korean"
+    r"|arabic|persian|farsi|hebrew|hindi|urdu|bengali|tamil|thai|vietnamese|turkish"
 )
-REFUSAL = re.compile(
-    r"\s*(i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e"
+REFUSAL = (
+    r"(?i)\s*(i['’]?m sorry|i am sorry|sorry,|i apologi[sz]e"
     r"|i can(no|['’])t (help|assist|do|provide|answer|fulfil|comply|create|write|engage)"
-    r"|i am (not able|unable)|i['’]m (not able|unable)|i won['’]t (help|assist|provide)|as an ai|i don['’]t know)",
-    re.IGNORECASE,
+    r"|i am (not able|unable)|i['’]m (not able|unable)|i won['’]t (help|assist|provide)|as an ai|i don['’]t know)"
 )
-MARKERS = re.compile(
-    r"<\|(im_start|im_end|eot_id|start_header_id|end_of_text|endoftext|user|assistant|system|end)\|>|\[/?INST\]|<</?SYS>>"
-    r"|<(start|end)_of_turn>|<｜(User|Assistant)｜>|\n\n(Human|Assistant): |^### (Instruction|Response):",
-    re.MULTILINE,
+MARKERS = (
+    r"(?m)<\|(im_start|im_end|eot_id|start_header_id|end_of_text|endoftext|user|assistant|system|end)\|>|\[/?INST\]|<</?SYS>>"
+    r"|<(start|end)_of_turn>|<｜(User|Assistant)｜>|\n\n(Human|Assistant): |^### (Instruction|Response):"
 )
 
 

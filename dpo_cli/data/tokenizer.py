@@ -125,7 +125,7 @@ def _object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _content(value: Any) -> str:
+def _content(value: object) -> str:
     """A special token, which is a string or an object."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""

@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
 from dpo_cli.data.files import about_rows
-from dpo_cli.data.messages import Message, Text
+from dpo_cli.data.messages import Message, Text, Tool, without_key
 from dpo_cli.data.omissions import Part, cause, fails, left_out, parts_of
 from dpo_cli.data.rows import Row
 from dpo_cli.data.tokenizer import Tokenizer
@@ -249,7 +249,7 @@ class _Findings:
             yield about_rows(severity, code, reason, fix, "dataset", file, sorted(set(lines)))
 
 
-def _conversations(row: Row) -> tuple[list[Message], list[list[Message]], list[Any] | None]:
+def _conversations(row: Row) -> tuple[list[Message], list[list[Message]], list[Tool] | None]:
     """(the prompt's messages, those of each response, tools) as a template is given them."""
     responses = [as_messages(response, "assistant") for response in row.responses]
     return as_messages(row.prompt, "user"), responses, [dict(tool) for tool in row.tools] or None
@@ -303,11 +303,11 @@ class Rendered:
 
 
 def _require_calls(
-    template: ChatTemplate, prompt: list[Message], response: list[Message], tools: list[Any] | None, rendered: str
+    template: ChatTemplate, prompt: list[Message], response: list[Message], tools: Sequence[Tool] | None, rendered: str
 ) -> None:
     """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
     if any(message.get("tool_calls") for message in response):
-        without = [{key: value for key, value in message.items() if key != "tool_calls"} for message in response]
+        without = [without_key(message, "tool_calls") for message in response]
         if rendered == template.render([*prompt, *without], tools):
             raise _Refused(*CALLS)
 
@@ -413,7 +413,7 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
     return high
 
 
-def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common(one: Sequence[object], other: Sequence[object]) -> int:
     """How many elements two sequences start with alike."""
     parting = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(parting, min(len(one), len(other)))

@@ -22,7 +22,7 @@ import torch
 from rapidfuzz import fuzz, utils
 
 from dpo_cli.data.chat_template import ChatTemplate
-from dpo_cli.data.messages import flat
+from dpo_cli.data.messages import Message, flat
 from dpo_cli.data.rows import Question
 from dpo_cli.data.transcripts import as_messages
 from dpo_cli.evaluation.generation import Answer
@@ -67,7 +67,7 @@ class Reward:
         if self.template is None:
             inputs = self.tokenizer(flat(question.prompt), text, return_tensors="pt")
         else:
-            messages = [*as_messages(question.prompt, "user"), {"role": "assistant", "content": text}]
+            messages: list[Message] = [*as_messages(question.prompt, "user"), {"role": "assistant", "content": text}]
             tools = [dict(tool) for tool in question.tools] or None
             inputs = self.tokenizer(self.template.render(messages, tools), add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 SAFE = "*.safetensors"
 SETTINGS = ("adapter_config.json", "config.json")  # of an adapter, of a whole model
@@ -29,7 +28,7 @@ def sha256_of_settings(folder: Path) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _settings(file: Path) -> Any:
+def _settings(file: Path) -> dict[str, object] | str:
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         return {key: value for key, value in json.loads(text).items() if key not in OPEN}

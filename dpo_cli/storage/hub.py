@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from dpo_cli.errors import RunFailed
 
@@ -36,33 +36,33 @@ def ask_nobody() -> None:
 
 def answer(ask: Callable[[], Said]) -> Said:
     """What `ask` returns or raises; `Unreachable` where there is no hub, or none that answers by the deadline."""
+    from concurrent.futures import Future, wait
+
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     if _silent.is_set():
         raise Unreachable
-    made: list[Any] = []
+    asked: Future[Said] = Future()
 
     def run() -> None:
         try:
-            made.append((ask(), None))
+            asked.set_result(ask())
         except Exception as error:  # raised again by who waits
-            made.append((None, error))
+            asked.set_exception(error)
 
-    asking = Thread(target=run, daemon=True)  # looking up a name cannot be stopped: the process does not wait for it
-    asking.start()
-    asking.join(DEADLINE_SECONDS)
-    if not made:
+    Thread(target=run, daemon=True).start()  # looking up a name cannot be stopped: the process does not wait for it
+    if not wait([asked], DEADLINE_SECONDS).done:
         _silent.set()
         raise Unreachable
-    value, error = made[0]
+    error = asked.exception()
     if isinstance(error, RepositoryNotFoundError):  # which a gated one is, too
         raise error
     if isinstance(error, httpx.TransportError | HfHubHTTPError | OfflineModeIsEnabled):
         raise Unreachable from error
     if error is not None:
         raise cache_fault(error) or error
-    return value  # type: ignore[no-any-return]
+    return asked.result()
 
 
 def unreachable(kind: str, name: str) -> RunFailed:

@@ -12,10 +12,10 @@ from typing import Any
 from dpo_cli.storage.once import once_per_file
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
+def json_text(value: object, indent: int | None = None) -> str:
     """JSON that every reader accepts: a NaN or infinity, which JSON has no word for, becomes null."""
 
-    def finite(part: Any) -> Any:
+    def finite(part: object) -> object:
         if isinstance(part, dict):
             return {key: finite(inner) for key, inner in part.items()}
         if isinstance(part, list | tuple):

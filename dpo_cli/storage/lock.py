@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from dpo_cli.errors import invalid
 
 FAR = 1 << 30  # a byte that no lock file has: what Windows locks cannot be read by others
 
 
-def is_locked_now(file: IO[Any]) -> bool:
+def is_locked_now(file: IO[str] | IO[bytes]) -> bool:
     """Lock an open file, until it is closed; False where another process has it."""
     if sys.platform == "win32":
         import msvcrt

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.storage.redaction import redact
 
@@ -25,7 +24,7 @@ def hush() -> None:
     logging.getLogger().addHandler(logging.NullHandler())
 
 
-def log_line(line: dict[str, Any]) -> None:
+def log_line(line: Mapping[str, object]) -> None:
     """A line of metrics.jsonl, for the log."""
     logging.getLogger("dpo").info("%s", line)
 

@@ -37,7 +37,7 @@ FORMS = re.compile(
     re.VERBOSE,
 )
 
-Json = TypeVar("Json")
+Value = TypeVar("Value")
 
 
 def redact(text: str) -> str:
@@ -56,18 +56,18 @@ def redact_forms(text: str) -> str:
     return FORMS.sub(MASK, text)
 
 
-def redacted(value: Json, of_text: Callable[[str], str] | None = None) -> Json:
+def redacted(value: Value, of_text: Callable[[str], str] | None = None) -> Value:
     """The same of what JSON can hold: its texts, but for those that name a file or a folder that is there."""
     mask = of_text or partial(_without, _known())
 
-    def made(part: Any) -> Any:
+    def masked(part: object) -> object:
         if isinstance(part, str):
             return part if Path(part).is_absolute() and os.path.exists(part) else mask(part)
         if isinstance(part, dict):
-            return {key: made(inner) for key, inner in part.items()}
-        return [made(inner) for inner in part] if isinstance(part, list | tuple) else part
+            return {key: masked(inner) for key, inner in part.items()}
+        return [masked(inner) for inner in part] if isinstance(part, list | tuple) else part
 
-    return cast(Json, made(value))
+    return cast(Value, masked(value))
 
 
 class Redacted:
@@ -98,7 +98,7 @@ def _words() -> frozenset[str]:
     """Names of options, and what they may be, as the schema has them: a run that goes on reads them back."""
     words: set[str] = set()
 
-    def see(part: Any) -> None:
+    def see(part: object) -> None:
         if isinstance(part, dict):
             words.update(part.get("properties", ()), (word for word in part.get("enum", ()) if isinstance(word, str)))
             for inner in part.values():

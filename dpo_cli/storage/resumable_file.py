@@ -28,7 +28,7 @@ class ResumableFile:
     Raises `InvalidInput` where what is there was begun with other settings or was changed since; `check` says more.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], decided: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, object], decided: Mapping[str, object] | None = None) -> None:
         self.path, self.marks, settings = path, _marks_of(path), redacted(settings)
         self.state: dict[str, Any] = {}
         self.digest = hashlib.sha256()
@@ -68,7 +68,7 @@ class ResumableFile:
         if not path.parent.is_dir():
             raise UsageError(f"cannot write {path}: there is no folder {path.parent}", "name a file in a folder that exists")
 
-    def append(self, rows: Iterable[Mapping[str, Any]], state: Mapping[str, Any]) -> None:
+    def append(self, rows: Iterable[Mapping[str, object]], state: Mapping[str, object]) -> None:
         """Add rows, a line each. What is given as `state` is remembered with them, whatever happens afterwards."""
         data = "".join(f"{json_text(redacted(row))}\n" for row in rows).encode()
         self._file.write(data)
@@ -95,7 +95,7 @@ class ResumableFile:
             raise invalid("out-changed", message, fix)
         return size
 
-    def _mark(self, mark: Mapping[str, Any]) -> None:
+    def _mark(self, mark: Mapping[str, object]) -> None:
         self._marks.write(f"{json_text(redacted(mark))}\n".encode())
         _sync(self._marks)
 
@@ -131,7 +131,7 @@ def _whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _require_same(path: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Refuse to go on with other settings, and name those that differ."""
     was, now = _flat(before), _flat(json.loads(json_text(now)))
     differ = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
@@ -141,9 +141,9 @@ def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
         raise invalid("out-other-settings", f"{path} was begun with other settings: {told}", fix)
 
 
-def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def _flat(settings: Mapping[str, object], before: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} as {"a.b": 1}."""
-    found: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, value in settings.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
-    return found
+        flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return flat

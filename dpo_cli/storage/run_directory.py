@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,10 +131,10 @@ class RunDirectory:
     def read_json(self, name: str) -> Any:
         return read_json(self.path / name)
 
-    def write_json(self, name: str, value: Any) -> None:
+    def write_json(self, name: str, value: object) -> None:
         self._write(name, json_text(redacted(value), indent=2) + "\n")
 
-    def write_plan(self, plan: dict[str, Any]) -> None:
+    def write_plan(self, plan: dict[str, object]) -> None:
         """plan.json, whose config is read back as it was."""
         told = redacted(plan) | {"config": redacted(plan["config"], redact_forms)}
         self._write(PLAN, json_text(told, indent=2) + "\n")
@@ -167,12 +167,12 @@ class RunDirectory:
         for name in (SUMMARY, EVALUATION, REPORT):
             (self.path / name).unlink(missing_ok=True)
 
-    def append_line(self, line: dict[str, Any]) -> None:
+    def append_line(self, line: Mapping[str, object]) -> None:
         """One line of metrics.jsonl, flushed."""
         with (self.path / LINES).open("a", encoding="utf-8") as file:
             file.write(json_text(redacted(line)) + "\n")
 
-    def write_trained(self, save: Callable[[Path], Any], whole: bool) -> str:
+    def write_trained(self, save: Callable[[Path], object], whole: bool) -> str:
         """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights.
 
         That of their settings is written into the manifest.
@@ -192,7 +192,7 @@ class RunDirectory:
             self.write_json(MANIFEST, {**self.read_json(MANIFEST), "trained": sha256_of_settings(place)})
         return sha256_of_all(place)
 
-    def try_to_write(self, save: Callable[[Path], Any]) -> None:
+    def try_to_write(self, save: Callable[[Path], object]) -> None:
         """What `write_trained` will do, in a scratch folder that is then taken away; raises as `trial` says."""
         part = self.path / TRIAL
         shutil.rmtree(part, ignore_errors=True)

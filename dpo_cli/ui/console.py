@@ -49,7 +49,7 @@ class Console:
         self.errors = _stream(stderr=True)
         self.out = self.errors if as_json else _stream(stderr=False)
 
-    def json(self, value: Any) -> None:
+    def json(self, value: object) -> None:
         """The one document of standard output."""
         self._document.write(json_text(redacted(value), indent=2) + "\n")
         self._document.flush()  # so that a full disk is told here, and not when the process ends
