@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house demo demo-two-stage demo-concise concise-data check check-ci check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin picture torture torture-trl clean
+.PHONY: install house demo demo-two-stage demo-concise concise-data check check-ci check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -59,7 +59,7 @@ check: .venv/installed
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
-# What is made from the schema and from the cases of tests/bad_configs.py: options.pyi, and the tables of the README.
+# options.pyi and the tables of the pages, made from the schema, from the cases of tests/bad_configs.py and from the baselines.
 reference: .venv/installed
 	$(BIN)/python scripts/reference.py
 
@@ -95,19 +95,28 @@ fuzz: install
 validate-speed: install
 	$(BIN)/python benchmarks/validate_speed.py
 
-# What follows takes minutes and prints what the README quotes.
+# What follows takes minutes and prints tables of the pages. Each is a script that also takes --keep and --compare.
 exact: install
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -s
+	$(BIN)/python benchmarks/exact.py
+
+# Writes the table of each benchmark to benchmarks/baselines, one after another, on a machine that does nothing else;
+# ONLY="torture memory" some of them. `python benchmarks/suite.py --list` says how long each takes. Then `make reference`.
+baselines: install
+	$(BIN)/python benchmarks/suite.py $(ONLY)
+
+# Runs them and compares with what is kept: exit 1 where a figure is beyond its tolerance.
+compare: install
+	$(BIN)/python benchmarks/suite.py --compare $(ONLY)
 
 # The model cases of ../shared/cases, each with the value in the last column of its table (a minute); skipped without that folder.
 cases: install
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow -n auto --dist loadfile tests/test_cases.py
+	$(BIN)/python benchmarks/cases.py
 
 prompt-sharing: install
 	$(BIN)/python benchmarks/prompt_sharing.py
 
 memory: install
-	KINETO_LOG_LEVEL=5 $(BIN)/python benchmarks/step_memory.py
+	$(BIN)/python benchmarks/step_memory.py
 
 demo-two-stage: install
 	$(BIN)/python benchmarks/two_stage.py

@@ -6,6 +6,7 @@ seconds and memory then say nothing of them, and the numbers must agree all the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -15,8 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import baseline
 import torch
-from machine import machine_line
+from baseline import Column, Table
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # float32, so that what differs is no rounding; plain rows, as Unsloth takes no others.
 SETTINGS = ("max_steps=4", "per_device_train_batch_size=4", "max_seq_length=128", "eval_split=0.1", "bf16=false", "fp16=false")
 NOISE = 1e-4 if DEVICE == "cpu" else 1e-2  # of a figure; a GPU's kernels round otherwise
+COLUMNS = (
+    Column("figure"),
+    Column("unsloth", "as named", "{:.6g}"),
+    Column("huggingface", "as named", "{:.6g}"),
+    Column("apart", "as named", "{:.1g}"),
+)
 
 
 def dpo(*words: object) -> dict[str, Any]:
@@ -43,7 +51,7 @@ def train(provider: str, run: Path, *more: str) -> dict[str, Any]:
     return {**summary, "losses": [line["loss"] for line in lines if line["split"] == "train"]}
 
 
-def main() -> int:
+def measure(table: Table, options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as name:
         runs = {provider: Path(name) / provider for provider in ("unsloth", "huggingface")}
         ours, theirs = (train(provider, run) for provider, run in runs.items())
@@ -65,18 +73,18 @@ def main() -> int:
         rows.append((f"held-out {figure} of the unsloth run, beside `dpo eval`", values[0], again, NOISE))
     rows.append(("seconds of the steps", ours["seconds"], theirs["seconds"], None))
     rows.append(("peak memory, GB", ours["memory"]["measured_gb"], theirs["memory"]["measured_gb"], None))
-    print("| | unsloth | huggingface | apart |\n|---|---|---|---|")
     for what, one, other, _ in rows:
-        print(f"| {what} | {one:.6g} | {other:.6g} | {abs(one - other):.1g} |")
-    print(f"| largest difference of an adapter's weight | | | {apart:.1g} |")
-    print(f"\n{moved} of {len(weights) // 2} LoRA layers have moved. {', '.join(SETTINGS)}, {DEVICE}.")
-    print(f"unsloth {version('unsloth')}, unsloth_zoo {version('unsloth_zoo')}. {machine_line()}.")
+        table.add(what, one, other, abs(one - other))
+    table.add("largest difference of an adapter's weight", None, None, apart)
+    layers = ((Column("moved", "layers"), moved), (Column("layers", "layers"), len(weights) // 2))
+    table.note("{moved} of {layers} LoRA layers have moved." + f" {', '.join(SETTINGS)}, {DEVICE}.", *layers)
+    table.note(f"unsloth {version('unsloth')}, unsloth_zoo {version('unsloth_zoo')}.")
     agree = all(abs(one - other) <= allowed for _, one, other, allowed in rows if allowed is not None)
     starts = [run["losses"][0] for run in (ours, on)]  # an adapter that is gone on from is its own reference
     sound = all(math.isclose(loss, math.log(2), abs_tol=1e-5) for loss in starts) and moved == len(weights) // 2
-    print("the providers agree" if agree and sound else "THE PROVIDERS DO NOT AGREE")
+    table.note("The providers agree." if agree and sound else "THE PROVIDERS DO NOT AGREE.")
     return int(not (agree and sound))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(baseline.main("unsloth", COLUMNS, measure))

@@ -1,10 +1,11 @@
-"""Reading and all findings over made-up short pairs, 10,000 to 1,000,000: seconds, peak memory, and what was found.
+"""Reading and all findings over made-up short pairs, 10,000 to 1,000,000: seconds, peak memory, and what is found.
 
 Each size is a process of its own. A thousandth of the lines is broken, a hundredth repeats an earlier pair, another nearly so.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import resource
@@ -14,9 +15,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import machine_line
+import baseline
+from baseline import EXACT, Column, Table
 
+SURVEY = "survey"  # of a file, by a process of its own
 SIZES = (10_000, 100_000, 1_000_000)
+COLUMNS = (
+    Column("rows", shown="{:,}"),
+    Column("seconds", "s", "{:.1f}"),
+    Column("microseconds a row", "µs", "{:.1f}"),
+    Column("peak memory", "GB", "{:.2f} GB", (0.25, 0.05)),
+    Column("found", "rows", tolerance=EXACT),
+)
 
 
 def write(path: Path, count: int) -> None:
@@ -54,20 +64,19 @@ def survey(path: str) -> None:
     print(json.dumps({"seconds": seconds, "peak_gb": peak, "rows": data.rows, "found": found}))
 
 
-def main() -> None:
-    print("| rows | seconds | microseconds a row | peak memory | found |\n|---|---|---|---|---|")
+def measure(table: Table, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as place:
-        for size in SIZES:
+        for size in (1_000,) if options.small else SIZES:
             path = Path(place) / f"{size}.jsonl"
             write(path, size)
-            done = subprocess.run([sys.executable, __file__, path], check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run([sys.executable, __file__, SURVEY, path], check=True, stdout=subprocess.PIPE, text=True)
             made = json.loads(done.stdout)
-            found = ", ".join(f"{code} {count:,}" for code, count in made["found"].items())
-            per_row = made["seconds"] / made["rows"] * 1e6
-            print(f"| {size:,} | {made['seconds']:.1f} | {per_row:.1f} | {made['peak_gb']:.2f} GB | {found} |", flush=True)
+            table.add(size, made["seconds"], made["seconds"] / made["rows"] * 1e6, made["peak_gb"], made["found"])
             path.unlink()
-    print(f"\n{machine_line()}.")
 
 
 if __name__ == "__main__":
-    survey(sys.argv[1]) if len(sys.argv) > 1 else main()
+    if SURVEY in sys.argv:
+        survey(sys.argv[-1])
+    else:
+        sys.exit(baseline.main("data-speed", COLUMNS, measure))

@@ -1,29 +1,29 @@
 """The memory bill against a GPU: real steps of real shapes with random weights, predicted and measured peak of each.
 
-    python benchmarks/gpu_memory.py                on a CUDA machine: prints a table, writes results/gpu-memory-NAME.json
-    python benchmarks/gpu_memory.py --device cpu   the same on tiny shapes, to see that it runs
+    python benchmarks/gpu_memory.py --keep    on a CUDA machine
+    python benchmarks/gpu_memory.py --small   on a CPU, with tiny shapes, to see that it runs
 
 It needs torch and the packages of this repository, downloads nothing, and stops after `--minutes`. What could not be run (no
 bitsandbytes, out of memory) is a row that says so. Measured is torch's own peak of allocated bytes, which a bill without
-context and slack predicts; reserved bytes and the context stand beside it in the JSON.
+context and slack predicts; reserved bytes and the context stand beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
-import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import baseline
 import torch
-from machine import machine_line
+from baseline import Column, Table
 from step_memory import random_model, step_peak, trainer_for, with_lengths
 from transformers import LlamaConfig, PreTrainedModel
 
@@ -32,7 +32,6 @@ from dpo_cli.hardware.memory import components
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.models.shape import ModelFacts, known_models, model_facts
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
 BITS = (None, 4, 8)
 MINUTES = 8.0
@@ -78,7 +77,7 @@ def measure(model: PreTrainedModel, facts: ModelFacts, settings: Settings, share
     prompt = settings.length - response
     known = with_lengths(settings, prompt, response, shared)
     parts = {name: size / GIB for name, size in components(facts, replace(known, on_gpu=False)).items()}
-    row: dict[str, Any] = {"settings": asdict(known), "shared": shared, "predicted": parts, "predicted_gb": sum(parts.values())}
+    row: dict[str, Any] = {"settings": known, "shared": shared, "predicted_gb": sum(parts.values())}
     model.gradient_checkpointing_disable()
     trainer = None
     try:
@@ -127,44 +126,49 @@ def rows(device: str, deadline: float) -> Iterator[dict[str, Any]]:
             gc.collect()
 
 
-def line(row: dict[str, Any]) -> str:
+COLUMNS = (
+    *map(Column, ("model", "bits", "batch", "tokens", "rank", "checkpointing", "prompts")),
+    Column("predicted", "GB", "{:.2f} GB", (0.02, 0)),
+    Column("measured", "GB", "{:.2f} GB", (0.1, 0)),
+    Column("ratio", "predicted / measured", "{:.3f}", (0.1, 0)),
+    Column("reserved", "GB", "{:.2f} GB"),
+    Column("context", "GB", "{:.2f} GB"),
+    Column("failed", "reason"),
+)
+NOTE = "{measured_rows} rows: mean error {mean_error}, worst {worst_error}."
+ERRORS = (
+    Column("measured_rows", "rows"),
+    Column("mean_error", "share", "{:.1%}", (0, 0.05)),
+    Column("worst_error", "share", "{:.1%}", (0, 0.1)),
+)
+
+
+def cells(row: dict[str, Any]) -> list[Any]:
     """A row of the table."""
-    told = [row["model"].split("/")[-1], "16" if row["bits"] is None else str(row["bits"])]
-    if "settings" in row:
-        settings = row["settings"]
-        told += [str(settings[name]) for name in ("batch", "length", "rank")]
-        told += ["yes" if settings["checkpointing"] else "no", "once" if row["shared"] else "twice"]
-    if "measured_gb" not in row:
-        return f"| {' | '.join(told)} | {row.get('failed', '')} |"
-    ratio = row["predicted_gb"] / row["measured_gb"]
-    return f"| {' | '.join(told)} | {row['predicted_gb']:.2f} | {row['measured_gb']:.2f} | {ratio:.3f} |"
+    settings, measured = row.get("settings"), row.get("measured_gb")
+    told = [row["model"].split("/")[-1], row["bits"] or 16]
+    if settings is None:
+        told += [None] * 5
+    else:
+        told += [settings.batch, settings.length, settings.rank, "yes" if settings.checkpointing else "no"]
+        told += ["once" if row["shared"] else "twice"]
+    ratio = row["predicted_gb"] / measured if measured else None
+    return [*told, row.get("predicted_gb"), measured, ratio, row.get("reserved_gb"), row.get("context_gb"), row.get("failed")]
 
 
-def main() -> None:
+def measure_all(table: Table, options: argparse.Namespace) -> None:
     assert all(name in known_models() for name in MODELS)
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--out", type=Path, help="where to write the JSON; else results/ beside this file, from a GPU only")
-    given = parser.parse_args()
     logging.disable(logging.WARNING)
-    print("| model | bits | batch | tokens | rank | checkpointing | prompts | predicted GB | measured GB | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
-    found = []
-    for row in rows(given.device, time.monotonic() + 60 * given.minutes):
-        found.append(row)
-        print(line(row), flush=True)
-    errors = [abs(row["predicted_gb"] / row["measured_gb"] - 1) for row in found if "measured_gb" in row]
+    device, errors = "cpu" if options.small else "cuda", []
+    for row in rows(device, time.monotonic() + 60 * options.minutes):
+        table.add(*cells(row))
+        if "measured_gb" in row:
+            errors.append(abs(row["predicted_gb"] / row["measured_gb"] - 1))
     if errors:
-        print(f"\n{len(errors)} rows: mean error {sum(errors) / len(errors):.1%}, worst {max(errors):.1%}. {machine_line()}")
-    name = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
-    at_home = RESULTS / f"gpu-memory-{re.sub('[^a-z0-9]+', '-', name.lower())}.json" if given.device == "cuda" else None
-    out = given.out or at_home
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"machine": machine_line(), "rows": found}, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {out}")
+        table.note(NOTE, *zip(ERRORS, (len(errors), sum(errors) / len(errors), max(errors)), strict=True))
 
 
 if __name__ == "__main__":
-    main()
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("--minutes", type=float, default=MINUTES)
+    sys.exit(baseline.main("gpu-memory", COLUMNS, measure_all, asked))

@@ -1,15 +1,51 @@
-"""The line under every table: what it was measured on, and with which versions."""
+"""What a benchmark was measured on, and with which versions."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 from dpo_cli.hardware.machine import probe
 
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+SHOWN = ("torch", "transformers", "trl", "peft")
 
-def machine_line() -> str:
-    machine = probe()
-    gpus = "".join(f", {gpu.name}" for gpu in machine.gpus)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft"))
-    amx = " with AMX" if machine.has_amx else ""
-    return f"{machine.cores} cores of {machine.processor}{amx}, {machine.memory_gb} GB{gpus}; {versions}"
+
+def machine() -> dict[str, Any]:
+    """Processor, memory and GPUs. GB are 2^30 bytes."""
+    here = probe()
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    return {
+        "processor": here.processor,
+        "cores": here.cores,
+        "memory_gb": here.memory_gb,
+        "amx": here.has_amx,
+        "avx512_bf16": "avx512_bf16" in flags,
+        "gpus": [gpu.name for gpu in here.gpus],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, the packages that compute, and this program's commit; a plus follows a commit with changes since."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "dpo": _commit()}
+
+
+def _commit() -> str | None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if commit.returncode:
+        return None
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "dpo_cli"], cwd=ROOT, check=False).returncode
+    return commit.stdout.strip() + ("+" if changed else "")
+
+
+def machine_line(on: dict[str, Any], by: dict[str, str | None]) -> str:
+    """One line of `machine()` and `versions()`, without what is not known."""
+    gpus = "".join(f", {gpu}" for gpu in on["gpus"])
+    packages = ", ".join(f"{name} {by[name]}" for name in SHOWN if by[name])
+    commit = f", dpo {by['dpo']}" if by["dpo"] else ""
+    return f"{on['cores']} cores of {on['processor']}{' with AMX' * on['amx']}, {on['memory_gb']} GB{gpus}; {packages}{commit}"

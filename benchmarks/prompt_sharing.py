@@ -5,6 +5,7 @@ TRL's own head is a Triton kernel; where there is no GPU, the plain path (TRL's 
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -13,7 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import machine_line
+import baseline
+from baseline import EXACT, Column, Table
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -23,6 +25,20 @@ MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MICRO_BATCHES = (2, 4)
 STEPS, ROUNDS = 2, 3
 PATHS = {"each prompt twice": "false", "each prompt once": "true"}
+COLUMNS = (
+    Column("micro-batch"),
+    Column("scoring"),
+    Column("tokens", "tokens", "{:,}", EXACT),
+    Column("seconds", "s", "{:.1f}, {:.1f}, {:.1f}"),
+    Column("faster", "ratio", "{:.2f}x", (0.25, 0)),
+    Column("peak memory", "GB", "{:.2f} GB"),
+    Column("of the memory", "ratio", "{:.2f}", (0.15, 0)),
+)
+APART = Column("apart", "nats", "{:.0e}", (0, 0.02))  # bfloat16
+NOTE = (
+    "{steps} steps a run, {rounds} runs of each in turns, ratios of neighbours, {dtype}; the losses of both differ by {apart} "
+    "at most. Not in the seconds: loading, and the pairs that a run with shared prompts scores both ways before its first step."
+)
 
 
 def train(data: Path, run: Path, batch: int, sharing: str) -> dict[str, Any]:
@@ -53,38 +69,32 @@ def train(data: Path, run: Path, batch: int, sharing: str) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    print("| micro-batch | scoring | seconds | ratio | peak memory | ratio |\n|---|---|---|---|---|---|")
-    notes = []
+def measure(table: Table, options: argparse.Namespace) -> None:
+    apart = []
     with tempfile.TemporaryDirectory() as place:
-        for batch in MICRO_BATCHES:
+        for batch in MICRO_BATCHES[: 1 if options.small else None]:
             data = Path(place) / f"pairs-{batch}.jsonl"
-            rows = conversation_pairs(batch * STEPS, turn_words=60, answer_words=30)
+            rows = conversation_pairs(batch * STEPS, turn_words=5 if options.small else 60, answer_words=30)
             data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             runs: dict[str, list[dict[str, Any]]] = {name: [] for name in PATHS}
             for _ in range(ROUNDS):
                 for name, sharing in PATHS.items():
                     runs[name].append(train(data, Path(place) / "run", batch, sharing))
             twice, once = (runs[name] for name in PATHS)
-            pace = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(twice, once, strict=True))
+            faster = statistics.median(a["seconds"] / b["seconds"] for a, b in zip(twice, once, strict=True))
             memory = statistics.median(b["memory"] / a["memory"] for a, b in zip(twice, once, strict=True))
-            for name, made in runs.items():
-                seconds = ", ".join(f"{run['seconds']:.1f}" for run in made)
+            tokens = [once[0]["counts"][name] for name in ("train_tokens", "shared_tokens")]
+            for (name, made), count, ratios in zip(runs.items(), tokens, ((1.0, 1.0), (faster, memory)), strict=True):
                 peak = statistics.median(run["memory"] for run in made)
-                ratios = (f"{pace:.2f}x", f"{memory:.2f}") if made is once else ("1", "1")
-                print(f"| {batch} | {name} | {seconds} | {ratios[0]} | {peak:.2f} GB | {ratios[1]} |", flush=True)
-            counts = once[0]["counts"]
-            apart = max(abs(a - b) for a, b in zip(twice[0]["losses"], once[0]["losses"], strict=True))
-            notes.append(
-                f"micro-batches of {batch}: {counts['train_pairs']} pairs, {counts['train_tokens']} tokens, "
-                f"{counts['shared_tokens']} with each prompt once; losses differ by {apart:.0e} at most"
-            )
-    print(
-        f"\n{STEPS} steps a run, {ROUNDS} runs of each in turns, ratios of neighbours, {once[0]['dtype']}. Not in the seconds:"
-    )
-    print("loading, and the two pairs that a run with shared prompts scores both ways before its first step.")
-    print(".\n".join([*notes, machine_line()]) + ".")
+                table.add(batch, name, count, [run["seconds"] for run in made], ratios[0], peak, ratios[1])
+            apart += [abs(a - b) for a, b in zip(twice[0]["losses"], once[0]["losses"], strict=True)]
+    counts = [
+        (Column("steps", "steps"), STEPS),
+        (Column("rounds", "runs"), ROUNDS),
+        (Column("dtype", "dtype"), once[0]["dtype"]),
+    ]
+    table.note(NOTE, *counts, (APART, max(apart)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(baseline.main("prompt-sharing", COLUMNS, measure))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,18 +10,25 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import machine_line
+import baseline
+from baseline import Column, Table
 
 ROOT = Path(__file__).parent.parent
+COLUMNS = (
+    Column("waiting threads"),
+    Column("one training", "s", "{:.1f} s"),
+    Column("two at once", "s", "{:.1f} s"),
+    Column("ratio", "ratio", "{:.1f}", (0.3, 0)),
+)
 SETTINGS = {"300,000 spins (libgomp's default)": "300000", "10,000 spins (what dpo sets)": "10000"}
 
 
-def seconds(count: int, spin: str) -> float:
-    """Seconds of the slowest of `count` trainings of three steps that run at the same time."""
+def seconds(count: int, spin: str, steps: int) -> float:
+    """Seconds of the slowest of `count` trainings that run at the same time."""
     environment = {**os.environ, "GOMP_SPINCOUNT": spin}
     with tempfile.TemporaryDirectory() as place:
         dpo = Path(sys.executable).parent / "dpo"
-        words = [dpo, "train", "configs/quickstart.json", "max_steps=3", "eval_split=0", "--json"]
+        words = [dpo, "train", "configs/quickstart.json", f"max_steps={steps}", "eval_split=0", "--json"]
         runs = [
             subprocess.Popen(
                 [*words, f"output_dir={place}/{number}"],
@@ -34,13 +42,13 @@ def seconds(count: int, spin: str) -> float:
         return max(float(json.loads(run.communicate()[0])["seconds"]) for run in runs)
 
 
-def main() -> None:
-    print("| waiting threads | one training | two at once | ratio |\n|---|---|---|---|")
+def measure(table: Table, options: argparse.Namespace) -> None:
+    steps = 1 if options.small else 3
     for name, spin in SETTINGS.items():
-        alone, together = seconds(1, spin), seconds(2, spin)
-        print(f"| {name} | {alone:.1f} s | {together:.1f} s | {together / alone:.1f} |", flush=True)
-    print(f"\nthree steps of the quickstart. {machine_line()}.")
+        alone, together = seconds(1, spin, steps), seconds(2, spin, steps)
+        table.add(name, alone, together, together / alone)
+    table.note("{steps} steps of the quickstart.", (Column("steps", "steps"), steps))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(baseline.main("spin", COLUMNS, measure))

@@ -7,11 +7,13 @@ there before it.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import logging
 import os
 import resource
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +24,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler tells of every start
 
+import baseline
 import torch
-from machine import machine_line
+from baseline import Column, Table
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -242,25 +245,28 @@ GRID: list[tuple[str, Settings, int, int, bool]] = [
 ]
 
 
-def main() -> None:
+NAMES = ("model", "dtype", "batch", "tokens", "rank", "targets", "checkpointing", "prompts")
+COLUMNS = (
+    *map(Column, NAMES),
+    Column("predicted MiB", "MiB", "{:.1f}", (0.02, 0)),
+    Column("measured MiB", "MiB", "{:.1f}", (0.05, 0)),
+    Column("ratio", "predicted / measured", "{:.3f}", (0.05, 0)),
+)
+LIBRARIES = Column("libraries", "GB", "{:.2f}", (0.2, 0))
+
+
+def measure(table: Table, options: argparse.Namespace) -> None:
     libraries = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     logging.disable(logging.WARNING)
-    print(
-        "| model | dtype | batch | tokens | rank | targets | checkpointing | prompts | predicted MiB | measured MiB | ratio |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for family, settings, prompt, response, shared in GRID:
+    for family, settings, prompt, response, shared in GRID[:1] if options.small else GRID:
         predicted, peak = compare(FAMILIES[family](**SHAPE, **HEADS), settings, prompt, response, shared)
         dtype = f"{settings.bits}-bit" if settings.bits else {2: "bf16", 4: "float32"}[settings.bytes_per_value]
         name = family + (", dropout" if settings.dropout else "") + (", DoRA" if settings.dora else "")
         name += ", sft" if settings.strategy == "sft" else ""
         told = [name, dtype, settings.batch, prompt + response, settings.rank, _targets(settings)]
         told += ["yes" if settings.checkpointing else "no", "once" if shared else "twice"]
-        print(
-            f"| {' | '.join(map(str, told))} | {predicted / 2**20:.1f} | {peak / 2**20:.1f} | {predicted / peak:.3f} |",
-            flush=True,
-        )
-    print(f"\nResident size after all imports: {libraries:.2f} GB. {machine_line()}")
+        table.add(*told, predicted / 2**20, peak / 2**20, predicted / peak)
+    table.note("Resident size after all imports: {libraries} GB.", (LIBRARIES, libraries))
 
 
 def _targets(settings: Settings) -> str:
@@ -268,4 +274,4 @@ def _targets(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(baseline.main("memory", COLUMNS, measure))

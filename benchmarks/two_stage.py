@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from machine import machine_line
+import baseline
+from baseline import EXACT, Column, Table, cell_of, interval
 
 from dpo_cli.config.config import load
 from dpo_cli.data.dataset import is_held_out_prompt, read
 
 DPO = str(Path(sys.executable).with_name("dpo"))
 CONFIG, PLACE = "configs/smollm2-two-stage.json", Path("runs/smollm2-two-stage")
+COLUMNS = (
+    Column("model"),
+    interval("logp accuracy", (0, 0.06)),
+    interval("normalized logp accuracy", (0, 0.06)),
+    interval("accuracy", (0, 0.06)),
+    interval("margin", (0.2, 0.1), "nats"),
+)
 
 
 def write_held_out(file: Path) -> None:
@@ -33,19 +42,13 @@ def judged(stage: str, *more: str) -> dict[str, Any]:
     return made
 
 
-def cell(figure: dict[str, float] | None) -> str:
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]" if figure else ""
-
-
-def main() -> None:
-    subprocess.run([DPO, "train", CONFIG, "--overwrite", *sys.argv[1:]], check=True)
+def measure(table: Table, options: argparse.Namespace) -> None:
+    few = ["max_steps=1", "kl_prompts=2"] if options.small else []
+    subprocess.run([DPO, "train", CONFIG, "--overwrite", *few], stdout=sys.stderr, check=True)
     file = PLACE / "held-out.jsonl"
     write_held_out(file)
     sft, both = judged("1-sft", "--dataset", str(file)), judged("2-dpo")
     assert (sft["pairs"], sft["prompts"]) == (both["pairs"], both["prompts"])
-    names = ("logp_accuracy", "normalized_logp_accuracy", "accuracy", "margin")
-    print(f"\n{both['pairs']} held-out pairs of {both['prompts']} prompts; 95 % intervals; rewards against the line above\n")
-    print(f"| model | {' | '.join(name.replace('_', ' ') for name in names)} |\n|{'---|' * (len(names) + 1)}")
     models = {
         "base": sft["base"],
         "sft": sft["policy"],
@@ -53,9 +56,10 @@ def main() -> None:
         "sft + dpo": both["policy"],
     }
     for model, figures in models.items():
-        print(f"| {model} | {' | '.join(cell(figures.get(name)) for name in names)} |")
-    print(f"\n{machine_line()}")
+        table.add(model, *(cell_of(figures.get(column.name.replace(" ", "_"))) for column in COLUMNS[1:]))
+    counts = [(Column(name, name, tolerance=EXACT), both[name]) for name in ("pairs", "prompts")]
+    table.note("{pairs} held-out pairs of {prompts} prompts; 95 % intervals; rewards against the line above.", *counts)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(baseline.main("two-stage", COLUMNS, measure))

@@ -1,4 +1,8 @@
-"""Writes what is made from the schema: dpo_cli/config/options.pyi, and the reference in README.md; `--check` compares."""
+"""`make reference`: writes dpo_cli/config/options.pyi, and the tables of the pages; `--check` compares.
+
+A table stands between two marks in README.md or a page below docs/, whichever has them. It is made from the schema, from the
+cases of the tests, or from a baseline of a benchmark.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from dpo_cli.config.config import load
@@ -15,12 +20,13 @@ from dpo_cli.errors import Problem
 from dpo_cli.plan.preflight import inspect
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from bad_configs import CARD, CASES, Case, lay_out  # noqa: E402
 from bad_rows import FAULTS, Fault  # noqa: E402
+from baseline import block  # noqa: E402
+from suite import BENCHMARKS  # noqa: E402
 
 STUB = ROOT / "dpo_cli" / "config" / "options.pyi"
-README = ROOT / "README.md"
 
 
 def annotation(option: Option) -> str:
@@ -258,18 +264,37 @@ def _cell(text: str) -> str:
     return (text if len(text) <= 240 else text[:236] + "..." + closing).replace("|", "\\|")
 
 
-def in_readme(text: str, section: str, content: str) -> str:
-    """`text` with `content` between the marks of a section."""
-    begin, end = f"<!-- {section}: written by `make reference` -->", f"<!-- end of {section} -->"
-    assert begin in text and end in text, f"README.md has lost the marks of {section}"
-    return re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: f"{begin}\n{content}\n{end}", text, flags=re.DOTALL)
+# What stands between the marks of a section.
+SECTIONS: dict[str, Callable[[], str]] = {
+    "options": option_table,
+    "rows": row_table,
+    "codes": code_table,
+    **{f"baseline {name}": partial(block, name) for name in BENCHMARKS},
+}
+MARKED = re.compile(
+    r"(<!-- (?P<section>[a-z -]+): written by `make reference` -->\n).*?(<!-- end of (?P=section) -->)", re.DOTALL
+)
+
+
+def pages() -> dict[Path, str]:
+    """The pages that have sections."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))}
+    return {path: text for path, text in texts.items() if MARKED.search(text)}
+
+
+def sections_of(text: str) -> list[str]:
+    """The sections that a page has."""
+    return [mark["section"] for mark in MARKED.finditer(text)]
+
+
+def filled(text: str) -> str:
+    """A page with the content of its sections."""
+    return MARKED.sub(lambda mark: f"{mark[1]}{SECTIONS[mark['section']]()}\n{mark[3]}", text)
 
 
 def written() -> dict[Path, str]:
-    """Each file that is made from the schema, with the text it should have."""
-    readme = in_readme(README.read_text(encoding="utf-8"), "options", option_table())
-    readme = in_readme(readme, "rows", row_table())
-    return {STUB: stub(), README: in_readme(readme, "codes", code_table())}
+    """Each file that is made from something else, with the text it should have."""
+    return {STUB: stub(), **{path: filled(text) for path, text in pages().items()}}
 
 
 def main() -> int:

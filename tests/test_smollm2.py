@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,17 +63,22 @@ def train(
     return losses, torch.cat([parameter.detach().flatten() for parameter in trained]) - before
 
 
-def compare(name: str, one: tuple[list[float], torch.Tensor], other: tuple[list[float], torch.Tensor]) -> tuple[float, float]:
+Record = Callable[[str, object], None]  # what benchmarks/exact.py makes its table of
+Trained = tuple[list[float], torch.Tensor]
+
+
+def compare(record: Record, name: str, one: Trained, other: Trained) -> tuple[float, float]:
     """The largest difference of a step's loss, and the norm of the adapters' difference over that of the update."""
     apart = max(abs(a - b) for a, b in zip(one[0], other[0], strict=True))
     relative = float((one[1] - other[1]).norm() / other[1].norm())
     print(f"\n{name}: losses differ by {apart:.1e} at most, adapters by {relative:.1e} of the update's norm")
+    record(name, f"{apart:.3e} {relative:.3e}")
     return apart, relative
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.is_file(), reason="`make install` fetches the demo model")
-def test_twenty_steps_are_the_same_on_both_paths(tmp_path: Path) -> None:
+def test_twenty_steps_are_the_same_on_both_paths(tmp_path: Path, record_property: Record) -> None:
     """In float32, and again in float64, where both optimizers agree.
 
     Gradient descent carries a gradient's rounding over as it is, and in float32 the adapters agree to 1e-5. AdamW divides each
@@ -81,19 +87,20 @@ def test_twenty_steps_are_the_same_on_both_paths(tmp_path: Path) -> None:
     """
     plain, shared = train(tmp_path, False, "sgd"), train(tmp_path, True, "sgd")
     assert max(plain[0]) - min(plain[0]) > 0.01  # it has moved
-    assert max(compare("shared against plain, SGD", shared, plain)) <= 1e-5
+    assert max(compare(record_property, "shared against plain, SGD", shared, plain)) <= 1e-5
     plain, shared = train(tmp_path, False), train(tmp_path, True)
     assert max(plain[0]) - min(plain[0]) > 0.01
-    apart, relative = compare("shared against plain, AdamW", shared, plain)
-    _, rounding = compare("plain against itself, one pair at a time, AdamW", train(tmp_path, False, micro_batch=1), plain)
+    apart, relative = compare(record_property, "shared against plain, AdamW", shared, plain)
+    one_by_one = train(tmp_path, False, micro_batch=1)
+    _, rounding = compare(record_property, "plain against itself, one pair at a time, AdamW", one_by_one, plain)
     assert apart <= 1e-5 and relative <= 2 * rounding
     plain, shared = (train(tmp_path, sharing, dtype=torch.float64) for sharing in (False, True))
-    assert max(compare("shared against plain, AdamW, float64", shared, plain)) <= 1e-8
+    assert max(compare(record_property, "shared against plain, AdamW, float64", shared, plain)) <= 1e-8
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not MODEL.is_file(), reason="`make install` fetches the demo model")
-def test_the_paths_differ_by_less_than_float32_does_from_float64(tmp_path: Path) -> None:
+def test_the_paths_differ_by_less_than_float32_does_from_float64(tmp_path: Path, record_property: Record) -> None:
     """The gradient of the whole adapter for one micro-batch, relative norms, with float64 as the truth."""
     provider = HuggingFace(str(MODEL))
     tokenizer = provider.tokenizer()
@@ -124,6 +131,8 @@ def test_the_paths_differ_by_less_than_float32_does_from_float64(tmp_path: Path)
     errors = {"plain": plain - truth, "shared": shared - truth, "shared against plain": shared - plain}
     relative = {name: float(error.norm() / truth.norm()) for name, error in errors.items()}
     print("\ngradient in float32:", ", ".join(f"{name} {value:.1e}" for name, value in relative.items()))
+    for name, value in relative.items():
+        record_property(f"{name}{'' if 'against' in name else ' against float64'}, gradient of a micro-batch", f"- {value:.3e}")
     assert relative["shared"] <= 1.2 * relative["plain"]
     assert relative["shared against plain"] <= 1e-5
 

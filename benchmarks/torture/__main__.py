@@ -1,8 +1,8 @@
-"""`make torture`: what a run survives, as one table. With --short a few tries of each, with --json for a test."""
+"""`make torture`: what a run survives, as one table. With --small a few tries of each."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import sys
 import tempfile
@@ -14,19 +14,26 @@ os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"  # before tor
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks/torture", "benchmarks", "tests")]
 
+import baseline  # noqa: E402
+from baseline import Column, Table  # noqa: E402
 from bench import BESIDE, SHAPES, Bench, Outcome  # noqa: E402
 from damage import detection, falling_back  # noqa: E402
 from disk import can_mount, full_disks  # noqa: E402
 from gate import is_possible  # noqa: E402
 from kills import kills, whole_kills  # noqa: E402
-from machine import machine_line  # noqa: E402
 from signals import signals  # noqa: E402
 from starts import starts  # noqa: E402
 from writes import WAYS, interrupt, writes  # noqa: E402
 
 FEW = ("evaluations", "early stopping")  # shapes, of the short torture
 SHOWN = 10  # faults, in full
-HEAD = "| check | tries | passed |\n|---|---|---|"
+TRIES = (0.25, 2.0)  # what a moment falls into is chance, and the boundaries are as many as the code has
+COLUMNS = (
+    Column("check"),
+    Column("tries", "tries", "{:,}", TRIES),
+    Column("passed", "tries", "{:,}", TRIES),
+    Column("of", "count"),
+)
 
 
 def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
@@ -50,31 +57,23 @@ def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
     yield lambda: signals(bench, many(2, 20))
 
 
-def main() -> None:
-    is_short, as_json = "--short" in sys.argv, "--json" in sys.argv
-    made: list[Outcome] = []
+def measure(table: Table, options: argparse.Namespace) -> int:
+    faults = []
     with tempfile.TemporaryDirectory() as place:
         bench = Bench.make(Path(place))
-        for name in (*BESIDE, *(FEW if is_short else SHAPES)):
+        for name in (*BESIDE, *(FEW if options.small else SHAPES)):
             bench.know(name)
-        tell = (lambda *_, **__: None) if as_json else print
-        tell(HEAD)
-        for part in parts(bench, is_short):
-            made.append(done := part())
-            notes = f" ({', '.join(done.notes)})" if done.notes else ""
-            tell(f"| {done.check}{notes} | {done.tries} | {done.tries - len(done.faults)} |", flush=True)
+        for part in parts(bench, options.small):
+            done: Outcome = part()
+            table.add(done.check, done.tries, done.tries - len(done.faults), done.counts or None)
+            faults += done.faults
         if not is_possible():
-            tell("\nNo write was failed: that needs Linux 5.5 on x86_64, and seccomp.")
+            table.note("No write was failed: that needs Linux 5.5 on x86_64, and seccomp.")
         if not can_mount(bench.place):
-            tell("\nNo disk was filled: that needs the right to mount (`unshare -rm make torture`).")
-    tell(f"\n{machine_line()}.")
-    faults = [fault for done in made for fault in done.faults]
-    if as_json:
-        print(json.dumps([{"check": done.check, "tries": done.tries, "faults": done.faults} for done in made]))
-    else:
-        print("\n\n".join(faults[:SHOWN]), file=sys.stderr)
-    sys.exit(bool(faults))
+            table.note("No disk was filled: that needs the right to mount (`unshare -rm make torture`).")
+    print("\n\n".join(faults[:SHOWN]), end="", file=sys.stderr)
+    return int(bool(faults))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(baseline.main("torture", COLUMNS, measure))

@@ -132,7 +132,7 @@ class Outcome:
     tries: int = 0
     counted: int = 0  # of what was done to the tries
     faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, fault: str | None, counted: int = 1) -> None:
         self.tries += 1

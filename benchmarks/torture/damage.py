@@ -60,7 +60,7 @@ def detection(bench: Bench, count: int, seed: int = 0) -> Outcome:
         done.add(_unseen(checkpoint, path, kind, KINDS[kind](position)))
     if damage := checkpoint.damage():
         done.faults.append(f"{checkpoint.folder} is whole again, and {damage}")
-    done.notes = [f"{len(files)} files"]
+    done.counts = {"files": len(files)}
     return done
 
 

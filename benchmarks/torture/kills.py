@@ -29,7 +29,7 @@ def kills(bench: Bench, count: int, shapes: Sequence[str], seed: int = 0) -> Out
         for fault, moments in each(partial(_killed, bench), batch):
             done.add(fault, len(moments))
             found.update(moments)
-    done.notes = [f"{done.counted} kills", *(f"{number} {moment}" for moment, number in found.most_common())]
+    done.counts = {"kills": done.counted, **dict(found.most_common())}
     return done
 
 

@@ -5,6 +5,7 @@ TRL's head is a Triton kernel that cannot run on a CPU; ours stands in its place
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -23,13 +24,14 @@ os.environ["OMP_NUM_THREADS"] = os.environ["HF_HUB_OFFLINE"] = "1"  # before tor
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks/torture", "benchmarks", "tests")]
 
+import baseline  # noqa: E402
 import torch  # noqa: E402
+from baseline import Column, Table  # noqa: E402
 from bench import Bench  # noqa: E402
 from damage import KINDS  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from disk import can_mount, disk, fill  # noqa: E402
 from forks import SECONDS, Child, each, start  # noqa: E402
-from machine import machine_line  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from transformers.trainer_utils import get_last_checkpoint  # noqa: E402
@@ -40,7 +42,12 @@ from dpo_cli.storage.digests import sha256_of_all  # noqa: E402
 
 KILLS, DAMAGES, DISKS, STARTS = 80, 60, 20, 20
 SAME, FAILED, OTHER = "the same adapter", "failed", "another adapter, silently"
-HEAD = f"| check | tries | {SAME} | {FAILED} | {OTHER} |\n|---|---|---|---|---|"
+CHANCE = (0.3, 8.0)  # the moments are random
+COLUMNS = (
+    Column("check"),
+    Column("tries", "tries", "{}", CHANCE),
+    *(Column(end, "tries", "{}", CHANCE) for end in (SAME, FAILED, OTHER)),
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class TrlBench:
         """What one or several runs in a directory came to; of one that failed, with the error."""
         if failed := [child for child in children if child.end()]:
             (*_, error) = [line for line in failed[0].said().splitlines() if re.match(r"[\w.]+(Error|Exception)\b", line)]
-            return f"{FAILED}: {error.split(':')[0]}"
+            return f"{FAILED}: {error.split(':')[0].rpartition('.')[2]}"
         return SAME if sha256_of_all(run / "adapter") == self.sha256 else OTHER
 
 
@@ -154,11 +161,13 @@ def prepared(place: Path) -> TrlBench:
     return bench
 
 
-def main() -> None:
+def measure(table: Table, options: argparse.Namespace) -> None:
+    def many(count: int) -> int:
+        return 2 if options.small else count
+
     with tempfile.TemporaryDirectory() as folder:
         bench = prepared(Path(folder))
         errors: Counter[str] = Counter()
-        print(HEAD)
         lines = [
             ("SIGKILL at a random moment; then resume_from_checkpoint", partial(killed, bench), KILLS, 2),
             ("a file of the newest checkpoint damaged; then resume_from_checkpoint", partial(damaged, bench), DAMAGES, 2),
@@ -169,13 +178,11 @@ def main() -> None:
                 ("a disk that fills up; then room is made, and resume_from_checkpoint", partial(filled, bench), DISKS, 2)
             )
         for check, work, count, at_once in lines:
-            found = tried(work, count, at_once)
+            found = tried(work, many(count), at_once)
             errors.update({what.removeprefix(f"{FAILED}: "): n for what, n in found.items() if what.startswith(FAILED)})
-            failed = found.total() - found[SAME] - found[OTHER]
-            print(f"| {check} | {found.total()} | {found[SAME]} | {failed} | {found[OTHER]} |", flush=True)
-    print(f"\nfailed with: {', '.join(f'{error} ({number})' for error, number in errors.most_common())}.")
-    print(f"{machine_line()}.")
+            table.add(check, found.total(), found[SAME], found.total() - found[SAME] - found[OTHER], found[OTHER])
+    table.note("It failed with: {errors}.", (Column("errors", "tries"), dict(errors.most_common())))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(baseline.main("torture-trl", COLUMNS, measure))

@@ -76,7 +76,7 @@ def writes(bench: Bench, way: Way, first: int = 1, every: int | None = None) -> 
     for fault, is_hit in each(partial(_failed, bench, way), range(first, counting.seen + 1, every or way.every)):
         if is_hit or fault:
             done.add(fault)
-    done.notes = [f"{counting.seen} boundaries"]
+    done.counts = {"boundaries": counting.seen}
     return done
 
 
