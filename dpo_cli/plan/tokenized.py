@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoded, encode_all
 from dpo_cli.errors import Problem, invalid
-from dpo_cli.models.checks import TOKENIZER_CONFIG
+from dpo_cli.models.model_files import TOKENIZER_CONFIG
 from dpo_cli.plan.plan import Counts, Plan
 from dpo_cli.plan.preflight import Data
 from dpo_cli.ui.console import Console
