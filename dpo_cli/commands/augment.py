@@ -63,7 +63,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[s
     tokenizer = provider.tokenizer()
     begun = ResumableFile.decided(out).get("day")
     day = date.fromisoformat(begun) if begun else plan.day  # that a template writes: one for the whole file
-    made = Tokenizer.loaded(tokenizer, day)
+    made = Tokenizer.loaded(tokenizer, day, plan.model.generation)
     asked, left = _encoded(prompts.questions, made, plan, options, provider.token_rows())
     model = provider.start(plan, provider.base_model(plan))  # with its adapter, where model_name is one
     origin = _origin(plan, options, model)

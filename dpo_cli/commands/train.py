@@ -290,7 +290,7 @@ def _judged(
 def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console, is_resumed: bool) -> Plan:
     """The plan with what the loaded model decided: where prompts cannot be shared, micro-batches may have to be smaller."""
     assert plan.counts is not None
-    settled = resolve(loaded, machine, plan.counts, scoring, is_resumed=is_resumed).with_adapted(plan.adapted)
+    settled = resolve(loaded, machine, plan.counts, scoring, is_resumed=is_resumed, model=plan.model).with_adapted(plan.adapted)
     tell_scoring(settled, console)
     for note in settled.notes:
         if note not in plan.notes:

@@ -33,15 +33,19 @@ class Tokenizer:
     ends: frozenset[int]  # the tokens that end an answer: EOS, and those that generation_config.json adds
 
     @classmethod
-    def loaded(cls, tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> Tokenizer:
-        """Of a tokenizer of transformers."""
+    def loaded(
+        cls, tokenizer: PreTrainedTokenizerBase, day: date | None = None, generation: Mapping[str, Any] | None = None
+    ) -> Tokenizer:
+        """Of a tokenizer of transformers, with the generation_config.json of its model where that was read already."""
+        if generation is None:
+            generation = _generation(tokenizer.name_or_path)
         return cls(
             encode=lambda text, special: list(tokenizer(text, add_special_tokens=special)["input_ids"]),
             decode=lambda ids: str(tokenizer.decode(ids)),
             template=ChatTemplate.of(tokenizer, day),
             eos=str(tokenizer.eos_token),
             size=len(tokenizer),
-            ends=ends_of(int(tokenizer.eos_token_id), _generation(tokenizer.name_or_path)),
+            ends=ends_of(int(tokenizer.eos_token_id), generation),
         )
 
     def against(self, token_rows: int) -> str:

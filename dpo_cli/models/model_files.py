@@ -49,6 +49,13 @@ class ModelFiles:
             self._objects[name] = read_object(file) if (file := self.found(name)) is not None else {}
         return self._objects[name]
 
+    def sound(self, name: str) -> dict[str, Any]:
+        """The same, and {} for a file that is damaged, which the model's loading reports."""
+        try:
+            return self.object(name)
+        except (OSError, ValueError):
+            return {}
+
     @property
     def config(self) -> dict[str, Any]:
         return self.object(CONFIG)

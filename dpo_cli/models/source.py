@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter
-from dpo_cli.models.model_files import CONFIG, ModelFiles
+from dpo_cli.models.model_files import CONFIG, GENERATION, ModelFiles
 from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.tensor_files import Fault
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
@@ -129,6 +129,12 @@ class ModelSource:
     def tokenizer_files(self) -> ModelFiles:
         """Where the tokenizer lies: beside the adapter, where it has one of its own."""
         return self.own if self.adapter is not None and self.adapter.has_tokenizer else self.files
+
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """The generation_config.json beside the tokenizer; None where no folder with one is here."""
+        files = self.tokenizer_files
+        return files.sound(GENERATION) if files.path.is_dir() else None
 
     @property
     def facts(self) -> ModelFacts | None:

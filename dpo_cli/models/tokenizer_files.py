@@ -21,10 +21,10 @@ def tokenizer_of(files: ModelFiles, day: date | None = None) -> Tokenizer | None
     """The tokenizer of these files; None where they do not tell enough without transformers."""
     if (fast := files.fast_tokenizer) is None or not files.has(TOKENIZER_CONFIG):
         return None
-    config = _object(files, TOKENIZER_CONFIG)
-    named = {**_object(files, SPECIAL_TOKENS), **config}
+    config = files.sound(TOKENIZER_CONFIG)
+    named = {**files.sound(SPECIAL_TOKENS), **config}
     tokens = {name: _content(value) for name, value in named.items() if name.endswith("_token") and _content(value)}
-    if missing := _missing(fast, config, _object(files, ADDED)):
+    if missing := _missing(fast, config, files.sound(ADDED)):
         from tokenizers import AddedToken
 
         fast = copy.deepcopy(fast)  # the other stays as its file has it
@@ -40,7 +40,7 @@ def tokenizer_of(files: ModelFiles, day: date | None = None) -> Tokenizer | None
         template=ChatTemplate(sources, tokens, day) if sources else None,
         eos=eos,
         size=fast.get_vocab_size(),
-        ends=ends_of(eos_id, _object(files, GENERATION)),
+        ends=ends_of(eos_id, files.sound(GENERATION)),
     )
 
 
@@ -52,14 +52,6 @@ def _missing(fast: Fast, config: Mapping[str, Any], added: Mapping[str, Any]) ->
         value = config.get(key) or ()
         named += [_content(token) for token in (value.values() if isinstance(value, dict) else value)]
     return [token for token in dict.fromkeys(named) if token and fast.token_to_id(token) is None]
-
-
-def _object(files: ModelFiles, name: str) -> Mapping[str, Any]:
-    """The object in a file; an empty one where there is none, or it is damaged, which the model's loading reports."""
-    try:
-        return files.object(name)
-    except (OSError, ValueError):
-        return {}
 
 
 def _content(value: Any) -> str:
