@@ -30,7 +30,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.hardware.memory import components
 from dpo_cli.hardware.memory_inputs import Settings
-from dpo_cli.models.shape import ModelFacts, known_models, model_facts
+from dpo_cli.models.shape import ModelFacts, known_models
+from dpo_cli.models.source import ModelSource
 
 MODELS = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
 BITS = (None, 4, 8)
@@ -56,7 +57,7 @@ GRID: tuple[tuple[Settings, bool], ...] = (
 def shapes(device: str) -> Iterator[tuple[str, ModelFacts]]:
     """The models to measure; on a CPU the first one's shape divided by sixteen, with four blocks."""
     for name in MODELS:
-        facts = model_facts(name)
+        facts = ModelSource.of(name).facts
         assert facts is not None
         if device == "cpu":
             small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}

@@ -24,6 +24,7 @@ from dpo_cli.errors import Exit, UsageError
 from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.recommend import Request as Wanted
 from dpo_cli.hardware.recommend import recommend as make_recommendation
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.preflight import inspect_prompts, lengths_of
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.storage.resumable_file import ResumableFile
@@ -145,7 +146,7 @@ def _request(console: Console, vram: float | None, model: str | None, dataset: s
         asked = replace(asked, vram_gb=total_gb, free_gb=free_gb, is_apple=machine.is_apple and not machine.gpus)
     if dataset is None:
         return asked
-    lengths = lengths_of(dataset, model or "")
+    lengths = lengths_of(dataset, ModelSource.of(model or ""))
     if lengths.most_tokens is None:
         console.line(f"{dataset} is not here yet, so its lengths do not count")
     return replace(asked, longest=lengths.most_tokens, share_over=lengths.share_over)

@@ -23,7 +23,7 @@ from dpo_cli.errors import Exit, InvalidInput
 from dpo_cli.evaluation.evaluation import score
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.checks import problems
-from dpo_cli.models.source import adapter_at, foundation
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.runs.open_run import load_policy, open_run
 from dpo_cli.ui.console import Console
@@ -113,7 +113,7 @@ def test_another_shape_is_trained_on_the_merged_model(run: Run, sft: Path, tiny_
     # A third run on top stands on both: its reference is the second run's policy.
     _, third = run("third", model_name=str(place), lora_r=None, max_steps=1)
     assert_starts_at_its_reference(third)
-    assert foundation(str(third)) == str(tiny_model_dir)
+    assert ModelSource.of(str(third)).foundation == str(tiny_model_dir)
 
 
 def test_what_cannot_be_gone_on_from_is_told(run: Run, sft: Path, tmp_path: Path) -> None:
@@ -164,8 +164,9 @@ def test_an_adapter_of_another_tool_is_a_start(run: Run, sft: Path, tmp_path: Pa
     folder.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_bytes((sft / "adapter" / name).read_bytes())
-    adapter = adapter_at(str(folder))
-    assert adapter is not None and adapter.model_name == str(tiny_model_dir) and adapter.shape["lora_r"] == 4
+    source = ModelSource.of(str(folder))
+    assert source.adapter is not None and source.adapter.shape["lora_r"] == 4
+    assert source.below is not None and source.below.name == str(tiny_model_dir)
     _, place = run("dpo", model_name=str(folder), lora_r=None, max_steps=1)
     assert_starts_at_its_reference(place)
 
@@ -183,9 +184,9 @@ def test_what_stands_on_itself_is_no_start(tmp_path: Path) -> None:
     (tmp_path / "run/plan.json").write_text(json.dumps(plan), encoding="utf-8")
     (tmp_path / "run/metrics.json").write_text("{}", encoding="utf-8")
     for name in ("alone", "one", "run"):
-        (problem,) = problems(str(tmp_path / name))
+        (problem,) = problems(ModelSource.of(str(tmp_path / name)))
         assert problem.code == "adapter-unusable" and "stands on itself" in problem.message
-        foundation(str(tmp_path / name))
+        assert ModelSource.of(str(tmp_path / name)).foundation
 
 
 @pytest.mark.parametrize("strategy", ["dpo", "sft"])

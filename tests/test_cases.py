@@ -22,6 +22,8 @@ from dpo_cli.config.config import load
 from dpo_cli.data import dataset
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoded, encode_all
+from dpo_cli.models.model_files import ModelFiles
+from dpo_cli.models.tokenizer_files import tokenizer_of
 
 CASES = ROOT.parent / "shared" / "cases"
 pytestmark = [
@@ -247,7 +249,7 @@ def encoded(name: str, *words: str) -> tuple[list[Encoded], Tokenizer]:
     config = load(f"data/{name}.json", words).require()
     assert isinstance(config.dataset, str)
     data = dataset.read(config.dataset, True, columns=config.columns, demonstrations=config.strategy == "sft")
-    tokenizer = Tokenizer.in_folder(Path(config.model_name))
+    tokenizer = tokenizer_of(ModelFiles(Path(config.model_name)))
     assert tokenizer is not None
     return encode_all([data.load()], tokenizer, config.use_chat_template, skip=True).sides[0], tokenizer
 

@@ -20,6 +20,8 @@ from dpo_cli.data.rows import Pair
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encodings, encode_all
 from dpo_cli.errors import InvalidInput
+from dpo_cli.models.model_files import ModelFiles
+from dpo_cli.models.tokenizer_files import tokenizer_of
 
 TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -257,7 +259,7 @@ def test_the_limits_of_a_tokenizer_file_are_those_of_its_last_user(tmp_path: Pat
     limited = json.loads(file.read_text(encoding="utf-8"))
     limited["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     file.write_text(json.dumps(limited), encoding="utf-8")
-    made = Tokenizer.in_folder(tmp_path)
+    made = tokenizer_of(ModelFiles(tmp_path))
     assert made is not None and len(made.encode("the cat sat on the mat " * 9, False)) > 9
 
 
@@ -268,5 +270,5 @@ def test_tokens_that_only_files_beside_the_tokenizer_name_are_known(tmp_path: Pa
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": config.pop("eos_token")}), encoding="utf-8")
     config["added_tokens_decoder"] = {**config.get("added_tokens_decoder", {}), "300": {"content": "<ex>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    made = Tokenizer.in_folder(tmp_path)
+    made = tokenizer_of(ModelFiles(tmp_path))
     assert made is not None and made.eos == "<|im_end|>" and len(made.encode("<ex>", False)) == 1

@@ -22,6 +22,8 @@ from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import encode_all
+from dpo_cli.models.model_files import ModelFiles
+from dpo_cli.models.tokenizer_files import tokenizer_of
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "15"))
 FAMILIES = """llama3 llama3_1 llama3_2 qwen2_5 qwen3 qwen3_8 gemma gemma3 phi3_5 cohere2 deepseekv3 deepseek_r1_distill glm4moe
@@ -101,7 +103,7 @@ def test_every_part_of_a_response_is_trained_on_or_named(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama3_1", "qwen3", "gemma3", "mistral"])
 def test_the_same_with_the_own_tokenizer_of_a_model(family: str) -> None:
-    made = Tokenizer.in_folder(OWN / family)
+    made = tokenizer_of(ModelFiles(OWN / family))
     if made is None:
         pytest.skip("`make tokenizers` fetches the tokenizers of Llama 3.1, Qwen 3, Gemma 3 and Mistral")
     require_every_part(made)

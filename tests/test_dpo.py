@@ -23,6 +23,7 @@ from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.hardware.machine import probe
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.scoring import forward, shared_prompts
@@ -213,7 +214,7 @@ def test_every_option_reaches_trl_and_peft(tmp_path: Path) -> None:
     assert trainer_arguments(make_plan(tmp_path, group_by_length=True)).train_sampling_strategy == "group_by_length"
     ratio = make_plan(tmp_path, warmup_ratio=0.25, warmup_steps=0)
     assert trainer_arguments(ratio).get_warmup_steps(100) == 25
-    made = HuggingFace("tiny/tiny").adapter_config(plan, tiny_model("llama"))
+    made = HuggingFace(ModelSource.of("tiny/tiny")).adapter_config(plan, tiny_model("llama"))
     assert (made.r, made.lora_alpha, made.lora_dropout, made.target_modules) == (12, 18, 0.2, {"q_proj"})
 
 

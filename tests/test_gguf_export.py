@@ -22,6 +22,7 @@ from dpo_cli.commands.export import Request, export
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import Exit, RunFailed, UsageError
+from dpo_cli.models.source import ModelSource
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.publish import gguf_export
 from dpo_cli.ui.console import Console
@@ -85,7 +86,7 @@ def test_without_a_converter_it_is_said_where_there_is_one(tmp_path: Path, monke
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with SmolLM2's tokenizer, since the converter knows tokenizers by what they make of a text."""
     place = tmp_path_factory.mktemp("small")
-    tokenizer = HuggingFace(str(DEMO_MODEL)).tokenizer()
+    tokenizer = HuggingFace(ModelSource.of(str(DEMO_MODEL))).tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer), "hidden_size": 64, "head_dim": 16}))
     with torch.no_grad():

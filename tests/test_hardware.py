@@ -11,7 +11,7 @@ from gguf_files import write_gguf
 
 from dpo_cli.hardware.machine import GIB, nvidia_gpus, probe
 from dpo_cli.models import checks, gguf_header
-from dpo_cli.models.shape import model_facts
+from dpo_cli.models.source import ModelSource
 
 HEADER: dict[str, object] = {
     "general.architecture": "llama",
@@ -24,11 +24,11 @@ HEADER: dict[str, object] = {
 
 
 def test_gguf_header_gives_the_shape(tmp_path: Path) -> None:
-    facts = model_facts(str(write_gguf(tmp_path / "m.gguf", HEADER, ("output.weight",))))
+    facts = ModelSource.of(str(write_gguf(tmp_path / "m.gguf", HEADER, ("output.weight",)))).facts
     assert facts is not None
     assert (facts.hidden_size, facts.head_dim, facts.num_key_value_heads, facts.vocab_size) == (64, 16, 4, 3)
     assert not facts.tie_word_embeddings
-    tied = model_facts(str(write_gguf(tmp_path / "tied.gguf", HEADER)))
+    tied = ModelSource.of(str(write_gguf(tmp_path / "tied.gguf", HEADER))).facts
     assert tied is not None and tied.tie_word_embeddings
 
 
@@ -57,11 +57,11 @@ def test_models_that_cannot_be_trained_are_told(tmp_path: Path, tiny_model_dir: 
         tiny_model_dir: [],
         Path("owner/model-Instruct"): [],
     }
-    assert {path: [problem.code for problem in checks.problems(str(path))] for path in expected} == expected
+    assert {path: [problem.code for problem in checks.problems(ModelSource.of(str(path)))] for path in expected} == expected
 
 
 def test_a_config_json_gives_the_shape(tiny_model_dir: Path) -> None:
-    facts = model_facts(str(tiny_model_dir))
+    facts = ModelSource.of(str(tiny_model_dir)).facts
     assert facts is not None
     assert (facts.vocab_size, facts.hidden_size, facts.head_dim) == (300, 32, 8)
     assert facts.parameters * 4 / GIB < 1

@@ -17,6 +17,8 @@ from dpo_cli.data import hub_datasets
 from dpo_cli.data.dataset import hub_ids, read, sources_of
 from dpo_cli.data.lengths import Lengths
 from dpo_cli.errors import RunFailed
+from dpo_cli.models.model_files import ModelFiles
+from dpo_cli.models.source import ModelSource
 from dpo_cli.providers.huggingface import HuggingFace
 
 COMMIT = "0" * 40
@@ -69,7 +71,7 @@ def test_a_cache_that_cannot_be_used_is_named(
     home = str(tmp_path if variable == "HF_HUB_CACHE" else tmp_path / "file")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", f"{home}/token")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
-    for use in (lambda: HuggingFace("owner/any").tokenizer(), lambda: hub_datasets.fetch("owner/any")):
+    for use in (lambda: HuggingFace(ModelSource.of("owner/any")).tokenizer(), lambda: hub_datasets.fetch("owner/any")):
         with pytest.raises(RunFailed) as caught:
             use()
         assert f"in {variable}" in caught.value.message and str(tmp_path / "file") in caught.value.message
@@ -154,21 +156,23 @@ def test_paths_are_no_hub_ids(name: str) -> None:
 def test_lengths_are_tokens_where_the_tokenizer_is_local(tmp_path: Path, tiny_model_dir: Path) -> None:
     rows = [{"prompt": "q", "chosen": "the cat " * count, "rejected": "no"} for count in (1, 2, 60)]
     path = write(tmp_path / "p.jsonl", rows)
-    for model, unit in ((str(tiny_model_dir), "tokens"), ("owner/model", None)):
-        lengths = Lengths(model)
+    for model, unit in ((tiny_model_dir, "tokens"), (Path("owner/model"), None)):
+        lengths = Lengths(ModelFiles(model).fast_tokenizer)
         read(str(path), observers=[lengths])
         said = lengths.to_json(50)
         assert said["longest"] == {"file": str(path), "line": 3}
         assert said["characters"] == {"median": 17, "most": 481}
         assert (said["tokens"] is None) == (unit is None)
-    late = Lengths(str(tiny_model_dir))  # 2,000 short pairs before 2,000 of other text: a sample of the first would be wrong
+    late = Lengths(
+        ModelFiles(tiny_model_dir).fast_tokenizer
+    )  # 2,000 short pairs before 2,000 of other text: a sample of the first would be wrong
     both = [{"prompt": "q", "chosen": text * 5, "rejected": "n"} for text in ("the cat ", "zq9") for _ in range(2_000)]
     read(str(write(tmp_path / "late.jsonl", both)), observers=[late])
     tokenizer = Tokenizer.from_file(str(tiny_model_dir / "tokenizer.json"))
     counted = [len(tokenizer.encode(row["prompt"]).ids) + len(tokenizer.encode(row["chosen"]).ids) for row in both[::2_000]]
     sizes = [1 + len(row["chosen"]) for row in both[::2_000]]
     assert late.to_json(50)["tokens"]["most"] == pytest.approx(max(sizes) * sum(counted) / sum(sizes), rel=0.02)
-    said = Lengths(str(tiny_model_dir))
+    said = Lengths(ModelFiles(tiny_model_dir).fast_tokenizer)
     read(str(path), observers=[said])
     assert said.to_json(50)["tokens"]["share_over"] == pytest.approx(1 / 3, abs=1e-3)
     assert json.dumps(said.to_json(50))

@@ -26,6 +26,7 @@ from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import DpoError, RunFailed
 from dpo_cli.evaluation.metrics import score_rows
+from dpo_cli.models.source import ModelSource
 from dpo_cli.providers import model_cache
 from dpo_cli.providers.base import cache_dir
 from dpo_cli.providers.huggingface import HuggingFace
@@ -39,7 +40,7 @@ DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 @pytest.mark.skipif(not DEMO_MODEL.exists(), reason="make install fetches the demo model")
 def test_gguf_is_dequantised_once_with_its_own_special_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    provider = HuggingFace(str(DEMO_MODEL))
+    provider = HuggingFace(ModelSource.of(str(DEMO_MODEL)))
     tokenizer = provider.tokenizer()
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     encoded = encode([to_pair(made_row(0), 1)], tokenizer)[0]
@@ -54,15 +55,15 @@ def test_gguf_is_dequantised_once_with_its_own_special_tokens(tmp_path: Path, mo
         raise AssertionError("dequantised twice")
 
     monkeypatch.setattr(model_cache, "_convert", not_again)
-    assert HuggingFace(str(DEMO_MODEL)).local_dir == provider.local_dir
+    assert HuggingFace(ModelSource.of(str(DEMO_MODEL))).local_dir == provider.local_dir
 
 
 def test_what_cannot_be_loaded_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RunFailed, match="not in the local cache"):
-        HuggingFace("nobody/no-such-model").tokenizer()
+        HuggingFace(ModelSource.of("nobody/no-such-model")).tokenizer()
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RunFailed, match="cannot load"):
-        HuggingFace(str(tmp_path)).tokenizer()
+        HuggingFace(ModelSource.of(str(tmp_path))).tokenizer()
 
 
 def log_probs(model: PreTrainedModel) -> torch.Tensor:
@@ -110,7 +111,7 @@ def test_a_gguf_file_is_the_model_that_it_was_made_from(
     more = {"rope_freqs.weight": factors.numpy()} if rope is LLAMA3 else {}
     scaling = {"type": "linear", "factor": 4.0} if rope["rope_type"] == "linear" else {"type": "none"}
     file = write_llama(tmp_path / "m.gguf", model, tokenizer, more, scaling)
-    made = HuggingFace(str(file)).base_model(make_plan(tmp_path))
+    made = HuggingFace(ModelSource.of(str(file))).base_model(make_plan(tmp_path))
     torch.testing.assert_close(log_probs(made), log_probs(model), atol=1e-5, rtol=1e-5)
     assert (log_probs(small(tie_word_embeddings=tied)) - log_probs(model)).abs().max() > 0.01 or rope["rope_type"] == "default"
 
@@ -137,7 +138,7 @@ def test_what_of_a_gguf_file_has_no_place_is_named(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     file = write_llama(tmp_path / "m.gguf", small(**options), tokenizer, more, scaling)
     with pytest.raises(DpoError) as caught:
-        HuggingFace(str(file))
+        HuggingFace(ModelSource.of(str(file)))
     assert told in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"]
 
@@ -166,12 +167,12 @@ def test_an_adapter_of_the_hub_is_taken_for_no_model(
     (snapshot / "model.safetensors").unlink()
     if not has_config:
         (snapshot / "config.json").unlink()
-    provider = HuggingFace("me/lora")
+    provider = HuggingFace(ModelSource.of("me/lora"))
     for load in (provider.tokenizer, lambda: provider.base_model(make_plan(tmp_path))):
         with pytest.raises(RunFailed, match="me/lora is an adapter") as caught:
             load()
         assert "hf download me/lora" in str(caught.value.fix)
-    assert HuggingFace(str(snapshot)).foundation == str(tiny_model_dir)  # named by its folder
+    assert HuggingFace(ModelSource.of(str(snapshot))).foundation == str(tiny_model_dir)  # named by its folder
 
 
 def test_pickled_weights_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -180,7 +181,7 @@ def test_pickled_weights_are_refused(tmp_path: Path, tokenizer: PreTrainedTokeni
     model.config.save_pretrained(pickled)
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
     with pytest.raises(RunFailed, match="cannot load"):
-        HuggingFace(str(pickled)).base_model(make_plan(tmp_path))
+        HuggingFace(ModelSource.of(str(pickled))).base_model(make_plan(tmp_path))
 
 
 def test_4bit_trains_after_an_evaluation(tmp_path: Path, tiny_model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -188,7 +189,7 @@ def test_4bit_trains_after_an_evaluation(tmp_path: Path, tiny_model_dir: Path, t
 
     def gradient_norm(evaluate_first: bool) -> float:
         plan = make_plan(tmp_path, use_4bit=True, max_steps=1, lora_r=4)
-        provider = HuggingFace(str(tiny_model_dir))
+        provider = HuggingFace(ModelSource.of(str(tiny_model_dir)))
         pairs = encode([to_pair(made_row(i), i) for i in range(8)], tokenizer)
         base = provider.base_model(plan)
         assert choose(base, pairs, tokenizer.pad_token_id, "auto").shared  # so 4-bit weights share prompts too
@@ -213,7 +214,7 @@ def test_a_soft_cap_in_the_attention_is_applied(tmp_path: Path) -> None:
     saved.set_attn_implementation("eager")
     right = saved(input_ids=ids).logits
     assert not torch.allclose(wrong, right, atol=1e-3)
-    made = HuggingFace(str(tmp_path / "gemma2")).base_model(make_plan(tmp_path))
+    made = HuggingFace(ModelSource.of(str(tmp_path / "gemma2"))).base_model(make_plan(tmp_path))
     torch.testing.assert_close(made(input_ids=ids).logits, right)
 
 
@@ -223,7 +224,7 @@ def test_base_dropout_is_off(tmp_path: Path, tiny_model_dir: Path) -> None:
     noisy = tmp_path / "noisy"
     shutil.copytree(tiny_model_dir, noisy)
     (noisy / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5}), encoding="utf-8")
-    model = HuggingFace(str(noisy)).base_model(make_plan(tmp_path)).train()
+    model = HuggingFace(ModelSource.of(str(noisy))).base_model(make_plan(tmp_path)).train()
     ids = torch.arange(3, 20)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
@@ -235,7 +236,7 @@ def test_a_gated_model_is_told_as_one(tiny_model_dir: Path, monkeypatch: pytest.
     def refuse(*_: object, **__: object) -> None:
         raise OSError("You are trying to access a gated repo.") from GatedRepoError("403", response=response)
 
-    provider = HuggingFace(str(tiny_model_dir))
+    provider = HuggingFace(ModelSource.of(str(tiny_model_dir)))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
     with pytest.raises(RunFailed, match="is gated") as caught:
         provider.tokenizer()
@@ -276,7 +277,7 @@ def test_a_file_of_a_gguf_model_needs_the_cache_too(tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RunFailed, match="XDG_CACHE_HOME"):
-        HuggingFace(str(write_gguf(tmp_path / "m.gguf", {}))).tokenizer()
+        HuggingFace(ModelSource.of(str(write_gguf(tmp_path / "m.gguf", {})))).tokenizer()
 
 
 def test_the_tokenizer_is_that_of_its_file(tmp_path: Path, tiny_model_dir: Path) -> None:
@@ -289,6 +290,6 @@ def test_the_tokenizer_is_that_of_its_file(tmp_path: Path, tiny_model_dir: Path)
     text = "  x\n\ny"
     right = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     assert AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"] != right
-    provider = HuggingFace(str(folder))
+    provider = HuggingFace(ModelSource.of(str(folder)))
     assert provider.tokenizer()(text, add_special_tokens=False)["input_ids"] == right
     assert provider.notes

@@ -26,6 +26,7 @@ from dpo_cli.config.config import load
 from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models import tensor_files
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
 
@@ -127,14 +128,16 @@ def _in_shards(folder: Path, parts: dict[str, Tensor], draw: random.Random) -> l
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_a_damaged_model_is_refused_by_name_or_computes_the_same(place: Place, tmp_path: Path, family: str) -> None:
     plan = plan_of(place(family), tmp_path)
-    whole = log_probs(HuggingFace(str(place(family))).base_model(plan))
+    whole = log_probs(HuggingFace(ModelSource.of(str(place(family)))).base_model(plan))
     torch.testing.assert_close(whole, log_probs(AutoModelForCausalLM.from_pretrained(place(family))))
     refused = 0
     for number in range(TRIES):
         folder = tmp_path / f"try-{number}"
         shutil.copytree(place(family), folder)
         names = damaged(folder, random.Random(f"{family} {number}"))
-        refused += is_refused(partial(lambda path: HuggingFace(path).base_model(plan), str(folder)), whole, names)
+        refused += is_refused(
+            partial(lambda path: HuggingFace(ModelSource.of(path)).base_model(plan), str(folder)), whole, names
+        )
         shutil.rmtree(folder)
     assert refused > TRIES / 2
 
@@ -150,7 +153,7 @@ def in_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> list[str]:
         save_file(tensors, folder / name)
         index = {**dict.fromkeys(tensors, name), **index}
     (folder / tensor_files.INDEX).write_text(json.dumps({"weight_map": index}), encoding="utf-8")
-    return [fault.message for fault in tensor_files.faults(folder, {})]
+    return [fault.message for fault in tensor_files.faults(tensor_files.TensorFiles(folder), {})]
 
 
 def test_a_tensor_that_stands_twice_is_the_same_or_refused(tmp_path: Path) -> None:
@@ -185,13 +188,13 @@ def test_a_lost_part_of_quantised_weights_is_named(tmp_path: Path, settings: dic
     config = {"quantization_config": {"quant_method": "bitsandbytes", **settings}}
     for lost in (None, *parts):
         save_file({"a.weight": WHOLE, **{part: PART.clone() for part in parts if part != lost}}, tmp_path / tensor_files.SINGLE)
-        found = [fault.message for fault in tensor_files.faults(tmp_path, config)]
+        found = [fault.message for fault in tensor_files.faults(tensor_files.TensorFiles(tmp_path), config)]
         assert len(found) == (lost is not None) and all(str(lost).removesuffix("nf4") in message for message in found)
 
 
 def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path) -> None:
     (tmp_path / tensor_files.SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    (fault,) = tensor_files.faults(tmp_path, {})
+    (fault,) = tensor_files.faults(tensor_files.TensorFiles(tmp_path), {})
     assert "is a Git LFS pointer" in fault.message and "git lfs pull" in fault.fix
 
 
@@ -229,7 +232,7 @@ def test_the_other_half_of_an_adapter_is_named() -> None:
 def test_a_damaged_adapter_is_refused_by_name_or_computes_the_same(place: Place, tmp_path: Path, family: str) -> None:
     base, adapter = place(family), place(f"{family}-adapter")
     plan = plan_of(base, tmp_path)
-    provider = HuggingFace(str(base))
+    provider = HuggingFace(ModelSource.of(str(base)))
     whole = log_probs(provider.trained(plan, adapter).model)
     by_hand = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
     torch.testing.assert_close(whole, log_probs(by_hand))
@@ -262,8 +265,12 @@ def test_what_config_json_leaves_to_its_class_is_not_guessed(place: Place, famil
     folder = place(family)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for key in [key for key in config if key != "model_type"]:
-        assert not list(tensor_files.faults(folder, {name: value for name, value in config.items() if name != key})), key
-    assert not list(tensor_files.faults(folder, {"model_type": config["model_type"]}))
+        assert not list(
+            tensor_files.faults(
+                tensor_files.TensorFiles(folder), {name: value for name, value in config.items() if name != key}
+            )
+        ), key
+    assert not list(tensor_files.faults(tensor_files.TensorFiles(folder), {"model_type": config["model_type"]}))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
@@ -274,14 +281,14 @@ def test_joined_experts_are_read_from_files(place: Place, tmp_path: Path, family
     weights = {name: part.clone() for name, part in model.state_dict().items()}
     save_file(weights, folder / tensor_files.SINGLE, metadata={"format": "pt"})
     assert any(name.endswith("experts.gate_up_proj") for name in weights)
-    loaded = HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path))
+    loaded = HuggingFace(ModelSource.of(str(folder))).base_model(plan_of(folder, tmp_path))
     torch.testing.assert_close(log_probs(loaded), log_probs(model))
     for name in [name for name in weights if "layers.1.mlp" in name]:
         rest = {other: part for other, part in weights.items() if other != name}
         for damage in (rest, {**rest, name: weights[name][:-1].contiguous()}):
             save_file(damage, folder / tensor_files.SINGLE, metadata={"format": "pt"})
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            assert any(name in fault.message for fault in tensor_files.faults(folder, config))
+            assert any(name in fault.message for fault in tensor_files.faults(tensor_files.TensorFiles(folder), config))
 
 
 def test_files_left_over_from_another_division_are_passed_over(place: Place, tmp_path: Path) -> None:
@@ -293,11 +300,11 @@ def test_files_left_over_from_another_division_are_passed_over(place: Place, tmp
     shard = min(folder.glob("model-*.safetensors"))
     old = folder / "model-00001-of-00099.safetensors"
     shutil.copy(shard, old)
-    assert not list(tensor_files.faults(folder, config))
+    assert not list(tensor_files.faults(tensor_files.TensorFiles(folder), config))
     save_file({"another": torch.zeros(1)}, old)
-    assert ["another" in fault.message for fault in tensor_files.faults(folder, config)] == [True]
+    assert ["another" in fault.message for fault in tensor_files.faults(tensor_files.TensorFiles(folder), config)] == [True]
     old.rename(folder / f"model-00099-of-{shard.name.partition('-of-')[2]}")
-    assert ["model-00099" in fault.message for fault in tensor_files.faults(folder, config)] == [True]
+    assert ["model-00099" in fault.message for fault in tensor_files.faults(tensor_files.TensorFiles(folder), config)] == [True]
 
 
 WITH_MASKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -323,14 +330,14 @@ def test_masks_that_old_files_hold_are_passed_over(tmp_path: Path, family: str) 
     for name in names:
         weights[f"{place}.{name}"] = torch.tensor(-1e4) if name == "masked_bias" else torch.ones(1, 1, 64, 64)
     save_file(weights, folder / tensor_files.SINGLE, metadata={"format": "pt"})
-    provider = HuggingFace(str(folder))
+    provider = HuggingFace(ModelSource.of(str(folder)))
     torch.testing.assert_close(log_probs(provider.base_model(plan_of(folder, tmp_path))), log_probs(model))
     if family != "gpt2":  # where transformers itself passes over the other
         assert [f"{place}.{names[0]}" in note and "passed over" in note for note in provider.notes] == [True]
     weights[f"{place}.{names[-1]}"] = torch.ones(32)
     save_file(weights, folder / tensor_files.SINGLE, metadata={"format": "pt"})
     with pytest.raises(InvalidInput, match=f"{place}.{names[-1]}.*without a place"):
-        HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path))
+        HuggingFace(ModelSource.of(str(folder))).base_model(plan_of(folder, tmp_path))
 
 
 def test_the_order_of_experts_is_seen_in_a_model_of_the_hub(
@@ -344,9 +351,9 @@ def test_the_order_of_experts_is_seen_in_a_model_of_the_hub(
     (folder.parents[1] / "refs/main").write_text("a" * 40, encoding="utf-8")
     monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(tmp_path), raising=False)
     plan = plan_of(place("mixtral"), tmp_path)
-    HuggingFace("owner/model").base_model(plan)
+    HuggingFace(ModelSource.of("owner/model")).base_model(plan)
     weights = load_file(folder / tensor_files.SINGLE)
     renamed = {name.replace("experts.1.", "experts.7."): part for name, part in weights.items()}
     save_file(renamed, folder / tensor_files.SINGLE, metadata={"format": "pt"})
     with pytest.raises(InvalidInput, match=r"experts\.1"):
-        HuggingFace("owner/model").base_model(plan)
+        HuggingFace(ModelSource.of("owner/model")).base_model(plan)

@@ -25,9 +25,10 @@ from dpo_cli.app import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, RunFailed
 from dpo_cli.hardware.machine import probe
+from dpo_cli.models.adapter_config import UNSUPPORTED_FIX, is_on_head, unsupported
 from dpo_cli.models.checks import problems
 from dpo_cli.models.generation_config import CACHES, invalid
-from dpo_cli.models.source import UNSUPPORTED_FIX, is_on_head, unsupported
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.providers import loaded_tensors
 from dpo_cli.providers.huggingface import HuggingFace
@@ -117,11 +118,11 @@ def test_an_adapter_is_what_its_config_says(base: Callable[..., Path], tmp_path:
     right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
     bare = log_probs(AutoModelForCausalLM.from_pretrained(model))
     assert (right - bare).abs().max() > 0.01
-    policy = HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    policy = HuggingFace(ModelSource.of(str(model))).trained(plan_of(model, tmp_path), folder)
     torch.testing.assert_close(log_probs(policy.network), right)
     with policy.as_reference() as reference:
         torch.testing.assert_close(log_probs(reference), bare)
-    provider = HuggingFace(str(folder))
+    provider = HuggingFace(ModelSource.of(str(folder)))
     on = plan_of(folder, tmp_path)
     torch.testing.assert_close(log_probs(provider.start(on, provider.base_model(on))), right)
     to_merge = plan_of(folder, tmp_path, reference="base")
@@ -160,7 +161,7 @@ def test_another_kind_of_adapter_is_refused_by_name(
         judged = dpo("eval", "judge", "--adapter", str(folder), model_name=str(model))
         assert judged.exit_code == Exit.INVALID and name in judged.stderr
         with pytest.raises(InvalidInput, match=name) as caught:
-            HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+            HuggingFace(ModelSource.of(str(model))).trained(plan_of(model, tmp_path), folder)
         assert caught.value.problems[0].fix == UNSUPPORTED_FIX
 
 
@@ -217,7 +218,7 @@ def test_one_reason_is_told_alike_wherever_an_adapter_is_taken(
         name = folder if words[0] == "validate" else model
         assert told in dpo(*words, model_name=str(name), lora_r=None).stderr
     with pytest.raises(InvalidInput, match=told):
-        HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+        HuggingFace(ModelSource.of(str(model))).trained(plan_of(model, tmp_path), folder)
 
 
 @pytest.mark.parametrize("attention_bias", [True, False])
@@ -234,7 +235,9 @@ def test_a_bias_that_cannot_be_merged_is_known_to_validate(
     if attention_bias:
         plan = plan_of(folder, tmp_path, reference="base")
         right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
-        torch.testing.assert_close(log_probs(HuggingFace(str(folder)).base_model(plan)), right, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            log_probs(HuggingFace(ModelSource.of(str(folder))).base_model(plan)), right, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_a_resized_embedding_is_refused(base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]) -> None:
@@ -257,7 +260,7 @@ def test_the_layer_of_another_base_is_not_taken_over(base: Callable[..., Path], 
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
     (name,) = [name for name in weights if name.endswith("base_layer.weight")]
-    provider, plan = HuggingFace(str(model)), plan_of(model, tmp_path)
+    provider, plan = HuggingFace(ModelSource.of(str(model))), plan_of(model, tmp_path)
     provider.trained(plan, folder)
     save_file({**weights, name: weights[name] + 1}, file)
     with pytest.raises(InvalidInput, match="another model"):
@@ -273,7 +276,7 @@ def test_a_tensor_of_the_base_in_an_adapter_replaces_nothing(
     folder = adapter_on(model, tmp_path / "adapter", modules_to_save=["embed_tokens"])
     file = folder / "adapter_model.safetensors"
     weights, there = load_file(file), load_file(model / "model.safetensors")[name]
-    provider, plan = HuggingFace(str(model)), plan_of(model, tmp_path)
+    provider, plan = HuggingFace(ModelSource.of(str(model))), plan_of(model, tmp_path)
     right = log_probs(provider.trained(plan, folder).network)
     save_file({**weights, f"base_model.model.{name}": there}, file)
     torch.testing.assert_close(log_probs(provider.trained(plan, folder).network), right)
@@ -316,9 +319,9 @@ def test_dropout_of_an_adapter_on_experts_is_that_of_this_training(base: Callabl
     """Judged, frozen, merged and gone on from without, whatever it had; PEFT has none for experts, and so it is refused."""
     model = base("mixtral", **MOE["mixtral"])
     folder, right = per_expert_adapter(model, tmp_path / "adapter", dropout=0.05)
-    policy = HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    policy = HuggingFace(ModelSource.of(str(model))).trained(plan_of(model, tmp_path), folder)
     torch.testing.assert_close(log_probs(policy.network), right, atol=1e-4, rtol=1e-4)
-    provider = HuggingFace(str(folder))
+    provider = HuggingFace(ModelSource.of(str(folder)))
     on = plan_of(folder, tmp_path, strategy="sft")
     network = provider.start(on, provider.base_model(on))
     torch.testing.assert_close(log_probs(network), right, atol=1e-4, rtol=1e-4)
@@ -339,7 +342,7 @@ def test_experts_of_an_adapter_are_not_joined_in_another_order(
     file = folder / "adapter_model.safetensors"
     save_file({name.replace("experts.1.", "experts.7."): part for name, part in load_file(file).items()}, file)
     with pytest.raises(InvalidInput, match=r"experts\.7.* lacks .*experts\.1"):
-        HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+        HuggingFace(ModelSource.of(str(model))).trained(plan_of(model, tmp_path), folder)
     assert "experts.1" in dpo("validate", "go-on", model_name=str(folder), lora_r=None).stderr
 
 
@@ -439,7 +442,7 @@ def test_a_number_that_is_none_is_found_wherever_it_is(
     weights[name].view(-1)[1] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InvalidInput, match=f"NaN or infinity in 1 tensor.*{name}"):
-        HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, **quantised))
+        HuggingFace(ModelSource.of(str(folder))).base_model(plan_of(folder, tmp_path, **quantised))
 
 
 # -- the head
@@ -464,7 +467,7 @@ def test_a_head_that_is_no_plain_layer_is_refused_by_type(base: Callable[..., Pa
 def test_a_head_that_is_trained_whole_takes_part(base: Callable[..., Path], tmp_path: Path) -> None:
     model = base("llama", tie_word_embeddings=True)
     folder = adapter_on(model, tmp_path / "adapter", modules_to_save=["lm_head"])
-    policy = HuggingFace(str(model)).trained(plan_of(model, tmp_path), folder)
+    policy = HuggingFace(ModelSource.of(str(model))).trained(plan_of(model, tmp_path), folder)
     network = policy.network
     hidden = network.base_model(IDS).last_hidden_state[0]
     torch.testing.assert_close(Head.of(network).logits(hidden), network(IDS).logits[0])
@@ -481,9 +484,9 @@ def test_a_tied_head_is_untied_before_a_merge(base: Callable[..., Path], tmp_pat
     """Merged into the one weight that both share, an adapter on either would change the other too."""
     model = base("llama", tie_word_embeddings=True)
     folder = adapter_on(model, tmp_path / "adapter", target_modules=targets)
-    assert not [problem for problem in problems(str(folder)) if problem.severity == "error"]
+    assert not [problem for problem in problems(ModelSource.of(str(folder))) if problem.severity == "error"]
     right = log_probs(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), folder))
-    merged = HuggingFace(str(folder)).base_model(plan_of(folder, tmp_path, reference="base"))
+    merged = HuggingFace(ModelSource.of(str(folder))).base_model(plan_of(folder, tmp_path, reference="base"))
     torch.testing.assert_close(log_probs(merged), right, atol=1e-4, rtol=1e-4)
     merged.save_pretrained(tmp_path / "saved")
     torch.testing.assert_close(log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), log_probs(merged))
@@ -517,10 +520,10 @@ def test_a_merge_that_loses_the_adapter_is_refused(
     small = {name: part * (0.1 if ".lora_B" in name else 1) for name, part in weights.items()}
     save_file(small, folder / "adapter_model.safetensors")
     plan = plan_of(folder, tmp_path, reference="base", bf16=bf16)
-    HuggingFace(str(folder)).base_model(plan)
+    HuggingFace(ModelSource.of(str(folder))).base_model(plan)
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self, **_: self.unload(), raising=False)
     with pytest.raises(InvalidInput, match="computes something else"):
-        HuggingFace(str(folder)).base_model(plan)
+        HuggingFace(ModelSource.of(str(folder))).base_model(plan)
 
 
 def test_a_block_that_reads_weights_past_their_layer_is_merged_too(base: Callable[..., Path], tmp_path: Path) -> None:
@@ -551,7 +554,7 @@ def test_a_merged_model_in_the_cache_is_of_what_is_there_now(
 
     def merged() -> Tensor:
         plan = plan_of(folder, tmp_path, reference="base", use_4bit=True)
-        return log_probs(HuggingFace(str(folder)).base_model(plan))
+        return log_probs(HuggingFace(ModelSource.of(str(folder))).base_model(plan))
 
     seen = [merged()]
     torch.testing.assert_close(merged(), seen[0], rtol=0, atol=0)
@@ -611,7 +614,9 @@ def test_nothing_is_merged_into_4_bits(in_4bit: Path, tmp_path: Path) -> None:
     )
     plan = plan_of(folder, tmp_path, reference="base")
     assert not plan.config.use_4bit
-    torch.testing.assert_close(log_probs(HuggingFace(str(folder)).base_model(plan)), right, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        log_probs(HuggingFace(ModelSource.of(str(folder))).base_model(plan)), right, atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])
@@ -627,7 +632,7 @@ def test_other_ways_to_quantise_are_refused_by_name(
         found = dpo(verb, "run", model_name=str(folder))
         assert found.exit_code == Exit.INVALID and f"quantised by {method}" in found.stderr
     with pytest.raises(InvalidInput, match=method):
-        HuggingFace(str(folder)).base_model(plan_of(base("llama", tie_word_embeddings=False), tmp_path))
+        HuggingFace(ModelSource.of(str(folder))).base_model(plan_of(base("llama", tie_word_embeddings=False), tmp_path))
 
 
 @pytest.mark.parametrize("bits", ["mixed", [4, 8], None, {"lm_head": 8}])
@@ -695,7 +700,7 @@ def test_a_damaged_file_of_a_model_is_named(base: Callable[..., Path], tmp_path:
     folder = tmp_path / "model"
     shutil.copytree(base("llama", tie_word_embeddings=False), folder)
     (folder / name).write_text(text, encoding="utf-8")
-    (problem,) = problems(str(folder))
+    (problem,) = problems(ModelSource.of(str(folder)))
     assert problem.code == "model-damaged" and f"{name} is not" in problem.message
 
 

@@ -22,7 +22,8 @@ from dpo_cli.hardware.machine import GIB, Machine, amd_gpus
 from dpo_cli.hardware.memory import NF4_BYTES, bill, components
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.hardware.recommend import CARDS, MARGIN, Request, profiles, recommend
-from dpo_cli.models.shape import ModelFacts, known_models, model_facts
+from dpo_cli.models.shape import ModelFacts, known_models
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.preflight import inspect
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -36,7 +37,7 @@ MACHINE = Machine("a CPU", 8, 64.0, False, (), False)
 
 
 def facts_of(name: str) -> ModelFacts:
-    facts = model_facts(name)
+    facts = ModelSource.of(name).facts
     assert facts is not None
     return facts
 

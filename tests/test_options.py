@@ -22,6 +22,7 @@ from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.ui.console import Console
@@ -102,7 +103,7 @@ def test_4bit_weights_are_what_the_config_says(tmp_path: Path, tiny_model_dir: P
     values |= {"bnb_4bit_quant_type": "fp4", "use_nested_quant": False, "bnb_4bit_compute_dtype": "float32"}
     config.write_text(json.dumps(values), encoding="utf-8")
     _, plan = inspect(load(str(config)), probe()).require()
-    made: Any = HuggingFace(str(tiny_model_dir)).base_model(plan).config.quantization_config
+    made: Any = HuggingFace(ModelSource.of(str(tiny_model_dir))).base_model(plan).config.quantization_config
     assert isinstance(made, BitsAndBytesConfig)
     found = (made.bnb_4bit_quant_type, made.bnb_4bit_use_double_quant, made.bnb_4bit_compute_dtype)
     assert found == ("fp4", False, torch.float32)

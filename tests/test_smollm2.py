@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import Encoded, encode
+from dpo_cli.models.source import ModelSource
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.scoring import forward, shared_prompts
 from dpo_cli.scoring.lm_head import Head, score_tokens
@@ -44,7 +45,7 @@ def train(
     options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": 2 // micro_batch, "max_steps": STEPS}
     options["learning_rate"] = 0.3 if optimizer == "sgd" else 2e-4  # both move the weights by about as much
     plan = make_plan(tmp_path, model_name=str(MODEL), prompt_sharing=prompt_sharing, optim=optimizer, **options)
-    provider = HuggingFace(str(MODEL))
+    provider = HuggingFace(ModelSource.of(str(MODEL)))
     tokenizer = provider.tokenizer()
     pairs = some_pairs(2 * STEPS, tokenizer)
     base = provider.base_model(plan)
@@ -102,7 +103,7 @@ def test_twenty_steps_are_the_same_on_both_paths(tmp_path: Path, record_property
 @pytest.mark.skipif(not MODEL.is_file(), reason="`make install` fetches the demo model")
 def test_the_paths_differ_by_less_than_float32_does_from_float64(tmp_path: Path, record_property: Record) -> None:
     """The gradient of the whole adapter for one micro-batch, relative norms, with float64 as the truth."""
-    provider = HuggingFace(str(MODEL))
+    provider = HuggingFace(ModelSource.of(str(MODEL)))
     tokenizer = provider.tokenizer()
     plan = make_plan(tmp_path, model_name=str(MODEL))
     base = provider.base_model(plan)
@@ -144,7 +145,7 @@ def test_rounding_and_a_broken_layout_are_told_apart(
     tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How far the paths are apart by rounding, by each way to break the layout, and what `choose` says of both."""
-    provider = HuggingFace(str(MODEL))
+    provider = HuggingFace(ModelSource.of(str(MODEL)))
     base = provider.base_model(make_plan(tmp_path, model_name=str(MODEL), bf16=dtype == torch.bfloat16))
     tokenizer = provider.tokenizer()
     pairs = some_pairs(2, tokenizer)

@@ -17,7 +17,7 @@ from dpo_cli.app import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit
 from dpo_cli.hardware.machine import probe
-from dpo_cli.models import source
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.storage import digests
 from dpo_cli.storage.lock import is_locked_now
@@ -85,7 +85,8 @@ def test_validate_hashes_no_weights(
     config = tmp_path / "on.json"
     values = {"model_name": str(first), "dataset": str(pairs_file()), "output_dir": str(tmp_path / "on")}
     config.write_text(json.dumps(values), encoding="utf-8")
-    assert list(source.chain_of(str(first))) == source.folders_below(str(first)) == [str(first / "adapter")]
+    source = ModelSource.of(str(first))
+    assert list(source.weights_sha256) == source.folders == [str(first / "adapter")]
 
     def refuse(*_: object) -> str:
         raise AssertionError("weights are read")
@@ -96,4 +97,4 @@ def test_validate_hashes_no_weights(
     inside = inspect(load(str(config), [f"output_dir={first}"]), probe())
     assert [problem.code for problem in inside.errors] == ["output-is-input"]
     with pytest.raises(AssertionError):
-        source.chain_of(str(first))
+        ModelSource.of(str(first)).weights_sha256  # noqa: B018

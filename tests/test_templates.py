@@ -19,6 +19,8 @@ from trl import DPOConfig, DPOTrainer
 from dpo_cli.data.rows import Pair
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import encode, encode_all
+from dpo_cli.models.model_files import ModelFiles
+from dpo_cli.models.tokenizer_files import tokenizer_of
 
 PLACE = ROOT / "models" / "tokenizers"
 # What the prompt must end with, and what a response must hold.
@@ -121,7 +123,7 @@ def test_a_cut_prompt_keeps_its_markers(named: tuple[str, PreTrainedTokenizerBas
 def test_the_files_alone_give_the_same_ids(named: tuple[str, PreTrainedTokenizerBase], use_chat_template: bool) -> None:
     """`validate` reads tokenizer.json and the template without transformers."""
     name, tokenizer = named
-    files, loaded = Tokenizer.in_folder(PLACE / name), Tokenizer.loaded(tokenizer)
+    files, loaded = tokenizer_of(ModelFiles(PLACE / name)), Tokenizer.loaded(tokenizer)
     assert files is not None
     rows = [pair(prompt) for prompt in (PROMPTS.values() if use_chat_template else [PROMPTS["text"]])]
     (one,), (other,) = (encode_all([rows], made, use_chat_template).sides for made in (files, loaded))

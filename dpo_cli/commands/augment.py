@@ -29,7 +29,7 @@ from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import encode_all
 from dpo_cli.errors import DoesNotFit, Problem
 from dpo_cli.evaluation.generation import Answer, Sampling, generate
-from dpo_cli.models.source import adapter_at, chain_of, model_of, settings_of
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.feasibility import DOES_NOT_FIT
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences.ranking import Rank, best_pairs, ranking
@@ -59,11 +59,11 @@ COUNTED = {
 def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[str, Any]:
     """Write pairs made of the model's own answers to `out`, or go on with them: what `augment --json` prints."""
     options = {**inner_defaults("augment"), **plan.config.augment}
-    provider = PROVIDERS[plan.config.provider](plan.config.model_name)
+    provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
     begun = ResumableFile.decided(out).get("day")
     day = date.fromisoformat(begun) if begun else plan.day  # that a template writes: one for the whole file
-    made = Tokenizer.loaded(tokenizer, day)
+    made = Tokenizer.loaded(tokenizer, day, plan.model.generation)
     asked, left = _encoded(prompts.questions, made, plan, options, provider.token_rows())
     model = provider.start(plan, provider.base_model(plan))  # with its adapter, where model_name is one
     origin = _origin(plan, options, model)
@@ -173,10 +173,11 @@ def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> dict[str, A
     """What made the rows: the model, the rule, how was sampled, and by which version."""
     rank = options["rank"]
     own = {
-        name: _identity(options[name], None) if name == "reward_model" else options[name] for name in RANK_PARTS.get(rank, ())
+        name: _identity(ModelSource.of(options[name]), None) if name == "reward_model" else options[name]
+        for name in RANK_PARTS.get(rank, ())
     }
     return {
-        "model": _identity(plan.config.model_name, getattr(model.config, "_commit_hash", None)),
+        "model": _identity(plan.model, getattr(model.config, "_commit_hash", None)),
         "rule": {"rank": rank, **own, "min_tokens": options["min_tokens"], "min_distance": options["min_distance"]},
         "sampling": {name: options[name] for name in ("responses", "max_new_tokens", "temperature", "top_p")},
         "seed": plan.config.seed,
@@ -193,22 +194,21 @@ def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[st
         "dtype": plan.dtype,
         "augment": {**options, "rank": origin["rule"]},
         "model": origin["model"],
-        "below": [*chain_of(config.model_name).values(), *settings_of(config.model_name).values()],
+        "below": [*plan.model.weights_sha256.values(), *plan.model.settings_sha256.values()],
         "prompts": prompts.sha256,
         "dpo": origin["dpo"],
     }
 
 
-def _identity(name: str, revision: str | None) -> dict[str, Any]:
+def _identity(model: ModelSource, revision: str | None) -> dict[str, Any]:
     """A model by its name, without the folder of a local one, and a hash of its own weights or the hub's commit."""
-    adapter = adapter_at(name)
-    place = adapter.directory if adapter else Path(model_of(name))
+    place = model.own.path
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) if place.is_dir() else []
     digests = [sha256(file) for file in files]
     if not digests:
-        return {"name": name, "revision": revision}
+        return {"name": model.name, "revision": revision}
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    return {"name": Path(name).name, "sha256": whole}
+    return {"name": Path(model.name).name, "sha256": whole}
 
 
 def _tell(found: Mapping[str, int], out: Path, console: Console) -> None:

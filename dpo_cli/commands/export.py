@@ -21,7 +21,7 @@ from dpo_cli.errors import Exit, Problem, RunFailed, UsageError, invalid
 from dpo_cli.evaluation.evaluation import score
 from dpo_cli.evaluation.metrics import Scores, figures
 from dpo_cli.hardware.machine import GIB
-from dpo_cli.models.shape import model_facts
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.loaded_tensors import merged
@@ -107,7 +107,7 @@ def as_trained(opened: OpenedRun) -> Plan:
 
 def _require_space(asked: Request, plan: Plan) -> None:
     """`RunFailed` where the disk has no room for the model's files; a model of unknown shape may still fill it."""
-    facts = model_facts(plan.config.model_name)
+    facts = plan.model.facts
     if facts is None:
         return
     bytes_per_value = getattr(torch, plan.dtype).itemsize + (gguf_export.BYTES_PER_VALUE[asked.gguf] if asked.gguf else 0)
@@ -149,7 +149,7 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     float first. Raises `InvalidInput` for an adapter that cannot be merged.
     """
     free_memory()
-    model: Any = HuggingFace(trained.config.model_name).trained(trained, opened.folder).model
+    model: Any = HuggingFace(trained.model).trained(trained, opened.folder).model
     if isinstance(model, PeftModel):
         model = merged(model, TRAINED, trained.model_label, getattr(torch, trained.dtype))
     model.to(getattr(torch, trained.dtype)).save_pretrained(str(place))
@@ -164,7 +164,7 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
     if plan.config.device == "cuda" and size > 0.8 * torch.cuda.mem_get_info()[0]:
         console.line("note: the merged model is larger than the GPU's free memory, and is scored on the CPU, which takes long")
         config = replace(config, device="cpu")
-    model = HuggingFace(str(place)).base_model(replace(plan, config=config)).eval()
+    model = HuggingFace(ModelSource.of(str(place))).base_model(replace(plan, config=config)).eval()
     scoring = choose(model, opened.rows, int(opened.tokenizer.pad_token_id), plan.config.prompt_sharing)
     # It stands in for its own reference, whose log-probs are there already.
     made = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))

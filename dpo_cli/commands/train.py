@@ -67,7 +67,7 @@ def train(
     data, draft = inspection.require()
     console.problems(inspection.problems)
 
-    provider = PROVIDERS[draft.config.provider](draft.config.model_name)
+    provider = PROVIDERS[draft.config.provider](draft.model)
     tokenizer = provider.tokenizer()
     adapted = provider.adapted(draft)
     tell, run, begun = tell_on(console), RunDirectory(draft.run_dir), None
@@ -81,7 +81,7 @@ def train(
         draft = replace(draft, day=loaded.day or draft.day)
         loaded = replace(loaded, day=draft.day)
         prepared = prepare(data, tokenizer, draft, provider.token_rows())
-        plan = resolve(loaded, machine, prepared.counts, is_resumed=begun is not None).with_adapted(adapted)
+        plan = resolve(loaded, machine, prepared.counts, is_resumed=begun is not None, model=draft.model).with_adapted(adapted)
         late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
         console.problems(late)
         show_plan(plan, console)
@@ -290,7 +290,7 @@ def _judged(
 def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console, is_resumed: bool) -> Plan:
     """The plan with what the loaded model decided: where prompts cannot be shared, micro-batches may have to be smaller."""
     assert plan.counts is not None
-    settled = resolve(loaded, machine, plan.counts, scoring, is_resumed=is_resumed).with_adapted(plan.adapted)
+    settled = resolve(loaded, machine, plan.counts, scoring, is_resumed=is_resumed, model=plan.model).with_adapted(plan.adapted)
     tell_scoring(settled, console)
     for note in settled.notes:
         if note not in plan.notes:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from dpo_cli.commands.session import composer_for
 from dpo_cli.config.config import Loaded, load_stages
-from dpo_cli.config.options import Config
 from dpo_cli.data.dataset import hub_ids
 from dpo_cli.data.hub_datasets import fetch
 from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
 from dpo_cli.hardware.machine import Machine, probe
 from dpo_cli.models.hub_models import require
+from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import Inspection, inspect
 from dpo_cli.results.codec import JsonObject
 from dpo_cli.storage.run_directory import RunDirectory
@@ -40,10 +40,10 @@ def train_stages(
     for name in dict.fromkeys(name for loaded in stages for name in hub_ids(loaded.require().to_json())):
         console.line(f"fetching the dataset {name}")
         fetch(name)
-    inspections, configs = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume)
-    for name in dict.fromkeys(config.model_name for config in configs):
+    inspections, plans = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume)
+    for name in dict.fromkeys(plan.model.foundation for plan in plans):
         require(name)
-    composer = composer_for(configs)
+    composer = composer_for([plan.config for plan in plans])
     results: list[JsonObject] = []
     for loaded in stages:
         if loaded.stage:
@@ -60,9 +60,9 @@ def train_stages(
 
 def _inspections(
     stages: Sequence[Loaded], machine: Machine, dry_run: bool, may_exist: bool
-) -> tuple[deque[Inspection | None], list[Config]]:
+) -> tuple[deque[Inspection | None], list[Plan]]:
     """Each stage inspected before torch is imported and anything is trained; None of one that stands on an untrained one."""
-    configs: list[Config] = []
+    plans: list[Plan] = []
     inspections: deque[Inspection | None] = deque()
     for loaded in stages:
         is_first_to_run = dry_run or loaded.foundation is None
@@ -70,11 +70,11 @@ def _inspections(
         inspections.append(inspection if is_first_to_run else None)
         _, plan = inspection.require()
         RunDirectory.check(plan.run_dir, may_exist)
-        if plan.run_dir in [Path(str(config.output_dir)) for config in configs]:
+        if plan.run_dir in [earlier.run_dir for earlier in plans]:
             message = f"two stages would write {plan.run_dir}"
             raise InvalidInput([loaded.placed(Problem("error", "stages-one-place", message, STAGES_FIX, "output_dir"))])
-        configs.append(plan.config)
-    return inspections, configs
+        plans.append(plan)
+    return inspections, plans
 
 
 def _inspected(loaded: Loaded, machine: Machine, keep_rows: bool = True) -> Inspection:

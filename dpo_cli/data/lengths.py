@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -21,11 +20,11 @@ SAMPLE = 500  # the tokens of so many pairs, spread over all, are counted at lea
 class Lengths:
     """Lengths of prompt and longer response together, as `max_seq_length` counts them but for a template's markers."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.characters = array("q")
         self.longest: Row | None = None
         self._most = self._most_bytes = self._most_turns = self._bytes = 0
-        self._tokenizer = _tokenizer(model_name)
+        self._tokenizer = tokenizer
         self._sampled: list[tuple[int, int]] = []  # characters and tokens of every `_stride`th pair
         self._stride = 1
 
@@ -89,12 +88,3 @@ def _shown(text: Text) -> str:
     if isinstance(text, str):
         return text
     return "\n".join(str(value) for message in text for key, value in message.items() if key != "role")
-
-
-def _tokenizer(model_name: str) -> Tokenizer | None:
-    """The tokenizer of a model directory."""
-    if not (Path(model_name) / "tokenizer.json").is_file():
-        return None
-    from dpo_cli.data.tokenizer import fast_tokenizer
-
-    return fast_tokenizer(Path(model_name))

@@ -19,7 +19,8 @@ from dpo_cli.hardware.fit import MARGIN, smaller_model, way
 from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.models.checks import problems
-from dpo_cli.models.shape import ModelFacts, known_models, model_facts
+from dpo_cli.models.shape import ModelFacts, known_models
+from dpo_cli.models.source import ModelSource
 from dpo_cli.storage.jsonio import read_json
 
 EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": what is held out judges the adapter
@@ -241,14 +242,15 @@ def _settings(values: dict[str, Any], request: Request) -> Settings:
 
 
 def _facts(model: str) -> ModelFacts:
+    source = ModelSource.of(model)
     wrong = [
         problem
-        for problem in problems(model, to_align=False)
+        for problem in problems(source, to_align=False)
         if problem.severity == "error" or problem.code == "model-name-near"
     ]
     if wrong:
         raise InvalidInput([replace(problem, severity="error") for problem in wrong])
-    facts = model_facts(model)
+    facts = source.facts
     if facts is None:
         message = f"the shape of {model} is not known here"
         fix = "name a local model directory, a GGUF file, or one of: " + ", ".join(known_models())

@@ -12,17 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import Problem
-from dpo_cli.models import generation_config, gguf_header, remote_code, tensor_files
-from dpo_cli.models.quantised_files import stored_quantisation, text_part
-from dpo_cli.models.shape import known_models, model_facts
-from dpo_cli.models.source import ADAPTER_CONFIG, adapter_at, folders_below, foundation, model_of
-from dpo_cli.storage.jsonio import read_object_if_there
-from dpo_cli.storage.run_directory import PLAN, WEIGHTS
+from dpo_cli.models import generation_config, remote_code, tensor_files
+from dpo_cli.models.model_files import CONFIG, GENERATION, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG, ModelFiles
+from dpo_cli.models.shape import known_models
+from dpo_cli.models.source import ModelSource
 
-TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 NO_EOS = "tokenizer-no-eos"
 CONVERT = "convert its weights with `save_pretrained`: others than safetensors can run code when they are read"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", TOKENIZER_CONFIG, "vocab.json", "tekken.json")
+TOKENIZER_FILES = (TOKENIZER, "tokenizer.model", TOKENIZER_CONFIG, "vocab.json", "tekken.json")
 CAUSAL = ("CausalLM", "LMHead", "ConditionalGeneration")  # parts of the names of architectures that write text
 # Names of base models: marked as such, or of families that mark those that answer instructions.
 BASE = re.compile(
@@ -33,19 +30,19 @@ BASE = re.compile(
 INSTRUCT = re.compile(r"instruct|chat|[-_.]it\b|sft|dpo|tulu|zephyr|hermes", re.IGNORECASE)
 
 
-def problems(model_name: str, to_align: bool = True) -> Iterator[Problem]:
-    """Why a local `model_name` cannot be trained, and advice; a hub id is only checked when it is fetched.
+def problems(source: ModelSource, to_align: bool = True) -> Iterator[Problem]:
+    """Why a local model cannot be trained, and advice; a hub id is only checked when it is fetched.
 
     With `to_align` it should answer instructions already.
     """
-    wrong = list(_faults(model_name))
+    wrong = list(_faults(source))
     yield from wrong
     if all(problem.severity == "hint" for problem in wrong):
-        yield from _advice(model_name, to_align)
+        yield from _advice(source, to_align)
 
 
-def _faults(model_name: str) -> Iterator[Problem]:
-    path = Path(model_name)
+def _faults(source: ModelSource) -> Iterator[Problem]:
+    model_name, files, path = source.name, source.own, Path(source.name)
     if not os.path.exists(path):
         if "://" in model_name:
             fix = f'write the name alone: "{"/".join(model_name.split("/")[3:5])}"'
@@ -61,53 +58,48 @@ def _faults(model_name: str) -> Iterator[Problem]:
             yield Problem(
                 "warning", "model-not-here", f"there is no {model_name} here; the hub will be asked", fix, "model_name"
             )
-    elif not path.is_dir() and not gguf_header.is_gguf(path):
+    elif not path.is_dir() and not files.is_gguf:
         yield _wrong("model-not-gguf", f"{path} is not a GGUF file", "name a GGUF file or a model directory")
-    elif path.is_dir() and ((path / PLAN).is_file() or (path / ADAPTER_CONFIG).is_file()):
-        yield from _adapter_faults(model_name)
-    elif path.is_dir() and not (path / "config.json").is_file():
+    elif path.is_dir() and (source.fault or source.below or source.is_whole_run):
+        yield from _faults_below(source)
+    elif path.is_dir() and not files.has(CONFIG):
         yield _wrong("model-incomplete", f"{model_name} has no config.json", "name a complete model directory")
     else:
         try:
             is_whole = True
-            for problem in _directory_faults(path, read_object_if_there(path / "config.json")) if path.is_dir() else ():
+            for problem in _directory_faults(files) if path.is_dir() else ():
                 is_whole &= problem.severity != "error"
                 yield problem
             if is_whole:
-                model_facts(model_name)
+                source.facts  # noqa: B018 - whose headers are read for it
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged header makes of it
             yield _wrong("model-damaged", f"{path} is damaged: {error}", "download it again")
 
 
-def _adapter_faults(model_name: str) -> Iterator[Problem]:
+def _faults_below(source: ModelSource) -> Iterator[Problem]:
     """Why a run or an adapter cannot be trained on; what it stands on is looked at too."""
-    try:
-        folders_below(model_name)  # which ends where one stands on itself
-        adapter = adapter_at(model_name)
-    except (OSError, ValueError) as error:
-        fix = getattr(error, "fix", "name the directory of a finished run, or of a complete adapter")
-        yield _wrong("adapter-unusable", f"{model_name} cannot be trained on: {error}", fix)
+    if fault := source.fault:
+        yield _wrong("adapter-unusable", f"{source.name} cannot be trained on: {fault.message}", fault.fix)
         return
+    adapter = source.adapter
     if adapter is not None:
-        base = Path(foundation(adapter.model_name))
-        if (base / "config.json").is_file():
-            stored = tensor_files.stored_in(base)
+        base = source.files
+        if base.has(CONFIG):
+            stored = base.tensors.shapes
             # The layers of experts have other names in the files than in the model.
-            family = read_object_if_there(base / "config.json").get("model_type")
-            is_dense = family in tensor_files.DENSE and not tensor_files.has_experts(stored)
-            for fault in tensor_files.adapter_faults(adapter.directory, WEIGHTS, stored, is_dense):
-                yield _wrong("adapter-unusable", fault.message, fault.fix)
-        tokenizer = read_object_if_there(adapter.directory / TOKENIZER_CONFIG)
-        yield from remote_code.problems({}, tokenizer, str(adapter.directory))
-    has_tokenizer = adapter is not None and (adapter.directory / TOKENIZER_CONFIG).is_file()  # which is taken then
-    for problem in _faults(adapter.model_name if adapter else model_of(model_name)):
-        if has_tokenizer and problem.code == NO_EOS:
+            is_dense = base.config.get("model_type") in tensor_files.DENSE and not tensor_files.has_experts(stored)
+            for wrong in tensor_files.adapter_faults(adapter.files.tensors, adapter.config, stored, is_dense):
+                yield _wrong("adapter-unusable", wrong.message, wrong.fix)
+        yield from remote_code.problems({}, adapter.files.object(TOKENIZER_CONFIG), str(adapter.directory))
+    for problem in _faults(source.below or ModelSource(source.foundation, source.own)):
+        if problem.code == NO_EOS and adapter is not None and adapter.has_tokenizer:
             continue
-        yield replace(problem, message=f"{model_name} stands on another model: {problem.message}")
+        yield replace(problem, message=f"{source.name} stands on another model: {problem.message}")
 
 
-def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
+def _directory_faults(files: ModelFiles) -> Iterator[Problem]:
     """What a model directory with a readable config.json lacks."""
+    path, config, tokenizer = files.path, files.config, files.object(TOKENIZER_CONFIG)
     names = config.get("architectures") or []
     if config.get("is_encoder_decoder") or (names and not any(mark in name for name in names for mark in CAUSAL)):
         what = ", ".join(names) or "an encoder-decoder model"
@@ -119,38 +111,37 @@ def _directory_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem
         yield _wrong("model-incomplete", f"config.json of {path} has no model_type", fix)
     elif not config.get("auto_map") and not remote_code.is_causal(family := config.get("model_type")):
         yield not_causal(str(path), str(family))
-    yield from remote_code.problems(config, read_object_if_there(path / TOKENIZER_CONFIG), str(path))
-    index = path / tensor_files.INDEX
+    yield from remote_code.problems(config, tokenizer, str(path))
+    tensors = files.tensors
     if not any(path.glob("*.safetensors")):
         yield _wrong("model-no-weights", f"{path} has no .safetensors file", CONVERT)
-    elif not index.is_file() and not (path / tensor_files.SINGLE).is_file():
+    elif not tensors.has_index and not tensors.is_single:
         fix = f"rename a single file of weights to {tensor_files.SINGLE}; of several, the index is missing: download it again"
         yield _wrong("model-no-weights", f"{path} has neither {tensor_files.SINGLE} nor {tensor_files.INDEX}", fix)
-    elif index.is_file() and (files := remote_code.unsafe_shards(read_object_if_there(index))):
-        message = f"{index} names {', '.join(files)}, which are no .safetensors files beside it"
+    elif tensors.has_index and (shards := remote_code.unsafe_shards(tensors.index)):
+        message = f"{path / tensor_files.INDEX} names {', '.join(shards)}, which are no .safetensors files beside it"
         yield _wrong("model-no-weights", message, CONVERT)
     else:
-        yield from (_wrong("model-tensors", fault.message, fault.fix) for fault in tensor_files.faults(path, config))
-    if (stored := stored_quantisation(config)) is not None and (problem := stored.problem(str(path))) is not None:
+        yield from (_wrong("model-tensors", fault.message, fault.fix) for fault in tensor_files.faults(tensors, config))
+    if (stored := files.quantisation) is not None and (problem := stored.problem(str(path))) is not None:
         yield problem
-    yield from _token_faults(path, config)
-    yield from _generation_advice(path, text_part(config).get("vocab_size"))
-    if without_eos(read_object_if_there(path / TOKENIZER_CONFIG), read_object_if_there(path / SPECIAL_TOKENS)):
+    yield from _token_faults(files)
+    yield from _generation_advice(files)
+    if without_eos(tokenizer, files.object(SPECIAL_TOKENS)):
         yield no_eos(str(path))
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
-        yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER_FILES[0]} into it")
+    if not any(map(files.has, TOKENIZER_FILES)):
+        yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER} into it")
 
 
-def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
+def _token_faults(files: ModelFiles) -> Iterator[Problem]:
     """A padding token that the tokenizer has and the model has no row for, and others that rows may hold."""
-    rows = text_part(config).get("vocab_size")
-    added = read_object_if_there(path / "tokenizer.json").get("added_tokens") or []
-    outside = {token["content"]: token["id"] for token in added if isinstance(rows, int) and token["id"] >= rows}
+    rows = files.token_rows
+    outside = {token: number for token, number in files.added_tokens.items() if rows is not None and number >= rows}
     if not outside:
         return
     total = max(outside.values()) + 1
-    what = f"the tokenizer of {path} has {total} tokens, and the model {rows} rows for them"
-    padding = read_object_if_there(path / TOKENIZER_CONFIG).get("pad_token")
+    what = f"the tokenizer of {files.path} has {total} tokens, and the model {rows} rows for them"
+    padding = files.object(TOKENIZER_CONFIG).get("pad_token")
     padding = padding.get("content") if isinstance(padding, dict) else padding
     if padding in outside:
         fix = f"name another pad_token in {TOKENIZER_CONFIG}, or resize the model's embedding to {total} rows"
@@ -161,17 +152,18 @@ def _token_faults(path: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
     yield Problem("warning", "tokens-outside", f"{what}: {first} ({outside[first]}) has none", fix, "model_name")
 
 
-def _generation_advice(path: Path, rows: Any) -> Iterator[Problem]:
+def _generation_advice(files: ModelFiles) -> Iterator[Problem]:
     """What of generation_config.json is left out, since transformers would not load or save the model, or answer, with it."""
-    settings = read_object_if_there(path / generation_config.FILE)
-    if wrong := generation_config.invalid(settings, rows if isinstance(rows, int) else None):
+    settings = files.object(GENERATION)
+    if wrong := generation_config.invalid(settings, files.token_rows):
         told = "; ".join(f"{name} {json.dumps(settings[name])} {why}" for name, why in wrong.items())
         fix = f"nothing is to be done: {', '.join(wrong)} is left out of what is saved"
-        yield Problem("hint", "generation-config", f"{generation_config.FILE} of {path}: {told}", fix, "model_name")
+        yield Problem("hint", "generation-config", f"{GENERATION} of {files.path}: {told}", fix, "model_name")
 
 
-def _advice(model_name: str, to_align: bool) -> Iterator[Problem]:
+def _advice(source: ModelSource, to_align: bool) -> Iterator[Problem]:
     """Hints about a model that could be trained."""
+    model_name = source.name
     if not os.path.exists(model_name) and (near := common_name(model_name)):
         message = f"{model_name} is close to the common {near}; whether it is there is known when it is fetched"
         yield Problem("hint", "model-name-near", message, f'did you mean "{near}"?', "model_name")
@@ -180,7 +172,7 @@ def _advice(model_name: str, to_align: bool) -> Iterator[Problem]:
         message = f"{model_name} holds weights repacked for inference ({repacked[1].upper()})"
         fix = "name the repository it was made from, or download a GGUF file and name that"
         yield Problem("warning", "model-repacked", message, fix, "model_name")
-    if to_align and not _answers_instructions(model_name):
+    if to_align and not _answers_instructions(source):
         message = f"{Path(model_name).name} seems to be a base model: the documentation advises to start with SFT"
         fix = 'name its instruct version, or fine-tune it first with "strategy": "sft"'
         yield Problem("hint", "start-with-sft", message, fix, "model_name")
@@ -193,18 +185,13 @@ def common_name(model_name: str) -> str | None:
     return near[0] if near and near[0] != model_name and not is_other_size else None
 
 
-def _answers_instructions(model_name: str) -> bool:
+def _answers_instructions(source: ModelSource) -> bool:
     """Whether the model has a chat template; of a hub id, unless its name is that of a base model."""
-    if os.path.exists(model_name) and foundation(model_name) != model_name:
+    if source.foundation != source.name:
         return True  # a run, or an adapter, was trained on something already
-    path = Path(model_name)
-    if gguf_header.is_gguf(path):
-        return "tokenizer.chat_template" in gguf_header.read_header(path).metadata
-    if path.is_dir():
-        config = path / "tokenizer_config.json"
-        return (path / "chat_template.jinja").is_file() or (
-            config.is_file() and "chat_template" in config.read_text(encoding="utf-8", errors="replace")
-        )
+    path = Path(source.name)
+    if os.path.exists(path):
+        return source.own.has_chat_template
     return BASE.search(path.name) is None or INSTRUCT.search(path.name) is not None
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-FILE = "generation_config.json"
 CACHES = (
     *("static", "offloaded_static", "dynamic", "offloaded", "quantized", "paged"),
     *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),

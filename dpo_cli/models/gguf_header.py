@@ -12,22 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.storage.once import once_per_file
-
 MAGIC = b"GGUF"
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the file starts with the GGUF magic."""
-    return path.is_file() and _start(path) == MAGIC
-
-
-@once_per_file
-def _start(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(len(MAGIC))
+class NoGguf(ValueError):
+    """A file that does not start with the GGUF magic."""
 
 
 @dataclass(frozen=True)
@@ -38,16 +29,17 @@ class Header:
     tensors: frozenset[str]
 
 
-@once_per_file
 def read_header(path: Path) -> Header:
-    """The header of the file at `path`; ValueError when it is damaged."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = _Cursor(data)
-        if cursor.bytes(4) != MAGIC:
-            raise ValueError("it does not start with GGUF")
-        _, tensors, keys = cursor.unpack("<IQQ")  # version, tensors, keys
-        values = {cursor.string(): cursor.value(cursor.unpack("<I")[0]) for _ in range(keys)}
-        return Header(values, frozenset(cursor.tensor_name() for _ in range(tensors)))
+    """The header of the file at `path`; `NoGguf` where it is another one, ValueError when it is damaged."""
+    with path.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise NoGguf("it does not start with GGUF")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data)
+            cursor.bytes(len(MAGIC))
+            _, tensors, keys = cursor.unpack("<IQQ")  # version, tensors, keys
+            values = {cursor.string(): cursor.value(cursor.unpack("<I")[0]) for _ in range(keys)}
+            return Header(values, frozenset(cursor.tensor_name() for _ in range(tensors)))
 
 
 class _Cursor:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.errors import RunFailed
 from dpo_cli.models.checks import common_name
-from dpo_cli.models.source import foundation
+from dpo_cli.models.model_files import CONFIG, ModelFiles
 from dpo_cli.storage import hub
 
 
-def require(model_name: str) -> None:
+def require(name: str) -> None:
     """`RunFailed` unless the model is here, in the local cache, or on a hub that can be reached."""
     from huggingface_hub import try_to_load_from_cache
 
-    name = foundation(model_name)
-    if os.path.exists(name) or answers(name) or isinstance(try_to_load_from_cache(name, "config.json"), str):
+    if os.path.exists(name) or answers(name) or isinstance(try_to_load_from_cache(name, CONFIG), str):
         return
     raise hub.unreachable("model", name)
 
@@ -49,5 +49,19 @@ def revision(name: str) -> str | None:
 
     if os.path.exists(name):
         return None
-    found = try_to_load_from_cache(name, "config.json")
+    found = try_to_load_from_cache(name, CONFIG)
     return Path(found).parent.name if isinstance(found, str) else None
+
+
+@dataclass(frozen=True)
+class HubFiles(ModelFiles):
+    """The files of a model of the hub by its name. Each is fetched when it is asked for, or with `only_cached` never."""
+
+    only_cached: bool = False
+
+    def found(self, name: str) -> Path | None:
+        from transformers.utils import cached_file
+
+        there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        file = cached_file(str(self.path), name, local_files_only=self.only_cached, **there)
+        return Path(file) if file else None

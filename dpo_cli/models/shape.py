@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from importlib.resources import files
 from math import prod
-from pathlib import Path
 from typing import Any
 
-from dpo_cli.models import gguf_header
-from dpo_cli.models.quantised_files import Quantisation, stored_quantisation, text_part
-from dpo_cli.models.source import foundation
-from dpo_cli.models.tensor_files import stored_in
-from dpo_cli.storage.jsonio import read_json, read_shared_json
+from dpo_cli.models.gguf_header import Header
+from dpo_cli.models.quantised_files import text_part
+from dpo_cli.models.tensor_files import TensorFiles
+from dpo_cli.storage.jsonio import read_json
 
 # Traits of families, by their `model_type` in transformers 5.17.
 FUSED = frozenset({"phi3"})  # q, k, v in one linear layer, gate and up in another
@@ -112,39 +110,6 @@ class ModelFacts:
         return self.linear_parameters + self.other_parameters
 
 
-def model_facts(model_name: str) -> ModelFacts | None:
-    """The shape of a model: from a GGUF header, a local config.json or the table of common models; None when unknown.
-
-    An adapter has that of the model it stands on.
-    """
-    model_name = foundation(model_name)
-    path = Path(model_name)
-    if gguf_header.is_gguf(path):
-        return _gguf_facts(gguf_header.read_header(path))
-    if (path / "config.json").is_file():
-        config = read_shared_json(path / "config.json")
-        return config_facts(config, path)
-    return known_models().get(model_name)
-
-
-def quantisation_of(model_name: str) -> Quantisation | None:
-    """How the weights below a model's adapters are quantised in their files; None of plain ones, and where this is unknown."""
-    file = Path(foundation(model_name)) / "config.json"
-    return stored_quantisation(read_shared_json(file)) if file.is_file() else None
-
-
-def is_mixture(model_name: str) -> bool:
-    """Whether the model below a model's adapters is a mixture of experts, as far as its config.json or its header tells."""
-    path = Path(foundation(model_name))
-    if gguf_header.is_gguf(path):
-        values = gguf_header.read_header(path).metadata
-        return bool(values.get(f"{values.get('general.architecture', '')}.expert_count"))
-    if not (path / "config.json").is_file():
-        return False
-    config = read_shared_json(path / "config.json")
-    return any(text_part(config).get(name) for name in EXPERTS)
-
-
 @functools.cache
 def known_models() -> Mapping[str, ModelFacts]:
     """The table of common models."""
@@ -152,11 +117,16 @@ def known_models() -> Mapping[str, ModelFacts]:
     return {name: ModelFacts(**shape) for name, shape in table.items()}
 
 
-def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelFacts | None:
-    """The facts of a config.json, with what the headers of the weights in `place` count beside the decoder."""
+def is_mixture(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a mixture of experts."""
+    return any(text_part(config).get(name) for name in EXPERTS)
+
+
+def config_facts(config: Mapping[str, Any], weights: TensorFiles | None = None) -> ModelFacts | None:
+    """The facts of a config.json, with what the headers of the weights count beside the decoder."""
     text = text_part(config)
-    if any(text.get(name) for name in EXPERTS):
-        return None  # a mixture of experts is larger than its dense shape
+    if is_mixture(config):
+        return None  # it is larger than its dense shape
     names = [field.name for field in fields(ModelFacts) if field.default is MISSING]
     values: dict[str, Any] = {name: text.get(name) for name in names}
     heads = values["num_attention_heads"]
@@ -172,17 +142,23 @@ def config_facts(config: Mapping[str, Any], place: Path | None = None) -> ModelF
     facts = ModelFacts(**values, **caps, sliding_window=window, model_type=text.get("model_type", "llama"))
     if facts.parameters <= 0:
         return None
-    stored = sum(map(prod, stored_in(place).values())) if place else 0
+    stored = sum(map(prod, weights.shapes.values())) if weights else 0
     beside = stored - facts.parameters
     # A quantised file stores other numbers of other tensors; biases and the like are too few to count.
     is_plain = not config.get("quantization_config") and beside > facts.parameters // 100
     return replace(facts, extra_parameters=beside) if is_plain else facts
 
 
-def _gguf_facts(header: gguf_header.Header) -> ModelFacts | None:
+def is_gguf_mixture(header: Header) -> bool:
+    """Whether a GGUF file is of a mixture of experts."""
+    return bool(header.metadata.get(f"{header.metadata.get('general.architecture', '')}.expert_count"))
+
+
+def gguf_facts(header: Header) -> ModelFacts | None:
+    """The facts of the header of a GGUF file."""
     values = header.metadata
     family = values.get("general.architecture", "")
-    if values.get(f"{family}.expert_count"):
+    if is_gguf_mixture(header):
         return None
     heads, hidden = values.get(f"{family}.attention.head_count"), values.get(f"{family}.embedding_length")
     if not isinstance(heads, int) or not isinstance(hidden, int):

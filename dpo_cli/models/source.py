@@ -1,5 +1,7 @@
-"""What a `model_name` stands for when it is no model: a run of this program, or a PEFT adapter of any. No torch.
+"""What `model_name` stands for, resolved once for a command and handed on. No torch.
 
+hub id               owner/model               the model, of which nothing is here before it is fetched
+model                a directory, a GGUF file  the model
 run directory        plan.json + adapter/      the adapter on the model that the plan names, which may be a run again
                      plan.json + model/        the whole model, where every weight was trained
 adapter directory    adapter_config.json       the adapter on the model that the file names
@@ -7,272 +9,159 @@ adapter directory    adapter_config.json       the adapter on the model that the
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.models.remote_code import in_adapter
+from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter
+from dpo_cli.models.model_files import CONFIG, GENERATION, ModelFiles
+from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.tensor_files import Fault
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.jsonio import read_object
-from dpo_cli.storage.run_directory import ADAPTER, MODEL, PLAN, SUMMARY, WEIGHTS
+from dpo_cli.storage.run_directory import ADAPTER, MODEL, PLAN, SUMMARY
 
-ADAPTER_CONFIG = "adapter_config.json"
-# The options that an adapter was made with and that cannot change under it, by PEFT's names.
-SHAPE = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora"} | {
-    "target_modules": "target_modules",
-    "modules_to_save": "modules_to_save",
-}
-
-# The parts of an adapter_config.json that are supported: where an adapter is and how large, and what only its training needs.
-# Anything else that is set is refused by its name.
-HELD = frozenset(SHAPE.values()) | {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-    *("lora_dropout", "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias"),
-    *("rank_pattern", "alpha_pattern", "target_parameters", "megatron_core", "qalora_group_size", "runtime_config"),
-    # how it began, which the first of these decides
-    *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
-}
-BECAUSE = {
-    "bias": "it changes biases of the base itself, so the base without it is not there to compare with",
-    "trainable_token_indices": "single rows of the embedding are trained, which are not scored here",
-    "layer_replication": "it repeats layers of the base: it is another model",
-    "alora_invocation_tokens": "it acts only after certain tokens",
-    "ensure_weight_tying": "embedding and head share what is trained",
-}
-DEFAULTS = {"r": 8, "lora_alpha": 8, "use_dora": False, "use_rslora": False}  # of PEFT, where a key is left out
+FIX = "name the directory of a finished run, or of a complete adapter"
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+class Unusable(ValueError):
+    """A run or an adapter that is not taken, and what to do about it."""
 
-
-def _is_list(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and _is_names(value))
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_switch(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
-# What the keys of an adapter_config.json that are computed with have to be.
-KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
-    ("a whole number above 0", _is_size, ("r",)),
-    ("a number", _is_number, ("lora_alpha", "lora_dropout")),
-    ("true or false", _is_switch, ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out")),
-    ("a name or a list of names", lambda value: value is None or _is_names(value), ("target_modules", "exclude_modules")),
-    ("a list of names", _is_list, ("modules_to_save", "target_parameters")),
-    ("an object", lambda value: value is None or isinstance(value, dict), ("rank_pattern", "alpha_pattern")),
-    ("a name", lambda value: value is None or isinstance(value, str), ("base_model_name_or_path",)),
-)
-UNSUPPORTED_FIX = "merge it with PEFT into its base, and name the merged model"
-HEADS = ("lm_head", "embed_out")  # what families of models call their output head
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that take a part out of the base's weights
-
-
-class UnusableAdapter(ValueError):
-    """An adapter that is not taken, and what to do about it."""
-
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(f"its adapter {fault.message}")
-        self.fix = fault.fix
+    def __init__(self, message: str, fix: str = FIX) -> None:
+        super().__init__(message)
+        self.fix = fix
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter in `directory`, and the model that it stands on, by a name that `model_name` can have."""
+class ModelSource:
+    """A model by its name, and what it stands on. What its files hold is read when it is asked for, and once."""
 
-    directory: Path
-    model_name: str
-    shape: Mapping[str, Any]  # the options of `SHAPE`
-    config: Mapping[str, Any]  # its adapter_config.json
+    name: str
+    own: ModelFiles  # of what is named: of a run its adapter/ or model/
+    below: ModelSource | None = None  # the model that it is an adapter on
+    own_fault: Fault | None = None
 
+    @classmethod
+    def of(cls, name: str, above: tuple[Path, ...] = ()) -> ModelSource:
+        """Resolve a name. `above` are the folders of what stands on it: nothing stands on itself."""
+        try:
+            return cls._resolved(name, above)
+        except (OSError, ValueError) as error:  # told of as a fault of model_name (checks.py)
+            fix = error.fix if isinstance(error, Unusable) else FIX
+            return cls(name, ModelFiles(Path(name)), own_fault=Fault(str(error), fix))
 
-def adapter_at(model_name: str, above: tuple[Path, ...] = ()) -> Adapter | None:
-    """The adapter that `model_name` names, None when it names a model. Raises `ValueError` for one that cannot be used.
+    @classmethod
+    def _resolved(cls, name: str, above: tuple[Path, ...]) -> ModelSource:
+        path = Path(name)
+        if path in above:
+            raise Unusable("it stands on itself")
+        is_run = (path / PLAN).is_file()
+        if is_run and not (path / SUMMARY).is_file():
+            raise Unusable("the run in it is not finished")
+        if is_run and (path / MODEL).is_dir():
+            return cls(name, ModelFiles(path / MODEL))
+        adapter = Adapter.in_folder(path / ADAPTER if is_run else path)
+        if adapter is None and is_run:
+            raise Unusable("the run in it has no adapter")
+        if adapter is None:
+            return cls(name, ModelFiles(path))
+        if (kind := adapter.config.get("peft_type")) != "LORA":
+            raise Unusable(f"its adapter is of the type {kind}, and only LORA can be trained on")
+        if fault := adapter.fault:
+            raise Unusable(f"its adapter {fault.message}", fault.fix)
+        above = (*above, path, adapter.directory)
+        if (plan := adapter.directory.parent / PLAN).is_file():
+            return cls(name, adapter.files, cls._of_run(read_object(plan), above))
+        if not (base := adapter.config.get("base_model_name_or_path")):
+            raise Unusable(f"its {ADAPTER_CONFIG} names no base model")
+        return cls(name, adapter.files, cls.of(base, above))
 
-    `above` are the folders of runs that go on from it.
-    """
-    path = Path(model_name)
-    if path in above:
-        raise ValueError("it stands on itself")
-    if (path / PLAN).is_file() and not (path / SUMMARY).is_file():
-        raise ValueError("the run in it is not finished")
-    if (path / PLAN).is_file() and not (path / MODEL).is_dir():
-        directory = path / ADAPTER
-        if not (directory / ADAPTER_CONFIG).is_file():
-            raise ValueError("the run in it has no adapter")
-    elif (path / ADAPTER_CONFIG).is_file():
-        directory = path
-    else:
-        return None
-    config = read_object(directory / ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"its adapter is of the type {config.get('peft_type')}, and only LORA can be trained on")
-    if fault := fault_of(directory):
-        raise UnusableAdapter(fault)
-    shape = {name: config.get(theirs, DEFAULTS.get(theirs)) for name, theirs in SHAPE.items()}
-    if isinstance(shape["target_modules"], list):
-        shape["target_modules"] = sorted(shape["target_modules"])
-    if (plan := directory.parent / PLAN).is_file():
-        model_name = _stands_on(read_object(plan), (*above, path))
-    else:
-        model_name = config.get("base_model_name_or_path") or ""
-    if not model_name:
-        raise ValueError(f"its {ADAPTER_CONFIG} names no base model")
-    return Adapter(directory, model_name, shape, config)
+    @classmethod
+    def _of_run(cls, plan: Mapping[str, Any], above: tuple[Path, ...]) -> ModelSource:
+        """The model of a run's adapter: one that went on from another adapter stands where that one does."""
+        config = plan.get("config")
+        name = config.get("model_name") if isinstance(config, dict) else None
+        if not isinstance(config, dict) or not isinstance(name, str) or not name:
+            raise Unusable(f"its {PLAN} names no model")
+        start = cls.of(name, above)
+        if config.get("reference") != "adapter":
+            return start
+        if start.own_fault is not None:
+            raise Unusable(start.own_fault.message, start.own_fault.fix)
+        return start.below or start
 
+    @property
+    def adapter(self) -> Adapter | None:
+        """The adapter that is named; None where it is a model."""
+        return Adapter(self.own) if self.below is not None else None
 
-def fault_of(folder: Path) -> Fault | None:
-    """Why the adapter in a folder is not taken, whatever it is for, in words that follow "the adapter"; None where it is.
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The adapters that it stands on, itself first."""
+        return [Adapter(self.own), *self.below.adapters] if self.below is not None else []
 
-    Raises `ValueError` for an adapter_config.json that cannot be read. No weights are read.
-    """
-    if fault := unsafe(folder):
-        return fault
-    config = read_object(folder / ADAPTER_CONFIG)
-    if wrong := _of_another_type(config):
-        return Fault(f"has {wrong}", f"write what it was trained with into {ADAPTER_CONFIG}, or save it again with PEFT")
-    why = unsupported(config)
-    return Fault(why, UNSUPPORTED_FIX) if why else None
+    @property
+    def fault(self) -> Fault | None:
+        """Why it cannot be trained on, as far as the adapters tell, in words that follow a colon; None where it can."""
+        return self.own_fault or (self.below.fault if self.below is not None else None)
 
+    @property
+    def foundation(self) -> str:
+        """The name of the model below all adapters, whose shape and tokenizer count; of a run its model/ folder."""
+        if self.below is not None:
+            return self.below.foundation
+        return str(self.own.path) if self.is_whole_run else self.name
 
-def _of_another_type(config: Mapping[str, Any]) -> str:
-    """The first value that PEFT cannot compute with, in words; empty where there is none."""
-    found = (
-        f"{name} {_short(config[name])} in its {ADAPTER_CONFIG}, which is not {kind}"
-        for kind, fits, names in KINDS
-        for name in names
-        if name in config and not fits(config[name])
-    )
-    return next(found, "")
+    @property
+    def is_whole_run(self) -> bool:
+        """Whether it is a run that trained every weight."""
+        return self.below is None and self.own.path != Path(self.name)
 
+    @property
+    def files(self) -> ModelFiles:
+        """The files of the model below all adapters."""
+        return self.below.files if self.below is not None else self.own
 
-def unsafe(folder: Path) -> Fault | None:
-    """The same of an adapter that PEFT would unpickle, or import a module for that it names."""
-    if not (folder / WEIGHTS).is_file():
-        message = f"has no {WEIGHTS}, and other files of weights are not read, since they may run code"
-        return Fault(message, "save it again with PEFT, which writes safetensors")
-    if code := in_adapter(read_object(folder / ADAPTER_CONFIG)):
-        message = f"has an {ADAPTER_CONFIG} that names a module to import ({code}), and no code of an adapter is run"
-        return Fault(message, "remove that from the file, if you know where the adapter comes from")
-    return None
+    @property
+    def tokenizer_files(self) -> ModelFiles:
+        """Where the tokenizer lies: beside the adapter, where it has one of its own."""
+        return self.own if self.adapter is not None and self.adapter.has_tokenizer else self.files
 
+    @property
+    def generation(self) -> dict[str, Any] | None:
+        """The generation_config.json beside the tokenizer; None where no folder with one is here."""
+        files = self.tokenizer_files
+        return files.sound(GENERATION) if files.path.is_dir() else None
 
-def unsupported(config: Mapping[str, Any]) -> str | None:
-    """Why the base of an adapter cannot be its reference, by its adapter_config.json, in words that follow "the adapter".
+    @property
+    def facts(self) -> ModelFacts | None:
+        """The shape of the model: from a GGUF header, a config.json or the table of common models; None where unknown."""
+        if self.files.gguf is not None or self.files.has(CONFIG):
+            return self.files.facts
+        return known_models().get(self.foundation)
 
-    None where it can. Of other types than LoRA only what all types share is looked at.
-    """
-    is_lora = config.get("peft_type") == "LORA"
-    began = str(config.get("init_lora_weights", "")).lower()
-    if is_lora and began.startswith(CHANGES_BASE):
-        fix = "PEFT can write it as a plain one (path_initial_model_for_weight_conversion)"
-        return f"has init_lora_weights {began}: it belongs to a base whose weights were changed when it began; {fix}"
-    if config.get("peft_type") == "TRAINABLE_TOKENS":
-        return f"is of the type TRAINABLE_TOKENS: {BECAUSE['trainable_token_indices']}"
-    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
-        return f"is for another task (task_type {task}), and puts a head of its own on the model"
-    for name, value in config.items():
-        if _is_set(value) and (name in BECAUSE or (is_lora and name not in HELD)):
-            return f"has {name} {_short(value)}: {BECAUSE.get(name, 'this is not known here')}"
-    return None
+    @property
+    def folders(self) -> list[str]:
+        """The folders of all runs and adapters that it stands on, itself first. No weights are read."""
+        if self.below is not None:
+            return [str(self.own.path), *self.below.folders]
+        return [str(self.own.path)] if self.is_whole_run else []
 
+    @cached_property
+    def weights_sha256(self) -> dict[str, str]:
+        """The same folders, each with the SHA-256 of its weights, which reads them all."""
+        return {folder: sha256_of_all(Path(folder)) for folder in self.folders}
 
-def _is_set(value: Any) -> bool:
-    """Whether a value asks for something: a table of nothing but nulls does not."""
-    if isinstance(value, dict):
-        return any(map(_is_set, value.values()))
-    return value not in (None, False, "", "none") and value != []
+    @cached_property
+    def settings_sha256(self) -> dict[str, str]:
+        """The same folders, each with the SHA-256 of what its weights are computed with."""
+        return {folder: sha256_of_settings(Path(folder)) for folder in self.folders}
 
-
-def is_on_head(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter is on the output head too, whose plain weight the log-probs are computed from."""
-    weights = [str(name).removesuffix(".weight") for name in config.get("target_parameters") or ()]
-    heads = [head for head in HEADS if not _matches(config.get("exclude_modules"), head)]
-    return any(_matches(targets, head) for targets in (config.get("target_modules"), weights) for head in heads)
-
-
-def _matches(pattern: Any, name: str) -> bool:
-    """Whether PEFT finds a module of the model by this pattern: a regular expression, or the ends of names."""
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(str(end).rpartition(".")[2] == name for end in pattern or ())
-
-
-def without_bias(adapter: Iterable[str], base: Iterable[str]) -> list[str]:
-    """The layers whose bias an adapter changes (lora_bias) and which have none, so that PEFT cannot merge it.
-
-    `adapter` and `base` are the names of tensors in their files.
-    """
-    ending, there = ".lora_B.bias", set(base)
-    layers = [name.removeprefix("base_model.model.").removesuffix(ending) for name in adapter if name.endswith(ending)]
-    return [layer for layer in layers if f"{layer}.weight" in there and f"{layer}.bias" not in there]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:36]} ..."
-
-
-def model_of(model_name: str) -> str:
-    """The directory of a run's whole model, where `model_name` is such a run; else the name itself."""
-    place = Path(model_name) / MODEL
-    return str(place) if place.is_dir() and (place.parent / PLAN).is_file() else model_name
-
-
-def folders_below(model_name: str) -> list[str]:
-    """The folders of all runs and adapters that a model stands on, itself first. No weights are read."""
-    folders: list[str] = []
-    adapter = adapter_at(model_name)
-    while adapter is not None:
-        if str(adapter.directory) in folders:
-            raise ValueError("it stands on itself")
-        folders.append(str(adapter.directory))
-        model_name = adapter.model_name
-        adapter = adapter_at(model_name)
-    whole = model_of(model_name)
-    return folders if whole == model_name else [*folders, whole]
-
-
-def chain_of(model_name: str) -> dict[str, str]:
-    """The same folders, each with the SHA-256 of its weights, which reads them all."""
-    return {folder: sha256_of_all(Path(folder)) for folder in folders_below(model_name)}
-
-
-def settings_of(model_name: str) -> dict[str, str]:
-    """The same folders, each with the SHA-256 of what its weights are computed with."""
-    return {folder: sha256_of_settings(Path(folder)) for folder in folders_below(model_name)}
-
-
-def foundation(model_name: str) -> str:
-    """The model below all adapters: whose shape and tokenizer count. The name itself where its adapter cannot be used."""
-    below, seen = model_name, set[str]()
-    try:
-        while (adapter := adapter_at(below)) is not None and str(adapter.directory) not in seen:
-            seen.add(str(adapter.directory))
-            below = adapter.model_name
-    except (OSError, ValueError):  # told of as a fault of model_name (checks.py)
-        return below
-    return model_of(below)
-
-
-def _stands_on(plan: Mapping[str, Any], above: tuple[Path, ...]) -> str:
-    """The model of a run's adapter: one that went on from another adapter stands where that one does."""
-    config = plan.get("config")
-    name = config.get("model_name") if isinstance(config, dict) else None
-    if not isinstance(config, dict) or not isinstance(name, str):
-        raise ValueError(f"its {PLAN} names no model")
-    start = adapter_at(name, above) if config.get("reference") == "adapter" else None
-    return start.model_name if start else name
+    def absolute(self) -> ModelSource:
+        """The same by its absolute path, where it is here; what was read of its files stays read."""
+        if not os.path.exists(self.name):
+            return self
+        return replace(self, name=str(Path(self.name).absolute()), own=self.own.absolute())

@@ -16,10 +16,9 @@ from typing import Any
 
 from dpo_cli.config.options import Config
 from dpo_cli.errors import Problem, Severity
-from dpo_cli.models.shape import ModelFacts, model_facts
-from dpo_cli.models.source import foundation
-from dpo_cli.models.tensor_files import stored_in
-from dpo_cli.storage.jsonio import read_shared_json
+from dpo_cli.models.shape import ModelFacts
+from dpo_cli.models.source import ModelSource
+from dpo_cli.models.tensor_files import TensorFiles
 
 ALL_LINEAR = "all-linear"
 KEY = "target_modules"
@@ -116,11 +115,9 @@ def refused_names(model_type: str | None) -> set[str]:
     return set(_table(*place, "incompatible_modules"))
 
 
-def problems(config: Config, label: str) -> Iterator[Problem]:
+def problems(config: Config, source: ModelSource, label: str) -> Iterator[Problem]:
     """What is wrong with the targets of a fresh adapter, as far as the model's config.json and its tensors' names tell."""
-    place = Path(foundation(config.model_name))
-    file = place / "config.json"
-    family = read_shared_json(file).get("model_type") if file.is_file() else None
+    family = source.files.config.get("model_type")
     wanted = config.target_modules
     named = [wanted] if isinstance(wanted, str) else wanted
     last = {name.rpartition(".")[2] for name in named}
@@ -136,15 +133,15 @@ def problems(config: Config, label: str) -> Iterator[Problem]:
                 yield half_fused(label, group)
     if experts and touches:
         yield from (on_experts(label, key) for key in ("lora_dropout", "use_dora") if getattr(config, key))
-    if (facts := model_facts(config.model_name)) is not None and wanted != ALL_LINEAR:
-        yield from _unknown_names(wanted, label, facts, place)
+    if (facts := source.facts) is not None and wanted != ALL_LINEAR:
+        yield from _unknown_names(wanted, label, facts, source.files.tensors)
 
 
-def _unknown_names(wanted: str | list[str], label: str, facts: ModelFacts, place: Path) -> Iterator[Problem]:
+def _unknown_names(wanted: str | list[str], label: str, facts: ModelFacts, weights: TensorFiles) -> Iterator[Problem]:
     """Names that no linear layer has: an error where the model's own tensors tell, else a warning."""
     by_facts = facts.linear_names()
     whole = [name for all_names in by_facts.values() for name in all_names]
-    stored = {name.removesuffix(".weight"): shape for name, shape in stored_in(place).items() if name.endswith(".weight")}
+    stored = {name.removesuffix(".weight"): shape for name, shape in weights.shapes.items() if name.endswith(".weight")}
     is_known = bool(stored) and stored.keys() >= set(whole)  # its names are those that the loaded model has
     # PEFT adapts the embedding too, where it is named; the head is refused elsewhere.
     linear = {name for name, shape in stored.items() if len(shape) == 2 and not name.endswith(HEAD)} | set(whole)

@@ -11,12 +11,13 @@ import json
 import re
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.storage.jsonio import read_shared_json
-from dpo_cli.storage.once import once_per_file
+from dpo_cli.storage.jsonio import read_object_if_there
+from dpo_cli.storage.run_directory import WEIGHTS
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 1 << 27
@@ -50,19 +51,17 @@ class PointerError(ValueError):
     """A file that Git LFS left in the place of another."""
 
 
-def header_of(path: Path) -> dict[str, Shape]:
-    """The shapes of the tensors in a file, by their names. Raises ValueError for a file that is damaged or cut off."""
-    return {name: tuple(tensor["shape"]) for name, tensor in _entries(path)[0].items()}
+@dataclass(frozen=True)
+class TensorHeader:
+    """What the header of a file says of the tensors in it, by their names."""
+
+    shapes: dict[str, Shape]
+    dtypes: dict[str, str]  # as headers word them
+    places: dict[str, tuple[int, int]]  # in the file: first byte, and the one after the last
 
 
-def dtypes_of(path: Path) -> dict[str, str]:
-    """The dtypes of the tensors in a file as its header words them, by their names. Raises as `header_of`."""
-    return {name: str(tensor["dtype"]) for name, tensor in _entries(path)[0].items()}
-
-
-@once_per_file
-def _entries(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """What the header of a file says of each tensor, and where the bytes of the first one begin."""
+def read_header(path: Path) -> TensorHeader:
+    """The header of the file at `path`. Raises ValueError for a file that is damaged or cut off."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -78,46 +77,77 @@ def _entries(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
         except ValueError as error:
             raise ValueError(f"{path.name} is damaged: its header is not JSON") from error
     header.pop("__metadata__", None)
-    ends = {name: 8 + length + tensor["data_offsets"][1] for name, tensor in header.items()}
-    end = max(ends.values(), default=8 + length)
+    begin = 8 + length
+    ends = {name: begin + tensor["data_offsets"][1] for name, tensor in header.items()}
+    end = max(ends.values(), default=begin)
     if end != size:
         beyond = some(sorted((name for name, place in ends.items() if place > size), key=lambda name: ends[name]))
         message = f"{path.name} has {size:,} bytes, and its header describes {end:,}"
         raise ValueError(f"{message}: it is cut off, and lacks {beyond}" if beyond else f"{message}: it is damaged")
-    return header, 8 + length
+    return TensorHeader(
+        {name: tuple(tensor["shape"]) for name, tensor in header.items()},
+        {name: str(tensor["dtype"]) for name, tensor in header.items()},
+        {name: (begin + tensor["data_offsets"][0], ends[name]) for name, tensor in header.items()},
+    )
 
 
-def _bytes_of(path: Path, name: str) -> bytes:
-    """The bytes of a tensor in a file."""
-    header, begin = _entries(path)
-    first, end = header[name]["data_offsets"]
-    with path.open("rb") as file:
-        file.seek(begin + first)
-        return file.read(end - first)
+@dataclass(frozen=True)
+class TensorFiles:
+    """The files of weights in a folder. Each header, and the index, is read once, and not before it is asked for."""
+
+    folder: Path
+    _headers: dict[str, TensorHeader] = field(default_factory=dict, repr=False, compare=False)
+
+    def header(self, file: str) -> TensorHeader:
+        """Raises ValueError for a file that is damaged or cut off, OSError for one that is not there."""
+        if file not in self._headers:
+            self._headers[file] = read_header(self.folder / file)
+        return self._headers[file]
+
+    def bytes_of(self, file: str, name: str) -> bytes:
+        """The bytes of a tensor in a file."""
+        first, end = self.header(file).places[name]
+        with (self.folder / file).open("rb") as held:
+            held.seek(first)
+            return held.read(end - first)
+
+    @property
+    def is_single(self) -> bool:
+        return (self.folder / SINGLE).is_file()
+
+    @cached_property
+    def index(self) -> Mapping[str, Any]:
+        """The index of several files; empty where there is none."""
+        return read_object_if_there(self.folder / INDEX)
+
+    @property
+    def has_index(self) -> bool:
+        return (self.folder / INDEX).is_file()
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that hold the model, as transformers reads it; empty where there are none of its names."""
+        if self.is_single:
+            return [SINGLE]
+        return sorted(set(self.index["weight_map"].values())) if self.has_index else []
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """The shapes of all tensors of the model. Raises ValueError or OSError for files that are not whole."""
+        return {name: shape for file in self.files for name, shape in self.header(file).shapes.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        return {name: dtype for file in self.files for name, dtype in self.header(file).dtypes.items()}
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files that hold the model of a folder, as transformers reads it; empty where there are none of its names."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        return []
-    names = read_shared_json(folder / INDEX)["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
-
-
-def stored_in(folder: Path) -> dict[str, Shape]:
-    """The shapes of all tensors of the model in a folder. Raises ValueError or OSError for files that are not whole."""
-    return {name: shape for file in files_of(folder) for name, shape in header_of(file).items()}
-
-
-def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
-    """What is wrong with the files of the model in `folder`, whose config.json is `config`."""
-    again = "download it again, or copy it whole"
+def faults(files: TensorFiles, config: Mapping[str, Any]) -> Iterator[Fault]:
+    """What is wrong with the files of a model, whose config.json is `config`."""
+    folder, again = files.folder, "download it again, or copy it whole"
     try:
-        if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
-            yield from _index_faults(folder, again)
-        stored = stored_in(folder)
+        if files.has_index and not files.is_single:
+            yield from _index_faults(files, again)
+        stored = files.shapes
     except FileNotFoundError as error:
         yield Fault(f"{folder} has no {Path(error.filename).name}, which its {INDEX} names", again)
         return
@@ -125,7 +155,7 @@ def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(f"{folder}: {error}", PULL if isinstance(error, PointerError) else again)
         return
     quantised = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
-    if fault := _unequal_twice(folder, again) or _dtype_fault(folder, quantised):
+    if fault := _unequal_twice(files, again) or _dtype_fault(files, quantised):
         yield fault
         return
     if wrapper := wrapper_of(stored):
@@ -139,23 +169,24 @@ def faults(folder: Path, config: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(f"{folder} {gap}", again)
 
 
-def _unequal_twice(folder: Path, again: str) -> Fault | None:
+def _unequal_twice(files: TensorFiles, again: str) -> Fault | None:
     """A tensor that two of the files hold with different bytes, of which transformers takes either without a word."""
-    holders: dict[str, Path] = {}
-    for file in files_of(folder):
-        for name in header_of(file):
+    holders: dict[str, str] = {}
+    for file in files.files:
+        for name in files.header(file).shapes:
             other = holders.setdefault(name, file)
             if other == file:
                 continue
-            one, two = ((header_of(place)[name], dtypes_of(place)[name], _bytes_of(place, name)) for place in (other, file))
-            if one != two:
-                return Fault(f"{other.name} and {file.name} in {folder} both hold {name}, with other values", again)
+            headers = files.header(other), files.header(file)
+            is_alike = headers[0].shapes[name] == headers[1].shapes[name] and headers[0].dtypes[name] == headers[1].dtypes[name]
+            if not is_alike or files.bytes_of(other, name) != files.bytes_of(file, name):
+                return Fault(f"{other} and {file} in {files.folder} both hold {name}, with other values", again)
     return None
 
 
-def _dtype_fault(folder: Path, quantised: Any) -> Fault | None:
+def _dtype_fault(files: TensorFiles, quantised: object) -> Fault | None:
     """Weights of whole numbers without what says how large their steps are."""
-    dtypes = {name: dtype for file in files_of(folder) for name, dtype in dtypes_of(file).items()}
+    folder, dtypes = files.folder, files.dtypes
     whole = whole_numbers(dtypes)
     if not quantised:
         if not whole:
@@ -207,17 +238,19 @@ def _decoder_faults(folder: Path, config: Mapping[str, Any], stored: Mapping[str
         yield Fault(message, "take config.json and weights from one model")
 
 
-def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense: bool) -> Iterator[Fault]:
-    """What is wrong with the weights of an adapter on a model whose files hold `base`.
+def adapter_faults(files: TensorFiles, config: Mapping[str, Any], base: Mapping[str, Shape], is_dense: bool) -> Iterator[Fault]:
+    """What is wrong with the weights of an adapter, whose adapter_config.json is `config`, on a model whose files hold `base`.
 
     With `is_dense`, a layer has the same name in these files and in the adapter's.
     """
+    folder = files.folder
     try:
-        own, dtypes = header_of(folder / file), dtypes_of(folder / file)
+        header = files.header(WEIGHTS)
     except ValueError as error:
         yield Fault(f"{folder}: {error}", PULL if isinstance(error, PointerError) else AGAIN)
         return
-    if fault := lora_fault(own, dtypes, read_shared_json(folder / "adapter_config.json")):
+    own = header.shapes
+    if fault := lora_fault(own, header.dtypes, config):
         yield Fault(f"the adapter in {folder} {fault.message}", fault.fix)
         return
     if difference := resized(own, base):
@@ -226,8 +259,7 @@ def adapter_faults(folder: Path, file: str, base: Mapping[str, Shape], is_dense:
     if gap := expert_gap(own):
         yield Fault(f"the adapter in {folder} {gap}", AGAIN)
     rows = max((shape[0] for shape in base.values() if len(shape) == 2), default=0)  # a table, which PEFT may save, has most
-    own_config = read_shared_json(folder / "adapter_config.json")
-    of_layers = [name for name in of_base(own, own_config.get("modules_to_save")) if own[name][:1] != (rows,)]
+    of_layers = [name for name in of_base(own, config.get("modules_to_save")) if own[name][:1] != (rows,)]
     if of_layers:
         message = f"the adapter in {folder} holds {count(of_layers)} of its base itself, which would replace the model's"
         yield Fault(message, "remove these from the file, or merge it with PEFT into its base, and name the merged model")
@@ -338,23 +370,24 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
-def _index_faults(folder: Path, again: str) -> Iterator[Fault]:
-    named: Mapping[str, str] = read_shared_json(folder / INDEX)["weight_map"]
-    files = set(named.values())
+def _index_faults(files: TensorFiles, again: str) -> Iterator[Fault]:
+    folder, named = files.folder, files.index["weight_map"]
+    held = set(named.values())
     shards = {file.name for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)}
-    if left := [shard for shard in sorted(shards - files) if _belongs(folder / shard, named)]:
-        held = list(header_of(folder / left[0]))
-        yield Fault(f"{INDEX} in {folder} leaves out {some(left)}, with {count(held)}: they would not be loaded", again)
-    for file in sorted(files):
-        own = header_of(folder / file)
+    if left := [shard for shard in sorted(shards - held) if _belongs(files, shard)]:
+        tensors = list(files.header(left[0]).shapes)
+        yield Fault(f"{INDEX} in {folder} leaves out {some(left)}, with {count(tensors)}: they would not be loaded", again)
+    for file in files.files:
+        own = files.header(file).shapes
         if lost := [name for name, place in named.items() if place == file and name not in own]:
             yield Fault(f"{file} in {folder} lacks {count(lost)}, which {INDEX} places there", again)
 
 
-def _belongs(shard: Path, named: Mapping[str, str]) -> bool:
-    """Whether a file that an index does not name is of its model, and not left over from a division into other files."""
-    same_division = shard.name.partition("-of-")[2] in {file.partition("-of-")[2] for file in named.values()}
-    return same_division or not header_of(shard).keys() <= named.keys()
+def _belongs(files: TensorFiles, shard: str) -> bool:
+    """Whether a file that the index does not name is of its model, and not left over from a division into other files."""
+    named = files.index["weight_map"]
+    same_division = shard.partition("-of-")[2] in {file.partition("-of-")[2] for file in named.values()}
+    return same_division or not files.header(shard).shapes.keys() <= named.keys()
 
 
 def has_experts(stored: Iterable[str]) -> bool:

@@ -25,10 +25,8 @@ from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.memory_inputs import Settings
-from dpo_cli.models.gguf_header import is_gguf
 from dpo_cli.models.quantised_files import OPTIONS
-from dpo_cli.models.shape import model_facts, quantisation_of
-from dpo_cli.models.source import adapter_at
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.adapter_start import started
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
@@ -112,6 +110,7 @@ class Plan:
     """
 
     config: Config
+    model: ModelSource  # that model_name names
     sources: dict[str, Source]
     counts: Counts | None
     memory: Bill | None
@@ -142,7 +141,7 @@ class Plan:
     @property
     def merges(self) -> bool:
         """Whether the adapter that model_name names is merged into its base first."""
-        return not self.goes_on and adapter_at(self.config.model_name) is not None
+        return not self.goes_on and self.model.adapter is not None
 
     @property
     def noun(self) -> str:
@@ -234,30 +233,32 @@ def resolve(
     vram_gb: float | None = None,
     longest: int | None = None,
     is_resumed: bool = False,
+    model: ModelSource | None = None,
 ) -> Plan:
     """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's.
 
     `longest` is what the longest sequence is taken to have before `counts` are there, if less than max_seq_length. `scoring` is
     what the loaded model decided; before that, prompts are taken to be shared unless the config says no. With `is_resumed` the
     config has the values of a run that was begun: none is decided by the memory that is free now, and the bill is held against
-    all that the device has.
+    all that the device has. `model` is what model_name names, where that is resolved already.
     """
     config = loaded.require()
-    start, notes = started(loaded, config)
+    model = model or ModelSource.of(config.model_name)
+    start, notes = started(loaded, config, model)
     decided = {**_decided(replace(config, **start), loaded.file, machine, on_gpu=vram_gb is not None), **start}
     is_merged = bool(notes) and start["reference"] == "base"  # then the weights are plain numbers
-    if (stored := quantisation_of(config.model_name)) is not None and not is_merged and stored.bits in OPTIONS:
+    if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         decided[OPTIONS[stored.bits]] = True
         notes.append(f"the files of the model hold {stored.bits}-bit weights: they are trained on as they are")
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
-    facts = model_facts(config.model_name)
+    facts = model.facts
     if facts is None:
         notes.append("the shape of this model is not known here, so there is no memory bill")
         if config.gradient_checkpointing == "auto":
             decided["gradient_checkpointing"] = decided["device"] == "cuda"
     else:
-        wanted = settings_of(replace(config, **decided), counts, scoring, longest)
+        wanted = settings_of(replace(config, **decided), model, counts, scoring, longest)
         has_gb, free_gb = machine.memory_of(decided["device"])
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
         if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
@@ -283,10 +284,10 @@ def resolve(
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys(changed & MEASURED, "measured")
     day = loaded.day or datetime.now().date()
-    return Plan(replace(config, **decided), sources, counts, memory, scoring, tuple(notes), day)
+    return Plan(replace(config, **decided), model.absolute(), sources, counts, memory, scoring, tuple(notes), day)
 
 
-def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest: int | None) -> Settings:
+def settings_of(config: Config, model: ModelSource, counts: Counts | None, scoring: Scoring, longest: int | None) -> Settings:
     """What of a config with its device and precision decided makes its memory, with the real lengths once they are counted."""
     targets = config.target_modules
     return Settings(
@@ -308,7 +309,7 @@ def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest
         dora=config.use_dora,
         whole_modules=tuple(config.modules_to_save or ()),
         on_gpu=config.device == "cuda",
-        from_gguf=is_gguf(Path(config.model_name)),
+        from_gguf=model.own.is_gguf,
         is_whole=sorts_pairs(config.loss_type),
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.config import Loaded
@@ -21,13 +20,12 @@ from dpo_cli.data.sample import Sample
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.models import checks, target_layers
-from dpo_cli.models.checks import TOKENIZER_CONFIG
-from dpo_cli.models.shape import is_mixture, model_facts, quantisation_of
-from dpo_cli.models.source import adapter_at, foundation
+from dpo_cli.models.model_files import CONFIG
+from dpo_cli.models.source import ModelSource
+from dpo_cli.models.tokenizer_files import tokenizer_of
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.plan.plan import Plan, resolve
-from dpo_cli.storage.jsonio import read_shared_json
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
 
@@ -112,26 +110,25 @@ def inspect(
     """
     found = list(loaded.problems)
     wrong = {problem.key for problem in found if problem.severity == "error"}
-    model = loaded.values.get("model_name") if "model_name" not in wrong else None
+    name = loaded.values.get("model_name") if "model_name" not in wrong else None
+    model = ModelSource.of(name) if isinstance(name, str) else None
     strategy = STRATEGIES.get(str(loaded.values.get("strategy")))
-    about_model = (
-        list(checks.problems(model, to_align=strategy is not None and strategy.aligns)) if isinstance(model, str) else []
-    )
+    about_model = list(checks.problems(model, to_align=strategy is not None and strategy.aligns)) if model is not None else []
     found += map(loaded.placed, about_model)
     damaged = any(problem.severity == "error" for problem in about_model)
     data, pairs = None, 0
     if with_data:
-        data, pairs, about_data = _read_data(loaded, wrong, rendered_rows, keep_rows)
+        data, pairs, about_data = _read_data(loaded, model, wrong, rendered_rows, keep_rows)
         found += [problem if problem.file else loaded.placed(problem) for problem in about_data]
     plan = None
     draft = loaded.draft()
     if draft.config is not None and not damaged:
-        plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None)
+        plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None, model=model)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
-        found += map(loaded.placed, adapter_start.problems(draft, plan.run_dir))
+        found += map(loaded.placed, adapter_start.problems(draft, plan.model, plan.run_dir))
         found += map(loaded.placed, _model_problems(plan))
         if plan.config.lora_r and not plan.goes_on:
-            found += map(loaded.placed, target_layers.problems(plan.config, plan.model_label))
+            found += map(loaded.placed, target_layers.problems(plan.config, plan.model, plan.model_label))
         found += map(loaded.placed, step_problems(plan, pairs))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
             if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
@@ -160,7 +157,7 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
 
 
 def _read_data(
-    loaded: Loaded, wrong: set[str | None], rendered_rows: int, keep_rows: bool
+    loaded: Loaded, model: ModelSource | None, wrong: set[str | None], rendered_rows: int, keep_rows: bool
 ) -> tuple[Data | None, int, list[Problem]]:
     """The data that the config names, the pairs that an epoch trains on, and what is wrong with the data.
 
@@ -175,8 +172,8 @@ def _read_data(
         findings.Overlap(),
         Balance(loaded.config),
     )
-    lengths = Lengths(foundation(str(values.get("model_name", ""))))
-    own = _tokenizer_of(str(values.get("model_name", ""))) if rendered_rows else (None, None)
+    lengths = Lengths(model.files.fast_tokenizer if model is not None else None)
+    own = _tokenizer_of(model) if rendered_rows and model is not None else (None, None)
     sample, other_sample = Sample(*own, rendered_rows), Sample(*own, rendered_rows)
     observers: dict[str, list[Observer]] = {"dataset": [balance, lengths, sample]}
     observers["eval_dataset"] = [overlap.eval_side, other_sample]
@@ -206,27 +203,22 @@ def _read_data(
     return data, pairs, found
 
 
-def _tokenizer_of(model_name: str) -> tuple[Tokenizer | None, int | None]:
+def _tokenizer_of(model: ModelSource) -> tuple[Tokenizer | None, int | None]:
     """The tokenizer in a model's folder, an adapter's own first, and the rows of the model's embedding."""
-    folder = Path(foundation(model_name))
     try:
-        adapter = adapter_at(model_name)
-        config: dict[str, Any] = read_shared_json(folder / "config.json")
-    except (OSError, ValueError):  # no folder of a model; what is wrong with one is a problem of model_name
+        rows = model.files.token_rows
+    except (OSError, ValueError):  # what is wrong with the model is a problem of model_name
         return None, None
-    from dpo_cli.data.tokenizer import Tokenizer
-
-    own = adapter.directory if adapter and (adapter.directory / TOKENIZER_CONFIG).is_file() else folder
-    rows = (config.get("text_config") or config).get("vocab_size")
-    return Tokenizer.in_folder(own), rows if isinstance(rows, int) else None
+    return (tokenizer_of(model.tokenizer_files), rows) if model.files.has(CONFIG) and model.fault is None else (None, None)
 
 
 def _model_problems(plan: Plan) -> Iterator[Problem]:
     """What a config asks of a model that, by its shape, it does not have."""
-    config, facts = plan.config, model_facts(plan.config.model_name)
-    if (stored := quantisation_of(config.model_name)) is not None and not plan.merges:
+    config, model = plan.config, plan.model
+    facts = model.facts
+    if (stored := model.files.quantisation) is not None and not plan.merges:
         yield from stored.problems(plan.model_label, config.use_4bit, config.use_8bit, config.lora_r)
-    if config.lora_r == 0 and is_mixture(config.model_name):
+    if config.lora_r == 0 and model.files.is_mixture:
         message = "lora_r 0 trains the routers of this mixture of experts too, without the loss that balances its experts"
         fix = 'an adapter leaves them as they are: "lora_r": 16'
         yield Problem("hint", "router-unbalanced", message, fix, "lora_r")
@@ -249,9 +241,9 @@ def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Ite
         yield Problem("warning", "pairs-too-long", message, "raise it, or write a shorter dataset", "max_seq_length")
 
 
-def lengths_of(dataset: str, model_name: str) -> Lengths:
+def lengths_of(dataset: str, model: ModelSource) -> Lengths:
     """The lengths of a dataset's pairs with this model, without pairs where it is on the hub and was not fetched."""
-    lengths = Lengths(model_name)
+    lengths = Lengths(model.own.fast_tokenizer)
     data = read(dataset, skip=True, observers=[lengths])
     if wrong := [problem for problem in data.problems if problem.severity == "error"]:
         raise InvalidInput(wrong)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoded, encode_all
 from dpo_cli.errors import Problem, invalid
-from dpo_cli.models.checks import TOKENIZER_CONFIG
+from dpo_cli.models.model_files import TOKENIZER_CONFIG
 from dpo_cli.plan.plan import Counts, Plan
 from dpo_cli.plan.preflight import Data
 from dpo_cli.ui.console import Console
@@ -90,7 +90,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
 
     `token_rows` are those of the model's embedding, where that is known. Raises `InvalidInput` for rows that cannot be used.
     """
-    config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day)
+    config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day, plan.model.generation)
     require_padding(made, tokenizer, token_rows)
     skip, template = config.on_bad_rows == "skip", made.template
     encoded = encode_all(data.sides(config), made, config.use_chat_template, config.max_seq_length, token_rows, skip).require()
@@ -125,7 +125,7 @@ def prepare_judged(
     data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None, all_rows: bool
 ) -> tuple[list[Encoded], tuple[Problem, ...]]:
     """The rows to judge on, of what is held out or of all, as `prepare` makes them; what is trained on is not tokenised."""
-    config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day)
+    config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day, plan.model.generation)
     require_padding(made, tokenizer, token_rows)
     train, held_out = data.sides(config)
     side = train if all_rows else held_out

@@ -26,6 +26,7 @@ from dpo_cli.data.messages import Message, flat
 from dpo_cli.data.rows import Question
 from dpo_cli.data.transcripts import as_messages
 from dpo_cli.evaluation.generation import Answer
+from dpo_cli.models.source import ModelSource
 from dpo_cli.preferences.judge import Judge
 from dpo_cli.providers.huggingface import HuggingFace
 
@@ -56,7 +57,7 @@ class Reward:
     """A sequence classifier with one label, a local directory or a hub id: safetensors only, none of its own code run."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, day: date) -> None:
-        self.model, self.tokenizer = HuggingFace(name).reward_model(device, dtype)
+        self.model, self.tokenizer = HuggingFace(ModelSource.of(name)).reward_model(device, dtype)
         self.template = ChatTemplate.of(self.tokenizer, day)
 
     def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:

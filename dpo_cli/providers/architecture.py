@@ -32,7 +32,6 @@ from dpo_cli.config.options import Config
 from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
 from dpo_cli.models import target_layers
 from dpo_cli.models.checks import not_causal
-from dpo_cli.models.source import adapter_at
 from dpo_cli.models.target_layers import ALL_LINEAR, KEY
 from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
 from dpo_cli.plan.plan import Adapted, Plan
@@ -55,7 +54,7 @@ def adapted(plan: Plan, config: PretrainedConfig) -> tuple[Adapted | None, LoraC
         return None, None
     if plan.config.lora_r == 0:
         return architecture.whole(), None
-    start = adapter_at(plan.config.model_name) if plan.goes_on else None
+    start = plan.model.adapter if plan.goes_on else None
     if start is None:
         adapter, found = architecture.fresh(plan.config)
         return found, adapter

@@ -22,15 +22,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import cached_file
 
-from dpo_cli.data.tokenizer import fast_tokenizer
 from dpo_cli.errors import InvalidInput, RunFailed
-from dpo_cli.models import generation_config, gguf_header, remote_code
-from dpo_cli.models.checks import TOKENIZER_CONFIG, no_eos
-from dpo_cli.models.hub_models import answers, revision
-from dpo_cli.models.quantised_files import stored_quantisation, text_part
-from dpo_cli.models.source import ADAPTER_CONFIG, adapter_at, chain_of, foundation, settings_of, unsafe
+from dpo_cli.models import generation_config, remote_code
+from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter
+from dpo_cli.models.checks import no_eos
+from dpo_cli.models.hub_models import HubFiles, answers, revision
+from dpo_cli.models.model_files import GENERATION, TOKENIZER_CONFIG, ModelFiles
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
 from dpo_cli.plan.plan import Adapted, Plan
 from dpo_cli.providers.architecture import Architecture, adapted, lora_config
@@ -39,25 +38,28 @@ from dpo_cli.providers.model_cache import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.storage import hub
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
-from dpo_cli.storage.jsonio import read_object
 
 PROBE = "  two blanks\n\na line\tand é, ж, 中 and 1234"  # texts that tokenizers are known to treat in different ways
 
 
 class HuggingFace:
-    """Loads `model_name`: a hub id, a model directory, a GGUF file, or a run or PEFT adapter on one of them."""
+    """Loads a model: of the hub, of a directory, of a GGUF file, or a run or PEFT adapter on one of them."""
 
     no_sharing: str | None = None  # each model decides (scoring/shared_prompts.py)
 
-    def __init__(self, model_name: str) -> None:
-        self.name = model_name
+    def __init__(self, model: ModelSource) -> None:
+        self.model = model
+        self.name = model.name
         self.notes: list[str] = []
         # The adapter that `adapted` was asked for last, as the config words it and as the model gets it: it takes seconds.
         self._fresh: tuple[LoraConfig, LoraConfig] | None = None
-        self.foundation = foundation(model_name)
-        path = Path(self.foundation)
-        self.source = str(dequantised(path)) if gguf_header.is_gguf(path) else self.foundation
-        self.only_local = path.exists() or not answers(self.foundation)
+        self.foundation = model.foundation
+        is_here = Path(self.foundation).exists()
+        self.only_local = is_here or not answers(self.foundation)
+        self.files: ModelFiles = model.files if is_here else HubFiles(Path(self.foundation), only_cached=self.only_local)
+        if self.files.is_gguf:
+            self.files = ModelFiles(dequantised(self.files))
+        self.source = str(self.files.path) if is_here else self.foundation
 
     @property
     def local_dir(self) -> Path | None:
@@ -65,9 +67,8 @@ class HuggingFace:
         return Path(self.source) if Path(self.source).is_dir() else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        adapter = adapter_at(self.name)
-        has_own = adapter is not None and (adapter.directory / "tokenizer_config.json").is_file()
-        source = str(adapter.directory) if adapter and has_own else self.source
+        adapter = self.model.adapter
+        source = str(adapter.directory) if adapter is not None and adapter.has_tokenizer else self.source
         tokenizer = self._as_in_its_file(cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, source)), source)
         tokenizer.init_kwargs.pop("auto_map", None)  # names of code that is not run, and would be written with the adapter
         if tokenizer.eos_token is None:
@@ -81,7 +82,7 @@ class HuggingFace:
 
         transformers 5.17 builds a LlamaTokenizerFast with its own normaliser, which drops blanks of a byte-level vocabulary.
         """
-        fast = fast_tokenizer(Path(source))
+        fast = self._files(source).fast_tokenizer
 
         def agrees(made: PreTrainedTokenizerBase) -> bool:
             return (
@@ -98,14 +99,11 @@ class HuggingFace:
         return plain
 
     def token_rows(self) -> int | None:
-        rows = text_part(self._read(self.source, "config.json")).get("vocab_size")
-        return rows if isinstance(rows, int) else None
+        return self.files.token_rows
 
     def base_model(self, plan: Plan) -> PreTrainedModel:
-        name = plan.config.model_name
-        if plan.goes_on and (adapter := adapter_at(name)) is not None:
-            name = adapter.model_name
-        return _settled(self._merged(plan, name))
+        below = self.model.below if plan.goes_on else None
+        return _settled(self._merged(plan, below or self.model))
 
     def adapted(self, plan: Plan) -> Adapted | None:
         found, adapter = adapted(plan, self._load(AutoConfig, self.source))
@@ -120,7 +118,7 @@ class HuggingFace:
         return Architecture(base.config, plan.model_label).fresh(plan.config)[0]
 
     def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
-        if not plan.goes_on or (adapter := adapter_at(plan.config.model_name)) is None:
+        if not plan.goes_on or (adapter := self.model.adapter) is None:
             return base
         label, dropout = plan.model_label, plan.config.lora_dropout
         model = with_adapter(base, adapter.directory, TRAINED, label, is_trainable=True, dropout=dropout)
@@ -130,47 +128,46 @@ class HuggingFace:
 
     def trained(self, plan: Plan, folder: Path) -> Policy:
         base = self.base_model(plan)
-        if not (folder / ADAPTER_CONFIG).is_file():
+        if (adapter := Adapter.in_folder(folder)) is None:
             return Policy(_settled(self._model(plan, str(folder))).eval(), base.eval())
-        if fault := unsafe(folder):
+        if fault := adapter.danger:
             raise RunFailed(f"the adapter in {folder} {fault.message}", fault.fix)
         model = with_adapter(base, folder, TRAINED, plan.model_label)
-        if plan.goes_on and (start := adapter_at(plan.config.model_name)) is not None:
+        if plan.goes_on and (start := self.model.adapter) is not None:
             model = with_adapter(model, start.directory, FROZEN, plan.model_label)
         return Policy(model.eval())
 
     def ready(self, model: PreTrainedModel | PeftModel, plan: Plan) -> None:
         """Nothing: PEFT runs what the trainer has put on."""
 
-    def _merged(self, plan: Plan, name: str) -> PreTrainedModel:
-        """The model of this name; where that is an adapter, merged into what it stands on.
+    def _merged(self, plan: Plan, model: ModelSource) -> PreTrainedModel:
+        """The model; where it is an adapter, merged into what it stands on.
 
         Never into quantised weights, whose steps are larger than what an adapter adds: it would be gone. The merged model is
         made in the precision of the run, kept in the cache, and then quantised as any other model is.
         """
-        if adapter_at(name) is None:
+        if model.adapter is None:
             return self._model(plan, self.source)
         if not (plan.config.use_4bit or plan.config.use_8bit):
-            return self._unquantised(plan, name)
+            return self._unquantised(plan, model)
         whole = replace(plan, config=replace(plan.config, use_4bit=False, use_8bit=False, device="cpu"))
-        content = "\n".join([plan.dtype, self._content(), *chain_of(name).values(), *settings_of(name).values()])
-        place = made_once("merged", content, lambda work: self._unquantised(whole, name).save_pretrained(work))
+        content = "\n".join([plan.dtype, self._content(), *model.weights_sha256.values(), *model.settings_sha256.values()])
+        place = made_once("merged", content, lambda work: self._unquantised(whole, model).save_pretrained(work))
         return self._model(plan, str(place))
 
     def _content(self) -> str:
         """What the foundation is, whatever its name: a hash of its weights and settings, or the commit of the hub."""
         if self.local_dir is not None:
             return f"{sha256_of_all(self.local_dir)} {sha256_of_settings(self.local_dir)}"
-        self._read(self.source, "config.json")  # which brings the commit that is loaded afterwards into the cache
+        self.files.config  # noqa: B018 - which brings the commit that is loaded afterwards into the cache
         return f"{self.source} {revision(self.source)}"
 
-    def _unquantised(self, plan: Plan, name: str) -> PreTrainedModel:
-        adapter = adapter_at(name)
-        if adapter is None:
+    def _unquantised(self, plan: Plan, model: ModelSource) -> PreTrainedModel:
+        if model.below is None:
             return self._model(plan, self.source)
-        below = _settled(self._unquantised(plan, adapter.model_name))
-        model = with_adapter(below, adapter.directory, TRAINED, plan.model_label)
-        return merged(model, TRAINED, plan.model_label, getattr(torch, plan.dtype))
+        below = _settled(self._unquantised(plan, model.below))
+        adapted = with_adapter(below, model.own.path, TRAINED, plan.model_label)
+        return merged(adapted, TRAINED, plan.model_label, getattr(torch, plan.dtype))
 
     def _model(self, plan: Plan, source: str) -> PreTrainedModel:
         """The model in `source` on the plan's device, quantised when the plan says so, and otherwise not.
@@ -205,8 +202,8 @@ class HuggingFace:
 
     def reward_model(self, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model as a classifier whose one label is the reward, with its adapter, in evaluation mode, and its tokenizer."""
-        adapter = adapter_at(self.name)
-        if adapter is not None and adapter_at(adapter.model_name) is not None:
+        below = self.model.below
+        if below is not None and below.adapter is not None:
             message = f"{self.name} is an adapter on another adapter, and is not put on a reward model so"
             raise RunFailed(message, "merge them with PEFT, and name the merged model")
         try:
@@ -217,8 +214,8 @@ class HuggingFace:
         if model.config.num_labels != 1:
             raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
         require_finite(model, self.name, folder_of(self.source))
-        if adapter is not None:
-            model = with_adapter(model, adapter.directory, TRAINED, adapter.model_name)
+        if below is not None:
+            model = with_adapter(model, self.model.own.path, TRAINED, below.name)
         tokenizer = cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, self.source))
         return cast(PreTrainedModel, model.to(device).eval()), tokenizer
 
@@ -251,7 +248,7 @@ class HuggingFace:
 
         Only what lies in a folder is taken for an adapter here, and then `source` is the model below it.
         """
-        if not Path(source).is_dir() and self._read(source, ADAPTER_CONFIG):
+        if not Path(source).is_dir() and self._files(source).object(ADAPTER_CONFIG):
             fix = f"`hf download {source} --local-dir FOLDER` fetches it: name FOLDER"
             raise RunFailed(f"{source} is an adapter, and adapters are taken from a folder alone", fix)
 
@@ -259,25 +256,26 @@ class HuggingFace:
         """A model, with its files and tensors accounted for."""
         is_here = Path(source).is_dir()
         if is_here:
-            require_whole_files(Path(source))
+            require_whole_files(self._files(source))
         if auto is AutoModelForCausalLM:
             options |= self._generation(source)
         with all_tensors(self.name) as notes:
             model = auto.from_pretrained(source, **options)
         if not is_here:  # fetched only now
-            require_whole_files(folder_of(source))
+            require_whole_files(ModelFiles(folder_of(source)))
         self.notes += [note for note in notes if note not in self.notes]
         return model
 
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
-        for problem in remote_code.problems(self._read(source, "config.json"), self._read(source, TOKENIZER_CONFIG), self.name):
+        files = self._files(source)
+        for problem in remote_code.problems(files.config, files.object(TOKENIZER_CONFIG), self.name):
             if problem.severity == "error":
                 raise RunFailed(problem.message, problem.fix)
 
     def _generation(self, source: str) -> dict[str, GenerationConfig]:
         """How `from_pretrained` is to generate, where the model says something of it that it would not load with."""
-        sound, notes = _sound_generation(self._read(source, generation_config.FILE), self.token_rows())
+        sound, notes = _sound_generation(self._files(source).object(GENERATION), self.token_rows())
         self.notes += [note for note in notes if note not in self.notes]
         return {"generation_config": sound} if notes else {}
 
@@ -286,16 +284,14 @@ class HuggingFace:
 
         `InvalidInput` for a way to quantise them that is not known here.
         """
-        stored = stored_quantisation(self._read(source, "config.json"))
+        stored = self._files(source).quantisation
         if stored is not None and (problem := stored.problem(self.name)) is not None:
             raise InvalidInput([problem])
         return stored.bits if stored else None
 
-    def _read(self, source: str, name: str) -> dict[str, Any]:
-        """An object in a JSON file of the model, local or of the hub; empty where there is none."""
-        there = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(source, name, local_files_only=self.only_local, **there)
-        return read_object(Path(found)) if found else {}
+    def _files(self, source: str) -> ModelFiles:
+        """The files of what is loaded from `source`: of the model itself, or of another folder."""
+        return self.files if source == self.source else ModelFiles(Path(source))
 
 
 def require_device(plan: Plan) -> torch.device:
@@ -368,5 +364,5 @@ def _sound_generation(settings: dict[str, Any], rows: int | None) -> tuple[Gener
             kept[name] = settings[name]
         except (AttributeError, TypeError, ValueError):  # what transformers alone knows: it is left out too
             wrong[name] = "does not go with the rest"
-    notes = [f"{generation_config.FILE}: {name} {settings[name]} {why}, and is left out" for name, why in wrong.items()]
+    notes = [f"{GENERATION}: {name} {settings[name]} {why}, and is left out" for name, why in wrong.items()]
     return GenerationConfig(**kept), notes

@@ -24,28 +24,25 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
-from dpo_cli.models.source import ADAPTER_CONFIG, fault_of
+from dpo_cli.models.adapter_config import Adapter
+from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.models.tensor_files import (
     AGAIN,
     PULL,
     RESIZED_FIX,
     PointerError,
+    TensorFiles,
     count,
-    dtypes_of,
     expert_gap,
     faults,
-    files_of,
-    header_of,
     lora_fault,
     of_base,
     place_of,
     resized,
     some,
-    stored_in,
     wrapper_of,
 )
 from dpo_cli.providers.precision import in_float32
-from dpo_cli.storage.jsonio import read_shared_json
 from dpo_cli.storage.run_directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
@@ -108,7 +105,7 @@ def all_tensors(what: str) -> Iterator[list[str]]:
 def _without_use(model: PreTrainedModel, names: set[str], source: str) -> set[str]:
     """Which of the tensors without a place change nothing: masks once stored with the attention, a classifier's old head."""
     masks = {name for name in names if name.rpartition(".")[2] in MASKS}
-    stored = stored_in(folder_of(source)) if masks else {}  # maybe without the first part of these names
+    stored = TensorFiles(folder_of(source)).shapes if masks else {}  # maybe without the first part of these names
     idle = {name for name in masks if any(_is_mask(shape) for short, shape in stored.items() if name.endswith(short))}
     return idle if model.get_output_embeddings() is not None else idle | (names & {"lm_head.weight"})
 
@@ -125,13 +122,11 @@ def folder_of(source: str) -> Path:
     return Path(cached_file(source, "config.json", local_files_only=True)).parent
 
 
-def require_whole_files(folder: Path) -> None:
+def require_whole_files(files: ModelFiles) -> None:
     """`InvalidInput` where the headers of a model's files show already that something is missing, cut off or misnumbered."""
-    if (folder / "config.json").is_file() and files_of(folder):  # weights of another format are refused by their own words
-        config = read_shared_json(folder / "config.json")
-        if found := [
-            Problem("error", "model-tensors", fault.message, fault.fix, "model_name") for fault in faults(folder, config)
-        ]:
+    if files.config and files.tensors.files:  # weights of another format are refused by their own words
+        wrong = faults(files.tensors, files.config)
+        if found := [Problem("error", "model-tensors", fault.message, fault.fix, "model_name") for fault in wrong]:
             raise InvalidInput(found)
 
 
@@ -146,7 +141,8 @@ def require_finite(model: nn.Module, what: str, folder: Path) -> None:
         tensors[f"{name} (scale of a row)"] = getattr(parameter, "SCB", None)  # of bitsandbytes' 8-bit weights
         has_4bit |= getattr(parameter, "quant_state", None) is not None  # which makes a number of a NaN
     broken = _not_finite(tensors)
-    in_files = [name for file in files_of(folder) for name in _not_finite_in(file)] if broken or has_4bit else []
+    files = TensorFiles(folder).files if broken or has_4bit else []
+    in_files = [name for file in files for name in _not_finite_in(folder / file)]
     _refuse_numbers(in_files or broken, what)
 
 
@@ -232,23 +228,23 @@ def with_adapter(
 
 def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str, Tensor]:
     """The tensors of an adapter for `network`; `InvalidInput` where its files tell already that it cannot be put on."""
-    if fault := fault_of(folder):
+    adapter = Adapter(ModelFiles(folder))
+    if fault := adapter.fault:
         message = f"the adapter in {folder} {fault.message}"
         raise invalid("adapter-unsupported", message, fault.fix, "model_name")
-    config = read_shared_json(folder / ADAPTER_CONFIG)
     try:
-        shapes, dtypes = header_of(folder / WEIGHTS), dtypes_of(folder / WEIGHTS)
+        header = adapter.files.tensors.header(WEIGHTS)
         written = load_file(folder / WEIGHTS)
     except (SafetensorError, ValueError) as error:
         fix = PULL if isinstance(error, PointerError) else AGAIN
         raise invalid("adapter-damaged", f"{folder / WEIGHTS}: {error}", fix, "model_name") from error
-    if fault := lora_fault(shapes, dtypes, config):
+    if fault := lora_fault(header.shapes, header.dtypes, adapter.config):
         message = f"the adapter in {folder} {fault.message}"
         raise invalid("tensors-unaccounted", message, fault.fix, "model_name")
     _refuse_numbers(_not_finite(written), str(folder))
     if gap := expert_gap(written):
         raise invalid("tensors-unaccounted", f"the adapter in {folder} {gap}", AGAIN, "model_name")
-    _require_same_base(network, written, config, folder, label)
+    _require_same_base(network, written, adapter.config, folder, label)
     return written
 
 

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pyto
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpo_cli.errors import RunFailed
-from dpo_cli.models import gguf_header
+from dpo_cli.models.gguf_header import Header
+from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.providers.base import CACHE_FIX, cache_dir
 from dpo_cli.providers.loaded_tensors import all_tensors, refuse, require_finite
 from dpo_cli.storage.atomic import is_full, writing
@@ -34,10 +35,13 @@ MADE_FROM = "name the model that the file was made from"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def dequantised(path: Path) -> Path:
-    """The GGUF file as a float32 model directory with safetensors, made once per content and transformers version."""
+def dequantised(file: ModelFiles) -> Path:
+    """A GGUF file as a float32 model directory with safetensors, made once per content and transformers version."""
+    path = file.path
     try:
-        return made_once("gguf", f"{CONVERSION} {sha256(path)}", lambda work: _convert(path, work))
+        if (header := file.gguf) is None:
+            raise ValueError("it does not start with GGUF")
+        return made_once("gguf", f"{CONVERSION} {sha256(path)}", lambda work: _convert(path, header, work))
     except ValueError as error:
         raise RunFailed(f"{path} cannot be dequantised: {error}", "download it again") from error
 
@@ -73,11 +77,11 @@ def _unwritable(place: Path, error: OSError) -> RunFailed:
     return RunFailed(f"cannot write to the cache {place} (in {where}): {error.strerror or error}", CACHE_FIX)
 
 
-def _convert(path: Path, target: Path) -> None:
+def _convert(path: Path, header: Header, target: Path) -> None:
     with _read_once(), tempfile.TemporaryDirectory() as alone:
         # What lies beside the file (a tokenizer, code for it) is not part of it.
         (Path(alone) / path.name).symlink_to(path.absolute())
-        _dequantise(path, alone, target)
+        _dequantise(path, header, alone, target)
 
 
 @contextmanager
@@ -91,22 +95,21 @@ def _read_once() -> Iterator[None]:
         setattr(gguf_library, "GGUFReader", read)  # noqa: B010
 
 
-def _dequantise(path: Path, folder: str, target: Path) -> None:
+def _dequantise(path: Path, header: Header, folder: str, target: Path) -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": folder, "gguf_file": path.name}
     where |= {"trust_remote_code": False, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     # transformers 5.17 guesses the special tokens of a GGUF (SmolLM2's EOS comes out as its BOS); the header knows them.
-    header = gguf_header.read_header(path).metadata
     for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
-        token_id = header.get(f"tokenizer.ggml.{key}_token_id")
+        token_id = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(target)
-    with all_tensors(path.name), _all_placed(path):
+    with all_tensors(path.name), _all_placed(path.name, header):
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     require_finite(model, path.name, Path(folder))
-    _scale_positions(model.config, path)
+    _scale_positions(model.config, path, header)
     # The weights are plain float32 now; with the GGUF quantisation config left in, save_pretrained refuses.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -114,7 +117,7 @@ def _dequantise(path: Path, folder: str, target: Path) -> None:
 
 
 @contextmanager
-def _all_placed(path: Path) -> Iterator[None]:
+def _all_placed(name: str, header: Header) -> Iterator[None]:
     """Within, transformers loads all tensors of a GGUF file, or `InvalidInput` names those that it would pass over.
 
     `load_gguf_checkpoint` (transformers 5.17) passes over each that `get_gguf_hf_weights_map` gives no place, also without its
@@ -134,14 +137,13 @@ def _all_placed(path: Path) -> Iterator[None]:
     finally:
         modeling_gguf_pytorch_utils.get_gguf_hf_weights_map = before
     if places:
-        tensors = gguf_header.read_header(path).tensors - {ROPE_FACTORS}
-        left = [name for name in tensors if name not in places and name.rpartition(".")[0] not in places]
-        refuse(path.name, (), left, (), MADE_FROM, "model_name")
+        tensors = header.tensors - {ROPE_FACTORS}
+        left = [tensor for tensor in tensors if tensor not in places and tensor.rpartition(".")[0] not in places]
+        refuse(name, (), left, (), MADE_FROM, "model_name")
 
 
-def _scale_positions(config: Any, path: Path) -> None:
+def _scale_positions(config: Any, path: Path, header: Header) -> None:
     """Write into `config` how the GGUF file scales positions, which transformers does not read; `RunFailed`: it cannot be."""
-    header = gguf_header.read_header(path)
     family = header.metadata["general.architecture"]
     key = f"{family}.rope.scaling.type"
     scaling: Mapping[str, Any] | None = None

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import RunFailed, UsageError
-from dpo_cli.models.gguf_header import is_gguf, read_header
+from dpo_cli.models.gguf_header import read_header
+from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.results.merge import GgufCheck
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
@@ -57,7 +58,7 @@ def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) 
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         fix = "train.log has its output; for a missing module: pip install 'dpo-cli[gguf]'"
         raise RunFailed(f"the converter {converter} failed: {said}", fix)
-    if not is_gguf(file):
+    if not ModelFiles(file).is_gguf:
         raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
 
 

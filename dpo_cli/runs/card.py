@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dpo_cli.data.dataset import sources_of
 from dpo_cli.data.hub_datasets import is_hub_id
-from dpo_cli.models.source import foundation
 from dpo_cli.plan.plan import Plan
 from dpo_cli.results.codec import to_json
 from dpo_cli.results.intervals import required
@@ -81,7 +80,7 @@ def _plain(name: str) -> str:
 
 
 def _card(plan: Plan, name: str, what: str, train_rows: int, steps: int, judged: Judged, use: str, is_peft: bool) -> str:
-    config, base = plan.config, foundation(plan.config.model_name)
+    config, base = plan.config, plan.model.foundation
     figures = "It was not judged, so there are no figures."
     if sides := judged.sides:
         rows = [(FIGURES[name].label, required(sides.policy, name)) for name in plan.strategy.shown]

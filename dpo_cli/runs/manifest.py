@@ -12,7 +12,6 @@ import dpo_cli
 from dpo_cli.data.dataset import sources_of
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.models.hub_models import revision
-from dpo_cli.models.source import chain_of, foundation, settings_of
 from dpo_cli.plan.plan import Plan
 from dpo_cli.storage.digests import sha256
 
@@ -38,9 +37,9 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         "model": {
             "name": plan.config.model_name,
             "sha256": {file.name: sha256(file) for file in weights},
-            "revision": revision(foundation(plan.config.model_name)),
-            "below": chain_of(plan.config.model_name),
-            "settings": settings_of(plan.config.model_name),
+            "revision": revision(plan.model.foundation),
+            "below": plan.model.weights_sha256,
+            "settings": plan.model.settings_sha256,
         },
         "seed": plan.config.seed,
         "day": plan.day.isoformat() if plan.writes_date else None,

@@ -16,7 +16,8 @@ from dpo_cli.data.dataset import holds_pairs, unreadable
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.hardware.machine import probe
-from dpo_cli.models.source import ADAPTER_CONFIG, fault_of, foundation, is_on_head
+from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter, is_on_head
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.plan.tokenized import prepare_judged, tell_scoring
@@ -68,8 +69,9 @@ def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Seq
     path, folder = Path(config), adapter / ADAPTER if (adapter / PLAN).is_file() else adapter
     made_on = _base_of(folder)
     opened = _opened(str(path / PLAN if path.is_dir() else path), overrides, folder, dataset, console)
-    name = opened.plan.config.model_name
-    if made_on and Path(made_on).name != Path(name).name and foundation(made_on) != foundation(name):
+    model = opened.plan.model
+    name = model.name
+    if made_on and Path(made_on).name != Path(name).name and ModelSource.of(made_on).foundation != model.foundation:
         console.line(f"note: the adapter says that it was made on {made_on}, and is judged on {name}")
     return opened
 
@@ -84,7 +86,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     data, plan = inspection.require()
     found = [problem for problem in inspection.problems if problem.severity == "warning"]
     console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
-    provider = PROVIDERS[plan.config.provider](plan.config.model_name)
+    provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
     rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), all_rows=bool(dataset))
     console.problems(about_rows)
@@ -104,11 +106,11 @@ def _decided_anew(config: str) -> list[str]:
 
 def _base_of(folder: Path) -> str:
     """The model that an adapter names as its base; `InvalidInput` for a folder that holds no adapter that can be judged."""
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if (adapter := Adapter.in_folder(folder)) is None:
         fix = "name the folder of an adapter, or of a run that trained one"
         raise _no_adapter(f"{folder} holds no PEFT adapter: it has no {ADAPTER_CONFIG}", fix)
     try:
-        if fault := fault_of(folder):
+        if fault := adapter.fault:
             raise _no_adapter(f"the adapter in {folder} {fault.message}", fault.fix)
         config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file

@@ -9,8 +9,6 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.storage.once import once_per_file
-
 
 def json_text(value: object, indent: int | None = None) -> str:
     """JSON that every reader accepts: a NaN or infinity, which JSON has no word for, becomes null."""
@@ -30,16 +28,6 @@ def read_json(file: Path | Traversable) -> Any:
     return _parsed(file.name, lambda: file.read_text(encoding="utf-8"))
 
 
-def read_shared_json(file: Path) -> Any:
-    """The same of a file of a model, which several checks of a command ask: it is opened once while it stays as it is."""
-    return _parsed(file.name, lambda: _text(file))
-
-
-@once_per_file
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8")
-
-
 def _parsed(name: str, text: Callable[[], str]) -> Any:
     try:
         return json.loads(text())
@@ -51,7 +39,7 @@ def _parsed(name: str, text: Callable[[], str]) -> Any:
 
 def read_object(file: Path) -> dict[str, Any]:
     """The object in a file of a model; `ValueError` also where it holds another value."""
-    value = read_shared_json(file)
+    value = read_json(file)
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} is not an object")
     return value
