@@ -129,7 +129,7 @@ def test_a_sample_keeps_the_conversation_and_shows_its_last_message() -> None:
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     sample = Sample(prompt, Answer("So.", 2, True), Answer("Because.", 3, True))
     assert sample.prompt == prompt
-    assert sample.to_json() == {"prompt": "Why?", "base": "So.", "adapter": "Because."}
+    assert sample.texts == {"prompt": "Why?", "base": "So.", "adapter": "Because."}
 
 
 def test_answer_tokens_by_hand() -> None:

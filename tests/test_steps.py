@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import norms_in_float64
+from builders import line_of, norms_in_float64
 from conftest import Run, made_row
 from safetensors.torch import load_file
 from test_dpo import make_plan, make_trainer
@@ -185,8 +185,8 @@ def test_early_stopping_watches_the_loss_that_is_trained(run: Run) -> None:
     assert len(losses) == 3 and summary["best_step"] == min(losses, key=losses.__getitem__)
     assert all(0 < line["loss"] < 2 * math.log(2) < line["trained_loss"] for line in lines if line["split"] == "eval")
     early = StopEarly(torch.nn.Linear(1, 1), 2)
-    for step, line in enumerate([{"loss": 0.6, "trained_loss": 9.0}, {"loss": 0.7, "trained_loss": 8.0}], start=1):
-        early.see({"split": "eval", "step": step, **line})
+    for step, figures in enumerate([{"loss": 0.6, "trained_loss": 9.0}, {"loss": 0.7, "trained_loss": 8.0}], start=1):
+        early.see(line_of(split="eval", step=step, **figures))
     assert (early.best_step, early.best_loss) == (2, 8.0)
-    early.see({"split": "eval", "step": 3, "loss": 0.5})  # of sigmoid, or of demonstrations: the one loss is the trained one
+    early.see(line_of(split="eval", step=3, loss=0.5))  # of sigmoid, or of demonstrations: the one loss is the trained one
     assert early.best_step == 3
