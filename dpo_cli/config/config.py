@@ -156,8 +156,8 @@ def _says_default(key: str, value: Any) -> bool:
 
 def _at_home(key: str, value: Any) -> Any:
     """A path with its ~ expanded."""
-    is_path = key in ("model_name", "dataset", "eval_dataset", "output_dir") and isinstance(value, str)
-    return str(Path(value).expanduser()) if is_path and value.startswith("~/") else value
+    is_path = key in options() and options()[key].place is not None
+    return str(Path(value).expanduser()) if is_path and isinstance(value, str) and value.startswith("~/") else value
 
 
 def _not_an_object(path: str, value: Any) -> Problem:

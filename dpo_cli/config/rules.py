@@ -15,7 +15,7 @@ from typing import Any
 
 from dpo_cli.config import augment_rules
 from dpo_cli.config.other_tools import as_here
-from dpo_cli.config.schema import options, same
+from dpo_cli.config.schema import names_where, options, same
 from dpo_cli.errors import Problem
 
 Values = Mapping[str, Any]
@@ -151,7 +151,7 @@ def weights_are_of_training(values: Values, given: Values) -> Iterator[Problem]:
 def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("eval_split") != 0 or values.get("eval_dataset") is not None:
         return
-    for name in ("eval_steps", "early_stopping_patience", "split_seed"):
+    for name in names_where(lambda option: option.needs_held_out):
         if given.get(name) is not None:
             message = f"{name} has no effect: nothing is held out"
             yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split": 0.1, for example', name)
@@ -289,7 +289,7 @@ def _same_place(one: Any, other: Any) -> bool:
 
 def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:
     place = values.get("output_dir")
-    for name in ("model_name", "dataset", "eval_dataset"):
+    for name in names_where(lambda option: option.place in ("model", "data")):
         if _same_place(place, values.get(name)):
             message = f"output_dir is the {name} itself"
             yield Problem(
@@ -305,7 +305,7 @@ def upload_has_a_place(values: Values, given: Values) -> Iterator[Problem]:
 
 def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Problem]:
     """In "C:\\temp\\new" as Windows shows it, JSON reads a tab and a line break."""
-    for name in ("model_name", "dataset", "eval_dataset", "output_dir"):
+    for name in names_where(lambda option: option.place):
         value = values.get(name)
         if isinstance(value, str) and any(ord(char) < 32 for char in value):
             message = f'"{name}" holds a control character: {json.dumps(value)}'
@@ -313,7 +313,7 @@ def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Proble
 
 
 def paths_fit_the_disk(values: Values, given: Values) -> Iterator[Problem]:
-    for name in ("model_name", "output_dir"):
+    for name in names_where(lambda option: option.place in ("model", "output")):
         value = values.get(name)
         if not isinstance(value, str):
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -83,6 +83,46 @@ class Option:
         """Whether a run goes on where its value is another one."""
         return bool(self.rule.get("x-resume", False))
 
+    @property
+    def end(self) -> str | None:
+        """How it ends a training: by its "length", or by a "stop" before that."""
+        return self.rule.get("x-end")
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the machine decides it where a config leaves it open; a run keeps that."""
+        return bool(self.rule.get("x-decided", False))
+
+    @property
+    def place(self) -> str | None:
+        """What it names on the disk: the "model", "data" or the "output"."""
+        return self.rule.get("x-place")
+
+    @property
+    def is_judging(self) -> bool:
+        """Whether it says how a run is judged, and not how it was trained."""
+        return bool(self.rule.get("x-judging", False))
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether it decides what `dpo augment` samples."""
+        return bool(self.rule.get("x-sampling", False))
+
+    @property
+    def adapter_name(self) -> str | None:
+        """PEFT's name of what an adapter was made with and keeps."""
+        return self.rule.get("x-adapter")
+
+    @property
+    def memory(self) -> str | None:
+        """Whether a larger value of it, or true, takes "more" or "less" memory."""
+        return self.rule.get("x-memory")
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether it has an effect only where pairs are held out."""
+        return bool(self.rule.get("x-needs-held-out", False))
+
     def default(self, *situations: str) -> Any:
         """The default under these strategies and profiles."""
         special: Mapping[str, Any] = self.rule.get("x-default-for", {})
@@ -146,6 +186,11 @@ def same(one: Any, other: Any) -> bool:
 def options() -> dict[str, Option]:
     """Every option by name, in the order of the schema; "$schema" is for editors and no option."""
     return {name: Option(name, rule) for name, rule in schema()["properties"].items() if name != "$schema"}
+
+
+def names_where(test: Callable[[Option], object]) -> tuple[str, ...]:
+    """The names of the options for which it holds, in the order of the schema."""
+    return tuple(name for name, option in options().items() if test(option))
 
 
 def defaults(*situations: str) -> dict[str, Any]:

@@ -16,16 +16,14 @@ from typing import Any
 
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
-from dpo_cli.config.rules import sorts_pairs
-from dpo_cli.config.schema import options
+from dpo_cli.config.schema import names_where, options
 from dpo_cli.config.stages import PLAN_VERSION
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.memory import Bill
-from dpo_cli.hardware.memory_inputs import Settings
-from dpo_cli.models.gguf_header import is_gguf
+from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.shape import model_facts, quantisation_of
 from dpo_cli.models.source import adapter_at
@@ -217,10 +215,7 @@ class Plan:
 
 
 # What the machine, not the user or a default, decides.
-MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-}
+MEASURED = frozenset(names_where(lambda option: option.is_decided))
 
 
 NOT_ON_MPS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")  # optimizers of bitsandbytes, without a Metal kernel
@@ -257,12 +252,9 @@ def resolve(
         if config.gradient_checkpointing == "auto":
             decided["gradient_checkpointing"] = decided["device"] == "cuda"
     else:
-        wanted = settings_of(replace(config, **decided), counts, scoring, longest)
+        wanted = Settings.of(replace(config, **decided), facts, longest_of(counts, scoring, longest))
         has_gb, free_gb = machine.memory_of(decided["device"])
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
-        if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
-            # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
-            wanted = replace(wanted, fused_attention=False)
         as_begun = replace(wanted, is_whole=True) if is_resumed else wanted  # which goes on with its micro-batches
         settings, memory = fit(facts, as_begun, budget_gb, config.gradient_checkpointing)
         if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
@@ -286,31 +278,11 @@ def resolve(
     return Plan(replace(config, **decided), sources, counts, memory, scoring, tuple(notes), day)
 
 
-def settings_of(config: Config, counts: Counts | None, scoring: Scoring, longest: int | None) -> Settings:
-    """What of a config with its device and precision decided makes its memory, with the real lengths once they are counted."""
-    targets = config.target_modules
-    return Settings(
-        batch=config.per_device_train_batch_size,
-        length=counts.longest if counts else min(config.max_seq_length, longest or config.max_seq_length),
-        pair_tokens=counts.longest_pair if counts and scoring.shared else None,
-        response_tokens=counts.longest_responses if counts else None,
-        rank=config.lora_r,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        strategy=config.strategy,
-        reference="adapter" if config.reference == "adapter" else "off" if config.lora_r else "copy",
-        bits=4 if config.use_4bit else 8 if config.use_8bit else None,
-        nested_quantisation=config.use_nested_quant,
-        optimizer=config.optim,
-        bytes_per_value=2 if config.bf16 or config.fp16 else 4,
-        checkpointing=config.gradient_checkpointing is True,
-        fp16=bool(config.fp16),
-        dropout=config.lora_dropout > 0,
-        dora=config.use_dora,
-        whole_modules=tuple(config.modules_to_save or ()),
-        on_gpu=config.device == "cuda",
-        from_gguf=is_gguf(Path(config.model_name)),
-        is_whole=sorts_pairs(config.loss_type),
-    )
+def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
+    """The lengths that decide a run's memory; `expected` is that of the longest sequence before they are counted."""
+    if counts is None:
+        return Longest(expected)
+    return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
 
 
 def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:

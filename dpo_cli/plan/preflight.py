@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
-from dpo_cli.config.schema import defaults, inner_defaults
+from dpo_cli.config.schema import defaults, inner_defaults, names_where
 from dpo_cli.data import findings
 from dpo_cli.data.dataset import Dataset, Observer, epoch_pairs, is_held_out_prompt, read
 from dpo_cli.data.lengths import Lengths
@@ -167,7 +167,7 @@ def _read_data(
     A key in `wrong` was told of already.
     """
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
-    given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
+    given = {key: values[key] for key in names_where(lambda option: option.place == "data") if values.get(key)}
     skip, columns = values.get("on_bad_rows") == "skip", values.get("columns")
     is_sft = STRATEGIES[str(values.get("strategy", defaults()["strategy"]))].rows is DEMONSTRATIONS
     quality, overlap, balance = (
