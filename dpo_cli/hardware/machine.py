@@ -52,6 +52,11 @@ class Machine:
         return "cuda" if self.gpus else "mps" if self.is_apple else "cpu"
 
     @property
+    def has_bf16(self) -> bool:
+        """Whether all of its GPUs compute in bfloat16."""
+        return all(gpu.has_bf16 for gpu in self.gpus)
+
+    @property
     def card(self) -> tuple[float, float, str] | None:
         """(GB in all, GB free, what it is) of the memory that a training here would use; None where there is no GPU."""
         if self.gpus:

@@ -65,7 +65,7 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         message = f'there is no "{config.device}" device on this machine'
         fix = 'leave "device" out, or plan for another machine with --vram'
         yield Problem("warning", "device-missing", message, fix, "device", stops_training=True)
-    if config.bf16 and config.device == "cuda" and not all(gpu.has_bf16 for gpu in machine.gpus):
+    if config.bf16 and config.device == "cuda" and not machine.has_bf16:
         fix = 'leave "bf16" out: fp16 is used'
         yield Problem("warning", "bf16-device", "this GPU has no bfloat16", fix, "bf16", stops_training=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import names_where, options
-from dpo_cli.config.stages import PLAN_VERSION
+from dpo_cli.config.stages import PLAN_VERSION, day_of
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import fit
@@ -216,6 +216,24 @@ class Plan:
 
 # What the machine, not the user or a default, decides.
 MEASURED = frozenset(names_where(lambda option: option.is_decided))
+ON_DEVICE = names_where(lambda option: option.is_decided and option.is_judging)  # the device and its precision
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a run decided when it began, as its plan.json has it. It goes on and is judged with that, whatever is free now."""
+
+    values: Mapping[str, Any]  # of the options that its config left open
+    scoring: Scoring
+    day: date | None  # where the chat template writes it
+
+    @classmethod
+    def of(cls, plan: Mapping[str, Any]) -> Decided:
+        config, sources = plan["config"], plan["sources"]
+        values = {
+            name: config[name] for name in names_where(lambda option: option.is_decided) if sources.get(name) == "measured"
+        }
+        return cls(values, Scoring(**plan["scoring"]), day_of(plan))
 
 
 NOT_ON_MPS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")  # optimizers of bitsandbytes, without a Metal kernel
@@ -298,7 +316,7 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
     device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
     if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
         device = "cpu"
-    has_bf16 = {"cuda": all(gpu.has_bf16 for gpu in machine.gpus), "cpu": machine.has_amx}.get(device, False)
+    has_bf16 = {"cuda": machine.has_bf16, "cpu": machine.has_amx}.get(device, False)
     bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
     fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16
     name = Path(file).stem if file != "-" else "stdin"

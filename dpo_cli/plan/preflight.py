@@ -104,11 +104,13 @@ def inspect(
     with_fit: bool = True,
     rendered_rows: int = 0,
     keep_rows: bool = False,
+    is_begun: bool = False,
 ) -> Inspection:
     """Check config, data, model and hardware together, so that one look shows everything that is wrong.
 
     Without `with_fit` the memory is not judged: a training judges it later, by its real lengths. Up to `rendered_rows` rows go
     through the chat template and the tokenizer; a training does so with all of them, later, and has them kept (`keep_rows`).
+    The plan of a run that was begun (`is_begun`) keeps what it decided.
     """
     found = list(loaded.problems)
     wrong = {problem.key for problem in found if problem.severity == "error"}
@@ -126,7 +128,7 @@ def inspect(
     plan = None
     draft = loaded.draft()
     if draft.config is not None and not damaged:
-        plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None)
+        plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None, is_resumed=is_begun)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
         found += map(loaded.placed, adapter_start.problems(draft, plan.run_dir))
         found += map(loaded.placed, _model_problems(plan))
