@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from dpo_cli.config import rules
-from dpo_cli.config.rules import Rule, Values
-from dpo_cli.config.schema import names_where, options, profile_defaults
+from dpo_cli.config.rules import Rule
+from dpo_cli.config.schema import Values, names_where, options, profile_defaults
 from dpo_cli.errors import Problem
 from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.sft import SFT

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, make_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dpo_cli.config.schema import options
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def _to_json(self: Any) -> dict[str, Any]:
+
+def _to_json(self: DataclassInstance) -> dict[str, object]:
     return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def _replaced(self: Any, values: Mapping[str, object]) -> object:
+def _replaced(self: DataclassInstance, values: Mapping[str, object]) -> object:
     return replace(self, **values)
 
 

@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.config import augment_rules
 from dpo_cli.config.other_tools import as_here
-from dpo_cli.config.schema import names_where, options, same
+from dpo_cli.config.schema import Values, names_where, options, same
 from dpo_cli.errors import Problem
 
-Values = Mapping[str, Any]
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
 POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
@@ -281,10 +279,11 @@ def targets_are_a_pattern(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "bad-regex", f"target_modules is no regular expression: {error}", fix, "target_modules")
 
 
-def _same_place(one: Any, other: Any) -> bool:
+def _same_place(one: object, other: object) -> bool:
     """Whether two values name the same file or folder, however they are written."""
-    both = isinstance(one, str) and isinstance(other, str)
-    return one == other is not None or (both and os.path.realpath(one) == os.path.realpath(other))
+    if isinstance(one, str) and isinstance(other, str):
+        return one == other or os.path.realpath(one) == os.path.realpath(other)
+    return one == other is not None
 
 
 def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:

@@ -80,7 +80,7 @@ class Adapted:
         share = f"{self.trained:,} weights, {self.trained / self.weights:.2%} of the model's"
         return "; ".join([*kinds, share]) if self.layers else f"every one of {self.weights:,} weights"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "notes"}
 
 
@@ -200,7 +200,7 @@ class Plan:
         """Whether the last step comes before the learning rate is reached."""
         return self.warmup_over(self.total_steps) >= self.total_steps
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "plan_version": PLAN_VERSION,
             "config": self.config.to_json(),
@@ -223,7 +223,7 @@ ON_DEVICE = names_where(lambda option: option.is_decided and option.is_judging) 
 class Decided:
     """What a run decided when it began, as its plan.json has it. It goes on and is judged with that, whatever is free now."""
 
-    values: Mapping[str, Any]  # of the options that its config left open
+    values: Mapping[str, object]  # of the options that its config left open
     scoring: Scoring
     day: date | None  # where the chat template writes it
 
@@ -257,10 +257,10 @@ def resolve(
     """
     config = loaded.require()
     start, notes = started(loaded, config)
-    decided = {**_decided(replace(config, **start), loaded.file, machine, on_gpu=vram_gb is not None), **start}
+    now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
     is_merged = bool(notes) and start["reference"] == "base"  # then the weights are plain numbers
     if (stored := quantisation_of(config.model_name)) is not None and not is_merged and stored.bits in OPTIONS:
-        decided[OPTIONS[stored.bits]] = True
+        now = now.replaced({OPTIONS[stored.bits]: True})
         notes.append(f"the files of the model hold {stored.bits}-bit weights: they are trained on as they are")
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
@@ -268,20 +268,20 @@ def resolve(
     if facts is None:
         notes.append("the shape of this model is not known here, so there is no memory bill")
         if config.gradient_checkpointing == "auto":
-            decided["gradient_checkpointing"] = decided["device"] == "cuda"
+            now = replace(now, gradient_checkpointing=now.device == "cuda")
     else:
-        wanted = Settings.of(replace(config, **decided), facts, longest_of(counts, scoring, longest))
-        has_gb, free_gb = machine.memory_of(decided["device"])
+        wanted = Settings.of(now, facts, longest_of(counts, scoring, longest))
+        has_gb, free_gb = machine.memory_of(now.device)
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
         as_begun = replace(wanted, is_whole=True) if is_resumed else wanted  # which goes on with its micro-batches
         settings, memory = fit(facts, as_begun, budget_gb, config.gradient_checkpointing)
         if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
             lack = f"the run needs {memory.total_gb:.1f} GB, and {free_gb:.1f} are free now"
-            notes.append(f"{lack}: close other programs that use the {decided['device']} device, or it may run out of memory")
+            notes.append(f"{lack}: close other programs that use the {now.device} device, or it may run out of memory")
         factor = wanted.batch // settings.batch
-        decided["gradient_checkpointing"] = settings.checkpointing
-        decided["per_device_train_batch_size"] = settings.batch
-        decided["gradient_accumulation_steps"] = config.gradient_accumulation_steps * factor
+        accumulation = config.gradient_accumulation_steps * factor
+        now = replace(now, per_device_train_batch_size=settings.batch, gradient_accumulation_steps=accumulation)
+        now = replace(now, gradient_checkpointing=settings.checkpointing)
         if factor > 1 and memory.fits is not False:
             notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
         if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
@@ -289,11 +289,10 @@ def resolve(
                 f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, and its parts have another"
             )
     notes += _slow_default(config, loaded)
-    changed = {key for key, value in decided.items() if getattr(config, key) != value}
     sources: dict[str, Source] = {**loaded.sources}
-    sources |= dict.fromkeys(changed & MEASURED, "measured")
+    sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
-    return Plan(replace(config, **decided), sources, counts, memory, scoring, tuple(notes), day)
+    return Plan(now, sources, counts, memory, scoring, tuple(notes), day)
 
 
 def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
@@ -311,8 +310,8 @@ def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:
         yield f"learning_rate is the documented default {config.learning_rate:g}: {learns}"
 
 
-def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[str, Any]:
-    """The values of open choices. Paths become absolute, so that plan.json works from any folder."""
+def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Config:
+    """The config with its open choices made. Paths become absolute, so that plan.json works from any folder."""
     device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
     if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
         device = "cpu"
@@ -320,20 +319,28 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[
     bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
     fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16
     name = Path(file).stem if file != "-" else "stdin"
-    return {
-        "device": device,
-        "bf16": bf16,
-        "fp16": fp16,
-        "lora_alpha": config.lora_alpha or 2 * config.lora_r or None,
-        "output_dir": str(Path(config.output_dir or Path("runs") / name).absolute()),
-        "dataset": _absolute(config.dataset),
-        "eval_dataset": _absolute(config.eval_dataset) if config.eval_dataset else None,
-        "model_name": str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
-    }
+    return replace(
+        config,
+        device=device,
+        bf16=bf16,
+        fp16=fp16,
+        lora_alpha=config.lora_alpha or 2 * config.lora_r or None,
+        output_dir=str(Path(config.output_dir or Path("runs") / name).absolute()),
+        dataset=_absolute(config.dataset),
+        eval_dataset=_absolute(config.eval_dataset) if config.eval_dataset else None,
+        model_name=str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
+    )
 
 
-def _absolute(dataset: str | list[Any]) -> Any:
+def _absolute(dataset: str | list[object]) -> str | list[object]:
     """The paths of a dataset, each absolute."""
     if isinstance(dataset, str):
-        return dataset if not dataset or is_hub_id(dataset) else str(Path(dataset).absolute())
-    return [{**entry, "path": _absolute(entry["path"])} if isinstance(entry, dict) else _absolute(entry) for entry in dataset]
+        return _absolute_path(dataset)
+    return [
+        {**entry, "path": _absolute_path(entry["path"])} if isinstance(entry, dict) else _absolute_path(str(entry))
+        for entry in dataset
+    ]
+
+
+def _absolute_path(name: str) -> str:
+    return name if not name or is_hub_id(name) else str(Path(name).absolute())

@@ -27,7 +27,7 @@ from dpo_cli.models.source import adapter_at, foundation
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.plan.plan import Plan, resolve
-from dpo_cli.storage.jsonio import read_shared_json
+from dpo_cli.storage.jsonio import read_object
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
 
@@ -59,7 +59,7 @@ class Data:
         for rows in filter(None, (self.train, self.held_out)):
             rows.require_unchanged()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {**self.train.to_json(), **self.said, "held_out": self.held_out.to_json() if self.held_out else None}
 
 
@@ -213,7 +213,7 @@ def _tokenizer_of(model_name: str) -> tuple[Tokenizer | None, int | None]:
     folder = Path(foundation(model_name))
     try:
         adapter = adapter_at(model_name)
-        config: dict[str, Any] = read_shared_json(folder / "config.json")
+        config = read_object(folder / "config.json")
     except (OSError, ValueError):  # no folder of a model; what is wrong with one is a problem of model_name
         return None, None
     from dpo_cli.data.tokenizer import Tokenizer
