@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders import judged_json
 from conftest import made_row
 
-from dpo_cli.commands.eval import evaluate
 from dpo_cli.commands.requests import Request
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
@@ -392,7 +392,7 @@ def test_a_run_goes_on_and_is_judged_with_what_it_decided(go: Go, tmp_path: Path
     assert opened.plan.config.replaced({"output_dir": begun["config"]["output_dir"]}).to_json() == begun["config"]
     assert open_run.load_policy(opened, Console())[1].scoring == Decided.of(begun).scoring
     evaluation = json.loads((tmp_path / "whole" / "evaluation.json").read_text(encoding="utf-8"))
-    assert evaluate(Request(str(tmp_path / "whole")), Console())["policy"] == evaluation["policy"]
+    assert judged_json(Request(str(tmp_path / "whole")), Console())["policy"] == evaluation["policy"]
     assert open_run.open_run(str(tmp_path / "whole"), None, Console(), ["device=auto"]).plan.dtype == "float32"
 
 
