@@ -24,7 +24,7 @@ from typing import Any
 import baseline
 import torch
 from baseline import Column, Table
-from step_memory import random_model, step_peak, trainer_for, with_lengths
+from step_memory import billed, plan_of, random_model, step_peak, trainer_for
 from transformers import LlamaConfig, PreTrainedModel
 
 from dpo_cli.hardware.machine import GIB
@@ -72,21 +72,23 @@ def config_of(facts: ModelFacts) -> LlamaConfig:
     return LlamaConfig(**shape, vocab_size=facts.vocab_size, tie_word_embeddings=facts.tie_word_embeddings)
 
 
-def measure(model: PreTrainedModel, facts: ModelFacts, settings: Settings, shared: bool, device: str) -> dict[str, Any]:
+def measure(
+    model: PreTrainedModel, facts: ModelFacts, settings: Settings, shared: bool, device: str, place: Path
+) -> dict[str, Any]:
     """One row: the bill of the settings and what torch allocated at its most, in GB."""
     response = max(2, int(RESPONSE_SHARE * settings.length))
     prompt = settings.length - response
-    known = with_lengths(settings, prompt, response, shared)
+    plan = plan_of(settings, settings.length, shared, device, place)
+    known = billed(plan, facts, prompt, response)
     parts = {name: size / GIB for name, size in components(facts, replace(known, on_gpu=False)).items()}
     row: dict[str, Any] = {"settings": known, "shared": shared, "predicted_gb": sum(parts.values())}
     model.gradient_checkpointing_disable()
     trainer = None
     try:
-        with tempfile.TemporaryDirectory() as place:
-            trainer = trainer_for(model, known, prompt, response, device, Path(place))
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            row["step_gb"] = step_peak(trainer, device) / GIB
+        trainer = trainer_for(model, known, plan, prompt, response, device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        row["step_gb"] = step_peak(trainer, device) / GIB
         if device == "cuda":
             row["measured_gb"] = torch.cuda.max_memory_allocated() / GIB
             row["reserved_gb"] = torch.cuda.max_memory_reserved() / GIB
@@ -122,7 +124,9 @@ def rows(device: str, deadline: float) -> Iterator[dict[str, Any]]:
                 if time.monotonic() > deadline:
                     break
                 smaller = replace(settings, length=settings.length // 8) if device == "cpu" else settings
-                yield {**about, **measure(model, facts, replace(smaller, bits=bits), shared, device)}
+                with tempfile.TemporaryDirectory() as place:
+                    measured = measure(model, facts, replace(smaller, bits=bits), shared, device, Path(place))
+                yield {**about, **measured}
             del model
             gc.collect()
 

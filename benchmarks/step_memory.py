@@ -46,9 +46,9 @@ from dpo_cli.data.rows import Pair
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.memory import components
-from dpo_cli.hardware.memory_inputs import Settings
-from dpo_cli.models.shape import config_facts
-from dpo_cli.plan.plan import resolve
+from dpo_cli.hardware.memory_inputs import Longest, Settings
+from dpo_cli.models.shape import ModelFacts, config_facts
+from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.scoring import shared_prompts
 from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
@@ -89,23 +89,33 @@ def _quantise(model: PreTrainedModel, settings: Settings) -> None:
             made.support_avx512bf16_for_cpu = False
 
 
+def plan_of(settings: Settings, length: int, shared: bool, device: str, place: Path) -> Plan:
+    """The plan of `dpo train` for a config that has these settings, and sequences of this length."""
+    half, targets = settings.bytes_per_value == 2, settings.target_modules
+    values = {"model_name": "random/model", "dataset": "none.jsonl", "output_dir": str(place / "run"), "device": device}
+    values |= {"bf16": half, "fp16": False, "gradient_checkpointing": settings.checkpointing, "prompt_sharing": shared}
+    values |= {"strategy": settings.strategy, "optim": settings.optimizer, "max_steps": 1, "max_seq_length": length}
+    values |= {"per_device_train_batch_size": settings.batch, "gradient_accumulation_steps": 2, "lora_r": settings.rank}
+    values |= {"lora_dropout": DROPOUT if settings.dropout else 0.0, "use_dora": settings.dora}
+    values |= {"use_4bit": settings.bits == 4, "use_8bit": settings.bits == 8, "use_nested_quant": settings.nested_quantisation}
+    values |= {"target_modules": targets if isinstance(targets, str) else list(targets)}
+    file = place / "config.json"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    return resolve(load(str(file)), probe())
+
+
+def billed(plan: Plan, facts: ModelFacts, prompt: int, response: int) -> Settings:
+    """What the bill of a plan is made from where all pairs have these lengths."""
+    scored = response if plan.config.strategy == "sft" else 2 * response - 1
+    pair = prompt + scored if plan.config.prompt_sharing is True else None
+    return Settings.of(plan.config, facts, Longest(prompt + response, pair, scored))
+
+
 def trainer_for(
-    model: PreTrainedModel, settings: Settings, prompt: int, response: int, device: str, place: Path
+    model: PreTrainedModel, settings: Settings, plan: Plan, prompt: int, response: int, device: str
 ) -> CarefulTrainer:
     """The trainer of `dpo train` on random pairs of these lengths, for two micro-batches."""
-    is_shared = settings.pair_tokens is not None
-    (shared_prompts.enable if is_shared else shared_prompts.disable)(model)
-    half = settings.bytes_per_value == 2
-    values = {"model_name": "random/model", "dataset": "none.jsonl", "output_dir": str(place / "run"), "device": device}
-    values |= {"bf16": half, "fp16": False, "gradient_checkpointing": settings.checkpointing, "prompt_sharing": is_shared}
-    values |= {
-        "strategy": settings.strategy,
-        "per_device_train_batch_size": settings.batch,
-        "gradient_accumulation_steps": 2,
-        "lora_r": settings.rank,
-    }
-    file = place / "config.json"
-    file.write_text(json.dumps({**values, "max_steps": 1, "optim": settings.optimizer}), encoding="utf-8")
+    (shared_prompts.enable if plan.config.prompt_sharing is True else shared_prompts.disable)(model)
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
@@ -128,7 +138,7 @@ def trainer_for(
     )
     backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
-    plan, frozen = resolve(load(str(file)), probe()), None
+    frozen = None
     if not settings.rank:
         adapter, frozen = None, copy.deepcopy(model) if settings.strategy == "dpo" else None
     build = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}[settings.strategy]
@@ -181,20 +191,14 @@ def step_peak(trainer: Any, device: str) -> int:
     return int(peaks[0])
 
 
-def with_lengths(settings: Settings, prompt: int, response: int, shared: bool) -> Settings:
-    """The settings with what the plan would know of pairs of these lengths."""
-    scored = response if settings.strategy == "sft" else 2 * response - 1
-    return replace(settings, length=prompt + response, pair_tokens=prompt + scored if shared else None, response_tokens=scored)
-
-
 def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response: int, shared: bool) -> tuple[float, int]:
     """(predicted, measured) bytes of activations and scoring on this CPU."""
-    settings = with_lengths(settings, prompt, response, shared)
     facts = config_facts(config.to_dict())
     assert facts is not None
-    parts = components(facts, settings)
     with tempfile.TemporaryDirectory() as place:
-        trainer = trainer_for(random_model(config, settings, "cpu"), settings, prompt, response, "cpu", Path(place))
+        plan = plan_of(settings, prompt + response, shared, "cpu", Path(place))
+        parts = components(facts, billed(plan, facts, prompt, response))
+        trainer = trainer_for(random_model(config, settings, "cpu"), settings, plan, prompt, response, "cpu")
         return parts["activations"] + parts["scoring"], step_peak(trainer, "cpu")
 
 

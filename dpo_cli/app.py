@@ -143,7 +143,8 @@ def _request(console: Console, vram: float | None, model: str | None, dataset: s
             raise UsageError("there is no GPU on this machine", "say what to plan for, for example --vram 12")
         total_gb, free_gb, what = machine.card
         console.line(f"this machine: {what}")
-        asked = replace(asked, vram_gb=total_gb, free_gb=free_gb, is_apple=machine.is_apple and not machine.gpus)
+        is_apple = machine.is_apple and not machine.gpus
+        asked = replace(asked, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
     if dataset is None:
         return asked
     lengths = lengths_of(dataset, ModelSource.of(model or ""))

@@ -43,6 +43,7 @@ def annotation(option: Option) -> str:
 def stub() -> str:
     fields = "\n".join(f"    {name}: {annotation(option)}" for name, option in options().items())
     return f"""# Written by `make reference` from schema.json.
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +51,7 @@ from typing import Any, Literal
 class Config:
 {fields}
 
+    def replaced(self, values: Mapping[str, object]) -> Config: ...
     def to_json(self) -> dict[str, Any]: ...
 """
 

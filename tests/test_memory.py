@@ -18,13 +18,15 @@ from dpo_cli.config.config import load
 from dpo_cli.errors import DoesNotFit, InvalidInput
 from dpo_cli.hardware import activations
 from dpo_cli.hardware.fit import fit, largest_model, savings
-from dpo_cli.hardware.machine import GIB, Machine, amd_gpus
+from dpo_cli.hardware.machine import GIB, Gpu, Machine, amd_gpus
 from dpo_cli.hardware.memory import NF4_BYTES, bill, components
 from dpo_cli.hardware.memory_inputs import Settings
-from dpo_cli.hardware.recommend import CARDS, MARGIN, Request, profiles, recommend
+from dpo_cli.hardware.recommend import CARDS, MARGIN, Recommendation, Request, profiles, recommend
 from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.source import ModelSource
+from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import inspect
+from dpo_cli.strategies.strategies import STRATEGIES
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import step_memory
@@ -278,6 +280,36 @@ def test_every_model_on_every_card_is_valid_or_named_too_large(vram: float, tmp_
         found = inspect(load(str(path)), MACHINE, vram)
         assert [problem.code for problem in found.problems] == ["missing-key"], name
         assert found.plan is not None and found.plan.memory is not None and found.plan.memory.fits
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("vram", [8.0, 12.0, 24.0])
+def test_a_recommendation_is_billed_as_validate_bills_it(vram: float, strategy: str, tmp_path: Path) -> None:
+    """Component by component, in each profile."""
+    for model in (None, "Qwen/Qwen2.5-1.5B-Instruct"):
+        made = recommend(Request(vram, model, strategy=strategy))
+        plan = _validated(made, tmp_path, MACHINE, vram)
+        assert plan.memory is not None and plan.memory.components == made.memory.components
+        assert plan.memory.host_gb == made.memory.host_gb
+
+
+@pytest.mark.parametrize("gpu", [Gpu("T4", 15.0, 14.5, 7.5), Gpu("4080", 16.0, 15.5, 8.9), None])
+def test_a_recommendation_for_this_machine_is_billed_as_its_plan(gpu: Gpu | None, tmp_path: Path) -> None:
+    """On a card without bfloat16, on one with it, and on Apple's memory."""
+    machine = replace(MACHINE, gpus=(gpu,) if gpu else (), is_apple=gpu is None)
+    assert machine.card is not None
+    asked = Request(machine.card[0], free_gb=machine.card[1], is_apple=gpu is None, has_bf16=gpu is None or gpu.has_bf16)
+    plan = _validated(made := recommend(asked), tmp_path, machine)
+    assert plan.memory is not None and plan.memory.components == made.memory.components
+
+
+def _validated(made: Recommendation, place: Path, machine: Machine, vram: float | None = None) -> Plan:
+    """The plan of a recommended config."""
+    path = place / "config.json"
+    path.write_text(json.dumps(made.config), encoding="utf-8")
+    plan = inspect(load(str(path)), machine, vram).plan
+    assert plan is not None
+    return plan
 
 
 def test_recommend_uses_the_lengths_of_the_data() -> None:

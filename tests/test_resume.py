@@ -16,15 +16,18 @@ from typing import Any
 
 import pytest
 import torch
+from builders import judged_json
 from conftest import made_row
 
+from dpo_cli.commands.requests import Request
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
 from dpo_cli.hardware.machine import Machine, probe
 from dpo_cli.plan import feasibility
-from dpo_cli.plan.plan import Counts, Scoring, resolve
+from dpo_cli.plan.plan import Counts, Decided, Scoring, resolve
 from dpo_cli.plan.preflight import inspect
+from dpo_cli.runs import open_run
 from dpo_cli.runs.resume import _weights
 from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.training import trainer as trainers
@@ -360,6 +363,37 @@ def test_a_run_goes_on_with_the_batch_that_it_began_with_whatever_memory_there_i
     assert "start anew with --overwrite" in str(caught.value.problems[0].fix)
     gone_on, _ = go("stopped", gradient_checkpointing="auto", machine=tight)
     assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
+
+
+def test_a_run_goes_on_and_is_judged_with_what_it_decided(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun where bfloat16 is fast and memory is plenty; a new run on the other machine decides both otherwise."""
+    left_open = {"device": "auto", "bf16": None, "fp16": None, "gradient_checkpointing": "auto"}
+    here = replace(probe(), has_amx=True)
+    whole, _ = go("whole", machine=here, **left_open)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stopping(patched, partial(is_line, step=5, split="train"), kill)
+        go("stopped", machine=here, **left_open)
+    begun = json.loads((tmp_path / "whole" / "plan.json").read_text(encoding="utf-8"))
+    settled = partial(resolve, load(str(tmp_path / "whole.json")), counts=Counts(**begun["counts"]))
+    need = settled(here, scoring=Scoring(**begun["scoring"])).memory
+    assert need is not None
+    other = replace(here, has_amx=False, memory_gb=1.0001 * need.total_gb)
+    fresh = settled(other, scoring=Scoring(**begun["scoring"]))
+    assert (fresh.dtype, fresh.config.gradient_checkpointing) == ("float32", True)
+
+    gone_on, _ = go("stopped", machine=other, **left_open)
+    assert gone_on["adapter_sha256"] == whole["adapter_sha256"] and gone_on["eval"] == whole["eval"]
+    again = json.loads((tmp_path / "stopped" / "plan.json").read_text(encoding="utf-8"))
+    assert Decided.of(again) == Decided.of(begun) and again["memory"]["total_gb"] == begun["memory"]["total_gb"]
+    assert Decided.of(begun).values.keys() >= {"device", "bf16", "fp16", "gradient_checkpointing"}
+
+    monkeypatch.setattr(open_run, "probe", lambda: other)
+    opened = open_run.open_run(str(tmp_path / "whole"), None, Console())
+    assert opened.plan.config.replaced({"output_dir": begun["config"]["output_dir"]}).to_json() == begun["config"]
+    assert open_run.load_policy(opened, Console())[1].scoring == Decided.of(begun).scoring
+    evaluation = json.loads((tmp_path / "whole" / "evaluation.json").read_text(encoding="utf-8"))
+    assert judged_json(Request(str(tmp_path / "whole")), Console())["policy"] == evaluation["policy"]
+    assert open_run.open_run(str(tmp_path / "whole"), None, Console(), ["device=auto"]).plan.dtype == "float32"
 
 
 def test_an_unhealthy_run_goes_on_only_where_another_end_is_asked_for(go: Go) -> None:

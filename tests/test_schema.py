@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -73,3 +74,12 @@ def test_the_schema_is_a_schema_that_lies_in_the_package() -> None:
     from jsonschema.validators import Draft202012Validator
 
     Draft202012Validator.check_schema(json.loads(schema_path().read_text(encoding="utf-8")))
+
+
+def test_every_word_of_ours_is_explained_and_read() -> None:
+    """At the top of the schema, and in the module that all others ask."""
+    declared = json.loads(schema_path().read_text(encoding="utf-8"))
+    used = {word for rule in declared["properties"].values() for word in rule if word.startswith("x-")}
+    read = (ROOT / "dpo_cli" / "config" / "schema.py").read_text(encoding="utf-8")
+    assert used == {word for word in re.findall(r"x-[a-z-]+", declared["description"])}
+    assert [word for word in sorted(used) if f'"{word}"' not in read] == []

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import dpo_cli
 from dpo_cli.config.augment_rules import RANK_PARTS
-from dpo_cli.config.schema import inner_defaults
+from dpo_cli.config.schema import inner_defaults, names_where
 from dpo_cli.data.prompts import Prompts
 from dpo_cli.data.rows import Question
 from dpo_cli.data.text_features import plain
@@ -41,10 +41,6 @@ from dpo_cli.ui.console import Console
 
 Options = Mapping[str, Any]  # the parts of the option `augment`
 
-DECIDING = (  # options that decide what is sampled
-    *("seed", "device", "provider", "use_4bit", "use_8bit", "use_chat_template", "max_seq_length"),
-    *("bnb_4bit_quant_type", "bnb_4bit_compute_dtype", "use_nested_quant"),
-)
 COUNTED = {
     "responses": "responses sampled",
     "unanswered": "prompts fill the model's context and have no answer",
@@ -188,7 +184,7 @@ def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> dict[str, A
 def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[str, Any]) -> dict[str, Any]:
     """All that decides what the file holds."""
     config = plan.config
-    shared = {name: getattr(config, name) for name in DECIDING}
+    shared = {name: getattr(config, name) for name in names_where(lambda option: option.is_sampling)}
     return {
         **shared,
         "dtype": plan.dtype,

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dpo_cli.config.schema import names_where
 from dpo_cli.errors import UsageError
 from dpo_cli.evaluation.thresholds import METRICS, OF_VOTES, Threshold, parse
 
 # The options that say how a run is judged, and not how it was trained.
-JUDGING = frozenset({"augment", "kl_prompts", "max_new_tokens", "per_device_eval_batch_size", "device", "bf16", "fp16"})
+JUDGING = frozenset(names_where(lambda option: option.is_judging))
 
 
 @dataclass(frozen=True)

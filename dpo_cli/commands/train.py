@@ -157,9 +157,9 @@ def _trained(
         for note in provider.notes:
             console.line(f"note: {note}")
         with _fitting(plan, loaded):
-            wanted = begun.plan["scoring"]["shared"] if begun else plan.config.prompt_sharing
+            wanted = begun.decided.scoring.shared if begun else plan.config.prompt_sharing
             scoring = choose(base, rows.all, pad_token_id, wanted, provider.no_sharing)
-        scoring = Scoring(**begun.plan["scoring"]) if begun else scoring
+        scoring = begun.decided.scoring if begun else scoring
         plan = _settled(plan, scoring, loaded, machine, console, is_resumed=begun is not None)
         view.predicted_gb = plan.predicted_gb
         run.write_plan({**plan.to_json(), **found})

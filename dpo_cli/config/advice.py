@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from dpo_cli.config import rules
-from dpo_cli.config.rules import Rule, Values
-from dpo_cli.config.schema import options, profile_defaults
+from dpo_cli.config.rules import Rule
+from dpo_cli.config.schema import Values, names_where, options, profile_defaults
 from dpo_cli.errors import Problem
 from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.sft import SFT
@@ -107,7 +107,7 @@ def something_is_held_out(values: Values, given: Values) -> Iterator[Problem]:
 def within_the_profile(values: Values, given: Values) -> Iterator[Problem]:
     profile = values.get("compute_specs")
     documented_values = profile_defaults(str(profile))
-    for name in documented_values.keys() & {"per_device_train_batch_size", "lora_r", "max_seq_length"}:
+    for name in documented_values.keys() & names_where(lambda option: option.memory == "more"):
         documented, value = documented_values[name], values.get(name)
         if name in given and value is not None and value > documented:
             message = f"{name} {value} is more than the {documented} documented for {profile}"

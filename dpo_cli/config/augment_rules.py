@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from dpo_cli.config.schema import inner_defaults
+from dpo_cli.config.schema import Values, inner_defaults
 from dpo_cli.errors import Problem
-
-Values = Mapping[str, Any]
 
 # What a rank needs, and no other does.
 RANK_PARTS = {"regex": ("pattern",), "reward": ("reward_model",), "judge": ("judge_url", "judge_model", "criterion")}

@@ -101,7 +101,7 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
     if OF_A_MODEL & values.keys() and {"dataset", "model_name"}.isdisjoint(values):
         model = "MODEL_FOLDER" if path == "-" else str(Path(path).parent)
         return [Loaded(path, {}, {}, {}, (_of_a_model(path, model),))]
-    return [_checked(written, document) for written in stages.written(path, document, changes)]
+    return [_checked(written, document) for written in stages.written(path, values, document, changes)]
 
 
 def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:
@@ -129,16 +129,16 @@ def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:
 
 
 def _resolved(
-    given: Mapping[str, Any], changes: Mapping[str, Any], origin: Mapping[str, Any]
+    given: Mapping[str, object], changes: Mapping[str, object], origin: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Source]]:
     """The values with the defaults of their strategy and profile, and where each came from; in a plan, `origin` says it."""
     strategy, profile = (str(given.get(key)) for key in ("strategy", "compute_specs"))
-    read_as: dict[str, Any] = {}
+    read_as: dict[str, object] = {}
     if strategy == "qlora":
         read_as = {"strategy": "sft", "use_4bit": given.get("use_4bit", True)}
     elif given.get("use_8bit") is True and "use_4bit" not in given:
         read_as = {"use_4bit": False}  # rather than what a profile says
-    values = {**defaults(str(read_as.get("strategy", strategy)), profile), **given, **read_as}
+    values: dict[str, Any] = {**defaults(str(read_as.get("strategy", strategy)), profile), **given, **read_as}
     values.pop("$schema", None)
     sources: dict[str, Source] = dict.fromkeys(values, "default")
     sources |= dict.fromkeys(profile_defaults(profile), "profile")
@@ -150,17 +150,17 @@ def _resolved(
     return values, sources
 
 
-def _says_default(key: str, value: Any) -> bool:
+def _says_default(key: str, value: object) -> bool:
     return key in options() and any(same(value, word) for word in options()[key].unset)
 
 
-def _at_home(key: str, value: Any) -> Any:
+def _at_home(key: str, value: object) -> object:
     """A path with its ~ expanded."""
-    is_path = key in ("model_name", "dataset", "eval_dataset", "output_dir") and isinstance(value, str)
-    return str(Path(value).expanduser()) if is_path and value.startswith("~/") else value
+    is_path = key in options() and options()[key].place is not None
+    return str(Path(value).expanduser()) if is_path and isinstance(value, str) and value.startswith("~/") else value
 
 
-def _not_an_object(path: str, value: Any) -> Problem:
+def _not_an_object(path: str, value: object) -> Problem:
     row = value[0] if isinstance(value, list) and value else value
     is_data = isinstance(row, dict) and PAIR_KEYS & row.keys()
     fix = 'this looks like a dataset: name it in the "dataset" of a config' if is_data else 'write { "dataset": "..." }'
@@ -217,9 +217,9 @@ def is_override(word: str) -> bool:
     return re.match(r"[A-Za-z_]\w*=", word) is not None and not os.path.exists(word)
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
     """`key=value` words to values: JSON where it parses (5e-5, true, ["q_proj"]), else the text itself."""
-    parsed: dict[str, Any] = {}
+    parsed: dict[str, object] = {}
     for word in overrides:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -230,7 +230,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return parsed
 
 
-def _normalised(values: Mapping[str, Any]) -> dict[str, Any]:
+def _normalised(values: Mapping[str, object]) -> dict[str, Any]:
     """3.0 is an integer to JSON schema; make it one for Python too."""
     whole = {name for name, option in options().items() if "integer" in option.rule.get("type", "")}
     return {key: int(value) if key in whole and isinstance(value, float) else value for key, value in values.items()}

@@ -18,11 +18,12 @@ from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from dpo_cli.errors import Problem
 
 Path = tuple[str | int, ...]
+Container = list[object] | dict[str, object]
 
 MAX_DEPTH = 64
 MAX_PROBLEMS = 100  # a text with more is no JSON at all
@@ -61,7 +62,7 @@ class Document:
     the end.
     """
 
-    value: Any
+    value: object
     positions: dict[Path, tuple[int, int]]
     problems: tuple[Problem, ...] = ()
     damaged: frozenset[Path] = frozenset()
@@ -78,11 +79,11 @@ class _Scanner:
         self.line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
         self.positions: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
-        self.root: list[Any] = []  # holds the document's value
+        self.root: list[object] = []  # holds the document's value
         self.damaged: set[Path] = set()
         self.complete = False
         self.last: Path = ()  # of the value read last
-        self.open: list[tuple[Any, Path]] = [(self.root, ())]  # containers that are not closed yet, each with its path
+        self.open: list[tuple[Container, Path]] = [(self.root, ())]  # that are not closed yet, each with its path
 
     def document(self) -> None:
         """Read values into their containers until the document is complete."""
@@ -101,7 +102,7 @@ class _Scanner:
             where = () if container is self.root else (*path, key)
             value = self.value(where)
             if isinstance(container, dict):
-                container[key] = value
+                container[str(key)] = value
             else:
                 container.append(value)
             if not isinstance(value, dict | list):
@@ -111,7 +112,7 @@ class _Scanner:
             else:
                 self.stop("json-depth", f"nested deeper than {MAX_DEPTH} levels", "a config is flat")
 
-    def key(self, container: dict[str, Any]) -> str:
+    def key(self, container: dict[str, object]) -> str:
         quoted = self.peek() == '"'
         at = self.at
         key = self.string() if quoted else self.unquoted_key()
@@ -142,7 +143,7 @@ class _Scanner:
         self.at = match.end()
         return key
 
-    def value(self, where: Path) -> Any:
+    def value(self, where: Path) -> object:
         """The scalar at the cursor, or a container that is still to be filled."""
         char = self.peek()
         self.positions[where] = self.position(self.at)
@@ -152,7 +153,7 @@ class _Scanner:
             return {} if char == "{" else []
         return self.string(where) if char == '"' else self.word(where)
 
-    def separator(self, container: Any) -> None:
+    def separator(self, container: Container) -> None:
         """What must follow a complete value in `container`: a comma, or its end."""
         closing = "}" if isinstance(container, dict) else "]"
         if container is self.root or self.take(",") or self.peek() == closing:
@@ -165,7 +166,7 @@ class _Scanner:
         fix = OTHER_SIGNS.get(char, "add the comma or bracket")
         self.stop("json-syntax", f"expected ',' or the closing bracket, found {found}", fix)
 
-    def string(self, where: Path | None = None) -> Any:
+    def string(self, where: Path | None = None) -> str:
         match = _STRING.match(self.text, self.at)
         if match is None:
             return self.odd_string(where)
@@ -194,7 +195,7 @@ class _Scanner:
         self.at = start + len(closed.group())
         return closed.group()[1:-1]
 
-    def word(self, where: Path) -> Any:
+    def word(self, where: Path) -> object:
         """A number or a constant; null for a word that is neither."""
         if quoted := _SINGLE_QUOTED.match(self.text, self.at):
             fix = f"write {json.dumps(quoted.group()[1:-1])}"
@@ -207,7 +208,7 @@ class _Scanner:
             self.complain("json-syntax", f"a string has no {word} before it", f"delete the {word}", self.at)
             self.at += len(word)
             return self.string(where)
-        value: Any = None
+        value: object = None
         if word in _CONSTANTS:
             value = _CONSTANTS[word]
         elif word.lstrip("+-") in ("NaN", "Infinity", "nan", "inf"):

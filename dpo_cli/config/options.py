@@ -5,14 +5,23 @@ Type checkers read options.pyi instead, which `make reference` writes from the s
 
 from __future__ import annotations
 
-from dataclasses import fields, make_dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import fields, make_dataclass, replace
+from typing import TYPE_CHECKING
 
 from dpo_cli.config.schema import options
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-def _to_json(self: Any) -> dict[str, Any]:
+
+def _to_json(self: DataclassInstance) -> dict[str, object]:
     return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-Config = make_dataclass("Config", list(options()), frozen=True, namespace={"to_json": _to_json, "__module__": __name__})
+def _replaced(self: DataclassInstance, values: Mapping[str, object]) -> object:
+    return replace(self, **values)
+
+
+METHODS = {"to_json": _to_json, "replaced": _replaced}
+Config = make_dataclass("Config", list(options()), frozen=True, namespace={**METHODS, "__module__": __name__})

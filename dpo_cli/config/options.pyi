@@ -1,4 +1,5 @@
 # Written by `make reference` from schema.json.
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,4 +73,5 @@ class Config:
     push_to_hub: bool
     hub_model_id: str | None
 
+    def replaced(self, values: Mapping[str, object]) -> Config: ...
     def to_json(self) -> dict[str, Any]: ...

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.resources import files
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from dpo_cli.config.schema import Option, options, same
 
@@ -22,11 +22,24 @@ LETTERS_A_SLIP = 10  # a name may be one letter off, and one more for so many le
 _DEFAULT_OF = "$loss_type"  # in other_tools.json: the config's own value, which must be one word, or the default
 
 
+# One use of a key: for values that fit the JSON schema `if`, keys and values of ours.
+Case = TypedDict("Case", {"if": NotRequired[Mapping[str, object]], "write": dict[str, object]})
+
+
+class Entry(TypedDict):
+    """What other tools have under some keys, and what is here instead."""
+
+    keys: list[str]
+    why: str
+    cases: NotRequired[list[Case]]
+    over: NotRequired[bool]
+
+
 @functools.cache
-def entries() -> list[dict[str, Any]]:
+def entries() -> list[Entry]:
     """other_tools.json, whose description says what an entry holds."""
     text = files("dpo_cli.config").joinpath("other_tools.json").read_text(encoding="utf-8")
-    loaded: list[dict[str, Any]] = json.loads(text)["entries"]
+    loaded: list[Entry] = json.loads(text)["entries"]
     return loaded
 
 
@@ -36,18 +49,18 @@ def names() -> dict[str, str]:
     return {alias: name for name, option in options().items() for alias in option.known_as}
 
 
-def fits(name: str, value: Any) -> bool:
+def fits(name: str, value: object) -> bool:
     """Whether the value is one that the option declares."""
     return name in options() and _is_valid(options()[name].rule, value)
 
 
-def _is_valid(rule: Mapping[str, Any], value: Any) -> bool:
+def _is_valid(rule: Mapping[str, object], value: object) -> bool:
     from jsonschema.validators import Draft202012Validator
 
     return bool(Draft202012Validator(rule).is_valid(value))
 
 
-def as_here(option: Option, value: Any) -> Any:
+def as_here(option: Option, value: object) -> object:
     """An option's value in this tool's words: "all" layers are "all-linear" here, and names in one text a list."""
     known = option.known_values
     sole = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -55,8 +68,9 @@ def as_here(option: Option, value: Any) -> Any:
         return known[_word(sole)]
     if isinstance(value, list):
         return [known.get(_word(part), part) if isinstance(part, str) else part for part in value]
-    is_names = isinstance(value, str) and re.fullmatch(r"[\w ,]+", value) is not None
-    if is_names and (option.name == "target_modules" or not fits(option.name, value)):  # whose text is a pattern of whole names
+    if not isinstance(value, str) or re.fullmatch(r"[\w ,]+", value) is None:
+        return value
+    if option.name == "target_modules" or not fits(option.name, value):  # whose text is a pattern of whole names
         parts = [part.strip() for part in value.split(",")]
         return parts if fits(option.name, parts) else value
     return value
@@ -66,14 +80,14 @@ def _word(text: str) -> str:
     return re.sub(r"[\s-]", "_", text.strip().lower())
 
 
-def meant_by(given: Mapping[str, Any]) -> set[str]:
+def meant_by(given: Mapping[str, object]) -> set[str]:
     """The options that unknown keys stand for: what is said under another name is not missing as well."""
     unknown = {key: value for key, value in given.items() if key not in options()}
     plain = {names()[key] for key in unknown if key in names()}
     return plain.union(*(_instead(entry, value, given) or () for key, value in unknown.items() if (entry := _entry(key))))
 
 
-def advice(key: str, given: Mapping[str, Any]) -> str:
+def advice(key: str, given: Mapping[str, object]) -> str:
     """What to write instead of a key that is none of ours."""
     if key in names():
         return _other_name(key, names()[key], given)
@@ -89,7 +103,7 @@ def advice(key: str, given: Mapping[str, Any]) -> str:
     return f'did you mean "{meant}"?' if not taken else f'remove the key: did you mean "{meant}"? {taken}'
 
 
-def own_advice(key: str, given: Mapping[str, Any]) -> str | None:
+def own_advice(key: str, given: Mapping[str, object]) -> str | None:
     """What to write for a value that an option of ours has in another tool, None where there is no such use."""
     entry = _entry(key)
     instead = _instead(entry, given[key], given) if entry else None
@@ -112,14 +126,14 @@ def _snake(key: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_")
 
 
-def _entry(key: str) -> dict[str, Any] | None:
+def _entry(key: str) -> Entry | None:
     """The entry of a key in other_tools.json: one that names it before one that only stands for its beginning."""
     named = (entry for entry in entries() if key in entry["keys"])
     like = (entry for entry in entries() if any("*" in name and fnmatch.fnmatchcase(key, name) for name in entry["keys"]))
     return next(named, None) or next(like, None)
 
 
-def _other_name(key: str, name: str, given: Mapping[str, Any]) -> str:
+def _other_name(key: str, name: str, given: Mapping[str, object]) -> str:
     option, value = options()[name], as_here(options()[name], given[key])
     if taken := _taken(key, name, given):
         return f"remove the key: {taken}"
@@ -130,7 +144,7 @@ def _other_name(key: str, name: str, given: Mapping[str, Any]) -> str:
     return f'here it is called "{name}": {option.description}'
 
 
-def _elsewhere(key: str, entry: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def _elsewhere(key: str, entry: Entry, given: Mapping[str, object]) -> str:
     instead = _instead(entry, given[key], given)
     if not instead:
         return f"remove the key: {entry['why']}"
@@ -140,7 +154,7 @@ def _elsewhere(key: str, entry: Mapping[str, Any], given: Mapping[str, Any]) -> 
     return f"write {_written(instead)} instead: {entry['why']}"
 
 
-def _instead(entry: Mapping[str, Any], value: Any, given: Mapping[str, Any]) -> dict[str, Any] | None:
+def _instead(entry: Entry, value: object, given: Mapping[str, object]) -> dict[str, object] | None:
     """Keys and values of ours that say the same as this value; None where none do."""
     sole = value[0] if isinstance(value, list) and len(value) == 1 else value
     fitting = (case["write"] for case in entry.get("cases", ()) if _is_valid(case.get("if", {}), sole))
@@ -149,11 +163,11 @@ def _instead(entry: Mapping[str, Any], value: Any, given: Mapping[str, Any]) -> 
     loss = given.get("loss_type", options()["loss_type"].default())
     if _DEFAULT_OF in json.dumps(written) and not (isinstance(loss, str) and "loss_weights" not in given):
         return None
-    filled: dict[str, Any] = _filled(written, {"$value": sole, _DEFAULT_OF: loss})
-    return filled
+    places = {"$value": sole, _DEFAULT_OF: loss}
+    return {name: _filled(part, places) for name, part in written.items()}
 
 
-def _filled(written: Any, places: Mapping[str, Any]) -> Any:
+def _filled(written: object, places: Mapping[str, object]) -> object:
     if isinstance(written, dict):
         return {name: _filled(part, places) for name, part in written.items()}
     if isinstance(written, list):
@@ -161,7 +175,7 @@ def _filled(written: Any, places: Mapping[str, Any]) -> Any:
     return places.get(written, written) if isinstance(written, str) else written
 
 
-def _taken(key: str, name: str, given: Mapping[str, Any]) -> str:
+def _taken(key: str, name: str, given: Mapping[str, object]) -> str:
     """That the config says already what the key stands for, in words; empty where it does not."""
     others: Iterator[str] = (other for other in given if other != key and names().get(other, other) == name)
     other = next(others, None)
@@ -170,5 +184,5 @@ def _taken(key: str, name: str, given: Mapping[str, Any]) -> str:
     return f'here it is called "{name}"' + (f', which "{other}" stands for too' if other != name else ", which this config has")
 
 
-def _written(values: Mapping[str, Any]) -> str:
+def _written(values: Mapping[str, object]) -> str:
     return ", ".join(f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in values.items())

@@ -9,16 +9,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.config import augment_rules
 from dpo_cli.config.other_tools import as_here
-from dpo_cli.config.schema import options, same
+from dpo_cli.config.schema import Values, names_where, options, same
 from dpo_cli.errors import Problem
 
-Values = Mapping[str, Any]
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
 POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
@@ -151,7 +149,7 @@ def weights_are_of_training(values: Values, given: Values) -> Iterator[Problem]:
 def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("eval_split") != 0 or values.get("eval_dataset") is not None:
         return
-    for name in ("eval_steps", "early_stopping_patience", "split_seed"):
+    for name in names_where(lambda option: option.needs_held_out):
         if given.get(name) is not None:
             message = f"{name} has no effect: nothing is held out"
             yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split": 0.1, for example', name)
@@ -281,15 +279,16 @@ def targets_are_a_pattern(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "bad-regex", f"target_modules is no regular expression: {error}", fix, "target_modules")
 
 
-def _same_place(one: Any, other: Any) -> bool:
+def _same_place(one: object, other: object) -> bool:
     """Whether two values name the same file or folder, however they are written."""
-    both = isinstance(one, str) and isinstance(other, str)
-    return one == other is not None or (both and os.path.realpath(one) == os.path.realpath(other))
+    if isinstance(one, str) and isinstance(other, str):
+        return one == other or os.path.realpath(one) == os.path.realpath(other)
+    return one == other is not None
 
 
 def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:
     place = values.get("output_dir")
-    for name in ("model_name", "dataset", "eval_dataset"):
+    for name in names_where(lambda option: option.place in ("model", "data")):
         if _same_place(place, values.get(name)):
             message = f"output_dir is the {name} itself"
             yield Problem(
@@ -305,7 +304,7 @@ def upload_has_a_place(values: Values, given: Values) -> Iterator[Problem]:
 
 def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Problem]:
     """In "C:\\temp\\new" as Windows shows it, JSON reads a tab and a line break."""
-    for name in ("model_name", "dataset", "eval_dataset", "output_dir"):
+    for name in names_where(lambda option: option.place):
         value = values.get(name)
         if isinstance(value, str) and any(ord(char) < 32 for char in value):
             message = f'"{name}" holds a control character: {json.dumps(value)}'
@@ -313,7 +312,7 @@ def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Proble
 
 
 def paths_fit_the_disk(values: Values, given: Values) -> Iterator[Problem]:
-    for name in ("model_name", "output_dir"):
+    for name in names_where(lambda option: option.place in ("model", "output")):
         value = values.get(name)
         if not isinstance(value, str):
             continue

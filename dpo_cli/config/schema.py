@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.strategies.strategies import STRATEGIES
 
+Values = Mapping[str, Any]  # of a config, by the names of its options
 NAMES = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "array": "a list"} | {
     "object": "an object",
     "null": "null",
@@ -62,19 +63,19 @@ class Option:
         return list(self.rule.get("x-known-as", ()))
 
     @property
-    def known_values(self) -> Mapping[str, Any]:
+    def known_values(self) -> Mapping[str, object]:
         """What other tools write for a value of it, in lower case with _ between words, and that value."""
-        values: Mapping[str, Any] = self.rule.get("x-known-values", {})
+        values: Mapping[str, object] = self.rule.get("x-known-values", {})
         return values
 
     @property
-    def needs(self) -> Mapping[str, list[Any]]:
+    def needs(self) -> Mapping[str, list[object]]:
         """By the name of another option: the values of which it must have one, or this option has no effect."""
-        needs: Mapping[str, list[Any]] = self.rule.get("x-needs", {})
+        needs: Mapping[str, list[object]] = self.rule.get("x-needs", {})
         return needs
 
     @property
-    def unset(self) -> list[Any]:
+    def unset(self) -> list[object]:
         """Values that say the same as leaving the key out."""
         return list(self.rule.get("x-unset", ()))
 
@@ -83,9 +84,49 @@ class Option:
         """Whether a run goes on where its value is another one."""
         return bool(self.rule.get("x-resume", False))
 
+    @property
+    def end(self) -> str | None:
+        """How it ends a training: by its "length", or by a "stop" before that."""
+        return self.rule.get("x-end")
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the machine decides it where a config leaves it open; a run keeps that."""
+        return bool(self.rule.get("x-decided", False))
+
+    @property
+    def place(self) -> str | None:
+        """What it names on the disk: the "model", "data" or the "output"."""
+        return self.rule.get("x-place")
+
+    @property
+    def is_judging(self) -> bool:
+        """Whether it says how a run is judged, and not how it was trained."""
+        return bool(self.rule.get("x-judging", False))
+
+    @property
+    def is_sampling(self) -> bool:
+        """Whether it decides what `dpo augment` samples."""
+        return bool(self.rule.get("x-sampling", False))
+
+    @property
+    def adapter_name(self) -> str | None:
+        """PEFT's name of what an adapter was made with and keeps."""
+        return self.rule.get("x-adapter")
+
+    @property
+    def memory(self) -> str | None:
+        """Whether a larger value of it, or true, takes "more" or "less" memory."""
+        return self.rule.get("x-memory")
+
+    @property
+    def needs_held_out(self) -> bool:
+        """Whether it has an effect only where pairs are held out."""
+        return bool(self.rule.get("x-needs-held-out", False))
+
     def default(self, *situations: str) -> Any:
         """The default under these strategies and profiles."""
-        special: Mapping[str, Any] = self.rule.get("x-default-for", {})
+        special: Mapping[str, object] = self.rule.get("x-default-for", {})
         fitting = [special[name] for name in situations if name in special]
         return fitting[-1] if fitting else self.rule.get("default")
 
@@ -94,7 +135,7 @@ class Option:
         """The default in words, with those that a strategy or a profile changes: "5e-07 (sft 0.0002)"."""
         if "default" not in self.rule:
             return "required"
-        special: Mapping[str, Any] = self.rule.get("x-default-for", {})
+        special: Mapping[str, object] = self.rule.get("x-default-for", {})
         others = ", ".join(f"{name} {json.dumps(value)}" for name, value in special.items())
         return json.dumps(self.default()) + (f" ({others})" if others else "")
 
@@ -104,7 +145,7 @@ class Option:
         not_yet = self.rule.get("x-not-yet", [])
         return "not in this version yet" if not_yet is True else f"not yet: {', '.join(not_yet)}" if not_yet else ""
 
-    def works(self, value: Any) -> bool:
+    def works(self, value: object) -> bool:
         """Whether this version can train with the value."""
         not_yet = self.rule.get("x-not-yet", [])
         return same(value, self.rule.get("default")) if not_yet is True else value not in not_yet
@@ -137,7 +178,7 @@ def inner_defaults(name: str) -> dict[str, Any]:
     return {part: rule["default"] for part, rule in options()[name].rule["properties"].items()}
 
 
-def same(one: Any, other: Any) -> bool:
+def same(one: object, other: object) -> bool:
     """Equality of JSON values: true is not 1."""
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
@@ -148,12 +189,17 @@ def options() -> dict[str, Option]:
     return {name: Option(name, rule) for name, rule in schema()["properties"].items() if name != "$schema"}
 
 
+def names_where(test: Callable[[Option], object]) -> tuple[str, ...]:
+    """The names of the options for which it holds, in the order of the schema."""
+    return tuple(name for name, option in options().items() if test(option))
+
+
 def defaults(*situations: str) -> dict[str, Any]:
     """The default of every option that has one, under these strategies and profiles."""
     return {name: option.default(*situations) for name, option in options().items() if "default" in option.rule}
 
 
-def profile_defaults(profile: str) -> dict[str, Any]:
+def profile_defaults(profile: str) -> dict[str, object]:
     """The documented settings of a hardware profile: the defaults that it alone decides."""
     special = {name: option.rule.get("x-default-for", {}) for name, option in options().items()}
     return {name: values[profile] for name, values in special.items() if profile in values}

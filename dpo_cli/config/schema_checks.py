@@ -19,7 +19,7 @@ Found = tuple[Path, Problem]  # with the path of what is wrong, which may lie wi
 PAIR_KEYS = {"prompt", "chosen", "rejected", "messages", "conversations"}
 
 
-def value_problems(given: Mapping[str, Any]) -> Iterator[Found]:
+def value_problems(given: Mapping[str, object]) -> Iterator[Found]:
     """Unknown keys, values outside of what is declared, and what this version cannot train with yet."""
     from jsonschema.validators import Draft202012Validator
 
@@ -40,7 +40,7 @@ def value_problems(given: Mapping[str, Any]) -> Iterator[Found]:
             yield (option.name,), Problem("warning", "not-yet", message, fix, option.name, stops_training=True)
 
 
-def missing(given: Mapping[str, Any]) -> Iterator[Problem]:
+def missing(given: Mapping[str, object]) -> Iterator[Problem]:
     """What a run needs and the config does not name."""
     for name in schema()["required"]:
         if name not in given:
@@ -48,14 +48,14 @@ def missing(given: Mapping[str, Any]) -> Iterator[Problem]:
             yield Problem("error", "missing-key", f'"{name}" is missing', f'add "{name}": "...". {option.description}', name)
 
 
-def _unknown(key: str, given: Mapping[str, Any]) -> Problem:
+def _unknown(key: str, given: Mapping[str, object]) -> Problem:
     if key in PAIR_KEYS:
         fix = 'put the rows into a .jsonl file, and name it in "dataset"'
         return Problem("error", "data-in-config", f'"{key}" belongs into a dataset, not into a config', fix, key)
     return Problem("error", "unknown-key", f'"{key}" is not an option', other_tools.advice(key, given), key)
 
 
-def _bad_value(name: str, error: ValidationError, given: Mapping[str, Any]) -> Problem:
+def _bad_value(name: str, error: ValidationError, given: Mapping[str, object]) -> Problem:
     """`error` is about the whole value of an option, or about a part of it."""
     option = Option(name, schema()["properties"][name])
     rule: Any = error.schema
@@ -73,7 +73,7 @@ def _bad_value(name: str, error: ValidationError, given: Mapping[str, Any]) -> P
     return Problem("error", "bad-value", message, fix, name)
 
 
-def _better(option: Option, value: Any) -> str:
+def _better(option: Option, value: object) -> str:
     """What to write instead."""
     example = option.rule.get("default")
     here = other_tools.as_here(option, value)

@@ -21,64 +21,63 @@ class Written:
     """A config as it is written: its values, where each stands, and in a plan where each came from."""
 
     path: str
-    values: Mapping[str, Any]
+    values: Mapping[str, object]
     positions: Mapping[jsonc.Path, tuple[int, int]]
-    damaged: frozenset[Any]  # keys whose values could not be read
+    damaged: frozenset[str]  # keys whose values could not be read
     origin: Mapping[str, Any] = field(default_factory=dict)
-    changes: Mapping[str, Any] = field(default_factory=dict)  # of the command line
+    changes: Mapping[str, object] = field(default_factory=dict)  # of the command line
     stage: int | None = None
     foundation: str | None = None
     day: date | None = None  # of a plan
 
 
-def written(path: str, document: jsonc.Document, changes: Mapping[str, Any]) -> list[Written]:
-    """The configs of a document that is an object, with what the command line says over it.
+def written(path: str, values: Mapping[str, object], document: jsonc.Document, changes: Mapping[str, object]) -> list[Written]:
+    """The configs of a document that holds the object `values`, with what the command line says over it.
 
     Of stages, a model and an output_dir said there are those of the file: the model of the first stage, and the folder of all.
     """
-    values: dict[str, Any] = document.value
     whole = Written(path, values, document.positions, _damaged(document, ()), changes=changes)
-    if values.get("plan_version") == PLAN_VERSION and isinstance(values.get("config"), dict):  # repeats its run
-        origin = values["sources"] if isinstance(values.get("sources"), dict) else {}
+    config, origin = values.get("config"), values.get("sources")
+    if values.get("plan_version") == PLAN_VERSION and isinstance(config, dict):  # repeats its run
+        origin = origin if isinstance(origin, dict) else {}
         positions = {key[1:]: where for key, where in document.positions.items() if key[:1] == ("config",)}
         day = day_of(values)
-        return [Written(path, values["config"], positions, _damaged(document, ("config",)), origin, changes, day=day)]
+        return [Written(path, config, positions, _damaged(document, ("config",)), origin, changes, day=day)]
     named = values.get("stages")
     if not isinstance(named, list) or not named or not all(isinstance(stage, dict) for stage in named):
         return [whole]  # with a value of "stages" that the schema refuses, where there is one
     if "strategy" in changes:
         raise UsageError("a strategy on the command line would be that of every stage", "write it into the stages")
     made: list[Written] = []
-    for number in range(len(named)):
-        made.append(_stage(document, path, number, made[-1] if made else None, changes))
+    for number, own in enumerate(named):
+        made.append(_stage(whole, document, own, number, made[-1] if made else None))
     return made
 
 
-def day_of(plan: Mapping[str, Any]) -> date | None:
+def day_of(plan: Mapping[str, object]) -> date | None:
     """The day of the run that a plan.json is of, where its chat template writes the date."""
     try:
-        return date.fromisoformat(plan["day"])
+        return date.fromisoformat(str(plan["day"]))
     except (KeyError, TypeError, ValueError):  # a plan without one
         return None
 
 
-def _stage(document: jsonc.Document, path: str, number: int, before: Written | None, changes: Mapping[str, Any]) -> Written:
+def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], number: int, before: Written | None) -> Written:
     """The stage's own values over those of the file that belong to its strategy.
 
     It trains on what the stage before left, unless it names a model; its run directory is a folder of the file's.
     """
-    own, place = document.value["stages"][number], ("stages", number)
-    strategy = str(own.get("strategy", document.value.get("strategy", defaults()["strategy"])))
+    path, changes, place = whole.path, whole.changes, ("stages", number)
+    strategy = str(own.get("strategy", whole.values.get("strategy", defaults()["strategy"])))
     read_as = "sft" if strategy == "qlora" else strategy
     shared = {
         key: value
-        for key, value in document.value.items()
+        for key, value in whole.values.items()
         if key != "stages" and (key not in options() or read_as in options()[key].strategies or read_as not in STRATEGIES)
     }
     values = {**shared, **own}
-    root = Path(
-        changes.get("output_dir") or shared.get("output_dir") or Path("runs") / (Path(path).stem if path != "-" else "stdin")
-    )
+    folder = changes.get("output_dir") or shared.get("output_dir")
+    root = Path(str(folder)) if folder else Path("runs") / (Path(path).stem if path != "-" else "stdin")
     values["output_dir"] = own.get("output_dir") or str(root / f"{number + 1}-{strategy}")
     foundation = None
     if before is not None and "model_name" not in own:
@@ -93,6 +92,6 @@ def _stage(document: jsonc.Document, path: str, number: int, before: Written | N
     return Written(path, values, positions, damaged, {}, own_changes, number + 1, foundation)
 
 
-def _damaged(document: jsonc.Document, within: tuple[Any, ...]) -> frozenset[Any]:
+def _damaged(document: jsonc.Document, within: jsonc.Path) -> frozenset[str]:
     depth = len(within)
-    return frozenset(place[depth] for place in document.damaged if len(place) > depth and place[:depth] == within)
+    return frozenset(str(place[depth]) for place in document.damaged if len(place) > depth and place[:depth] == within)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpo_cli.config.schema import names_where
 from dpo_cli.data import files, folders, hub_datasets
 from dpo_cli.data.column_use import Account
 from dpo_cli.data.columns import Columns
@@ -186,8 +187,8 @@ def _entries(value: Named) -> list[tuple[str, float]]:
 
 def hub_ids(values: Mapping[str, Any]) -> list[str]:
     """The datasets of a valid config that are on the hub."""
-    named = [values[key] for key in ("dataset", "eval_dataset") if values.get(key)]
-    return [path for value in named for path, _ in _entries(value) if hub_datasets.is_hub_id(path)]
+    given = [values[key] for key in names_where(lambda option: option.place == "data") if values.get(key)]
+    return [path for value in given for path, _ in _entries(value) if hub_datasets.is_hub_id(path)]
 
 
 def holds_pairs(path: str) -> bool:

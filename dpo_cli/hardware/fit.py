@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 from dpo_cli.hardware.memory import Bill, bill
 from dpo_cli.hardware.memory_inputs import Settings
@@ -16,7 +16,7 @@ LARGE_RANK = 16  # the smallest documented one
 LENGTHS = (4096, 2048, 1024, 512, 256)  # that a remedy goes down to
 
 
-Change = tuple[str, dict[str, Any]]  # what to write into a config, and what it changes of the settings
+Change = tuple[str, Callable[[Settings], Settings]]  # what to write into a config, and the settings with it
 
 
 def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
@@ -76,25 +76,28 @@ def _told(facts: ModelFacts, settings: Settings, chosen: Sequence[Change]) -> li
 def _changes(settings: Settings) -> Iterator[Change]:
     """dpo-strategy, "High Memory Usage", in its order, after what changes only the speed; a length replaces a longer one."""
     if not settings.checkpointing:
-        yield '"gradient_checkpointing": true', {"checkpointing": True}
+        yield '"gradient_checkpointing": true', lambda now: replace(now, checkpointing=True)
     if settings.bits != 4 and settings.rank:
-        yield '"use_4bit": true' + (', "use_8bit": false' if settings.bits == 8 else ""), {"bits": 4}
+        yield '"use_4bit": true' + (', "use_8bit": false' if settings.bits == 8 else ""), lambda now: replace(now, bits=4)
     if settings.batch > 1 and not settings.is_whole:
         fix = f'"per_device_train_batch_size": 1 with {settings.batch} times the "gradient_accumulation_steps"'
-        yield fix, {"batch": 1}
+        yield fix, lambda now: replace(now, batch=1)
     for length in LENGTHS:
         if length < settings.length:
-            shorter: dict[str, Any] = {"length": length}
-            if settings.pair_tokens is not None:  # responses stay whole: a pair loses what its prompt loses
-                shorter["pair_tokens"] = max(length, settings.pair_tokens - settings.length + length)
-            yield f'"max_seq_length": {length}', shorter
+            yield f'"max_seq_length": {length}', partial(_shorter, length=length)
     if settings.rank > LARGE_RANK:  # beyond the documentation's remedies, which know no such rank
-        yield f'"lora_r": {LARGE_RANK}', {"rank": LARGE_RANK}
+        yield f'"lora_r": {LARGE_RANK}', lambda now: replace(now, rank=LARGE_RANK)
+
+
+def _shorter(settings: Settings, length: int) -> Settings:
+    """Responses stay whole: a pair loses what its prompt loses."""
+    pair = settings.pair_tokens
+    return replace(settings, length=length, pair_tokens=pair and max(length, pair - settings.length + length))
 
 
 def _changed(settings: Settings, changes: Sequence[Change]) -> Settings:
     for _, change in changes:
-        settings = replace(settings, **change)
+        settings = change(settings)
     return settings
 
 

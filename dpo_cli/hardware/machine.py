@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 GIB = 2**30
 SMALLEST_CARD_BYTES = 2 * GIB  # what the BIOS gives an integrated GPU is less
@@ -47,9 +47,14 @@ class Machine:
     has_unsloth: bool = False  # the package
 
     @property
-    def device(self) -> str:
+    def device(self) -> Literal["cuda", "mps", "cpu"]:
         """What "auto" means here."""
         return "cuda" if self.gpus else "mps" if self.is_apple else "cpu"
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether all of its GPUs compute in bfloat16."""
+        return all(gpu.has_bf16 for gpu in self.gpus)
 
     @property
     def card(self) -> tuple[float, float, str] | None:
@@ -71,7 +76,7 @@ class Machine:
             return self.card[0], self.card[1]
         return self.memory_gb, self.memory_gb
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 

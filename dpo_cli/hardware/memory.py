@@ -7,7 +7,7 @@ comes and goes with a micro-batch is in activations.py. GB are 2^30 bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from dpo_cli.hardware.activations import step_bytes
 from dpo_cli.hardware.machine import GIB
@@ -27,6 +27,16 @@ ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation; likewise
 LIBRARIES_BYTES = 0.5 * GIB  # resident size of this program's imports on a CPU: `make memory` prints it
 
 
+class BillJson(TypedDict):
+    """A bill as `--json` and plan.json have it, in GB."""
+
+    total_gb: float
+    components: dict[str, float]
+    budget_gb: float | None
+    fits: bool | None
+    largest_change: str | None
+
+
 @dataclass(frozen=True)
 class Bill:
     """Bytes by component; `budget_gb` is what the hardware offers, when known, and `host_gb` what loading takes of the RAM."""
@@ -44,7 +54,7 @@ class Bill:
     def fits(self) -> bool | None:
         return None if self.budget_gb is None else self.total_gb <= self.budget_gb
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> BillJson:
         return {
             "total_gb": round(self.total_gb, 3),
             "components": {name: round(size / GIB, 3) for name, size in self.components.items()},
@@ -114,4 +124,4 @@ def host_bytes(facts: ModelFacts, settings: Settings) -> float:
         loaded = 2 * 2.0 * facts.vocab_size * facts.hidden_size
     else:
         loaded = sum(components(facts, settings).values()) + 2.0 * facts.parameters
-    return LIBRARIES_BYTES + max(loaded, 4.0 * facts.parameters if settings.from_gguf else 0.0)
+    return LIBRARIES_BYTES + max(loaded, 4.0 * facts.parameters if facts.from_gguf else 0.0)

@@ -5,9 +5,20 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from dpo_cli.config.options import Config
+from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.models import target_layers
 from dpo_cli.models.shape import Linear, ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
+
+
+@dataclass(frozen=True)
+class Longest:
+    """Tokens of the longest rows that a run trains on, as far as they are known."""
+
+    sequence: int | None = None
+    pair: int | None = None  # its prompt counted once, where prompts are shared
+    responses: int | None = None  # of both responses of a pair together
 
 
 @dataclass(frozen=True)
@@ -29,13 +40,41 @@ class Settings:
     dora: bool = False  # the adapter has a magnitude for each output too (arXiv:2402.09353)
     whole_modules: tuple[str, ...] = ()  # beside the adapter: "modules_to_save"
     on_gpu: bool = True
-    from_gguf: bool = False
     pair_tokens: int | None = None  # of the longest pair, its prompt counted once, where prompts are shared and lengths known
     response_tokens: int | None = None  # scored tokens of the longest pair, where lengths are known
     is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never divided
 
     reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
     fused_attention: bool = True  # false: the probabilities are kept, as eager attention does
+
+    @classmethod
+    def of(cls, config: Config, facts: ModelFacts, longest: Longest) -> Settings:
+        """Those of a config whose device and precision are decided, with the real lengths where they are known."""
+        targets = config.target_modules
+        # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
+        is_unfused = config.device == "cuda" and not config.bf16 and facts.q != facts.kv
+        return cls(
+            batch=config.per_device_train_batch_size,
+            length=min(config.max_seq_length, longest.sequence or config.max_seq_length),
+            pair_tokens=longest.pair,
+            response_tokens=longest.responses,
+            rank=config.lora_r,
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            strategy=config.strategy,
+            reference="adapter" if config.reference == "adapter" else "off" if config.lora_r else "copy",
+            bits=4 if config.use_4bit else 8 if config.use_8bit else None,
+            nested_quantisation=config.use_nested_quant,
+            optimizer=config.optim,
+            bytes_per_value=2 if config.bf16 or config.fp16 else 4,
+            checkpointing=config.gradient_checkpointing is True,
+            fp16=bool(config.fp16),
+            dropout=config.lora_dropout > 0,
+            dora=config.use_dora,
+            whole_modules=tuple(config.modules_to_save or ()),
+            on_gpu=config.device == "cuda",
+            is_whole=sorts_pairs(config.loss_type),
+            fused_attention=not is_unfused,
+        )
 
     @property
     def sequences(self) -> int:

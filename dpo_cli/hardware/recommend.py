@@ -8,16 +8,17 @@ optimizer step stay as documented on both ways.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
+from typing import TypedDict
 
-from dpo_cli.config.schema import profile_defaults
+from dpo_cli.config.options import Config
+from dpo_cli.config.schema import defaults, names_where, profile_defaults
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem, invalid
 from dpo_cli.hardware.fit import MARGIN, smaller_model, way
 from dpo_cli.hardware.memory import Bill
-from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.checks import problems
 from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.source import ModelSource
@@ -34,7 +35,7 @@ class Step:
 
     why: str
     key: str
-    value: Any
+    value: int  # or true or false
 
 
 BATCH, LENGTH = "per_device_train_batch_size", "max_seq_length"
@@ -64,12 +65,13 @@ class Recommendation:
 
     profile: str
     vram_gb: float
-    config: dict[str, Any]
+    config: dict[str, object]  # what is to be written
+    values: Config
     memory: Bill
-    preset: dict[str, Any]
+    preset: dict[str, object]
     reasons: list[str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "profile": self.profile,
             "vram_gb": self.vram_gb,
@@ -91,14 +93,23 @@ class Request:
     longest: int | None = None  # tokens that the longest sequence of the dataset may have
     share_over: Callable[[int], float] = lambda length: 0.0  # which share of its pairs is longer
     is_apple: bool = False  # no bitsandbytes there, and float32
+    has_bf16: bool = True  # of a card that is not Apple's
 
     @property
     def budget_gb(self) -> float:
         return min(self.free_gb or self.vram_gb, self.vram_gb)
 
 
-def profiles() -> dict[str, dict[str, Any]]:
-    loaded: dict[str, dict[str, Any]] = read_json(files("dpo_cli.hardware").joinpath("profiles.json"))
+class Profile(TypedDict):
+    """A class of cards, and the models that are proposed for it."""
+
+    from_gb: float
+    advice: str
+    models: list[str]
+
+
+def profiles() -> dict[str, Profile]:
+    loaded: dict[str, Profile] = read_json(files("dpo_cli.hardware").joinpath("profiles.json"))
     return loaded
 
 
@@ -116,23 +127,25 @@ def recommend(request: Request) -> Recommendation:
 def _gains(made: Recommendation, request: Request) -> list[str]:
     """What the best config for another card has more of."""
     try:
-        config = _best(request).config
+        other = _best(request).values
     except DoesNotFit:  # of the profile of that card, not of its memory
         return []
-    larger = [key for key in ("lora_r", BATCH, LENGTH) if config[key] > made.config[key]]
-    if request.longest is not None and request.longest <= made.config[LENGTH]:
+    mine = made.values
+    costs, saves = names_where(lambda option: option.memory == "more"), names_where(lambda option: option.memory == "less")
+    larger = [key for key in costs if getattr(other, key) > getattr(mine, key)]
+    if request.longest is not None and request.longest <= mine.max_seq_length:
         larger = [key for key in larger if key != LENGTH]
-    without = [key for key in ("use_4bit", "gradient_checkpointing") if made.config[key] and not config[key]]
-    model = ["model_name"] if config["model_name"] != made.config["model_name"] else []
-    return [f"{key} {_told(config[key])}" for key in (*model, *without, *larger)]
+    without = [key for key in saves if getattr(mine, key) and not getattr(other, key)]
+    model = ["model_name"] if other.model_name != mine.model_name else []
+    return [f"{key} {_told(getattr(other, key))}" for key in (*model, *without, *larger)]
 
 
 def _best(request: Request) -> Recommendation:
     name, profile = [(name, entry) for name, entry in profiles().items() if entry["from_gb"] <= request.vram_gb][-1]
-    preset = {"strategy": request.strategy, **profile_defaults(name)}
-    start = {**preset, "gradient_checkpointing": True}
+    preset: dict[str, object] = {"strategy": request.strategy, **profile_defaults(name)}
+    written = {**preset, "gradient_checkpointing": True}
     if request.is_apple:
-        start["use_4bit"] = False
+        written["use_4bit"] = False
     smaller = [
         model for entry in reversed(profiles().values()) if entry["from_gb"] < profile["from_gb"] for model in entry["models"]
     ]
@@ -140,8 +153,9 @@ def _best(request: Request) -> Recommendation:
     shapes = {candidate: _facts(candidate) for candidate in models}
     reasons = [f"{request.vram_gb:g} GB is the profile {name}: {profile['advice']}"]
     for model, facts in shapes.items():
+        start = _start(written, model, request)
         documented = _bill(facts, start, request)[1]
-        made = _settled(facts, dict(start), request)
+        made = _settled(facts, start, request)
         if made is None:
             reasons.append(f"{model} does not fit: {documented.total_gb:.1f} GB")
             continue
@@ -151,94 +165,97 @@ def _best(request: Request) -> Recommendation:
         reasons.append(
             f"the documented preset takes {documented.total_gb:.1f} GB of {request.budget_gb:.1f} with {model}; {margin}"
         )
-        config = {"strategy": values.pop("strategy"), "model_name": model}
-        config |= {**({"dataset": request.dataset} if request.dataset else {}), **values, "eval_split": EVAL_SPLIT}
-        if settings.batch < values[BATCH]:
+        config: dict[str, object] = {"strategy": request.strategy, "model_name": model}
+        config |= {"dataset": request.dataset} if request.dataset else {}
+        config |= {key: getattr(values, key) for key in written} | {"eval_split": EVAL_SPLIT}
+        if settings.batch < values.per_device_train_batch_size:
             steps.append(f"training runs it in micro-batches of {settings.batch}, so that it fits; the steps stay the same")
         if request.longest is not None:
-            billed = min(request.longest, values[LENGTH])
+            billed, limit = min(request.longest, values.max_seq_length), values.max_seq_length
             reasons.append(
                 f"the longest sequence of the dataset has about {request.longest} tokens at most; {billed} are billed"
             )
-            if share := request.share_over(values[LENGTH]):
-                reasons.append(f"about {share:.0%} of the pairs are longer than {values[LENGTH]}, and are cut or left out")
+            if share := request.share_over(limit):
+                reasons.append(f"about {share:.0%} of the pairs are longer than {limit}, and are cut or left out")
         reasons += [*steps, "learning_rate keeps its documented default; the README has a table of what an adapter needs"]
-        return Recommendation(name, request.vram_gb, config, memory, preset, reasons)
-    raise DoesNotFit([_misfit(models[-1], shapes[models[-1]], start, request)])
+        return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons)
+    model = models[-1]
+    raise DoesNotFit([_misfit(model, shapes[model], _start(written, model, request), request)])
 
 
-def _settled(facts: ModelFacts, values: dict[str, Any], request: Request) -> tuple[dict[str, Any], list[str]] | None:
+def _start(written: Mapping[str, object], model: str, request: Request) -> Config:
+    """The config that is tried first, with what its device decides."""
+    half = {"bf16": False, "fp16": False} if request.is_apple else {"bf16": request.has_bf16, "fp16": not request.has_bf16}
+    device = "mps" if request.is_apple else "cuda"
+    own = {"dataset": request.dataset or "", "model_name": model, "device": device, **half}
+    return Config(**{**defaults(request.strategy), **written, **own})
+
+
+def _settled(facts: ModelFacts, values: Config, request: Request) -> tuple[Config, list[str]] | None:
     """(values that fit, what was changed and why); None when nothing fits."""
     told: list[str] = []
 
-    def take(kind: str, step: Step) -> None:
-        told.append(f"{kind}: {step.key} {_told(step.value)} instead of {_told(values[step.key])} ({step.why})")
-        values.update(_changed(values, step))
+    def taken(kind: str, step: Step, values: Config) -> Config:
+        told.append(f"{kind}: {step.key} {_told(step.value)} instead of {_told(getattr(values, step.key))} ({step.why})")
+        return _changed(values, step)
 
     context = facts.max_position_embeddings
-    if context is not None and context < values[LENGTH]:
-        take("given up", Step("the model was made for no longer sequences", LENGTH, context))
+    if context is not None and context < values.max_seq_length:
+        values = taken("given up", Step("the model was made for no longer sequences", LENGTH, context), values)
     for step in CONCESSIONS:
         if _fits(facts, values, request):
             break
-        if step.value < values[step.key]:
-            take("given up", step)
+        if step.value < getattr(values, step.key):
+            values = taken("given up", step, values)
     if not _fits(facts, values, request):
         return None
     for step in IMPROVEMENTS:
         if step.key == LENGTH and context is not None and step.value > context:
             continue
         if _improves(values, step, request) and _runs_as_written(facts, _changed(values, step), request):
-            take("improved", step)
+            values = taken("improved", step, values)
     return values, told
 
 
-def _improves(values: dict[str, Any], step: Step, request: Request) -> bool:
-    now = values[step.key]
+def _improves(values: Config, step: Step, request: Request) -> bool:
     if step.key == "use_4bit":
-        return bool(now) and request.vram_gb >= QLORA_BELOW_GB
+        return values.use_4bit and request.vram_gb >= QLORA_BELOW_GB
     if step.key == LENGTH:
-        return bool(step.value > now) and (request.longest is None or now < request.longest)
+        now = values.max_seq_length
+        return step.value > now and (request.longest is None or now < request.longest)
     if step.key == BATCH:
-        return bool(step.value > now) and values[BATCH] * values["gradient_accumulation_steps"] % step.value == 0
-    return bool(now)
+        return step.value > values.per_device_train_batch_size and _pairs(values) % step.value == 0
+    return bool(getattr(values, step.key))
 
 
-def _changed(values: dict[str, Any], step: Step) -> dict[str, Any]:
+def _pairs(values: Config) -> int:
+    """Pairs of an optimizer step."""
+    return values.per_device_train_batch_size * values.gradient_accumulation_steps
+
+
+def _changed(values: Config, step: Step) -> Config:
     """The values with the step, as many pairs an optimizer step as before."""
-    pairs = values[BATCH] * values["gradient_accumulation_steps"]
-    changed = {**values, step.key: step.value}
-    return {**changed, "gradient_accumulation_steps": pairs // changed[BATCH]}
+    changed = values.replaced({step.key: step.value})
+    return replace(changed, gradient_accumulation_steps=_pairs(values) // changed.per_device_train_batch_size)
 
 
-def _fits(facts: ModelFacts, values: dict[str, Any], request: Request) -> bool:
+def _fits(facts: ModelFacts, values: Config, request: Request) -> bool:
     return _bill(facts, values, request)[1].total_gb <= _limit_gb(request)
 
 
-def _runs_as_written(facts: ModelFacts, values: dict[str, Any], request: Request) -> bool:
+def _runs_as_written(facts: ModelFacts, values: Config, request: Request) -> bool:
     settings, memory = _bill(facts, values, request)
-    return memory.total_gb <= _limit_gb(request) and settings.batch == values[BATCH]
+    return memory.total_gb <= _limit_gb(request) and settings.batch == values.per_device_train_batch_size
 
 
 def _limit_gb(request: Request) -> float:
     return (1 - MARGIN) * request.budget_gb
 
 
-def _bill(facts: ModelFacts, values: dict[str, Any], request: Request) -> tuple[Settings, Bill]:
+def _bill(facts: ModelFacts, values: Config, request: Request) -> tuple[Settings, Bill]:
     """How these values would be run, and the bill, as `validate` and `train` find them."""
-    return way(facts, _settings(values, request), request.budget_gb, values["gradient_checkpointing"])
-
-
-def _settings(values: dict[str, Any], request: Request) -> Settings:
-    return Settings(
-        batch=values[BATCH],
-        length=min(values[LENGTH], request.longest or values[LENGTH]),
-        rank=values["lora_r"],
-        bits=4 if values["use_4bit"] else None,
-        bytes_per_value=4 if request.is_apple else 2,
-        checkpointing=values["gradient_checkpointing"],
-        strategy=values["strategy"],
-    )
+    settings = Settings.of(values, facts, Longest(request.longest))
+    return way(facts, settings, request.budget_gb, values.gradient_checkpointing)
 
 
 def _facts(model: str) -> ModelFacts:
@@ -258,15 +275,14 @@ def _facts(model: str) -> ModelFacts:
     return facts
 
 
-def _misfit(model: str, facts: ModelFacts, preset: dict[str, Any], request: Request) -> Problem:
-    least = dict(preset)
+def _misfit(model: str, facts: ModelFacts, least: Config, request: Request) -> Problem:
     for step in CONCESSIONS:
-        least = _changed(least, replace(step, value=min(step.value, least[step.key])))
+        least = _changed(least, replace(step, value=min(step.value, getattr(least, step.key))))
     needs = _bill(facts, least, request)[1].total_gb
     message = f"{model} needs {needs:.1f} GB and a margin at the least; there are {request.budget_gb:g}"
-    fix = smaller_model(_settings(least, request), _limit_gb(request))
+    fix = smaller_model(Settings.of(least, facts, Longest(request.longest)), _limit_gb(request))
     return Problem("error", "does-not-fit", message, fix)
 
 
-def _told(value: Any) -> str:
+def _told(value: object) -> str:
     return json.dumps(value)

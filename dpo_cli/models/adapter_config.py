@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.config.schema import options
 from dpo_cli.models.model_files import TOKENIZER_CONFIG, ModelFiles
 from dpo_cli.models.remote_code import in_adapter
 from dpo_cli.models.tensor_files import Fault, Shape
@@ -16,10 +17,7 @@ from dpo_cli.storage.run_directory import WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The options that an adapter was made with and that cannot change under it, by PEFT's names.
-SHAPE = {"lora_r": "r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora"} | {
-    "target_modules": "target_modules",
-    "modules_to_save": "modules_to_save",
-}
+SHAPE = {name: option.adapter_name for name, option in options().items() if option.adapter_name is not None}
 
 # The parts of an adapter_config.json that are supported: where an adapter is and how large, and what only its training needs.
 # Anything else that is set is refused by its name.

@@ -53,6 +53,7 @@ class ModelFacts:
     sliding_window: int | None = None  # tokens that (most) layers look back
     max_position_embeddings: int | None = None  # tokens of the longest sequence that it was made for
     extra_parameters: int = 0  # beside the decoder: an image encoder
+    from_gguf: bool = False  # its file is dequantised before it is loaded
 
     @property
     def q(self) -> int:
@@ -177,4 +178,5 @@ def gguf_facts(header: Header) -> ModelFacts | None:
         max_position_embeddings=values.get(f"{family}.context_length"),
         sliding_window=values.get(f"{family}.attention.sliding_window"),
         final_logit_softcapping=values.get(f"{family}.final_logit_softcapping"),
+        from_gguf=True,
     )

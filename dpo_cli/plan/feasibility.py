@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from dpo_cli.config.options import Config
+from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.errors import Problem
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import savings
 from dpo_cli.hardware.machine import GIB, Machine
+from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.hardware.recommend import profiles
-from dpo_cli.plan.plan import NOT_ON_MPS, Plan, settings_of
+from dpo_cli.plan.plan import NOT_ON_MPS, Plan, longest_of
 from dpo_cli.storage.atomic import free_bytes
 from dpo_cli.storage.checkpoints import KEPT
 from dpo_cli.storage.run_directory import RunDirectory
@@ -62,7 +64,7 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         message = f'there is no "{config.device}" device on this machine'
         fix = 'leave "device" out, or plan for another machine with --vram'
         yield Problem("warning", "device-missing", message, fix, "device", stops_training=True)
-    if config.bf16 and config.device == "cuda" and not all(gpu.has_bf16 for gpu in machine.gpus):
+    if config.bf16 and config.device == "cuda" and not machine.has_bf16:
         fix = 'leave "bf16" out: fp16 is used'
         yield Problem("warning", "bf16-device", "this GPU has no bfloat16", fix, "bf16", stops_training=True)
 
@@ -100,7 +102,7 @@ def out_of_memory(plan: Plan) -> Problem:
     pairs, which is not run in parts."""
     assert plan.counts is not None
     batch = plan.config.per_device_train_batch_size
-    is_whole = batch > 1 and settings_of(plan.config, plan.model, plan.counts, plan.scoring, None).is_whole
+    is_whole = batch > 1 and sorts_pairs(plan.config.loss_type)
     at_once = f"is one of {batch} pairs that the loss compares at once, which run" if is_whole else "alone runs"
     message = f"the longest pair ({plan.counts.longest} tokens, {plan.counts.longest_at}) {at_once} out of memory"
     return Problem("error", DOES_NOT_FIT, message, remedies(plan) or "lower max_seq_length, or use a smaller model")
@@ -111,7 +113,8 @@ def remedies(plan: Plan) -> str | None:
     facts = plan.model.facts
     if facts is None:
         return None
-    return "; ".join(savings(facts, settings_of(plan.config, plan.model, plan.counts, plan.scoring, None))) or None
+    settings = Settings.of(plan.config, facts, longest_of(plan.counts, plan.scoring))
+    return "; ".join(savings(facts, settings)) or None
 
 
 LOGIN_FIX = 'log in with `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline; or write "report_to": "none"'

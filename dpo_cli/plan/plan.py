@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -16,15 +16,14 @@ from typing import Any
 
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
-from dpo_cli.config.rules import sorts_pairs
-from dpo_cli.config.schema import options
-from dpo_cli.config.stages import PLAN_VERSION
+from dpo_cli.config.schema import names_where, options
+from dpo_cli.config.stages import PLAN_VERSION, day_of
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.memory import Bill
-from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.adapter_start import started
@@ -80,7 +79,7 @@ class Adapted:
         share = f"{self.trained:,} weights, {self.trained / self.weights:.2%} of the model's"
         return "; ".join([*kinds, share]) if self.layers else f"every one of {self.weights:,} weights"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "notes"}
 
 
@@ -201,7 +200,7 @@ class Plan:
         """Whether the last step comes before the learning rate is reached."""
         return self.warmup_over(self.total_steps) >= self.total_steps
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {
             "plan_version": PLAN_VERSION,
             "config": self.config.to_json(),
@@ -216,10 +215,25 @@ class Plan:
 
 
 # What the machine, not the user or a default, decides.
-MEASURED = frozenset({"device", "bf16", "fp16", "gradient_checkpointing"}) | {
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-}
+MEASURED = frozenset(names_where(lambda option: option.is_decided))
+ON_DEVICE = names_where(lambda option: option.is_decided and option.is_judging)  # the device and its precision
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a run decided when it began, as its plan.json has it. It goes on and is judged with that, whatever is free now."""
+
+    values: Mapping[str, object]  # of the options that its config left open
+    scoring: Scoring
+    day: date | None  # where the chat template writes it
+
+    @classmethod
+    def of(cls, plan: Mapping[str, Any]) -> Decided:
+        config, sources = plan["config"], plan["sources"]
+        values = {
+            name: config[name] for name in names_where(lambda option: option.is_decided) if sources.get(name) == "measured"
+        }
+        return cls(values, Scoring(**plan["scoring"]), day_of(plan))
 
 
 NOT_ON_MPS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")  # optimizers of bitsandbytes, without a Metal kernel
@@ -245,10 +259,10 @@ def resolve(
     config = loaded.require()
     model = model or ModelSource.of(config.model_name)
     start, notes = started(loaded, config, model)
-    decided = {**_decided(replace(config, **start), loaded.file, machine, on_gpu=vram_gb is not None), **start}
+    now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
     is_merged = bool(notes) and start["reference"] == "base"  # then the weights are plain numbers
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
-        decided[OPTIONS[stored.bits]] = True
+        now = now.replaced({OPTIONS[stored.bits]: True})
         notes.append(f"the files of the model hold {stored.bits}-bit weights: they are trained on as they are")
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
@@ -256,23 +270,20 @@ def resolve(
     if facts is None:
         notes.append("the shape of this model is not known here, so there is no memory bill")
         if config.gradient_checkpointing == "auto":
-            decided["gradient_checkpointing"] = decided["device"] == "cuda"
+            now = replace(now, gradient_checkpointing=now.device == "cuda")
     else:
-        wanted = settings_of(replace(config, **decided), model, counts, scoring, longest)
-        has_gb, free_gb = machine.memory_of(decided["device"])
+        wanted = Settings.of(now, facts, longest_of(counts, scoring, longest))
+        has_gb, free_gb = machine.memory_of(now.device)
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
-        if decided["device"] == "cuda" and not decided["bf16"] and facts.q != facts.kv:
-            # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
-            wanted = replace(wanted, fused_attention=False)
         as_begun = replace(wanted, is_whole=True) if is_resumed else wanted  # which goes on with its micro-batches
         settings, memory = fit(facts, as_begun, budget_gb, config.gradient_checkpointing)
         if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
             lack = f"the run needs {memory.total_gb:.1f} GB, and {free_gb:.1f} are free now"
-            notes.append(f"{lack}: close other programs that use the {decided['device']} device, or it may run out of memory")
+            notes.append(f"{lack}: close other programs that use the {now.device} device, or it may run out of memory")
         factor = wanted.batch // settings.batch
-        decided["gradient_checkpointing"] = settings.checkpointing
-        decided["per_device_train_batch_size"] = settings.batch
-        decided["gradient_accumulation_steps"] = config.gradient_accumulation_steps * factor
+        accumulation = config.gradient_accumulation_steps * factor
+        now = replace(now, per_device_train_batch_size=settings.batch, gradient_accumulation_steps=accumulation)
+        now = replace(now, gradient_checkpointing=settings.checkpointing)
         if factor > 1 and memory.fits is not False:
             notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
         if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
@@ -280,38 +291,17 @@ def resolve(
                 f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, and its parts have another"
             )
     notes += _slow_default(config, loaded)
-    changed = {key for key, value in decided.items() if getattr(config, key) != value}
     sources: dict[str, Source] = {**loaded.sources}
-    sources |= dict.fromkeys(changed & MEASURED, "measured")
+    sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
-    return Plan(replace(config, **decided), model.absolute(), sources, counts, memory, scoring, tuple(notes), day)
+    return Plan(now, model.absolute(), sources, counts, memory, scoring, tuple(notes), day)
 
 
-def settings_of(config: Config, model: ModelSource, counts: Counts | None, scoring: Scoring, longest: int | None) -> Settings:
-    """What of a config with its device and precision decided makes its memory, with the real lengths once they are counted."""
-    targets = config.target_modules
-    return Settings(
-        batch=config.per_device_train_batch_size,
-        length=counts.longest if counts else min(config.max_seq_length, longest or config.max_seq_length),
-        pair_tokens=counts.longest_pair if counts and scoring.shared else None,
-        response_tokens=counts.longest_responses if counts else None,
-        rank=config.lora_r,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        strategy=config.strategy,
-        reference="adapter" if config.reference == "adapter" else "off" if config.lora_r else "copy",
-        bits=4 if config.use_4bit else 8 if config.use_8bit else None,
-        nested_quantisation=config.use_nested_quant,
-        optimizer=config.optim,
-        bytes_per_value=2 if config.bf16 or config.fp16 else 4,
-        checkpointing=config.gradient_checkpointing is True,
-        fp16=bool(config.fp16),
-        dropout=config.lora_dropout > 0,
-        dora=config.use_dora,
-        whole_modules=tuple(config.modules_to_save or ()),
-        on_gpu=config.device == "cuda",
-        from_gguf=model.own.is_gguf,
-        is_whole=sorts_pairs(config.loss_type),
-    )
+def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
+    """The lengths that decide a run's memory; `expected` is that of the longest sequence before they are counted."""
+    if counts is None:
+        return Longest(expected)
+    return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
 
 
 def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:
@@ -322,29 +312,37 @@ def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:
         yield f"learning_rate is the documented default {config.learning_rate:g}: {learns}"
 
 
-def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> dict[str, Any]:
-    """The values of open choices. Paths become absolute, so that plan.json works from any folder."""
+def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Config:
+    """The config with its open choices made. Paths become absolute, so that plan.json works from any folder."""
     device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
     if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
         device = "cpu"
-    has_bf16 = {"cuda": all(gpu.has_bf16 for gpu in machine.gpus), "cpu": machine.has_amx}.get(device, False)
+    has_bf16 = {"cuda": machine.has_bf16, "cpu": machine.has_amx}.get(device, False)
     bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
     fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16
     name = Path(file).stem if file != "-" else "stdin"
-    return {
-        "device": device,
-        "bf16": bf16,
-        "fp16": fp16,
-        "lora_alpha": config.lora_alpha or 2 * config.lora_r or None,
-        "output_dir": str(Path(config.output_dir or Path("runs") / name).absolute()),
-        "dataset": _absolute(config.dataset),
-        "eval_dataset": _absolute(config.eval_dataset) if config.eval_dataset else None,
-        "model_name": str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
-    }
+    return replace(
+        config,
+        device=device,
+        bf16=bf16,
+        fp16=fp16,
+        lora_alpha=config.lora_alpha or 2 * config.lora_r or None,
+        output_dir=str(Path(config.output_dir or Path("runs") / name).absolute()),
+        dataset=_absolute(config.dataset),
+        eval_dataset=_absolute(config.eval_dataset) if config.eval_dataset else None,
+        model_name=str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
+    )
 
 
-def _absolute(dataset: str | list[Any]) -> Any:
+def _absolute(dataset: str | list[object]) -> str | list[object]:
     """The paths of a dataset, each absolute."""
     if isinstance(dataset, str):
-        return dataset if not dataset or is_hub_id(dataset) else str(Path(dataset).absolute())
-    return [{**entry, "path": _absolute(entry["path"])} if isinstance(entry, dict) else _absolute(entry) for entry in dataset]
+        return _absolute_path(dataset)
+    return [
+        {**entry, "path": _absolute_path(entry["path"])} if isinstance(entry, dict) else _absolute_path(str(entry))
+        for entry in dataset
+    ]
+
+
+def _absolute_path(name: str) -> str:
+    return name if not name or is_hub_id(name) else str(Path(name).absolute())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
-from dpo_cli.config.schema import defaults, inner_defaults
+from dpo_cli.config.schema import defaults, inner_defaults, names_where
 from dpo_cli.data import findings
 from dpo_cli.data.dataset import Dataset, Observer, epoch_pairs, is_held_out_prompt, read
 from dpo_cli.data.lengths import Lengths
@@ -57,7 +57,7 @@ class Data:
         for rows in filter(None, (self.train, self.held_out)):
             rows.require_unchanged()
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return {**self.train.to_json(), **self.said, "held_out": self.held_out.to_json() if self.held_out else None}
 
 
@@ -102,11 +102,13 @@ def inspect(
     with_fit: bool = True,
     rendered_rows: int = 0,
     keep_rows: bool = False,
+    is_begun: bool = False,
 ) -> Inspection:
     """Check config, data, model and hardware together, so that one look shows everything that is wrong.
 
     Without `with_fit` the memory is not judged: a training judges it later, by its real lengths. Up to `rendered_rows` rows go
     through the chat template and the tokenizer; a training does so with all of them, later, and has them kept (`keep_rows`).
+    The plan of a run that was begun (`is_begun`) keeps what it decided.
     """
     found = list(loaded.problems)
     wrong = {problem.key for problem in found if problem.severity == "error"}
@@ -123,7 +125,8 @@ def inspect(
     plan = None
     draft = loaded.draft()
     if draft.config is not None and not damaged:
-        plan = resolve(draft, machine, vram_gb=vram_gb, longest=data.longest if data else None, model=model)
+        longest = data.longest if data else None
+        plan = resolve(draft, machine, vram_gb=vram_gb, longest=longest, is_resumed=is_begun, model=model)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
         found += map(loaded.placed, adapter_start.problems(draft, plan.model, plan.run_dir))
         found += map(loaded.placed, _model_problems(plan))
@@ -164,7 +167,7 @@ def _read_data(
     A key in `wrong` was told of already.
     """
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
-    given = {key: values[key] for key in ("dataset", "eval_dataset") if values.get(key)}
+    given = {key: values[key] for key in names_where(lambda option: option.place == "data") if values.get(key)}
     skip, columns = values.get("on_bad_rows") == "skip", values.get("columns")
     is_sft = STRATEGIES[str(values.get("strategy", defaults()["strategy"]))].rows is DEMONSTRATIONS
     quality, overlap, balance = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from dpo_cli.config.schema import names_where
 from dpo_cli.report.curves import KINDS, levels
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import Curve, Plot
@@ -12,7 +13,7 @@ from dpo_cli.report.views import duration
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.strategies.figures import FIGURES
 
-PLACES = {"output_dir"}  # differ between any two runs, and say nothing
+PLACES = names_where(lambda option: option.place == "output")  # differ between any two runs, and say nothing
 
 
 def compared(runs: Sequence[Contents]) -> dict[str, object]:

@@ -18,7 +18,7 @@ from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter, is_on_head
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import Plan
+from dpo_cli.plan.plan import ON_DEVICE, Decided, Plan, Scoring
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.plan.tokenized import prepare_judged, tell_scoring
 from dpo_cli.providers.base import Provider
@@ -26,6 +26,7 @@ from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.scoring.forward import choose
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
+from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, RunDirectory
 from dpo_cli.ui.console import Console
@@ -40,6 +41,7 @@ class Opened:
     provider: Provider
     tokenizer: PreTrainedTokenizerBase
     rows: list[Encoded]
+    scoring: Scoring | None  # as the run decided it, for rows of its own
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
         if not unreadable(dataset, "dataset") and holds_pairs(dataset):
             changes.append("strategy=dpo")  # pairs tell more, whatever was trained on
-    inspection = inspect(load(config, [*_decided_anew(config), *changes]), probe(), with_fit=False, keep_rows=True)
+    is_plan, decided = Path(config).name == PLAN, _decided(config)
+    loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
+    inspection = inspect(loaded, probe(), with_fit=False, keep_rows=True, is_begun=is_plan)
     data, plan = inspection.require()
     found = [problem for problem in inspection.problems if problem.severity == "warning"]
     console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
@@ -90,18 +94,27 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     tokenizer = provider.tokenizer()
     rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), all_rows=bool(dataset))
     console.problems(about_rows)
-    return Opened(folder, plan, provider, tokenizer, rows)
+    return Opened(folder, plan, provider, tokenizer, rows, decided.scoring if decided and not dataset else None)
 
 
-def _decided_anew(config: str) -> list[str]:
-    """Overrides for what the machine of a plan decided, so that this one decides it: a run from a GPU is judged on a CPU."""
-    if Path(config).name != PLAN:
+def _decided(config: str) -> Decided | None:
+    """What the run of a plan.json decided; None of another config."""
+    try:
+        return Decided.of(read_json(Path(config))) if Path(config).name == PLAN else None
+    except (KeyError, TypeError, ValueError):  # written by hand, and read as a config
+        return None
+
+
+def _not_here(plan: str, changes: Sequence[str]) -> list[str]:
+    """Overrides for the device and precision of a run where this machine has no such, or another device is asked for.
+
+    This machine decides them then: a run from a GPU is judged on a CPU.
+    """
+    then, values, machine = load(plan).values.get("device"), load(plan, changes).values, probe()
+    is_here = then == values.get("device") and then in ("cpu", machine.device)
+    if is_here and not (then == "cuda" and values.get("bf16") and not machine.has_bf16):
         return []
-    then = load(config)
-    keys = {key for key, source in then.sources.items() if source == "measured"}
-    if then.values.get("device") not in ("cpu", probe().device):  # named in the config of that run, and not here
-        keys |= {"device", "bf16", "fp16"}
-    return [f"{key}={json.dumps(defaults()[key])}" for key in sorted(keys)]
+    return [f"{key}={json.dumps(defaults()[key])}" for key in ON_DEVICE]
 
 
 def _base_of(folder: Path) -> str:
@@ -150,7 +163,10 @@ def load_policy(opened: Opened, console: Console) -> tuple[Policy, Plan]:
     plan, rows, pad_token_id = opened.plan, opened.rows, int(opened.tokenizer.pad_token_id)
     policy = opened.provider.trained(plan, opened.folder)
     if rows:
-        scoring = choose(policy.network, rows, pad_token_id, plan.config.prompt_sharing)
+        is_apart = opened.scoring is not None and not opened.scoring.shared
+        scoring = choose(policy.network, rows, pad_token_id, False if is_apart else plan.config.prompt_sharing)
+        if opened.scoring is not None and opened.scoring.shared == scoring.shared:
+            scoring = opened.scoring
         if policy.frozen is not None:
             choose(policy.frozen, rows, pad_token_id, scoring.shared)
         plan = replace(plan, scoring=scoring)

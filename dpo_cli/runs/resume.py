@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any
 
 from dpo_cli.config.config import Loaded
-from dpo_cli.config.schema import options
-from dpo_cli.config.stages import day_of
+from dpo_cli.config.schema import names_where, options
 from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
-from dpo_cli.plan.plan import MEASURED, Plan
+from dpo_cli.plan.plan import Decided, Plan
 from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.checkpoints import Checkpoint
 from dpo_cli.storage.jsonio import read_json
@@ -22,10 +21,9 @@ from dpo_cli.storage.run_directory import MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.ui.console import Console
 
 # With another value of these a finished run goes on.
-ENDING = ("num_train_epochs", "max_steps", "early_stopping_patience", "stop_on", "max_kl")
+ENDING = names_where(lambda option: option.end)
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 START_ANEW = "go on with it as it was, or start anew with --overwrite"
-PLACES = ("model_name", "dataset", "eval_dataset", "output_dir")  # where things lie
 Json = Mapping[str, Any]
 Tell = Callable[[str], None]
 
@@ -53,6 +51,10 @@ class Begun:
         return cls(plan, manifest, checkpoint, summary, run.read_json(PLAN)["config"] if summary else plan["config"])
 
     @property
+    def decided(self) -> Decided:
+        return Decided.of(self.plan)
+
+    @property
     def step(self) -> int:
         """The steps that are done."""
         return self.checkpoint.step if self.checkpoint else int(self.summary["steps"]) if self.summary else 0
@@ -67,21 +69,20 @@ class Begun:
 
     def left_out(self, plan: Plan) -> list[str]:
         """The options that a finished run does not take up any more."""
-        return [name for name in options() if name not in PLACES and _differs(self.plan["config"], plan, name)]
+        return [name for name in names_where(lambda option: not option.place) if _differs(self.plan["config"], plan, name)]
 
     def as_decided(self, loaded: Loaded, tell: Tell) -> Loaded:
         """The config with what the machine decided when the run began, where it leaves that open still."""
-        config, before = loaded.require(), self.plan["config"]
-        sources = self.plan["sources"]
-        kept = {key for key in MEASURED if sources.get(key) == "measured" and getattr(config, key) in ("auto", None)}
+        config, before, decided = loaded.require(), self.plan["config"], self.decided
+        kept = {key: value for key, value in decided.values.items() if getattr(config, key) in ("auto", None)}
         is_as_large = config.per_device_train_batch_size * config.gradient_accumulation_steps == _product(before)
-        kept |= {*REGROUPED} if is_as_large else set()
-        now = replace(config, **{key: before[key] for key in kept})
+        kept |= {key: before[key] for key in REGROUPED} if is_as_large else {}
+        now = config.replaced(kept)
         if is_as_large and now.per_device_train_batch_size != config.per_device_train_batch_size:
             told = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"
             tell(f"note: micro-batches are {told}, as when the run began: others would round otherwise")
-        sources = {**loaded.sources, **{key: sources[key] for key in kept}}
-        return replace(loaded, config=now, sources=sources, day=day_of(self.plan))
+        sources = {**loaded.sources, **{key: self.plan["sources"][key] for key in kept}}
+        return replace(loaded, config=now, sources=sources, day=decided.day)
 
     def require_same(self, loaded: Loaded, plan: Plan, manifest: Json) -> None:
         """`InvalidInput` with each difference that would make another adapter of it."""
@@ -104,7 +105,7 @@ class Begun:
             if not option.may_change and _differs(self.plan["config"], plan, name):
                 was, now = (json.dumps(value) for value in (self.plan["config"][name], getattr(plan.config, name)))
                 yield _other(f"{name} was {was}, and is {now}", name)
-        for name in ("dataset", "eval_dataset"):
+        for name in names_where(lambda option: option.place == "data"):
             if _contents(self.manifest[name]) != _contents(manifest[name]):
                 yield _other(f"{name} has other content than when the run began", name)
         settings = _settings(self.manifest)
@@ -176,7 +177,7 @@ def go_on(run: RunDirectory, begun: Begun, plan: Plan, manifest: Json, tell: Tel
     run.forget_end()
     run.take_lines(begun.checkpoint.folder)
     tell(f"going on from {begun.checkpoint.folder.name}")
-    if any(_differs(begun.plan["config"], plan, name) for name in ("num_train_epochs", "max_steps")):
+    if any(_differs(begun.plan["config"], plan, name) for name in names_where(lambda option: option.end == "length")):
         tell(f"note: from here on the learning rate is that of a training of {plan.total_steps} steps")
     if others := begun.other_versions(manifest):
         tell(f"note: begun with {'; '.join(others)}: the last bits may come out otherwise")

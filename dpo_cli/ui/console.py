@@ -126,7 +126,7 @@ class Console:
                 f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
             )
 
-    def bill(self, memory: dict[str, Any]) -> None:
+    def bill(self, memory: Mapping[str, Any]) -> None:
         """The memory bill with a bar per component."""
         largest = max(memory["components"].values())
         parts = {name: size for name, size in memory["components"].items() if size}
