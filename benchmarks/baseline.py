@@ -34,8 +34,9 @@ EXACT: Tolerance = (0.0, 0.0)
 class Column:
     """Figures of one unit; a column without a unit names the row.
 
-    A cell is a number, a list of them (`shown` has a place for each), counts by name, or None. A later figure may differ by
-    relative * |figure| + absolute, which are the two numbers of the tolerance; without one it is not compared, as seconds are.
+    A cell is a number, a list of them (`shown` has a place for each, or one for all), counts by name, or None. A later
+    figure may differ by relative * |figure| + absolute, which are the two numbers of the tolerance; without one it is not
+    compared, as seconds are.
     """
 
     name: str
@@ -48,7 +49,8 @@ class Column:
             return ""
         if isinstance(cell, dict):
             return ", ".join(f"{count:,} {name}" for name, count in cell.items())
-        return self.shown.format(*(cell if isinstance(cell, list) else [cell]))
+        cells = cell if isinstance(cell, list) else [cell]
+        return self.shown.format(*cells) if self.shown.count("{") > 1 else ", ".join(map(self.shown.format, cells))
 
     def differs(self, kept: Any, found: Any) -> bool:
         """Whether a cell is outside the tolerance of the one that was kept."""

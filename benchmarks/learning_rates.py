@@ -30,7 +30,7 @@ def measure(table: Table, options: argparse.Namespace) -> None:
     for rate in RATES[-1:] if options.small else RATES:
         with tempfile.TemporaryDirectory() as place:
             words = ["train", "configs/quickstart.json", f"learning_rate={rate}", f"output_dir={place}", "--json"]
-            words += ["max_steps=1", "kl_prompts=2"] if options.small else []
+            words += ["max_steps=1", "kl_prompts=2", "max_new_tokens=8"] if options.small else []
             dpo = Path(sys.executable).parent / "dpo"
             done = subprocess.run([dpo, *words], cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             summary = json.loads(done.stdout)

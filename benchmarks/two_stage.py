@@ -43,7 +43,7 @@ def judged(stage: str, *more: str) -> dict[str, Any]:
 
 
 def measure(table: Table, options: argparse.Namespace) -> None:
-    few = ["max_steps=1", "kl_prompts=2"] if options.small else []
+    few = ["max_steps=1", "kl_prompts=2", "max_new_tokens=8"] if options.small else []
     subprocess.run([DPO, "train", CONFIG, "--overwrite", *few], stdout=sys.stderr, check=True)
     file = PLACE / "held-out.jsonl"
     write_held_out(file)
