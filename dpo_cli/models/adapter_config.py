@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.config.schema import options
 from dpo_cli.models.model_files import TOKENIZER_CONFIG, ModelFiles
@@ -38,28 +37,28 @@ BECAUSE = {
 DEFAULTS = {"r": 8, "lora_alpha": 8, "use_dora": False, "use_rslora": False}  # of PEFT, where a key is left out
 
 
-def _is_names(value: Any) -> bool:
+def _is_names(value: object) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return value is None or (isinstance(value, list) and _is_names(value))
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_switch(value: Any) -> bool:
+def _is_switch(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
 # What the keys of an adapter_config.json that are computed with have to be.
-KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+KINDS: tuple[tuple[str, Callable[[object], bool], tuple[str, ...]], ...] = (
     ("a whole number above 0", _is_size, ("r",)),
     ("a number", _is_number, ("lora_alpha", "lora_dropout")),
     ("true or false", _is_switch, ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out")),
@@ -90,12 +89,12 @@ class Adapter:
         return self.files.path
 
     @property
-    def config(self) -> Mapping[str, Any]:
+    def config(self) -> Mapping[str, object]:
         """Its adapter_config.json; `ValueError` where that cannot be read."""
-        return self.files.object(ADAPTER_CONFIG)
+        return self.files.json(ADAPTER_CONFIG)
 
     @property
-    def shape(self) -> dict[str, Any]:
+    def shape(self) -> dict[str, object]:
         """The options of `SHAPE`."""
         shape = {name: self.config.get(theirs, DEFAULTS.get(theirs)) for name, theirs in SHAPE.items()}
         if isinstance(shape["target_modules"], list):
@@ -141,7 +140,7 @@ class Adapter:
         return None
 
 
-def _of_another_type(config: Mapping[str, Any]) -> str:
+def _of_another_type(config: Mapping[str, object]) -> str:
     """The first value that PEFT cannot compute with, in words; empty where there is none."""
     found = (
         f"{name} {_short(config[name])} in its {ADAPTER_CONFIG}, which is not {kind}"
@@ -152,7 +151,7 @@ def _of_another_type(config: Mapping[str, Any]) -> str:
     return next(found, "")
 
 
-def unsupported(config: Mapping[str, Any]) -> str | None:
+def unsupported(config: Mapping[str, object]) -> str | None:
     """Why the base of an adapter cannot be its reference, by its adapter_config.json, in words that follow "the adapter".
 
     None where it can. Of other types than LoRA only what all types share is looked at.
@@ -172,25 +171,29 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _is_set(value: Any) -> bool:
+def _is_set(value: object) -> bool:
     """Whether a value asks for something: a table of nothing but nulls does not."""
     if isinstance(value, dict):
         return any(map(_is_set, value.values()))
     return value not in (None, False, "", "none") and value != []
 
 
-def is_on_head(config: Mapping[str, Any]) -> bool:
+def is_on_head(config: Mapping[str, object]) -> bool:
     """Whether an adapter is on the output head too, whose plain weight the log-probs are computed from."""
-    weights = [str(name).removesuffix(".weight") for name in config.get("target_parameters") or ()]
+    weights = [str(name).removesuffix(".weight") for name in _listed(config.get("target_parameters"))]
     heads = [head for head in HEADS if not _matches(config.get("exclude_modules"), head)]
     return any(_matches(targets, head) for targets in (config.get("target_modules"), weights) for head in heads)
 
 
-def _matches(pattern: Any, name: str) -> bool:
+def _matches(pattern: object, name: str) -> bool:
     """Whether PEFT finds a module of the model by this pattern: a regular expression, or the ends of names."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(str(end).rpartition(".")[2] == name for end in pattern or ())
+    return any(str(end).rpartition(".")[2] == name for end in _listed(pattern))
+
+
+def _listed(value: object) -> Iterable[object]:
+    return value if isinstance(value, list | tuple | set) else ()
 
 
 def without_bias(adapter: Iterable[str], base: Iterable[str]) -> list[str]:
@@ -203,6 +206,6 @@ def without_bias(adapter: Iterable[str], base: Iterable[str]) -> list[str]:
     return [layer for layer in layers if f"{layer}.weight" in there and f"{layer}.bias" not in there]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 40 else f"{text[:36]} ..."

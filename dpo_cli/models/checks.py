@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.errors import Problem
 from dpo_cli.models import generation_config, remote_code, tensor_files
@@ -90,7 +89,7 @@ def _faults_below(source: ModelSource) -> Iterator[Problem]:
             is_dense = base.config.get("model_type") in tensor_files.DENSE and not tensor_files.has_experts(stored)
             for wrong in tensor_files.adapter_faults(adapter.files.tensors, adapter.config, stored, is_dense):
                 yield _wrong("adapter-unusable", wrong.message, wrong.fix)
-        yield from remote_code.problems({}, adapter.files.object(TOKENIZER_CONFIG), str(adapter.directory))
+        yield from remote_code.problems({}, adapter.files.json(TOKENIZER_CONFIG), str(adapter.directory))
     for problem in _faults(source.below or ModelSource(source.foundation, source.own)):
         if problem.code == NO_EOS and adapter is not None and adapter.has_tokenizer:
             continue
@@ -99,8 +98,8 @@ def _faults_below(source: ModelSource) -> Iterator[Problem]:
 
 def _directory_faults(files: ModelFiles) -> Iterator[Problem]:
     """What a model directory with a readable config.json lacks."""
-    path, config, tokenizer = files.path, files.config, files.object(TOKENIZER_CONFIG)
-    names = config.get("architectures") or []
+    path, config, tokenizer = files.path, files.config, files.json(TOKENIZER_CONFIG)
+    names = tensor_files.names_in(config.get("architectures"))
     if config.get("is_encoder_decoder") or (names and not any(mark in name for name in names for mark in CAUSAL)):
         what = ", ".join(names) or "an encoder-decoder model"
         yield _wrong(
@@ -127,7 +126,7 @@ def _directory_faults(files: ModelFiles) -> Iterator[Problem]:
         yield problem
     yield from _token_faults(files)
     yield from _generation_advice(files)
-    if without_eos(tokenizer, files.object(SPECIAL_TOKENS)):
+    if without_eos(tokenizer, files.json(SPECIAL_TOKENS)):
         yield no_eos(str(path))
     if not any(map(files.has, TOKENIZER_FILES)):
         yield _wrong("model-no-tokenizer", f"{path} has no tokenizer", f"copy the model's {TOKENIZER} into it")
@@ -141,7 +140,7 @@ def _token_faults(files: ModelFiles) -> Iterator[Problem]:
         return
     total = max(outside.values()) + 1
     what = f"the tokenizer of {files.path} has {total} tokens, and the model {rows} rows for them"
-    padding = files.object(TOKENIZER_CONFIG).get("pad_token")
+    padding = files.json(TOKENIZER_CONFIG).get("pad_token")
     padding = padding.get("content") if isinstance(padding, dict) else padding
     if padding in outside:
         fix = f"name another pad_token in {TOKENIZER_CONFIG}, or resize the model's embedding to {total} rows"
@@ -154,7 +153,7 @@ def _token_faults(files: ModelFiles) -> Iterator[Problem]:
 
 def _generation_advice(files: ModelFiles) -> Iterator[Problem]:
     """What of generation_config.json is left out, since transformers would not load or save the model, or answer, with it."""
-    settings = files.object(GENERATION)
+    settings = files.json(GENERATION)
     if wrong := generation_config.invalid(settings, files.token_rows):
         told = "; ".join(f"{name} {json.dumps(settings[name])} {why}" for name, why in wrong.items())
         fix = f"nothing is to be done: {', '.join(wrong)} is left out of what is saved"
@@ -195,7 +194,7 @@ def _answers_instructions(source: ModelSource) -> bool:
     return BASE.search(path.name) is None or INSTRUCT.search(path.name) is not None
 
 
-def without_eos(tokenizer: Mapping[str, Any], special: Mapping[str, Any]) -> bool:
+def without_eos(tokenizer: Mapping[str, object], special: Mapping[str, object]) -> bool:
     """Whether a tokenizer surely has no EOS token: its files name none, and its class has none of its own."""
     has_plain_class = tokenizer.get("tokenizer_class") in remote_code.GENERIC
     return has_plain_class and not tokenizer.get("eos_token") and not special.get("eos_token")

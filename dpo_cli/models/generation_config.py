@@ -8,7 +8,7 @@ only transformers knows is found there too (providers/huggingface.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeGuard
 
 CACHES = (
     *("static", "offloaded_static", "dynamic", "offloaded", "quantized", "paged"),
@@ -17,7 +17,7 @@ CACHES = (
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")  # by which others are judged
 # Settings that need do_sample, and the values of each that have no effect.
-SAMPLING: Mapping[str, tuple[Any, ...]] = {
+SAMPLING: Mapping[str, tuple[object, ...]] = {
     "temperature": (None, 1.0),
     "top_p": (None, 1.0),
     "top_k": (None, 50),
@@ -27,42 +27,42 @@ SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
 }
-SEARCHING: Mapping[str, tuple[Any, ...]] = {"early_stopping": (None, False), "length_penalty": (None, 1.0)}  # several beams
+SEARCHING: Mapping[str, tuple[object, ...]] = {"early_stopping": (None, False), "length_penalty": (None, 1.0)}  # several beams
 # Settings that name tokens by which generation changes its scores, so that an id without a row of the model fails there.
 ON_TOKENS = (*FORCED, "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")  # need return_dict_in_generate
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_share(value: Any) -> bool:
+def _is_share(value: object) -> bool:
     return _is_number(value) and 0 <= value <= 1
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: object) -> bool:
     return _is_number(value) and value > 0
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_above_0(value: Any) -> bool:
+def _is_above_0(value: object) -> TypeGuard[int]:
     return _is_whole(value) and value > 0
 
 
-def _is_switch(value: Any) -> bool:
+def _is_switch(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_whole, value))
 
 
 # What a setting has to be, and which do: None is always allowed.
-KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
+KINDS: tuple[tuple[str, Callable[[object], bool], tuple[str, ...]], ...] = (
     ("a number above 0", _is_positive, ("temperature", "repetition_penalty", "encoder_repetition_penalty")),
     ("a number from 0 to 1", _is_share, ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")),
     ("a number", _is_number, ("length_penalty", "guidance_scale", "max_time")),
@@ -77,7 +77,7 @@ KINDS: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 )
 
 
-def invalid(settings: Mapping[str, Any], rows: int | None = None) -> dict[str, str]:
+def invalid(settings: Mapping[str, object], rows: int | None = None) -> dict[str, str]:
     """The settings that are left out, each with why, in words that follow its name and value.
 
     `rows` is the number of tokens that the model knows; None where that is not known.
@@ -94,7 +94,7 @@ def invalid(settings: Mapping[str, Any], rows: int | None = None) -> dict[str, s
     return wrong | dict(_without_effect({name: value for name, value in settings.items() if name not in wrong}))
 
 
-def _tokens(value: Any) -> Iterator[int]:
+def _tokens(value: object) -> Iterator[int]:
     """The ids in a setting: one, a list, a list of lists, or a list of [ids, bias]."""
     if _is_whole(value):
         yield value
@@ -104,10 +104,16 @@ def _tokens(value: Any) -> Iterator[int]:
             yield from _tokens(part[0] if has_biases else part)
 
 
-def _without_effect(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _count(settings: Mapping[str, object], name: str) -> int:
+    """A number of things, of which one is made where nothing is said."""
+    value = settings.get(name)
+    return value if _is_above_0(value) else 1
+
+
+def _without_effect(settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Settings that the rest leaves without an effect."""
-    samples, beams = settings.get("do_sample") is True, settings.get("num_beams") or 1
-    returned = settings.get("num_return_sequences") or 1
+    samples, beams = settings.get("do_sample") is True, _count(settings, "num_beams")
+    returned = _count(settings, "num_return_sequences")
     for name in () if samples else SAMPLING:
         if settings.get(name) not in SAMPLING[name]:
             yield name, "needs do_sample true"

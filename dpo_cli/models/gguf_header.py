@@ -58,7 +58,7 @@ class _Cursor:
     def string(self) -> str:
         return self.bytes(self.unpack("<Q")[0]).decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int) -> object:
         if kind in _SCALARS:
             return self.unpack(_SCALARS[kind])[0]
         if kind == _STRING:

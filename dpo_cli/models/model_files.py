@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpo_cli.models import shape
 from dpo_cli.models.gguf_header import Header, NoGguf, read_header
@@ -28,7 +28,7 @@ class ModelFiles:
     """A folder with a model or an adapter in it, or a GGUF file; there may be nothing."""
 
     path: Path
-    _objects: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    _objects: dict[str, dict[str, object]] = field(default_factory=dict, repr=False, compare=False)
 
     def absolute(self) -> ModelFiles:
         """The same by their absolute path; what was read stays read."""
@@ -43,22 +43,22 @@ class ModelFiles:
     def has(self, name: str) -> bool:
         return self.found(name) is not None
 
-    def object(self, name: str) -> dict[str, Any]:
+    def json(self, name: str) -> dict[str, object]:
         """The object in a JSON file, {} where there is no file; `ValueError` for one that holds anything else."""
         if name not in self._objects:
             self._objects[name] = read_object(file) if (file := self.found(name)) is not None else {}
         return self._objects[name]
 
-    def sound(self, name: str) -> dict[str, Any]:
+    def sound(self, name: str) -> dict[str, object]:
         """The same, and {} for a file that is damaged, which the model's loading reports."""
         try:
-            return self.object(name)
+            return self.json(name)
         except (OSError, ValueError):
             return {}
 
     @property
-    def config(self) -> dict[str, Any]:
-        return self.object(CONFIG)
+    def config(self) -> dict[str, object]:
+        return self.json(CONFIG)
 
     @cached_property
     def tensors(self) -> TensorFiles:
@@ -130,4 +130,4 @@ class ModelFiles:
         """Whether a chat template comes with the tokenizer."""
         if self.gguf is not None:
             return "tokenizer.chat_template" in self.gguf.metadata
-        return self.has(TEMPLATE) or "chat_template" in self.object(TOKENIZER_CONFIG)
+        return self.has(TEMPLATE) or "chat_template" in self.json(TOKENIZER_CONFIG)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from dpo_cli.errors import Problem
 
@@ -42,7 +41,7 @@ class Quantisation:
             yield Problem("error", "full-quantised", message, 'train an adapter: "lora_r": 16', "lora_r")
 
 
-def stored_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
+def stored_quantisation(config: Mapping[str, object]) -> Quantisation | None:
     """What config.json says of the weights beside it; None where they are plain numbers."""
     told = config.get("quantization_config") or text_part(config).get("quantization_config")
     if not isinstance(told, Mapping):
@@ -53,7 +52,7 @@ def stored_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
     return Quantisation(method, 4 if is_4bit else 8 if is_8bit else int(bits) if bits.isdecimal() else 0)
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_part(config: Mapping[str, object]) -> Mapping[str, object]:
     """The part of a config.json that describes the decoder: all of it, unless the model reads more than text."""
     part = config.get("text_config")
     return part if isinstance(part, Mapping) else config

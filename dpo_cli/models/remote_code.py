@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.errors import Problem
 
@@ -20,7 +19,7 @@ KNOWN_LIBRARIES = ("transformers", "peft")
 FIX = "take a model whose classes transformers has itself: no code of a model is run, and no option changes that"
 
 
-def problems(config: Mapping[str, Any], tokenizer: Mapping[str, Any], name: str) -> Iterator[Problem]:
+def problems(config: Mapping[str, object], tokenizer: Mapping[str, object], name: str) -> Iterator[Problem]:
     """Code that config.json and tokenizer_config.json ask for: an error where the model cannot do without, else a hint."""
     is_known = _has("auto_mappings.py", config.get("model_type"))
     unused = []
@@ -45,7 +44,7 @@ def problems(config: Mapping[str, Any], tokenizer: Mapping[str, Any], name: str)
         yield Problem("hint", "model-code-unused", message, "nothing is to be done", "model_name")
 
 
-def in_adapter(config: Any) -> str | None:
+def in_adapter(config: object) -> str | None:
     """What of an adapter_config.json makes PEFT import a module that the file names; None where nothing does."""
     if not isinstance(config, Mapping):
         return None
@@ -58,13 +57,14 @@ def in_adapter(config: Any) -> str | None:
     return None
 
 
-def unsafe_shards(index: Mapping[str, Any]) -> list[str]:
+def unsafe_shards(index: Mapping[str, object]) -> list[str]:
     """Files of weights that an index names and that are no safetensors beside it."""
-    files = {str(file) for file in (index.get("weight_map") or {}).values()}
+    places = index.get("weight_map")
+    files = {str(file) for file in places.values()} if isinstance(places, Mapping) else set()
     return sorted(file for file in files if not file.endswith(".safetensors") or Path(file).name != file)
 
 
-def is_causal(model_type: Any) -> bool:
+def is_causal(model_type: object) -> bool:
     """Whether transformers has a causal language model of this type; nothing is known against what is no text."""
     if not isinstance(model_type, str):
         return True
@@ -73,14 +73,14 @@ def is_causal(model_type: Any) -> bool:
     return block is None or f'("{model_type}", ' in block[0]  # of a table that is not found nothing is known
 
 
-def _named_code(auto_map: Any) -> str:
+def _named_code(auto_map: object) -> str:
     """The modules that an auto_map names, in words; it is a table, or a list of a slow and a fast class."""
     classes = auto_map.values() if isinstance(auto_map, Mapping) else auto_map if isinstance(auto_map, list) else ()
     flat = [one for made in classes for one in (made if isinstance(made, list) else [made])]
     return ", ".join(sorted({f"{str(one).rpartition('.')[0] or one}.py" for one in flat if one}))
 
 
-def _implementations(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _implementations(config: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Kernels that the config takes from a repository: transformers fetches and runs those that are written owner/name."""
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -93,7 +93,7 @@ def _is_tokenizer(name: str) -> bool:
     return name in GENERIC or any(_has("tokenization_auto.py", made) for made in (name, name.removesuffix("Fast")))
 
 
-def _has(file: str, name: Any) -> bool:
+def _has(file: str, name: object) -> bool:
     """Whether a table of transformers names this; the package is read, not imported."""
     return isinstance(name, str) and re.search(rf'"{re.escape(name)}"', _table(file)) is not None
 

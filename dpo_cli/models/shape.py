@@ -118,14 +118,14 @@ def known_models() -> Mapping[str, ModelFacts]:
     return {name: ModelFacts(**shape) for name, shape in table.items()}
 
 
-def is_mixture(config: Mapping[str, Any]) -> bool:
+def is_mixture(config: Mapping[str, object]) -> bool:
     """Whether a config.json is of a mixture of experts."""
     return any(text_part(config).get(name) for name in EXPERTS)
 
 
 def config_facts(config: Mapping[str, Any], weights: TensorFiles | None = None) -> ModelFacts | None:
     """The facts of a config.json, with what the headers of the weights count beside the decoder."""
-    text = text_part(config)
+    text: Mapping[str, Any] = text_part(config)
     if is_mixture(config):
         return None  # it is larger than its dense shape
     names = [field.name for field in fields(ModelFacts) if field.default is MISSING]

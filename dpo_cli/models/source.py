@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter
 from dpo_cli.models.model_files import CONFIG, GENERATION, ModelFiles
@@ -75,12 +74,13 @@ class ModelSource:
         above = (*above, path, adapter.directory)
         if (plan := adapter.directory.parent / PLAN).is_file():
             return cls(name, adapter.files, cls._of_run(read_object(plan), above))
-        if not (base := adapter.config.get("base_model_name_or_path")):
+        base = adapter.config.get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
             raise Unusable(f"its {ADAPTER_CONFIG} names no base model")
         return cls(name, adapter.files, cls.of(base, above))
 
     @classmethod
-    def _of_run(cls, plan: Mapping[str, Any], above: tuple[Path, ...]) -> ModelSource:
+    def _of_run(cls, plan: Mapping[str, object], above: tuple[Path, ...]) -> ModelSource:
         """The model of a run's adapter: one that went on from another adapter stands where that one does."""
         config = plan.get("config")
         name = config.get("model_name") if isinstance(config, dict) else None
@@ -131,7 +131,7 @@ class ModelSource:
         return self.own if self.adapter is not None and self.adapter.has_tokenizer else self.files
 
     @property
-    def generation(self) -> dict[str, Any] | None:
+    def generation(self) -> dict[str, object] | None:
         """The generation_config.json beside the tokenizer; None where no folder with one is here."""
         files = self.tokenizer_files
         return files.sound(GENERATION) if files.path.is_dir() else None

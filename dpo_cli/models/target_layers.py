@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.config.options import Config
 from dpo_cli.errors import Problem, Severity
@@ -99,7 +98,8 @@ def expert_names(model_type: str | None) -> dict[str, str]:
     patterns = _table("transformers", "conversion_mapping.py", "_MODEL_TO_CONVERSION_PATTERN")
     patterns = patterns | _table("peft", "utils/transformers_weight_conversion.py", "_MODEL_TO_CONVERSION_PATTERN")
     mapping = _table("peft", "utils/transformers_weight_conversion.py", "_MOE_TARGET_MODULE_MAPPING")
-    return dict(mapping.get(patterns.get(model_type or "", ""), {}))
+    found = mapping.get(str(patterns.get(model_type or "", "")))
+    return found if isinstance(found, dict) else {}
 
 
 def fused_names(experts: Mapping[str, str]) -> list[list[str]]:
@@ -117,7 +117,8 @@ def refused_names(model_type: str | None) -> set[str]:
 
 def problems(config: Config, source: ModelSource, label: str) -> Iterator[Problem]:
     """What is wrong with the targets of a fresh adapter, as far as the model's config.json and its tensors' names tell."""
-    family = source.files.config.get("model_type")
+    told = source.files.config.get("model_type")
+    family = told if isinstance(told, str) else None
     wanted = config.target_modules
     named = [wanted] if isinstance(wanted, str) else wanted
     last = {name.rpartition(".")[2] for name in named}
@@ -197,7 +198,7 @@ def not_linear(label: str, matched: Sequence[tuple[str, str]], fix: str) -> Prob
 
 
 @functools.cache
-def _table(package: str, file: str, name: str) -> dict[str, Any]:
+def _table(package: str, file: str, name: str) -> dict[str, object]:
     """The dict that is assigned to `name` in a file of an installed package, with what is put into it after; of a set its items
     as keys. Empty where another version has no such table: then nothing is known before PEFT itself is asked.
     """

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.models.quantised_files import text_part
 from dpo_cli.storage.jsonio import read_object_if_there
 from dpo_cli.storage.run_directory import WEIGHTS
 
@@ -116,9 +117,17 @@ class TensorFiles:
         return (self.folder / SINGLE).is_file()
 
     @cached_property
-    def index(self) -> Mapping[str, Any]:
+    def index(self) -> Mapping[str, object]:
         """The index of several files; empty where there is none."""
         return read_object_if_there(self.folder / INDEX)
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """The file of each tensor, as the index has it."""
+        places = self.index["weight_map"]
+        if not isinstance(places, dict):
+            raise ValueError(f"the weight_map of {INDEX} is not an object")
+        return places
 
     @property
     def has_index(self) -> bool:
@@ -129,7 +138,7 @@ class TensorFiles:
         """The names of the files that hold the model, as transformers reads it; empty where there are none of its names."""
         if self.is_single:
             return [SINGLE]
-        return sorted(set(self.index["weight_map"].values())) if self.has_index else []
+        return sorted(set(self.weight_map.values())) if self.has_index else []
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
@@ -141,7 +150,7 @@ class TensorFiles:
         return {name: dtype for file in self.files for name, dtype in self.header(file).dtypes.items()}
 
 
-def faults(files: TensorFiles, config: Mapping[str, Any]) -> Iterator[Fault]:
+def faults(files: TensorFiles, config: Mapping[str, object]) -> Iterator[Fault]:
     """What is wrong with the files of a model, whose config.json is `config`."""
     folder, again = files.folder, "download it again, or copy it whole"
     try:
@@ -154,7 +163,7 @@ def faults(files: TensorFiles, config: Mapping[str, Any]) -> Iterator[Fault]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         yield Fault(f"{folder}: {error}", PULL if isinstance(error, PointerError) else again)
         return
-    quantised = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+    quantised = config.get("quantization_config") or text_part(config).get("quantization_config")
     if fault := _unequal_twice(files, again) or _dtype_fault(files, quantised):
         yield fault
         return
@@ -238,7 +247,9 @@ def _decoder_faults(folder: Path, config: Mapping[str, Any], stored: Mapping[str
         yield Fault(message, "take config.json and weights from one model")
 
 
-def adapter_faults(files: TensorFiles, config: Mapping[str, Any], base: Mapping[str, Shape], is_dense: bool) -> Iterator[Fault]:
+def adapter_faults(
+    files: TensorFiles, config: Mapping[str, object], base: Mapping[str, Shape], is_dense: bool
+) -> Iterator[Fault]:
     """What is wrong with the weights of an adapter, whose adapter_config.json is `config`, on a model whose files hold `base`.
 
     With `is_dense`, a layer has the same name in these files and in the adapter's.
@@ -259,7 +270,7 @@ def adapter_faults(files: TensorFiles, config: Mapping[str, Any], base: Mapping[
     if gap := expert_gap(own):
         yield Fault(f"the adapter in {folder} {gap}", AGAIN)
     rows = max((shape[0] for shape in base.values() if len(shape) == 2), default=0)  # a table, which PEFT may save, has most
-    of_layers = [name for name in of_base(own, config.get("modules_to_save")) if own[name][:1] != (rows,)]
+    of_layers = [name for name in of_base(own, names_in(config.get("modules_to_save"))) if own[name][:1] != (rows,)]
     if of_layers:
         message = f"the adapter in {folder} holds {count(of_layers)} of its base itself, which would replace the model's"
         yield Fault(message, "remove these from the file, or merge it with PEFT into its base, and name the merged model")
@@ -270,7 +281,7 @@ def adapter_faults(files: TensorFiles, config: Mapping[str, Any], base: Mapping[
         yield Fault(f"the adapter in {folder} holds {count(unknown)} for layers that its base model does not have", fix)
 
 
-def lora_fault(own: Mapping[str, Shape], dtypes: Mapping[str, str], config: Mapping[str, Any]) -> Fault | None:
+def lora_fault(own: Mapping[str, Shape], dtypes: Mapping[str, str], config: Mapping[str, object]) -> Fault | None:
     """What of an adapter's own tensors is missing, or is not as its adapter_config.json says, in words after "the adapter"."""
     if whole := whole_numbers(dtypes):
         message = f"holds {count(whole)} as whole numbers ({dtypes[whole[0]]}), and an adapter is of numbers with fractions"
@@ -361,6 +372,11 @@ def wrapper_of(names: Iterable[str]) -> str | None:
     return next((wrapper for wrapper in WRAPPERS if names and all(name.startswith(wrapper) for name in names)), None)
 
 
+def names_in(value: object) -> list[str]:
+    """The names in a list of a JSON file; none where it is no list."""
+    return [str(name) for name in value] if isinstance(value, list) else []
+
+
 def count(names: Sequence[str]) -> str:
     """So many tensors, with the first names."""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({some(names)})"
@@ -371,7 +387,7 @@ def some(names: Sequence[str]) -> str:
 
 
 def _index_faults(files: TensorFiles, again: str) -> Iterator[Fault]:
-    folder, named = files.folder, files.index["weight_map"]
+    folder, named = files.folder, files.weight_map
     held = set(named.values())
     shards = {file.name for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)}
     if left := [shard for shard in sorted(shards - held) if _belongs(files, shard)]:
@@ -385,7 +401,7 @@ def _index_faults(files: TensorFiles, again: str) -> Iterator[Fault]:
 
 def _belongs(files: TensorFiles, shard: str) -> bool:
     """Whether a file that the index does not name is of its model, and not left over from a division into other files."""
-    named = files.index["weight_map"]
+    named = files.weight_map
     same_division = shard.partition("-of-")[2] in {file.partition("-of-")[2] for file in named.values()}
     return same_division or not files.header(shard).shapes.keys() <= named.keys()
 

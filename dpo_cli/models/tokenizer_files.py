@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from datetime import date
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.tokenizer import Tokenizer, ends_of
@@ -44,23 +44,28 @@ def tokenizer_of(files: ModelFiles, day: date | None = None) -> Tokenizer | None
     )
 
 
-def _missing(fast: Fast, config: Mapping[str, Any], added: Mapping[str, Any]) -> list[str]:
+def _missing(fast: Fast, config: Mapping[str, object], added: Mapping[str, object]) -> list[str]:
     """The tokens that only the files beside a tokenizer.json name, which transformers adds."""
-    decoder = config.get("added_tokens_decoder") or {}
-    named = [_content(decoder[number]) for number in sorted(decoder, key=int)] + sorted(added, key=lambda token: added[token])
+    decoder = config.get("added_tokens_decoder")
+    in_order = sorted(decoder.items(), key=lambda item: int(item[0])) if isinstance(decoder, dict) else []
+    named = [_content(token) for _, token in in_order] + sorted(added, key=lambda token: int(str(added[token])))
     for key in ("extra_special_tokens", "additional_special_tokens"):
-        value = config.get(key) or ()
-        named += [_content(token) for token in (value.values() if isinstance(value, dict) else value)]
+        value = config.get(key)
+        named += [_content(token) for token in (value.values() if isinstance(value, dict) else _listed(value))]
     return [token for token in dict.fromkeys(named) if token and fast.token_to_id(token) is None]
 
 
-def _content(value: Any) -> str:
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _content(value: object) -> str:
     """A special token, which is a string or an object."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
 
 
-def _templates(files: ModelFiles, config: Mapping[str, Any]) -> dict[str, str]:
+def _templates(files: ModelFiles, config: Mapping[str, object]) -> dict[str, str]:
     """The chat templates of a model by their names."""
     own = config.get("chat_template")
     if isinstance(own, list):  # several with names

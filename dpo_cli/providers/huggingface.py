@@ -248,7 +248,7 @@ class HuggingFace:
 
         Only what lies in a folder is taken for an adapter here, and then `source` is the model below it.
         """
-        if not Path(source).is_dir() and self._files(source).object(ADAPTER_CONFIG):
+        if not Path(source).is_dir() and self._files(source).json(ADAPTER_CONFIG):
             fix = f"`hf download {source} --local-dir FOLDER` fetches it: name FOLDER"
             raise RunFailed(f"{source} is an adapter, and adapters are taken from a folder alone", fix)
 
@@ -269,13 +269,13 @@ class HuggingFace:
     def _require_no_code(self, source: str) -> None:
         """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
         files = self._files(source)
-        for problem in remote_code.problems(files.config, files.object(TOKENIZER_CONFIG), self.name):
+        for problem in remote_code.problems(files.config, files.json(TOKENIZER_CONFIG), self.name):
             if problem.severity == "error":
                 raise RunFailed(problem.message, problem.fix)
 
     def _generation(self, source: str) -> dict[str, GenerationConfig]:
         """How `from_pretrained` is to generate, where the model says something of it that it would not load with."""
-        sound, notes = _sound_generation(self._files(source).object(GENERATION), self.token_rows())
+        sound, notes = _sound_generation(self._files(source).json(GENERATION), self.token_rows())
         self.notes += [note for note in notes if note not in self.notes]
         return {"generation_config": sound} if notes else {}
 
@@ -350,12 +350,12 @@ def _mend_generation(model: PreTrainedModel) -> list[str]:
     return notes
 
 
-def _sound_generation(settings: dict[str, Any], rows: int | None) -> tuple[GenerationConfig, list[str]]:
+def _sound_generation(settings: dict[str, object], rows: int | None) -> tuple[GenerationConfig, list[str]]:
     """The settings of a generation_config without those that no model can be loaded or saved with, and a note of each.
 
     `rows` is the number of tokens that the model knows.
     """
-    wrong, kept = generation_config.invalid(settings, rows), dict[str, Any]()
+    wrong, kept = generation_config.invalid(settings, rows), dict[str, object]()
     for name in sorted(settings, key=lambda name: (name not in generation_config.DECIDING, name)):
         if name in wrong:
             continue

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
 from dpo_cli.models.adapter_config import Adapter
@@ -36,6 +37,7 @@ from dpo_cli.models.tensor_files import (
     expert_gap,
     faults,
     lora_fault,
+    names_in,
     of_base,
     place_of,
     resized,
@@ -80,7 +82,9 @@ def all_tensors(what: str) -> Iterator[list[str]]:
     """
     checked, notes = [], list[str]()
 
-    def check(model: Any, loading_info: Any, pretrained_model_name_or_path: Any = None, **_: Any) -> None:
+    def check(
+        model: PreTrainedModel, loading_info: LoadStateDictInfo, pretrained_model_name_or_path: object = None, **_: object
+    ) -> None:
         checked.append(what)
         unexpected = set(loading_info.unexpected_keys)
         idle = _without_use(model, unexpected, str(pretrained_model_name_or_path))
@@ -254,7 +258,7 @@ def _written(key: str, name: str) -> str:
 
 
 def _require_same_base(
-    network: PreTrainedModel, written: dict[str, Tensor], config: Mapping[str, Any], folder: Path, label: str
+    network: PreTrainedModel, written: dict[str, Tensor], config: Mapping[str, object], folder: Path, label: str
 ) -> None:
     """`InvalidInput` where the file holds another tensor of the base than the base has: PEFT would put it in its place.
 
@@ -266,7 +270,7 @@ def _require_same_base(
     if difference := resized(*shapes):
         message = f"the adapter in {folder} {difference}"
         raise invalid("adapter-resized", message, RESIZED_FIX, "model_name")
-    held = [(place_of(key), written[key]) for key in of_base(written, config.get("modules_to_save"))]
+    held = [(place_of(key), written[key]) for key in of_base(written, names_in(config.get("modules_to_save")))]
     if other := [name for name, tensor in held if name in own and not _is_same(own[name], tensor)]:
         message = f"{folder} holds {count(other)} of its base, with other values than in {label}: it was made on another model"
         raise invalid("adapter-other-base", message, OTHER_BASE, "model_name")

@@ -17,7 +17,7 @@ import gguf as gguf_library
 import torch
 import transformers
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, modeling_gguf_pytorch_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpo_cli.errors import RunFailed
@@ -126,7 +126,7 @@ def _all_placed(name: str, header: Header) -> Iterator[None]:
     before = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map
     places: set[str] = set()
 
-    def noting(*args: Any, **options: Any) -> dict[str, str]:
+    def noting(*args: object, **options: object) -> dict[str, str]:
         found: dict[str, str] = before(*args, **options)
         places.update(found)
         return found
@@ -142,11 +142,11 @@ def _all_placed(name: str, header: Header) -> Iterator[None]:
         refuse(name, (), left, (), MADE_FROM, "model_name")
 
 
-def _scale_positions(config: Any, path: Path, header: Header) -> None:
+def _scale_positions(config: PretrainedConfig, path: Path, header: Header) -> None:
     """Write into `config` how the GGUF file scales positions, which transformers does not read; `RunFailed`: it cannot be."""
     family = header.metadata["general.architecture"]
     key = f"{family}.rope.scaling.type"
-    scaling: Mapping[str, Any] | None = None
+    scaling: Mapping[str, object] | None = None
     if (kind := header.metadata.get(key, "none")) != "none" and family != READ_BY_TRANSFORMERS:
         factor = header.metadata.get(f"{family}.rope.scaling.factor")
         if kind != "linear" or factor is None:
@@ -162,13 +162,13 @@ def _scale_positions(config: Any, path: Path, header: Header) -> None:
         config.rope_parameters = {**config.rope_parameters, **scaling}
 
 
-def _scaling(config: Any, factors: torch.Tensor) -> dict[str, Any] | None:
+def _scaling(config: PretrainedConfig, factors: torch.Tensor) -> dict[str, object] | None:
     """The rope_parameters that divide the frequencies by these factors; None where none is known that does."""
 
-    def frequencies(scaling: dict[str, Any]) -> torch.Tensor:
+    def frequencies(scaling: dict[str, object]) -> torch.Tensor:
         tried = copy.deepcopy(config)
         tried.rope_parameters = {**config.rope_parameters, **scaling}
-        found: torch.Tensor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](tried, torch.device("cpu"))[0]
+        found: torch.Tensor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](tried, torch.device("cpu"))[0]
         return found
 
     largest = float(factors.max())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,9 +17,9 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     A layer with an adapter is one module with all that is in it, for PEFT may join its weights. Quantised weights are not
     floats: bitsandbytes multiplies them in the dtype it is told.
     """
-    held: dict[nn.Module, tuple[dict[nn.Parameter, Tensor], Any]] = {}
+    held: dict[nn.Module, tuple[dict[nn.Parameter, Tensor], object]] = {}
 
-    def widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def widen(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         if not isinstance(module, nn.Embedding):  # what is looked up is exact in any dtype, and the table is large
             own = module.parameters(recurse=isinstance(module, BaseTunerLayer))
             narrow = [p for p in own if p.is_floating_point() and p.dtype.itemsize < 4]
@@ -38,9 +37,9 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         if hasattr(module, "compute_dtype"):
             setattr(module, "compute_dtype", compute_dtype)  # noqa: B010
 
-    def narrow_again(module: nn.Module, args: Any, output: Any) -> Any:
+    def narrow_again(module: nn.Module, args: object, output: object) -> object:
         restore(module)
-        return output.float() if isinstance(module, nn.Embedding) else output
+        return output.float() if isinstance(module, nn.Embedding) and isinstance(output, Tensor) else output
 
     whole = list(_units(model))
     hooks = [module.register_forward_pre_hook(widen) for module in whole]

@@ -54,7 +54,7 @@ class Unsloth(HuggingFace):
         return cast(PreTrainedModel, model)
 
 
-def _require_quantisation(model: Any, plan: Plan) -> None:
+def _require_quantisation(model: PreTrainedModel, plan: Plan) -> None:
     """`RunFailed` where Unsloth's CPU fallback loaded 16 bits instead of 4, or nf4, the only kind that it knows, for fp4."""
     made = getattr(model.config, "quantization_config", None)
     wanted = quantisation(plan) if plan.config.use_4bit else None
