@@ -22,7 +22,6 @@ from dpo_cli.hardware.machine import Machine
 from dpo_cli.models import checks, target_layers
 from dpo_cli.models.model_files import CONFIG
 from dpo_cli.models.source import ModelSource
-from dpo_cli.models.tokenizer_files import tokenizer_of
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.plan.plan import Plan, resolve
@@ -212,6 +211,8 @@ def _tokenizer_of(model: ModelSource) -> tuple[Tokenizer | None, int | None]:
         rows = model.files.token_rows
     except (OSError, ValueError):  # what is wrong with the model is a problem of model_name
         return None, None
+    from dpo_cli.models.tokenizer_files import tokenizer_of  # late: it brings jinja2
+
     return (tokenizer_of(model.tokenizer_files), rows) if model.files.has(CONFIG) and model.fault is None else (None, None)
 
 
