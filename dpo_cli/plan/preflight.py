@@ -211,9 +211,11 @@ def _tokenizer_of(model: ModelSource) -> tuple[Tokenizer | None, int | None]:
         rows = model.files.token_rows
     except (OSError, ValueError):  # what is wrong with the model is a problem of model_name
         return None, None
+    if not model.files.has(CONFIG) or model.fault is not None:
+        return None, None
     from dpo_cli.models.tokenizer_files import tokenizer_of  # late: it brings jinja2
 
-    return (tokenizer_of(model.tokenizer_files), rows) if model.files.has(CONFIG) and model.fault is None else (None, None)
+    return tokenizer_of(model.tokenizer_files), rows
 
 
 def _model_problems(plan: Plan) -> Iterator[Problem]:
