@@ -76,13 +76,13 @@ class NearDuplicates(Finding):
 
     def _candidates(self) -> set[tuple[int, int]]:
         """(pair, first pair with the same band), by their numbers in the pass."""
-        found: set[tuple[int, int]] = set()
+        candidates: set[tuple[int, int]] = set()
         for band in range(BANDS):
             first: dict[int, int] = {}
             for index, value in enumerate(self.bands[band::BANDS]):
-                if (earlier := first.setdefault(value, index)) != index and len(found) < MOST_COMPARED:
-                    found.add((self.numbers[index], self.numbers[earlier]))
-        return found
+                if (earlier := first.setdefault(value, index)) != index and len(candidates) < MOST_COMPARED:
+                    candidates.add((self.numbers[index], self.numbers[earlier]))
+        return candidates
 
     def _read_again(self, data: Dataset, wanted: set[int]) -> dict[int, tuple[Pair, tuple[str, str, str]]]:
         """The pairs with these numbers and their texts, from another pass over the files where none kept them."""
