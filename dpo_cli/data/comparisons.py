@@ -371,15 +371,15 @@ def _family(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 
 def _list(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """The column that holds a list of responses: texts, messages or objects."""
-    found = next((name for name in LISTS if isinstance(row.get(name), list)), None)
-    return ((found,), ()) if found is not None else None
+    column = next((name for name in LISTS if isinstance(row.get(name), list)), None)
+    return ((column,), ()) if column is not None else None
 
 
 def _score_columns(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> tuple[str, ...]:
     """The columns of scores that go with the responses: those called only so come first; of several others none is taken."""
     if len(responses) == 1:
-        found = next((name for name in SCORES if isinstance(row.get(name), list)), None)
-        return (found,) if found is not None else ()
+        column = next((name for name in SCORES if isinstance(row.get(name), list)), None)
+        return (column,) if column is not None else ()
     by_stem: dict[tuple[str, ...], dict[str, str]] = {}
     for name, value in row.items():
         member = _MEMBER.fullmatch(name)
@@ -425,9 +425,9 @@ def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: S
     usual = [name for name in LABELS if name in row and name not in responses and isinstance(row[name], str | int | float)]
     votes = {name: value[0] if isinstance(value := row[name], list) and value else value for name in questions}
     only = questions if len(more) == 1 else [*_naming(votes, responses, which)]
-    found = next(iter((*asking, *usual, *(only if len(only) == 1 else ()))), None)
-    if found is not None or len(responses) == 1 or not search:
-        return found
+    label = next(iter((*asking, *usual, *(only if len(only) == 1 else ()))), None)
+    if label is not None or len(responses) == 1 or not search:
+        return label
     naming = _naming(row, responses, which).items()
     named = {name: place for name, place in naming if _says_better(name) or _is_side(row, name)}
     return next(iter(named)) if len(set(named.values())) == 1 else None  # else they contradict each other

@@ -198,8 +198,8 @@ def holds_pairs(path: str) -> bool:
 
 def unreadable(value: Named, key: str) -> list[Problem]:
     """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
-    found = (fault(Path(source.path), key) for source in sources_of(value))
-    return [problem for problem in found if problem is not None]
+    faults = (fault(Path(source.path), key) for source in sources_of(value))
+    return [problem for problem in faults if problem is not None]
 
 
 def read(

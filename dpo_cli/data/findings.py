@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from rapidfuzz import fuzz, utils
+
 from dpo_cli.data.dataset import Dataset
 from dpo_cli.data.files import about_rows, unit
 from dpo_cli.data.messages import flat, said
@@ -178,8 +180,6 @@ class TooSimilar(Finding):
 
     def see(self, seen: Seen) -> None:
         if compiled(FREE_TEXT).search(seen.prompt):
-            from rapidfuzz import fuzz, utils
-
             chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.chosen, seen.rejected))
             alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
         elif differ(seen.chosen.lower(), seen.rejected.lower()):
@@ -235,9 +235,8 @@ class OneSideRefuses(Finding):
         self.sides: dict[str, list[tuple[str, int]]] = {"chosen": [], "rejected": []}
 
     def see(self, seen: Seen) -> None:
-        refuses = [
-            side for side, text in (("chosen", seen.chosen), ("rejected", seen.rejected)) if compiled(REFUSAL).match(text)
-        ]
+        refusal = compiled(REFUSAL)
+        refuses = [side for side, text in (("chosen", seen.chosen), ("rejected", seen.rejected)) if refusal.match(text)]
         if len(refuses) == 1:
             self.sides[refuses[0]].append((seen.pair.file, seen.pair.line))
 
@@ -262,8 +261,9 @@ class ChatMarkers(Finding):
 
     def see(self, seen: Seen) -> None:
         is_split = isinstance(seen.pair.prompt, str) and bool(turns_of(seen.prompt))  # a transcript, which becomes messages
-        found = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in compiled(MARKERS).finditer(text)]
-        if any(marker[4] is None or not is_split for marker in found):
+        pattern = compiled(MARKERS)
+        markers = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in pattern.finditer(text)]
+        if any(marker[4] is None or not is_split for marker in markers):
             self.note(seen.pair)
 
 

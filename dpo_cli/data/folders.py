@@ -41,13 +41,13 @@ def holds_rows(file: Path) -> bool:
 
 def by_split(files: Iterable[Path], folder: Path) -> dict[str, list[Path]]:
     """The files of a folder by their split; of the same rows in several kinds of files one."""
-    found: dict[str, list[Path]] = {}
+    splits: dict[str, list[Path]] = {}
     for file in _once([*files]):
         own = _own(file)
         parent = file.parent.name if file.parent != folder else ""
         is_named_by_folder = not own or (_is_split(parent) and not _is_split(own))
-        found.setdefault(parent if is_named_by_folder and parent else own, []).append(file)
-    return found
+        splits.setdefault(parent if is_named_by_folder and parent else own, []).append(file)
+    return splits
 
 
 def _own(file: Path) -> str:

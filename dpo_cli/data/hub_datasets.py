@@ -24,10 +24,10 @@ def is_hub_id(name: str) -> bool:
 def cached(name: str) -> tuple[str, list[str]]:
     """(split, its data files) of a fetched dataset: the split that is named, or the only one to train on; else no files."""
     repository, _, wanted = name.partition(":")
-    found = splits(repository)
-    training = to_train_on(found)
+    files_by_split = splits(repository)
+    training = to_train_on(files_by_split)
     split = wanted or (training[0] if len(training) == 1 else "")
-    return split, found.get(split, [])
+    return split, files_by_split.get(split, [])
 
 
 def splits(repository: str) -> dict[str, list[str]]:
@@ -41,8 +41,8 @@ def splits(repository: str) -> dict[str, list[str]]:
         return {}
     files = sorted(file for file in folder.rglob("*") if holds_rows(file))
     kinds = [[file for file in files if kind(file) == suffix] for suffix in SUFFIXES]
-    found = by_split(next(filter(None, kinds), []), folder)
-    return {split: [str(file) for file in its_files] for split, its_files in found.items()}
+    files_by_split = by_split(next(filter(None, kinds), []), folder)
+    return {split: [str(file) for file in its_files] for split, its_files in files_by_split.items()}
 
 
 def fetch(name: str) -> None:

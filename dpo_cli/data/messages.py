@@ -180,10 +180,10 @@ def list_in(value: object) -> object:
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "array(")):
         return value
     try:
-        found = _value_of(value)
+        stored = _value_of(value)
     except ValueError:
         return value
-    return bounded(found) if isinstance(found, list) else value
+    return bounded(stored) if isinstance(stored, list) else value
 
 
 def _value_of(text: str) -> object:

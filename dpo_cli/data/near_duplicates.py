@@ -12,6 +12,8 @@ from array import array
 from collections.abc import Iterator
 from itertools import pairwise
 
+from rapidfuzz import fuzz, utils
+
 from dpo_cli.data.dataset import Dataset
 from dpo_cli.data.findings import COMPARED, Finding, Limits, Seen
 from dpo_cli.data.rows import Pair
@@ -51,8 +53,6 @@ class NearDuplicates(Finding):
             self._sign()
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
-        from rapidfuzz import fuzz
-
         self._sign()
         candidates = self._candidates()
         texts = self._read_again(data, {index for both in candidates for index in both})
@@ -67,7 +67,7 @@ class NearDuplicates(Finding):
 
     def _sign(self) -> None:
         if self.words:
-            from rensa import RMinHash
+            from rensa import RMinHash  # of which a config without rows has no need
 
             for signature in RMinHash.digest_matrix_from_token_sets(self.words, BANDS * ROWS, 1).to_rows():
                 self.bands.extend(hash(tuple(signature[start : start + ROWS])) for start in range(0, BANDS * ROWS, ROWS))
@@ -76,13 +76,13 @@ class NearDuplicates(Finding):
 
     def _candidates(self) -> set[tuple[int, int]]:
         """(pair, first pair with the same band), by their numbers in the pass."""
-        found: set[tuple[int, int]] = set()
+        candidates: set[tuple[int, int]] = set()
         for band in range(BANDS):
             first: dict[int, int] = {}
             for index, value in enumerate(self.bands[band::BANDS]):
-                if (earlier := first.setdefault(value, index)) != index and len(found) < MOST_COMPARED:
-                    found.add((self.numbers[index], self.numbers[earlier]))
-        return found
+                if (earlier := first.setdefault(value, index)) != index and len(candidates) < MOST_COMPARED:
+                    candidates.add((self.numbers[index], self.numbers[earlier]))
+        return candidates
 
     def _read_again(self, data: Dataset, wanted: set[int]) -> dict[int, tuple[Pair, tuple[str, str, str]]]:
         """The pairs with these numbers and their texts, from another pass over the files where none kept them."""
@@ -94,7 +94,5 @@ class NearDuplicates(Finding):
 
 
 def _texts(seen: Seen) -> tuple[str, str, str]:
-    from rapidfuzz import utils  # which takes its time, and a config without rows does not need
-
     prompt, chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.prompt, seen.chosen, seen.rejected))
     return prompt, chosen, rejected

@@ -83,10 +83,10 @@ def left_out(
             return None
         return [suspect for suspect in tried if not all(probe in text for probe in suspect.probes)]
 
-    found = unseen(suspects)
-    if found is None:
-        found = [one for suspect in suspects[:MOST_RENDERED] for one in unseen([suspect]) or ()]
-    return [suspect.part for suspect in found]
+    missing = unseen(suspects)
+    if missing is None:
+        missing = [one for suspect in suspects[:MOST_RENDERED] for one in unseen([suspect]) or ()]
+    return [suspect.part for suspect in missing]
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,11 @@ def _suspects(message: Message, place: int, rendered: str, start: int, source: s
             continue
         missing: list[str] = []
         for text in part.texts:
-            found = rendered.find(text, at if part.key == "content" else start)
-            if found < 0:
+            position = rendered.find(text, at if part.key == "content" else start)
+            if position < 0:
                 missing += _lines_not_in(rendered, text) or [text]
             elif part.key == "content":
-                at = found + len(text)
+                at = position + len(text)
         if missing:
             probes = tuple(f"{PROBE}{place}p{number}t{i}x" for i in range(len(missing)))
             yield _Suspect(part, place, tuple(missing), number, probes)

@@ -161,9 +161,9 @@ def read_row(row: object, line: int, file: str, columns: Columns | None, demonst
         shape, written, export = _shape_of(row, columns)
     except BadRow as error:
         if demonstrations and error.code == "row-missing-key":
-            found = _names(row)
+            names = _names(row)
             reason = "neither messages, nor prompt and completion, nor text"
-            raise BadRow("row-missing-key", reason, f"which has {found}") from error
+            raise BadRow("row-missing-key", reason, f"which has {names}") from error
         raise
     documented = [*shape.rows(written)]
     pairs = [pair_of(each, line, file) for each in documented]

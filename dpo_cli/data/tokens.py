@@ -296,9 +296,10 @@ class Rendered:
             yield part, "the prompt", False
         for response, text in zip(responses, self.whole, strict=True):
             said, start = [*prompt, *response], common(self.prompt, text)
-            found = left_out(self.template, said, range(len(prompt), len(said)), tools, text, start)
-            is_all = bool(found) and len(found) == sum(len([*parts_of(message, self.template.source)]) for message in response)
-            for part in found:
+            omitted = left_out(self.template, said, range(len(prompt), len(said)), tools, text, start)
+            parts = [part for message in response for part in parts_of(message, self.template.source)]
+            is_all = bool(omitted) and len(omitted) == len(parts)
+            for part in omitted:
                 yield part, "a response", is_all
 
 

@@ -32,10 +32,10 @@ JSONL = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} 
 def fault(path: Path, key: str, readable: Collection[str] = tuple(READERS)) -> Problem | None:
     """Why a file or folder that `key` of a config names cannot be read at all; `readable` are the suffixes that are read."""
     if (content := folders.choice(str(path))) is not None:
-        found = _fault_of_folder(path, content)
+        problem = _fault_of_folder(path, content)
     else:
-        found = _fault_of_file(path, readable) if os.path.exists(path) else _fault_of_name(path, key)
-    return found and replace(found, key=key)
+        problem = _fault_of_file(path, readable) if os.path.exists(path) else _fault_of_name(path, key)
+    return problem and replace(problem, key=key)
 
 
 def _error(code: str, message: str, fix: str) -> Problem:

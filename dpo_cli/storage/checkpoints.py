@@ -66,8 +66,8 @@ class Checkpoints:
     def all(self) -> list[Checkpoint]:
         """The newest first."""
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in (self.place.iterdir() if self.place.is_dir() else ()))
-        found = [Checkpoint(self.place / name[0], int(name[1])) for name in names if name is not None]
-        return sorted(found, key=lambda checkpoint: -checkpoint.step)
+        checkpoints = [Checkpoint(self.place / name[0], int(name[1])) for name in names if name is not None]
+        return sorted(checkpoints, key=lambda checkpoint: -checkpoint.step)
 
     def verified(self, skipped: Callable[[Checkpoint, str], None]) -> Iterator[Checkpoint]:
         """Those that are as they were written, the newest first; `skipped` is told of the others on the way."""
@@ -89,9 +89,9 @@ class Checkpoints:
         sync(self.place)
         try:
             with writing(self.place):
-                made = fill(self.part)
-            (made / SUMS).write_bytes(_sums(made))
-            sync_all(made)
+                folder = fill(self.part)
+            (folder / SUMS).write_bytes(_sums(folder))
+            sync_all(folder)
         except BaseException:
             self._clear()  # its room may be what another file needs
             raise
@@ -99,7 +99,7 @@ class Checkpoints:
         others = [other for other in self.all() if other.step != step]
         if checkpoint.folder.exists():  # a damaged one
             self._set_aside(checkpoint)
-        made.rename(checkpoint.folder)
+        folder.rename(checkpoint.folder)
         sync(self.place)
         older = (other for other in others if other.step < step and other.damage() is None)
         kept = list(islice(older, KEPT - 1))

@@ -24,8 +24,8 @@ def sha256_of_all(folder: Path) -> str:
 
 def sha256_of_settings(folder: Path) -> str:
     """The SHA-256 of what the files beside the folder's weights say of how these are computed with."""
-    told = {name: _settings(folder / name) for name in SETTINGS if (folder / name).is_file()}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    settings = {name: _settings(folder / name) for name in SETTINGS if (folder / name).is_file()}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _settings(file: Path) -> dict[str, object] | str:

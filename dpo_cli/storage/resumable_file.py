@@ -136,9 +136,9 @@ def _require_same(path: Path, before: Mapping[str, object], now: Mapping[str, ob
     was, now = _flat(before), _flat(json.loads(json_text(now)))
     differ = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
     if differ:
-        told = "; ".join(f"{name} was {json_text(was.get(name))}, and is {json_text(now.get(name))}" for name in differ)
+        changes = "; ".join(f"{name} was {json_text(was.get(name))}, and is {json_text(now.get(name))}" for name in differ)
         fix = f"go on with the same settings, name another file, or delete it and {_marks_of(path)}"
-        raise invalid("out-other-settings", f"{path} was begun with other settings: {told}", fix)
+        raise invalid("out-other-settings", f"{path} was begun with other settings: {changes}", fix)
 
 
 def _flat(settings: Mapping[str, object], before: str = "") -> dict[str, object]:

@@ -136,8 +136,8 @@ class RunDirectory:
 
     def write_plan(self, plan: dict[str, object]) -> None:
         """plan.json, whose config is read back as it was."""
-        told = redacted(plan) | {"config": redacted(plan["config"], redact_forms)}
-        self._write(PLAN, json_text(told, indent=2) + "\n")
+        document = redacted(plan) | {"config": redacted(plan["config"], redact_forms)}
+        self._write(PLAN, json_text(document, indent=2) + "\n")
 
     def read_lines(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, none before the first step. The last one may be half written: it is left out then."""
