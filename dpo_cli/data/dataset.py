@@ -31,6 +31,7 @@ from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 Named = str | Sequence[str | Mapping[str, Any]]  # what a config calls its data: a path, or paths and {"path", "weight"}
 
 TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
+SMALL_BYTES = 16 << 20  # of files whose rows stay in memory: what looks at them once more reads nothing again
 SHOWN = 3  # of a group of bad rows, those whose own fault is told
 # What helps where no row can be deleted or left out.
 FIXES = {
@@ -214,7 +215,7 @@ def read(
     """One pass over what `key` of a config names. Problems are returned, never raised; bad rows are warnings with `skip`.
 
     A problem of a file as a whole has no place: it belongs to the config that names it. With `demonstrations` the rows are
-    those of sft, and with `keep` they stay in memory, so that `load` and `divided` read nothing again.
+    those of sft. With `keep`, and from small files, they stay in memory, so that nothing is read again.
     """
     sources = sources_of(value)
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
@@ -222,8 +223,9 @@ def read(
     faults = {source.path: fault(Path(source.path), key) for source in sources}
     whole = [problem for source in sources if (problem := faults[source.path]) is not None]
     readable = [source for source in sources if faults[source.path] is None]
-    kept: list[tuple[Source, Row]] | None = [] if keep else None
     states = {source.path: _state(source.path) for source in readable}
+    is_small = sum(size for size, _ in states.values()) <= SMALL_BYTES
+    kept: list[tuple[Source, Row]] | None = [] if keep or is_small else None
     bad, account = BadRows(), Account(columns or {}, demonstrations)
     prompts: set[int] = set()
     rows = pairs = 0
