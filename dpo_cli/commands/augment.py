@@ -34,6 +34,7 @@ from dpo_cli.plan.feasibility import DOES_NOT_FIT
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences.ranking import Rank, best_pairs, ranking
 from dpo_cli.providers.registry import PROVIDERS
+from dpo_cli.results.codec import JsonObject
 from dpo_cli.scoring.oom import is_out_of_memory
 from dpo_cli.storage.digests import sha256
 from dpo_cli.storage.resumable_file import ResumableFile
@@ -52,7 +53,7 @@ COUNTED = {
 }
 
 
-def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> dict[str, Any]:
+def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonObject:
     """Write pairs made of the model's own answers to `out`, or go on with them: what `augment --json` prints."""
     options = {**inner_defaults("augment"), **plan.config.augment}
     provider = PROVIDERS[plan.config.provider](plan.model)
@@ -92,9 +93,9 @@ class Maker:
     rank: Rank
     plan: Plan
     options: Options
-    origin: Mapping[str, Any]
+    origin: Mapping[str, object]
 
-    def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[dict[str, Any]]:
+    def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[JsonObject]:
         """The rows of the pairs of these prompts, of which the first is number `start`; `counts` grows by what was met."""
         options, dtype = self.options, getattr(torch, self.plan.dtype)
         sampling = Sampling(options["max_new_tokens"], float(options["temperature"]), float(options["top_p"]))
@@ -119,7 +120,7 @@ class Maker:
             rows += [self._row(question, usable[pair.chosen], usable[pair.rejected], pair.scores) for pair in pairs]
         return rows
 
-    def _row(self, question: Question, chosen: Answer, rejected: Answer, scores: tuple[float, float]) -> dict[str, Any]:
+    def _row(self, question: Question, chosen: Answer, rejected: Answer, scores: tuple[float, float]) -> JsonObject:
         pair = question.with_answers(chosen.text, rejected.text)
         tools = {"tools": [dict(tool) for tool in pair.tools]} if pair.tools else {}
         own = {
@@ -165,7 +166,7 @@ def _encoded(
     return [(question, pair.prompt_ids) for question, pair in kept], left
 
 
-def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> dict[str, Any]:
+def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> JsonObject:
     """What made the rows: the model, the rule, how was sampled, and by which version."""
     rank = options["rank"]
     own = {
@@ -181,7 +182,7 @@ def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> dict[str, A
     }
 
 
-def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[str, object]) -> JsonObject:
     """All that decides what the file holds."""
     config = plan.config
     shared = {name: getattr(config, name) for name in names_where(lambda option: option.is_sampling)}
@@ -196,7 +197,7 @@ def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[st
     }
 
 
-def _identity(model: ModelSource, revision: str | None) -> dict[str, Any]:
+def _identity(model: ModelSource, revision: str | None) -> JsonObject:
     """A model by its name, without the folder of a local one, and a hash of its own weights or the hub's commit."""
     place = model.own.path
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) if place.is_dir() else []
