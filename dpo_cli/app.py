@@ -87,10 +87,9 @@ def validate(
         machine = probe()
         found = [validated_file(console, path, overrides, machine, vram, not no_data, strict, rows) for path in configs]
         if as_json:
-            documents = [document for document, _ in found]
-            several = [{"file": path, **document} for path, document in zip(configs, documents, strict=True)]
-            console.json(documents[0] if len(documents) == 1 else several)
-        raise typer.Exit(int(worst(code for _, code in found)))
+            several = [{"file": path, **validation.to_json()} for path, validation in zip(configs, found, strict=True)]
+            console.json(found[0].to_json() if len(found) == 1 else several)
+        raise typer.Exit(int(worst(validation.exit_code for validation in found)))
 
 
 def _known_strategy(name: str) -> str:

@@ -7,12 +7,12 @@ comes and goes with a micro-batch is in activations.py. GB are 2^30 bytes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
 
 from dpo_cli.hardware.activations import step_bytes
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.hardware.memory_inputs import Settings, trained_parameters, trained_width
 from dpo_cli.models.shape import ModelFacts
+from dpo_cli.results.validation import BillJson
 from dpo_cli.strategies.strategies import STRATEGIES
 
 # Bytes per 4-bit weight: half a byte; a one-byte scale per block of 64; a float32 per 256 of those (QLoRA, arXiv:2305.14314
@@ -25,16 +25,6 @@ MOMENTS = {"paged_adamw_32bit": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0,
 CUDA_CONTEXT_BYTES = 0.5 * GIB  # driver context and the workspaces of cuBLAS; fitcheck-llm 0.3 assumes the same
 ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation; likewise
 LIBRARIES_BYTES = 0.5 * GIB  # resident size of this program's imports on a CPU: `make memory` prints it
-
-
-class BillJson(TypedDict):
-    """A bill as `--json` and plan.json have it, in GB."""
-
-    total_gb: float
-    components: dict[str, float]
-    budget_gb: float | None
-    fits: bool | None
-    largest_change: str | None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dpo_cli.results.judgement import Answers, Evaluation, Judged, Limit
     from dpo_cli.results.merge import Merge
     from dpo_cli.results.tally import Tally
+    from dpo_cli.results.validation import BillJson
 
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
@@ -126,7 +127,7 @@ class Console:
                 f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
             )
 
-    def bill(self, memory: Mapping[str, Any]) -> None:
+    def bill(self, memory: BillJson) -> None:
         """The memory bill with a bar per component."""
         largest = max(memory["components"].values())
         parts = {name: size for name, size in memory["components"].items() if size}
