@@ -1,3 +1,20 @@
-"""dpo: preference tuning of language models from a terminal."""
+"""dpo: preference tuning of language models, from a terminal or from Python (`validate`, `recommend`, `train`, `evaluate`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dpo_cli.api import evaluate, recommend, train, validate
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "recommend", "train", "validate"]
+
+
+def __getattr__(name: str) -> object:
+    """The functions of api.py, imported when one is asked for: the command line needs none of them."""
+    if name in __all__:
+        from dpo_cli import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'dpo_cli' has no attribute {name!r}")

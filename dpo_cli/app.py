@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,16 +15,15 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
+from dpo_cli.commands.recommendation import request_of
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import is_override, load
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.errors import Exit, UsageError
 from dpo_cli.hardware.machine import probe
-from dpo_cli.hardware.recommend import Request as Wanted
 from dpo_cli.hardware.recommend import recommend as make_recommendation
-from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.preflight import inspect_prompts, lengths_of
+from dpo_cli.plan.preflight import inspect_prompts
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.storage.resumable_file import ResumableFile
 from dpo_cli.strategies.dpo import DPO
@@ -92,12 +90,6 @@ def validate(
         raise typer.Exit(int(worst(validation.exit_code for validation in found)))
 
 
-def _known_strategy(name: str) -> str:
-    if name not in STRATEGIES:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(STRATEGIES)}")
-    return name
-
-
 @app.command()
 def recommend(
     vram: Annotated[
@@ -105,9 +97,7 @@ def recommend(
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model to train; else the profile's.")] = None,
     dataset: Annotated[str | None, typer.Option(help="The dataset to put into the config, whose lengths then count.")] = None,
-    strategy: Annotated[
-        str, typer.Option(metavar="|".join(STRATEGIES), callback=_known_strategy, help="How to train.")
-    ] = DPO.name,
+    strategy: Annotated[str, typer.Option(metavar="|".join(STRATEGIES), help="How to train.")] = DPO.name,
     write: Annotated[Path | None, typer.Option(help="Write the config to this file.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -116,7 +106,7 @@ def recommend(
     with session(as_json, debug) as console:
         if write is not None and write.exists():
             raise UsageError(f"{write} exists already", "name a new file")
-        made = make_recommendation(_request(console, vram, model, dataset, strategy))
+        made = make_recommendation(request_of(console, vram, model, dataset, strategy))
         for reason in made.reasons:
             console.line(reason)
         if not STRATEGIES[strategy].is_trained:
@@ -131,25 +121,6 @@ def recommend(
         console.line(f"wrote {write}" if write else text)
         if as_json:
             console.json(made.to_json())
-
-
-def _request(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Wanted:
-    """What is asked of `recommend`, for this machine's card where none is named."""
-    asked = Wanted(vram or 0.0, model, dataset, strategy)
-    if vram is None:
-        machine = probe()
-        if machine.card is None:
-            raise UsageError("there is no GPU on this machine", "say what to plan for, for example --vram 12")
-        total_gb, free_gb, what = machine.card
-        console.line(f"this machine: {what}")
-        is_apple = machine.is_apple and not machine.gpus
-        asked = replace(asked, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
-    if dataset is None:
-        return asked
-    lengths = lengths_of(dataset, ModelSource.of(model or ""))
-    if lengths.most_tokens is None:
-        console.line(f"{dataset} is not here yet, so its lengths do not count")
-    return replace(asked, longest=lengths.most_tokens, share_over=lengths.share_over)
 
 
 class _TrainCommand(TyperCommand):

@@ -19,7 +19,7 @@ ROOMS = (
     *("plan", "hardware", "models", "data", "ui", "config", "strategies", "results", "storage"),
 )
 LIGHT = ROOMS[ROOMS.index("plan") :]  # no torch from here down
-ORDER = ("__main__", "app", *ROOMS, "errors")
+ORDER = ("__main__", "app", "api", *ROOMS, "errors")
 NAMED = re.compile(r"(?<![\w/.])((?:[a-z_]+/)+[a-z_]+\.py)\b")
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas", "pyarrow")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
@@ -51,7 +51,7 @@ def test_every_way_to_import_is_seen() -> None:
 
 def test_every_folder_is_a_room() -> None:
     assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(ROOMS)
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "app", "errors"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", "api", "app", "errors"}
 
 
 def test_each_file_has_a_name_of_its_own() -> None:

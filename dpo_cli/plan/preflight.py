@@ -247,9 +247,9 @@ def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Ite
         yield Problem("warning", "pairs-too-long", message, "raise it, or write a shorter dataset", "max_seq_length")
 
 
-def lengths_of(dataset: str, model: ModelSource) -> Lengths:
-    """The lengths of a dataset's pairs with this model, without pairs where it is on the hub and was not fetched."""
-    lengths = Lengths(model.own.fast_tokenizer)
+def lengths_of(dataset: str, model: ModelSource | None) -> Lengths:
+    """The lengths of a dataset's pairs, with this model where one is named; of none where it is on the hub and not here."""
+    lengths = Lengths(model.own.fast_tokenizer if model else None)
     data = read(dataset, skip=True, observers=[lengths])
     if wrong := [problem for problem in data.problems if problem.severity == "error"]:
         raise InvalidInput(wrong)
