@@ -127,7 +127,7 @@ def inspect(
         longest = data.longest if data else None
         plan = resolve(draft, machine, vram_gb=vram_gb, longest=longest, is_resumed=is_begun, model=model)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
-        found += map(loaded.placed, adapter_start.problems(draft, plan.model, plan.run_dir))
+        found += map(loaded.placed, adapter_start.problems(draft, model or plan.model, plan.run_dir))  # by the names of the config
         found += map(loaded.placed, _model_problems(plan))
         if plan.config.lora_r and not plan.goes_on:
             found += map(loaded.placed, target_layers.problems(plan.config, plan.model, plan.model_label))
