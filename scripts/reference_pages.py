@@ -271,11 +271,11 @@ def _when(rule: Any) -> str:
 
 
 def _limits() -> str:
-    """The numbers that the rules compare with, as the module has them."""
-    module = inspect.getmodule(wrong_start)
-    values = [(name, value) for name, value in vars(module).items() if name.isupper() and isinstance(value, int | float)]
-    rows = [(f"`{name}`", f"{value:g}") for name, value in values]
-    return f"## Limits\n\nThe constants of `{module.__name__}`:\n\n{table(('constant', 'value'), rows)}"  # type: ignore[union-attr]
+    """The numbers that the rules compare with, each in the words of the comment behind it."""
+    text = inspect.getsource(inspect.getmodule(wrong_start))  # type: ignore[arg-type]
+    lines = re.findall(r"^([A-Z][A-Z_]+(?:, [A-Z_]+)*) = ([^#\n]+)  # (.+)$", text, re.MULTILINE)
+    rows = [(f"`{names}`", f"`{values}`", words) for names, values, words in lines if re.search(r"\d", values)]
+    return f"## Limits\n\n{table(('constant', 'value', 'meaning'), rows)}"
 
 
 def run_page() -> str:
