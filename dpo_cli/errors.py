@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 
 class Exit(IntEnum):
-    """The exit codes that scripts rely on; the README explains each."""
+    """The exit codes that scripts rely on; docs/reference/exit-codes.md explains each."""
 
     DONE = 0
     FAILED = 1

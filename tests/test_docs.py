@@ -230,7 +230,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_the_new_readme_is_short_and_its_commands_exist() -> None:
-    readme = ROOT / "README.new.md"
+    readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 250
     for fence in fences(readme):

@@ -179,12 +179,12 @@ def test_a_policy_that_is_not_its_reference_is_told_of(tmp_path: Path) -> None:
     assert broken is not None and broken.rule == NOT_FINITE
 
 
-def test_the_schema_and_the_readme_know_every_rule() -> None:
+def test_the_schema_and_the_page_of_rules_know_every_rule() -> None:
     enum = options()["stop_on"].rule["items"]["enum"]
     assert enum == [name for name, (action, _) in RULES.items() if action != "stop"]
     assert {name for strategy in STRATEGIES.values() for name in strategy.health} == set(RULES)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [name for name in (*RULES, NOT_AT_REFERENCE) if f"| `{name}` |" not in readme]
+    page = (ROOT / "docs" / "reference" / "health-rules.md").read_text(encoding="utf-8")
+    assert not [name for name in (*RULES, NOT_AT_REFERENCE) if f"| `{name}` |" not in page]
 
 
 Trained = Callable[..., tuple[list[dict[str, Any]], Exit, Path]]

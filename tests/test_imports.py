@@ -70,10 +70,10 @@ def test_imports_go_down(path: Path) -> None:
         assert {name.partition(".")[0] for name in tops}.isdisjoint(HEAVY)
 
 
-def test_the_readme_maps_every_module_and_its_links_exist() -> None:
+def test_the_links_of_the_readme_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not (ROOT / link).exists()]
-    assert not [path for path in MODULES if f"`{path.relative_to(ROOT)}`" not in text]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert links and not [link for link in links if not (ROOT / link).exists()]
 
 
 def test_files_that_comments_name_exist() -> None:

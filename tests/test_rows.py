@@ -25,6 +25,7 @@ from dpo_cli.data.files import READERS
 from dpo_cli.data.lint import Quality
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Pair, to_demonstration, to_pair
+from dpo_cli.data.text_features import compiled
 from dpo_cli.data.transcripts import from_last_turn, turns_of
 from dpo_cli.errors import Problem
 
@@ -367,9 +368,9 @@ def test_the_labels_are_those_of_the_pattern() -> None:
     for _ in range(3000):
         text = "".join(draw.choices(PIECES, k=draw.randint(1, 12)))
         end = draw.randint(0, len(text))
-        expected = [label.span() for label in transcripts._LABEL.finditer(text)]
+        expected = [label.span() for label in compiled(transcripts.LABEL).finditer(text)]
         assert [label.span() for label in transcripts._labels(text)] == expected
-        expected = [label.start() for label in transcripts._LABEL.finditer(text, 0, end)]
+        expected = [label.start() for label in compiled(transcripts.LABEL).finditer(text, 0, end)]
         assert [label.start() for label in transcripts._up_to(end, transcripts._labels(text))] == expected
 
 
@@ -382,8 +383,10 @@ def test_a_row_of_a_long_transcript_is_searched_once(monkeypatch: pytest.MonkeyP
             searched.append(text)
             return words.finditer(text, start)
 
-    words = transcripts._WORD
-    monkeypatch.setattr(transcripts, "_WORD", Counted())
+    words = compiled(transcripts._WORD)
+    monkeypatch.setattr(
+        transcripts, "compiled", lambda pattern: Counted() if pattern == transcripts._WORD else compiled(pattern)
+    )
     start = "".join(f"\n\nHuman: {i}?\n\nAssistant: {i} {'word ' * 200}" for i in range(9)) + "\n\nHuman: once?\n\nAssistant:"
     for row in (
         {"prompt": start, "chosen": " Po.", "rejected": " No."},

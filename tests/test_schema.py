@@ -34,10 +34,11 @@ def test_what_is_written_from_the_schema_is_fresh() -> None:
 
 
 def test_an_option_is_added_through_the_schema_alone(tmp_path: Path) -> None:
-    """In a copy of the program: the schema gets an option, and Config, help, loader and README table know it."""
-    for name in ("dpo_cli", "benchmarks", "scripts", "tests"):
+    """In a copy of the program: the schema gets an option, and Config, help, loader and its page know it."""
+    for name in ("dpo_cli", "benchmarks", "scripts", "tests", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
     file = tmp_path / "dpo_cli" / "config" / "schema.json"
     changed = json.loads(file.read_text(encoding="utf-8"))
     changed["properties"]["made_up"] = NEW
@@ -57,8 +58,9 @@ def test_an_option_is_added_through_the_schema_alone(tmp_path: Path) -> None:
     assert run("-c", code) == '0.5 "made_up": -1 is not a number of at least 0\n'
     helped = run("-c", "from dpo_cli.app import app; app(['train', '--help'])")
     assert "made_up: a number of at least 0; default 0.25; dpo only" in helped and NEW["description"] in helped
-    assert "README.md" in run("scripts/reference.py")
-    assert "| `made_up` | a number of at least 0 | 0.25 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "options.pyi" in run("scripts/reference.py") and "options.md" in run("scripts/reference_pages.py")
+    page = (tmp_path / "docs" / "reference" / "options.md").read_text(encoding="utf-8")
+    assert "### `made_up`" in page and NEW["description"] in page
     assert "made_up: float" in (tmp_path / "dpo_cli" / "config" / "options.pyi").read_text(encoding="utf-8")
 
 

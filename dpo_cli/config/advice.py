@@ -13,7 +13,7 @@ from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.sft import SFT
 
 LEARNING_RATE_RANGE = (1e-7, 1e-6)
-# `adapter_rate` is what a LoRA adapter needs by measurement; the table is in the README, `make learning-rates` prints it.
+# `adapter_rate` is what a LoRA adapter needs by measurement; `make learning-rates` prints the table of docs/benchmarks.md.
 MEASURED = "gave the quickstart a margin of 1.65, where 5e-7 and 5e-6 gave 0.00"
 ADAPTER_RATES = (1e-5, 1e-3)  # between which nothing is to be said
 EPOCHS = (2, 4)
@@ -35,11 +35,11 @@ def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
     elif rate < ADAPTER_RATES[0]:
         where = "below" if rate < low else "in" if rate <= high else "above"
         message = f"learning_rate {rate:g} is {where} the documented range for DPO, and a LoRA adapter hardly moves at it"
-        fix = f'write "learning_rate": {DPO.adapter_rate:g}, which {MEASURED}: see the table in the README'
+        fix = f'write "learning_rate": {DPO.adapter_rate:g}, which {MEASURED}: see docs/explanation/learning-rate-and-beta.md'
         yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
     elif rate > ADAPTER_RATES[1]:
         message = f"learning_rate {rate:g} is far above what an adapter needs"
-        fix = f'write "learning_rate": {DPO.adapter_rate:g}, or one around it: see the table in the README'
+        fix = f'write "learning_rate": {DPO.adapter_rate:g}, or one around it: see docs/explanation/learning-rate-and-beta.md'
         yield Problem("warning", "learning-rate-high", message, fix, "learning_rate")
 
 

@@ -1,4 +1,4 @@
-"""The options, as `schema.json` declares them. Whoever knows an option asks here: loader, `--help`, README, editor."""
+"""The options, as `schema.json` declares them. Whoever knows an option asks here: loader, `--help`, docs, editor."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def same_answer(one: list[str], other: list[str], question: set[str]) -> bool:
 
 def words(text: str) -> list[str]:
     """The words, numbers and signs of a text; only what ends a sentence or quotes it says nothing."""
-    return _WORDS.findall(text.lower())
+    return compiled(_WORDS).findall(text.lower())
 
 
 def auc(above: Sequence[int], below: Sequence[int]) -> float:
@@ -68,7 +68,7 @@ FREE_TEXT = (
     r"(describe|write|compose|draft|tell|create|explain|imagine|invent|narrate|summari[sz]e)\b"
     r"(?!.*\?\s*$)"
 )
-_WORDS = re.compile(r"[-+]?\d+(?:[.,]\d+)*|\w+(?:['’]\w+)?|[^\s\w.,;:!?\"'“”‘’()`]")
+_WORDS = r"[-+]?\d+(?:[.,]\d+)*|\w+(?:['’]\w+)?|[^\s\w.,;:!?\"'“”‘’()`]"
 FILLERS = frozenset(
     """a an the it its this that these those there here he she they we you i is are was were be been being do does did has have
     had will would can could of in on at to for from by with as and or so then well answer result equals equal makes correct
@@ -91,7 +91,7 @@ MARKERS = (
 
 # Characters without a width (joiners, soft hyphens, marks of direction, selectors, tags), and those that are blank. The tags
 # behind a black flag are visible: they make it the flag of England or of Scotland.
-_HIDDEN = re.compile(
+_HIDDEN = (
     "(\U0001f3f4[\U000e0020-\U000e007f]+)"
     "|[\u00ad\u034f\u061c\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
     "\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -101,7 +101,7 @@ _BLANK = str.maketrans(dict.fromkeys("\u115f\u1160\u2800\u3164\uffa0", " "))
 
 def visible(text: str) -> str:
     """What can be seen of a text, to ask whether it is empty or the same as another. What is trained stays as it is written."""
-    return text if text.isascii() else _HIDDEN.sub(r"\1", text).translate(_BLANK)
+    return text if text.isascii() else compiled(_HIDDEN).sub(r"\1", text).translate(_BLANK)
 
 
 def plain(text: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dpo_cli.data.messages import BadRow, Message, Text, sound
+from dpo_cli.data.text_features import compiled
 
 HH = ("Human", "Assistant")
 # By kind of text: the labels of who asks, and of who answers.
@@ -29,29 +30,30 @@ def _forms(words: Sequence[str]) -> str:
 
 
 _PLAIN = _forms(["System", *(word for kind in KINDS for side in kind for word in side if word not in MARKED)])
-_LABEL = re.compile(
+LABEL = (
     rf"(?:\A\s*|(?P<blank>\r?\n\r?\n)|\r?\n| (?=(?:{WIDE}):))"
     rf"(?:(?P<mark>\#\#\#? ?)(?:(?P<marked>{_forms(MARKED)})|(?P<turn>{_PLAIN}))|(?P<who>{_PLAIN})):[ \t]?"
 )
 # To look at each place where a label may begin is slow. So the words with their colons are searched, then what is before one.
-# _LABEL.finditer gives the same labels.
-_WORD = re.compile(rf"(?:{_PLAIN}|{_forms(MARKED)}):")
-_BEFORE = re.compile(r"(?:(?:\r?\n\r?\n|\r?\n)(?:\#\#\#? ?)?| )\Z")
+# LABEL's finditer gives the same labels.
+_WORD = rf"(?:{_PLAIN}|{_forms(MARKED)}):"
+_BEFORE = r"(?:(?:\r?\n\r?\n|\r?\n)(?:\#\#\#? ?)?| )\Z"
 BEFORE = 8  # the most characters that it matches
 CACHED = 16  # texts: the strings of a row and what they are cut into
-_START = re.compile(rf"\s*(?:###? ?)?(?:{_forms(['System', *SPEAKERS[0]])}):")  # how a text begins that is a transcript
+_START = rf"\s*(?:###? ?)?(?:{_forms(['System', *SPEAKERS[0]])}):"  # how a text begins that is a transcript
 Label = re.Match[str]
 
 
 @functools.lru_cache(CACHED)
 def _labels(text: str) -> tuple[Label, ...]:
     """All labels in a text, of whatever style."""
-    first = _LABEL.match(text)
+    pattern, behind = compiled(LABEL), compiled(_BEFORE)
+    first = pattern.match(text)
     labels = [] if first is None else [first]
     end = 0 if first is None else first.end()
-    for word in _WORD.finditer(text, end):
-        before = _BEFORE.search(text, max(end, word.start() - BEFORE), word.start())
-        label = _LABEL.match(text, before.start()) if before is not None else None
+    for word in compiled(_WORD).finditer(text, end):
+        before = behind.search(text, max(end, word.start() - BEFORE), word.start())
+        label = pattern.match(text, before.start()) if before is not None else None
         if label is not None:
             labels.append(label)
             end = label.end()
@@ -157,7 +159,7 @@ def _answering(turns: Sequence[Label], opens: Label | None) -> str:
 @functools.lru_cache(CACHED)
 def _style_of(text: str) -> Style | None:
     """The style of a text that is a transcript from its beginning on."""
-    return _style(text) if _START.match(text) is not None else None
+    return _style(text) if compiled(_START).match(text) is not None else None
 
 
 def turns_of(text: str) -> list[Message]:
@@ -218,7 +220,7 @@ def parted(chosen: str, rejected: str, start: int) -> tuple[str, str, str] | Non
 
 def _behind_line(text: str, at: int, most: int) -> int:
     """Behind the line breaks that follow a label; where the answer stands on its line, behind the label itself."""
-    rest = re.compile(r"[ \t]*[\r\n]+").match(text, at, most)
+    rest = compiled(r"[ \t]*[\r\n]+").match(text, at, most)
     return rest.end() if rest is not None else at
 
 
@@ -232,7 +234,7 @@ def from_last_turn(prompt: Text, responses: Mapping[str, Text]) -> tuple[Text, l
     answers = {key: answer for key, answer in responses.items() if isinstance(answer, str)}
     if not isinstance(prompt, str) or len(answers) < len(responses):
         return prompt, [*responses.values()]
-    if _START.match(prompt) is None:
+    if compiled(_START).match(prompt) is None:
         return _from_repeated(prompt, answers)
     answers = {key: _without(prompt, answer) for key, answer in answers.items()}
     label = _first_label(next(iter(answers.values())))
@@ -259,7 +261,7 @@ def _without(transcript: str, answer: str) -> str:
 
 def _first_label(answer: str) -> str:
     """The label with which an answer begins; empty where it begins with none."""
-    label = _LABEL.match(answer)
+    label = compiled(LABEL).match(answer)
     return label[0] if label is not None and answer[:1].isspace() and _kind(label) == (0, 1) else ""
 
 

@@ -177,7 +177,10 @@ def _best(request: Request) -> Recommendation:
             )
             if share := request.share_over(limit):
                 reasons.append(f"about {share:.0%} of the pairs are longer than {limit}, and are cut or left out")
-        reasons += [*steps, "learning_rate keeps its documented default; the README has a table of what an adapter needs"]
+        reasons += [
+            *steps,
+            "learning_rate keeps its documented default; docs/explanation/learning-rate-and-beta.md says what an adapter needs",
+        ]
         return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons)
     model = models[-1]
     raise DoesNotFit([_misfit(model, shapes[model], _start(written, model, request), request)])

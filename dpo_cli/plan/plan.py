@@ -308,7 +308,7 @@ def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:
     """Where the documented learning rate, which nobody wrote, hardly moves an adapter."""
     rate = STRATEGIES[config.strategy].adapter_rate
     if rate is not None and loaded.sources.get("learning_rate") == "default" and config.lora_r:
-        learns = f"a LoRA adapter hardly moves at it, and learns at {rate:g} and around it (README)"
+        learns = f"a LoRA adapter hardly moves at it, and learns at {rate:g} and around it"
         yield f"learning_rate is the documented default {config.learning_rate:g}: {learns}"
 
 

@@ -127,7 +127,9 @@ def inspect(
         longest = data.longest if data else None
         plan = resolve(draft, machine, vram_gb=vram_gb, longest=longest, is_resumed=is_begun, model=model)
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
-        found += map(loaded.placed, adapter_start.problems(draft, model or plan.model, plan.run_dir))  # by the names of the config
+        found += map(
+            loaded.placed, adapter_start.problems(draft, model or plan.model, plan.run_dir)
+        )  # by the names of the config
         found += map(loaded.placed, _model_problems(plan))
         if plan.config.lora_r and not plan.goes_on:
             found += map(loaded.placed, target_layers.problems(plan.config, plan.model, plan.model_label))
@@ -149,7 +151,7 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
     found = [*inspection.problems, *prompts.problems]
     rank = inspection.plan.config.augment.get("rank") if inspection.plan else None
     if rank is None and not inspection.errors:
-        fix = 'say what makes an answer the better one: "augment": {"rank": "shorter"}; the README lists the others'
+        fix = 'name one, as in "augment": {"rank": "shorter"}; docs/guides/augmentation.md lists them'
         found.append(draft.placed(Problem("error", "rank-missing", '"augment" names no "rank"', fix, "augment")))
     if rank == "reference":
         found += without_reference(prompts, path)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from dpo_cli.results.intervals import required
-from dpo_cli.strategies.figures import number, points, share
 from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.strategies.strategy import Spread, Strategy
-from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, sentence_case, warned
+
+if TYPE_CHECKING:
+    from dpo_cli.strategies.verdict import Outcome, Verdict
 
 
 def _read(outcome: Outcome) -> Verdict:
+    # Late: `validate` reads no figures, and has to be quick.
+    from dpo_cli.results.intervals import required
+    from dpo_cli.strategies.figures import number, points, share
+    from dpo_cli.strategies.verdict import Verdict, distance, of_gain, sentence_case, warned
+
     assert outcome.judged is not None
     accuracy, margin, loss = (required(outcome.judged.policy, name) for name in ("accuracy", "margin", "loss"))
     gain = required(outcome.judged.gain, "logp_accuracy")

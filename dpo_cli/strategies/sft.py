@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dpo_cli.results.intervals import required
-from dpo_cli.strategies.figures import number, points, share
+from typing import TYPE_CHECKING
+
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategy import Spread, Strategy
-from dpo_cli.strategies.verdict import Outcome, Verdict, distance, of_gain, warned
+
+if TYPE_CHECKING:
+    from dpo_cli.strategies.verdict import Outcome, Verdict
 
 
 def _read(outcome: Outcome) -> Verdict:
+    # Late: `validate` reads no figures, and has to be quick.
+    from dpo_cli.results.intervals import required
+    from dpo_cli.strategies.figures import number, points, share
+    from dpo_cli.strategies.verdict import Verdict, distance, of_gain, warned
+
     assert outcome.judged is not None
     policy_loss, policy_right = (required(outcome.judged.policy, name) for name in ("loss", "token_accuracy"))
     loss, right = (required(outcome.judged.gain, name) for name in ("loss", "token_accuracy"))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dpo_cli.strategies.row_kinds import Rows
-from dpo_cli.strategies.verdict import Outcome, Verdict
+
+if TYPE_CHECKING:
+    from dpo_cli.strategies.verdict import Outcome, Verdict
 
 
 @dataclass(frozen=True)

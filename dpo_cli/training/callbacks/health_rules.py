@@ -243,7 +243,7 @@ def no_movement(course: Course) -> Found:
         return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
     if course.plan.strategy.rows is not PAIRS:  # of demonstrations only the steps are known
         return None
-    remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above: README), train 2-4 epochs, check that chosen and"
+    remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above), train 2-4 epochs, check that chosen and"
     remedy = NO_WARMUP if in_warmup else f"{remedy} rejected differ clearly"
     if course.never_moved:
         message = f"after {course.done} steps every reward is exactly 0: nothing that was trained changes an answer"
