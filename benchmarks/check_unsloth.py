@@ -1,4 +1,4 @@
-"""The provider "unsloth" beside "huggingface": the same few steps of SmolLM2, the same figures, one adapter for both.
+"""The provider "unsloth" next to "huggingface": the same few steps of SmolLM2, the same figures, one adapter for both.
 
 For `make check-unsloth`, in the virtual environment that has Unsloth. Where there is no GPU, Unsloth runs without its kernels:
 seconds and memory then say nothing of them, and the numbers must agree all the more.
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# float32, so that what differs is no rounding; plain rows, as Unsloth takes no others.
+# float32, so that no difference is rounding; plain rows, as Unsloth takes no others.
 SETTINGS = ("max_steps=4", "per_device_train_batch_size=4", "max_seq_length=128", "eval_split=0.1", "bf16=false", "fp16=false")
 NOISE = 1e-4 if DEVICE == "cpu" else 1e-2  # of a figure; a GPU's kernels round otherwise
 COLUMNS = (
@@ -70,7 +70,7 @@ def measure(table: Table, options: argparse.Namespace) -> int:
         values = [summary["eval"][figure]["value"] for summary in (ours, theirs)]
         rows.append((f"held-out {figure}, each run's own judgement", *values, NOISE))
         again = judged["policy"][figure]["value"]
-        rows.append((f"held-out {figure} of the unsloth run, beside `dpo eval`", values[0], again, NOISE))
+        rows.append((f"held-out {figure} of the unsloth run, and by `dpo eval`", values[0], again, NOISE))
     rows.append(("seconds of the steps", ours["seconds"], theirs["seconds"], None))
     rows.append(("peak memory, GB", ours["memory"]["measured_gb"], theirs["memory"]["measured_gb"], None))
     for what, one, other, _ in rows:

@@ -5,7 +5,7 @@
 
 It needs torch and the packages of this repository, downloads nothing, and stops after `--minutes`. What could not be run (no
 bitsandbytes, out of memory) is a row that says so. Measured is torch's own peak of allocated bytes, which a bill without
-context and slack predicts; reserved bytes and the context stand beside it.
+context and slack predicts; reserved bytes and the context are printed with it.
 """
 
 from __future__ import annotations

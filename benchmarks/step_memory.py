@@ -1,4 +1,4 @@
-"""What one training step has alive at its peak, beside the memory bill: `make memory` on a CPU, gpu_memory.py on a GPU.
+"""What one training step has alive at its peak, and the memory bill of it: `make memory` on a CPU, gpu_memory.py on a GPU.
 
 Models are made from their configs with random weights, so nothing is downloaded; trainer, head and layout are those of
 `dpo train`. Measured is the second micro-batch of a step, when the adapter's gradients are there already, above what was
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler tells of every start
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports every start
 
 import baseline
 import torch

@@ -59,12 +59,12 @@ def listed() -> None:
 
 def run(name: str, word: str) -> bool:
     """Whether a benchmark ended well. Its table goes to the terminal as it is made."""
-    begun = time.monotonic()
+    started = time.monotonic()
     print(f"--- {name} {word}", flush=True)
     environment = {**os.environ, "DPO_GGUF_CONVERTER": str(CONVERTER)} if CONVERTER.exists() else os.environ
     command = [sys.executable, f"benchmarks/{BENCHMARKS[name].script}", word]
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-    print(f"--- {name}: exit {code} after {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
+    print(f"--- {name}: exit {code} after {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
     return code == 0
 
 

@@ -89,12 +89,12 @@ WHILE_RUNNING = {
     "resume-differs": (
         "error",
         "`dpo train --resume` with another `learning_rate`",
-        "the run was begun otherwise, and would become another one; each difference is named",
+        "the run was started with other values, and would become another run; each difference is named",
     ),
     "disk-too-full": ("error", "a small disk", "the checkpoints and the adapter find no room where output_dir is; exit 4"),
     "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),
     "run-link": ("error", "a link in a run directory", "what is written there would be written elsewhere"),
-    "not-a-run": ("error", "`dpo eval .`", "the folder is no finished run"),
+    "not-a-run": ("error", "`dpo eval .`", "the folder is not a finished run"),
     "not-an-adapter": ("error", "`dpo eval my-config.json --adapter .`", "the folder holds no PEFT adapter that can be judged"),
     "adapter-changed": ("error", "a changed file in `adapter/`", "the adapter is not the one that the run wrote"),
     "nothing-to-compare": (
@@ -198,7 +198,7 @@ WHILE_RUNNING = {
     "prompts-unreadable": ("error", "`dpo augment folder.txt`", "the file cannot be read"),
     "no-prompts": ("error", "`dpo augment` of an empty file", "the file holds no prompt"),
     "out-changed": ("error", "an edited, unfinished `--out` file", "it is not what was written so far"),
-    "out-other-settings": ("error", "`dpo augment` gone on with another seed", "each setting that differs, with both values"),
+    "out-other-settings": ("error", "`dpo augment` continued with another seed", "each setting that differs, with both values"),
     "model-unknown": (
         "error",
         "`dpo recommend --model me/mine`",

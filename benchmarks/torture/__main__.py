@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / name) for name in ("", "benchmarks/torture", "benchma
 
 import baseline  # noqa: E402
 from baseline import Column, Table  # noqa: E402
-from bench import BESIDE, SHAPES, Bench, Outcome  # noqa: E402
+from bench import EXTRA, SHAPES, Bench, Outcome  # noqa: E402
 from damage import detection, falling_back  # noqa: E402
 from disk import can_mount, full_disks  # noqa: E402
 from gate import is_possible  # noqa: E402
@@ -61,7 +61,7 @@ def measure(table: Table, options: argparse.Namespace) -> int:
     faults = []
     with tempfile.TemporaryDirectory() as place:
         bench = Bench.make(Path(place))
-        for name in (*BESIDE, *(FEW if options.small else SHAPES)):
+        for name in (*EXTRA, *(FEW if options.small else SHAPES)):
             bench.know(name)
         for part in parts(bench, options.small):
             done: Outcome = part()

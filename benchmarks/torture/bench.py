@@ -23,10 +23,10 @@ from dpo_cli.storage.digests import sha256_of_all
 from dpo_cli.storage.run_directory import SUMMARY, RunDirectory
 
 MEASURED = ("tokens_per_second", "peak_memory_gb")  # the keys of a line that are not the same twice
-BESIDE: dict[str, dict[str, Any]] = {
+EXTRA: dict[str, dict[str, Any]] = {
     "short": {"max_steps": 3, "save_steps": 1, "lora_dropout": 0.1, "eval_split": 0.25},
     "stopped": {"max_steps": 8, "lora_dropout": 0.1, "eval_split": 0.25, "eval_steps": 2},  # no checkpoint but that of its end
-    "adapter": {"max_steps": 4},  # which another goes on with
+    "adapter": {"max_steps": 4},  # which another run continues
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "dropout": {"lora_dropout": 0.3, "save_steps": 1, "max_steps": 10},
@@ -94,13 +94,13 @@ class Bench:
 
     def know(self, name: str) -> None:
         """Let a run come to its end, and remember what it leaves."""
-        config, run = self.config(name, {**BESIDE, **SHAPES}[name]), self.place / "alone" / name
+        config, run = self.config(name, {**EXTRA, **SHAPES}[name]), self.place / "alone" / name
         run.parent.mkdir(exist_ok=True)
         child = train(config, run)
         code = child.end()
         if code:
             raise RuntimeError(f"a run of {config} that was let alone ended with {code}: {child.said()}")
-        self.seconds[name] = time.monotonic() - child.begun
+        self.seconds[name] = time.monotonic() - child.started
         self.alone[name] = Left.by(run)
 
     def other(self, name: str, run: Path) -> str | None:

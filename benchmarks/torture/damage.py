@@ -74,7 +74,7 @@ def _unseen(checkpoint: Checkpoint, path: Path, kind: str, damage: Damage) -> st
 
 
 def falling_back(bench: Bench, count: int, seed: int = 0) -> Outcome:
-    """The newest checkpoint of an interrupted run is damaged, in every fifth try all of them: it goes on from what is left."""
+    """The newest checkpoint of an interrupted run is damaged, in every fifth try all of them: what is left is resumed."""
     done = Outcome("the newest checkpoint, or all, damaged; then --resume")
     run = _interrupted(bench)
     for fault in each(partial(_fell, bench, run), [(seed, number) for number in range(count)]):
@@ -88,7 +88,7 @@ def _interrupted(bench: Bench) -> Path:
     child = train(bench.place / f"{NAME}.json", run)
     while not (run / "checkpoints" / "step-3").exists():
         time.sleep(0.001)
-        if time.monotonic() - child.begun > SECONDS:
+        if time.monotonic() - child.started > SECONDS:
             raise TimeoutError(f"no third checkpoint: {child.said()}")
     child.kill()
     return run

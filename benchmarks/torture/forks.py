@@ -28,7 +28,7 @@ class Child:
 
     pid: int
     log: Path
-    begun: float
+    started: float
     code: int | None = None
 
     def wait(self, seconds: float = SECONDS) -> int | None:
@@ -47,7 +47,7 @@ class Child:
 
     def wait_until(self, seconds: float) -> int | None:
         """The same, at this many seconds after its start."""
-        return self.wait(self.begun + seconds - time.monotonic())
+        return self.wait(self.started + seconds - time.monotonic())
 
     def end(self) -> int:
         """Its exit code, which is awaited."""
@@ -70,9 +70,9 @@ class Child:
 
 def start(work: Callable[[], object], log: Path) -> Child:
     """A child that does `work`, which may end it with `sys.exit`."""
-    begun = time.monotonic()
+    started = time.monotonic()
     if pid := os.fork():
-        return Child(pid, log, begun)
+        return Child(pid, log, started)
     code = UNEXPECTED
     try:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -80,7 +80,7 @@ def _can_install() -> bool:
 def _listener() -> int:
     """From now on this process's write-like calls wait for the one who holds this descriptor; -1 where that cannot be had."""
     numbers = [*DESCRIPTOR, *PATH]
-    # struct sock_filter: load the number; jump to the last line on any of ours; let all others pass.
+    # struct sock_filter: load the number; jump to the last line on any of the numbers below; let all others pass.
     code = [struct.pack("=HBBI", 0x20, 0, 0, 0)]
     code += [struct.pack("=HBBI", 0x15, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
     code += [struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000), struct.pack("=HBBI", 0x06, 0, 0, 0x7FC00000)]

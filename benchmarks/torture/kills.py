@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a run's life, and of the runs that go on with it; then what is left goes on to its end."""
+"""SIGKILL at random moments of a run, and of the runs that resume it; then the run is resumed to its end."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def _killed_process(bench: Bench, case: tuple[int, int]) -> str | None:
     run = bench.place / f"process-{number}"
     command = [sys.executable, "-m", "dpo_cli", "train", str(bench.place / f"{name}.json"), f"output_dir={run}"]
     with (bench.place / f"process-{number}.log").open("a", encoding="utf-8") as log:
-        begun = time.monotonic()
+        started = time.monotonic()
         child = subprocess.Popen(command, stdout=log, stderr=log)
         while not run.exists():  # the imports take most of the time, and write nothing
             time.sleep(0.01)
-            if time.monotonic() - begun > SECONDS or child.poll() is not None:
+            if time.monotonic() - started > SECONDS or child.poll() is not None:
                 return f"{' '.join(command)} never began"
         time.sleep(draw.uniform(0, bench.seconds[name]))
         child.send_signal(signal.SIGKILL)

@@ -59,7 +59,7 @@ class TrlBench:
     seconds: float = 0.0
 
     def train(self, run: Path) -> Child:
-        """A run that goes on from its last checkpoint, if there is one."""
+        """A run that continues from its last checkpoint, if there is one."""
         return start(partial(_train, self.place, run), run.with_name(f"{run.name}.log"))
 
     def outcome(self, run: Path) -> str:
@@ -150,11 +150,11 @@ def prepared(place: Path) -> TrlBench:
     child = TrlBench(place).train(place / "alone")
     if child.end():
         raise RuntimeError(child.said())
-    bench = TrlBench(place, sha256_of_all(place / "alone" / "adapter"), time.monotonic() - child.begun)
+    bench = TrlBench(place, sha256_of_all(place / "alone" / "adapter"), time.monotonic() - child.started)
     child = bench.train(place / "interrupted")
     while not (place / "interrupted" / "checkpoint-4").exists():  # so that the third is whole
         time.sleep(0.001)
-        if time.monotonic() - child.begun > SECONDS:
+        if time.monotonic() - child.started > SECONDS:
             raise TimeoutError(child.said())
     child.kill()
     shutil.rmtree(place / "interrupted" / "checkpoint-4")
