@@ -51,9 +51,9 @@ BY_HAND = {
 
 # Parts of fixes that leave a choice to the user, of codes that have others too.
 CHOICES = (
-    "raise per_device_train_batch_size, and lower",
+    "increase per_device_train_batch_size, and lower",
     "remove the weight",
-    "write a regular expression as",
+    "write a regular expression of",
     "check the path",
     "name a run or an adapter",
 )
@@ -92,7 +92,7 @@ def steps(problem: Problem, given: Values) -> Iterator[Callable[[Values], None]]
             yield settings(f'"{key}": {found.group(1)}')
         elif found := re.match(r'did you mean "([^"]+/[^"]+)"\?$', way) or re.match(r"did you mean (\S+)\?$", way):
             yield settings(f'"{key}": "{found.group(1)}"')
-        elif way.startswith(("remove the key", "remove it", "remove one of them", "keep one:", "leave it out")):
+        elif way.startswith(("remove the key", "remove it", "remove one of them", "keep one of them:", "leave it out")):
             yield without(key)
         elif way.startswith("leave these out"):
             yield without(*(set(re.findall(r"[a-z_0-9]+", problem.message)) & given.keys() - {key}))
@@ -196,9 +196,9 @@ def test_a_fix_of_rows_is_true(case: Case, way: str, place: Path, monkeypatch: p
 
 SYNTAX = [case for case in CASES if case.code == "json-syntax"]
 TEXT_BY_HAND = (
-    "as JSON knows it",
+    "a JSON number",
     "close it with a double quote",
-    "a number has a point",
+    "write a decimal point",
     "write a value",
     "write {",
     "close the object",

@@ -15,7 +15,7 @@ from dpo_cli.strategies.sft import SFT
 LEARNING_RATE_RANGE = (1e-7, 1e-6)
 # `adapter_rate` is what a LoRA adapter needs by measurement; `make learning-rates` prints the table of docs/benchmarks.md.
 MEASURED = "gave the quickstart a margin of 1.65, where 5e-7 and 5e-6 gave 0.00"
-ADAPTER_RATES = (1e-5, 1e-3)  # between which nothing is to be said
+ADAPTER_RATES = (1e-5, 1e-3)  # no hint between these
 EPOCHS = (2, 4)
 RANKS = (16, 32, 64)
 LARGEST_DROPOUT = 0.1  # the documented 0.05 is called low
@@ -27,19 +27,19 @@ def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
     rate = values.get("learning_rate")
     low, high = LEARNING_RATE_RANGE
     if rate is None or "learning_rate" not in given:
-        return  # of the default the plan says the same
+        return  # the plan says the same about the default
     if values.get("lora_r") == 0:
         if rate > high:
-            message = f"learning_rate {rate:g} is above the documented {low:g} to {high:g}, and every weight is trained at it"
+            message = f"lora_r 0 trains every weight, and learning_rate {rate:g} is above the documented {low:g} to {high:g}"
             yield Problem("warning", "learning-rate-full", message, 'write "learning_rate": 5e-7', "learning_rate")
     elif rate < ADAPTER_RATES[0]:
         where = "below" if rate < low else "in" if rate <= high else "above"
-        message = f"learning_rate {rate:g} is {where} the documented range for DPO, and a LoRA adapter hardly moves at it"
+        message = f"learning_rate {rate:g}, {where} the documented range for DPO, is too low to move a LoRA adapter"
         fix = f'write "learning_rate": {DPO.adapter_rate:g}, which {MEASURED}: see docs/explanation/learning-rate-and-beta.md'
         yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
     elif rate > ADAPTER_RATES[1]:
         message = f"learning_rate {rate:g} is far above what an adapter needs"
-        fix = f'write "learning_rate": {DPO.adapter_rate:g}, or one around it: see docs/explanation/learning-rate-and-beta.md'
+        fix = f'write "learning_rate": {DPO.adapter_rate:g} or a value near it: see docs/explanation/learning-rate-and-beta.md'
         yield Problem("warning", "learning-rate-high", message, fix, "learning_rate")
 
 
@@ -56,8 +56,8 @@ def beta(values: Values, given: Values) -> Iterator[Problem]:
         return
     near = min(BETAS, key=lambda point: abs(value - point))
     points = ", ".join(f"{point:g} {meaning}" for point, meaning in BETAS.items())
-    message = f"beta {value:g} lies next to {near:g}, documented as {BETAS[near]}"
-    fix = f"documented: {points}; a larger beta keeps the policy closer to the reference and scales the reward"
+    message = f"beta {value:g} is not a documented value; the nearest one, {near:g}, is {BETAS[near]}"
+    fix = f"the documented values: {points}; a larger beta keeps the policy closer to the reference and scales the reward"
     yield Problem("hint", "beta", message, fix, "beta")
 
 
@@ -66,14 +66,16 @@ def epochs(values: Values, given: Values) -> Iterator[Problem]:
     low, high = EPOCHS
     if values.get("max_steps") is not None or value is None or "num_train_epochs" not in given or low <= value <= high:
         return
-    message = f"num_train_epochs is {value:g}; the documentation advises {low} to {high} for DPO"
-    yield Problem("hint", "epochs", message, "fewer may not learn the preference, more may overfit", "num_train_epochs")
+    message = f"num_train_epochs is {value:g}; the documentation recommends {low} to {high} for DPO"
+    yield Problem(
+        "hint", "epochs", message, "with fewer it may not learn the preference, with more it may overfit", "num_train_epochs"
+    )
 
 
 def lora_rank(values: Values, given: Values) -> Iterator[Problem]:
     rank = values.get("lora_r")
     if rank and "lora_r" in given and rank not in RANKS:
-        message = f"lora_r is {rank}; the documentation names {', '.join(map(str, RANKS))}"
+        message = f"lora_r is {rank}; the documentation recommends {', '.join(map(str, RANKS))}"
         yield Problem("hint", "lora-rank", message, "a smaller rank learns less, a larger one takes more memory", "lora_r")
 
 
@@ -81,14 +83,16 @@ def lora_alpha(values: Values, given: Values) -> Iterator[Problem]:
     alpha, rank = values.get("lora_alpha"), values.get("lora_r")
     if alpha is not None and rank and not values.get("use_rslora") and not rank <= alpha <= 4 * rank:
         message = f"lora_alpha {alpha:g} is far from 2 x lora_r = {2 * rank}"
-        yield Problem("hint", "lora-alpha", message, f'write "lora_alpha": {2 * rank}, as is usual at this rank', "lora_alpha")
+        yield Problem(
+            "hint", "lora-alpha", message, f'write "lora_alpha": {2 * rank}, the usual value for this rank', "lora_alpha"
+        )
 
 
 def lora_dropout(values: Values, given: Values) -> Iterator[Problem]:
     dropout = values.get("lora_dropout")
     if dropout is not None and dropout > LARGEST_DROPOUT:
-        message = f"lora_dropout is {dropout:g}; the documentation advises a low one, 0.05"
-        yield Problem("hint", "lora-dropout", message, 'write "lora_dropout": 0.05, or leave it out', "lora_dropout")
+        message = f"lora_dropout is {dropout:g}; the documentation recommends 0.05"
+        yield Problem("hint", "lora-dropout", message, 'write "lora_dropout": 0.05, or remove the key', "lora_dropout")
 
 
 def kl_limit(values: Values, given: Values) -> Iterator[Problem]:
@@ -100,8 +104,8 @@ def kl_limit(values: Values, given: Values) -> Iterator[Problem]:
 
 def something_is_held_out(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("eval_split") == 0 and "eval_dataset" in values and values["eval_dataset"] is None:
-        message = "nothing is held out, so accuracy, margin and KL divergence will not be known"
-        yield Problem("hint", "nothing-to-judge", message, 'set "eval_split": 0.1, or name an eval_dataset', "eval_split")
+        message = "nothing is held out, so accuracy, margin and KL divergence cannot be measured"
+        yield Problem("hint", "nothing-to-judge", message, 'write "eval_split": 0.1, or name an "eval_dataset"', "eval_split")
 
 
 def within_the_profile(values: Values, given: Values) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Rules within the option `augment`, as rules.py has them between options."""
+"""Rules between the parts of the option `augment`, written like those of rules.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dpo_cli.config.schema import Values, inner_defaults
 from dpo_cli.errors import Problem
 
-# What a rank needs, and no other does.
+# The parts that only this rank needs.
 RANK_PARTS = {"regex": ("pattern",), "reward": ("reward_model",), "judge": ("judge_url", "judge_model", "criterion")}
 
 
@@ -36,20 +36,20 @@ def pattern_is_one(values: Values, given: Values) -> Iterator[Problem]:
     try:
         re.compile((augment and augment["pattern"]) or "")
     except re.error as error:
-        message = f'"augment": the pattern is no regular expression: {error}'
-        yield Problem("error", "bad-regex", message, "write a regular expression as Python's re knows it", "augment")
+        message = f'"augment": the pattern is not a regular expression: {error}'
+        yield Problem("error", "bad-regex", message, "write a regular expression of Python's re module", "augment")
 
 
 def judge_is_a_plain_url(values: Values, given: Values) -> Iterator[Problem]:
-    """The URL is written into every row, so nothing secret may be in it."""
+    """The URL is written into every row, so it must not hold a secret."""
     augment = _augment(values, given)
     if (
         augment
         and augment["judge_url"]
         and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./~%-]*)?", augment["judge_url"], re.ASCII)
     ):
-        message = '"augment": judge_url is not http(s)://HOST/PATH, without user and query'
-        fix = 'for example "judge_url": "http://localhost:8000/v1"; a key stands in the environment, as OPENAI_API_KEY'
+        message = '"augment": judge_url is not http(s)://HOST/PATH without a user and a query'
+        fix = 'for example "judge_url": "http://localhost:8000/v1"; put a key into the environment variable OPENAI_API_KEY'
         yield Problem("error", "judge-url", message, fix, "augment")
 
 

@@ -1,4 +1,4 @@
-"""Config text to a checked, frozen `Config`: read, overridden, filled with defaults, and everything wrong named at once."""
+"""Config text to a checked, frozen `Config`: read, override, fill in defaults, and report every problem at once."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from dpo_cli.errors import InvalidInput, Problem, UsageError
 
 Source = Literal["config", "override", "default", "profile", "measured"]
 MAX_CONFIG_BYTES = 1 << 20
-# JSON files that lie beside a model's or an adapter's weights: two of their names, and keys of all of them.
+# JSON files next to the weights of a model or an adapter: two of their names, and keys that they hold.
 BESIDE_WEIGHTS = ("config.json", "adapter_config.json")
 OF_A_MODEL = frozenset(("architectures", "transformers_version", "tokenizer_class", "added_tokens", "weight_map", "peft_type"))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A config file as read: its values with defaults filled in, where each came from, and all that is wrong with it.
+    """A config file as read: its values with defaults filled in, the source of each, and every problem.
 
     `config` is None when an error was found.
     """
@@ -40,16 +40,16 @@ class Loaded:
     positions: Mapping[jsonc.Path, tuple[int, int]]
     problems: tuple[Problem, ...] = ()
     config: Config | None = None
-    stage: int | None = None  # of a config with stages, from 1
-    foundation: str | None = None  # the model below the runs that this stage stands on, which may not be there yet
-    day: date | None = None  # of the run that a plan.json repeats, where its chat template writes the date
+    stage: int | None = None  # the number of the stage in a config with stages, from 1
+    foundation: str | None = None  # the base model of the stages before this one, whose runs may not exist yet
+    day: date | None = None  # the day of the run that a plan.json repeats, if its chat template writes the date
 
     @property
     def label(self) -> str:
         return f"{self.file}, stage {self.stage}" if self.stage else self.file
 
     def placed(self, problem: Problem, path: jsonc.Path = ()) -> Problem:
-        """The problem with its place in the file, or on the command line; `path` leads into the value of its key."""
+        """The problem with its place in the file, or on the command line; `path` names a part of the value of its key."""
         if problem.key is not None and self.sources.get(problem.key) == "override":
             return replace(problem, file="command line")
         where = path or ((problem.key,) if problem.key else ())
@@ -59,15 +59,15 @@ class Loaded:
         return replace(problem, file=self.file, line=line, column=column)
 
     def draft(self) -> Loaded:
-        """The same with an empty dataset, where a config lacks nothing else: its memory can be known before its data."""
+        """The same with an empty dataset, if that is the only error: memory can be computed without the data."""
         errors = [(problem.code, problem.key) for problem in self.problems if problem.severity == "error"]
         if errors != [("missing-key", "dataset")]:
             return self
-        told = tuple(problem for problem in self.problems if problem.severity != "error")
-        return replace(self, problems=told, config=Config(**_normalised({**self.values, "dataset": ""})))
+        others = tuple(problem for problem in self.problems if problem.severity != "error")
+        return replace(self, problems=others, config=Config(**_normalised({**self.values, "dataset": ""})))
 
     def on_foundation(self) -> Loaded:
-        """The same with the model below the stages before, by which it can be checked when they have not run."""
+        """The same with the base model of the earlier stages, to check this one before they have run."""
         if self.foundation is None:
             return self
         config = replace(self.config, model_name=self.foundation) if self.config else None
@@ -81,12 +81,12 @@ class Loaded:
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
-    """Read, override and check the config at `path`; `-` is standard input. Of one with stages, the first."""
+    """Read, override and check the config at `path`; `-` is standard input. If it has stages, the first one."""
     return load_stages(path, overrides)[0]
 
 
 def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
-    """The configs in the file at `path`: one, or one a stage; overrides go to each. Never raises for what the file says."""
+    """The configs in the file at `path`: one, or one per stage; overrides apply to each. A bad file raises nothing."""
     changes = _parse_overrides(overrides)
     text, problems = _read_text(path)
     if text is None:
@@ -105,7 +105,7 @@ def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
 
 
 def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:
-    """A written config with its defaults, and everything that is wrong with it."""
+    """A written config with its defaults and every problem."""
     path, values, positions, origin = written.path, written.values, written.positions, written.origin
     changes = written.changes
     authored = frozenset(key for key in values if origin.get(key) in (None, "config", "override")) | changes.keys()
@@ -115,29 +115,29 @@ def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:
     resolved, sources = _resolved(given, changes, origin)
     loaded = Loaded(path, resolved, sources, positions, document.problems, stage=written.stage, foundation=written.foundation)
     loaded = replace(loaded, day=written.day)
-    found = [loaded.placed(problem, place) for place, problem in value_problems(given)]
+    problems = [loaded.placed(problem, place) for place, problem in value_problems(given)]
     if document.complete:
         named = {**given, **dict.fromkeys(damaged | other_tools.meant_by(given))}
-        wrong = {problem.key for problem in found if problem.severity == "error"} | damaged
+        wrong = {problem.key for problem in problems if problem.severity == "error"} | damaged
         stated = {key: value for key, value in named.items() if key in authored or key not in values}
         sound = {key: value for key, value in resolved.items() if key not in wrong}
         related = [*missing(named), *rules.check(sound, stated), *advice.check(sound, stated)]
-        found += map(loaded.placed, related)
-    problems = tuple(sorted((*document.problems, *found), key=lambda p: (p.line is None, p.line or 0, p.column or 0)))
-    failed = any(problem.severity == "error" for problem in problems)
-    return replace(loaded, problems=problems, config=None if failed else Config(**_normalised(resolved)))
+        problems += map(loaded.placed, related)
+    ordered = tuple(sorted((*document.problems, *problems), key=lambda p: (p.line is None, p.line or 0, p.column or 0)))
+    failed = any(problem.severity == "error" for problem in ordered)
+    return replace(loaded, problems=ordered, config=None if failed else Config(**_normalised(resolved)))
 
 
 def _resolved(
     given: Mapping[str, object], changes: Mapping[str, object], origin: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Source]]:
-    """The values with the defaults of their strategy and profile, and where each came from; in a plan, `origin` says it."""
+    """The values with the defaults of their strategy and profile, and the source of each; a plan gives them in `origin`."""
     strategy, profile = (str(given.get(key)) for key in ("strategy", "compute_specs"))
     read_as: dict[str, object] = {}
     if strategy == "qlora":
         read_as = {"strategy": "sft", "use_4bit": given.get("use_4bit", True)}
     elif given.get("use_8bit") is True and "use_4bit" not in given:
-        read_as = {"use_4bit": False}  # rather than what a profile says
+        read_as = {"use_4bit": False}  # instead of the profile's value
     values: dict[str, Any] = {**defaults(str(read_as.get("strategy", strategy)), profile), **given, **read_as}
     values.pop("$schema", None)
     sources: dict[str, Source] = dict.fromkeys(values, "default")
@@ -168,7 +168,7 @@ def _not_an_object(path: str, value: object) -> Problem:
 
 
 def _of_a_model(path: str, model: str) -> Problem:
-    """That a file, or a folder, is a model or a part of one."""
+    """The problem of a file or a folder that is a model or a part of one."""
     what = "is a model" if model == path else "belongs to a model"
     fix = f'name it in a config: "model_name": {json.dumps(model, ensure_ascii=False)}'
     return Problem("error", "config-unreadable", f"{path} {what}, not a config", fix, file=path)
@@ -185,17 +185,17 @@ def _read_text(path: str) -> tuple[str | None, tuple[Problem, ...]]:
     except FileNotFoundError:
         near = difflib.get_close_matches(Path(path).name, [file.name for file in _siblings(path)], 1, cutoff=0.75)
         fix = f"did you mean {Path(path).parent / near[0]}?" if near else "check the path; see configs/ for examples"
-        return unreadable(f"there is no file {path}", fix)
-    except (OSError, ValueError) as error:  # a directory, a file that may not be read, a name no file can have
+        return unreadable(f"file not found: {path}", fix)
+    except (OSError, ValueError) as error:  # a directory, a file without read permission, an invalid file name
         return unreadable(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", "name a readable JSON file")
     if data.startswith(b"GGUF"):
         return None, (_of_a_model(path, path),)
     if Path(path).suffix == ".safetensors":
         return None, (_of_a_model(path, str(Path(path).parent)),)
     if len(data) > MAX_CONFIG_BYTES:
-        return unreadable(f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes: not a config", "is this the dataset?")
+        return unreadable(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", "is this the dataset?")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        return unreadable(f"{path} is UTF-16 or UTF-32, or no text at all", "save it as UTF-8")
+        return unreadable(f"{path} is UTF-16 or UTF-32, or not a text file", "save it as UTF-8")
     try:
         return data.decode("utf-8"), ()
     except UnicodeDecodeError as error:
@@ -213,12 +213,12 @@ def _siblings(path: str) -> Iterator[Path]:
 
 
 def is_override(word: str) -> bool:
-    """Whether a word of the command line is key=value, and not the name of a file."""
+    """Whether a word of the command line is key=value, and not the name of an existing file."""
     return re.match(r"[A-Za-z_]\w*=", word) is not None and not os.path.exists(word)
 
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
-    """`key=value` words to values: JSON where it parses (5e-5, true, ["q_proj"]), else the text itself."""
+    """`key=value` words to values: JSON if it parses (5e-5, true, ["q_proj"]), else the text itself."""
     parsed: dict[str, object] = {}
     for word in overrides:
         key, equals, text = word.partition("=")
@@ -231,6 +231,6 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
 
 
 def _normalised(values: Mapping[str, object]) -> dict[str, Any]:
-    """3.0 is an integer to JSON schema; make it one for Python too."""
+    """JSON Schema accepts 3.0 as an integer; convert it to a Python int."""
     whole = {name for name, option in options().items() if "integer" in option.rule.get("type", "")}
     return {key: int(value) if key in whole and isinstance(value, float) else value for key, value in values.items()}

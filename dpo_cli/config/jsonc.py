@@ -1,10 +1,10 @@
-"""JSON text to values and the position of each, with comments and trailing commas allowed.
+"""Parse JSON text to values and their positions; comments and trailing commas are allowed.
 
-No library gives all of it at once: comments, trailing commas, positions, duplicate keys, NaN refused, and no recursion, so
-that a file of 100,000 opening brackets is an error message and not a crash. Hence this scanner of one loop.
+No library gives all of this: comments, trailing commas, positions, duplicate keys, NaN rejected, and no recursion, so
+that a file of 100,000 opening brackets gives an error message and not a crash. So this is a scanner with one loop.
 
-What is wrong with one value, key or comma is named and stepped over, so that one look shows everything; where the structure
-itself is lost, the reading stops.
+A problem with one value, key or comma is reported and skipped, so that one reading shows all of them. Where the structure
+itself cannot be read, the reading stops.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Path = tuple[str | int, ...]
 Container = list[object] | dict[str, object]
 
 MAX_DEPTH = 64
-MAX_PROBLEMS = 100  # a text with more is no JSON at all
-MAX_DIGITS = 400  # beyond any float; Python itself refuses to convert integers of more than 4,300 digits
+MAX_PROBLEMS = 100  # a text with more is not JSON
+MAX_DIGITS = 400  # more than any float has; Python does not convert integers of more than 4,300 digits
 _GAP = re.compile(r"(?:[ \t\r\n]+|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _STRING = re.compile(r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"')
 _CLOSED = re.compile(r'"(?:[^"\\\n]|\\[^\n])*"')
@@ -36,10 +36,10 @@ _SINGLE_QUOTED = re.compile(r"'[^'\n]*'")
 _WORD = re.compile(r"-?[A-Za-z0-9_.+][A-Za-z0-9_.+\-]*")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _CONSTANTS = {"true": True, "false": False, "null": None}
-OTHER_SIGNS = {"#": "a comment starts with //", "\xa0": "this is a no-break space: write a plain one"} | dict.fromkeys(
+OTHER_SIGNS = {"#": "a comment starts with //", "\xa0": "this is a no-break space: write a plain space"} | dict.fromkeys(
     "“”„‘’«»", 'write straight double quotes: "'
 )
-# What begins a file of another format: the first line that is neither empty nor a comment.
+# The first line that is neither empty nor a comment: it shows a file of another format.
 _FIRST_LINE = re.compile(r"(?:[ \t\r]*(?:#[^\n]*)?\n)*([^\n]+)")
 _FORMATS = {
     "YAML": re.compile(r"---|%YAML|- |[\w-]+[ \t]*:(?:[ \t]|\r?$)"),
@@ -56,10 +56,10 @@ _OTHER_LANGUAGES |= dict.fromkeys(("none", "null", "nil", "undefined"), "null")
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed document: its value, where each value starts, and all that is wrong with the text.
+    """A parsed document: its value, the position of each value, and the problems of the text.
 
-    At the paths in `damaged` a value could not be read and stands as null; `complete` is False when the reading stopped before
-    the end.
+    At the paths in `damaged` a value could not be read and is null; `complete` is False if the reading stopped before the
+    end.
     """
 
     value: object
@@ -82,8 +82,8 @@ class _Scanner:
         self.root: list[object] = []  # holds the document's value
         self.damaged: set[Path] = set()
         self.complete = False
-        self.last: Path = ()  # of the value read last
-        self.open: list[tuple[Container, Path]] = [(self.root, ())]  # that are not closed yet, each with its path
+        self.last: Path = ()  # the path of the last value
+        self.open: list[tuple[Container, Path]] = [(self.root, ())]  # containers that are not closed yet, with their paths
 
     def document(self) -> None:
         """Read values into their containers until the document is complete."""
@@ -91,7 +91,7 @@ class _Scanner:
             container, path = self.open[-1]
             if container is self.root and self.root:
                 if char := self.peek():
-                    self.stop("json-syntax", f"text after the end of the document: {char!r}", "delete it")
+                    self.stop("json-syntax", f"unexpected text after the end of the document: {char!r}", "delete it")
                 self.complete = True
                 return
             if container is not self.root and self.take("}" if isinstance(container, dict) else "]"):
@@ -110,7 +110,7 @@ class _Scanner:
             elif len(self.open) <= MAX_DEPTH:
                 self.open.append((value, where))
             else:
-                self.stop("json-depth", f"nested deeper than {MAX_DEPTH} levels", "a config is flat")
+                self.stop("json-depth", f"values are nested more than {MAX_DEPTH} levels deep", "a config is flat")
 
     def key(self, container: dict[str, object]) -> str:
         quoted = self.peek() == '"'
@@ -119,15 +119,15 @@ class _Scanner:
         if not self.take(":"):
             self.stop("json-syntax", f"expected ':' after the key \"{key}\"", 'write "key": value')
         if key in container:
-            fix = "keep one of them: other readers silently take the last"
-            self.complain("duplicate-key", f'the key "{key}" stands twice', fix, at, key)
+            fix = "keep one of them: other JSON readers silently use the last one"
+            self.complain("duplicate-key", f'the key "{key}" is given twice', fix, at, key)
         return key
 
     def unquoted_key(self) -> str:
-        """A key as other languages write it: named, and read all the same."""
+        """A key as other languages write it: reported, and read."""
         char = self.peek()
         if not char:
-            self.stop("json-syntax", "the file ends inside an object", "close the object with }")
+            self.stop("json-syntax", "the file ends inside an object", "close the object with a }")
         if char in OTHER_SIGNS:
             self.stop("json-syntax", f"found {char!r}", OTHER_SIGNS[char])
         match = _SINGLE_QUOTED.match(self.text, self.at) or _WORD.match(self.text, self.at)
@@ -136,15 +136,15 @@ class _Scanner:
             self.stop("json-syntax", message, 'write "key": value, or close the object with }')
         key = match.group().strip("'")
         if key.isdigit() and self.text[self.at - 1] == ",":
-            message = f"found {key} where a key should be: are they the decimals of the number before?"
+            message = f"found {key} instead of a key: is it the decimal part of the number before?"
             self.damaged |= {self.last}
-            self.stop("json-syntax", message, "a number has a point, not a comma: 0.1")
+            self.stop("json-syntax", message, "write a decimal point, not a comma: 0.1")
         self.complain("json-syntax", f"the key {key} is not in double quotes", f'write "{key}":', self.at)
         self.at = match.end()
         return key
 
     def value(self, where: Path) -> object:
-        """The scalar at the cursor, or a container that is still to be filled."""
+        """The scalar at the cursor, or an empty container to fill."""
         char = self.peek()
         self.positions[where] = self.position(self.at)
         self.last = where
@@ -154,13 +154,13 @@ class _Scanner:
         return self.string(where) if char == '"' else self.word(where)
 
     def separator(self, container: Container) -> None:
-        """What must follow a complete value in `container`: a comma, or its end."""
+        """Read what follows a complete value in `container`: a comma or its end."""
         closing = "}" if isinstance(container, dict) else "]"
         if container is self.root or self.take(",") or self.peek() == closing:
             return
         char = self.peek()
         if (char and char in "\"'") or char.isalnum():  # the next member: only the comma is missing
-            self.complain("json-syntax", f"there is no comma before {char!r}", "add the comma", self.at)
+            self.complain("json-syntax", f"a comma is missing before {char!r}", "add the comma", self.at)
             return
         found = repr(char) if char else "the end of the file"
         fix = OTHER_SIGNS.get(char, "add the comma or bracket")
@@ -178,20 +178,20 @@ class _Scanner:
         return value
 
     def odd_string(self, where: Path | None) -> str:
-        """A string with a backslash or a character that must not stand there: named where it stands, and stepped over."""
+        """A string with an invalid escape or control character: reported at its place, and skipped."""
         start, closed = self.at, _CLOSED.match(self.text, self.at)
         if closed is None:
-            fix = "close it with a double quote; a line break within is written \\n"
+            fix = "close it with a double quote; write a line break inside a string as \\n"
             self.stop("json-syntax", "this string is not closed on its line", fix)
         odd = _ODD.search(closed.group())
-        assert odd is not None  # else it would be a string
+        assert odd is not None  # else _STRING would match
         self.at += odd.start()
         if odd.group().startswith("\\"):
-            message = f"{odd.group()} is no escape of JSON"
-            self.damage("json-syntax", message, "in a path write / between the folders; a backslash itself is \\\\", where)
+            message = f"{odd.group()} is not a JSON escape"
+            self.damage("json-syntax", message, "in a path write / between the folders; write a backslash as \\\\", where)
         else:
-            message = f"a raw control character ({ord(odd.group()):#04x}) in a string"
-            self.damage("json-syntax", message, "write a space; where a text needs a tab, write the tab as \\t", where)
+            message = f"a string holds a raw control character ({ord(odd.group()):#04x})"
+            self.damage("json-syntax", message, "write a space instead, or write the tab as \\t", where)
         self.at = start + len(closed.group())
         return closed.group()[1:-1]
 
@@ -199,13 +199,13 @@ class _Scanner:
         """A number or a constant; null for a word that is neither."""
         if quoted := _SINGLE_QUOTED.match(self.text, self.at):
             fix = f"write {json.dumps(quoted.group()[1:-1])}"
-            self.damage("json-syntax", "a string is in double quotes", fix, where)
+            self.damage("json-syntax", "this string is in single quotes", fix, where)
             self.at = quoted.end()
             return None
         match = _WORD.match(self.text, self.at)
         word = match.group() if match else self.text[self.at : self.at + 1]
         if word.isalpha() and self.text[self.at + len(word) : self.at + len(word) + 1] == '"':  # Python's r"..."
-            self.complain("json-syntax", f"a string has no {word} before it", f"delete the {word}", self.at)
+            self.complain("json-syntax", f"the prefix {word} before a string is not JSON", f"delete the {word}", self.at)
             self.at += len(word)
             return self.string(where)
         value: object = None
@@ -216,10 +216,10 @@ class _Scanner:
         elif _NUMBER.fullmatch(word):
             value = json.loads(word) if len(word) <= MAX_DIGITS else math.inf
             if isinstance(value, float) and math.isinf(value):
-                self.damage("json-number", "this number is too large to be represented", "write a smaller number", where)
+                self.damage("json-number", "this number is too large", "write a smaller number", where)
                 value = None
         elif match is None and word and word in ",]}":
-            self.damage("json-syntax", "there is no value here", "write a value, or delete the key", where)
+            self.damage("json-syntax", "a value is missing here", "write a value, or delete the key", where)
             return None
         elif match is None:
             found = f"found {word!r}" if word else "the file ends here"
@@ -232,7 +232,7 @@ class _Scanner:
         return value
 
     def peek(self) -> str:
-        """The next character that is not space or comment; empty at the end."""
+        """The next character after spaces and comments; empty at the end."""
         match = _GAP.match(self.text, self.at)
         self.at = match.end() if match else self.at
         return self.text[self.at : self.at + 1]
@@ -255,7 +255,7 @@ class _Scanner:
             raise _Stop
 
     def damage(self, code: str, message: str, fix: str, where: Path | None) -> None:
-        """A value at the cursor that cannot be read; `where` is None for a key. The document itself may be such a value."""
+        """A value at the cursor that cannot be read; `where` is None for a key, and () for the whole document."""
         self.complain(code, message, fix, self.at, str(where[0]) if where else None)
         if where == ():
             raise _Stop
@@ -267,18 +267,18 @@ class _Scanner:
 
 
 def as_json(word: str) -> str:
-    """What a word of another language is in JSON: True, .5, +5, 0x10 or 1_000; any other is a string without its quotes."""
+    """A word of another language as JSON: True, .5, +5, 0x10 or 1_000; any other word becomes a string."""
     if word[0] not in "+-.0123456789":
         return _OTHER_LANGUAGES.get(word.lower()) or json.dumps(word)
     with suppress(ValueError, SyntaxError):
         number = ast.literal_eval(word.lstrip("+"))
         if isinstance(number, int | float) and abs(number) < 1e300:
             return json.dumps(number)
-    return "a number as JSON knows it, for example 0.5 or 5e-7"
+    return "a JSON number, for example 0.5 or 5e-7"
 
 
 def parse(text: str, file: str) -> Document:
-    """Parse `text`. Never raises: what is wrong is in the document's problems."""
+    """Parse `text`. Never raises: errors are in the document's problems."""
     scan = _Scanner(text.removeprefix("\ufeff"), file)
     with suppress(_Stop):
         scan.document()
@@ -288,7 +288,7 @@ def parse(text: str, file: str) -> Document:
 
 
 def other_format(text: str, file: str) -> Problem | None:
-    """The problem of a whole file that is YAML or TOML, by its name or by its first line; None for any other."""
+    """The problem of a file that is YAML or TOML by its name or its first line; None for any other file."""
     first = _FIRST_LINE.match(text.removeprefix("\ufeff"))
     suffix = _SUFFIXES.get(PurePath(file).suffix.lower())
     begins = (name for name, pattern in _FORMATS.items() if first is not None and pattern.match(first.group(1)))
@@ -299,4 +299,4 @@ def other_format(text: str, file: str) -> Problem | None:
     old = "FILE" if file == "-" else shlex.quote(file)
     fix = f"convert it: python -c '{_CONVERTED[name]}' {new} < {old}"
     line = text.count("\n", 0, first.start(1)) + 1 if first else 1
-    return Problem("error", "json-syntax", f"this is {name}, and a config is JSON", fix, None, file, line, 1)
+    return Problem("error", "json-syntax", f"this file is {name}, but a config is JSON", fix, None, file, line, 1)

@@ -1,6 +1,6 @@
 """`Config`, made from schema.json: a frozen dataclass with a field for each option, in the order of the schema.
 
-Type checkers read options.pyi instead, which `make reference` writes from the same schema and a test keeps equal to it.
+Type checkers read options.pyi instead. `make reference` writes it from the same schema, and a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Keys and values of other tools, and misspelt ones: what to write here instead.
+"""Keys and values of other tools, and misspelt ones: what to write instead.
 
-What other tools call an option with the same values stands in schema.json (x-known-as), as do their words for a value
-(x-known-values); every other key, and what is here instead, in other_tools.json. Near spelling is not near meaning: a key
-that another tool has is never taken for a misspelt one of ours, and only a key that is a few letters off is.
+Other names of an option with the same values are in schema.json (x-known-as), and so are other names of its values
+(x-known-values). All other keys, and what replaces them, are in other_tools.json. A key of another tool is never read as a
+misspelt option; only a key that differs by a few letters is.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import NotRequired, TypedDict
 from dpo_cli.config.schema import Option, options, same
 
 UNKNOWN = "remove the key; `dpo train --help` lists every option"
-LETTERS_A_SLIP = 10  # a name may be one letter off, and one more for so many letters
-_DEFAULT_OF = "$loss_type"  # in other_tools.json: the config's own value, which must be one word, or the default
+LETTERS_A_SLIP = 10  # a name may differ by one letter, and by one more per this many letters
+_DEFAULT_OF = "$loss_type"  # in other_tools.json: the config's own loss, which must be a single one, or the default
 
 
-# One use of a key: for values that fit the JSON schema `if`, keys and values of ours.
+# One use of a key: for values that fit the JSON schema `if`, the keys and values of this tool.
 Case = TypedDict("Case", {"if": NotRequired[Mapping[str, object]], "write": dict[str, object]})
 
 
 class Entry(TypedDict):
-    """What other tools have under some keys, and what is here instead."""
+    """Some keys of other tools, and what replaces them here."""
 
     keys: list[str]
     why: str
@@ -45,12 +45,12 @@ def entries() -> list[Entry]:
 
 @functools.cache
 def names() -> dict[str, str]:
-    """The option that each plain other name stands for."""
+    """The option of each other name with the same values."""
     return {alias: name for name, option in options().items() for alias in option.known_as}
 
 
 def fits(name: str, value: object) -> bool:
-    """Whether the value is one that the option declares."""
+    """Whether the value is valid for the option."""
     return name in options() and _is_valid(options()[name].rule, value)
 
 
@@ -61,7 +61,7 @@ def _is_valid(rule: Mapping[str, object], value: object) -> bool:
 
 
 def as_here(option: Option, value: object) -> object:
-    """An option's value in this tool's words: "all" layers are "all-linear" here, and names in one text a list."""
+    """An option's value as this tool writes it: "all" layers are "all-linear", and names in one text become a list."""
     known = option.known_values
     sole = value[0] if isinstance(value, list) and len(value) == 1 else value
     if isinstance(sole, str) and _word(sole) in known:
@@ -70,7 +70,7 @@ def as_here(option: Option, value: object) -> object:
         return [known.get(_word(part), part) if isinstance(part, str) else part for part in value]
     if not isinstance(value, str) or re.fullmatch(r"[\w ,]+", value) is None:
         return value
-    if option.name == "target_modules" or not fits(option.name, value):  # whose text is a pattern of whole names
+    if option.name == "target_modules" or not fits(option.name, value):  # its text is a pattern of whole names
         parts = [part.strip() for part in value.split(",")]
         return parts if fits(option.name, parts) else value
     return value
@@ -81,14 +81,14 @@ def _word(text: str) -> str:
 
 
 def meant_by(given: Mapping[str, object]) -> set[str]:
-    """The options that unknown keys stand for: what is said under another name is not missing as well."""
+    """The options that unknown keys mean, so that they are not reported as missing too."""
     unknown = {key: value for key, value in given.items() if key not in options()}
     plain = {names()[key] for key in unknown if key in names()}
     return plain.union(*(_instead(entry, value, given) or () for key, value in unknown.items() if (entry := _entry(key))))
 
 
 def advice(key: str, given: Mapping[str, object]) -> str:
-    """What to write instead of a key that is none of ours."""
+    """What to write instead of an unknown key."""
     if key in names():
         return _other_name(key, names()[key], given)
     if (entry := _entry(key)) is not None:
@@ -104,14 +104,14 @@ def advice(key: str, given: Mapping[str, object]) -> str:
 
 
 def own_advice(key: str, given: Mapping[str, object]) -> str | None:
-    """What to write for a value that an option of ours has in another tool, None where there is no such use."""
+    """What to write for an option's value that another tool uses; None if no tool uses it."""
     entry = _entry(key)
     instead = _instead(entry, given[key], given) if entry else None
     return f"write {_written(instead)} instead: {entry['why']}" if entry and instead else None
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The one known word that is few letters off; of two that are equally near, neither."""
+    """The one known word that differs by few letters; None if two are equally near."""
     from rapidfuzz.distance import OSA
 
     allowed = 0 if len(word) < 4 else 1 + len(word) // LETTERS_A_SLIP
@@ -127,7 +127,7 @@ def _snake(key: str) -> str:
 
 
 def _entry(key: str) -> Entry | None:
-    """The entry of a key in other_tools.json: one that names it before one that only stands for its beginning."""
+    """The entry of a key in other_tools.json: one that names it, else one whose wildcard matches it."""
     named = (entry for entry in entries() if key in entry["keys"])
     like = (entry for entry in entries() if any("*" in name and fnmatch.fnmatchcase(key, name) for name in entry["keys"]))
     return next(named, None) or next(like, None)
@@ -155,7 +155,7 @@ def _elsewhere(key: str, entry: Entry, given: Mapping[str, object]) -> str:
 
 
 def _instead(entry: Entry, value: object, given: Mapping[str, object]) -> dict[str, object] | None:
-    """Keys and values of ours that say the same as this value; None where none do."""
+    """Keys and values of this tool that mean the same as this value; None if there are none."""
     sole = value[0] if isinstance(value, list) and len(value) == 1 else value
     fitting = (case["write"] for case in entry.get("cases", ()) if _is_valid(case.get("if", {}), sole))
     if (written := next(fitting, None)) is None:
@@ -176,12 +176,12 @@ def _filled(written: object, places: Mapping[str, object]) -> object:
 
 
 def _taken(key: str, name: str, given: Mapping[str, object]) -> str:
-    """That the config says already what the key stands for, in words; empty where it does not."""
+    """A text if the config already gives the option that the key means; else empty."""
     others: Iterator[str] = (other for other in given if other != key and names().get(other, other) == name)
     other = next(others, None)
     if other is None:
         return ""
-    return f'here it is called "{name}"' + (f', which "{other}" stands for too' if other != name else ", which this config has")
+    return f'here it is called "{name}"' + (f', and "{other}" means it too' if other != name else ", which this config has")
 
 
 def _written(values: Mapping[str, object]) -> str:

@@ -1,6 +1,6 @@
 """Rules between options. Each rule is one function that yields problems; `RULES` at the end lists them.
 
-A rule receives the values (defaults filled in, only those that passed the schema on their own) and what the user gave.
+A rule receives the values that passed the schema, with defaults filled in, and the values that the user gave.
 It reads with `.get`, because a value that failed the schema is absent.
 """
 
@@ -20,13 +20,13 @@ from dpo_cli.errors import Problem
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
 POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
-NAME_BYTES, PATH_BYTES = 255, 4096 - 256  # of a name on nearly all disks; of a path on Linux, and of what a run has in it
+NAME_BYTES, PATH_BYTES = 255, 4096 - 256  # a file name on nearly all disks; a path on Linux, less the files inside a run
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
 
 
 def default_model(values: Values, given: Values) -> Iterator[Problem]:
     if "model_name" not in given and "model_name" in values:
-        message = f'"model_name" is missing: {values["model_name"]}, the model of the documented examples, is taken'
+        message = f'"model_name" is missing: the default is {values["model_name"]}, the model of the documented examples'
         yield Problem("warning", "default-model", message, 'name your model in "model_name"', "model_name")
 
 
@@ -50,7 +50,7 @@ def belongs_to_strategy(values: Values, given: Values) -> Iterator[Problem]:
 
 
 def has_an_effect(values: Values, given: Values) -> Iterator[Problem]:
-    """The schema says what an option needs of others (x-needs)."""
+    """Check what an option needs from other options (x-needs in the schema)."""
     for name in sorted(given.keys() & options().keys() & values.keys()):
         option = options()[name]
         if same(values[name], option.default()):
@@ -63,33 +63,39 @@ def has_an_effect(values: Values, given: Values) -> Iterator[Problem]:
 
 
 def stages_stand_in_the_file(values: Values, given: Values) -> Iterator[Problem]:
-    """Those of a file are taken apart before its configs are checked (stages.py)."""
+    """stages.py splits the stages of a file before its configs are checked; none may remain."""
     if values.get("stages") is not None:
-        message = "a stage has no stages of its own, and none are given on the command line"
+        message = "stages cannot be given inside a stage or on the command line"
         yield Problem("error", "stages-within", message, "write one list of stages into the config file", "stages")
 
 
 def one_precision(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("bf16") and values.get("fp16"):
-        yield Problem("error", "two-precisions", "bf16 and fp16 are both true", "keep one: bf16 where there is it", "fp16")
+        yield Problem(
+            "error",
+            "two-precisions",
+            "bf16 and fp16 are both true",
+            "keep one of them: bf16 if the hardware supports it",
+            "fp16",
+        )
 
 
 def one_quantisation(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("use_4bit") and values.get("use_8bit"):
-        fix = "keep one: use_4bit takes half the memory"
+        fix = "keep one of them: use_4bit needs half the memory"
         yield Problem("error", "two-quantisations", "use_4bit and use_8bit are both true", fix, "use_8bit")
 
 
 def one_warmup(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("warmup_steps") and values.get("warmup_ratio"):
-        message = "warmup_steps and warmup_ratio both say how long to warm up"
+        message = "warmup_steps and warmup_ratio both set the length of the warm-up"
         yield Problem("error", "two-warmups", message, "remove one of them", "warmup_ratio")
 
 
 def decay_goes_down(values: Values, given: Values) -> Iterator[Problem]:
     rate = values.get("learning_rate")
     if values.get("lr_scheduler_type") == "polynomial" and rate is not None and rate <= POLYNOMIAL_END:
-        message = f"polynomial decays to {POLYNOMIAL_END:g}, and learning_rate is {rate:g}"
+        message = f"polynomial decays to {POLYNOMIAL_END:g}, but learning_rate is only {rate:g}"
         yield Problem("error", "rate-below-end", message, 'write "lr_scheduler_type": "linear"', "lr_scheduler_type")
 
 
@@ -101,13 +107,16 @@ def columns_agree(values: Values, given: Values) -> Iterator[Problem]:
         return Problem("error", "columns-disagree", message, fix, "columns")
 
     if responses is not None and {"chosen", "rejected"} & columns.keys():
-        fix = 'name the label with "preferred" instead of "chosen", or leave "responses" out'
-        yield problem('"columns" names responses of which a label prefers one, and chosen or rejected too', fix)
+        fix = 'name the label with "preferred" instead of "chosen", or remove "responses"'
+        yield problem('"columns" names both responses and chosen or rejected', fix)
     if isinstance(responses, list) and scores is not None and (isinstance(scores, str) or len(scores) != len(responses)):
-        yield problem('"columns" names another number of scores than of responses', "name a column of scores for each response")
+        yield problem(
+            'the number of scores in "columns" differs from the number of responses',
+            "name a column of scores for each response",
+        )
     if labels is not None and isinstance(responses, list) and not 0 <= len(labels) - len(responses) <= 1:
         message = f'"columns" gives {len(labels)} labels for {len(responses)} responses'
-        yield problem(message, "give the value that means each response, in their order, and at most one more: that of a tie")
+        yield problem(message, "give the label value of each response, in their order, and optionally one more for a tie")
 
 
 def one_length_of_training(values: Values, given: Values) -> Iterator[Problem]:
@@ -119,14 +128,14 @@ def one_length_of_training(values: Values, given: Values) -> Iterator[Problem]:
 
 def one_evaluation_set(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("eval_dataset") is not None and values.get("eval_split"):
-        message = "eval_dataset and eval_split both say what to judge on"
+        message = "eval_dataset and eval_split both set the evaluation data"
         yield Problem("error", "two-evaluation-sets", message, "remove one of them", "eval_split")
 
 
 def evaluation_set_is_another(values: Values, given: Values) -> Iterator[Problem]:
     if "dataset" in values and _same_place(values.get("eval_dataset"), values["dataset"]):
-        message = "eval_dataset is the dataset that is trained on: its figures would say nothing"
-        yield Problem("error", "eval-is-train", message, 'hold a share out with "eval_split": 0.1 instead', "eval_dataset")
+        message = "eval_dataset is also the training dataset, so its figures would only measure memorisation"
+        yield Problem("error", "eval-is-train", message, 'hold out a share with "eval_split": 0.1 instead', "eval_dataset")
 
 
 def some_set_is_whole(values: Values, given: Values) -> Iterator[Problem]:
@@ -134,15 +143,15 @@ def some_set_is_whole(values: Values, given: Values) -> Iterator[Problem]:
     entries = dataset if isinstance(dataset, list) else []
     weights = [entry.get("weight", 1) if isinstance(entry, dict) else 1 for entry in entries]
     if weights and max(weights) < 1:
-        message = f"every dataset has a weight below 1, so an epoch sees {max(weights):.0%} of each at most"
-        fix = "a weight is how often a pair is seen in an epoch: write 1 for what is to be seen whole"
+        message = f"every dataset has a weight below 1, so an epoch uses at most {max(weights):.0%} of each"
+        fix = "a weight is how often a pair is used in an epoch: write 1 to use every pair once"
         yield Problem("hint", "weights-below-one", message, fix, "dataset")
 
 
 def weights_are_of_training(values: Values, given: Values) -> Iterator[Problem]:
     entries = values.get("eval_dataset")
     if isinstance(entries, list) and any(isinstance(entry, dict) and entry.get("weight", 1) != 1 for entry in entries):
-        message = "a weight in eval_dataset has no effect: each of its pairs is judged once"
+        message = "a weight in eval_dataset has no effect: each of its pairs is evaluated once"
         yield Problem("warning", "no-effect", message, "remove the weight", "eval_dataset")
 
 
@@ -152,27 +161,27 @@ def evaluation_has_data(values: Values, given: Values) -> Iterator[Problem]:
     for name in names_where(lambda option: option.needs_held_out):
         if given.get(name) is not None:
             message = f"{name} has no effect: nothing is held out"
-            yield Problem("warning", "nothing-to-evaluate", message, 'set "eval_split": 0.1, for example', name)
+            yield Problem("warning", "nothing-to-evaluate", message, 'write "eval_split": 0.1, for example', name)
 
 
 def best_checkpoint_is_judged(values: Values, given: Values) -> Iterator[Problem]:
-    """Early stopping goes back to the best evaluation, which must then have a checkpoint (transformers demands it too)."""
+    """Early stopping returns to the best evaluation, so each needs a checkpoint (transformers requires it too)."""
     save, judge = values.get("save_steps"), values.get("eval_steps")
     if values.get("early_stopping_patience") is not None and save and judge and save % judge:
-        message = f"early stopping needs a checkpoint at an evaluation: save_steps {save} is no multiple of eval_steps {judge}"
+        message = f"save_steps {save} is not a multiple of eval_steps {judge}, as early stopping needs"
         yield Problem("error", "save-eval-steps", message, f'write "save_steps": {(save // judge + 1) * judge}', "save_steps")
 
 
 def losses(values: Values) -> list[str]:
-    """The losses of loss_type, which is one or a list."""
+    """The losses of loss_type, which is one name or a list."""
     named = values.get("loss_type", [])
     return [named] if isinstance(named, str) else list(named)
 
 
 def sorts_pairs(loss_type: str | Sequence[str]) -> bool:
-    """Whether a loss compares the sorted pairs of a micro-batch (AOT, arXiv:2406.05882), so that its parts have another.
+    """Whether a loss compares the sorted pairs of a micro-batch (AOT, arXiv:2406.05882), so that splitting it changes it.
 
-    In TRL 1.15 no other does; `sft`, its mean over tokens, is taken over those of the whole step (training/dpo_trainer.py).
+    In TRL 1.15 no other does. The token mean of `sft` is over the whole step (training/dpo_trainer.py).
     """
     return any(name.startswith("aot") for name in ([loss_type] if isinstance(loss_type, str) else loss_type))
 
@@ -181,7 +190,7 @@ def smoothing_needs_its_loss(values: Values, given: Values) -> Iterator[Problem]
     named, smoothing = losses(values), values.get("label_smoothing")
     if named and smoothing and not set(named) & set(SMOOTHED_LOSSES):
         message = f"the loss {' + '.join(named)} ignores label_smoothing {smoothing:g}"
-        fix = f'write "loss_type": "robust" (it and {", ".join(SMOOTHED_LOSSES[1:])} know it), or remove label_smoothing'
+        fix = f'write "loss_type": "robust" ({", ".join(SMOOTHED_LOSSES[1:])} support it too), or remove label_smoothing'
         yield Problem("error", "label-smoothing-ignored", message, fix, "label_smoothing")
 
 
@@ -189,11 +198,14 @@ def loss_needs_its_smoothing(values: Values, given: Values) -> Iterator[Problem]
     if values.get("label_smoothing") != 0:
         return
     if "exo_pair" in losses(values):
-        message, fix = "the loss exo_pair needs label_smoothing above 0", 'write "label_smoothing": 0.001, its paper\'s value'
+        message, fix = (
+            "the loss exo_pair needs label_smoothing above 0",
+            'write "label_smoothing": 0.001, the value of its paper',
+        )
         yield Problem("error", "loss-needs-smoothing", message, fix, "loss_type")
     elif "robust" in losses(values):
         message = "the loss robust with label_smoothing 0 is plain DPO"
-        fix = 'write the share of labels that you think are flipped, "label_smoothing": 0.1 for example'
+        fix = 'write the expected share of flipped labels, for example "label_smoothing": 0.1'
         yield Problem("warning", "loss-needs-smoothing", message, fix, "loss_type")
 
 
@@ -201,7 +213,7 @@ def one_weight_a_loss(values: Values, given: Values) -> Iterator[Problem]:
     named, weights = losses(values), values.get("loss_weights")
     if named and weights is not None and len(weights) != len(named):
         message = f"loss_weights has {len(weights)} weights for {len(named)} losses ({', '.join(named)})"
-        yield Problem("error", "loss-weights", message, "write one weight for each loss of loss_type", "loss_weights")
+        yield Problem("error", "loss-weights", message, "write one weight for each loss in loss_type", "loss_weights")
 
 
 def sorted_loss_has_a_batch(values: Values, given: Values) -> Iterator[Problem]:
@@ -209,44 +221,44 @@ def sorted_loss_has_a_batch(values: Values, given: Values) -> Iterator[Problem]:
     sorting = [name for name in losses(values) if sorts_pairs(name)]
     batch, accumulation = values.get("per_device_train_batch_size"), values.get("gradient_accumulation_steps")
     if sorting and batch == 1:
-        message = f"{sorting[0]} compares the sorted pairs of one forward pass, and of one pair it is plain DPO"
-        fix = "raise per_device_train_batch_size, and lower gradient_accumulation_steps"
+        message = f"{sorting[0]} compares the sorted pairs of one forward pass; with one pair it equals plain DPO"
+        fix = "increase per_device_train_batch_size, and lower gradient_accumulation_steps"
         yield Problem("warning", "loss-needs-batch", message, fix, "per_device_train_batch_size")
     elif sorting and batch and accumulation and accumulation > 1:
         pairs = batch * accumulation
-        message = f"{sorting[0]} compares the sorted pairs of one forward pass: {batch} at a time, not the {pairs} of a step"
-        fix = f'write "per_device_train_batch_size": {pairs}, "gradient_accumulation_steps": 1: such a loss is never divided'
+        message = f"{sorting[0]} compares the sorted pairs of one forward pass: {batch} pairs, not the {pairs} of a step"
+        fix = f'write "per_device_train_batch_size": {pairs}, "gradient_accumulation_steps": 1; such a step is never split'
         yield Problem("warning", "loss-needs-batch", message, fix, "gradient_accumulation_steps")
 
 
 def whole_model_is_not_quantised(values: Values, given: Values) -> Iterator[Problem]:
     for name in ("use_4bit", "use_8bit"):
         if values.get("lora_r") == 0 and values.get(name):
-            message = f"lora_r 0 trains every weight, and those of {name} are too coarse to be trained"
+            message = f"lora_r 0 trains every weight, but weights quantised by {name} cannot be trained"
             yield Problem("error", "full-quantised", message, f'remove "{name}", or train an adapter: "lora_r": 16', name)
 
 
 def whole_model_has_no_adapter(values: Values, given: Values) -> Iterator[Problem]:
     adapter = [name for name, option in options().items() if option.group == "Adapter" and name != "lora_r" and name in given]
     if values.get("lora_r") == 0 and adapter:
-        message = f"{', '.join(adapter)} has no effect: lora_r 0 trains every weight, and there is no adapter"
-        yield Problem("warning", "no-effect", message, "remove it, or raise lora_r", adapter[0])
+        message = f"{', '.join(adapter)} has no effect: lora_r 0 trains every weight, without an adapter"
+        yield Problem("warning", "no-effect", message, "remove it, or increase lora_r", adapter[0])
 
 
 def one_compute_dtype(values: Values, given: Values) -> Iterator[Problem]:
-    """4-bit weights are multiplied in one dtype, the rest in another: each layer then casts to and fro, and fp16 overflows."""
+    """With two dtypes each layer casts back and forth, and fp16 overflows."""
     wanted = values.get("bnb_4bit_compute_dtype")
     training = "bfloat16" if values.get("bf16") else "float16" if values.get("fp16") else None
     if values.get("use_4bit") and wanted and training and wanted != training:
-        message = f"4-bit weights would be multiplied in {wanted}, the rest computed in {training}"
-        fix = f'write "bnb_4bit_compute_dtype": "{training}", or leave it out'
+        message = f"4-bit weights would be multiplied in {wanted}, but the training computes in {training}"
+        fix = f'write "bnb_4bit_compute_dtype": "{training}", or remove the key'
         yield Problem("warning", "two-compute-dtypes", message, fix, "bnb_4bit_compute_dtype")
 
 
 def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
     modules = values.get("target_modules")
     if (isinstance(modules, list) and "lm_head" in modules) or (isinstance(modules, str) and _takes_head(modules)):
-        message = "an adapter on lm_head would never be trained: the log-probs use its weight directly"
+        message = "an adapter on lm_head would not be trained: the log-probs use the weight of lm_head directly"
         yield Problem("error", "lm-head-adapter", message, "remove lm_head from target_modules", "target_modules")
     if isinstance(modules, list) and (
         words := [name for name in modules if as_here(options()["target_modules"], name) == "all-linear"]
@@ -256,7 +268,7 @@ def no_head_adapter(values: Values, given: Values) -> Iterator[Problem]:
 
 
 def _takes_head(pattern: str) -> bool:
-    """Whether a pattern matches the whole name of the head; `bad-regex` is told of on its own."""
+    """Whether a pattern matches the whole name of the head; an invalid pattern is reported elsewhere (bad-regex)."""
     try:
         return pattern != "lm_head" and re.fullmatch(pattern, "lm_head") is not None
     except re.error:
@@ -264,23 +276,23 @@ def _takes_head(pattern: str) -> bool:
 
 
 def targets_are_a_pattern(values: Values, given: Values) -> Iterator[Problem]:
-    """A text is matched with whole names (PEFT 0.21), so that a name alone matches nothing."""
+    """PEFT 0.21 matches a text with whole names, so a short name matches nothing."""
     modules = values.get("target_modules")
     if not isinstance(modules, str) or modules == "all-linear":
         return
     if not same(here := as_here(options()["target_modules"], modules), modules):
-        message = f'a layer\'s whole name is longer than "{modules}": as a regular expression it matches nothing'
+        message = f'"{modules}" is read as a regular expression for whole layer names, and matches none'
         yield Problem("error", "target-is-name", message, f'write "target_modules": {json.dumps(here)}', "target_modules")
         return
     try:
         re.compile(modules)
     except re.error as error:
         fix = r'for example "target_modules": ".*\\.self_attn\\.(q|v)_proj"'
-        yield Problem("error", "bad-regex", f"target_modules is no regular expression: {error}", fix, "target_modules")
+        yield Problem("error", "bad-regex", f"target_modules is not a regular expression: {error}", fix, "target_modules")
 
 
 def _same_place(one: object, other: object) -> bool:
-    """Whether two values name the same file or folder, however they are written."""
+    """Whether two values name the same file or folder, also if they are written differently."""
     if isinstance(one, str) and isinstance(other, str):
         return one == other or os.path.realpath(one) == os.path.realpath(other)
     return one == other is not None
@@ -291,19 +303,17 @@ def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:
     for name in names_where(lambda option: option.place in ("model", "data")):
         if _same_place(place, values.get(name)):
             message = f"output_dir is the {name} itself"
-            yield Problem(
-                "error", "output-is-input", message, "name a folder of its own, for example runs/my-run", "output_dir"
-            )
+            yield Problem("error", "output-is-input", message, "name a new folder, for example runs/my-run", "output_dir")
 
 
 def upload_has_a_place(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("push_to_hub") and "hub_model_id" in values and values["hub_model_id"] is None:
-        fix = 'write "hub_model_id": "me/my-adapter", with your name on the hub'
-        yield Problem("error", "hub-id-missing", "push_to_hub does not say where to", fix, "push_to_hub")
+        fix = 'write "hub_model_id": "me/my-adapter", with your hub user name'
+        yield Problem("error", "hub-id-missing", "push_to_hub needs a hub_model_id", fix, "push_to_hub")
 
 
 def paths_are_written_as_meant(values: Values, given: Values) -> Iterator[Problem]:
-    """In "C:\\temp\\new" as Windows shows it, JSON reads a tab and a line break."""
+    """JSON reads "C:\\temp\\new", a Windows path, with a tab and a line break."""
     for name in names_where(lambda option: option.place):
         value = values.get(name)
         if isinstance(value, str) and any(ord(char) < 32 for char in value):
@@ -318,18 +328,18 @@ def paths_fit_the_disk(values: Values, given: Values) -> Iterator[Problem]:
             continue
         longest = max((len(part.encode("utf-8", "surrogatepass")) for part in Path(value).parts), default=0)
         if longest > NAME_BYTES or len(str(Path(value).absolute()).encode("utf-8", "surrogatepass")) > PATH_BYTES:
-            message = f"{name} is too long for a file system: {longest} bytes in a name, of which {NAME_BYTES} may be"
+            message = f"{name} is too long for a file system: a name has {longest} bytes, and the maximum is {NAME_BYTES}"
             if longest <= NAME_BYTES:
-                message = f"{name} is too long for a file system: more than {PATH_BYTES} bytes in all"
-            yield Problem("error", "path-too-long", message, "name a shorter one", name)
+                message = f"{name} is too long for a file system: the path has more than {PATH_BYTES} bytes"
+            yield Problem("error", "path-too-long", message, "write a shorter path", name)
 
 
 def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
-    """Prompts, as it drops the mask that keeps the responses of a pair apart; the rest, as nobody has tried it."""
+    """Unsloth drops the mask that separates the responses of a pair; the other limits are not tested."""
     limits = {
         "prompt_sharing": (True, "cannot share prompts", '"auto"'),
-        "lora_r": (0, "trains adapters here, and no whole model", "16"),
-        "use_8bit": (True, "loads 16 or 4 bits here", "false"),
+        "lora_r": (0, "can train adapters here, but not a whole model", "16"),
+        "use_8bit": (True, "can load 16-bit or 4-bit weights here, but not 8-bit", "false"),
     }
     for key, (value, what, instead) in limits.items():
         if values.get("provider") == "unsloth" and key in values and same(values[key], value):
@@ -374,7 +384,7 @@ RULES: Sequence[Rule] = (
 
 
 def check(values: Values, given: Values, rules: Sequence[Rule] = RULES) -> list[Problem]:
-    """Every problem that every rule finds. An option of another strategy is told of once, and is then out of sight."""
+    """Every problem that the rules report. Options of other strategies are reported once, and no other rule sees them."""
     strategy = str(values.get("strategy", options()["strategy"].default()))
     own = {name: value for name, value in values.items() if strategy in options()[name].strategies}
     return [problem for rule in rules for problem in rule(own, given)]

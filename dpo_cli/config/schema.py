@@ -1,4 +1,4 @@
-"""The options, as `schema.json` declares them. Whoever knows an option asks here: loader, `--help`, docs, editor."""
+"""The options that `schema.json` declares. The loader, `--help`, the docs and editors read them here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.strategies.strategies import STRATEGIES
 
-Values = Mapping[str, Any]  # of a config, by the names of its options
+Values = Mapping[str, Any]  # the values of a config, by option name
 NAMES = {"integer": "an integer", "number": "a number", "string": "text", "boolean": "true or false", "array": "a list"} | {
     "object": "an object",
     "null": "null",
@@ -28,7 +28,7 @@ def schema_path() -> Path:
 
 @functools.cache
 def schema() -> dict[str, Any]:
-    """The parsed `schema.json`; its description says what the words with x- mean."""
+    """The parsed `schema.json`; its description explains the words with x-."""
     loaded: dict[str, Any] = read_json(schema_path())
     return loaded
 
@@ -64,24 +64,24 @@ class Option:
 
     @property
     def known_values(self) -> Mapping[str, object]:
-        """What other tools write for a value of it, in lower case with _ between words, and that value."""
+        """The values of it under their names in other tools, in lower case with _ between words."""
         values: Mapping[str, object] = self.rule.get("x-known-values", {})
         return values
 
     @property
     def needs(self) -> Mapping[str, list[object]]:
-        """By the name of another option: the values of which it must have one, or this option has no effect."""
+        """For each other option, the values that give this option an effect."""
         needs: Mapping[str, list[object]] = self.rule.get("x-needs", {})
         return needs
 
     @property
     def unset(self) -> list[object]:
-        """Values that say the same as leaving the key out."""
+        """Values that mean the default, like a missing key."""
         return list(self.rule.get("x-unset", ()))
 
     @property
     def may_change(self) -> bool:
-        """Whether a run goes on where its value is another one."""
+        """Whether a run can resume with another value."""
         return bool(self.rule.get("x-resume", False))
 
     @property
@@ -91,17 +91,17 @@ class Option:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the machine decides it where a config leaves it open; a run keeps that."""
+        """Whether the machine decides it if the config does not; a run keeps that value."""
         return bool(self.rule.get("x-decided", False))
 
     @property
     def place(self) -> str | None:
-        """What it names on the disk: the "model", "data" or the "output"."""
+        """What it names on disk: "model", "data" or "output"."""
         return self.rule.get("x-place")
 
     @property
     def is_judging(self) -> bool:
-        """Whether it says how a run is judged, and not how it was trained."""
+        """Whether it changes how a run is evaluated, and not how it was trained."""
         return bool(self.rule.get("x-judging", False))
 
     @property
@@ -111,7 +111,7 @@ class Option:
 
     @property
     def adapter_name(self) -> str | None:
-        """PEFT's name of what an adapter was made with and keeps."""
+        """Its name in PEFT's adapter config, which a trained adapter keeps."""
         return self.rule.get("x-adapter")
 
     @property
@@ -132,7 +132,7 @@ class Option:
 
     @property
     def default_words(self) -> str:
-        """The default in words, with those that a strategy or a profile changes: "5e-07 (sft 0.0002)"."""
+        """The default in words, with those of strategies and profiles: "5e-07 (sft 0.0002)"."""
         if "default" not in self.rule:
             return "required"
         special: Mapping[str, object] = self.rule.get("x-default-for", {})
@@ -141,12 +141,12 @@ class Option:
 
     @property
     def not_yet_words(self) -> str:
-        """What this version cannot train with, in words; empty where everything works."""
+        """The values that this version does not support, in words; empty if it supports all."""
         not_yet = self.rule.get("x-not-yet", [])
         return "not in this version yet" if not_yet is True else f"not yet: {', '.join(not_yet)}" if not_yet else ""
 
     def works(self, value: object) -> bool:
-        """Whether this version can train with the value."""
+        """Whether this version supports the value."""
         not_yet = self.rule.get("x-not-yet", [])
         return same(value, self.rule.get("default")) if not_yet is True else value not in not_yet
 
@@ -169,8 +169,8 @@ class Option:
             yield f" from {low:,} to {high:,}"
             return
         bounds = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
-        told = [f"{word} {self.rule[bound]:,}" for bound, word in bounds.items() if bound in self.rule]
-        yield " " + ", ".join(told) if told else ""
+        words = [f"{word} {self.rule[bound]:,}" for bound, word in bounds.items() if bound in self.rule]
+        yield " " + ", ".join(words) if words else ""
 
 
 def inner_defaults(name: str) -> dict[str, Any]:
@@ -185,12 +185,12 @@ def same(one: object, other: object) -> bool:
 
 @functools.cache
 def options() -> dict[str, Option]:
-    """Every option by name, in the order of the schema; "$schema" is for editors and no option."""
+    """Every option by name, in the order of the schema; "$schema" is for editors, and not an option."""
     return {name: Option(name, rule) for name, rule in schema()["properties"].items() if name != "$schema"}
 
 
 def names_where(test: Callable[[Option], object]) -> tuple[str, ...]:
-    """The names of the options for which it holds, in the order of the schema."""
+    """The names of the options that pass the test, in the order of the schema."""
     return tuple(name for name, option in options().items() if test(option))
 
 
@@ -200,13 +200,13 @@ def defaults(*situations: str) -> dict[str, Any]:
 
 
 def profile_defaults(profile: str) -> dict[str, object]:
-    """The documented settings of a hardware profile: the defaults that it alone decides."""
+    """The documented settings of a hardware profile: the defaults that it changes."""
     special = {name: option.rule.get("x-default-for", {}) for name, option in options().items()}
     return {name: values[profile] for name, values in special.items() if profile in values}
 
 
 def options_help(width: int) -> str:
-    """Every option of a config in plain text: its name, what it may be, its default, its meaning."""
+    """Every option of a config in plain text: its name, type, default and meaning."""
 
     def wrapped(text: str, indent: int) -> str:
         return textwrap.fill(text, max(40, width), initial_indent=" " * indent, subsequent_indent=" " * indent)

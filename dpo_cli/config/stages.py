@@ -18,23 +18,23 @@ PLAN_VERSION = 1  # of plan.json, which is read as a config too
 
 @dataclass(frozen=True)
 class Written:
-    """A config as it is written: its values, where each stands, and in a plan where each came from."""
+    """A config as it is written: its values, their positions, and in a plan their sources."""
 
     path: str
     values: Mapping[str, object]
     positions: Mapping[jsonc.Path, tuple[int, int]]
     damaged: frozenset[str]  # keys whose values could not be read
     origin: Mapping[str, Any] = field(default_factory=dict)
-    changes: Mapping[str, object] = field(default_factory=dict)  # of the command line
+    changes: Mapping[str, object] = field(default_factory=dict)  # from the command line
     stage: int | None = None
     foundation: str | None = None
-    day: date | None = None  # of a plan
+    day: date | None = None  # the day of a plan's run
 
 
 def written(path: str, values: Mapping[str, object], document: jsonc.Document, changes: Mapping[str, object]) -> list[Written]:
-    """The configs of a document that holds the object `values`, with what the command line says over it.
+    """The configs of a document with the object `values`; values of the command line replace those of the file.
 
-    Of stages, a model and an output_dir said there are those of the file: the model of the first stage, and the folder of all.
+    With stages, a model from there is that of the first stage, and an output_dir is the folder of all stages.
     """
     whole = Written(path, values, document.positions, _damaged(document, ()), changes=changes)
     config, origin = values.get("config"), values.get("sources")
@@ -45,27 +45,27 @@ def written(path: str, values: Mapping[str, object], document: jsonc.Document, c
         return [Written(path, config, positions, _damaged(document, ("config",)), origin, changes, day=day)]
     named = values.get("stages")
     if not isinstance(named, list) or not named or not all(isinstance(stage, dict) for stage in named):
-        return [whole]  # with a value of "stages" that the schema refuses, where there is one
+        return [whole]  # an invalid "stages" is reported by the schema
     if "strategy" in changes:
-        raise UsageError("a strategy on the command line would be that of every stage", "write it into the stages")
-    made: list[Written] = []
+        raise UsageError("a strategy on the command line would apply to every stage", "write the strategy into each stage")
+    configs: list[Written] = []
     for number, own in enumerate(named):
-        made.append(_stage(whole, document, own, number, made[-1] if made else None))
-    return made
+        configs.append(_stage(whole, document, own, number, configs[-1] if configs else None))
+    return configs
 
 
 def day_of(plan: Mapping[str, object]) -> date | None:
-    """The day of the run that a plan.json is of, where its chat template writes the date."""
+    """The day of the run of a plan.json, if its chat template writes the date."""
     try:
         return date.fromisoformat(str(plan["day"]))
-    except (KeyError, TypeError, ValueError):  # a plan without one
+    except (KeyError, TypeError, ValueError):  # a plan without a day
         return None
 
 
 def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], number: int, before: Written | None) -> Written:
-    """The stage's own values over those of the file that belong to its strategy.
+    """A stage as a config: its own values, and those values of the file that belong to its strategy.
 
-    It trains on what the stage before left, unless it names a model; its run directory is a folder of the file's.
+    It starts from the run of the stage before, unless it names a model. Its run directory is inside that of the file.
     """
     path, changes, place = whole.path, whole.changes, ("stages", number)
     strategy = str(own.get("strategy", whole.values.get("strategy", defaults()["strategy"])))
