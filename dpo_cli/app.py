@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.commands.recommendation import request_of
+from dpo_cli.commands.recommendation import config_text, request_of
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import is_override, load
@@ -112,13 +112,12 @@ def recommend(
         if not STRATEGIES[strategy].is_trained:
             console.line(f"this version cannot train {strategy} yet: the config is for a later one")
         console.bill(made.memory.to_json())
-        text = json.dumps(made.config, indent=2)
         if write is not None:
             try:
-                write.write_text(text + "\n", encoding="utf-8")
+                write.write_text(config_text(made), encoding="utf-8")
             except OSError as error:  # a folder that is not there, or may not be written: the user's to change
                 raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
-        console.line(f"wrote {write}" if write else text)
+        console.line(f"wrote {write}" if write else json.dumps(made.config, indent=2))
         if as_json:
             console.json(made.to_json())
 

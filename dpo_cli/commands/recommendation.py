@@ -1,12 +1,15 @@
-"""What `dpo recommend` is asked: a card, this machine's where none is named, and the lengths of a dataset. No torch."""
+"""What `dpo recommend` is asked, and the config that it writes. No torch."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import replace
 
+from dpo_cli.config.schema import options
 from dpo_cli.errors import UsageError
 from dpo_cli.hardware.machine import probe
-from dpo_cli.hardware.recommend import Request
+from dpo_cli.hardware.recommend import RATES, Recommendation, Request
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.preflight import lengths_of
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -32,3 +35,39 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
     if lengths.most_tokens is None:
         console.line(f"{dataset} is not here yet, so its lengths do not count")
     return replace(asked, longest=lengths.most_tokens, share_over=lengths.share_over)
+
+
+def config_text(made: Recommendation) -> str:
+    """The config as a file with comments: why each value, and both learning rates."""
+    lines = "\n".join(f"  {line}" for line in _lines(made))
+    return f"{{\n{lines}\n}}\n"
+
+
+def _lines(made: Recommendation) -> Iterator[str]:
+    yield f"// For a card with {made.vram_gb:g} GB; the memory bill is {made.memory.total_gb:.1f} GB."
+    for key, value in made.config.items():
+        yield f"// {_why(key, value, made)}"
+        yield f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},"
+    if "dataset" not in made.config:
+        yield "// your pairs: JSONL, JSON, CSV or Parquet; remove the // and write the name of the file"
+        yield '// "dataset": "my-pairs.jsonl",'
+    strategy = STRATEGIES[made.values.strategy]
+    if strategy.adapter_rate is not None:
+        yield f"// documented, for all weights; an adapter hardly moves at it. To move it, use the next line instead ({RATES})"
+    else:
+        yield "// the documented default"
+    yield f'"learning_rate": {json.dumps(made.values.learning_rate)},'
+    if strategy.adapter_rate is not None:
+        yield f'// "learning_rate": {json.dumps(strategy.adapter_rate)},'
+
+
+def _why(key: str, value: object, made: Recommendation) -> str:
+    """Why a key has its value."""
+    named = {"strategy": "how to train", "model_name": "what is trained", "dataset": "what it is trained on"}
+    if key in named:
+        return named[key]
+    if key in made.why:
+        return made.why[key]
+    if made.preset.get(key) == value:
+        return f"documented preset, {made.profile}"
+    return options()[key].description

@@ -24,6 +24,7 @@ from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.source import ModelSource
 from dpo_cli.storage.jsonio import read_json
 
+RATES = "docs/explanation/learning-rate-and-beta.md"
 EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": what is held out judges the adapter
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB that cards are sold with
 QLORA_BELOW_GB = 12  # dpo-strategy, "Minimum Requirements"; below, weights stay in 4 bits
@@ -70,6 +71,7 @@ class Recommendation:
     memory: Bill
     preset: dict[str, object]
     reasons: list[str]
+    why: dict[str, str]  # of the keys that differ from the preset
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -159,7 +161,8 @@ def _best(request: Request) -> Recommendation:
         if made is None:
             reasons.append(f"{model} does not fit: {documented.total_gb:.1f} GB")
             continue
-        values, steps = made
+        values, changes = made
+        steps = [text for _, text in changes]
         settings, memory = _bill(facts, values, request)
         margin = f"{MARGIN:.0%} of the card are left free"
         reasons.append(
@@ -177,11 +180,8 @@ def _best(request: Request) -> Recommendation:
             )
             if share := request.share_over(limit):
                 reasons.append(f"about {share:.0%} of the pairs are longer than {limit}, and are cut or left out")
-        reasons += [
-            *steps,
-            "learning_rate keeps its documented default; docs/explanation/learning-rate-and-beta.md says what an adapter needs",
-        ]
-        return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons)
+        reasons += [*steps, f"learning_rate keeps its documented default; {RATES} says what an adapter needs"]
+        return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons, dict(changes))
     model = models[-1]
     raise DoesNotFit([_misfit(model, shapes[model], _start(written, model, request), request)])
 
@@ -194,12 +194,13 @@ def _start(written: Mapping[str, object], model: str, request: Request) -> Confi
     return Config(**{**defaults(request.strategy), **written, **own})
 
 
-def _settled(facts: ModelFacts, values: Config, request: Request) -> tuple[Config, list[str]] | None:
-    """(values that fit, what was changed and why); None when nothing fits."""
-    told: list[str] = []
+def _settled(facts: ModelFacts, values: Config, request: Request) -> tuple[Config, list[tuple[str, str]]] | None:
+    """(values that fit, each changed key with what was changed and why); None when nothing fits."""
+    changes: list[tuple[str, str]] = []
 
     def taken(kind: str, step: Step, values: Config) -> Config:
-        told.append(f"{kind}: {step.key} {_told(step.value)} instead of {_told(getattr(values, step.key))} ({step.why})")
+        text = f"{kind}: {step.key} {_told(step.value)} instead of {_told(getattr(values, step.key))} ({step.why})"
+        changes.append((step.key, text))
         return _changed(values, step)
 
     context = facts.max_position_embeddings
@@ -217,7 +218,7 @@ def _settled(facts: ModelFacts, values: Config, request: Request) -> tuple[Confi
             continue
         if _improves(values, step, request) and _runs_as_written(facts, _changed(values, step), request):
             values = taken("improved", step, values)
-    return values, told
+    return values, changes
 
 
 def _improves(values: Config, step: Step, request: Request) -> bool:

@@ -286,6 +286,26 @@ def test_recommend_writes_a_config_that_lacks_the_dataset_only(tmp_path: Path) -
     assert errors == [("missing-key", "dataset")]
 
 
+def test_a_recommended_config_says_why_and_trains_after_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "made.json"
+    made = json.loads(
+        dpo(
+            "recommend", "--vram", "12", "--dataset", "data-samples/assistant-preferences.jsonl", "--write", path, "--json"
+        ).stdout
+    )["config"]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    written = [i for i, line in enumerate(lines) if line.startswith('"')]
+    assert all(lines[i - 1].startswith("// ") for i in written) and len(written) == len(made) + 1
+    checked = json.loads(dpo("validate", path, "--vram", "12", "--json").stdout)
+    assert checked["ok"] and made.items() <= checked["config"].items() and checked["config"]["learning_rate"] == 5e-7
+    documented, adapter = lines.index('"learning_rate": 5e-07,'), lines.index('// "learning_rate": 0.0002,')
+    lines[documented], lines[adapter] = "", lines[adapter].removeprefix("// ")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    checked = json.loads(dpo("validate", path, "--vram", "12", "--json").stdout)
+    assert checked["ok"] and checked["config"]["learning_rate"] == 2e-4
+    assert "learning-rate-adapter" not in {problem["code"] for problem in checked["problems"]}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
 def test_nothing_breaks_on_a_terminal_of_60_columns(workplace: Path) -> None:
     command = f"unset COLUMNS; stty cols 60; {DPO} train tiny.json max_steps=3 output_dir=narrow"
