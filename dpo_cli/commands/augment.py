@@ -45,10 +45,10 @@ Options = Mapping[str, Any]  # the parts of the option `augment`
 COUNTED = {
     "responses": "responses sampled",
     "unanswered": "prompts fill the model's context and have no answer",
-    "unfinished": "did not end within max_new_tokens: rejected at most, never chosen",
-    "empty": "empty or with a NUL character, left out",
-    "short": "shorter than min_tokens, left out",
-    "identical": "the same as another to their prompt, but for case and blanks, left out",
+    "unfinished": "did not end within max_new_tokens: they can be rejected, never chosen",
+    "empty": "empty or with a NUL character, skipped",
+    "short": "shorter than min_tokens, skipped",
+    "identical": "the same as another answer except for case and blanks, skipped",
     "without_pair": "prompts gave no pair",
 }
 
@@ -70,7 +70,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
     with closing(ResumableFile(out, settings, {"day": day.isoformat()})) as file:
         done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
         if file.is_resumed:
-            console.line(f"{out}: going on after {done} of {len(asked)} prompts")
+            console.line(f"{out}: continuing after {done} of {len(asked)} prompts")
         with console.counting("prompts", len(asked), done) as show:
             for start in range(done, len(asked), options["prompts_per_batch"]):
                 batch = asked[start : start + options["prompts_per_batch"]]
@@ -106,7 +106,7 @@ class Maker:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            message = f"{len(batch)} prompts with {options['responses']} responses each are out of memory"
+            message = f"out of memory with {len(batch)} prompts and {options['responses']} responses each"
             fix = 'lower "prompts_per_batch", "responses" or "max_new_tokens" in "augment"'
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
         rows = []
@@ -212,9 +212,9 @@ def _tell(found: Mapping[str, int], out: Path, console: Console) -> None:
     """The counts at the end; of what did not happen, nothing."""
     told = {
         "repeated": "rows repeat an earlier prompt",
-        "bad_rows": "rows are no prompts, left out",
-        "cut": "prompts lost their beginning, so that an answer fits max_seq_length",
-        "too_long": "prompts left no room for an answer in max_seq_length, left out",
+        "bad_rows": "rows are not prompts, skipped",
+        "cut": "prompts were cut at the start, so that an answer fits max_seq_length",
+        "too_long": "prompts left no room for an answer in max_seq_length, skipped",
         **COUNTED,
     }
     for name, words in told.items():

@@ -65,11 +65,11 @@ def export(asked: Request, console: Console) -> tuple[JsonObject, Exit]:
     if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise UsageError(f"{asked.out} exists already", "name a new folder with --out, or delete it")
     if asked.push and not fits("hub_model_id", asked.push):
-        raise UsageError(f"--push {asked.push} is no hub repository", "write owner/name, with your name on the hub")
+        raise UsageError(f"--push {asked.push} is not a hub repository", "write owner/name, with your name on the hub")
     opened = open_run(asked.run, asked.dataset, console)
     if not opened.rows:
-        message, fix = "the run held nothing out, so nobody could tell whether the merged model is as good", "--dataset FILE"
-        raise invalid("nothing-to-compare", message, f"judge it on other {opened.plan.noun}: {fix}")
+        message, fix = "the run has no held-out rows, so the merged model cannot be compared with it", "--dataset FILE"
+        raise invalid("nothing-to-compare", message, f"evaluate it on other {opened.plan.noun}: {fix}")
     trained = as_trained(opened)
     _require_space(asked, trained)
     with log_to(opened.run.log), _staged(asked.out) as place:
@@ -162,7 +162,7 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     config = replace(plan.config, model_name=str(place), reference="base", use_4bit=False, use_8bit=False)
     if plan.config.device == "cuda" and size > 0.8 * torch.cuda.mem_get_info()[0]:
-        console.line("note: the merged model is larger than the GPU's free memory, and is scored on the CPU, which takes long")
+        console.line("note: the merged model is larger than the GPU's free memory, and is scored on the CPU, which is slow")
         config = replace(config, device="cpu")
     model = HuggingFace(ModelSource.of(str(place))).base_model(replace(plan, config=config)).eval()
     scoring = choose(model, opened.rows, int(opened.tokenizer.pad_token_id), plan.config.prompt_sharing)
@@ -213,9 +213,9 @@ def limit(figure: Figure, before: Interval, after: Interval, prompts: int) -> Me
 
 def _worse(limit: MergeLimit, trained: Plan) -> Problem:
     bound = "below" if FIGURES[limit.metric].is_better_large else "above"
-    message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the {limit.limit:.3f} where"
-    message += f" the interval of the run's {limit.before:.3f} ends"
-    fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or use the adapter as it is"
+    message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the limit {limit.limit:.3f},"
+    message += f" the end of the interval around the run's {limit.before:.3f}"
+    fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or keep the adapter unmerged"
     return Problem("error", "export-worse", message, fix)
 
 
@@ -231,10 +231,10 @@ def _gguf(
     text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
     (place / MODELFILE).write_text(text, encoding="utf-8")
     same = f"{check.same_argmax:.2%} of {check.positions} positions have the same most likely token"
-    console.line(f"{file.name}: {same} ({check.least_same:.1%} must); logits differ by {check.max_difference:.3g} at most")
+    console.line(f"{file.name}: {same} (minimum {check.least_same:.1%}); logits differ by {check.max_difference:.3g} at most")
     if not has_template:
-        console.line("note: no TEMPLATE could be written into the Modelfile; Ollama takes the one of the GGUF file")
-    message = f"{file.name} answers otherwise than the merged model: {same}, and {check.least_same:.1%} is the least"
-    fix = "nothing was exported: take a finer type than that, or a newer converter"
+        console.line("note: the Modelfile has no TEMPLATE; Ollama uses the one in the GGUF file")
+    message = f"{file.name} answers differently from the merged model: {same}, and the minimum is {check.least_same:.1%}"
+    fix = "nothing was exported: use a more precise type, or a newer converter"
     refused = [] if check.ok else [Problem("error", "gguf-differs", message, fix)]
     return replace(check, modelfile_template=has_template), refused

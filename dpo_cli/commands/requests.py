@@ -34,12 +34,14 @@ class VoteRequest:
         object.__setattr__(self, "thresholds", _limits(self.fail_under, OF_VOTES))
         if self.tally is not None:
             if self.run or self.dataset or self.by_judge or self.overrides or self.prompts:
-                raise UsageError("--tally counts a file by itself", f"dpo vote --tally {self.tally}")
+                raise UsageError("--tally only counts the votes in a file", f"dpo vote --tally {self.tally}")
             return
         if not self.run:
-            raise UsageError("no run is named", "dpo vote RUN_DIR, or dpo vote --tally votes.json")
+            raise UsageError("no run is given", "dpo vote RUN_DIR, or dpo vote --tally votes.json")
         if self.thresholds and not self.by_judge:
-            raise UsageError("there are no votes yet to keep a limit", "dpo vote --tally votes.json --fail-under win_rate=0.5")
+            raise UsageError(
+                "there are no votes yet to compare with a limit", "dpo vote --tally votes.json --fail-under win_rate=0.5"
+            )
         _require_run("dpo vote", self.run, self.overrides)
 
 
@@ -61,11 +63,11 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", _limits(self.fail_under, METRICS))
         if not self.target:
-            raise UsageError("no run is named", "dpo eval RUN_DIR, or dpo vote --tally votes.json")
+            raise UsageError("no run is given", "dpo eval RUN_DIR, or dpo vote --tally votes.json")
         if self.adapter is None:
             _require_run("dpo eval", self.target, self.overrides, f"dpo eval {self.target} --adapter DIR, or ")
         elif self.vote is not None:
-            raise UsageError("--side-by-side writes into the directory of a run", "dpo vote RUN_DIR")
+            raise UsageError("--side-by-side needs a run directory", "dpo vote RUN_DIR")
 
 
 def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:
@@ -75,8 +77,8 @@ def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:
 def _require_run(command: str, name: str, overrides: Iterable[str], or_else: str = "") -> None:
     """`UsageError` where a run is a file, or is to be judged otherwise than it was trained."""
     if Path(name).is_file():
-        raise UsageError(f"{name} is a file, and no directory of a run", f"{or_else}{command} RUN_DIR")
+        raise UsageError(f"{name} is a file, not a run directory", f"{or_else}{command} RUN_DIR")
     for key in (word.partition("=")[0] for word in overrides):
         if key not in JUDGING:
             fix = f"only {', '.join(sorted(JUDGING))} may differ; {command} --dataset names other rows"
-            raise UsageError(f"{command} takes no {key}=...: a run is judged as it was trained", fix)
+            raise UsageError(f"{command} does not accept {key}=...: a run is evaluated with the options of its training", fix)

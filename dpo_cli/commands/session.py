@@ -48,7 +48,7 @@ def _told(console: Console, debug: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:  # of a training that was asked to stop: with the code of the signal
-        stopped = DpoError("stopped", "`dpo train` goes on with --resume, `dpo augment` with the same command")
+        stopped = DpoError("stopped", "continue `dpo train` with --resume, `dpo augment` with the same command")
         stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
         console.error(stopped)
         raise typer.Exit(int(stopped.exit_code)) from None
@@ -65,7 +65,7 @@ def _require_folder() -> None:
     try:
         Path.cwd()
     except FileNotFoundError as error:
-        raise UsageError("the folder that this was started in is gone", "change to one that is there") from error
+        raise UsageError("the current folder was deleted", "change to a folder that exists") from error
 
 
 def unexpected(error: Exception) -> DpoError:

@@ -92,14 +92,14 @@ def train(
         if dry_run:
             if begun is not None:
                 begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
-                tell("it is finished" if is_finished else f"it would go on from step {begun.step}")
+                tell("the run is finished" if is_finished else f"it would resume from step {begun.step}")
             return plan.to_json(), Exit.DONE
 
         if not is_there:
             run = held.enter_context(_claimed(run.path, overwrite))
         if begun is None:
             if resume:
-                tell("there is nothing to go on from: starting")
+                tell("there is no checkpoint to resume from: starting")
             run.checkpoints.clear(with_damaged=not resume)
             run.clear()
         about = manifest(plan, machine, provider.local_dir)
@@ -247,7 +247,7 @@ def _kept_when_trained(
     except Exception:
         if trainer.state.global_step >= plan.total_steps:
             run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0)
-            console.line(f"all {plan.total_steps} steps are done, and {run.trained} is saved; --resume does the rest")
+            console.line(f"all {plan.total_steps} steps are done, and {run.trained} is saved; --resume does what is missing")
         raise
 
 
@@ -259,7 +259,7 @@ def _finished(run: RunDirectory, noun: str, left_out: list[str], console: Consol
     if run.has(EVALUATION):
         console.judgement(Evaluation.of_json(run.read_json(EVALUATION), noun), [])
     if left_out:
-        console.line(f"note: a finished run takes no other {', '.join(left_out)} any more; `dpo eval` judges it anew")
+        console.line(f"note: a finished run keeps its {', '.join(left_out)}; `dpo eval` evaluates it again")
     console.line(f"{summary.status} already, after step {summary.steps}; {run.trained.name}: {run.trained}")
     code = Exit.DONE if summary.status == "completed" else Exit.MISSED
     return {**to_json(summary), "run_dir": str(run.path)}, code
@@ -314,7 +314,7 @@ def _require_fit(plan: Plan, loaded: Loaded, is_resumed: bool) -> None:
     """`DoesNotFit` where memory or disk are too small. A run that was begun keeps its values: a larger device helps it."""
     misfit, lack = does_not_fit(plan), disk_problem(plan)
     if misfit is not None and is_resumed:
-        misfit = replace(misfit, fix=f"go on on a larger device, or start anew with --overwrite and other values: {misfit.fix}")
+        misfit = replace(misfit, fix=f"resume on a larger device, or restart with --overwrite and other values: {misfit.fix}")
     if misfits := [loaded.placed(found) for found in (misfit, lack) if found is not None]:
         raise DoesNotFit(misfits)
 

@@ -19,7 +19,7 @@ from dpo_cli.results.codec import JsonObject
 from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.ui.console import Console
 
-STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
+STAGES_FIX = "remove output_dir from the stages: each then has its own folder"
 
 
 def train_stages(
@@ -33,7 +33,7 @@ def train_stages(
 ) -> tuple[JsonObject, Exit]:
     """Train what a config asks for, in one stage or several: what `train --json` prints, and the exit code."""
     if overwrite and resume:
-        raise UsageError("--overwrite starts anew, and --resume goes on", "leave one of them out")
+        raise UsageError("--overwrite restarts a run, and --resume continues it", "remove one of them")
     if resume and RunDirectory.is_plan(Path(config)):  # of the run that it lies in, wherever that was moved to
         overrides = [f"output_dir={Path(config).absolute().parent}", *overrides]
     stages, machine = load_stages(config, overrides), probe()
@@ -71,7 +71,7 @@ def _inspections(
         _, plan = inspection.require()
         RunDirectory.check(plan.run_dir, may_exist)
         if plan.run_dir in [earlier.run_dir for earlier in plans]:
-            message = f"two stages would write {plan.run_dir}"
+            message = f"two stages would write to {plan.run_dir}"
             raise InvalidInput([loaded.placed(Problem("error", "stages-one-place", message, STAGES_FIX, "output_dir"))])
         plans.append(plan)
     return inspections, plans

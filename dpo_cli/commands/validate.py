@@ -13,7 +13,7 @@ from dpo_cli.ui.console import Console
 
 ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]
 ROWS = 256  # that are rendered
-NOT_RENDERED = "rendered: none, since the model's tokenizer.json cannot be read here"
+NOT_RENDERED = "rendered: none, because the model's tokenizer.json cannot be read"
 
 
 def worst(codes: Iterable[Exit]) -> Exit:

@@ -55,21 +55,21 @@ def parse(text: str, known: Sequence[str] = METRICS) -> list[Threshold]:
 def _parsed(part: str, known: Sequence[str]) -> Threshold:
     found = re.fullmatch(r"([\w.]+)\s*(>=|<=|=|>|<)\s*([-+.\w]+)", part)
     if found is None:
-        raise UsageError(f"--fail-under: {part!r} is no limit", EXAMPLE)
+        raise UsageError(f"--fail-under: {part!r} is not a limit", EXAMPLE)
     name, sign, number = found.groups()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         fix = f"did you mean {near[0]}?" if near else f"the figures are {', '.join(known)}"
-        raise UsageError(f"--fail-under: there is no figure {name}", fix)
+        raise UsageError(f"--fail-under: unknown figure {name}", fix)
     try:
         limit = float(number)
     except ValueError as error:
-        raise UsageError(f"--fail-under: {number!r} is no number", EXAMPLE) from error
+        raise UsageError(f"--fail-under: {number!r} is not a number", EXAMPLE) from error
     if math.isnan(limit):
-        raise UsageError(f"--fail-under: {part!r} is no limit", EXAMPLE)
+        raise UsageError(f"--fail-under: {part!r} is not a limit", EXAMPLE)
     figure = FIGURES.get(name.rpartition(".")[2])
     if sign == "=" and figure is not None and not figure.is_better_large:
-        raise UsageError(f"--fail-under: {part} would ask for a {name} of {number} or more", f"write {name}<{number}")
+        raise UsageError(f"--fail-under: {part} requires a {name} of {number} or more", f"write {name}<{number}")
     return Threshold(name, sign, limit)
 
 

@@ -81,7 +81,7 @@ class Judge:
             reply = self._post(body).json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
             what = f"{self.url} does not answer as the OpenAI API does"
-            raise RunFailed(what, 'check "judge_url": it ends where /chat/completions begins') from error
+            raise RunFailed(what, 'check "judge_url": it is the address before /chat/completions') from error
         return verdict(str(reply))
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
@@ -96,12 +96,14 @@ class Judge:
                     return response
                 why = f"status {response.status_code}"
                 if response.status_code in (401, 403):
-                    raise RunFailed(f"{self.url} does not let us in ({why})", f"set {KEY} to a key that it takes")
+                    raise RunFailed(f"{self.url} denies access ({why})", f"set {KEY} to a valid key")
                 if response.status_code < 500 and response.status_code not in (408, 429):
-                    raise RunFailed(f"{self.url} refuses what is asked ({why})", 'check "judge_url" and "judge_model"')
+                    raise RunFailed(f"{self.url} rejects the request ({why})", 'check "judge_url" and "judge_model"')
             if pause is not None:
                 time.sleep(pause)
-        raise RunFailed(f"the judge cannot be reached: {self.url}: {why}", "check the endpoint; the same command goes on then")
+        raise RunFailed(
+            f"the judge cannot be reached: {self.url}: {why}", "check the endpoint; then run the same command to continue"
+        )
 
 
 def settled(first: Verdict, second: Verdict) -> float:

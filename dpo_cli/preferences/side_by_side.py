@@ -22,7 +22,7 @@ from dpo_cli.ui.console import Console
 
 JUDGE_FIX = (
     """add 'augment={"judge_url": "http://localhost:8000/v1", "judge_model": "..."}' to the command; """
-    "a key stands in the environment, as OPENAI_API_KEY"
+    "the environment variable OPENAI_API_KEY can hold a key"
 )
 WINNERS: dict[float, votes.Winner] = {1.0: "adapter", -1.0: "base", 0.0: "tie"}
 
@@ -48,8 +48,8 @@ def _require_no_human_votes(run: RunDirectory) -> None:
     """`InvalidInput` where a judge's votes would replace those of people."""
     place = run.path / VOTES
     if place.exists() and votes.read(place)["judge"] is None:
-        message = f"{place} holds votes of people, which a judge's would replace"
-        raise invalid("votes-of-people", message, "give the file another name", file=str(place))
+        message = f"{place} holds votes of people, which the judge's votes would replace"
+        raise invalid("votes-of-people", message, "rename the file", file=str(place))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Contest:
         document = votes.unvoted(origin, redacted(answers), self.seed)  # before they are sealed, where nothing can be found
         self.run.write_text(PAGE, votes.page(document, self.seed))
         page = str(self.run.path / PAGE)
-        fewer = f" (all there are; {self.prompts} were asked for)" if len(answers) < self.prompts else ""
+        fewer = f" (all there are; {self.prompts} were requested)" if len(answers) < self.prompts else ""
         console.line(f"side by side: {len(answers)} prompts{fewer}; open {page} in a browser")
         if self.judge is None:
             return SideBySide(page, len(answers))
@@ -104,7 +104,7 @@ class Contest:
         finally:
             self.run.write_json(VOTES, document)
         if asked and (silent := sum(vote["winner"] is None for vote in asked)):
-            told = f"{silent} of {len(asked)} prompts have no verdict of the judge: its replies are not A, B or T"
+            told = f"{silent} of {len(asked)} prompts have no verdict from the judge: its replies are not A, B or T"
             if silent == len(asked):
                 raise RunFailed(told, "ask a model that follows instructions, or another criterion")
             console.line(f"note: {told}")

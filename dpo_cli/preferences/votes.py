@@ -160,7 +160,7 @@ def read(path: Path) -> Document:
         raise _invalid("votes-unreadable", f"not JSON, or damaged: {error}", path) from error
     if (wrong := best_match(Draft202012Validator(_FILE).iter_errors(document))) is not None:
         place = f"{wrong.json_path.removeprefix('$').removeprefix('.')}: " if wrong.path else ""
-        raise _invalid("not-votes", f"no file of votes: {place}{wrong.message[:200]}", path)
+        raise _invalid("not-votes", f"not a votes file: {place}{wrong.message[:200]}", path)
     return document
 
 
@@ -172,7 +172,7 @@ def count(path: Path) -> Tally:
     """The count of a file that holds at least one vote."""
     document = read(path)
     if all(vote["winner"] is None for vote in document["votes"]):
-        raise _invalid("no-votes", "nobody has voted yet", path, "vote on side-by-side.html, and save votes.json again")
+        raise _invalid("no-votes", "there are no votes yet", path, "vote on side-by-side.html, and save votes.json again")
     return tally(document)
 
 

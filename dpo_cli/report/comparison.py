@@ -70,7 +70,7 @@ def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
             if any(figures):
                 show = term.gain if side == "gain" else term.text
                 cells = [
-                    str(show(figure)) if figure else "" if run.judged else "not judged"
+                    str(show(figure)) if figure else "" if run.judged else "not evaluated"
                     for figure, run in zip(figures, runs, strict=True)
                 ]
                 rows.append((words.format(term.label), cells))
@@ -95,22 +95,22 @@ def warnings(runs: Sequence[Contents]) -> list[str]:
     found = []
     if others := _held_out_otherwise(runs):
         found.append(
-            f"The held-out sets are not the same (they differ in {', '.join(others)}), so figures do not compare: "
-            "judge each run on one file with dpo eval --dataset."
+            f"The held-out sets differ (in {', '.join(others)}), so the figures are not comparable: "
+            "evaluate each run on one file with dpo eval --dataset."
         )
     if differ(runs, lambda run: run.strategy):
-        found.append("The strategies differ: a loss of pairs and one of demonstrations are different quantities.")
+        found.append("The strategies differ: a loss of pairs and a loss of demonstrations are different quantities.")
     elif differ(runs, lambda run: run.config.get("beta")):
-        found.append("beta differs, and scales rewards, margins and losses: compare accuracies, gains and KL.")
+        found.append("beta differs. It scales rewards, margins and losses: compare accuracies, gains and KL.")
     pairs = [run for run in runs if run.takes("loss_type")]
     if differ(pairs, lambda run: run.config["loss_type"]):
-        found.append("loss_type differs: losses of the training are different quantities; those held out are all of sigmoid.")
+        found.append("loss_type differs: the training losses are different quantities; the held-out losses are all sigmoid.")
     if differ(pairs, lambda run: [run.config[key] for key in ("kl_prompts", "max_new_tokens")]):
         found.append(
-            "kl_prompts or max_new_tokens differ: KL per answer does not compare, since its answers are sampled by them."
+            "kl_prompts or max_new_tokens differ, and decide which answers are sampled: KL per answer is not comparable."
         )
     if differ(runs, lambda run: (run.manifest["model"], run.base)):
-        found.append("The models that the runs started from differ: rewards, KL and gains are each against another one.")
+        found.append("The runs started from different models: rewards, KL and gains are each relative to another model.")
     return found
 
 

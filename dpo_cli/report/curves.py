@@ -29,15 +29,20 @@ KINDS = (
         for figure in DRAWN
         if figure.title
     ),
-    Kind("Training loss", "Of the config's loss_type; the other one is of sigmoid.", {"own_loss": ""}, is_compared=True),
+    Kind(
+        "Training loss",
+        "The loss of the config's loss_type; the other plot has the sigmoid loss.",
+        {"own_loss": ""},
+        is_compared=True,
+    ),
     Kind(
         "Rewards",
-        "Chosen may fall while the margin grows: common, and worth a look at the answers.",
+        "The chosen reward may fall while the margin grows. That is common; check the answers.",
         {"reward_chosen": "chosen", "reward_rejected": "rejected"},
     ),
-    Kind("Learning rate", "As the schedule had it.", {"learning_rate": ""}),
-    Kind("Gradient norm", "Before clipping, of a step.", {"grad_norm": ""}),
-    Kind("Memory", "The most held so far, GB.", {"peak_memory_gb": ""}, from_zero=True),
+    Kind("Learning rate", "The value of the schedule.", {"learning_rate": ""}),
+    Kind("Gradient norm", "Per step, before clipping.", {"grad_norm": ""}),
+    Kind("Memory", "The maximum so far, GB.", {"peak_memory_gb": ""}, from_zero=True),
 )
 
 
@@ -98,5 +103,5 @@ def spread(run: Contents) -> Spread | None:
 
 def _quantiles(values: Sequence[float]) -> list[tuple[str, float]]:
     tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
-    ends = (("least", min(values)), ("lowest tenth below", tenths[0]), ("middle", tenths[4]))
-    return [*ends, ("highest tenth above", tenths[8]), ("greatest", max(values))]
+    ends = (("minimum", min(values)), ("10th percentile", tenths[0]), ("median", tenths[4]))
+    return [*ends, ("90th percentile", tenths[8]), ("maximum", max(values))]

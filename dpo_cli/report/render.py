@@ -33,7 +33,7 @@ def write_report(path: Path) -> Path:
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     """Write one page about several runs."""
     if out.exists() and not (out.is_file() and MARK in out.read_text(encoding="utf-8", errors="replace")[:4000]):
-        raise UsageError(f"{out} exists already, and is no page of dpo", "name another file with --out")
+        raise UsageError(f"{out} exists already and is not a page of dpo", "name another file with --out")
     page = _page("comparison.html.j2", **comparison.compared([Contents.read(path) for path in paths]))
     try:
         out.write_text(redact(page), encoding="utf-8")

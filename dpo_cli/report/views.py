@@ -98,18 +98,20 @@ def data(run: Contents) -> list[tuple[str, str]]:
         ("trained on", f"{counts['train_pairs']:,} {run.noun} of {counts['train_prompts']:,} prompts"),
         ("held out", f"{counts['eval_pairs']:,} {run.noun} of {counts['eval_prompts']:,} prompts"),
         ("longest", f"{counts['longest']:,} tokens ({counts['longest_at']})"),
-        ("tokens an epoch", f"{counts['train_tokens']:,}"),
+        ("tokens per epoch", f"{counts['train_tokens']:,}"),
     ]
     told = {
-        "cut": "prompts that lost their beginning to max_seq_length",
-        "too_long": "left out: responses longer than max_seq_length",
-        "parted": "prompts that the chat template renders otherwise before a response",
-        "bad_rows": "left out: bad rows",
+        "cut": "prompts cut at the start to fit max_seq_length",
+        "too_long": "skipped: responses longer than max_seq_length",
+        "parted": "prompts that the chat template renders differently before a response",
+        "bad_rows": "skipped: bad rows",
     }
     rows += [(words, f"{counts[name]:,}") for name, words in told.items() if counts[name]]
     said = run.plan.get("data") or {}
     if said.get("longer_chosen") is not None:
-        rows.append(("longer one chosen", f"in {said['longer_chosen']:.0%} of pairs (AUC of length {said['length_auc']:.2f})"))
+        rows.append(
+            ("longer response chosen", f"in {said['longer_chosen']:.0%} of pairs (AUC of length {said['length_auc']:.2f})")
+        )
     return rows
 
 
@@ -134,12 +136,12 @@ def bill(run: Contents) -> MemoryTable | None:
         if size
     ]
     known = run.summary.memory if run.summary else Memory()
-    about = "What the plan billed for the fullest moment of a step"
-    about += f", of {memory['budget_gb']:.1f} GB that were there." if memory["budget_gb"] else "."
+    about = "The plan's bill for the peak of a step"
+    about += f", of {memory['budget_gb']:.1f} GB available." if memory["budget_gb"] else "."
     if known.measured_gb and known.predicted_gb:
-        what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, with what malloc keeps"
+        what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, including what malloc keeps"
         measured, billed = known.measured_gb, known.predicted_gb
-        about += f" Measured: {measured:.2f} GB ({what}) against {billed:.2f} billed for that, {measured / billed:.2f}x."
+        about += f" Measured: {measured:.2f} GB ({what}); billed: {billed:.2f} GB; ratio: {measured / billed:.2f}."
     return MemoryTable(parts, f"{memory['total_gb']:.2f}", about)
 
 

@@ -148,12 +148,12 @@ _DECLARED = (
     Figure(
         "loss",
         "loss",
-        "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats per token.",
+        "For pairs, -log sigmoid(margin): ln 2 = 0.693 before training. For demonstrations, nats per token.",
         {PAIRS: _loss_of_pairs, DEMONSTRATIONS: lambda columns: (-columns.log_probs[:, 0], columns.tokens[:, 0])},
         alone=(DEMONSTRATIONS,),
         short="loss",
         title="Loss",
-        note="Held out it should fall too. Where it rises again, the training rows are memorised.",
+        note="The held-out loss should fall too. If it rises again, the model memorises the training rows.",
         is_better_large=False,
     ),
     Figure(
@@ -189,22 +189,22 @@ _DECLARED = (
     Figure(
         "kl_token",
         "KL per token",
-        "The exact KL divergence from before the training at each token of the responses, nats.",
+        "The exact KL divergence from the model before training, per token of the responses, nats.",
         {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
         short="KL/token",
         title="KL per token",
-        note="Distance from before the training, nats.",
+        note="Distance from the model before training, nats.",
         from_zero=True,
         is_better_large=False,
     ),
     Figure(
         "kl_sequence",
         "KL per answer",
-        "How far the training has moved the model: log p after - log p before over answers sampled after it, nats. The "
-        "documentation says below 10.",
+        "How far the training has moved the model: log p after - log p before, over answers sampled after it, nats. The "
+        "documentation recommends a value below 10.",
         short="KL/seq",
         title="KL per answer",
-        note="Distance from before the training over sampled answers, nats.",
+        note="Distance from the model before training, over sampled answers, nats.",
         limit_option="max_kl",
         from_zero=True,
         digits=1,
@@ -213,8 +213,8 @@ _DECLARED = (
     ),
     Figure(
         "answer_tokens",
-        "tokens of an answer",
-        "How long greedy answers to held-out prompts are.",
+        "tokens per answer",
+        "The length of greedy answers to held-out prompts.",
         alone=(PAIRS, DEMONSTRATIONS),
         digits=1,
         of_answers=True,

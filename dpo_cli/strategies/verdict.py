@@ -62,8 +62,8 @@ def verdict(outcome: Outcome, read: Callable[[Outcome], Verdict]) -> Verdict:
         return Verdict("bad", "Broken", told)
     found = read(outcome)
     if outcome.prompts < FEW_PROMPTS:
-        few = "of one prompt alone" if outcome.prompts == 1 else f"of {outcome.prompts} prompts alone"
-        told = f"{found.sentence[:-1]}; these are figures {few}, which say little of others (take {FEW_PROMPTS} or more)."
+        few = "only one prompt" if outcome.prompts == 1 else f"only {outcome.prompts} prompts"
+        told = f"{found.sentence[:-1]}; these figures are of {few}, too few for a conclusion (use {FEW_PROMPTS} or more)."
         found = Verdict("doubtful", "Too few held-out prompts", told)
     if outcome.status == "completed":
         return found
@@ -71,12 +71,12 @@ def verdict(outcome: Outcome, read: Callable[[Outcome], Verdict]) -> Verdict:
     return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}; {found.sentence[0].lower()}{found.sentence[1:]}")
 
 
-TITLES = {"completed": "Not judged", "interrupted": "Interrupted", "unhealthy": "Unhealthy", "unfinished": "Not finished"}
+TITLES = {"completed": "Not evaluated", "interrupted": "Interrupted", "unhealthy": "Unhealthy", "unfinished": "Not finished"}
 ENDINGS = {
     "completed": "The training finished all of its {steps} steps",
     "interrupted": "The training was interrupted after step {steps}",
     "unhealthy": "The training was stopped as unhealthy after step {steps}",
-    "unfinished": "There is no end of this training here; it came to step {steps}",
+    "unfinished": "The training has not finished; its last step is {steps}",
 }
 
 
@@ -89,12 +89,12 @@ def _ending(outcome: Outcome) -> str:
 
 def _unjudged(outcome: Outcome) -> Verdict:
     """A run without figures on held-out rows: the training's own say only what was fitted."""
-    missed = "its judging did not come to an end (dpo eval judges it anew)" if outcome.rows else "nothing was held out"
+    missed = "its evaluation did not finish (dpo eval repeats it)" if outcome.rows else "there are no held-out rows"
     rest = {
-        "completed": f", but {missed}, so nothing tells whether it is better than its {outcome.base}",
-        "interrupted": f"; {outcome.who} so far is saved and not judged",
-        "unhealthy": f"; {outcome.who} as it was then is saved and not judged",
-        "unfinished": ", and nothing is judged before an end",
+        "completed": f", but {missed}, so it is unknown whether it is better than its {outcome.base}",
+        "interrupted": f"; {outcome.who} is saved and not evaluated",
+        "unhealthy": f"; {outcome.who} is saved and not evaluated",
+        "unfinished": ", so it is not evaluated yet",
     }
     tone: Tone = "bad" if outcome.status == "unhealthy" else "open"
     return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}{rest[outcome.status]}.")

@@ -117,15 +117,13 @@ class Console:
         length, where = said["length"], said["length"]["longest"]
         unit, most = ("characters", length["characters"])
         if length["tokens"]:  # counted on a sample, and without the template's markers
-            unit, most = ("tokens, about,", length["tokens"])
+            unit, most = ("tokens (estimated)", length["tokens"])
         over = f"; {most['share_over']:.0%} are longer than max_seq_length" if "share_over" in most else ""
         place = f"{where['file']}:{where['line']}"
-        self.line(f"length: {most['median']:,.0f} {unit} in the middle, {most['most']:,} at most ({place}){over}")
+        self.line(f"length: median {most['median']:,.0f} {unit}, maximum {most['most']:,} ({place}){over}")
         if "longer_chosen" in said:
             longer, auc = said["longer_chosen"], said["length_auc"]
-            self.line(
-                f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
-            )
+            self.line(f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: no effect)")
 
     def bill(self, memory: BillJson) -> None:
         """The memory bill with a bar per component."""
@@ -138,7 +136,9 @@ class Console:
     def judgement(self, evaluation: Evaluation, samples: Sequence[Answers]) -> None:
         """The figures of an evaluation, and answers side by side."""
         if evaluation.sides is None:
-            self.line("nothing was held out: set or raise eval_split in the config, or name a file with `dpo eval --dataset`")
+            self.line(
+                "there are no held-out rows: set or raise eval_split in the config, or name a file with `dpo eval --dataset`"
+            )
             return
         sides = [evaluation.sides.policy, evaluation.sides.base, evaluation.sides.gain]
         names = [name for name, figure in evaluation.sides.policy.items() if figure]
@@ -148,9 +148,9 @@ class Console:
         title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
         if missing := evaluation.unanswered:
-            fix = "lower max_seq_length, so that prompts are cut, or judge with shorter ones"
+            fix = "lower max_seq_length, so that prompts are cut, or evaluate with shorter prompts"
             told = f"{missing} prompts fill the model's context and have no answer"
-            self.line(f"note: {told}: kl_sequence and answer_tokens are of the others, and keep no limit; {fix}")
+            self.line(f"note: {told}: kl_sequence and answer_tokens are of the other prompts, and miss any limit; {fix}")
         self._categories(evaluation.categories, evaluation.noun)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]
@@ -189,7 +189,7 @@ class Console:
         rows += [("win rate", _interval(tally.win_rate)), ("sign test", f"p = {tally.sign_test:.2g}")]
         self.table("votes for the adapter", rows)
         if tally.same_text:
-            self.line(f"note: {tally.same_text} of the ties are the same text from both, which nobody was asked about")
+            self.line(f"note: {tally.same_text} of the ties are the same text from both models, which is not put to a vote")
         if tally.missing:
             self.line(f"note: {tally.missing} of {tally.prompts} prompts have no vote yet, and are not counted")
 

@@ -211,7 +211,7 @@ class LiveView:
 
     def _progress(self, width: int) -> Table:
         seconds = self.pace.left(self.steps, self.clock())
-        left = "" if self._ended else "getting ready" if seconds is None else f"{_duration(seconds)} left"
+        left = "" if self._ended else "preparing" if seconds is None else f"{_duration(seconds)} left"
         done = f"{self.step}/{self.steps}"
         bar = ProgressBar(self.steps, self.step, width=max(1, width - len(done) - len(left) - 2))
         grid = Table.grid(padding=(0, 1))

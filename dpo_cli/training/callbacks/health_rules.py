@@ -147,7 +147,7 @@ def too_far(course: Course) -> Found:
     kl, limit = course.held_out("kl_sequence"), course.plan.config.max_kl
     if kl is None or limit is None or not kl > limit:
         return None
-    message = f"the policy is {kl:.1f} nats from its reference over an answer it samples, and max_kl is {limit:g}"
+    message = f"the KL per sampled answer is {kl:.1f} nats, and max_kl is {limit:g}"
     return message, "raise beta, or lower learning_rate or num_train_epochs"
 
 
@@ -159,7 +159,7 @@ def loss_oscillates(course: Course) -> Found:
     swing, start = float(np.mean(np.abs(np.diff(losses)))), course.first[0]["loss"]
     if not swing > SWING * abs(start):
         return None
-    message = f"the loss oscillates: by {swing:.3g} from a step to the next, and it began at {start:.3g}"
+    message = f"the loss oscillates: it changes by {swing:.3g} per step, and started at {start:.3g}"
     return (
         message,
         "lower learning_rate (the documentation says: try 1e-7), raise warmup_steps, check that the preferences are clear",
@@ -174,7 +174,7 @@ def loss_rises(course: Course) -> Found:
     start, now = float(np.mean(first)), float(np.mean(recent))
     if not (now > RISE * start and now - start > ERRORS * math.hypot(course.error(first), course.error(recent))):
         return None
-    message = f"the loss is {now:.3g} over the last {course.recent} steps, and it began at {start:.3g}"
+    message = f"the loss is {now:.3g} over the last {course.recent} steps, and it started at {start:.3g}"
     return message, "lower learning_rate; check that the data is of one kind"
 
 
@@ -186,8 +186,11 @@ def prefers_rejected(course: Course) -> Found:
     margin, limit = float(np.mean(margins)), TURNED_NATS * course.plan.config.beta
     if not margin < -max(limit, ERRORS * course.error(margins)):
         return None
-    message = f"the margin is {margin:.3g} over the last {course.recent} steps: the policy prefers what is labelled as rejected"
-    return message, "check that no part of the data has chosen and rejected swapped; lower learning_rate (documented: try 1e-7)"
+    message = f"the margin is {margin:.3g} over the last {course.recent} steps: the policy prefers the rejected responses"
+    return (
+        message,
+        "check that chosen and rejected are not swapped in the data; lower learning_rate (the documentation says: try 1e-7)",
+    )
 
 
 def all_right_early(course: Course) -> Found:
@@ -200,8 +203,8 @@ def all_right_early(course: Course) -> Found:
     if not is_early or course.all_right < window or course.done < course.epoch + window:
         return None
     pairs = "the one pair" if course.pairs == 1 else f"each of the {course.pairs} pairs"
-    message = f"{pairs} is preferred as labelled after {course.done} of {course.plan.total_steps} steps: learned by heart"
-    return message, "add diverse pairs (the documentation says: 500 and more), or lower num_train_epochs or learning_rate"
+    message = f"{pairs} is preferred as labelled after {course.done} of {course.plan.total_steps} steps: they are memorised"
+    return message, "add diverse pairs (the documentation says: 500 or more), or lower num_train_epochs or learning_rate"
 
 
 def chosen_collapses(course: Course) -> Found:
@@ -213,7 +216,7 @@ def chosen_collapses(course: Course) -> Found:
     if not (policy < COLLAPSE * reference and policy < reference - COLLAPSE_NATS):
         return None
     message = f"the log-prob of a chosen response has fallen from {reference:.0f} to {policy:.0f} nats"
-    return message, 'lower learning_rate, raise beta, or hold it with "loss_type": ["sigmoid", "sft"]'
+    return message, 'lower learning_rate, raise beta, or add the SFT loss: "loss_type": ["sigmoid", "sft"]'
 
 
 def chosen_falls(course: Course) -> Found:
@@ -225,9 +228,9 @@ def chosen_falls(course: Course) -> Found:
     is_growing = margin > course.mean("margin", before=course.recent)
     if not (is_falling and is_growing and chosen < -FALL and margin > FALL):
         return None
-    message = f"the chosen reward falls, to {chosen:.2f}, while the margin grows, to {margin:.2f}: common in DPO, whose loss is"
-    message += " of their difference"
-    return message, 'judge by KL and by the answers; to hold it: "loss_type": ["sigmoid", "sft"], or a larger beta'
+    message = f"the chosen reward falls to {chosen:.2f} while the margin grows to {margin:.2f}: common in DPO,"
+    message += " which trains only their difference"
+    return message, 'check the KL and the answers; to keep the reward up: "loss_type": ["sigmoid", "sft"], or a larger beta'
 
 
 def no_movement(course: Course) -> Found:
@@ -246,7 +249,7 @@ def no_movement(course: Course) -> Found:
     remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above), train 2-4 epochs, check that chosen and"
     remedy = NO_WARMUP if in_warmup else f"{remedy} rejected differ clearly"
     if course.never_moved:
-        message = f"after {course.done} steps every reward is exactly 0: nothing that was trained changes an answer"
+        message = f"after {course.done} steps every reward is exactly 0: the training changes no answer"
         return message, f"{remedy}, and that the model's weights are not all 0"
     if course.done < (2 if in_warmup else course.recent):
         return None
@@ -255,7 +258,7 @@ def no_movement(course: Course) -> Found:
     ]
     if not max(sizes) < STILL_NATS * course.plan.config.beta:
         return None
-    message = f"after {course.done} steps the rewards are of the size {max(sizes):.2g}: the policy has hardly moved"
+    message = f"after {course.done} steps the rewards are about {max(sizes):.2g}: the policy has hardly moved"
     return message, remedy
 
 
@@ -278,13 +281,13 @@ def wrong_start(scores: Scores, plan: Plan) -> Event | None:
     apart = float(np.mean(np.abs(scores.policy - scores.reference) / scores.tokens))
     if not math.isfinite(apart):
         remedy = (
-            "this model overflows in 16 bits: use bf16" if plan.config.fp16 else "choose another model: its weights are broken"
+            "this model overflows in 16 bits: use bf16" if plan.config.fp16 else "choose another model: its weights are damaged"
         )
         return Event(NOT_FINITE, "stop", 0, "before the first step log-probs are not finite", remedy)
     if apart <= APART_NATS[plan.dtype]:
         return None
-    message = f"before the first step the policy differs from its reference by {apart:.2g} nats a token, and must be the same"
-    remedy = "train on another model_name or reference, and please report this: the figures would mean nothing"
+    message = f"before the first step the policy differs from its reference by {apart:.2g} nats per token; they must be equal"
+    remedy = "use another model_name or reference, and please report this: the figures would be meaningless"
     return Event(NOT_AT_REFERENCE, "stop", 0, message, remedy)
 
 

@@ -54,7 +54,7 @@ class StopOnSignal(TrainerCallback):
         if not self._is_training:
             raise Stopped(128 + self.received)
         # Not through Python's streams: the signal may have come in the middle of a write to one.
-        told = f"\n{self.received.name}: stopping with a checkpoint; once more to leave at once, without\n"
+        told = f"\n{self.received.name}: stopping with a checkpoint; repeat to stop at once without one\n"
         with suppress(OSError):  # nobody may be reading any more
             os.write(2, told.encode())
         if self._may_interrupt:
