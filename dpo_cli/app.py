@@ -1,6 +1,6 @@
-"""The commands: parse, call, print, exit. Heavy modules are imported by the commands that need them.
+"""The commands: parse, call, print, exit. A command imports the heavy modules that it needs.
 
-Longer than other modules: each command's words stand in its signature, and all commands in one place.
+Longer than other modules: the help of each command is in its signature, and all commands are in one place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dpo_cli.results.judgement import Evaluation
     from dpo_cli.results.tally import Tally
 
-VOTED_ON = 20  # prompts whose answers `dpo vote` compares
+VOTED_ON = 20  # prompts: `dpo vote` compares their answers
 MAX_VRAM_GB = 100_000
 
 app = typer.Typer(
@@ -122,7 +122,7 @@ def recommend(
         if write is not None:
             try:
                 write.write_text(text + "\n", encoding="utf-8")
-            except OSError as error:  # a folder that is not there, or may not be written: the user's to change
+            except OSError as error:  # the folder does not exist or is not writable: the user can fix it
                 raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
         console.line(f"wrote {write}" if write else text)
         if as_json:
@@ -130,7 +130,7 @@ def recommend(
 
 
 class _TrainCommand(TyperCommand):
-    """`dpo train --help` ends with the options of a config, which stand in its schema and nowhere else."""
+    """`dpo train --help` ends with the options of a config, which only the schema declares."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -258,7 +258,7 @@ def _vote(asked: VoteRequest, console: Console, as_json: bool) -> None:
 def _end(
     thresholds: Sequence[Threshold], judged: Evaluation | Tally | None, result: JsonObject, console: Console, as_json: bool
 ) -> None:
-    """Print the result with what becomes of its limits, and exit with 5 where one is missed."""
+    """Print the result with its limits, and exit with 5 if one is missed."""
     from dpo_cli.evaluation.thresholds import judged_by
 
     limits = judged_by(thresholds, judged)

@@ -203,7 +203,7 @@ def test_other_settings_are_refused_and_named(place: Path, monkeypatch: pytest.M
     kept = Path("pairs.jsonl").read_bytes()
     done = run("seed=7", rule(temperature=1.25))
     assert done.exit_code == 3
-    assert "augment.temperature was 1.5, and is 1.25; seed was 42, and is 7" in " ".join(done.stderr.split())
+    assert "augment.temperature was 1.5 and is now 1.25; seed was 42 and is now 7" in " ".join(done.stderr.split())
     (place / "prompts.txt").write_text("\n".join(PROMPTS[1:]), encoding="utf-8")
     assert "prompts was" in run().stderr
     (place / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")

@@ -101,7 +101,7 @@ def test_the_page_is_blind_balanced_and_follows_its_seed() -> None:
         (json.dumps(made() | {"votes_version": 2}), "not-votes", "votes_version: 1 was expected"),
         (json.dumps(voted("nobody")), "not-votes", "votes[0].winner: 'nobody' is not one of"),
         (json.dumps(made() | {"judge": {}}), "not-votes", "judge: 'url' is a required property"),
-        (json.dumps(voted(None, None)), "no-votes", "nobody has voted"),
+        (json.dumps(voted(None, None)), "no-votes", "there are no votes yet"),
     ],
 )
 def test_what_is_no_file_of_votes_is_told(tmp_path: Path, text: str, code: str, says: str) -> None:

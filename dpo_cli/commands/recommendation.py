@@ -1,4 +1,4 @@
-"""What `dpo recommend` is asked: a card, this machine's where none is named, and the lengths of a dataset. No torch."""
+"""The input of `dpo recommend`: a card (default: this machine's) and the lengths of a dataset. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dpo_cli.ui.console import Console
 
 
 def request_of(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Request:
-    """The request; `UsageError` for a strategy that is not known, and where there is no card to plan for."""
+    """The request; `UsageError` for an unknown strategy, and without a card to plan for."""
     if strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {strategy}", f"name one of {', '.join(STRATEGIES)}")
     asked = Request(vram or 0.0, model, dataset, strategy)

@@ -1,4 +1,4 @@
-"""What is asked of `dpo eval` and of `dpo vote`, and what of it goes together. No torch."""
+"""The requests of `dpo eval` and `dpo vote`, and which of their options can be combined. No torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dpo_cli.config.schema import names_where
 from dpo_cli.errors import UsageError
 from dpo_cli.evaluation.thresholds import METRICS, OF_VOTES, Threshold, parse
 
-# The options that say how a run is judged, and not how it was trained.
+# The options that change an evaluation, and not the training.
 JUDGING = frozenset(names_where(lambda option: option.is_judging))
 
 
 @dataclass(frozen=True)
 class VoteRequest:
-    """A run whose answers are compared, by people or by a judge; or a file of votes to count.
+    """A run to compare with its base, by people or by a judge; or a votes file to count.
 
-    Raises `UsageError` for what does not go together.
+    Raises `UsageError` for options that cannot be combined.
     """
 
     run: str = ""
-    prompts: int = 0  # whose answers are compared; none are with a tally
+    prompts: int = 0  # number of prompts to compare; 0 with a tally
     by_judge: bool = False
     dataset: str | None = None
     overrides: tuple[str, ...] = ()
@@ -47,9 +47,9 @@ class VoteRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """A run to judge; with an `adapter`, a config whose model it is put on. With `vote`, its answers are compared too.
+    """A run to evaluate; with `adapter`, a config that names its base. With `vote`, the answers are compared too.
 
-    Raises `UsageError` for what does not go together.
+    Raises `UsageError` for options that cannot be combined.
     """
 
     target: str = ""
@@ -75,7 +75,7 @@ def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:
 
 
 def _require_run(command: str, name: str, overrides: Iterable[str], or_else: str = "") -> None:
-    """`UsageError` where a run is a file, or is to be judged otherwise than it was trained."""
+    """`UsageError` if a run is a file, or if an override changes its training."""
     if Path(name).is_file():
         raise UsageError(f"{name} is a file, not a run directory", f"{or_else}{command} RUN_DIR")
     for key in (word.partition("=")[0] for word in overrides):

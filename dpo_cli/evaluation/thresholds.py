@@ -1,8 +1,8 @@
-"""Limits that a script puts on the figures of an evaluation: `--fail-under accuracy=0.6,kl_sequence<10`. No torch.
+"""Limits on the figures of an evaluation: `--fail-under accuracy=0.6,kl_sequence<10`. No torch.
 
-NAME=X and NAME>=X ask for at least X, NAME>X for more, NAME<=X for at most X, NAME<X for less. NAME is a figure of the policy,
-or one of `base.` or `gain.`: gain.logp_accuracy>0. A figure that an evaluation does not have, or that is no number, misses. So
-does one of a model's answers where a prompt left no room for one: nobody knows what it is with them.
+NAME=X and NAME>=X require at least X, NAME>X more, NAME<=X at most X, NAME<X less. NAME is a figure of the policy,
+or one of `base.` or `gain.`: gain.logp_accuracy>0. A figure that is missing or not a number misses its limit. So
+does a figure of answers if a prompt left no room for one: its value with them is unknown.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class Threshold:
     limit: float
 
     def of(self, value: float | None, is_whole: bool = True) -> Limit:
-        """Whether a value keeps the limit; a figure that is not of all that it should be of keeps none."""
+        """Whether a value keeps the limit; an incomplete figure misses every limit."""
         is_met = is_whole and value is not None and math.isfinite(value) and COMPARED[self.sign](value, self.limit)
         return Limit(self.metric, self.limit, value, is_met)
 
 
 def parse(text: str, known: Sequence[str] = METRICS) -> list[Threshold]:
-    """The limits in the text; `UsageError` for what is none."""
+    """The limits in the text; `UsageError` for anything else."""
     return [_parsed(part.strip(), known) for part in text.split(",")]
 
 

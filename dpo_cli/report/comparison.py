@@ -1,4 +1,4 @@
-"""Several runs beside each other, as plain values: their curves, their figures, and what differs between them."""
+"""Several runs side by side, as plain values: their curves, their figures, and their differences."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dpo_cli.report.views import duration
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.strategies.figures import FIGURES
 
-PLACES = names_where(lambda option: option.place == "output")  # differ between any two runs, and say nothing
+PLACES = names_where(lambda option: option.place == "output")  # they always differ between runs
 
 
 def compared(runs: Sequence[Contents]) -> dict[str, object]:
-    """What the page of a comparison shows."""
+    """The content of the comparison page."""
     names = distinct_names(runs)
     by_strategy: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
@@ -37,7 +37,7 @@ def compared(runs: Sequence[Contents]) -> dict[str, object]:
 
 
 def distinct_names(runs: Sequence[Contents]) -> list[str]:
-    """The names of the run directories; where two are called alike, with the folder that each is in."""
+    """The names of the run directories; with their parent folders if two have the same name."""
     count = Counter(run.name for run in runs)
     return [run.name if count[run.name] == 1 else f"{run.path.parent.name}/{run.name}" for run in runs]
 
@@ -61,7 +61,7 @@ def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int
 
 
 def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
-    """A row for each figure that one of the runs has."""
+    """A row for each figure that a run has."""
     rows = []
     base = " or ".join(sorted({run.base for run in runs}))
     for side, words in (("policy", "{}"), ("base", f"{{}}, {base}"), ("gain", "gain in {}")):
@@ -84,14 +84,14 @@ def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
 
 
 def differing(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
-    """The keys of the config whose values are not the same in all runs."""
+    """The keys of the config that have different values."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     rows = [(key, [json_text(run.config.get(key)) for run in runs]) for key in keys if key not in PLACES]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def warnings(runs: Sequence[Contents]) -> list[str]:
-    """What stands in the way of comparing the figures."""
+    """The reasons why figures are not comparable."""
     found = []
     if others := _held_out_otherwise(runs):
         found.append(
@@ -119,7 +119,7 @@ def differ(runs: Sequence[Contents], what: Callable[[Contents], object]) -> bool
 
 
 def _held_out_otherwise(runs: Sequence[Contents]) -> list[str]:
-    """In what the held-out sets differ, in words: in their own files, or in what a share of the dataset follows from."""
+    """The differences of the held-out sets, in words: in their files, or in what decides a share of the dataset."""
     decides: dict[str, Callable[[Contents], object]]
     if any(run.config.get("eval_dataset") for run in runs):
         decides = {"eval_dataset": _eval_files}
@@ -134,6 +134,6 @@ def _held_out_otherwise(runs: Sequence[Contents]) -> list[str]:
 
 
 def _eval_files(run: Contents) -> object:
-    """The hashes of the files of eval_dataset; of a run that noted none, their paths."""
+    """The hashes of the files of eval_dataset; their paths for a run without hashes."""
     hashes = run.manifest.get("eval_dataset")
     return run.config.get("eval_dataset") if hashes is None else sorted(hashes.values())

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _read(outcome: Outcome) -> Verdict:
-    # Late: `validate` reads no figures, and has to be quick.
+    # Imported late: `validate` reads no figures, and must be fast.
     from dpo_cli.results.intervals import required
     from dpo_cli.strategies.figures import number, points, share
     from dpo_cli.strategies.verdict import Verdict, distance, of_gain, warned

@@ -1,8 +1,8 @@
-"""Is the training healthy? Rules over its steps and lines, each with what the documentation says to do.
+"""Is the training healthy? Rules over its steps and lines, each with the documented remedy.
 
-A rule looks at the course of a training and returns what it found and what to do about it, or nothing; `RULES` at the end
-names them, with what happens then, and a strategy says which of them watch it. A rule speaks once. Batches differ by chance:
-what a rule compares is a mean over many pairs, and beyond what their number explains.
+A rule reads the course of a training and returns a message and its remedy, or nothing. `RULES` at the end
+names the rules with their actions, and a strategy says which of them apply. A rule is reported once. Batches differ by chance:
+a rule compares means over many pairs, and only differences that chance does not explain.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from dpo_cli.strategies.strategy import Strategy
 
 StepFigures = dict[str, float]  # means over the rows of a step
 
-RECENT_STEPS, RECENT_PAIRS = 8, 64  # the last steps that a rule looks at are at least so many, and hold so many pairs
-ERRORS = 5.0  # standard errors, of few steps, that are no chance
-SWING_STEPS, SWING = 16, 2.0  # from a step to the next over so many, times the loss of the first
+RECENT_STEPS, RECENT_PAIRS = 8, 64  # the minimum of last steps, and of pairs in them, that a rule looks at
+ERRORS = 5.0  # standard errors (of few steps) that are not chance
+SWING_STEPS, SWING = 16, 2.0  # mean change per step over this many steps, relative to the first loss
 RISE = 1.25  # times the loss of the first steps
 TURNED_NATS = 1.0  # of log-prob, rejected against chosen
-COLLAPSE, COLLAPSE_NATS = 2.0, 10.0  # times the reference's negative log-prob of the chosen responses, and more by so much
-FALL = 0.1  # of the chosen reward, where the margin is larger than that
-STILL_NATS = 0.5  # of log-prob: more than 16 bits make of nothing
-HEART_STEPS, EARLY = 5, 0.75  # steps in a row that are right, and the share of all steps that is early
+COLLAPSE, COLLAPSE_NATS = 2.0, 10.0  # relative to the reference's negative log-prob of chosen, and nats above it
+FALL = 0.1  # of the chosen reward, while the margin is larger than this
+STILL_NATS = 0.5  # of log-prob: more than the rounding of 16 bits
+HEART_STEPS, EARLY = 5, 0.75  # steps in a row with every pair right, and the share of all steps that counts as early
 NO_WARMUP = "remove warmup_steps and warmup_ratio, or train more steps"
 GENERALISES = 0.9  # of the held-out pairs
-APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # a token, that rounding may cost a policy at step 0
+APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # per token: the rounding that is allowed at step 0
 
 
 class CourseState(TypedDict):
@@ -61,7 +61,7 @@ class Course:
         self.swing = max(SWING_STEPS, self.recent)
         self.first: list[StepFigures] = []
         self.last: deque[StepFigures] = deque(maxlen=2 * self.swing)
-        self.done = self.all_right = 0  # steps, and those in a row to the last of which every pair was right
+        self.done = self.all_right = 0  # steps, and the last steps in a row with every pair right
         self.line: Line | None = None
         self.evaluation = evaluation
         for step in steps:
@@ -76,9 +76,9 @@ class Course:
 
     @property
     def never_moved(self) -> bool:
-        """Whether every reward has been exactly 0, and one was seen after a step that can move the policy.
+        """Whether every reward is exactly 0, including one after a step that can move the policy.
 
-        A step is measured before it is taken, and the first one of a warm-up has the learning rate 0.
+        A step is measured before its update, and the first one of a warm-up has the learning rate 0.
         """
         seen = [*self.first, *self.last]
         evaluation = self.evaluation
@@ -89,11 +89,11 @@ class Course:
         return all(figures["reward_chosen"] == figures["reward_rejected"] == 0 for figures in seen)
 
     def held_out(self, name: str) -> float | None:
-        """A figure of the last evaluation, where there is one."""
+        """A figure of the last evaluation, if there is one."""
         return self.evaluation.figures.get(name) if self.evaluation else None
 
     def state(self) -> CourseState:
-        """What there is of it, for a checkpoint."""
+        """The state for a checkpoint."""
         line, evaluation = (one.to_json() if one else {} for one in (self.line, self.evaluation))
         return {
             "first": self.first,
@@ -110,7 +110,7 @@ class Course:
         self.line, self.evaluation = (Line.of_json(state[name]) if state[name] else None for name in ("line", "evaluation"))
 
     def values(self, name: str, count: int, before: int = 0) -> list[float]:
-        """A figure of the last `count` steps, or of those that end `before` steps ago."""
+        """A figure of the last `count` steps, or of as many that end `before` steps ago."""
         end = len(self.last) - before
         return [step[name] for step in islice(self.last, max(0, end - count), end)]
 
@@ -130,7 +130,7 @@ Rule = Callable[[Course], Found]
 def not_finite(course: Course) -> Found:
     """A loss or gradient that is NaN or infinite never recovers: AdamW's moments keep it.
 
-    But with fp16 an infinite gradient is how the scaler finds its scale: that step is left out.
+    With fp16, an infinite gradient is how the scaler finds its scale: that step is skipped.
     """
     told = {"loss": course.last[-1]["loss"] if course.last else 0.0}
     if not course.plan.config.fp16:
@@ -152,7 +152,7 @@ def too_far(course: Course) -> Found:
 
 
 def loss_oscillates(course: Course) -> Found:
-    """From a step to the next the loss changes, on average, by more than twice the loss of the first step."""
+    """The mean change of the loss per step is more than twice the loss of the first step."""
     losses = course.values("loss", course.swing + 1)
     if len(losses) <= course.swing:
         return None
@@ -179,7 +179,7 @@ def loss_rises(course: Course) -> Found:
 
 
 def prefers_rejected(course: Course) -> Found:
-    """The recent margin is below 0, by more than a nat and by more than chance: it unlearns, whatever the loss."""
+    """The recent margin is below 0, by more than a nat and by more than chance: the policy unlearns, whatever the loss is."""
     if course.done < course.recent:
         return None
     margins = course.values("margin", course.recent)
@@ -194,10 +194,10 @@ def prefers_rejected(course: Course) -> Found:
 
 
 def all_right_early(course: Course) -> Found:
-    """Pairs come again, all of them are right, and nothing held out shows that this is more than memory."""
+    """Pairs repeat, all of them are right, and no held-out figure shows that this is more than memorisation."""
     if (course.held_out("accuracy") or 0.0) >= GENERALISES:
         return None
-    # A dataset that fits into one step is nothing but learned by heart.
+    # A dataset that fits into one step is always memorised.
     window = max(HEART_STEPS, course.epoch) if course.epoch > 1 else 2
     is_early = course.epoch == 1 or course.done <= EARLY * course.plan.total_steps
     if not is_early or course.all_right < window or course.done < course.epoch + window:
@@ -208,7 +208,7 @@ def all_right_early(course: Course) -> Found:
 
 
 def chosen_collapses(course: Course) -> Found:
-    """The chosen responses have become twice as unlikely, in nats, as they are to the reference: repetition and gibberish."""
+    """The chosen responses are twice as unlikely, in nats, as under the reference: a sign of repetition and gibberish."""
     if course.done < course.recent:
         return None
     policy = course.mean("logp_chosen")
@@ -234,17 +234,17 @@ def chosen_falls(course: Course) -> Found:
 
 
 def no_movement(course: Course) -> Found:
-    """At the end the log-probs of chosen and of rejected responses are still, step for step, those of the reference.
+    """At the end, the log-probs of chosen and rejected responses are still those of the reference, step for step.
 
-    Few steps may be too few to move by so much, and are asked only where the warm-up did not end before them. A single step is
-    measured before it is taken: by its learning rate.
+    Few steps may be too few to move this far, so they are checked only if the warm-up did not end before them. A single step is
+    measured before its update: its learning rate decides.
     """
     if course.done < course.plan.total_steps:
         return None
     in_warmup = course.plan.ends_in_warmup
     if course.done == 1 and in_warmup:
         return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
-    if course.plan.strategy.rows is not PAIRS:  # of demonstrations only the steps are known
+    if course.plan.strategy.rows is not PAIRS:  # demonstrations have only the step rules
         return None
     remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above), train 2-4 epochs, check that chosen and"
     remedy = NO_WARMUP if in_warmup else f"{remedy} rejected differ clearly"
@@ -262,7 +262,7 @@ def no_movement(course: Course) -> Found:
     return message, remedy
 
 
-NOT_FINITE, NOT_AT_REFERENCE = "not-finite", "not-at-reference"  # with these, a policy is not judged
+NOT_FINITE, NOT_AT_REFERENCE = "not-finite", "not-at-reference"  # after these, a policy is not evaluated
 RULES: dict[str, tuple[Action, Rule]] = {
     NOT_FINITE: ("stop", not_finite),
     "kl": ("warn", too_far),
@@ -277,7 +277,7 @@ RULES: dict[str, tuple[Action, Rule]] = {
 
 
 def wrong_start(scores: Scores, plan: Plan) -> Event | None:
-    """Before step 1 the policy is its reference: margin 0, KL 0, loss ln 2. More than rounding: it has a wrong one."""
+    """Before step 1 the policy equals its reference: margin 0, KL 0, loss ln 2. A larger difference means a wrong reference."""
     apart = float(np.mean(np.abs(scores.policy - scores.reference) / scores.tokens))
     if not math.isfinite(apart):
         remedy = (
@@ -292,5 +292,5 @@ def wrong_start(scores: Scores, plan: Plan) -> Event | None:
 
 
 def watching(strategy: Strategy) -> dict[str, tuple[Action, Rule]]:
-    """The rules that watch a training with this strategy, in their order."""
+    """The rules of a training with this strategy, in order."""
     return {name: rule for name, rule in RULES.items() if name in strategy.health}
