@@ -12,7 +12,7 @@ __all__ = ["__version__", "evaluate", "recommend", "train", "validate"]
 
 
 def __getattr__(name: str) -> object:
-    """The functions of api.py, imported when one is asked for: the command line needs none of them."""
+    """The functions of api.py, imported on first use: the command line needs none of them."""
     if name in __all__:
         from dpo_cli import api
 

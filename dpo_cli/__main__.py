@@ -1,4 +1,4 @@
-"""`dpo` as a process: what must hold before any other module is loaded, and after the last line is printed."""
+"""`dpo` as a process: the setup before other modules are loaded, and the end after the last line is printed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 
 class _Stream(io.TextIOWrapper):
-    """Standard output or error. When its reader has seen enough, what is left goes nowhere, and the exit code stays."""
+    """Standard output or error. When its reader has closed it, the rest is dropped, and the exit code stays."""
 
     def write(self, text: str) -> int:
         try:
@@ -31,11 +31,11 @@ class _Stream(io.TextIOWrapper):
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C while the modules load ends the process as it would end any other, without a traceback."""
+    """Run the command line. Ctrl-C while the modules load ends the process without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = getattr(sys, name)
-        if stream is None:  # closed by the caller: what is printed goes nowhere
+        if stream is None:  # closed by the caller: the output is dropped
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             stream = open(number, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         if isinstance(stream, io.TextIOWrapper):
@@ -46,7 +46,7 @@ def main() -> None:
         setattr(sys, f"__{name}__", stream)
     from dpo_cli.app import app
 
-    app()  # in which a command's session takes Ctrl-C back
+    app()  # inside, the session of a command handles Ctrl-C again
 
 
 if __name__ == "__main__":

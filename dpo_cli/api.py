@@ -36,7 +36,7 @@ ConfigLike = str | Path | Mapping[str, object]
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A training that came to an end: completed, interrupted or unhealthy."""
+    """A training that has ended: completed, interrupted or unhealthy."""
 
     run_dir: Path
     summary: RunSummary
@@ -44,7 +44,7 @@ class TrainedRun:
 
 
 def validate(config: ConfigLike, *, vram: float | None = None, data: bool = True, strict: bool = False) -> Validation:
-    """All that is wrong with a config, its data and its memory. `vram`, GB, plans for another card than this machine's."""
+    """Every problem of a config, its data and its memory. `vram`, GB, plans for another card than this machine's."""
     with _file_of(config) as path:
         return validation.validated_file(_console(), path, [], probe(), vram, data, strict)
 
@@ -57,7 +57,7 @@ def recommend(
 
 
 def train(config: ConfigLike, *, overwrite: bool = False, resume: bool = False, **values: object) -> TrainedRun:
-    """Train an adapter; of a config with stages the last one is returned. `values` go over those of the config."""
+    """Train an adapter; a config with stages returns its last one. `values` replace those of the config."""
     with _file_of(config) as path:
         overrides = [f"{name}={json.dumps(value)}" for name, value in values.items()]
         result, code = train_stages.train_stages(path, overrides, _console(), overwrite=overwrite, resume=resume)
@@ -65,7 +65,7 @@ def train(config: ConfigLike, *, overwrite: bool = False, resume: bool = False, 
 
 
 def evaluate(run_dir: str | Path, *, dataset: str | None = None, adapter: str | Path | None = None) -> Evaluation:
-    """Judge a run on what it held out, or on `dataset`; with an `adapter`, that one on the model of the config `run_dir`."""
+    """Evaluate a run on its held-out rows, or on `dataset`; with `adapter`, that one on the model of the config `run_dir`."""
     composer_for()
     from dpo_cli.commands.eval import evaluate as evaluated
     from dpo_cli.commands.requests import Request
@@ -81,7 +81,7 @@ def _console() -> Console:
 
 @contextmanager
 def _file_of(config: ConfigLike) -> Iterator[str]:
-    """The path of a config; of values a file for as long as they are read."""
+    """The path of a config; values are written to a temporary file."""
     if not isinstance(config, Mapping):
         yield str(config)
         return

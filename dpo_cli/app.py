@@ -1,6 +1,6 @@
-"""The commands: parse, call, print, exit. Heavy modules are imported by the commands that need them.
+"""The commands: parse, call, print, exit. A command imports the heavy modules that it needs.
 
-Longer than other modules: each command's words stand in its signature, and all commands in one place.
+Longer than other modules: the help of each command is in its signature, and all commands are in one place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from dpo_cli.results.judgement import Evaluation
     from dpo_cli.results.tally import Tally
 
-VOTED_ON = 20  # prompts whose answers `dpo vote` compares
+VOTED_ON = 20  # prompts: `dpo vote` compares their answers
 MAX_VRAM_GB = 100_000
 
 app = typer.Typer(
@@ -47,9 +47,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, all else on standard error.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output, and everything else on standard error.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-JudgedOn = Annotated[str | None, typer.Option("--dataset", help="Judge on this file instead of what was held out.")]
+JudgedOn = Annotated[str | None, typer.Option("--dataset", help="Evaluate on this file instead of the held-out rows.")]
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A JSON config; - reads standard input.")]
 
 
@@ -57,23 +59,25 @@ ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A JSON config
 def validate(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONFIG... [KEY=VALUE]...", help="JSON configs, - for standard input; values over theirs."),
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE]...", help="JSON configs (- reads standard input), and values that replace theirs."
+        ),
     ] = None,
     vram: Annotated[
         float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="Plan for a GPU with this much memory, in GB.")
     ] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the dataset.")] = False,
     rows: Annotated[
-        int, typer.Option("--rows", min=0, help="Render so many rows with the model's chat template and tokenizer.")
+        int, typer.Option("--rows", min=0, help="Render this many rows with the model's chat template and tokenizer.")
     ] = ROWS,
     strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
     show_schema: Annotated[
-        bool, typer.Option("--schema", help='Print where the JSON schema is, for "$schema" in a config.')
+        bool, typer.Option("--schema", help='Print the path of the JSON schema, for "$schema" in a config.')
     ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Is this going to work? Everything wrong at once, with the fix."""
+    """Check a config, its data and its memory: every problem at once, each with its fix."""
     with session(as_json, debug) as console:
         if show_schema:
             console.json({"schema": str(schema_path())}) if as_json else typer.echo(schema_path())
@@ -81,7 +85,7 @@ def validate(
         overrides = [word for word in words or () if is_override(word)]
         configs = [word for word in words or () if word not in overrides]
         if not configs:
-            raise UsageError("no config is named", "dpo validate my-config.json")
+            raise UsageError("no config is given", "dpo validate my-config.json")
         machine = probe()
         found = [validated_file(console, path, overrides, machine, vram, not no_data, strict, rows) for path in configs]
         if as_json:
@@ -93,16 +97,18 @@ def validate(
 @app.command()
 def recommend(
     vram: Annotated[
-        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="GPU memory in GB; asked of this machine without it.")
+        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="GPU memory in GB; default: this machine's.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model to train; else the profile's.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="The dataset to put into the config, whose lengths then count.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to train; default: the profile's.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="The dataset of the config; the memory bill then uses its lengths.")
+    ] = None,
     strategy: Annotated[str, typer.Option(metavar="|".join(STRATEGIES), help="How to train.")] = DPO.name,
     write: Annotated[Path | None, typer.Option(help="Write the config to this file.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """A config for this hardware, with its memory bill."""
+    """Print a config for this hardware, with its memory bill."""
     with session(as_json, debug) as console:
         if write is not None and write.exists():
             raise UsageError(f"{write} exists already", "name a new file")
@@ -110,12 +116,12 @@ def recommend(
         for reason in made.reasons:
             console.line(reason)
         if not STRATEGIES[strategy].is_trained:
-            console.line(f"this version cannot train {strategy} yet: the config is for a later one")
+            console.line(f"this version cannot train {strategy} yet: the config is for a later version")
         console.bill(made.memory.to_json())
         if write is not None:
             try:
                 write.write_text(config_text(made), encoding="utf-8")
-            except OSError as error:  # a folder that is not there, or may not be written: the user's to change
+            except OSError as error:  # the folder does not exist or is not writable: the user can fix it
                 raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
         console.line(f"wrote {write}" if write else json.dumps(made.config, indent=2))
         if as_json:
@@ -123,7 +129,7 @@ def recommend(
 
 
 class _TrainCommand(TyperCommand):
-    """`dpo train --help` ends with the options of a config, which stand in its schema and nowhere else."""
+    """`dpo train --help` ends with the options of a config, which only the schema declares."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -133,10 +139,12 @@ class _TrainCommand(TyperCommand):
 @app.command(cls=_TrainCommand)
 def train(
     config: ConfigFile,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint; start where there is none.")
+        bool, typer.Option("--resume", help="Resume from the newest complete checkpoint; without one, start.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, train nothing, write nothing.")] = False,
     as_json: AsJson = False,
@@ -155,41 +163,47 @@ def train(
 @app.command("eval")
 def evaluate(
     target: Annotated[
-        str | None, typer.Argument(metavar="RUN_DIR|CONFIG", help="The output_dir of a finished run; a config with --adapter.")
+        str | None,
+        typer.Argument(metavar="RUN_DIR|CONFIG", help="The output_dir of a finished run, or a config with --adapter."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the run's or file's.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the run's or the file's.")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Judge this PEFT adapter, of any tool, on CONFIG's model.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Evaluate this PEFT adapter (made by any tool) on CONFIG's model.")
+    ] = None,
     dataset: JudgedOn = None,
     fail_under: Annotated[
-        str | None, typer.Option(metavar="LIMITS", help="accuracy=0.6,kl_sequence<10: exit 5 where a figure misses its limit.")
+        str | None,
+        typer.Option(metavar="LIMITS", help="accuracy=0.6,kl_sequence<10: exit code 5 if a figure misses its limit."),
     ] = None,
-    side_by_side: Annotated[int | None, typer.Option(min=1, metavar="N", help="As `dpo vote RUN_DIR --prompts N`.")] = None,
-    by_judge: Annotated[bool, typer.Option("--judge", help="As `dpo vote RUN_DIR --judge`.")] = False,
-    tally: Annotated[Path | None, typer.Option(metavar="FILE", help="As `dpo vote --tally FILE`.")] = None,
+    side_by_side: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Same as `dpo vote RUN_DIR --prompts N`.")
+    ] = None,
+    by_judge: Annotated[bool, typer.Option("--judge", help="Same as `dpo vote RUN_DIR --judge`.")] = False,
+    tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Same as `dpo vote --tally FILE`.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Judge an adapter against its base model on held-out pairs."""
+    """Evaluate an adapter against its base model on held-out pairs."""
     with session(as_json, debug) as console:
         from dpo_cli.commands.requests import Request, VoteRequest
 
         name, values = target or "", tuple(overrides or ())
         if tally is not None:
             if adapter:
-                raise UsageError("--tally counts a file by itself", f"dpo vote --tally {tally}")
-            console.line(f"note: this is `dpo vote --tally {tally}` now")
+                raise UsageError("--tally only counts the votes in a file", f"dpo vote --tally {tally}")
+            console.line(f"note: this command is now `dpo vote --tally {tally}`")
             _vote(VoteRequest(name, side_by_side or 0, by_judge, dataset, values, tally, fail_under), console, as_json)
             return
         if by_judge and not side_by_side:
-            raise UsageError("--judge fills the votes of --side-by-side", f"dpo vote {name or 'RUN_DIR'} --judge")
+            raise UsageError("--judge needs --side-by-side", f"dpo vote {name or 'RUN_DIR'} --judge")
         if adapter and side_by_side:
-            raise UsageError("--side-by-side writes into the directory of a run", "dpo vote RUN_DIR")
+            raise UsageError("--side-by-side needs a run directory", "dpo vote RUN_DIR")
         votes = VoteRequest(name, side_by_side, by_judge) if side_by_side else None
         asked = Request(name, adapter, dataset, values, fail_under, votes)
         if side_by_side:
-            console.line(f"note: `dpo vote {name} --prompts {side_by_side}` compares answers without judging the run again")
+            console.line(f"note: `dpo vote {name} --prompts {side_by_side}` compares answers without evaluating the run again")
         composer_for()
         from dpo_cli.commands.eval import evaluate as evaluate_it
 
@@ -201,20 +215,22 @@ def evaluate(
 @app.command()
 def vote(
     run_dir: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the run's.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the run's.")
+    ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help=f"Compare the answers to so many prompts; {VOTED_ON} without it.")
+        int | None, typer.Option(min=1, metavar="N", help=f"Compare the answers to this many prompts; default: {VOTED_ON}.")
     ] = None,
     by_judge: Annotated[bool, typer.Option("--judge", help='Ask the judge that "augment" names, and count its votes.')] = False,
     dataset: JudgedOn = None,
     tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Count the votes in a votes.json.")] = None,
     fail_under: Annotated[
-        str | None, typer.Option(metavar="LIMITS", help="win_rate=0.5: exit 5 where the adapter wins less often.")
+        str | None, typer.Option(metavar="LIMITS", help="win_rate=0.5: exit code 5 if the adapter wins less often.")
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a page that asks which answer is better, the adapter's or the base's; or ask a judge; or count the votes."""
+    """Compare the answers of an adapter and its base: write a page for voters, ask a judge, or count votes."""
     with session(as_json, debug) as console:
         from dpo_cli.commands.requests import VoteRequest
 
@@ -241,7 +257,7 @@ def _vote(asked: VoteRequest, console: Console, as_json: bool) -> None:
 def _end(
     thresholds: Sequence[Threshold], judged: Evaluation | Tally | None, result: JsonObject, console: Console, as_json: bool
 ) -> None:
-    """Print the result with what becomes of its limits, and exit with 5 where one is missed."""
+    """Print the result with its limits, and exit with 5 if one is missed."""
     from dpo_cli.evaluation.thresholds import judged_by
 
     limits = judged_by(thresholds, judged)
@@ -255,17 +271,17 @@ def _end(
 @app.command()
 def report(
     run_dirs: Annotated[list[str], typer.Argument(metavar="RUN_DIR ...", help="The output_dir of a run, or of several.")],
-    out: Annotated[Path | None, typer.Option(help="The page about several; else comparison.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page about several runs; default: comparison.html.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's report.html anew; of several runs, one page that compares them."""
+    """Write the report.html of a run again, or one page that compares several runs."""
     with session(as_json, debug) as console:
         from dpo_cli.report.render import write_comparison, write_report
 
         paths = [Path(name) for name in run_dirs]
         if len(paths) == 1 and out is not None:
-            raise UsageError("--out is for several runs", "leave it out: the report of one run is written into its directory")
+            raise UsageError("--out is for several runs", "remove --out: the report of one run is written into its directory")
         page = write_report(paths[0]) if len(paths) == 1 else write_comparison(paths, out or Path("comparison.html"))
         console.line(f"report: {page}")
         if as_json:
@@ -275,19 +291,22 @@ def report(
 @app.command()
 def augment(
     prompts: Annotated[
-        str, typer.Argument(metavar="PROMPTS", help="A .txt file with a prompt a line, or rows with a prompt (.jsonl, ...).")
+        str,
+        typer.Argument(metavar="PROMPTS", help="A .txt file with one prompt per line, or rows with a prompt (.jsonl, ...)."),
     ],
     config: ConfigFile,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values over the file's.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
+    ] = None,
     *,
-    out: Annotated[Path, typer.Option(help="The .jsonl file of pairs to write; an unfinished one goes on.")],
+    out: Annotated[Path, typer.Option(help="The .jsonl file of pairs to write; an unfinished file is continued.")],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Make preference pairs of the model's own answers to prompts, ranked as "augment" in CONFIG says."""
+    """Make preference pairs from the model's own answers to prompts, ranked by "augment" in CONFIG."""
     with session(as_json, debug) as console:
         if out.suffix != ".jsonl":
-            raise UsageError(f"{out} is not called .jsonl", "name a .jsonl file: it gets a pair a line")
+            raise UsageError(f"{out} does not end in .jsonl", "name a .jsonl file: it gets one pair per line")
         ResumableFile.check(out)
         plan, asked, warnings = inspect_prompts(load(config, overrides or ()), probe(), prompts)
         console.problems(warnings)
@@ -297,7 +316,7 @@ def augment(
         try:
             result = make_pairs(plan, asked, out, console)
         except KeyboardInterrupt:
-            console.line(f"stopped: the same command goes on with what {out} holds")
+            console.line(f"stopped: run the same command again to continue {out}")
             raise
         if as_json:
             console.json(result)
@@ -306,19 +325,19 @@ def augment(
 @app.command("export")
 def export_run(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")],
-    out: Annotated[Path, typer.Option(help="The new folder to write the model to.")],
+    out: Annotated[Path, typer.Option(help="The folder to create for the model.")],
     gguf: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"] | None, typer.Option(help="Write a GGUF file of this type too, and a Modelfile.")
+        Literal["f32", "f16", "bf16", "q8_0"] | None, typer.Option(help="Also write a GGUF file of this type, and a Modelfile.")
     ] = None,
     converter: Annotated[
         Path | None, typer.Option(envvar="DPO_GGUF_CONVERTER", help="llama.cpp's convert_hf_to_gguf.py, if not on PATH.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Judge on this file instead of what the run held out.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Evaluate on this file instead of the run's held-out rows.")] = None,
     push: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Upload the folder to this hub repository.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Merge a run's adapter into its base, judge what was written, and refuse a model that got worse."""
+    """Merge a run's adapter into its base, evaluate the result, and reject it if it is worse."""
     with session(as_json, debug) as console:
         composer_for()
         from dpo_cli.commands.export import Request as Export

@@ -4,9 +4,9 @@
     ├── UsageError          2   the command line itself is wrong
     ├── InvalidInput        3   the config or the data is wrong; carries every Problem found
     │   └── DoesNotFit      4   the hardware is too small
-    └── RunFailed           1   something outside the user's input failed: a model that cannot be had, a full disk
+    └── RunFailed           1   something outside the user's input failed: a model that cannot be loaded, a full disk
 
-A training that was stopped (130, 143) or is unhealthy (5) is no error: it ends with what it has, and its own exit code.
+A training that was stopped (130, 143) or is unhealthy (5) is not an error: it saves what it has, and has its own exit code.
 
 A `Problem` is one finding about the user's input. Errors stop, warnings and hints are shown.
 """
@@ -39,7 +39,7 @@ Severity = Literal["error", "warning", "hint"]
 class Problem:
     """One finding: what is wrong, where, and what to do. `code` is stable; `line` and `column` start at 1.
 
-    `line` belongs to a problem about one value or row; `lines` to one about several rows, and names them all. In data files
+    `line` is set for a problem of one value or row, `lines` for a problem of several rows: it has them all. In data files
     without a line for each row (Parquet, a JSON list on one line) both are numbers of rows.
     """
 
@@ -52,7 +52,7 @@ class Problem:
     line: int | None = None
     column: int | None = None
     lines: tuple[int, ...] | None = None
-    stops_training: bool = False  # a warning here, since the config may be for another machine or version; here it cannot train
+    stops_training: bool = False  # `validate` warns, since the config may be for another machine; `train` stops
 
     def to_json(self) -> dict[str, Any]:
         """All keys, always, in the documented order."""
@@ -64,7 +64,7 @@ class Problem:
 def about_rows(
     severity: Severity, code: str, reason: str, fix: str, key: str | None, file: str, lines: Sequence[int], unit: str = "line"
 ) -> Problem:
-    """A problem of these rows of a file; the message shows the first ten. `unit` is what their places count: lines or rows."""
+    """A problem of these rows of a file; the message shows the first ten. `unit` is what their numbers count: lines or rows."""
     lines = sorted(lines)
     if len(lines) == 1:
         message = f"row {lines[0]}: {reason}" if unit == "row" else reason
@@ -74,7 +74,7 @@ def about_rows(
 
 
 class DpoError(Exception):
-    """Base of every error shown to a user: one sentence of what is wrong, and one of what to do."""
+    """Base of every error shown to a user: one sentence for what is wrong, and one for what to do."""
 
     exit_code = Exit.FAILED
 
@@ -105,7 +105,7 @@ def invalid(
     line: int | None = None,
     column: int | None = None,
 ) -> InvalidInput:
-    """The error of one thing that is wrong."""
+    """The error of a single problem."""
     return InvalidInput([Problem("error", code, message, fix, key, file, line, column)])
 
 

@@ -84,7 +84,7 @@ WHILE_RUNNING = {
     "tracker-missing": ("warning", '`"report_to": "wandb"`', "the package of a tracker is not installed; stops a training"),
     "wandb-login": ("warning", '`"report_to": "wandb"`', "wandb has no key, or one that cannot be; stops a training"),
     "dataset-changed": ("error", "a file that is still being written", "its rows are not those that would be hashed"),
-    "run-exists": ("error", "`dpo train` twice", "output_dir holds a run already; `--overwrite` replaces it"),
+    "run-exists": ("error", "`dpo train` twice", "output_dir already holds a run; `--overwrite` replaces it"),
     "run-locked": ("error", "`dpo train` twice at once", "another process is using output_dir; it is named"),
     "resume-differs": (
         "error",
@@ -95,16 +95,20 @@ WHILE_RUNNING = {
     "run-unwritable": ("error", '`"output_dir": "/proc/run"`', "output_dir cannot be written"),
     "run-link": ("error", "a link in a run directory", "what is written there would be written elsewhere"),
     "not-a-run": ("error", "`dpo eval .`", "the folder is not a finished run"),
-    "not-an-adapter": ("error", "`dpo eval my-config.json --adapter .`", "the folder holds no PEFT adapter that can be judged"),
-    "adapter-changed": ("error", "a changed file in `adapter/`", "the adapter is not the one that the run wrote"),
+    "not-an-adapter": (
+        "error",
+        "`dpo eval my-config.json --adapter .`",
+        "the folder is not a PEFT adapter that can be evaluated",
+    ),
+    "adapter-changed": ("error", "a changed file in `adapter/`", "the adapter has changed since the run wrote it"),
     "nothing-to-compare": (
         "error",
         '`dpo export` of a run with `"eval_split": 0`',
-        "nothing tells whether the merged model is as good: name a `--dataset`",
+        "the merged model cannot be compared with the run: name a `--dataset`",
     ),
     "votes-unreadable": ("error", "`dpo vote --tally gone.json`", "there is no such file, or it is damaged"),
     "not-votes": ("error", "`dpo vote --tally config.json`", "the file is another JSON file; the first place that differs"),
-    "no-votes": ("error", "`dpo vote --tally votes.json`", "nobody has voted yet"),
+    "no-votes": ("error", "`dpo vote --tally votes.json`", "there are no votes yet"),
     "votes-of-people": (
         "error",
         "`dpo vote runs/my-run --judge`",
@@ -118,7 +122,7 @@ WHILE_RUNNING = {
     "gguf-differs": (
         "error",
         "`dpo export --gguf q8_0`",
-        "the GGUF file, read back, finds other tokens most likely than the merged model: nothing is exported",
+        "the GGUF file, read back, has other most likely tokens than the merged model: nothing is exported",
     ),
     "no-such-module": (
         "error",
@@ -128,7 +132,7 @@ WHILE_RUNNING = {
     "adapter-refused": (
         "error",
         '`"target_modules"` that PEFT does not take',
-        "PEFT puts no such adapter on this model: its reason, and the layers that there are",
+        "PEFT cannot put this adapter on the model: its reason, and the layers that exist",
     ),
     "target-unreached": (
         "error",
@@ -197,7 +201,7 @@ WHILE_RUNNING = {
     "prompts-format": ("error", "`dpo augment prompts.doc`", "which files of prompts are read"),
     "prompts-unreadable": ("error", "`dpo augment folder.txt`", "the file cannot be read"),
     "no-prompts": ("error", "`dpo augment` of an empty file", "the file holds no prompt"),
-    "out-changed": ("error", "an edited, unfinished `--out` file", "it is not what was written so far"),
+    "out-changed": ("error", "an edited, unfinished `--out` file", "the file has changed since it was written"),
     "out-other-settings": ("error", "`dpo augment` continued with another seed", "each setting that differs, with both values"),
     "model-unknown": (
         "error",

@@ -246,7 +246,7 @@ def test_sft_on_sft_is_judged_alike_by_run_and_eval(run: Run, sft: Path) -> None
 def test_a_run_below_that_changed_is_told(run: Run, sft: Path) -> None:
     _, place = run("dpo", model_name=str(sft), lora_r=2, max_steps=1)
     run("sft", strategy="sft", seed=1)
-    with pytest.raises(InvalidInput, match="not the one that it was trained on"):
+    with pytest.raises(InvalidInput, match="which has changed or is missing"):
         judged_json(Request(str(place)), Console())
     (sft / "metrics.json").unlink()  # as in a run that was replaced and died
     with pytest.raises(InvalidInput) as caught:
@@ -276,4 +276,4 @@ def test_stages_train_one_on_the_other(tmp_path: Path, tiny_model_dir: Path, pai
     assert plan_of(place / "2-dpo")["config"]["model_name"] == str(place / "1-sft")
     assert CliRunner().invoke(app, [*words[:-1], "strategy=dpo"]).exit_code == Exit.USAGE
     again = CliRunner().invoke(app, words)
-    assert (again.exit_code, "holds a run already" in again.stderr) == (Exit.INVALID, True)
+    assert (again.exit_code, "already holds a run" in again.stderr) == (Exit.INVALID, True)

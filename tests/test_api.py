@@ -48,7 +48,7 @@ def test_what_is_wrong_is_raised_or_returned(tmp_path: Path) -> None:
     assert found.exit_code is Exit.INVALID
     with pytest.raises(InvalidInput):
         dpo_cli.train({"dataset": str(tmp_path / "gone.jsonl"), "model_name": "m"})
-    with pytest.raises(UsageError, match="there is no strategy rl"):
+    with pytest.raises(UsageError, match="unknown strategy rl"):
         dpo_cli.recommend(vram=12, strategy="rl")
     with pytest.raises(InvalidInput, match="is not a finished run"):
         dpo_cli.evaluate(tmp_path)

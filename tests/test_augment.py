@@ -129,7 +129,7 @@ def test_a_killed_file_goes_on_to_the_same_bytes(place: Path) -> None:
     assert 1 <= before < len(PROMPTS)
     done = run(slow, "--json")
     assert done.exit_code == 0, done.output
-    assert f"going on after {before} of 14 prompts" in done.stderr
+    assert f"continuing after {before} of 14 prompts" in done.stderr
     assert json.loads(done.stdout)["resumed"] is True
     assert Path("pairs.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
@@ -149,7 +149,7 @@ def test_ctrl_c_at_any_batch_and_torn_lines_lose_nothing(place: Path, monkeypatc
     for stop in range(1, BATCHES):
         calls.clear()
         done = run()
-        assert done.exit_code == 130 and "the same command goes on" in done.stdout, done.output
+        assert done.exit_code == 130 and "run the same command again" in done.stdout, done.output
         assert Path("pairs.jsonl.progress").read_bytes().count(b"\n") == 1 + stop
         for name in ("pairs.jsonl", "pairs.jsonl.progress"):
             with Path(name).open("ab") as file:
@@ -203,7 +203,7 @@ def test_other_settings_are_refused_and_named(place: Path, monkeypatch: pytest.M
     kept = Path("pairs.jsonl").read_bytes()
     done = run("seed=7", rule(temperature=1.25))
     assert done.exit_code == 3
-    assert "augment.temperature was 1.5, and is 1.25; seed was 42, and is 7" in " ".join(done.stderr.split())
+    assert "augment.temperature was 1.5 and is now 1.25; seed was 42 and is now 7" in " ".join(done.stderr.split())
     (place / "prompts.txt").write_text("\n".join(PROMPTS[1:]), encoding="utf-8")
     assert "prompts was" in run().stderr
     (place / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
@@ -303,8 +303,8 @@ def test_short_answers_and_near_scores_make_no_pair(place: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "options", "code", "says"),
     [
-        (["pairs.jsonl"], {"out": "pairs.txt"}, 2, "not called .jsonl"),
-        ([], {"out": "none/pairs.jsonl"}, 2, "there is no folder"),
+        (["pairs.jsonl"], {"out": "pairs.txt"}, 2, "does not end in .jsonl"),
+        ([], {"out": "none/pairs.jsonl"}, 2, "does not exist"),
         ([], {"prompts": "gone.txt"}, 3, "there is no file gone.txt"),
         ([], {"prompts": "prompts.doc"}, 3, "not a .txt, .jsonl"),
         ([], {"prompts": "folder.txt"}, 3, "cannot read folder.txt"),

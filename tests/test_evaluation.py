@@ -112,7 +112,7 @@ def test_an_adapter_of_another_tool_is_judged_by_a_config(
         assert judged["policy"]["kl_token"]["value"] == pytest.approx(expected["kl_token"], abs=1e-4)
     held_out = judged_json(Request(str(config), tmp_path / "lora", overrides=("beta=0.1",)), Console())
     assert 0 < held_out["pairs"] < 24
-    assert "was made on" not in capsys.readouterr().out
+    assert "as its base" not in capsys.readouterr().out
 
 
 def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path, run: Run, tiny_model_dir: Path) -> None:
@@ -127,7 +127,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path, run: Run, ti
     with pytest.raises(InvalidInput, match="may run code"):
         judged_json(Request(config, empty), Console())
     (empty / "adapter_model.safetensors").touch()
-    with pytest.raises(InvalidInput, match="names no peft_type"):
+    with pytest.raises(InvalidInput, match="has no peft_type"):
         judged_json(Request(config, empty), Console())
     (empty / "adapter_config.json").write_text('{"peft_type": "NEW"}')
     with pytest.raises(InvalidInput, match="PEFT cannot read"):
@@ -249,13 +249,13 @@ def test_no_number_keeps_no_limit() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("acuracy=0.6", "there is no figure acuracy"),
-        ("accuracy", "is no limit"),
-        ("accuracy=high", "is no number"),
-        ("accuracy=nan", "is no limit"),
-        ("accuracy=0.5,", "'' is no limit"),
-        ("loss=0.6", "would ask for a loss of 0.6 or more"),
-        ("gain.kl_token<1", "there is no figure gain.kl_token"),
+        ("acuracy=0.6", "unknown figure acuracy"),
+        ("accuracy", "is not a limit"),
+        ("accuracy=high", "is not a number"),
+        ("accuracy=nan", "is not a limit"),
+        ("accuracy=0.5,", "'' is not a limit"),
+        ("loss=0.6", "requires a loss of 0.6 or more"),
+        ("gain.kl_token<1", "unknown figure gain.kl_token"),
     ],
 )
 def test_what_is_no_limit(text: str, says: str) -> None:
@@ -266,9 +266,9 @@ def test_what_is_no_limit(text: str, says: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({}, "no run is named"),
-        ({"target": "r", "adapter": Path("a"), "vote": VoteRequest("r")}, "directory of a run"),
-        ({"target": "r", "overrides": ("beta=1",)}, "dpo eval takes no beta="),
+        ({}, "no run is given"),
+        ({"target": "r", "adapter": Path("a"), "vote": VoteRequest("r")}, "run directory"),
+        ({"target": "r", "overrides": ("beta=1",)}, "dpo eval does not accept beta="),
         ({"target": __file__}, "is a file"),
     ],
 )
@@ -280,15 +280,15 @@ def test_what_does_not_go_together(asked: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({}, "no run is named"),
-        ({"run": "r", "tally": Path("v")}, "by itself"),
-        ({"by_judge": True, "tally": Path("v")}, "by itself"),
-        ({"prompts": 7, "tally": Path("v")}, "by itself"),
-        ({"overrides": ("beta=1",), "tally": Path("v")}, "by itself"),
+        ({}, "no run is given"),
+        ({"run": "r", "tally": Path("v")}, "only counts"),
+        ({"by_judge": True, "tally": Path("v")}, "only counts"),
+        ({"prompts": 7, "tally": Path("v")}, "only counts"),
+        ({"overrides": ("beta=1",), "tally": Path("v")}, "only counts"),
         ({"run": __file__}, "is a file"),
         ({"run": "r", "fail_under": "win_rate=0.5"}, "no votes yet"),
-        ({"run": "r", "overrides": ("beta=1",)}, "dpo vote takes no beta="),
-        ({"tally": Path("v"), "fail_under": "accuracy=1"}, "there is no figure accuracy"),
+        ({"run": "r", "overrides": ("beta=1",)}, "dpo vote does not accept beta="),
+        ({"tally": Path("v"), "fail_under": "accuracy=1"}, "unknown figure accuracy"),
     ],
 )
 def test_what_does_not_go_together_in_a_vote(asked: dict[str, Any], says: str) -> None:

@@ -200,7 +200,7 @@ def test_a_worse_model_is_refused_and_nothing_is_left(
     )
     assert missed["limit"] == made["before"][name]["high" if kind == "sft" else "low"]
     assert f"[export-worse] the merged model's {name} is {missed['value']:.3f}" in done.stderr
-    assert f"the interval of the run's {missed['before']:.3f} ends" in done.stderr
+    assert f"the end of the interval around the run's {missed['before']:.3f}" in done.stderr
     assert left_behind(tmp_path) == []
 
 
@@ -239,7 +239,7 @@ def test_a_folder_that_is_not_empty_is_not_written_into(trained: Train, tmp_path
     with pytest.raises(UsageError, match="cannot write"):
         export(Request(str(of_kind(trained, "adapter")), tmp_path / "notes.txt" / "out"), Console())
     assert (left_behind(tmp_path), (tmp_path / "notes.txt").read_text(encoding="utf-8")) == (["notes.txt"], "mine")
-    with pytest.raises(UsageError, match="is no hub repository"):
+    with pytest.raises(UsageError, match="is not a hub repository"):
         export(Request(str(of_kind(trained, "adapter")), tmp_path / "out", push="mine"), Console())
 
 

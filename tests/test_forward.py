@@ -128,7 +128,7 @@ def test_nothing_to_compare_is_no_agreement() -> None:
 def test_attention_models_share_prompts(family: str) -> None:
     decided = forward.choose(tiny_model(family, torch.float32), PAIRS, 2, "auto")
     assert decided.shared and decided.why.startswith("each prompt once")
-    assert "both ways compute the same" in decided.why
+    assert "both ways agree" in decided.why
 
 
 def test_false_takes_the_plain_path_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,7 @@ def test_attention_that_never_sees_the_layout_is_named() -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(NemotronConfig(**SHAPE), dtype=torch.float32).eval()
     decided = forward.choose(model, PAIRS, 2, "auto")
-    assert not decided.shared and "does not hand the layout" in decided.why
+    assert not decided.shared and "does not pass the layout" in decided.why
 
 
 @pytest.mark.parametrize("prompt_sharing", ["auto", False])
@@ -267,7 +267,7 @@ def test_a_head_that_does_more_than_a_product_is_refused(prompt_sharing: bool | 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
-    with pytest.raises(RunFailed, match="not known here"):
+    with pytest.raises(RunFailed, match="not supported"):
         forward.choose(model, PAIRS, 2, prompt_sharing)
 
 

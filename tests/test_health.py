@@ -174,7 +174,7 @@ def test_a_policy_that_is_not_its_reference_is_told_of(tmp_path: Path) -> None:
 
     assert wrong_start(scores(0.0), made) is None and wrong_start(scores(0.019), made) is None
     event = wrong_start(scores(-0.04), made)
-    assert event is not None and event.action == "stop" and "0.002 nats a token" in event.message
+    assert event is not None and event.action == "stop" and "0.002 nats per token" in event.message
     broken = wrong_start(scores(math.nan), made)
     assert broken is not None and broken.rule == NOT_FINITE
 
@@ -227,7 +227,7 @@ def test_a_learning_rate_100_times_too_high(trained: Trained, capsys: pytest.Cap
     events, code, _ = trained(learning_rate=3e-1)
     assert code is Exit.DONE and actions(events) == {"kl": "warn"}
     told = capsys.readouterr().out
-    assert "warn [kl] the policy is" in told and "lower learning_rate" in told
+    assert "warn [kl] the KL per sampled answer is" in told and "lower learning_rate" in told
 
 
 def test_stop_on_ends_with_what_there_is(trained: Trained) -> None:
@@ -264,7 +264,7 @@ def test_labels_that_are_flipped_half_way(trained: Trained, monkeypatch: pytest.
     events, code, _ = trained()
     found = {event["rule"]: event for event in events}
     assert code is Exit.DONE and found["prefers-rejected"]["action"] == "warn" and found["prefers-rejected"]["step"] > 30
-    assert "chosen and rejected swapped" in found["prefers-rejected"]["remedy"]
+    assert "chosen and rejected are not swapped" in found["prefers-rejected"]["remedy"]
 
 
 def test_a_loss_that_is_no_number(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,7 +123,7 @@ def test_before_the_first_step_nothing_is_said_of_the_time_left() -> None:
     with LiveView(terminal.console, 20, 2.83) as view:
         view._live.refresh()
         (line,) = filter(None, terminal.play())
-    assert line.startswith("0/20 ") and line.endswith("getting ready")
+    assert line.startswith("0/20 ") and line.endswith("preparing")
 
 
 def test_a_terminal_without_utf8_gets_ascii() -> None:

@@ -782,5 +782,5 @@ def test_every_load_asks_for_the_report(monkeypatch: pytest.MonkeyPatch, base: C
     assert named.keys() >= {"model", "loading_info"}
     fields = {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"}
     assert fields <= vars(named["loading_info"]).keys()
-    with pytest.raises(RunFailed, match="does not tell which tensors of a model"), loaded_tensors.all_tensors("a model"):
+    with pytest.raises(RunFailed, match="does not report which tensors of a model"), loaded_tensors.all_tensors("a model"):
         pass

@@ -105,12 +105,12 @@ def test_a_reward_model_scores_with_its_adapter(reward_dir: Path, tmp_path: Path
 
 def test_what_is_no_reward_model_is_refused(reward_dir: Path, tiny_model_dir: Path) -> None:
     """A causal model would get a head of random numbers; weights in pickles could run code."""
-    with pytest.raises(RunFailed, match="no reward model"):
+    with pytest.raises(RunFailed, match="not a reward model"):
         Reward(str(tiny_model_dir), "cpu", torch.float32, DAY)
     config = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
     (reward_dir / "config.json").write_text(json.dumps({**config, "num_labels": 1}), encoding="utf-8")
     tiny_model("llama", torch.float32).save_pretrained(reward_dir)
-    with pytest.raises(RunFailed, match="no reward model"):
+    with pytest.raises(RunFailed, match="not a reward model"):
         Reward(str(reward_dir), "cpu", torch.float32, DAY)
     torch.save({}, reward_dir / "pytorch_model.bin")
     (reward_dir / "model.safetensors").unlink()
@@ -204,7 +204,7 @@ def test_a_busy_judge_is_asked_again_and_a_dead_one_is_told(endpoint: Endpoint) 
 
 @pytest.mark.parametrize(
     ("status", "text", "says"),
-    [(401, "", "does not let us in"), (404, "", "refuses what is asked"), (200, "no JSON", "does not answer as the OpenAI")],
+    [(401, "", "denies access"), (404, "", "rejects the request"), (200, "no JSON", "does not answer as the OpenAI")],
 )
 def test_a_judge_that_cannot_be_used_is_told_at_once(endpoint: Endpoint, status: int, text: str, says: str) -> None:
     endpoint.reply = lambda _: (status, text)

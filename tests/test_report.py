@@ -76,38 +76,38 @@ MARGIN = "by a margin of 1.400 [1.300, 1.500] at a loss of 0.325"
     [
         (
             *(1.4, 0.14, 4.0, (NOTE,), "good", "Clear gain over its base"),
-            f"{MARGIN}; by its log-probs alone it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
+            f"{MARGIN}; by log-probs alone, it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 4 nats per answer from the base (limit 10).",
         ),
         (
             *(1.4, 0.14, 12.0, (WARNING, NOTE), "doubtful", "Clear gain, but far from its base"),
-            f"{MARGIN}; by its log-probs alone it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
+            f"{MARGIN}; by log-probs alone, it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 12 nats per answer from the base (over the limit of 10); one warning was raised.",
         ),
         (
             *(1.4, 0.14, None, (WARNING, WARNING), "doubtful", "Clear gain, with a warning"),
-            f"{MARGIN}; by its log-probs alone it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
+            f"{MARGIN}; by log-probs alone, it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 0.046 nats per token from the base; two warnings were raised.",
         ),
         (
             *(1.4, 0.02, None, (), "doubtful", "No clear gain over its base"),
-            f"{MARGIN}; by its log-probs alone it does not clearly prefer it in more of the pairs than the base does, "
+            f"{MARGIN}; by log-probs alone, it does not clearly prefer it in more of the pairs than the base does, "
             "+2.0 points [-8, +12], and it is 0.046 nats per token from the base.",
         ),
         (
             *(0.05, 0.2, None, (), "doubtful", "No clear effect"),
-            "by a margin not clear of zero, 0.050 [-0.050, 0.150] at a loss of 0.325; by its log-probs alone it "
+            "by a margin not clearly above zero, 0.050 [-0.050, 0.150] at a loss of 0.325; by log-probs alone, it "
             "prefers it in 20.0 points [10, 30] more of the pairs than the base does, "
             "and it is 0.046 nats per token from the base.",
         ),
         (
             *(1.4, -0.2, None, (), "bad", "Worse than its base"),
-            f"{MARGIN}; by its log-probs alone it prefers it in 20.0 points [10, 30] fewer of the pairs than the base does, "
+            f"{MARGIN}; by log-probs alone, it prefers it in 20.0 points [10, 30] fewer of the pairs than the base does, "
             "and it is 0.046 nats per token from the base.",
         ),
         (
             *(-0.5, 0.2, None, (), "bad", "Worse than its base"),
-            "with a margin below zero, -0.500 [-0.600, -0.400] at a loss of 0.325; by its log-probs alone it "
+            "with a margin below zero, -0.500 [-0.600, -0.400] at a loss of 0.325; by log-probs alone, it "
             "prefers it in 20.0 points [10, 30] more of the pairs than the base does, "
             "and it is 0.046 nats per token from the base.",
         ),
@@ -134,7 +134,7 @@ def test_the_limit_of_the_config_decides_what_is_far() -> None:
     ("loss", "tone", "title", "told"),
     [
         (-0.45, "good", "Clear gain over its base", "below the base's by 0.450 [0.350, 0.550]"),
-        (0.05, "doubtful", "No clear gain over its base", "not clearly another than the base's (+0.050 [-0.050, +0.150])"),
+        (0.05, "doubtful", "No clear gain over its base", "not clearly different from the base's (+0.050 [-0.050, +0.150])"),
         (0.3, "bad", "Worse than its base", "above the base's by 0.300 [0.200, 0.400]"),
     ],
 )
@@ -149,8 +149,8 @@ def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told:
     said = verdict(Outcome("completed", 58, Sides(policy, {}, gain), 20, 20), SFT)
     assert (said.tone, said.title) == (tone, title)
     assert said.sentence == (
-        f"On 20 held-out demonstrations the adapter's loss is 1.300 [1.200, 1.400] nats per token, {told}; it finds 61.1 % "
-        "[59, 63] of their tokens most likely (+5.0 points [+3, +7]), and it is 0.3 nats per token from the base."
+        f"On 20 held-out demonstrations the adapter's loss is 1.300 [1.200, 1.400] nats per token, {told}; 61.1 % "
+        "[59, 63] of their tokens are its most likely ones (+5.0 points [+3, +7]), and it is 0.3 nats per token from the base."
     )
 
 
@@ -159,26 +159,26 @@ def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told:
     [
         (
             *("completed", 0, (), "open"),
-            "The training finished all of its 3 steps, but nothing was held out, so nothing tells whether it is better than "
-            "its base.",
+            "The training finished all of its 3 steps, but there are no held-out rows, so it is unknown whether it is better "
+            "than its base.",
         ),
         (
             *("completed", 9, (), "open"),
-            "The training finished all of its 3 steps, but its judging did not come to an end (dpo eval judges it anew), so "
-            "nothing tells whether it is better than its base.",
+            "The training finished all of its 3 steps, but its evaluation did not finish (dpo eval repeats it), so "
+            "it is unknown whether it is better than its base.",
         ),
         (
             *("interrupted", 9, (), "open"),
-            "The training was interrupted after step 3; the adapter so far is saved and not judged.",
+            "The training was interrupted after step 3; the adapter is saved and not evaluated.",
         ),
         (
             *("unhealthy", 9, (WARNING, STOP), "bad"),
-            "The training was stopped as unhealthy after step 3: loss of step 3 is not finite; the adapter as it was then is "
-            "saved and not judged.",
+            "The training was stopped as unhealthy after step 3: loss of step 3 is not finite; the adapter is "
+            "saved and not evaluated.",
         ),
         (
             *("unfinished", 9, (), "open"),
-            "There is no end of this training here; it came to step 3, and nothing is judged before an end.",
+            "The training has not finished; its last step is 3, so it is not evaluated yet.",
         ),
     ],
 )
@@ -189,13 +189,13 @@ def test_the_verdict_where_nothing_was_judged(
     assert (said.tone, said.sentence) == (tone, sentence)
 
 
-@pytest.mark.parametrize(("prompts", "told"), [(1, "one prompt alone"), (19, "19 prompts alone")])
+@pytest.mark.parametrize(("prompts", "told"), [(1, "only one prompt"), (19, "only 19 prompts")])
 def test_figures_of_few_prompts_are_never_good(prompts: int, told: str) -> None:
     """The interval of one prompt is its value, which would be clear of zero."""
     said = verdict(Outcome("completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, prompts))
     assert (said.tone, said.title) == ("doubtful", "Too few held-out prompts")
     assert said.sentence.startswith(f"{HEAD}{MARGIN}; ")
-    assert said.sentence.endswith(f"; these are figures of {told}, which say little of others (take 20 or more).")
+    assert said.sentence.endswith(f"; these figures are of {told}, too few for a conclusion (use 20 or more).")
     assert verdict(Outcome("completed", 29, judged_pairs(1.4, 0.14, 4.0), 85, 20)).tone == "good"
 
 
@@ -366,21 +366,21 @@ def test_a_run_that_broke_off_has_a_report(copied: Path) -> None:
     (copied / "metrics.json").unlink()
     with (copied / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"split": "train", "ste')
-    assert "it came to step 4" in report(Contents.read(copied))
+    assert "its last step is 4" in report(Contents.read(copied))
     (copied / "metrics.jsonl").unlink()
     page = report(Contents.read(copied))
-    assert "it came to step 0" in page and '<svg class="drawing"' not in page
+    assert "its last step is 0" in page and '<svg class="drawing"' not in page
 
 
 def test_figures_of_a_later_evaluation_count(copied: Path) -> None:
     """A training that was stopped judges nothing; `dpo eval` writes evaluation.json, and the report with it."""
     change(copied, "metrics.json", status="interrupted", eval=None, base=None, gain=None)
     (copied / "evaluation.json").unlink()
-    assert "the adapter so far is saved and not judged" in report(Contents.read(copied))
+    assert "the adapter is saved and not evaluated" in report(Contents.read(copied))
     done = CliRunner().invoke(app, ["eval", str(copied)])
     assert done.exit_code == 0 and f"report: {copied / REPORT}" in "".join(done.stdout.splitlines())
     page = (copied / REPORT).read_text(encoding="utf-8")
-    assert "was interrupted after step 4; the adapter prefers" in page and "not judged" not in page
+    assert "was interrupted after step 4; the adapter prefers" in page and "not evaluated" not in page
     assert page.count("<dt>") > 4 and "Against the base" in page
 
 
@@ -388,7 +388,7 @@ def test_a_judging_that_broke_off_is_not_nothing_held_out(copied: Path) -> None:
     change(copied, "metrics.json", eval=None, base=None, gain=None)
     (copied / "evaluation.json").unlink()
     page = report(Contents.read(copied))
-    assert "its judging did not come to an end" in page and "nothing was held out" not in page
+    assert "its evaluation did not finish" in page and "there are no held-out rows" not in page
 
 
 def test_a_run_from_an_adapter_is_compared_with_that_adapter(copied: Path) -> None:
@@ -487,7 +487,7 @@ def test_a_comparison_tells_what_differs_and_what_does_not_compare(copied: Path,
     runs = [runs[0], Contents.read(other)]
     assert comparison.differing(runs) == [("seed", ["42", "1"]), ("beta", ["0.1", "0.5"]), ("split_seed", ["42", "1"])]
     data, beta = comparison.warnings(runs)
-    assert "they differ in the data files, split_seed)" in data and beta.startswith("beta differs")
+    assert "(in the data files, split_seed)" in data and beta.startswith("beta differs")
     done = CliRunner().invoke(app, ["report", str(copied), str(other), "--out", str(tmp_path / "two.html"), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout) == {"reports": [str(tmp_path / "two.html")]}
     page = (tmp_path / "two.html").read_text(encoding="utf-8")
@@ -509,7 +509,7 @@ def test_held_out_sets_are_compared_by_what_decides_them(trained: Path) -> None:
     assert comparison.warnings([first, with_config(run, same, eval_dataset="/b.jsonl", seed=2)]) == []
     for second in (with_config(run, other, eval_dataset="/c.jsonl", seed=1), with_config(run, {}, seed=1)):
         (told,) = comparison.warnings([first, second])
-        assert "they differ in eval_dataset)" in told
+        assert "(in eval_dataset)" in told
     older = [with_config(run, None, eval_dataset=name) for name in ("/a.jsonl", "/a.jsonl", "/c.jsonl")]
     assert comparison.warnings(older[:2]) == [] and len(comparison.warnings(older)) == 1
 
@@ -525,7 +525,7 @@ def test_a_comparison_with_another_start_says_so(trained: Path) -> None:
     run = Contents.read(trained)
     runs = [run, with_config(run, {}, reference="adapter")]
     (warning,) = comparison.warnings(runs)
-    assert warning.startswith("The models that the runs started from differ")
+    assert warning.startswith("The runs started from different models")
     (group,) = comparison.compared(runs)["groups"]
     assert "log-prob accuracy, base or starting adapter" in dict(group["figures"])
 

@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     capsys.readouterr()
     gone_on, _ = go("stopped")
     said = capsys.readouterr().out
-    assert "checkpoint step-4 is skipped: optimizer.safetensors has changed" in said and "going on from step-2" in said
+    assert "checkpoint step-4 is skipped: optimizer.safetensors has changed" in said and "resuming from step-2" in said
     assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
     for folder in (tmp_path / "whole" / "checkpoints").iterdir():
         (folder / "random.json").unlink()
@@ -251,7 +251,7 @@ def test_more_epochs_go_on_and_other_settings_are_refused(go: Go, tmp_path: Path
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(made_row(i)) + "\n" for i in range(26)), encoding="utf-8")
     with pytest.raises(InvalidInput) as caught:
         go("run")
-    assert "dataset has other content than when the run began" in [problem.message for problem in caught.value.problems]
+    assert "the content of dataset has changed since the run started" in [problem.message for problem in caught.value.problems]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(made_row(i)) + "\n" for i in range(24)), encoding="utf-8")
     more, _ = go("run", num_train_epochs=3)
     assert more["steps"] == 15 and more["adapter_sha256"] != first["adapter_sha256"]
@@ -360,7 +360,7 @@ def test_a_run_goes_on_with_the_batch_that_it_began_with_whatever_memory_there_i
     assert decided["gradient_checkpointing"] is True
     with pytest.raises(DoesNotFit) as caught:
         go("stopped", gradient_checkpointing="auto", machine=replace(probe(), memory_gb=0.99 * need))
-    assert "start anew with --overwrite" in str(caught.value.problems[0].fix)
+    assert "restart with --overwrite" in str(caught.value.problems[0].fix)
     gone_on, _ = go("stopped", gradient_checkpointing="auto", machine=tight)
     assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
 
@@ -420,7 +420,7 @@ def test_somebody_elses_model_is_not_replaced(go: Go, tmp_path: Path) -> None:
     (tmp_path / "home" / "model" / "mine").write_text("mine", encoding="utf-8")
     with pytest.raises(InvalidInput) as caught:
         go("home")
-    assert "a folder model that no run wrote" in caught.value.problems[0].message
+    assert "a folder model that is not from a run" in caught.value.problems[0].message
     assert [path.name for path in (tmp_path / "home").rglob("*")] == ["model", "mine"]
 
 

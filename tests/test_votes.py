@@ -101,7 +101,7 @@ def test_the_page_is_blind_balanced_and_follows_its_seed() -> None:
         (json.dumps(made() | {"votes_version": 2}), "not-votes", "votes_version: 1 was expected"),
         (json.dumps(voted("nobody")), "not-votes", "votes[0].winner: 'nobody' is not one of"),
         (json.dumps(made() | {"judge": {}}), "not-votes", "judge: 'url' is a required property"),
-        (json.dumps(voted(None, None)), "no-votes", "nobody has voted"),
+        (json.dumps(voted(None, None)), "no-votes", "there are no votes yet"),
     ],
 )
 def test_what_is_no_file_of_votes_is_told(tmp_path: Path, text: str, code: str, says: str) -> None:
@@ -229,7 +229,7 @@ def test_a_browser_that_keeps_nothing_says_so_and_votes_all_the_same(page: Page,
     page.call("Page.addScriptToEvaluateOnNewDocument", source=refuse)
     page.reload()
     page.press("1")
-    assert "does not keep them: save before you close" in page.js("document.querySelector('#status').innerText")
+    assert "does not store votes: save before you close" in page.js("document.querySelector('#status').innerText")
     assert votes.tally(downloaded(page, tmp_path)).missing == 8
     assert page.js("document.querySelector('#status').innerText") == "1 of 9 voted. Saved."
     assert page.console == []
@@ -240,7 +240,7 @@ def test_nothing_is_asked_where_all_answers_are_the_same(page: Page, tmp_path: P
     (tmp_path / "same.html").write_text(votes.page(document, 1), encoding="utf-8")
     page.open((tmp_path / "same.html").as_uri())
     page.press("1", "Backspace")
-    assert page.js("heading.innerText") == "Nothing to ask: all answers are the same text"
+    assert page.js("heading.innerText") == "Nothing to vote on: all answers are the same text"
     assert downloaded(page, tmp_path) == document
     assert votes.tally(document).win_rate == Interval(0.5, 0.5, 0.5)
     assert page.console == []
@@ -286,7 +286,7 @@ def test_a_run_is_put_before_a_judge(run: Run, endpoint: Endpoint, monkeypatch: 
     assert asked == orders
     result, document = json.loads(done.stdout)["side_by_side"], votes.read(place / "votes.json")
     assert result["tally"] == to_json(votes.tally(document)) and result["prompts"] == len(document["votes"]) == 5
-    assert "all there are; 99 were asked for" in done.stderr
+    assert "all there are; 99 were requested" in done.stderr
     assert document["judge"] == {"url": f"{endpoint.url}/chat/completions", "model": "judge-1"}
     for vote in document["votes"]:
         difference = len(vote["adapter"]) - len(vote["base"])
@@ -306,10 +306,10 @@ def refused(place: Path, words: list[str]) -> None:
     (place / "plan.json").write_text(plan.replace('"eval_split": 0.5', '"eval_split": 0'), encoding="utf-8")
     told = CliRunner().invoke(app, ["eval", str(place), "--side-by-side", "2"])
     assert told.exit_code == 3 and "[nothing-to-compare]" in told.stderr
-    assert "nothing was held out" not in told.stdout  # as an evaluation says it
+    assert "there are no held-out rows" not in told.stdout  # as an evaluation says it
     (place / "plan.json").write_text(plan, encoding="utf-8")
     told = CliRunner().invoke(app, ["eval", str(place), "beta=0.5", "--side-by-side", "2"])
-    assert told.exit_code == 2 and "dpo eval takes no beta=" in told.stderr
+    assert told.exit_code == 2 and "dpo eval does not accept beta=" in told.stderr
     (place / "votes.json").write_text(json.dumps(voted("adapter")), encoding="utf-8")
     told = CliRunner().invoke(app, words)
     assert told.exit_code == 3 and "[votes-of-people]" in told.stderr
@@ -332,7 +332,7 @@ def test_a_reply_that_is_no_verdict_is_no_vote(run: Run, endpoint: Endpoint) -> 
     ]
     endpoint.reply = lambda asked: (200, "T" if f"[Prompt]\n{open_before[0]}\n" in asked else "perhaps")
     told = CliRunner().invoke(app, words)
-    assert told.exit_code == 0 and "have no verdict of the judge" in told.stdout
+    assert told.exit_code == 0 and "have no verdict from the judge" in told.stdout
     kept = json.loads((place / "votes.json").read_text(encoding="utf-8"))["votes"]
     assert [vote["prompt"] for vote in kept if vote["by"] == "judge"] == open_before[:1]
     endpoint.reply = lambda _: (200, "T")

@@ -1,7 +1,7 @@
 """The story of `dpo augment`, top to bottom: prompts -> sampled answers -> scores -> pairs with provenance, batch by batch.
 
-A batch always holds the same prompts and is drawn with the same seed. So a file that goes on after a stop becomes, byte for
-byte, the one that is written at once: on the same machine, and with a judge that answers alike.
+A batch always holds the same prompts and is drawn with the same seed. So a continued file becomes, byte for byte,
+the one that is written in one go: on the same machine, and with a judge that gives the same replies.
 """
 
 from __future__ import annotations
@@ -45,24 +45,24 @@ Options = Mapping[str, Any]  # the parts of the option `augment`
 COUNTED = {
     "responses": "responses sampled",
     "unanswered": "prompts fill the model's context and have no answer",
-    "unfinished": "did not end within max_new_tokens: rejected at most, never chosen",
-    "empty": "empty or with a NUL character, left out",
-    "short": "shorter than min_tokens, left out",
-    "identical": "the same as another to their prompt, but for case and blanks, left out",
+    "unfinished": "did not end within max_new_tokens: they can be rejected, never chosen",
+    "empty": "empty or with a NUL character, skipped",
+    "short": "shorter than min_tokens, skipped",
+    "identical": "the same as another answer except for case and blanks, skipped",
     "without_pair": "prompts gave no pair",
 }
 
 
 def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonObject:
-    """Write pairs made of the model's own answers to `out`, or go on with them: what `augment --json` prints."""
+    """Write pairs of the model's own answers to `out`, or continue the file: what `augment --json` prints."""
     options = {**inner_defaults("augment"), **plan.config.augment}
     provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
     begun = ResumableFile.decided(out).get("day")
-    day = date.fromisoformat(begun) if begun else plan.day  # that a template writes: one for the whole file
+    day = date.fromisoformat(begun) if begun else plan.day  # the date that a template writes: one for the whole file
     made = Tokenizer.loaded(tokenizer, day, plan.model.generation)
     asked, left = _encoded(prompts.questions, made, plan, options, provider.token_rows())
-    model = provider.start(plan, provider.base_model(plan))  # with its adapter, where model_name is one
+    model = provider.start(plan, provider.base_model(plan))  # with its adapter, if model_name is one
     origin = _origin(plan, options, model)
     rank = ranking(options, plan.config.device, getattr(torch, plan.dtype), day)
     maker = Maker(model, tokenizer, rank, plan, options, origin)
@@ -70,7 +70,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
     with closing(ResumableFile(out, settings, {"day": day.isoformat()})) as file:
         done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
         if file.is_resumed:
-            console.line(f"{out}: going on after {done} of {len(asked)} prompts")
+            console.line(f"{out}: continuing after {done} of {len(asked)} prompts")
         with console.counting("prompts", len(asked), done) as show:
             for start in range(done, len(asked), options["prompts_per_batch"]):
                 batch = asked[start : start + options["prompts_per_batch"]]
@@ -96,17 +96,17 @@ class Maker:
     origin: Mapping[str, object]
 
     def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[JsonObject]:
-        """The rows of the pairs of these prompts, of which the first is number `start`; `counts` grows by what was met."""
+        """The rows of the pairs of these prompts; the first has number `start`. `counts` is updated."""
         options, dtype = self.options, getattr(torch, self.plan.dtype)
         sampling = Sampling(options["max_new_tokens"], float(options["temperature"]), float(options["top_p"]))
-        # As many bits as torch takes, from words that Python hashes alike everywhere: batches of other seeds share nothing.
+        # As many bits as torch takes, from a hash that is the same on every machine: batches of other seeds share nothing.
         torch.manual_seed(random.Random(f"{self.plan.config.seed}/{start}").getrandbits(63))
         try:
             made = generate(self.model, self.tokenizer, [ids for _, ids in batch], sampling, dtype, options["responses"])
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            message = f"{len(batch)} prompts with {options['responses']} responses each are out of memory"
+            message = f"out of memory with {len(batch)} prompts and {options['responses']} responses each"
             fix = 'lower "prompts_per_batch", "responses" or "max_new_tokens" in "augment"'
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
         rows = []
@@ -134,12 +134,12 @@ class Maker:
 
 
 def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) -> list[Answer]:
-    """The different answers that say something; the others are counted."""
+    """The different answers that are usable; the others are counted."""
     kept: dict[str, Answer] = {}
     for answer in (answer for answer in answers if not answer.is_missing):
         counts["responses"] += 1
         counts["unfinished"] += not answer.finished
-        if not answer.text or "\0" in answer.text:  # a NUL, which no row may hold
+        if not answer.text or "\0" in answer.text:  # a row may not hold a NUL
             counts["empty"] += 1
         elif answer.tokens < min_tokens:
             counts["short"] += 1
@@ -157,9 +157,9 @@ def _encoded(
     options: Options,
     token_rows: int | None,
 ) -> tuple[list[tuple[Question, list[int]]], dict[str, int]]:
-    """Each question with its token ids as training will see them, cut so that an answer has room; and what that cost."""
+    """Each question with its token ids as in training, cut so that an answer has room; and the counts of cuts."""
     room = plan.config.max_seq_length - options["max_new_tokens"]
-    pairs = [question.with_answers("A", "B") for question in questions]  # whose answers are no matter
+    pairs = [question.with_answers("A", "B") for question in questions]  # the answers do not matter
     (encoded,) = encode_all([pairs], tokenizer, plan.config.use_chat_template, room, token_rows).require().sides
     kept = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
     left = {"cut": sum(pair.is_cut for _, pair in kept), "too_long": len(questions) - len(kept)}
@@ -167,7 +167,7 @@ def _encoded(
 
 
 def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> JsonObject:
-    """What made the rows: the model, the rule, how was sampled, and by which version."""
+    """The origin of the rows: the model, the rule, the sampling and the version."""
     rank = options["rank"]
     own = {
         name: _identity(ModelSource.of(options[name]), None) if name == "reward_model" else options[name]
@@ -183,7 +183,7 @@ def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> JsonObject:
 
 
 def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[str, object]) -> JsonObject:
-    """All that decides what the file holds."""
+    """Everything that decides the content of the file."""
     config = plan.config
     shared = {name: getattr(config, name) for name in names_where(lambda option: option.is_sampling)}
     return {
@@ -198,7 +198,7 @@ def _settings(plan: Plan, prompts: Prompts, options: Options, origin: Mapping[st
 
 
 def _identity(model: ModelSource, revision: str | None) -> JsonObject:
-    """A model by its name, without the folder of a local one, and a hash of its own weights or the hub's commit."""
+    """The name of a model, without the folder of a local one, and a hash of its weights or the hub's commit."""
     place = model.own.path
     files = [place] if place.is_file() else sorted(place.glob("*.safetensors")) if place.is_dir() else []
     digests = [sha256(file) for file in files]
@@ -209,12 +209,12 @@ def _identity(model: ModelSource, revision: str | None) -> JsonObject:
 
 
 def _tell(found: Mapping[str, int], out: Path, console: Console) -> None:
-    """The counts at the end; of what did not happen, nothing."""
+    """The counts at the end; those that are 0 are omitted."""
     told = {
         "repeated": "rows repeat an earlier prompt",
-        "bad_rows": "rows are no prompts, left out",
-        "cut": "prompts lost their beginning, so that an answer fits max_seq_length",
-        "too_long": "prompts left no room for an answer in max_seq_length, left out",
+        "bad_rows": "rows are not prompts, skipped",
+        "cut": "prompts were cut at the start, so that an answer fits max_seq_length",
+        "too_long": "prompts left no room for an answer in max_seq_length, skipped",
         **COUNTED,
     }
     for name, words in told.items():

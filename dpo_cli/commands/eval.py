@@ -1,4 +1,4 @@
-"""The story of `dpo eval`: open, load, judge; and what `dpo vote` does, where it is asked for too."""
+"""The story of `dpo eval`: open, load, evaluate; and `dpo vote`, if it is requested too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = 3  # prompts whose answers are printed
 
 
 def evaluate(asked: Request, console: Console) -> tuple[Evaluation, SideBySide | None]:
-    """Judge what was trained against its reference; with votes asked for, its answers are compared too."""
+    """Evaluate what was trained against its reference; if votes are requested, compare its answers too."""
     if asked.adapter is not None:
         opened = open_adapter(asked.target, asked.adapter, asked.dataset, asked.overrides, console)
     else:
@@ -32,9 +32,9 @@ def evaluate(asked: Request, console: Console) -> tuple[Evaluation, SideBySide |
         samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.vote.prompts if asked.vote else 0))
         measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
         judged = judge(opened.rows, measured, samples, plan)
-    is_as_trained = asked.dataset is None and not asked.overrides  # only such figures are the run's own
+    is_as_trained = asked.dataset is None and not asked.overrides  # only these figures belong to the run
     if run and is_as_trained and judged.sides is not None and not run.has(EVALUATION):
-        run.write_json(EVALUATION, to_json(judged))  # of a training that was stopped, which judges nothing
-        console.line(f"report: {write_report(run.path)}")  # which told of no figures
+        run.write_json(EVALUATION, to_json(judged))  # a training that was stopped has no evaluation
+        console.line(f"report: {write_report(run.path)}")  # which had no figures
     console.judgement(judged, judged.samples[:SHOWN])
     return judged, contest.hold(samples, console) if contest else None

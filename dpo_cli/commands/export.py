@@ -1,6 +1,6 @@
-"""From a run to a model that others can load: merged, judged again before anyone sees it, and only then in its place.
+"""From a run to a model that others can load: merged, evaluated again, and only then moved to its place.
 
-run -> its own figures -> adapter merged into the unquantised base -> files -> the figures of what the files hold -> GGUF
+run -> its figures -> adapter merged into the unquantised base -> files -> figures of the files -> GGUF
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FACTS, MODELFILE = "export.json", "Modelfile"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of `dpo export`."""
+    """The request of `dpo export`."""
 
     run: str
     out: Path
@@ -60,16 +60,16 @@ class Request:
 
 
 def export(asked: Request, console: Console) -> tuple[JsonObject, Exit]:
-    """Merge, judge, convert and publish: what `export --json` prints, and the exit code. Refused, nothing is left in `out`."""
+    """Merge, evaluate, convert and publish: what `export --json` prints, and the exit code. A rejected model leaves no file."""
     converter = gguf_export.find_converter(asked.converter) if asked.gguf else None
     if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
         raise UsageError(f"{asked.out} exists already", "name a new folder with --out, or delete it")
     if asked.push and not fits("hub_model_id", asked.push):
-        raise UsageError(f"--push {asked.push} is no hub repository", "write owner/name, with your name on the hub")
+        raise UsageError(f"--push {asked.push} is not a hub repository", "write owner/name, with your name on the hub")
     opened = open_run(asked.run, asked.dataset, console)
     if not opened.rows:
-        message, fix = "the run held nothing out, so nobody could tell whether the merged model is as good", "--dataset FILE"
-        raise invalid("nothing-to-compare", message, f"judge it on other {opened.plan.noun}: {fix}")
+        message, fix = "the run has no held-out rows, so the merged model cannot be compared with it", "--dataset FILE"
+        raise invalid("nothing-to-compare", message, f"evaluate it on other {opened.plan.noun}: {fix}")
     trained = as_trained(opened)
     _require_space(asked, trained)
     with log_to(opened.run.log), _staged(asked.out) as place:
@@ -98,7 +98,7 @@ def export(asked: Request, console: Console) -> tuple[JsonObject, Exit]:
 
 
 def as_trained(opened: OpenedRun) -> Plan:
-    """The plan with the data and precision of the training, its base unquantised, and on the CPU, which has the most memory."""
+    """The plan with the data and precision of the training, its base not quantised, on the CPU, which has the most memory."""
     then = opened.run.read_json(PLAN)["config"]
     same = {name: then[name] for name in ("bf16", "fp16", "dataset", "strategy")}
     config = replace(opened.plan.config, **same)
@@ -106,7 +106,7 @@ def as_trained(opened: OpenedRun) -> Plan:
 
 
 def _require_space(asked: Request, plan: Plan) -> None:
-    """`RunFailed` where the disk has no room for the model's files; a model of unknown shape may still fill it."""
+    """`RunFailed` if the disk has no room for the model's files; a model of unknown shape is not checked."""
     facts = plan.model.facts
     if facts is None:
         return
@@ -121,7 +121,7 @@ def _require_space(asked: Request, plan: Plan) -> None:
 
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, which becomes `out` if export.json, the last file, is in it at the end; else it goes."""
+    """A hidden folder next to `out`. It becomes `out` if it holds export.json, the last file; otherwise it is removed."""
     place = out.with_name(f".{out.name}.part")
     shutil.rmtree(place, ignore_errors=True)  # of an export that was killed
     try:
@@ -137,7 +137,7 @@ def _staged(out: Path) -> Iterator[Path]:
 
 
 def _own_scores(opened: Opened, console: Console) -> tuple[Scores, Plan]:
-    """What the run's own policy, as it was trained, gives the rows; and the plan with how they were scored."""
+    """The scores of the rows under the run's own policy, and the plan with the way of scoring."""
     policy, plan = load_policy(opened, console)
     return score(policy, opened.rows, opened.tokenizer, plan), plan
 
@@ -145,7 +145,7 @@ def _own_scores(opened: Opened, console: Console) -> tuple[Scores, Plan]:
 def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     """Write the whole model with its tokenizer, in the dtype of the training.
 
-    Loaded by transformers and PEFT alone, whatever the run's provider is; a base that is quantised in its own files is made
+    Loaded by transformers and PEFT only, for every provider of the run; a base that is quantised in its own files is made
     float first. Raises `InvalidInput` for an adapter that cannot be merged.
     """
     free_memory()
@@ -157,29 +157,29 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
 
 
 def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console: Console) -> Scores:
-    """What the model in `place`, read back, gives the rows, beside the reference of the run."""
+    """The scores of the rows under the model in `place`, read back, with the reference scores of the run."""
     free_memory()
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     config = replace(plan.config, model_name=str(place), reference="base", use_4bit=False, use_8bit=False)
     if plan.config.device == "cuda" and size > 0.8 * torch.cuda.mem_get_info()[0]:
-        console.line("note: the merged model is larger than the GPU's free memory, and is scored on the CPU, which takes long")
+        console.line("note: the merged model is larger than the GPU's free memory, and is scored on the CPU, which is slow")
         config = replace(config, device="cpu")
     model = HuggingFace(ModelSource.of(str(place))).base_model(replace(plan, config=config)).eval()
     scoring = choose(model, opened.rows, int(opened.tokenizer.pad_token_id), plan.config.prompt_sharing)
-    # It stands in for its own reference, whose log-probs are there already.
+    # The model takes the place of its reference: the log-probs of the reference are already known.
     made = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))
     return replace(own, policy=made.policy, policy_right=made.policy_right)
 
 
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[Merge, Judged]:
-    """What export.json holds of the merge, and the figures of the merged model for its card.
+    """The merge as export.json has it, and the figures of the merged model for its card.
 
-    A watched figure may not leave the 95 % interval of the run's own on its bad side.
+    A watched figure may not leave the 95 % interval of the run's figure on the worse side.
     """
     config, prompts = opened.plan.config, [row.row.prompt_key for row in opened.rows]
     before, after = (figures(scores, prompts, config.beta) for scores in (own, merged))
     for sides in before, after:
-        del sides.policy["kl_token"]  # the merged one is not known
+        del sides.policy["kl_token"]  # unknown for the merged model
     apart = np.abs(merged.policy - own.policy)
     judged = Judged(opened.plan.noun, len(opened.rows), len(set(prompts)), after)
     merge = Merge(
@@ -202,27 +202,27 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
 
 
 def limit(figure: Figure, before: Interval, after: Interval, prompts: int) -> MergeLimit:
-    """A figure of the merged model beside the worst that it may be."""
-    worse = -1 if figure.is_better_large else 1  # the sign of a change for the worse
+    """A figure of the merged model and its limit."""
+    worse = -1 if figure.is_better_large else 1  # the sign of a change to the worse
     limit = before.high if worse > 0 else before.low
     if figure.is_share and before.low == before.value:
-        # Where every pair is right, so is every resample. With none wrong of n, 3/n is the end of a 95 % interval.
+        # If every pair is right, so is every resample. With none wrong of n, 3/n is the end of a 95 % interval.
         limit -= 3 / prompts
     return MergeLimit(figure.name, before.value, limit, after.value, ok=bool(worse * (after.value - limit) <= 0))
 
 
 def _worse(limit: MergeLimit, trained: Plan) -> Problem:
     bound = "below" if FIGURES[limit.metric].is_better_large else "above"
-    message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the {limit.limit:.3f} where"
-    message += f" the interval of the run's {limit.before:.3f} ends"
-    fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or use the adapter as it is"
+    message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the limit {limit.limit:.3f},"
+    message += f" the end of the interval around the run's {limit.before:.3f}"
+    fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or keep the adapter unmerged"
     return Problem("error", "export-worse", message, fix)
 
 
 def _gguf(
     asked: Request, kind: gguf_export.Type, converter: Path, opened: Opened, place: Path, console: Console
 ) -> tuple[GgufCheck, list[Problem]]:
-    """Write the GGUF file and its Modelfile: how they compare with the model, and what stands in the way."""
+    """Write the GGUF file and its Modelfile: the comparison with the model, and the problems."""
     file = place / f"{asked.out.name}.{kind.upper()}.gguf"
     console.line(f"writing {file.name}")
     free_memory()
@@ -231,10 +231,10 @@ def _gguf(
     text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
     (place / MODELFILE).write_text(text, encoding="utf-8")
     same = f"{check.same_argmax:.2%} of {check.positions} positions have the same most likely token"
-    console.line(f"{file.name}: {same} ({check.least_same:.1%} must); logits differ by {check.max_difference:.3g} at most")
+    console.line(f"{file.name}: {same} (minimum {check.least_same:.1%}); logits differ by {check.max_difference:.3g} at most")
     if not has_template:
-        console.line("note: no TEMPLATE could be written into the Modelfile; Ollama takes the one of the GGUF file")
-    message = f"{file.name} answers otherwise than the merged model: {same}, and {check.least_same:.1%} is the least"
-    fix = "nothing was exported: take a finer type than that, or a newer converter"
+        console.line("note: the Modelfile has no TEMPLATE; Ollama uses the one in the GGUF file")
+    message = f"{file.name} answers differently from the merged model: {same}, and the minimum is {check.least_same:.1%}"
+    fix = "nothing was exported: use a more precise type, or a newer converter"
     refused = [] if check.ok else [Problem("error", "gguf-differs", message, fix)]
     return replace(check, modelfile_template=has_template), refused

@@ -1,4 +1,4 @@
-"""What `dpo recommend` is asked, and the config that it writes. No torch."""
+"""The input of `dpo recommend`, a card and the lengths of a dataset, and the config that it writes. No torch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dpo_cli.ui.console import Console
 
 
 def request_of(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Request:
-    """The request; `UsageError` for a strategy that is not known, and where there is no card to plan for."""
+    """The request; `UsageError` for an unknown strategy, and without a card to plan for."""
     if strategy not in STRATEGIES:
-        raise UsageError(f"there is no strategy {strategy}", f"name one of {', '.join(STRATEGIES)}")
+        raise UsageError(f"unknown strategy {strategy}", f"name one of {', '.join(STRATEGIES)}")
     asked = Request(vram or 0.0, model, dataset, strategy)
     if vram is None:
         machine = probe()
         if machine.card is None:
-            raise UsageError("there is no GPU on this machine", "say what to plan for, for example --vram 12")
+            raise UsageError("this machine has no GPU", "give the memory to plan for, for example --vram 12")
         total_gb, free_gb, what = machine.card
         console.line(f"this machine: {what}")
         is_apple = machine.is_apple and not machine.gpus
@@ -33,7 +33,7 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
         return asked
     lengths = lengths_of(dataset, ModelSource.of(model) if model else None)
     if lengths.most_tokens is None:
-        console.line(f"{dataset} is not here yet, so its lengths do not count")
+        console.line(f"{dataset} is not on this machine yet, so its lengths are not used")
     return replace(asked, longest=lengths.most_tokens, share_over=lengths.share_over)
 
 

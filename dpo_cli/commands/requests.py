@@ -1,4 +1,4 @@
-"""What is asked of `dpo eval` and of `dpo vote`, and what of it goes together. No torch."""
+"""The requests of `dpo eval` and `dpo vote`, and which of their options can be combined. No torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from dpo_cli.config.schema import names_where
 from dpo_cli.errors import UsageError
 from dpo_cli.evaluation.thresholds import METRICS, OF_VOTES, Threshold, parse
 
-# The options that say how a run is judged, and not how it was trained.
+# The options that change an evaluation, and not the training.
 JUDGING = frozenset(names_where(lambda option: option.is_judging))
 
 
 @dataclass(frozen=True)
 class VoteRequest:
-    """A run whose answers are compared, by people or by a judge; or a file of votes to count.
+    """A run to compare with its base, by people or by a judge; or a votes file to count.
 
-    Raises `UsageError` for what does not go together.
+    Raises `UsageError` for options that cannot be combined.
     """
 
     run: str = ""
-    prompts: int = 0  # whose answers are compared; none are with a tally
+    prompts: int = 0  # number of prompts to compare; 0 with a tally
     by_judge: bool = False
     dataset: str | None = None
     overrides: tuple[str, ...] = ()
@@ -34,20 +34,22 @@ class VoteRequest:
         object.__setattr__(self, "thresholds", _limits(self.fail_under, OF_VOTES))
         if self.tally is not None:
             if self.run or self.dataset or self.by_judge or self.overrides or self.prompts:
-                raise UsageError("--tally counts a file by itself", f"dpo vote --tally {self.tally}")
+                raise UsageError("--tally only counts the votes in a file", f"dpo vote --tally {self.tally}")
             return
         if not self.run:
-            raise UsageError("no run is named", "dpo vote RUN_DIR, or dpo vote --tally votes.json")
+            raise UsageError("no run is given", "dpo vote RUN_DIR, or dpo vote --tally votes.json")
         if self.thresholds and not self.by_judge:
-            raise UsageError("there are no votes yet to keep a limit", "dpo vote --tally votes.json --fail-under win_rate=0.5")
+            raise UsageError(
+                "there are no votes yet to compare with a limit", "dpo vote --tally votes.json --fail-under win_rate=0.5"
+            )
         _require_run("dpo vote", self.run, self.overrides)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A run to judge; with an `adapter`, a config whose model it is put on. With `vote`, its answers are compared too.
+    """A run to evaluate; with `adapter`, a config that names its base. With `vote`, the answers are compared too.
 
-    Raises `UsageError` for what does not go together.
+    Raises `UsageError` for options that cannot be combined.
     """
 
     target: str = ""
@@ -61,11 +63,11 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", _limits(self.fail_under, METRICS))
         if not self.target:
-            raise UsageError("no run is named", "dpo eval RUN_DIR, or dpo vote --tally votes.json")
+            raise UsageError("no run is given", "dpo eval RUN_DIR, or dpo vote --tally votes.json")
         if self.adapter is None:
             _require_run("dpo eval", self.target, self.overrides, f"dpo eval {self.target} --adapter DIR, or ")
         elif self.vote is not None:
-            raise UsageError("--side-by-side writes into the directory of a run", "dpo vote RUN_DIR")
+            raise UsageError("--side-by-side needs a run directory", "dpo vote RUN_DIR")
 
 
 def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:
@@ -73,10 +75,10 @@ def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:
 
 
 def _require_run(command: str, name: str, overrides: Iterable[str], or_else: str = "") -> None:
-    """`UsageError` where a run is a file, or is to be judged otherwise than it was trained."""
+    """`UsageError` if a run is a file, or if an override changes its training."""
     if Path(name).is_file():
-        raise UsageError(f"{name} is a file, and no directory of a run", f"{or_else}{command} RUN_DIR")
+        raise UsageError(f"{name} is a file, not a run directory", f"{or_else}{command} RUN_DIR")
     for key in (word.partition("=")[0] for word in overrides):
         if key not in JUDGING:
             fix = f"only {', '.join(sorted(JUDGING))} may differ; {command} --dataset names other rows"
-            raise UsageError(f"{command} takes no {key}=...: a run is judged as it was trained", fix)
+            raise UsageError(f"{command} does not accept {key}=...: a run is evaluated with the options of its training", fix)

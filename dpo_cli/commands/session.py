@@ -1,4 +1,4 @@
-"""What every command is run within: errors become messages and exit codes, and heavy libraries come late."""
+"""The context of every command: errors become messages and exit codes, and heavy libraries are imported late."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ SHOWN = 80  # characters of a name that is too long
 
 @contextmanager
 def session(as_json: bool, debug: bool) -> Iterator[Console]:
-    """The console of one command; whatever is raised becomes a message and an exit code.
+    """The console of one command; every exception becomes a message and an exit code.
 
-    With `as_json` what libraries print goes to standard error too (trackio prints).
+    With `as_json`, the output of libraries goes to standard error too (trackio prints).
     """
     ask_nobody()
     with redirect_stdout(cast(TextIO, Redacted(sys.stdout))), redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
@@ -47,12 +47,12 @@ def _told(console: Console, debug: bool) -> Iterator[None]:
         yield
     except (typer.Exit, BrokenPipeError):
         raise
-    except KeyboardInterrupt as error:  # of a training that was asked to stop: with the code of the signal
-        stopped = DpoError("stopped", "`dpo train` goes on with --resume, `dpo augment` with the same command")
+    except KeyboardInterrupt as error:  # a training that was stopped by a signal: with the code of the signal
+        stopped = DpoError("stopped", "continue `dpo train` with --resume, `dpo augment` with the same command")
         stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
         console.error(stopped)
         raise typer.Exit(int(stopped.exit_code)) from None
-    except Exception as error:  # a DpoError, or a fault of ours or of the machine: told, and the exit code says which
+    except Exception as error:  # a DpoError, or a fault of dpo or of the machine: it is reported, and the exit code shows which
         if debug:
             traceback.print_exc()
         told = error if isinstance(error, DpoError) else unexpected(error)
@@ -61,15 +61,15 @@ def _told(console: Console, debug: bool) -> Iterator[None]:
 
 
 def _require_folder() -> None:
-    """`UsageError` where the current folder was deleted: no path is absolute in it."""
+    """`UsageError` if the current folder was deleted: no path can be made absolute in it."""
     try:
         Path.cwd()
     except FileNotFoundError as error:
-        raise UsageError("the folder that this was started in is gone", "change to one that is there") from error
+        raise UsageError("the current folder was deleted", "change to a folder that exists") from error
 
 
 def unexpected(error: Exception) -> DpoError:
-    if "No space left on device" in str(error):  # an OSError from us, a SafetensorError from the adapter's writer
+    if "No space left on device" in str(error):  # an OSError, or a SafetensorError from the writer of the adapter
         what = "the disk is full; what was written before is kept"
         return DpoError(what, "free space where output_dir (or standard output) is, and start again")
     if isinstance(error, OSError) and (first := way_out(error, Path(error.filename or "."))) is not None:
@@ -80,11 +80,11 @@ def unexpected(error: Exception) -> DpoError:
 
 
 def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
-    """The module that trains (by these configs) and judges, imported late: it brings torch."""
+    """The module that trains (these configs) and evaluates, imported late: it brings torch."""
     # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
-    # a lone training nothing, and two at once much less: `make spin` prints both.
+    # a single training nothing, and two at once much less: `make spin` prints both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts: the card of the bill is that of the run
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi: bill and run mean the same card
     if devices := {config.device for config in configs if config.provider == "unsloth"}:  # it changes what is imported next
         from dpo_cli.providers.unsloth_import import import_unsloth
 

@@ -47,7 +47,7 @@ from dpo_cli.training.trainer import save_trained
 from dpo_cli.ui.console import Console
 from dpo_cli.ui.live import LiveView
 
-START_ROWS = 4  # pairs on which the policy has to be its reference before the first step
+START_ROWS = 4  # pairs on which the policy must equal its reference before the first step
 TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}
 
 
@@ -62,7 +62,7 @@ def train(
 ) -> tuple[JsonObject, Exit]:
     """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
 
-    A line longer than other functions: it is the composer, and reads from top to bottom.
+    One line longer than other functions: it is the composer, and reads from top to bottom.
     """
     data, draft = inspection.require()
     console.problems(inspection.problems)
@@ -73,7 +73,7 @@ def train(
     tell, run, begun = tell_on(console), RunDirectory(draft.run_dir), None
     with ExitStack() as held:
         is_there = resume and run.path.is_dir()
-        if is_there:  # before the plan: what the run decided when it began is not decided by the memory that is free now
+        if is_there:  # before the plan: what the run decided at its start does not depend on the memory that is free now
             if not dry_run:
                 run = held.enter_context(_claimed(run.path, resume=True))
             if (begun := Begun.find(run, tell)) is not None:
@@ -92,18 +92,18 @@ def train(
         if dry_run:
             if begun is not None:
                 begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
-                tell("it is finished" if is_finished else f"it would go on from step {begun.step}")
+                tell("the run is finished" if is_finished else f"it would resume from step {begun.step}")
             return plan.to_json(), Exit.DONE
 
         if not is_there:
             run = held.enter_context(_claimed(run.path, overwrite))
         if begun is None:
             if resume:
-                tell("there is nothing to go on from: starting")
+                tell("there is no checkpoint to resume from: starting")
             run.checkpoints.clear(with_damaged=not resume)
             run.clear()
         about = manifest(plan, machine, provider.local_dir)
-        data.require_unchanged()  # since its rows were read, before torch was imported
+        data.require_unchanged()  # since its rows were read, before the import of torch
         if begun is not None:
             begun.require_same(loaded, plan, about)
             if is_finished:
@@ -117,19 +117,19 @@ def train(
         run.write_json(MANIFEST, about)
         rows = Rows(prepared.train, prepared.held_out, tokenizer)
         result = _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
-    free_memory()  # the trainer and its callbacks hold each other, and the model: a stage that follows needs its room
+    free_memory()  # the trainer and its callbacks refer to each other and to the model: the next stage needs the memory
     return result
 
 
 @contextmanager
 def _claimed(path: Path, overwrite: bool = False, resume: bool = False) -> Iterator[RunDirectory]:
-    """The run directory, locked; what cannot be written while the context lasts is told with how to go on."""
+    """The run directory, locked; a write that fails within the context is reported with the way to resume."""
     with RunDirectory.claim(path, overwrite, resume) as run, told_how_to_go_on(run):
         yield run
 
 
 def _late_problems(plan: Plan, loaded: Loaded, inspection: Inspection) -> tuple[Problem, ...]:
-    """What is wrong with the number of steps only now that rows were left out; `InvalidInput` where it is an error."""
+    """Problems of the number of steps that appear only after rows are skipped; `InvalidInput` for an error."""
     assert plan.counts is not None
     known = {problem.code for problem in inspection.problems}
     found = tuple(loaded.placed(one) for one in step_problems(plan, plan.counts.train_pairs) if one.code not in known)
@@ -149,7 +149,7 @@ def _trained(
     machine: Machine,
     console: Console,
 ) -> tuple[JsonObject, Exit]:
-    """The story from the model on. Longer than other functions: it is told whole, in the order in which it happens."""
+    """The story from the model on. Longer than other functions: the whole run in its order."""
     tokenizer, pad_token_id = rows.tokenizer, int(rows.tokenizer.pad_token_id)
     view = LiveView(console, plan.total_steps, plan.predicted_gb)
     with log_to(run.log), StopOnSignal() as stop, view:
@@ -166,7 +166,7 @@ def _trained(
         start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
         frozen = None if plan.config.lora_r else provider.base_model(plan)
         if frozen is not None:
-            choose(frozen, rows.all, pad_token_id, plan.scoring.shared)  # its attention then takes the same layout
+            choose(frozen, rows.all, pad_token_id, plan.scoring.shared)  # so that its attention takes the same layout
 
         measured: dict[int, Measured] = {}  # the last evaluation, by its step
 
@@ -218,7 +218,7 @@ def _trained(
         health=health.events,
         adapter_sha256=run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0),
     )
-    run.write_json(SUMMARY, to_json(summary))  # before the judging, so that a second Ctrl-C loses only that
+    run.write_json(SUMMARY, to_json(summary))  # before the evaluation, so that a second Ctrl-C loses only that
     can_be_judged = not stop.received and health.can_be_judged
     with log_to(run.log):
         last = measured.get(early.best_step or steps)
@@ -231,7 +231,7 @@ def _trained(
     if can_be_judged:
         console.judgement(judged, [])
     console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
-    console.line(f"report: {write_report(run.path)}")  # the last of a run's files, made of the others
+    console.line(f"report: {write_report(run.path)}")  # the last file of a run, made from the others
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
     return {**to_json(summary), "run_dir": str(run.path)}, code
@@ -241,25 +241,25 @@ def _trained(
 def _kept_when_trained(
     run: RunDirectory, trainer: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan, console: Console
 ) -> Iterator[None]:
-    """What fails inside after the last step (an evaluation, a tracker) loses nothing: what was trained is saved first."""
+    """A failure after the last step (an evaluation, a tracker) loses nothing: what was trained is saved first."""
     try:
         yield
     except Exception:
         if trainer.state.global_step >= plan.total_steps:
             run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0)
-            console.line(f"all {plan.total_steps} steps are done, and {run.trained} is saved; --resume does the rest")
+            console.line(f"all {plan.total_steps} steps are done, and {run.trained} is saved; --resume does what is missing")
         raise
 
 
 def _finished(run: RunDirectory, noun: str, left_out: list[str], console: Console) -> tuple[JsonObject, Exit]:
-    """The figures of a run that is finished already."""
+    """The figures of a run that is already finished."""
     summary = RunSummary.of_json(run.read_json(SUMMARY))
     if not run.has(REPORT):
         write_report(run.path)
     if run.has(EVALUATION):
         console.judgement(Evaluation.of_json(run.read_json(EVALUATION), noun), [])
     if left_out:
-        console.line(f"note: a finished run takes no other {', '.join(left_out)} any more; `dpo eval` judges it anew")
+        console.line(f"note: a finished run keeps its {', '.join(left_out)}; `dpo eval` evaluates it again")
     console.line(f"{summary.status} already, after step {summary.steps}; {run.trained.name}: {run.trained}")
     code = Exit.DONE if summary.status == "completed" else Exit.MISSED
     return {**to_json(summary), "run_dir": str(run.path)}, code
@@ -281,14 +281,14 @@ def _ending(stop: StopOnSignal, health: Health) -> tuple[str, Exit]:
 def _judged(
     policy: Policy, rows: list[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan, last: Measured | None
 ) -> Evaluation:
-    """The evaluation of what was trained; `last` is the evaluation of the last step, if there was one."""
+    """The evaluation of what was trained; `last` is the evaluation after the last step, if there is one."""
     if not rows:
         return judge([], None, [], plan)
     return judge(rows, last or measure(policy, rows, tokenizer, plan), answered(policy, tokenizer, rows, plan), plan)
 
 
 def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console, is_resumed: bool) -> Plan:
-    """The plan with what the loaded model decided: where prompts cannot be shared, micro-batches may have to be smaller."""
+    """The plan with what the loaded model decides: if prompts cannot be shared, micro-batches may have to be smaller."""
     assert plan.counts is not None
     settled = resolve(loaded, machine, plan.counts, scoring, is_resumed=is_resumed, model=plan.model).with_adapted(plan.adapted)
     tell_scoring(settled, console)
@@ -301,7 +301,7 @@ def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, con
 
 @contextmanager
 def _fitting(plan: Plan, loaded: Loaded) -> Iterator[None]:
-    """What runs out of memory inside, with one pair at a time, is for the user to change."""
+    """An out-of-memory error inside, with one pair at a time, becomes `DoesNotFit`: the user has to change the config."""
     try:
         yield
     except RuntimeError as error:
@@ -311,10 +311,10 @@ def _fitting(plan: Plan, loaded: Loaded) -> Iterator[None]:
 
 
 def _require_fit(plan: Plan, loaded: Loaded, is_resumed: bool) -> None:
-    """`DoesNotFit` where memory or disk are too small. A run that was begun keeps its values: a larger device helps it."""
+    """`DoesNotFit` if memory or disk are too small. A resumed run keeps its values: only a larger device helps."""
     misfit, lack = does_not_fit(plan), disk_problem(plan)
     if misfit is not None and is_resumed:
-        misfit = replace(misfit, fix=f"go on on a larger device, or start anew with --overwrite and other values: {misfit.fix}")
+        misfit = replace(misfit, fix=f"resume on a larger device, or restart with --overwrite and other values: {misfit.fix}")
     if misfits := [loaded.placed(found) for found in (misfit, lack) if found is not None]:
         raise DoesNotFit(misfits)
 

@@ -1,4 +1,4 @@
-"""What `dpo train` does before torch is there: every stage is checked, and then each is trained on the one before it."""
+"""`dpo train` before torch is imported: every stage is checked, and then each is trained on the one before it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpo_cli.results.codec import JsonObject
 from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.ui.console import Console
 
-STAGES_FIX = "leave output_dir out of the stages: each then has a folder of its own"
+STAGES_FIX = "remove output_dir from the stages: each then has its own folder"
 
 
 def train_stages(
@@ -31,10 +31,10 @@ def train_stages(
     resume: bool = False,
     dry_run: bool = False,
 ) -> tuple[JsonObject, Exit]:
-    """Train what a config asks for, in one stage or several: what `train --json` prints, and the exit code."""
+    """Train a config, in one stage or several: what `train --json` prints, and the exit code."""
     if overwrite and resume:
-        raise UsageError("--overwrite starts anew, and --resume goes on", "leave one of them out")
-    if resume and RunDirectory.is_plan(Path(config)):  # of the run that it lies in, wherever that was moved to
+        raise UsageError("--overwrite restarts a run, and --resume continues it", "remove one of them")
+    if resume and RunDirectory.is_plan(Path(config)):  # the run directory that holds the plan, even if it was moved
         overrides = [f"output_dir={Path(config).absolute().parent}", *overrides]
     stages, machine = load_stages(config, overrides), probe()
     for name in dict.fromkeys(name for loaded in stages for name in hub_ids(loaded.require().to_json())):
@@ -49,7 +49,7 @@ def train_stages(
         if loaded.stage:
             console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
         ready = loaded.on_foundation() if dry_run else loaded
-        inspection = inspections.popleft() or _inspected(ready, machine)  # no longer held here: it has the rows
+        inspection = inspections.popleft() or _inspected(ready, machine)  # removed here, since it holds the rows
         result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
         del inspection
         results.append(result)
@@ -61,7 +61,7 @@ def train_stages(
 def _inspections(
     stages: Sequence[Loaded], machine: Machine, dry_run: bool, may_exist: bool
 ) -> tuple[deque[Inspection | None], list[Plan]]:
-    """Each stage inspected before torch is imported and anything is trained; None of one that stands on an untrained one."""
+    """Each stage, inspected before torch is imported and training starts; None for a stage on one that is not trained yet."""
     plans: list[Plan] = []
     inspections: deque[Inspection | None] = deque()
     for loaded in stages:
@@ -71,12 +71,12 @@ def _inspections(
         _, plan = inspection.require()
         RunDirectory.check(plan.run_dir, may_exist)
         if plan.run_dir in [earlier.run_dir for earlier in plans]:
-            message = f"two stages would write {plan.run_dir}"
+            message = f"two stages would write to {plan.run_dir}"
             raise InvalidInput([loaded.placed(Problem("error", "stages-one-place", message, STAGES_FIX, "output_dir"))])
         plans.append(plan)
     return inspections, plans
 
 
 def _inspected(loaded: Loaded, machine: Machine, keep_rows: bool = True) -> Inspection:
-    """What a training needs to know of a config; memory is judged later, by its real lengths."""
+    """What a training needs to know of a config; memory is checked later, with the real lengths."""
     return inspect(loaded, machine, with_fit=False, keep_rows=keep_rows).stricter(lambda problem: problem.stops_training)

@@ -1,4 +1,4 @@
-"""What `dpo validate` says of a config, on the screen and as a result. No torch."""
+"""The findings of `dpo validate` on a config, on the screen and as a result. No torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dpo_cli.results.validation import Validation
 from dpo_cli.ui.console import Console
 
 ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]
-ROWS = 256  # that are rendered
-NOT_RENDERED = "rendered: none, since the model's tokenizer.json cannot be read here"
+ROWS = 256  # rendered with the chat template
+NOT_RENDERED = "rendered: none, because the model's tokenizer.json cannot be read"
 
 
 def worst(codes: Iterable[Exit]) -> Exit:
-    """Of the exit codes of several configs the one that is told."""
+    """The exit code that is reported for several configs."""
     return max(codes, key=ORDER.index)
 
 
@@ -31,7 +31,7 @@ def validated_file(
     strict: bool = False,
     rows: int = ROWS,
 ) -> Validation:
-    """What is wrong with a file, shown on the way; of stages, all that is wrong and the largest memory."""
+    """The problems of a file, printed as they are found; for stages, all problems and the largest memory."""
     stages = [
         _validated(console, loaded.on_foundation(), machine, vram, with_data, strict, rows)
         for loaded in load_stages(path, overrides)
@@ -39,7 +39,7 @@ def validated_file(
     if len(stages) == 1:
         return stages[0]
     return Validation(
-        problems=list(dict.fromkeys(problem for stage in stages for problem in stage.problems)),  # of what they share, once
+        problems=list(dict.fromkeys(problem for stage in stages for problem in stage.problems)),  # shared problems once
         config={"stages": [stage.config for stage in stages]},
         data=None,
         memory=max((stage.memory for stage in stages if stage.memory), key=lambda bill: bill["total_gb"], default=None),
@@ -51,7 +51,7 @@ def validated_file(
 def _validated(
     console: Console, loaded: Loaded, machine: Machine, vram: float | None, with_data: bool, strict: bool, rows: int
 ) -> Validation:
-    """What is wrong with one config, shown on the way."""
+    """The problems of one config, printed as they are found."""
     found = inspect(loaded, machine, vram, with_data, rendered_rows=rows).stricter(lambda _: strict)
     plan, data = found.plan, found.data
     memory = plan.memory.to_json() if plan and plan.memory else None

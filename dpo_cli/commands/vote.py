@@ -1,4 +1,4 @@
-"""The story of `dpo vote`: open a run, let it and its base answer, and put the answers before people or a judge."""
+"""The story of `dpo vote`: open a run, sample its answers and those of its base, and show them to people or a judge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpo_cli.ui.console import Console
 
 
 def vote(asked: VoteRequest, console: Console) -> SideBySide:
-    """The page of a run, and the judge's votes where one is asked."""
+    """The page of a run, and the votes of a judge if one is requested."""
     opened = open_run(asked.run, asked.dataset, console, asked.overrides)
     contest = contest_of(asked.prompts, asked.by_judge, opened.run, opened.plan, opened.rows)
     with log_to(opened.run.log):

@@ -1,4 +1,4 @@
-"""How far a figure over prompts could be another on other prompts. No torch: a tally of votes needs no model."""
+"""Intervals: how much a figure could differ on other prompts. No torch: a tally of votes needs no model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dpo_cli.results.intervals import Interval
 Array = NDArray[np.float64]
 
 RESAMPLES, AT_ONCE = 2000, 50
-KEPT = 20_000_000  # weights, 160 MB; with more prompts they are drawn anew for each figure
-# A sum over rows divided by a sum over rows; with weights over prompts both sums are resampled together.
+KEPT = 20_000_000  # weights, 160 MB; with more prompts they are drawn again for each figure
+# A sum over rows divided by a sum over rows; weights over prompts resample both sums together.
 Ratio = tuple[Array, Array]
 
 

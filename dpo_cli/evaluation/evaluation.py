@@ -1,4 +1,4 @@
-"""What a run trained, judged against its reference: the `Evaluation` that `dpo eval` prints and evaluation.json holds."""
+"""The evaluation of a policy against its reference: `dpo eval` prints it and evaluation.json holds it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from dpo_cli.scoring.forward import plain_states, states_of
 from dpo_cli.storage.redaction import redact
 from dpo_cli.strategies.row_kinds import PAIRS
 
-ANSWERS, SAMPLES = 32, 8  # held-out prompts that an evaluation answers, and those whose answers it keeps
-CATEGORIES, NONE, OTHERS = 20, "(none)", "(others)"  # a column called so may be an id, another one in each row
+ANSWERS, SAMPLES = 32, 8  # held-out prompts that are answered, and answers that are kept
+CATEGORIES, NONE, OTHERS = 20, "(none)", "(others)"  # a column of this name may be an id that differs in each row
 
 
 def score(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Scores:
@@ -36,22 +36,22 @@ def score(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenize
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation computes with the model: the rest is counted from it."""
+    """What an evaluation computes with the model; everything else follows from it."""
 
     scores: Scores
-    kl: Array  # the samples of kl_sequence, nats an answer; empty where none are drawn
-    unanswered: int = 0  # prompts asked for that have none: they fill the model's context
+    kl: Array  # the samples of kl_sequence, nats per answer; empty if none are drawn
+    unanswered: int = 0  # prompts without an answer: they fill the model's context
 
 
 def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
-    """Score the rows, and sample answers to their prompts; not of sft, nor from a policy whose log-probs are no numbers."""
+    """Score the rows, and sample answers to their prompts; not for sft, nor from a policy whose log-probs are not finite."""
     scores = score(policy, rows, tokenizer, plan)
     samples_kl = plan.strategy.refers and bool(np.isfinite(scores.policy).all())
     return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan) if samples_kl else (np.zeros(0), 0)))
 
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
-    """The figures of an evaluation line of metrics.jsonl: plain means, and the loss that is trained where it is another."""
+    """The figures of an evaluation line of metrics.jsonl: plain means, and the trained loss if it is a different one."""
     made = point_figures(measured.scores, plan.config.beta)
     if plan.strategy.refers and plan.config.loss_type not in ("sigmoid", ["sigmoid"]):
         made["trained_loss"] = trained_loss(measured.scores, plan.config)
@@ -66,7 +66,7 @@ def answered(
 
 
 def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[Sample], plan: Plan) -> Evaluation:
-    """The evaluation of these rows; without figures when nothing is measured."""
+    """The evaluation of these rows; without figures if nothing is measured."""
     if measured is None:
         return Evaluation(plan.noun, 0, 0, None)
     scores, kl = measured.scores, measured.kl
@@ -82,7 +82,7 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
         judged.prompts,
         replace(sides, policy={**sides.policy, "kl_sequence": sequence}),
         answer_tokens=answer_tokens(samples[:ANSWERS]),
-        # Both ask the first of the same prompts: the longer list holds the other.
+        # Both use the first of the same prompts: the longer list contains the other.
         unanswered=max(measured.unanswered, sum(sample.is_missing for sample in samples[:ANSWERS])),
         categories=_by_category(rows, scores, plan),
         samples=[sample.texts for sample in samples if not sample.is_missing][:SAMPLES],
@@ -98,8 +98,8 @@ def _judged(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> Judged:
 
 
 def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[str, Judged]:
-    """The figures of the rows of each category, the largest first and many small ones as one; empty where no row has one."""
-    names = [redact(row.row.category) or NONE for row in rows]  # which become keys, where nothing is redacted
+    """The figures of each category, the largest first, and small ones as one; empty if no row has a category."""
+    names = [redact(row.row.category) or NONE for row in rows]  # names become keys of JSON, which are not redacted
     sizes = Counter(names)
     if set(sizes) == {NONE}:
         return {}
@@ -114,11 +114,11 @@ def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[st
 def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan) -> tuple[Array, int]:
     """log pi(y) - log ref(y) of one answer y to each of the first `kl_prompts` prompts: (n,), nats a sequence.
 
-    And the number of those prompts that leave no room for an answer, and are not among the n.
+    Also the number of those prompts that leave no room for an answer; they are not among the n.
 
     y is drawn from the policy itself (temperature 1, top-p 1, at most `max_new_tokens`), so the mean estimates
-    KL(policy || reference) = E[log pi(y) - log ref(y)]; a single value may be negative. The same seed draws alike each time,
-    and the random state of a training is left as it was.
+    KL(policy || reference) = E[log pi(y) - log ref(y)]; a single value may be negative. The same seed draws the same answers,
+    and the random state of a training does not change.
     """
     config, dtype = plan.config, getattr(torch, plan.dtype)
     asked = first_of_each_prompt(rows, config.kl_prompts)
@@ -132,7 +132,7 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
     sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in both if not answer.is_missing]
     if not sampled:
         return np.zeros(0), len(asked)
-    # A sampled answer ends where the policy ended it: with the end, or without one at the limit.
+    # A sampled answer ends where the policy ended it: with an end token, or without one at the limit.
     scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), config.per_device_eval_batch_size, dtype)
     difference: Array = (scores.policy - scores.reference)[:, 0]
     return difference, len(asked) - len(sampled)
@@ -142,7 +142,7 @@ EXTREMES = 10
 
 
 def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[JudgedRow]:
-    """Place and figures of each row: of a pair margin and rewards, of a demonstration its loss with and without training."""
+    """Place and figures of each row: margin and rewards of a pair, loss of a demonstration with and without training."""
     if scores.kind is PAIRS:
         rewards = (beta * (scores.policy - scores.reference)).tolist()
         made = [
@@ -158,7 +158,7 @@ def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[Ju
 
 
 def extremes(rows: Sequence[Encoded], table: Sequence[JudgedRow]) -> tuple[list[JudgedRow], list[JudgedRow]]:
-    """The rows that training helped most, and those it helped least: ten each at most, none in both, with their texts."""
+    """The rows with the largest and the smallest gain: at most ten each, none in both, with their texts."""
     order = sorted(range(len(table)), key=lambda i: -table[i].gain)
     count = min(EXTREMES, (len(order) + 1) // 2)
     best, worst = (
@@ -173,7 +173,7 @@ def _texts(encoded: Encoded) -> dict[str, str]:
 
 
 def as_text(text: Text) -> str:
-    """A text to be read: that of a lone message without its role, several with theirs."""
+    """A readable text: one message without its role, several with their roles."""
     if isinstance(text, str):
         return text
     if len(text) == 1:

@@ -23,29 +23,29 @@ from dpo_cli.scoring.oom import in_halves, list_halves
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote: the text, its tokens without the one that ends it, and whether that one came."""
+    """What a model wrote: the text, its tokens without the end token, and whether that token came."""
 
     text: str
     tokens: int
     finished: bool
-    ids: tuple[int, ...] = ()  # the end's among them
+    ids: tuple[int, ...] = ()  # including the end token
 
     @property
     def is_missing(self) -> bool:
-        """Whether the prompt left no room for one: an answer has a token, or the end."""
+        """Whether the prompt left no room: an answer has at least one token or an end."""
         return not self.tokens and not self.finished
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; without a temperature the likeliest is taken."""
+    """How tokens are drawn; without a temperature, always the most likely one."""
 
     max_new_tokens: int
     temperature: float | None = None
     top_p: float = 1.0
 
 
-AT_ONCE = 32  # prompts that an evaluation answers in one batch
+AT_ONCE = 32  # prompts that are answered in one batch
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ def generate(
     dtype: torch.dtype,
     count: int = 1,
 ) -> list[list[Answer]]:
-    """`count` answers to each prompt (token ids), in evaluation mode; missing ones to a prompt that fills the model's context.
+    """`count` answers to each prompt (token ids), in evaluation mode; empty ones for a prompt that fills the model's context.
 
-    Prompts with as much room for an answer make one batch: nearly always all of them, and a long one takes no room from others.
+    Prompts with the same room for an answer form one batch: nearly always all of them. A long prompt takes no room from others.
     Sampled answers follow torch's random state and, through rounding, the whole batch: the same prompts have the same answers.
     """
     model.eval()
-    # Learned positions end with the context; of others none is asked for that the model was not made for.
+    # Learned positions end with the context; other positions are also limited to what the model was made for.
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     rooms = [int(min(sampling.max_new_tokens, context - len(prompt))) for prompt in prompts]
     made = [[Answer("", 0, False)] * count for _ in prompts]
@@ -128,9 +128,9 @@ def _batch(
 
 @contextmanager
 def _plain(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Without the model's generation_config meanwhile: `generate` takes from there all that it is not given.
+    """Within, the model has no generation_config: `generate` would take missing arguments from it.
 
-    An answer then follows the model alone, as the log-probs of a figure do: no token is forced, suppressed or penalised.
+    An answer then depends only on the model, as the log-probs of a figure do: no token is forced, suppressed or penalised.
     """
     holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
     own = [holder.generation_config for holder in holders]
@@ -144,7 +144,7 @@ def _plain(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 def _ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the tokenizer's EOS, and those that the model adds (Llama 3 has two more)."""
+    """The tokens that end an answer: the tokenizer's EOS, and those of the model (Llama 3 has two more)."""
     known = model.generation_config.eos_token_id
     return {int(tokenizer.eos_token_id), *(known if isinstance(known, list) else [] if known is None else [known])}
 
@@ -157,7 +157,7 @@ def _answer(row: Sequence[int], ends: set[int], tokenizer: PreTrainedTokenizerBa
 
 
 def first_of_each_prompt(rows: Sequence[Encoded], count: int) -> list[Encoded]:
-    """The first row of each of the first `count` different prompts; what has no prompt is left out."""
+    """The first row of each of the first `count` different prompts; rows without a prompt are skipped."""
     return list({row.row.prompt_key: row for row in reversed(rows) if row.row.prompt}.values())[::-1][:count]
 
 
@@ -171,7 +171,7 @@ def side_by_side(
 ) -> list[Sample]:
     """Greedy answers of the reference and the policy to the first `count` different prompts.
 
-    The answers to the first prompts are the same whatever `count` is, as far as they fill batches of `AT_ONCE`.
+    The answers to the first prompts do not depend on `count`, as far as they fill batches of `AT_ONCE`.
     """
     first, greedy = first_of_each_prompt(rows, count), Sampling(max_new_tokens)
     prompts = [row.prompt_ids for row in first]
@@ -188,7 +188,7 @@ def answers(
     sampling: Sampling,
     dtype: torch.dtype,
 ) -> list[Answer]:
-    """An answer to each prompt, in batches of `AT_ONCE`; one that is out of memory is made in halves."""
+    """An answer to each prompt, in batches of `AT_ONCE`; a batch that is out of memory is divided."""
     batches = [list(prompts[start : start + AT_ONCE]) for start in range(0, len(prompts), AT_ONCE)]
     made = in_halves(batches, lambda batch: generate(model, tokenizer, batch, sampling, dtype), list_halves)
     return [answer for _, of_batch in made for (answer,) in of_batch]
@@ -197,7 +197,7 @@ def answers(
 def answer_tokens(samples: Sequence[Sample]) -> dict[str, Interval] | None:
     """Mean tokens of the answers of `base` and of `policy`, and `gain`, their paired difference, with intervals.
 
-    An answer that did not end counts with the tokens it has, and a missing one not at all.
+    An unfinished answer counts with its tokens; a missing one does not count.
     """
     samples = [sample for sample in samples if not sample.is_missing]
     if not samples:

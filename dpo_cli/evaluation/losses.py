@@ -1,8 +1,8 @@
-"""The loss that a training minimises, on pairs that it does not train on: each loss of `loss_type` as a function of log-probs.
+"""The trained loss on held-out pairs: each loss of `loss_type` as a function of log-probs.
 
-TRL 1.15 computes them in its training step alone, from a model; here they come from `Scores`, which an evaluation has already
+TRL 1.15 computes them only in its training step, from a model; here they come from the `Scores` of an evaluation
 (tests/test_steps.py compares the two). With log-ratios c = log pi - log ref of the chosen response and r of the rejected one,
-z = beta * (c - r), and e the label smoothing. A loss that compares sorted pairs compares all of them.
+z = beta * (c - r), and e the label smoothing. A loss that sorts pairs sorts all of them.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
 
 
 def trained_loss(scores: Scores, config: Config) -> float:
-    """The mean over these pairs of the losses of `loss_type`, added up by their weights."""
+    """The mean over these pairs of the weighted sum of the losses of `loss_type`."""
     pi, ref, tokens = (torch.as_tensor(column).double() for column in (scores.policy, scores.reference, scores.tokens))
     pairs = Pairs(pi, ref, tokens, config.beta, config.label_smoothing)
     named = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type

@@ -1,6 +1,6 @@
 """The scores of rows under a policy and its reference, and the figures of them with 95 % bootstrap intervals over prompts.
 
-What each figure is stands in strategies/figures.py, its formula too.
+strategies/figures.py defines each figure and its formula.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Scores:
 
     policy: Array  # summed log-probs, nats
     reference: Array
-    policy_right: Array  # tokens that the model finds most likely
+    policy_right: Array  # tokens that are the model's most likely ones
     reference_right: Array
     tokens: Array  # response tokens
     kl: Array  # summed over the response's tokens, nats
@@ -40,7 +40,7 @@ class Scores:
         return PAIRS if self.policy.shape[1] == len(PAIRS.responses) else DEMONSTRATIONS
 
     def of(self, places: Sequence[int]) -> Scores:
-        """The scores of these rows alone."""
+        """The scores of these rows only."""
         return Scores(**{name: column[list(places)] for name, column in vars(self).items()})
 
 
@@ -49,12 +49,12 @@ def score_rows(
 ) -> Scores:
     """Score rows under the policy and under its reference, in evaluation mode and without gradient.
 
-    `states` is the path of the run (scoring/forward.py). A batch that is out of memory is scored in halves.
+    `states` is the way of scoring (scoring/forward.py). A batch that is out of memory is scored in halves.
     """
     policy.model.eval()
     kinds = len(rows[0].responses)
     columns = np.zeros((6, len(rows), kinds))
-    by_length = sorted(range(len(rows)), key=lambda i: rows[i].length)  # so that little is padded
+    by_length = sorted(range(len(rows)), key=lambda i: rows[i].length)  # for little padding
     batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
     def scored(batch: list[int]) -> list[Tensor]:
@@ -84,7 +84,7 @@ def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: t
 
 
 def point_figures(scores: Scores, beta: float) -> dict[str, float]:
-    """The figures of an evaluation line of metrics.jsonl: plain means; of pairs also rewards and log-probs."""
+    """The figures of an evaluation line of metrics.jsonl: plain means; for pairs also rewards and log-probs."""
     columns = {name: ratio for name, ratio in _ratios(scores, beta).items() if FIGURES[name].in_lines}
     if scores.kind is PAIRS:
         reward = beta * (scores.policy - scores.reference)
@@ -106,7 +106,7 @@ def figures(scores: Scores, prompts: Sequence[str], beta: float) -> Sides:
 
 
 def _ratios(scores: Scores, beta: float, of_base: bool = False) -> dict[str, Ratio]:
-    """Each figure that such rows have, as a sum divided by a sum; of the base what is known of one model alone."""
+    """Each figure of these rows, as a sum divided by a sum; for the base, the figures that one model has."""
     model, right = (scores.reference, scores.reference_right) if of_base else (scores.policy, scores.policy_right)
     columns = Columns(model, scores.tokens, right, scores.kl, beta * (model - scores.reference))
     kind = scores.kind

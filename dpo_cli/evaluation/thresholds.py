@@ -1,8 +1,8 @@
-"""Limits that a script puts on the figures of an evaluation: `--fail-under accuracy=0.6,kl_sequence<10`. No torch.
+"""Limits on the figures of an evaluation: `--fail-under accuracy=0.6,kl_sequence<10`. No torch.
 
-NAME=X and NAME>=X ask for at least X, NAME>X for more, NAME<=X for at most X, NAME<X for less. NAME is a figure of the policy,
-or one of `base.` or `gain.`: gain.logp_accuracy>0. A figure that an evaluation does not have, or that is no number, misses. So
-does one of a model's answers where a prompt left no room for one: nobody knows what it is with them.
+NAME=X and NAME>=X require at least X, NAME>X more, NAME<=X at most X, NAME<X less. NAME is a figure of the policy,
+or one of `base.` or `gain.`: gain.logp_accuracy>0. A figure that is missing or not a number misses its limit. So
+does a figure of answers if a prompt left no room for one: its value with them is unknown.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ class Threshold:
     limit: float
 
     def of(self, value: float | None, is_whole: bool = True) -> Limit:
-        """Whether a value keeps the limit; a figure that is not of all that it should be of keeps none."""
+        """Whether a value keeps the limit; an incomplete figure misses every limit."""
         is_met = is_whole and value is not None and math.isfinite(value) and COMPARED[self.sign](value, self.limit)
         return Limit(self.metric, self.limit, value, is_met)
 
 
 def parse(text: str, known: Sequence[str] = METRICS) -> list[Threshold]:
-    """The limits in the text; `UsageError` for what is none."""
+    """The limits in the text; `UsageError` for anything else."""
     return [_parsed(part.strip(), known) for part in text.split(",")]
 
 
 def _parsed(part: str, known: Sequence[str]) -> Threshold:
     found = re.fullmatch(r"([\w.]+)\s*(>=|<=|=|>|<)\s*([-+.\w]+)", part)
     if found is None:
-        raise UsageError(f"--fail-under: {part!r} is no limit", EXAMPLE)
+        raise UsageError(f"--fail-under: {part!r} is not a limit", EXAMPLE)
     name, sign, number = found.groups()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         fix = f"did you mean {near[0]}?" if near else f"the figures are {', '.join(known)}"
-        raise UsageError(f"--fail-under: there is no figure {name}", fix)
+        raise UsageError(f"--fail-under: unknown figure {name}", fix)
     try:
         limit = float(number)
     except ValueError as error:
-        raise UsageError(f"--fail-under: {number!r} is no number", EXAMPLE) from error
+        raise UsageError(f"--fail-under: {number!r} is not a number", EXAMPLE) from error
     if math.isnan(limit):
-        raise UsageError(f"--fail-under: {part!r} is no limit", EXAMPLE)
+        raise UsageError(f"--fail-under: {part!r} is not a limit", EXAMPLE)
     figure = FIGURES.get(name.rpartition(".")[2])
     if sign == "=" and figure is not None and not figure.is_better_large:
-        raise UsageError(f"--fail-under: {part} would ask for a {name} of {number} or more", f"write {name}<{number}")
+        raise UsageError(f"--fail-under: {part} requires a {name} of {number} or more", f"write {name}<{number}")
     return Threshold(name, sign, limit)
 
 

@@ -1,6 +1,6 @@
-"""A judge: a language model behind an endpoint that speaks the OpenAI API, asked which of two answers is better.
+"""A judge: a language model behind an OpenAI-compatible endpoint that compares two answers.
 
-Judges favour a place, so each two answers are shown in both orders, and verdicts that disagree are a tie.
+Judges favour a position, so two answers are shown in both orders, and verdicts that disagree are a tie.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dpo_cli.evaluation.generation import Answer
 KEY = "OPENAI_API_KEY"
 AT_ONCE = 8  # requests
 TIMEOUT_SECONDS = 60.0
-PAUSES_SECONDS = (1.0, 4.0, 16.0)  # before another try
+PAUSES_SECONDS = (1.0, 4.0, 16.0)  # before a retry
 
 Verdict = Literal["A", "B", "T"]
 
@@ -46,7 +46,7 @@ Reply with one letter alone: A, B, or T if neither is better."""
 
 
 class Judge:
-    """Ranks answers by their wins less losses when each is compared with each other."""
+    """Ranks answers by wins minus losses when each is compared with each other."""
 
     def __init__(self, url: str, model: str, criterion: str) -> None:
         self.url, self.model, self.criterion = f"{url.rstrip('/')}/chat/completions", model, criterion
@@ -55,7 +55,7 @@ class Judge:
         self.client = httpx.Client(headers=headers, timeout=TIMEOUT_SECONDS)
 
     def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
-        """A score an answer. Raises `RunFailed` when the endpoint cannot be asked, or does not speak the API."""
+        """One score per answer. Raises `RunFailed` if the endpoint cannot be reached, or does not speak the API."""
         duels = list(combinations(range(len(answers)), 2))
         orders = [order for one, other in duels for order in ((one, other), (other, one))]
         prompt = flat(question.prompt)
@@ -69,23 +69,23 @@ class Judge:
         return scores
 
     def better(self, prompt: str, one: str, other: str) -> float | None:
-        """1 where the judge prefers the one in both orders, -1 where it prefers the other, else 0; None without a verdict."""
+        """1 if the judge prefers the first in both orders, -1 if it prefers the second, else 0; None without a verdict."""
         first, second = self.compare(prompt, one, other), self.compare(prompt, other, one)
         return settled(first, second) if first and second else None
 
     def compare(self, prompt: str, one: str, other: str) -> Verdict | None:
-        """The judge's word on two answers in this order; None for a reply that is no verdict."""
+        """The verdict on two answers in this order; None for a reply that is not a verdict."""
         asked = ASK.format(criterion=self.criterion, prompt=prompt, one=one, other=other)
         body = {"model": self.model, "messages": [{"role": "user", "content": asked}], "temperature": 0}
         try:
             reply = self._post(body).json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
             what = f"{self.url} does not answer as the OpenAI API does"
-            raise RunFailed(what, 'check "judge_url": it ends where /chat/completions begins') from error
+            raise RunFailed(what, 'check "judge_url": it is the address before /chat/completions') from error
         return verdict(str(reply))
 
     def _post(self, body: dict[str, Any]) -> httpx.Response:
-        """The response, asked for again after a pause where the endpoint is busy, slow or not there."""
+        """The response; retried after a pause if the endpoint is busy, slow or unreachable."""
         for pause in (*PAUSES_SECONDS, None):
             try:
                 response = self.client.post(self.url, json=body)
@@ -96,21 +96,23 @@ class Judge:
                     return response
                 why = f"status {response.status_code}"
                 if response.status_code in (401, 403):
-                    raise RunFailed(f"{self.url} does not let us in ({why})", f"set {KEY} to a key that it takes")
+                    raise RunFailed(f"{self.url} denies access ({why})", f"set {KEY} to a valid key")
                 if response.status_code < 500 and response.status_code not in (408, 429):
-                    raise RunFailed(f"{self.url} refuses what is asked ({why})", 'check "judge_url" and "judge_model"')
+                    raise RunFailed(f"{self.url} rejects the request ({why})", 'check "judge_url" and "judge_model"')
             if pause is not None:
                 time.sleep(pause)
-        raise RunFailed(f"the judge cannot be reached: {self.url}: {why}", "check the endpoint; the same command goes on then")
+        raise RunFailed(
+            f"the judge cannot be reached: {self.url}: {why}", "check the endpoint; then run the same command to continue"
+        )
 
 
 def settled(first: Verdict, second: Verdict) -> float:
-    """What the verdicts on two answers in both orders say together; those that disagree are a tie."""
+    """The result of the verdicts on two answers in both orders; verdicts that disagree are a tie."""
     return {("A", "B"): 1.0, ("B", "A"): -1.0}.get((first, second), 0.0)
 
 
 def verdict(reply: str) -> Verdict | None:
-    """The letter in the last line of a reply; None for anything but one letter."""
+    """The letter in the last line of a reply; None for anything except one letter."""
     last = next((line for line in reversed(reply.splitlines()) if line.strip()), "")
     found = re.fullmatch(r"\W*(?:answer|verdict)?\W*([ABT])\W*", last, re.IGNORECASE)
     return found[1].upper() if found else None  # type: ignore[return-value]

@@ -1,12 +1,12 @@
-"""Which of several answers to a prompt is better: by a rule, by a reward model, or by a judge; and the pairs that follow.
+"""Ranks several answers to a prompt by a rule, a reward model or a judge, and makes pairs of them.
 
-Each way to rank gives every answer a score, the larger the better, and says no more about it:
+Each way to rank gives every answer a score; a larger one is better:
 
-shorter, longer   tokens, of `shorter` with their sign turned
-regex             1 where the pattern is found, else 0
-reference         overlap of the words with the reference, 0 to 100, whatever their order
+shorter, longer   tokens, negative for `shorter`
+regex             1 if the pattern is found, else 0
+reference         overlap of the words with the reference, 0 to 100, in any order
 reward            the reward model's one output
-judge             wins less losses against the other answers (`dpo_cli/preferences/judge.py`)
+judge             wins minus losses against the other answers (`dpo_cli/preferences/judge.py`)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Rank = Callable[[Question, Sequence[Answer]], list[float]]
 
 
 def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: date) -> Rank:
-    """The way to rank that the option `augment` names, with its model loaded where it has one; its template writes `day`."""
+    """The way to rank of the option `augment`, with its model loaded if it has one; `day` is the date of the template."""
     pattern = re.compile(options["pattern"] or "")
     rules: dict[str, Callable[[], Rank]] = {
         "shorter": lambda: lambda _, answers: [-float(answer.tokens) for answer in answers],
@@ -48,20 +48,20 @@ def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: da
 
 
 def by_reference(question: Question, answers: Sequence[Answer]) -> list[float]:
-    """Normalised similarity of the sorted words, case and punctuation aside."""
+    """Normalised similarity of the sorted words, without case and punctuation."""
     wanted = question.reference or ""
     return [fuzz.token_sort_ratio(answer.text, wanted, processor=utils.default_process) for answer in answers]
 
 
 class Reward:
-    """A sequence classifier with one label, a local directory or a hub id: safetensors only, none of its own code run."""
+    """A sequence classifier with one label, a local directory or a hub id: safetensors only, and no code of the model is run."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, day: date) -> None:
         self.model, self.tokenizer = HuggingFace(ModelSource.of(name)).reward_model(device, dtype)
         self.template = ChatTemplate.of(self.tokenizer, day)
 
     def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
-        """One forward pass an answer, so that no score depends on what stands beside it."""
+        """One forward pass per answer, so that no score depends on the other answers."""
         return [self._score(question, answer.text) for answer in answers]
 
     def _score(self, question: Question, text: str) -> float:
@@ -77,7 +77,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Ranked:
-    """Two answers by their places among those of the prompt, and their scores."""
+    """Two answers of a prompt, by their indices, and their scores."""
 
     chosen: int
     rejected: int
@@ -87,8 +87,8 @@ class Ranked:
 def best_pairs(answers: Sequence[Answer], scores: Sequence[float], count: int, min_distance: float) -> list[Ranked]:
     """Up to `count` pairs whose scores are at least `min_distance` apart, and differ.
 
-    The first is the one that is furthest apart; then each answer stands in as few pairs as possible. An answer that did not
-    end by itself is never chosen.
+    The first pair has the largest distance; then each answer is used in as few pairs as possible. An unfinished answer is
+    never chosen.
     """
     places = range(len(answers))
     possible = [

@@ -1,4 +1,4 @@
-"""The answers of a run and of its base put before people, as a page, or before a judge."""
+"""The answers of a run and of its base, shown to people as a page, or to a judge."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from dpo_cli.ui.console import Console
 
 JUDGE_FIX = (
     """add 'augment={"judge_url": "http://localhost:8000/v1", "judge_model": "..."}' to the command; """
-    "a key stands in the environment, as OPENAI_API_KEY"
+    "the environment variable OPENAI_API_KEY can hold a key"
 )
 WINNERS: dict[float, votes.Winner] = {1.0: "adapter", -1.0: "base", 0.0: "tie"}
 
 
 def contest_of(prompts: int, by_judge: bool, run: RunDirectory, plan: Plan, rows: Sequence[Encoded]) -> Contest:
-    """What `dpo vote RUN_DIR` holds over so many prompts; checked before any model is loaded."""
+    """The contest of `dpo vote RUN_DIR` over this many prompts; checked before any model is loaded."""
     if not first_of_each_prompt(rows, 1):
         message, fix = "there is no prompt to answer", "name a file with prompts: --dataset"
         raise invalid("nothing-to-compare", message, fix)
@@ -45,16 +45,16 @@ def contest_of(prompts: int, by_judge: bool, run: RunDirectory, plan: Plan, rows
 
 
 def _require_no_human_votes(run: RunDirectory) -> None:
-    """`InvalidInput` where a judge's votes would replace those of people."""
+    """`InvalidInput` if a judge's votes would replace those of people."""
     place = run.path / VOTES
     if place.exists() and votes.read(place)["judge"] is None:
-        message = f"{place} holds votes of people, which a judge's would replace"
-        raise invalid("votes-of-people", message, "give the file another name", file=str(place))
+        message = f"{place} holds votes of people, which the judge's votes would replace"
+        raise invalid("votes-of-people", message, "rename the file", file=str(place))
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A run, the question that people or a judge are asked about its answers, and the judge, if one is asked."""
+    """A run, the criterion for its answers, and the judge, if there is one."""
 
     run: RunDirectory
     seed: int
@@ -63,7 +63,7 @@ class Contest:
     judge: Judge | None
 
     def hold(self, samples: Sequence[Sample], console: Console) -> SideBySide:
-        """Write the page, and the votes of the judge."""
+        """Write the page and the votes of the judge."""
         answers = [
             (sample.prompt, sample.adapter.text, sample.base.text)
             for sample in samples[: self.prompts]
@@ -71,10 +71,10 @@ class Contest:
         ]
         sha256 = self.run.read_json(SUMMARY)["adapter_sha256"]
         origin: votes.Origin = {"run": self.run.path.resolve().name, "adapter_sha256": sha256, "criterion": self.criterion}
-        document = votes.unvoted(origin, redacted(answers), self.seed)  # before they are sealed, where nothing can be found
+        document = votes.unvoted(origin, redacted(answers), self.seed)  # before encoding, which hides secrets
         self.run.write_text(PAGE, votes.page(document, self.seed))
         page = str(self.run.path / PAGE)
-        fewer = f" (all there are; {self.prompts} were asked for)" if len(answers) < self.prompts else ""
+        fewer = f" (all there are; {self.prompts} were requested)" if len(answers) < self.prompts else ""
         console.line(f"side by side: {len(answers)} prompts{fewer}; open {page} in a browser")
         if self.judge is None:
             return SideBySide(page, len(answers))
@@ -84,7 +84,7 @@ class Contest:
         return SideBySide(page, len(answers), str(self.run.path / VOTES), counted)
 
     def _judged(self, document: votes.Document, judge: Judge, console: Console) -> None:
-        """The judge's votes, with those of an earlier, unfinished call; written whatever happens: none is paid twice."""
+        """The judge's votes, with those of an earlier, unfinished call. They are always written, so that none is paid twice."""
         document["judge"] = {"url": judge.url, "model": judge.model}
         place = self.run.path / VOTES
         before = votes.read(place) if place.exists() else document
@@ -94,7 +94,7 @@ class Contest:
 
         def ask(vote: votes.Vote) -> None:
             won = judge.better(flat(vote["prompt"]), vote["adapter"], vote["base"])
-            if won is not None:  # else nobody has voted: the same command asks again
+            if won is not None:  # else there is no vote: the same command asks again
                 vote["winner"], vote["by"] = WINNERS[won], "judge"
 
         try:
@@ -104,7 +104,7 @@ class Contest:
         finally:
             self.run.write_json(VOTES, document)
         if asked and (silent := sum(vote["winner"] is None for vote in asked)):
-            told = f"{silent} of {len(asked)} prompts have no verdict of the judge: its replies are not A, B or T"
+            told = f"{silent} of {len(asked)} prompts have no verdict from the judge: its replies are not A, B or T"
             if silent == len(asked):
                 raise RunFailed(told, "ask a model that follows instructions, or another criterion")
             console.line(f"note: {told}")

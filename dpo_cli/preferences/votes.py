@@ -1,14 +1,14 @@
-"""Which answer people or a judge find better: the file of votes, the page that asks for them, and their count. No torch.
+"""Which answer people or a judge prefer: the votes file, the page for voters, and the count. No torch.
 
-A file of votes holds every prompt with both answers, so that it can be counted without the run:
+A votes file holds every prompt with both answers, so that it can be counted without the run:
 
 {"votes_version": 1, "run": "quickstart", "adapter_sha256": "...", "criterion": "more helpful", "page": "...", "judge": null,
  "votes": [{"prompt": "..." or messages, "adapter": "...", "base": "...", "winner": "adapter", "by": "human"}, ...]}
 
-winner   adapter, base, tie, or null where nobody has voted yet
-by       human, judge, "same text" (a tie that nobody is asked about), or null
-page     the digest of the page that asks, which stays the same while the answers do
-judge    {"url", "model"} of the judge, null where people vote
+winner   adapter, base, tie, or null before a vote
+by       human, judge, "same text" (a tie without a vote), or null
+page     the digest of the page, which changes only with the answers
+judge    {"url", "model"} of the judge, null if people vote
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ REMEDY = "name the votes.json that a side-by-side page saved, or a judge wrote"
 
 
 class Named(TypedDict):
-    """The judge that votes."""
+    """The judge of a votes file."""
 
     url: str
     model: str
@@ -86,7 +86,7 @@ class Vote(TypedDict):
 
 
 class Origin(TypedDict):
-    """Whose answers are compared, and by what."""
+    """Which run is compared, and by which criterion."""
 
     run: str
     adapter_sha256: str
@@ -94,7 +94,7 @@ class Origin(TypedDict):
 
 
 class Document(Origin):
-    """A file of votes."""
+    """A votes file."""
 
     votes_version: int
     page: str
@@ -103,7 +103,7 @@ class Document(Origin):
 
 
 def unvoted(origin: Origin, answers: Sequence[tuple[Text, str, str]], seed: int) -> Document:
-    """A file of votes before anybody has voted; `answers` are a prompt, the adapter's answer and the base's."""
+    """A votes file without votes; `answers` are a prompt, the adapter's answer and the base's."""
     votes: list[Vote] = []
     for prompt, adapter, base in answers:
         is_same = adapter == base
@@ -115,13 +115,13 @@ def unvoted(origin: Origin, answers: Sequence[tuple[Text, str, str]], seed: int)
 
 
 def page(document: Document, seed: int) -> str:
-    """The page that asks for the votes of an unvoted file, in an order of its own, each answer as often first as second.
+    """The page for voters of a file without votes, in random order; each side is first as often as second.
 
-    Which answer is whose stands in the page, since its file of votes has to say it; it is written so that a look at the page's
-    source does not show it.
+    The page holds which answer belongs to which side, since its votes file needs that; it is encoded, so that the source of the
+    page does not show it.
     """
     sealed = base64.b64encode(json.dumps(document).encode()).decode()
-    # Of what JSON can hold, only a < can end the script element that holds it; all beyond ASCII is escaped by json.
+    # In JSON, only a < can end the script element around it; json escapes everything beyond ASCII.
     data = json.dumps({"sealed": sealed, "cases": _cases(document["votes"], seed)}).replace("<", "\\u003c")
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined)
     same = sum(vote["by"] == "same text" for vote in document["votes"])
@@ -130,7 +130,7 @@ def page(document: Document, seed: int) -> str:
 
 
 def _cases(votes: Sequence[Vote], seed: int) -> list[dict[str, object]]:
-    """What is asked: the place of each open vote, its prompt as messages, and its answers in the order they are shown in."""
+    """The cases to vote on: the place of each open vote, its prompt as messages, and its answers in the order of the page."""
     draw = random.Random(seed)
     places = [place for place, vote in enumerate(votes) if vote["winner"] is None]
     orders = [AS_MADE if i % 2 else TURNED for i in range(len(places))]
@@ -143,7 +143,7 @@ def _cases(votes: Sequence[Vote], seed: int) -> list[dict[str, object]]:
 
 
 def _shown(prompt: Text) -> list[dict[str, str]]:
-    """A prompt as messages of text alone: calls of tools are shown as JSON."""
+    """A prompt as messages of plain text: tool calls are shown as JSON."""
     return [
         {"role": message["role"], "text": "\n".join([message["content"], *map(json.dumps, message.get("tool_calls") or ())])}
         for message in as_messages(prompt, "user")
@@ -151,7 +151,7 @@ def _shown(prompt: Text) -> list[dict[str, str]]:
 
 
 def read(path: Path) -> Document:
-    """A file of votes, or `InvalidInput` that says why it is none."""
+    """A votes file; `InvalidInput` with the reason for any other file."""
     try:
         document: Document = json.loads(path.read_bytes())
     except OSError as error:
@@ -160,7 +160,7 @@ def read(path: Path) -> Document:
         raise _invalid("votes-unreadable", f"not JSON, or damaged: {error}", path) from error
     if (wrong := best_match(Draft202012Validator(_FILE).iter_errors(document))) is not None:
         place = f"{wrong.json_path.removeprefix('$').removeprefix('.')}: " if wrong.path else ""
-        raise _invalid("not-votes", f"no file of votes: {place}{wrong.message[:200]}", path)
+        raise _invalid("not-votes", f"not a votes file: {place}{wrong.message[:200]}", path)
     return document
 
 
@@ -169,15 +169,15 @@ def _invalid(code: str, message: str, path: Path, fix: str = REMEDY) -> InvalidI
 
 
 def count(path: Path) -> Tally:
-    """The count of a file that holds at least one vote."""
+    """The count of a file with at least one vote."""
     document = read(path)
     if all(vote["winner"] is None for vote in document["votes"]):
-        raise _invalid("no-votes", "nobody has voted yet", path, "vote on side-by-side.html, and save votes.json again")
+        raise _invalid("no-votes", "there are no votes yet", path, "vote on side-by-side.html, and save votes.json again")
     return tally(document)
 
 
 def tally(document: Document) -> Tally:
-    """The adapter's wins, losses and ties, its win rate (a tie counts one half) over what is voted, and the sign test."""
+    """The adapter's wins, losses and ties, its win rate over the votes (a tie counts one half), and the sign test."""
     counted = [(vote, winner) for vote in document["votes"] if (winner := vote["winner"]) is not None]
     winners, voters = Counter(winner for _, winner in counted), Counter(vote["by"] for vote, _ in counted)
     wins, losses = winners["adapter"], winners["base"]
@@ -200,7 +200,7 @@ def tally(document: Document) -> Tally:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """The two-sided p-value of so uneven a split if each were as likely, ties left out; exact, from the binomial distribution.
+    """The two-sided p-value of this split if both sides are equally likely, without ties; exact, by the binomial distribution.
 
     Dixon and Mood, The Statistical Sign Test, Journal of the American Statistical Association 41 (1946).
     """

@@ -170,7 +170,7 @@ class Architecture:
             one = [key for key in keys if not self._takes(replace(plain, **{key: getattr(adapter, key)}))]
             raise InvalidInput([target_layers.on_experts(self.label, key) for key in one or keys])
         key = next((key for key in keys if self._takes(replace(adapter, **{key: type(getattr(adapter, key))()}))), KEY)
-        message = f"PEFT puts no such adapter on {self.label}: {reason}"
+        message = f"PEFT cannot put this adapter on {self.label}: {reason}"
         fix = f"change {key}; the linear layers are {self._linear_kinds()}"
         raise invalid("adapter-refused", message, fix, key)
 
@@ -323,7 +323,7 @@ class Architecture:
             shapes = dict(self.model.named_parameters())
             share = sum(shapes[name].numel() for name in left) / self.weights
             has_names = target_layers.expert_names(self.config.model_type)
-            reach = "they are not named" if has_names else "PEFT reaches them by no name"
+            reach = "they are not named" if has_names else "PEFT cannot name them"
             yield f"no adapter on the fused experts ({_counted(self._kinds(left))}), {share:.0%} of the weights: {reach}"
 
     def _roots(self, names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dpo_cli.providers.policy import Policy
 
 
-CACHE_FIX = "set XDG_CACHE_HOME to a folder that you may write, with room for a model; then give the same command again"
+CACHE_FIX = "set XDG_CACHE_HOME to a folder that you may write, with room for a model; then run the same command again"
 
 
 class Provider(Protocol):

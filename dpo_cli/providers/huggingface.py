@@ -95,7 +95,7 @@ class HuggingFace:
         plain = cast(PreTrainedTokenizerBase, self._load(PreTrainedTokenizerFast, source))
         if not agrees(plain):
             return tokenizer
-        self.notes.append(f"the tokenizer is that of tokenizer.json: {type(tokenizer).__name__} gives other tokens")
+        self.notes.append(f"the tokenizer is read from tokenizer.json: {type(tokenizer).__name__} gives different tokens")
         return plain
 
     def token_rows(self) -> int | None:
@@ -188,7 +188,7 @@ class HuggingFace:
         if not wants:
             return _plain(model).to(device, dtype) if is_quantised else cast(PreTrainedModel, model.to(device))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
-            raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "leave use_4bit and use_8bit out")
+            raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "remove use_4bit and use_8bit")
         for module in model.modules():
             if is_quantised and hasattr(module, "compute_dtype"):  # as its files have it
                 setattr(module, "compute_dtype", dtype)  # noqa: B010 - mypy does not know bitsandbytes' attribute
@@ -204,15 +204,15 @@ class HuggingFace:
         """The model as a classifier whose one label is the reward, with its adapter, in evaluation mode, and its tokenizer."""
         below = self.model.below
         if below is not None and below.adapter is not None:
-            message = f"{self.name} is an adapter on another adapter, and is not put on a reward model so"
+            message = f"{self.name} is an adapter on another adapter, which is not supported for a reward model"
             raise RunFailed(message, "merge them with PEFT, and name the merged model")
         try:
             model = self._load(AutoModelForSequenceClassification, self.source, use_safetensors=True, dtype=dtype)
         except InvalidInput as error:
             why = error.problems[0].message  # a head that is not there, which transformers would make up
-            raise RunFailed(f"{self.name} is no reward model: {why}", "name a trained reward model") from error
+            raise RunFailed(f"{self.name} is not a reward model: {why}", "name a trained reward model") from error
         if model.config.num_labels != 1:
-            raise RunFailed(f"{self.name} is no reward model: it has no head with one score", "name a trained reward model")
+            raise RunFailed(f"{self.name} is not a reward model: it has no head with one score", "name a trained reward model")
         require_finite(model, self.name, folder_of(self.source))
         if below is not None:
             model = with_adapter(model, self.model.own.path, TRAINED, below.name)
@@ -249,8 +249,8 @@ class HuggingFace:
         Only what lies in a folder is taken for an adapter here, and then `source` is the model below it.
         """
         if not Path(source).is_dir() and self._files(source).json(ADAPTER_CONFIG):
-            fix = f"`hf download {source} --local-dir FOLDER` fetches it: name FOLDER"
-            raise RunFailed(f"{source} is an adapter, and adapters are taken from a folder alone", fix)
+            fix = f"run `hf download {source} --local-dir FOLDER`, and name FOLDER"
+            raise RunFailed(f"{source} is an adapter, and adapters are only read from a folder", fix)
 
     def _load_whole(self, auto: Any, source: str, **options: Any) -> Any:
         """A model, with its files and tensors accounted for."""
@@ -363,6 +363,6 @@ def _sound_generation(settings: dict[str, object], rows: int | None) -> tuple[Ge
             GenerationConfig(**kept, **{name: settings[name]}).validate(strict=True)
             kept[name] = settings[name]
         except (AttributeError, TypeError, ValueError):  # what transformers alone knows: it is left out too
-            wrong[name] = "does not go with the rest"
-    notes = [f"{GENERATION}: {name} {settings[name]} {why}, and is left out" for name, why in wrong.items()]
+            wrong[name] = "conflicts with the rest"
+    notes = [f"{GENERATION}: {name} {settings[name]} {why}, and is omitted" for name, why in wrong.items()]
     return GenerationConfig(**kept), notes

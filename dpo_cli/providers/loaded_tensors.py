@@ -89,7 +89,7 @@ def all_tensors(what: str) -> Iterator[list[str]]:
         unexpected = set(loading_info.unexpected_keys)
         idle = _without_use(model, unexpected, str(pretrained_model_name_or_path))
         if idle:
-            notes.append(f"{what} holds {count(sorted(idle))} that its model does not use: passed over")
+            notes.append(f"{what} holds {count(sorted(idle))} that its model does not use: ignored")
         shapes = [f"{name} {list(found)} instead of {list(wanted)}" for name, found, wanted in loading_info.mismatched_keys]
         broken = [*shapes, *loading_info.error_msgs, *loading_info.conversion_errors]
         fix = "download it again; config.json and weights have to be of one model"
@@ -102,7 +102,7 @@ def all_tensors(what: str) -> Iterator[list[str]]:
     finally:
         transformers.modeling_utils.log_state_dict_report = before
     if not checked:
-        message = f"transformers {transformers.__version__} does not tell which tensors of {what} it has loaded"
+        message = f"transformers {transformers.__version__} does not report which tensors of {what} it has loaded"
         raise RunFailed(message, "install the version that constraints.txt names")
 
 
@@ -172,7 +172,7 @@ def _not_finite(tensors: Mapping[str, Tensor | None]) -> list[str]:
 def _refuse_numbers(broken: list[str], what: str) -> None:
     if broken:
         message = f"{what} holds NaN or infinity in {count(broken)}"
-        fix = "download it again, or train it again with a lower learning_rate: such weights compute nothing"
+        fix = "download it again, or train it again with a lower learning_rate: these weights are unusable"
         raise invalid("weights-not-finite", message, fix, "model_name")
 
 
@@ -221,7 +221,7 @@ def with_adapter(
     ) as error:  # other shapes, layers that are not there
         shapes = [_written(key, name) for key in re.findall(r"size mismatch for (\S+):", str(error))]
         refuse(f"the adapter in {folder}, put on {label},", (), (), shapes, OTHER_BASE, "model_name")
-        message = f"{folder} is no adapter of {label}: {' '.join(str(error).split())[:300]}"
+        message = f"{folder} is not an adapter of {label}: {' '.join(str(error).split())[:300]}"
         raise invalid("adapter-other-base", message, OTHER_BASE, "model_name") from error
     missing = [_written(key, name) for key in result.missing_keys if name in key.split(".")]
     unexpected = [_written(key, name) for key in result.unexpected_keys]
@@ -311,7 +311,7 @@ def _require_same(whole: Tensor, adapted: Tensor, base: Tensor, label: str, dtyp
     allowed = max(MERGE_ALLOWANCE, 16 * torch.finfo(dtype).eps)
     if apart <= allowed and (apart < lost or effect <= rounding):
         return
-    message = f"merged into {label}, the adapter computes something else: log-probs differ by {apart:.2g} nats a token"
+    message = f"merged into {label}, the adapter computes something else: log-probs differ by {apart:.2g} nats per token"
     message = f"{message} ({allowed:.2g} allowed), where the adapter changes them by {effect:.2g}"
     fix = "use the adapter as it is, or train it again without what PEFT cannot merge"
     raise invalid("merge-differs", message, fix, "model_name")

@@ -150,7 +150,7 @@ def _scale_positions(config: PretrainedConfig, path: Path, header: Header) -> No
     if (kind := header.metadata.get(key, "none")) != "none" and family != READ_BY_TRANSFORMERS:
         factor = header.metadata.get(f"{family}.rope.scaling.factor")
         if kind != "linear" or factor is None:
-            raise RunFailed(f"{path.name} scales positions by {kind} ({key}), which is not read here", MADE_FROM)
+            raise RunFailed(f"{path.name} scales positions by {kind} ({key}), which is not supported", MADE_FROM)
         scaling = {"rope_type": "linear", "factor": factor}
     if ROPE_FACTORS in header.tensors:
         factors = next(tensor.data for tensor in GGUFReader(path).tensors if tensor.name == ROPE_FACTORS)

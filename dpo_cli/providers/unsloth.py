@@ -61,4 +61,4 @@ def _require_quantisation(model: PreTrainedModel, plan: Plan) -> None:
     names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     if (made is None) != (wanted is None) or any(getattr(made, name, None) != getattr(wanted, name, None) for name in names):
         message = "Unsloth did not quantise this model as the config says"
-        raise RunFailed(message, 'leave the bnb_4bit keys out, change "use_4bit", or write "provider": "huggingface"')
+        raise RunFailed(message, 'remove the bnb_4bit keys, change "use_4bit", or write "provider": "huggingface"')

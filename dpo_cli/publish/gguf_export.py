@@ -43,7 +43,7 @@ def find_converter(named: Path | None) -> Path:
     if found is None:
         raise UsageError(f"--gguf needs a converter, {SCRIPT}", WHERE)
     if not Path(found).is_file():
-        raise UsageError(f"there is no converter {found}", WHERE)
+        raise UsageError(f"converter {found} not found", WHERE)
     return Path(found).absolute()
 
 
@@ -73,10 +73,10 @@ def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], token
         made = _logits(rows, pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # what transformers raises for a file it cannot read
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = f"{file.name} cannot be read back, so nobody knows what it answers: {reason}"
+        message = f"{file.name} cannot be read back, so it cannot be checked: {reason}"
         raise RunFailed(message, "use a newer converter, or export without --gguf") from error
     if ends != tokenizer.eos_token_id or made.shape != wanted.shape:
-        message = f"{file.name} has another vocabulary than the model, or ends its texts with another token"
+        message = f"{file.name} differs from the model in its vocabulary or in the token that ends a text"
         raise RunFailed(message, "use a newer converter, or export without --gguf")
     same = float((made.argmax(dim=-1) == wanted.argmax(dim=-1)).double().mean())
     apart = float((made - wanted).abs().max())

@@ -1,4 +1,4 @@
-"""Several runs beside each other, as plain values: their curves, their figures, and what differs between them."""
+"""Several runs side by side, as plain values: their curves, their figures, and their differences."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dpo_cli.report.views import duration
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.strategies.figures import FIGURES
 
-PLACES = names_where(lambda option: option.place == "output")  # differ between any two runs, and say nothing
+PLACES = names_where(lambda option: option.place == "output")  # they always differ between runs
 
 
 def compared(runs: Sequence[Contents]) -> dict[str, object]:
-    """What the page of a comparison shows."""
+    """The content of the comparison page."""
     names = distinct_names(runs)
     by_strategy: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
@@ -37,7 +37,7 @@ def compared(runs: Sequence[Contents]) -> dict[str, object]:
 
 
 def distinct_names(runs: Sequence[Contents]) -> list[str]:
-    """The names of the run directories; where two are called alike, with the folder that each is in."""
+    """The names of the run directories; with their parent folders if two have the same name."""
     count = Counter(run.name for run in runs)
     return [run.name if count[run.name] == 1 else f"{run.path.parent.name}/{run.name}" for run in runs]
 
@@ -61,7 +61,7 @@ def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int
 
 
 def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
-    """A row for each figure that one of the runs has."""
+    """A row for each figure that a run has."""
     rows = []
     base = " or ".join(sorted({run.base for run in runs}))
     for side, words in (("policy", "{}"), ("base", f"{{}}, {base}"), ("gain", "gain in {}")):
@@ -70,7 +70,7 @@ def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
             if any(figures):
                 show = term.gain if side == "gain" else term.text
                 cells = [
-                    str(show(figure)) if figure else "" if run.judged else "not judged"
+                    str(show(figure)) if figure else "" if run.judged else "not evaluated"
                     for figure, run in zip(figures, runs, strict=True)
                 ]
                 rows.append((words.format(term.label), cells))
@@ -84,33 +84,33 @@ def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
 
 
 def differing(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
-    """The keys of the config whose values are not the same in all runs."""
+    """The keys of the config that have different values."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     rows = [(key, [json_text(run.config.get(key)) for run in runs]) for key in keys if key not in PLACES]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def warnings(runs: Sequence[Contents]) -> list[str]:
-    """What stands in the way of comparing the figures."""
+    """The reasons why figures are not comparable."""
     found = []
     if others := _held_out_otherwise(runs):
         found.append(
-            f"The held-out sets are not the same (they differ in {', '.join(others)}), so figures do not compare: "
-            "judge each run on one file with dpo eval --dataset."
+            f"The held-out sets differ (in {', '.join(others)}), so the figures are not comparable: "
+            "evaluate each run on one file with dpo eval --dataset."
         )
     if differ(runs, lambda run: run.strategy):
-        found.append("The strategies differ: a loss of pairs and one of demonstrations are different quantities.")
+        found.append("The strategies differ: a loss of pairs and a loss of demonstrations are different quantities.")
     elif differ(runs, lambda run: run.config.get("beta")):
-        found.append("beta differs, and scales rewards, margins and losses: compare accuracies, gains and KL.")
+        found.append("beta differs. It scales rewards, margins and losses: compare accuracies, gains and KL.")
     pairs = [run for run in runs if run.takes("loss_type")]
     if differ(pairs, lambda run: run.config["loss_type"]):
-        found.append("loss_type differs: losses of the training are different quantities; those held out are all of sigmoid.")
+        found.append("loss_type differs: the training losses are different quantities; the held-out losses are all sigmoid.")
     if differ(pairs, lambda run: [run.config[key] for key in ("kl_prompts", "max_new_tokens")]):
         found.append(
-            "kl_prompts or max_new_tokens differ: KL per answer does not compare, since its answers are sampled by them."
+            "kl_prompts or max_new_tokens differ, and decide which answers are sampled: KL per answer is not comparable."
         )
     if differ(runs, lambda run: (run.manifest["model"], run.base)):
-        found.append("The models that the runs started from differ: rewards, KL and gains are each against another one.")
+        found.append("The runs started from different models: rewards, KL and gains are each relative to another model.")
     return found
 
 
@@ -119,7 +119,7 @@ def differ(runs: Sequence[Contents], what: Callable[[Contents], object]) -> bool
 
 
 def _held_out_otherwise(runs: Sequence[Contents]) -> list[str]:
-    """In what the held-out sets differ, in words: in their own files, or in what a share of the dataset follows from."""
+    """The differences of the held-out sets, in words: in their files, or in what decides a share of the dataset."""
     decides: dict[str, Callable[[Contents], object]]
     if any(run.config.get("eval_dataset") for run in runs):
         decides = {"eval_dataset": _eval_files}
@@ -134,6 +134,6 @@ def _held_out_otherwise(runs: Sequence[Contents]) -> list[str]:
 
 
 def _eval_files(run: Contents) -> object:
-    """The hashes of the files of eval_dataset; of a run that noted none, their paths."""
+    """The hashes of the files of eval_dataset; their paths for a run without hashes."""
     hashes = run.manifest.get("eval_dataset")
     return run.config.get("eval_dataset") if hashes is None else sorted(hashes.values())

@@ -1,4 +1,4 @@
-"""What a report draws of a run: the curves over its steps, and how the held-out rows are spread."""
+"""The drawings of a report: the curves over the steps, and the distribution of held-out rows."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dpo_cli.strategies.figures import DRAWN, FIGURES
 
 @dataclass(frozen=True)
 class Kind:
-    """One plot: its words, and the keys of metrics.jsonl that are drawn, each with what it is called there."""
+    """One plot: its texts, and the keys of metrics.jsonl that it draws, with their names in the plot."""
 
     title: str
     note: str
     keys: Mapping[str, str]
     from_zero: bool = False
-    is_compared: bool = False  # also on the page about several runs
+    is_compared: bool = False  # also on the comparison page
 
 
 KINDS = (
@@ -29,20 +29,25 @@ KINDS = (
         for figure in DRAWN
         if figure.title
     ),
-    Kind("Training loss", "Of the config's loss_type; the other one is of sigmoid.", {"own_loss": ""}, is_compared=True),
+    Kind(
+        "Training loss",
+        "The loss of the config's loss_type; the other plot has the sigmoid loss.",
+        {"own_loss": ""},
+        is_compared=True,
+    ),
     Kind(
         "Rewards",
-        "Chosen may fall while the margin grows: common, and worth a look at the answers.",
+        "The chosen reward may fall while the margin grows. That is common; check the answers.",
         {"reward_chosen": "chosen", "reward_rejected": "rejected"},
     ),
-    Kind("Learning rate", "As the schedule had it.", {"learning_rate": ""}),
-    Kind("Gradient norm", "Before clipping, of a step.", {"grad_norm": ""}),
-    Kind("Memory", "The most held so far, GB.", {"peak_memory_gb": ""}, from_zero=True),
+    Kind("Learning rate", "The value of the schedule.", {"learning_rate": ""}),
+    Kind("Gradient norm", "Per step, before clipping.", {"grad_norm": ""}),
+    Kind("Memory", "The maximum so far, GB.", {"peak_memory_gb": ""}, from_zero=True),
 )
 
 
 def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
-    """What the values of a plot compare with."""
+    """The levels that the values of a plot are compared with."""
     if kind.title == "Memory":
         billed = run.summary.memory.predicted_gb if run.summary else None
         return [] if billed is None else [(billed, "billed")]
@@ -57,7 +62,7 @@ def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
 
 
 def plots(run: Contents) -> list[Plot]:
-    """Every plot for which the run has lines."""
+    """Every plot that the run has lines for."""
     made, end = [], max((line.step for line in run.lines), default=0)
     for kind in KINDS:
         curves = [
@@ -65,7 +70,7 @@ def plots(run: Contents) -> list[Plot]:
             for colour, (key, name) in enumerate(kind.keys.items())
             for split in ("train", "eval")
         ]
-        if kind.title == "Memory":  # one peak for both: that of the lines in their order is the whole curve
+        if kind.title == "Memory":  # both splits share one peak: the first curve has all of it
             curves = curves[:1]
         if any(curve.points for curve in curves):
             made.append(Plot(kind.title, kind.note, curves, levels(kind, run), end, kind.from_zero))
@@ -74,17 +79,17 @@ def plots(run: Contents) -> list[Plot]:
 
 @dataclass(frozen=True)
 class Spread:
-    """How the held-out rows are spread: a histogram, its quantiles, and the words for both."""
+    """The distribution of held-out rows: a histogram, its quantiles, and the texts for both."""
 
     title: str
     about: str
-    listed: str  # over the lists of the best and the worst
+    listed: str  # above the lists of the best and the worst
     bars: Bars
     quantiles: Sequence[tuple[str, float]]
 
 
 def spread(run: Contents) -> Spread | None:
-    """None where nothing was judged row by row."""
+    """None if no rows were evaluated."""
     if run.evaluation is None:
         return None
     values = [row.gain for row in run.evaluation.rows if math.isfinite(row.gain)]
@@ -98,5 +103,5 @@ def spread(run: Contents) -> Spread | None:
 
 def _quantiles(values: Sequence[float]) -> list[tuple[str, float]]:
     tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
-    ends = (("least", min(values)), ("lowest tenth below", tenths[0]), ("middle", tenths[4]))
-    return [*ends, ("highest tenth above", tenths[8]), ("greatest", max(values))]
+    ends = (("minimum", min(values)), ("10th percentile", tenths[0]), ("median", tenths[4]))
+    return [*ends, ("90th percentile", tenths[8]), ("maximum", max(values))]

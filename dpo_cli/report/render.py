@@ -1,4 +1,4 @@
-"""report.html: a run, or several compared, as one page that asks no network. No torch."""
+"""report.html: a run, or a comparison, as one page that needs no network. No torch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dpo_cli.storage.run_directory import REPORT, RunDirectory
 from dpo_cli.strategies.figures import FIGURES
 
 PAGES = Path(__file__).parent / "pages"
-MARK = '<meta name="generator" content="dpo '  # of a page that may be replaced
+MARK = '<meta name="generator" content="dpo '  # marks a page that may be replaced
 
 
 def write_report(path: Path) -> Path:
-    """Write report.html into a run directory, of what it holds."""
+    """Write report.html into a run directory, from its files."""
     RunDirectory(path).write_text(REPORT, report(Contents.read(path)))
     return path / REPORT
 
@@ -33,11 +33,11 @@ def write_report(path: Path) -> Path:
 def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     """Write one page about several runs."""
     if out.exists() and not (out.is_file() and MARK in out.read_text(encoding="utf-8", errors="replace")[:4000]):
-        raise UsageError(f"{out} exists already, and is no page of dpo", "name another file with --out")
+        raise UsageError(f"{out} exists already and is not a page of dpo", "name another file with --out")
     page = _page("comparison.html.j2", **comparison.compared([Contents.read(path) for path in paths]))
     try:
         out.write_text(redact(page), encoding="utf-8")
-    except OSError as error:  # a folder that is not there, or may not be written: the user's to change
+    except OSError as error:  # the folder does not exist or is not writable: the user can fix it
         raise UsageError(f"cannot write {out}: {error.strerror}", "name a file in a folder that exists") from error
     return out
 
@@ -94,12 +94,12 @@ def _environment() -> Environment:
 
 
 def _hash(text: str) -> str:
-    """As the page's Content-Security-Policy names the one script and the one style that it allows."""
+    """The hash that the Content-Security-Policy of the page needs for its script or its style."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _place(problem: dict[str, str | None]) -> str:
-    """file:line of a finding, where it has one."""
+    """file:line of a finding, if it has one."""
     parts = [Path(problem["file"]).name if problem["file"] else None, problem["line"]]
     place = ":".join(str(part) for part in parts if part is not None)
     return f"{place}: " if place else ""

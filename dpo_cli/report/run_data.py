@@ -1,6 +1,6 @@
-"""What a report reads of a run directory. No torch, and no model: a run can be told of on any machine.
+"""The input of a report: a run directory. No torch and no model: a report can be written on any machine.
 
-Of a run that has not ended there is less: `summary` and `evaluation` are None then.
+A run that has not ended has fewer files: then `summary` and `evaluation` are None.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 from dpo_cli.strategies.verdict import Outcome, Verdict, verdict
 
-# What these files of a run have at least.
+# The minimum content of these files.
 NEEDED = {PLAN: ("config", "sources", "counts"), MANIFEST: ("dataset", "model", "versions")}
 T = TypeVar("T")
 
 
 def _parsed(run: RunDirectory, name: str, parse: Callable[[object], T]) -> T:
-    """A file of the run; `InvalidInput` where it is damaged."""
+    """A file of the run; `InvalidInput` if it is damaged."""
     try:
         return parse(run.read_json(name))
     except ValueError as error:
@@ -36,7 +36,7 @@ def _parsed(run: RunDirectory, name: str, parse: Callable[[object], T]) -> T:
 
 
 def _object(name: str) -> Callable[[object], dict[str, Any]]:
-    """Takes a JSON value that has the keys of `NEEDED`."""
+    """Accepts a JSON value that has the keys of `NEEDED`."""
 
     def parse(value: object) -> dict[str, Any]:
         if missing := [key for key in NEEDED[name] if not isinstance(value, dict) or key not in value]:
@@ -107,17 +107,17 @@ class Contents:
         return STRATEGIES[self.strategy]
 
     def takes(self, option: str) -> bool:
-        """Whether an option of the config has to do with the strategy."""
+        """Whether an option of the config applies to the strategy."""
         return self.strategy in options()[option].strategies
 
     @property
     def noun(self) -> str:
-        """What it was trained on."""
+        """The rows that it was trained on."""
         return self.method.rows.noun
 
     @property
     def is_whole(self) -> bool:
-        """Whether every weight was trained, and not an adapter."""
+        """Whether all weights were trained, not an adapter."""
         return bool(self.config["lora_r"] == 0)
 
     @property
@@ -126,12 +126,12 @@ class Contents:
 
     @property
     def base(self) -> str:
-        """What it started from, and is compared with."""
+        """The model that it started from and is compared with."""
         return "starting adapter" if self.config.get("reference") == "adapter" else "base"
 
     @property
     def has_own_loss(self) -> bool:
-        """Whether it minimised another loss than the `loss` of an evaluation, which is always DPO's sigmoid loss."""
+        """Whether its trained loss differs from the `loss` of an evaluation, which is always DPO's sigmoid loss."""
         return self.takes("loss_type") and self.config["loss_type"] != "sigmoid"
 
     @property
@@ -140,7 +140,7 @@ class Contents:
 
     @property
     def findings(self) -> list[dict[str, Any]]:
-        """The problems of config and data that were told before the training."""
+        """The problems of config and data that were reported before the training."""
         return list(self.plan.get("problems", ()))
 
     @property
@@ -153,12 +153,12 @@ class Contents:
 
     @property
     def max_kl(self) -> float | None:
-        """The limit of kl_sequence; None where the config has none."""
+        """The limit of kl_sequence; None without one in the config."""
         return self.config.get("max_kl")
 
     @property
     def judged(self) -> Sides | None:
-        """The figures on what was held out; where a run did not come to them, those that `dpo eval` found."""
+        """The figures on held-out rows; if the run has none, those of `dpo eval`."""
         if self.summary is not None and self.summary.sides is not None:
             return self.summary.sides
         return self.evaluation.sides if self.evaluation else None
@@ -181,10 +181,10 @@ class Contents:
         )
 
     def points(self, split: str, key: str) -> list[Point]:
-        """The values of one key over the steps; a step that was logged twice (after a resume) counts as it was last.
+        """The values of one key over the steps; for a step that was logged twice (after a resume), the last value counts.
 
-        What a training minimised is its `loss` where an evaluation has the same, else its `own_loss`; an evaluation then has
-        that as its `trained_loss`, beside DPO's.
+        The trained loss is `loss` if an evaluation has the same loss, else `own_loss`; an evaluation then has
+        it as `trained_loss`, in addition to DPO's.
         """
         if self.has_own_loss:
             others = {"train": {"loss": "", "own_loss": "loss"}, "eval": {"own_loss": "trained_loss"}}

@@ -1,4 +1,4 @@
-"""Curves, histograms and intervals as coordinates, which the templates of a report draw as SVG. Pure functions of numbers."""
+"""Curves, histograms and intervals as coordinates for the SVG of a report. Pure functions of numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-Point = tuple[float, float | None]  # a step and its value; None where that was not finite
+Point = tuple[float, float | None]  # a step and its value; None if it is not finite
 
 
 def finite(value: float) -> float | None:
@@ -15,18 +15,18 @@ def finite(value: float) -> float | None:
 
 
 WIDTH, HEIGHT = 360, 200  # of a plot, in the units of its viewBox
-LEFT, RIGHT, TOP, BOTTOM = 48, 16, 12, 24  # around the area that is drawn on
-MOST_POINTS = 240  # of a drawn curve: about one for each pixel that it has
-DIGITS = 3  # of a value that is read off a curve
+LEFT, RIGHT, TOP, BOTTOM = 48, 16, 12, 24  # around the drawing area
+MOST_POINTS = 240  # of a drawn curve: about one per pixel
+DIGITS = 3  # of a value read from a curve
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values along so many units, with a mark at each multiple of a round number."""
+    """A range of values on an axis, with a mark at each multiple of a round number."""
 
     low: float
     high: float
-    start: float  # where `low` lies, and `end` where `high` does
+    start: float  # the position of `low`; `end` is that of `high`
     end: float
     marks: Sequence[float]
 
@@ -35,14 +35,14 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
     def labelled(self) -> Iterator[tuple[float, str]]:
-        """The place and the text of each mark."""
+        """The position and the text of each mark."""
         step = self.marks[1] - self.marks[0] if len(self.marks) > 1 else self.marks[0]
         return ((self.at(mark), mark_text(mark, step)) for mark in self.marks)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity over the steps, of the training or of the held-out rows. `colour` is the number of its colour."""
+    """One quantity over the steps, of training or held-out rows. `colour` is the number of its colour."""
 
     name: str
     split: str  # train, eval
@@ -56,7 +56,7 @@ class Curve:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the curve is more of an area."""
+        """Whether the curve is so dense that it looks like an area."""
         return len(self.points) > MOST_POINTS // 2
 
     @property
@@ -66,14 +66,14 @@ class Curve:
 
 @dataclass(frozen=True)
 class Plot:
-    """Curves of one quantity over one axis. A `level` is a value worth comparing with, and its name."""
+    """Curves of one quantity over one axis. A `level` is a value to compare with, and its name."""
 
     title: str
     note: str
     curves: Sequence[Curve]
     levels: Sequence[tuple[float, str]] = ()
-    end: float = 0  # the last step of all plots beside it
-    from_zero: bool = False  # of a distance or a size, whose zero means something
+    end: float = 0  # the last step of all plots
+    from_zero: bool = False  # for a distance or a size, which has a meaningful zero
 
     width, height, left, right, top, bottom = WIDTH, HEIGHT, LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
 
@@ -102,7 +102,7 @@ class Plot:
         return Axis(marks[0], marks[-1], self.bottom, self.top, marks)
 
     def path(self, curve: Curve) -> str:
-        """The curve as SVG's `d`; it is interrupted where a value was not finite."""
+        """The curve as `d` of an SVG path; it is interrupted at values that are not finite."""
         parts, pen = [], "M"
         for step, value in curve.points:
             if value is None:
@@ -113,26 +113,26 @@ class Plot:
         return "".join(parts)
 
     def dots(self, curve: Curve) -> list[tuple[float, float]]:
-        """Where the measured values of a curve lie; of a curve with many there are none to see."""
+        """The positions of the measured values of a curve; none if they are too many."""
         if (curve.split == "train" and len(curve.points) > 1) or len(curve.points) > MOST_POINTS // 4:
             return []
         return [(self.x.at(step), self.y.at(value)) for step, value in curve.points if value is not None]
 
     @property
     def broken(self) -> list[float]:
-        """Where values were not finite."""
+        """The positions of values that are not finite."""
         return sorted({self.x.at(step) for curve in self.drawn for step, value in curve.points if value is None})
 
     @property
     def data(self) -> list[list[list[float | None]]]:
-        """What is read off under the pointer: of each curve its steps and its values."""
+        """The data for the pointer: the steps and the values of each curve."""
         return [[[step for step, _ in curve.points], [rounded(value) for _, value in curve.points]] for curve in self.drawn]
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most so many points: the least and the greatest of each stretch, so that no spike is lost, and both ends.
+    """At most `MOST_POINTS` points: the minimum and the maximum of each stretch, so that no spike is lost, and both ends.
 
-    Of a stretch that holds a value which is not finite, its first is kept instead of the greatest.
+    In a stretch with values that are not finite, the first of them replaces the maximum.
     """
     if len(points) <= most:
         return list(points)
@@ -149,8 +149,8 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that span low to high, in at most so many stretches and one."""
-    if low == high:  # one value is shown against zero
+    """Multiples of 1, 2 or 5 times a power of ten that span low to high, in at most one stretch more than requested."""
+    if low == high:  # a single value is shown relative to zero
         low, high = min(low, 0.0), max(high, 0.0) if low else 1.0
     step = round_step((high - low) / about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -158,13 +158,13 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def round_step(least: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is not below `least`."""
+    """The smallest of 1, 2, 5 times a power of ten that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def mark_text(value: float, step: float) -> str:
-    """A mark of an axis, with as many digits as its step needs."""
+    """The text of a mark, with the digits that its step needs."""
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(step)) + 1e-9)
@@ -178,7 +178,7 @@ def mark_text(value: float, step: float) -> str:
 
 
 def rounded(value: float | None) -> float | None:
-    """To the digits that are shown."""
+    """Rounded to the digits that are shown."""
     return None if value is None else float(f"{value:.{DIGITS}g}")
 
 
@@ -190,7 +190,7 @@ class Bin:
 
 
 def histogram(values: Sequence[float], about: int = 20) -> list[Bin]:
-    """Counts in stretches of one round width; zero is an edge, so that no bar holds both signs."""
+    """Counts in bins of one round width; zero is an edge, so that no bin has both signs."""
     low, high = min(0.0, *values), max(0.0, *values)
     edges = ticks(low, high, about) if high > low else [-1.0, 0.0, 1.0]
     width = edges[1] - edges[0]

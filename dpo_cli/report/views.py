@@ -1,4 +1,4 @@
-"""What a report tells of a run, as plain values: tables and lines. The templates only lay them out."""
+"""The content of a report, as plain values: tables and lines. The templates only lay them out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_TEXT = 1500  # characters shown of one text
 
 
 def tiles(run: Contents) -> list[tuple[str, Told]]:
-    """The figures that a reader looks for first; those that belong together stand together."""
+    """The figures that a reader needs first; related figures are together."""
     if run.judged is None:
         return []
     policy, gain = run.judged.policy, run.judged.gain
@@ -34,18 +34,18 @@ def tiles(run: Contents) -> list[tuple[str, Told]]:
 
 @dataclass(frozen=True)
 class ComparedFigure:
-    """A row of the table of base, adapter and gain; with a whisker where the gain is a number."""
+    """A row of the table of base, adapter and gain; with a whisker if the gain is finite."""
 
     label: str
     base: Told | None
     policy: Told
     gain: Told | None
     whisker: Interval | None
-    good: bool  # whether more of it is better
+    good: bool  # whether a larger value is better
 
 
 def against(run: Contents) -> list[ComparedFigure]:
-    """The rows of that table."""
+    """The rows of the table."""
     assert run.judged is not None
     sides, rows = run.judged, []
     for name, figure in FIGURES.items():
@@ -70,14 +70,14 @@ def against(run: Contents) -> list[ComparedFigure]:
 
 @dataclass(frozen=True)
 class ByCategory:
-    """A line for each category of the held-out rows: its name, its rows, and its figures under these names."""
+    """A row for each category of the held-out rows: its name, its number of rows, and its figures in these columns."""
 
     names: Sequence[str]
     rows: Sequence[tuple[str, int, Sequence[Told]]]
 
 
 def categories(run: Contents) -> ByCategory | None:
-    """Where the held-out rows have categories."""
+    """The figures by category, if the held-out rows have categories."""
     if run.evaluation is None or not run.evaluation.categories:
         return None
     shown, gained = run.method.shown, run.method.gains[0]
@@ -90,7 +90,7 @@ def categories(run: Contents) -> ByCategory | None:
 
 
 def data(run: Contents) -> list[tuple[str, str]]:
-    """What was counted before the training."""
+    """The counts before the training."""
     counts = run.plan["counts"]
     if counts is None:
         return []
@@ -98,18 +98,20 @@ def data(run: Contents) -> list[tuple[str, str]]:
         ("trained on", f"{counts['train_pairs']:,} {run.noun} of {counts['train_prompts']:,} prompts"),
         ("held out", f"{counts['eval_pairs']:,} {run.noun} of {counts['eval_prompts']:,} prompts"),
         ("longest", f"{counts['longest']:,} tokens ({counts['longest_at']})"),
-        ("tokens an epoch", f"{counts['train_tokens']:,}"),
+        ("tokens per epoch", f"{counts['train_tokens']:,}"),
     ]
     told = {
-        "cut": "prompts that lost their beginning to max_seq_length",
-        "too_long": "left out: responses longer than max_seq_length",
-        "parted": "prompts that the chat template renders otherwise before a response",
-        "bad_rows": "left out: bad rows",
+        "cut": "prompts cut at the start to fit max_seq_length",
+        "too_long": "skipped: responses longer than max_seq_length",
+        "parted": "prompts that the chat template renders differently before a response",
+        "bad_rows": "skipped: bad rows",
     }
     rows += [(words, f"{counts[name]:,}") for name, words in told.items() if counts[name]]
     said = run.plan.get("data") or {}
     if said.get("longer_chosen") is not None:
-        rows.append(("longer one chosen", f"in {said['longer_chosen']:.0%} of pairs (AUC of length {said['length_auc']:.2f})"))
+        rows.append(
+            ("longer response chosen", f"in {said['longer_chosen']:.0%} of pairs (AUC of length {said['length_auc']:.2f})")
+        )
     return rows
 
 
@@ -123,7 +125,7 @@ class MemoryTable:
 
 
 def bill(run: Contents) -> MemoryTable | None:
-    """The memory bill, beside what was measured."""
+    """The memory bill, and what was measured."""
     memory = run.plan["memory"]
     if memory is None:
         return None
@@ -134,12 +136,12 @@ def bill(run: Contents) -> MemoryTable | None:
         if size
     ]
     known = run.summary.memory if run.summary else Memory()
-    about = "What the plan billed for the fullest moment of a step"
-    about += f", of {memory['budget_gb']:.1f} GB that were there." if memory["budget_gb"] else "."
+    about = "The plan's bill for the peak of a step"
+    about += f", of {memory['budget_gb']:.1f} GB available." if memory["budget_gb"] else "."
     if known.measured_gb and known.predicted_gb:
-        what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, with what malloc keeps"
+        what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, including what malloc keeps"
         measured, billed = known.measured_gb, known.predicted_gb
-        about += f" Measured: {measured:.2f} GB ({what}) against {billed:.2f} billed for that, {measured / billed:.2f}x."
+        about += f" Measured: {measured:.2f} GB ({what}); billed: {billed:.2f} GB; ratio: {measured / billed:.2f}."
     return MemoryTable(parts, f"{memory['total_gb']:.2f}", about)
 
 
@@ -148,7 +150,7 @@ OTHERS = {"default": "default", "profile": "profile", "measured": "machine"}
 
 
 def config(run: Contents) -> dict[str, list[tuple[str, str, str]]]:
-    """What the user set, and the rest; each key with its value and where that came from."""
+    """The options that the user set, and the rest; each key with its value and its source."""
     sources = run.plan["sources"]
     given: list[tuple[str, str, str]] = []
     rest: list[tuple[str, str, str]] = []
@@ -160,13 +162,13 @@ def config(run: Contents) -> dict[str, list[tuple[str, str, str]]]:
 
 
 def command(run: Contents) -> str:
-    """What trains the run again, beside it."""
+    """The command that trains the run again, in a new directory."""
     again = run.path.with_name(f"{run.name}-again")
     return f"dpo train {shlex.quote(str(run.path / 'plan.json'))} output_dir={shlex.quote(str(again))}"
 
 
 def made_with(run: Contents) -> list[tuple[str, str]]:
-    """Versions, hardware, hashes: what else has to be the same."""
+    """Versions, hardware, hashes: everything else that must be the same."""
     made = run.manifest
     hardware = made["hardware"]
     machine = f"{hardware['cores']} cores of {hardware['processor']}, {hardware['memory_gb']:g} GB"
@@ -185,7 +187,7 @@ def made_with(run: Contents) -> list[tuple[str, str]]:
 
 
 def facts(run: Contents) -> list[str]:
-    """The run in a line."""
+    """The run in one line."""
     settings = run.config
     model = Path(settings["model_name"]).name if Path(settings["model_name"]).is_absolute() else settings["model_name"]
     trained = "every weight" if run.is_whole else f"LoRA rank {settings['lora_r']}"
@@ -199,7 +201,7 @@ def facts(run: Contents) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """3 h 12 min, 4 min 10 s, 12 s; never broken over two lines."""
+    """3 h 12 min, 4 min 10 s, 12 s; without line breaks."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     words = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
@@ -217,7 +219,7 @@ def signed(value: float) -> str:
 
 
 def shortened(text: str) -> str:
-    """A long text without its middle: of a prompt the end matters, of a response the beginning."""
+    """A long text without its middle: the end of a prompt matters, and the start of a response."""
     if len(text) <= MOST_TEXT:
         return text
     half = MOST_TEXT // 2

@@ -1,6 +1,6 @@
-"""Results as JSON and back: the fields of a dataclass are its keys, null is not a number.
+"""Results as JSON and back: the fields of a dataclass are its keys; null stands for a number that is not finite.
 
-A class whose JSON has another shape has the methods `to_json` and `of_json`.
+A class with another JSON shape has the methods `to_json` and `of_json`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 JsonObject = dict[str, object]
-MISSING = "required field missing"  # as cattrs says it
+MISSING = "required field missing"  # the message of cattrs
 
 
 @functools.cache
 def _converter() -> Converter:
-    """Late: cattrs takes 40 ms to import, and `validate` needs none of it."""
+    """Imported late: cattrs takes 40 ms, and `validate` does not need it."""
     from cattrs import Converter
     from cattrs.strategies import use_class_methods
 
@@ -30,7 +30,7 @@ def _converter() -> Converter:
 
 
 def _number(value: object) -> float:
-    """A number as JSON has it: whole ones stay whole."""
+    """A JSON number: integers stay integers."""
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -39,7 +39,7 @@ def _number(value: object) -> float:
 
 
 def to_json(result: object) -> JsonObject:
-    """The JSON of a result; what is no number in it is written as null (storage/jsonio.py)."""
+    """The JSON of a result; numbers that are not finite are written as null (storage/jsonio.py)."""
     value: JsonObject = _converter().unstructure(result)
     return value
 

@@ -1,4 +1,4 @@
-"""A figure with its 95 % interval, and the figures of a policy beside those of its base. No numpy."""
+"""A figure with its 95 % interval, and the figures of a policy and its base. No numpy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95 % interval; not a number (null in JSON) where a model's log-probs are none."""
+    """A value and its 95 % interval; NaN (null in JSON) if log-probs are not finite."""
 
     value: float
     low: float
@@ -20,14 +20,14 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the whole interval is on one side of zero, else 0: not clear of it."""
+        """1 or -1 if the whole interval is on one side of zero, else 0: not clearly different from zero."""
         return (self.low > 0) - (self.high < 0)
 
     def __neg__(self) -> Interval:
         return Interval(-self.value, -self.high, -self.low)
 
 
-Figures = dict[str, Interval | None]  # by the names of strategies/figures.py; None where there are no samples for one
+Figures = dict[str, Interval | None]  # by the names of strategies/figures.py; None without samples
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Sides:
 
 
 def required(figures: Figures, name: str) -> Interval:
-    """A figure that has to be there."""
+    """A figure that must exist."""
     figure = figures[name]
     assert figure is not None, f"{name} has no value"
     return figure

@@ -1,4 +1,4 @@
-"""What `dpo eval` comes to: the figures of held-out rows, the rows one by one, answers side by side, and limits."""
+"""The result of `dpo eval`: the figures of held-out rows, each row, answers side by side, and limits."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Self, TypedDict
 from dpo_cli.results.codec import JsonObject, from_json, to_json
 from dpo_cli.results.intervals import Interval, Sides
 
-ROW_BY_ROW = ("rows", "best", "worst")  # what evaluation.json has beside what `eval --json` prints
+ROW_BY_ROW = ("rows", "best", "worst")  # in evaluation.json, and not in the output of `eval --json`
 SIDES = ("policy", "base", "gain")
 
 
 @dataclass(frozen=True)
 class JudgedRow:
-    """A held-out row: its place, its figures, and its texts where it is among the best or the worst."""
+    """A held-out row: its place, its figures, and its texts if it is among the best or the worst."""
 
     file: str
     line: int | None
     category: str | None
-    figures: Mapping[str, float]  # of a pair margin, reward_chosen, reward_rejected; of a demonstration loss, base_loss
-    texts: Mapping[str, str] = field(default_factory=dict)  # prompt, and its responses by their names
+    figures: Mapping[str, float]  # of a pair: margin, reward_chosen, reward_rejected; of a demonstration: loss, base_loss
+    texts: Mapping[str, str] = field(default_factory=dict)  # prompt, and its responses by name
 
     @property
     def gain(self) -> float:
-        """How far training helped: a pair's margin, or how far a demonstration's loss fell, nats; NaN where not finite."""
+        """The gain from training: the margin of a pair, or the fall of a demonstration's loss, nats; NaN if not finite."""
         if "margin" in self.figures:
             return self.figures["margin"]
         return self.figures["base_loss"] - self.figures["loss"]
@@ -48,15 +48,15 @@ class Limit:
 
     metric: str
     limit: float
-    value: float | None  # None where there is no such figure
+    value: float | None  # None without such a figure
     ok: bool
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The figures of so many rows of one kind; no `sides` where nothing is held out."""
+    """The figures of `count` rows of one kind; `sides` is None without held-out rows."""
 
-    noun: str  # pairs, demonstrations: the key that their number has in JSON
+    noun: str  # pairs, demonstrations: the key of their number in JSON
     count: int
     prompts: int
     sides: Sides | None
@@ -67,16 +67,16 @@ class Judged:
 
     @classmethod
     def of_json(cls, value: object, noun: str) -> Self:
-        """What is in a JSON value about rows of the kind `noun`; `ValueError` that names what is missing in it."""
+        """The figures in a JSON value about rows of the kind `noun`; `ValueError` with the keys that are missing."""
         return from_json(cls, _nested(value, noun))
 
 
 @dataclass(frozen=True)
 class Evaluation(Judged):
-    """All that evaluation.json holds."""
+    """The content of evaluation.json."""
 
     answer_tokens: Mapping[str, Interval] | None = None  # of both sides and the difference
-    unanswered: int = 0  # prompts that leave no room for an answer
+    unanswered: int = 0  # prompts without room for an answer
     categories: Mapping[str, Judged] = field(default_factory=dict)
     samples: Sequence[Answers] = ()
     rows: Sequence[JudgedRow] = ()
@@ -95,7 +95,7 @@ class Evaluation(Judged):
 
     @property
     def shown(self) -> JsonObject:
-        """What `eval --json` prints of it."""
+        """The part that `eval --json` prints."""
         return {name: value for name, value in self.to_json().items() if name not in ROW_BY_ROW}
 
 
@@ -112,7 +112,7 @@ def _nested(value: object, noun: str) -> object:
 
 
 def _nested_row(row: Mapping[str, object]) -> JsonObject:
-    """JSON of a row in the shape of its fields: what is no place is a text or a number."""
+    """JSON of a row in the shape of its fields: besides its place, it has texts and numbers."""
     place = {name: row.get(name) for name in ("file", "line", "category")}
     rest = {name: value for name, value in row.items() if name not in place}
     texts = {name: value for name, value in rest.items() if isinstance(value, str)}

@@ -1,4 +1,4 @@
-"""What `dpo export` comes to: the figures of a run beside those of the merged model, and its GGUF file."""
+"""The result of `dpo export`: the figures of a run and of the merged model, and its GGUF file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_cli.results.intervals import Figures
 
 @dataclass(frozen=True)
 class MergeLimit:
-    """A figure of the merged model beside the worst that it may be."""
+    """A figure of the merged model and its limit."""
 
     metric: str
     before: float
@@ -30,7 +30,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class GgufCheck:
-    """How a GGUF file compares with the model that it is made of, both computed in float32."""
+    """The comparison of a GGUF file with its model, both computed in float32."""
 
     file: str
     type: str
@@ -44,13 +44,13 @@ class GgufCheck:
 
 @dataclass(frozen=True)
 class Merge:
-    """All that export.json holds."""
+    """The content of export.json."""
 
     run: str
     model: str
     dtype: str
     trained_on: str  # 4-bit, 8-bit or a dtype
-    noun: str  # pairs, demonstrations: the key that their number has in JSON
+    noun: str  # pairs, demonstrations: the key of their number in JSON
     count: int
     prompts: int
     before: Figures

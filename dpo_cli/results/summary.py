@@ -1,4 +1,4 @@
-"""What `dpo train` comes to: the lines of metrics.jsonl, the events of health, and the summary that is metrics.json."""
+"""The result of `dpo train`: the lines of metrics.jsonl, the health events, and the summary in metrics.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_cli.results.intervals import Sides
 
 Split = Literal["train", "eval"]
 Action = Literal["note", "warn", "stop"]
-PLACES = ("split", "step", "epoch")  # of a line, beside its figures
+PLACES = ("split", "step", "epoch")  # the keys of a line that are not figures
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Line:
     split: Split
     step: int
     epoch: float
-    figures: dict[str, float]  # NaN (null in JSON) where one is not finite
+    figures: dict[str, float]  # NaN (null in JSON) if one is not finite
 
     def to_json(self) -> JsonObject:
         return {"split": self.split, "step": self.step, "epoch": self.epoch, **self.figures}
 
     @classmethod
     def of_json(cls, value: object) -> Line:
-        """The line in a JSON value; `ValueError` that names what is missing in it."""
+        """The line in a JSON value; `ValueError` with the keys that are missing."""
         return from_json(cls, _nested(value))
 
 
@@ -42,7 +42,7 @@ def _nested(value: object) -> JsonObject:
 
 @dataclass(frozen=True)
 class Event:
-    """What a rule of health found: shown, and kept; with the action "stop" the end of the training (exit 5)."""
+    """The finding of a health rule: shown and kept; the action "stop" ends the training (exit code 5)."""
 
     rule: str
     action: Action
@@ -56,7 +56,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Memory:
-    """The most memory of a training, GB: as the plan billed it, and as it was measured."""
+    """The peak memory of a training, GB: as the plan billed it, and as it was measured."""
 
     predicted_gb: float | None = None
     measured_gb: float | None = None
@@ -64,7 +64,7 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """What metrics.json holds: how a training ended, and its figures on what was held out."""
+    """The content of metrics.json: how a training ended, and its figures on held-out rows."""
 
     status: str  # completed, interrupted, unhealthy
     steps: int
@@ -96,7 +96,7 @@ class RunSummary:
 
     @classmethod
     def of_json(cls, value: object) -> RunSummary:
-        """The summary in a JSON value; `ValueError` that names what is missing in it."""
+        """The summary in a JSON value; `ValueError` with the keys that are missing."""
         if not isinstance(value, dict):
             raise ValueError("it is not an object")
         if lacking := [side for side in ("eval", "base", "gain") if side not in value]:

@@ -1,4 +1,4 @@
-"""What `dpo vote` comes to: the page and the file of votes, and their count."""
+"""The result of `dpo vote`: the page, the votes file, and the count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dpo_cli.results.intervals import Interval
 
 @dataclass(frozen=True)
 class JudgeModel:
-    """The model that judges, and where it is asked."""
+    """The model that judges, and its endpoint."""
 
     url: str
     model: str
@@ -17,25 +17,25 @@ class JudgeModel:
 
 @dataclass(frozen=True)
 class Tally:
-    """The count of a file of votes."""
+    """The count of a votes file."""
 
     run: str
     adapter_sha256: str
     criterion: str
-    judge: JudgeModel | None  # None where people vote
+    judge: JudgeModel | None  # None if people vote
     prompts: int
     missing: int  # prompts without a vote
-    same_text: int  # ties that nobody is asked about
+    same_text: int  # ties without a vote
     wins: int  # of the adapter
     losses: int
     ties: int
-    win_rate: Interval  # of what is voted, a tie counts one half
+    win_rate: Interval  # over the votes; a tie counts one half
     sign_test: float  # p-value, two-sided
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Answers put before people, or a judge."""
+    """Answers shown to people or a judge."""
 
     page: str  # the path of the page
     prompts: int

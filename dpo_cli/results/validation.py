@@ -1,4 +1,4 @@
-"""What `dpo validate` comes to: all that is wrong with a config, its data and its memory."""
+"""The result of `dpo validate`: the problems of a config, its data and its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dpo_cli.results.codec import JsonObject
 
 
 class BillJson(TypedDict):
-    """A bill as `--json` and plan.json have it, in GB."""
+    """A memory bill in the shape of `--json` and plan.json, in GB."""
 
     total_gb: float
     components: dict[str, float]
@@ -22,10 +22,10 @@ class BillJson(TypedDict):
 
 @dataclass(frozen=True)
 class Validation:
-    """One config, or one of its stages; of a config with stages all that is wrong, and the largest memory."""
+    """One config, or one of its stages; a config with stages has all problems, and the largest memory."""
 
     problems: Sequence[Problem]
-    config: JsonObject  # every value, as far as it is known
+    config: JsonObject  # every known value
     data: JsonObject | None
     memory: BillJson | None
     exit_code: Exit

@@ -35,7 +35,7 @@ model = {loader}.from_pretrained("path/to/this/folder")
 PEFT = {"module": "peft", "loader": "AutoPeftModelForCausalLM"}
 TRANSFORMERS = {"module": "transformers", "loader": "AutoModelForCausalLM"}
 MERGE = """\
-Trained on {trained} weights and written in {dtype}. The same rows, judged as the run trained it and as these files hold it:
+Trained on {trained} weights and written in {dtype}. The same rows, evaluated with the run's model and with these files:
 
 | figure | run | these files |
 |---|---|---|
@@ -49,7 +49,7 @@ GGUF = """\
 its logits differ by {max_difference:.3g} at most.
 
 """
-MERGED = "It stands on the run `{model}`, merged; `dpo export` makes one model of all."
+MERGED = "Its base is the run `{model}`, merged; `dpo export` makes one model of both."
 
 
 def card(plan: Plan, steps: int, judged: Judged) -> str:
@@ -81,7 +81,7 @@ def _plain(name: str) -> str:
 
 def _card(plan: Plan, name: str, what: str, train_rows: int, steps: int, judged: Judged, use: str, is_peft: bool) -> str:
     config, base = plan.config, plan.model.foundation
-    figures = "It was not judged, so there are no figures."
+    figures = "It was not evaluated, so there are no figures."
     if sides := judged.sides:
         rows = [(FIGURES[name].label, required(sides.policy, name)) for name in plan.strategy.shown]
         rows += [(f"gain in {FIGURES[name].label} over the base", required(sides.gain, name)) for name in plan.strategy.gains]

@@ -59,7 +59,7 @@ def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequ
     with log_to(run.log):
         opened = _opened(str(run.path / PLAN), changes, run.trained, dataset, console)
     if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
-        console.line(f"note: the run was trained on {dataset}, so these figures show memory, not learning")
+        console.line(f"note: the run was trained on {dataset}, so these figures show what it memorised, not what it learned")
     return OpenedRun(**vars(opened), run=run)
 
 
@@ -74,7 +74,7 @@ def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Seq
     model = opened.plan.model
     name = model.name
     if made_on and Path(made_on).name != Path(name).name and ModelSource.of(made_on).foundation != model.foundation:
-        console.line(f"note: the adapter says that it was made on {made_on}, and is judged on {name}")
+        console.line(f"note: the adapter names {made_on} as its base, and is evaluated on {name}")
     return opened
 
 
@@ -121,7 +121,7 @@ def _base_of(folder: Path) -> str:
     """The model that an adapter names as its base; `InvalidInput` for a folder that holds no adapter that can be judged."""
     if (adapter := Adapter.in_folder(folder)) is None:
         fix = "name the folder of an adapter, or of a run that trained one"
-        raise _no_adapter(f"{folder} holds no PEFT adapter: it has no {ADAPTER_CONFIG}", fix)
+        raise _no_adapter(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}", fix)
     try:
         if fault := adapter.fault:
             raise _no_adapter(f"the adapter in {folder} {fault.message}", fault.fix)
@@ -130,16 +130,16 @@ def _base_of(folder: Path) -> str:
         message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
         raise _no_adapter(message, "save it again with PEFT") from error
     if is_on_head(config.to_dict()):
-        message = f"the adapter in {folder} is also on lm_head, and log-probs are computed from its plain weight"
+        message = f"the adapter in {folder} also changes lm_head, which is not supported: log-probs need its plain weight"
         fix = "train an adapter without lm_head in target_modules, or merge this one with PEFT and name the merged model"
         raise _no_adapter(message, fix)
     if config.peft_type == "XLORA":
-        raise _no_adapter(f"{folder / ADAPTER_CONFIG} names other adapters, which are not read with it", "name one of them")
+        raise _no_adapter(f"{folder / ADAPTER_CONFIG} names other adapters, which is not supported", "name one of them")
     if config.is_prompt_learning:
-        message = f"the adapter in {folder} puts virtual tokens before a prompt, which are not scored here"
-        raise _no_adapter(message, "name an adapter of the weights, such as LoRA")
+        message = f"the adapter in {folder} puts virtual tokens before a prompt, which is not supported"
+        raise _no_adapter(message, "name an adapter of weights, such as LoRA")
     if config.peft_type is None:
-        raise _no_adapter(f"{folder / ADAPTER_CONFIG} names no peft_type", "save it again with PEFT")
+        raise _no_adapter(f"{folder / ADAPTER_CONFIG} has no peft_type", "save it again with PEFT")
     return config.base_model_name_or_path or ""
 
 
@@ -154,7 +154,7 @@ def _require_same_below(run: RunDirectory) -> None:
         place, settings = Path(folder), model.get("settings", {}).get(folder)  # which older runs do not have
         is_same = place.is_dir() and sha256_of_all(place) == digest and settings in (None, sha256_of_settings(place))
         if not is_same:
-            message = f"{run.path} stands on {folder}, which is not the one that it was trained on"
+            message = f"{run.path} was trained on {folder}, which has changed or is missing"
             raise invalid("adapter-changed", message, "restore that folder, or train both again")
 
 

@@ -23,7 +23,7 @@ from dpo_cli.ui.console import Console
 # With another value of these a finished run goes on.
 ENDING = names_where(lambda option: option.end)
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
-START_ANEW = "go on with it as it was, or start anew with --overwrite"
+START_ANEW = "resume it with the same values, or restart with --overwrite"
 Json = Mapping[str, Any]
 Tell = Callable[[str], None]
 
@@ -80,7 +80,7 @@ class Begun:
         now = config.replaced(kept)
         if is_as_large and now.per_device_train_batch_size != config.per_device_train_batch_size:
             told = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"
-            tell(f"note: micro-batches are {told}, as when the run began: others would round otherwise")
+            tell(f"note: micro-batches are {told}, as when the run started: other sizes would round differently")
         sources = {**loaded.sources, **{key: self.plan["sources"][key] for key in kept}}
         return replace(loaded, config=now, sources=sources, day=decided.day)
 
@@ -94,7 +94,7 @@ class Begun:
         if told := [*self._other_words(plan, manifest)]:
             yield from told
         elif self.plan["counts"].get("digest") != plan.counts.digest:
-            yield _other("the rows have other tokens than when the run began, or another order", "dataset")
+            yield _other("the rows, or their order, differ from when the run started", "dataset")
         if plan.total_steps < self.step:
             key = "max_steps" if plan.config.max_steps else "num_train_epochs"
             yield _other(f"{self.step} steps are done, and the config asks for {plan.total_steps}", key)
@@ -107,10 +107,10 @@ class Begun:
                 yield _other(f"{name} was {was}, and is {now}", name)
         for name in names_where(lambda option: option.place == "data"):
             if _contents(self.manifest[name]) != _contents(manifest[name]):
-                yield _other(f"{name} has other content than when the run began", name)
+                yield _other(f"the content of {name} has changed since the run started", name)
         settings = _settings(self.manifest)
         if _weights(self.manifest) != _weights(manifest) or settings not in (None, _settings(manifest)):
-            yield _other("model_name names other weights than when the run began", "model_name")
+            yield _other("the weights of model_name have changed since the run started", "model_name")
 
     def other_versions(self, manifest: Json) -> list[str]:
         """What the run was begun with, where that is another version now."""
@@ -127,12 +127,12 @@ def _end(run: RunDirectory, tell: Tell) -> Json | None:
         status, judged, held_out = summary["status"], summary["eval"], plan["counts"]["eval_pairs"]
         is_same = run.trained.is_dir() and run.has_its_weights()
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:  # gone or damaged: a checkpoint is gone on from
-        tell(f"{SUMMARY}, {PLAN} or {MANIFEST} is not what the run wrote ({error}): its end is made again")
+        tell(f"{SUMMARY}, {PLAN} or {MANIFEST} is not what the run wrote ({error}): the end of the run is repeated")
         return None
     if status == "interrupted" or (status == "completed" and judged is None and held_out):
         return None
     if not is_same:
-        tell(f"the {run.trained.name} is not the one that the run wrote: it is made again")
+        tell(f"the {run.trained.name} has changed since the run wrote it: it is written again")
     return dict(summary) if is_same else None
 
 
@@ -172,15 +172,15 @@ def _tell_skipped(tell: Tell, checkpoint: Checkpoint, damage: str) -> None:
 def go_on(run: RunDirectory, begun: Begun, plan: Plan, manifest: Json, tell: Tell) -> list[int]:
     """Bring the run directory to where the checkpoint left it: the steps at which it was gone on with, for its manifest."""
     if begun.checkpoint is None:
-        message = f"{run.path} is finished, and has no checkpoint to go on from to what is asked for now"
-        raise invalid("resume-differs", message, "start anew with --overwrite", "output_dir")
+        message = f"{run.path} is finished, and has no checkpoint to resume from"
+        raise invalid("resume-differs", message, "restart with --overwrite", "output_dir")
     run.forget_end()
     run.take_lines(begun.checkpoint.folder)
-    tell(f"going on from {begun.checkpoint.folder.name}")
+    tell(f"resuming from {begun.checkpoint.folder.name}")
     if any(_differs(begun.plan["config"], plan, name) for name in names_where(lambda option: option.end == "length")):
-        tell(f"note: from here on the learning rate is that of a training of {plan.total_steps} steps")
+        tell(f"note: from here on the learning rate follows a training of {plan.total_steps} steps")
     if others := begun.other_versions(manifest):
-        tell(f"note: begun with {'; '.join(others)}: the last bits may come out otherwise")
+        tell(f"note: started with {'; '.join(others)}: the last bits may differ")
     return [*begun.manifest.get("resumed", []), begun.step]
 
 
@@ -195,10 +195,10 @@ def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
         checkpoints = run.checkpoints.all()
         left = f"{checkpoints[0].folder.name} is kept" if checkpoints else "there was no checkpoint yet"
         if not run.path.is_dir():
-            left = f"{run.path} was removed, or has another name now"
+            left = f"{run.path} was removed or renamed"
         where = error.filename or run.path
         message = f"{where}: {error.strerror or error}; {left}"
-        again = f"the same command with --resume {'goes on from there' if checkpoints else 'starts again'}"
+        again = f"the same command with --resume {'continues from there' if checkpoints else 'starts again'}"
         first = way_out(error, run.path)
         raise RunFailed(message, f"{first}, then {again}" if first else again) from error
 

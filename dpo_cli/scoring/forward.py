@@ -118,9 +118,9 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
     finally:
         shared_prompts.disable(model)
     if not layout.masks:
-        return False, "this model does not hand the layout of the pairs on to its attention"
+        return False, "this model does not pass the layout of the pairs to its attention"
     if apart <= ALLOWANCE:
-        return True, f"both ways compute the same, to {max(apart, torch.finfo(torch.float32).eps):.0e} of it"
+        return True, f"both ways agree, to {max(apart, torch.finfo(torch.float32).eps):.0e} of it"
     return False, f"with shared prompts this model's states differ by {apart:.2g} of their size ({ALLOWANCE:g} allowed)"
 
 
@@ -143,7 +143,7 @@ def _require_our_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> No
     theirs = logits.to(ours.dtype).log_softmax(dim=-1).gather(-1, labels[scored][:, None])[:, 0]
     apart = float((ours - theirs).abs().mean()) if len(ours) else 0.0
     if not apart <= max(HEAD_ALLOWANCE, 16 * torch.finfo(logits.dtype).eps):
-        message = f"this model turns states into logits in a way not known here: log-probs differ by {apart:.2g} nats a token"
+        message = f"this model computes logits in a way that is not supported: log-probs differ by {apart:.2g} nats per token"
         raise RunFailed(message, "choose another model, and please report this one")
 
 

@@ -91,7 +91,10 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
     if type(head) is nn.Linear:
         return head
     if isinstance(head, BaseTunerLayer):
-        message, fix = "the adapter is also on the output head", "train or judge an adapter without lm_head in target_modules"
+        message, fix = (
+            "the adapter is also on the output head",
+            "train or evaluate an adapter without lm_head in target_modules",
+        )
     else:
         message, fix = (
             f"the output head is of the type {type(head).__name__}",

@@ -101,7 +101,7 @@ def run_in_parts(
     def divided(part: Batch) -> list[Batch]:
         if (count := units_in(part, rows_a_unit)) == 1:
             return []
-        tell(f"out of memory with {count} rows at once: they go on in halves; a smaller per_device_train_batch_size is faster")
+        tell(f"out of memory with {count} rows at once: they run in halves; a smaller per_device_train_batch_size is faster")
         return halves(part, rows_a_unit)
 
     losses = [loss for _, loss in in_halves([batch], one, divided)]

@@ -75,7 +75,7 @@ def trial() -> Iterator[None]:
     try:
         yield
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        message = f"what this run trains cannot be saved ({type(error).__name__}: {error}); no step was made"
+        message = f"what this run trains cannot be saved ({type(error).__name__}: {error}); no step was trained"
         raise RunFailed(message, "repair the files of the model that this names, or choose another model") from error
 
 
@@ -89,7 +89,7 @@ def way_out(error: OSError, path: Path) -> str | None:
     if not is_full(error):
         return None
     if error.errno == errno.EFBIG:
-        return "raise the limit on the size of a file (`ulimit -f unlimited`; a FAT disk takes no file of 4 GB)"
+        return "raise the limit on the size of a file (`ulimit -f unlimited`; a FAT disk cannot hold files of 4 GB)"
     return f"free space on the disk of {path} ({free_bytes(path) / 1e6:,.0f} MB are free)"
 
 

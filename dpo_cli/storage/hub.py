@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 from dpo_cli.errors import RunFailed
 
 DEADLINE_SECONDS = 6.0  # a name server that never answers has no end of its own
-CACHE_FIX = "set HF_HOME to a folder that you may write, with room for a model; then give the same command again"
+CACHE_FIX = "set HF_HOME to a folder that you may write, with room for a model; then run the same command again"
 SETTINGS = "https://huggingface.co/settings/tokens"
 
 Said = TypeVar("Said")
@@ -68,7 +68,7 @@ def answer(ask: Callable[[], Said]) -> Said:
 def unreachable(kind: str, name: str) -> RunFailed:
     """The error of a model or a dataset that is neither cached nor to be had now."""
     command = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{name}"
-    fix = f"where there is a network, `{command}` fetches it; once it is in the cache, HF_HUB_OFFLINE=1 asks nobody; "
+    fix = f"run `{command}` where there is a network; once it is in the cache, HF_HUB_OFFLINE=1 needs no network; "
     fix += "or name a local file" if kind == "dataset" else "or name a local model directory or GGUF file"
     return RunFailed(f"the hub cannot be reached, and the {kind} {name} is not in the local cache", fix)
 
@@ -76,7 +76,7 @@ def unreachable(kind: str, name: str) -> RunFailed:
 def gated(kind: str, name: str) -> RunFailed:
     """The error of a repository whose owner decides who may have its files."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-    fix = f"1. ask for access on {page}, and wait until it is granted; 2. make a token that may read, on {SETTINGS}; "
+    fix = f"1. request access on {page}, and wait until it is granted; 2. create a token with read access on {SETTINGS}; "
     fix += "3. `hf auth login`, or set HF_TOKEN to the token"
     return RunFailed(f"the {kind} {name} is gated: its owner decides who may download it", fix)
 

@@ -66,7 +66,9 @@ class ResumableFile:
         if not _marks_of(path).exists():
             _refuse_content(path)
         if not path.parent.is_dir():
-            raise UsageError(f"cannot write {path}: there is no folder {path.parent}", "name a file in a folder that exists")
+            raise UsageError(
+                f"cannot write {path}: the folder {path.parent} does not exist", "name a file in a folder that exists"
+            )
 
     def append(self, rows: Iterable[Mapping[str, object]], state: Mapping[str, object]) -> None:
         """Add rows, a line each. What is given as `state` is remembered with them, whatever happens afterwards."""
@@ -90,7 +92,7 @@ class ResumableFile:
         data = self.path.read_bytes()[:size] if self.path.exists() else b""
         self.digest.update(data)
         if size and self.digest.hexdigest() != mark["sha256"]:
-            message = f"{self.path} is not what was written so far: it was changed since"
+            message = f"{self.path} has changed since it was written"
             fix = f"name another file, or delete it and {self.marks}"
             raise invalid("out-changed", message, fix)
         return size
@@ -106,7 +108,7 @@ def _marks_of(path: Path) -> Path:
 
 def _refuse_content(path: Path) -> None:
     if path.exists() and (path.stat().st_size or not path.is_file()):
-        raise UsageError(f"{path} exists already, and is not unfinished", "name a new file, or delete it")
+        raise UsageError(f"{path} exists already, and is not an unfinished file", "name a new file, or delete it")
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -136,9 +138,9 @@ def _require_same(path: Path, before: Mapping[str, object], now: Mapping[str, ob
     was, now = _flat(before), _flat(json.loads(json_text(now)))
     differ = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
     if differ:
-        changes = "; ".join(f"{name} was {json_text(was.get(name))}, and is {json_text(now.get(name))}" for name in differ)
-        fix = f"go on with the same settings, name another file, or delete it and {_marks_of(path)}"
-        raise invalid("out-other-settings", f"{path} was begun with other settings: {changes}", fix)
+        changes = "; ".join(f"{name} was {json_text(was.get(name))} and is now {json_text(now.get(name))}" for name in differ)
+        fix = f"use the same settings, name another file, or delete it and {_marks_of(path)}"
+        raise invalid("out-other-settings", f"{path} was started with other settings: {changes}", fix)
 
 
 def _flat(settings: Mapping[str, object], before: str = "") -> dict[str, object]:

@@ -45,12 +45,12 @@ class RunDirectory:
         _require_no_links(path)
         foreign = [name for name in (ADAPTER, MODEL) if (path / name).exists()]
         if foreign and not any((path / name).exists() for name in (LOCK, MANIFEST)):
-            message = f"{path} holds a folder {foreign[0]} that no run wrote, and that a run would replace"
+            message = f"{path} holds a folder {foreign[0]} that is not from a run, and a run would replace it"
             raise invalid("run-exists", message, "choose another output_dir", "output_dir")
         holds_run = any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL)) or cls(path).checkpoints.all()
         if holds_run and not replace:
-            message = f"{path} holds a run already"
-            fix = "go on with it with --resume, replace it with --overwrite, or choose another with output_dir=..."
+            message = f"{path} already holds a run"
+            fix = "continue it with --resume, replace it with --overwrite, or choose another folder with output_dir=..."
             raise invalid("run-exists", message, fix, "output_dir")
 
     @staticmethod
@@ -102,7 +102,7 @@ class RunDirectory:
             raise invalid("not-a-run", message, "name the output_dir of a finished `dpo train`")
         _require_no_links(path)
         if not run.has_its_weights():
-            message = f"the {run.trained.name} in {path} is not the one that this run wrote"
+            message = f"the {run.trained.name} in {path} has changed since this run wrote it"
             raise invalid("adapter-changed", message, "train again, or restore the file")
         return run
 
@@ -211,6 +211,6 @@ def _require_no_links(path: Path) -> None:
     for folder, folders, files in os.walk(path):
         for place in (Path(folder, name) for name in (*folders, *files)):
             if place.is_symlink():
-                message = f"{place} is a link to {place.readlink()}, and a run writes nothing outside its directory"
-                fix = f"remove the link, or copy what it leads to: cp -rL {path} ANOTHER"
+                message = f"{place} is a link to {place.readlink()}, and a run writes only inside its directory"
+                fix = f"remove the link, or copy its target: cp -rL {path} ANOTHER"
                 raise invalid("run-link", message, fix, "output_dir")

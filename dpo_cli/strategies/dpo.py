@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def _read(outcome: Outcome) -> Verdict:
-    # Late: `validate` reads no figures, and has to be quick.
+    # Imported late: `validate` reads no figures, and must be fast.
     from dpo_cli.results.intervals import required
     from dpo_cli.strategies.figures import number, points, share
     from dpo_cli.strategies.verdict import Verdict, distance, of_gain, sentence_case, warned
@@ -22,14 +22,14 @@ def _read(outcome: Outcome) -> Verdict:
     accuracy, margin, loss = (required(outcome.judged.policy, name) for name in ("accuracy", "margin", "loss"))
     gain = required(outcome.judged.gain, "logp_accuracy")
     prefers = f"{sentence_case(outcome.who)} prefers the chosen response in {share(accuracy)} of {outcome.rows} held-out pairs"
-    by = {1: "by a margin of", 0: "by a margin not clear of zero,", -1: "with a margin below zero,"}[margin.sign]
+    by = {1: "by a margin of", 0: "by a margin not clearly above zero,", -1: "with a margin below zero,"}[margin.sign]
     changed = {
         1: f"prefers it in {points(gain, signed=False)} more of the pairs than the {outcome.base} does",
         0: f"does not clearly prefer it in more of the pairs than the {outcome.base} does, {points(gain)}",
         -1: f"prefers it in {points(-gain, signed=False)} fewer of the pairs than the {outcome.base} does",
     }[gain.sign]
     kl, is_far = distance(outcome)
-    told = f"{prefers}, {by} {number(margin)} at a loss of {loss.value:.3f}; by its log-probs alone it {changed}"
+    told = f"{prefers}, {by} {number(margin)} at a loss of {loss.value:.3f}; by log-probs alone, it {changed}"
     sentence = f"{told}, and {kl}{warned(outcome)}."
     if margin.sign < 0 or gain.sign < 0:
         return Verdict("bad", f"Worse than its {outcome.base}", sentence)
@@ -60,8 +60,8 @@ DPO = Strategy(
     ),
     spread=Spread(
         "Margins",
-        "Of each held-out pair. Below zero, where the rejected response is preferred: {below} of {count}.",
-        "By their margins. The worst are worth reading first: a wrong label, or something that was not learned.",
+        "The margin of each held-out pair. {below} of {count} are below zero: the rejected response is preferred.",
+        "Sorted by margin. Read the worst first: each is a wrong label, or something that the model did not learn.",
     ),
     read=_read,
 )

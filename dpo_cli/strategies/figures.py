@@ -1,4 +1,4 @@
-"""The figures of an evaluation: what each is called, how it is shown, limited and read. All places that name one ask here."""
+"""The figures of an evaluation: names, formulas, formats, limits and meanings, each declared once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Told:
-    """A figure as text: its value, and its interval with the unit where that is a word."""
+    """A figure as text: its value, and its interval, with a unit that is a word."""
 
     value: str
     about: str = ""
@@ -54,12 +54,12 @@ class Columns:
 
     log_probs: Array  # of a response, nats, its EOS included
     tokens: Array  # of a response
-    right: Array  # tokens that the model finds most likely
+    right: Array  # tokens that are the model's most likely ones
     kl: Array  # KL(model || reference) over the whole vocabulary, summed over the response's tokens, nats
     reward: Array  # beta * (log p - log p of the reference): arXiv:2305.18290, equation 5 without its constant
 
 
-# A sum over rows divided by a sum over rows, each (n,): with weights over prompts both sums are resampled together.
+# A sum over rows divided by a sum over rows, each (n,): weights over prompts resample both sums together.
 Formula = Callable[[Columns], tuple["Array", "Array"]]
 
 
@@ -70,7 +70,7 @@ def _mean(values: Array) -> tuple[Array, Array]:
 
 
 def _wins(values: Array) -> Array:
-    """1 where the first of two is larger, one half where both are equal, else 0."""
+    """1 if the first of two is larger, one half if both are equal, else 0."""
     import numpy as np
 
     return np.sign(values[:, 0] - values[:, 1]) / 2 + 0.5
@@ -93,24 +93,24 @@ def _kl_token(columns: Columns) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of an evaluation, declared once: whoever computes, shows, limits or explains it asks here."""
+    """A figure of an evaluation, declared once for all code that computes, shows, limits or explains it."""
 
     name: str
     label: str
     meaning: str
-    formulas: Mapping[Rows, Formula] = field(default_factory=dict)  # by the kinds of rows that have it; none: from answers
-    alone: tuple[Rows, ...] = ()  # kinds for which one model alone has it: then the base has it too, and there is a gain
+    formulas: Mapping[Rows, Formula] = field(default_factory=dict)  # by kind of row; empty for figures of answers
+    alone: tuple[Rows, ...] = ()  # kinds for which a single model has it: then the base has it too, and there is a gain
     in_lines: bool = True  # whether an evaluation line of metrics.jsonl has it
-    short: str = ""  # in the live view; empty where that does not show it
-    title: str = ""  # of its curve, with a note and the value it compares with; empty where there is no curve
+    short: str = ""  # in the live view; empty if it is not shown there
+    title: str = ""  # of its curve, with a note and a value to compare with; empty without a curve
     note: str = ""
     level: tuple[float, str] | None = None
     limit_option: str | None = None  # the option of a config that limits it
-    from_zero: bool = False  # where its curve begins
+    from_zero: bool = False  # whether its curve starts at zero
     is_share: bool = False  # shown in per cent
     digits: int = 3
     is_better_large: bool = True
-    of_answers: bool = False  # of sampled answers, which a prompt may have no room for
+    of_answers: bool = False  # of sampled answers; a prompt may have no room for one
 
     def text(self, value: Interval) -> Told:
         if not value.is_finite:
@@ -148,12 +148,12 @@ _DECLARED = (
     Figure(
         "loss",
         "loss",
-        "Of pairs -log sigmoid(margin): ln 2 = 0.693 where nothing has moved. Of demonstrations nats per token.",
+        "For pairs, -log sigmoid(margin): ln 2 = 0.693 before training. For demonstrations, nats per token.",
         {PAIRS: _loss_of_pairs, DEMONSTRATIONS: lambda columns: (-columns.log_probs[:, 0], columns.tokens[:, 0])},
         alone=(DEMONSTRATIONS,),
         short="loss",
         title="Loss",
-        note="Held out it should fall too. Where it rises again, the training rows are memorised.",
+        note="The held-out loss should fall too. If it rises again, the model memorises the training rows.",
         is_better_large=False,
     ),
     Figure(
@@ -162,7 +162,7 @@ _DECLARED = (
         "The share of tokens that the model finds most likely.",
         {DEMONSTRATIONS: lambda columns: (columns.right[:, 0], columns.tokens[:, 0])},
         alone=(DEMONSTRATIONS,),
-        short="accuracy",  # of demonstrations, which have no other
+        short="accuracy",  # the only accuracy of demonstrations
         title="Token accuracy",
         note="Share of tokens that the model finds most likely.",
         is_share=True,
@@ -189,22 +189,22 @@ _DECLARED = (
     Figure(
         "kl_token",
         "KL per token",
-        "The exact KL divergence from before the training at each token of the responses, nats.",
+        "The exact KL divergence from the model before training, per token of the responses, nats.",
         {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
         short="KL/token",
         title="KL per token",
-        note="Distance from before the training, nats.",
+        note="Distance from the model before training, nats.",
         from_zero=True,
         is_better_large=False,
     ),
     Figure(
         "kl_sequence",
         "KL per answer",
-        "How far the training has moved the model: log p after - log p before over answers sampled after it, nats. The "
-        "documentation says below 10.",
+        "How far the training has moved the model: log p after - log p before, over answers sampled after it, nats. The "
+        "documentation recommends a value below 10.",
         short="KL/seq",
         title="KL per answer",
-        note="Distance from before the training over sampled answers, nats.",
+        note="Distance from the model before training, over sampled answers, nats.",
         limit_option="max_kl",
         from_zero=True,
         digits=1,
@@ -213,12 +213,12 @@ _DECLARED = (
     ),
     Figure(
         "answer_tokens",
-        "tokens of an answer",
-        "How long greedy answers to held-out prompts are.",
+        "tokens per answer",
+        "The length of greedy answers to held-out prompts.",
         alone=(PAIRS, DEMONSTRATIONS),
         digits=1,
         of_answers=True,
     ),
 )
 FIGURES = {figure.name: figure for figure in _DECLARED}
-DRAWN = sorted(FIGURES.values(), key=lambda figure: figure.name != "loss")  # over the steps what is minimised comes first
+DRAWN = sorted(FIGURES.values(), key=lambda figure: figure.name != "loss")  # the loss comes first

@@ -1,4 +1,4 @@
-"""Reinforcement learning from human feedback: known to `validate` and `recommend`, and not trained by this version."""
+"""Reinforcement learning from human feedback: `validate` and `recommend` know it; this version cannot train it."""
 
 from __future__ import annotations
 

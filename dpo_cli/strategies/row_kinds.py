@@ -1,4 +1,4 @@
-"""The kinds of rows that are trained on and judged."""
+"""The kinds of rows for training and evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rows:
-    """What such rows are called, and what a row has after its prompt."""
+    """A kind of row: its name, and the responses of a row."""
 
     noun: str
     responses: tuple[str, ...]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def _read(outcome: Outcome) -> Verdict:
-    # Late: `validate` reads no figures, and has to be quick.
+    # Imported late: `validate` reads no figures, and must be fast.
     from dpo_cli.results.intervals import required
     from dpo_cli.strategies.figures import number, points, share
     from dpo_cli.strategies.verdict import Verdict, distance, of_gain, warned
@@ -22,14 +22,14 @@ def _read(outcome: Outcome) -> Verdict:
     loss, right = (required(outcome.judged.gain, name) for name in ("loss", "token_accuracy"))
     fell = {
         -1: f"below the {outcome.base}'s by {number(-loss)}",
-        0: f"not clearly another than the {outcome.base}'s ({number(loss, signed=True)})",
+        0: f"not clearly different from the {outcome.base}'s ({number(loss, signed=True)})",
         1: f"above the {outcome.base}'s by {number(loss)}",
     }[loss.sign]
     whose = "model's" if outcome.whole else "adapter's"
     kl, is_far = distance(outcome)
     sentence = (
         f"On {outcome.rows} held-out demonstrations the {whose} loss is {number(policy_loss)} nats per token, {fell}; "
-        f"it finds {share(policy_right)} of their tokens most likely ({points(right)}), and {kl}{warned(outcome)}."
+        f"{share(policy_right)} of their tokens are its most likely ones ({points(right)}), and {kl}{warned(outcome)}."
     )
     if loss.sign > 0:
         return Verdict("bad", f"Worse than its {outcome.base}", sentence)
@@ -56,7 +56,7 @@ SFT = Strategy(
     spread=Spread(
         "Gain of each demonstration",
         "The {base}'s loss minus the {who}'s, nats per token. {below} of {count} got worse.",
-        "By how far the loss fell below the {base}'s, nats per token.",
+        "Sorted by how far the loss fell below the {base}'s, nats per token.",
     ),
     read=_read,
 )

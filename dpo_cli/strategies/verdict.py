@@ -1,6 +1,6 @@
-"""What a run came to, in one sentence: a pure function of its figures.
+"""The result of a run in one sentence: a pure function of its figures.
 
-An accuracy is never told without the margin, the loss and the gain: it reaches 1 long before a model has changed.
+An accuracy is never reported without the margin, the loss and the gain: it reaches 1 long before a model changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dpo_cli.results.intervals import Sides, required
 if TYPE_CHECKING:
     from dpo_cli.results.summary import Event
 
-FEW_PROMPTS = 20  # below it an interval over prompts is too narrow: over one prompt it is [v, v]
+FEW_PROMPTS = 20  # with fewer, an interval over prompts is too narrow: for one prompt it is [v, v]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -23,17 +23,17 @@ Tone = Literal["good", "doubtful", "bad", "open"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a verdict is about. `judged` are the figures on what was held out, None where there are none."""
+    """The facts for a verdict. `judged` are the figures on held-out rows, or None."""
 
     status: str  # completed, interrupted, unhealthy, unfinished
     steps: int
     judged: Sides | None
-    rows: int  # held out, and their different prompts
+    rows: int  # held-out rows, and their different prompts
     prompts: int
     health: Sequence[Event] = ()
     max_kl: float | None = None
-    whole: bool = False  # every weight was trained, not an adapter
-    base: str = "base"  # what it is compared with, in words
+    whole: bool = False  # all weights were trained, not an adapter
+    base: str = "base"  # name of what it is compared with
 
     @property
     def who(self) -> str:
@@ -46,7 +46,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`title` is the sentence in few words; the tone is its colour."""
+    """`title` is the short form of the sentence; the tone is its colour."""
 
     tone: Tone
     title: str
@@ -54,7 +54,7 @@ class Verdict:
 
 
 def verdict(outcome: Outcome, read: Callable[[Outcome], Verdict]) -> Verdict:
-    """The verdict on a run, honest about what was not measured; `read` is how its strategy reads the figures."""
+    """The verdict on a run, including what was not measured; `read` is how its strategy reads the figures."""
     if outcome.judged is None:
         return _unjudged(outcome)
     if not required(outcome.judged.policy, "loss").is_finite:
@@ -62,8 +62,8 @@ def verdict(outcome: Outcome, read: Callable[[Outcome], Verdict]) -> Verdict:
         return Verdict("bad", "Broken", told)
     found = read(outcome)
     if outcome.prompts < FEW_PROMPTS:
-        few = "of one prompt alone" if outcome.prompts == 1 else f"of {outcome.prompts} prompts alone"
-        told = f"{found.sentence[:-1]}; these are figures {few}, which say little of others (take {FEW_PROMPTS} or more)."
+        few = "only one prompt" if outcome.prompts == 1 else f"only {outcome.prompts} prompts"
+        told = f"{found.sentence[:-1]}; these figures are of {few}, too few for a conclusion (use {FEW_PROMPTS} or more)."
         found = Verdict("doubtful", "Too few held-out prompts", told)
     if outcome.status == "completed":
         return found
@@ -71,37 +71,37 @@ def verdict(outcome: Outcome, read: Callable[[Outcome], Verdict]) -> Verdict:
     return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}; {found.sentence[0].lower()}{found.sentence[1:]}")
 
 
-TITLES = {"completed": "Not judged", "interrupted": "Interrupted", "unhealthy": "Unhealthy", "unfinished": "Not finished"}
+TITLES = {"completed": "Not evaluated", "interrupted": "Interrupted", "unhealthy": "Unhealthy", "unfinished": "Not finished"}
 ENDINGS = {
     "completed": "The training finished all of its {steps} steps",
     "interrupted": "The training was interrupted after step {steps}",
     "unhealthy": "The training was stopped as unhealthy after step {steps}",
-    "unfinished": "There is no end of this training here; it came to step {steps}",
+    "unfinished": "The training has not finished; its last step is {steps}",
 }
 
 
 def _ending(outcome: Outcome) -> str:
-    """How the training ended, and what stopped it."""
+    """How the training ended, and the reason."""
     stops = [event.message for event in outcome.health if event.action == "stop"]
     told = ENDINGS[outcome.status].format(steps=outcome.steps)
     return f"{told}: {stops[-1]}" if outcome.status == "unhealthy" and stops else told
 
 
 def _unjudged(outcome: Outcome) -> Verdict:
-    """A run without figures on held-out rows: the training's own say only what was fitted."""
-    missed = "its judging did not come to an end (dpo eval judges it anew)" if outcome.rows else "nothing was held out"
+    """A run without figures on held-out rows: the training figures show only the fit."""
+    missed = "its evaluation did not finish (dpo eval repeats it)" if outcome.rows else "there are no held-out rows"
     rest = {
-        "completed": f", but {missed}, so nothing tells whether it is better than its {outcome.base}",
-        "interrupted": f"; {outcome.who} so far is saved and not judged",
-        "unhealthy": f"; {outcome.who} as it was then is saved and not judged",
-        "unfinished": ", and nothing is judged before an end",
+        "completed": f", but {missed}, so it is unknown whether it is better than its {outcome.base}",
+        "interrupted": f"; {outcome.who} is saved and not evaluated",
+        "unhealthy": f"; {outcome.who} is saved and not evaluated",
+        "unfinished": ", so it is not evaluated yet",
     }
     tone: Tone = "bad" if outcome.status == "unhealthy" else "open"
     return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}{rest[outcome.status]}.")
 
 
 def of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
-    """The tone and the title where the gain is clear."""
+    """The tone and the title for a clear gain."""
     if is_far:
         return "doubtful", f"Clear gain, but far from its {outcome.base}"
     if outcome.warnings:
@@ -110,7 +110,7 @@ def of_gain(outcome: Outcome, is_far: bool) -> tuple[Tone, str]:
 
 
 def distance(outcome: Outcome) -> tuple[str, bool]:
-    """How far the policy is from its reference, and whether that is over the limit: known of sampled answers alone."""
+    """How far the policy is from its reference, and whether that is over the limit, which applies only to sampled answers."""
     assert outcome.judged is not None
     policy = outcome.judged.policy
     if sampled := policy.get("kl_sequence"):

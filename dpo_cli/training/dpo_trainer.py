@@ -1,14 +1,14 @@
-"""TRL's DPOTrainer as this program uses it; what both trainers share is in trainer.py.
+"""TRL's DPOTrainer as dpo uses it; the shared part of both trainers is in trainer.py.
 
-What is overridden, and why (tests/test_dpo.py fails when TRL moves any of it):
-- `_prepare_dataset`: TRL 1.15 tokenises rows itself and takes no ready token ids. Ours are made once, for plan, training
-  and evaluation alike, and are the same ids (tests/test_tokens.py).
-- `compute_loss`: TRL takes the reference's log-probs as columns of the micro-batch, as where it has computed them before
-  (`precompute_ref_logps`, which is set after its constructor: there it would compute them). The policy's are read off the one
-  model call that is left, because TRL's own averages count ties as losses. TRL's loss is the mean over the micro-batch, and
-  Trainer weighs all micro-batches of a step alike: here each pair of a step counts 1/n, so that the division of a step into
-  micro-batches changes nothing. The `sft` term, which TRL averages over the tokens of a micro-batch, is averaged over those of
-  the step, as TRL does where the step is one micro-batch.
+What is overridden, and why (tests/test_dpo.py fails if TRL changes any of it):
+- `_prepare_dataset`: TRL 1.15 tokenises rows itself and does not accept token ids. dpo's are made once, for plan, training
+  and evaluation, and are the same ids (tests/test_tokens.py).
+- `compute_loss`: TRL gets the reference's log-probs as columns of the micro-batch, as if it had computed them before
+  (`precompute_ref_logps`, which is set after its constructor, because the constructor would compute them). The figures come
+  from the log-probs of the one model call that remains, because TRL's own averages count ties as losses. TRL's loss is the
+  mean over the micro-batch, and Trainer gives all micro-batches of a step the same weight: here each pair of a step counts
+  1/n, so that the division of a step into micro-batches changes nothing. TRL averages the `sft` term over the tokens of a
+  micro-batch; here it is averaged over the tokens of the step, as TRL does if the step is one micro-batch.
 """
 
 from __future__ import annotations
@@ -62,22 +62,22 @@ class StepSize(NamedTuple):
     """What an optimizer step holds, on all processes."""
 
     pairs: int
-    chosen_tokens: int  # counted where a loss is averaged over them
+    chosen_tokens: int  # counted if a loss is averaged over them
 
 
 class PairTrainer(CarefulTrainer, DPOTrainer):
-    """DPOTrainer on encoded pairs, scoring with our head. Its loss is a micro-batch's share of the step's loss."""
+    """DPOTrainer on encoded pairs, with dpo's head. Its loss is the share of a micro-batch in the loss of the step."""
 
     ROWS_A_UNIT = 2
     loss_types: list[str]
     loss_weights: list[float]
-    sft_weight = 0.0  # of the loss that is averaged over tokens
+    sft_weight = 0.0  # weight of the loss that is averaged over tokens
 
     def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
         super().take_over(states, totals, run_evaluation, tell)
         self.reference: Reference = LiveReference(self.policy, states)
         self.precompute_ref_logps = True
-        # TRL's loop leaves out the loss that is averaged over tokens: `compute_loss` adds it.
+        # TRL's loop skips the loss that is averaged over tokens: `compute_loss` adds it.
         weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
         self.sft_weight = weights.pop("sft", 0.0)
         self.loss_types, self.loss_weights = list(weights), list(weights.values())
@@ -99,7 +99,7 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         """The share of these pairs in the loss of a step of that size, or of these pairs alone."""
         self.calls.clear()
         step, pairs = num_items_in_batch or self.step_size([inputs]), oom.units_in(inputs, self.ROWS_A_UNIT)
-        # Before the policy's call, which keeps what its gradient needs; in the precision that accelerate gives that call.
+        # Before the call of the policy, which keeps tensors for its gradient; in the precision that accelerate gives that call.
         with self.accelerator.autocast():
             reference = self.reference.log_probs(inputs)
         columns = dict(zip(REFERENCE_COLUMNS, reference.chunk(2), strict=True))
@@ -109,10 +109,10 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
             log_probs = call.log_probs.chunk(2)[0]  # of the chosen responses, zero elsewhere
             loss = loss - self.sft_weight * log_probs.sum() / max(1, step.chosen_tokens)
         figures = reward_figures(call.log_probs.detach().sum(dim=1), reference, self.beta)
-        losses = loss.detach().cpu().double() * step.pairs / pairs  # whose mean over a step is its loss
+        losses = loss.detach().cpu().double() * step.pairs / pairs  # the mean over a step is its loss
         losses = losses.expand(len(figures), 1)
         self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))
-        return loss * int(self.accelerator.num_processes)  # which average their gradients
+        return loss * int(self.accelerator.num_processes)  # processes average their gradients
 
 
 def build_trainer(
@@ -128,8 +128,8 @@ def build_trainer(
 ) -> PairTrainer:
     """The trainer of a plan; its figures leave through callbacks.
 
-    A fresh `adapter` is left to TRL, which then knows that the reference is the model with the adapter off. `model` may come
-    with an adapter already: TRL makes a frozen copy of that, which is the reference. Without either, it is `frozen`.
+    TRL adds a fresh `adapter`, and then knows that the reference is the model with the adapter off. `model` may come
+    with an adapter: TRL makes a frozen copy of it as the reference. Without any adapter, the reference is `frozen`.
     """
     start = adapter_weights(model)
     trainer = PairTrainer(
@@ -148,7 +148,7 @@ def build_trainer(
 
 
 def trainer_arguments(plan: Plan) -> DPOConfig:
-    """The plan in TRL's words."""
+    """The plan as arguments of TRL."""
     config = plan.config
     return DPOConfig(
         **common_arguments(plan),
@@ -156,7 +156,7 @@ def trainer_arguments(plan: Plan) -> DPOConfig:
         loss_type=config.loss_type,
         loss_weights=config.loss_weights,
         label_smoothing=config.label_smoothing,
-        disable_dropout=False,  # the provider stops the base model's; stopping the adapter's would undo lora_dropout
+        disable_dropout=False,  # the provider disables that of the base; without that of the adapter, lora_dropout is lost
     )
 
 

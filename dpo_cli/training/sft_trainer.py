@@ -1,7 +1,7 @@
-"""TRL's SFTTrainer as this program uses it; what both trainers share is in trainer.py.
+"""TRL's SFTTrainer as dpo uses it; the shared part of both trainers is in trainer.py.
 
-Rows come with their token ids and labels, which TRL takes as they are (`skip_prepare_dataset`). `compute_loss` is overridden
-only to read the figures off the model call that TRL makes, which divides by the tokens of the whole step (`step_size`).
+Rows come with their token ids and labels, which TRL uses unchanged (`skip_prepare_dataset`). `compute_loss` is overridden
+only to read the figures from TRL's model call. TRL divides by the tokens of the whole step (`step_size`).
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from dpo_cli.training.trainer import (
     ready,
 )
 
-FIGURES = ("loss", "token_accuracy")  # nats a token; share of the completion's tokens that the model finds most likely
+FIGURES = ("loss", "token_accuracy")  # nats per token; share of completion tokens that are the model's most likely ones
 
 
 class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
-    """SFTTrainer on encoded demonstrations, scoring with our head.
+    """SFTTrainer on encoded demonstrations, with dpo's head.
 
-    The loss is the mean of -log p over all completion tokens of a step, whatever micro-batches they came in.
+    The loss is the mean of -log p over all completion tokens of a step, for any division into micro-batches.
     """
 
     ROWS_A_UNIT = 1
 
     def step_size(self, batches: Sequence[oom.Batch]) -> Tensor:
-        """Completion tokens: all labels but a first one, which no state predicts."""
+        """Completion tokens: all labels except a first one, which no state predicts."""
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum()
         return cast(Tensor, self.accelerator.gather(tokens.to(self.args.device)).sum())
 
@@ -69,7 +69,7 @@ def build_trainer(
     tell: Tell = print,
     frozen: PreTrainedModel | None = None,
 ) -> DemonstrationTrainer:
-    """The trainer of a plan, with a fresh `adapter`, that of `model`, or none; `frozen` is what evaluations compare with."""
+    """The trainer of a plan, with a fresh `adapter`, that of `model`, or none; evaluations compare with `frozen`."""
     start = adapter_weights(model)
     trainer = DemonstrationTrainer(
         model=model,
@@ -86,7 +86,7 @@ def build_trainer(
 
 
 def trainer_arguments(plan: Plan) -> SFTConfig:
-    """The plan in TRL's words."""
+    """The plan as arguments of TRL."""
     return SFTConfig(**common_arguments(plan), dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
 
 

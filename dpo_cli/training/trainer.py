@@ -1,17 +1,17 @@
-"""What both trainers add to TRL's: steps that halve, a probe of the longest rows, and evaluations by our own figures.
+"""What both trainers add to TRL's: halved micro-batches, a probe of the longest rows, and evaluations with dpo's figures.
 
-Longer than other modules: all that touches the inside of transformers' Trainer stands in one place.
+Longer than other modules: everything that touches the inside of transformers' Trainer is in one place.
 
-Beside dpo.py and sft.py the only module that overrides anything of TRL's (tests/test_dpo.py and tests/test_sft.py fail when TRL
-moves any of it):
+With dpo_trainer.py and sft_trainer.py the only module that overrides methods of TRL (tests/test_dpo.py and tests/test_sft.py
+fail if TRL changes any of them):
 - `training_step`: a micro-batch that does not fit is run in parts (scoring/oom.py).
-- `get_batch_samples`: what a step holds is counted, so that the loss of a micro-batch is its share of the step's.
+- `get_batch_samples`: the rows of a step are counted, so that the loss of a micro-batch is its share of the step's.
 - `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
-- `log`: a training line takes our figures along.
-- `_save`, `_load_from_checkpoint`: a checkpoint holds the adapter in training alone, and what is loaded is what was written;
-  Trainer passes over the adapter where a frozen one lies beside it.
-- `_save_checkpoint`: it is written where it may fail. What is in it beside weights Trainer would pickle (runs/state_io.py).
-- the forward of the model: our head in the place of TRL's, which is a Triton kernel (scoring/forward.py).
+- `log`: a training line includes dpo's figures.
+- `_save`, `_load_from_checkpoint`: a checkpoint holds only the adapter in training, and loading is verified;
+  Trainer ignores the adapter if a frozen one is next to it.
+- `_save_checkpoint`: it is written where it may fail. Trainer would pickle all but weights (runs/state_io.py).
+- the forward of the model: dpo's head replaces TRL's, which is a Triton kernel (scoring/forward.py).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ Tell = Callable[[str], None]
 OPTIMIZER, SCHEDULE, SCALER, RANDOM = "optimizer", "schedule", "scaler", "random"  # files of a checkpoint
 TRL_TOKENS = "_total_train_tokens"  # TRL's own count
 RESTART = "start the run again with --overwrite"
-SIZE = "tokens_in_a_batch"  # column: what decides how much memory a row takes
+SIZE = "tokens_in_a_batch"  # column: the size of a row in memory
 
 
 class Stopped(KeyboardInterrupt):
-    """An evaluation ends here, since the training is to stop."""
+    """Ends an evaluation, because the training stops."""
 
 
 class TotalsState(TypedDict):
@@ -71,11 +71,11 @@ class Totals:
         self.names = names
         self._figures: list[Tensor] = []
         self._weights: list[Tensor] = []
-        self._step_begins = 0  # the place of the first row that `of_step` has not told of
-        self.tokens = 0  # of all sequences since the start, so a shared prompt counts twice on either path
+        self._step_begins = 0  # the place of the first row that `of_step` has not returned
+        self.tokens = 0  # of all sequences since the start; a shared prompt counts twice in both layouts
 
     def add(self, figures: Tensor, tokens: int, weights: Tensor | None = None) -> None:
-        """`figures` are (n, names), of n rows that count as `weights` (n,), or alike."""
+        """`figures` are (n, names) of n rows, weighted by `weights` (n,) or equally."""
         self._figures.append(figures.cpu())
         self._weights.append(torch.ones(len(figures)) if weights is None else weights.cpu())
         self.tokens += tokens
@@ -88,7 +88,7 @@ class Totals:
         return means
 
     def of_step(self) -> dict[str, float]:
-        """The means over the rows added since the last call of this, or since they were taken."""
+        """The means over the rows added since the last call of this function, or of `take`."""
         means = self._means(self._step_begins)
         self._step_begins = len(self._figures)
         return means
@@ -99,16 +99,16 @@ class Totals:
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def mark(self) -> tuple[int, int]:
-        """A place to go back to."""
+        """A mark for `back_to`."""
         return len(self._figures), self.tokens
 
     def back_to(self, mark: tuple[int, int]) -> None:
-        """Forget what was added since the mark, in a try that failed."""
+        """Remove what was added since the mark, by a try that failed."""
         count, self.tokens = mark
         del self._figures[count:], self._weights[count:]
 
     def state(self) -> TotalsState:
-        """All of it, for a checkpoint, as JSON has it."""
+        """The state for a checkpoint, as JSON values."""
         figures, weights = ([part.tolist() for part in parts] for parts in (self._figures, self._weights))
         return {"tokens": self.tokens, "step_begins": self._step_begins, "figures": figures, "weights": weights}
 
@@ -119,28 +119,28 @@ class Totals:
 
 
 class CarefulTrainer:
-    """The part of a trainer that is ours; stands before one of TRL's trainers among the bases."""
+    """dpo's part of a trainer; the base class before one of TRL's trainers."""
 
     ROWS_A_UNIT: int  # rows of a micro-batch that belong together
-    IS_WHOLE = False  # whether the loss compares units, so that halves have another
+    IS_WHOLE = False  # whether the loss compares units, so that halves have a different loss
 
     args: Any
     model: Any
     accelerator: Any
     train_dataset: Any
     control: TrainerControl
-    missed_evaluation = False  # the training was stopped while it was evaluated, or when it was to be
+    missed_evaluation = False  # the training was stopped during an evaluation, or when one was due
     optimizer: Any
     lr_scheduler: Any
-    # Calls what makes Trainer write a checkpoint into its output_dir; without it there are none.
+    # Calls the function that makes Trainer write a checkpoint into its output_dir; without it there are none.
     write_checkpoint: Callable[[Callable[[], None]], None] | None = None
 
     def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
-        """Put our head on the models that TRL's constructor made ready, and remember what is called later."""
+        """Put dpo's head on the models that TRL's constructor prepared, and keep what is called later."""
         self.policy = Policy(self.model, getattr(self, "ref_model", None))
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
-        self.calls: list[FusedCausalLMOutput] = []  # of the head, since compute_loss began
-        # The losses take the size of the step, whatever the model's own forward takes; Trainer then divides them no further.
+        self.calls: list[FusedCausalLMOutput] = []  # of the head, since the start of compute_loss
+        # The losses take the size of the step, whatever the model's own forward takes; then Trainer does not divide them again.
         self.model_accepts_loss_kwargs = True
         for model in filter(None, (self.policy.network, self.policy.frozen)):
             forward.attach(model, states)
@@ -163,7 +163,7 @@ class CarefulTrainer:
     def training_step(self, model: nn.Module, inputs: oom.Batch, *args: object, **kwargs: object) -> Tensor:
         step: Callable[..., Tensor] = super().training_step  # type: ignore[misc]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Processes add up gradients while they come, and must all do the same; some losses are of the whole micro-batch.
+        # Processes add up gradients as they arrive, and must all do the same; some losses need the whole micro-batch.
         if self.accelerator.num_processes > 1 or self.IS_WHOLE:
             return step(model, inputs, *args, **kwargs)
 
@@ -180,21 +180,19 @@ class CarefulTrainer:
         return oom.run_in_parts(attempt, batch, trained, self._tell, self.ROWS_A_UNIT)
 
     def probe_longest(self) -> None:
-        """Run the rows with most tokens forward and backward once and leave no trace: what does not fit fails at once.
+        """Run the rows with the most tokens forward and backward once, without a trace: what does not fit fails at once.
 
-        The room of what only later steps hold, gradients and two moments of each, is kept free of it.
+        Memory is reserved for what only later steps hold: gradients and two moments of each.
         """
         sizes = self.train_dataset[SIZE]
         rows = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
-        trainer: Any = self  # what Trainer sets on itself
+        trainer: Any = self  # attributes that Trainer sets on itself
         batch = trainer.data_collator([self.train_dataset[i] for i in rows])
         trainer.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         mark = self.totals.mark()
         seen: int = getattr(self, TRL_TOKENS)
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        held = (
-            1 if self.optimizer is not None and self.optimizer.state else 3
-        )  # of a training that goes on the moments are there
+        held = 1 if self.optimizer is not None and self.optimizer.state else 3  # a resumed training already has the moments
         later = torch.empty(held * trained, dtype=torch.uint8, device=self.args.device)
         with random_state_kept():
             self.training_step(trainer.model_wrapped, batch)
@@ -208,7 +206,7 @@ class CarefulTrainer:
         place = Path(str(output_dir))
         if isinstance(self.model, PeftModel):
             save_trained(self.model, place)
-        else:  # under the names that the model has in memory: `save_pretrained` splits experts, which could not be put back
+        else:  # under the names in memory: `save_pretrained` splits experts, which could not be loaded again
             place.mkdir(parents=True, exist_ok=True)
             save_model(self.model, str(place / SINGLE), metadata={"format": "pt"})
 
@@ -225,7 +223,7 @@ class CarefulTrainer:
         refuse(resume_from_checkpoint, sorted(missing), sorted(unexpected), other, RESTART, "output_dir")
 
     def create_model_card(self, *_: object, **__: object) -> None:
-        """Nothing: what a run leaves has a card of ours, and no one reads TRL's beside a checkpoint."""
+        """Nothing: a run writes its own card, and a checkpoint needs none."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(Path(output_dir) / OPTIMIZER, self.optimizer.state_dict())
@@ -236,7 +234,7 @@ class CarefulTrainer:
             return
         state = load_state(Path(checkpoint) / OPTIMIZER)
         self.optimizer.load_state_dict(state)
-        # torch gives each state the dtype of its weight; Adafactor keeps float32 beside weights in bf16.
+        # torch gives each state the dtype of its weight; Adafactor keeps float32 states for bf16 weights.
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         for i, kept in state["state"].items():
             for name, value in kept.items():
@@ -245,7 +243,7 @@ class CarefulTrainer:
                     self.optimizer.state[weights[i]][name] = value.to(now.device)
         schedule = self.lr_scheduler
         schedule.load_state_dict(load_state(Path(checkpoint) / SCHEDULE))
-        # Of as many steps as there are now: the rate that was kept is that of the run as it was asked for then.
+        # For the current number of steps: the saved rate belongs to the run as it was configured then.
         rates = [base * rate(schedule.last_epoch) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         schedule._last_lr = rates
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -271,9 +269,9 @@ class CarefulTrainer:
             self.write_checkpoint(lambda: super(CarefulTrainer, self)._save_checkpoint(model, trial))  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: object, **kwargs: object) -> None:
-        """Our figures join the line here, so that they also reach the trackers of `report_to`."""
+        """dpo's figures join the line here, so that they also reach the trackers of `report_to`."""
         if "loss" in logs:
-            logs.update({**self.totals.take(), "loss": logs["loss"]})  # whose loss is of all processes
+            logs.update({**self.totals.take(), "loss": logs["loss"]})  # this loss is of all processes
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def evaluate(self, *_: object, metric_key_prefix: str = "eval", **__: object) -> dict[str, float]:
@@ -281,16 +279,16 @@ class CarefulTrainer:
         before = random_state()
         try:
             figures = self._run_evaluation(self.policy)
-        except Stopped:  # the checkpoint that is written now is that of the step before the evaluation
+        except Stopped:  # the checkpoint that is written now is of the step before the evaluation
             set_random_state(before)
             self.missed_evaluation = True
             self.control.should_training_stop = self.control.should_save = True
             self.control.should_evaluate = False
             return {}
-        except Exception:  # whatever it is, the steps before it are kept: a run that goes on begins with this evaluation
+        except Exception:  # the steps before it are kept for any error: a resumed run starts with this evaluation
             set_random_state(before)
             self.missed_evaluation = True
-            if self.optimizer is not None:  # else nothing was trained since the checkpoint that this began with
+            if self.optimizer is not None:  # else nothing was trained since the checkpoint it resumed from
                 self._save_checkpoint(self.model, None)
             raise
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
@@ -302,7 +300,7 @@ class CarefulTrainer:
 
 
 class ProbeFirst(TrainerCallback):
-    """Probes the longest rows once the trainer has put the model where it trains it, and before the first step."""
+    """Probes the longest rows after the trainer has moved the model to its device, and before the first step."""
 
     def __init__(self, trainer: CarefulTrainer) -> None:
         self.trainer = trainer
@@ -315,21 +313,21 @@ Weights = dict[str, Tensor]
 
 
 def adapter_weights(model: PeftModel | PreTrainedModel) -> Weights:
-    """The weights of the adapter that a model comes with, by their names in it; none of a fresh one."""
+    """The weights of the adapter that a model comes with, by name; none for a fresh adapter."""
     if not isinstance(model, PeftModel):
         return {}
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if TRAINED in name.split(".")}
 
 
 def ready(trainer: Any, plan: Plan, start: Weights) -> None:
-    """Give a built trainer's weights the dtypes they train in, and it the callbacks that every training has.
+    """Set the training dtypes of a trainer's weights, and add the callbacks of every training.
 
-    `start` are the weights of the adapter that is trained on, as they were before TRL had the model.
+    `start` are the weights of the adapter that training continues, before TRL changes the model.
     """
     _set_dtypes(trainer.model, plan, start)
-    if plan.merges and plan.config.lora_r:  # it is not an adapter of the model below the one that model_name names
+    if plan.merges and plan.config.lora_r:  # the base of this adapter is model_name, not the model below that
         trainer.model.peft_config[TRAINED].base_model_name_or_path = plan.config.model_name
-    for module in trainer.model.modules():  # the frozen copy takes the dropout of the adapter over, and is to be exact
+    for module in trainer.model.modules():  # the frozen copy inherits the dropout of the adapter, and must be exact
         if isinstance(module, LoraLayer) and FROZEN in module.lora_dropout:
             module.lora_dropout[FROZEN] = torch.nn.Identity()
     trainer.add_callback(ProbeFirst(trainer))
@@ -341,9 +339,9 @@ def ready(trainer: Any, plan: Plan, start: Weights) -> None:
 
 
 def save_trained(model: PeftModel | PreTrainedModel, place: Path) -> None:
-    """Write what is trained: the adapter without the frozen one beside it, or the whole model."""
+    """Write what is trained: the adapter without its frozen copy, or the whole model."""
     if isinstance(model, PeftModel):
-        model.create_or_update_model_card = lambda _: None  # what a run leaves has a card of ours
+        model.create_or_update_model_card = lambda _: None  # a run writes its own card
         # PEFT would add the base's table of an embedding that has an adapter.
         model.save_pretrained(str(place), selected_adapters=[TRAINED], save_embedding_layers=False)
     else:
@@ -353,10 +351,10 @@ def save_trained(model: PeftModel | PreTrainedModel, place: Path) -> None:
 def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan, start: Weights) -> None:
     """TRL makes the adapter of a quantised model bf16, as QLoRA has it (arXiv:2305.14314, section 3).
 
-    That is right where bf16 is computed in. fp16's gradient scaler cannot unscale it, and float32 would lose by it. An adapter
-    that is trained on has the weights of its file again, which bf16 had rounded. The frozen copy has the same weights in the
-    same dtype, or the policy would differ from it at step 0: TRL 1.15 makes it before it rounds the other, and does not copy
-    an adapter on an embedding, whose parameters are not modules.
+    That is right if the model computes in bf16. fp16's gradient scaler cannot unscale bf16, and float32 would lose precision.
+    An adapter that training continues gets the weights of its file back, which bf16 rounded. The frozen copy has the same
+    weights in the same dtype, or the policy would differ from it at step 0: TRL 1.15 makes it before it rounds the other, and
+    does not copy an adapter on an embedding, which has parameters and no modules.
     """
     parameters = dict(model.named_parameters())
     for parameter in parameters.values() if plan.dtype != "bfloat16" else ():
@@ -372,13 +370,13 @@ def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan, start: Weights) 
 
 def on_one_device(arguments: Arguments) -> Arguments:
     """One process uses one device. transformers takes each visible GPU: a batch of 2 becomes 4 and is spread over copies of the
-    model, whose forward is bound to the first. Several GPUs are for several processes."""
+    model that all use the forward of the first. Several GPUs are for several processes."""
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
 def common_arguments(plan: Plan) -> dict[str, Any]:
-    """What of the plan every trainer is told, in TRL's words."""
+    """The arguments of every trainer, in TRL's names."""
     config = plan.config
     return {
         "output_dir": str(plan.run_dir / CHECKPOINTS / PART),
@@ -399,15 +397,15 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
         "bf16": config.bf16,
         "fp16": config.fp16,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "max_length": None,  # rows are fitted to max_seq_length before they come here
-        "router_aux_loss_coef": 0.0,  # our head gives no router logits; where a router is trained, the plan says so
+        "max_length": None,  # rows already fit max_seq_length
+        "router_aux_loss_coef": 0.0,  # dpo's head gives no router logits; if a router is trained, the plan notes it
         # `Schedule` says when.
         "eval_strategy": "no",
         "logging_strategy": "no",
         "save_strategy": "no",
-        "logging_nan_inf_filter": False,  # a NaN is to be seen, not replaced by the last average
+        "logging_nan_inf_filter": False,  # a NaN must be visible, not replaced by the last average
         "report_to": config.report_to,
-        # With the time, since trackio goes on with the run of the same name.
+        # With the time, because trackio continues a run of the same name.
         "run_name": f"{plan.run_dir.name} {datetime.now():%Y-%m-%d %H:%M:%S}",
         "seed": config.seed,
         "use_cpu": config.device == "cpu",
@@ -416,11 +414,11 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
     }
 
 
-BETWEEN_SECONDS = 600.0  # from a checkpoint to the next, where save_steps does not say
+BETWEEN_SECONDS = 600.0  # between checkpoints, if save_steps is not set
 
 
 class Schedule(TrainerCallback):
-    """Asks Trainer for what is due. Whatever it is asked for at a step, its order is: log, evaluate, save."""
+    """Tells Trainer what is due. At each step its order is: log, evaluate, save."""
 
     def __init__(self, plan: Plan, evaluates: bool) -> None:
         self.config, self.evaluates = plan.config, evaluates

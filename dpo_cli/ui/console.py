@@ -1,4 +1,4 @@
-"""How anything is shown: tables and panels on a terminal, plain lines when piped, one JSON document with --json."""
+"""All output: tables and panels on a terminal, plain lines in a pipe, one JSON document with --json."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
 PIPED_WIDTH = 120
-PIPED_LINES = 20  # progress lines of a piped run
+PIPED_LINES = 20  # progress lines of a run in a pipe
 
 
 def _stream(stderr: bool) -> RichConsole:
-    """A pipe has a width of its own, and nothing on it is drawn again, whatever FORCE_COLOR makes of it."""
+    """A pipe has its own width, and nothing in it is redrawn, also with FORCE_COLOR."""
     if (sys.stderr if stderr else sys.stdout).isatty():
         return RichConsole(stderr=stderr, highlight=False)
     return RichConsole(stderr=stderr, highlight=False, width=PIPED_WIDTH, force_interactive=False)
 
 
 class Console:
-    """Results on standard output, the rest on standard error; with `as_json` everything but the JSON is the rest."""
+    """Results on standard output, the rest on standard error; with `as_json`, everything except the JSON is the rest."""
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
@@ -53,13 +53,13 @@ class Console:
     def json(self, value: object) -> None:
         """The one document of standard output."""
         self._document.write(json_text(redacted(value), indent=2) + "\n")
-        self._document.flush()  # so that a full disk is told here, and not when the process ends
+        self._document.flush()  # so that a full disk is reported here, and not at the end of the process
 
     def line(self, text: str) -> None:
         self.out.print(Text(redact(text)))
 
     def problems(self, problems: Sequence[Problem]) -> None:
-        """Every problem, errors first, each with its place and its remedy."""
+        """Every problem, errors first, each with its place and its fix."""
         self._print_told(_problem_texts(problems))
 
     def _print_told(self, told: Sequence[tuple[Text, Text]]) -> None:
@@ -67,12 +67,12 @@ class Console:
             if self.errors.is_terminal:
                 self.errors.print(text)
                 self.errors.print(Padding(fix, (0, 0, 0, 2)))
-            else:  # one line each, so that grep finds whole messages
+            else:  # one line per problem, so that grep finds whole messages
                 self.errors.print(text, soft_wrap=True)
                 self.errors.print(Text("  ").append(fix), soft_wrap=True)
 
     def error(self, error: DpoError) -> None:
-        """One panel on a terminal, plain lines otherwise; with --json a document too."""
+        """A panel on a terminal, else plain lines; with --json also a document."""
         problems = error.problems if isinstance(error, InvalidInput) else ()
         told = _problem_texts(problems) or [
             (Text("x error ").append(redact(error.message)), Text(redact(error.fix or ""), style="dim"))
@@ -84,11 +84,11 @@ class Console:
             self._print_told(told)
         if self.as_json:
             found = [problem.to_json() for problem in problems]
-            with suppress(OSError):  # standard output may be what failed; standard error has the message
+            with suppress(OSError):  # standard output may have failed; standard error has the message
                 self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": found})
 
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
-        """Rows of text; the columns after the first are right-aligned where a header says that they are figures."""
+        """Rows of text; the columns after the first are right-aligned if there is a header."""
         on_terminal = self.out.is_terminal
         table = Table(title=title, title_justify="left", box=box.ROUNDED if on_terminal else None, show_header=bool(header))
         for column in range(len(rows[0])):
@@ -99,7 +99,7 @@ class Console:
         self.out.print(table)
 
     def panel(self, title: str, text: str) -> None:
-        """Text of a model or a dataset, so nothing in it may steer the terminal."""
+        """Text of a model or a dataset: control characters are removed."""
         title, text = _printable(title), _printable(text)
         if self.out.is_terminal:
             self.out.print(Panel(Text(text), title=Text(title), title_align="left", border_style="dim"))
@@ -107,25 +107,23 @@ class Console:
             self.out.print(Text(f"{title}\n{text}"))
 
     def columns(self, read_as: Mapping[str, Any]) -> None:
-        """What `validate` says of the columns of the data: what each is read as, and which are not read."""
+        """The columns of the data for `validate`: the meaning of each, and those that are not read."""
         read = [name if name == meaning else f"{name} (as {meaning})" for name, meaning in read_as["read"].items()]
         unread = f"; not read: {', '.join(read_as['unread'])}" if read_as["unread"] else ""
         self.line(_printable(f"columns: {', '.join(read)}{unread}"))
 
     def lengths(self, said: dict[str, Any]) -> None:
-        """What `validate` says of the lengths of pairs, and of the preferred ones."""
+        """The lengths of pairs for `validate`, and whether the longer response is preferred."""
         length, where = said["length"], said["length"]["longest"]
         unit, most = ("characters", length["characters"])
-        if length["tokens"]:  # counted on a sample, and without the template's markers
-            unit, most = ("tokens, about,", length["tokens"])
+        if length["tokens"]:  # counted on a sample, without the markers of the template
+            unit, most = ("tokens (estimated)", length["tokens"])
         over = f"; {most['share_over']:.0%} are longer than max_seq_length" if "share_over" in most else ""
         place = f"{where['file']}:{where['line']}"
-        self.line(f"length: {most['median']:,.0f} {unit} in the middle, {most['most']:,} at most ({place}){over}")
+        self.line(f"length: median {most['median']:,.0f} {unit}, maximum {most['most']:,} ({place}){over}")
         if "longer_chosen" in said:
             longer, auc = said["longer_chosen"], said["length_auc"]
-            self.line(
-                f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: length says nothing)"
-            )
+            self.line(f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: no effect)")
 
     def bill(self, memory: BillJson) -> None:
         """The memory bill with a bar per component."""
@@ -138,7 +136,9 @@ class Console:
     def judgement(self, evaluation: Evaluation, samples: Sequence[Answers]) -> None:
         """The figures of an evaluation, and answers side by side."""
         if evaluation.sides is None:
-            self.line("nothing was held out: set or raise eval_split in the config, or name a file with `dpo eval --dataset`")
+            self.line(
+                "there are no held-out rows: set or raise eval_split in the config, or name a file with `dpo eval --dataset`"
+            )
             return
         sides = [evaluation.sides.policy, evaluation.sides.base, evaluation.sides.gain]
         names = [name for name, figure in evaluation.sides.policy.items() if figure]
@@ -148,9 +148,9 @@ class Console:
         title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
         if missing := evaluation.unanswered:
-            fix = "lower max_seq_length, so that prompts are cut, or judge with shorter ones"
+            fix = "lower max_seq_length, so that prompts are cut, or evaluate with shorter prompts"
             told = f"{missing} prompts fill the model's context and have no answer"
-            self.line(f"note: {told}: kl_sequence and answer_tokens are of the others, and keep no limit; {fix}")
+            self.line(f"note: {told}: kl_sequence and answer_tokens are of the other prompts, and miss any limit; {fix}")
         self._categories(evaluation.categories, evaluation.noun)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]
@@ -176,25 +176,25 @@ class Console:
         self.table("by category", rows, ("category", noun, one, other, f"gain in {gain.replace('_', ' ')}"))
 
     def thresholds(self, asked: Sequence[tuple[str, Limit]]) -> None:
-        """Each limit that a figure was asked to keep, with its sign, and whether it did."""
+        """Each limit on a figure, with its sign, and whether it is kept."""
         for sign, limit in asked:
             value = "no value" if limit.value is None else f"{limit.value:.6g}"
             self.line(f"{limit.metric} is {value}, {sign} {limit.limit:g}: {'ok' if limit.ok else 'missed'}")
 
     def tally(self, tally: Tally) -> None:
-        """The count of a file of votes, which may come from anybody."""
+        """The count of a votes file, which may come from anyone."""
         rows = [("run", _printable(tally.run)), ("prompts", f"{tally.prompts - tally.missing} of {tally.prompts}")]
         rows += [("judge", _printable(tally.judge.model))] if tally.judge else []
         rows += [("wins", str(tally.wins)), ("losses", str(tally.losses)), ("ties", str(tally.ties))]
         rows += [("win rate", _interval(tally.win_rate)), ("sign test", f"p = {tally.sign_test:.2g}")]
         self.table("votes for the adapter", rows)
         if tally.same_text:
-            self.line(f"note: {tally.same_text} of the ties are the same text from both, which nobody was asked about")
+            self.line(f"note: {tally.same_text} of the ties are the same text from both models, which is not put to a vote")
         if tally.missing:
             self.line(f"note: {tally.missing} of {tally.prompts} prompts have no vote yet, and are not counted")
 
     def comparison(self, merge: Merge) -> None:
-        """The figures of a run beside those of what it is exported to, and how far their log-probs are apart."""
+        """The figures of a run and of its export, and the difference of their log-probs."""
         limits = {limit.metric: f"{limit.limit:.3f}{'' if limit.ok else ' missed'}" for limit in merge.limits}
         rows = [(name, _interval(merge.before[name]), _interval(merge.after[name]), limits[name]) for name in limits]
         self.table("the run, and the model read back; 95 % intervals", rows, ("figure", "run", "merged", "limit"))
@@ -203,9 +203,9 @@ class Console:
 
     @contextmanager
     def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-        """A progress bar over `total` of something, `done` of them before; a line now and then when piped.
+        """A progress bar over `total` items, `done` of them before; a line now and then in a pipe.
 
-        The callable that it gives is told how many are done, and a few words about it.
+        Call what it yields with the number of done items and a short text.
         """
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
         progress = Progress(*columns, console=self.out, expand=True)
@@ -224,7 +224,7 @@ class Console:
 
 
 def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
-    """What is wrong and what to do, of each problem; errors first."""
+    """The message and the fix of each problem; errors first."""
     texts = []
     order = list(COLOURS)
     for problem in sorted(problems, key=lambda problem: order.index(problem.severity)):
@@ -240,7 +240,7 @@ def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
 
 
 def _printable(text: str) -> str:
-    """What may be shown, before it is broken into lines, in which no secret could be found any more."""
+    """Text without secrets and control characters. It is cleaned before line breaks, which would hide secrets."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in redact(text))
 
 

@@ -1,6 +1,6 @@
 """The live view of a training: progress, time left, each figure with its curve, memory, the last health event. No torch.
 
-It is given the lines of metrics.jsonl as they are written. On a terminal it is drawn anew four times a second; elsewhere
+It gets the lines of metrics.jsonl as they are written. On a terminal it is redrawn four times a second; elsewhere
 (a pipe, TERM=dumb) a line is printed now and then.
 """
 
@@ -24,37 +24,37 @@ from dpo_cli.results.summary import Event, Line
 from dpo_cli.strategies.figures import DRAWN
 from dpo_cli.ui.console import PIPED_LINES, Console
 
-# The figures of a line that are shown, by their short names.
+# The figures that are shown, with their short names.
 SHOWN = {**{figure.name: figure.short for figure in DRAWN if figure.short}, "tokens_per_second": "tok/s"}
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 WIDEST = 100  # columns of the view
-NARROWEST = 3  # a curve of fewer columns shows nothing
-POINTS = 96  # of a curve that is kept: even twice as many at one moment
-RECENT = 50  # lines that the pace is taken from
+NARROWEST = 3  # a curve with fewer columns is not readable
+POINTS = 96  # kept per curve: up to twice as many for a moment
+RECENT = 50  # lines that decide the pace
 ACTIONS = {"note": "cyan", "warn": "yellow", "stop": "red"}
 
 
 @dataclass(frozen=True)
 class Side:
-    """The figures of one split: where the view has them."""
+    """The figures of one split: their place in the view."""
 
     split: str
     head: str
     colour: str
-    share: int  # of the room for curves
-    most: int  # columns of a curve
+    share: int  # of the columns for curves
+    most: int  # maximum columns of a curve
 
 
 SIDES = (Side("train", "train", "cyan", share=2, most=48), Side("eval", "held out", "magenta", share=1, most=16))
 
 
 class Curve:
-    """A figure over the whole run in a bounded number of means: when there are too many, neighbours are joined."""
+    """A figure over the whole run as a bounded number of means: neighbours are joined if there are too many."""
 
     def __init__(self) -> None:
         self.latest = math.nan
-        self._sums: list[tuple[float, int]] = []  # of the finite values of each point, and how many they are
-        self._seen, self._each = 0, 1  # values so far, and values a point
+        self._sums: list[tuple[float, int]] = []  # sum and number of the finite values of each point
+        self._seen, self._each = 0, 1  # values so far, and values per point
 
     def add(self, value: float) -> None:
         if self._seen % self._each == 0:
@@ -71,17 +71,17 @@ class Curve:
 
     @property
     def text(self) -> str:
-        """The last value; nothing before the first."""
+        """The last value; empty before the first."""
         return _short(self.latest) if self._seen else ""
 
     @property
     def points(self) -> list[float]:
-        """The means; NaN where no value was finite."""
+        """The means; NaN if no value is finite."""
         return [total / count if count else math.nan for total, count in self._sums]
 
 
 def sparkline(values: Sequence[float], width: int, bars: str) -> str:
-    """At most `width` signs from the lowest to the highest of the values; a blank where they are not finite."""
+    """At most `width` characters that show the values; a blank for values that are not finite."""
     if len(values) > width:
         edges = [i * len(values) // width for i in range(width + 1)]
         values = [_mean(values[start:end]) for start, end in pairwise(edges)]
@@ -100,11 +100,11 @@ def _mean(values: Sequence[float]) -> float:
 
 
 class Pace:
-    """Seconds a step and seconds an evaluation, as the lines tell, and what is left by them."""
+    """Seconds per step and per evaluation, from the lines, and the time left."""
 
     def __init__(self, now: float) -> None:
         self._step, self._time = 0, now  # of the last line
-        self._trained, self._tokens = 0, 0.0  # step and tokens of the last line of training
+        self._trained, self._tokens = 0, 0.0  # step and tokens of the last training line
         self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)  # steps and their seconds
         self._evaluated, self._every, self._evaluation = 0, 0, 0.0  # step of the last one, steps between, seconds
 
@@ -113,7 +113,7 @@ class Pace:
             training = (line.step - self._step) * self._step_seconds
             self._evaluation = max(0.0, now - self._time - training)
             self._evaluated, self._every = line.step, line.step - self._evaluated
-        elif line.step > self._trained and line.figures.get("tokens_per_second"):  # which leaves out loading and evaluating
+        elif line.step > self._trained and line.figures.get("tokens_per_second"):  # without loading and evaluation
             seconds = (line.figures["tokens"] - self._tokens) / line.figures["tokens_per_second"]
             self._recent.append((line.step - self._trained, seconds))
             self._trained, self._tokens = line.step, line.figures["tokens"]
@@ -121,11 +121,11 @@ class Pace:
 
     @property
     def _step_seconds(self) -> float:
-        recent = tuple(self._recent)  # a copy: the view is drawn in a thread of Rich's, while lines come
+        recent = tuple(self._recent)  # a copy: a thread of Rich draws the view while lines arrive
         return sum(seconds for _, seconds in recent) / (sum(steps for steps, _ in recent) or 1)
 
     def left(self, total: int, now: float) -> float | None:
-        """Seconds until the last of `total` steps, with the evaluations on the way; nothing before the first step."""
+        """Seconds until the last of `total` steps, including evaluations; None before the first step."""
         if not self._recent:
             return None
         evaluations = (total - self._evaluated) // self._every if self._every else 0
@@ -134,7 +134,7 @@ class Pace:
 
 
 class LiveView:
-    """While used as a context, what is known of a training of `steps` steps that is billed with `predicted_gb`."""
+    """Within the context, the view of a training with `steps` steps and a memory bill of `predicted_gb`."""
 
     def __init__(
         self, console: Console, steps: int, predicted_gb: float | None, clock: Callable[[], float] = time.monotonic
@@ -144,7 +144,7 @@ class LiveView:
         self.event: Event | None = None
         self.curves = {side.split: {name: Curve() for name in SHOWN} for side in SIDES}
         self.pace = Pace(clock())
-        self._told = -1  # twentieths of the run of which a piped line told
+        self._told = -1  # twentieths of the run that a line in the pipe reported
         self._ended = False
         self._live = Live(self, console=console.out, refresh_per_second=4, vertical_overflow="crop")
 
@@ -158,11 +158,11 @@ class LiveView:
         self._live.stop()
 
     def recall(self, lines: Sequence[Line]) -> None:
-        """The lines of the training that this one continues."""
+        """The lines of the resumed training."""
         for line in lines:
             self._add(line)
             self._told = max(self._told, self._part(line))
-            if line.split == "train":  # how long an evaluation took is not told
+            if line.split == "train":  # the lines do not have the time of an evaluation
                 self.pace.see(line, self.clock())
 
     def show(self, line: Line) -> None:
@@ -178,7 +178,7 @@ class LiveView:
         self.step, self.peak_gb = line.step, line.figures["peak_memory_gb"]
 
     def _part(self, line: Line) -> int:
-        """The twentieths of the run that are done."""
+        """The completed twentieths of the run."""
         return line.step * PIPED_LINES // self.steps
 
     def note(self, event: Event) -> None:
@@ -211,7 +211,7 @@ class LiveView:
 
     def _progress(self, width: int) -> Table:
         seconds = self.pace.left(self.steps, self.clock())
-        left = "" if self._ended else "getting ready" if seconds is None else f"{_duration(seconds)} left"
+        left = "" if self._ended else "preparing" if seconds is None else f"{_duration(seconds)} left"
         done = f"{self.step}/{self.steps}"
         bar = ProgressBar(self.steps, self.step, width=max(1, width - len(done) - len(left) - 2))
         grid = Table.grid(padding=(0, 1))
@@ -219,7 +219,7 @@ class LiveView:
         return grid
 
     def _table(self, width: int, bars: str) -> Iterator[Text]:
-        """A line for each figure there is, and one for memory; the curves take the columns that are left."""
+        """A line for each figure, and one for memory; the curves take the remaining columns."""
         shown = [name for name in SHOWN if any(curves[name].text for curves in self.curves.values())]
         sides = [side for side in SIDES if any(self.curves[side.split][name].text for name in shown)]
         labels = max(len(SHOWN[name]) for name in shown)

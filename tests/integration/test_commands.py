@@ -135,7 +135,7 @@ def test_without_a_split_nothing_is_held_out(workplace: Path) -> None:
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["eval"], summary["base"], summary["gain"]) == (None, None, None)
-    assert "nothing was held out" in done.stderr
+    assert "there are no held-out rows" in done.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -250,7 +250,7 @@ def test_a_changed_adapter_is_not_judged(workplace: Path) -> None:
     weights.write_bytes(data)
     done = dpo("eval", "changed", cwd=workplace)
     assert done.returncode == 3
-    assert "not the one that this run wrote" in done.stderr
+    assert "has changed since this run wrote it" in done.stderr
 
 
 def test_validate_json_has_the_documented_shape() -> None:

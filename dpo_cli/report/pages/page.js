@@ -1,4 +1,4 @@
-// The values of a plot under the pointer, a finger or the arrow keys. Without this the legend has the last ones.
+// The values of a plot at the pointer, a finger or the arrow keys. Without this, the legend has the last values.
 for (const plot of document.querySelectorAll("[data-curves]")) {
   const svg = plot.querySelector("svg.drawing");
   const curves = JSON.parse(plot.dataset.curves);
@@ -23,7 +23,7 @@ for (const plot of document.querySelectorAll("[data-curves]")) {
     cursor.setAttribute("x2", xOf(step));
     at.textContent = `step ${step.toLocaleString("en")}`;
     curves.forEach(([known, values], i) => {
-      const j = known.findLastIndex((other) => other <= step); // a curve with fewer values says its latest
+      const j = known.findLastIndex((other) => other <= step); // a curve with fewer values shows its latest one
       const value = j < 0 ? undefined : values[j];
       cells[i].textContent = value === undefined ? "–" : value === null ? "not finite" : `${value}`;
       spots[i].classList.toggle("on", typeof value === "number");
@@ -60,5 +60,5 @@ for (const plot of document.querySelectorAll("[data-curves]")) {
   });
 }
 
-// On paper nothing can be opened.
+// Paper has no details to open.
 addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));

@@ -1,12 +1,13 @@
-"""What a checkpoint holds beside what Trainer writes, and how a training goes on from it to the same bits.
+"""What a checkpoint holds in addition to Trainer's files, and how a training resumes from it with the same bits.
 
     Trainer's          adapter_model.safetensors or model.safetensors, trainer_state.json, optimizer, schedule, random
-    the run's          plan.json, manifest.json, metrics.jsonl, as they were
-    progress.json      what only this process knows: rows that no line tells of yet, the course that health looks at, ...
-    best.safetensors   the weights of the best evaluation, where early stopping keeps others than the last
+    the run's          plan.json, manifest.json, metrics.jsonl, at that step
+    progress.json      what only this process knows: rows that are in no line yet, the course for the health rules, ...
+    best.safetensors   the weights of the best evaluation, if early stopping keeps other weights than the last
 
-Two things Trainer (transformers 5.17) does not restore, and this does. An epoch's order may come from torch's random state as
-it was when the epoch began (group_by_length), so that is kept too. The loss since the last logged step is in its memory only.
+Two things are restored here that Trainer (transformers 5.17) does not restore. The order of an epoch may come from the random
+state of torch at the start of the epoch (group_by_length), so that is kept too. The loss since the last logged step is only
+in its memory.
 """
 
 from __future__ import annotations
@@ -35,18 +36,18 @@ PROGRESS, BEST, STATE = "progress.json", "best.safetensors", "trainer_state.json
 
 
 class Keep(TrainerCallback):
-    """Fills the checkpoints of a training, and brings a training back to one."""
+    """Fills the checkpoints of a training, and restores a training from one."""
 
     def __init__(self, run: RunDirectory, trainer: Any, health: Health, early: StopEarly, stop: StopOnSignal) -> None:
         self.run, self.trainer, self.health, self.early, self.stop = run, trainer, health, early, stop
-        self.begun = time.monotonic()  # of the training, were it one piece
+        self.begun = time.monotonic()  # as if the training ran in one piece
         self._from: Checkpoint | None = None
         self._progress: dict[str, Any] = {}
-        self._order: list[int] = []  # torch's random state when the epoch began
+        self._order: list[int] = []  # torch's random state at the start of the epoch
         trainer.write_checkpoint = self.write
 
     def write(self, write_trainers: Callable[[], None]) -> None:
-        """A checkpoint of the step that has ended; before the first step, a trial of which nothing stays."""
+        """A checkpoint of the step that has ended; before the first step, a trial that leaves nothing."""
         step = self.trainer.state.global_step
 
         def fill(part: Path) -> Path:
@@ -82,11 +83,11 @@ class Keep(TrainerCallback):
         return folder
 
     def go_back_to(self, checkpoint: Checkpoint) -> None:
-        """Bring the trainer, and all that has seen its course, to where they were. Its `train` does the rest."""
+        """Restore the trainer and its callbacks to this checkpoint. Its `train` does the rest."""
         trainer, folder = self.trainer, checkpoint.folder
         self._from = checkpoint
         self._progress = progress = read_json(folder / PROGRESS)
-        torch.set_num_threads(progress["threads"])  # sums of other lengths are rounded otherwise
+        torch.set_num_threads(progress["threads"])  # another number of threads rounds sums differently
         self.begun = time.monotonic() - progress["seconds"]
         trainer.args.run_name = progress["run_name"]
         trainer._load_from_checkpoint(str(folder))
@@ -98,21 +99,21 @@ class Keep(TrainerCallback):
 
     @property
     def missed_evaluation(self) -> bool:
-        """Whether the checkpoint that was gone back to is of a step whose evaluation is still to come."""
+        """Whether the restored checkpoint is of a step that still has to be evaluated."""
         return bool(self._progress.get("missed_evaluation"))
 
     def train(self) -> None:
         self.trainer.train(resume_from_checkpoint=str(self._from.folder) if self._from else None)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if self._from is None:  # what cannot be saved is known now, and not hours later
+        if self._from is None:  # a failure to save appears now, and not hours later
             self.trainer._save_checkpoint(self.trainer.model, None)
             return
         self.trainer._tr_loss += self._progress["loss"]
         self.trainer._globalstep_last_logged = self._progress["logged"]
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        if self._from is not None and state.epoch == int(state.epoch):  # where Trainer restores it, but after this
+        if self._from is not None and state.epoch == int(state.epoch):  # Trainer restores it too, but after this
             self.trainer._load_rng_state(str(self._from.folder))
         elif self._from is not None:
             torch.set_rng_state(torch.tensor(self._progress["order"], dtype=torch.uint8))
@@ -121,7 +122,7 @@ class Keep(TrainerCallback):
 
 
 def _read_back(folder: Path) -> None:
-    """Read what libraries wrote: some of them do not tell when the disk refuses the end of a file."""
+    """Read what libraries wrote: some of them do not report when the disk refuses the end of a file."""
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, framework="pt"):
             pass

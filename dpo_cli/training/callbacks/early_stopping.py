@@ -1,5 +1,4 @@
-"""Early stopping: the best of a training by the loss it minimises, on what is held out, and its end when none has been better
-for long."""
+"""Early stopping: keeps the weights with the best held-out loss, and ends the training when none is better for long."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from dpo_cli.results.summary import Line
 
 
 class EarlyState(TypedDict):
-    """A `StopEarly` as a checkpoint holds it, but for the weights."""
+    """A `StopEarly` as a checkpoint holds it, without the weights."""
 
     best_step: int
     best_loss: float
@@ -23,15 +22,15 @@ class EarlyState(TypedDict):
 
 
 class StopEarly(TrainerCallback):
-    """Keeps the weights of the best evaluation, in the machine's memory; with a `patience`, ends the training by it.
+    """With a `patience`: keeps the weights of the best evaluation in the machine's memory, and ends the training.
 
-    Without one it keeps nothing. A sink of `Record`, which tells it of evaluations.
+    Without one it keeps nothing. A sink of `Record`, which passes evaluations on.
     """
 
     def __init__(self, model: nn.Module, patience: int | None) -> None:
         self.model, self.patience = model, patience
         self.best_step, self.best_loss, self.waited = 0, math.inf, 0
-        self.weights: dict[str, Tensor] = {}  # of the best evaluation, by their names in the model
+        self.weights: dict[str, Tensor] = {}  # of the best evaluation, by name in the model
 
     @property
     def ended(self) -> bool:
@@ -43,7 +42,7 @@ class StopEarly(TrainerCallback):
             return
         loss = line.figures.get(
             "trained_loss", line.figures["loss"]
-        )  # two keys where another than DPO's sigmoid loss is trained
+        )  # there are two keys if the trained loss is not DPO's sigmoid loss
         if loss < self.best_loss:
             self.best_step, self.best_loss, self.waited = line.step, loss, 0
             self.weights = self._copy()
@@ -55,7 +54,7 @@ class StopEarly(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
     def put_best_back(self) -> None:
-        """Give the model the weights of its best evaluation, where there was one."""
+        """Restore the weights of the best evaluation, if there is one."""
         with torch.no_grad():
             for name, weight in self._trained() if self.weights else ():
                 weight.copy_(self.weights[name])
@@ -70,8 +69,8 @@ class StopEarly(TrainerCallback):
         return {"best_step": self.best_step, "best_loss": self.best_loss, "waited": self.waited}
 
     def restore(self, state: EarlyState, weights: dict[str, Tensor] | None) -> None:
-        """Go on as from `state`, by the patience that is asked for now; without `weights`, the model has the best ones."""
-        if self.patience is None:  # as in a training that never had one
+        """Continue from `state`, with the current patience; without `weights`, the model has the best ones."""
+        if self.patience is None:  # as in a training without a patience
             return
         self.best_step, self.best_loss, self.waited = state["best_step"], state["best_loss"], state["waited"]
         self.weights = weights if weights is not None else self._copy() if self.best_step else {}

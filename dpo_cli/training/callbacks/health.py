@@ -1,4 +1,4 @@
-"""Puts a training to the rules of health, step by step, and ends it where one says so."""
+"""Applies the health rules to a training, step by step, and ends the training if a rule says so."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HealthState(TypedDict):
 
 @dataclass
 class Health(TrainerCallback):
-    """Puts the course of a training to every rule. A sink of `Record`, and a callback that ends the training."""
+    """Applies every rule to the course of a training. A sink of `Record`, and a callback that ends the training."""
 
     plan: Plan
     totals: Totals
@@ -43,7 +43,7 @@ class Health(TrainerCallback):
 
     @property
     def can_be_judged(self) -> bool:
-        """Whether there is a policy whose figures mean something."""
+        """Whether the figures of the policy are meaningful."""
         return not {NOT_FINITE, NOT_AT_REFERENCE} & {event.rule for event in self.events}
 
     def see_start(self, scores: Scores) -> None:
@@ -61,7 +61,7 @@ class Health(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.course.add(self.totals.of_step())
         self._ask()
-        control.should_log = control.should_log or self.stopped  # so that the last step has a line
+        control.should_log = control.should_log or self.stopped  # so that the last step is logged
         self.on_log(args, state, control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -72,7 +72,7 @@ class Health(TrainerCallback):
     on_evaluate = on_log
 
     def forget_stops(self) -> None:
-        """Another end is asked for than when these rules ended the training: they are asked again."""
+        """The training gets another end than the one that these rules set: they are applied again."""
         self.events = [event for event in self.events if event.action != "stop"]
 
     def state(self) -> HealthState:

@@ -1,8 +1,8 @@
-"""Is the training healthy? Rules over its steps and lines, each with what the documentation says to do.
+"""Is the training healthy? Rules over its steps and lines, each with the documented remedy.
 
-A rule looks at the course of a training and returns what it found and what to do about it, or nothing; `RULES` at the end
-names them, with what happens then, and a strategy says which of them watch it. A rule speaks once. Batches differ by chance:
-what a rule compares is a mean over many pairs, and beyond what their number explains.
+A rule reads the course of a training and returns a message and its remedy, or nothing. `RULES` at the end
+names the rules with their actions, and a strategy says which of them apply. A rule is reported once. Batches differ by chance:
+a rule compares means over many pairs, and only differences that chance does not explain.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from dpo_cli.strategies.strategy import Strategy
 
 StepFigures = dict[str, float]  # means over the rows of a step
 
-RECENT_STEPS, RECENT_PAIRS = 8, 64  # the last steps that a rule looks at are at least so many, and hold so many pairs
-ERRORS = 5.0  # standard errors, of few steps, that are no chance
-SWING_STEPS, SWING = 16, 2.0  # from a step to the next over so many, times the loss of the first
+RECENT_STEPS, RECENT_PAIRS = 8, 64  # the minimum of last steps, and of pairs in them, that a rule looks at
+ERRORS = 5.0  # standard errors (of few steps) that are not chance
+SWING_STEPS, SWING = 16, 2.0  # mean change per step over this many steps, relative to the first loss
 RISE = 1.25  # times the loss of the first steps
 TURNED_NATS = 1.0  # of log-prob, rejected against chosen
-COLLAPSE, COLLAPSE_NATS = 2.0, 10.0  # times the reference's negative log-prob of the chosen responses, and more by so much
-FALL = 0.1  # of the chosen reward, where the margin is larger than that
-STILL_NATS = 0.5  # of log-prob: more than 16 bits make of nothing
-HEART_STEPS, EARLY = 5, 0.75  # steps in a row that are right, and the share of all steps that is early
+COLLAPSE, COLLAPSE_NATS = 2.0, 10.0  # relative to the reference's negative log-prob of chosen, and nats above it
+FALL = 0.1  # of the chosen reward, while the margin is larger than this
+STILL_NATS = 0.5  # of log-prob: more than the rounding of 16 bits
+HEART_STEPS, EARLY = 5, 0.75  # steps in a row with every pair right, and the share of all steps that counts as early
 NO_WARMUP = "remove warmup_steps and warmup_ratio, or train more steps"
 GENERALISES = 0.9  # of the held-out pairs
-APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # a token, that rounding may cost a policy at step 0
+APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # per token: the rounding that is allowed at step 0
 
 
 class CourseState(TypedDict):
@@ -61,7 +61,7 @@ class Course:
         self.swing = max(SWING_STEPS, self.recent)
         self.first: list[StepFigures] = []
         self.last: deque[StepFigures] = deque(maxlen=2 * self.swing)
-        self.done = self.all_right = 0  # steps, and those in a row to the last of which every pair was right
+        self.done = self.all_right = 0  # steps, and the last steps in a row with every pair right
         self.line: Line | None = None
         self.evaluation = evaluation
         for step in steps:
@@ -76,9 +76,9 @@ class Course:
 
     @property
     def never_moved(self) -> bool:
-        """Whether every reward has been exactly 0, and one was seen after a step that can move the policy.
+        """Whether every reward is exactly 0, including one after a step that can move the policy.
 
-        A step is measured before it is taken, and the first one of a warm-up has the learning rate 0.
+        A step is measured before its update, and the first one of a warm-up has the learning rate 0.
         """
         seen = [*self.first, *self.last]
         evaluation = self.evaluation
@@ -89,11 +89,11 @@ class Course:
         return all(figures["reward_chosen"] == figures["reward_rejected"] == 0 for figures in seen)
 
     def held_out(self, name: str) -> float | None:
-        """A figure of the last evaluation, where there is one."""
+        """A figure of the last evaluation, if there is one."""
         return self.evaluation.figures.get(name) if self.evaluation else None
 
     def state(self) -> CourseState:
-        """What there is of it, for a checkpoint."""
+        """The state for a checkpoint."""
         line, evaluation = (one.to_json() if one else {} for one in (self.line, self.evaluation))
         return {
             "first": self.first,
@@ -110,7 +110,7 @@ class Course:
         self.line, self.evaluation = (Line.of_json(state[name]) if state[name] else None for name in ("line", "evaluation"))
 
     def values(self, name: str, count: int, before: int = 0) -> list[float]:
-        """A figure of the last `count` steps, or of those that end `before` steps ago."""
+        """A figure of the last `count` steps, or of as many that end `before` steps ago."""
         end = len(self.last) - before
         return [step[name] for step in islice(self.last, max(0, end - count), end)]
 
@@ -130,7 +130,7 @@ Rule = Callable[[Course], Found]
 def not_finite(course: Course) -> Found:
     """A loss or gradient that is NaN or infinite never recovers: AdamW's moments keep it.
 
-    But with fp16 an infinite gradient is how the scaler finds its scale: that step is left out.
+    With fp16, an infinite gradient is how the scaler finds its scale: that step is skipped.
     """
     told = {"loss": course.last[-1]["loss"] if course.last else 0.0}
     if not course.plan.config.fp16:
@@ -147,19 +147,19 @@ def too_far(course: Course) -> Found:
     kl, limit = course.held_out("kl_sequence"), course.plan.config.max_kl
     if kl is None or limit is None or not kl > limit:
         return None
-    message = f"the policy is {kl:.1f} nats from its reference over an answer it samples, and max_kl is {limit:g}"
+    message = f"the KL per sampled answer is {kl:.1f} nats, and max_kl is {limit:g}"
     return message, "raise beta, or lower learning_rate or num_train_epochs"
 
 
 def loss_oscillates(course: Course) -> Found:
-    """From a step to the next the loss changes, on average, by more than twice the loss of the first step."""
+    """The mean change of the loss per step is more than twice the loss of the first step."""
     losses = course.values("loss", course.swing + 1)
     if len(losses) <= course.swing:
         return None
     swing, start = float(np.mean(np.abs(np.diff(losses)))), course.first[0]["loss"]
     if not swing > SWING * abs(start):
         return None
-    message = f"the loss oscillates: by {swing:.3g} from a step to the next, and it began at {start:.3g}"
+    message = f"the loss oscillates: it changes by {swing:.3g} per step, and started at {start:.3g}"
     return (
         message,
         "lower learning_rate (the documentation says: try 1e-7), raise warmup_steps, check that the preferences are clear",
@@ -174,38 +174,41 @@ def loss_rises(course: Course) -> Found:
     start, now = float(np.mean(first)), float(np.mean(recent))
     if not (now > RISE * start and now - start > ERRORS * math.hypot(course.error(first), course.error(recent))):
         return None
-    message = f"the loss is {now:.3g} over the last {course.recent} steps, and it began at {start:.3g}"
+    message = f"the loss is {now:.3g} over the last {course.recent} steps, and it started at {start:.3g}"
     return message, "lower learning_rate; check that the data is of one kind"
 
 
 def prefers_rejected(course: Course) -> Found:
-    """The recent margin is below 0, by more than a nat and by more than chance: it unlearns, whatever the loss."""
+    """The recent margin is below 0, by more than a nat and by more than chance: the policy unlearns, whatever the loss is."""
     if course.done < course.recent:
         return None
     margins = course.values("margin", course.recent)
     margin, limit = float(np.mean(margins)), TURNED_NATS * course.plan.config.beta
     if not margin < -max(limit, ERRORS * course.error(margins)):
         return None
-    message = f"the margin is {margin:.3g} over the last {course.recent} steps: the policy prefers what is labelled as rejected"
-    return message, "check that no part of the data has chosen and rejected swapped; lower learning_rate (documented: try 1e-7)"
+    message = f"the margin is {margin:.3g} over the last {course.recent} steps: the policy prefers the rejected responses"
+    return (
+        message,
+        "check that chosen and rejected are not swapped in the data; lower learning_rate (the documentation says: try 1e-7)",
+    )
 
 
 def all_right_early(course: Course) -> Found:
-    """Pairs come again, all of them are right, and nothing held out shows that this is more than memory."""
+    """Pairs repeat, all of them are right, and no held-out figure shows that this is more than memorisation."""
     if (course.held_out("accuracy") or 0.0) >= GENERALISES:
         return None
-    # A dataset that fits into one step is nothing but learned by heart.
+    # A dataset that fits into one step is always memorised.
     window = max(HEART_STEPS, course.epoch) if course.epoch > 1 else 2
     is_early = course.epoch == 1 or course.done <= EARLY * course.plan.total_steps
     if not is_early or course.all_right < window or course.done < course.epoch + window:
         return None
     pairs = "the one pair" if course.pairs == 1 else f"each of the {course.pairs} pairs"
-    message = f"{pairs} is preferred as labelled after {course.done} of {course.plan.total_steps} steps: learned by heart"
-    return message, "add diverse pairs (the documentation says: 500 and more), or lower num_train_epochs or learning_rate"
+    message = f"{pairs} is preferred as labelled after {course.done} of {course.plan.total_steps} steps: they are memorised"
+    return message, "add diverse pairs (the documentation says: 500 or more), or lower num_train_epochs or learning_rate"
 
 
 def chosen_collapses(course: Course) -> Found:
-    """The chosen responses have become twice as unlikely, in nats, as they are to the reference: repetition and gibberish."""
+    """The chosen responses are twice as unlikely, in nats, as under the reference: a sign of repetition and gibberish."""
     if course.done < course.recent:
         return None
     policy = course.mean("logp_chosen")
@@ -213,7 +216,7 @@ def chosen_collapses(course: Course) -> Found:
     if not (policy < COLLAPSE * reference and policy < reference - COLLAPSE_NATS):
         return None
     message = f"the log-prob of a chosen response has fallen from {reference:.0f} to {policy:.0f} nats"
-    return message, 'lower learning_rate, raise beta, or hold it with "loss_type": ["sigmoid", "sft"]'
+    return message, 'lower learning_rate, raise beta, or add the SFT loss: "loss_type": ["sigmoid", "sft"]'
 
 
 def chosen_falls(course: Course) -> Found:
@@ -225,28 +228,28 @@ def chosen_falls(course: Course) -> Found:
     is_growing = margin > course.mean("margin", before=course.recent)
     if not (is_falling and is_growing and chosen < -FALL and margin > FALL):
         return None
-    message = f"the chosen reward falls, to {chosen:.2f}, while the margin grows, to {margin:.2f}: common in DPO, whose loss is"
-    message += " of their difference"
-    return message, 'judge by KL and by the answers; to hold it: "loss_type": ["sigmoid", "sft"], or a larger beta'
+    message = f"the chosen reward falls to {chosen:.2f} while the margin grows to {margin:.2f}: common in DPO,"
+    message += " which trains only their difference"
+    return message, 'check the KL and the answers; to keep the reward up: "loss_type": ["sigmoid", "sft"], or a larger beta'
 
 
 def no_movement(course: Course) -> Found:
-    """At the end the log-probs of chosen and of rejected responses are still, step for step, those of the reference.
+    """At the end, the log-probs of chosen and rejected responses are still those of the reference, step for step.
 
-    Few steps may be too few to move by so much, and are asked only where the warm-up did not end before them. A single step is
-    measured before it is taken: by its learning rate.
+    Few steps may be too few to move this far, so they are checked only if the warm-up did not end before them. A single step is
+    measured before its update: its learning rate decides.
     """
     if course.done < course.plan.total_steps:
         return None
     in_warmup = course.plan.ends_in_warmup
     if course.done == 1 and in_warmup:
         return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
-    if course.plan.strategy.rows is not PAIRS:  # of demonstrations only the steps are known
+    if course.plan.strategy.rows is not PAIRS:  # demonstrations have only the step rules
         return None
     remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above), train 2-4 epochs, check that chosen and"
     remedy = NO_WARMUP if in_warmup else f"{remedy} rejected differ clearly"
     if course.never_moved:
-        message = f"after {course.done} steps every reward is exactly 0: nothing that was trained changes an answer"
+        message = f"after {course.done} steps every reward is exactly 0: the training changes no answer"
         return message, f"{remedy}, and that the model's weights are not all 0"
     if course.done < (2 if in_warmup else course.recent):
         return None
@@ -255,11 +258,11 @@ def no_movement(course: Course) -> Found:
     ]
     if not max(sizes) < STILL_NATS * course.plan.config.beta:
         return None
-    message = f"after {course.done} steps the rewards are of the size {max(sizes):.2g}: the policy has hardly moved"
+    message = f"after {course.done} steps the rewards are about {max(sizes):.2g}: the policy has hardly moved"
     return message, remedy
 
 
-NOT_FINITE, NOT_AT_REFERENCE = "not-finite", "not-at-reference"  # with these, a policy is not judged
+NOT_FINITE, NOT_AT_REFERENCE = "not-finite", "not-at-reference"  # after these, a policy is not evaluated
 RULES: dict[str, tuple[Action, Rule]] = {
     NOT_FINITE: ("stop", not_finite),
     "kl": ("warn", too_far),
@@ -274,20 +277,20 @@ RULES: dict[str, tuple[Action, Rule]] = {
 
 
 def wrong_start(scores: Scores, plan: Plan) -> Event | None:
-    """Before step 1 the policy is its reference: margin 0, KL 0, loss ln 2. More than rounding: it has a wrong one."""
+    """Before step 1 the policy equals its reference: margin 0, KL 0, loss ln 2. A larger difference means a wrong reference."""
     apart = float(np.mean(np.abs(scores.policy - scores.reference) / scores.tokens))
     if not math.isfinite(apart):
         remedy = (
-            "this model overflows in 16 bits: use bf16" if plan.config.fp16 else "choose another model: its weights are broken"
+            "this model overflows in 16 bits: use bf16" if plan.config.fp16 else "choose another model: its weights are damaged"
         )
         return Event(NOT_FINITE, "stop", 0, "before the first step log-probs are not finite", remedy)
     if apart <= APART_NATS[plan.dtype]:
         return None
-    message = f"before the first step the policy differs from its reference by {apart:.2g} nats a token, and must be the same"
-    remedy = "train on another model_name or reference, and please report this: the figures would mean nothing"
+    message = f"before the first step the policy differs from its reference by {apart:.2g} nats per token; they must be equal"
+    remedy = "use another model_name or reference, and please report this: the figures would be meaningless"
     return Event(NOT_AT_REFERENCE, "stop", 0, message, remedy)
 
 
 def watching(strategy: Strategy) -> dict[str, tuple[Action, Rule]]:
-    """The rules that watch a training with this strategy, in their order."""
+    """The rules of a training with this strategy, in order."""
     return {name: rule for name, rule in RULES.items() if name in strategy.health}

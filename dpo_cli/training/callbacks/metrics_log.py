@@ -18,16 +18,16 @@ Sink = Callable[[Line], None]
 
 
 class Record(TrainerCallback):
-    """Hands each line of metrics.jsonl to the sinks: the file, the screen."""
+    """Passes each line of metrics.jsonl to the sinks: the file, the screen."""
 
     def __init__(self, totals: Totals, sinks: list[Sink]) -> None:
         self.totals, self.sinks = totals, sinks
         self.last_train: Line | None = None
-        self.peak_gb: float | None = None  # the most memory until the last step
+        self.peak_gb: float | None = None  # the maximum memory until the last step
         self._tokens, self._time, self._step_end = 0, 0.0, 0.0
 
     def recall(self, lines: Sequence[Line]) -> None:
-        """Go on after these lines, of the training that this one continues."""
+        """Continue after these lines of the resumed training."""
         trained = [line for line in lines if line.split == "train"]
         if trained:
             self.last_train, self.peak_gb = trained[-1], max(line.figures["peak_memory_gb"] for line in trained)
@@ -65,16 +65,16 @@ class Record(TrainerCallback):
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory held so far: the GPU's when training runs on one, else this process's."""
+    """The peak memory so far: of the GPU if training runs on one, else of this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / GIB, 3)
     if device.type == "mps":
-        return round(torch.mps.driver_allocated_memory() / GIB, 3)  # of Metal's pool, which only grows
+        return round(torch.mps.driver_allocated_memory() / GIB, 3)  # the pool of Metal only grows
     return round(_peak_of_process() / GIB, 3)
 
 
 def _peak_of_process() -> int:
-    """The most bytes that this process has held."""
+    """The peak memory of this process, in bytes."""
     if sys.platform == "win32":
         import psutil  # a requirement of accelerate
 

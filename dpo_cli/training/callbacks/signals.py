@@ -13,20 +13,20 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from dpo_cli.training.trainer import Stopped
 
-Handler = Callable[[int, FrameType | None], object] | int | None  # as the module signal has them
+Handler = Callable[[int, FrameType | None], object] | int | None  # as in the module signal
 
 
 class StopOnSignal(TrainerCallback):
-    """While used as a context, the first signal asks for a stop, and a second one acts as it would without us.
+    """Within the context, the first signal requests a stop, and a second one has its default effect.
 
-    Before and after the steps, where nothing is half done, it raises `Stopped` at once.
+    Before and after the steps, when no step is half done, it raises `Stopped` at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self.missed_evaluation = False  # the stop came at a step that was to be evaluated
+        self.missed_evaluation = False  # the stop came at a step that is due for evaluation
         self._is_training = self._may_interrupt = False
         self._before: dict[signal.Signals, Handler] = {}
 
@@ -39,7 +39,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within a training, where a signal raises `Stopped` at once: an evaluation takes minutes, and can be made again."""
+        """Within it, a signal raises `Stopped` at once: an evaluation takes minutes, and can be repeated."""
         self._may_interrupt = True
         try:
             if self.received is not None:
@@ -53,9 +53,9 @@ class StopOnSignal(TrainerCallback):
         self._restore()
         if not self._is_training:
             raise Stopped(128 + self.received)
-        # Not through Python's streams: the signal may have come in the middle of a write to one.
-        told = f"\n{self.received.name}: stopping with a checkpoint; once more to leave at once, without\n"
-        with suppress(OSError):  # nobody may be reading any more
+        # Not through Python's streams: the signal may have interrupted a write to one.
+        told = f"\n{self.received.name}: stopping with a checkpoint; repeat to stop at once without one\n"
+        with suppress(OSError):  # the reader may be gone
             os.write(2, told.encode())
         if self._may_interrupt:
             raise Stopped(128 + self.received)
@@ -71,7 +71,7 @@ class StopOnSignal(TrainerCallback):
         self._is_training = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
-        """Not between the micro-batches of a step, where nothing could be kept."""
+        """Not between the micro-batches of a step, which could not be saved."""
         if self.received is not None:
             self.missed_evaluation = control.should_evaluate
             control.should_training_stop = control.should_save = True
