@@ -5,33 +5,32 @@
 >>> run = dpo_cli.train({"model_name": "models/m", "dataset": "pairs.jsonl", "output_dir": "runs/m"}, learning_rate=2e-4)
 >>> dpo_cli.evaluate(run.run_dir).sides.gain["logp_accuracy"]
 
-A config is the path of a JSON file, or its values. What a command prints goes to standard error. An error is a `DpoError`, with
-`message`, `fix` and `exit_code`; an `InvalidInput` has all `problems`.
+A config is the path of a JSON file, or its values; values name an `output_dir`. What a command prints goes to standard error.
+What a user can mend is raised as a `DpoError` with `message`, `fix` and `exit_code`; an `InvalidInput` has all `problems`.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.commands import train_stages
 from dpo_cli.commands import validate as validation
 from dpo_cli.commands.recommendation import request_of
-from dpo_cli.commands.session import composer_for
-from dpo_cli.errors import Exit
+from dpo_cli.commands.session import composer_for, console_of
+from dpo_cli.config.config import ConfigLike
+from dpo_cli.errors import Exit, UsageError
 from dpo_cli.hardware import recommend as recommendation
 from dpo_cli.hardware.machine import probe
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import RunSummary
 from dpo_cli.results.validation import Validation
-from dpo_cli.storage.hub import ask_nobody
-from dpo_cli.ui.console import Console
 
-ConfigLike = str | Path | Mapping[str, object]
+Name = str | Path
+Config = Name | Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -43,49 +42,45 @@ class TrainedRun:
     exit_code: Exit
 
 
-def validate(config: ConfigLike, *, vram: float | None = None, data: bool = True, strict: bool = False) -> Validation:
-    """Every problem of a config, its data and its memory. `vram`, GB, plans for another card than this machine's."""
-    with _file_of(config) as path:
-        return validation.validated_file(_console(), path, [], probe(), vram, data, strict)
+def validate(config: Config, *, vram: float | None = None, data: bool = True, strict: bool = False) -> Validation:
+    """All that is wrong with a config, its data and its memory. `vram`, GB, plans for another card than this machine's."""
+    with console_of(as_json=True) as console:
+        return validation.validated_file(console, _given(config), [], probe(), vram, data, strict)
 
 
 def recommend(
-    *, vram: float | None = None, model: str | None = None, dataset: str | None = None, strategy: str = "dpo"
+    *, vram: float | None = None, model: Name | None = None, dataset: Name | None = None, strategy: str = "dpo"
 ) -> recommendation.Recommendation:
     """A config for a card with `vram` GB, or for this machine's, with its memory bill."""
-    return recommendation.recommend(request_of(_console(), vram, model, dataset, strategy))
+    with console_of(as_json=True) as console:
+        return recommendation.recommend(request_of(console, vram, _text(model), _text(dataset), strategy))
 
 
-def train(config: ConfigLike, *, overwrite: bool = False, resume: bool = False, **values: object) -> TrainedRun:
-    """Train an adapter; a config with stages returns its last one. `values` replace those of the config."""
-    with _file_of(config) as path:
-        overrides = [f"{name}={json.dumps(value)}" for name, value in values.items()]
-        result, code = train_stages.train_stages(path, overrides, _console(), overwrite=overwrite, resume=resume)
+def train(config: Config, *, overwrite: bool = False, resume: bool = False, **values: object) -> TrainedRun:
+    """Train an adapter; of a config with stages the last one is returned. `values` go over those of the config."""
+    given = _given(config)
+    if isinstance(given, Mapping) and "output_dir" not in {**given, **values}:
+        raise UsageError("values of a config name no output_dir", 'add one, for example output_dir="runs/mine"')
+    overrides = [f"{name}={json.dumps(value, default=os.fspath)}" for name, value in values.items()]
+    with console_of(as_json=True) as console:
+        result, code = train_stages.train_stages(given, overrides, console, overwrite=overwrite, resume=resume)
     return TrainedRun(Path(str(result["run_dir"])), RunSummary.of_json(result), code)
 
 
-def evaluate(run_dir: str | Path, *, dataset: str | None = None, adapter: str | Path | None = None) -> Evaluation:
-    """Evaluate a run on its held-out rows, or on `dataset`; with `adapter`, that one on the model of the config `run_dir`."""
-    composer_for()
-    from dpo_cli.commands.eval import evaluate as evaluated
-    from dpo_cli.commands.requests import Request
+def evaluate(run: Name, *, dataset: Name | None = None, adapter: Name | None = None) -> Evaluation:
+    """Judge a run on what it held out, or on `dataset`; with an `adapter`, that one on the model of the config file `run`."""
+    with console_of(as_json=True) as console:
+        composer_for()
+        from dpo_cli.commands.eval import evaluate as evaluated
+        from dpo_cli.commands.requests import Request
 
-    evaluation, _ = evaluated(Request(str(run_dir), Path(adapter) if adapter else None, dataset), _console())
+        evaluation, _ = evaluated(Request(str(run), Path(adapter) if adapter else None, _text(dataset)), console)
     return evaluation
 
 
-def _console() -> Console:
-    ask_nobody()
-    return Console(as_json=True)
+def _given(config: Config) -> ConfigLike:
+    return config if isinstance(config, Mapping) else str(config)
 
 
-@contextmanager
-def _file_of(config: ConfigLike) -> Iterator[str]:
-    """The path of a config; values are written to a temporary file."""
-    if not isinstance(config, Mapping):
-        yield str(config)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.json"
-        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
-        yield str(file)
+def _text(name: Name | None) -> str | None:
+    return None if name is None else str(name)

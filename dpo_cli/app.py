@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.commands.recommendation import config_text, request_of
+from dpo_cli.commands.recommendation import MAX_VRAM_GB, config_text, request_of
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import is_override, load
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from dpo_cli.results.tally import Tally
 
 VOTED_ON = 20  # prompts: `dpo vote` compares their answers
-MAX_VRAM_GB = 100_000
 
 app = typer.Typer(
     name="dpo",

@@ -47,7 +47,14 @@ def test_what_is_wrong_is_raised_or_returned(tmp_path: Path) -> None:
     assert not found.ok and {"dataset", "beta"} <= {problem.key for problem in found.problems}
     assert found.exit_code is Exit.INVALID
     with pytest.raises(InvalidInput):
-        dpo_cli.train({"dataset": str(tmp_path / "gone.jsonl"), "model_name": "m"})
+        dpo_cli.train({"dataset": tmp_path / "gone.jsonl", "model_name": "m"}, output_dir=tmp_path / "run")
+    assert {problem.file for problem in found.problems} == {"config"}
+    with pytest.raises(UsageError, match="no output_dir"):
+        dpo_cli.train({"dataset": "d", "model_name": "m"})
+    with pytest.raises(UsageError, match="is not the memory of a card"):
+        dpo_cli.recommend(vram=-3)
+    with pytest.raises(UsageError, match="is not the memory of a card"):
+        dpo_cli.validate({"dataset": "d", "model_name": "m"}, vram=0)
     with pytest.raises(UsageError, match="unknown strategy rl"):
         dpo_cli.recommend(vram=12, strategy="rl")
     with pytest.raises(InvalidInput, match="is not a finished run"):
@@ -55,7 +62,7 @@ def test_what_is_wrong_is_raised_or_returned(tmp_path: Path) -> None:
 
 
 def test_a_recommendation_is_a_config_that_is_valid() -> None:
-    made = dpo_cli.recommend(vram=12, dataset=str(ROOT / "data-samples" / "assistant-preferences.jsonl"))
+    made = dpo_cli.recommend(vram=12, dataset=ROOT / "data-samples" / "assistant-preferences.jsonl")
     assert made.config["dataset"] and made.memory.fits
     assert dpo_cli.validate(made.config, vram=12).ok
 
@@ -63,6 +70,7 @@ def test_a_recommendation_is_a_config_that_is_valid() -> None:
 def test_the_package_is_light_until_a_function_is_asked_for() -> None:
     code = "import sys, dpo_cli; assert dpo_cli.__version__; print([n for n in sys.modules if n.startswith('dpo_cli.')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert set(dpo_cli.__all__) <= set(dir(dpo_cli))
     assert set(dpo_cli.__all__) == {"__version__", "evaluate", "recommend", "train", "validate"}
     with pytest.raises(AttributeError, match="no attribute 'chat'"):
         dpo_cli.chat  # noqa: B018

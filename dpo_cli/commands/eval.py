@@ -36,5 +36,5 @@ def evaluate(asked: Request, console: Console) -> tuple[Evaluation, SideBySide |
     if run and is_as_trained and judged.sides is not None and not run.has(EVALUATION):
         run.write_json(EVALUATION, to_json(judged))  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures
-    console.judgement(judged, judged.samples[:SHOWN])
+    console.judgement(judged, judged.samples[:SHOWN], plan.strategy)
     return judged, contest.hold(samples, console) if contest else None

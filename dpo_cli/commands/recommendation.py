@@ -15,11 +15,20 @@ from dpo_cli.plan.preflight import lengths_of
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
+MAX_VRAM_GB = 100_000
+
+
+def require_vram(vram: float | None) -> None:
+    """`UsageError` where it is not the memory of a card, in GB."""
+    if vram is not None and not 0 < vram <= MAX_VRAM_GB:
+        raise UsageError(f"{vram:g} GB is not the memory of a card", "name GB, for example 12")
+
 
 def request_of(console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str) -> Request:
     """The request; `UsageError` for an unknown strategy, and without a card to plan for."""
     if strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {strategy}", f"name one of {', '.join(STRATEGIES)}")
+    require_vram(vram)
     asked = Request(vram or 0.0, model, dataset, strategy)
     if vram is None:
         machine = probe()

@@ -27,17 +27,21 @@ SHOWN = 80  # characters of a name that is too long
 
 @contextmanager
 def session(as_json: bool, debug: bool) -> Iterator[Console]:
-    """The console of one command; every exception becomes a message and an exit code.
+    """The console of one command; whatever is raised becomes a message and an exit code."""
+    with console_of(as_json) as console, _told(console, debug):
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while modules and commands were loaded (__main__.py)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _require_folder()
+        yield console
 
-    With `as_json`, the output of libraries goes to standard error too (trackio prints).
-    """
+
+@contextmanager
+def console_of(as_json: bool) -> Iterator[Console]:
+    """A console that redacts secrets; with `as_json` what libraries print goes to standard error too (trackio prints)."""
     ask_nobody()
     with redirect_stdout(cast(TextIO, Redacted(sys.stdout))), redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
         console = Console(as_json)
-        with _told(console, debug), redirect_stdout(sys.stderr) if as_json else nullcontext():
-            if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while modules and commands were loaded (__main__.py)
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-            _require_folder()
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
             yield console
 
 

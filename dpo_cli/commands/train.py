@@ -29,7 +29,7 @@ from dpo_cli.publish.upload import push
 from dpo_cli.report.render import write_report
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.judgement import Evaluation
-from dpo_cli.results.summary import Line, Memory, RunSummary
+from dpo_cli.results.summary import Line, Memory, RunSummary, Status
 from dpo_cli.runs.card import card
 from dpo_cli.runs.manifest import manifest
 from dpo_cli.runs.resume import Begun, go_on, tell_on, told_how_to_go_on
@@ -37,6 +37,7 @@ from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, REPORT, SUMMARY, RunDirectory
+from dpo_cli.strategies.strategy import Strategy
 from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
@@ -107,7 +108,7 @@ def train(
         if begun is not None:
             begun.require_same(loaded, plan, about)
             if is_finished:
-                return _finished(run, plan.noun, begun.left_out(plan), console)
+                return _finished(run, plan.strategy, begun.left_out(plan), console)
             about["resumed"] = go_on(run, begun, plan, about, tell)
         found: JsonObject = {
             "problems": [problem.to_json() for problem in (*inspection.problems, *late)],
@@ -229,7 +230,7 @@ def _trained(
     run.write_card(card(plan, steps, judged))
     run.write_json(SUMMARY, to_json(summary))
     if can_be_judged:
-        console.judgement(judged, [])
+        console.judgement(judged, [], plan.strategy)
     console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
     console.line(f"report: {write_report(run.path)}")  # the last file of a run, made from the others
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
@@ -251,13 +252,13 @@ def _kept_when_trained(
         raise
 
 
-def _finished(run: RunDirectory, noun: str, left_out: list[str], console: Console) -> tuple[JsonObject, Exit]:
+def _finished(run: RunDirectory, strategy: Strategy, left_out: list[str], console: Console) -> tuple[JsonObject, Exit]:
     """The figures of a run that is already finished."""
     summary = RunSummary.of_json(run.read_json(SUMMARY))
     if not run.has(REPORT):
         write_report(run.path)
     if run.has(EVALUATION):
-        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), noun), [])
+        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), strategy.rows.noun), [], strategy)
     if left_out:
         console.line(f"note: a finished run keeps its {', '.join(left_out)}; `dpo eval` evaluates it again")
     console.line(f"{summary.status} already, after step {summary.steps}; {run.trained.name}: {run.trained}")
@@ -271,7 +272,7 @@ def _write_line(run: RunDirectory, line: Line) -> None:
     log_line(line.to_json())
 
 
-def _ending(stop: StopOnSignal, health: Health) -> tuple[str, Exit]:
+def _ending(stop: StopOnSignal, health: Health) -> tuple[Status, Exit]:
     """How a training ended: the status of metrics.json and the exit code."""
     if stop.received:
         return "interrupted", Exit[stop.received.name]

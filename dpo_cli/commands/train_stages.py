@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_cli.commands.session import composer_for
-from dpo_cli.config.config import Loaded, load_stages
+from dpo_cli.config.config import ConfigLike, Loaded, load_stages
 from dpo_cli.data.dataset import hub_ids
 from dpo_cli.data.hub_datasets import fetch
 from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
@@ -23,7 +23,7 @@ STAGES_FIX = "remove output_dir from the stages: each then has its own folder"
 
 
 def train_stages(
-    config: str,
+    config: ConfigLike,
     overrides: Sequence[str],
     console: Console,
     *,
@@ -34,7 +34,9 @@ def train_stages(
     """Train a config, in one stage or several: what `train --json` prints, and the exit code."""
     if overwrite and resume:
         raise UsageError("--overwrite restarts a run, and --resume continues it", "remove one of them")
-    if resume and RunDirectory.is_plan(Path(config)):  # the run directory that holds the plan, even if it was moved
+    if (
+        resume and isinstance(config, str) and RunDirectory.is_plan(Path(config))
+    ):  # the run directory that holds the plan, even if it was moved
         overrides = [f"output_dir={Path(config).absolute().parent}", *overrides]
     stages, machine = load_stages(config, overrides), probe()
     for name in dict.fromkeys(name for loaded in stages for name in hub_ids(loaded.require().to_json())):

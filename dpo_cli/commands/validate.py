@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from dpo_cli.config.config import Loaded, load_stages
+from dpo_cli.commands.recommendation import require_vram
+from dpo_cli.config.config import ConfigLike, Loaded, load_stages
 from dpo_cli.errors import Exit
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.plan.preflight import inspect
@@ -23,7 +24,7 @@ def worst(codes: Iterable[Exit]) -> Exit:
 
 def validated_file(
     console: Console,
-    path: str,
+    path: ConfigLike,
     overrides: Sequence[str],
     machine: Machine,
     vram: float | None = None,
@@ -32,6 +33,7 @@ def validated_file(
     rows: int = ROWS,
 ) -> Validation:
     """The problems of a file, printed as they are found; for stages, all problems and the largest memory."""
+    require_vram(vram)
     stages = [
         _validated(console, loaded.on_foundation(), machine, vram, with_data, strict, rows)
         for loaded in load_stages(path, overrides)

@@ -80,15 +80,25 @@ class Loaded:
         return self.config
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> Loaded:
+# A config: the path of its file, or its values.
+ConfigLike = str | Mapping[str, object]
+VALUES = "config"  # what a config that is no file is called
+
+
+def load(path: ConfigLike, overrides: Sequence[str] = ()) -> Loaded:
     """Read, override and check the config at `path`; `-` is standard input. If it has stages, the first one."""
     return load_stages(path, overrides)[0]
 
 
-def load_stages(path: str, overrides: Sequence[str] = ()) -> list[Loaded]:
+def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]:
     """The configs in the file at `path`: one, or one per stage; overrides apply to each. A bad file raises nothing."""
     changes = _parse_overrides(overrides)
-    text, problems = _read_text(path)
+    text: str | None
+    problems: tuple[Problem, ...]
+    if isinstance(path, Mapping):
+        text, problems, path = json.dumps(path, indent=2, default=os.fspath), (), VALUES
+    else:
+        text, problems = _read_text(path)
     if text is None:
         return [Loaded(path, {}, {}, {}, problems)]
     document = jsonc.parse(text, path)

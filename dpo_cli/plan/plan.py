@@ -229,11 +229,13 @@ class Decided:
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Decided:
-        config, sources = plan["config"], plan["sources"]
-        values = {
-            name: config[name] for name in names_where(lambda option: option.is_decided) if sources.get(name) == "measured"
-        }
-        return cls(values, Scoring(**plan["scoring"]), day_of(plan))
+        """Those of a plan.json; `ValueError` for one that no run wrote."""
+        try:
+            config, sources = plan["config"], plan["sources"]
+            values = {name: config[name] for name in MEASURED if sources.get(name) == "measured"}
+            return cls(values, Scoring(**plan["scoring"]), day_of(plan))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"it is not a plan of a run: {error}") from error
 
 
 NOT_ON_MPS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")  # optimizers of bitsandbytes, without a Metal kernel

@@ -54,7 +54,7 @@ def by_reference(question: Question, answers: Sequence[Answer]) -> list[float]:
 
 
 class Reward:
-    """A sequence classifier with one label, a local directory or a hub id: safetensors only, and no code of the model is run."""
+    """A sequence classifier with one label, a local directory or a hub id: safetensors only, and its code is not run."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, day: date) -> None:
         self.model, self.tokenizer = HuggingFace(ModelSource.of(name)).reward_model(device, dtype)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from dpo_cli.config.schema import options
 from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.report.svg import Point, finite
+from dpo_cli.results.codec import object_of
 from dpo_cli.results.intervals import Sides
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import Event, Line, RunSummary
@@ -45,6 +46,36 @@ def _object(name: str) -> Callable[[object], dict[str, Any]]:
         return value
 
     return parse
+
+
+def _strategy(plan: object) -> Strategy:
+    config = object_of(object_of(plan)["config"], "strategy", "lora_r", "model_name")
+    if config["strategy"] not in STRATEGIES:
+        raise ValueError(f"it has the strategy {config['strategy']}, which this version does not know")
+    return STRATEGIES[str(config["strategy"])]
+
+
+def _summary(strategy: Strategy, value: object) -> RunSummary:
+    summary = RunSummary.of_json(value)
+    _require_figures(summary.sides, strategy)
+    return summary
+
+
+def _evaluation(strategy: Strategy, value: object) -> Evaluation:
+    evaluation = Evaluation.of_json(value, strategy.rows.noun)
+    for judged in (evaluation, *evaluation.categories.values()):
+        _require_figures(judged.sides, strategy)
+    return evaluation
+
+
+def _require_figures(sides: Sides | None, strategy: Strategy) -> None:
+    """`ValueError` where a figure has no value that a page shows of every run."""
+    if sides is None:
+        return
+    missing = [name for name in (*strategy.shown, "kl_token") if sides.policy.get(name) is None]
+    missing += [f"gain in {name}" for name in strategy.gains if sides.gain.get(name) is None]
+    if missing:
+        raise ValueError(f"it has no {' and no '.join(missing)}")
 
 
 def _lines(run: RunDirectory) -> list[Line]:
@@ -84,9 +115,9 @@ class Contents:
             message = f"{path} is not a run: it has no {' and no '.join(missing)}"
             raise invalid("not-a-run", message, "name the output_dir of a `dpo train`")
         plan, manifest = (_parsed(run, name, _object(name)) for name in (PLAN, MANIFEST))
-        noun = STRATEGIES[plan["config"]["strategy"]].rows.noun
-        summary = _parsed(run, SUMMARY, RunSummary.of_json) if run.has(SUMMARY) else None
-        evaluation = _parsed(run, EVALUATION, partial(Evaluation.of_json, noun=noun)) if run.has(EVALUATION) else None
+        strategy = _parsed(run, PLAN, _strategy)
+        summary = _parsed(run, SUMMARY, partial(_summary, strategy)) if run.has(SUMMARY) else None
+        evaluation = _parsed(run, EVALUATION, partial(_evaluation, strategy)) if run.has(EVALUATION) else None
         return cls(path.absolute(), plan, manifest, _lines(run), summary, evaluation)
 
     @property

@@ -25,8 +25,33 @@ def _converter() -> Converter:
 
     converter = Converter()
     converter.register_structure_hook(float, lambda value, _: _number(value))
+    converter.register_structure_hook(int, lambda value, _: _of_type(value, int))
+    converter.register_structure_hook(str, lambda value, _: _of_type(value, str))
     use_class_methods(converter, unstructure_method_name="to_json")
     return converter
+
+
+def object_of(value: object, *keys: str) -> JsonObject:
+    """A JSON value that is an object with these keys; `ValueError` that names what it does not have."""
+    if not isinstance(value, dict):
+        raise ValueError("it is not an object")
+    if missing := [key for key in keys if key not in value]:
+        raise ValueError(f"it has no {' and no '.join(missing)}")
+    return value
+
+
+def list_of(value: object, name: str) -> list[object]:
+    """A JSON value that is a list; `ValueError` with its name where it is another one."""
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is not a list")
+    return value
+
+
+def _of_type(value: object, kind: type[T]) -> T:
+    """A value that is not converted: 1.5 is not a step, and null is not a text."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"it is not {'a whole number' if kind is int else 'a text'}")
+    return value
 
 
 def _number(value: object) -> float:

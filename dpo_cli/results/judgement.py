@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self, TypedDict
 
-from dpo_cli.results.codec import JsonObject, from_json, to_json
+from dpo_cli.results.codec import JsonObject, from_json, list_of, object_of, to_json
 from dpo_cli.results.intervals import Interval, Sides
 
 ROW_BY_ROW = ("rows", "best", "worst")  # in evaluation.json, and not in the output of `eval --json`
@@ -93,27 +93,32 @@ class Evaluation(Judged):
             **{name: [row.to_json() for row in getattr(self, name)] for name in ROW_BY_ROW},
         }
 
+    @classmethod
+    def of_json(cls, value: object, noun: str) -> Self:
+        return super().of_json(object_of(value, "samples", *ROW_BY_ROW), noun)
+
     @property
     def shown(self) -> JsonObject:
         """The part that `eval --json` prints."""
         return {name: value for name, value in self.to_json().items() if name not in ROW_BY_ROW}
 
 
-def _nested(value: object, noun: str) -> object:
+def _nested(value: object, noun: str) -> JsonObject:
     """JSON of an evaluation, or of one of its categories, in the shape of its fields."""
-    if not isinstance(value, dict) or noun not in value:
-        raise ValueError(f"it has no {noun}")
-    if lacking := [side for side in SIDES if side not in value]:
-        raise ValueError(f"it has no {' and no '.join(lacking)}")
-    sides = {side: value[side] for side in SIDES} if value["policy"] is not None else None
-    categories = {name: _nested(part, noun) for name, part in dict(value.get("categories") or {}).items()}
-    rows = {name: [_nested_row(row) for row in value[name]] for name in ROW_BY_ROW if name in value}
-    return {**value, "noun": noun, "count": value[noun], "sides": sides, "categories": categories, **rows}
+    given = object_of(value, noun, *SIDES)
+    sides = {side: given[side] for side in SIDES} if given["policy"] is not None else None
+    categories = {name: _nested(part, noun) for name, part in object_of(given.get("categories") or {}).items()}
+    rows = {name: [_nested_row(row) for row in list_of(given[name], name)] for name in ROW_BY_ROW if name in given}
+    return {**given, "noun": noun, "count": given[noun], "sides": sides, "categories": categories, **rows}
 
 
-def _nested_row(row: Mapping[str, object]) -> JsonObject:
+def _nested_row(value: object) -> JsonObject:
     """JSON of a row in the shape of its fields: besides its place, it has texts and numbers."""
+    row = object_of(value)
     place = {name: row.get(name) for name in ("file", "line", "category")}
     rest = {name: value for name, value in row.items() if name not in place}
     texts = {name: value for name, value in rest.items() if isinstance(value, str)}
-    return {**place, "texts": texts, "figures": {name: value for name, value in rest.items() if name not in texts}}
+    figures = {name: value for name, value in rest.items() if name not in texts}
+    if "margin" not in figures:
+        object_of(figures, "loss", "base_loss")
+    return {**place, "texts": texts, "figures": figures}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dpo_cli.results.codec import JsonObject, from_json, to_json
+from dpo_cli.results.codec import JsonObject, from_json, object_of, to_json
 from dpo_cli.results.intervals import Sides
 
 Split = Literal["train", "eval"]
 Action = Literal["note", "warn", "stop"]
+Status = Literal["completed", "interrupted", "unhealthy"]
 PLACES = ("split", "step", "epoch")  # the keys of a line that are not figures
 
 
@@ -33,11 +35,12 @@ class Line:
 
 
 def _nested(value: object) -> JsonObject:
-    """JSON of a `Line` in the shape of its fields."""
-    if not isinstance(value, dict):
-        raise ValueError("it is not an object")
-    places = {name: value[name] for name in PLACES if name in value}
-    return {**places, "figures": {name: figure for name, figure in value.items() if name not in PLACES}}
+    """JSON of a `Line` in the shape of its fields; a later version may add keys that are not numbers."""
+    given = object_of(value)
+    places = {name: given[name] for name in PLACES if name in given}
+    rest = {name: figure for name, figure in given.items() if name not in PLACES}
+    figures = {name: figure for name, figure in rest.items() if figure is None or isinstance(figure, int | float)}
+    return {**places, "figures": figures}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Memory:
 class RunSummary:
     """The content of metrics.json: how a training ended, and its figures on held-out rows."""
 
-    status: str  # completed, interrupted, unhealthy
+    status: Status
     steps: int
     best_step: int | None = None
     seconds: float  # from the first log-prob of the reference to the last step
@@ -97,10 +100,10 @@ class RunSummary:
     @classmethod
     def of_json(cls, value: object) -> RunSummary:
         """The summary in a JSON value; `ValueError` with the keys that are missing."""
-        if not isinstance(value, dict):
-            raise ValueError("it is not an object")
-        if lacking := [side for side in ("eval", "base", "gain") if side not in value]:
-            raise ValueError(f"it has no {' and no '.join(lacking)}")
-        sides = {"policy": value["eval"], "base": value["base"], "gain": value["gain"]} if value["eval"] is not None else None
-        line = _nested(value["train"]) if value.get("train") else None
-        return from_json(cls, {**value, "sides": sides, "train": line, "memory": value.get("memory") or {}})
+        given = object_of(value, "eval", "base", "gain", "seconds")
+        sides = {"policy": given["eval"], "base": given["base"], "gain": given["gain"]} if given["eval"] is not None else None
+        line = _nested(given["train"]) if given.get("train") else None
+        summary = from_json(cls, {**given, "sides": sides, "train": line, "memory": given.get("memory") or {}})
+        if not math.isfinite(summary.seconds):
+            raise ValueError("seconds is not a number")
+        return summary

@@ -101,7 +101,7 @@ def _decided(config: str) -> Decided | None:
     """What the run of a plan.json decided; None of another config."""
     try:
         return Decided.of(read_json(Path(config))) if Path(config).name == PLAN else None
-    except (KeyError, TypeError, ValueError):  # written by hand, and read as a config
+    except (OSError, ValueError):  # missing, or written by hand: it is read as a config
         return None
 
 

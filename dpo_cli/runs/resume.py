@@ -14,10 +14,13 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
 from dpo_cli.plan.plan import Decided, Plan
+from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.summary import RunSummary
 from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.checkpoints import Checkpoint
 from dpo_cli.storage.jsonio import read_json
-from dpo_cli.storage.run_directory import MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
 # With another value of these a finished run goes on.
@@ -35,7 +38,7 @@ class Begun:
     plan: Json
     manifest: Json
     checkpoint: Checkpoint | None
-    summary: Json | None
+    summary: RunSummary | None
     asked: Json  # the config that a finished run ended by, which may be a later one than that of its last checkpoint
 
     @classmethod
@@ -57,7 +60,7 @@ class Begun:
     @property
     def step(self) -> int:
         """The steps that are done."""
-        return self.checkpoint.step if self.checkpoint else int(self.summary["steps"]) if self.summary else 0
+        return self.checkpoint.step if self.checkpoint else self.summary.steps if self.summary else 0
 
     def is_finished(self, plan: Plan) -> bool:
         """Whether there is nothing left to do of what is asked for now."""
@@ -118,22 +121,26 @@ class Begun:
         return [f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)]
 
 
-def _end(run: RunDirectory, tell: Tell) -> Json | None:
+def _end(run: RunDirectory, tell: Tell) -> RunSummary | None:
     """The metrics.json of a run that came to its end, was judged where it could be, and left what is there."""
     if not run.has(SUMMARY):
         return None
     try:
-        summary, plan, _ = (run.read_json(name) for name in (SUMMARY, PLAN, MANIFEST))
-        status, judged, held_out = summary["status"], summary["eval"], plan["counts"]["eval_pairs"]
+        summary, plan, _ = RunSummary.of_json(run.read_json(SUMMARY)), run.read_json(PLAN), run.read_json(MANIFEST)
+        held_out = plan["counts"]["eval_pairs"]
+        if run.has(EVALUATION):
+            Evaluation.of_json(run.read_json(EVALUATION), STRATEGIES[plan["config"]["strategy"]].rows.noun)
         is_same = run.trained.is_dir() and run.has_its_weights()
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:  # gone or damaged: a checkpoint is gone on from
-        tell(f"{SUMMARY}, {PLAN} or {MANIFEST} is not what the run wrote ({error}): the end of the run is repeated")
+        tell(
+            f"{SUMMARY}, {EVALUATION}, {PLAN} or {MANIFEST} is not what the run wrote ({error}): the end of the run is repeated"
+        )
         return None
-    if status == "interrupted" or (status == "completed" and judged is None and held_out):
+    if summary.status == "interrupted" or (summary.status == "completed" and summary.sides is None and held_out):
         return None
     if not is_same:
         tell(f"the {run.trained.name} has changed since the run wrote it: it is written again")
-    return dict(summary) if is_same else None
+    return summary if is_same else None
 
 
 def _differs(before: Json, plan: Plan, name: str) -> bool:

@@ -168,6 +168,17 @@ _DECLARED = (
         is_share=True,
     ),
     Figure(
+        "kl_token",
+        "KL per token",
+        "The exact KL divergence from the model before training, per token of the responses, nats.",
+        {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
+        short="KL/token",
+        title="KL per token",
+        note="Distance from the model before training, nats.",
+        from_zero=True,
+        is_better_large=False,
+    ),
+    Figure(
         "logp_accuracy",
         "log-prob accuracy",
         "The share of pairs in which one model alone gives the chosen response the larger probability. The gain, after "
@@ -185,17 +196,6 @@ _DECLARED = (
         alone=(PAIRS,),
         in_lines=False,
         is_share=True,
-    ),
-    Figure(
-        "kl_token",
-        "KL per token",
-        "The exact KL divergence from the model before training, per token of the responses, nats.",
-        {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
-        short="KL/token",
-        title="KL per token",
-        note="Distance from the model before training, nats.",
-        from_zero=True,
-        is_better_large=False,
     ),
     Figure(
         "kl_sequence",

@@ -19,7 +19,6 @@ from rich.text import Text
 from dpo_cli.errors import DpoError, InvalidInput, Problem
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
-from dpo_cli.strategies.strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from dpo_cli.results.intervals import Interval
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from dpo_cli.results.merge import Merge
     from dpo_cli.results.tally import Tally
     from dpo_cli.results.validation import BillJson
+    from dpo_cli.strategies.strategy import Strategy
 
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
@@ -133,7 +133,7 @@ class Console:
         budget = f" of {memory['budget_gb']:.1f}" if memory["budget_gb"] else ""
         self.table(f"memory: {memory['total_gb']:.2f}{budget} GB", bars)
 
-    def judgement(self, evaluation: Evaluation, samples: Sequence[Answers]) -> None:
+    def judgement(self, evaluation: Evaluation, samples: Sequence[Answers], strategy: Strategy) -> None:
         """The figures of an evaluation, and answers side by side."""
         if evaluation.sides is None:
             self.line(
@@ -151,29 +151,28 @@ class Console:
             fix = "lower max_seq_length, so that prompts are cut, or evaluate with shorter prompts"
             told = f"{missing} prompts fill the model's context and have no answer"
             self.line(f"note: {told}: kl_sequence and answer_tokens are of the other prompts, and miss any limit; {fix}")
-        self._categories(evaluation.categories, evaluation.noun)
+        self._categories(evaluation.categories, strategy)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]
             text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
             self.panel(sample["prompt"][-200:], text)
 
-    def _categories(self, categories: Mapping[str, Judged], noun: str) -> None:
+    def _categories(self, categories: Mapping[str, Judged], strategy: Strategy) -> None:
         """The first two figures of the rows of each category, and the gain in one."""
         if not categories:
             return
-        strategy = next(strategy for strategy in STRATEGIES.values() if strategy.rows.noun == noun)
-        (one, other), gain = strategy.shown[:2], strategy.gains[0]
+        shown, gain = strategy.shown[:2], strategy.gains[0]
         rows = [
             (
                 _printable(name),
                 str(part.count),
-                *(_interval(part.sides.policy[key]) for key in (one, other)),
+                *(_interval(part.sides.policy[key]) for key in shown),
                 _interval(part.sides.gain[gain]),
             )
             for name, part in categories.items()
             if part.sides
         ]
-        self.table("by category", rows, ("category", noun, one, other, f"gain in {gain.replace('_', ' ')}"))
+        self.table("by category", rows, ("category", strategy.rows.noun, *shown, f"gain in {gain.replace('_', ' ')}"))
 
     def thresholds(self, asked: Sequence[tuple[str, Limit]]) -> None:
         """Each limit on a figure, with its sign, and whether it is kept."""

@@ -297,7 +297,7 @@ def test_a_recommended_config_says_why_and_trains_after_one_line(tmp_path: Path)
     written = [i for i, line in enumerate(lines) if line.startswith('"')]
     assert all(lines[i - 1].startswith("// ") for i in written) and len(written) == len(made) + 1
     checked = json.loads(dpo("validate", path, "--vram", "12", "--json").stdout)
-    made["dataset"] = str(ROOT / made["dataset"])
+    made["dataset"] = str(Path(made["dataset"]).absolute())
     assert checked["ok"] and checked["config"] == {**checked["config"], **made, "learning_rate": 5e-7}
     documented, adapter = lines.index('"learning_rate": 5e-07,'), lines.index('// "learning_rate": 0.0002,')
     lines[documented], lines[adapter] = "", lines[adapter].removeprefix("// ")

@@ -293,4 +293,4 @@ def wrong_start(scores: Scores, plan: Plan) -> Event | None:
 
 def watching(strategy: Strategy) -> dict[str, tuple[Action, Rule]]:
     """The rules of a training with this strategy, in order."""
-    return {name: rule for name, rule in RULES.items() if name in strategy.health}
+    return {name: RULES[name] for name in strategy.health}
