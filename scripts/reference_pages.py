@@ -12,6 +12,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -20,9 +21,15 @@ import reference
 import typer
 
 import dpo_cli
+from dpo_cli import api
 from dpo_cli.app import app
 from dpo_cli.config.schema import Option, options
 from dpo_cli.errors import Exit
+from dpo_cli.hardware.recommend import Recommendation
+from dpo_cli.results.intervals import Interval, Sides
+from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.summary import RunSummary
+from dpo_cli.results.validation import Validation
 from dpo_cli.strategies.figures import FIGURES, Figure
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, RULES, wrong_start
@@ -99,10 +106,6 @@ renamed within a major version ([version policy](../changelog.md#version-policy)
 The shapes are those of real runs of a tiny model: a value is replaced by its kind (`number`, `text`, `bool`, `null`), a
 list by the distinct shapes of its parts. Where a figure has an interval, `value` is the figure and `low` and `high` bound its
 95 % bootstrap interval over prompts. `config` always holds the resolved [options](options.md) and is not repeated."""
-
-API_NONE = """\
-This version has no stable Python API. Call the commands with `--json`; [JSON documents](json.md) lists their output.
-Modules under `dpo_cli` may change in any version."""
 
 
 def page(title: str, *parts: str) -> str:
@@ -344,16 +347,22 @@ def _laid_out(value: Any, indent: str = "") -> str:
     return "{\n" + ",\n".join(parts) + f"\n{indent}}}"
 
 
+API_POLICY = "These names follow the [version policy](../changelog.md)."
+RESULTS = (Validation, Recommendation, api.TrainedRun, RunSummary, Evaluation, Sides, Interval)
+
+
 def api_page() -> str:
     names = [name for name in getattr(dpo_cli, "__all__", ()) if not name.startswith("_")]
-    if not names:
-        return page("Python API", API_NONE)
     parts = []
     for name in names:
         value = getattr(dpo_cli, name)
         if callable(value):
-            parts.append(f"## `{name}`\n\n```python\n{name}{inspect.signature(value)}\n```\n\n{inspect.getdoc(value) or ''}")
-    return page("Python API", "What `from dpo_cli import ...` gives. These names follow the version policy.", *parts)
+            signature = str(inspect.signature(value)).replace("'", "")
+            parts.append(f"## `{name}`\n\n```python\n{name}{signature}\n```\n\n{inspect.getdoc(value) or ''}")
+    about, example, rest = (inspect.getdoc(api) or "").split("\n\n", 2)
+    code = "\n".join(line.removeprefix(">>> ") for line in example.splitlines())
+    results = [f"- `{kind.__name__}`: {', '.join(f'`{one.name}`' for one in fields(kind))}" for kind in RESULTS]
+    return page("Python API", about, f"```python\n{code}\n```", rest, *parts, "## Results", "\n".join(results), API_POLICY)
 
 
 MODULES_INTRO = """\

@@ -48,7 +48,9 @@ COMMANDS = {
     "export": ["export", "runs/dpo", "--out", "whole", "--json"],
     "usage": ["eval", "--json"],
 }
+WORDS = ("ok", "code", "severity", "key", "status", "metric", "rule", "action", "split", "exit_code")  # programs compare these
 READ = (".json", ".jsonl")  # files of a run whose keys others read
+THEIRS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")  # written by transformers
 BY_NAME = (
     "columns",
     "dataset",
@@ -62,7 +64,7 @@ BY_NAME = (
 
 
 def shape(value: Any, name: str = "") -> Any:
-    """A document without its values: the keys of objects, what the parts of lists have in common, kinds of the rest."""
+    """A document without its values but for `WORDS`: the keys of objects, the parts of lists that differ, kinds of the rest."""
     if isinstance(value, dict):
         if name in BY_NAME:
             return "object"
@@ -70,6 +72,8 @@ def shape(value: Any, name: str = "") -> Any:
     if isinstance(value, list):
         shapes = [shape(part, name) for part in value]
         return [part for i, part in enumerate(shapes) if part not in shapes[:i]]
+    if name in WORDS:
+        return value
     return "null" if value is None else {bool: "bool", int: "number", float: "number", str: "text"}[type(value)]
 
 
@@ -102,11 +106,11 @@ def found(place: Path, dpo: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
     for name, words in COMMANDS.items():
         done = dpo(*words, cwd=place)
         yield name, {"exit": done.returncode, "document": shape(json.loads(done.stdout)) if done.stdout.strip() else None}
-    for run in ("runs/dpo", "runs/sft", "whole"):
+    for run in ("runs/dpo", "runs/sft", "whole"):  # of the model only what is ours
         files = sorted(path for path in (place / run).rglob("*") if path.is_file())
         yield f"files of {run}", [str(path.relative_to(place / run)) for path in files]
         for path in files:
-            if path.suffix in READ and path.parent == place / run:
+            if path.suffix in READ and path.parent == place / run and path.name not in THEIRS:
                 text = path.read_text(encoding="utf-8")
                 value = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
                 yield f"{run}/{path.name}", shape(value)

@@ -10,8 +10,11 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
+
+import dpo_cli
 
 GIB = 2**30
 SMALLEST_CARD_BYTES = 2 * GIB  # what the BIOS gives an integrated GPU is less
@@ -190,3 +193,12 @@ def amd_gpus(root: Path = Path("/")) -> tuple[Gpu, ...]:
 
 def _read(path: str) -> str:
     return Path(path).read_text(encoding="utf-8", errors="replace") if Path(path).exists() else ""
+
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
+
+
+def installed_versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """The versions that decide the figures of a run, and those of `more` packages. No package is imported."""
+    versions = {"dpo": dpo_cli.__version__, "python": platform.python_version()}
+    return versions | {package: version(package) for package in (*PACKAGES, *more)}

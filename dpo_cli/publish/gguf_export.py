@@ -56,7 +56,7 @@ def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) 
     logging.getLogger("dpo").info("%s\n%s%s", command, done.stdout, done.stderr)
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        fix = "train.log has its output; for a missing module: pip install 'dpo-cli[gguf]'"
+        fix = "train.log has its output; for a missing module: pip install '.[gguf]' in a checkout of dpo"
         raise RunFailed(f"the converter {converter} failed: {said}", fix)
     if not ModelFiles(file).is_gguf:
         raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import dpo_cli
 from dpo_cli.data.dataset import sources_of
-from dpo_cli.hardware.machine import Machine
+from dpo_cli.hardware.machine import Machine, installed_versions
 from dpo_cli.models.hub_models import revision
 from dpo_cli.plan.plan import Plan
 from dpo_cli.storage.digests import sha256
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}
 
 
 def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, Any]:
     """The content of manifest.json. `model_dir` holds the model's safetensors when it is local."""
-    packages = (*PACKAGES, *OF_PROVIDER.get(plan.config.provider, ()))
     # Beside the weights config.json, which says how they are computed with.
     weights = (
         [file for file in sorted(model_dir.iterdir()) if file.suffix == ".safetensors" or file.name == "config.json"]
@@ -29,8 +24,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         else []
     )
     return {
-        "versions": {"dpo": dpo_cli.__version__, "python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "versions": installed_versions(OF_PROVIDER.get(plan.config.provider, ())),
         "hardware": machine.to_json(),
         "dataset": _hashes(plan.config.dataset),
         "eval_dataset": _hashes(plan.config.eval_dataset or []),
