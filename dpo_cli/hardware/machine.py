@@ -10,7 +10,6 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -200,5 +199,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "b
 
 def installed_versions(more: Sequence[str] = ()) -> dict[str, str]:
     """The versions that decide the figures of a run, and those of `more` packages. No package is imported."""
+    from importlib.metadata import version  # late: `validate` needs none, and has to be quick
+
     versions = {"dpo": dpo_cli.__version__, "python": platform.python_version()}
     return versions | {package: version(package) for package in (*PACKAGES, *more)}
