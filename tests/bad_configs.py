@@ -398,13 +398,13 @@ MODELS = [
     Case("model-missing", "model_name", '"model_name": "C:\\\\models\\\\llama"', "owner/model"),
     Case("model-missing", "model_name", '"model_name": "owner/ model"', "a hub id is owner/model"),
     Case("model-not-gguf", "model_name", '"model_name": "/dev/null"', "name a GGUF file"),
-    warning("model-repacked", "model_name", '"model_name": "owner/Model-7B-Instruct-AWQ"', "it was made from"),
+    warning("model-repacked", "model_name", '"model_name": "owner/Model-7B-Instruct-AWQ"', "it was converted from"),
     warning("model-not-here", "model_name", '"model_name": "llama"', "owner/model"),
     warning("model-not-here", "model_name", '"model_name": "models/gone"', "owner/model"),
     Case("adapter-unusable", "model_name", '"model_name": "models/adapter"', "a complete adapter"),
     Case("adapter-unusable", "model_name", '"model_name": "models/run"', "a finished run"),
     Case("adapter-unusable", "model_name", '"model_name": "models/lora-on-itself"', "a complete adapter"),
-    Case("adapter-unusable", "model_name", '"model_name": "models/lora-of-text"', "what it was trained with"),
+    Case("adapter-unusable", "model_name", '"model_name": "models/lora-of-text"', "the value that it was trained with"),
     Case("model-missing", "model_name", '"model_name": "models/lora-on-nothing"', "check the path"),
     Case("reference-adapter", "reference", '"reference": "adapter"', "name a run or an adapter"),
     Case(
@@ -427,18 +427,18 @@ MODELS = [
     Case("model-tensors", "model_name", '"model_name": "models/cut-off"', "copy it whole"),
     Case("model-tensors", "model_name", '"model_name": "models/pointer"', "git lfs pull"),
     Case("tokenizer-no-eos", "model_name", '"model_name": "models/endless"', '"eos_token"'),
-    Case("model-quantised", "model_name", '"model_name": "models/gptq"', "the model that it was made from"),
+    Case("model-quantised", "model_name", '"model_name": "models/gptq"', "the model that it was quantised from"),
     Case("quantised-already", "use_8bit", '"model_name": "models/4bit",\n  "use_8bit": true', "remove use_8bit", FIRST + 1),
     Case("tokens-outside", "model_name", '"model_name": "models/padded"', "another pad_token"),
-    hint("generation-config", "model_name", '"model_name": "models/greedy"', "left out of what is saved"),
+    hint("generation-config", "model_name", '"model_name": "models/greedy"', "omitted when the model is saved"),
     Case("adapter-on-head", "model_name", '"model_name": "models/lora-on-head"', '"reference": "base"'),
     Case(
         "adapter-unmergeable",
         "model_name",
         '"model_name": "models/lora-with-bias",\n  "reference": "base"',
-        'leave out "reference"',
+        'remove "reference"',
     ),
-    hint("model-code-unused", "model_name", '"model_name": "models/phi"', "nothing is to be done"),
+    hint("model-code-unused", "model_name", '"model_name": "models/phi"', "no change is needed"),
     hint("model-name-near", "model_name", '"model_name": "meta-llama/Llama-3.1-8b-Instruct"', "Llama-3.1-8B-Instruct"),
     hint("start-with-sft", "model_name", '"model_name": "meta-llama/Llama-3.1-8B"', '"strategy": "sft"'),
 ]
@@ -447,7 +447,7 @@ HARDWARE = [
     Case("does-not-fit", None, '"model_name": "meta-llama/Llama-3.1-8B-Instruct"', '"use_4bit": true', None, vram_gb=16),
     warning("fp16-device", "fp16", '"fp16": true', '"bf16": true instead', machine=NO_CARD),
     warning("bf16-device", "bf16", '"bf16": true', "fp16 is used", machine=OLD_CARD),
-    warning("optim-device", "optim", '"device": "mps", "optim": "adamw_8bit"', 'leave "optim" out', machine=APPLE),
+    warning("optim-device", "optim", '"device": "mps", "optim": "adamw_8bit"', 'remove "optim"', machine=APPLE),
     warning("device-missing", "device", '"device": "cuda"', "--vram", machine=NO_CARD),
     warning("device-missing", "device", '"device": "mps"', "--vram", machine=NO_CARD),
     warning("unsloth-without-cuda", "provider", '"provider": "unsloth"', '"provider": "huggingface"', machine=NO_CARD),
@@ -459,13 +459,17 @@ HARDWARE = [
     Case("not-with-unsloth", "use_8bit", '"use_8bit": true, "provider": "unsloth"', '"provider": "huggingface"'),
     warning("beyond-context", "max_seq_length", '"model_name": "google/gemma-2-2b-it", "max_seq_length": 16384', ": 8192"),
     warning("no-such-layer", "target_modules", '"target_modules": ["q_porj"]', "q_proj"),
-    warning("no-such-layer", "target_modules", '"target_modules": ".*\\\\.q_porj"', "in names like model.layers.0.self_attn"),
+    warning(
+        "no-such-layer", "target_modules", '"target_modules": ".*\\\\.q_porj"', "whole names like model.layers.0.self_attn"
+    ),
     Case("no-such-layer", "target_modules", on("llama", '["q_porj"]'), "q_proj", FIRST + 1),
     warning("no-such-layer", "target_modules", on("llama", '".*\\\\.(q_proj|nope)"'), "q_proj", FIRST + 1),
-    Case("target-not-linear", "target_modules", on("llama", '".*\\\\.self_attn"'), "in names like", FIRST + 1),
-    Case("target-not-linear", "target_modules", on("llama", '".*norm"'), "it has q_proj", FIRST + 1),
+    Case("target-not-linear", "target_modules", on("llama", '".*\\\\.self_attn"'), "whole names like", FIRST + 1),
+    Case("target-not-linear", "target_modules", on("llama", '".*norm"'), "its layers are q_proj", FIRST + 1),
     Case("state-space-target", "target_modules", on("falcon", '["in_proj", "out_proj"]'), '"all-linear"', FIRST + 1),
-    Case("fused-target", "target_modules", on("experts", '["q_proj", "up_proj"]'), "name gate_proj and up_proj", FIRST + 1),
+    Case(
+        "fused-target", "target_modules", on("experts", '["q_proj", "up_proj"]'), "name all of gate_proj and up_proj", FIRST + 1
+    ),
     Case("adapter-on-experts", "lora_dropout", on("experts", '"all-linear"') + ', "lora_dropout": 0.1', '": 0, or', FIRST + 1),
     Case("adapter-on-experts", "use_dora", on("experts", '["down_proj"]') + ', "use_dora": true', '": false, or', FIRST + 1),
     hint("router-unbalanced", "lora_r", '"model_name": "models/experts",\n  "lora_r": 0', '"lora_r": 16', FIRST + 1),
@@ -524,7 +528,9 @@ DATA = [
         "warning",
         file="data/overlap.jsonl",
     ),
-    warning("pairs-too-long", "max_seq_length", '"dataset": "data/long.jsonl", "max_seq_length": 64', "raise it"),
+    warning(
+        "pairs-too-long", "max_seq_length", '"dataset": "data/long.jsonl", "max_seq_length": 64', "increase max_seq_length"
+    ),
     Case("never-evaluated", "eval_steps", '"eval_steps": 1000', '"eval_steps": 5', FIRST, "warning"),
     Case("never-warm", "warmup_steps", '"warmup_steps": 1000', '"warmup_ratio": 0.1', FIRST, "warning"),
     Case(
@@ -543,9 +549,16 @@ DATA = [
         '"warmup_steps": 0, or train more steps',
         FIRST + 1,
     ),
-    Case("nothing-to-train", "dataset", '"dataset": [{"path": "data/few.jsonl", "weight": 0.01}]', "raise the weights"),
-    Case("nothing-to-train", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.999', "lower eval_split"),
-    Case("nothing-held-out", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.001', "raise", FIRST, "warning"),
+    Case("nothing-to-train", "dataset", '"dataset": [{"path": "data/few.jsonl", "weight": 0.01}]', "increase the weights"),
+    Case("nothing-to-train", "eval_split", '"dataset": "data/few.jsonl", "eval_split": 0.999', "reduce eval_split"),
+    Case(
+        "nothing-held-out",
+        "eval_split",
+        '"dataset": "data/few.jsonl", "eval_split": 0.001',
+        "increase eval_split",
+        FIRST,
+        "warning",
+    ),
 ]
 
 CASES = [*SYNTAX, *FILES, *KEYS, *VALUES, *RULES, *GUIDANCE, *MODELS, *HARDWARE, *DATA]

@@ -94,9 +94,9 @@ def steps(problem: Problem, given: Values) -> Iterator[Callable[[Values], None]]
             yield settings(f'"{key}": "{found.group(1)}"')
         elif way.startswith(("remove the key", "remove it", "remove one of them", "keep one of them:", "leave it out")):
             yield without(key)
-        elif way.startswith("leave these out"):
+        elif way.startswith("remove these keys"):
             yield without(*(set(re.findall(r"[a-z_0-9]+", problem.message)) & given.keys() - {key}))
-        elif found := re.match(r'(?:remove|leave) "?([a-z_0-9]+)"?(?: out|:|$)', way):
+        elif found := re.match(r'(?:remove|leave) "?([a-z_0-9]+)"?(?: out|:|,|$)', way):
             yield without(found.group(1))
         elif way.startswith("hold a share out"):
             yield settings(way, instead=True)

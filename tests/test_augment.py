@@ -311,7 +311,7 @@ def test_short_answers_and_near_scores_make_no_pair(place: Path) -> None:
         ([], {"prompts": "empty.txt"}, 3, "has no prompt"),
         ([], {"prompts": "bad.txt"}, 3, "bad.txt:2: not valid UTF-8"),
         ([], {"prompts": "bad.jsonl"}, 3, "2 rows (lines 1, 3): prompt is missing"),
-        (["augment={}"], {}, 3, 'names no "rank"'),
+        (["augment={}"], {}, 3, 'has no "rank"'),
         (['augment={"rank": "regex"}'], {}, 3, "needs pattern"),
         (["provider=unsloth"], {}, 3, "the package unsloth is not installed"),
         (["beta=-1"], {}, 3, "beta"),
