@@ -29,8 +29,8 @@ class Fault:
     @property
     def fix(self) -> str:
         if self.code == "row-not-gzip":
-            return "pack it again"
-        return "correct or delete what is named" if self.severity == "error" else "left out of the training"
+            return "compress the file again"
+        return "correct or delete these rows" if self.severity == "error" else "these rows are skipped"
 
 
 GOOD = b'{"prompt": "question", "chosen": "yes", "rejected": "no"}'
@@ -43,7 +43,7 @@ DEEP = b'{"prompt": "a", "chosen": "b", "rejected": "c", "context": ' + b"[" * 2
 FAULTS = (
     Fault("row-not-json", b'{"prompt": "a", "chosen": "b"', "not valid JSON"),
     Fault("row-not-object", b"3", "not a JSON object"),
-    Fault("row-missing-key", b'{"prompt": "a", "chosen": "b"}', "no rejected"),
+    Fault("row-missing-key", b'{"prompt": "a", "chosen": "b"}', "rejected is missing"),
     Fault("row-wrong-type", b'{"prompt": "a", "chosen": "b", "rejected": 3}', "rejected is int"),
     Fault(
         "row-mixed-types",
@@ -70,19 +70,19 @@ FAULTS = (
         b'{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "b", "rejected": "c"}',
         'its type is "image"',
     ),
-    Fault("row-tie", b"{" + TWO + b', "winner": "tie"}', "the label prefers no response", "warning"),
-    Fault("row-label", b"{" + TWO + b', "winner": "maybe"}', "a value whose meaning is not known"),
-    Fault("row-label-unclear", b"{" + TWO + b', "label": 1}', 'say it with "columns": {"labels": [0, 1]}'),
-    Fault("row-score", b"{" + TWO + b', "score_1": "good", "score_2": "bad"}', '"score_1" is no number'),
+    Fault("row-tie", b"{" + TWO + b', "winner": "tie"}', "the label is a tie", "warning"),
+    Fault("row-label", b"{" + TWO + b', "winner": "maybe"}', "an unknown value"),
+    Fault("row-label-unclear", b"{" + TWO + b', "label": 1}', 'write "columns": {"labels": [0, 1]}'),
+    Fault("row-score", b"{" + TWO + b', "score_1": "good", "score_2": "bad"}', '"score_1" is not a number'),
     Fault("row-one-response", b'{"prompt": "a", "responses": ["b"], "scores": [1]}', "fewer than two responses"),
     Fault("row-nul", b'{"prompt": "a\\u0000", "chosen": "b", "rejected": "c"}', "prompt holds a NUL character"),
     Fault("row-surrogate", b'{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}', "half of a surrogate pair"),
     Fault("row-unreadable", DEEP, "nested more than 100 levels deep", shown="a row of 200 nested lists"),
     Fault("row-not-utf8", b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}', "not valid UTF-8"),
-    Fault("row-duplicate-key", b'{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "c"}', "a key stands twice"),
-    Fault("row-too-long", b" " * (1 << 26) + b"3", "a line of more than 64 MiB", shown="a line of 65 MiB"),
+    Fault("row-duplicate-key", b'{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "c"}', "a key is given twice"),
+    Fault("row-too-long", b" " * (1 << 26) + b"3", "the line has more than 64 MiB", shown="a line of 65 MiB"),
     Fault("row-not-gzip", b"", "damaged from here on", suffix=".jsonl.gz", content=CUT_GZIP, line=1, shown="a cut gzip file"),
-    Fault("row-not-csv", b"d,e", "2 cells under a header of 3", suffix=".csv", content=TABLE, line=3),
+    Fault("row-not-csv", b"d,e", "has 2 cells, but the header has 3", suffix=".csv", content=TABLE, line=3),
     Fault("row-not-parquet", b"", "cannot be read", suffix=".parquet", content=CUT, line=1, shown="a cut file"),
 )
 

@@ -185,7 +185,7 @@ def test_what_stands_on_itself_is_no_start(tmp_path: Path) -> None:
     (tmp_path / "run/metrics.json").write_text("{}", encoding="utf-8")
     for name in ("alone", "one", "run"):
         (problem,) = problems(ModelSource.of(str(tmp_path / name)))
-        assert problem.code == "adapter-unusable" and "stands on itself" in problem.message
+        assert problem.code == "adapter-unusable" and "is its own base model" in problem.message
         assert ModelSource.of(str(tmp_path / name)).foundation
 
 

@@ -94,9 +94,9 @@ def steps(problem: Problem, given: Values) -> Iterator[Callable[[Values], None]]
             yield settings(f'"{key}": "{found.group(1)}"')
         elif way.startswith(("remove the key", "remove it", "remove one of them", "keep one of them:", "leave it out")):
             yield without(key)
-        elif way.startswith("leave these out"):
+        elif way.startswith("remove these keys"):
             yield without(*(set(re.findall(r"[a-z_0-9]+", problem.message)) & given.keys() - {key}))
-        elif found := re.match(r'(?:remove|leave) "?([a-z_0-9]+)"?(?: out|:|$)', way):
+        elif found := re.match(r'(?:remove|leave) "?([a-z_0-9]+)"?(?: out|:|,|$)', way):
             yield without(found.group(1))
         elif way.startswith("hold a share out"):
             yield settings(way, instead=True)
@@ -164,9 +164,7 @@ def test_what_is_left_to_the_user_is_known() -> None:
     assert {case.code for case in CASES} >= BY_HAND
 
 
-ROWS = [
-    case for case in CASES if case.code.startswith("row-") and case.severity == "error" and case.fix == "delete what is named"
-]
+ROWS = [case for case in CASES if case.code.startswith("row-") and case.severity == "error" and case.fix == "delete these rows"]
 
 
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.code)
@@ -175,7 +173,7 @@ def test_a_fix_of_rows_is_true(case: Case, way: str, place: Path, monkeypatch: p
     monkeypatch.chdir(place)
     _, found = look(case, case.config)
     (problem,) = named(found, case)
-    assert problem.fix == 'correct or delete what is named, or set "on_bad_rows": "skip"'
+    assert problem.fix == 'correct or delete these rows, or write "on_bad_rows": "skip"'
     kept = Path(case.file).read_bytes()
     text = case.config
     if way == "skip":

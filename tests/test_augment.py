@@ -253,7 +253,7 @@ def test_rows_of_every_kind_are_prompts(place: Path) -> None:
     assert all(row["provenance"]["rejected_finished"] for row in made)
     Path("tools.jsonl").write_text(json.dumps({"prompt": "a", "tools": [tool]}) + "\n", encoding="utf-8")
     refused = run(prompts="tools.jsonl", out="tools-out.jsonl")
-    assert refused.exit_code == 3 and "does not know tools" in refused.stderr
+    assert refused.exit_code == 3 and "does not support tools" in refused.stderr
     assert read("pairs.jsonl").problems == ()
 
 
@@ -305,13 +305,13 @@ def test_short_answers_and_near_scores_make_no_pair(place: Path) -> None:
     [
         (["pairs.jsonl"], {"out": "pairs.txt"}, 2, "does not end in .jsonl"),
         ([], {"out": "none/pairs.jsonl"}, 2, "does not exist"),
-        ([], {"prompts": "gone.txt"}, 3, "there is no file gone.txt"),
+        ([], {"prompts": "gone.txt"}, 3, "file not found: gone.txt"),
         ([], {"prompts": "prompts.doc"}, 3, "not a .txt, .jsonl"),
         ([], {"prompts": "folder.txt"}, 3, "cannot read folder.txt"),
-        ([], {"prompts": "empty.txt"}, 3, "holds no prompt"),
+        ([], {"prompts": "empty.txt"}, 3, "has no prompt"),
         ([], {"prompts": "bad.txt"}, 3, "bad.txt:2: not valid UTF-8"),
-        ([], {"prompts": "bad.jsonl"}, 3, "2 rows (lines 1, 3): no prompt"),
-        (["augment={}"], {}, 3, 'names no "rank"'),
+        ([], {"prompts": "bad.jsonl"}, 3, "2 rows (lines 1, 3): prompt is missing"),
+        (["augment={}"], {}, 3, 'has no "rank"'),
         (['augment={"rank": "regex"}'], {}, 3, "needs pattern"),
         (["provider=unsloth"], {}, 3, "the package unsloth is not installed"),
         (["beta=-1"], {}, 3, "beta"),

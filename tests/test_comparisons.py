@@ -417,7 +417,7 @@ def test_scores_that_contradict_a_label_are_called_as_the_file_calls_them(
         for one in dataset([row], tmp_path, {"labels": [0, 1]} if "label" in row else None).problems
         if "scores-" in one.code
     ]
-    assert problem.message.startswith(f"by {name} the rejected")
+    assert problem.message.startswith(f"{name} rate the rejected response higher")
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_a_text_beside_what_it_repeats_is_not_learned(tmp_path: Path, row: dict[
     (shown,) = data.load()
     assert (flat(shown.prompt), flat(shown.responses[0])) == ("q", "yes")
     (hint,) = data.problems
-    assert hint.code == "rows-read-as" and f"{taken} is learned, and text is not" in hint.message
+    assert hint.code == "rows-read-as" and f"{taken} is trained on, and text is not" in hint.message
     assert "text" in data.read_as["unread"]
 
 

@@ -181,7 +181,7 @@ COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
         (COLUMNS, "a list for each column"),
         ({name: dict(enumerate(values)) for name, values in COLUMNS.items()}, "by columns"),
         (dict(enumerate(ROWS)), "rows by number"),
-        ({"columns": [*ROWS[0]], "index": [0, 1], "data": [[*row.values()] for row in ROWS]}, "of pandas (split)"),
+        ({"columns": [*ROWS[0]], "index": [0, 1], "data": [[*row.values()] for row in ROWS]}, "a pandas table (split)"),
     ],
 )
 def test_an_object_of_rows_is_named_and_its_fix_makes_a_list(
@@ -200,7 +200,7 @@ def test_an_object_of_rows_is_named_and_its_fix_makes_a_list(
 
 def follow(fix: str, monkeypatch: pytest.MonkeyPatch) -> str:
     """The file that a fix names, after its code was run in this process with the arguments that a shell would pass."""
-    name, command = re.fullmatch(r"name (.+), which `(.+)` writes", fix).groups()  # type: ignore[union-attr]
+    command, name = re.fullmatch(r"`(.+)` converts it: name (.+)", fix).groups()  # type: ignore[union-attr]
     _, option, code, *arguments = shlex.split(command)
     monkeypatch.setattr(sys, "argv", [option, *arguments])
     exec(code, {})
@@ -214,7 +214,7 @@ def test_the_command_of_a_fix_stands_any_name_of_a_file(tmp_path: Path, name: st
     text = codecs.BOM_UTF8 + json.dumps({"train split": ROWS}).encode()
     path.write_bytes(gzip.compress(text, mtime=0) if name.startswith("packed") else text)
     (problem,) = read(str(path)).problems
-    target, command = re.fullmatch(r"name (.+), which `(.+)` writes", problem.fix or "").groups()  # type: ignore[union-attr]
+    command, target = re.fullmatch(r"`(.+)` converts it: name (.+)", problem.fix or "").groups()  # type: ignore[union-attr]
     command = command.replace("python", shlex.quote(sys.executable), 1)
     assert subprocess.run(command, shell=True, capture_output=True, timeout=60).stderr == b""
     assert read(target).pairs == len(ROWS)
@@ -242,7 +242,7 @@ def test_one_row_is_no_object_of_rows(tmp_path: Path, row: Any) -> None:
 def test_a_null_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "null.jsonl").write_text('{"prompt": "a", "chosen": null, "rejected": "b"}')
     (problem,) = read(str(tmp_path / "null.jsonl")).problems
-    assert problem.message == "chosen is null (line 1, which has chosen (null), prompt, rejected)"
+    assert problem.message == "chosen is null (line 1, it has chosen (null), prompt, rejected)"
 
 
 def test_shipped_samples_are_clean() -> None:
@@ -346,8 +346,8 @@ def test_a_file_that_changes_after_it_was_read_stops_the_training(tmp_path: Path
     data = read(str(path), keep=True)
     data.require_unchanged()
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "d!"}\n', encoding="utf-8")
-    with pytest.raises(InvalidInput, match=r"pairs\.jsonl was changed"):
+    with pytest.raises(InvalidInput, match=r"pairs\.jsonl changed while"):
         data.require_unchanged()
     path.unlink()
-    with pytest.raises(InvalidInput, match=r"pairs\.jsonl was changed"):
+    with pytest.raises(InvalidInput, match=r"pairs\.jsonl changed while"):
         data.require_unchanged()

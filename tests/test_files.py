@@ -192,7 +192,7 @@ def test_messages_call_places_what_they_are(tmp_path: Path) -> None:
         assert problems["row-empty"].message == several and problems["row-empty"].lines == (2, 4)
         assert problems["row-wrong-type"].message.startswith(one) and problems["row-wrong-type"].line == 5
     (lacking,) = read(str(write(tmp_path / "p.parquet", [{"prompt": "q"}]))).problems
-    assert lacking.message.startswith("row 1: no chosen") and "(row 1, which has prompt" in lacking.message
+    assert lacking.message.startswith("row 1: chosen is missing") and "(row 1, it has prompt" in lacking.message
 
 
 @pytest.mark.parametrize(
@@ -330,12 +330,12 @@ def test_what_save_to_disk_wrote_is_named_with_what_converts_it(tmp_path: Path) 
     ):
         problem = fault(path)
         assert (problem.code, problem.severity) == ("dataset-arrow", "error")
-        name, _, command = (problem.fix or "").partition(", which `")
-        done = [sys.executable, *shlex.split(command.rpartition("`")[0])[1:]]
-        is_there = Path(name.removeprefix("name ")).exists()  # of the folder with this file, and not overwritten
+        command, _, name = (problem.fix or "").partition("` converts it: name ")
+        done = [sys.executable, *shlex.split(command.removeprefix("`"))[1:]]
+        is_there = Path(name).exists()  # of the folder with this file, and not overwritten
         errors = subprocess.run(done, capture_output=True, text=True).stderr
         assert is_there == ("FileExistsError" in errors) == (path.suffix == ".arrow"), errors
-        assert read(name.removeprefix("name ")).pairs == 5
+        assert read(name).pairs == 5
 
 
 @pytest.mark.parametrize(

@@ -407,13 +407,19 @@ def test_columns_name_what_is_called_otherwise() -> None:
     row = {"ask": "q", "better": "yes", "worse": "no"}
     columns = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
     assert to_pair(row, 1, columns=columns) == to_pair({"prompt": "q", "chosen": "yes", "rejected": "no"}, 1)
-    with pytest.raises(BadRow, match="no ask"):
+    with pytest.raises(BadRow, match="ask is missing"):
         to_pair({"better": "yes", "worse": "no"}, 1, columns=columns)
     with_system = to_pair({**row, "context": "s"}, 1, columns={**columns, "system": "context", "tools": "functions"})
     assert with_system.prompt == SYSTEM + USER and with_system.tools == ()
     shown = to_demonstration({"ask": "q", "better": "yes"}, 1, columns={"prompt": "ask", "completion": "better"})
     assert (shown.prompt, shown.completion) == ("q", "yes")
     assert to_demonstration({"turns": USER + YES}, 1, columns={"messages": "turns"}).completion == YES
+
+
+def test_an_empty_prompt_is_no_prompt_of_a_demonstration() -> None:
+    assert to_demonstration({"prompt": "", "completion": "b"}, 1) == to_demonstration(
+        {"messages": [{"role": "assistant", "content": "b"}]}, 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -424,7 +430,7 @@ def test_columns_name_what_is_called_otherwise() -> None:
     ],
 )
 def test_no_prompt_is_made_up_where_another_column_may_be_it(row: dict[str, Any]) -> None:
-    with pytest.raises(BadRow, match="no prompt"):
+    with pytest.raises(BadRow, match="prompt is missing"):
         to_pair(row, 1)
 
 
@@ -679,9 +685,9 @@ def test_case_and_blanks_make_no_other_pair_and_a_partner_is_named(tmp_path: Pat
         {"prompt": "tell", "chosen": story.replace("house", "home"), "rejected": "no"},
     ]
     found = findings(rows, tmp_path)
-    assert found["repeated-pairs"].line == 2 and "(line 2 is as line 1)" in found["repeated-pairs"].message
+    assert found["repeated-pairs"].line == 2 and "(line 2 is like line 1)" in found["repeated-pairs"].message
     assert found["reversed-preference"].lines == (1, 3)
-    assert found["near-duplicates"].line == 5 and "(line 5 is as line 4)" in found["near-duplicates"].message
+    assert found["near-duplicates"].line == 5 and "(line 5 is like line 4)" in found["near-duplicates"].message
 
 
 def test_the_first_three_of_a_group_tell_their_own_fault(tmp_path: Path) -> None:

@@ -130,10 +130,10 @@ def test_tools_reach_the_template(tokenizer: PreTrainedTokenizerFast, monkeypatc
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
-        ("{{ 'x' * 20000000000 }}", "asks for more than"),
-        ("{{ 'ab cd ' * 3000000 }}", "characters of"),
-        ("{% for i in range(99999) %}{{ 'abcdefgh ' * 100 }}{% endfor %}", "characters of"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not finish within"),
+        ("{{ 'x' * 20000000000 }}", "needs more than"),
+        ("{{ 'ab cd ' * 3000000 }}", "characters into"),
+        ("{% for i in range(99999) %}{{ 'abcdefgh ' * 100 }}{% endfor %}", "characters into"),
     ],
 )
 def test_a_template_without_end_is_stopped(
@@ -198,7 +198,7 @@ def test_tools_that_a_template_leaves_out_are_refused(tokenizer: PreTrainedToken
         Pair(prompt, no, call, 5),
         Pair(prompt, no, [{**no[0], "content": "yes"}], 6, "", ({"name": "w"},)),
     ):
-        with pytest.raises(InvalidInput, match="does not know tool") as caught:
+        with pytest.raises(InvalidInput, match="does not support tool") as caught:
             encode([PAIRS[0], pair], tokenizer)
         assert caught.value.problems[0].line == pair.line
 

@@ -1,10 +1,10 @@
-"""Records of annotation tools as flat rows: the fields of the task, and what the annotators chose, each under its own name.
+"""Records of annotation tools as flat rows: the fields of the task and the answers of the annotators, under their own names.
 
 Argilla        {"fields": {...}, "responses": ..., "suggestions": ...}, or flat: X.responses, X.suggestion, or lists of values
 Label Studio   {"data": {...}, "annotations": [...]} (JSON), or an answer {"selected": "left"} in a cell (JSON-MIN)
 LMSYS          prompt, response_a and response_b hold a list with a text for each turn, which a table stores as JSON text
 
-Answers of several annotators are votes: a list. Where nobody answered, what a machine suggested counts, and that is said.
+Answers of several annotators are votes: a list. Without any answer a machine's suggestion is used, and that is reported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TypeGuard
 from dpo_cli.data.columns import Row
 from dpo_cli.data.messages import BadRow, list_in
 
-NOT_GIVEN = ("discarded", "draft", "pending")  # states of an answer in Argilla
+NOT_GIVEN = ("discarded", "draft", "pending")  # Argilla's states of an unfinished answer
 ARENA = ("prompt", "response_a", "response_b")
 HELD = ("selected", "value", "choices", "rating", "text")  # keys of an answer that hold it
 
@@ -29,13 +29,13 @@ class Export:
     tool: str
     row: Row
     answers: tuple[str, ...]  # columns that an annotator filled in
-    responses: tuple[str, ...] = ()  # columns that were compared, where the record says so: the left one first
-    origin: Mapping[str, str] | None = None  # the columns that hold these, under other names
-    suggested: Mapping[str, str] = field(default_factory=dict)  # answers that no person gave: which, and of what machine
+    responses: tuple[str, ...] = ()  # the compared columns, if the record names them: the left one first
+    origin: Mapping[str, str] | None = None  # by column of this row, the column of the file that holds it
+    suggested: Mapping[str, str] = field(default_factory=dict)  # answers that no person gave: their columns, and the machine
 
 
 def export_of(row: Row) -> Export | None:
-    """The flat row of a record of a tool that is known."""
+    """The flat row of a record, None if it is not from a known tool."""
     if isinstance(row.get("fields"), Mapping) and not {"responses", "suggestions"}.isdisjoint(row):
         return _argilla(row)
     if isinstance(row.get("data"), Mapping) and isinstance(row.get("annotations", row.get("completions")), list):
@@ -49,7 +49,7 @@ def export_of(row: Row) -> Export | None:
 
 
 def _argilla(row: Row) -> Export:
-    """A record as rg.Dataset.to_json or FeedbackDataset write it."""
+    """A record written by rg.Dataset.to_json or FeedbackDataset."""
     given: dict[str, list[object]] = {}
     responses = row.get("responses") or {}
     if isinstance(responses, list):  # Argilla 1: an entry for each annotator
@@ -77,7 +77,7 @@ def _argilla(row: Row) -> Export:
 
 
 def _argilla_table(row: Row) -> Export:
-    """A record as Argilla writes tables: fields under their own names, questions with endings."""
+    """A record of an Argilla table: fields under their own names, questions with suffixes."""
     rest = {name: value for name, value in row.items() if "." not in name and not name.endswith(("-suggestion", "-metadata"))}
     questions = [
         name.removesuffix(end) for end in (".responses", ".suggestion", "-suggestion") for name in row if name.endswith(end)
@@ -99,7 +99,7 @@ def _argilla_table(row: Row) -> Export:
 
 
 def _votes(values: object, states: object = None) -> list[object]:
-    """What annotators answered, without what they discarded."""
+    """The answers of the annotators, without discarded ones."""
     values = values if isinstance(values, list) and not _is_ranking(values) else [values]
     states = states if isinstance(states, list) and len(states) == len(values) else [None] * len(values)
     return [
@@ -116,7 +116,7 @@ def _is_ranking(value: object) -> TypeGuard[list[Mapping[str, object]]]:
 
 
 def _by(what: str, machine: object) -> str:
-    """A suggestion or a prediction with the machine that made it, where the record names one."""
+    """A suggestion or a prediction with the machine that made it, if the record names one."""
     return f"the {what} of {machine}" if isinstance(machine, str) and machine else f"a {what}"
 
 
@@ -135,7 +135,7 @@ def _ranked(row: dict[str, object], origin: dict[str, str]) -> Row:
 
 
 def _label_studio(row: Row) -> Export:
-    """A task with its annotations, of which those that were cancelled do not count; else with its predictions."""
+    """A task with its annotations (cancelled ones are skipped), or without annotations its predictions."""
     data = {name: value for name, value in _object(row["data"]).items() if value is not None}
     votes: dict[str, list[object]] = {}
     compared: tuple[str, ...] = ()
@@ -162,13 +162,13 @@ def _label_studio(row: Row) -> Export:
 
 
 def _arena(row: Row) -> Export | None:
-    """A conversation with two models: the turns before the last answers are the prompt, where both models share them."""
+    """A conversation with two models: the turns before the last answers are the prompt, if both models share them."""
     questions, *both = (_texts(row.get(name)) for name in ARENA)
     if not questions or not all(answers and len(answers) == len(questions) for answers in both):
         return None
     one, other = both
     if one[:-1] != other[:-1]:
-        reason = "the two conversations part before their last answer, so their last questions follow different answers"
+        reason = "the two conversations differ before their last answer, so their prompts differ"
         raise BadRow("row-role", reason)
     asked = [{"role": "user", "content": text} for text in questions]
     answered = [{"role": "assistant", "content": text} for text in one[:-1]]
@@ -178,7 +178,7 @@ def _arena(row: Row) -> Export | None:
 
 
 def _texts(value: object) -> list[str]:
-    """The texts of a list, or of one that is stored as JSON text; none where it is anything else."""
+    """The texts of a list, also of a list stored as JSON text; empty for anything else."""
     value = list_in(value)
     if not isinstance(value, list) or not all(text is None or isinstance(text, str) for text in value):
         return []
@@ -186,7 +186,7 @@ def _texts(value: object) -> list[str]:
 
 
 def _object(value: object) -> Mapping[str, object]:
-    """The value where it is an object; of any other type it says nothing."""
+    """The value if it is an object, else an empty object."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -196,11 +196,11 @@ def _objects(values: object) -> list[Mapping[str, object]]:
 
 
 def _is_selection(value: object) -> bool:
-    """Whether a value is an answer of Label Studio to "which is better", in JSON-MIN or as text in a cell."""
+    """Whether a value is a Label Studio answer to "which is better", as JSON-MIN or as text in a cell."""
     if isinstance(value, str) and '"selected"' in value[:40]:
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError):  # a text that looks like it
+        except (ValueError, RecursionError):  # a text that is not JSON
             return False
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -208,7 +208,7 @@ def _is_selection(value: object) -> bool:
 
 
 def _answer(value: object) -> object:
-    """An answer without what it is wrapped in."""
+    """An answer without its wrappers."""
     if isinstance(value, str) and '"selected"' in value[:40]:
         value = json.loads(value)
     if isinstance(value, list) and len(value) == 1 and not _is_ranking(value):

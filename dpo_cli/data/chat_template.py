@@ -1,4 +1,4 @@
-"""Chat templates under a bound: they are code from strangers, and a sandbox alone lets them run and grow without end."""
+"""Chat templates with limits: they are untrusted code, and a sandbox alone does not limit their time and memory."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SECONDS = 3.0  # one conversation takes milliseconds
-MAX_BYTES = 1 << 30  # of memory beyond what the process has
-# What Python raises for a template that divides by zero, calls itself without end, or nests more than Python compiles.
+MAX_BYTES = 1 << 30  # of memory in addition to what the process has
+# What Python raises for a template that divides by zero, recurses without end, or nests deeper than Python compiles.
 FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
-AGAIN_SECONDS = 1.0  # until the next signal, should a library have lost one
-GROWTH = 16  # a template adds markers to a conversation; what is so many times as long is no rendering of it
+AGAIN_SECONDS = 1.0  # until the next signal, if a library lost one
+GROWTH = 16  # a template adds markers to a conversation; a text this many times as long is not a rendering of it
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Stop the Python code inside after `MAX_SECONDS`, or when it asks for a gibibyte; `InvalidInput` says which.
+    """Stop the Python code inside after `MAX_SECONDS`, or if it needs more than a gibibyte; `InvalidInput` says which.
 
-    The clock is a signal, which only the main thread can have, and Windows does not; the memory is bounded on Linux. Only
-    rendering belongs inside: a library of another language may end the process when it gets no memory.
+    The clock is a signal, so it needs the main thread, and not Windows; memory is limited on Linux. Only rendering belongs
+    inside: a native library may end the process when it gets no memory.
     """
     has_clock = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
     has_limit = sys.platform == "linux" and resource is not None
@@ -57,9 +57,9 @@ def bounded() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS, AGAIN_SECONDS)
         yield
     except _TooSlow:
-        _refuse(f"does not end within {MAX_SECONDS:g} s")
+        _refuse(f"does not finish within {MAX_SECONDS:g} s")
     except MemoryError:
-        _refuse(f"asks for more than {MAX_BYTES >> 30} GiB of memory")
+        _refuse(f"needs more than {MAX_BYTES >> 30} GiB of memory")
     finally:
         if has_clock:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -71,8 +71,8 @@ def bounded() -> Iterator[None]:
 class ChatTemplate:
     """The chat template of a tokenizer: messages to text, as transformers 5.17 renders them. No other place renders one.
 
-    `day` is what `strftime_now` writes: a run renders the same text on every day. Tool arguments are given as objects, or as
-    JSON text to a template that joins texts.
+    `day` is the date of `strftime_now`, so that a run renders the same text on every day. Tool arguments are objects, or JSON
+    text for a template that joins texts.
     """
 
     def __init__(self, sources: str | Mapping[str, str], tokens: Mapping[str, object], day: date | None = None) -> None:
@@ -84,7 +84,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> ChatTemplate | None:
-        """The template of a tokenizer, where it has one."""
+        """The template of a tokenizer, None if it has none."""
         if tokenizer.chat_template is None:
             return None
         return cls(tokenizer.chat_template, tokenizer.special_tokens_map, day)
@@ -99,9 +99,9 @@ class ChatTemplate:
         return "strftime_now" in self.source
 
     def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, **options: bool | str) -> str:
-        """The rendered conversation, under the bound; the template writes its own BOS.
+        """The rendered conversation, within the limits; the template writes its own BOS.
 
-        `TemplateError` where the template refuses the conversation, `TemplateFailed` where it fails on it.
+        `TemplateError` if the template rejects the conversation, `TemplateFailed` if it fails on it.
         """
         has_calls = any(message.get("tool_calls") for message in messages)
         if has_calls and self._wants_text is None:
@@ -111,7 +111,7 @@ class ChatTemplate:
     def _rendered(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None, options: Mapping[str, object], as_text: bool | None
     ) -> str:
-        """With the arguments of tool calls as JSON text or as objects; None where there are none."""
+        """The conversation with the arguments of tool calls as JSON text or as objects; None without tool calls."""
         said = sum(len(str(message)) for message in messages) + len(str(tools))
         variables = {**self.tokens, "add_generation_prompt": False, "documents": None, **options}
         try:
@@ -121,7 +121,7 @@ class ChatTemplate:
         except FAILURES as error:
             raise TemplateFailed(f"{type(error).__name__}: {error}") from error
         except TemplateError as error:
-            if type(error) is TemplateError:  # which the template raises itself, about what it does not take
+            if type(error) is TemplateError:  # raised by the template itself
                 raise
             raise TemplateFailed(f"{type(error).__name__}: {error}") from error
         check_size(text, said)
@@ -130,18 +130,18 @@ class ChatTemplate:
     def _template(self, tools: Sequence[Tool] | None) -> Template:
         name = "tool_use" if tools is not None and "tool_use" in self.sources else "default"
         if name not in self.sources:
-            raise TemplateError(f"the tokenizer has the templates {', '.join(sorted(self.sources))}, and none is the default")
+            raise TemplateError(f"the tokenizer has no default template, only {', '.join(sorted(self.sources))}")
         if name not in self._compiled:
             self._compiled[name] = _environment(self.day).from_string(self.sources[name])
         return self._compiled[name]
 
     def _joins_text(self, messages: Sequence[Message], tools: Sequence[Tool] | None) -> bool:
-        """Whether arguments must be JSON text: objects fail, or come out as Python writes them, and text comes out once."""
+        """Whether arguments must be JSON text: objects fail or are written in Python's notation, and text appears once."""
         as_object, as_text = (self._probed(messages, tools, as_text) for as_text in (False, True))
         return not _is_once(as_object) and _is_once(as_text)
 
     def _probed(self, messages: Sequence[Message], tools: Sequence[Tool] | None, as_text: bool) -> str:
-        """The conversation with arguments of our own; empty where the template fails on it."""
+        """The conversation with probes as arguments; empty if the template fails on it."""
         probed: list[Message] = [
             {**message, "tool_calls": [_with_probe(call) for call in message["tool_calls"]]}
             if message.get("tool_calls")
@@ -166,12 +166,12 @@ def _with_probe(call: ToolCall) -> ToolCall:
 
 
 def _is_once(text: str) -> bool:
-    """Whether the probe stands in a rendering, and neither encoded twice nor in Python's notation."""
+    """Whether a rendering holds the probe, neither encoded twice nor in Python's notation."""
     return PROBE in text and f'\\"{PROBE}' not in text and f"{{'{PROBE}" not in text
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what an assistant says; it renders as what is inside."""
+    """`{% generation %}` marks text of the assistant; it renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -181,7 +181,7 @@ class _Generation(Extension):
 
 
 def _environment(day: date) -> ImmutableSandboxedEnvironment:
-    """Jinja as transformers sets it up (utils/chat_template_utils.py), which needs no torch here; its clock stands at `day`."""
+    """Jinja as transformers sets it up (utils/chat_template_utils.py), but without torch; its clock shows `day`."""
 
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
@@ -204,13 +204,13 @@ def _environment(day: date) -> ImmutableSandboxedEnvironment:
 
 
 def check_size(text: str, said: int) -> None:
-    """Refuse a rendering of more than `GROWTH` times the `said` characters and some for markers and tools."""
+    """Reject a rendering of more than `GROWTH` times the `said` characters, plus some for markers and tools."""
     if len(text) > GROWTH * said + 1_000_000:
-        _refuse(f"makes {len(text):,} characters of {said:,}")
+        _refuse(f"turns {said:,} characters into {len(text):,}")
 
 
 class _TooSlow(BaseException):
-    """No `Exception`: jinja computes constants while it compiles, passes over what that raises, and computes them again."""
+    """Not an `Exception`: jinja computes constants while it compiles, ignores exceptions there, and computes them again."""
 
 
 def _too_slow(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What becomes of every column of a dataset: what it is read as, that it is not read, and what an unread one may have meant."""
+"""What each column of a dataset is read as, and findings about columns that are not read."""
 
 from __future__ import annotations
 
@@ -33,37 +33,37 @@ WHOLE = (
     "prompt and chosen",
     "earlier turns",
     "tools",
-)  # meanings of columns of which nothing is left out
+)  # meanings of columns that are read completely
 MARKS = ("weight", "train", "loss", "trainable")  # keys of a message
-# By code: what is wrong with the column, and what to do.
+# By code: the problem of the column, and what to do.
 FINDINGS = {
     "column-unread": (
-        'column "{}" may be a part of the prompt or of the response, and is not read',
+        'column "{}" is not read, but may be part of the prompt or of the response',
         'put its text into the prompt or the response, name it in "columns" (as prompt, system or tools), or delete the column',
     ),
     "media-unread": (
-        'column "{}" holds images, audio or video, and is not read: a text model learns to speak of what it cannot see',
-        "leave out the rows that need them, or put what they show into the prompt as text",
+        'column "{}" holds images, audio or video, which a text model cannot see, and is not read',
+        "delete the rows that need them, or describe them in the prompt",
     ),
     "media-marker": (
-        "the text holds the marker {} of what a text model is not given",
-        "leave out the rows that need it, or put what it shows into the prompt as text",
+        "the text holds the marker {}, but a text model gets no images, audio or video",
+        "delete the rows that need it, or describe its content in the prompt",
     ),
     "scores-contradict": (
-        "by {} the rejected response is better than the chosen one",
-        "exchange the two responses, or delete the row",
+        "{} rate the rejected response higher than the chosen one",
+        "swap the two responses, or delete the row",
     ),
-    "scores-tie": ("by {} chosen and rejected are equally good", "delete the row, unless the order is known to be right"),
+    "scores-tie": ("{} rate chosen and rejected the same", "delete the row, unless you know that the order is right"),
     "label-suggested": (
-        "no person answered {} is taken as the answer",
-        "answer it in the tool that wrote the file, or delete the row, unless the machine is to be learned from",
+        "no person answered {} is used as the answer",
+        "answer it in the annotation tool, or delete the row, unless you want to train on the machine's answer",
     ),
     "null-arguments": (
-        "a tool call has arguments that are null: they are left out, as every key that is null",
-        "delete them, or write a text where the model is to learn that value",
+        "a tool call has null arguments, which are omitted like every null key",
+        "delete them, or write a text if the model must learn that value",
     ),
     "label-unwanted": (
-        '"{}" says that the response is not wanted, and sft learns it like any other',
+        '"{}" marks the response as unwanted, but sft trains on it like on any other',
         "delete the row, or train on pairs with strategy dpo",
     ),
 }
@@ -76,9 +76,9 @@ class Account:
 
     def __init__(self, columns: Columns, demonstrations: bool) -> None:
         self.columns, self.demonstrations = columns, demonstrations
-        self.shapes: Counter[str] = Counter()  # those that are not written as documented
-        self.read: dict[str, str] = {}  # by column what it is read as
-        self.seen: dict[str, None] = {}  # every column, in the order in which they come
+        self.shapes: Counter[str] = Counter()  # the shapes that differ from the documented one, with their rows
+        self.read: dict[str, str] = {}  # by column, its meaning
+        self.seen: dict[str, None] = {}  # every column, in order of appearance
         self._kinds: dict[
             tuple[str | None, tuple[str, ...], tuple[str, ...]], tuple[str, ...]
         ] = {}  # columns to look at, by kind of row
@@ -110,7 +110,7 @@ class Account:
         self._compare_scores(row)
 
     def _meet(self, row: Read) -> tuple[str, ...]:
-        """Remember the columns of a kind of row; those whose values are to be looked at."""
+        """Remember the columns of a kind of row, and return those whose values must be checked."""
         reads = row.reads()
         for name in row.written:
             theirs = self._theirs(row.origin.get(name, name))
@@ -119,7 +119,7 @@ class Account:
                 self.read[theirs] = reads[name]
             elif name in row.origin and reads.get(name, "") not in self.read.get(
                 theirs, ""
-            ):  # a column of an export holds several
+            ):  # a column of an export may hold several
                 self.read[theirs] += f", {reads[name]}"
         looked = [name for name in row.written if is_media(name) or (is_prompt_like(name) and reads.get(name) not in WHOLE)]
         if self.demonstrations:
@@ -127,7 +127,7 @@ class Account:
         return tuple(dict.fromkeys(looked))
 
     def _theirs(self, name: str) -> str:
-        """What the data calls a column that "columns" gives one of our names."""
+        """The name in the data of a column that "columns" renames."""
         theirs = self.columns.get(name) if name not in OURS else None
         return theirs if isinstance(theirs, str) else name
 
@@ -148,20 +148,20 @@ class Account:
                 self._note("column-unread", name, row)
 
     def _look_at_suggestions(self, row: Read) -> None:
-        """Answers of a machine that say which response is better."""
+        """Note a machine's answers to which response is better."""
         reads = row.reads()
         for name, by in row.suggested.items():
-            if name in reads or name not in row.written:  # a ranking is no column any more
+            if name in reads or name not in row.written:  # a ranking is no longer a column
                 self._note("label-suggested", f'"{name}": {by}', row)
 
     def _look_at_calls(self, row: Read) -> None:
-        """Arguments of a tool call that are null in the file; those of a table are its padding, and gone when it is read."""
+        """Note null arguments of a tool call; those of a table are padding, which is removed when it is read."""
         reads = row.reads()
         if any(has_null_arguments(value) for name, value in row.written.items() if reads.get(name, "tools") != "tools"):
             self._note("null-arguments", "", row)
 
     def _look_at_marks(self, row: Read) -> None:
-        """Keys of a message by which other tools leave it out of the loss."""
+        """Note keys of a message that exclude it from the loss in other tools."""
         for text in row.rows[0].responses:
             for turn in text if isinstance(text, list) else []:
                 for mark in MARKS:
@@ -169,7 +169,7 @@ class Account:
                         self._note("label-unwanted", f"{mark} of a message", row)
 
     def _compare_scores(self, row: Read) -> None:
-        """Scores of both responses against their order."""
+        """Compare the scores of both responses with their order."""
         if self.demonstrations or len(row.rows) != 1 or len(row.first) == 3:
             return
         for chosen, rejected in _score_pairs(tuple(row.first)):
@@ -180,7 +180,7 @@ class Account:
             above = -above if any(word in RANKS for word in _words(chosen)) else above
             if above <= 0:
                 names = [chosen, rejected]
-                if chosen not in row.written:  # of responses that are not called so in the file
+                if chosen not in row.written:  # the file has other names for the responses
                     names = [name for name, meaning in row.reads().items() if meaning == "score"] or ["their scores"]
                 self._note("scores-contradict" if above < 0 else "scores-tie", " and ".join(names), row)
 
@@ -189,9 +189,9 @@ class Account:
         self.rows[code, self._theirs(row.origin.get(name, name)), first.file].append(first.line)
 
     def problems(self, key: str) -> Iterator[Problem]:
-        """What was found, at the end of the pass."""
+        """The problems, at the end of the pass."""
         for (code, name, file), lines in self.rows.items():
-            if code == "label-unwanted" and len(self._labels[name]) > 2:  # the classes of something else
+            if code == "label-unwanted" and len(self._labels[name]) > 2:  # classes of something else
                 continue
             reason, fix = FINDINGS[code]
             severity: Severity = "hint" if code in HINTS else "warning"
@@ -199,11 +199,11 @@ class Account:
         for name, stated in self.columns.items():
             for column in stated if isinstance(stated, list) else [stated]:
                 if name != "labels" and isinstance(column, str) and column not in self.seen:
-                    message = f'no row has a column "{column}", which "columns" names for {name}'
-                    yield Problem("warning", "column-missing", message, "correct its name, or leave it out", "columns")
+                    message = f'"columns" names "{column}" for {name}, but no row has such a column'
+                    yield Problem("warning", "column-missing", message, "correct the name, or remove it", "columns")
 
     def to_json(self) -> dict[str, object]:
-        """Which columns are read as what, and which are not read."""
+        """The columns with their meanings, and the columns that are not read."""
         return {"read": self.read, "unread": [name for name in self.seen if name not in self.read]}
 
 
@@ -214,7 +214,7 @@ def _may_be_label(name: str) -> bool:
 def _is_score(value: Any) -> TypeGuard[str | float]:
     try:
         return not isinstance(value, bool | Mapping | list) and float(value) == float(value)
-    except (TypeError, ValueError):  # a text or nothing: no score
+    except (TypeError, ValueError):  # a text or null is not a score
         return False
 
 

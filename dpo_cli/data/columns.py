@@ -1,4 +1,4 @@
-"""What the columns of a row are called: which make up its prompt, and what a column that is not read may mean by its name."""
+"""Names of columns: those of the prompt and the responses, and the likely meaning of unread ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dpo_cli.data.messages import BadRow, Message, Text, message_of
 from dpo_cli.data.transcripts import as_messages
 
 Row = Mapping[str, object]
-Columns = Mapping[str, Any]  # the option "columns", whose values schema.json has checked
+Columns = Mapping[str, Any]  # the option "columns", checked by schema.json
 
 SYSTEMS = ("system", "system_prompt", "system_message")
 QUESTIONS = ("question", "instruction", "query", "input")
 CONVERSATIONS = ("conversations", "messages")
-PROMPTS = ("prompt", *CONVERSATIONS, *QUESTIONS)  # the first that a row has
-JOINED = ("input", "context")  # what an instruction or a question is about, below it
+PROMPTS = ("prompt", *CONVERSATIONS, *QUESTIONS)  # the first one in a row is used
+JOINED = ("input", "context")  # text that follows an instruction or a question
 COMPLETIONS = ("completion", "response", "output", "answer")
 RESPONSES = (  # columns of the better and the worse response
     ("chosen", "rejected"),
@@ -25,20 +25,20 @@ RESPONSES = (  # columns of the better and the worse response
     ("response", "rejected_response"),
     ("response_j", "response_k"),  # as in stack-exchange-paired
 )
-OURS = ("responses", "preferred", "scores", "labels")  # keys of "columns" that name no single column of the documented form
+OURS = ("responses", "preferred", "scores", "labels")  # keys of "columns" that do not rename a single documented column
 
 PROMPT_WORDS = frozenset(
     """prompt prompts context contexts history passage passages background document documents persona input inputs instruction
     instructions question questions query system preamble preface turns conversation conversations messages dialogue""".split()  # noqa: SIM905
 )
-# Words that end the names of what is offered to the model or what it thinks, where nothing reads them.
+# Last words of the names of columns with tools, choices or reasoning that nothing reads.
 MORE_PROMPT = r"(?i)(.*[ _.-])?(tools?|functions?|choices|thoughts?|thinking|reasoning|cot|reason(ing)?[ _.-]steps?)"
-NOTHING = frozenset(["nan", "none", "null"])  # what a table holds where a cell was empty
+NOTHING = frozenset(["nan", "none", "null"])  # text of empty cells in a table
 SYSTEM_START = r"(?i)(system|sys|developer)[ _-]?(prompt|message|msg|instruction)s?"
 MEDIA = r"(?i)(.*[ _-])?(image|img|picture|photo|pixel_value|audio|video)s?([ _-](path|file|url|byte)s?)?"
 MARKERS = re.compile(r"<\|?(image|audio|video)(?:[_ ]?\d+)?\|?>")
 SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "rank", "ranks", "votes", "overall", "grade", "winner")
-RANKS = ("rank", "ranks")  # the lowest is the best
+RANKS = ("rank", "ranks")  # the lowest value is the best
 TEXTS = ("content", "value", "text", "function", "name")  # keys of an object that hold its text
 WANTED = frozenset(
     """label labels liked good is_good wanted desirable is_desirable accepted preferred is_preferred approved feedback thumbs
@@ -52,7 +52,7 @@ YES = frozenset("true 1 yes".split())  # noqa: SIM905
 
 
 def asked(row: Row, names: tuple[str, ...] = PROMPTS) -> tuple[object, tuple[str, ...]] | None:
-    """The prompt of a row, not checked yet, and the columns that it stands in: an instruction and its input are joined."""
+    """The prompt of a row, not checked yet, and its columns: an instruction and its input are joined."""
     main = "prompt" if "prompt" in row else next((name for name in names if name in row), None)
     if main is None:
         return None
@@ -69,8 +69,8 @@ def asked(row: Row, names: tuple[str, ...] = PROMPTS) -> tuple[object, tuple[str
 
 
 def answered(row: Row) -> tuple[str, str] | None:
-    """The columns of the better and the worse response, where a row has both."""
-    for pair in RESPONSES:  # a loop, since this is asked of every row
+    """The columns of the better and the worse response, if a row has both."""
+    for pair in RESPONSES:  # a loop, because this runs for every row
         if pair[0] in row and pair[1] in row:
             return pair
     return None
@@ -82,7 +82,7 @@ def system_column(row: Row) -> str | None:
 
 
 def tools_column(row: Row) -> str | None:
-    """The column of the tools: "functions" too, as OpenAI called them, where it holds such."""
+    """The column of the tools; also "functions", their old name at OpenAI, if it holds tools."""
     if "tools" in row:
         return "tools" if not says_nothing(row["tools"]) else None
     functions = row.get("functions")
@@ -94,12 +94,12 @@ def tools_column(row: Row) -> str | None:
 
 
 def says_nothing(value: object) -> bool:
-    """Whether a cell is empty, also in the words of pandas and Python."""
+    """Whether a cell is empty, also as pandas and Python write it."""
     return isinstance(value, str) and (not value.strip() or value.strip().lower() in NOTHING)
 
 
 def with_history(prompt: Text, history: object) -> Text:
-    """The prompt after the earlier turns of the row: messages, or [question, answer] lists, as LLaMA-Factory has them."""
+    """The prompt after the earlier turns of the row: messages, or [question, answer] lists as in LLaMA-Factory."""
     if not history or says_nothing(history):
         return prompt
     if not isinstance(history, list):
@@ -111,7 +111,7 @@ def with_history(prompt: Text, history: object) -> Text:
         elif isinstance(turn, Mapping):
             turns.append(message_of(turn, "history"))
         else:
-            raise BadRow("row-history", '"history" holds neither messages nor [question, answer] lists')
+            raise BadRow("row-history", '"history" holds a value that is neither a message nor a [question, answer] list')
     messages = as_messages(prompt, "user")
     systems = [message for message in messages[:1] if message["role"] == "system"]
     return [*systems, *turns, *messages[len(systems) :]]
@@ -119,26 +119,26 @@ def with_history(prompt: Text, history: object) -> Text:
 
 @functools.cache
 def is_prompt_like(name: str) -> bool:
-    """Whether a column is called like a part of a prompt."""
+    """Whether a column has a name like a part of a prompt."""
     words = re.split(r"[ _.-]", name.lower())
     return words[-1] in PROMPT_WORDS or any(re.fullmatch(pattern, name) for pattern in (SYSTEM_START, MORE_PROMPT))
 
 
 @functools.cache
 def is_media(name: str) -> bool:
-    """Whether a column is called like pictures, sound or films."""
+    """Whether a column has a name like images, audio or video."""
     return re.fullmatch(MEDIA, name) is not None
 
 
 def is_shown(value: object) -> bool:
-    """Whether a value of a column that is called like pictures, sound or films may hold some: not where it is a number."""
+    """Whether a value of such a column may hold media: numbers and false do not."""
     if isinstance(value, str):
         return re.fullmatch(r"[\d.]*", value.strip()) is None and value.strip().lower() not in ("false", "no")
     return value is True or not isinstance(value, int | float)
 
 
 def texts_in(value: object) -> list[str]:
-    """All texts within a value: itself, or those of its messages, turns and parts; of tools their names."""
+    """All texts in a value: a text itself, those of messages, turns and parts, and the names of tools."""
     if isinstance(value, str):
         return [value.strip()] if value.strip() else []
     if isinstance(value, Mapping):
@@ -147,6 +147,6 @@ def texts_in(value: object) -> list[str]:
 
 
 def says_no(name: str, value: object) -> bool:
-    """Whether a label says that its row is not wanted."""
+    """Whether a label marks its row as unwanted."""
     word = str(value).strip().lower()
     return (name.lower() in WANTED and word in NO) or (name.lower() in UNWANTED and word in YES)

@@ -1,16 +1,16 @@
-"""Rows with several responses and what says which is better: a label, votes or scores.
+"""Rows with several responses, and a label, votes or scores that say which is better.
 
 response_a  response_b  winner             a label: a number, a letter, left or right, or the name of a column
-response_1  response_2  preference         of which whole files tell whether numbers count from 0 or from 1
+response_1  response_2  preference         the whole file shows whether numbers count from 0 or from 1
 answer_0    answer_1    score_0  score_1   a score for each; or votes (winner_model_a, winner_model_b)
 responses   scores                         lists of the same length
 completions                                objects with a text and a score or a rank
 
-A label is taken by its name: a usual one, or another with a word that says better (gold_choice) and a value that names a
-response. Scores are, too: `score_1` before `style_score_1`, and none whose name says that more of it is no merit (toxicity).
+A label is found by its name: a usual one, or one with a word for better (gold_choice) and a value that names a response.
+Scores are found by name too: `score_1` before `style_score_1`, and never a score where high is bad (toxicity).
 
-A label makes a pair of the preferred response and each other one, scores make one of the best and the lowest. Which columns
-these are the names tell, or `columns`: {"responses": ["one", "two"], "preferred": "label", "labels": ["A", "B"]}.
+A label makes a pair of the preferred response and each other one; scores make one pair of the best and the lowest. The names
+show the columns, or `columns` does: {"responses": ["one", "two"], "preferred": "label", "labels": ["A", "B"]}.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dpo_cli.data.text_features import compiled
 STEMS = frozenset(
     """response responses output answer completion generation candidate reply summary text ref conversation chat""".split()  # noqa: SIM905
 )
-DIALOGUES = ("conversation", "chat")  # which hold the prompt too
+DIALOGUES = ("conversation", "chat")  # they hold the prompt too
 LISTS = (
     "responses",
     "completions",
@@ -68,7 +68,7 @@ SIGNED = ("overall_preference", "preference_strength")  # HelpSteer: below 0 the
 PROMPT_NAMES = (*PROMPTS, "history", "context", "post", "article", "document", "info")
 TEXT_KEYS = ("response", "text", "answer", "completion", "output", "content", "generation", "generated_text", "summary")
 SCORE_KEYS = ("overall_score", "score", "rating", "reward", "rank", "votes", "fine-grained_score", "annotations")
-LONGEST_NAME = 40  # characters of a value that may name a response
+LONGEST_NAME = 40  # maximum characters of a value that names a response
 LETTERS = "abcdefgh"
 NOUNS = "model response answer output option assistant system candidate completion choice text summary conversation".split()  # noqa: SIM905
 LABEL_STUDIO = frozenset(["lead_time", "annotation_id"])  # columns of its tables
@@ -84,7 +84,7 @@ _BETTER = (
     r"|favou?r\w*|verdict|correct"
 )
 _WORSE = r"los[est]\w*|worse|worst|reject\w*|bad|least|less|not|non|dis\w*|un\w*|wrong|incorrect|inferior"
-# Of these a high score is no merit.
+# For these a high score is bad.
 _NO_MERIT = (
     r"toxic\w*|harm(?!less)\w*|unsafe\w*|risk\w*|bias\w*|hate\w*|offens\w*|violence|violations?|hallucinat\w*|loss|losses|errors?"
     r"|perplexity|ppl|penalty|lengths?|long\w*|short\w*|len|tokens?|words?|chars?|characters|verbos\w*|complex\w*|repetit\w*|distance|latency|time|cost"
@@ -94,25 +94,27 @@ _MEMBER = re.compile(r"(?P<stem>.*?)(?P<gap>[ _.-]?)(?P<which>\d{1,2}|[a-hA-H]|l
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the responses of a row stand, and what says which is better."""
+    """The columns of the responses of a row, and of the label or scores that say which is better."""
 
-    prompt: tuple[str, ...]  # its columns; none where the responses are conversations that start with it
+    prompt: tuple[str, ...]  # its columns; empty if the responses are conversations that start with it
     responses: tuple[str, ...]  # their columns, or one that holds a list
     label: str | None
-    scores: tuple[str, ...]  # as responses; empty where the responses are objects that hold them
-    which: tuple[str, ...]  # what tells the responses apart in the names of their columns
-    labels: tuple[tuple[str, ...], ...] = ()  # by response the values that mean it; one more: those of a tie
+    scores: tuple[str, ...]  # like responses; empty if the responses are objects with scores
+    which: tuple[str, ...]  # the part of the column names that differs between the responses
+    labels: tuple[tuple[str, ...], ...] = ()  # for each response the label values that mean it, then those of a tie
     start: int | None = None  # the number that means the first response
 
     @property
     def says(self) -> str:
-        """How such rows are read, in words."""
+        """A sentence that says how such rows are read."""
         what = " and ".join(self.responses)
         if self.label is None:
-            by = " and ".join(self.scores) or "their scores or ranks"
-            return f"scored responses: of {what} the best by {by} is chosen, the lowest rejected; ties are left out"
+            by = " and ".join(self.scores) or "score or rank"
+            return (
+                f"scored responses: the one of {what} with the highest {by} is chosen, the lowest is rejected; ties are skipped"
+            )
         if self.label in SIGNED:
-            return f"comparisons: {self.label} below 0 prefers {self.responses[0]}, above 0 {self.responses[-1]}; 0 is left out"
+            return f"comparisons: {self.label} below 0 prefers {self.responses[0]}, above 0 {self.responses[-1]}; 0 is skipped"
         names = self._names()
         if self.labels:
             means = ", ".join(f"{' or '.join(values)} means {name}" for values, name in zip(self.labels, names, strict=False))
@@ -120,20 +122,20 @@ class Layout:
             means = ", ".join(f"{self.start + i} means {name}" for i, name in enumerate(names))
         else:
             means = f"the name or letter of one of {what}"
-        each = "" if len(self.responses) == 2 else "; it is chosen against each other one"
-        return f"comparisons: {self.label} says which response is preferred ({means}){each}; ties are left out"
+        each = "" if len(self.responses) == 2 else "; it makes a pair with each other response"
+        return f"comparisons: {self.label} says which response is preferred ({means}){each}; ties are skipped"
 
     def _names(self) -> Sequence[str]:
         return self.responses if len(self.responses) > 1 else [f"{self.responses[0]}[{i}]" for i in range(2)]
 
     @property
     def reads(self) -> dict[str, str]:
-        """What each column is read as."""
+        """The meaning of each column."""
         named = {**dict.fromkeys(self.responses, "response"), **dict.fromkeys(self.scores, "score")}
         return {**named, **({self.label: "label"} if self.label else {}), **dict.fromkeys(self.prompt, "prompt")}
 
     def rows(self, row: Row) -> list[Row]:
-        """The pairs of a row, written as documented; or `BadRow`."""
+        """The pairs of a row in the documented form, or `BadRow`."""
         answers = self._answers(row)
         scores = self._scores(row)
         if self.label is not None:
@@ -142,39 +144,37 @@ class Layout:
         else:
             scored = [i for i, score in enumerate(scores) if score is not None]
             if len(scored) < 2:
-                raise BadRow("row-one-response", "fewer than two responses have a score, so there is nothing to compare")
+                raise BadRow("row-one-response", "fewer than two responses have a score")
             best = max(scored, key=lambda i: scores[i] or 0.0)
             others = [min(scored, key=lambda i: scores[i] or 0.0)]
             if scores[best] == scores[others[0]]:
-                raise BadRow("row-tie", "the responses are scored alike, so none is preferred")
+                raise BadRow("row-tie", "all responses have the same score")
         own = self.reads.keys() - {"messages", "conversations"} if not self.prompt else self.reads.keys()
         base = {name: value for name, value in row.items() if name not in own}
         if self.prompt:
             base["prompt"] = prompt_of(row)
-        return [{**base, "chosen": answers[best], "rejected": answers[i], **_told(scores, best, i)} for i in others]
+        return [{**base, "chosen": answers[best], "rejected": answers[i], **_pair_scores(scores, best, i)} for i in others]
 
     def _answers(self, row: Row) -> list[object]:
         """The responses of a row as texts or messages."""
         if len(self.responses) > 1:
             missing = [name for name in self.responses if name not in row]
             if missing:
-                raise BadRow("row-missing-key", f"no {' and no '.join(missing)}")
+                raise BadRow("row-missing-key", f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
             return [row[name] for name in self.responses]
         return [_text_within(value) for value in self._listed(row)]
 
     def _listed(self, row: Row) -> list[object]:
-        """The responses of a row as they stand in its list."""
+        """The list of responses of a row."""
         values = row.get(self.responses[0])
         if not isinstance(values, list):
             raise BadRow("row-wrong-type", f"{self.responses[0]} is {type(values).__name__}, not a list of responses")
         if len(values) < 2:
-            raise BadRow(
-                "row-one-response", f"{self.responses[0]} holds fewer than two responses, so there is nothing to compare"
-            )
+            raise BadRow("row-one-response", f"{self.responses[0]} holds fewer than two responses")
         return values
 
     def _scores(self, row: Row) -> list[float | None]:
-        """A score for each response, higher for the better; none at all where the row has no scores."""
+        """A score for each response, higher is better; empty if the row has no scores."""
         if len(self.responses) == 1 and not self.scores:
             return [_score_within(value) if isinstance(value, Mapping) else None for value in self._listed(row)]
         if len(self.scores) > 1:
@@ -187,7 +187,7 @@ class Layout:
         return [_number(value, self.scores[0]) for value in values]
 
     def _preferred(self, row: Row, answers: list[object]) -> int:
-        """The position of the response that the label prefers; of several votes, that of the most."""
+        """The position of the response that the label prefers, or that has the most votes."""
         assert self.label is not None
         value = row.get(self.label)
         if value is None or value == "" or value == []:
@@ -195,11 +195,11 @@ class Layout:
         votes = Counter(self._meant(vote, answers) for vote in (value if isinstance(value, list) else [value]))
         (best, most), *rest = votes.most_common()
         if best is None or (rest and rest[0][1] == most):
-            raise BadRow("row-tie", "the label prefers no response")
+            raise BadRow("row-tie", "the label is a tie")
         return best
 
     def _meant(self, value: object, answers: list[object]) -> int | None:
-        """The position that a value of the label means; None of a tie."""
+        """The position that a value of the label means; None for a tie."""
         said = plain_value(value)
         for position, values in enumerate(self.labels):
             if said in values:
@@ -220,18 +220,19 @@ class Layout:
                     return (number or 0) - self.start
             elif value in answers:
                 return answers.index(value)
-        raise BadRow("row-label", f'"{self.label}" has a value whose meaning is not known', repr(value)[:60])
+        raise BadRow("row-label", f'"{self.label}" has an unknown value', repr(value)[:60])
 
     def _unclear(self) -> str:
         one, other = self._names()[:2]
         return (
-            f'the values of "{self.label}" do not tell which of {one} and {other} they mean (numbers count from 0 or from 1, '
-            'or are a scale): say it with "columns": {"labels": [0, 1]} or {"labels": [1, 2]}, a value for each response in '
-            'this order; or {"labels": [[1, 2], [4, 5], 3]}, several for each, and one for ties'
+            f'the numbers of "{self.label}" may count from 0 or from 1, or be a scale, so they do not show which of {one} and '
+            f"{other} they mean: "
+            'write "columns": {"labels": [0, 1]} or {"labels": [1, 2]}, one value for each response '
+            'in this order, or {"labels": [[1, 2], [4, 5], 3]}, several values for each, and one for ties'
         )
 
     def _named(self, said: str) -> int | None:
-        """The position of a response by the name of its column, or what stands for it there; else by its letter or side."""
+        """The position of a response by the name of its column or a part of it; else by its letter or side."""
         names = [plain_value(name) for name in self.responses] if len(self.responses) > 1 else []
         if said in names:
             return names.index(said)
@@ -252,7 +253,7 @@ class Layout:
 
 
 def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> Layout | None:
-    """How a row is laid out, if it is a comparison; `more_labels` are columns of any name that may be the label."""
+    """The layout of a row if it is a comparison; `more_labels` are columns of any name that may be the label."""
     stated = columns.get("responses") is not None
     responses, which = (_stated(columns["responses"]), ()) if stated else _family(row) or _list(row) or ((), ())
     if not responses:
@@ -278,11 +279,11 @@ def layout_of(row: Row, columns: Columns, more_labels: Sequence[str] = ()) -> La
 
 
 def members_named(row: Row, values: Sequence[object]) -> tuple[str, ...] | None:
-    """The columns of the responses that these values name, each another one; None where the values are something else."""
+    """The different columns of responses that these values name; None if they are something else."""
     if any((isinstance(value, str) and len(value) >= LONGEST_NAME) or not isinstance(value, str | int) for value in values):
         return None
     own = tuple(name for name in map(str, values) if isinstance(row.get(name), str | list) and name not in PROMPT_NAMES)
-    if len(set(own)) == len(values):  # columns called like the models that wrote them
+    if len(set(own)) == len(values):  # columns named after the models that wrote them
         return own
     responses, which = _family(row) or ((), ())
     trial, said = Layout((), responses, None, (), which), [plain_value(value) for value in values]
@@ -292,9 +293,9 @@ def members_named(row: Row, values: Sequence[object]) -> tuple[str, ...] | None:
 
 
 def start_of(layouts: Iterable[tuple[Layout, Row]]) -> int | None:
-    """The number by which all labels of a file together call the first response.
+    """The number of the first response, by all labels of a file together.
 
-    None where they do not tell, or where another number or a fraction says that they are a scale.
+    None if they do not show it, or if other numbers or fractions show that they are a scale.
     """
     numbers: set[int] = set()
     most, has_fractions = 2, False
@@ -312,7 +313,7 @@ def start_of(layouts: Iterable[tuple[Layout, Row]]) -> int | None:
 
 
 def prompt_of(row: Row) -> object:
-    """The prompt of a comparison; posts of TL;DR as OpenAI prompted with them."""
+    """The prompt of a comparison; for posts of TL;DR the prompt of OpenAI."""
     asking = asked(row, PROMPT_NAMES)
     prompt = asking[0] if asking is not None else None
     if isinstance(prompt, Mapping):
@@ -352,7 +353,7 @@ def _labels(columns: Columns, label: str | None, responses: tuple[str, ...]) -> 
 
 
 def _family(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """(columns, what tells them apart) of the responses that are numbered in their names: response_1, response_2."""
+    """(columns, their numbers or letters) of responses with numbered names: response_1, response_2."""
     families: dict[tuple[str, str], dict[str, str]] = {}
     for name, value in row.items():
         member = _MEMBER.fullmatch(name)
@@ -376,7 +377,7 @@ def _list(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
 
 
 def _score_columns(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> tuple[str, ...]:
-    """The columns of scores that go with the responses: those called only so come first; of several others none is taken."""
+    """The score columns of the responses: plain names first; None if several others are possible."""
     if len(responses) == 1:
         column = next((name for name in SCORES if isinstance(row.get(name), list)), None)
         return (column,) if column is not None else ()
@@ -409,7 +410,7 @@ def _says_worse(name: str) -> bool:
 
 
 def _asks_another_matter(name: str) -> bool:
-    """Whether a question asks for the worse response, or for what makes none the better one."""
+    """Whether a question asks for the worse response, or for something that does not make one better."""
     return _says_worse(name) or _has(_words(name), _NO_MERIT)
 
 
@@ -418,8 +419,8 @@ def _says_better(name: str) -> bool:
 
 
 def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: Sequence[str], search: bool) -> str | None:
-    """The column that says which response is preferred: a question that asks it, a usual name, the only question; else a
-    column whose name says "better" and whose value names a response. A value alone may name the worse one, or the first."""
+    """The column that says which response is preferred: a question for it, a usual name, or the only question; else a column
+    whose name has a word for better and whose value names a response. A value alone may name the worse or the first one."""
     questions = [name for name in more if name in row and name not in responses and not _asks_another_matter(name)]
     asking = [name for name in questions if _says_better(name) or name in LABELS]
     usual = [name for name in LABELS if name in row and name not in responses and isinstance(row[name], str | int | float)]
@@ -430,11 +431,11 @@ def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: S
         return label
     naming = _naming(row, responses, which).items()
     named = {name: place for name, place in naming if _says_better(name) or _is_side(row, name)}
-    return next(iter(named)) if len(set(named.values())) == 1 else None  # else they contradict each other
+    return next(iter(named)) if len(set(named.values())) == 1 else None  # else they contradict
 
 
 def _is_side(row: Row, name: str) -> bool:
-    """Whether a column is an answer to "which is better" in a table of Label Studio, where it has any name."""
+    """Whether a column is an answer to "which is better" in a Label Studio table, where it may have any name."""
     return not LABEL_STUDIO.isdisjoint(row) and plain_value(row[name]) in ORDINALS[0] and not _says_worse(name)
 
 
@@ -454,29 +455,29 @@ def _holds_scores(values: object) -> bool:
 
 
 def _can_be_short(row: Row, responses: tuple[str, ...]) -> bool:
-    """Whether the responses are surely those of a comparison, so that only what prefers one of them is missing."""
+    """Whether the responses are certainly those of a comparison that lacks its label."""
     return len(responses) > 1 and not any(name in row for name in (*COMPLETIONS, "text", "messages"))
 
 
 def _without_label(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> BadRow:
     what = " and ".join(responses)
-    reason = f'no label, score or vote says which of {what} is preferred: "columns": {{"preferred": ...}} can name it'
+    reason = f'no label, score or vote says which of {what} is preferred: name it with "columns": {{"preferred": ...}}'
     worse = next((name for name in _naming(row, responses, which) if _says_worse(name)), None)
     if worse is not None and len(responses) == 2:
         labels = f'["{responses[1]}", "{responses[0]}"]'
-        reason += f'; "{worse}" may name the worse one, which {{"preferred": "{worse}", "labels": {labels}}} says'
+        reason += f'; if "{worse}" names the worse one, write {{"preferred": "{worse}", "labels": {labels}}}'
     return BadRow("row-label", reason)
 
 
 def _text_within(value: object) -> object:
-    """A response of a list: a text or messages, or what an object holds of them."""
+    """A response of a list: a text, messages, or the text or messages inside an object."""
     if isinstance(value, Mapping) and "role" not in value and "from" not in value:
         value = next((value[key] for key in (*TEXT_KEYS, "messages") if value.get(key)), value)
     return value
 
 
 def _score_within(value: Mapping[str, object]) -> float | None:
-    """The score of an object; of annotations by aspect, as UltraFeedback has them, the mean of their ratings."""
+    """The score of an object; for annotations by aspect (UltraFeedback) the mean of the ratings."""
     name = next((key for key in SCORE_KEYS if value.get(key) not in (None, "N/A", "")), None)
     if name == "annotations":
         aspects = held.values() if isinstance(held := value[name], Mapping) else ()
@@ -491,17 +492,17 @@ def _is_number(value: object) -> TypeGuard[str | float]:
 
 
 def _number(value: object, name: str) -> float | None:
-    """A score, higher for the better: a rank counts down."""
+    """A score, higher is better; a rank is negated."""
     if value is None:
         return None
     if isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in ("true", "false")):
         return float(str(value).strip().lower() == "true")
     if not _is_number(value):
-        raise BadRow("row-score", f'"{name}" is no number', repr(value)[:40])
+        raise BadRow("row-score", f'"{name}" is not a number', repr(value)[:40])
     words = re.split(r"[ _.-]", name.lower())
     return -float(value) if any(word in RANKS for word in words) else float(value)
 
 
-def _told(scores: list[float | None], best: int, other: int) -> dict[str, float | None]:
-    """The scores of a pair beside its label, so that a label which they contradict is found."""
+def _pair_scores(scores: list[float | None], best: int, other: int) -> dict[str, float | None]:
+    """The scores of a pair, to find labels that contradict them."""
     return {"score_chosen": scores[best], "score_rejected": scores[other]} if scores else {}

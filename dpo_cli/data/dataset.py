@@ -1,8 +1,8 @@
-"""Files of rows to `Pair`s, as a stream: every bad row is named, and none stops the reading.
+"""Files of rows to `Pair`s, as a stream. Every bad row is reported, and none stops the reading.
 
-Memory does not grow with the file, but for a JSON list, which has no lines to read one by one, and where the rows are kept.
+Memory does not grow with the file, except for a JSON list, and if the rows are kept.
 
-A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet; text also in gzip), a folder of such files, or a list of those with
+A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet; text also as gzip), a folder of such files, or a list of these with
 weights.
 """
 
@@ -28,21 +28,21 @@ from dpo_cli.data.unreadable_files import fault
 from dpo_cli.errors import Problem, Severity, invalid
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 
-Named = str | Sequence[str | Mapping[str, Any]]  # what a config calls its data: a path, or paths and {"path", "weight"}
+Named = str | Sequence[str | Mapping[str, Any]]  # a config's data: a path, or paths and {"path", "weight"}
 
-TIE = "row-tie"  # the code of rows whose responses are equally good: these are left out, and never stop a training
-SMALL_BYTES = 16 << 20  # of files whose rows stay in memory: what looks at them once more reads nothing again
-SHOWN = 3  # of a group of bad rows, those whose own fault is told
-# What helps where no row can be deleted or left out.
+TIE = "row-tie"  # rows with equally good responses: they are skipped, and never stop a training
+SMALL_BYTES = 16 << 20  # the rows of smaller data stay in memory, so that a second look does not read the files again
+SHOWN = 3  # the number of bad rows of a group whose details are shown
+# Fixes for faults that are not in a single row.
 FIXES = {
-    "dataset-not-list": "write the rows between [ and ], with commas, or one a line into a file named .jsonl",
-    "row-not-gzip": "download the file, or pack it again",
+    "dataset-not-list": "write the rows between [ and ], with commas, or one per line into a .jsonl file",
+    "row-not-gzip": "download or compress the file again",
 }
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file, and how often each of its pairs is seen in an epoch of training; below 1, that share of them."""
+    """A file, and how often each of its pairs is used in an epoch of training; below 1, the share of pairs that is used."""
 
     path: str
     weight: float = 1.0
@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a pass over the sources found. `pairs` may count demonstrations."""
+    """The result of a pass over the sources. `pairs` may count demonstrations."""
 
     name: str
     sources: tuple[Source, ...]
@@ -59,25 +59,25 @@ class Dataset:
     pairs: int = 0
     prompts: int = 0
     problems: tuple[Problem, ...] = ()
-    key: str = "dataset"  # of the config, that names it
-    demonstrations: bool = False  # as sft reads rows
-    read_as: Mapping[str, object] = field(default_factory=dict)  # what its columns are read as, and which are not read
-    kept: Sequence[tuple[Source, Row]] | None = None  # the usable rows, where the pass kept them
-    states: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # of the files, when the pass began
+    key: str = "dataset"  # the key of the config that names it
+    demonstrations: bool = False  # rows for sft
+    read_as: Mapping[str, object] = field(default_factory=dict)  # the meanings of its columns
+    kept: Sequence[tuple[Source, Row]] | None = None  # the usable rows, if the pass kept them
+    states: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # size and time of the files at the start of the pass
 
     def load(self) -> list[Row]:
-        """The usable rows in the order of their files, each as often as its weight says."""
+        """The usable rows in the order of their files, repeated or dropped by weight."""
         return self.divided(lambda row: False)[0]
 
     def divided(self, is_held_out: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
         """The usable rows in the order of their files: (to train on, held out).
 
-        A pair of weight 2 is trained on twice, of weight 0.5 every second is; each held-out pair stands once, so that a weight
-        changes no figure of an evaluation.
+        A pair with weight 2 appears twice, and with weight 0.5 every second pair does. Each held-out pair appears once, so that
+        weights do not change the figures of an evaluation.
         """
         train: list[Row] = []
         held_out: list[Row] = []
-        seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighed as a whole
+        seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighted as a whole
         for source, row in self._weighed():
             if is_held_out(row):
                 held_out.append(row)
@@ -88,11 +88,11 @@ class Dataset:
         return train, held_out
 
     def require_unchanged(self) -> None:
-        """`InvalidInput` where a file is another than when its rows were read: they would not be those that are hashed."""
+        """`InvalidInput` if a file changed after its rows were read: the hash would be of other rows."""
         for path, state in self.states.items():
             if not Path(path).is_file() or _state(path) != state:
-                fix = "start again when nothing writes to it"
-                raise invalid("dataset-changed", f"{path} was changed while it was read", fix, self.key)
+                fix = "start again when no program writes to it"
+                raise invalid("dataset-changed", f"{path} changed while it was read", fix, self.key)
 
     def usable(self) -> Iterator[Row]:
         """The usable rows in the order of their files, each once."""
@@ -108,7 +108,7 @@ class Dataset:
 
     @property
     def noun(self) -> str:
-        """What its rows are."""
+        """The word for its rows."""
         return (DEMONSTRATIONS if self.demonstrations else PAIRS).noun
 
     def to_json(self) -> dict[str, object]:
@@ -117,12 +117,12 @@ class Dataset:
 
 
 def _due(pairs: int, weight: float) -> int:
-    """How many of so many pairs stand in an epoch; 10 of weight 0.1 are 1, although ten tenths add up to less."""
+    """The number of these pairs in an epoch; 10 pairs with weight 0.1 are 1, although floats add up to less."""
     return math.floor(pairs * weight + 1e-9)
 
 
 def epoch_pairs(pairs: Mapping[str, int], sources: Sequence[Source]) -> int:
-    """How many pairs an epoch sees, of so many in each file; a file that is named twice is counted twice there."""
+    """The number of pairs in an epoch, by the pairs of each file; `pairs` counts a file that is named twice twice."""
     named, by_weight = Counter(source.path for source in sources), Counter[float]()
     for source in sources:
         by_weight[source.weight] += pairs.get(source.path, 0) // named[source.path]
@@ -130,29 +130,31 @@ def epoch_pairs(pairs: Mapping[str, int], sources: Sequence[Source]) -> int:
 
 
 class Observer(Protocol):
-    """Looks at every usable row of a pass, and says at its end what it found."""
+    """Looks at every usable row of a pass."""
 
     def see(self, row: Any, prompt_key: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A row that is no pair."""
+    """A row that cannot be used."""
 
     file: str
     line: int
     code: str
     reason: str
-    detail: str  # what is particular to this row
-    fix: str = ""  # where another helps than with all rows of the code
+    detail: str  # the details of this row
+    fix: str = ""  # its own fix, if the fix of its code does not apply
 
 
 class BadRows:
-    """The bad rows of a pass by their kind, so that one pass names them all."""
+    """The bad rows of a pass by their kind, so that one pass reports them all."""
 
     def __init__(self) -> None:
         self._lines: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-        self._details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(dict)  # of the first ones, with their places
+        self._details: dict[tuple[str, str, str], dict[str, int]] = defaultdict(
+            dict
+        )  # details of the first rows, with their places
         self._fixes: dict[tuple[str, str, str], str] = {}
 
     def add(self, row: Bad) -> None:
@@ -163,19 +165,19 @@ class BadRows:
             self._details[kind].setdefault(row.detail, row.line)
 
     def problems(self, key: str, skip: bool) -> Iterator[Problem]:
-        """A problem for each kind; a warning where such rows are left out."""
+        """A problem for each kind; a warning if such rows are skipped."""
         for kind, lines in self._lines.items():
             file, code, reason = kind
-            left_out = skip or code == TIE
-            severity: Severity = "warning" if left_out else "error"
-            fix = "left out of the training" if left_out else 'correct or delete what is named, or set "on_bad_rows": "skip"'
+            is_skipped = skip or code == TIE
+            severity: Severity = "warning" if is_skipped else "error"
+            fix = "these rows are skipped" if is_skipped else 'correct or delete these rows, or write "on_bad_rows": "skip"'
             examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in self._details[kind].items()]
             reason += f" ({'; '.join(examples)})" if examples else ""
             yield about_rows(severity, code, reason, self._fixes[kind] or FIXES.get(code, fix), key, file, lines)
 
 
 def sources_of(value: Named) -> tuple[Source, ...]:
-    """The files that a config's value names: a path or a list of paths and {"path", "weight"}; a folder is its files."""
+    """The files of a config's value: a path or a list of paths and {"path", "weight"}; a folder stands for its files."""
     return tuple(Source(file, weight) for path, weight in _entries(value) for file in _files(path))
 
 
@@ -198,7 +200,7 @@ def holds_pairs(path: str) -> bool:
 
 
 def unreadable(value: Named, key: str) -> list[Problem]:
-    """Why what `key` of a config names cannot be read at all; such a problem has its place in the config."""
+    """Problems of data that cannot be read at all; they have their place in the config, at `key`."""
     faults = (fault(Path(source.path), key) for source in sources_of(value))
     return [problem for problem in faults if problem is not None]
 
@@ -212,10 +214,10 @@ def read(
     demonstrations: bool = False,
     keep: bool = False,
 ) -> Dataset:
-    """One pass over what `key` of a config names. Problems are returned, never raised; bad rows are warnings with `skip`.
+    """One pass over the data of a config's `key`. Problems are returned, never raised; with `skip` bad rows are warnings.
 
-    A problem of a file as a whole has no place: it belongs to the config that names it. With `demonstrations` the rows are
-    those of sft. With `keep`, and from small files, they stay in memory, so that nothing is read again.
+    A problem of a whole file has no place in it: it belongs to the config that names it. With `demonstrations` the rows are
+    read for sft. With `keep`, and for small files, they stay in memory, so that nothing is read again.
     """
     sources = sources_of(value)
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
@@ -245,25 +247,24 @@ def read(
                 observer.see(row, prompt_key)
     problems = [*whole, *bad.problems(key, skip)]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
-        problems.append(Problem("error", "dataset-empty", f"{name} holds no usable row", f"add {data.noun}", key, name))
+        problems.append(Problem("error", "dataset-empty", f"{name} has no usable row", f"add {data.noun}", key, name))
     problems += account.problems(key) if pairs else []
     problems += _choices(value, key)
     for says, count in account.shapes.items():
-        fix = 'say what the columns are called with "columns" if that is not meant'
+        fix = 'if this is wrong, set the names of the columns with "columns"'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
-    said = account.to_json()
     data = replace(data, rows=rows, pairs=pairs, prompts=len(prompts), kept=kept, states=states)
-    return replace(data, problems=tuple(problems), read_as=said)
+    return replace(data, problems=tuple(problems), read_as=account.to_json())
 
 
 def _state(path: str) -> tuple[int, int]:
-    """What a change of a file changes: its size, or its time."""
+    """Size and time of a file, which differ after a change."""
     stat = Path(path).stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrations: bool = False) -> Iterator[Row | Bad]:
-    """The pairs (or demonstrations) of the sources one after the other, and the rows that are none."""
+    """The pairs (or demonstrations) of the sources in order, and the bad rows."""
     for _, row in _rows(sources, columns, demonstrations):
         if isinstance(row, Bad):
             yield row
@@ -289,9 +290,9 @@ def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bo
 
 
 def _with_start(first: object, path: str, columns: Columns) -> Columns:
-    """`columns` with the number that means the first response, where the first row of a file has a label that counts.
+    """`columns` with the number that means the first response, if the first row of a file has a numbered label.
 
-    Only all labels of the file together tell, so it is read once more then, and only then.
+    Only all labels of the file together show it, so only then the file is read once more.
     """
     if counted(first, columns) is None:
         return columns
@@ -302,7 +303,7 @@ def _with_start(first: object, path: str, columns: Columns) -> Columns:
 
 
 def _files(path: str) -> list[str]:
-    """The files of a folder in the order of their names, or of a dataset of the hub; a file itself."""
+    """The files of a folder in the order of their names, those of a hub dataset, or the file itself."""
     if hub_datasets.is_hub_id(path):
         return hub_datasets.cached(path)[1] or [path]
     content = folders.choice(path)
@@ -315,25 +316,25 @@ def _choices(value: Named, key: str) -> Iterator[Problem]:
         if hub_datasets.is_hub_id(path):
             split, its_files = hub_datasets.cached(path)
             if its_files:
-                message = f"{path} is read from its split {split}: {len(its_files)} {folders.kind(its_files[0])} files"
-                yield Problem("hint", "hub-split", message, f'"{path.partition(":")[0]}:SPLIT" names another', key)
+                message = f"split {split} of {path} is read: {len(its_files)} {folders.kind(its_files[0])} files"
+                yield Problem("hint", "hub-split", message, f'"{path.partition(":")[0]}:SPLIT" names another split', key)
         elif (content := folders.choice(path)) is not None and content.files:
             read = folders.shown([file.name for file in content.files])
             rest = f"; not read: {folders.shown(content.others)}" if content.others else ""
-            message = f"files of {path} that are read ({len(content.files)}): {read}{rest}"
-            fix = 'name a file, a list of files, or "FOLDER:SPLIT" (the split as in the names of its files) for others'
+            message = f"{len(content.files)} files of {path} are read: {read}{rest}"
+            fix = 'to read others, name a file, a list of files, or "FOLDER:SPLIT" (a split is a part of the file names)'
             yield Problem("hint", "folder-files", message, fix, key)
 
 
 def is_held_out_prompt(prompt_key: str, share: float, seed: int) -> bool:
-    """On which side a prompt falls: by its own hash, so that appended rows move no other row.
+    """Whether a prompt is held out: by its own hash, so that appended rows do not move other rows.
 
-    `share` of the prompts are held out in expectation.
+    The expected share of held-out prompts is `share`.
     """
     return share > 0 and _position(prompt_key, seed) < share
 
 
 def _position(prompt: str, seed: int) -> float:
-    """A point in [0, 1) that depends on the prompt and the seed alone."""
+    """A point in [0, 1) that depends only on the prompt and the seed."""
     digest = hashlib.sha256(f"{seed}\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,7 +1,7 @@
-"""The files that rows stand in: JSON lines, JSON lists, tables, Parquet; each a stream of rows with their places.
+"""Files of rows: JSON lines, JSON lists, tables, Parquet; each is read as a stream of rows with their places.
 
-A place is a physical line. Where rows have no lines of their own (Parquet, a JSON list in which two rows start on one line), it
-is the number of the row. Text that is packed with gzip is unpacked while it is read.
+A place is a physical line, or the number of the row if rows have no own lines (Parquet, a JSON list with two rows on one
+line). Text compressed with gzip is decompressed while it is read.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from dpo_cli.data.messages import BadRow, bounded, without_padding
 from dpo_cli.errors import Problem, Severity
 
 T = TypeVar("T")
-Rows = Iterator[tuple[int, Callable[[], object]]]  # place, and what parses the row or raises BadRow
+Rows = Iterator[tuple[int, Callable[[], object]]]  # place, and a function that parses the row or raises BadRow
 
-MAX_LINE_BYTES = 1 << 26  # a row of 64 MiB is no pair
-MAX_LIST_BYTES = 1 << 30  # a JSON list is held in memory as a whole, and a packed one may unpack to a thousand times its size
+MAX_LINE_BYTES = 1 << 26  # a row of 64 MiB is not a pair
+MAX_LIST_BYTES = 1 << 30  # a JSON list is held in memory as a whole, and gzip may expand a file a thousand times
 PIECE_BYTES = 1 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-UNEXPECTED = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)  # what a value of an odd type raises
-GZIPPED = b"\x1f\x8b"  # what such a file starts with
-DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # what reading a cut or changed one raises
+UNEXPECTED = (TypeError, AttributeError, KeyError, OverflowError, RecursionError)  # raised by a value of an unexpected type
+GZIPPED = b"\x1f\x8b"  # first bytes of a gzip file
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)  # raised when a damaged one is read
 
 
 def rows_of(path: str, reader: Callable[[str], Rows] | None = None) -> Rows:
-    """The rows of one readable file, as its suffix says or by another reader."""
+    """The rows of one readable file, by the reader of its suffix or by another one."""
     place = 0
     try:
         for place, parse_row in (reader or READERS[folders.kind(path)])(path):
             yield place, parse_row
-    except DAMAGED as error:  # what was unpacked before stays
+    except DAMAGED as error:  # the rows before the damage stay
         yield place + 1, partial(_refuse, "row-not-gzip", f"the gzip file is damaged from here on: {error}")
 
 
 def read_rows(
     path: str, read: Callable[[object, int], T], reader: Callable[[str], Rows] | None = None
 ) -> Iterator[tuple[int, T | BadRow]]:
-    """Each row of a readable file as `read` takes it with its place, or why it is none: no row stops the reading."""
+    """Each row of a readable file as `read` returns it, or the fault of the row, with its place: no row stops the reading."""
     for place, parse_row in rows_of(path, reader):
         try:
             yield place, read(bounded(parse_row()), place)
@@ -60,11 +60,11 @@ def read_rows(
             yield place, error
         except UNEXPECTED as error:
             detail = f"{type(error).__name__}: {error}"[:80]
-            yield place, BadRow("row-unreadable", "a value has a type or a size that is not expected there", detail)
+            yield place, BadRow("row-unreadable", "a value has an unexpected type or size", detail)
 
 
 def opened(path: str) -> BinaryIO:
-    """A file to be read, unpacked on the way where its first bytes say gzip."""
+    """A file opened for reading, decompressed if its first bytes say gzip."""
     return cast(BinaryIO, gzip.open(path)) if _is_gzip(path) else Path(path).open("rb")
 
 
@@ -74,17 +74,17 @@ def _is_gzip(path: str) -> bool:
 
 
 def lines_of(path: str, parse: Callable[[bytes], object]) -> Rows:
-    """Each line that is not blank as a row, without byte order marks."""
+    """Each non-blank line as a row, without byte order marks."""
     with opened(path) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
             if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-                while line and not line.endswith(b"\n"):  # step over the rest without keeping it
+                while line and not line.endswith(b"\n"):  # skip the rest without keeping it
                     line = file.readline(MAX_LINE_BYTES)
-                yield number, partial(_refuse, "row-too-long", f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
+                yield number, partial(_refuse, "row-too-long", f"the line has more than {MAX_LINE_BYTES >> 20} MiB")
                 continue
-            line = line.removeprefix(codecs.BOM_UTF8)  # also in the middle, where files were put together
+            line = line.removeprefix(codecs.BOM_UTF8)  # also inside a file that was joined from others
             if line and not line.isspace():
                 yield number, partial(parse, line)
 
@@ -101,7 +101,7 @@ def unit(path: str) -> str:
 def about_rows(
     severity: Severity, code: str, reason: str, fix: str, key: str | None, file: str, lines: Sequence[int]
 ) -> Problem:
-    """A problem of these rows of a file, whose places are called what they are."""
+    """A problem of these rows of a file, with their places as lines or rows."""
     return errors.about_rows(severity, code, reason, fix, key, file, lines, unit(file))
 
 
@@ -126,7 +126,7 @@ def _parse_line(line: bytes) -> object:
 def _no_duplicates(items: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(items)
     if len(row) < len(items):
-        raise BadRow("row-duplicate-key", "a key stands twice")
+        raise BadRow("row-duplicate-key", "a key is given twice")
     return row
 
 
@@ -134,14 +134,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 
 def _json_list(path: str) -> Rows:
-    """The rows of a JSON list. After what cannot be parsed no row can be found."""
+    """The rows of a JSON list. No row is found after a text that cannot be parsed."""
     try:
         text = _whole(path)
     except UnicodeDecodeError as error:
         yield error.object.count(b"\n", 0, error.start) + 1, partial(_refuse, "row-not-utf8", "not valid UTF-8")
         return
     if text is None:
-        reason = f"a JSON list of more than {MAX_LIST_BYTES >> 20} MiB: write it as .jsonl, one row a line"
+        reason = f"the JSON list has more than {MAX_LIST_BYTES >> 20} MiB: write it as .jsonl, one row per line"
         yield 1, partial(_refuse, "row-too-long", reason)
         return
     starts, fault = _row_starts(text)
@@ -156,7 +156,7 @@ def _json_list(path: str) -> Rows:
 
 
 def _whole(path: str) -> str | None:
-    """The text of a file, None where it is too long."""
+    """The text of a file, None if it is too long."""
     with opened(path) as file:
         pieces = islice(iter(partial(file.read, PIECE_BYTES), b""), MAX_LIST_BYTES // PIECE_BYTES)
         data = b"".join(pieces)
@@ -164,12 +164,14 @@ def _whole(path: str) -> str | None:
 
 
 def _row_starts(text: str) -> tuple[array[int], tuple[str, str] | None]:
-    """Where the rows of a JSON list start; and why the last of them, and all after it, cannot be read, where that is so."""
+    """The starts of the rows of a JSON list; and the fault of the last one, if it and all after it cannot be read."""
     starts, decoder = array("q"), json.JSONDecoder()
     at = _behind_space(text, 0)
     if text[at : at + 1] != "[":
         rows_of_lines = text[at : at + 1] == "{" and text.count("\n{", at) > 0
-        reason = "one object a line: such a file is called .jsonl" if rows_of_lines else "the file is not a JSON list of rows"
+        reason = (
+            "the file has one object per line: rename it to .jsonl" if rows_of_lines else "the file is not a JSON list of rows"
+        )
         return array("q", [0]), ("dataset-not-list", reason)
     at = _behind_space(text, at + 1)
     while text[at : at + 1] != "]":
@@ -177,19 +179,19 @@ def _row_starts(text: str) -> tuple[array[int], tuple[str, str] | None]:
         try:
             end = _behind_space(text, decoder.raw_decode(text, at)[1])
         except (ValueError, RecursionError):
-            return starts, ("row-not-json", "not valid JSON, so what follows cannot be read")
+            return starts, ("row-not-json", "not valid JSON, so the rest cannot be read")
         if text[end : end + 1] not in (",", "]"):
             starts.append(end)
-            return starts, ("row-not-json", "a comma or the closing bracket is missing, so what follows cannot be read")
+            return starts, ("row-not-json", "a comma or the closing bracket is missing, so the rest cannot be read")
         at = _behind_space(text, end + 1) if text[end] == "," else end
     if (end := _behind_space(text, at + 1)) < len(text):
         starts.append(end)
-        return starts, ("row-not-json", "the list ends here, so what follows cannot be read")
+        return starts, ("row-not-json", "the list ends here, so the rest cannot be read")
     return starts, None
 
 
 def _object_of_rows(path: str, text: str, reason: str) -> tuple[str, str]:
-    """(what a JSON file without a list is, a command that makes one of it); the reason alone where it holds no rows."""
+    """(the content of a JSON file that is not a list, a command that converts it); only the reason if it holds no rows."""
     try:
         whole = json.loads(text)
     except (ValueError, RecursionError):
@@ -199,16 +201,16 @@ def _object_of_rows(path: str, text: str, reason: str) -> tuple[str, str]:
     kinds, rows = {type(part) for part in parts.values()}, "rows"
     if held:
         rows = next((name for name in held if name.startswith("train")), held[0])
-        what, expression = f"an object that holds lists of rows: {', '.join(held)}", f"t[{json.dumps(rows)}]"
+        what, expression = f"an object with lists of rows: {', '.join(held)}", f"t[{json.dumps(rows)}]"
     elif kinds == {list} and len({len(part) for part in parts.values()}) == 1 and not _holds_messages(parts):
-        what, expression = "an object that holds a list for each column", "[dict(zip(t, r)) for r in zip(*t.values())]"
+        what, expression = "an object with a list for each column", "[dict(zip(t, r)) for r in zip(*t.values())]"
     elif {"columns", "data"} <= parts.keys() and isinstance(parts["data"], list):
-        what, expression = "a table of pandas (split)", '[dict(zip(t["columns"], r)) for r in t["data"]]'
+        what, expression = "a pandas table (split)", '[dict(zip(t["columns"], r)) for r in t["data"]]'
     elif kinds == {dict} and all(name.isdecimal() for name in parts):
-        what, expression = "an object that holds its rows by number", "[*t.values()]"
+        what, expression = "an object with rows by number", "[*t.values()]"
     elif kinds == {dict} and all(number.isdecimal() for part in parts.values() for number in part):
         columns = "zip(*(c.values() for c in t.values()))"
-        what, expression = "a table of pandas (by columns)", f"[dict(zip(t, r)) for r in {columns}]"
+        what, expression = "a pandas table (by columns)", f"[dict(zip(t, r)) for r in {columns}]"
     else:
         return reason, ""
     opening = "import gzip, json, sys; t = json.load(gzip.open(" if _is_gzip(path) else "import json, sys; t = json.load(open("
@@ -218,12 +220,11 @@ def _object_of_rows(path: str, text: str, reason: str) -> tuple[str, str]:
 
 
 def python_writes(target: str, code: str, source: str) -> str:
-    """The fix that names `target`, which code writes: its arguments are the source and the target.
+    """The fix that names `target`, which the code writes: its arguments are the source and the target.
 
-    The code opens the target with "x", so that it overwrites nothing, and holds no single quote, so that it can be read in a
-    shell.
+    The code opens the target with "x" to overwrite nothing, and has no single quote, so that it is readable in a shell.
     """
-    return f"name {target}, which `python -c {shlex.join([code, source, target])}` writes"
+    return f"`python -c {shlex.join([code, source, target])}` converts it: name {target}"
 
 
 def _is_rows(value: object) -> bool:
@@ -235,16 +236,16 @@ def _holds_messages(row: Mapping[str, Sequence[object]]) -> bool:
 
 
 def _is_said(value: Sequence[object]) -> bool:
-    """Whether a list is one of messages, so that the object that holds it is a row."""
+    """Whether a list holds messages, so that the object around it is a row."""
     return any(isinstance(part, dict) and not {"role", "from"}.isdisjoint(part) for part in value)
 
 
 def _behind_space(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr] # which matches no space too
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr] # it also matches the empty text
 
 
 def _lines_at(text: str, positions: Iterable[int]) -> array[int]:
-    """The line of each position, of which none is before the one before it."""
+    """The line of each position; the positions are in ascending order."""
     lines, line, counted = array("q"), 1, 0
     for position in positions:
         line, counted = line + text.count("\n", counted, position), position
@@ -258,7 +259,7 @@ def _share_a_line(lines: Sequence[int]) -> bool:
 
 @lru_cache(maxsize=64)
 def _unit_of_list(path: str, changed_at: int, size: int) -> str:
-    """`unit` of a JSON list, for the problems of one state of a file."""
+    """`unit` of a JSON list, for one state of a file."""
     try:
         text = _whole(path) or ""
     except (UnicodeDecodeError, *DAMAGED):
@@ -278,9 +279,9 @@ def _as_it_is(row: object) -> object:
 
 
 def _csv(path: str) -> Rows:
-    """The rows of a table with a header; a cell may hold several lines, and a row starts on the line after the last one.
+    """The rows of a table with a header; a cell may hold several lines, and a row starts on the line after the previous row.
 
-    Cells are divided by what divides the header most often: a comma, a semicolon, a tab or a bar.
+    The delimiter is the most frequent one of the header: a comma, a semicolon, a tab or a bar.
     """
     csv.field_size_limit(MAX_LINE_BYTES)
     with _text(path) as file:
@@ -300,7 +301,7 @@ def _csv(path: str) -> Rows:
                 yield line, partial(_refuse, "row-not-csv", f"not valid CSV: {error}")
                 continue
             if len(set(header)) < len(header):
-                yield 1, partial(_refuse, "row-duplicate-key", "the header names a column twice")
+                yield 1, partial(_refuse, "row-duplicate-key", "the header has a column twice")
                 return
             if cells:
                 yield line, partial(_parse_cells, header, cells)
@@ -311,7 +312,7 @@ def _text(path: str) -> io.TextIOWrapper:
 
 
 def _bounded(file: io.TextIOBase) -> Iterator[str]:
-    """The lines of a table. One that is too long becomes a cell that is too long, which the parser refuses."""
+    """The lines of a table. A line that is too long becomes a cell that is too long, which the parser rejects."""
     while line := file.readline(MAX_LINE_BYTES):
         if len(line) < MAX_LINE_BYTES or line.endswith(("\n", "\r")):
             yield line
@@ -323,7 +324,7 @@ def _bounded(file: io.TextIOBase) -> Iterator[str]:
 
 def _parse_cells(header: list[str], cells: list[str]) -> dict[str, str]:
     if len(cells) != len(header):
-        raise BadRow("row-not-csv", f"{len(cells)} cells under a header of {len(header)}")
+        raise BadRow("row-not-csv", f"the row has {len(cells)} cells, but the header has {len(header)}")
     if any("\udc80" <= char <= "\udcff" for cell in cells if not cell.isascii() for char in cell):
         raise BadRow("row-not-utf8", "not valid UTF-8")
     return dict(zip(header, cells, strict=True))

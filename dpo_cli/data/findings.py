@@ -1,4 +1,4 @@
-"""What a set of pairs says about itself: findings on sound rows, from their text alone. A finding never stops anything.
+"""Findings about the quality of pairs, from the text of valid rows. A finding never stops a command.
 
 Each finding is a class that sees every pair of one pass over the files and then yields its problems; `FINDINGS` in lint.py
 lists them. Their limits are the option `quality` of config/schema.json.
@@ -36,12 +36,12 @@ from dpo_cli.errors import Problem, Severity
 Limits = Mapping[str, float]
 
 MOST_FILES = 1 << 16  # of one dataset
-COMPARED = 20_000  # characters of a text: a comparison takes time with the square of them
+COMPARED = 20_000  # characters of a text: the time of a comparison grows with their square
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A pair with its texts as one string each, and what stands for them where case and blanks make no difference."""
+    """A pair with each text as one string, and forms of them without differences of case and spaces."""
 
     pair: Pair
     prompt: str
@@ -56,7 +56,7 @@ class Seen:
 
 
 class Finding:
-    """Base of the findings: remembers the rows that it is shown, and yields one problem for each file that has some."""
+    """Base of the findings: remembers the rows that it notes, and yields one problem per file."""
 
     code: str
     severity: Severity = "hint"
@@ -66,40 +66,40 @@ class Finding:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.rows: dict[str, array[int]] = defaultdict(lambda: array("q"))
-        self.examples: dict[str, tuple[int, str, int]] = {}  # by file, the first such row that has a partner, and where that is
+        self.examples: dict[str, tuple[int, str, int]] = {}  # by file, the first row with a partner, and the partner's place
 
     def see(self, seen: Seen) -> None:
         """Look at one pair."""
 
     def note(self, pair: Pair, partner: tuple[str, int] | None = None) -> None:
-        """Remember a row, and of the first of a file the place of the earlier pair that it is like."""
+        """Remember a row, and for the first row of a file the place of the earlier pair that it repeats."""
         self.rows[pair.file].append(pair.line)
         if partner is not None:
             self.examples.setdefault(pair.file, (pair.line, *partner))
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
-        """What was found, at the end of the pass."""
+        """The problems, at the end of the pass."""
         for file, lines in self.rows.items():
             reason = self.reason
             if file in self.examples:
                 line, other, place = self.examples[file]
                 partner = f"{unit(file)} {place}" if other == file else f"{other}:{place}"
-                reason += f" ({unit(file)} {line} is as {partner})"
+                reason += f" ({unit(file)} {line} is like {partner})"
             yield about_rows(self.severity, self.code, reason, self.fix, data.key, file, lines)
 
     def about_all(self, data: Dataset, message: str) -> Problem:
-        """A problem of the set, not of rows."""
+        """A problem of the whole set, not of rows."""
         return Problem(self.severity, self.code, message, self.fix, data.key, data.name)
 
 
 class FewPairs(Finding):
     """dpo-strategy, "Best Practices": 500+ preference pairs recommended."""
 
-    code, fix = "few-pairs", "add pairs, and judge with eval_split what these teach"
+    code, fix = "few-pairs", "add pairs, and measure the effect with eval_split"
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         if 0 < data.pairs < self.limits["few_pairs"]:
-            yield self.about_all(data, f"{data.pairs} pairs are few; {self.limits['few_pairs']:g} and more are recommended")
+            yield self.about_all(data, f"{data.pairs} pairs are few; at least {self.limits['few_pairs']:g} are recommended")
 
 
 class FewPrompts(Finding):
@@ -110,21 +110,23 @@ class FewPrompts(Finding):
     def problems(self, data: Dataset) -> Iterator[Problem]:
         most = self.limits["pairs_per_prompt"]
         if data.pairs >= 10 * most and data.pairs > most * data.prompts:
-            message = f"{data.pairs} pairs share {data.prompts} prompts; the documentation advises diverse ones"
+            message = (
+                f"{data.pairs} pairs have only {data.prompts} different prompts; the documentation recommends diverse prompts"
+            )
             yield self.about_all(data, message)
 
 
 class SeenBefore(Finding):
-    """The same two responses to the same prompt again: in the same order a copy, in the other a label that is wrong."""
+    """The same prompt and responses again: in the same order a copy, in the other order a wrong label."""
 
-    code, reason = "repeated-pairs", "the same as an earlier pair, but for case and blanks"
-    fix = "keep one of each: a repeated pair is trained on as often as it stands there"
+    code, reason = "repeated-pairs", "the same as an earlier pair, except for case and spaces"
+    fix = "keep one of each: a repeated pair is trained on repeatedly"
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits)
         self.other_order = Reversed(limits)
         self.files: list[str] = []
-        # By prompt and both responses: which order, and where the first such pair stands. One number a pair, as there are many.
+        # By prompt and both responses: the order and the place of the first such pair, as one number, to save memory.
         self.first: dict[int, int] = {}
 
     def see(self, seen: Seen) -> None:
@@ -149,10 +151,10 @@ class SeenBefore(Finding):
 
 
 class Reversed(Finding):
-    """What `SeenBefore` saw in both orders."""
+    """Pairs that `SeenBefore` saw in both orders."""
 
     code, severity = "reversed-preference", "warning"
-    reason = "the same prompt and responses, preferred in both orders"
+    reason = "the same prompt and responses, with opposite preferences"
     fix = "decide which response is better, and delete the other row"
 
     def __init__(self, limits: Limits) -> None:
@@ -167,15 +169,14 @@ class Reversed(Finding):
 
 
 class TooSimilar(Finding):
-    """Responses between which nobody could choose (dpo-strategy, "Bad Examples").
+    """Responses too similar to choose between (dpo-strategy, "Bad Examples").
 
-    An answer can differ in one word and be wrong, so two answers must be the same words in the same order, but for those that
-    any sentence has and those of the question that one of them repeats. Where a free text was asked for (a description, a
-    letter), similarity is enough.
+    One different word can make an answer wrong, so two answers must have the same words in the same order, except for fillers
+    and words of the question. For a free text (a description, a letter) similarity is enough.
     """
 
     code, severity = "too-similar", "warning"
-    reason = "chosen and rejected say nearly the same"
+    reason = "chosen and rejected are nearly the same"
     fix = "write a rejected response that is clearly worse, or delete the row"
 
     def see(self, seen: Seen) -> None:
@@ -183,7 +184,7 @@ class TooSimilar(Finding):
             chosen, rejected = (utils.default_process(text[:COMPARED]) for text in (seen.chosen, seen.rejected))
             alike = fuzz.ratio(chosen, rejected, score_cutoff=self.limits["too_similar"]) > 0
         elif differ(seen.chosen.lower(), seen.rejected.lower()):
-            return  # which is nearly always so, and cheaper to see
+            return  # nearly always true, and cheaper to check
         else:
             alike = same_answer(words(seen.chosen), words(seen.rejected), set(words(seen.prompt)))
         if alike:
@@ -193,11 +194,11 @@ class TooSimilar(Finding):
 class LongerWins(Finding):
     """Whether the longer response is (nearly) always preferred: a model then learns to write more, or less.
 
-    Lengths in characters. The AUC is the chance that a chosen response, drawn at random, is longer than a rejected one, drawn
-    by itself (Mann-Whitney's U over the product of the counts): 0.5 when length says nothing.
+    Lengths are in characters. The AUC is the probability that a random chosen response is longer than a random rejected one
+    (Mann-Whitney's U over the product of the counts): 0.5 if length has no influence.
     """
 
-    code, fix = "length-decides", "add pairs in which the other length is better, or the model learns length alone"
+    code, fix = "length-decides", "add pairs where the other length is better, or the model only learns length"
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits)
@@ -209,7 +210,7 @@ class LongerWins(Finding):
 
     @property
     def share(self) -> float:
-        """Of pairs whose chosen response is the longer one; a tie counts one half."""
+        """The share of pairs whose chosen response is longer; a tie counts one half."""
         wins = sum((c > r) + (c == r) / 2 for c, r in zip(self.chosen, self.rejected, strict=True))
         return wins / max(1, len(self.chosen))
 
@@ -226,9 +227,9 @@ class LongerWins(Finding):
 
 
 class OneSideRefuses(Finding):
-    """Refusals that stand (nearly) always on the same side: a model then learns to refuse, or never to."""
+    """Refusals that are (nearly) always on the same side: a model then learns to refuse always, or never."""
 
-    code, fix = "refusals-on-one-side", "add pairs in which a refusal is right, and pairs in which it is wrong"
+    code, fix = "refusals-on-one-side", "add pairs where a refusal is right, and pairs where it is wrong"
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits)
@@ -248,19 +249,19 @@ class OneSideRefuses(Finding):
         by_file: dict[str, list[int]] = defaultdict(list)
         for file, line in self.sides[side]:
             by_file[file].append(line)
-        reason = f"only the {side} response refuses, and {'never' if not opposite else 'hardly ever'} the other"
+        reason = f"only the {side} response refuses, {'never' if not opposite else 'almost never'} the other one"
         for file, lines in by_file.items():
             yield about_rows(self.severity, self.code, reason, self.fix, data.key, file, lines)
 
 
 class ChatMarkers(Finding):
-    """Texts that went through a chat template already: the model's own would be put around them again."""
+    """Texts that already went through a chat template: the model's template would be applied to them again."""
 
-    code, severity, reason = "chat-markers", "warning", "the text holds the markers of a chat template"
-    fix = 'give the messages without their template, or write "use_chat_template": false'
+    code, severity, reason = "chat-markers", "warning", "the text holds markers of a chat template"
+    fix = 'write the messages without the template, or write "use_chat_template": false'
 
     def see(self, seen: Seen) -> None:
-        is_split = isinstance(seen.pair.prompt, str) and bool(turns_of(seen.prompt))  # a transcript, which becomes messages
+        is_split = isinstance(seen.pair.prompt, str) and bool(turns_of(seen.prompt))  # a transcript becomes messages
         pattern = compiled(MARKERS)
         markers = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in pattern.finditer(text)]
         if any(marker[4] is None or not is_split for marker in markers):
@@ -268,10 +269,10 @@ class ChatMarkers(Finding):
 
 
 class OtherScript(Finding):
-    """Prompts in one script (Latin, Cyrillic, Han) with a chosen response in another. Languages of one script look alike."""
+    """Prompts in one script (Latin, Cyrillic, Han) with a chosen response in another. Languages of one script are alike."""
 
-    code, reason = "mixed-languages", "the prompt is in another script than the chosen response"
-    fix = "check that the answer is in the language that was asked for"
+    code, reason = "mixed-languages", "prompt and chosen response are in different scripts"
+    fix = "check that the response is in the right language"
 
     def see(self, seen: Seen) -> None:
         if (seen.prompt.isascii() and seen.chosen.isascii()) or compiled(ABOUT_LANGUAGE).search(seen.prompt):
@@ -282,7 +283,7 @@ class OtherScript(Finding):
 
 
 class Overlap:
-    """Prompts of the evaluation set that are trained on; an observer of the dataset, and with `eval_side` of that set."""
+    """Prompts of the evaluation set that are trained on; an observer of the dataset, and `eval_side` one of that set."""
 
     def __init__(self) -> None:
         self.trained: set[int] = set()
@@ -293,9 +294,11 @@ class Overlap:
         self.trained.add(hash(plain(prompt_key)))
 
     def problems(self, held_out: Dataset) -> Iterator[Problem]:
-        fix = "delete them: on a prompt that was trained on the figures show memory, not learning"
+        fix = "delete these rows: figures on trained prompts measure memorisation"
         for file, lines in self.rows.items():
-            yield about_rows("warning", "prompt-in-both", "the prompt is trained on too", fix, held_out.key, file, lines)
+            yield about_rows(
+                "warning", "prompt-in-both", "the prompt is also in the training data", fix, held_out.key, file, lines
+            )
 
 
 class _EvalSide:

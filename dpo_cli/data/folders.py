@@ -1,6 +1,6 @@
-"""Folders of data files: which files are rows, and which of them are trained on. Local folders and hub datasets alike.
+"""Folders of data files: the files with rows, and those to train on. For local folders and hub datasets.
 
-A file belongs to the split that its name says (train_prefs-00000-of-00002.parquet), or that its folder is called.
+The split of a file is in its name (train_prefs-00000-of-00002.parquet), or is the name of its folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # of a hub dataset the first that it has is read
+SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")  # of a hub dataset only the first kind that it has is read
 GZIP = ".gz"
 TRAINING = r"(?i)(?<![a-z])train"
 EVALUATION = r"(?i)(?<![a-z])(tests?|val(id(ation)?)?|dev|eval(uation)?|held[-_.]?out|hold[-_.]?out)(?![a-z])"
@@ -21,7 +21,7 @@ _SHARD = r"(?:^|[-_.])\d+(?:-of-\d+(?:-[0-9a-f]+)?)?$"
 
 @dataclass(frozen=True)
 class Choice:
-    """Of a folder: the files that are read, the names of its other files, and the splits of which the config names none."""
+    """For a folder: the files to read, the names of other files, and the splits if the config must name one."""
 
     files: tuple[Path, ...] = ()
     others: tuple[str, ...] = ()
@@ -29,18 +29,18 @@ class Choice:
 
 
 def kind(path: str | Path) -> str:
-    """The suffix that says how a file is read, in lower case: that of pairs.jsonl.gz is .jsonl."""
+    """The suffix that decides how a file is read, in lower case: for pairs.jsonl.gz it is .jsonl."""
     name = str(path).lower()
     return Path(name.removesuffix(GZIP)).suffix
 
 
 def holds_rows(file: Path) -> bool:
-    """Whether a file of a folder may hold rows: dataset_info.json, train_stats.json and the like describe others."""
+    """Whether a file of a folder may hold rows: dataset_info.json, train_stats.json and the like do not."""
     return kind(file) in SUFFIXES and not (kind(file) == ".json" and re.search(DESCRIPTION, file.name))
 
 
 def by_split(files: Iterable[Path], folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by their split; of the same rows in several kinds of files one."""
+    """The files of a folder by their split; if the same rows are in several kinds of files, one kind."""
     splits: dict[str, list[Path]] = {}
     for file in _once([*files]):
         own = _own(file)
@@ -51,13 +51,13 @@ def by_split(files: Iterable[Path], folder: Path) -> dict[str, list[Path]]:
 
 
 def _own(file: Path) -> str:
-    """The name of a file without its suffixes and the number of its shard."""
+    """The name of a file without suffixes and shard number."""
     stem = file.name[: -len(GZIP)] if file.suffix.lower() == GZIP else file.name
     return re.sub(_SHARD, "", Path(stem).stem)
 
 
 def _once(files: Sequence[Path]) -> list[Path]:
-    """The files without those of the same name beside another of them: train.csv beside train.jsonl, and packed copies."""
+    """The files without copies of the same name: train.csv next to train.jsonl, and compressed copies."""
     kinds: dict[tuple[Path, str], int] = {}
     for file in files:
         place = file.parent, _own(file)
@@ -67,16 +67,16 @@ def _once(files: Sequence[Path]) -> list[Path]:
 
 
 def to_train_on(splits: Iterable[str]) -> list[str]:
-    """The splits whose names say training; else those whose names do not say evaluation; else all."""
+    """The splits with a training name; else those without an evaluation name; else all."""
     names = list(splits)
     training = [name for name in names if re.search(TRAINING, name)]
     return training or [name for name in names if not re.search(EVALUATION, name)] or names
 
 
 def choice(path: str) -> Choice | None:
-    """What is read of a local folder, or of one of its splits (FOLDER:SPLIT); None where `path` names no folder.
+    """The files to read of a local folder, or of one of its splits (FOLDER:SPLIT); None if `path` is not a folder.
 
-    Files whose names say no split are read together; of several training splits the config has to name one.
+    Files without a split in their names are read together; if there are several training splits, the config must name one.
     """
     folder, wanted = _folder_and_split(path)
     if folder is None:
@@ -119,7 +119,7 @@ def _folder_and_split(path: str) -> tuple[Path | None, str]:
     folder, _, split = path.rpartition(":")
     if os.path.exists(path) or not folder or not split:
         folder, split = path, ""
-    # What is called x.jsonl should be a file.
+    # A folder named x.jsonl is an error: it should be a file.
     is_folder = os.path.exists(folder) and Path(folder).is_dir() and kind(folder) not in SUFFIXES
     return (Path(folder) if is_folder else None), split
 
@@ -133,7 +133,7 @@ def _with_rows(content: Iterable[Path]) -> list[Path]:
 
 
 def _listed(folder: Path) -> list[Path]:
-    """What stands in a folder, but for hidden files; nothing where it may not be read."""
+    """The content of a folder without hidden files; empty if it cannot be read."""
     try:
         return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     except OSError:

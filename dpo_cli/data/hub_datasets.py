@@ -1,6 +1,6 @@
-"""Datasets of the hub: files alone, never a script. What was fetched once is read from the local cache.
+"""Hub datasets: only files, never scripts. Fetched datasets are read from the local cache.
 
-A name is owner/name, or owner/name:split where a dataset has several splits to train on.
+A name is owner/name, or owner/name:split if a dataset has several splits to train on.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from dpo_cli.data.folders import GZIP, SUFFIXES, by_split, holds_rows, kind, to_
 from dpo_cli.errors import RunFailed
 from dpo_cli.storage import hub
 
-OF_FILES = (*SUFFIXES, GZIP, ".txt", ".zip", ".zst", ".bz2", ".xz", ".tgz", ".arrow")  # no name of a dataset ends so
+OF_FILES = (*SUFFIXES, GZIP, ".txt", ".zip", ".zst", ".bz2", ".xz", ".tgz", ".arrow")  # endings of files, never of hub datasets
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no path here may be one there: owner/name or owner/name:split."""
+    """Whether a name that is not a local path may be a hub dataset: owner/name or owner/name:split."""
     is_file = Path(name).suffix.lower() in OF_FILES
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", name) is not None and not is_file and not Path(name).parent.exists()
 
 
 def cached(name: str) -> tuple[str, list[str]]:
-    """(split, its data files) of a fetched dataset: the split that is named, or the only one to train on; else no files."""
+    """(split, its data files) of a fetched dataset: the named split, or the only one to train on; else no files."""
     repository, _, wanted = name.partition(":")
     files_by_split = splits(repository)
     training = to_train_on(files_by_split)
@@ -31,7 +31,7 @@ def cached(name: str) -> tuple[str, list[str]]:
 
 
 def splits(repository: str) -> dict[str, list[str]]:
-    """The data files of a fetched dataset by their split; none when it was not fetched."""
+    """The data files of a fetched dataset by their split; empty if it was not fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -46,9 +46,9 @@ def splits(repository: str) -> dict[str, list[str]]:
 
 
 def fetch(name: str) -> None:
-    """Bring the data files of a dataset into the local cache, and complete what is there; `RunFailed` says why it cannot be.
+    """Fetch the data files of a dataset into the local cache, or the missing ones; raise `RunFailed` if that fails.
 
-    Where the hub does not answer, what was fetched before serves.
+    If the hub does not answer, a dataset that was fetched before is used.
     """
     name = name.partition(":")[0]
     import httpx
@@ -62,7 +62,7 @@ def fetch(name: str) -> None:
     except GatedRepoError as error:
         raise hub.gated("dataset", name) from error
     except RepositoryNotFoundError as error:
-        raise RunFailed(f"there is no dataset {name} on the hub", "check the name: owner/name, or name a file") from error
+        raise RunFailed(f"dataset {name} not found on the hub", "check the name: owner/name, or name a file") from error
     except (hub.Unreachable, httpx.TransportError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         if splits(name):
             return
@@ -71,5 +71,5 @@ def fetch(name: str) -> None:
         raise hub.cache_fault(error) or error from error
     if not splits(name):
         raise RunFailed(
-            f"the dataset {name} has no {', '.join(SUFFIXES)} file", "download it in another form, and name the file"
+            f"the dataset {name} has no {', '.join(SUFFIXES)} file", "convert it to one of these formats, and name the file"
         )

@@ -1,4 +1,4 @@
-"""How long pairs are: in characters, and in tokens where the model's tokenizer is a local file. An observer of a pass."""
+"""Lengths of pairs: in characters, and in tokens if the model's tokenizer is a local file. An observer of a pass."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from dpo_cli.data.rows import Row
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BYTES_A_TOKEN = 2  # of UTF-8, in nearly all text: English has about 4, Chinese 3, code 2 to 3; digits alone have 1
-TEMPLATE_TOKENS, TURN_TOKENS = 64, 8  # that a chat template may put around a pair, and around each message
-SAMPLE = 500  # the tokens of so many pairs, spread over all, are counted at least; the others have as many a character
+BYTES_A_TOKEN = 2  # minimum of UTF-8 in nearly all text: English has about 4, Chinese 3, code 2 to 3; only digits have 1
+TEMPLATE_TOKENS, TURN_TOKENS = 64, 8  # markers of a chat template around a pair, and around each message
+SAMPLE = 500  # minimum number of pairs, spread over all, whose tokens are counted; the others are estimated by their characters
 
 
 class Lengths:
-    """Lengths of prompt and longer response together, as `max_seq_length` counts them but for a template's markers."""
+    """Lengths of prompt and longer response, as `max_seq_length` counts them, but without a template's markers."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.characters = array("q")
@@ -43,13 +43,13 @@ class Lengths:
         if self._tokenizer is not None and (len(self.characters) - 1) % self._stride == 0:
             tokens = sum(len(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
             self._sampled.append((size, tokens))
-            if len(self._sampled) == 2 * SAMPLE:  # a file may start with short pairs, so the sample goes on to its end
+            if len(self._sampled) == 2 * SAMPLE:  # a file may start with short pairs, so the sample covers it to its end
                 self._sampled = self._sampled[::2]
                 self._stride *= 2
 
     @property
     def most_tokens(self) -> int | None:
-        """No fewer tokens than the longest sequence has, in all likelihood; None without pairs."""
+        """A number of tokens that very probably covers the longest sequence; None without pairs."""
         if self.longest is None:
             return None
         template = TEMPLATE_TOKENS + TURN_TOKENS * self._most_turns
@@ -60,18 +60,18 @@ class Lengths:
 
     @property
     def _rate(self) -> float:
-        """Tokens a character: of the sample, or where nothing was sampled what four bytes of UTF-8 a token make."""
+        """Tokens per character: of the sample, or without a sample by four bytes of UTF-8 per token."""
         if not self._sampled:
             return self._bytes / 4 / max(1, sum(self.characters))
         return sum(tokens for _, tokens in self._sampled) / max(1, sum(size for size, _ in self._sampled))
 
     def share_over(self, max_length: int) -> float:
-        """About which share of the pairs is longer than `max_length` tokens."""
+        """The estimated share of pairs longer than `max_length` tokens."""
         rate = self._rate
         return sum(size * rate > max_length for size in self.characters) / max(1, len(self.characters))
 
     def to_json(self, max_length: int) -> dict[str, object]:
-        """Median and longest; with a tokenizer the tokens of both, and the share of pairs longer than `max_length`."""
+        """Median and maximum; with a tokenizer also in tokens, and the share of pairs longer than `max_length`."""
         if self.longest is None:
             return {"characters": None, "tokens": None, "longest": None}
         characters = {"median": median(self.characters), "most": self._most}
@@ -84,7 +84,7 @@ class Lengths:
 
 
 def _shown(text: Text) -> str:
-    """What a template may write of a text: of a message all but its role."""
+    """The text that a template may write: for a message all but its role."""
     if isinstance(text, str):
         return text
     return "\n".join(str(value) for message in text for key, value in message.items() if key != "role")

@@ -1,4 +1,4 @@
-"""All findings about the quality of a set of pairs, made in one pass over it."""
+"""All findings about the quality of a set of pairs, from one pass over it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Conversations as people store them, to messages of one shape: {"role", "content"} and what else a message has.
+"""Stored conversations to messages of one form: {"role", "content"} and other keys of a message.
 
-A key whose value is null is absent. `tool_calls` are {"type", "function": {"name", "arguments"}}. Text parts are joined.
+A null key is dropped. `tool_calls` are {"type", "function": {"name", "arguments"}}. Text parts are joined.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 class Function(TypedDict):
     name: str
-    arguments: str | Mapping[str, object]  # JSON text where it is stored so
+    arguments: str | Mapping[str, object]  # JSON text if it is stored as text
 
 
 class ToolCall(TypedDict):
@@ -30,7 +30,7 @@ class ToolCall(TypedDict):
 
 
 class Message(TypedDict):
-    """What every message has. The other keys of a row's message stay in it, for templates that read them."""
+    """What every message has. Other keys stay in it, for templates that read them."""
 
     role: str
     content: str
@@ -57,28 +57,31 @@ ROLES = {
     "tool_response": "tool",
     "ipython": "tool",
 }
-CALL_ROLES = ("function_call", "tool_call")  # whose text is the call
+CALL_ROLES = ("function_call", "tool_call")  # roles of messages whose text is the call
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
-UNTYPED_PARTS = ("text", "image", "image_url", "audio")  # the key says what it is
-SCHEMA_VALUES = ("default", "const", "enum")  # of a JSON schema: null is a value there
+UNTYPED_PARTS = ("text", "image", "image_url", "audio")  # keys that show the kind of a part
+SCHEMA_VALUES = ("default", "const", "enum")  # keys of a JSON schema whose value may be null
 MESSAGE_KEYS = frozenset(("content", "value", "tool_calls", "function_call"))
-DEEPEST = 100  # levels of a row: far more than data has, and few enough for every function that calls itself
+DEEPEST = 100  # levels of a row: far more than data has, and few enough for recursive functions
 LARGEST_NUMBER = int(sys.float_info.max)
 LARGEST_LITERAL = 1 << 20  # characters of Python text that are parsed
 
-# Of messages that are stored as text: what they hold in quotes, and how they begin.
+# Messages stored as text: the quoted words in them, and how they begin.
 SPEAKS = rf"""(?i)["'](?:role|from|messages|conversations|{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']"""
 BEGINS = (
     r"(?i)"
     rf"""(?:"|array\()?(?:\[?\s*\{{\s*\\?["'](?:role|from)\\?["']\s*:\s*\\?["'](?:{"|".join([*KNOWN_ROLES, *ROLES])})\\?["']"""
     r"""|\[\s*\{\s*\\?["'](?:content|value)\\?["']\s*:)"""
 )
-WRAPPER = ("<tool_response>", "</tool_response>")  # which Hermes stores around a tool's result, and its template writes too
+WRAPPER = (
+    "<tool_response>",
+    "</tool_response>",
+)  # Hermes stores them around a tool's result, and its template writes them again
 
 
 class BadRow(Exception):
-    """Why a row cannot be used: a stable code, the reason in words, what is particular to this row, and its own fix."""
+    """Why a row cannot be used: a stable code, the reason in words, details of this row, and its own fix."""
 
     def __init__(self, code: str, reason: str, detail: str = "", fix: str = "") -> None:
         super().__init__(reason)
@@ -92,7 +95,7 @@ def text_of(value: object, key: str) -> Text:
     """A value of a row as text or as messages, or `BadRow`."""
     if isinstance(value, str):
         return sound(value, key)
-    if isinstance(value, Mapping):  # ShareGPT gives a response as one message
+    if isinstance(value, Mapping):  # ShareGPT stores a response as one message
         return [message_of(value, key)]
     if not isinstance(value, list):
         raise BadRow("row-wrong-type", f"{key} is {type(value).__name__}, not a string or a list of messages")
@@ -103,9 +106,9 @@ def text_of(value: object, key: str) -> Text:
 
 
 def message_of(value: object, key: str) -> Message:
-    """One message of a conversation in our shape, or `BadRow`."""
+    """One message of a conversation in the common form, or `BadRow`."""
     if not isinstance(value, Mapping):
-        raise BadRow("row-wrong-type", f"{key} holds a {type(value).__name__} where a message should be")
+        raise BadRow("row-wrong-type", f"{key} holds a {type(value).__name__} instead of a message")
     message = {name: part for name, part in value.items() if part is not None and part != []}
     theirs = message.pop("from", None) if "role" not in message else message.pop("role")
     content = message.pop("value", None) if "content" not in message else message.pop("content")
@@ -114,7 +117,7 @@ def message_of(value: object, key: str) -> Message:
     role = role_of(value)
     if role not in KNOWN_ROLES:
         known = ", ".join(KNOWN_ROLES)
-        raise BadRow("row-role", f"{key} holds a message of an unknown role; known are {known}", f"{theirs[:40]!r}")
+        raise BadRow("row-role", f"{key} holds a message with an unknown role; known roles are {known}", f"{theirs[:40]!r}")
     calls = _calls(message, content if theirs.lower() in CALL_ROLES else None, key)
     if calls:
         message["tool_calls"] = calls
@@ -129,28 +132,28 @@ def message_of(value: object, key: str) -> Message:
 
 
 def as_message(keys: Any) -> Message:
-    """An object with the keys of a message as one; a TypedDict has no way to say that there may be others."""
+    """An object with the keys of a message, typed as one: a TypedDict cannot declare other keys."""
     message: Message = keys
     return message
 
 
 def role_of(message: Mapping[str, object]) -> str:
-    """The role of a message under our name; empty where it has none."""
+    """The role of a message under its usual name; empty if it has none."""
     role = message.get("role")
     role = message.get("from") if role is None else role
     return ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else ""
 
 
 def tools_of(value: object) -> tuple[Tool, ...]:
-    """The tools of a row, which may be JSON text, without keys that are null; or `BadRow`."""
-    if isinstance(value, str):  # TRL takes them as JSON text too, since columns of objects need one type
+    """The tools of a row, also from JSON text, without null keys; or `BadRow`."""
+    if isinstance(value, str):  # TRL reads JSON text too, because columns of objects need one type
         try:
             value = bounded(_value_of(value)) if value.strip() else []
         except ValueError as error:
             raise BadRow("row-tools", "tools is text, but not JSON") from error
     if value is None:
         return ()
-    if isinstance(value, list):  # some sets store each tool as JSON text
+    if isinstance(value, list):  # some datasets store each tool as JSON text
         value = [_object(tool) if isinstance(tool, str) else tool for tool in value]
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise BadRow("row-tools", "tools is not a list of objects")
@@ -158,9 +161,9 @@ def tools_of(value: object) -> tuple[Tool, ...]:
 
 
 def parsed(text: str) -> object:
-    """Messages, or one message, that are stored as JSON or Python text; the text itself where it is anything else.
+    """Messages, or one message, stored as JSON or Python text; any other text as it is.
 
-    `BadRow` where it begins like messages, and cannot be read.
+    `BadRow` if it begins like messages but cannot be parsed.
     """
     start = text[:200].lstrip()
     if not start.startswith(("[", "{", '"', "array(")) or not compiled(SPEAKS).search(text):
@@ -169,14 +172,14 @@ def parsed(text: str) -> object:
         messages = _messages_in(_value_of(text))
     except ValueError as error:
         if compiled(BEGINS).match(start) and not _begins_with_json(text):
-            reason = "a text begins like a list of messages, but is neither JSON nor Python's notation of one"
+            reason = "a text begins like a list of messages, but is neither valid JSON nor a valid Python list"
             raise BadRow("row-wrong-type", reason, f"{start[:40]!r}") from error
         return text
     return text if messages is None else bounded(messages)
 
 
 def list_in(value: object) -> object:
-    """The list that is stored as JSON or Python text; the value itself where it is anything else."""
+    """A list stored as JSON or Python text; any other value as it is."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "array(")):
         return value
     try:
@@ -187,7 +190,7 @@ def list_in(value: object) -> object:
 
 
 def _value_of(text: str) -> object:
-    """The value of JSON text, or of Python's notation; `ValueError` where it is neither."""
+    """The value of JSON or Python text; `ValueError` if it is neither."""
     for parse in (json.loads, _literal):
         try:
             return parse(text)
@@ -197,16 +200,16 @@ def _value_of(text: str) -> object:
 
 
 def _literal(text: str) -> object:
-    """Python's own notation; numpy, of which pandas writes lists, leaves out the comma between two objects."""
+    """The value of Python text; numpy lists, as pandas writes them, have no comma between two objects."""
     if len(text) > LARGEST_LITERAL:
         raise ValueError("too long")
-    with warnings.catch_warnings(action="ignore"):  # of escapes that are none, in what may be no Python at all
+    with warnings.catch_warnings(action="ignore"):  # about invalid escapes in a text that may not be Python
         tree = ast.parse(re.sub(r"\}[^\S\n]*\n\s*\{", "}, {", text.strip()), mode="eval")
     return ast.literal_eval(_Plain().visit(tree))
 
 
 class _Plain(ast.NodeTransformer):
-    """Python's notation with arrays as lists, nan as None, and dates and the like as text."""
+    """Python text with arrays as lists, nan as None, and dates and the like as text."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         name = ast.unparse(node.func)
@@ -217,7 +220,7 @@ class _Plain(ast.NodeTransformer):
 
 
 def _begins_with_json(text: str) -> bool:
-    """Whether a JSON value stands at the start of a text, so that the rest is words about it."""
+    """Whether a text starts with a JSON value, so that the rest is prose about it."""
     try:
         json.JSONDecoder().raw_decode(text.lstrip())
     except (ValueError, RecursionError):
@@ -226,7 +229,7 @@ def _begins_with_json(text: str) -> bool:
 
 
 def _messages_in(value: object) -> object:
-    """The messages, or the message, that a parsed text is; None where it is something else."""
+    """The messages, or the message, of a parsed text; None if it is something else."""
     if isinstance(value, str):  # encoded twice
         try:
             value = _value_of(value)
@@ -253,12 +256,12 @@ def _is_said(turn: object) -> bool:
 
 
 def bounded(value: Value) -> Value:
-    """The value of a row, or `BadRow` where it is nested too deep to walk, or holds an integer that is no float."""
+    """The value of a row, or `BadRow` if it is nested too deep, or holds an integer too large for a float."""
     level: list[Any] = [value]
     for _ in range(DEEPEST):
         inner: list[Any] = []
         for part in level:
-            kind = type(part)  # parsed values are of these types themselves, and every row comes by here
+            kind = type(part)  # exact types are enough for parsed values, and fast, because this runs for every row
             if kind is dict:
                 inner += part.values()
             elif kind is list:
@@ -272,16 +275,16 @@ def bounded(value: Value) -> Value:
 
 
 def without_nulls(value: object, keep: Sequence[str] = ()) -> Any:
-    """The value without object keys that are null, at every depth; those of `keep` stay."""
+    """The value without null keys of objects, at every depth; keys in `keep` stay."""
     if isinstance(value, Mapping):
         return {name: without_nulls(part, keep) for name, part in value.items() if part is not None or name in keep}
     return [without_nulls(part, keep) for part in value] if isinstance(value, list) else value
 
 
 def without_padding(value: object) -> object:
-    """A value of an Arrow table without the nulls that fill up its structs, which have the keys of all rows.
+    """A value of an Arrow table without the nulls that fill its structs, because these have the keys of all rows.
 
-    `"default": null` and its kin stay in a JSON schema that takes null.
+    `"default": null` and similar keys stay in a JSON schema that accepts null.
     """
     if isinstance(value, Mapping):
         kept = SCHEMA_VALUES[:2] if _takes_null(value) else ()
@@ -296,7 +299,7 @@ def _takes_null(schema: Mapping[str, object]) -> bool:
 
 
 def _content(value: object, role: str, key: str) -> str:
-    """The text of a message: its text parts joined; of a tool's result also any object, as JSON."""
+    """The text of a message: its joined text parts; for a tool's result also any object, as JSON."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -309,7 +312,7 @@ def _content(value: object, role: str, key: str) -> str:
 
 
 def _unwrapped(result: str) -> str:
-    """The result of a tool without the one wrapper that is around all of it."""
+    """The result of a tool without a wrapper around the whole text."""
     start, end = WRAPPER
     text = result.strip()
     is_wrapped = text.startswith(start) and text.endswith(end) and text.count(start) == text.count(end) == 1
@@ -317,7 +320,7 @@ def _unwrapped(result: str) -> str:
 
 
 def _kind(part: object) -> str:
-    """What a part of a message is: its "type", or the key that only such a part has."""
+    """The kind of a part of a message: its "type", or the key that shows it."""
     if not isinstance(part, Mapping):
         return ""
     kind = part.get("type")
@@ -327,23 +330,23 @@ def _kind(part: object) -> str:
 def _part_text(part: Mapping[str, object], key: str) -> str:
     kind, text = _kind(part), part.get("text")
     if kind not in TEXT_PARTS or not isinstance(text, str):
-        reason = f"{key} holds a part that is no text, which this model is not given"
+        reason = f"{key} holds a part that is not text, but only text is supported"
         raise BadRow("row-part", reason, f'its type is "{kind[:40]}"')
     return text
 
 
 def _calls(message: dict[str, object], text: object, key: str) -> list[ToolCall]:
-    """The tool calls of a message, taken out of it: `tool_calls`, the older `function_call`, or ShareGPT's text of a call."""
+    """Remove and return the tool calls of a message: `tool_calls`, the older `function_call`, or ShareGPT's text of a call."""
     calls = _stored_calls(message, text)
     for name in ("tool_calls", "function_call"):
         message.pop(name, None)
     if not all(isinstance(call, Mapping) for call in calls):
-        raise BadRow("row-call", f"{key} holds tool calls that are no objects")
+        raise BadRow("row-call", f"{key} holds tool calls that are not objects")
     return [_call(without_nulls(call), key) for call in calls]
 
 
 def _stored_calls(message: Mapping[str, object], text: object) -> list[object]:
-    """The tool calls of a message as they are stored."""
+    """The tool calls of a message in their stored form."""
     calls = next((message[name] for name in ("tool_calls", "function_call") if message.get(name) is not None), text)
     if calls is None:
         return []
@@ -364,9 +367,9 @@ def _call(call: Mapping[str, object], key: str) -> ToolCall:
     if isinstance(arguments, str):
         given = _object(arguments or "{}")
         if not isinstance(given, Mapping):
-            reason = f"{key} holds a tool call whose arguments are text, but no JSON object"
+            reason = f"{key} holds a tool call whose arguments are text, but not a JSON object"
             raise BadRow("row-call", reason, f"{arguments[:40]!r}")
-        kept = without_nulls(given)  # as of arguments that are an object; a text without nulls stays as it is written
+        kept = without_nulls(given)  # like arguments that are an object; a text without nulls stays as written
         arguments = arguments if kept == given else kept
     if not isinstance(arguments, str | Mapping):
         raise BadRow("row-call", f"{key} holds a tool call whose arguments are {type(arguments).__name__}, not an object")
@@ -377,7 +380,7 @@ def _call(call: Mapping[str, object], key: str) -> ToolCall:
 
 
 def has_null_arguments(value: object) -> bool:
-    """Whether messages of a row hold a tool call of which an argument is null, so that it is left out."""
+    """Whether messages of a row hold a tool call with a null argument, which is omitted."""
     if isinstance(value, list):
         return any(map(has_null_arguments, value))
     if not isinstance(value, Mapping):
@@ -391,7 +394,7 @@ def has_null_arguments(value: object) -> bool:
 
 
 def _object(text: str) -> object:
-    """JSON text as a value; None where it is none."""
+    """The value of JSON text; None if it is invalid."""
     try:
         return bounded(json.loads(text))
     except (ValueError, RecursionError):
@@ -406,7 +409,7 @@ def with_arguments(message: Message, as_text: bool) -> Message:
 
 
 def call_with_arguments(call: ToolCall, as_text: bool) -> ToolCall:
-    """The same of one call."""
+    """The same for one call."""
     given = call["function"]["arguments"]
     if as_text and not isinstance(given, str):
         given = json.dumps(given, ensure_ascii=False)
@@ -421,23 +424,23 @@ def without_key(message: Message, key: str) -> Message:
 
 
 def looks(text: Text) -> object:
-    """What can be seen of a text or of messages: the same for two that differ in nothing else."""
+    """The visible part of a text or of messages, to compare two of them."""
     return visible(text) if isinstance(text, str) else [{**turn, "content": visible(turn["content"])} for turn in text]
 
 
 def sound(text: str, key: str) -> str:
-    """The text, or `BadRow` where no tokens can be made of it."""
+    """The text, or `BadRow` if it cannot be tokenised."""
     if not visible(text).strip():
         raise BadRow("row-empty", f"{key} is empty")
     if "\0" in text:
         raise BadRow("row-nul", f"{key} holds a NUL character")
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise BadRow("row-surrogate", f"{key} holds half of a surrogate pair, which is not a character")
+        raise BadRow("row-surrogate", f"{key} holds half of a surrogate pair, which is not a valid character")
     return text
 
 
 def system_of(value: object) -> str:
-    """The text of a row's "system": a text, a message, or a list of texts, parts or messages; empty where there is none."""
+    """The text of a row's "system": a text, a message, or a list of texts, parts or messages; empty if there is none."""
     if isinstance(value, Mapping) and not _kind(value):
         value = value.get("content", value.get("value"))
     if isinstance(value, list) and not all(map(_kind, value)):
@@ -447,7 +450,7 @@ def system_of(value: object) -> str:
 
 
 def _is_empty_system(message: object) -> bool:
-    """A system message without text says nothing, and many sets have one in every row."""
+    """Whether a message is a system message without text: many datasets have one in every row."""
     return (
         isinstance(message, Mapping)
         and role_of(message) == "system"
@@ -456,7 +459,7 @@ def _is_empty_system(message: object) -> bool:
 
 
 def said(text: Text) -> str:
-    """All that a response says: its text, its reasoning and its tool calls."""
+    """The whole content of a response: its text, reasoning and tool calls."""
     if isinstance(text, str):
         return text
     parts = [
@@ -467,5 +470,5 @@ def said(text: Text) -> str:
 
 
 def flat(text: Text) -> str:
-    """The text itself, or that of all messages."""
+    """A text as it is, or the joined text of all messages."""
     return text if isinstance(text, str) else "\n".join(message["content"] for message in text)

@@ -1,9 +1,9 @@
-"""Near duplicates among pairs: MinHash signatures from rensa propose, RapidFuzz confirms.
+"""Near duplicates among pairs: MinHash signatures of rensa give candidates, and RapidFuzz confirms them.
 
-A signature has 6 bands of 4 values; two pairs are compared when they have a band in common, which happens with probability
+A signature has 6 bands of 4 values. Two pairs are compared if they share a band, which happens with probability
 1 - (1 - s^4)^6 for pairs whose sets overlap by s (Jaccard): 0.998 at 0.9, 0.05 at 0.3 (Leskovec, Rajaraman and Ullman, Mining
-of Massive Datasets, section 3.4). The sets are of words with the word after each, since words alone are the same everywhere.
-Per pair 56 bytes and a hash are kept, and the texts of those that are compared are read again.
+of Massive Datasets, section 3.4). The sets hold pairs of neighbouring words, since single words are the same everywhere.
+Each pair keeps 56 bytes and a hash; the texts of compared pairs are read again.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from dpo_cli.data.rows import Pair
 from dpo_cli.errors import Problem
 
 BANDS, ROWS = 6, 4
-CHUNK_WORDS = 200_000  # signatures are made for about so many words at once
-MOST_COMPARED = 50_000  # candidates beyond these are not read again: a set with so many was made from a template
+CHUNK_WORDS = 200_000  # signatures are computed for about this many words at a time
+MOST_COMPARED = 50_000  # maximum candidates: a set with more was written from a template
 
 
 class NearDuplicates(Finding):
-    """Pairs that are nearly the same as an earlier one in each of their texts; exact copies are for `SeenBefore`."""
+    """Pairs that are nearly the same as an earlier one in every text; `SeenBefore` finds exact copies."""
 
     code = "near-duplicates"
     reason = "nearly the same as an earlier pair"
-    fix = "keep one of each, or the model sees the same thing again and again"
+    fix = "keep one of each, or the model trains on the same text repeatedly"
 
     def __init__(self, limits: Limits) -> None:
         super().__init__(limits)
-        self.words: list[list[str]] = []  # of the pairs whose signatures are still to be made
+        self.words: list[list[str]] = []  # words of the pairs without a signature yet
         self.bands = array("q")  # BANDS hashes a pair
-        self.numbers = array("q")  # of those pairs in the pass; exact copies have none
+        self.numbers = array("q")  # the number of each such pair in the pass; exact copies are not included
         self.known: set[int] = set()
         self.count = self.waiting = 0
 
@@ -67,7 +67,7 @@ class NearDuplicates(Finding):
 
     def _sign(self) -> None:
         if self.words:
-            from rensa import RMinHash  # of which a config without rows has no need
+            from rensa import RMinHash  # not needed for a config without rows
 
             for signature in RMinHash.digest_matrix_from_token_sets(self.words, BANDS * ROWS, 1).to_rows():
                 self.bands.extend(hash(tuple(signature[start : start + ROWS])) for start in range(0, BANDS * ROWS, ROWS))
@@ -85,7 +85,7 @@ class NearDuplicates(Finding):
         return candidates
 
     def _read_again(self, data: Dataset, wanted: set[int]) -> dict[int, tuple[Pair, tuple[str, str, str]]]:
-        """The pairs with these numbers and their texts, from another pass over the files where none kept them."""
+        """The pairs with these numbers and their texts, read again unless they are in memory."""
         if not wanted:
             return {}
         pairs = (row for row in data.usable() if isinstance(row, Pair))

@@ -1,7 +1,7 @@
-"""What a chat template leaves out of a conversation: a part of a message whose change changes nothing that is rendered.
+"""Parts of a conversation that a chat template omits: changing such a part does not change the rendered text.
 
-A part that stands in the rendering is there. One that does not is replaced, and the conversation rendered again: a template
-may write it otherwise (trimmed, escaped, in another place).
+A part that is in the rendered text as written is fine. Any other part is replaced by a probe, and the conversation is
+rendered again: a template may write it in another form (trimmed, escaped, in another place).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from dpo_cli.data.messages import REASONING, Message, Tool, ToolCall, as_message
 TAGS = r"think|thinking|thought|reasoning|reflection"
 OPENING = rf"<(?:{TAGS})>|\[THINK\]"
 THOUGHT = re.compile(rf"(?:{OPENING}|\A)((?:(?!{OPENING}).)*?)(?:</(?:{TAGS})>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
-MOST_RENDERED = 16  # parts that are tried one by one, where a template does not take them all changed at once; others pass
+MOST_RENDERED = 16  # maximum parts to try one by one, if the template rejects all changes together
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a message: what it is, its texts, the key that it stands under, and whether it is reasoning."""
+    """A part of a message: its description, its texts, its key, and whether it is reasoning."""
 
     what: str
     texts: tuple[str, ...]
@@ -33,7 +33,7 @@ class Part:
 
 
 def parts_of(message: Message, source: str) -> Iterator[Part]:
-    """The parts of a message that a model could learn from; of other keys those that the `source` of a template names."""
+    """The parts of a message that a model could learn; other keys only if the `source` of a template names them."""
     role, content = message["role"], message["content"]
     thoughts = [match for match in THOUGHT.finditer(content) if match[1].strip()] if role == "assistant" else []
     said, at = [], 0
@@ -43,7 +43,7 @@ def parts_of(message: Message, source: str) -> Iterator[Part]:
         opening = (
             f"between {content[match.start() : match.start(1)].strip()} and" if match.start(1) > match.start() else "before"
         )
-        what = f"what stands {opening} {content[match.end(1) : match.end()].strip()}"
+        what = f"the text {opening} {content[match.end(1) : match.end()].strip()}"
         yield Part(what, (match[1].strip(),), is_reasoning=True)
     said.append(content[at:])
     if texts := tuple(text.strip() for text in said if text.strip()):
@@ -65,11 +65,11 @@ def left_out(
     start: int = 0,
     **options: bool | str,
 ) -> list[Part]:
-    """The parts of the messages at `places` that are not in the `rendered` conversation, where these stand after `start`.
+    """The parts of the messages at `places` that are not in the `rendered` conversation after `start`.
 
-    Parts that do not stand there as they are written are changed, all at once, and the conversation is rendered again.
+    Parts that are not there as written are changed, all at once, and the conversation is rendered again.
     """
-    suspects = [found for place in places for found in _suspects(messages[place], place, rendered, start, template.source)]
+    suspects = [suspect for place in places for suspect in _suspects(messages[place], place, rendered, start, template.source)]
     if not suspects:
         return []
 
@@ -79,7 +79,7 @@ def left_out(
             altered[suspect.place] = suspect.changed(altered[suspect.place])
         try:
             text = template.render(altered, tools, **options).lower()
-        except TemplateError:  # it reads them, and does not take these
+        except TemplateError:  # the template reads the parts, and rejects the probes
             return None
         return [suspect for suspect in tried if not all(probe in text for probe in suspect.probes)]
 
@@ -91,16 +91,16 @@ def left_out(
 
 @dataclass(frozen=True)
 class _Suspect:
-    """A part that does not stand in a rendering as it is written, and what is put in the place of its texts to look for."""
+    """A part that is not in a rendering as written, and the probes that replace its texts."""
 
     part: Part
     place: int
     texts: tuple[str, ...]
-    number: int  # of the part in its message; of a tool call among the calls
+    number: int  # the index of the part in its message, or of a tool call among the calls
     probes: tuple[str, ...]
 
     def changed(self, message: Message) -> Message:
-        """The message with a probe in place of each text."""
+        """The message with a probe instead of each text."""
         if self.part.key == "tool_calls":
             calls = list(message["tool_calls"])
             name, argument = self.probes
@@ -133,7 +133,7 @@ def _suspects(message: Message, place: int, rendered: str, start: int, source: s
 
 
 def _lines_not_in(rendered: str, text: str) -> list[str]:
-    """The lines of a text that are not in a rendering, the longest first, since one may hold another."""
+    """The lines of a text that are not in a rendering, longest first, because one may contain another."""
     lines = {line.strip() for line in text.splitlines()}
     return sorted((line for line in lines if line and line not in rendered), key=len, reverse=True)
 
@@ -154,12 +154,12 @@ def _said_by(call: ToolCall) -> Iterator[str]:
 
 
 def _stands_in(rendered: str, text: str) -> bool:
-    """Whether a text is in a rendering, as it is or as JSON writes it."""
+    """Whether a text is in a rendering, as written or in JSON's form."""
     return any(form in rendered for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]))
 
 
 def fails(template: ChatTemplate, messages: list[Message], tools: Sequence[Tool] | None, **options: bool | str) -> bool:
-    """Whether the template does not take a conversation."""
+    """Whether the template raises an error for a conversation."""
     try:
         template.render(messages, tools, **options)
     except TemplateError:
@@ -168,8 +168,8 @@ def fails(template: ChatTemplate, messages: list[Message], tools: Sequence[Tool]
 
 
 def cause(template: ChatTemplate, messages: list[Message], tools: Sequence[Tool] | None, **options: bool | str) -> str:
-    """The part of a conversation on which a template fails: the first message that it fails on, and the key without which it
-    does not."""
+    """The part of a conversation on which a template fails: the first message that it fails on, and the key of it that causes
+    that."""
     if tools and not fails(template, messages, None, **options):
         return "the tools"
     counts = range(1, len(messages) + 1)

@@ -1,4 +1,4 @@
-"""Files of prompts to `Question`s: rows with a prompt, preference rows, or text with a prompt a line."""
+"""Files of prompts to `Question`s: rows with a prompt, preference rows, or text with one prompt per line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = ".txt"
 
 @dataclass(frozen=True)
 class Prompts:
-    """The questions of a file, each once, in its order; how many rows repeat an earlier one, and how many are none."""
+    """The questions of a file, each once, in file order; the number of repeated rows and of bad rows."""
 
     sha256: str  # of the file
     questions: tuple[Question, ...]
@@ -42,28 +42,28 @@ def read_prompts(path: str, columns: Mapping[str, str] | None = None, skip: bool
     reader = _lines if folders.kind(path) == TEXT else None
     for line, row in files.read_rows(path, partial(to_question, file=path, columns=columns), reader):
         rows += 1
-        if isinstance(row, BadRow):  # kept, so that one pass names them all
+        if isinstance(row, BadRow):  # collected, so that one pass reports them all
             bad[row.code, f"{row.reason} ({row.detail})" if row.detail else row.reason, row.fix].append(line)
         else:
             questions.setdefault(row.with_answers("", "").prompt_key, row)
     severity: Severity = "warning" if skip else "error"
-    fix = "left out" if skip else 'correct or delete what is named, or set "on_bad_rows": "skip"'
+    fix = "these rows are skipped" if skip else 'correct or delete these rows, or write "on_bad_rows": "skip"'
     problems = [
         about_rows(severity, code, reason, own or FIXES.get(code, fix), None, path, lines)
         for (code, reason, own), lines in bad.items()
     ]
     bad_rows = sum(map(len, bad.values()))
     if not questions and (skip or not bad):
-        problems.append(Problem("error", "no-prompts", f"{path} holds no prompt", "write a prompt a line", None, path))
+        problems.append(Problem("error", "no-prompts", f"{path} has no prompt", "write one prompt per line", None, path))
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Prompts(digest, tuple(questions.values()), rows - bad_rows - len(questions), bad_rows, tuple(problems))
 
 
 def without_reference(prompts: Prompts, path: str) -> list[Problem]:
-    """The problem of the questions that have no answer to compare with, where there are some."""
+    """The problem of the questions without an answer to compare with, if there are any."""
     lines = [question.line for question in prompts.questions if question.reference is None]
-    fix = 'give each row a "reference" (or "chosen"), or another "rank" in "augment"'
+    fix = 'give each row a "reference" (or "chosen"), or write another "rank" in "augment"'
     return [about_rows("error", "row-no-reference", "no reference to compare with", fix, None, path, lines)] if lines else []
 
 
@@ -71,18 +71,18 @@ def _fault(path: str) -> Problem | None:
     """Why the file cannot be read at all."""
     suffixes = (TEXT, *files.READERS)
     if not os.path.exists(path):
-        return Problem("error", "prompts-missing", f"there is no file {path}", "check the path of the prompts")
+        return Problem("error", "prompts-missing", f"file not found: {path}", "check the path of the prompts")
     if not Path(path).is_file():
         return Problem("error", "prompts-unreadable", f"cannot read {path}", "name a readable file")
     problem = unreadable_files.fault(Path(path), "prompts", suffixes)
     if problem is not None and problem.code == "dataset-format":
-        fix = "use a .txt file with a prompt a line, or a .jsonl file"
+        fix = "use a .txt file with one prompt per line, or a .jsonl file"
         return Problem("error", "prompts-format", problem.message, fix)
     return problem
 
 
 def _lines(path: str) -> files.Rows:
-    """Each line that is not blank as a row with that prompt."""
+    """Each non-blank line as a row with that prompt."""
     return files.lines_of(path, _prompt_of)
 
 

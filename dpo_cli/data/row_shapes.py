@@ -1,6 +1,6 @@
-"""The ways in which people write pairs. The shape of a row is known by its keys; any but the first is said aloud:
+"""Shapes of rows with pairs. The keys of a row show its shape; any shape but the first is reported:
 
-prompt  chosen  rejected                 strings, or lists of {"role", "content"} messages: the documented one
+prompt  chosen  rejected                 strings, or lists of {"role", "content"} messages: the documented shape
 prompt  chosen  rejected                 conversations: the responses repeat the prompt as messages
         chosen  rejected                 implicit prompt: both start with it
 conversations  chosen  rejected          ShareGPT: {"from", "value"}; or messages
@@ -9,8 +9,8 @@ response_a  response_b  chosen  rejected names of two responses: {"chosen": "res
 messages  rejected_response              ms-swift: the last message is chosen; or rejected_messages
 input  preferred_output  ...             preference files of OpenAI
 
-Several responses and what says which is better are in comparisons.py, records of annotation tools in annotation_exports.py, and
-what columns are called in columns.py. A row may make several pairs.
+Rows with several responses are in comparisons.py, records of annotation tools in annotation_exports.py, and names of columns
+in columns.py. A row may make several pairs.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from dpo_cli.data.transcripts import answer_to, parted
 Parts = tuple[object, object, object]  # prompt, chosen, rejected, not checked yet
 
 KEYS = ("prompt", "chosen", "rejected")
-LIST_COLUMNS = (*LISTS, *SCORES, "history")  # which a table stores as text
+LIST_COLUMNS = (*LISTS, *SCORES, "history")  # lists that a table stores as text
 RESPONSE_ROLES = ("assistant", "tool")  # anything else in a response would put part of a prompt into the loss
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A way to write pairs: how it is told to the user, which rows are written so, and the pairs of a row as documented."""
+    """A shape of rows: its description for the user, which rows have it, and the pairs of a row in the documented form."""
 
     says: str | None
     fits: Callable[[Row], bool]
     rows: Callable[[Row], Iterable[Row]]  # each with prompt, chosen and rejected
-    reads: Callable[[Row], Mapping[str, str]]  # its columns, and what each is read as
+    reads: Callable[[Row], Mapping[str, str]]  # its columns and their meanings
 
 
 def as_object(row: object) -> Row:
-    """A parsed row, or `BadRow` where it is no object."""
+    """A parsed row, or `BadRow` if it is not an object."""
     if isinstance(row, list):
-        raise BadRow("row-not-object", "a list, not an object: a file that is one list of rows is called .json")
+        raise BadRow("row-not-object", "a list, not an object: rename a file that is one list of rows to .json")
     if not isinstance(row, Mapping):
         raise BadRow("row-not-object", "not a JSON object")
     return row
 
 
 def renamed(row: Row, columns: Columns) -> Row:
-    """The row without nulls, with its `columns` under our names, and lists of messages that are stored as text."""
+    """The row without nulls, with its `columns` renamed, and with lists that are stored as text."""
     known: Row = {name: parsed(value) if isinstance(value, str) else value for name, value in row.items() if value is not None}
     lists = {*LIST_COLUMNS, *_each(columns.get("responses")), *_each(columns.get("scores"))}
     known = {name: list_in(value) if name in lists else value for name, value in known.items()}
@@ -64,7 +64,7 @@ def renamed(row: Row, columns: Columns) -> Row:
 
 
 def fitting(row: Row, columns: Columns, labels: tuple[str, ...] = ()) -> Shape | None:
-    """The shape of a row; a comparison where it has none that is listed, `labels` being columns that may be its label."""
+    """The shape of a row; a comparison if no listed shape fits. `labels` are columns that may be its label."""
     if any(name in columns and name not in row for name in KEYS):
         return None
     if (shape := shape_of(row, columns)) is not None:
@@ -74,7 +74,7 @@ def fitting(row: Row, columns: Columns, labels: tuple[str, ...] = ()) -> Shape |
 
 
 def shape_of(row: Row, columns: Columns) -> Shape | None:
-    """The shape of a row that is no comparison; none where `columns` says that it is one."""
+    """The shape of a row that is not a comparison; None if `columns` says that it is one."""
     return next((shape for shape in SHAPES if shape.fits(row)), None) if "responses" not in columns else None
 
 
@@ -91,7 +91,7 @@ def _are_messages(value: object) -> TypeGuard[list[Mapping[str, object]]]:
 
 
 def _repeats_prompt(row: Mapping[str, object]) -> bool:
-    """Whether both responses are conversations from their first user or system message on."""
+    """Whether both responses are conversations that start with a user or system message."""
     both = [row[name] for name in answered(row) or ()]
     if "prompt" not in row and any(name in row for name in CONVERSATIONS):
         return False
@@ -100,15 +100,15 @@ def _repeats_prompt(row: Mapping[str, object]) -> bool:
 
 
 def _common_start(row: Mapping[str, object]) -> Parts:
-    """Both responses without what they have in common, which is the prompt; of strings, up to a space (as TRL does).
+    """Split both responses into their common start, the prompt, and the rest; strings are split at a space, as TRL does.
 
-    Of transcripts ("Human:", "Assistant:" and the like) the prompt is all up to the answer in which they part.
+    For transcripts ("Human:", "Assistant:" and the like) the prompt ends where the differing answer starts.
     """
     chosen, rejected = (text_of(row[name], name) for name in ("chosen", "rejected"))
     if chosen == rejected:
         raise BadRow("row-identical", "chosen and rejected are identical")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
+        raise BadRow("row-mixed-types", "chosen and rejected must both be strings or both be lists of messages")
     parting = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
     start = next(parting, min(len(chosen), len(rejected)))
     if isinstance(chosen, str) and isinstance(rejected, str):
@@ -116,26 +116,26 @@ def _common_start(row: Mapping[str, object]) -> Parts:
             return parts
         start -= start > 0 and chosen[start - 1] == " "
         is_turn = "\n" in chosen[:start] or chosen[:start].rstrip().endswith((":", "?"))
-        start = start if is_turn else 0  # else two answers that happen to start alike
+        start = start if is_turn else 0  # else two answers with the same first words
     if start == 0:
-        raise BadRow("row-no-prompt", "there is no prompt, and chosen and rejected do not start alike")
+        raise BadRow("row-no-prompt", "there is no prompt, and chosen and rejected have no common start")
     return chosen[:start], chosen[start:], rejected[start:]
 
 
 def _plain(row: Row) -> Iterator[Row]:
-    """The pairs of a row with a prompt, a better and a worse response; a list of texts is several responses."""
+    """The pairs of a row with a prompt, a better and a worse response; a list of texts means several responses."""
     better, worse = answered(row) or KEYS[1:]
     prompt, used = asked(row) or ("", ())
     chosen, rejected = row[better], row[worse]
     if isinstance(chosen, str) and isinstance(rejected, str) and (*used, better, worse) == KEYS:
-        yield row  # nearly every row, so it is not copied
+        yield row  # nearly every row: not copied
         return
     for one, other in product(_each(chosen), _each(rejected)):
         yield {**row, "prompt": prompt, "chosen": one, "rejected": other}
 
 
 def _each(value: object) -> list[object]:
-    """The texts of a list of texts; anything else is one response."""
+    """The texts of a list of texts; any other value is one response."""
     return value if isinstance(value, list) and value and all(isinstance(text, str) for text in value) else [value]
 
 
@@ -159,12 +159,12 @@ def _implicit_reads(row: Row) -> dict[str, str]:
 
 
 def _rejected_of(row: Row) -> str | None:
-    """The column of the rejected response of a row of ms-swift."""
+    """The column of the rejected response of an ms-swift row."""
     return next((name for name in ("rejected_response", "rejected_messages", "rejected") if name in row), None)
 
 
 def is_swift(row: Row) -> bool:
-    """Whether a conversation ends with the chosen response, and another column holds only the rejected one."""
+    """Whether a conversation ends with the chosen response, and another column holds the rejected one."""
     return _rejected_of(row) is not None and "chosen" not in row and any(name in row for name in CONVERSATIONS)
 
 
@@ -178,7 +178,7 @@ def _swift(row: Row) -> Iterator[Row]:
     rejected = row[_rejected_of(row) or ""]
     base = {key: value for key, value in row.items() if key not in CONVERSATIONS}
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
-        raise BadRow("row-role", f"{name} does not end with the assistant's message, which is the chosen one")
+        raise BadRow("row-role", f"{name} does not end with an assistant message, which would be the chosen response")
     if _are_messages(rejected) and role_of(rejected[0]) != "assistant":
         parts = _common_start({"chosen": messages, "rejected": rejected})
         yield {**base, **dict(zip(KEYS, parts, strict=True))}
@@ -197,7 +197,7 @@ def _openai(row: Row) -> Iterator[Row]:
 
 
 def _can_be_implicit(row: Row) -> bool:
-    """Whether nothing but the responses can hold the prompt: no other column is text."""
+    """Whether only the responses can hold the prompt: no other column is text."""
     pair = answered(row)
     if pair is None or not isinstance(row[pair[0]], str):
         return pair is not None
@@ -205,20 +205,20 @@ def _can_be_implicit(row: Row) -> bool:
 
 
 def _members(row: Row) -> tuple[str, ...] | None:
-    """The columns of the two responses that chosen and rejected only name."""
-    if len(row) < 4 or "chosen" not in row or "rejected" not in row:  # a row of two responses more, not of nearly every one
+    """The columns of the two responses, if chosen and rejected are names of columns."""
+    if len(row) < 4 or "chosen" not in row or "rejected" not in row:  # such a row has two more columns, unlike nearly all rows
         return None
     return members_named(row, [row["chosen"], row["rejected"]])
 
 
 def _by_name(row: Row) -> Iterator[Row]:
-    """The pair of a row whose chosen and rejected are names of two of its responses."""
+    """The pair of a row where chosen and rejected name two of its responses."""
     members = _members(row) or ()
     base = {name: value for name, value in row.items() if name not in members}
     pair = {**base, "chosen": row[members[0]], "rejected": row[members[1]]}
     shape = shape_of(pair, {})
     if shape is None:
-        raise BadRow("row-no-prompt", "there is no prompt, and the responses do not start alike")
+        raise BadRow("row-no-prompt", "there is no prompt, and the responses have no common start")
     yield from shape.rows(pair)
 
 
@@ -230,19 +230,19 @@ def _by_name_reads(row: Row) -> dict[str, str]:
 
 SHAPES = (
     Shape(
-        "names: chosen and rejected name two of the responses, whose texts are taken",
+        "names: chosen and rejected name two of the responses",
         lambda row: _members(row) is not None,
         _by_name,
         _by_name_reads,
     ),
     Shape(
-        "conversations: chosen and rejected repeat the prompt, which is what they start with",
+        "conversations: the prompt is the common start of chosen and rejected",
         lambda row: isinstance(row.get("chosen"), list) and "rejected" in row and _repeats_prompt(row),
         _implicit,
         _implicit_reads,
     ),
     Shape(
-        "prompt and input: the prompt is prompt, with input (or context) below it",
+        "prompt and input: the prompt is prompt, followed by input (or context)",
         lambda row: (
             "prompt" in row
             and ("input" in row or "context" in row)
@@ -260,13 +260,13 @@ SHAPES = (
         _plain_reads,
     ),
     Shape(
-        "question: the prompt is question (or instruction, query, input), input below it and system before it, where there are",
+        "question: the prompt is system (if given), question (or instruction, query, input), and input (if given)",
         lambda row: answered(row) is not None and any(name in row for name in QUESTIONS),
         _plain,
         _plain_reads,
     ),
     Shape(
-        "implicit prompt: the prompt is what chosen and rejected start with",
+        "implicit prompt: the prompt is the common start of chosen and rejected",
         _can_be_implicit,
         _implicit,
         _implicit_reads,

@@ -1,6 +1,6 @@
-"""Rows to `Pair`s, `Demonstration`s and `Question`s: what each has to be, and the faults that it may have.
+"""Rows to `Pair`s, `Demonstration`s and `Question`s, and the checks of each.
 
-How rows are written is in row_shapes.py.
+The shapes of rows are in row_shapes.py.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from dpo_cli.data.transcripts import answer_to, as_messages, from_last_turn, tur
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
 Written = Mapping[str, object]  # a row of a file
-ALWAYS = {"category": "category", "history": "earlier turns"}  # of every shape
+ALWAYS = {"category": "category", "history": "earlier turns"}  # columns of every shape
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One prompt with its chosen and rejected response; all three strings, or all three lists of messages.
 
-    `line` is the physical line of `file` it stands on, from 1 (in Parquet, which has no lines, the number of the row).
+    `line` is its physical line in `file`, from 1 (in Parquet, which has no lines, the number of the row).
     """
 
     prompt: Text
@@ -54,7 +54,7 @@ class Pair:
     line: int
     file: str = ""
     tools: tuple[Tool, ...] = ()  # for the chat template
-    category: str = ""  # by which figures are told apart
+    category: str = ""  # figures are also reported per category
 
     @property
     def kind(self) -> Rows:
@@ -65,7 +65,7 @@ class Pair:
         return self.chosen, self.rejected
 
     def as_turns(self) -> Pair:
-        """The pair in messages where its prompt is a transcript; else itself."""
+        """The pair as messages if its prompt is a transcript, else itself."""
         if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
             return self
         return replace(
@@ -74,15 +74,15 @@ class Pair:
 
     @property
     def prompt_key(self) -> str:
-        """The same for two pairs exactly when their prompts are: a text and that text as the only message are one prompt."""
+        """A key that is equal for equal prompts only: a text equals that text as the only message."""
         return _key(self.prompt, self.tools)
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """What sft trains on: a prompt and its completion, both strings or both lists of messages; places as in `Pair`.
+    """A row of sft: a prompt and its completion, both strings or both lists of messages; places as in `Pair`.
 
-    A text as a whole is a completion to an empty prompt, and so is what an assistant says unasked.
+    A whole text is the completion of an empty prompt, and so is a message of an assistant without a prompt.
     """
 
     prompt: Text
@@ -101,14 +101,14 @@ class Demonstration:
         return (self.completion,)
 
     def as_turns(self) -> Demonstration:
-        """As of a pair."""
+        """Like `Pair.as_turns`."""
         if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
             return self
         return replace(self, prompt=turns, completion=answer_to(self.prompt, self.completion))
 
     @property
     def prompt_key(self) -> str:
-        """As of a pair; what has no prompt is told apart by its text."""
+        """Like `Pair.prompt_key`; without a prompt the key is the completion."""
         return _key(self.prompt or self.completion, self.tools)
 
 
@@ -125,7 +125,7 @@ def _key(prompt: Text, tools: tuple[Tool, ...]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt to answer, and an answer to compare with where its row has one; places and tools as in `Pair`."""
+    """A prompt to answer, and a reference answer if its row has one; places and tools as in `Pair`."""
 
     prompt: Text
     reference: str | None
@@ -134,26 +134,26 @@ class Question:
     tools: tuple[Tool, ...] = ()
 
     def with_answers(self, chosen: str, rejected: str) -> Pair:
-        """The question as a pair: answers to messages are messages."""
+        """The question as a pair; if the prompt is messages, the answers are too."""
         one, other = ((answer_to(self.prompt, text) if isinstance(self.prompt, list) else text) for text in (chosen, rejected))
         return Pair(self.prompt, one, other, self.line, self.file, self.tools)
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """What a row of a file was read as: its pairs or its demonstration, and how."""
+    """A row of a file as it was read: its pairs or its demonstration, and the meanings of its columns."""
 
     rows: tuple[Row, ...]
     says: str | None
-    written: Written  # the row under our names, an export as a flat row
-    first: Written  # its first pair as documented
-    reads: Callable[[], Mapping[str, str]]  # columns, and what each is read as
-    origin: Mapping[str, str] = field(default_factory=dict)  # of the columns of an export
-    suggested: Mapping[str, str] = field(default_factory=dict)  # columns that no person filled in, and what did
+    written: Written  # the row with renamed columns, an export as a flat row
+    first: Written  # its first pair in the documented form
+    reads: Callable[[], Mapping[str, str]]  # columns and their meanings
+    origin: Mapping[str, str] = field(default_factory=dict)  # the columns of the file, for the columns of an export
+    suggested: Mapping[str, str] = field(default_factory=dict)  # columns that a machine filled in, and which machine
 
 
 def read_row(row: object, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
-    """A parsed row as it is read, or `BadRow`. A demonstration of a row with several responses is the best one."""
+    """Read a parsed row, or raise `BadRow`. A row with several responses becomes a demonstration of the best one."""
     row, columns = as_object(row), columns or {}
     if demonstrations and (shown := _shown(renamed(row, columns), line, file, "text" in columns)) is not None:
         return shown
@@ -162,8 +162,8 @@ def read_row(row: object, line: int, file: str, columns: Columns | None, demonst
     except BadRow as error:
         if demonstrations and error.code == "row-missing-key":
             names = _names(row)
-            reason = "neither messages, nor prompt and completion, nor text"
-            raise BadRow("row-missing-key", reason, f"which has {names}") from error
+            reason = "messages, prompt and completion, or text are missing"
+            raise BadRow("row-missing-key", reason, f"it has {names}") from error
         raise
     documented = [*shape.rows(written)]
     pairs = [pair_of(each, line, file) for each in documented]
@@ -178,24 +178,24 @@ def read_row(row: object, line: int, file: str, columns: Columns | None, demonst
 
 
 def _shape_of(row: Written, columns: Columns) -> tuple[Shape, Written, Export | None]:
-    """The shape of a parsed row, the row under the names of the shape, and the export that it is; or `BadRow`."""
+    """The shape of a parsed row, the row with the names of that shape, and its export; or `BadRow`."""
     written, export, columns = _flat(row, columns)
     shape = fitting(written, columns, export.answers if export is not None else ())
     if shape is not None:
         return shape, written, export
     missing = [columns.get(key, key) for key in KEYS if key not in written]
-    reason = " and ".join(f"{name} is null" if name in row else f"no {name}" for name in missing)
-    advice = '; "columns" can say what they are called' if any(name not in row for name in missing) else ""
-    raise BadRow("row-missing-key", reason, f"which has {_names(row)}{advice}")
+    reason = " and ".join(f"{name} is null" if name in row else f"{name} is missing" for name in missing)
+    advice = '; "columns" can give the names' if any(name not in row for name in missing) else ""
+    raise BadRow("row-missing-key", reason, f"it has {_names(row)}{advice}")
 
 
 def _names(row: Written) -> str:
-    """The columns of a row, in words."""
+    """The columns of a row as text."""
     return ", ".join(sorted(f"{name} (null)" if row[name] is None else str(name) for name in row))[:200] or "nothing"
 
 
 def _flat(row: Written, columns: Columns) -> tuple[Written, Export | None, Columns]:
-    """The row under our names, the export that it is, and the columns, with the responses that an export says it compares."""
+    """The row with renamed columns, its export, and `columns` with the compared responses of an export."""
     written = renamed(row, columns)
     export = export_of(written) if answered(written) is None else None
     if export is None:
@@ -205,7 +205,7 @@ def _flat(row: Written, columns: Columns) -> tuple[Written, Export | None, Colum
 
 
 def counted(row: object, columns: Columns) -> tuple[Layout, Written] | None:
-    """The comparison of a parsed row whose labels may count from 0 or from 1; None where it is something else."""
+    """The comparison of a parsed row if its labels may count from 0 or from 1; else None."""
     written, export, stated = _flat(as_object(row), columns)
     if shape_of(written, stated) is not None:
         return None
@@ -224,13 +224,13 @@ def to_pair(row: object, line: int, file: str = "", columns: Columns | None = No
 
 
 def pair_of(row: Written, line: int, file: str) -> Pair:
-    """A row as documented to a pair, or `BadRow`."""
+    """A row in the documented form to a pair, or `BadRow`."""
     prompt, chosen, rejected = (text_of(row[key], key) for key in KEYS)
     prompt, (chosen, rejected) = from_last_turn(prompt, {"chosen": chosen, "rejected": rejected})
     prompt = _after_start(prompt, row)
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRow("row-mixed-types", "chosen and rejected must both be strings, or both be message lists")
-    if isinstance(prompt, str) != isinstance(chosen, str):  # one of them in messages: then all are
+        raise BadRow("row-mixed-types", "chosen and rejected must both be strings or both be lists of messages")
+    if isinstance(prompt, str) != isinstance(chosen, str):  # if one of them is messages, all become messages
         prompt, chosen, rejected = (
             as_messages(prompt, "user"),
             answer_to(prompt, chosen),
@@ -244,12 +244,12 @@ def pair_of(row: Written, line: int, file: str) -> Pair:
 
 
 def to_demonstration(row: object, line: int, file: str = "", columns: Columns | None = None) -> Demonstration:
-    """A parsed row of an sft set to a demonstration, or `BadRow`: messages, prompt + completion, text, or a pair's chosen."""
+    """A parsed row for sft to a demonstration, or `BadRow`: messages, prompt and completion, text, or the chosen of a pair."""
     return read_row(row, line, file, columns, demonstrations=True).rows[0]  # type: ignore[return-value]
 
 
 def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
-    """A row that is a demonstration; None of another row. `is_text`: "columns" names a text."""
+    """Read a row that is a demonstration; None for another row. `is_text`: "columns" names a text."""
     learned = _learned(row, is_text)
     if learned is None:
         return None
@@ -266,14 +266,14 @@ def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
     if isinstance(completion, list) and "completion" in reads.values():
         _check_roles(prompt, {"completion": completion})
     taken = next(name for name, meaning in reads.items() if meaning != "prompt")
-    says = f"demonstrations: {taken} is learned, and text is not" if isinstance(row.get("text"), str) else None
+    says = f"demonstrations: {taken} is trained on, and text is not" if isinstance(row.get("text"), str) else None
     return Read((Demonstration(prompt, completion, line, file, tools, category),), says, row, row, lambda: _common(row) | reads)
 
 
 def _learned(row: Written, is_text: bool) -> tuple[object, object, dict[str, str]] | None:
-    """(prompt, completion, columns) of a demonstration: prompt and completion, messages whose last is learned, or a text.
+    """(prompt, completion, columns) of a demonstration: from prompt and completion, messages (the last is learned), or a text.
 
-    Beside the others a text repeats them, as a template wrote them, and would put the prompt into the loss.
+    Next to the others, a text usually repeats them after a template, and would put the prompt into the loss.
     """
     if answered(row) is not None or is_swift(row):
         return None
@@ -291,7 +291,7 @@ def _learned(row: Written, is_text: bool) -> tuple[object, object, dict[str, str
         return prompted or text
     messages = text_of(row[conversation], "messages")
     if isinstance(messages, str) or messages[-1]["role"] != "assistant":
-        raise BadRow("row-role", "the messages do not end with the assistant's, so there is nothing to learn")
+        raise BadRow("row-role", "the messages do not end with an assistant message, so there is nothing to train on")
     return messages[:-1], messages[-1:], {conversation: "messages"}
 
 
@@ -306,7 +306,7 @@ def to_question(row: object, line: int, file: str = "", columns: Columns | None 
         return Question(pair.prompt, reference or flat(pair.chosen), line, file, pair.tools)
     asking = asked(row)
     if asking is None:
-        raise BadRow("row-missing-key", "no prompt", f'which has {_names(row)}; "columns" can say what it is called')
+        raise BadRow("row-missing-key", "prompt is missing", f'it has {_names(row)}; "columns" can give the name')
     prompt = _after_start(text_of(asking[0], "prompt"), row)
     if isinstance(prompt, list):
         _require_open(prompt)
@@ -314,14 +314,14 @@ def to_question(row: object, line: int, file: str = "", columns: Columns | None 
 
 
 def _after_start(prompt: Text, row: Written) -> Text:
-    """The prompt after the system message and the earlier turns of the row, where it has them."""
+    """The prompt with the system message and the earlier turns of the row before it, if there are any."""
     prompt = with_history(prompt, row.get("history"))
     system = system_column(row)
     return _with_system(prompt, row[system]) if system is not None else prompt
 
 
 def _common(row: Written) -> dict[str, str]:
-    """The columns that a row of any shape may have, and what they are read as."""
+    """The columns that a row of any shape may have, and their meanings."""
     named = {system_column(row): "system", tools_column(row): "tools"}
     return ALWAYS | {name: meaning for name, meaning in named.items() if name is not None}
 
@@ -339,12 +339,12 @@ def _check_roles(prompt: Text, responses: Mapping[str, Any]) -> None:
 
 
 def _require_open(prompt: Text) -> None:
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise BadRow("row-role", "the prompt ends with an assistant message, so there is nothing to answer")
+    if isinstance(prompt, list) and prompt and prompt[-1]["role"] == "assistant":
+        raise BadRow("row-role", "the prompt ends with an assistant message, not with a question")
 
 
 def _with_system(prompt: Text, system: object) -> Text:
-    """The prompt after the system message of the row, where it has one and the prompt does not."""
+    """The prompt with the system message of the row before it, unless the prompt has its own."""
     text = system_of(system)
     if not text or (isinstance(prompt, list) and prompt[:1] and prompt[0]["role"] == "system"):
         return prompt
@@ -352,6 +352,6 @@ def _with_system(prompt: Text, system: object) -> Text:
 
 
 def _category(row: Mapping[str, object]) -> str:
-    """A name or a number; anything else that sets call so is no category."""
+    """A category: a name or a number; any other value of that column is ignored."""
     value = row.get("category")
     return str(value) if isinstance(value, str | int | float) else ""

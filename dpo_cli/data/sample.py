@@ -1,4 +1,4 @@
-"""A sample of the rows as the model sees them: what only a training would find out, before torch is imported."""
+"""A sample of the rows as the model sees them: problems that a training would find, before torch is imported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sample:
             return
         if self._seen % self._stride == 0:
             self.rows.append(row)
-            if len(self.rows) > self._most:  # a file may start with rows of one kind, so the sample goes on to its end
+            if len(self.rows) > self._most:  # a file may start with rows of one kind, so the sample covers it to its end
                 self.rows = self.rows[::2]
                 self._stride *= 2
         self._seen += 1
@@ -35,12 +35,12 @@ class Sample:
         return self.tokenizer is None or self.tokenizer.template is not None
 
     def problems(self, use_chat_template: bool | str, skip: bool) -> tuple[Problem, ...]:
-        """What is wrong with the rows of the sample once they are rendered and tokenised."""
+        """The problems of the sample when it is rendered and tokenised."""
         if self.tokenizer is None or not self.rows:
             return ()
-        from dpo_cli.data.tokens import encode_all  # with Jinja, which a config without a local model does not need
+        from dpo_cli.data.tokens import encode_all  # imports Jinja, which a config without a local model does not need
 
         try:
             return encode_all([self.rows], self.tokenizer, use_chat_template, token_rows=self.token_rows, skip=skip).problems
-        except InvalidInput as error:  # of the template as a whole
+        except InvalidInput as error:  # about the whole template
             return error.problems

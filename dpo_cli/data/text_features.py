@@ -1,4 +1,4 @@
-"""Words, signs and scripts: what the findings of findings.py look for in texts."""
+"""Words, signs and scripts in texts, for the findings of findings.py."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from functools import cache
 
 @cache
 def compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern, compiled when a text is first held against it: `dpo validate` has to be quick, and needs few of them."""
+    """A pattern, compiled at its first use: `dpo validate` must be fast, and needs only a few of them."""
     return re.compile(pattern)
 
 
 def differ(one: str, other: str) -> bool:
-    """Whether each of two texts, in lower case, has a word of its own that is no filler: then they do not say the same."""
+    """Whether each of two lower-case texts has a word that the other lacks, except fillers."""
     left, right = {*one.split()}, {*other.split()}
     return _has_own(left - right, other) and _has_own(right - left, one)
 
@@ -26,7 +26,7 @@ def _has_own(words: set[str], text: str) -> bool:
 
 
 def same_answer(one: list[str], other: list[str], question: set[str]) -> bool:
-    """Whether two answers are the same words in the same order, but for fillers and a repeated question."""
+    """Whether two answers have the same words in the same order, except for fillers and a repeated question."""
     one, other = ([word for word in words if word not in FILLERS] for words in (one, other))
     extra = {*one} - {*other}, {*other} - {*one}
     if all(extra) or not (extra[0] | extra[1]) <= question:
@@ -36,12 +36,12 @@ def same_answer(one: list[str], other: list[str], question: set[str]) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """The words, numbers and signs of a text; only what ends a sentence or quotes it says nothing."""
+    """The words, numbers and signs of a text, without punctuation and quotes."""
     return compiled(_WORDS).findall(text.lower())
 
 
 def auc(above: Sequence[int], below: Sequence[int]) -> float:
-    """The chance that one of `above` exceeds one of `below`, a tie counting one half."""
+    """The probability that a value of `above` exceeds one of `below`; a tie counts one half."""
     if not above or not below:
         return 0.5
     highs, lows = Counter(above), Counter(below)
@@ -53,7 +53,7 @@ def auc(above: Sequence[int], below: Sequence[int]) -> float:
 
 
 def script(text: str) -> str | None:
-    """The script that most letters of a text are in; None with fewer than 20 letters, or when no script has two thirds."""
+    """The script of most letters of a text; None with fewer than 20 letters, or if no script has two thirds of them."""
     names = Counter(unicodedata.name(char, "").split(" ", 1)[0] for char in text[:2000] if char.isalpha())
     scripts: Counter[str] = Counter()
     for name, count in names.items():
@@ -89,8 +89,8 @@ MARKERS = (
 )
 
 
-# Characters without a width (joiners, soft hyphens, marks of direction, selectors, tags), and those that are blank. The tags
-# behind a black flag are visible: they make it the flag of England or of Scotland.
+# Characters without width (joiners, soft hyphens, direction marks, selectors, tags), and blank ones. Tags after a black flag
+# are visible: they make it the flag of England or Scotland.
 _HIDDEN = (
     "(\U0001f3f4[\U000e0020-\U000e007f]+)"
     "|[\u00ad\u034f\u061c\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff"
@@ -100,14 +100,14 @@ _BLANK = str.maketrans(dict.fromkeys("\u115f\u1160\u2800\u3164\uffa0", " "))
 
 
 def visible(text: str) -> str:
-    """What can be seen of a text, to ask whether it is empty or the same as another. What is trained stays as it is written."""
+    """The visible part of a text, to check whether it is empty or equal to another. Training uses the text as written."""
     return text if text.isascii() else compiled(_HIDDEN).sub(r"\1", text).translate(_BLANK)
 
 
 def plain(text: str) -> str:
-    """The text without differences of case, of blanks and of what is not seen.
+    """The text without differences of case, spaces and invisible characters.
 
-    Blanks at the start of a line stay: they mean something in code.
+    Spaces at the start of a line stay, because code needs them.
     """
     lines = visible(text).casefold().strip().splitlines()
     return "\n".join(line[: len(line) - len(line.lstrip())] + " ".join(line.split()) for line in lines)

@@ -1,5 +1,5 @@
-"""What the data room needs of a tokenizer: of one that transformers loaded, or of a model's files
-(models/tokenizer_files.py), without torch."""
+"""The tokenizer as the data modules use it: from one that transformers loaded, or from a model's files
+(models/tokenizer_files.py) without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 GENERATION = "generation_config.json"
-PROBE = "a"  # a text that every tokenizer has a token for
+PROBE = "a"  # every tokenizer has a token for this text
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Tokenizer:
     decode: Callable[[Sequence[int]], str]
     template: ChatTemplate | None
     eos: str
-    size: int  # tokens that it has
-    ends: frozenset[int]  # the tokens that end an answer: EOS, and those that generation_config.json adds
+    size: int  # number of tokens
+    ends: frozenset[int]  # tokens that end an answer: EOS, and those of generation_config.json
 
     @classmethod
     def loaded(
         cls, tokenizer: PreTrainedTokenizerBase, day: date | None = None, generation: Mapping[str, Any] | None = None
     ) -> Tokenizer:
-        """Of a tokenizer of transformers, with the generation_config.json of its model where that was read already."""
+        """From a tokenizer of transformers, and the generation_config.json of its model if it was already read."""
         if generation is None:
             generation = _generation(tokenizer.name_or_path)
         return cls(
@@ -49,7 +49,7 @@ class Tokenizer:
         )
 
     def against(self, token_rows: int) -> str:
-        """How many tokens there are, and how many rows a model has for them."""
+        """A text with the number of tokens and of the model's rows for them."""
         return f"the tokenizer has {self.size} tokens, the model {token_rows} rows"
 
     @property
@@ -63,14 +63,14 @@ class Tokenizer:
         return special[: special.index(bare[0])] if bare and bare[0] in special else []
 
     def plain(self, text: str) -> list[int]:
-        """The ids of a text without a template: with BOS, and with one alone where the text begins with it; no EOS is added."""
+        """The ids of a text without a template: with exactly one BOS, and without an added EOS."""
         ids = self.encode(text, False)
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
 
 
 def _generation(name: str) -> Mapping[str, Any]:
-    """The generation_config.json of a model's folder, or of a model of the hub that is in the cache; {} where there is none,
-    or it is damaged, which the model's loading reports."""
+    """The generation_config.json of a model's folder, or of a cached hub model; {} if it is missing or damaged (the loading of
+    the model reports that)."""
     file: object = Path(name) / GENERATION
     if not Path(name).is_dir() and is_hub_id(name):
         from huggingface_hub import try_to_load_from_cache

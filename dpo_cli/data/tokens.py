@@ -1,8 +1,8 @@
-"""Rows to token ids, the same ids that TRL 1.15's DPOTrainer makes of the same pairs (tests/test_tokens.py compares).
+"""Rows to token ids, the same ids that TRL 1.15's DPOTrainer makes from the same pairs (tests/test_tokens.py compares).
 
-They are made here because training, evaluation and the plan's counts must see the same ids, and evaluation has no trainer.
-Two things differ. TRL keeps the start of a pair and cuts its responses; here the oldest of the prompt goes first. Where a
-template renders a prompt otherwise before a response, TRL's response starts where they part, with the rest of the prompt.
+This module makes them because training, evaluation and the plan's counts need the same ids, and evaluation has no trainer.
+Two things differ. TRL keeps the start of a pair and cuts its responses; here the oldest tokens of the prompt go first. If a
+template renders a prompt differently before a response, TRL's response starts where they differ, with the rest of the prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one row. A response is scored after the prompt; it ends with what the template puts after it.
+    """Token ids of one row. A response is scored after the prompt; it includes what the template adds at its end.
 
     A pair has two responses, chosen and rejected; a demonstration has one.
     """
@@ -38,8 +38,8 @@ class Encoded:
     row: Row
     prompt_ids: list[int]
     responses: tuple[list[int], ...]
-    is_cut: bool = False  # whether the prompt lost its beginning, or a text without a prompt its end
-    parts_early: bool = False  # whether the prompt is rendered otherwise alone than before a response
+    is_cut: bool = False  # whether the start of the prompt, or the end of a text without a prompt, was cut
+    parts_early: bool = False  # whether the prompt is rendered differently before a response
 
     @property
     def chosen_ids(self) -> list[int]:
@@ -51,30 +51,30 @@ class Encoded:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence."""
+        """The number of tokens of the longest sequence."""
         return len(self.prompt_ids) + max(map(len, self.responses))
 
     @property
     def response_length(self) -> int:
-        """Tokens of all responses."""
+        """The number of tokens of all responses."""
         return sum(map(len, self.responses))
 
     @property
     def shared_length(self) -> int:
-        """Tokens of the row with its prompt counted once."""
+        """The number of tokens of the row, with its prompt counted once."""
         return len(self.prompt_ids) + self.response_length
 
 
 @dataclass(frozen=True)
 class Encodings:
-    """The rows that can be used, as token ids, and what is wrong with others or is to be known of these."""
+    """The usable rows as token ids, and the problems of all rows."""
 
-    sides: list[list[Encoded]]  # as the rows were given
-    refused: int  # rows that are left out
+    sides: list[list[Encoded]]  # in the order of the given rows
+    refused: int  # number of skipped rows
     problems: tuple[Problem, ...]
 
     def require(self) -> Encodings:
-        """The same, or `InvalidInput` where rows are refused and not to be skipped."""
+        """The same, or `InvalidInput` if rows are refused and must not be skipped."""
         if any(problem.severity == "error" for problem in self.problems):
             raise InvalidInput(self.problems)
         return self
@@ -86,7 +86,7 @@ def encode(
     use_chat_template: bool | str = "auto",
     max_length: int | None = None,
 ) -> list[Encoded]:
-    """As `encode_all` of one side with a loaded tokenizer, where every row must be usable."""
+    """Like `encode_all` for one side with a loaded tokenizer; every row must be usable."""
     return encode_all([rows], Tokenizer.loaded(tokenizer), use_chat_template, max_length).require().sides[0]
 
 
@@ -100,10 +100,10 @@ def encode_all(
 ) -> Encodings:
     """Tokenise the rows of each side (to train on, held out).
 
-    Plain strings become chat messages when the tokenizer has a chat template ("auto") or must have one. A row longer than
-    `max_length` tokens loses the oldest of its prompt; one that is still longer, because its responses are, is returned as long
-    as it is, but a text without a prompt ends there. Rows that cannot be used, or have a token beyond the `token_rows` of the
-    model's embedding, are errors, or left out with `skip`. Raises `InvalidInput` where a template is needed, and there is none.
+    Plain strings become chat messages if the tokenizer has a chat template ("auto") or must have one. A row longer than
+    `max_length` tokens loses the oldest tokens of its prompt. If its responses alone are longer, it is returned uncut, but a
+    text without a prompt is cut. Rows that cannot be used, or have a token beyond the `token_rows` of the model's embedding,
+    are errors, or skipped with `skip`. Raises `InvalidInput` if a template is needed and missing.
     """
     as_chat = _require_template([row for side in sides for row in side], tokenizer, use_chat_template)
     encoded: list[list[Encoded]] = []
@@ -112,14 +112,14 @@ def encode_all(
         encoded.append([])
         for row in side:
             try:
-                is_chat = as_chat and row.prompt != ""  # a text as a whole is no answer to anything
+                is_chat = as_chat and row.prompt != ""  # a whole text is not an answer
                 rendered = Rendered.of(row.as_turns(), tokenizer.template) if is_chat and tokenizer.template else None
                 whole = _encode(rendered or row, tokenizer)
                 findings.check(whole, rendered)
                 encoded[-1].append(
                     replace(whole if max_length is None else _cut(whole, tokenizer, is_chat, max_length), row=row)
                 )
-            except TemplateError as error:  # kept, so that one pass names all rows that the template does not take
+            except TemplateError as error:  # collected, so that one pass reports all rows that the template rejects
                 findings.see_error(row, error)
             except UnicodeEncodeError:
                 findings.see_error(row, _Refused(*SURROGATE))
@@ -127,7 +127,7 @@ def encode_all(
 
 
 def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_template: bool | str) -> bool:
-    """Whether rows go through the chat template; `InvalidInput` where they have to and cannot."""
+    """Whether rows go through the chat template; `InvalidInput` if they must and cannot."""
     has_template = tokenizer.template is not None
     if use_chat_template is True and not has_template:
         fix = 'write "use_chat_template": "auto", or start from an instruct model'
@@ -139,8 +139,8 @@ def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_templa
             if not isinstance(row.responses[0], str):
                 places[row.file].append(row.line)
     if places:
-        reason = "chat messages, which need a chat template"
-        why = "use_chat_template is false" if has_template else "this model has none: start from an instruct model"
+        reason = "the rows are chat messages, which need a chat template"
+        why = "use_chat_template is false" if has_template else "the model has no chat template: start from an instruct model"
         code, key = "messages-without-template", "use_chat_template"
         raise InvalidInput([about_rows("error", code, reason, why, key, file, lines) for file, lines in places.items()])
     return as_chat
@@ -148,45 +148,45 @@ def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_templa
 
 REFUSES = (
     "template-refuses",
-    "the model's chat template refuses them",
-    "delete these rows, or write them as the template takes them",
+    "the model's chat template rejects these rows",
+    "delete these rows, or write them in the form that the template accepts",
 )
 FAILS = (
     "template-fails",
-    "the model's chat template fails on them",
-    "write that part as the template reads it, or delete these rows",
+    "the model's chat template fails on these rows",
+    "write that part in the form that the template reads, or delete these rows",
 )
-SAME = "row-identical", "chosen and rejected have the same tokens", "delete these rows: the model learns nothing from them"
-NOTHING = "template-leaves-out", "the chat template leaves out the whole response", "take a model whose template has it"
+SAME = "row-identical", "chosen and rejected have the same tokens", "delete these rows: the model cannot learn from them"
+NOTHING = "template-leaves-out", "the chat template omits the whole response", "use a model whose template includes it"
 LEAVES_OUT = (
     "template-leaves-out",
-    "the chat template leaves out",
-    "the model does not see it: take a model whose template has it, or take it out",
+    "the chat template omits",
+    "the model does not see it: use a model whose template includes it, or delete it",
 )
 EARLIER = (
     "earlier-reasoning",
-    "the chat template leaves out",
-    "nothing is to be done: the model does not see the reasoning of earlier turns when it is used either",
+    "the chat template omits",
+    "no change is needed: the model does not see earlier reasoning in use either",
 )
 TOOLS = (
     "template-refuses",
-    "the model's chat template does not know tools, and would leave them out",
-    "take a model whose template has tools, or take them out of these rows",
+    "the model's chat template does not support tools, and would omit them",
+    "use a model whose template supports tools, or delete them from these rows",
 )
 CALLS = (
     "template-refuses",
-    "the model's chat template does not know tool calls, and would leave them out",
-    "take a model whose template has tool calls, or delete these rows",
+    "the model's chat template does not support tool calls, and would omit them",
+    "use a model whose template supports tool calls, or delete these rows",
 )
 SURROGATE = (
     "row-surrogate",
-    "the row holds half of a surrogate pair, which is not a character",
+    "the row holds half of a surrogate pair, which is not a valid character",
     "correct it, or delete these rows",
 )
 NO_EOS = (
     "no-eos",
-    "a response has no EOS",
-    "the model does not learn where to stop: take a chat template that ends a turn with EOS",
+    "a response does not end with EOS",
+    "the model does not learn where to stop: use a chat template that ends a turn with EOS",
 )
 
 
@@ -195,25 +195,25 @@ class _Refused(TemplateError):
 
     def __init__(self, code: str, reason: str, fix: str) -> None:
         super().__init__(reason)
-        self.found = (code, reason, fix)
+        self.parts = (code, reason, fix)
 
 
 class _Findings:
-    """What is wrong with rows as a template renders them, by file."""
+    """The problems of rows as a template renders them, by file."""
 
     def __init__(self, tokenizer: Tokenizer, token_rows: int | None, skip: bool) -> None:
         self.tokenizer, self.token_rows, self.skip, self.refused = tokenizer, token_rows, skip, 0
         self.errors: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)  # file, code, reason, fix
-        self.notes: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)  # of rows that are trained on
-        self._causes: dict[str, str] = {}  # by the text of an error: the part that the first such row has it from
+        self.notes: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)  # problems of rows that are still trained on
+        self._causes: dict[str, str] = {}  # by the text of an error, the part of the first such row that causes it
 
     def check(self, row: Encoded, rendered: Rendered | None) -> None:
-        """Look at a row, and at what a template made of it; raises `_Refused` where it cannot be trained on."""
+        """Check a row and its rendering; raises `_Refused` if it cannot be trained on."""
         file, line, tokenizer = row.row.file, row.row.line, self.tokenizer
         highest = max((max(ids, default=0) for ids in (row.prompt_ids, *row.responses)), default=0)
         if self.token_rows is not None and highest >= self.token_rows:
-            reason = f"{tokenizer.decode([highest])} ({highest}) has no row in the model: {tokenizer.against(self.token_rows)}"
-            raise _Refused("tokens-outside", reason, f"take the token out, or {tokenizer.resize}")
+            reason = f"{tokenizer.decode([highest])} ({highest}) is outside the embedding: {tokenizer.against(self.token_rows)}"
+            raise _Refused("tokens-outside", reason, f"delete the token from these rows, or {tokenizer.resize}")
         for part, where, is_all in rendered.omissions() if rendered else ():
             if is_all:
                 raise _Refused(*NOTHING)
@@ -228,7 +228,7 @@ class _Findings:
     def see_error(self, row: Row, error: TemplateError) -> None:
         self.refused += 1
         if isinstance(error, _Refused):
-            code, reason, fix = error.found
+            code, reason, fix = error.parts
         else:
             code, reason, fix = FAILS if isinstance(error, TemplateFailed) else REFUSES
             reason = f"{reason}: {error}"
@@ -242,7 +242,7 @@ class _Findings:
         for (file, code, reason, fix), lines in self.errors.items():
             severity: Severity = "warning" if self.skip else "error"
             yield about_rows(
-                severity, code, reason, "left out of the training" if self.skip else fix, "dataset", file, sorted(set(lines))
+                severity, code, reason, "these rows are skipped" if self.skip else fix, "dataset", file, sorted(set(lines))
             )
         for (file, code, reason, fix), lines in self.notes.items():
             severity = "hint" if code == EARLIER[0] else "warning"
@@ -250,18 +250,18 @@ class _Findings:
 
 
 def _conversations(row: Row) -> tuple[list[Message], list[list[Message]], list[Tool] | None]:
-    """(the prompt's messages, those of each response, tools) as a template is given them."""
+    """(the prompt's messages, those of each response, tools) as arguments of a template."""
     responses = [as_messages(response, "assistant") for response in row.responses]
     return as_messages(row.prompt, "user"), responses, [dict(tool) for tool in row.tools] or None
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as a chat template renders it: the prompt alone, before each response, and as it is trained on.
+    """A row as a chat template renders it: the prompt alone, with each response, and the trained text.
 
-    A template may render a prompt otherwise before a response than alone. Where it only ends sooner (no "<think>"), what both
-    have in common is the prompt. Where they part before that (Mistral's system message goes), the prompt stays as it is
-    when the model is asked, with the responses put after it; else a part of it would be in the loss.
+    A template may render a prompt differently before a response. If it only ends sooner (no "<think>"), their common start is
+    the prompt. If they differ earlier (Mistral moves the system message), the prompt is rendered as in use, and the responses
+    follow it; else a part of the prompt would be in the loss.
     """
 
     row: Row
@@ -269,11 +269,11 @@ class Rendered:
     prompt: str
     whole: tuple[str, ...]  # the prompt and a response
     trained: tuple[str, ...]
-    is_changed: bool  # whether the template changes a prompt that a response follows
+    is_changed: bool  # whether the template renders the prompt differently before a response
 
     @classmethod
     def of(cls, row: Row, template: ChatTemplate) -> Rendered:
-        """`TemplateError` where the template does not take the row, or leaves out its tools or tool calls."""
+        """`TemplateError` if the template rejects the row, or omits its tools or tool calls."""
         messages, responses, tools = _conversations(row)
         prompt = template.render(messages, tools, add_generation_prompt=True)
         if tools and prompt == template.render(messages, None, add_generation_prompt=True):
@@ -290,7 +290,7 @@ class Rendered:
         return cls(row, template, prompt, whole, whole, True)
 
     def omissions(self) -> Iterator[tuple[Part, str, bool]]:
-        """What the template leaves out: (the part, of the prompt or of a response, whether it is all of a response)."""
+        """The parts that the template omits: (the part, where it is, whether it is a whole response)."""
         prompt, responses, tools = _conversations(self.row)
         for part in left_out(self.template, prompt, range(len(prompt)), tools, self.prompt, add_generation_prompt=True):
             yield part, "the prompt", False
@@ -306,7 +306,7 @@ class Rendered:
 def _require_calls(
     template: ChatTemplate, prompt: list[Message], response: list[Message], tools: Sequence[Tool] | None, rendered: str
 ) -> None:
-    """Refuse a response whose tool calls the template leaves out: the model would learn an empty answer."""
+    """Refuse a response if the template omits its tool calls: the model would learn an empty answer."""
     if any(message.get("tool_calls") for message in response):
         without = [without_key(message, "tool_calls") for message in response]
         if rendered == template.render([*prompt, *without], tools):
@@ -327,7 +327,7 @@ def _encode(row: Row | Rendered, tokenizer: Tokenizer) -> Encoded:
     if isinstance(row, Rendered):
         is_changed = row.is_changed
         for text in (row.prompt, *row.trained):
-            text.encode()  # a tool may hold what is no character
+            text.encode()  # raises for half a surrogate pair in a tool
         prompt_ids, *sequences = (tokenizer.encode(text, False) for text in (row.prompt, *row.trained))
         row = row.row
     else:
@@ -335,19 +335,19 @@ def _encode(row: Row | Rendered, tokenizer: Tokenizer) -> Encoded:
         assert isinstance(row.prompt, str)  # messages need a template
         prompt_ids = tokenizer.plain(row.prompt)
         sequences = [tokenizer.plain(_ended(f"{row.prompt}{response}", tokenizer.eos)) for response in row.responses]
-    # A token may span the end of the prompt: the responses start where the sequences part from the prompt.
+    # A token may span the end of the prompt: the responses start where the sequences differ from the prompt.
     start = min(common(prompt_ids, sequence) for sequence in sequences)
     parts = is_changed or start < len(prompt_ids)
     return Encoded(row, prompt_ids[:start], tuple(sequence[start:] for sequence in sequences), parts_early=parts)
 
 
 def _ended(text: str, eos: str) -> str:
-    """The text with EOS after it, where it does not end with it already (a rendered turn may have a line break after it)."""
+    """The text with EOS at its end, unless it has one already (perhaps before a line break)."""
     return text if text.rstrip().endswith(eos) else text + eos
 
 
 def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -> Encoded:
-    """The row with as much of its prompt as fits: first the oldest turns go, then the oldest text, last the system message.
+    """The row with as much of its prompt as fits: the oldest turns go first, then the oldest text, then the system message.
 
     Markers of the template, BOS and the generation prompt stay, and so do both responses.
     """
@@ -373,7 +373,7 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -
     kept = _fewest(len(turns) - 1, lambda dropped: fits(_joined(system, turns[dropped:])))
     if kept is not None:
         return with_prompt(_joined(system, turns[kept:]))
-    # The last turn alone is too long: text goes, with the system message kept where that is enough.
+    # The last turn alone is too long: cut its text, and keep the system message if that is enough.
     first, *after = turns[-1]
     text = str(first["content"])
 
@@ -389,7 +389,7 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -
 
 
 def _turns(prompt: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """(leading system messages, turns); a turn is a user's message with all that follows until the next one."""
+    """(leading system messages, turns); a turn is a user message and everything up to the next one."""
     system = [message for i, message in enumerate(prompt) if all(earlier["role"] == "system" for earlier in prompt[: i + 1])]
     turns: list[list[Message]] = []
     for message in prompt[len(system) :]:
@@ -404,7 +404,7 @@ def _joined(system: list[Message], turns: Sequence[list[Message]]) -> list[Messa
 
 
 def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
-    """The smallest count in 0..most for which `fits`, by bisection (what fits goes on fitting); None when none does."""
+    """The smallest count in 0..most that `fits`, by bisection (every larger count fits too); None if none does."""
     if most < 0 or not fits(most):
         return None
     low, high = 0, most
@@ -415,6 +415,6 @@ def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
 
 
 def common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many elements two sequences start with alike."""
+    """The number of equal elements at the start of two sequences."""
     parting = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(parting, min(len(one), len(other)))

@@ -1,10 +1,10 @@
-"""Conversations that are one text, with a label before each turn, to their turns.
+"""Transcripts, conversations in one text with a label before each turn, to their turns.
 
 Human: ...  Assistant: ...               after blank lines, as in Anthropic's HH-RLHF; System: ... may come first
 User: ...   Assistant: ...               and the like (AI, Bot), on lines of their own; also with ### before the label
 
-Other labels (### Instruction and ### Response, Question and Answer) make no turns, since they are parts of a text as well. Of
-two texts with a common start they only say where the answer begins.
+Other labels (### Instruction and ### Response, Question and Answer) make no turns, because plain texts have them too. For two
+texts with a common start they only show where the answer begins.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dpo_cli.data.messages import BadRow, Message, Text, sound
 from dpo_cli.data.text_features import compiled
 
 HH = ("Human", "Assistant")
-# By kind of text: the labels of who asks, and of who answers.
+# By kind of text: the labels of questions, and of answers.
 SPEAKERS = (("Human", "User"), ("Assistant", "AI", "Bot", "ChatGPT", "GPT"))
 KINDS = (SPEAKERS, (("Question", "Q"), ("Answer", "A")), (("Instruction", "Input"), ("Response", "Output")))
-MARKED = ("Instruction", "Input", "Response", "Output")  # labels only behind ###: the words alone are too common
-WIDE = "USER|ASSISTANT"  # labels within a line, as Vicuna writes them
+MARKED = ("Instruction", "Input", "Response", "Output")  # labels only after ###: the words alone are too common
+WIDE = "USER|ASSISTANT"  # labels inside a line, as in Vicuna
 
 
 def _forms(words: Sequence[str]) -> str:
@@ -34,13 +34,13 @@ LABEL = (
     rf"(?:\A\s*|(?P<blank>\r?\n\r?\n)|\r?\n| (?=(?:{WIDE}):))"
     rf"(?:(?P<mark>\#\#\#? ?)(?:(?P<marked>{_forms(MARKED)})|(?P<turn>{_PLAIN}))|(?P<who>{_PLAIN})):[ \t]?"
 )
-# To look at each place where a label may begin is slow. So the words with their colons are searched, then what is before one.
-# LABEL's finditer gives the same labels.
+# Trying LABEL at each place is slow. So the words with their colons are searched first, then the text before each. LABEL's
+# finditer gives the same labels.
 _WORD = rf"(?:{_PLAIN}|{_forms(MARKED)}):"
 _BEFORE = r"(?:(?:\r?\n\r?\n|\r?\n)(?:\#\#\#? ?)?| )\Z"
-BEFORE = 8  # the most characters that it matches
-CACHED = 16  # texts: the strings of a row and what they are cut into
-_START = rf"\s*(?:###? ?)?(?:{_forms(['System', *SPEAKERS[0]])}):"  # how a text begins that is a transcript
+BEFORE = 8  # maximum length of a match of it
+CACHED = 16  # number of texts: the strings of a row and their parts
+_START = rf"\s*(?:###? ?)?(?:{_forms(['System', *SPEAKERS[0]])}):"  # the beginning of a transcript
 Label = re.Match[str]
 
 
@@ -65,7 +65,7 @@ def _word(label: Label) -> str:
 
 
 def _kind(label: Label) -> tuple[int, int] | None:
-    """(the kind of text, 0 of who asks and 1 of who answers); None of a system message."""
+    """(the kind of text, 0 for a question or 1 for an answer); None for a system message."""
     return _kind_of(_word(label))
 
 
@@ -77,18 +77,18 @@ def _kind_of(word: str) -> tuple[int, int] | None:
 
 
 def _colon(label: Label) -> int:
-    """Behind the colon of a label."""
+    """The position after the colon of a label."""
     return label.end() - (label[0][-1] != ":")
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How the turns of one text are labelled."""
+    """The labels of the turns of one text."""
 
     asks: str
     answers: str
     mark: str | None
-    apart: bool  # by blank lines
+    apart: bool  # whether blank lines separate the turns
 
     def labels(self, transcript: str, end: int | None = None) -> list[Label]:
         """The labels of the turns of a transcript, or of its part up to `end`; it may begin with a system message."""
@@ -97,7 +97,7 @@ class Style:
         return [*labels[:is_system], *filter(self._is_label, labels)]
 
     def labels_within(self, answer: str) -> list[Label]:
-        """The labels of turns in what one turn says, where a line that begins with "System:" is text."""
+        """The labels of turns inside one turn, where a line that begins with "System:" is text."""
         return [*filter(self._is_label, _labels(answer))]
 
     def _is_label(self, label: Label) -> bool:
@@ -110,12 +110,12 @@ class Style:
 
 
 def _up_to(end: int | None, labels: Sequence[Label]) -> Sequence[Label]:
-    """The labels before `end`, without the blank behind a colon."""
+    """The labels before `end`, without counting the space after a colon."""
     return labels if end is None else [label for label in labels if _colon(label) <= end]
 
 
 def _style(text: str, end: int | None = None) -> Style | None:
-    """The style of the labels in a text, or in its part up to `end`: of the first who asks, and of who answers."""
+    """The style of the labels in a text, or in its part up to `end`: the first question label, and the answer label."""
     labels = _up_to(end, _labels(text))
     first = next((i for i, label in enumerate(labels) if _kind(label) is not None), len(labels))
     kind = _kind(labels[first]) if first < len(labels) else None
@@ -135,10 +135,10 @@ def _style(text: str, end: int | None = None) -> Style | None:
 
 
 def _answering(turns: Sequence[Label], opens: Label | None) -> str:
-    """The word that labels the answers among words of which others may begin a paragraph of a question or of an answer.
+    """The label of the answers, among labels that may also be the first words of a paragraph.
 
-    It is the one that answers the most questions, from the first on. Of those that answer as many, it is the one of the label
-    that opens the answer at the end, and then Assistant.
+    It is the one that answers most questions, starting with the first. With equal counts it is the label that opens the answer
+    at the end, else Assistant.
     """
     questions = 0
     answered: dict[str, set[int]] = {}
@@ -158,14 +158,14 @@ def _answering(turns: Sequence[Label], opens: Label | None) -> str:
 
 @functools.lru_cache(CACHED)
 def _style_of(text: str) -> Style | None:
-    """The style of a text that is a transcript from its beginning on."""
+    """The style of a text that starts as a transcript."""
     return _style(text) if compiled(_START).match(text) is not None else None
 
 
 def turns_of(text: str) -> list[Message]:
-    """The turns of a transcript that waits for an answer; none of another text.
+    """The turns of a transcript that ends with an open answer; empty for another text.
 
-    One of HH-RLHF may end otherwise. A text of other labels that does may be about a conversation.
+    A transcript of HH-RLHF may also end in another way. With other labels, such a text may only be about a conversation.
     """
     style = _style_of(text)
     if style is None or not (style.is_hh or _is_open(text, style)):
@@ -182,29 +182,29 @@ def _role(label: Label) -> str:
 
 
 def _is_open(text: str, style: Style) -> bool:
-    """Whether a text ends with the label of an answer that is not begun."""
+    """Whether a text ends with the label of an empty answer."""
     last = style.labels(text)[-1]
     return _word(last) == style.answers and not text[last.end() :].strip()
 
 
 def as_messages(text: Text, role: str) -> list[Message]:
-    """A plain string as one message of `role`, a transcript as its turns; messages as they are, an empty string as none."""
+    """A plain string as one message of `role`, a transcript as its turns; messages stay, an empty string gives none."""
     if isinstance(text, list):
         return text
     return turns_of(text) or [{"role": role, "content": text}] if text else []
 
 
 def answer_to(prompt: Text, response: Text) -> list[Message]:
-    """A response as messages; after a transcript without the blank that follows "Assistant:"."""
+    """A response as messages; after a transcript without the space that follows "Assistant:"."""
     if isinstance(response, str) and isinstance(prompt, str) and turns_of(prompt):
         response = response.strip()
     return response if isinstance(response, list) else [{"role": "assistant", "content": response}] if response else []
 
 
 def parted(chosen: str, rejected: str, start: int) -> tuple[str, str, str] | None:
-    """(prompt, answers) of two texts that part at `start` within a labelled answer; None where they have no such labels.
+    """(prompt, answers) of two texts that differ from `start` on inside a labelled answer; None without such labels.
 
-    The prompt ends with the label of that answer. `BadRow` where they part before their last answer.
+    The prompt ends with the label of that answer. `BadRow` if they differ before their last answer.
     """
     style = _style(chosen, start)
     before = style.labels(chosen, start) if style is not None else []
@@ -215,21 +215,20 @@ def parted(chosen: str, rejected: str, start: int) -> tuple[str, str, str] | Non
             return chosen[:end], *answers
     if _style_of(chosen) is None or _style_of(rejected) is None:
         return None
-    raise BadRow("row-role", "the two transcripts part before their last answer, so one of them holds another question")
+    raise BadRow("row-role", "the two transcripts differ before their last answer, so their prompts differ")
 
 
 def _behind_line(text: str, at: int, most: int) -> int:
-    """Behind the line breaks that follow a label; where the answer stands on its line, behind the label itself."""
+    """The position after the line breaks that follow a label, or after the label if the answer is on its line."""
     rest = compiled(r"[ \t]*[\r\n]+").match(text, at, most)
     return rest.end() if rest is not None else at
 
 
 def from_last_turn(prompt: Text, responses: Mapping[str, Text]) -> tuple[Text, list[Text]]:
-    """A prompt and its responses, or `BadRow`: a transcript ends with the "Assistant:" of the turn that is answered.
+    """A prompt and its responses, or `BadRow`: a transcript is cut after the last "Assistant:".
 
-    What it already says of that turn stands at the start of each response; a response that repeats the transcript loses it.
-    So does one that repeats a plain prompt as a transcript: that is the prompt then. Where the responses are messages, or
-    nothing is a transcript, all stay as they are.
+    Text after that label moves to the start of each response, and a repeated transcript is removed from a response. If the
+    responses repeat a plain prompt as a transcript, that becomes the prompt. Messages and texts that are not transcripts stay.
     """
     answers = {key: answer for key, answer in responses.items() if isinstance(answer, str)}
     if not isinstance(prompt, str) or len(answers) < len(responses):
@@ -244,13 +243,13 @@ def from_last_turn(prompt: Text, responses: Mapping[str, Text]) -> tuple[Text, l
         return prompt, [*responses.values()]
     last = style.labels(prompt)[-1]
     is_answered = _word(last) == style.answers
-    begun = prompt[_colon(last) :] if is_answered else ""
-    start = prompt[: _colon(last)] if begun.strip() else prompt
+    prefix = prompt[_colon(last) :] if is_answered else ""
+    start = prompt[: _colon(last)] if prefix.strip() else prompt
     parts = [_answer_after(style, is_answered, answer, key) for key, answer in answers.items()]
     if len({turn for turn, _ in parts}) > 1:
-        raise BadRow("row-role", 'one response begins with "Assistant:", and another does not')
-    begun = begun if begun.strip() else ""
-    return start + parts[0][0], [sound(begun + answer, key) for key, (_, answer) in zip(answers, parts, strict=True)]
+        raise BadRow("row-role", 'one response begins with "Assistant:", but the other does not')
+    prefix = prefix if prefix.strip() else ""
+    return start + parts[0][0], [sound(prefix + answer, key) for key, (_, answer) in zip(answers, parts, strict=True)]
 
 
 def _without(transcript: str, answer: str) -> str:
@@ -260,23 +259,23 @@ def _without(transcript: str, answer: str) -> str:
 
 
 def _first_label(answer: str) -> str:
-    """The label with which an answer begins; empty where it begins with none."""
+    """The label at the start of an answer; empty without one."""
     label = compiled(LABEL).match(answer)
     return label[0] if label is not None and answer[:1].isspace() and _kind(label) == (0, 1) else ""
 
 
 def _answer_after(style: Style, is_answered: bool, answer: str, key: str) -> tuple[str, str]:
-    """(the "Assistant:" that an answer begins with, its text) after a transcript, whose last turn may be the answer's."""
+    """(the "Assistant:" at the start of an answer, its text) after a transcript, whose last turn may be part of the answer."""
     turns = style.labels_within(answer)
     is_own = bool(turns) and turns[0].start() == 0 and not is_answered and _word(turns[0]) == style.answers
     own = _colon(turns.pop(0)) if is_own else 0
     if turns:
-        raise BadRow("row-role", f"{key} holds another turn of a transcript after its answer, or before it")
+        raise BadRow("row-role", f"{key} holds another turn of a transcript before or after its answer")
     return answer[:own], answer[own:]
 
 
 def _from_repeated(prompt: str, answers: Mapping[str, str]) -> tuple[Text, list[Text]]:
-    """A plain prompt and its responses; of responses that are transcripts whose last question is the prompt, what they say."""
+    """A plain prompt and its responses; if the responses are transcripts that repeat the prompt, only their answers."""
     starts: list[str] = []
     for key, answer in answers.items():
         style = _style_of(answer)
@@ -286,9 +285,9 @@ def _from_repeated(prompt: str, answers: Mapping[str, str]) -> tuple[Text, list[
         if answer[labels[-2].end() : labels[-1].start()].strip() == prompt.strip():
             starts.append(answer[: _colon(labels[-1])])
         elif style.is_hh and answer.startswith("\n\n"):
-            raise BadRow("row-role", f"{key} holds another turn of a transcript after its answer, or before it")
+            raise BadRow("row-role", f"{key} holds another turn of a transcript before or after its answer")
     if not starts:
         return prompt, [*answers.values()]
     if len(starts) < len(answers) or len(set(starts)) > 1:
-        raise BadRow("row-role", "one response repeats the prompt as a transcript, and another does not repeat the same")
+        raise BadRow("row-role", "one response repeats the prompt as a transcript, but the other does not")
     return starts[0], [sound(answer[len(starts[0]) :], key) for key, answer in answers.items()]

@@ -1,4 +1,4 @@
-"""Why a file or folder cannot be read at all: it is not there, it is packed, it is of another kind; and what to do then."""
+"""Why a file or folder cannot be read at all (missing, compressed, another format), and what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpo_cli.data.files import DAMAGED, GZIPPED, READERS, opened, python_writes
 from dpo_cli.errors import Problem
 
 GIT_LFS = b"version https://git-lfs.github.com/spec/"
-# What unpacks the files that start so; gzip is unpacked here, but for that of other files than text.
+# Commands that decompress files with these first bytes; text in gzip is read as it is.
 UNPACK = {
     GZIPPED: "gunzip",
     b"PK\x03\x04": "unzip",
@@ -26,11 +26,11 @@ UNPACK = {
 }
 PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz")
 TO_PARQUET = 'to_parquet(open(sys.argv[2], "xb"))'
-JSONL = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object a line'
+JSONL = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object per line'
 
 
 def fault(path: Path, key: str, readable: Collection[str] = tuple(READERS)) -> Problem | None:
-    """Why a file or folder that `key` of a config names cannot be read at all; `readable` are the suffixes that are read."""
+    """The problem of a file or folder of a config's `key` that cannot be read; `readable` are the supported suffixes."""
     if (content := folders.choice(str(path))) is not None:
         problem = _fault_of_folder(path, content)
     else:
@@ -43,18 +43,18 @@ def _error(code: str, message: str, fix: str) -> Problem:
 
 
 def _fault_of_name(path: Path, key: str) -> Problem:
-    """Of a path that is not there, which may be a dataset of the hub."""
+    """The problem of a path that does not exist; it may be a hub dataset."""
     repository, _, wanted = str(path).partition(":")
     if hub_datasets.is_hub_id(str(path)) and (splits := hub_datasets.splits(repository)):
         return _split_fault(repository, wanted, list(splits), f"{repository}:SPLIT")
     if hub_datasets.is_hub_id(str(path)):
-        message = f"{path} is not here yet: `dpo train` asks the hub for it"
-        fix = f"`hf download --repo-type dataset {repository}` fetches it now; a local file has a suffix"
+        message = f"{path} is not in the local cache: `dpo train` downloads it from the hub"
+        fix = f"`hf download --repo-type dataset {repository}` downloads it now; a local file needs a suffix"
         return Problem("warning", "dataset-on-hub", message, fix)
     siblings = [file.name for file in path.parent.iterdir()] if os.path.exists(path.parent) and path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, siblings, 1, cutoff=0.75)
     fix = f"did you mean {path.parent / near[0]}?" if near else f'check the path in "{key}"'
-    return _error("dataset-missing", f"there is no file {path}", fix)
+    return _error("dataset-missing", f"file not found: {path}", fix)
 
 
 def _split_fault(name: str, wanted: str, splits: Sequence[str], form: str) -> Problem:
@@ -77,16 +77,16 @@ def _fault_of_folder(path: Path, content: folders.Choice) -> Problem | None:
         return _fault_of_file(path / arrows[0], ())
     inner = [name for name in content.others if name.endswith("/")]
     fix = f"name one of its folders ({folders.shown(inner)})" if inner else JSONL
-    return _error("dataset-format", f"{path} holds no {', '.join(READERS)} file", fix)
+    return _error("dataset-format", f"{path} has no {', '.join(READERS)} file", fix)
 
 
 def _arrow(path: Path, what: str, code: str, target: str) -> Problem:
-    return _error("dataset-arrow", f"{what}, in Arrow files, which are not read", python_writes(target, code, str(path)))
+    return _error("dataset-arrow", f"{what} as Arrow files, which are not supported", python_writes(target, code, str(path)))
 
 
 def _fault_of_file(path: Path, readable: Collection[str]) -> Problem | None:
-    """Of a path that is there."""
-    if not path.is_file():  # a folder called so, or a pipe, which could not be read twice
+    """The problem of a path that exists."""
+    if not path.is_file():  # a folder with the name of a file, or a pipe, which cannot be read twice
         return _error("dataset-unreadable", f"{path} is not a file", "name a readable file")
     try:
         with path.open("rb") as file:
@@ -94,26 +94,26 @@ def _fault_of_file(path: Path, readable: Collection[str]) -> Problem | None:
     except OSError as error:
         return _error("dataset-unreadable", f"cannot read {path}: {error.strerror}", "name a readable file")
     if start == GIT_LFS:
-        fix = f"`git lfs pull` in {path.parent} fetches the data"
+        fix = f"`git lfs pull` in {path.parent} downloads the data"
         return _error("dataset-pointer", f"{path} is a Git LFS pointer, not the data", fix)
     kind = folders.kind(path)
     if (unpacking := _unpacking(path, start, readable)) is not None:
-        return _error("dataset-packed", f"{path} is packed", unpacking)
+        return _error("dataset-packed", f"{path} is compressed", unpacking)
     if path.suffix.lower() == ".arrow":
         target = str(path.with_suffix(".parquet"))
         code = f"import sys, datasets; datasets.Dataset.from_file(sys.argv[1]).{TO_PARQUET}"
-        return _arrow(path, f"{path} is a file of the library datasets", code, target)
+        return _arrow(path, f"{path} was written by the datasets library", code, target)
     if kind not in readable:
         return _error("dataset-format", f"{path} is not a {', '.join(readable)} file", JSONL)
     if kind == ".parquet":
         damaged = not start.startswith(b"PAR1")
-        return _error("dataset-damaged", f"{path} is not a Parquet file", "download or write it again") if damaged else None
+        return _error("dataset-damaged", f"{path} is not a Parquet file", "download or create it again") if damaged else None
     wide = _wide(_unpacked_start(path) if start.startswith(GZIPPED) else start)
     return _error("dataset-utf16", f"{path} is {wide}", "save it as UTF-8") if wide else None
 
 
 def _wide(start: bytes) -> str | None:
-    """UTF-16 or UTF-32, with its byte order mark or without; of ASCII, with which JSON begins, half the bytes are 0 then."""
+    """UTF-16 or UTF-32, with or without a byte order mark: JSON begins with ASCII, so half of the bytes are 0."""
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
     if start[:4] == bytes(4) or start.count(0) * 4 < len(start):
@@ -123,26 +123,26 @@ def _wide(start: bytes) -> str | None:
 
 
 def _unpacking(path: Path, start: bytes, readable: Collection[str]) -> str | None:
-    """What to do with a packed file that is not unpacked while it is read; None for all other files."""
+    """The fix for a compressed file that cannot be read as it is; None for all other files."""
     name, kind, suffix = shlex.quote(str(path)), folders.kind(path), path.suffix.lower()
     if ".tar" in path.suffixes[-2:] or suffix == ".tgz":
-        return f"`tar -xf {name}` unpacks it: name a file that is in it"
+        return f"`tar -xf {name}` extracts it: name one of its files"
     command = next((command for magic, command in UNPACK.items() if start.startswith(magic)), None)
     if command is None or (suffix not in PACKED and kind not in readable):  # a spreadsheet is a zip file too
         return None
     if command == "gunzip" and kind != ".parquet" and kind in readable:
         return None
     if command == "gunzip" and not kind:
-        return f"call it by what is in it, for example {path.stem}.jsonl.gz"
+        return f"rename it with the suffix of its content, for example {path.stem}.jsonl.gz"
     if command == "unzip":
-        return f"`unzip {name}` unpacks it: name a file that is in it"
+        return f"`unzip {name}` extracts it: name one of its files"
     target = path.with_suffix("") if suffix in PACKED else path.with_name(f"unpacked-{path.name}")
-    return f"`{command} < {name} > {shlex.quote(str(target))}` unpacks it: name {target}"
+    return f"`{command} < {name} > {shlex.quote(str(target))}` decompresses it: name {target}"
 
 
 def _unpacked_start(path: Path) -> bytes:
     try:
         with opened(str(path)) as file:
             return file.read(len(GIT_LFS))
-    except DAMAGED:  # which the rows of the file tell
+    except DAMAGED:  # reported when the rows are read
         return b""

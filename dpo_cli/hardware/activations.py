@@ -1,12 +1,13 @@
-"""What comes and goes with a micro-batch of T tokens: the largest of the moments of a step. No torch.
+"""The memory of a micro-batch of T tokens: the largest of the moments of a step. No torch.
 
-    the head             all that the blocks keep for the backward pass + one chunk of logits
+    the head             everything that the blocks keep for the backward pass + one chunk of logits
     the reference        the same + the widest moment of one block's forward, its adapter off   (dpo and rlhf)
     a block's backward   the same + that block, recomputed when it was checkpointed, with its gradients
 
-The bytes a token are those of the tensors that autograd saves in a step of this program. benchmarks/step_memory.py measures
-what is alive at the peak of such a step, and tests/test_memory.py holds the bill to it.
-Names: h hidden, i intermediate, q and kv the widths of queries and of keys or values, L the longest sequence, w bytes a value.
+The bytes per token are those of the tensors that autograd saves in a step of this program. benchmarks/step_memory.py
+measures the live memory at the peak of such a step, and tests/test_memory.py compares the estimate with it.
+Names: h hidden, i intermediate, q and kv the widths of queries and of keys or values, L the longest sequence, w bytes
+per value.
 """
 
 from __future__ import annotations
@@ -15,60 +16,62 @@ from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_paramet
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
 
-CHUNK_BYTES = 1 << 26  # float32 logits that the head makes at a time (scoring/lm_head.py, CHUNK_ELEMENTS)
+CHUNK_BYTES = 1 << 26  # float32 logits that the head computes at a time (scoring/lm_head.py, CHUNK_ELEMENTS)
 
 
 def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
-    """(activations, scoring) at the fullest moment of a micro-batch."""
+    """(activations, scoring) at the peak of a micro-batch."""
     width, tokens = settings.bytes_per_value, settings.tokens
     h, i = facts.hidden_size, facts.intermediate_size
     block = _block_bytes(facts, settings)
-    # A checkpointed block keeps what comes into it; and in 8 bits what each of its layers reads, since bitsandbytes 0.50 keeps
-    # that as attributes of its autograd function (MatMul8bitLt, `ctx.tensors`), where checkpointing cannot free it.
+    # A checkpointed block keeps its input. In 8 bits it also keeps the input of each layer, because bitsandbytes 0.50 stores
+    # it as attributes of its autograd function (MatMul8bitLt, `ctx.tensors`), where checkpointing cannot free it.
     checkpoint = h + (sum({linear.reads: linear.inputs for linear in facts.linears}.values()) if settings.bits == 8 else 0)
     kept: float = facts.num_hidden_layers * (tokens * width * checkpoint if settings.checkpointing else block)
-    if width < 4 and trained_width(settings) == 4:  # autocast keeps 16-bit copies of what it multiplies with
+    if width < 4 and trained_width(settings) == 4:  # autocast keeps 16-bit copies of the weights it multiplies with
         kept += width * _multiplied(facts, settings)
-    kept += _masked(facts, settings)  # the mask itself, a byte for each query and key, which all blocks share
-    end = tokens * (4 * h + width * h)  # the final norm's float32 input and its result; gone when the blocks' turn comes
-    gathered = settings.scored * h * (width + 4)  # the states that meet the head, and their gradient
+    kept += _masked(facts, settings)  # the mask, one byte per query and key, shared by all blocks
+    end = tokens * (
+        4 * h + width * h
+    )  # the final norm's float32 input and its result; freed before the backward pass of the blocks
+    gathered = settings.scored * h * (width + 4)  # the states that go through the head, and their gradient
 
-    # Gradients of the MLP's product and of what it is made of, and of the float32 copies that adapters on it read.
+    # Gradients of the MLP's product and its factors, and of the float32 copies that adapters on it read.
     has_mlp_copies = settings.copies_inputs and any(
         linear.reads in ("mlp", "product") for linear in targets_of(facts, settings)
     )
     backward: float = tokens * width * ((3 if settings.copies_inputs else 2) * i + (5 if has_mlp_copies else 1) * h)
     backward += block if settings.checkpointing else end
     forward: float = end + tokens * width * (3 * i + 4 * h)
-    if settings.bits:  # a layer is dequantised to be multiplied
+    if settings.bits:  # a layer is dequantised for its multiplication
         one_layer = width * max(linear.parameters for linear in facts.linears)
         backward, forward = backward + one_layer, forward + one_layer
     refers = STRATEGIES[settings.strategy].refers and settings.reference != "cache"
     head = gathered + _logits_bytes(facts, settings) + _head_gradient_bytes(facts, settings)
     moments = [(kept + end, head), (kept + backward, 0.0)]
-    # At the end of the backward pass a micro-batch's gradients stand beside those of the ones before it (scoring/oom.py).
+    # At the end of the backward pass a micro-batch's gradients exist next to those of earlier ones (scoring/oom.py).
     new_gradients = trained_parameters(facts, settings) * trained_width(settings)
     last_block = backward if settings.checkpointing else block + backward - end
     moments.append((last_block + new_gradients, 0.0))
     if refers:
-        moments.append((forward, settings.scored * h * width))  # before the policy's forward, which keeps more
+        moments.append((forward, settings.scored * h * width))  # before the policy's forward pass, which keeps more
     return max(moments, key=sum)
 
 
 def _logits_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """The widest moment of the head: float32 logits and their log-softmax, a chunk at a time."""
+    """The peak of the head: float32 logits and their log-softmax, a chunk at a time."""
     return 2.0 * min(CHUNK_BYTES, 4 * settings.scored * facts.vocab_size)
 
 
 def _multiplied(facts: ModelFacts, settings: Settings) -> int:
-    """Trained float32 weights that the blocks multiply with; where blocks are recomputed, a whole model's are cast anew."""
+    """Trained float32 weights that the blocks multiply with; recomputed blocks of a whole model cast them again."""
     if settings.rank:
         return trained_parameters(facts, settings)
     return 0 if settings.checkpointing else facts.linear_parameters
 
 
 def _head_gradient_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """Where the head is trained: its gradient in float32, a chunk's share of it, and its copy in 16 bits."""
+    """If the head is trained: its gradient in float32, the gradient of a chunk, and its copy in 16 bits."""
     if settings.rank and "lm_head" not in settings.whole_modules:
         return 0.0
     width = settings.bytes_per_value
@@ -76,11 +79,11 @@ def _head_gradient_bytes(facts: ModelFacts, settings: Settings) -> float:
 
 
 def _block_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """What one block keeps for the backward pass of a micro-batch.
+    """The bytes that one block keeps for the backward pass of a micro-batch.
 
-    A token: in the compute dtype the attention's q, k, v and output (2q + 2kv), the MLP's gate, up and silu(gate) (3i), and
-    of each adapted layer its input and the product with A (r); in float32 the input of each norm (Qwen 3, Gemma 3 and
-    OLMo 2 have them on q and k too), and one number a head and norm.
+    Per token: in the compute dtype the attention's q, k, v and output (2q + 2kv), the MLP's gate, up and silu(gate) (3i), and
+    for each adapted layer its input and the product with A (r); in float32 the input of each norm (Qwen 3, Gemma 3 and
+    OLMo 2 also have norms on q and k), and one number per head and norm.
     """
     width, tokens, heads = float(settings.bytes_per_value), settings.tokens, facts.num_attention_heads
     q, kv = facts.q, facts.kv
@@ -89,15 +92,15 @@ def _block_bytes(facts: ModelFacts, settings: Settings) -> float:
     is_shared = settings.pair_tokens is not None
     if settings.copies_inputs:
         read = sum(linear.inputs for linear in targets)
-    else:  # a padded row's attention output is read as it lies there
+    else:  # the attention output of a padded row is read without a copy
         read = sum(size for name, size in inputs.items() if is_shared or name != "attention")
     each = width * (read + settings.rank * len(targets) + 2 * q + 2 * kv + 3 * facts.intermediate_size)
-    if settings.rank and settings.dropout:  # what was dropped: a byte on a GPU, a number on a CPU
+    if settings.rank and settings.dropout:  # the dropout mask: a byte per value on a GPU, a number on a CPU
         each += sum(linear.inputs for linear in targets) * (1.0 if settings.on_gpu else float(trained_width(settings)))
-    if settings.dora:  # what the base layer and the adapter make, which the magnitude scales
+    if settings.dora:  # the outputs of the base layer and the adapter, which the magnitude scales
         each += 2 * width * sum(linear.outputs for linear in targets)
     each += 4.0 * (facts.norms * (facts.hidden_size + 1) + heads)
-    if not settings.rank:  # the norms' weights are trained too, on what they normalised
+    if not settings.rank:  # the norms are trained too, and keep their normalised inputs
         each += 4.0 * facts.norms * facts.hidden_size
     if facts.has_qk_norm:
         each += 4 * (q + kv + heads + facts.num_key_value_heads)
@@ -105,34 +108,33 @@ def _block_bytes(facts: ModelFacts, settings: Settings) -> float:
 
 
 def _attention_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """What a block's attention keeps beyond its inputs and output.
+    """The bytes that a block's attention keeps in addition to its inputs and output.
 
-    With a mask, SDPA takes keys and values repeated to one a query head, and the mask in the compute dtype. Without a fused
-    kernel, as with a soft-cap (Gemma 2), each query keeps of each key of its sequence the softmax in float32, the
-    probabilities and the capped scores in the compute dtype.
+    With a mask, SDPA needs keys and values repeated for each query head, and the mask in the compute dtype. Without a fused
+    kernel, as with a soft-cap (Gemma 2), each pair of query and key keeps the softmax in float32, and the probabilities and
+    the capped scores in the compute dtype.
     """
     width, length = float(settings.bytes_per_value), settings.length
     extra = width * _masked(facts, settings)
     if settings.pair_tokens is not None:
         repeated: float = settings.batch * length * 2 * facts.q
-        if _slides(facts, settings):  # the chosen response is masked too
+        if _slides(facts, settings):  # the chosen response has a mask too
             repeated += settings.batch * length * 2 * (facts.q - facts.kv)
     else:
         repeated = settings.tokens * 2 * (facts.q - facts.kv) if _masked(facts, settings) else 0
     extra += width * repeated
     if facts.attn_logit_softcapping is not None or not settings.fused_attention:
         pairs = settings.sequences * length**2
-        if settings.pair_tokens is not None:  # of a shared pair the rejected response alone meets all its keys again
+        if settings.pair_tokens is not None:  # in a shared pair only the rejected response reads all its keys again
             pairs = settings.batch * (length + max(0, settings.pair_tokens - length)) * length
         extra += pairs * facts.num_attention_heads * (2 * width + 4)
     return extra
 
 
 def _masked(facts: ModelFacts, settings: Settings) -> int:
-    """Query-key pairs that a mask has: padded rows are masked whole; of a shared pair only the rejected response is.
+    """The query-key pairs with a mask: whole padded rows; in a shared pair only the rejected response.
 
-    Its r = pair - L queries then meet L keys (scoring/shared_prompts.py). A window that is shorter than a sequence is a mask
-    too.
+    Its r = pair - L queries then read L keys (scoring/shared_prompts.py). A window shorter than a sequence needs a mask too.
     """
     length = settings.length
     if settings.pair_tokens is not None:

@@ -1,4 +1,4 @@
-"""How a run is made to fit: what may change by itself, and what the user can change, in the documentation's order. No torch."""
+"""How a run can fit the memory: automatic changes, and changes by the user, in the documentation's order. No torch."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from dpo_cli.hardware.memory import Bill, bill
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.models.shape import ModelFacts, known_models
 
-MARGIN = 0.1  # of the budget, left free where there is a choice: a bill is no measurement
-LEAST_GB = 0.05  # a saving that is told
+MARGIN = 0.1  # share of the budget to leave free if possible, because the memory is only estimated
+LEAST_GB = 0.05  # the smallest saving that is reported
 LARGE_RANK = 16  # the smallest documented one
-LENGTHS = (4096, 2048, 1024, 512, 256)  # that a remedy goes down to
+LENGTHS = (4096, 2048, 1024, 512, 256)  # lengths that a remedy suggests
 
 
-Change = tuple[str, Callable[[Settings], Settings]]  # what to write into a config, and the settings with it
+Change = tuple[str, Callable[[Settings], Settings]]  # the text for a config, and the change of the settings
 
 
 def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
-    """The way to run `wanted`, with its bill; where it does not fit, with what would make it fit."""
-    settings, made = way(facts, wanted, budget_gb, checkpointing)
-    return settings, made if made.fits is not False else replace(made, largest_change=advice(facts, settings, made))
+    """The settings to run `wanted`, with their memory; if they do not fit, with the changes that would help."""
+    settings, memory = way(facts, wanted, budget_gb, checkpointing)
+    return settings, memory if memory.fits is not False else replace(memory, largest_change=advice(facts, settings, memory))
 
 
 def way(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
-    """The first way to run `wanted` that fits the budget, or the smallest with its bill when none does.
+    """The first settings for `wanted` that fit the budget, or the smallest if none do, with their memory.
 
-    Only what leaves the training unchanged is tried: `checkpointing` when it is "auto", then smaller micro-batches (the
-    accumulation grows by the same factor, so pairs per optimizer step stay) unless the loss compares the pairs of one. A way
-    with a margin goes before one without.
+    Only changes that do not affect the training are tried: `checkpointing` if it is "auto", then smaller micro-batches (with
+    more accumulation, so that the pairs per optimizer step stay) unless the loss compares the pairs of one. Settings that
+    leave a margin free come first.
     """
     choices = (False, True) if checkpointing == "auto" else (bool(checkpointing),)
     batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0][: 1 if wanted.is_whole else None]
@@ -40,41 +40,41 @@ def way(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpoint
     if budget_gb is None:
         return ways[0], bills[0]
     for limit_gb in ((1 - MARGIN) * budget_gb, budget_gb):
-        for settings, made in zip(ways, bills, strict=True):
-            if made.total_gb <= limit_gb:
-                return settings, made
+        for settings, memory in zip(ways, bills, strict=True):
+            if memory.total_gb <= limit_gb:
+                return settings, memory
     return ways[-1], bills[-1]
 
 
-def advice(facts: ModelFacts, settings: Settings, made: Bill) -> str:
-    """What makes it fit, in the documentation's order and no more than needed, each with what it saves on top of the others."""
+def advice(facts: ModelFacts, settings: Settings, memory: Bill) -> str:
+    """The changes that make it fit, in the documentation's order, no more than needed, each with its additional saving."""
     chosen: list[Change] = []
     for change in _changes(settings):
         chosen.append(change)
-        if bill(facts, _changed(settings, chosen), made.budget_gb).fits:
+        if bill(facts, _changed(settings, chosen), memory.budget_gb).fits:
             break
     else:
-        return smaller_model(settings, made.budget_gb)
+        return smaller_model(settings, memory.budget_gb)
     for change in chosen[:-1]:
         without = [other for other in chosen if other is not change]
-        if bill(facts, _changed(settings, without), made.budget_gb).fits:
+        if bill(facts, _changed(settings, without), memory.budget_gb).fits:
             chosen = without
-    return "; ".join(_told(facts, settings, chosen))
+    return "; ".join(_in_words(facts, settings, chosen))
 
 
 def savings(facts: ModelFacts, settings: Settings) -> list[str]:
-    """All that the user can change, in the documentation's order, each with what it saves on top of those before it."""
-    return _told(facts, settings, list(_changes(settings)))
+    """All changes that the user can make, in the documentation's order, each with its additional saving."""
+    return _in_words(facts, settings, list(_changes(settings)))
 
 
-def _told(facts: ModelFacts, settings: Settings, chosen: Sequence[Change]) -> list[str]:
+def _in_words(facts: ModelFacts, settings: Settings, chosen: Sequence[Change]) -> list[str]:
     totals = [bill(facts, _changed(settings, chosen[:count]), None).total_gb for count in range(len(chosen) + 1)]
     steps = zip(chosen, totals, totals[1:], strict=False)
     return [f"{text} saves {before - after:.1f} GB" for (text, _), before, after in steps if before - after >= LEAST_GB]
 
 
 def _changes(settings: Settings) -> Iterator[Change]:
-    """dpo-strategy, "High Memory Usage", in its order, after what changes only the speed; a length replaces a longer one."""
+    """dpo-strategy, "High Memory Usage", in its order, after changes of speed only; a length replaces a longer one."""
     if not settings.checkpointing:
         yield '"gradient_checkpointing": true', lambda now: replace(now, checkpointing=True)
     if settings.bits != 4 and settings.rank:
@@ -85,12 +85,12 @@ def _changes(settings: Settings) -> Iterator[Change]:
     for length in LENGTHS:
         if length < settings.length:
             yield f'"max_seq_length": {length}', partial(_shorter, length=length)
-    if settings.rank > LARGE_RANK:  # beyond the documentation's remedies, which know no such rank
+    if settings.rank > LARGE_RANK:  # not in the documentation, which has no such rank
         yield f'"lora_r": {LARGE_RANK}', lambda now: replace(now, rank=LARGE_RANK)
 
 
 def _shorter(settings: Settings, length: int) -> Settings:
-    """Responses stay whole: a pair loses what its prompt loses."""
+    """The settings with shorter sequences: only prompts are cut, responses stay whole."""
     pair = settings.pair_tokens
     return replace(settings, length=length, pair_tokens=pair and max(length, pair - settings.length + length))
 
@@ -102,18 +102,18 @@ def _changed(settings: Settings, changes: Sequence[Change]) -> Settings:
 
 
 def smaller_model(settings: Settings, budget_gb: float | None) -> str:
-    """Which of the common models fits with these settings, or with the least; checkpointed and one pair at a time."""
+    """A common model that fits with these settings, or with the smallest ones, checkpointed and one pair at a time."""
     name = largest_model(settings, budget_gb) if budget_gb else None
     if name is not None:
-        return f"use a smaller model: {name} is the largest known here that fits with these settings"
+        return f"use a smaller model: {name} is the largest known model that fits with these settings"
     changes = list(_changes(settings))
     name = largest_model(_changed(settings, changes), budget_gb) if budget_gb else None
     with_changes = f" with {', '.join(text for text, _ in changes)}" if changes else ""
-    return f"use a smaller model: {name} fits{with_changes}" if name else "use a larger card: no model known here fits"
+    return f"use a smaller model: {name} fits{with_changes}" if name else "use a larger card: no known model fits"
 
 
 def largest_model(settings: Settings, budget_gb: float) -> str | None:
-    """The largest of the common models that fits with these settings, checkpointed and, where possible, one pair at a time."""
+    """The largest of the common models that fits with these settings, checkpointed and, if possible, one pair at a time."""
     least = replace(settings, checkpointing=True, batch=settings.batch if settings.is_whole else 1)
     fitting = [name for name, facts in known_models().items() if bill(facts, least, budget_gb).fits]
     return max(fitting, key=lambda name: known_models()[name].parameters, default=None)

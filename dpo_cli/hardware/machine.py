@@ -1,4 +1,4 @@
-"""What this machine has, asked without torch."""
+"""The hardware of this machine, without torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Literal
 import dpo_cli
 
 GIB = 2**30
-SMALLEST_CARD_BYTES = 2 * GIB  # what the BIOS gives an integrated GPU is less
-OLDEST_MACOS = 14  # that torch's Metal backend runs on; bfloat16 in it too
-APPLE_SHARE = 2 / 3  # of unified memory, that Metal lets a process hold (recommendedMaxWorkingSetSize, of smaller machines)
+SMALLEST_CARD_BYTES = 2 * GIB  # integrated GPUs have less
+OLDEST_MACOS = 14  # the oldest with torch's Metal backend, and bfloat16 in it
+APPLE_SHARE = 2 / 3  # share of unified memory that Metal lets a process hold (recommendedMaxWorkingSetSize on smaller machines)
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Gpu:
     name: str
     memory_gb: float  # in total
     free_gb: float
-    compute_capability: float  # of an NVIDIA one; 0 for others
+    compute_capability: float  # of an NVIDIA GPU; 0 for others
     maker: str = "nvidia"
     uuid: str = ""
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it computes in bfloat16: NVIDIA's from Ampere on; ROCm has it for all of AMD's that it supports."""
+        """Whether it computes in bfloat16: NVIDIA GPUs from Ampere on, and all AMD GPUs that ROCm supports."""
         return self.maker == "amd" or self.compute_capability >= 8.0
 
 
@@ -45,12 +45,12 @@ class Machine:
     memory_gb: float
     has_amx: bool  # bfloat16 matrix units of the processor
     gpus: tuple[Gpu, ...]
-    is_apple: bool  # with a GPU that torch can use
+    is_apple: bool  # Apple silicon with a GPU that torch can use
     has_unsloth: bool = False  # the package
 
     @property
     def device(self) -> Literal["cuda", "mps", "cpu"]:
-        """What "auto" means here."""
+        """The device that "auto" stands for."""
         return "cuda" if self.gpus else "mps" if self.is_apple else "cpu"
 
     @property
@@ -60,7 +60,7 @@ class Machine:
 
     @property
     def card(self) -> tuple[float, float, str] | None:
-        """(GB in all, GB free, what it is) of the memory that a training here would use; None where there is no GPU."""
+        """(total GB, free GB, description) of the GPU memory that a training would use; None without a GPU."""
         if self.gpus:
             gpu = self.gpus[0]
             driver = " through ROCm" if gpu.maker == "amd" else ""
@@ -71,7 +71,7 @@ class Machine:
         return None
 
     def memory_of(self, device: str) -> tuple[float | None, float | None]:
-        """(GB in all, GB free) of what a training on "cuda", "mps" or "cpu" uses here; None where there is no such device."""
+        """(total GB, free GB) of the memory of a training on "cuda", "mps" or "cpu"; None without such a device."""
         if device == "cuda":
             return (self.gpus[0].memory_gb, self.gpus[0].free_gb) if self.gpus else (None, None)
         if device == "mps" and self.card is not None:
@@ -83,7 +83,7 @@ class Machine:
 
 
 def probe() -> Machine:
-    """Look at this machine."""
+    """The hardware of this machine."""
     cpuinfo = _read("/proc/cpuinfo")
     names = [line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")]
     return Machine(
@@ -104,9 +104,9 @@ def _has_metal() -> bool:
 
 
 def _memory_bytes() -> int:
-    """The machine's memory, asked of the system."""
-    if told := re.match(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo")):  # Linux
-        return int(told[1]) * 1024
+    """The machine's memory in bytes."""
+    if total := re.match(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo")):  # Linux
+        return int(total[1]) * 1024
     if hasattr(os, "sysconf"):  # macOS
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     import psutil  # Windows; a requirement of accelerate
@@ -115,12 +115,12 @@ def _memory_bytes() -> int:
 
 
 def nvidia_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that nvidia-smi lists; none when there is no such program or it fails."""
+    """The GPUs that nvidia-smi lists; empty if it is missing or fails."""
     if shutil.which("nvidia-smi") is None:
         return ()
-    told = _nvidia_smi("--query-gpu=name,memory.total,memory.free,compute_cap,uuid", "--format=csv,noheader,nounits")
-    # A GPU that shares the processor's memory prints [N/A] for its own: it has no bill, and is left out.
-    rows = (re.fullmatch(r"(.*), ([\d.]+), ([\d.]+), ([\d.]+)(?:, (\S*))?", line.strip()) for line in told.splitlines())
+    listed = _nvidia_smi("--query-gpu=name,memory.total,memory.free,compute_cap,uuid", "--format=csv,noheader,nounits")
+    # A GPU that shares the processor's memory prints [N/A] for its own memory: it is skipped.
+    rows = (re.fullmatch(r"(.*), ([\d.]+), ([\d.]+), ([\d.]+)(?:, (\S*))?", line.strip()) for line in listed.splitlines())
     found = (row.groups(default="") for row in rows if row)
     gpus = [Gpu(name, float(total) / 1024, float(free) / 1024, float(cc), uuid=uuid) for name, total, free, cc, uuid in found]
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -130,16 +130,16 @@ def nvidia_gpus() -> tuple[Gpu, ...]:
 
 
 def _nvidia_smi(*words: str) -> str:
-    """What nvidia-smi prints; nothing where it fails."""
+    """The output of nvidia-smi; empty if it fails."""
     try:
         done = subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:  # a driver that hangs offers no GPU
+    except subprocess.TimeoutExpired:  # the driver hangs: no usable GPU
         return ""
     return done.stdout if done.returncode == 0 else ""
 
 
 def _mig_instances(gpus: Sequence[Gpu], listed: str) -> list[Gpu]:
-    """The parts of GPUs that `nvidia-smi -L` lists below them, whose memory stands in their profile: "MIG 1g.10gb"."""
+    """The MIG instances that `nvidia-smi -L` lists; their memory is in the name of their profile: "MIG 1g.10gb"."""
     by_uuid, whole, parts = {gpu.uuid: gpu for gpu in gpus}, None, []
     for line in listed.splitlines():
         uuid = re.search(r"\(UUID: (\S+)\)", line)
@@ -154,14 +154,14 @@ def _mig_instances(gpus: Sequence[Gpu], listed: str) -> list[Gpu]:
 
 
 def visible(gpus: Sequence[Gpu], chosen: str | None) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, as CUDA and torch read it; all where it is not set.
+    """The GPUs that CUDA_VISIBLE_DEVICES selects, as CUDA and torch read it; all if it is not set.
 
-    Numbers count as nvidia-smi does (`composer_for` in session.py sees to it), and names are a UUID or its beginning. The list
-    ends before the first entry that names no GPU, and holds none where one is named twice.
+    Numbers are those of nvidia-smi (`composer_for` in session.py ensures it), and names are a UUID or its beginning. The list
+    ends before the first entry that does not name a GPU, and is empty if a GPU is named twice.
     """
     if chosen is None:
         return tuple(gpus)
-    found: list[Gpu] = []
+    selected: list[Gpu] = []
     for entry in (part.strip() for part in chosen.split(",")):
         if number := re.match(r"\+?(\d+)", entry):
             named = list(gpus[int(number[1]) : int(number[1]) + 1])
@@ -169,14 +169,14 @@ def visible(gpus: Sequence[Gpu], chosen: str | None) -> tuple[Gpu, ...]:
             named = [gpu for gpu in gpus if entry.startswith(("GPU-", "MIG-")) and gpu.uuid.startswith(entry)]
         if len(named) != 1:
             break
-        if named[0] in found:
+        if named[0] in selected:
             return ()
-        found += named
-    return tuple(found)
+        selected += named
+    return tuple(selected)
 
 
 def amd_gpus(root: Path = Path("/")) -> tuple[Gpu, ...]:
-    """AMD's GPUs where ROCm's driver is loaded (/dev/kfd), from the kernel's files below `root`; no integrated ones."""
+    """AMD GPUs if ROCm's driver is loaded (/dev/kfd), from the kernel's files in `root`; without integrated ones."""
     if not (root / "dev/kfd").exists():
         return ()
     found = []

@@ -1,7 +1,7 @@
-"""The memory bill: bytes by component at the peak of a training step, from the shape of a model alone. No torch.
+"""The estimated memory: bytes by component at the peak of a training step, from the shape of a model. No torch.
 
-What lies in memory the whole time (weights, adapter, gradients, optimizer) is counted from the model's shape. What
-comes and goes with a micro-batch is in activations.py. GB are 2^30 bytes.
+Permanent memory (weights, adapter, gradients, optimizer) is counted from the model's shape. The memory of a micro-batch is in
+activations.py. GB are 2^30 bytes.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from dpo_cli.strategies.strategies import STRATEGIES
 # Bytes per 4-bit weight: half a byte; a one-byte scale per block of 64; a float32 per 256 of those (QLoRA, arXiv:2305.14314
 # section 3, double quantisation).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-PLAIN_4BIT_BYTES = 0.5 + 4 / 64  # without it: a float32 scale per block
-# Bytes of optimizer state a trained weight, where it is not two moments of the weight's own width (AdamW): in 8 bits with
-# their scales; Adafactor keeps a row and a column; SGD nothing. Paged states can leave the GPU, but are there at the step.
+PLAIN_4BIT_BYTES = 0.5 + 4 / 64  # without double quantisation: a float32 scale per block
+# Bytes of optimizer state per trained weight, if it is not two moments of the weight's own width (AdamW): 8-bit states include
+# their scales; Adafactor keeps a row and a column; SGD nothing. Paged states can leave the GPU, but return for the step.
 MOMENTS = {"paged_adamw_32bit": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
 CUDA_CONTEXT_BYTES = 0.5 * GIB  # driver context and the workspaces of cuBLAS; fitcheck-llm 0.3 assumes the same
-ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation; likewise
+ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation; fitcheck-llm 0.3 assumes the same
 LIBRARIES_BYTES = 0.5 * GIB  # resident size of this program's imports on a CPU: `make memory` prints it
 
 
 @dataclass(frozen=True)
 class Bill:
-    """Bytes by component; `budget_gb` is what the hardware offers, when known, and `host_gb` what loading takes of the RAM."""
+    """Bytes by component; `budget_gb` is the memory of the hardware, if known, and `host_gb` the RAM that loading needs."""
 
     components: dict[str, float]
     budget_gb: float | None
@@ -55,7 +55,7 @@ class Bill:
 
 
 def bill(facts: ModelFacts, settings: Settings, budget_gb: float | None) -> Bill:
-    """What these settings take."""
+    """The memory that these settings need."""
     return Bill(components(facts, settings), budget_gb, host_bytes(facts, settings) / GIB)
 
 
@@ -81,8 +81,8 @@ def weight_bytes(facts: ModelFacts, settings: Settings) -> float:
     """Bytes of the model's weights.
 
     bitsandbytes quantises the linear layers of the blocks; embeddings, head and norms keep the compute dtype (transformers
-    leaves the head out by itself). 8 bits: a byte a weight and a float32 a row (LLM.int8, arXiv:2208.07339, section 3). Full
-    fine-tuning holds float32 weights, since updates are smaller than bf16 can add.
+    excludes the head). 8 bits: a byte per weight and a float32 per row (LLM.int8, arXiv:2208.07339, section 3). Full
+    fine-tuning holds float32 weights, because updates are too small for bf16.
     """
     if settings.rank == 0:
         return 4.0 * facts.parameters
@@ -96,19 +96,19 @@ def weight_bytes(facts: ModelFacts, settings: Settings) -> float:
 
 
 def sampling_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """Keys and values of the samples that rlhf draws before it trains on them, of all blocks. Provisional, until it exists.
+    """Keys and values, in all blocks, of the samples that rlhf draws before it trains. Provisional: rlhf is not supported yet.
 
-    The reward is taken to be a head on the same model; a reward model of its own would come on top.
+    The reward is assumed to be a head on the same model; a separate reward model would need more.
     """
     return 2.0 * facts.kv * settings.sequences * settings.length * facts.num_hidden_layers * settings.bytes_per_value
 
 
 def host_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """What the run takes of the machine's own memory.
+    """The RAM of the machine that the run needs.
 
-    transformers maps safetensors and copies a tensor at a time to the GPU, so a GPU run holds the libraries and the largest
-    tensor, in the file's 16 bits and once more as it is converted. A run on the CPU holds everything, and the pages of the file
-    beside it. A GGUF file is first made a float32 model of, whole.
+    transformers maps safetensors and copies one tensor at a time to the GPU, so a GPU run holds the libraries and the largest
+    tensor twice, in the file's 16 bits and converted. A CPU run holds everything, and the pages of the file. A GGUF file is
+    first converted to a whole float32 model.
     """
     if settings.on_gpu:
         loaded = 2 * 2.0 * facts.vocab_size * facts.hidden_size

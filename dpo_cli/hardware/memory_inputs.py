@@ -1,4 +1,4 @@
-"""What of a run decides its memory, and how many weights it trains. No torch."""
+"""The settings that decide the memory of a run, and the number of trained weights. No torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from dpo_cli.strategies.strategies import STRATEGIES
 
 @dataclass(frozen=True)
 class Longest:
-    """Tokens of the longest rows that a run trains on, as far as they are known."""
+    """Tokens of the longest rows of a training, if known."""
 
     sequence: int | None = None
-    pair: int | None = None  # its prompt counted once, where prompts are shared
+    pair: int | None = None  # its prompt counted once, if prompts are shared
     responses: int | None = None  # of both responses of a pair together
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a run decides its memory. The last group is what other tools do: it is there to compare bills."""
+    """The settings that decide the memory of a run. The last group is for comparisons with other tools."""
 
-    batch: int  # pairs a forward pass (sft: sequences; rlhf: prompts with two samples each)
+    batch: int  # pairs per forward pass (sft: sequences; rlhf: prompts with two samples each)
     length: int  # tokens of the longest sequence
     rank: int  # 0 trains every weight
     bytes_per_value: int  # of the compute dtype: 2 for bf16 and fp16, 4 for float32
@@ -38,20 +38,20 @@ class Settings:
     fp16: bool = False
     dropout: bool = False  # on the inputs of the adapter
     dora: bool = False  # the adapter has a magnitude for each output too (arXiv:2402.09353)
-    whole_modules: tuple[str, ...] = ()  # beside the adapter: "modules_to_save"
+    whole_modules: tuple[str, ...] = ()  # trained in addition to the adapter: "modules_to_save"
     on_gpu: bool = True
-    pair_tokens: int | None = None  # of the longest pair, its prompt counted once, where prompts are shared and lengths known
-    response_tokens: int | None = None  # scored tokens of the longest pair, where lengths are known
-    is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never divided
+    pair_tokens: int | None = None  # of the longest pair, its prompt counted once, if prompts are shared and lengths known
+    response_tokens: int | None = None  # scored tokens of the longest pair, if lengths are known
+    is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never split
 
     reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
-    fused_attention: bool = True  # false: the probabilities are kept, as eager attention does
+    fused_attention: bool = True  # false: the probabilities are kept, as in eager attention
 
     @classmethod
     def of(cls, config: Config, facts: ModelFacts, longest: Longest) -> Settings:
-        """Those of a config whose device and precision are decided, with the real lengths where they are known."""
+        """The settings of a config with decided device and precision, with the real lengths if they are known."""
         targets = config.target_modules
-        # Flash attention wants 16 bits and a card of bf16's age, and SDPA's other kernel refuses grouped keys.
+        # Flash attention needs 16 bits and a card with bf16, and SDPA's other kernel does not support grouped keys.
         is_unfused = config.device == "cuda" and not config.bf16 and facts.q != facts.kv
         return cls(
             batch=config.per_device_train_batch_size,
@@ -82,22 +82,22 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch as they go through the model."""
+        """Tokens of a micro-batch that go through the model."""
         padded = self.sequences * self.length
         return padded if self.pair_tokens is None else min(self.batch * self.pair_tokens, padded)
 
     @property
     def scored(self) -> int:
-        """Tokens of a micro-batch that meet the head."""
+        """Tokens of a micro-batch that go through the head."""
         return self.tokens if self.response_tokens is None else min(self.batch * self.response_tokens, self.tokens)
 
     @property
     def copies_inputs(self) -> bool:
         """Whether each adapted layer keeps its own copy of its input.
 
-        PEFT hands the input in the adapter's float32, and autocast casts it back to 16 bits, once a layer. Adapters on
-        quantised weights are in bf16 (TRL 1.15, DPOTrainer; training/dpo_trainer.py but for fp16), and in float32 nothing is
-        cast: then layers share what they read, unless dropout makes another of it for each.
+        PEFT casts the input to the adapter's float32, and autocast casts it back to 16 bits, once per layer. Adapters on
+        quantised weights are in bf16 (TRL 1.15, DPOTrainer; training/dpo_trainer.py, except for fp16), and in float32 nothing
+        is cast: then layers share their input, unless dropout gives each its own.
         """
         return self.rank > 0 and (self.dropout or (self.bytes_per_value < 4 and (self.bits is None or self.fp16)))
 
@@ -107,7 +107,7 @@ def trained_parameters(facts: ModelFacts, settings: Settings) -> int:
     if settings.rank == 0:
         return facts.parameters
     counts = _target_counts(facts, settings.target_modules)
-    linears = [linear for linear in facts.linears if linear.name not in settings.whole_modules]  # PEFT puts nothing on those
+    linears = [linear for linear in facts.linears if linear.name not in settings.whole_modules]  # these get no adapter
     sizes = settings.rank * sum(counts[linear.name] * (linear.inputs + linear.outputs) for linear in linears)
     magnitudes = sum(counts[linear.name] * linear.outputs for linear in linears) if settings.dora else 0
     whole = sum(linear.parameters for linear in facts.linears if linear.name in settings.whole_modules)
@@ -116,17 +116,17 @@ def trained_parameters(facts: ModelFacts, settings: Settings) -> int:
 
 
 def trained_width(settings: Settings) -> int:
-    """Bytes a trained weight: TRL holds an adapter on quantised weights in bf16, PEFT any other in float32."""
+    """Bytes per trained weight: TRL holds an adapter on quantised weights in bf16, PEFT any other in float32."""
     return 2 if settings.bits and not settings.fp16 else 4
 
 
 def targets_of(facts: ModelFacts, settings: Settings) -> list[Linear]:
-    """The layers of a block that an adapter is on; those that a regular expression finds in any block count in all."""
+    """The layers of a block with an adapter; a layer that a regular expression matches in one block counts for all."""
     counts = _target_counts(facts, settings.target_modules)
     return [linear for linear in facts.linears if counts[linear.name]]
 
 
 @functools.cache
 def _target_counts(facts: ModelFacts, wanted: str | tuple[str, ...]) -> dict[str, int]:
-    """How many blocks have an adapter on each of their linear layers."""
+    """For each linear layer, the number of blocks with an adapter on it."""
     return {name: sum(target_layers.names(wanted, whole) for whole in each) for name, each in facts.linear_names().items()}

@@ -1,8 +1,8 @@
-"""A config for a card: the documented settings of its profile, and the best that fits beyond them or below. No torch.
+"""A config for a card: the documented settings of its profile, improved or reduced to what fits. No torch.
 
-The documented preset (config/schema.json has its values) is where it starts. What fits with a margin is improved, one step
-after the other, each kept when it fits; what does not fit is given up in the order of the documentation's remedies. Pairs per
-optimizer step stay as documented on both ways.
+It starts with the documented preset (its values are in config/schema.json). If that fits with a margin, it is improved step by
+step, and each step that fits is kept; else settings are reduced in the order of the documentation's remedies. The pairs per
+optimizer step stay as documented.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.storage.jsonio import read_json
 
 RATES = "docs/explanation/learning-rate-and-beta.md"
-EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": what is held out judges the adapter
-CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # GB that cards are sold with
+EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": the share of held-out prompts
+CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # common sizes of cards in GB
 QLORA_BELOW_GB = 12  # dpo-strategy, "Minimum Requirements"; below, weights stay in 4 bits
 
 
 @dataclass(frozen=True)
 class Step:
-    """One change of one key, and why it is made."""
+    """One change of one key, and its reason."""
 
     why: str
     key: str
-    value: int  # or true or false
+    value: int  # may be true or false
 
 
 BATCH, LENGTH = "per_device_train_batch_size", "max_seq_length"
-# A speed-up changes no result; 16-bit weights are exact; a longer sequence loses less of long prompts.
+# Faster settings do not change the result; 16-bit weights are exact; longer sequences cut less of long prompts.
 IMPROVEMENTS: Sequence[Step] = (
     Step("weights in 16 bits, without the error of quantisation", "use_4bit", False),
     Step("longer sequences", LENGTH, 2048),
@@ -50,23 +50,23 @@ IMPROVEMENTS: Sequence[Step] = (
     Step("larger micro-batches, which are faster", BATCH, 8),
     Step("no recomputation in the backward pass, which is faster", "gradient_checkpointing", False),
 )
-# The documentation's remedies ("High Memory Usage") after those that cost nothing here (4 bits in every preset; micro-batches,
-# which training makes smaller by itself), and a smaller adapter where the preset's is large.
+# The documentation's remedies ("High Memory Usage") after those without a cost here (4 bits in every preset; smaller
+# micro-batches), and a smaller adapter if that of the preset is large.
 CONCESSIONS: Sequence[Step] = (
-    Step("shorter sequences: longer pairs are cut or left out", LENGTH, 1024),
+    Step("shorter sequences: longer pairs are cut or skipped", LENGTH, 1024),
     Step("a smaller adapter", "lora_r", 16),
-    Step("shorter sequences: longer pairs are cut or left out", LENGTH, 512),
-    Step("shorter sequences: longer pairs are cut or left out", LENGTH, 256),
+    Step("shorter sequences: longer pairs are cut or skipped", LENGTH, 512),
+    Step("shorter sequences: longer pairs are cut or skipped", LENGTH, 256),
 )
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`config` fits `budget_gb` less the margin; `preset` is the documented one it started from."""
+    """`config` fits the budget with a margin; `preset` is the documented one that it started from."""
 
     profile: str
     vram_gb: float
-    config: dict[str, object]  # what is to be written
+    config: dict[str, object]  # the config to write
     values: Config
     memory: Bill
     preset: dict[str, object]
@@ -85,17 +85,17 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: a card, of which `free_gb` are free where that is less, and what is known beside it."""
+    """The request: a card, its free memory `free_gb` if that is less, and what is known about the data."""
 
     vram_gb: float
     model: str | None = None
     dataset: str | None = None
     strategy: str = "dpo"
     free_gb: float | None = None
-    longest: int | None = None  # tokens that the longest sequence of the dataset may have
-    share_over: Callable[[int], float] = lambda length: 0.0  # which share of its pairs is longer
-    is_apple: bool = False  # no bitsandbytes there, and float32
-    has_bf16: bool = True  # of a card that is not Apple's
+    longest: int | None = None  # estimated tokens of the longest sequence of the dataset
+    share_over: Callable[[int], float] = lambda length: 0.0  # the share of its pairs that are longer
+    is_apple: bool = False  # without bitsandbytes, and in float32
+    has_bf16: bool = True  # for cards other than Apple's
 
     @property
     def budget_gb(self) -> float:
@@ -103,7 +103,7 @@ class Request:
 
 
 class Profile(TypedDict):
-    """A class of cards, and the models that are proposed for it."""
+    """A class of cards, and the models that are suggested for it."""
 
     from_gb: float
     advice: str
@@ -116,30 +116,30 @@ def profiles() -> dict[str, Profile]:
 
 
 def recommend(request: Request) -> Recommendation:
-    """The best config for `request`, for its model or the profile's largest that fits; `DoesNotFit` names one that would."""
-    made = _best(request)
+    """The best config for `request`, with its model or the profile's largest that fits; `DoesNotFit` suggests another."""
+    best = _best(request)
     for card in (card for card in CARDS if card > request.vram_gb):
-        gains = _gains(made, replace(request, vram_gb=float(card), free_gb=None))
+        gains = _gains(best, replace(request, vram_gb=float(card), free_gb=None))
         if gains:
-            made.reasons.append(f"a card of {card} GB would allow {', '.join(gains)}")
+            best.reasons.append(f"a card of {card} GB would allow {', '.join(gains)}")
             break
-    return made
+    return best
 
 
-def _gains(made: Recommendation, request: Request) -> list[str]:
-    """What the best config for another card has more of."""
+def _gains(best: Recommendation, request: Request) -> list[str]:
+    """The improvements of the best config for another card."""
     try:
         other = _best(request).values
-    except DoesNotFit:  # of the profile of that card, not of its memory
+    except DoesNotFit:  # because of that card's profile, not its memory
         return []
-    mine = made.values
+    mine = best.values
     costs, saves = names_where(lambda option: option.memory == "more"), names_where(lambda option: option.memory == "less")
     larger = [key for key in costs if getattr(other, key) > getattr(mine, key)]
     if request.longest is not None and request.longest <= mine.max_seq_length:
         larger = [key for key in larger if key != LENGTH]
     without = [key for key in saves if getattr(mine, key) and not getattr(other, key)]
     model = ["model_name"] if other.model_name != mine.model_name else []
-    return [f"{key} {_told(getattr(other, key))}" for key in (*model, *without, *larger)]
+    return [f"{key} {_as_json(getattr(other, key))}" for key in (*model, *without, *larger)]
 
 
 def _best(request: Request) -> Recommendation:
@@ -157,37 +157,37 @@ def _best(request: Request) -> Recommendation:
     for model, facts in shapes.items():
         start = _start(written, model, request)
         documented = _bill(facts, start, request)[1]
-        made = _settled(facts, start, request)
-        if made is None:
-            reasons.append(f"{model} does not fit: {documented.total_gb:.1f} GB")
+        settled = _settled(facts, start, request)
+        if settled is None:
+            reasons.append(f"{model} does not fit: it needs {documented.total_gb:.1f} GB")
             continue
-        values, changes = made
+        values, changes = settled
         steps = [text for _, text in changes]
         settings, memory = _bill(facts, values, request)
-        margin = f"{MARGIN:.0%} of the card are left free"
+        margin = f"{MARGIN:.0%} of the card stay free"
         reasons.append(
-            f"the documented preset takes {documented.total_gb:.1f} GB of {request.budget_gb:.1f} with {model}; {margin}"
+            f"the documented preset needs {documented.total_gb:.1f} of {request.budget_gb:.1f} GB with {model}; {margin}"
         )
         config: dict[str, object] = {"strategy": request.strategy, "model_name": model}
         config |= {"dataset": request.dataset} if request.dataset else {}
         config |= {key: getattr(values, key) for key in written} | {"eval_split": EVAL_SPLIT}
         if settings.batch < values.per_device_train_batch_size:
-            steps.append(f"training runs it in micro-batches of {settings.batch}, so that it fits; the steps stay the same")
+            steps.append(f"to fit, the training uses micro-batches of {settings.batch}; the pairs per step stay the same")
         if request.longest is not None:
             billed, limit = min(request.longest, values.max_seq_length), values.max_seq_length
             reasons.append(
-                f"the longest sequence of the dataset has about {request.longest} tokens at most; {billed} are billed"
+                f"the longest sequence of the dataset has at most about {request.longest} tokens; {billed} are counted"
             )
             if share := request.share_over(limit):
-                reasons.append(f"about {share:.0%} of the pairs are longer than {limit}, and are cut or left out")
-        reasons += [*steps, f"learning_rate keeps its documented default; {RATES} says what an adapter needs"]
+                reasons.append(f"about {share:.0%} of the pairs are longer than {limit}, and are cut or skipped")
+        reasons += [*steps, f"learning_rate keeps its documented default; for adapters see {RATES}"]
         return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons, dict(changes))
     model = models[-1]
     raise DoesNotFit([_misfit(model, shapes[model], _start(written, model, request), request)])
 
 
 def _start(written: Mapping[str, object], model: str, request: Request) -> Config:
-    """The config that is tried first, with what its device decides."""
+    """The config to try first, with the values that its device decides."""
     half = {"bf16": False, "fp16": False} if request.is_apple else {"bf16": request.has_bf16, "fp16": not request.has_bf16}
     device = "mps" if request.is_apple else "cuda"
     own = {"dataset": request.dataset or "", "model_name": model, "device": device, **half}
@@ -195,22 +195,22 @@ def _start(written: Mapping[str, object], model: str, request: Request) -> Confi
 
 
 def _settled(facts: ModelFacts, values: Config, request: Request) -> tuple[Config, list[tuple[str, str]]] | None:
-    """(values that fit, each changed key with what was changed and why); None when nothing fits."""
+    """(values that fit, each changed key with its change and reason); None if nothing fits."""
     changes: list[tuple[str, str]] = []
 
     def taken(kind: str, step: Step, values: Config) -> Config:
-        text = f"{kind}: {step.key} {_told(step.value)} instead of {_told(getattr(values, step.key))} ({step.why})"
+        text = f"{kind}: {step.key} {_as_json(step.value)} instead of {_as_json(getattr(values, step.key))} ({step.why})"
         changes.append((step.key, text))
         return _changed(values, step)
 
     context = facts.max_position_embeddings
     if context is not None and context < values.max_seq_length:
-        values = taken("given up", Step("the model was made for no longer sequences", LENGTH, context), values)
+        values = taken("reduced", Step("the maximum of the model", LENGTH, context), values)
     for step in CONCESSIONS:
         if _fits(facts, values, request):
             break
         if step.value < getattr(values, step.key):
-            values = taken("given up", step, values)
+            values = taken("reduced", step, values)
     if not _fits(facts, values, request):
         return None
     for step in IMPROVEMENTS:
@@ -233,12 +233,12 @@ def _improves(values: Config, step: Step, request: Request) -> bool:
 
 
 def _pairs(values: Config) -> int:
-    """Pairs of an optimizer step."""
+    """Pairs per optimizer step."""
     return values.per_device_train_batch_size * values.gradient_accumulation_steps
 
 
 def _changed(values: Config, step: Step) -> Config:
-    """The values with the step, as many pairs an optimizer step as before."""
+    """The values with the step, with the same pairs per optimizer step."""
     changed = values.replaced({step.key: step.value})
     return replace(changed, gradient_accumulation_steps=_pairs(values) // changed.per_device_train_batch_size)
 
@@ -257,7 +257,7 @@ def _limit_gb(request: Request) -> float:
 
 
 def _bill(facts: ModelFacts, values: Config, request: Request) -> tuple[Settings, Bill]:
-    """How these values would be run, and the bill, as `validate` and `train` find them."""
+    """The settings of a run with these values, and their memory, as in `validate` and `train`."""
     settings = Settings.of(values, facts, Longest(request.longest))
     return way(facts, settings, request.budget_gb, values.gradient_checkpointing)
 
@@ -273,7 +273,7 @@ def _facts(model: str) -> ModelFacts:
         raise InvalidInput([replace(problem, severity="error") for problem in wrong])
     facts = source.facts
     if facts is None:
-        message = f"the shape of {model} is not known here"
+        message = f"the shape of {model} is unknown"
         fix = "name a local model directory, a GGUF file, or one of: " + ", ".join(known_models())
         raise invalid("model-unknown", message, fix, "model_name")
     return facts
@@ -283,10 +283,10 @@ def _misfit(model: str, facts: ModelFacts, least: Config, request: Request) -> P
     for step in CONCESSIONS:
         least = _changed(least, replace(step, value=min(step.value, getattr(least, step.key))))
     needs = _bill(facts, least, request)[1].total_gb
-    message = f"{model} needs {needs:.1f} GB and a margin at the least; there are {request.budget_gb:g}"
+    message = f"{model} needs at least {needs:.1f} GB and a margin, but there are {request.budget_gb:g} GB"
     fix = smaller_model(Settings.of(least, facts, Longest(request.longest)), _limit_gb(request))
     return Problem("error", "does-not-fit", message, fix)
 
 
-def _told(value: object) -> str:
+def _as_json(value: object) -> str:
     return json.dumps(value)

@@ -1,4 +1,4 @@
-"""A PEFT adapter in a folder: what its adapter_config.json says, and why it may not be taken. No torch."""
+"""A PEFT adapter in a folder: its adapter_config.json, and whether it is supported. No torch."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from dpo_cli.models.tensor_files import Fault, Shape
 from dpo_cli.storage.run_directory import WEIGHTS
 
 ADAPTER_CONFIG = "adapter_config.json"
-# The options that an adapter was made with and that cannot change under it, by PEFT's names.
+# The options that a trained adapter fixes, by PEFT's names.
 SHAPE = {name: option.adapter_name for name, option in options().items() if option.adapter_name is not None}
 
-# The parts of an adapter_config.json that are supported: where an adapter is and how large, and what only its training needs.
-# Anything else that is set is refused by its name.
+# The supported keys of an adapter_config.json: layers and size of the adapter, and what only its training needs. Any other
+# key that is set is rejected by name.
 HELD = frozenset(SHAPE.values()) | {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
     *("lora_dropout", "fan_in_fan_out", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias"),
     *("rank_pattern", "alpha_pattern", "target_parameters", "megatron_core", "qalora_group_size", "runtime_config"),
-    # how it began, which the first of these decides
+    # the initialisation, which the first of these decides
     *("init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
 }
 BECAUSE = {
-    "bias": "it changes biases of the base itself, so the base without it is not there to compare with",
-    "trainable_token_indices": "single rows of the embedding are trained, which are not scored here",
-    "layer_replication": "it repeats layers of the base: it is another model",
-    "alora_invocation_tokens": "it acts only after certain tokens",
-    "ensure_weight_tying": "embedding and head share what is trained",
+    "bias": "it changes biases of the base itself, so the original base is not available as the reference",
+    "trainable_token_indices": "it trains single rows of the embedding, which is not supported",
+    "layer_replication": "it repeats layers of the base, which makes it another model",
+    "alora_invocation_tokens": "it is active only after certain tokens",
+    "ensure_weight_tying": "embedding and head share trained weights",
 }
-DEFAULTS = {"r": 8, "lora_alpha": 8, "use_dora": False, "use_rslora": False}  # of PEFT, where a key is left out
+DEFAULTS = {"r": 8, "lora_alpha": 8, "use_dora": False, "use_rslora": False}  # PEFT's values for missing keys
 
 
 def _is_names(value: object) -> bool:
@@ -57,7 +57,7 @@ def _is_switch(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
 
-# What the keys of an adapter_config.json that are computed with have to be.
+# The types of keys of an adapter_config.json that are used in computations.
 KINDS: tuple[tuple[str, Callable[[object], bool], tuple[str, ...]], ...] = (
     ("a whole number above 0", _is_size, ("r",)),
     ("a number", _is_number, ("lora_alpha", "lora_dropout")),
@@ -67,9 +67,15 @@ KINDS: tuple[tuple[str, Callable[[object], bool], tuple[str, ...]], ...] = (
     ("an object", lambda value: value is None or isinstance(value, dict), ("rank_pattern", "alpha_pattern")),
     ("a name", lambda value: value is None or isinstance(value, str), ("base_model_name_or_path",)),
 )
-UNSUPPORTED_FIX = "merge it with PEFT into its base, and name the merged model"
-HEADS = ("lm_head", "embed_out")  # what families of models call their output head
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways to begin that take a part out of the base's weights
+UNSUPPORTED_FIX = "merge it into its base with PEFT, and name the merged model"
+HEADS = ("lm_head", "embed_out")  # names of the output head in families of models
+CHANGES_BASE = (
+    "pissa",
+    "corda",
+    "olora",
+    "loftq",
+    "lora_ga",
+)  # initialisations that move a part of the base's weights into the adapter
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Adapter:
 
     @classmethod
     def in_folder(cls, folder: Path) -> Adapter | None:
-        """The adapter in a folder; None where there is none."""
+        """The adapter in a folder; None if there is none."""
         files = ModelFiles(folder)
         return cls(files) if files.has(ADAPTER_CONFIG) else None
 
@@ -90,7 +96,7 @@ class Adapter:
 
     @property
     def config(self) -> Mapping[str, object]:
-        """Its adapter_config.json; `ValueError` where that cannot be read."""
+        """Its adapter_config.json; `ValueError` if that cannot be read."""
         return self.files.json(ADAPTER_CONFIG)
 
     @property
@@ -103,12 +109,12 @@ class Adapter:
 
     @property
     def tensors(self) -> dict[str, Shape]:
-        """The shapes of its tensors; ValueError or OSError for a file that is not whole."""
+        """The shapes of its tensors; ValueError or OSError for a damaged file."""
         return self.files.tensors.header(WEIGHTS).shapes
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer lies beside it, which is taken then."""
+        """Whether its folder has a tokenizer, which is then used."""
         return self.files.has(TOKENIZER_CONFIG)
 
     @property
@@ -117,76 +123,78 @@ class Adapter:
 
     @property
     def fault(self) -> Fault | None:
-        """Why it is not taken, whatever it is for, in words that follow "the adapter"; None where it is.
+        """Why it cannot be used for anything, in words that follow "the adapter"; None if it can.
 
-        Raises `ValueError` for an adapter_config.json that cannot be read. No weights are read.
+        Raises `ValueError` if adapter_config.json cannot be read. Reads no weights.
         """
         if fault := self.danger:
             return fault
         if wrong := _of_another_type(self.config):
-            return Fault(f"has {wrong}", f"write what it was trained with into {ADAPTER_CONFIG}, or save it again with PEFT")
+            return Fault(
+                f"has {wrong}", f"write the value that it was trained with into {ADAPTER_CONFIG}, or save it again with PEFT"
+            )
         why = unsupported(self.config)
         return Fault(why, UNSUPPORTED_FIX) if why else None
 
     @property
     def danger(self) -> Fault | None:
-        """The same where PEFT would unpickle it, or import a module for it that it names."""
+        """A fault if PEFT would unpickle its weights, or import a module that it names."""
         if not self.files.has(WEIGHTS):
-            message = f"has no {WEIGHTS}, and other files of weights are not read, since they may run code"
+            message = f"has no {WEIGHTS}, and other weight files are not read, because they may run code"
             return Fault(message, "save it again with PEFT, which writes safetensors")
         if code := in_adapter(self.config):
-            message = f"has an {ADAPTER_CONFIG} that names a module to import ({code}), and no code of an adapter is run"
-            return Fault(message, "remove that from the file, if you know where the adapter comes from")
+            message = f"has an {ADAPTER_CONFIG} that names a module to import ({code}), but code of an adapter is never run"
+            return Fault(message, "remove that key from the file, if you trust the adapter")
         return None
 
 
 def _of_another_type(config: Mapping[str, object]) -> str:
-    """The first value that PEFT cannot compute with, in words; empty where there is none."""
-    found = (
+    """The first value with a wrong type, in words; empty if there is none."""
+    faults = (
         f"{name} {_short(config[name])} in its {ADAPTER_CONFIG}, which is not {kind}"
         for kind, fits, names in KINDS
         for name in names
         if name in config and not fits(config[name])
     )
-    return next(found, "")
+    return next(faults, "")
 
 
 def unsupported(config: Mapping[str, object]) -> str | None:
-    """Why the base of an adapter cannot be its reference, by its adapter_config.json, in words that follow "the adapter".
+    """Why the base of an adapter cannot be its reference, in words that follow "the adapter".
 
-    None where it can. Of other types than LoRA only what all types share is looked at.
+    None if it can. For types other than LoRA only the common keys are checked.
     """
     is_lora = config.get("peft_type") == "LORA"
-    began = str(config.get("init_lora_weights", "")).lower()
-    if is_lora and began.startswith(CHANGES_BASE):
-        fix = "PEFT can write it as a plain one (path_initial_model_for_weight_conversion)"
-        return f"has init_lora_weights {began}: it belongs to a base whose weights were changed when it began; {fix}"
+    initialisation = str(config.get("init_lora_weights", "")).lower()
+    if is_lora and initialisation.startswith(CHANGES_BASE):
+        fix = "PEFT can save it as a plain adapter (path_initial_model_for_weight_conversion)"
+        return f"has init_lora_weights {initialisation}, which changed the weights of its base at the start; {fix}"
     if config.get("peft_type") == "TRAINABLE_TOKENS":
         return f"is of the type TRAINABLE_TOKENS: {BECAUSE['trainable_token_indices']}"
     if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
-        return f"is for another task (task_type {task}), and puts a head of its own on the model"
+        return f"is for another task (task_type {task}), with its own head on the model"
     for name, value in config.items():
         if _is_set(value) and (name in BECAUSE or (is_lora and name not in HELD)):
-            return f"has {name} {_short(value)}: {BECAUSE.get(name, 'this is not known here')}"
+            return f"has {name} {_short(value)}: {BECAUSE.get(name, 'this is not supported')}"
     return None
 
 
 def _is_set(value: object) -> bool:
-    """Whether a value asks for something: a table of nothing but nulls does not."""
+    """Whether a value is set: an object with only nulls is not."""
     if isinstance(value, dict):
         return any(map(_is_set, value.values()))
     return value not in (None, False, "", "none") and value != []
 
 
 def is_on_head(config: Mapping[str, object]) -> bool:
-    """Whether an adapter is on the output head too, whose plain weight the log-probs are computed from."""
+    """Whether an adapter is also on the output head; the log-probs use only the plain weight of the head."""
     weights = [str(name).removesuffix(".weight") for name in _listed(config.get("target_parameters"))]
     heads = [head for head in HEADS if not _matches(config.get("exclude_modules"), head)]
     return any(_matches(targets, head) for targets in (config.get("target_modules"), weights) for head in heads)
 
 
 def _matches(pattern: object, name: str) -> bool:
-    """Whether PEFT finds a module of the model by this pattern: a regular expression, or the ends of names."""
+    """Whether PEFT matches a module by this pattern: a regular expression, or the last parts of names."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(str(end).rpartition(".")[2] == name for end in _listed(pattern))
@@ -197,7 +205,7 @@ def _listed(value: object) -> Iterable[object]:
 
 
 def without_bias(adapter: Iterable[str], base: Iterable[str]) -> list[str]:
-    """The layers whose bias an adapter changes (lora_bias) and which have none, so that PEFT cannot merge it.
+    """The layers without a bias where an adapter has one (lora_bias), so that PEFT cannot merge it.
 
     `adapter` and `base` are the names of tensors in their files.
     """

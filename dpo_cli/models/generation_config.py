@@ -1,8 +1,8 @@
-"""What is wrong in a generation_config.json: with such settings transformers loads, or saves, no model. No torch.
+"""Invalid settings of a generation_config.json, with which transformers cannot load or save a model. No torch.
 
-They are of another type or size than generation computes with, name tokens that the model does not have, or have no effect
-beside the rest (transformers 5.17 checks the latter when it saves). What is found is left out when the model is loaded; what
-only transformers knows is found there too (providers/huggingface.py).
+They have a wrong type or size, name tokens that the model does not have, or have no effect with the other settings
+(transformers 5.17 checks that when it saves). They are omitted when the model is loaded; providers/huggingface.py finds those
+that only transformers knows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CACHES = (
     *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
 )
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
-DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")  # by which others are judged
+DECIDING = ("do_sample", "num_beams", "return_dict_in_generate", "use_cache")  # they decide whether others have an effect
 # Settings that need do_sample, and the values of each that have no effect.
 SAMPLING: Mapping[str, tuple[object, ...]] = {
     "temperature": (None, 1.0),
@@ -27,8 +27,11 @@ SAMPLING: Mapping[str, tuple[object, ...]] = {
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
 }
-SEARCHING: Mapping[str, tuple[object, ...]] = {"early_stopping": (None, False), "length_penalty": (None, 1.0)}  # several beams
-# Settings that name tokens by which generation changes its scores, so that an id without a row of the model fails there.
+SEARCHING: Mapping[str, tuple[object, ...]] = {
+    "early_stopping": (None, False),
+    "length_penalty": (None, 1.0),
+}  # with several beams
+# Settings with tokens whose scores generation changes; an id outside the model's embedding fails there.
 ON_TOKENS = (*FORCED, "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias")
 OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "output_logits")  # need return_dict_in_generate
 
@@ -61,7 +64,7 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_whole, value))
 
 
-# What a setting has to be, and which do: None is always allowed.
+# The type of a setting, and the settings with that type: None is always allowed.
 KINDS: tuple[tuple[str, Callable[[object], bool], tuple[str, ...]], ...] = (
     ("a number above 0", _is_positive, ("temperature", "repetition_penalty", "encoder_repetition_penalty")),
     ("a number from 0 to 1", _is_share, ("top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")),
@@ -78,9 +81,9 @@ KINDS: tuple[tuple[str, Callable[[object], bool], tuple[str, ...]], ...] = (
 
 
 def invalid(settings: Mapping[str, object], rows: int | None = None) -> dict[str, str]:
-    """The settings that are left out, each with why, in words that follow its name and value.
+    """The settings to omit, each with the reason, in words that follow its name and value.
 
-    `rows` is the number of tokens that the model knows; None where that is not known.
+    `rows` is the number of rows of the model's embedding; None if unknown.
     """
     wrong = {
         name: f"is not {kind}"
@@ -90,7 +93,7 @@ def invalid(settings: Mapping[str, object], rows: int | None = None) -> dict[str
     }
     for name in ON_TOKENS if rows is not None else ():
         if name not in wrong and (outside := [token for token in _tokens(settings.get(name)) if token >= (rows or 0)]):
-            wrong[name] = f"names the token {outside[0]}, and the model has {rows}"
+            wrong[name] = f"names token {outside[0]}, but the model has only {rows}"
     return wrong | dict(_without_effect({name: value for name, value in settings.items() if name not in wrong}))
 
 
@@ -105,13 +108,13 @@ def _tokens(value: object) -> Iterator[int]:
 
 
 def _count(settings: Mapping[str, object], name: str) -> int:
-    """A number of things, of which one is made where nothing is said."""
+    """A setting that is a count; 1 if it is not given."""
     value = settings.get(name)
     return value if _is_above_0(value) else 1
 
 
 def _without_effect(settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Settings that the rest leaves without an effect."""
+    """Settings that have no effect with the other ones."""
     samples, beams = settings.get("do_sample") is True, _count(settings, "num_beams")
     returned = _count(settings, "num_return_sequences")
     for name in () if samples else SAMPLING:

@@ -1,6 +1,6 @@
 """The header of a GGUF file: its metadata, without its tensors.
 
-The `gguf` package reads it too, but imports numpy, and `validate` must start in a fraction of that time. Format:
+The `gguf` package reads it too, but imports numpy, which takes longer than `validate` may need. Format:
 github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -30,7 +30,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the file at `path`; `NoGguf` where it is another one, ValueError when it is damaged."""
+    """The header of the file at `path`; `NoGguf` for another kind of file, ValueError for a damaged one."""
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise NoGguf("it does not start with GGUF")
@@ -73,7 +73,7 @@ class _Cursor:
         return list(self.unpack(f"<{count}{_SCALARS[item][1]}"))
 
     def skip_strings(self, count: int) -> int:
-        """Step over a vocabulary of 100,000 tokens without making a string of each."""
+        """Skip a vocabulary of 100,000 tokens without creating a string for each."""
         at, end, data, length = self.at, self.end - 8, self.data, struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at > end:

@@ -1,4 +1,4 @@
-"""Models of the hub, before anything is loaded: whether there is one of that name, and where it comes from. No torch."""
+"""Hub models before anything is loaded: whether a name exists, and its revision. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dpo_cli.storage import hub
 
 
 def require(name: str) -> None:
-    """`RunFailed` unless the model is here, in the local cache, or on a hub that can be reached."""
+    """`RunFailed` unless the model is local, in the local cache, or on the hub."""
     from huggingface_hub import try_to_load_from_cache
 
     if os.path.exists(name) or answers(name) or isinstance(try_to_load_from_cache(name, CONFIG), str):
@@ -22,9 +22,9 @@ def require(name: str) -> None:
 
 
 def answers(name: str) -> bool:
-    """Whether the hub has the model; False when it cannot be reached, so that only what is cached can be used.
+    """Whether the hub has the model; False if the hub cannot be reached, so that only the cache can be used.
 
-    Asked once, because from_pretrained alone retries for most of a minute.
+    One request, because from_pretrained retries for most of a minute.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -39,23 +39,23 @@ def answers(name: str) -> bool:
         near = common_name(name)
         fix = f"did you mean {near}? " if near else "check the name (owner/model); "
         fix += "a private model needs `hf auth login`, or HF_TOKEN"
-        raise RunFailed(f"there is no model {name} on the hub", fix) from error
+        raise RunFailed(f"model {name} not found on the hub", fix) from error
     return True
 
 
 def revision(name: str) -> str | None:
-    """The commit of a model of the hub: in the cache its files lie in a folder of that name. None of a local one."""
+    """The commit of a hub model, which names its folder in the cache. None for a local model."""
     from huggingface_hub import try_to_load_from_cache
 
     if os.path.exists(name):
         return None
-    found = try_to_load_from_cache(name, CONFIG)
-    return Path(found).parent.name if isinstance(found, str) else None
+    file = try_to_load_from_cache(name, CONFIG)
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 @dataclass(frozen=True)
 class HubFiles(ModelFiles):
-    """The files of a model of the hub by its name. Each is fetched when it is asked for, or with `only_cached` never."""
+    """The files of a hub model. Each is fetched at its first use; with `only_cached` none is fetched."""
 
     only_cached: bool = False
 

@@ -1,4 +1,4 @@
-"""The files of one model, or of one adapter: each is opened once, and not before it is asked for. No torch."""
+"""The files of one model, or of one adapter: each is opened once, at its first use. No torch."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ TEMPLATE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A folder with a model or an adapter in it, or a GGUF file; there may be nothing."""
+    """A folder with a model or an adapter, or a GGUF file; it may not exist."""
 
     path: Path
     _objects: dict[str, dict[str, object]] = field(default_factory=dict, repr=False, compare=False)
 
     def absolute(self) -> ModelFiles:
-        """The same by their absolute path; what was read stays read."""
+        """The same with an absolute path; what is already read is kept."""
         absolute = copy.copy(self)
         object.__setattr__(absolute, "path", self.path.absolute())
         return absolute
 
     def found(self, name: str) -> Path | None:
-        """The file of this name; None where there is none."""
+        """The file with this name; None if there is none."""
         return self.path / name if (self.path / name).is_file() else None
 
     def has(self, name: str) -> bool:
         return self.found(name) is not None
 
     def json(self, name: str) -> dict[str, object]:
-        """The object in a JSON file, {} where there is no file; `ValueError` for one that holds anything else."""
+        """The object in a JSON file, {} without the file; `ValueError` if the file is not a JSON object."""
         if name not in self._objects:
             self._objects[name] = read_object(file) if (file := self.found(name)) is not None else {}
         return self._objects[name]
 
     def sound(self, name: str) -> dict[str, object]:
-        """The same, and {} for a file that is damaged, which the model's loading reports."""
+        """The same, and {} for a damaged file, which the loading of the model reports."""
         try:
             return self.json(name)
         except (OSError, ValueError):
@@ -66,7 +66,7 @@ class ModelFiles:
 
     @cached_property
     def gguf(self) -> Header | None:
-        """The header of a GGUF file, None where it is something else; `ValueError` for one that is damaged."""
+        """The header of a GGUF file, None for another file; `ValueError` for a damaged one."""
         try:
             return read_header(self.path) if self.path.is_file() else None
         except NoGguf:
@@ -82,21 +82,21 @@ class ModelFiles:
 
     @cached_property
     def facts(self) -> ModelFacts | None:
-        """The shape of the model, None where it is not told."""
+        """The shape of the model, None if it is unknown."""
         if self.gguf is not None:
             return shape.gguf_facts(self.gguf)
         return shape.config_facts(self.config, self.tensors) if self.has(CONFIG) else None
 
     @cached_property
     def fast_tokenizer(self) -> Fast | None:
-        """The tokenizer.json, as transformers uses it: without the limits that its last user had set."""
+        """The tokenizer.json as transformers uses it: without saved truncation and padding."""
         if (file := self.found(TOKENIZER)) is None:
             return None
         from tokenizers import Tokenizer as Fast
 
         try:
             fast = Fast.from_file(str(file))
-        except Exception:  # the library's only class of error; the model's loading says what is wrong
+        except Exception:  # the library's only error class; the loading of the model reports the problem
             return None
         fast.no_truncation()
         fast.no_padding()
@@ -104,24 +104,24 @@ class ModelFiles:
 
     @cached_property
     def added_tokens(self) -> dict[str, int]:
-        """The ids of the tokens that tokenizer.json adds to its vocabulary, which itself is not kept: it is large."""
+        """The ids of the tokens that tokenizer.json adds to its vocabulary; the large vocabulary is not kept."""
         file = self.found(TOKENIZER)
         added = read_object(file).get("added_tokens") if file is not None else None
         return {token["content"]: token["id"] for token in added or ()}
 
     @property
     def is_mixture(self) -> bool:
-        """Whether the model is a mixture of experts, as far as its config.json or its header tells."""
+        """Whether the model is a mixture of experts, by its config.json or its GGUF header."""
         return shape.is_gguf_mixture(self.gguf) if self.gguf is not None else shape.is_mixture(self.config)
 
     @property
     def quantisation(self) -> Quantisation | None:
-        """How the weights are quantised in the files; None of plain ones, and where this is not known."""
+        """The quantisation of the weights in the files; None for plain or unknown weights."""
         return stored_quantisation(self.config)
 
     @property
     def token_rows(self) -> int | None:
-        """Rows of the model's embedding, as its config.json has it; None where it does not say."""
+        """The rows of the model's embedding, by its config.json; None if it does not give them."""
         rows = text_part(self.config).get("vocab_size")
         return rows if isinstance(rows, int) else None
 

@@ -1,4 +1,4 @@
-"""A model's shape without loading it: from the table of common ones, a config.json or a GGUF header. No torch."""
+"""A model's shape without loading it: from the table of common models, a config.json or a GGUF header. No torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dpo_cli.storage.jsonio import read_json
 # Traits of families, by their `model_type` in transformers 5.17.
 FUSED = frozenset({"phi3"})  # q, k, v in one linear layer, gate and up in another
 QK_NORM = frozenset({"qwen3", "gemma3", "gemma3_text", "olmo2", "olmo3"})  # queries and keys are normalised too
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # of a config.json: how many there are
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # keys of a config.json with the number of experts
 FOUR_NORMS = frozenset({"gemma2", "gemma3", "gemma3_text"})  # around attention and MLP, before and after; others have two
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a block, and which states it reads: layers that read the same ones share them."""
+    """A linear layer of a block, and the states that it reads: layers with the same input share it."""
 
     name: str
     inputs: int
@@ -50,10 +50,10 @@ class ModelFacts:
     model_type: str = "llama"
     attn_logit_softcapping: float | None = None  # such attention runs without a fused kernel (Gemma 2)
     final_logit_softcapping: float | None = None
-    sliding_window: int | None = None  # tokens that (most) layers look back
-    max_position_embeddings: int | None = None  # tokens of the longest sequence that it was made for
-    extra_parameters: int = 0  # beside the decoder: an image encoder
-    from_gguf: bool = False  # its file is dequantised before it is loaded
+    sliding_window: int | None = None  # the window of (most) layers, in tokens
+    max_position_embeddings: int | None = None  # maximum tokens of a sequence
+    extra_parameters: int = 0  # outside the decoder: an image encoder
+    from_gguf: bool = False  # its file is dequantised when it is loaded
 
     @property
     def q(self) -> int:
@@ -102,7 +102,7 @@ class ModelFacts:
 
     @property
     def other_parameters(self) -> int:
-        """Embedding, head, norms and what is beside the decoder, none of which is quantised."""
+        """Embedding, head, norms and everything outside the decoder; none of them is quantised."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + (self.norms * self.num_hidden_layers + 1) * self.hidden_size + self.extra_parameters
 
@@ -124,7 +124,7 @@ def is_mixture(config: Mapping[str, object]) -> bool:
 
 
 def config_facts(config: Mapping[str, Any], weights: TensorFiles | None = None) -> ModelFacts | None:
-    """The facts of a config.json, with what the headers of the weights count beside the decoder."""
+    """The facts of a config.json; with the headers of the weights also parameters outside the decoder."""
     text: Mapping[str, Any] = text_part(config)
     if is_mixture(config):
         return None  # it is larger than its dense shape
@@ -145,7 +145,7 @@ def config_facts(config: Mapping[str, Any], weights: TensorFiles | None = None) 
         return None
     stored = sum(map(prod, weights.shapes.values())) if weights else 0
     beside = stored - facts.parameters
-    # A quantised file stores other numbers of other tensors; biases and the like are too few to count.
+    # A quantised file stores different tensors; biases and the like are too few to count.
     is_plain = not config.get("quantization_config") and beside > facts.parameters // 100
     return replace(facts, extra_parameters=beside) if is_plain else facts
 

@@ -1,9 +1,9 @@
-"""What `model_name` stands for, resolved once for a command and handed on. No torch.
+"""The model that `model_name` names, resolved once per command. No torch.
 
-hub id               owner/model               the model, of which nothing is here before it is fetched
+hub id               owner/model               the model, which has no local files before it is fetched
 model                a directory, a GGUF file  the model
-run directory        plan.json + adapter/      the adapter on the model that the plan names, which may be a run again
-                     plan.json + model/        the whole model, where every weight was trained
+run directory        plan.json + adapter/      the adapter on the model that the plan names, which may be another run
+                     plan.json + model/        the whole model, if every weight was trained
 adapter directory    adapter_config.json       the adapter on the model that the file names
 """
 
@@ -27,7 +27,7 @@ FIX = "name the directory of a finished run, or of a complete adapter"
 
 
 class Unusable(ValueError):
-    """A run or an adapter that is not taken, and what to do about it."""
+    """A run or an adapter that cannot be used, and the fix."""
 
     def __init__(self, message: str, fix: str = FIX) -> None:
         super().__init__(message)
@@ -36,19 +36,19 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model by its name, and what it stands on. What its files hold is read when it is asked for, and once."""
+    """A model by its name, and the models below it. Its files are read once, at their first use."""
 
     name: str
-    own: ModelFiles  # of what is named: of a run its adapter/ or model/
-    below: ModelSource | None = None  # the model that it is an adapter on
+    own: ModelFiles  # the named files: for a run its adapter/ or model/
+    below: ModelSource | None = None  # the base of an adapter
     own_fault: Fault | None = None
 
     @classmethod
     def of(cls, name: str, above: tuple[Path, ...] = ()) -> ModelSource:
-        """Resolve a name. `above` are the folders of what stands on it: nothing stands on itself."""
+        """Resolve a name. `above` are the folders of the adapters above it, to detect a cycle."""
         try:
             return cls._resolved(name, above)
-        except (OSError, ValueError) as error:  # told of as a fault of model_name (checks.py)
+        except (OSError, ValueError) as error:  # reported as a problem of model_name (checks.py)
             fix = error.fix if isinstance(error, Unusable) else FIX
             return cls(name, ModelFiles(Path(name)), own_fault=Fault(str(error), fix))
 
@@ -56,19 +56,19 @@ class ModelSource:
     def _resolved(cls, name: str, above: tuple[Path, ...]) -> ModelSource:
         path = Path(name)
         if path in above:
-            raise Unusable("it stands on itself")
+            raise Unusable("it is its own base model")
         is_run = (path / PLAN).is_file()
         if is_run and not (path / SUMMARY).is_file():
-            raise Unusable("the run in it is not finished")
+            raise Unusable("its run is not finished")
         if is_run and (path / MODEL).is_dir():
             return cls(name, ModelFiles(path / MODEL))
         adapter = Adapter.in_folder(path / ADAPTER if is_run else path)
         if adapter is None and is_run:
-            raise Unusable("the run in it has no adapter")
+            raise Unusable("its run has no adapter")
         if adapter is None:
             return cls(name, ModelFiles(path))
         if (kind := adapter.config.get("peft_type")) != "LORA":
-            raise Unusable(f"its adapter is of the type {kind}, and only LORA can be trained on")
+            raise Unusable(f"its adapter has the type {kind}, but only LORA can be trained on")
         if fault := adapter.fault:
             raise Unusable(f"its adapter {fault.message}", fault.fix)
         above = (*above, path, adapter.directory)
@@ -81,7 +81,7 @@ class ModelSource:
 
     @classmethod
     def _of_run(cls, plan: Mapping[str, object], above: tuple[Path, ...]) -> ModelSource:
-        """The model of a run's adapter: one that went on from another adapter stands where that one does."""
+        """The base model of a run's adapter: if it continued another adapter, the base of that one."""
         config = plan.get("config")
         name = config.get("model_name") if isinstance(config, dict) else None
         if not isinstance(config, dict) or not isinstance(name, str) or not name:
@@ -95,22 +95,22 @@ class ModelSource:
 
     @property
     def adapter(self) -> Adapter | None:
-        """The adapter that is named; None where it is a model."""
+        """The named adapter; None for a model."""
         return Adapter(self.own) if self.below is not None else None
 
     @property
     def adapters(self) -> list[Adapter]:
-        """The adapters that it stands on, itself first."""
+        """All its adapters, from the named one down."""
         return [Adapter(self.own), *self.below.adapters] if self.below is not None else []
 
     @property
     def fault(self) -> Fault | None:
-        """Why it cannot be trained on, as far as the adapters tell, in words that follow a colon; None where it can."""
+        """Why it cannot be trained on, by its adapters, in words that follow a colon; None if it can."""
         return self.own_fault or (self.below.fault if self.below is not None else None)
 
     @property
     def foundation(self) -> str:
-        """The name of the model below all adapters, whose shape and tokenizer count; of a run its model/ folder."""
+        """The name of the model below all adapters, which gives shape and tokenizer; for a run its model/ folder."""
         if self.below is not None:
             return self.below.foundation
         return str(self.own.path) if self.is_whole_run else self.name
@@ -127,41 +127,41 @@ class ModelSource:
 
     @property
     def tokenizer_files(self) -> ModelFiles:
-        """Where the tokenizer lies: beside the adapter, where it has one of its own."""
+        """The files with the tokenizer: those of the adapter if it has its own, else of the model."""
         return self.own if self.adapter is not None and self.adapter.has_tokenizer else self.files
 
     @property
     def generation(self) -> dict[str, object] | None:
-        """The generation_config.json beside the tokenizer; None where no folder with one is here."""
+        """The generation_config.json next to the tokenizer; None without a local folder."""
         files = self.tokenizer_files
         return files.sound(GENERATION) if files.path.is_dir() else None
 
     @property
     def facts(self) -> ModelFacts | None:
-        """The shape of the model: from a GGUF header, a config.json or the table of common models; None where unknown."""
+        """The shape of the model: from a GGUF header, a config.json or the table of common models; None if unknown."""
         if self.files.gguf is not None or self.files.has(CONFIG):
             return self.files.facts
         return known_models().get(self.foundation)
 
     @property
     def folders(self) -> list[str]:
-        """The folders of all runs and adapters that it stands on, itself first. No weights are read."""
+        """The folders of its runs and adapters, from the named one down. Reads no weights."""
         if self.below is not None:
             return [str(self.own.path), *self.below.folders]
         return [str(self.own.path)] if self.is_whole_run else []
 
     @cached_property
     def weights_sha256(self) -> dict[str, str]:
-        """The same folders, each with the SHA-256 of its weights, which reads them all."""
+        """The same folders, each with the SHA-256 of its weights; this reads all weights."""
         return {folder: sha256_of_all(Path(folder)) for folder in self.folders}
 
     @cached_property
     def settings_sha256(self) -> dict[str, str]:
-        """The same folders, each with the SHA-256 of what its weights are computed with."""
+        """The same folders, each with the SHA-256 of its settings."""
         return {folder: sha256_of_settings(Path(folder)) for folder in self.folders}
 
     def absolute(self) -> ModelSource:
-        """The same by its absolute path, where it is here; what was read of its files stays read."""
+        """The same with an absolute path if it is local; what is already read is kept."""
         if not os.path.exists(self.name):
             return self
         return replace(self, name=str(Path(self.name).absolute()), own=self.own.absolute())

@@ -1,6 +1,6 @@
-"""Which layers `target_modules` names, and what PEFT puts no adapter on, as far as a config.json tells. No torch.
+"""The layers that `target_modules` names, and those that PEFT does not support, by a config.json. No torch.
 
-What PEFT takes and refuses stands in its own tables. They are read from its source, and not imported.
+The tables of PEFT say what it supports. They are read from its source, without importing it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ ALL_LINEAR = "all-linear"
 KEY = "target_modules"
 HEAD = "lm_head"
 EMBEDDINGS = ("embed_tokens", HEAD)
-GROUP = re.compile(r"\?(?:P<\w+>|[:=]|<=|[a-zA-Z-]+:)")  # the head of a group whose alternatives each stand for names
+GROUP = re.compile(r"\?(?:P<\w+>|[:=]|<=|[a-zA-Z-]+:)")  # the start of a group whose alternatives match names
 
 
 def names(wanted: str | Sequence[str], name: str) -> bool:
-    """Whether target_modules takes the layer of this whole name: by a whole match, or by the name's last parts (PEFT 0.21)."""
+    """Whether target_modules selects the layer with this whole name: by a full match, or by its last parts (PEFT 0.21)."""
     if isinstance(wanted, str):
         return wanted == ALL_LINEAR or re.fullmatch(wanted, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in wanted)
 
 
 def idle_parts(wanted: str | Sequence[str], known: Iterable[str]) -> list[str]:
-    """The entries of a list, or the alternatives of a pattern, that take none of the `known` names."""
+    """The entries of a list, or the alternatives of a pattern, that match none of the `known` names."""
     known = list(known)
     if not isinstance(wanted, str):
         return [entry for entry in wanted if not any(names([entry], name) for name in known)]
@@ -43,14 +43,14 @@ def idle_parts(wanted: str | Sequence[str], known: Iterable[str]) -> list[str]:
 
 
 def _alternatives(pattern: str) -> list[tuple[str, str]]:
-    """Each alternative of a regular expression, and the expression with it alone: of `(q|v)_proj` and `[qv]_proj` q, and v."""
+    """Each alternative of a regular expression, and the expression with only it: for `(q|v)_proj` and `[qv]_proj` q, and v."""
     found = []
     for start, end, pieces in _choices(pattern):
         for piece in pieces:
             alone = pattern[:start] + piece + pattern[end:]
             try:
                 re.compile(alone)
-            except re.error:  # a group that is referred to elsewhere: what this alternative takes is not known
+            except re.error:  # a group with a reference to it: unknown what this alternative matches
                 continue
             found.append((piece, alone))
     return found
@@ -73,7 +73,7 @@ def _choices(pattern: str) -> Iterator[tuple[int, int, list[str]]]:
         elif char == "(":
             head = GROUP.match(pattern, at + 1)
             start = head.end() if head else at + 1
-            stands_there = head is not None or pattern[at + 1] != "?"  # else it says what must not stand there
+            stands_there = head is not None or pattern[at + 1] != "?"  # else it is a negative lookahead or similar
             open_groups.append((start, [], stands_there))
         elif char == "|":
             open_groups[-1][1].append(at)
@@ -91,9 +91,9 @@ def _divided(pattern: str, group: tuple[int, list[int], bool], end: int) -> Iter
 
 
 def expert_names(model_type: str | None) -> dict[str, str]:
-    """Names that PEFT takes for weights of fused experts and of their router in such a model, and for which.
+    """PEFT's names for weights of fused experts and of their router in such a model, with these weights.
 
-    Empty where PEFT knows none: transformers keeps the experts of a layer in one tensor, in which no linear layer is left.
+    Empty if PEFT has none. transformers keeps the experts of a layer in one tensor, without linear layers.
     """
     patterns = _table("transformers", "conversion_mapping.py", "_MODEL_TO_CONVERSION_PATTERN")
     patterns = patterns | _table("peft", "utils/transformers_weight_conversion.py", "_MODEL_TO_CONVERSION_PATTERN")
@@ -103,12 +103,12 @@ def expert_names(model_type: str | None) -> dict[str, str]:
 
 
 def fused_names(experts: Mapping[str, str]) -> list[list[str]]:
-    """Names that PEFT takes only together, since one tensor holds both."""
+    """Names that PEFT supports only together, because one tensor holds both."""
     return [group for weight in set(experts.values()) if len(group := [old for old in experts if experts[old] == weight]) > 1]
 
 
 def refused_names(model_type: str | None) -> set[str]:
-    """Names of layers that PEFT puts no adapter on in such a model: its kernels read their weights past an adapter."""
+    """Names of layers that PEFT rejects in such a model: its kernels read their weights directly."""
     place = ("peft", "tuners/tuners_utils.py")
     if model_type not in _table(*place, "mamba_model_types"):
         return set()
@@ -116,9 +116,9 @@ def refused_names(model_type: str | None) -> set[str]:
 
 
 def problems(config: Config, source: ModelSource, label: str) -> Iterator[Problem]:
-    """What is wrong with the targets of a fresh adapter, as far as the model's config.json and its tensors' names tell."""
-    told = source.files.config.get("model_type")
-    family = told if isinstance(told, str) else None
+    """Problems of the targets of a fresh adapter, by the model's config.json and the names of its tensors."""
+    model_type = source.files.config.get("model_type")
+    family = model_type if isinstance(model_type, str) else None
     wanted = config.target_modules
     named = [wanted] if isinstance(wanted, str) else wanted
     last = {name.rpartition(".")[2] for name in named}
@@ -139,15 +139,15 @@ def problems(config: Config, source: ModelSource, label: str) -> Iterator[Proble
 
 
 def _unknown_names(wanted: str | list[str], label: str, facts: ModelFacts, weights: TensorFiles) -> Iterator[Problem]:
-    """Names that no linear layer has: an error where the model's own tensors tell, else a warning."""
+    """Names that no linear layer has: an error if the model's tensors are known, else a warning."""
     by_facts = facts.linear_names()
     whole = [name for all_names in by_facts.values() for name in all_names]
     stored = {name.removesuffix(".weight"): shape for name, shape in weights.shapes.items() if name.endswith(".weight")}
-    is_known = bool(stored) and stored.keys() >= set(whole)  # its names are those that the loaded model has
-    # PEFT adapts the embedding too, where it is named; the head is refused elsewhere.
+    is_known = bool(stored) and stored.keys() >= set(whole)  # its tensors have the names of the loaded model
+    # PEFT also supports the embedding if it is named; the head is rejected elsewhere.
     linear = {name for name, shape in stored.items() if len(shape) == 2 and not name.endswith(HEAD)} | set(whole)
     severity: Severity = "error" if is_known else "warning"
-    fix = f"it has {', '.join(by_facts)}, in names like {by_facts['o_proj'][0]}"
+    fix = f"its layers are {', '.join(by_facts)}, with whole names like {by_facts['o_proj'][0]}"
     modules = {".".join(name.split(".")[: depth + 1]) for name in stored for depth in range(name.count(".") + 1)}
     idle = [part for part in idle_parts(wanted, linear) if isinstance(wanted, str) or part not in EMBEDDINGS]
     if isinstance(wanted, str) and not any(names(wanted, name) for name in linear | modules):
@@ -161,52 +161,54 @@ def _unknown_names(wanted: str | list[str], label: str, facts: ModelFacts, weigh
 
 
 def head_adapter(name: str) -> Problem:
-    message = f"an adapter on {name} would never be trained: the log-probs use its weight directly"
+    message = f"an adapter on {name} would not be trained: the log-probs use its weight directly"
     return Problem("error", "lm-head-adapter", message, f"remove {name} from target_modules", KEY)
 
 
 def half_idle(label: str, idle: Sequence[str]) -> str:
-    return f"target_modules names {', '.join(idle)}, and {label} has no linear layer that this part of the pattern matches"
+    return f"target_modules names {', '.join(idle)}, but this part of the pattern matches no linear layer of {label}"
 
 
 def state_space(label: str, refused: Sequence[str]) -> Problem:
     what = ", ".join(refused)
-    message = f"an adapter on {what} of {label} would not act: the kernels of state-space blocks read these weights past it"
-    fix = f'take it out of target_modules, or write "target_modules": "{ALL_LINEAR}", which leaves it out'
+    message = (
+        f"an adapter on {what} of {label} would have no effect: the kernels of state-space blocks read these weights directly"
+    )
+    fix = f'remove it from target_modules, or write "target_modules": "{ALL_LINEAR}", which does not include it'
     return Problem("error", "state-space-target", message, fix, KEY)
 
 
 def half_fused(label: str, group: Sequence[str]) -> Problem:
-    message = f"the experts of {label} hold {' and '.join(group)} in one tensor, and target_modules names not all of these"
-    return Problem("error", "fused-target", message, f"name {' and '.join(group)}, or none of them", KEY)
+    message = f"the experts of {label} hold {' and '.join(group)} in one tensor, but target_modules does not name all of them"
+    return Problem("error", "fused-target", message, f"name all of {' and '.join(group)}, or none", KEY)
 
 
 def on_experts(label: str, key: str) -> Problem:
     what = {"lora_dropout": "dropout on the adapter's input", "use_dora": "DoRA"}[key]
     message = f"{key} does not work here: PEFT has no {what} for the fused experts of {label}, a mixture of experts"
     value = {"lora_dropout": "0", "use_dora": "false"}[key]
-    fix = f'write "{key}": {value}, or name the layers of the attention alone in target_modules'
+    fix = f'write "{key}": {value}, or name only attention layers in target_modules'
     return Problem("error", "adapter-on-experts", message, fix, key)
 
 
 def not_linear(label: str, matched: Sequence[tuple[str, str]], fix: str) -> Problem:
-    """Of modules with their classes, which may be unknown."""
+    """The problem of modules that are not linear, with their classes if known."""
     first = ", ".join(f"{name} ({kind})" if kind else name for name, kind in matched[:3])
     more = f" and {len(matched) - 3} others" if len(matched) > 3 else ""
-    message = f"target_modules matches {first}{more} of {label}, which are no linear layers"
+    message = f"target_modules matches {first}{more} of {label}, which are not linear layers"
     return Problem("error", "target-not-linear", message, fix, KEY)
 
 
 @functools.cache
 def _table(package: str, file: str, name: str) -> dict[str, object]:
-    """The dict that is assigned to `name` in a file of an installed package, with what is put into it after; of a set its items
-    as keys. Empty where another version has no such table: then nothing is known before PEFT itself is asked.
+    """The dict that is assigned to `name` in a file of an installed package, with later entries; a set becomes keys. Empty if
+    another version has no such table: then only PEFT itself knows.
     """
     found = find_spec(package)
-    assert found is not None and found.origin is not None  # among the requirements
+    assert found is not None and found.origin is not None  # a requirement of this package
     path = Path(found.origin).parent / file
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     block = re.search(rf"^( *){name}\b[^=\n]* = (\{{[^\n]*\}}$|\{{$.*?^\1\}}$)", text, re.MULTILINE | re.DOTALL)
-    found_there = ast.literal_eval(block[2]) if block else {}
-    entries = found_there if isinstance(found_there, dict) else dict.fromkeys(found_there)
+    literal = ast.literal_eval(block[2]) if block else {}
+    entries = literal if isinstance(literal, dict) else dict.fromkeys(literal)
     return entries | dict(re.findall(rf'^{name}\["(\w+)"\] = "(\w+)"$', text, re.MULTILINE))

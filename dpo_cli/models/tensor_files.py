@@ -1,7 +1,7 @@
-"""The tensors of safetensors files by their headers: whether files are whole, and whether they are those of a model. No torch.
+"""The tensors of safetensors files by their headers: whether files are complete, and whether they fit a model. No torch.
 
 A file is eight bytes that give the size of its header, the header as JSON, and the bytes of the tensors
-(github.com/safetensors/safetensors). What is said here is sure; what only the architecture itself can tell is checked when the
+(github.com/safetensors/safetensors). Faults reported here are certain; what depends on the architecture is checked when the
 model is loaded (providers/loaded_tensors.py).
 """
 
@@ -23,42 +23,42 @@ from dpo_cli.storage.run_directory import WEIGHTS
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MOST_HEADER_BYTES = 1 << 27
 LFS_POINTER = b"version https://git-lfs"
-PULL = "run `git lfs pull` where it was cloned, or download it again"
-WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # dtypes, as headers word them
+PULL = "run `git lfs pull` in its clone, or download it again"
+WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL")  # dtypes as headers name them
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
-# Put before every name by tools that wrap a model: DataParallel, torch.compile, FSDP, PEFT, Lightning.
+# Prefixes of tools that wrap a model: DataParallel, torch.compile, FSDP, PEFT, Lightning.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.", "pretrained_model.")
-# Families of decoders (model_type) that name their layers alike in their files.
+# Families of decoders (model_type) with the same names of layers in their files.
 DENSE = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "olmo3", "granite", "cohere"}
     | {"smollm3", "mixtral", "qwen3_moe"}
 )
-SHOWN = 3  # names that a message gives
+SHOWN = 3  # number of names in a message
 
 Shape = tuple[int, ...]
-Wanted = tuple[int | None, ...]  # None: config.json leaves it to a default of its class
+Wanted = tuple[int | None, ...]  # None: unknown, a default of the model's class
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with files of weights, in words, and what to do."""
+    """A fault of weight files, in words, and its fix."""
 
     message: str
     fix: str
 
 
 class PointerError(ValueError):
-    """A file that Git LFS left in the place of another."""
+    """A Git LFS pointer instead of a file."""
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What the header of a file says of the tensors in it, by their names."""
+    """The header of a file: its tensors by name."""
 
     shapes: dict[str, Shape]
-    dtypes: dict[str, str]  # as headers word them
-    places: dict[str, tuple[int, int]]  # in the file: first byte, and the one after the last
+    dtypes: dict[str, str]  # as headers name them
+    places: dict[str, tuple[int, int]]  # in the file: the first byte, and the byte after the last
 
 
 def read_header(path: Path) -> TensorHeader:
@@ -67,11 +67,11 @@ def read_header(path: Path) -> TensorHeader:
     with path.open("rb") as file:
         start = file.read(8)
         if start == LFS_POINTER[:8] and LFS_POINTER in start + file.read(len(LFS_POINTER)):
-            raise PointerError(f"{path.name} is a Git LFS pointer: the file itself was not fetched")
+            raise PointerError(f"{path.name} is a Git LFS pointer: the file itself was not downloaded")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 0 < length <= min(MOST_HEADER_BYTES, size - 8):
             raise ValueError(
-                f"{path.name} is cut off, or is no safetensors file: its header does not end within its {size:,} bytes"
+                f"{path.name} is cut off, or not a safetensors file: its header does not end within its {size:,} bytes"
             )
         try:
             header = json.loads(file.read(length))
@@ -83,8 +83,8 @@ def read_header(path: Path) -> TensorHeader:
     end = max(ends.values(), default=begin)
     if end != size:
         beyond = some(sorted((name for name, place in ends.items() if place > size), key=lambda name: ends[name]))
-        message = f"{path.name} has {size:,} bytes, and its header describes {end:,}"
-        raise ValueError(f"{message}: it is cut off, and lacks {beyond}" if beyond else f"{message}: it is damaged")
+        message = f"{path.name} has {size:,} bytes, but its header describes {end:,}"
+        raise ValueError(f"{message}: it is cut off, and {beyond} is missing" if beyond else f"{message}: it is damaged")
     return TensorHeader(
         {name: tuple(tensor["shape"]) for name, tensor in header.items()},
         {name: str(tensor["dtype"]) for name, tensor in header.items()},
@@ -94,13 +94,13 @@ def read_header(path: Path) -> TensorHeader:
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The files of weights in a folder. Each header, and the index, is read once, and not before it is asked for."""
+    """The weight files of a folder. Each header, and the index, is read once, at its first use."""
 
     folder: Path
     _headers: dict[str, TensorHeader] = field(default_factory=dict, repr=False, compare=False)
 
     def header(self, file: str) -> TensorHeader:
-        """Raises ValueError for a file that is damaged or cut off, OSError for one that is not there."""
+        """Raises ValueError for a damaged or cut file, OSError for a missing one."""
         if file not in self._headers:
             self._headers[file] = read_header(self.folder / file)
         return self._headers[file]
@@ -118,7 +118,7 @@ class TensorFiles:
 
     @cached_property
     def index(self) -> Mapping[str, object]:
-        """The index of several files; empty where there is none."""
+        """The index of several files; empty without one."""
         return read_object_if_there(self.folder / INDEX)
 
     @property
@@ -135,14 +135,14 @@ class TensorFiles:
 
     @property
     def files(self) -> list[str]:
-        """The names of the files that hold the model, as transformers reads it; empty where there are none of its names."""
+        """The names of the model's files, as transformers reads them; empty if there are none."""
         if self.is_single:
             return [SINGLE]
         return sorted(set(self.weight_map.values())) if self.has_index else []
 
     @cached_property
     def shapes(self) -> dict[str, Shape]:
-        """The shapes of all tensors of the model. Raises ValueError or OSError for files that are not whole."""
+        """The shapes of all tensors of the model. Raises ValueError or OSError for damaged or missing files."""
         return {name: shape for file in self.files for name, shape in self.header(file).shapes.items()}
 
     @property
@@ -151,7 +151,7 @@ class TensorFiles:
 
 
 def faults(files: TensorFiles, config: Mapping[str, object]) -> Iterator[Fault]:
-    """What is wrong with the files of a model, whose config.json is `config`."""
+    """The faults of the files of a model with the config.json `config`."""
     folder, again = files.folder, "download it again, or copy it whole"
     try:
         if files.has_index and not files.is_single:
@@ -179,7 +179,7 @@ def faults(files: TensorFiles, config: Mapping[str, object]) -> Iterator[Fault]:
 
 
 def _unequal_twice(files: TensorFiles, again: str) -> Fault | None:
-    """A tensor that two of the files hold with different bytes, of which transformers takes either without a word."""
+    """A tensor that two files hold with different bytes; transformers silently uses one of them."""
     holders: dict[str, str] = {}
     for file in files.files:
         for name in files.header(file).shapes:
@@ -189,18 +189,18 @@ def _unequal_twice(files: TensorFiles, again: str) -> Fault | None:
             headers = files.header(other), files.header(file)
             is_alike = headers[0].shapes[name] == headers[1].shapes[name] and headers[0].dtypes[name] == headers[1].dtypes[name]
             if not is_alike or files.bytes_of(other, name) != files.bytes_of(file, name):
-                return Fault(f"{other} and {file} in {files.folder} both hold {name}, with other values", again)
+                return Fault(f"{other} and {file} in {files.folder} both hold {name}, with different values", again)
     return None
 
 
 def _dtype_fault(files: TensorFiles, quantised: object) -> Fault | None:
-    """Weights of whole numbers without what says how large their steps are."""
+    """Weights that are whole numbers without their quantisation scales."""
     folder, dtypes = files.folder, files.dtypes
     whole = whole_numbers(dtypes)
     if not quantised:
         if not whole:
             return None
-        message = f"{folder} holds {count(whole)} as whole numbers ({dtypes[whole[0]]}): they were quantised, and"
+        message = f"{folder} holds {count(whole)} as whole numbers ({dtypes[whole[0]]}): they were quantised, but"
         fix = "name the model that it was quantised from, or copy the config.json that was saved with these files"
         return Fault(f"{message} its config.json has no quantization_config", fix)
     if not isinstance(quantised, Mapping) or quantised.get("quant_method", "bitsandbytes") != "bitsandbytes":
@@ -212,7 +212,7 @@ def _dtype_fault(files: TensorFiles, quantised: object) -> Fault | None:
     for name in whole:
         stem = name if is_4bit else name.removesuffix("weight")
         if lost := [stem + part for part in parts if not any(held.startswith(stem + part) for held in dtypes)]:
-            message = f"{folder} holds the quantised {name} and lacks {some(lost)}, by which it is read"
+            message = f"{folder} holds the quantised {name}, but lacks {some(lost)}, which is needed to read it"
             return Fault(message, "download it again, or copy it whole")
     return None
 
@@ -227,30 +227,32 @@ def whole_numbers(dtypes: Mapping[str, str]) -> list[str]:
 
 
 def _decoder_faults(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Shape], again: str) -> Iterator[Fault]:
-    """What of the matrices of a decoder of `DENSE` is missing or has another shape."""
-    short = {name.removeprefix("model."): shape for name, shape in stored.items()}  # as the model without its head is saved
+    """Matrices of a decoder of `DENSE` that are missing or have another shape."""
+    short = {
+        name.removeprefix("model."): shape for name, shape in stored.items()
+    }  # the names of a model that was saved without its head
     wanted = _decoder(config, short)
     absent = [name for name in wanted if name.removeprefix("model.") not in short]
     if absent:
-        yield Fault(f"{folder} lacks {count(absent)}, which config.json asks for", again)
+        yield Fault(f"{folder} lacks {count(absent)}, required by config.json", again)
     other = [
         f"{name} {list(short[place])} instead of [{', '.join('?' if size is None else str(size) for size in shape)}]"
         for name, shape in wanted.items()
         if (place := name.removeprefix("model.")) in short and not _fits(short[place], shape)
     ]
     if other:
-        yield Fault(f"tensors in {folder} have other shapes than config.json asks for: {some(other)}", again)
+        yield Fault(f"tensors in {folder} have other shapes than config.json requires: {some(other)}", again)
     layers = {int(number[1]) for name in short if (number := re.match(r"layers\.(\d+)\.", name))}
     total = config.get("num_hidden_layers")
     if total is not None and (beyond := sorted(layer for layer in layers if layer >= total)):
-        message = f"{folder} holds a layer {beyond[0]}, and its config.json has num_hidden_layers {total}"
-        yield Fault(message, "take config.json and weights from one model")
+        message = f"{folder} holds layer {beyond[0]}, but its config.json has num_hidden_layers {total}"
+        yield Fault(message, "use config.json and weights of the same model")
 
 
 def adapter_faults(
     files: TensorFiles, config: Mapping[str, object], base: Mapping[str, Shape], is_dense: bool
 ) -> Iterator[Fault]:
-    """What is wrong with the weights of an adapter, whose adapter_config.json is `config`, on a model whose files hold `base`.
+    """Faults of the weights of an adapter with adapter_config.json `config`, on a model with the tensors `base`.
 
     With `is_dense`, a layer has the same name in these files and in the adapter's.
     """
@@ -269,40 +271,42 @@ def adapter_faults(
         return
     if gap := expert_gap(own):
         yield Fault(f"the adapter in {folder} {gap}", AGAIN)
-    rows = max((shape[0] for shape in base.values() if len(shape) == 2), default=0)  # a table, which PEFT may save, has most
+    rows = max(
+        (shape[0] for shape in base.values() if len(shape) == 2), default=0
+    )  # an embedding, which PEFT may save, has most rows
     of_layers = [name for name in of_base(own, names_in(config.get("modules_to_save"))) if own[name][:1] != (rows,)]
     if of_layers:
-        message = f"the adapter in {folder} holds {count(of_layers)} of its base itself, which would replace the model's"
-        yield Fault(message, "remove these from the file, or merge it with PEFT into its base, and name the merged model")
-    layers = {name.removeprefix("model.").removesuffix(".weight") for name in base} | {"lm_head"}  # which may be tied
+        message = f"the adapter in {folder} holds {count(of_layers)} of its base, which would replace those of the model"
+        yield Fault(message, "remove them from the file, or merge it into its base with PEFT, and name the merged model")
+    layers = {name.removeprefix("model.").removesuffix(".weight") for name in base} | {"lm_head"}  # lm_head may be tied
     unknown = [name for name in own if ".lora_" in name and _layer_of(name).removeprefix("model.") not in layers]
     if is_dense and unknown:
-        fix = "name the model that it was made on, or rename its tensors"
+        fix = "name the model that it was trained on, or rename its tensors"
         yield Fault(f"the adapter in {folder} holds {count(unknown)} for layers that its base model does not have", fix)
 
 
 def lora_fault(own: Mapping[str, Shape], dtypes: Mapping[str, str], config: Mapping[str, object]) -> Fault | None:
-    """What of an adapter's own tensors is missing, or is not as its adapter_config.json says, in words after "the adapter"."""
+    """A fault of an adapter's own tensors, or a difference from its adapter_config.json, in words after "the adapter"."""
     if whole := whole_numbers(dtypes):
-        message = f"holds {count(whole)} as whole numbers ({dtypes[whole[0]]}), and an adapter is of numbers with fractions"
+        message = f"holds {count(whole)} as whole numbers ({dtypes[whole[0]]}), but an adapter needs floating-point numbers"
         return Fault(message, AGAIN)
     half = re.compile(r"\.lora_(embedding_)?(A|B)(?=\.|$)")
     other = {"A": "B", "B": "A"}
     halves = [half.sub(lambda part: f".lora_{part[1] or ''}{other[part[2]]}", name) for name in own if half.search(name)]
-    if lost := [name for name in halves if name not in own and not name.endswith(".lora_A.bias")]:  # which only B has
-        return Fault(f"lacks {count(lost)}, the other half of what it holds", AGAIN)
+    if lost := [name for name in halves if name not in own and not name.endswith(".lora_A.bias")]:  # only B may have a bias
+        return Fault(f"lacks {count(lost)}, the other half of its LoRA pairs", AGAIN)
     if difference := _other_config(own, config):
-        return Fault(f"{difference}: they are of two adapters", "copy adapter_config.json and weights from one adapter")
+        return Fault(f"{difference}: they are from two adapters", "copy adapter_config.json and weights from the same adapter")
     return None
 
 
 def _other_config(own: Mapping[str, Shape], config: Mapping[str, Any]) -> str:
-    """What the tensors of an adapter, and its adapter_config.json, say otherwise; empty where there is nothing.
+    """A difference between the tensors of an adapter and its adapter_config.json, in words; empty if there is none.
 
-    Experts are left to the loading: PEFT names and sizes them otherwise in its files than in the model.
+    Experts are checked at loading: PEFT names and sizes them differently in files and in the model.
     """
     names = [name for name in own if ".lora_" in name and ".experts" not in name]
-    says = "and its adapter_config.json has"
+    says = "but its adapter_config.json has"
     ranks = {name: own[name][0] for name in names if ".lora_A." in name and len(own[name]) == 2}
     if not config.get("rank_pattern") and (other := [name for name, rank in ranks.items() if rank != config.get("r", 8)]):
         return f"has rank {ranks[other[0]]} in {count(other)}, {says} r {config.get('r', 8)}"
@@ -327,21 +331,21 @@ RESIZED_FIX = "merge it with PEFT into the model with these tokens, and name the
 
 
 def resized(adapter: Mapping[str, Shape], base: Mapping[str, Shape]) -> str | None:
-    """Which table of tokens an adapter holds with other rows than its base, in words that follow "the adapter"; None: none."""
+    """The embedding or head in an adapter with other rows than in its base, in words that follow "the adapter"; else None."""
     for name, shape in adapter.items():
         place = place_of(name)
         there = base.get(place)
         if ".lora_" not in name and there is not None and len(shape) == 2 and shape[1:] == there[1:] and shape != there:
             added = shape[0] - there[0]
-            when = f"after {added} tokens were added" if added > 0 else f"on a model with {-added} tokens less"
-            return f"was made {when}: its {place} has {shape[0]} rows, and the model's has {there[0]}"
+            when = f"after {added} tokens were added" if added > 0 else f"on a model with {-added} fewer tokens"
+            return f"was made {when}: its {place} has {shape[0]} rows, but the model's has {there[0]}"
     return None
 
 
 def of_base(names: Iterable[str], modules_to_save: Iterable[str] | None) -> list[str]:
-    """The tensors in an adapter's file that PEFT puts into the base: neither LoRA's nor of a module that is trained whole."""
+    """The tensors in an adapter's file that PEFT loads into the base: neither LoRA tensors nor modules_to_save."""
     whole = tuple(modules_to_save or ())
-    kept = re.compile(r"\.(original_module|base_layer)\.")  # beside what is trained
+    kept = re.compile(r"\.(original_module|base_layer)\.")  # copies of the base next to trained weights
     return [
         name
         for name in names
@@ -351,34 +355,34 @@ def of_base(names: Iterable[str], modules_to_save: Iterable[str] | None) -> list
 
 
 def _modules_above(name: str) -> list[str]:
-    """The whole names of the modules that a tensor is in. PEFT 0.21 takes all for `modules_to_save` whose name ends so."""
+    """The whole names of the modules around a tensor. PEFT 0.21 matches `modules_to_save` with the end of these names."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def place_of(name: str) -> str:
-    """The name in the base of a tensor that an adapter wraps, or holds whole."""
+    """The name in the base of a tensor of an adapter."""
     return re.sub(r"\.(modules_to_save|original_module|base_layer)(?=\.)", "", name).removeprefix("base_model.model.")
 
 
 def _layer_of(name: str) -> str:
-    """The layer that a tensor of a LoRA adapter is for, by its name in the base."""
+    """The layer of a LoRA tensor, by its name in the base."""
     return name.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 def wrapper_of(names: Iterable[str]) -> str | None:
-    """The prefix of a wrapper that every name has; None where there is none."""
+    """The prefix of a wrapper that every name has; None if there is none."""
     names = list(names)
     return next((wrapper for wrapper in WRAPPERS if names and all(name.startswith(wrapper) for name in names)), None)
 
 
 def names_in(value: object) -> list[str]:
-    """The names in a list of a JSON file; none where it is no list."""
+    """The names in a list of a JSON file; empty if it is not a list."""
     return [str(name) for name in value] if isinstance(value, list) else []
 
 
 def count(names: Sequence[str]) -> str:
-    """So many tensors, with the first names."""
+    """The number of tensors, with the first names."""
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({some(names)})"
 
 
@@ -392,7 +396,7 @@ def _index_faults(files: TensorFiles, again: str) -> Iterator[Fault]:
     shards = {file.name for file in folder.glob("model-*.safetensors") if SHARD.fullmatch(file.name)}
     if left := [shard for shard in sorted(shards - held) if _belongs(files, shard)]:
         tensors = list(files.header(left[0]).shapes)
-        yield Fault(f"{INDEX} in {folder} leaves out {some(left)}, with {count(tensors)}: they would not be loaded", again)
+        yield Fault(f"{INDEX} in {folder} omits {some(left)}, with {count(tensors)}, which would not be loaded", again)
     for file in files.files:
         own = files.header(file).shapes
         if lost := [name for name, place in named.items() if place == file and name not in own]:
@@ -400,26 +404,26 @@ def _index_faults(files: TensorFiles, again: str) -> Iterator[Fault]:
 
 
 def _belongs(files: TensorFiles, shard: str) -> bool:
-    """Whether a file that the index does not name is of its model, and not left over from a division into other files."""
+    """Whether a file that the index does not name belongs to the model, and is not left over from an earlier save."""
     named = files.weight_map
     same_division = shard.partition("-of-")[2] in {file.partition("-of-")[2] for file in named.values()}
     return same_division or not files.header(shard).shapes.keys() <= named.keys()
 
 
 def has_experts(stored: Iterable[str]) -> bool:
-    """Whether the tensors are those of a mixture of experts, which transformers joins when it loads them."""
+    """Whether the tensors are of a mixture of experts; transformers joins experts when it loads them."""
     return any(".experts." in name for name in stored)
 
 
 def expert_gap(names: Iterable[str]) -> str | None:
-    """The expert that files do not hold although they hold a later one, in words that follow what the files are of.
+    """An expert that is missing before a later one, in words that follow the name of the files.
 
-    transformers and PEFT join experts in the order of their numbers, whatever these are.
+    transformers and PEFT join experts in the order of their numbers, also with gaps.
     """
     for place, numbers in _experts(names).items():
         if gaps := set(range(max(numbers))) - numbers:
             there, gap = (place.replace("*", str(number)) for number in (max(numbers), min(gaps)))
-            return f"holds {there} and lacks {gap}: the experts would be joined in another order"
+            return f"holds {there} but lacks {gap}: the experts would be joined in the wrong order"
     return None
 
 
@@ -441,9 +445,9 @@ def _times(one: int | None, other: int | None) -> int | None:
 
 
 def _decoder(config: Mapping[str, Any], short: Container[str]) -> dict[str, Wanted]:
-    """Names and shapes of the matrices of a decoder of `DENSE`; norms, biases and whatever else it has are not told.
+    """Names and shapes of the matrices of a decoder of `DENSE`, without norms, biases and other tensors.
 
-    `short` are the names in its files without "model.": experts may be stored one by one, or joined.
+    `short` are the names in its files without "model."; experts may be stored separately or joined.
     """
     hidden, head = config.get("hidden_size"), config.get("head_dim")
     q, kv = (_times(config.get(name), head) for name in ("num_attention_heads", "num_key_value_heads"))

@@ -14,11 +14,11 @@ from dpo_cli.models.model_files import GENERATION, SPECIAL_TOKENS, TEMPLATE, TOK
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Fast
 
-ADDED = "added_tokens.json"  # of older versions of transformers
+ADDED = "added_tokens.json"  # written by older versions of transformers
 
 
 def tokenizer_of(files: ModelFiles, day: date | None = None) -> Tokenizer | None:
-    """The tokenizer of these files; None where they do not tell enough without transformers."""
+    """The tokenizer of these files; None if only transformers can load it."""
     if (fast := files.fast_tokenizer) is None or not files.has(TOKENIZER_CONFIG):
         return None
     config = files.sound(TOKENIZER_CONFIG)
@@ -27,7 +27,7 @@ def tokenizer_of(files: ModelFiles, day: date | None = None) -> Tokenizer | None
     if missing := _missing(fast, config, files.sound(ADDED)):
         from tokenizers import AddedToken
 
-        fast = copy.deepcopy(fast)  # the other stays as its file has it
+        fast = copy.deepcopy(fast)  # the cached one stays unchanged
         fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in missing])
     eos = tokens.get("eos_token")
     eos_id = fast.token_to_id(eos) if eos else None
@@ -45,7 +45,7 @@ def tokenizer_of(files: ModelFiles, day: date | None = None) -> Tokenizer | None
 
 
 def _missing(fast: Fast, config: Mapping[str, object], added: Mapping[str, object]) -> list[str]:
-    """The tokens that only the files beside a tokenizer.json name, which transformers adds."""
+    """The tokens that only other files than tokenizer.json name; transformers adds them too."""
     decoder = config.get("added_tokens_decoder")
     in_order = sorted(decoder.items(), key=lambda item: int(item[0])) if isinstance(decoder, dict) else []
     named = [_content(token) for _, token in in_order] + sorted(added, key=lambda token: int(str(added[token])))
@@ -60,7 +60,7 @@ def _listed(value: object) -> list[object]:
 
 
 def _content(value: object) -> str:
-    """A special token, which is a string or an object."""
+    """The text of a special token, which is a string or an object."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else ""
 
@@ -68,7 +68,7 @@ def _content(value: object) -> str:
 def _templates(files: ModelFiles, config: Mapping[str, object]) -> dict[str, str]:
     """The chat templates of a model by their names."""
     own = config.get("chat_template")
-    if isinstance(own, list):  # several with names
+    if isinstance(own, list):  # several templates with names
         found = {entry["name"]: entry["template"] for entry in own if {"name", "template"} <= entry.keys()}
     else:
         found = {"default": own} if isinstance(own, str) else {}

@@ -1,4 +1,4 @@
-"""From an adapter there are two ways on: to train it further, or to merge it and train a fresh one on top. No torch."""
+"""A training from an adapter: continue to train it, or merge it and train a fresh one. No torch."""
 
 from __future__ import annotations
 
@@ -18,74 +18,78 @@ from dpo_cli.strategies.strategies import STRATEGIES
 
 
 def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[str, Any], list[str]]:
-    """What an adapter that model_name names decides, and why in words.
+    """The values that an adapter in model_name decides, and the reason in words.
 
-    It is trained on, and has its shape already. Where the config asks for another shape, or for a "base" as the reference, it
-    is merged into its base, and a fresh adapter is trained on the merged model, or with "lora_r" 0 all its weights. Either way
-    the reference is what the policy is at step 0: the frozen adapter, or the merged model as it was.
+    Its training continues with its shape. If the config gives another shape, or "base" as the reference, it is merged into its
+    base, and a fresh adapter is trained on the merged model, or with "lora_r" 0 every weight. In both cases the reference is
+    the policy at step 0: the frozen adapter, or the merged model.
     """
     if (adapter := source.adapter) is None:
         return {"reference": "base"}, []
     label = Path(config.model_name).name
     why = '"reference" is "base"' if config.reference == "base" else other_shape(loaded, source)
     if why and config.reference != "adapter":
-        then = "a fresh one trained on that" if config.lora_r else "every weight of that is trained"
-        note = f"the adapter of {label} is merged into its base model and {then}, since {why}"
+        then = "a fresh adapter is trained on the result" if config.lora_r else "every weight of the result is trained"
+        note = f"the adapter of {label} is merged into its base model, and {then}, because {why}"
         return {"reference": "base"}, [f"{note}; the reference is the merged model"]
     shape = adapter.shape
-    note = f"training goes on from the adapter of {label} (rank {shape['lora_r']}), since the config asks for no other shape"
+    note = f"the training of the adapter of {label} (rank {shape['lora_r']}) continues: the config gives no other shape"
     note += "; the reference is a frozen copy of it" if STRATEGIES[config.strategy].refers else ""
     return {"reference": "adapter", **shape}, [note]
 
 
 def problems(loaded: Loaded, source: ModelSource, run_dir: Path) -> Iterator[Problem]:
-    """Where "reference" asks for what model_name does not give, and where the run would overwrite what it stands on."""
+    """Problems of a "reference" that model_name does not allow, and of a run that would overwrite its own model."""
     config, place = loaded.require(), Path(os.path.realpath(run_dir))
     below = [Path(os.path.realpath(folder)) for folder in source.folders]
     if any(folder.is_relative_to(place) for folder in below):
-        message = f"output_dir {run_dir} holds what the run stands on"
-        yield Problem("error", "output-is-input", message, "name a folder of its own, for example runs/my-run", "output_dir")
-    if loaded.foundation is not None:  # a stage, whose adapter is not there yet
+        message = f"output_dir {run_dir} holds the model or adapter that the run starts from"
+        yield Problem("error", "output-is-input", message, "name a new folder, for example runs/my-run", "output_dir")
+    if loaded.foundation is not None:  # a stage whose adapter does not exist yet
         return
     yield from _adapter_problems(loaded, config, source)
     if config.reference != "adapter" or loaded.sources.get("reference") not in ("config", "override"):
         return
     if source.adapter is None:
-        message = f'"reference" is "adapter", but {config.model_name} is a model without one'
+        message = f'"reference" is "adapter", but {config.model_name} is a model without an adapter'
         yield Problem("error", "reference-adapter", message, 'name a run or an adapter in "model_name"', "reference")
     elif why := other_shape(loaded, source):
-        fix = 'leave these out, or write "reference": "base" to train a fresh adapter on the merged model'
+        fix = 'remove these keys, or write "reference": "base" to train a fresh adapter on the merged model'
         yield Problem("error", "reference-adapter", f'"reference" is "adapter", but {why}', fix, "reference")
 
 
 def _adapter_problems(loaded: Loaded, config: Config, source: ModelSource) -> Iterator[Problem]:
-    """An adapter that is trained on and is on the output head, and those that are to be merged and cannot be."""
+    """Problems of an adapter on the output head that would be trained, and of adapters that cannot be merged."""
     adapters = source.adapters
-    goes_on = started(loaded, config, source)[0]["reference"] == "adapter"
-    if goes_on and adapters[0].is_on_head:
-        message = f"the adapter of {config.model_name} is also on lm_head, and log-probs are computed from its plain weight"
-        fix = 'write "reference": "base": it is merged into its base, and a fresh adapter is trained on that'
+    continues = started(loaded, config, source)[0]["reference"] == "adapter"
+    if continues and adapters[0].is_on_head:
+        message = (
+            f"the adapter of {config.model_name} is also on lm_head, but the log-probs use only the plain weight of lm_head"
+        )
+        fix = 'write "reference": "base": the adapter is merged into its base, and a fresh one is trained on the result'
         yield Problem("error", "adapter-on-head", message, fix, "model_name")
-    for adapter in adapters[1:] if goes_on else adapters:
+    for adapter in adapters[1:] if continues else adapters:
         if layers := _without_bias(adapter, source.files):
-            message = f"the adapter in {adapter.directory} has lora_bias, and cannot be merged into layers without a bias"
-            fix = 'train on it (leave out "reference" and what gives it another shape), or train another one without lora_bias'
+            message = f"the adapter in {adapter.directory} has lora_bias, so it cannot be merged into layers without a bias"
+            fix = (
+                'continue its training (remove "reference" and keys that change its shape), or use an adapter without lora_bias'
+            )
             yield Problem("error", "adapter-unmergeable", f"{message}: {some(layers)}", fix, "model_name")
 
 
 def _without_bias(adapter: Adapter, base: ModelFiles) -> list[str]:
-    """Layers of the model below that lack a bias which the adapter changes, where both can be told from files."""
+    """Layers of the base model without the bias that the adapter changes, if the files show both."""
     if not adapter.config.get("lora_bias") or not base.path.is_dir():
         return []
     try:
         return without_bias(adapter.tensors, base.tensors.shapes)
-    except (OSError, ValueError):  # told of as a fault of model_name
+    except (OSError, ValueError):  # reported as a problem of model_name
         return []
 
 
 def other_shape(loaded: Loaded, source: ModelSource) -> str:
-    """Which options the config names otherwise than the adapter of `source` has them, in words; empty where there is none."""
-    asked = [name for name in SHAPE if loaded.sources.get(name) in ("config", "override")]
+    """The options of the config that differ from the adapter of `source`, in words; empty if there are none."""
+    given = [name for name in SHAPE if loaded.sources.get(name) in ("config", "override")]
     linears = [linear.name for linear in facts.linears] if (facts := source.facts) else []
     shape = source.adapter.shape if source.adapter is not None else {}
 
@@ -93,5 +97,5 @@ def other_shape(loaded: Loaded, source: ModelSource) -> str:
         value = linears if value == "all-linear" else value
         return sorted(value) if isinstance(value, list) else value
 
-    other = [name for name in asked if comparable(loaded.values[name]) != comparable(shape[name])]
-    return ", ".join(f"{name} {loaded.values[name]} is not its {shape[name]}" for name in other)
+    other = [name for name in given if comparable(loaded.values[name]) != comparable(shape[name])]
+    return ", ".join(f"{name} {loaded.values[name]} differs from its {shape[name]}" for name in other)

@@ -1,4 +1,4 @@
-"""What a plan asks of the machine and the machine does not have, and what the user can change. No torch."""
+"""Requirements of a plan that the machine does not meet, and what the user can change. No torch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from dpo_cli.storage.atomic import free_bytes
 from dpo_cli.storage.checkpoints import KEPT
 from dpo_cli.storage.run_directory import RunDirectory
 
-BITSANDBYTES_FIX = "install it: pip install bitsandbytes (it is among this program's requirements)"
+BITSANDBYTES_FIX = "install it: pip install bitsandbytes (a requirement of this program)"
 DOES_NOT_FIT, NO_ROOM = "does-not-fit", "disk-too-full"
-BESIDE_BYTES = 16 << 20  # of tokenizer, log, report and the like
+BESIDE_BYTES = 16 << 20  # for tokenizer, log, report and the like
 HOST_GB = 16  # dpo-strategy, "Minimum Requirements"
 
 
 def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> Iterator[Problem]:
-    """What the plan asks of the hardware and the hardware does not have; with `vram_gb` it is meant for another machine.
+    """Requirements of the plan that the hardware does not meet; with `vram_gb` the plan is for another machine.
 
-    Warnings, since a config may be checked on one machine and used on another; a training on this one is stopped by them.
+    They are warnings, because a config may be checked on one machine and used on another; a training here is stopped.
     """
     config = plan.config
     if config.fp16 and config.device != "cuda":
-        message, fix = f"fp16 needs CUDA; this would run on {config.device}", 'write "bf16": true instead, or leave "fp16" out'
+        message, fix = f"fp16 needs CUDA, but this run uses {config.device}", 'write "bf16": true instead, or remove "fp16"'
         yield Problem("warning", "fp16-device", message, fix, "fp16", stops_training=True)
     if config.device == "mps" and config.optim in NOT_ON_MPS:
-        message, fix = f"optim {config.optim} does not run on mps", 'leave "optim" out, or write "device": "cpu"'
+        message, fix = f"optim {config.optim} is not supported on mps", 'remove "optim", or write "device": "cpu"'
         yield Problem("warning", "optim-device", message, fix, "optim", stops_training=True)
     cpu_is_said = config.device == "cpu" and plan.sources.get("device") != "measured"
     yield from unsloth_support.problems(config, cpu_is_said, machine, for_another=vram_gb is not None)
@@ -44,44 +44,44 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         yield Problem("warning", "bitsandbytes-missing", message, BITSANDBYTES_FIX, key, stops_training=True)
     card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
     documented_gb = profiles()[smallest]["from_gb"] if (smallest := plan.strategy.documented_profile) else 0.0
-    # A card shows a little less than its name says.
+    # A card reports a little less than its nominal memory.
     if card_gb is not None and card_gb < documented_gb - 0.5 and not config.use_4bit:
-        message = f"{card_gb:g} GB are less than the {documented_gb} GB documented for {plan.strategy.name.upper()}"
-        fix = f'write "use_4bit": true (QLoRA), or take a smaller model: `dpo recommend --vram {card_gb:g}`'
+        message = f"the card has {card_gb:g} GB, less than the {documented_gb} GB documented for {plan.strategy.name.upper()}"
+        fix = f'write "use_4bit": true (QLoRA), or use a smaller model: `dpo recommend --vram {card_gb:g}`'
         yield Problem("hint", "small-card", message, fix, "use_4bit")
     host_gb = HOST_GB if vram_gb is not None else machine.memory_gb
     if plan.memory is not None and config.device == "cuda" and plan.memory.host_gb > host_gb:
-        message = f"loading this model takes {plan.memory.host_gb:.0f} GB of the machine's memory; there are {host_gb:g}"
-        fix = "name the model's safetensors instead of a GGUF file, or a smaller model"
+        message = f"loading this model needs {plan.memory.host_gb:.0f} GB of the machine's memory, but it has {host_gb:g} GB"
+        fix = "name the safetensors model instead of a GGUF file, or a smaller model"
         yield Problem("warning", "host-memory", message, fix, "model_name")
     if vram_gb is not None:
         return
     yield from _tracker_problems(config)
-    if machine.memory_gb < HOST_GB - 1:  # the firmware keeps a part
-        message = f"this machine has {machine.memory_gb:g} GB of memory; {HOST_GB} GB and more are documented"
-        yield Problem("hint", "small-memory", message, "loading a model may fail: close other programs, or take a smaller one")
+    if machine.memory_gb < HOST_GB - 1:  # the firmware reserves a part
+        message = f"this machine has {machine.memory_gb:g} GB of memory; the documentation recommends at least {HOST_GB} GB"
+        yield Problem("hint", "small-memory", message, "loading a model may fail: close other programs, or use a smaller model")
     if (config.device == "cuda" and not machine.gpus) or (config.device == "mps" and not machine.is_apple):
-        message = f'there is no "{config.device}" device on this machine'
-        fix = 'leave "device" out, or plan for another machine with --vram'
+        message = f'this machine has no "{config.device}" device'
+        fix = 'remove "device", or plan for another machine with --vram'
         yield Problem("warning", "device-missing", message, fix, "device", stops_training=True)
     if config.bf16 and config.device == "cuda" and not machine.has_bf16:
-        fix = 'leave "bf16" out: fp16 is used'
-        yield Problem("warning", "bf16-device", "this GPU has no bfloat16", fix, "bf16", stops_training=True)
+        fix = 'remove "bf16": fp16 is used'
+        yield Problem("warning", "bf16-device", "this GPU does not support bfloat16", fix, "bf16", stops_training=True)
 
 
 def does_not_fit(plan: Plan) -> Problem | None:
-    """The problem of a plan whose bill is over its budget."""
+    """The problem of a plan that needs more memory than its budget."""
     if plan.memory is None or plan.memory.fits is not False:
         return None
-    message = f"this run needs {plan.memory.total_gb:.1f} GB; there are {plan.memory.budget_gb:.1f}"
+    message = f"this run needs {plan.memory.total_gb:.1f} GB of memory, but there are {plan.memory.budget_gb:.1f} GB"
     return Problem("error", DOES_NOT_FIT, message, plan.memory.largest_change)
 
 
 def disk_problem(plan: Plan) -> Problem | None:
-    """The problem of a run whose files find no room on the disk of its output_dir.
+    """The problem of a run whose files do not fit on the disk of its output_dir.
 
-    Beside what is kept, which may be there already, there must be room for the next checkpoint, and for the adapter beside the
-    one it replaces. A checkpoint holds what is trained, which is as large as its gradients, and the optimizer's state.
+    The disk needs space for the kept checkpoints, which may exist already, the next checkpoint, and the new adapter next to the
+    old one. A checkpoint holds the trained weights, as large as their gradients, and the optimizer's state.
     """
     if plan.memory is None:
         return None
@@ -92,24 +92,25 @@ def disk_problem(plan: Plan) -> Problem | None:
     if free >= needed:
         return None
     message = (
-        f"the checkpoints and the adapter need {needed / GIB:.2f} GB on the disk of {plan.run_dir}; {free / GIB:.2f} are free"
+        f"checkpoints and adapter need {needed / GIB:.2f} GB on the disk of {plan.run_dir}, but {free / GIB:.2f} GB are free"
     )
-    return Problem("error", NO_ROOM, message, "free space there, or name an output_dir on another disk", "output_dir")
+    return Problem("error", NO_ROOM, message, "free space on that disk, or name an output_dir on another one", "output_dir")
 
 
 def out_of_memory(plan: Plan) -> Problem:
-    """The problem of a training whose longest pair, alone, did not fit; or the longest micro-batch of a loss that compares its
-    pairs, which is not run in parts."""
+    """The problem of a training whose longest pair alone did not fit, or whose longest micro-batch did not, with a loss that
+    compares its pairs, so that it cannot be split."""
     assert plan.counts is not None
     batch = plan.config.per_device_train_batch_size
     is_whole = batch > 1 and sorts_pairs(plan.config.loss_type)
-    at_once = f"is one of {batch} pairs that the loss compares at once, which run" if is_whole else "alone runs"
-    message = f"the longest pair ({plan.counts.longest} tokens, {plan.counts.longest_at}) {at_once} out of memory"
-    return Problem("error", DOES_NOT_FIT, message, remedies(plan) or "lower max_seq_length, or use a smaller model")
+    pair = f"the longest pair ({plan.counts.longest} tokens, {plan.counts.longest_at})"
+    message = f"{pair}, with the {batch - 1} others that the loss compares, does not fit the memory"
+    message = message if is_whole else f"{pair} alone does not fit the memory"
+    return Problem("error", DOES_NOT_FIT, message, remedies(plan) or "reduce max_seq_length, or use a smaller model")
 
 
 def remedies(plan: Plan) -> str | None:
-    """What the user can change, each with its saving, where the bill is not over its budget by itself."""
+    """The changes that the user can make, each with its saving, if the estimate itself is within the budget."""
     facts = plan.model.facts
     if facts is None:
         return None
@@ -121,7 +122,7 @@ LOGIN_FIX = 'log in with `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=off
 
 
 def _tracker_problems(config: Config) -> Iterator[Problem]:
-    """What the trackers of a config lack on this machine."""
+    """Requirements of the trackers of a config that this machine lacks."""
     names = [config.report_to] if isinstance(config.report_to, str) else config.report_to
     for name in names:
         if name == "none":
@@ -135,19 +136,19 @@ def _tracker_problems(config: Config) -> Iterator[Problem]:
 
 
 def _installed(package: str) -> bool:
-    """A folder of that name is no package: wandb leaves one wherever it runs."""
+    """Whether a package is installed. A folder of that name is not enough: wandb creates one where it runs."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 def _wandb_lacks() -> str | None:
-    """What is wrong with wandb's credentials, as wandb itself finds them; without them it asks on the terminal, or fails."""
+    """The problem of wandb's credentials, by wandb itself; without them it asks on the terminal, or fails."""
     import wandb
 
     if wandb.setup().settings.mode in ("offline", "disabled"):
         return None
     try:
-        found = wandb.login(prompt=False, verify=False)
+        has_key = wandb.login(prompt=False, verify=False)
     except wandb.errors.AuthenticationError as error:
         return f"wandb cannot log in: {error}"
-    return None if found else "wandb has no API key on this machine"
+    return None if has_key else "wandb has no API key on this machine"

@@ -1,6 +1,6 @@
-"""The plan: every value of a run, where each came from, what was counted, and the memory bill. No torch.
+"""The plan: every value of a run with its source, the counts, and the estimated memory. No torch.
 
-`plan.json` is written before the model is loaded, and once more when the model has decided how prompts are scored;
+`plan.json` is written before the model is loaded, and again when the loaded model has decided how prompts are scored;
 `dpo train plan.json` repeats the run.
 """
 
@@ -39,23 +39,23 @@ class Counts:
     eval_pairs: int
     train_prompts: int
     eval_prompts: int
-    cut: int  # pairs whose prompt lost its beginning to max_seq_length
-    too_long: int  # pairs left out because their responses alone exceed it
-    parted: int  # pairs whose prompt the template renders otherwise before a response than alone
-    bad_rows: int  # rows left out because they are no pairs ("on_bad_rows": "skip")
+    cut: int  # pairs whose prompt was cut to max_seq_length
+    too_long: int  # pairs skipped because a response alone exceeds it
+    parted: int  # pairs whose prompt the template renders differently before a response
+    bad_rows: int  # rows skipped because they are not pairs ("on_bad_rows": "skip")
     longest: int  # tokens of the longest sequence kept
     longest_at: str  # file:line of that pair
     longest_pair: int  # tokens of the longest pair kept, its prompt counted once
-    longest_responses: int  # most tokens of both responses of a pair together
-    train_tokens: int  # of all sequences of one epoch, prompts counted once per response
-    shared_tokens: int  # the same with each pair's prompt counted once
+    longest_responses: int  # maximum tokens of both responses of a pair together
+    train_tokens: int  # of all sequences of an epoch, with prompts counted once per response
+    shared_tokens: int  # the same, with each pair's prompt counted once
     digest: str  # SHA-256 of the token ids of all rows, in their order
     writes_date: bool  # whether the chat template does
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Whether each prompt goes through the model once for both responses, and why."""
+    """Whether each prompt goes through the model once for both responses, and the reason."""
 
     shared: bool
     why: str
@@ -63,12 +63,12 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Adapted:
-    """What a run trains of its model: kinds of layers with an adapter, how many there are of each, and weights."""
+    """The trained part of a model: the layers with an adapter, with their counts, and the number of weights."""
 
     layers: dict[str, int]
-    trained: int  # weights that are trained
-    weights: int  # of the model without the adapter
-    notes: tuple[str, ...] = ()  # what is left out, and why
+    trained: int  # number of trained weights
+    weights: int  # number of weights of the model without the adapter
+    notes: tuple[str, ...] = ()  # what is not trained, and the reason
 
     @property
     def words(self) -> str:
@@ -83,9 +83,9 @@ class Adapted:
         return {name: value for name, value in vars(self).items() if name != "notes"}
 
 
-# What `prompt_sharing` says before a model is loaded.
+# The scoring by `prompt_sharing` before a model is loaded.
 EXPECTED: dict[bool | str, Scoring] = {
-    "auto": Scoring(True, "each prompt once, where this model allows it"),
+    "auto": Scoring(True, "each prompt once, if the model supports it"),
     True: Scoring(True, "each prompt once"),
     False: Scoring(False, 'each prompt twice: "prompt_sharing" is false'),
 }
@@ -93,7 +93,7 @@ ONE_RESPONSE = Scoring(False, "each demonstration once: a prompt has one respons
 
 
 def expected_scoring(config: Config) -> Scoring:
-    """How a run scores, as far as its config tells."""
+    """The scoring of a run, by its config."""
     if len(STRATEGIES[config.strategy].rows.responses) == 1:
         return ONE_RESPONSE
     if config.provider == "unsloth" and config.prompt_sharing is not False:
@@ -105,21 +105,21 @@ def expected_scoring(config: Config) -> Scoring:
 class Plan:
     """A resolved run: device, precision, checkpointing and batch are decided.
 
-    How prompts are scored is settled with the loaded model; until then `scoring` says what is expected.
+    The loaded model decides how prompts are scored; until then `scoring` is the expected way.
     """
 
     config: Config
-    model: ModelSource  # that model_name names
+    model: ModelSource  # the model of model_name
     sources: dict[str, Source]
     counts: Counts | None
     memory: Bill | None
     scoring: Scoring
     notes: tuple[str, ...]
-    day: date  # of the run, which a chat template may write; kept on --resume, and when the plan is repeated
+    day: date  # the day of the run, for a chat template; kept on --resume, and when the plan is repeated
     adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
-        """The plan with what it trains."""
+        """The plan with the trained part of the model."""
         return replace(self, adapted=adapted, notes=(*self.notes, *(adapted.notes if adapted else ())))
 
     @property
@@ -129,22 +129,22 @@ class Plan:
 
     @property
     def writes_date(self) -> bool:
-        """Whether the chat template writes the date, so that the rows belong to the day."""
+        """Whether the chat template writes the date, so that the rows depend on the day."""
         return self.counts is not None and self.counts.writes_date
 
     @property
     def goes_on(self) -> bool:
-        """Whether the adapter that model_name names is trained on, with a frozen copy of it as the reference."""
+        """Whether the adapter in model_name is trained further, with a frozen copy of it as the reference."""
         return self.config.reference == "adapter"
 
     @property
     def merges(self) -> bool:
-        """Whether the adapter that model_name names is merged into its base first."""
+        """Whether the adapter in model_name is merged into its base first."""
         return not self.goes_on and self.model.adapter is not None
 
     @property
     def noun(self) -> str:
-        """What it trains on."""
+        """The word for its rows."""
         return self.strategy.rows.noun
 
     @property
@@ -152,7 +152,7 @@ class Plan:
         return STRATEGIES[self.config.strategy]
 
     def takes(self, option: str) -> bool:
-        """Whether an option of the config has to do with the strategy."""
+        """Whether the strategy uses an option of the config."""
         return self.config.strategy in options()[option].strategies
 
     @property
@@ -162,8 +162,8 @@ class Plan:
 
     @property
     def predicted_gb(self) -> float | None:
-        """What the bill says that torch holds at its most: on a GPU without the context and the allocator's slack, on a CPU all
-        that the process holds."""
+        """The estimated peak memory of torch: on a GPU without the context and the allocator's slack, on a CPU the whole
+        process."""
         if self.memory is None:
             return None
         if self.config.device != "cuda":
@@ -183,21 +183,21 @@ class Plan:
         return self.steps_over(self.counts.train_pairs)
 
     def steps_over(self, pairs: int) -> int:
-        """Optimizer steps over so many pairs, as Trainer counts: a last incomplete group of micro-batches is a step too."""
+        """Optimizer steps for this many pairs, as Trainer counts: a last incomplete group of micro-batches is a step too."""
         if self.config.max_steps is not None:
             return self.config.max_steps
         batches = math.ceil(pairs / self.config.per_device_train_batch_size)
         return math.ceil(self.config.num_train_epochs * math.ceil(batches / self.config.gradient_accumulation_steps))
 
     def warmup_over(self, steps: int) -> int:
-        """Steps of so many over which the learning rate rises, as Trainer counts; the first of them has a rate of 0."""
+        """Warm-up steps among this many steps, as Trainer counts; the first of them has a rate of 0."""
         if self.config.lr_scheduler_type == "constant":
             return 0
         return self.config.warmup_steps or math.ceil(steps * self.config.warmup_ratio)
 
     @property
     def ends_in_warmup(self) -> bool:
-        """Whether the last step comes before the learning rate is reached."""
+        """Whether the training ends before the learning rate is reached."""
         return self.warmup_over(self.total_steps) >= self.total_steps
 
     def to_json(self) -> dict[str, object]:
@@ -214,18 +214,18 @@ class Plan:
         }
 
 
-# What the machine, not the user or a default, decides.
+# Options that the machine decides, not the user or a default.
 MEASURED = frozenset(names_where(lambda option: option.is_decided))
 ON_DEVICE = names_where(lambda option: option.is_decided and option.is_judging)  # the device and its precision
 
 
 @dataclass(frozen=True)
 class Decided:
-    """What a run decided when it began, as its plan.json has it. It goes on and is judged with that, whatever is free now."""
+    """The values that a run decided at its start, by its plan.json. It resumes and is evaluated with them."""
 
-    values: Mapping[str, object]  # of the options that its config left open
+    values: Mapping[str, object]  # of the options that its config did not set
     scoring: Scoring
-    day: date | None  # where the chat template writes it
+    day: date | None  # if the chat template writes it
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Decided:
@@ -251,47 +251,47 @@ def resolve(
     is_resumed: bool = False,
     model: ModelSource | None = None,
 ) -> Plan:
-    """Decide every open value of a valid config; `vram_gb` plans for another machine's GPU than this one's.
+    """Decide every open value of a valid config; `vram_gb` plans for the GPU of another machine.
 
-    `longest` is what the longest sequence is taken to have before `counts` are there, if less than max_seq_length. `scoring` is
-    what the loaded model decided; before that, prompts are taken to be shared unless the config says no. With `is_resumed` the
-    config has the values of a run that was begun: none is decided by the memory that is free now, and the bill is held against
-    all that the device has. `model` is what model_name names, where that is resolved already.
+    `longest` is the estimated length of the longest sequence without `counts`, if less than max_seq_length. `scoring` is the
+    way that the loaded model decided; without it prompts are shared unless the config says no. With `is_resumed` the config
+    has the values of a started run: the free memory decides nothing, and the total memory of the device is the budget.
+    `model` is the model of model_name, if that is already resolved.
     """
     config = loaded.require()
     model = model or ModelSource.of(config.model_name)
     start, notes = started(loaded, config, model)
     now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
-    is_merged = bool(notes) and start["reference"] == "base"  # then the weights are plain numbers
+    is_merged = bool(notes) and start["reference"] == "base"  # then the weights are not quantised
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         now = now.replaced({OPTIONS[stored.bits]: True})
-        notes.append(f"the files of the model hold {stored.bits}-bit weights: they are trained on as they are")
+        notes.append(f"the files of the model hold {stored.bits}-bit weights, which are used as they are")
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
     facts = model.facts
     if facts is None:
-        notes.append("the shape of this model is not known here, so there is no memory bill")
+        notes.append("the shape of this model is unknown, so its memory cannot be estimated")
         if config.gradient_checkpointing == "auto":
             now = replace(now, gradient_checkpointing=now.device == "cuda")
     else:
         wanted = Settings.of(now, facts, longest_of(counts, scoring, longest))
         has_gb, free_gb = machine.memory_of(now.device)
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
-        as_begun = replace(wanted, is_whole=True) if is_resumed else wanted  # which goes on with its micro-batches
-        settings, memory = fit(facts, as_begun, budget_gb, config.gradient_checkpointing)
+        unsplit = replace(wanted, is_whole=True) if is_resumed else wanted  # a resumed run keeps its micro-batches
+        settings, memory = fit(facts, unsplit, budget_gb, config.gradient_checkpointing)
         if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
-            lack = f"the run needs {memory.total_gb:.1f} GB, and {free_gb:.1f} are free now"
+            lack = f"the run needs {memory.total_gb:.1f} GB, but {free_gb:.1f} GB are free now"
             notes.append(f"{lack}: close other programs that use the {now.device} device, or it may run out of memory")
         factor = wanted.batch // settings.batch
         accumulation = config.gradient_accumulation_steps * factor
         now = replace(now, per_device_train_batch_size=settings.batch, gradient_accumulation_steps=accumulation)
         now = replace(now, gradient_checkpointing=settings.checkpointing)
         if factor > 1 and memory.fits is not False:
-            notes.append(f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the steps are the same")
-        if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
             notes.append(
-                f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, and its parts have another"
+                f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the optimizer steps are the same"
             )
+        if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
+            notes.append(f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, so it cannot be split")
     notes += _slow_default(config, loaded)
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
@@ -300,22 +300,22 @@ def resolve(
 
 
 def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
-    """The lengths that decide a run's memory; `expected` is that of the longest sequence before they are counted."""
+    """The lengths that decide a run's memory; `expected` is the length of the longest sequence without counts."""
     if counts is None:
         return Longest(expected)
     return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
 
 
 def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:
-    """Where the documented learning rate, which nobody wrote, hardly moves an adapter."""
+    """A note if the learning rate is the documented default, which is too low to move an adapter."""
     rate = STRATEGIES[config.strategy].adapter_rate
     if rate is not None and loaded.sources.get("learning_rate") == "default" and config.lora_r:
-        learns = f"a LoRA adapter hardly moves at it, and learns at {rate:g} and around it"
-        yield f"learning_rate is the documented default {config.learning_rate:g}: {learns}"
+        advice = f"it is too low to move a LoRA adapter, which learns at about {rate:g}"
+        yield f"learning_rate is the documented default {config.learning_rate:g}: {advice}"
 
 
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Config:
-    """The config with its open choices made. Paths become absolute, so that plan.json works from any folder."""
+    """The config with its open values decided. Paths become absolute, so that plan.json works from any folder."""
     device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
     if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
         device = "cpu"
@@ -337,7 +337,7 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Confi
 
 
 def _absolute(dataset: str | list[object]) -> str | list[object]:
-    """The paths of a dataset, each absolute."""
+    """The dataset with absolute paths."""
     if isinstance(dataset, str):
         return _absolute_path(dataset)
     return [

@@ -1,4 +1,4 @@
-"""All that can be said of a config before torch is imported: one look at config, data, model and hardware together."""
+"""All checks of a config before torch is imported: config, data, model and hardware together."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from dpo_cli.strategies.strategies import STRATEGIES
 if TYPE_CHECKING:
     from dpo_cli.data.tokenizer import Tokenizer
 
-MUCH_TOO_LONG = 0.1  # a share of pairs longer than max_seq_length that is told of
+MUCH_TOO_LONG = 0.1  # the share of pairs longer than max_seq_length that is reported
 
 
 @dataclass(frozen=True)
 class Data:
-    """The rows to train on, and those of "eval_dataset" where it is named; `said` is what is told of their lengths."""
+    """The rows to train on, and those of "eval_dataset" if it is given; `said` holds their statistics."""
 
     train: Dataset
     held_out: Dataset | None
     said: dict[str, Any]
-    longest: int | None  # tokens that the longest sequence may have
+    longest: int | None  # estimated tokens of the longest sequence
 
     def sides(self, config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
-        """(train, held out): two sets, or one divided by prompt."""
+        """(train, held out): two datasets, or one split by prompt."""
         if self.held_out is not None:
             return self.train.load(), self.held_out.divided(lambda row: True)[1]
         seed = config.split_seed
@@ -52,7 +52,7 @@ class Data:
         return self.train.divided(lambda row: is_held_out_prompt(row.prompt_key, config.eval_split, seed))
 
     def require_unchanged(self) -> None:
-        """`InvalidInput` where a file was changed since its rows were read."""
+        """`InvalidInput` if a file has changed since its rows were read."""
         for rows in filter(None, (self.train, self.held_out)):
             rows.require_unchanged()
 
@@ -62,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that can be said of a config before torch is imported: every problem, the data, and the plan when there is one."""
+    """The result of all checks before torch is imported: every problem, the data, and the plan if there is one."""
 
     problems: tuple[Problem, ...]
     data: Data | None
@@ -74,7 +74,7 @@ class Inspection:
 
     @property
     def only_misfit(self) -> bool:
-        """Whether the hardware is all that is wrong."""
+        """Whether all errors are about the hardware."""
         return bool(self.errors) and all(problem.code in (DOES_NOT_FIT, NO_ROOM) for problem in self.errors)
 
     @property
@@ -82,12 +82,12 @@ class Inspection:
         return Exit.DONE if not self.errors else Exit.UNFIT if self.only_misfit else Exit.INVALID
 
     def stricter(self, when: Callable[[Problem], bool]) -> Inspection:
-        """The same with those warnings as errors."""
+        """The same with the selected warnings as errors."""
         stopped = [replace(p, severity="error") if p.severity == "warning" and when(p) else p for p in self.problems]
         return replace(self, problems=tuple(stopped))
 
     def require(self) -> tuple[Data, Plan]:
-        """The data and the plan, or the error of what stands in the way."""
+        """The data and the plan, or an exception with every problem."""
         if self.data is not None and self.plan is not None and not self.errors:
             return self.data, self.plan
         raise (DoesNotFit if self.only_misfit else InvalidInput)(self.problems)
@@ -103,11 +103,11 @@ def inspect(
     keep_rows: bool = False,
     is_begun: bool = False,
 ) -> Inspection:
-    """Check config, data, model and hardware together, so that one look shows everything that is wrong.
+    """Check config, data, model and hardware together, so that one call reports every problem.
 
-    Without `with_fit` the memory is not judged: a training judges it later, by its real lengths. Up to `rendered_rows` rows go
-    through the chat template and the tokenizer; a training does so with all of them, later, and has them kept (`keep_rows`).
-    The plan of a run that was begun (`is_begun`) keeps what it decided.
+    Without `with_fit` the memory is not checked: a training checks it later, with the real lengths. Up to `rendered_rows` rows
+    go through the chat template and the tokenizer; a training does that later with all rows, and keeps them (`keep_rows`). The
+    plan of a started run (`is_begun`) keeps its decided values.
     """
     found = list(loaded.problems)
     wrong = {problem.key for problem in found if problem.severity == "error"}
@@ -129,13 +129,13 @@ def inspect(
         found += map(loaded.placed, hardware_problems(plan, machine, vram_gb))
         found += map(
             loaded.placed, adapter_start.problems(draft, model or plan.model, plan.run_dir)
-        )  # by the names of the config
+        )  # with the names of the config
         found += map(loaded.placed, _model_problems(plan))
         if plan.config.lora_r and not plan.goes_on:
             found += map(loaded.placed, target_layers.problems(plan.config, plan.model, plan.model_label))
         found += map(loaded.placed, step_problems(plan, pairs))
         if with_fit and (misfit := does_not_fit(plan)) is not None:
-            if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked where there is none
+            if vram_gb is None and not machine.gpus:  # a config for a GPU is often checked on a machine without one
                 misfit = replace(misfit, severity="warning", stops_training=True)
             found.append(loaded.placed(misfit))
         if with_fit and vram_gb is None and (lack := disk_problem(plan)) is not None:
@@ -144,15 +144,15 @@ def inspect(
 
 
 def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, Prompts, list[Problem]]:
-    """Check config and prompts of an augmentation, which needs no dataset: the plan, the prompts, and the warnings."""
+    """Check config and prompts of an augmentation, without a dataset: the plan, the prompts, and the warnings."""
     draft = loaded.draft()
     inspection = inspect(draft, machine, with_data=False, with_fit=False).stricter(lambda problem: problem.stops_training)
     prompts = read_prompts(path, draft.values.get("columns"), draft.values.get("on_bad_rows") == "skip")
     found = [*inspection.problems, *prompts.problems]
     rank = inspection.plan.config.augment.get("rank") if inspection.plan else None
     if rank is None and not inspection.errors:
-        fix = 'name one, as in "augment": {"rank": "shorter"}; docs/guides/augmentation.md lists them'
-        found.append(draft.placed(Problem("error", "rank-missing", '"augment" names no "rank"', fix, "augment")))
+        fix = 'write for example "augment": {"rank": "shorter"}; docs/guides/augmentation.md lists all ranks'
+        found.append(draft.placed(Problem("error", "rank-missing", '"augment" has no "rank"', fix, "augment")))
     if rank == "reference":
         found += without_reference(prompts, path)
     if inspection.plan is None or any(problem.severity == "error" for problem in found):
@@ -163,9 +163,9 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
 def _read_data(
     loaded: Loaded, model: ModelSource | None, wrong: set[str | None], rendered_rows: int, keep_rows: bool
 ) -> tuple[Data | None, int, list[Problem]]:
-    """The data that the config names, the pairs that an epoch trains on, and what is wrong with the data.
+    """The data of the config, the number of pairs in an epoch, and the problems of the data.
 
-    A key in `wrong` was told of already.
+    Keys in `wrong` are already reported.
     """
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
     given = {key: values[key] for key in names_where(lambda option: option.place == "data") if values.get(key)}
@@ -182,7 +182,7 @@ def _read_data(
     observers: dict[str, list[Observer]] = {"dataset": [balance, lengths, sample]}
     observers["eval_dataset"] = [overlap.eval_side, other_sample]
     observers["dataset"] += [overlap] if "eval_dataset" in given else []
-    observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no other answer to compare with
+    observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no second response to compare with
     found: list[Problem] = []
     sets: dict[str, Dataset] = {}
     for key, value in given.items():
@@ -195,47 +195,47 @@ def _read_data(
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
     data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
     use_chat_template = values.get("use_chat_template", "auto")
-    is_as_it_is = use_chat_template is False or not sample.is_chat  # markers of a template are meant then
+    is_as_it_is = use_chat_template is False or not sample.is_chat  # then markers of a template are intended
     about_texts = () if is_sft else quality.problems(data.train)
     found += (problem for problem in about_texts if not (is_as_it_is and problem.code == findings.ChatMarkers.code))
     found += sample.problems(use_chat_template, skip) + other_sample.problems(use_chat_template, skip)
     found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
     pairs = epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:
-        message = f"the weights leave none of the {balance.train.total()} {data.train.noun} to train on"
-        found.append(Problem("error", "nothing-to-train", message, "raise the weights in dataset", "dataset"))
+        message = f"with these weights none of the {balance.train.total()} {data.train.noun} is left to train on"
+        found.append(Problem("error", "nothing-to-train", message, "increase the weights in dataset", "dataset"))
     return data, pairs, found
 
 
 def _tokenizer_of(model: ModelSource) -> tuple[Tokenizer | None, int | None]:
-    """The tokenizer in a model's folder, an adapter's own first, and the rows of the model's embedding."""
+    """The tokenizer of an adapter or else of its model, and the rows of the model's embedding."""
     try:
         rows = model.files.token_rows
-    except (OSError, ValueError):  # what is wrong with the model is a problem of model_name
+    except (OSError, ValueError):  # reported as a problem of model_name
         return None, None
     if not model.files.has(CONFIG) or model.fault is not None:
         return None, None
-    from dpo_cli.models.tokenizer_files import tokenizer_of  # late: it brings jinja2
+    from dpo_cli.models.tokenizer_files import tokenizer_of  # late, because it imports jinja2
 
     return tokenizer_of(model.tokenizer_files), rows
 
 
 def _model_problems(plan: Plan) -> Iterator[Problem]:
-    """What a config asks of a model that, by its shape, it does not have."""
+    """Options of a config that the model does not support, by its shape."""
     config, model = plan.config, plan.model
     facts = model.facts
     if (stored := model.files.quantisation) is not None and not plan.merges:
         yield from stored.problems(plan.model_label, config.use_4bit, config.use_8bit, config.lora_r)
     if config.lora_r == 0 and model.files.is_mixture:
-        message = "lora_r 0 trains the routers of this mixture of experts too, without the loss that balances its experts"
-        fix = 'an adapter leaves them as they are: "lora_r": 16'
+        message = "lora_r 0 also trains the routers of this mixture of experts, without the loss that balances its experts"
+        fix = 'write "lora_r": 16: an adapter does not change the routers'
         yield Problem("hint", "router-unbalanced", message, fix, "lora_r")
     if facts is None:
         return
     context = facts.max_position_embeddings
     if context is not None and config.max_seq_length > context:
-        message = f"{plan.model_label} was made for {context} tokens, and max_seq_length is {config.max_seq_length}"
-        stretches = config.provider == "unsloth"  # the positions: another model than whoever loads the adapter will have
+        message = f"{plan.model_label} supports {context} tokens, but max_seq_length is {config.max_seq_length}"
+        stretches = config.provider == "unsloth"  # the positions: users of the adapter would load a different model
         fix = f'write "max_seq_length": {context}'
         yield Problem("warning", "beyond-context", message, fix, "max_seq_length", stops_training=stretches)
 
@@ -243,14 +243,14 @@ def _model_problems(plan: Plan) -> Iterator[Problem]:
 def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Iterator[Problem]:
     if max_length and (share := lengths.share_over(max_length)) >= MUCH_TOO_LONG:
         message = (
-            f"about {share:.0%} of the {noun} are longer than max_seq_length {max_length}: their prompts lose their beginning, "
-            "and those whose responses alone are longer are left out"
+            f"about {share:.0%} of the {noun} are longer than max_seq_length {max_length}: their prompts are cut at the start, "
+            "and they are skipped if a response alone is longer"
         )
-        yield Problem("warning", "pairs-too-long", message, "raise it, or write a shorter dataset", "max_seq_length")
+        yield Problem("warning", "pairs-too-long", message, "increase max_seq_length, or use shorter rows", "max_seq_length")
 
 
 def lengths_of(dataset: str, model: ModelSource | None) -> Lengths:
-    """The lengths of a dataset's pairs, with this model where one is named; of none where it is on the hub and not here."""
+    """The lengths of a dataset's pairs, with the tokenizer of `model` if given; empty for a hub dataset that is not fetched."""
     lengths = Lengths(model.own.fast_tokenizer if model else None)
     data = read(dataset, skip=True, observers=[lengths])
     if wrong := [problem for problem in data.problems if problem.severity == "error"]:
@@ -259,22 +259,22 @@ def lengths_of(dataset: str, model: ModelSource | None) -> Lengths:
 
 
 def step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
-    """What is asked for at a step that the training, of this many pairs, never comes to."""
+    """Problems of options for a step that the training, with this many pairs, never reaches."""
     config = plan.config
     steps = plan.steps_over(pairs)
     if not pairs or not plan.strategy.is_trained:
         return
     if config.eval_steps is not None and config.eval_steps > steps:
-        message = f"eval_steps is {config.eval_steps}, but the training has {steps} steps: it is judged at its end only"
+        message = f"eval_steps is {config.eval_steps}, but the training has {steps} steps: it is only evaluated at its end"
         yield Problem("warning", "never-evaluated", message, f'write "eval_steps": {max(1, steps // 4)}', "eval_steps")
     if plan.warmup_over(steps) >= steps:
         key = "warmup_steps" if config.warmup_steps else "warmup_ratio"
         value, fix = getattr(config, key), 'write "warmup_ratio": 0.1 instead'
-        message = f"{key} is {value:g}, but the training has {steps} steps: it never reaches its learning rate"
-        if steps == 1:  # a warm-up begins at 0
-            message = f"{key} is {value:g}, and the training has one step: its learning rate is 0, so nothing is learned"
+        message = f"{key} is {value:g}, but the training has {steps} steps, so it never reaches its learning rate"
+        if steps == 1:  # a warm-up starts at 0
+            message = f"{key} is {value:g}, but the training has one step: its learning rate is 0, so nothing is trained"
             fix = f'write "{key}": 0, or train more steps'
-        # transformers 5.17 divides the polynomial's decay by the steps that are left after the warm-up.
+        # transformers 5.17 divides the polynomial's decay by the number of steps after the warm-up.
         fails = config.lr_scheduler_type == "polynomial" and plan.warmup_over(steps) == steps
         yield Problem("error" if fails else "warning", "never-warm", message, fix, key)
 
@@ -297,8 +297,8 @@ class Balance:
         if not self.share or not self.train.total() + self.held_out:
             return
         if not self.train:
-            fix = "lower eval_split, or add pairs with other prompts"
+            fix = "reduce eval_split, or add pairs with other prompts"
             yield Problem("error", "nothing-to-train", f"all {self.held_out} pairs are held out", fix, "eval_split")
         if not self.held_out:
-            fix = "raise eval_split, or add pairs with other prompts"
-            yield Problem("warning", "nothing-held-out", "no prompt falls into the held-out share", fix, "eval_split")
+            fix = "increase eval_split, or add pairs with other prompts"
+            yield Problem("warning", "nothing-held-out", "no prompt is held out by this eval_split", fix, "eval_split")

@@ -1,4 +1,4 @@
-"""Before a model is loaded: rows to token ids, what they count, and the plan as it is shown."""
+"""Before a model is loaded: rows to token ids, their counts, and the plan on the screen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a run trains and is judged on, and the tokenizer that made it."""
+    """The rows that a run trains on and is evaluated on, and their tokenizer."""
 
     train: list[Encoded]
     held_out: list[Encoded]
@@ -47,14 +47,14 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("strategy", config.strategy),
         ("model", plan.model_label),
         ("data", f"{counts.train_pairs} {noun} of {counts.train_prompts} prompts"),
-        ("bad rows", f"{counts.bad_rows} are no {noun}, and left out"),
+        ("bad rows", f"{counts.bad_rows} are not {noun}, and are skipped"),
         ("longest", f"{counts.longest} tokens ({counts.longest_at})"),
-        ("tokens", f"{counts.train_tokens:,} an epoch; {counts.shared_tokens:,} with each prompt once"),
-        ("held out", held_out if counts.eval_pairs else "nothing: there will be no figures (eval_split)"),
+        ("tokens", f"{counts.train_tokens:,} per epoch; {counts.shared_tokens:,} with each prompt once"),
+        ("held out", held_out if counts.eval_pairs else "nothing, so there are no figures (see eval_split)"),
         ("date", f"{plan.day:%Y-%m-%d}, the day of the run: the chat template writes the date"),
-        ("cut", f"{counts.cut} {noun} ({counts.cut / all_rows:.0%}) lose the beginning of their prompt to max_seq_length"),
-        ("left out", f"{counts.too_long} {noun} whose responses are longer than max_seq_length {config.max_seq_length}"),
-        ("parted", f"{counts.parted} prompts are rendered otherwise before a response than alone: see the first"),
+        ("cut", f"{counts.cut} {noun} ({counts.cut / all_rows:.0%}) lose the start of their prompt to max_seq_length"),
+        ("skipped", f"{counts.too_long} {noun} whose responses are longer than max_seq_length {config.max_seq_length}"),
+        ("template", f"{counts.parted} prompts are rendered differently before a response: see the first"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} {noun} ({batch} x {accumulation})"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
         ("trains", plan.adapted.words if plan.adapted else ""),
@@ -62,22 +62,22 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("runs on", ", ".join(filter(None, (config.device, plan.dtype, base)))),
         ("writes to", str(plan.run_dir)),
     ]
-    told = {
+    conditions = {
         "trains": plan.adapted,
         "date": plan.writes_date,
         "bad rows": counts.bad_rows,
         "cut": counts.cut,
-        "left out": counts.too_long,
-        "parted": counts.parted,
+        "skipped": counts.too_long,
+        "template": counts.parted,
     }
-    console.table("plan", [row for row in rows if told.get(row[0], True)])
+    console.table("plan", [row for row in rows if conditions.get(row[0], True)])
     for note in plan.notes:
         console.line(f"note: {note}")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The rows of a run as token ids, what they count, and what is to be known of them."""
+    """The rows of a run as token ids, their counts, and their problems."""
 
     train: list[Encoded]
     held_out: list[Encoded]
@@ -86,9 +86,9 @@ class Prepared:
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None) -> Prepared:
-    """Split by prompt, tokenise, cut prompts to length, leave out what is still too long.
+    """Split by prompt, tokenise, cut prompts to length, skip rows that are still too long.
 
-    `token_rows` are those of the model's embedding, where that is known. Raises `InvalidInput` for rows that cannot be used.
+    `token_rows` is the number of rows of the model's embedding, if known. Raises `InvalidInput` for rows that cannot be used.
     """
     config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day, plan.model.generation)
     require_padding(made, tokenizer, token_rows)
@@ -124,7 +124,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
 def prepare_judged(
     data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None, all_rows: bool
 ) -> tuple[list[Encoded], tuple[Problem, ...]]:
-    """The rows to judge on, of what is held out or of all, as `prepare` makes them; what is trained on is not tokenised."""
+    """The rows to evaluate, held out or all, prepared like in `prepare`; the training rows are not tokenised."""
     config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day, plan.model.generation)
     require_padding(made, tokenizer, token_rows)
     train, held_out = data.sides(config)
@@ -138,30 +138,32 @@ def prepare_judged(
 
 
 def _require_rows(rows: Sequence[Encoded], kept: Sequence[Encoded], plan: Plan) -> None:
-    """`InvalidInput` where no row is left to train on."""
+    """`InvalidInput` if no row is left to train on."""
     if not rows:
-        fix = f"raise the weights in dataset, or add {plan.noun}"
+        fix = f"increase the weights in dataset, or add {plan.noun}"
         raise invalid("nothing-to-train", f"none of the {plan.noun} is left to train on", fix, "dataset")
     if not kept:
         limit = f"max_seq_length {plan.config.max_seq_length}"
         message = f"the responses of all {len(rows)} {plan.noun} to train on are longer than {limit}"
         shortest = min(row.length for row in rows)
-        fix = f"raise it: the shortest has {shortest} tokens"
+        fix = f"increase max_seq_length: the shortest has {shortest} tokens"
         raise invalid("nothing-to-train", message, fix, "max_seq_length")
 
 
 def require_padding(made: Tokenizer, tokenizer: PreTrainedTokenizerBase, token_rows: int | None) -> None:
-    """`InvalidInput` where the model's embedding has no row for the padding token."""
+    """`InvalidInput` if the model's embedding has no row for the padding token."""
     padding = int(tokenizer.pad_token_id)
     if token_rows is None or padding < token_rows:
         return
-    message = f"the padding token {tokenizer.pad_token} ({padding}) has no row in the model: {made.against(token_rows)}"
+    message = (
+        f"the padding token {tokenizer.pad_token} ({padding}) has no row in the model's embedding: {made.against(token_rows)}"
+    )
     fix = f"name another pad_token in {TOKENIZER_CONFIG}, or {made.resize}"
     raise invalid("tokens-outside", message, fix, "model_name")
 
 
 def _digest(sides: Sequence[Sequence[Encoded]]) -> str:
-    """Of what is trained and judged on: whatever of dataset, split, tokenizer and template changes, changes it."""
+    """The digest of all rows: any change of dataset, split, tokenizer or template changes it."""
     digest = hashlib.sha256()
     for side in sides:
         digest.update(f"{len(side)} rows\n".encode())
@@ -171,10 +173,10 @@ def _digest(sides: Sequence[Sequence[Encoded]]) -> str:
 
 
 def first_row(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Prompt and responses decoded with their special tokens; what is scored stands after the bar."""
+    """Prompt and responses decoded with their special tokens; the scored text is after the bar."""
     parts = zip(row.row.kind.responses, row.responses, strict=True)
-    told = [f"{name:<8} | {tokenizer.decode(ids)!r}" for name, ids in parts]
-    return "\n".join([tokenizer.decode(row.prompt_ids), *told])
+    responses = [f"{name:<8} | {tokenizer.decode(ids)!r}" for name, ids in parts]
+    return "\n".join([tokenizer.decode(row.prompt_ids), *responses])
 
 
 def tell_scoring(plan: Plan, console: Console) -> None:
