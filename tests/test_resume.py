@@ -238,11 +238,11 @@ def test_a_finished_run_is_told_and_not_touched(go: Go, tmp_path: Path, capsys: 
 def test_more_epochs_go_on_and_other_settings_are_refused(go: Go, tmp_path: Path) -> None:
     first, _ = go("run")
     for options, told in (
-        ({"learning_rate": 2e-2}, "learning_rate was 0.01, and is 0.02"),
-        ({"beta": 0.2}, "beta was 0.1, and is 0.2"),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps was 2, and is 4"),
+        ({"learning_rate": 2e-2}, "learning_rate was 0.01 and is now 0.02"),
+        ({"beta": 0.2}, "beta was 0.1 and is now 0.2"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps was 2 and is now 4"),
         ({"num_train_epochs": 1}, "10 steps are done, and the config asks for 5"),
-        ({"seed": 7}, "seed was 42, and is 7"),
+        ({"seed": 7}, "seed was 42 and is now 7"),
     ):
         with pytest.raises(InvalidInput) as caught:
             go("run", **options)

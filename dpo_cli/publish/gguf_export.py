@@ -1,7 +1,7 @@
 """A GGUF file of a model directory: written by llama.cpp's own converter, then read back and compared.
 
-The `gguf` package writes files, but does not know how a model becomes one; llama.cpp's script does. It is no package, so the
-user names it, and it runs as a process of its own.
+The `gguf` package writes files, but cannot convert a model; llama.cpp's script can. It is not a package, so the user names it,
+and it runs as a separate process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dpo_cli.results.merge import GgufCheck
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 SCRIPT = "convert_hf_to_gguf.py"
 BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # q8_0: blocks of 32 bytes and a 16-bit scale
-# The share of positions at which the file's model must find the same token most likely as the merged model.
+# The share of positions at which the GGUF model must have the same most likely token as the merged model.
 LEAST_SAME = {"f32": 0.999, "f16": 0.98, "bf16": 0.98, "q8_0": 0.95}
 ROWS, POSITIONS = 32, 16  # held-out rows compared, and the first positions of each response
 WHERE = (
@@ -38,7 +38,7 @@ WHERE = (
 
 
 def find_converter(named: Path | None) -> Path:
-    """The converter that is named, or the one on PATH; `UsageError` says where there is one."""
+    """The converter that is named, or the one on PATH; `UsageError` says where to get it."""
     found = named or shutil.which(SCRIPT)
     if found is None:
         raise UsageError(f"--gguf needs a converter, {SCRIPT}", WHERE)
@@ -48,9 +48,9 @@ def find_converter(named: Path | None) -> Path:
 
 
 def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) -> None:
-    """Run the converter on a model directory; `RunFailed` when it fails, or writes no GGUF file. Its output is logged."""
+    """Run the converter on a model directory; `RunFailed` if it fails, or writes no GGUF file. Its output is logged."""
     command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", kind, "--model-name", name]
-    # It reads the folder with transformers, which must not ask the hub for anything.
+    # It reads the folder with transformers, which must not contact the hub.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     logging.getLogger("dpo").info("%s\n%s%s", command, done.stdout, done.stderr)
@@ -65,13 +65,13 @@ def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) 
 def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> GgufCheck:
     """Read a GGUF file back with transformers and compare its logits with those of the model directory.
 
-    One model is in memory at a time, in float32. `RunFailed` for a file that cannot be read, or ends texts with another token.
+    One model is in memory at a time, in float32. `RunFailed` for a file that cannot be read, or has another end token.
     """
     wanted = _logits(rows, pretrained_model_name_or_path=str(model_dir))
     try:
         ends = read_header(file).metadata.get("tokenizer.ggml.eos_token_id")
         made = _logits(rows, pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what transformers raises for a file it cannot read
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # the errors of transformers for an unreadable file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"{file.name} cannot be read back, so it cannot be checked: {reason}"
         raise RunFailed(message, "use a newer converter, or export without --gguf") from error
