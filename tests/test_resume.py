@@ -337,7 +337,7 @@ def test_the_size_of_micro_batches_is_taken_over_and_told(
         go("stopped")
     gone_on, _ = go("stopped", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
-    assert "micro-batches are 2 x 2, as when the run began" in capsys.readouterr().out
+    assert "micro-batches are 2 x 2, as when the run started" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_the_batch_that_it_began_with_whatever_memory_there_is(

@@ -77,8 +77,8 @@ def all_tensors(what: str) -> Iterator[list[str]]:
     """Within, transformers loads a model completely, or `InvalidInput` names the tensors that do not match the architecture.
 
     `_finalize_model_loading` (transformers 5.17) ends every load with a call of `log_state_dict_report`, also for Unsloth,
-    which does not pass `output_loading_info` on. Here that call is the check; `RunFailed` if it is missing. Yields a list for notes
-    on ignored tensors.
+    which does not pass `output_loading_info` on. Here that call is the check; `RunFailed` if it is missing. Yields a list for
+    notes on ignored tensors.
     """
     checked, notes = [], list[str]()
 

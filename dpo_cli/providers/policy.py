@@ -16,7 +16,7 @@ TRAINED, FROZEN = "default", "ref"  # TRL 1.15's names of an adapter in training
 
 @dataclass(frozen=True)
 class Policy:
-    """The policy and its reference: the same model with its adapter off or a frozen one, or, without an adapter, a second model."""
+    """The policy and its reference: the same model with its adapter off or frozen, or, without an adapter, a second model."""
 
     model: PeftModel | PreTrainedModel
     frozen: PreTrainedModel | None = None  # the reference of a model without an adapter
