@@ -29,7 +29,7 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
     if strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {strategy}", f"name one of {', '.join(STRATEGIES)}")
     require_vram(vram)
-    asked = Request(vram or 0.0, model, dataset, strategy)
+    request = Request(vram or 0.0, model, dataset, strategy)
     if vram is None:
         machine = probe()
         if machine.card is None:
@@ -37,13 +37,13 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
         total_gb, free_gb, what = machine.card
         console.line(f"this machine: {what}")
         is_apple = machine.is_apple and not machine.gpus
-        asked = replace(asked, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
+        request = replace(request, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
     if dataset is None:
-        return asked
+        return request
     lengths = lengths_of(dataset, ModelSource.of(model) if model else None)
     if lengths.most_tokens is None:
         console.line(f"{dataset} is not on this machine yet, so its lengths are not used")
-    return replace(asked, longest=lengths.most_tokens, share_over=lengths.share_over)
+    return replace(request, longest=lengths.most_tokens, share_over=lengths.share_over)
 
 
 def config_text(made: Recommendation) -> str:

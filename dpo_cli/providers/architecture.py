@@ -237,8 +237,8 @@ class Architecture:
     @functools.cached_property
     def unreached(self) -> set[str]:
         """The other linear layers that no text reaches."""
-        found = self._uncalled(FEW_TOKENS) - self.state_space
-        return found & self._uncalled(MANY_TOKENS) if found else found
+        uncalled = self._uncalled(FEW_TOKENS) - self.state_space
+        return uncalled & self._uncalled(MANY_TOKENS) if uncalled else uncalled
 
     def _left_out(self, config: Config) -> dict[str, str]:
         """Linear layers without an adapter although PEFT, or the config, would add one; and the reason."""

@@ -138,8 +138,8 @@ def _all_placed(name: str, header: Header) -> Iterator[None]:
         modeling_gguf_pytorch_utils.get_gguf_hf_weights_map = before
     if places:
         tensors = header.tensors - {ROPE_FACTORS}
-        left = [tensor for tensor in tensors if tensor not in places and tensor.rpartition(".")[0] not in places]
-        refuse(name, (), left, (), MADE_FROM, "model_name")
+        unplaced = [tensor for tensor in tensors if tensor not in places and tensor.rpartition(".")[0] not in places]
+        refuse(name, (), unplaced, (), MADE_FROM, "model_name")
 
 
 def _scale_positions(config: PretrainedConfig, path: Path, header: Header) -> None:
@@ -168,13 +168,13 @@ def _scaling(config: PretrainedConfig, factors: torch.Tensor) -> dict[str, objec
     def frequencies(scaling: dict[str, object]) -> torch.Tensor:
         tried = copy.deepcopy(config)
         tried.rope_parameters = {**config.rope_parameters, **scaling}
-        found: torch.Tensor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](tried, torch.device("cpu"))[0]
-        return found
+        result: torch.Tensor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](tried, torch.device("cpu"))[0]
+        return result
 
     largest = float(factors.max())
     plain = frequencies({"rope_type": "linear", "factor": 1.0})
     for scaling in ({"rope_type": "linear", "factor": largest}, {"rope_type": "llama3", "factor": largest, **LLAMA3}):
-        made = plain / frequencies(scaling)
-        if made.shape == factors.shape and torch.allclose(made, factors, rtol=1e-4):
+        ratio = plain / frequencies(scaling)
+        if ratio.shape == factors.shape and torch.allclose(ratio, factors, rtol=1e-4):
             return scaling
     return None

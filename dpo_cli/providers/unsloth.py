@@ -56,9 +56,9 @@ class Unsloth(HuggingFace):
 
 def _require_quantisation(model: PreTrainedModel, plan: Plan) -> None:
     """`RunFailed` if Unsloth's CPU fallback loaded 16 bits instead of 4, or nf4, the only kind that it has, for fp4."""
-    made = getattr(model.config, "quantization_config", None)
+    used = getattr(model.config, "quantization_config", None)
     wanted = quantisation(plan) if plan.config.use_4bit else None
     names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-    if (made is None) != (wanted is None) or any(getattr(made, name, None) != getattr(wanted, name, None) for name in names):
+    if (used is None) != (wanted is None) or any(getattr(used, name, None) != getattr(wanted, name, None) for name in names):
         message = "Unsloth did not quantise this model as the config says"
         raise RunFailed(message, 'remove the bnb_4bit keys, change "use_4bit", or write "provider": "huggingface"')

@@ -39,12 +39,12 @@ WHERE = (
 
 def find_converter(named: Path | None) -> Path:
     """The converter that is named, or the one on PATH; `UsageError` says where to get it."""
-    found = named or shutil.which(SCRIPT)
-    if found is None:
+    path = named or shutil.which(SCRIPT)
+    if path is None:
         raise UsageError(f"--gguf needs a converter, {SCRIPT}", WHERE)
-    if not Path(found).is_file():
-        raise UsageError(f"converter {found} not found", WHERE)
-    return Path(found).absolute()
+    if not Path(path).is_file():
+        raise UsageError(f"converter {path} not found", WHERE)
+    return Path(path).absolute()
 
 
 def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) -> None:
@@ -55,9 +55,9 @@ def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) 
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     logging.getLogger("dpo").info("%s\n%s%s", command, done.stdout, done.stderr)
     if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        last_line = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
         fix = "train.log has its output; for a missing module: pip install 'dpo-cli[gguf]'"
-        raise RunFailed(f"the converter {converter} failed: {said}", fix)
+        raise RunFailed(f"the converter {converter} failed: {last_line}", fix)
     if not ModelFiles(file).is_gguf:
         raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
 
@@ -67,30 +67,30 @@ def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], token
 
     One model is in memory at a time, in float32. `RunFailed` for a file that cannot be read, or has another end token.
     """
-    wanted = _logits(rows, pretrained_model_name_or_path=str(model_dir))
+    expected = _logits(rows, pretrained_model_name_or_path=str(model_dir))
     try:
         ends = read_header(file).metadata.get("tokenizer.ggml.eos_token_id")
-        made = _logits(rows, pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
+        actual = _logits(rows, pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # the errors of transformers for an unreadable file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"{file.name} cannot be read back, so it cannot be checked: {reason}"
         raise RunFailed(message, "use a newer converter, or export without --gguf") from error
-    if ends != tokenizer.eos_token_id or made.shape != wanted.shape:
+    if ends != tokenizer.eos_token_id or actual.shape != expected.shape:
         message = f"{file.name} differs from the model in its vocabulary or in the token that ends a text"
         raise RunFailed(message, "use a newer converter, or export without --gguf")
-    same = float((made.argmax(dim=-1) == wanted.argmax(dim=-1)).double().mean())
-    apart = float((made - wanted).abs().max())
-    return GgufCheck(file.name, kind, len(wanted), same, apart, LEAST_SAME[kind], ok=same >= LEAST_SAME[kind])
+    same = float((actual.argmax(dim=-1) == expected.argmax(dim=-1)).double().mean())
+    apart = float((actual - expected).abs().max())
+    return GgufCheck(file.name, kind, len(expected), same, apart, LEAST_SAME[kind], ok=same >= LEAST_SAME[kind])
 
 
 def _logits(rows: Sequence[Encoded], **source: str) -> Tensor:
     """The logits that predict the first tokens of each row's first response, (positions, vocabulary), in float32."""
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(**source, **options).eval()
-    made = []
+    logits_of_rows = []
     with torch.no_grad():
         for row in rows[:ROWS]:
             start = max(len(row.prompt_ids) - 1, 0)
             ids = torch.tensor([(row.prompt_ids + row.responses[0])[: start + POSITIONS]])
-            made.append(model(input_ids=ids, use_cache=False).logits[0, start:])
-    return torch.cat(made)
+            logits_of_rows.append(model(input_ids=ids, use_cache=False).logits[0, start:])
+    return torch.cat(logits_of_rows)

@@ -106,7 +106,7 @@ def turns_of(template: ChatTemplate) -> Turns | None:
     except (TemplateError, ValueError):  # refused, or a text is not in its place
         return None
     for made in (bare, *_with_system(template, bare)):
-        if all(made.render(messages) == told for messages in CHECKED if (told := _told(template, messages)) is not None):
+        if all(made.render(messages) == text for messages in CHECKED if (text := _accepted(template, messages)) is not None):
             return made
     return None
 
@@ -116,7 +116,7 @@ def rendered(template: ChatTemplate, messages: Sequence[Message], answer: bool =
     return template.render(messages, None, add_generation_prompt=answer, bos_token="")
 
 
-def _told(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
+def _accepted(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
     """The same; None for a conversation that the template refuses because of its system message."""
     try:
         return rendered(template, messages)

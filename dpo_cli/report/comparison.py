@@ -32,8 +32,8 @@ def compared(runs: Sequence[Contents]) -> dict[str, object]:
         for strategy, numbers in by_strategy.items()
     ]
     keys = [Curve(name, "eval", [], colour) for colour, name in enumerate(names)]
-    made = {"runs": runs, "names": names, "keys": keys, "groups": groups}
-    return {**made, "warnings": warnings(runs), "differing": differing(runs)}
+    content = {"runs": runs, "names": names, "keys": keys, "groups": groups}
+    return {**content, "warnings": warnings(runs), "differing": differing(runs)}
 
 
 def distinct_names(runs: Sequence[Contents]) -> list[str]:
@@ -43,7 +43,7 @@ def distinct_names(runs: Sequence[Contents]) -> list[str]:
 
 
 def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int]) -> list[Plot]:
-    made, end = [], max((line.step for number in numbers for line in runs[number].lines), default=0)
+    plots, end = [], max((line.step for number in numbers for line in runs[number].lines), default=0)
     for kind in KINDS:
         if not kind.is_compared:
             continue
@@ -56,8 +56,8 @@ def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int
         if any(curve.points for curve in curves):
             shared = {level for number in numbers for level in levels(kind, runs[number])}
             common = list(shared) if len(shared) == 1 else []
-            made.append(Plot(kind.title, kind.note, curves, common, end, kind.from_zero))
-    return made
+            plots.append(Plot(kind.title, kind.note, curves, common, end, kind.from_zero))
+    return plots
 
 
 def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:

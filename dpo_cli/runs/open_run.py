@@ -88,8 +88,8 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
     inspection = inspect(loaded, probe(), with_fit=False, keep_rows=True, is_begun=is_plan)
     data, plan = inspection.require()
-    found = [problem for problem in inspection.problems if problem.severity == "warning"]
-    console.problems([problem for problem in found if problem.key != "augment"])  # here a judge needs no rank
+    warnings = [problem for problem in inspection.problems if problem.severity == "warning"]
+    console.problems([problem for problem in warnings if problem.key != "augment"])  # here a judge needs no rank
     provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
     rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), all_rows=bool(dataset))

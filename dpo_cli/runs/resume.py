@@ -32,7 +32,7 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Begun:
+class EarlierRun:
     """A run that was started: its plan and manifest, its newest complete checkpoint if there is one, and its end."""
 
     plan: Json
@@ -42,7 +42,7 @@ class Begun:
     asked: Json  # the config at the end of a finished run; it may be newer than that of its last checkpoint
 
     @classmethod
-    def find(cls, run: RunDirectory, tell: Tell) -> Begun | None:
+    def find(cls, run: RunDirectory, tell: Tell) -> EarlierRun | None:
         """What can be resumed; None for a run without a checkpoint. `tell` reports what is damaged."""
         skipped = partial(_tell_skipped, tell)
         checkpoint, summary = next(run.checkpoints.verified(skipped), None), _end(run, tell)
@@ -77,25 +77,25 @@ class Begun:
     def as_decided(self, loaded: Loaded, tell: Tell) -> Loaded:
         """The config with the decisions of the machine at the start of the run, for options that are still open."""
         config, before, decided = loaded.require(), self.plan["config"], self.decided
-        kept = {key: value for key, value in decided.values.items() if getattr(config, key) in ("auto", None)}
+        decisions = {key: value for key, value in decided.values.items() if getattr(config, key) in ("auto", None)}
         is_as_large = config.per_device_train_batch_size * config.gradient_accumulation_steps == _product(before)
-        kept |= {key: before[key] for key in REGROUPED} if is_as_large else {}
-        now = config.replaced(kept)
+        decisions |= {key: before[key] for key in REGROUPED} if is_as_large else {}
+        now = config.replaced(decisions)
         if is_as_large and now.per_device_train_batch_size != config.per_device_train_batch_size:
-            told = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"
-            tell(f"note: micro-batches are {told}, as when the run started: other sizes would round differently")
-        sources = {**loaded.sources, **{key: self.plan["sources"][key] for key in kept}}
+            size = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"
+            tell(f"note: micro-batches are {size}, as when the run started: other sizes would round differently")
+        sources = {**loaded.sources, **{key: self.plan["sources"][key] for key in decisions}}
         return replace(loaded, config=now, sources=sources, day=decided.day)
 
     def require_same(self, loaded: Loaded, plan: Plan, manifest: Json) -> None:
         """`InvalidInput` with each difference that would change the adapter."""
-        if found := [loaded.placed(problem) for problem in self._differences(plan, manifest)]:
-            raise InvalidInput(found)
+        if problems := [loaded.placed(problem) for problem in self._differences(plan, manifest)]:
+            raise InvalidInput(problems)
 
     def _differences(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
         assert plan.counts is not None
-        if told := [*self._other_words(plan, manifest)]:
-            yield from told
+        if changes := [*self._other_words(plan, manifest)]:
+            yield from changes
         elif self.plan["counts"].get("digest") != plan.counts.digest:
             yield _other("the rows, or their order, differ from when the run started", "dataset")
         if plan.total_steps < self.step:
@@ -176,19 +176,19 @@ def _tell_skipped(tell: Tell, checkpoint: Checkpoint, damage: str) -> None:
     tell(f"checkpoint {checkpoint.folder.name} is skipped: {damage}")
 
 
-def go_on(run: RunDirectory, begun: Begun, plan: Plan, manifest: Json, tell: Tell) -> list[int]:
+def go_on(run: RunDirectory, earlier: EarlierRun, plan: Plan, manifest: Json, tell: Tell) -> list[int]:
     """Restore the run directory to the state of the checkpoint; returns the steps of all resumes for the manifest."""
-    if begun.checkpoint is None:
+    if earlier.checkpoint is None:
         message = f"{run.path} is finished, and has no checkpoint to resume from"
         raise invalid("resume-differs", message, "restart with --overwrite", "output_dir")
     run.forget_end()
-    run.take_lines(begun.checkpoint.folder)
-    tell(f"resuming from {begun.checkpoint.folder.name}")
-    if any(_differs(begun.plan["config"], plan, name) for name in names_where(lambda option: option.end == "length")):
+    run.take_lines(earlier.checkpoint.folder)
+    tell(f"resuming from {earlier.checkpoint.folder.name}")
+    if any(_differs(earlier.plan["config"], plan, name) for name in names_where(lambda option: option.end == "length")):
         tell(f"note: from here on the learning rate follows a training of {plan.total_steps} steps")
-    if others := begun.other_versions(manifest):
+    if others := earlier.other_versions(manifest):
         tell(f"note: started with {'; '.join(others)}: the last bits may differ")
-    return [*begun.manifest.get("resumed", []), begun.step]
+    return [*earlier.manifest.get("resumed", []), earlier.step]
 
 
 @contextmanager

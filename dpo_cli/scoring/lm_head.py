@@ -130,8 +130,8 @@ class _ScoreTokens(torch.autograd.Function):
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         log_probs, entropy, mean_logits = columns
         for part in head.chunks(len(hidden)):
-            found = _scores(head, hidden[part].to(dtype), targets[part])
-            log_probs[part], entropy[part], mean_logits[part], is_top1[part] = found
+            scores = _scores(head, hidden[part].to(dtype), targets[part])
+            log_probs[part], entropy[part], mean_logits[part], is_top1[part] = scores
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.head, ctx.dtype = head, dtype
         ctx.mark_non_differentiable(mean_logits, is_top1)

@@ -32,9 +32,9 @@ def halves(batch: Batch, rows_a_unit: int) -> list[Batch]:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch ran out of memory, or cuBLAS (for its workspace) or Apple's GPU, which have other errors."""
-    told = str(error)
-    others = "CUBLAS_STATUS_ALLOC_FAILED" in told or "MPS backend out of memory" in told
-    return isinstance(error, torch.OutOfMemoryError) or others
+    message = str(error)
+    is_other_device = "CUBLAS_STATUS_ALLOC_FAILED" in message or "MPS backend out of memory" in message
+    return isinstance(error, torch.OutOfMemoryError) or is_other_device
 
 
 def free_memory() -> None:
@@ -60,13 +60,13 @@ def in_halves(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            lacking = error.with_traceback(None)  # its frames hold the tensors that fill the memory
+            failure = error.with_traceback(None)  # its frames hold the tensors that fill the memory
         else:
             yield part, result
             continue
         free_memory()
         if not (smaller := divided(part)):
-            raise lacking
+            raise failure
         waiting[:0] = smaller
 
 

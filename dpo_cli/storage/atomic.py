@@ -61,8 +61,8 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        said = re.search(r"\(os error (\d+)\)", str(error)) if sys.platform != "win32" else None  # Windows has other numbers
-        number = int(said[1]) if said is not None else errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        match = re.search(r"\(os error (\d+)\)", str(error)) if sys.platform != "win32" else None  # Windows has other numbers
+        number = int(match[1]) if match is not None else errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, os.strerror(number), str(place)) from error
 
 

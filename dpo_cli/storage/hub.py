@@ -15,7 +15,7 @@ DEADLINE_SECONDS = 6.0  # a name server that never answers has no timeout
 CACHE_FIX = "set HF_HOME to a folder that you may write, with room for a model; then run the same command again"
 SETTINGS = "https://huggingface.co/settings/tokens"
 
-Said = TypeVar("Said")
+Reply = TypeVar("Reply")
 _silent = Event()  # the hub missed a deadline: it is not waited for again
 
 
@@ -34,7 +34,7 @@ def ask_nobody() -> None:
     sys.modules["kernels"] = None  # type: ignore[assignment] # as if it were not installed
 
 
-def answer(ask: Callable[[], Said]) -> Said:
+def answer(ask: Callable[[], Reply]) -> Reply:
     """What `ask` returns or raises; `Unreachable` if the hub does not answer by the deadline."""
     from concurrent.futures import Future, wait
 
@@ -43,26 +43,26 @@ def answer(ask: Callable[[], Said]) -> Said:
 
     if _silent.is_set():
         raise Unreachable
-    asked: Future[Said] = Future()
+    reply: Future[Reply] = Future()
 
     def run() -> None:
         try:
-            asked.set_result(ask())
+            reply.set_result(ask())
         except Exception as error:  # raised again by the caller
-            asked.set_exception(error)
+            reply.set_exception(error)
 
     Thread(target=run, daemon=True).start()  # a name lookup cannot be stopped: the process does not wait for it
-    if not wait([asked], DEADLINE_SECONDS).done:
+    if not wait([reply], DEADLINE_SECONDS).done:
         _silent.set()
         raise Unreachable
-    error = asked.exception()
+    error = reply.exception()
     if isinstance(error, RepositoryNotFoundError):  # a gated repository is one too
         raise error
     if isinstance(error, httpx.TransportError | HfHubHTTPError | OfflineModeIsEnabled):
         raise Unreachable from error
     if error is not None:
         raise cache_fault(error) or error
-    return asked.result()
+    return reply.result()
 
 
 def unreachable(kind: str, name: str) -> RunFailed:
