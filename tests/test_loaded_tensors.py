@@ -171,9 +171,9 @@ def test_a_tensor_that_stands_twice_is_the_same_or_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
 def test_whole_numbers_are_no_weights_without_their_scale(tmp_path: Path, dtype: torch.dtype) -> None:
-    beside = {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=dtype), "position_ids": torch.ones(1, 4, dtype=dtype)}
-    assert in_files(tmp_path, {"one.safetensors": beside}) == []
-    (fault,) = in_files(tmp_path, {"one.safetensors": {**beside, "a.weight": WHOLE.to(dtype)}})
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=dtype), "position_ids": torch.ones(1, 4, dtype=dtype)}
+    assert in_files(tmp_path, {"one.safetensors": masks}) == []
+    (fault,) = in_files(tmp_path, {"one.safetensors": {**masks, "a.weight": WHOLE.to(dtype)}})
     assert "a.weight" in fault and "no quantization_config" in fault
 
 
