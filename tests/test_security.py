@@ -522,7 +522,7 @@ OUR_WORDS = (
 
 
 def test_redaction_leaves_the_keys_of_a_document(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variables with the name of a secret that hold a word of the schema, or the run's place: the run resumes, and is judged."""
+    """Variables with the name of a secret that hold a word of the schema, or the run's place: the run is resumed and judged."""
     for number, word in enumerate(OUR_WORDS):
         monkeypatch.setenv(f"SORT_{number}_KEY", word)
         assert redacted({word: [f"my {word}", 1.5, None, {word: True}]}).keys() == {word}
