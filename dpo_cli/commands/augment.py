@@ -102,7 +102,7 @@ class Maker:
         # As many bits as torch takes, from a hash that is the same on every machine: batches of other seeds share nothing.
         torch.manual_seed(random.Random(f"{self.plan.config.seed}/{start}").getrandbits(63))
         try:
-            made = generate(self.model, self.tokenizer, [ids for _, ids in batch], sampling, dtype, options["responses"])
+            sampled = generate(self.model, self.tokenizer, [ids for _, ids in batch], sampling, dtype, options["responses"])
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -110,7 +110,7 @@ class Maker:
             fix = 'lower "prompts_per_batch", "responses" or "max_new_tokens" in "augment"'
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
         rows = []
-        for (question, _), answers in zip(batch, made, strict=True):
+        for (question, _), answers in zip(batch, sampled, strict=True):
             counts["unanswered"] += answers[0].is_missing
             usable = _usable(answers, options["min_tokens"], counts)
             scores = self.rank(question, usable)

@@ -144,7 +144,7 @@ def _trained(
     run: RunDirectory,
     earlier: EarlierRun | None,
     plan: Plan,
-    found: JsonObject,
+    findings: JsonObject,
     provider: Provider,
     rows: Rows,
     loaded: Loaded,
@@ -164,7 +164,7 @@ def _trained(
         scoring = earlier.decided.scoring if earlier else scoring
         plan = _settled(plan, scoring, loaded, machine, console, is_resumed=earlier is not None)
         view.predicted_gb = plan.predicted_gb
-        run.write_plan({**plan.to_json(), **found})
+        run.write_plan({**plan.to_json(), **findings})
         start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
         frozen = None if plan.config.lora_r else provider.base_model(plan)
         if frozen is not None:

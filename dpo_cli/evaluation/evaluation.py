@@ -127,8 +127,8 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
     with random_state_kept():
         torch.manual_seed(config.seed)
         sampling = Sampling(config.max_new_tokens, temperature=1.0)
-        made = answers(policy.network, tokenizer, [row.prompt_ids for row in first_rows], sampling, dtype)
-    both = zip(first_rows, made, strict=True)
+        samples = answers(policy.network, tokenizer, [row.prompt_ids for row in first_rows], sampling, dtype)
+    both = zip(first_rows, samples, strict=True)
     sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in both if not answer.is_missing]
     if not sampled:
         return np.zeros(0), len(first_rows)

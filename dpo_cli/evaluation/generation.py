@@ -120,8 +120,8 @@ def _batch(
         **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}),
     )
     with _plain(model), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    rows: list[list[int]] = made[:, width:].tolist()
+        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    rows: list[list[int]] = sequences[:, width:].tolist()
     answers = [_answer(row, ends, tokenizer) for row in rows]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
@@ -152,8 +152,8 @@ def _ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
 def _answer(row: Sequence[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     tokens = next((i for i, token in enumerate(row) if token in ends), None)
     text = str(tokenizer.decode(row[:tokens], skip_special_tokens=True)).strip()
-    said = row if tokens is None else row[: tokens + 1]
-    return Answer(text, len(row) if tokens is None else tokens, finished=tokens is not None, ids=tuple(said))
+    own_ids = row if tokens is None else row[: tokens + 1]
+    return Answer(text, len(row) if tokens is None else tokens, finished=tokens is not None, ids=tuple(own_ids))
 
 
 def first_of_each_prompt(rows: Sequence[Encoded], count: int) -> list[Encoded]:

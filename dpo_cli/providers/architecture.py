@@ -105,12 +105,12 @@ class Architecture:
         """What an existing adapter changes when it is trained with this dropout; None if loading reports the error."""
         plain = replace(adapter, inference_mode=False, lora_dropout=0.0)
         try:
-            found = self._read_off(self._with(plain))
+            touched = self._read_off(self._with(plain))
         except Refusal:
             return None
         if dropout and self.experts and not self._takes(replace(plain, lora_dropout=dropout)):
             raise InvalidInput([target_layers.on_experts(self.label, "lora_dropout")])
-        return found
+        return touched
 
     def fresh(self, config: Config) -> tuple[LoraConfig, Adapted]:
         """The adapter of a config, and what it changes; `InvalidInput` if PEFT refuses it."""
@@ -192,30 +192,30 @@ class Architecture:
         """`InvalidInput` if the config names a missing layer, or one that is not linear: PEFT ignores such a name."""
         wanted, known = config.target_modules, self._known() | {self.table}
         fix = f"its linear layers are {self._linear_kinds()}, in names like {next(iter(sorted(self.linear)), 'none')}"
-        found: list[Problem] = []
+        problems: list[Problem] = []
         idle = target_layers.idle_parts(wanted, known)
         matched = [name for name in self.modules if isinstance(wanted, str) and target_layers.names(wanted, name) and name]
         other = [] if wanted == ALL_LINEAR else [name for name in matched if name not in known]
         if self.head in other or (isinstance(wanted, list) and target_layers.names(wanted, self.head)):
-            found.append(target_layers.head_adapter(self.head))
+            problems.append(target_layers.head_adapter(self.head))
         elif other:
             kinds = [(name, type(self.modules[name]).__name__) for name in other]
-            found.append(target_layers.not_linear(self.label, kinds, fix))
+            problems.append(target_layers.not_linear(self.label, kinds, fix))
         elif isinstance(wanted, list) and idle:
             message = f"{self.label} has no linear layer named {', '.join(sorted(idle))}"
-            found.append(Problem("error", "no-such-module", message, fix, KEY))
+            problems.append(Problem("error", "no-such-module", message, fix, KEY))
         elif wanted != ALL_LINEAR and not any(target_layers.names(wanted, name) for name in known):
             message = f"{self.label} has no layer whose whole name matches {wanted!r}"
-            found.append(Problem("error", "no-such-module", message, fix, KEY))
+            problems.append(Problem("error", "no-such-module", message, fix, KEY))
         if unknown := [
             one for one in config.modules_to_save or () if not any(target_layers.names([one], name) for name in self.modules)
         ]:
             message = f"{self.label} has no module named {', '.join(sorted(unknown))}"
-            found.append(Problem("error", "no-such-module", message, fix, "modules_to_save"))
+            problems.append(Problem("error", "no-such-module", message, fix, "modules_to_save"))
         if wanted != ALL_LINEAR and (named := [name for name in self.state_space if target_layers.names(wanted, name)]):
-            found.append(target_layers.state_space(self.label, sorted({name.rpartition(".")[2] for name in named})))
-        if found:
-            raise InvalidInput(found)
+            problems.append(target_layers.state_space(self.label, sorted({name.rpartition(".")[2] for name in named})))
+        if problems:
+            raise InvalidInput(problems)
 
     @functools.cached_property
     def state_space(self) -> set[str]:

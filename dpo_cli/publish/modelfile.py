@@ -64,13 +64,13 @@ class Turns:
         system = next((message["content"] for message in messages if message["role"] == "system"), None)
         turns = [message for message in messages if message["role"] != "system"]
         has_turn = self.place == "turn" and system is not None
-        made = f"{self.system[0]}{system}{self.system[1]}" if has_turn else self.opening
+        text = f"{self.system[0]}{system}{self.system[1]}" if has_turn else self.opening
         host = {"first": 0, "last": len(turns) - 1}.get(self.place)
         for i, message in enumerate(turns):
             before, after = self.user if message["role"] == "user" else self.assistant
             within = f"{self.system[0]}{system}{self.system[1]}" if i == host and system is not None else ""
-            made += before + within + message["content"] + after
-        return made + self.answer
+            text += before + within + message["content"] + after
+        return text + self.answer
 
     def go(self) -> str:
         """The template in Go's text/template. Texts are quoted, so that blanks are kept exactly."""
@@ -105,9 +105,9 @@ def turns_of(template: ChatTemplate) -> Turns | None:
         bare = _bare(template)
     except (TemplateError, ValueError):  # refused, or a text is not in its place
         return None
-    for made in (bare, *_with_system(template, bare)):
-        if all(made.render(messages) == text for messages in CHECKED if (text := _accepted(template, messages)) is not None):
-            return made
+    for turns in (bare, *_with_system(template, bare)):
+        if all(turns.render(messages) == text for messages in CHECKED if (text := _accepted(template, messages)) is not None):
+            return turns
     return None
 
 

@@ -92,26 +92,26 @@ def differing(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
 
 def warnings(runs: Sequence[Contents]) -> list[str]:
     """The reasons why figures are not comparable."""
-    found = []
+    reasons = []
     if others := _held_out_otherwise(runs):
-        found.append(
+        reasons.append(
             f"The held-out sets differ (in {', '.join(others)}), so the figures are not comparable: "
             "evaluate each run on one file with dpo eval --dataset."
         )
     if differ(runs, lambda run: run.strategy):
-        found.append("The strategies differ: a loss of pairs and a loss of demonstrations are different quantities.")
+        reasons.append("The strategies differ: a loss of pairs and a loss of demonstrations are different quantities.")
     elif differ(runs, lambda run: run.config.get("beta")):
-        found.append("beta differs. It scales rewards, margins and losses: compare accuracies, gains and KL.")
+        reasons.append("beta differs. It scales rewards, margins and losses: compare accuracies, gains and KL.")
     pairs = [run for run in runs if run.takes("loss_type")]
     if differ(pairs, lambda run: run.config["loss_type"]):
-        found.append("loss_type differs: the training losses are different quantities; the held-out losses are all sigmoid.")
+        reasons.append("loss_type differs: the training losses are different quantities; the held-out losses are all sigmoid.")
     if differ(pairs, lambda run: [run.config[key] for key in ("kl_prompts", "max_new_tokens")]):
-        found.append(
+        reasons.append(
             "kl_prompts or max_new_tokens differ, and decide which answers are sampled: KL per answer is not comparable."
         )
     if differ(runs, lambda run: (run.manifest["model"], run.base)):
-        found.append("The runs started from different models: rewards, KL and gains are each relative to another model.")
-    return found
+        reasons.append("The runs started from different models: rewards, KL and gains are each relative to another model.")
+    return reasons
 
 
 def differ(runs: Sequence[Contents], what: Callable[[Contents], object]) -> bool:
