@@ -91,7 +91,7 @@ def _unjudged(outcome: Outcome) -> Verdict:
     """A run without figures on held-out rows: the training figures show only the fit."""
     missed = "its evaluation did not finish (dpo eval repeats it)" if outcome.rows else "there are no held-out rows"
     rest = {
-        "completed": f", but {missed}, so it is unknown whether it is better than its {outcome.base}",
+        "completed": f", but {missed}, so it is unknown whether {outcome.who} is better than its {outcome.base}",
         "interrupted": f"; {outcome.who} is saved and not evaluated",
         "unhealthy": f"; {outcome.who} is saved and not evaluated",
         "unfinished": ", so it is not evaluated yet",
