@@ -64,7 +64,7 @@ def measure(table: Table, options: argparse.Namespace) -> int:
         ("loss of step 1 (ln 2 = 0.693147)", ours["losses"][0], theirs["losses"][0], NOISE),
         (f"loss of step {len(ours['losses'])}", ours["losses"][-1], theirs["losses"][-1], NOISE),
     ]
-    for number, what in ((0, "1, going on from the adapter of the unsloth run"), (-1, f"{len(on['losses'])} of that")):
+    for number, what in ((0, "1, continuing the adapter of the unsloth run"), (-1, f"{len(on['losses'])} of that")):
         rows.append((f"loss of step {what}", on["losses"][number], too["losses"][number], NOISE))
     for figure in ("margin", "accuracy", "kl_token"):
         values = [summary["eval"][figure]["value"] for summary in (ours, theirs)]

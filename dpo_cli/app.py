@@ -87,11 +87,11 @@ def validate(
         if not configs:
             raise UsageError("no config is given", "dpo validate my-config.json")
         machine = probe()
-        found = [validated_file(console, path, overrides, machine, vram, not no_data, strict, rows) for path in configs]
+        validations = [validated_file(console, path, overrides, machine, vram, not no_data, strict, rows) for path in configs]
         if as_json:
-            several = [{"file": path, **validation.to_json()} for path, validation in zip(configs, found, strict=True)]
-            console.json(found[0].to_json() if len(found) == 1 else several)
-        raise typer.Exit(int(worst(validation.exit_code for validation in found)))
+            several = [{"file": path, **validation.to_json()} for path, validation in zip(configs, validations, strict=True)]
+            console.json(validations[0].to_json() if len(validations) == 1 else several)
+        raise typer.Exit(int(worst(validation.exit_code for validation in validations)))
 
 
 @app.command()
@@ -112,20 +112,20 @@ def recommend(
     with session(as_json, debug) as console:
         if write is not None and write.exists():
             raise UsageError(f"{write} exists already", "name a new file")
-        made = make_recommendation(request_of(console, vram, model, dataset, strategy))
-        for reason in made.reasons:
+        recommendation = make_recommendation(request_of(console, vram, model, dataset, strategy))
+        for reason in recommendation.reasons:
             console.line(reason)
         if not STRATEGIES[strategy].is_trained:
             console.line(f"this version cannot train {strategy} yet: the config is for a later version")
-        console.bill(made.memory.to_json())
+        console.bill(recommendation.memory.to_json())
         if write is not None:
             try:
-                write.write_text(config_text(made), encoding="utf-8")
+                write.write_text(config_text(recommendation), encoding="utf-8")
             except OSError as error:  # the folder does not exist or is not writable: the user can fix it
                 raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
-        console.line(f"wrote {write}" if write else json.dumps(made.config, indent=2))
+        console.line(f"wrote {write}" if write else json.dumps(recommendation.config, indent=2))
         if as_json:
-            console.json(made.to_json())
+            console.json(recommendation.to_json())
 
 
 class _TrainCommand(TyperCommand):
@@ -201,15 +201,15 @@ def evaluate(
         if adapter and side_by_side:
             raise UsageError("--side-by-side needs a run directory", "dpo vote RUN_DIR")
         votes = VoteRequest(name, side_by_side, by_judge) if side_by_side else None
-        asked = Request(name, adapter, dataset, values, fail_under, votes)
+        request = Request(name, adapter, dataset, values, fail_under, votes)
         if side_by_side:
             console.line(f"note: `dpo vote {name} --prompts {side_by_side}` compares answers without evaluating the run again")
         composer_for()
         from dpo_cli.commands.eval import evaluate as evaluate_it
 
-        judged, compared = evaluate_it(asked, console)
+        judged, compared = evaluate_it(request, console)
         result = {**judged.shown, "side_by_side": to_json(compared) if compared else None}
-        _end(asked.thresholds, judged, result, console, as_json)
+        _end(request.thresholds, judged, result, console, as_json)
 
 
 @app.command()
@@ -235,23 +235,23 @@ def vote(
         from dpo_cli.commands.requests import VoteRequest
 
         count = prompts or (0 if tally else VOTED_ON)
-        asked = VoteRequest(run_dir or "", count, by_judge, dataset, tuple(overrides or ()), tally, fail_under)
-        _vote(asked, console, as_json)
+        request = VoteRequest(run_dir or "", count, by_judge, dataset, tuple(overrides or ()), tally, fail_under)
+        _vote(request, console, as_json)
 
 
-def _vote(asked: VoteRequest, console: Console, as_json: bool) -> None:
-    if asked.tally is not None:
+def _vote(request: VoteRequest, console: Console, as_json: bool) -> None:
+    if request.tally is not None:
         from dpo_cli.preferences.votes import count
 
-        tally = count(asked.tally)
+        tally = count(request.tally)
         console.tally(tally)
-        _end(asked.thresholds, tally, to_json(tally), console, as_json)
+        _end(request.thresholds, tally, to_json(tally), console, as_json)
     else:
         composer_for()
         from dpo_cli.commands.vote import vote as hold
 
-        compared = hold(asked, console)
-        _end(asked.thresholds, compared.tally, to_json(compared), console, as_json)
+        compared = hold(request, console)
+        _end(request.thresholds, compared.tally, to_json(compared), console, as_json)
 
 
 def _end(

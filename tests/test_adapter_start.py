@@ -172,7 +172,7 @@ def test_an_adapter_of_another_tool_is_a_start(run: Run, sft: Path, tmp_path: Pa
 
 
 def test_what_stands_on_itself_is_no_start(tmp_path: Path) -> None:
-    """An adapter, two in a ring, and a run that goes on from itself; none of them is followed without end."""
+    """An adapter, two in a ring, and a run that continues itself; none of them is followed without end."""
     lora = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
     for name, base in (("alone", "alone"), ("one", "two"), ("two", "one"), ("run/adapter", "run")):
         folder = tmp_path / name

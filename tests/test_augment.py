@@ -111,7 +111,7 @@ def test_an_adapter_answers_for_itself(place: Path) -> None:
 
 
 def test_a_killed_file_goes_on_to_the_same_bytes(place: Path) -> None:
-    """One process is killed while it writes; another, with the same arguments, goes on from what is there."""
+    """One process is killed while it writes; another, with the same arguments, continues the file."""
     slow = rule(max_new_tokens=40, prompts_per_batch=1)  # so that it is alive when it is killed
     assert run(slow, out="whole.jsonl").exit_code == 0
     words = [sys.executable, "-m", "dpo_cli", "augment", "prompts.txt", "config.json", slow, "--out", "pairs.jsonl"]
@@ -174,7 +174,7 @@ def stopped_after_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_file_has_one_day(place: Path, talker_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A template that writes the date writes the day on which the file was begun, also after midnight."""
+    """A template that writes the date writes the day on which the file was started, also after midnight."""
     shutil.copytree(talker_dir, place / "dated")
     settings = json.loads((place / "dated" / "tokenizer_config.json").read_text(encoding="utf-8"))
     template = settings.pop("chat_template", None) or (place / "dated" / "chat_template.jinja").read_text(encoding="utf-8")
@@ -287,7 +287,7 @@ def test_a_judge_ranks_and_its_key_is_nowhere(place: Path, endpoint: Endpoint) -
     endpoint.reply = lambda _: (401, "")
     failed = run(asked, out="failed.jsonl")
     assert failed.exit_code == 1 and "OPENAI_API_KEY" in failed.stderr
-    assert Path("failed.jsonl.progress").exists()  # so that the same command goes on with a right key
+    assert Path("failed.jsonl.progress").exists()  # so that the same command continues with a valid key
 
 
 def test_short_answers_and_near_scores_make_no_pair(place: Path) -> None:

@@ -66,7 +66,7 @@ TINY = (
 )
 TINY += ("kl_prompts=2", "max_new_tokens=4", "eval_split=0.4", "target_modules=all-linear", "provider=huggingface")
 TAKES_VALUES = ("validate", "train", "augment")
-# What a page may speak of beside dpo.
+# What a page may name in addition to dpo.
 OTHER = ("pip", "uv", "python3", "py", "source", ".venv/Scripts/Activate.ps1", "cd", "ollama", "tensorboard")
 
 

@@ -1,4 +1,4 @@
-"""`dpo eval` beside plain transformers and PEFT, adapters of other tools, categories, and limits for scripts."""
+"""`dpo eval` compared with plain transformers and PEFT, adapters of other tools, categories, and limits for scripts."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def plan_dataset(place: Path) -> str:
 
 
 def test_a_plan_of_another_machine_judges_an_adapter_here(run: Run) -> None:
-    """What that machine decided or had is decided anew, with --adapter as without."""
+    """What that machine decided or had is decided again, with and without --adapter."""
     _, place = run(eval_split=0.4)
     here = judged_json(Request(str(place)), Console())
     plan = json.loads((place / "plan.json").read_text(encoding="utf-8"))
@@ -304,7 +304,7 @@ def test_votes_have_a_limit_too() -> None:
 
 
 def test_a_run_that_adapts_the_embedding_is_judged_as_it_was(run: Run) -> None:
-    """PEFT then writes the base's embedding beside the adapter."""
+    """PEFT then writes the base's embedding with the adapter."""
     summary, place = run(target_modules=".*(q_proj|embed_tokens)", eval_split=0.4)
     assert judged_json(Request(str(place)), Console())["policy"] == summary["eval"]
 

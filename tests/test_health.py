@@ -116,7 +116,7 @@ def test_a_rising_loss_of_sft(tmp_path: Path) -> None:
 
 
 def test_chance_is_no_warning(tmp_path: Path) -> None:
-    """Steady trainings of 300 steps, whose margins are drawn anew for each pair: batches of 1, 4 and 8, 70 to 85 % right."""
+    """Steady trainings of 300 steps, whose margins are drawn for each pair: batches of 1, 4 and 8, 70 to 85 % right."""
     draws = np.random.default_rng(0)
     for batch, mean, spread in [(1, 1.0, 1.5), (1, 1.5, 2.0), (4, 1.5, 2.0), (8, 1.0, 2.0)]:
         made = plan(tmp_path, per_device_train_batch_size=batch, max_steps=300)
@@ -285,7 +285,7 @@ def test_one_pair_is_learned_by_heart(trained: Trained) -> None:
 
 
 def test_a_training_that_does_not_start_at_its_reference(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The provider of a run that goes on from an adapter, changed so that the frozen copy is another one."""
+    """The provider of a run that continues an adapter, changed so that the frozen copy is another one."""
     ready = HuggingFace.ready
 
     def moved(self: HuggingFace, model: Any, plan: Plan) -> None:

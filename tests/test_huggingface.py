@@ -158,7 +158,7 @@ def in_cache(place: Path, name: str, *folders: Path) -> Path:
 def test_an_adapter_of_the_hub_is_taken_for_no_model(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, has_config: bool
 ) -> None:
-    """Axolotl writes a config.json beside it: transformers then loads the base with the adapter on, under the same name."""
+    """Axolotl writes a config.json next to it: transformers then loads the base with the adapter on, under the same name."""
     adapter = tmp_path / "adapter"
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config).save_pretrained(adapter)

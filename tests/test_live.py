@@ -175,7 +175,7 @@ def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 
 def test_time_left_counts_the_evaluations_on_the_way() -> None:
     """10 steps of 2 s, and an evaluation of 30 s: 90 steps are left, and 9 evaluations: 180 + 270 = 450 s."""
-    pace = Pace(now=0.0)  # loading takes 100 s, which is no training
+    pace = Pace(now=0.0)  # loading takes 100 s, and is not training
     assert pace.left(100, 50.0) is None
     for step in range(1, 11):
         pace.see(line_of(split="train", step=step, tokens=50 * step, tokens_per_second=25.0), 100.0 + 2 * step)

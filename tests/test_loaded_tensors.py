@@ -171,9 +171,9 @@ def test_a_tensor_that_stands_twice_is_the_same_or_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
 def test_whole_numbers_are_no_weights_without_their_scale(tmp_path: Path, dtype: torch.dtype) -> None:
-    beside = {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=dtype), "position_ids": torch.ones(1, 4, dtype=dtype)}
-    assert in_files(tmp_path, {"one.safetensors": beside}) == []
-    (fault,) = in_files(tmp_path, {"one.safetensors": {**beside, "a.weight": WHOLE.to(dtype)}})
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=dtype), "position_ids": torch.ones(1, 4, dtype=dtype)}
+    assert in_files(tmp_path, {"one.safetensors": masks}) == []
+    (fault,) = in_files(tmp_path, {"one.safetensors": {**masks, "a.weight": WHOLE.to(dtype)}})
     assert "a.weight" in fault and "no quantization_config" in fault
 
 
@@ -333,7 +333,7 @@ def test_masks_that_old_files_hold_are_passed_over(tmp_path: Path, family: str) 
     provider = HuggingFace(ModelSource.of(str(folder)))
     torch.testing.assert_close(log_probs(provider.base_model(plan_of(folder, tmp_path))), log_probs(model))
     if family != "gpt2":  # where transformers itself passes over the other
-        assert [f"{place}.{names[0]}" in note and "passed over" in note for note in provider.notes] == [True]
+        assert [f"{place}.{names[0]}" in note and "ignored" in note for note in provider.notes] == [True]
     weights[f"{place}.{names[-1]}"] = torch.ones(32)
     save_file(weights, folder / tensor_files.SINGLE, metadata={"format": "pt"})
     with pytest.raises(InvalidInput, match=f"{place}.{names[-1]}.*without a place"):

@@ -78,7 +78,7 @@ def trained(
         if next(faults, False):
             raise torch.OutOfMemoryError("none left")
 
-    weights[len(weights) // 2].register_hook(fail)  # in the middle of the backward pass
+    weights[len(weights) // 2].register_hook(fail)  # halfway through the backward pass
     trainer.train()
     assert next(faults, None) is None  # all of them came
     return [weight.detach() for weight in weights], lines

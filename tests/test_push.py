@@ -1,4 +1,4 @@
-"""Uploads, by the hub's own client to a server of ours that speaks its protocol."""
+"""Uploads, by the hub's own client to a local server that speaks its protocol."""
 
 from __future__ import annotations
 

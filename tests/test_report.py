@@ -159,13 +159,13 @@ def test_the_verdict_on_demonstrations(loss: float, tone: str, title: str, told:
     [
         (
             *("completed", 0, (), "open"),
-            "The training finished all of its 3 steps, but there are no held-out rows, so it is unknown whether it is better "
-            "than its base.",
+            "The training finished all of its 3 steps, but there are no held-out rows, so it is unknown whether the adapter "
+            "is better than its base.",
         ),
         (
             *("completed", 9, (), "open"),
             "The training finished all of its 3 steps, but its evaluation did not finish (dpo eval repeats it), so "
-            "it is unknown whether it is better than its base.",
+            "it is unknown whether the adapter is better than its base.",
         ),
         (
             *("interrupted", 9, (), "open"),

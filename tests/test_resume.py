@@ -38,7 +38,7 @@ Go = Callable[..., tuple[dict[str, Any], Exit]]
 
 
 class Killed(BaseException):
-    """Ends a training where no code of ours expects it."""
+    """Ends a training where dpo does not expect it."""
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_it_goes_on_to_the_same_bits(
 
 
 def test_going_on_from_an_adapter_keeps_its_reference(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside the adapter in training lies a frozen one, of which Trainer alone would restore only the latter."""
+    """Next to the adapter in training is a frozen one. Trainer alone would restore only the frozen one."""
     go("first", strategy="sft")
     options = {"model_name": str(tmp_path / "first")}
     whole, _ = go("whole", **options)
@@ -146,7 +146,7 @@ def test_early_stopping_leaves_the_best_and_goes_on(go: Go, tmp_path: Path, monk
     best = min(losses, key=losses.__getitem__)
     assert whole["best_step"] == best and whole["steps"] == best + 2 < 30
     assert whole["eval"]["loss"]["value"] == pytest.approx(losses[best], rel=1e-6)
-    step = whole["steps"] - 1  # after the best, whose weights are then in the checkpoint beside the last ones
+    step = whole["steps"] - 1  # after the best one: the checkpoint then has its weights and the last ones
     for name, split, stop in (("killed", "train", kill), ("interrupted", "train", interrupt), ("mid", "eval", interrupt)):
         with monkeypatch.context() as patched:
             stopping(patched, partial(is_line, step=step, split=split), stop)
@@ -187,7 +187,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_when_the_run_goes_on(
 def test_an_evaluation_that_fails_after_the_last_step_loses_nothing(
     go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The adapter is saved, and the run goes on with the evaluation alone."""
+    """The adapter is saved, and the run continues with only the evaluation."""
     options = {"max_steps": 1, "save_steps": 50}
 
     def fail(*_: Any, **__: Any) -> None:
@@ -238,11 +238,11 @@ def test_a_finished_run_is_told_and_not_touched(go: Go, tmp_path: Path, capsys: 
 def test_more_epochs_go_on_and_other_settings_are_refused(go: Go, tmp_path: Path) -> None:
     first, _ = go("run")
     for options, told in (
-        ({"learning_rate": 2e-2}, "learning_rate was 0.01, and is 0.02"),
-        ({"beta": 0.2}, "beta was 0.1, and is 0.2"),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps was 2, and is 4"),
+        ({"learning_rate": 2e-2}, "learning_rate was 0.01 and is now 0.02"),
+        ({"beta": 0.2}, "beta was 0.1 and is now 0.2"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps was 2 and is now 4"),
         ({"num_train_epochs": 1}, "10 steps are done, and the config asks for 5"),
-        ({"seed": 7}, "seed was 42, and is 7"),
+        ({"seed": 7}, "seed was 42 and is now 7"),
     ):
         with pytest.raises(InvalidInput) as caught:
             go("run", **options)
@@ -337,13 +337,13 @@ def test_the_size_of_micro_batches_is_taken_over_and_told(
         go("stopped")
     gone_on, _ = go("stopped", per_device_train_batch_size=1, gradient_accumulation_steps=4)
     assert gone_on["adapter_sha256"] == whole["adapter_sha256"]
-    assert "micro-batches are 2 x 2, as when the run began" in capsys.readouterr().out
+    assert "micro-batches are 2 x 2, as when the run started" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_the_batch_that_it_began_with_whatever_memory_there_is(
     go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With less than the margin beside the bill a new run would take other values; with less than the bill neither runs."""
+    """With the bill but without its margin, a new run would take other values; with less than the bill, neither runs."""
     whole, _ = go("whole", gradient_checkpointing="auto")
     with monkeypatch.context() as patched, pytest.raises(Killed):
         stopping(patched, partial(is_line, step=5, split="train"), kill)
@@ -366,31 +366,31 @@ def test_a_run_goes_on_with_the_batch_that_it_began_with_whatever_memory_there_i
 
 
 def test_a_run_goes_on_and_is_judged_with_what_it_decided(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Begun where bfloat16 is fast and memory is plenty; a new run on the other machine decides both otherwise."""
+    """Started where bfloat16 is fast and memory is large; a new run on the other machine decides both differently."""
     left_open = {"device": "auto", "bf16": None, "fp16": None, "gradient_checkpointing": "auto"}
     here = replace(probe(), has_amx=True)
     whole, _ = go("whole", machine=here, **left_open)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         stopping(patched, partial(is_line, step=5, split="train"), kill)
         go("stopped", machine=here, **left_open)
-    begun = json.loads((tmp_path / "whole" / "plan.json").read_text(encoding="utf-8"))
-    settled = partial(resolve, load(str(tmp_path / "whole.json")), counts=Counts(**begun["counts"]))
-    need = settled(here, scoring=Scoring(**begun["scoring"])).memory
+    first_plan = json.loads((tmp_path / "whole" / "plan.json").read_text(encoding="utf-8"))
+    settled = partial(resolve, load(str(tmp_path / "whole.json")), counts=Counts(**first_plan["counts"]))
+    need = settled(here, scoring=Scoring(**first_plan["scoring"])).memory
     assert need is not None
     other = replace(here, has_amx=False, memory_gb=1.0001 * need.total_gb)
-    fresh = settled(other, scoring=Scoring(**begun["scoring"]))
+    fresh = settled(other, scoring=Scoring(**first_plan["scoring"]))
     assert (fresh.dtype, fresh.config.gradient_checkpointing) == ("float32", True)
 
     gone_on, _ = go("stopped", machine=other, **left_open)
     assert gone_on["adapter_sha256"] == whole["adapter_sha256"] and gone_on["eval"] == whole["eval"]
     again = json.loads((tmp_path / "stopped" / "plan.json").read_text(encoding="utf-8"))
-    assert Decided.of(again) == Decided.of(begun) and again["memory"]["total_gb"] == begun["memory"]["total_gb"]
-    assert Decided.of(begun).values.keys() >= {"device", "bf16", "fp16", "gradient_checkpointing"}
+    assert Decided.of(again) == Decided.of(first_plan) and again["memory"]["total_gb"] == first_plan["memory"]["total_gb"]
+    assert Decided.of(first_plan).values.keys() >= {"device", "bf16", "fp16", "gradient_checkpointing"}
 
     monkeypatch.setattr(open_run, "probe", lambda: other)
     opened = open_run.open_run(str(tmp_path / "whole"), None, Console())
-    assert opened.plan.config.replaced({"output_dir": begun["config"]["output_dir"]}).to_json() == begun["config"]
-    assert open_run.load_policy(opened, Console())[1].scoring == Decided.of(begun).scoring
+    assert opened.plan.config.replaced({"output_dir": first_plan["config"]["output_dir"]}).to_json() == first_plan["config"]
+    assert open_run.load_policy(opened, Console())[1].scoring == Decided.of(first_plan).scoring
     evaluation = json.loads((tmp_path / "whole" / "evaluation.json").read_text(encoding="utf-8"))
     assert judged_json(Request(str(tmp_path / "whole")), Console())["policy"] == evaluation["policy"]
     assert open_run.open_run(str(tmp_path / "whole"), None, Console(), ["device=auto"]).plan.dtype == "float32"

@@ -21,7 +21,7 @@ def claimed(path: Path, overwrite: bool = False) -> AbstractContextManager[RunDi
 def test_a_run_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     with claimed(tmp_path / "run") as run:
         run.write_json(PLAN, {})
-    with claimed(tmp_path / "run"):  # a run that failed before its first step is no run
+    with claimed(tmp_path / "run"):  # a run that failed before its first step is not a run
         run.write_json(SUMMARY, {"status": "completed"})
     (run.path / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(InvalidInput), claimed(tmp_path / "run"):

@@ -187,7 +187,7 @@ def test_weights_that_are_no_safetensors_are_never_unpickled(model: Path, config
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Pickled(marker)))
     assert codes(dpo("validate", config, "--json")) == ["model-no-weights"]
     assert codes(dpo("train", config, "--json")) == ["model-no-weights"]
-    # Safetensors beside them, and an index that names the others.
+    # Safetensors next to them, and an index that names the others.
     save_file({"x": torch.zeros(1)}, str(model / "other.safetensors"))
     put(model / "model.safetensors.index.json", {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}})
     assert codes(dpo("train", config, "--json")) == ["model-no-weights"]
@@ -217,7 +217,7 @@ def test_an_adapter_that_is_no_safetensors_is_never_unpickled(
     assert codes(dpo("train", config, f"model_name={adapter}", "output_dir=next", "--json")) == ["adapter-unusable"]
     for command in (["eval", tmp_path / "run"], ["export", tmp_path / "run", "--out", tmp_path / "out"]):
         assert codes(dpo(*command, "--json")) == ["not-a-run"]
-    # With other safetensors beside it, whose sum is the one that the run names.
+    # With other safetensors next to it that have the digest of the run.
     save_file({"x": torch.zeros(1)}, str(tmp_path / "run" / "adapter" / "other.safetensors"))
     changed(tmp_path / "run" / "metrics.json", adapter_sha256=sha256_of_all(tmp_path / "run" / "adapter"))
     assert dpo("eval", tmp_path / "run").exit_code == 1
@@ -259,7 +259,7 @@ def test_the_tokenizer_of_an_adapter_runs_no_code(config: Path, adapter: Path, m
 def test_a_gguf_file_is_read_alone(
     model: Path, config: Path, marker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers looks for a tokenizer_config.json beside the file, and asks on the terminal whether to run its code."""
+    """transformers looks for a tokenizer_config.json next to the file, and asks on the terminal whether to run its code."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     put(model / "hostile.py", hostile(marker))
     own_config(model)
@@ -440,8 +440,8 @@ def test_secrets_are_known_by_their_form(text: str, left: str | None) -> None:
 def test_secrets_are_known_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**SECRETS, "TOKENIZERS_PARALLELISM": "true-and-longer", "SSL_KEY": "/etc/ssl/keys/my.key"}.items():
         monkeypatch.setenv(name, value)
-    told = {"values": list(SECRETS.values()), "beside": ["true-and-longer", "/etc/ssl/keys/my.key"]}
-    assert redacted(told) == {"values": [MASK] * 4, "beside": ["true-and-longer", "/etc/ssl/keys/my.key"]}
+    told = {"values": list(SECRETS.values()), "others": ["true-and-longer", "/etc/ssl/keys/my.key"]}
+    assert redacted(told) == {"values": [MASK] * 4, "others": ["true-and-longer", "/etc/ssl/keys/my.key"]}
     assert html.escape(SECRETS["HUGGING_FACE_HUB_TOKEN"]) not in redact(html.escape(json.dumps(told)))
 
 
@@ -522,7 +522,7 @@ OUR_WORDS = (
 
 
 def test_redaction_leaves_the_keys_of_a_document(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variables that are named for a secret and hold names of ours, or of the run's place: the run goes on, and is judged."""
+    """Variables with the name of a secret that hold a word of the schema, or the run's place: the run is resumed and judged."""
     for number, word in enumerate(OUR_WORDS):
         monkeypatch.setenv(f"SORT_{number}_KEY", word)
         assert redacted({word: [f"my {word}", 1.5, None, {word: True}]}).keys() == {word}

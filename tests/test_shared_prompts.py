@@ -119,7 +119,7 @@ def test_equal_for_any_batch(family: str, pairs: list[Ids], cut: int | None, fro
 
 
 def _cut_start(ids: Ids, keep: int) -> Ids:
-    """A pair whose prompt keeps only what leaves `keep` tokens beside the longer response, at least one."""
+    """A pair whose prompt keeps only what leaves `keep` tokens next to the longer response, at least one."""
     prompt, chosen, rejected = ids
     return prompt[-max(1, keep - max(len(chosen), len(rejected))) :], chosen, rejected
 

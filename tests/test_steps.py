@@ -177,7 +177,7 @@ def test_every_loss_can_be_evaluated() -> None:
 
 
 def test_early_stopping_watches_the_loss_that_is_trained(run: Run) -> None:
-    """An evaluation's line has it beside DPO's own, where it is another; the best is the best by it."""
+    """The line of an evaluation has it in addition to DPO's loss, if it differs; it decides the best."""
     training = {"eval_split": 0.3, "eval_steps": 1, "max_steps": 3, "early_stopping_patience": 9, "label_smoothing": 0.1}
     summary, place = run(loss_type=["robust", "sft"], loss_weights=[0.5, 2.0], **training)
     lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

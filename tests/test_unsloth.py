@@ -104,7 +104,7 @@ def test_validate_only_warns(config: Path) -> None:
 def test_what_stops_a_training(
     config: Path, machine: Machine, device: str | None, vram_gb: float | None, told: dict[str, bool]
 ) -> None:
-    """Each code that is told of, with whether it stops a training on this machine."""
+    """Each reported code, with whether it stops a training on this machine."""
     found = inspect(load(str(config), [f"device={device}"] if device else []), machine, vram_gb).problems
     assert {problem.code: problem.stops_training for problem in found if problem.code.startswith("unsloth")} == told
 

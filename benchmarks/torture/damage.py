@@ -108,6 +108,6 @@ def _fell(bench: Bench, interrupted: Path, case: tuple[int, int]) -> str | None:
     if fault := bench.goes_on(NAME, run):
         return fault
     said = run.with_name(f"{run.name}.log").read_text(encoding="utf-8")
-    wanted = reasons if len(broken) > 1 else [*reasons, f"going on from {older[0].folder.name}"]
+    wanted = reasons if len(broken) > 1 else [*reasons, f"resuming from {older[0].folder.name}"]
     silent = [text for text in wanted if text not in " ".join(said.split())]
     return f"{run} does not say {silent}: {said}" if silent else None

@@ -58,10 +58,10 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
     options = {**inner_defaults("augment"), **plan.config.augment}
     provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
-    begun = ResumableFile.decided(out).get("day")
-    day = date.fromisoformat(begun) if begun else plan.day  # the date that a template writes: one for the whole file
-    made = Tokenizer.loaded(tokenizer, day, plan.model.generation)
-    asked, left = _encoded(prompts.questions, made, plan, options, provider.token_rows())
+    first_day = ResumableFile.decided(out).get("day")
+    day = date.fromisoformat(first_day) if first_day else plan.day  # the date that a template writes: one for the whole file
+    dpo_tokenizer = Tokenizer.loaded(tokenizer, day, plan.model.generation)
+    questions, left = _encoded(prompts.questions, dpo_tokenizer, plan, options, provider.token_rows())
     model = provider.start(plan, provider.base_model(plan))  # with its adapter, if model_name is one
     origin = _origin(plan, options, model)
     rank = ranking(options, plan.config.device, getattr(torch, plan.dtype), day)
@@ -70,18 +70,18 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
     with closing(ResumableFile(out, settings, {"day": day.isoformat()})) as file:
         done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
         if file.is_resumed:
-            console.line(f"{out}: continuing after {done} of {len(asked)} prompts")
-        with console.counting("prompts", len(asked), done) as show:
-            for start in range(done, len(asked), options["prompts_per_batch"]):
-                batch = asked[start : start + options["prompts_per_batch"]]
+            console.line(f"{out}: continuing after {done} of {len(questions)} prompts")
+        with console.counting("prompts", len(questions), done) as show:
+            for start in range(done, len(questions), options["prompts_per_batch"]):
+                batch = questions[start : start + options["prompts_per_batch"]]
                 rows = maker.rows(batch, start, counts)
                 file.append(rows, {"prompts": start + len(batch), "counts": counts})
                 show(start + len(batch), f"{counts['pairs']} pairs")
         file.finish()
     counted = {name: counts[name] for name in ("pairs", *COUNTED)}
-    found = {"prompts": len(asked), "repeated": prompts.repeated, "bad_rows": prompts.bad_rows, **left, **counted}
-    _tell(found, out, console)
-    return {"out": str(out), **found, "resumed": file.is_resumed}
+    totals = {"prompts": len(questions), "repeated": prompts.repeated, "bad_rows": prompts.bad_rows, **left, **counted}
+    _tell(totals, out, console)
+    return {"out": str(out), **totals, "resumed": file.is_resumed}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Maker:
         # As many bits as torch takes, from a hash that is the same on every machine: batches of other seeds share nothing.
         torch.manual_seed(random.Random(f"{self.plan.config.seed}/{start}").getrandbits(63))
         try:
-            made = generate(self.model, self.tokenizer, [ids for _, ids in batch], sampling, dtype, options["responses"])
+            sampled = generate(self.model, self.tokenizer, [ids for _, ids in batch], sampling, dtype, options["responses"])
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -110,7 +110,7 @@ class Maker:
             fix = 'lower "prompts_per_batch", "responses" or "max_new_tokens" in "augment"'
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
         rows = []
-        for (question, _), answers in zip(batch, made, strict=True):
+        for (question, _), answers in zip(batch, sampled, strict=True):
             counts["unanswered"] += answers[0].is_missing
             usable = _usable(answers, options["min_tokens"], counts)
             scores = self.rank(question, usable)
@@ -135,7 +135,7 @@ class Maker:
 
 def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) -> list[Answer]:
     """The different answers that are usable; the others are counted."""
-    kept: dict[str, Answer] = {}
+    different: dict[str, Answer] = {}
     for answer in (answer for answer in answers if not answer.is_missing):
         counts["responses"] += 1
         counts["unfinished"] += not answer.finished
@@ -143,11 +143,11 @@ def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) ->
             counts["empty"] += 1
         elif answer.tokens < min_tokens:
             counts["short"] += 1
-        elif plain(answer.text) in kept:
+        elif plain(answer.text) in different:
             counts["identical"] += 1
         else:
-            kept[plain(answer.text)] = answer
-    return list(kept.values())
+            different[plain(answer.text)] = answer
+    return list(different.values())
 
 
 def _encoded(
@@ -161,9 +161,9 @@ def _encoded(
     room = plan.config.max_seq_length - options["max_new_tokens"]
     pairs = [question.with_answers("A", "B") for question in questions]  # the answers do not matter
     (encoded,) = encode_all([pairs], tokenizer, plan.config.use_chat_template, room, token_rows).require().sides
-    kept = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
-    left = {"cut": sum(pair.is_cut for _, pair in kept), "too_long": len(questions) - len(kept)}
-    return [(question, pair.prompt_ids) for question, pair in kept], left
+    fitting = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
+    counts = {"cut": sum(pair.is_cut for _, pair in fitting), "too_long": len(questions) - len(fitting)}
+    return [(question, pair.prompt_ids) for question, pair in fitting], counts
 
 
 def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> JsonObject:
@@ -208,16 +208,16 @@ def _identity(model: ModelSource, revision: str | None) -> JsonObject:
     return {"name": Path(model.name).name, "sha256": whole}
 
 
-def _tell(found: Mapping[str, int], out: Path, console: Console) -> None:
+def _tell(counts: Mapping[str, int], out: Path, console: Console) -> None:
     """The counts at the end; those that are 0 are omitted."""
-    told = {
+    labels = {
         "repeated": "rows repeat an earlier prompt",
         "bad_rows": "rows are not prompts, skipped",
         "cut": "prompts were cut at the start, so that an answer fits max_seq_length",
         "too_long": "prompts left no room for an answer in max_seq_length, skipped",
         **COUNTED,
     }
-    for name, words in told.items():
-        if found[name]:
-            console.line(f"{found[name]} {words}")
-    console.line(f"{out}: {found['pairs']} pairs of {found['prompts'] - found['without_pair']} prompts")
+    for name, words in labels.items():
+        if counts[name]:
+            console.line(f"{counts[name]} {words}")
+    console.line(f"{out}: {counts['pairs']} pairs of {counts['prompts'] - counts['without_pair']} prompts")

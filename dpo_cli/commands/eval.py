@@ -19,20 +19,20 @@ from dpo_cli.ui.console import Console
 SHOWN = 3  # prompts whose answers are printed
 
 
-def evaluate(asked: Request, console: Console) -> tuple[Evaluation, SideBySide | None]:
+def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide | None]:
     """Evaluate what was trained against its reference; if votes are requested, compare its answers too."""
-    if asked.adapter is not None:
-        opened = open_adapter(asked.target, asked.adapter, asked.dataset, asked.overrides, console)
+    if request.adapter is not None:
+        opened = open_adapter(request.target, request.adapter, request.dataset, request.overrides, console)
     else:
-        opened = open_run(asked.target, asked.dataset, console, asked.overrides)
-    run = opened.run if isinstance(opened, OpenedRun) else None
-    contest = contest_of(asked.vote.prompts, asked.vote.by_judge, run, opened.plan, opened.rows) if run and asked.vote else None
+        opened = open_run(request.target, request.dataset, console, request.overrides)
+    run, vote = opened.run if isinstance(opened, OpenedRun) else None, request.vote
+    contest = contest_of(vote.prompts, vote.by_judge, run, opened.plan, opened.rows) if run and vote else None
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
-        samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, asked.vote.prompts if asked.vote else 0))
+        samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, vote.prompts if vote else 0))
         measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
         judged = judge(opened.rows, measured, samples, plan)
-    is_as_trained = asked.dataset is None and not asked.overrides  # only these figures belong to the run
+    is_as_trained = request.dataset is None and not request.overrides  # only these figures belong to the run
     if run and is_as_trained and judged.sides is not None and not run.has(EVALUATION):
         run.write_json(EVALUATION, to_json(judged))  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures

@@ -59,20 +59,20 @@ class Request:
     push: str | None = None
 
 
-def export(asked: Request, console: Console) -> tuple[JsonObject, Exit]:
+def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
     """Merge, evaluate, convert and publish: what `export --json` prints, and the exit code. A rejected model leaves no file."""
-    converter = gguf_export.find_converter(asked.converter) if asked.gguf else None
-    if asked.out.exists() and (not asked.out.is_dir() or any(asked.out.iterdir())):
-        raise UsageError(f"{asked.out} exists already", "name a new folder with --out, or delete it")
-    if asked.push and not fits("hub_model_id", asked.push):
-        raise UsageError(f"--push {asked.push} is not a hub repository", "write owner/name, with your name on the hub")
-    opened = open_run(asked.run, asked.dataset, console)
+    converter = gguf_export.find_converter(request.converter) if request.gguf else None
+    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
+        raise UsageError(f"{request.out} exists already", "name a new folder with --out, or delete it")
+    if request.push and not fits("hub_model_id", request.push):
+        raise UsageError(f"--push {request.push} is not a hub repository", "write owner/name, with your name on the hub")
+    opened = open_run(request.run, request.dataset, console)
     if not opened.rows:
         message, fix = "the run has no held-out rows, so the merged model cannot be compared with it", "--dataset FILE"
         raise invalid("nothing-to-compare", message, f"evaluate it on other {opened.plan.noun}: {fix}")
     trained = as_trained(opened)
-    _require_space(asked, trained)
-    with log_to(opened.run.log), _staged(asked.out) as place:
+    _require_space(request, trained)
+    with log_to(opened.run.log), _staged(request.out) as place:
         own, plan = _own_scores(opened, console)
         console.line(f"merging into the {trained.dtype} base")
         _write_merged(opened, trained, place)
@@ -80,21 +80,21 @@ def export(asked: Request, console: Console) -> tuple[JsonObject, Exit]:
         merge, judged = compare(opened, trained, own, merged)
         console.comparison(merge)
         refused = [_worse(limit, trained) for limit in merge.limits if not limit.ok]
-        if asked.gguf and converter and not refused:
-            check, refused = _gguf(asked, asked.gguf, converter, opened, place, console)
+        if request.gguf and converter and not refused:
+            check, refused = _gguf(request, request.gguf, converter, opened, place, console)
             merge = replace(merge, gguf=check)
         if refused:
             console.problems(refused)
             return to_json(merge), Exit.MISSED
         counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
-        text = export_card(trained, asked.out.name, counts["train_pairs"], steps, judged, merge)
+        text = export_card(trained, request.out.name, counts["train_pairs"], steps, judged, merge)
         (place / CARD).write_text(redact(text), encoding="utf-8")
         (place / FACTS).write_text(json_text(redacted(to_json(merge)), indent=2) + "\n", encoding="utf-8")
-    console.line(f"exported to {asked.out}")
-    address = upload.push(asked.out, asked.push) if asked.push else None
+    console.line(f"exported to {request.out}")
+    address = upload.push(request.out, request.push) if request.push else None
     if address:
         console.line(f"uploaded to {address}")
-    return {**to_json(merge), "out": str(asked.out), "address": address}, Exit.DONE
+    return {**to_json(merge), "out": str(request.out), "address": address}, Exit.DONE
 
 
 def as_trained(opened: OpenedRun) -> Plan:
@@ -105,14 +105,14 @@ def as_trained(opened: OpenedRun) -> Plan:
     return replace(opened.plan, config=replace(config, use_4bit=False, use_8bit=False, device="cpu"))
 
 
-def _require_space(asked: Request, plan: Plan) -> None:
+def _require_space(request: Request, plan: Plan) -> None:
     """`RunFailed` if the disk has no room for the model's files; a model of unknown shape is not checked."""
     facts = plan.model.facts
     if facts is None:
         return
-    bytes_per_value = getattr(torch, plan.dtype).itemsize + (gguf_export.BYTES_PER_VALUE[asked.gguf] if asked.gguf else 0)
+    bytes_per_value = getattr(torch, plan.dtype).itemsize + (gguf_export.BYTES_PER_VALUE[request.gguf] if request.gguf else 0)
     needed = facts.parameters * bytes_per_value
-    there = next(place for place in asked.out.absolute().parents if place.is_dir())
+    there = next(place for place in request.out.absolute().parents if place.is_dir())
     free = free_bytes(there)
     if needed > free:
         message = f"the export takes {needed / GIB:.1f} GB, and the disk of {there} has {free / GIB:.1f} free"
@@ -167,8 +167,8 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
     model = HuggingFace(ModelSource.of(str(place))).base_model(replace(plan, config=config)).eval()
     scoring = choose(model, opened.rows, int(opened.tokenizer.pad_token_id), plan.config.prompt_sharing)
     # The model takes the place of its reference: the log-probs of the reference are already known.
-    made = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))
-    return replace(own, policy=made.policy, policy_right=made.policy_right)
+    scores = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))
+    return replace(own, policy=scores.policy, policy_right=scores.policy_right)
 
 
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[Merge, Judged]:
@@ -220,13 +220,13 @@ def _worse(limit: MergeLimit, trained: Plan) -> Problem:
 
 
 def _gguf(
-    asked: Request, kind: gguf_export.Type, converter: Path, opened: Opened, place: Path, console: Console
+    request: Request, kind: gguf_export.Type, converter: Path, opened: Opened, place: Path, console: Console
 ) -> tuple[GgufCheck, list[Problem]]:
     """Write the GGUF file and its Modelfile: the comparison with the model, and the problems."""
-    file = place / f"{asked.out.name}.{kind.upper()}.gguf"
+    file = place / f"{request.out.name}.{kind.upper()}.gguf"
     console.line(f"writing {file.name}")
     free_memory()
-    gguf_export.convert(converter, place, file, kind, asked.out.name)
+    gguf_export.convert(converter, place, file, kind, request.out.name)
     check = gguf_export.check(place, file, kind, opened.rows, opened.tokenizer)
     text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
     (place / MODELFILE).write_text(text, encoding="utf-8")

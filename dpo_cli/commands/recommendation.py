@@ -29,7 +29,7 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
     if strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {strategy}", f"name one of {', '.join(STRATEGIES)}")
     require_vram(vram)
-    asked = Request(vram or 0.0, model, dataset, strategy)
+    request = Request(vram or 0.0, model, dataset, strategy)
     if vram is None:
         machine = probe()
         if machine.card is None:
@@ -37,46 +37,46 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
         total_gb, free_gb, what = machine.card
         console.line(f"this machine: {what}")
         is_apple = machine.is_apple and not machine.gpus
-        asked = replace(asked, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
+        request = replace(request, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
     if dataset is None:
-        return asked
+        return request
     lengths = lengths_of(dataset, ModelSource.of(model) if model else None)
     if lengths.most_tokens is None:
         console.line(f"{dataset} is not on this machine yet, so its lengths are not used")
-    return replace(asked, longest=lengths.most_tokens, share_over=lengths.share_over)
+    return replace(request, longest=lengths.most_tokens, share_over=lengths.share_over)
 
 
-def config_text(made: Recommendation) -> str:
+def config_text(recommendation: Recommendation) -> str:
     """The config as a file with comments: why each value, and both learning rates."""
-    lines = "\n".join(f"  {line}" for line in _lines(made))
+    lines = "\n".join(f"  {line}" for line in _lines(recommendation))
     return f"{{\n{lines}\n}}\n"
 
 
-def _lines(made: Recommendation) -> Iterator[str]:
-    yield f"// For a card with {made.vram_gb:g} GB; the memory bill is {made.memory.total_gb:.1f} GB."
-    for key, value in made.config.items():
-        yield f"// {_why(key, value, made)}"
+def _lines(recommendation: Recommendation) -> Iterator[str]:
+    yield f"// For a card with {recommendation.vram_gb:g} GB; the memory bill is {recommendation.memory.total_gb:.1f} GB."
+    for key, value in recommendation.config.items():
+        yield f"// {_why(key, value, recommendation)}"
         yield f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},"
-    if "dataset" not in made.config:
+    if "dataset" not in recommendation.config:
         yield "// your pairs: JSONL, JSON, CSV or Parquet; remove the // and write the name of the file"
         yield '// "dataset": "my-pairs.jsonl",'
-    strategy = STRATEGIES[made.values.strategy]
+    strategy = STRATEGIES[recommendation.values.strategy]
     if strategy.adapter_rate is not None:
         yield f"// documented, for all weights; an adapter hardly moves at it. To move it, use the next line instead ({RATES})"
     else:
         yield "// the documented default"
-    yield f'"learning_rate": {json.dumps(made.values.learning_rate)},'
+    yield f'"learning_rate": {json.dumps(recommendation.values.learning_rate)},'
     if strategy.adapter_rate is not None:
         yield f'// "learning_rate": {json.dumps(strategy.adapter_rate)},'
 
 
-def _why(key: str, value: object, made: Recommendation) -> str:
+def _why(key: str, value: object, recommendation: Recommendation) -> str:
     """Why a key has its value."""
     named = {"strategy": "how to train", "model_name": "what is trained", "dataset": "what it is trained on"}
     if key in named:
         return named[key]
-    if key in made.why:
-        return made.why[key]
-    if made.preset.get(key) == value:
-        return f"documented preset, {made.profile}"
+    if key in recommendation.why:
+        return recommendation.why[key]
+    if recommendation.preset.get(key) == value:
+        return f"documented preset, {recommendation.profile}"
     return options()[key].description

@@ -28,7 +28,7 @@ SHOWN = 80  # characters of a name that is too long
 @contextmanager
 def session(as_json: bool, debug: bool) -> Iterator[Console]:
     """The console of one command; whatever is raised becomes a message and an exit code."""
-    with console_of(as_json) as console, _told(console, debug):
+    with console_of(as_json) as console, _reported(console, debug):
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while modules and commands were loaded (__main__.py)
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _require_folder()
@@ -46,7 +46,7 @@ def console_of(as_json: bool) -> Iterator[Console]:
 
 
 @contextmanager
-def _told(console: Console, debug: bool) -> Iterator[None]:
+def _reported(console: Console, debug: bool) -> Iterator[None]:
     try:
         yield
     except (typer.Exit, BrokenPipeError):
@@ -59,9 +59,9 @@ def _told(console: Console, debug: bool) -> Iterator[None]:
     except Exception as error:  # a DpoError, or a fault of dpo or of the machine: it is reported, and the exit code shows which
         if debug:
             traceback.print_exc()
-        told = error if isinstance(error, DpoError) else unexpected(error)
-        console.error(told)
-        raise typer.Exit(int(told.exit_code)) from error
+        failure = error if isinstance(error, DpoError) else unexpected(error)
+        console.error(failure)
+        raise typer.Exit(int(failure.exit_code)) from error
 
 
 def _require_folder() -> None:

@@ -32,7 +32,7 @@ from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import Line, Memory, RunSummary, Status
 from dpo_cli.runs.card import card
 from dpo_cli.runs.manifest import manifest
-from dpo_cli.runs.resume import Begun, go_on, tell_on, told_how_to_go_on
+from dpo_cli.runs.resume import EarlierRun, go_on, tell_on, told_how_to_go_on
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.storage.log import log_line, log_to
@@ -71,53 +71,54 @@ def train(
     provider = PROVIDERS[draft.config.provider](draft.model)
     tokenizer = provider.tokenizer()
     adapted = provider.adapted(draft)
-    tell, run, begun = tell_on(console), RunDirectory(draft.run_dir), None
+    tell, run, earlier = tell_on(console), RunDirectory(draft.run_dir), None
     with ExitStack() as held:
         is_there = resume and run.path.is_dir()
         if is_there:  # before the plan: what the run decided at its start does not depend on the memory that is free now
             if not dry_run:
                 run = held.enter_context(_claimed(run.path, resume=True))
-            if (begun := Begun.find(run, tell)) is not None:
-                loaded = begun.as_decided(loaded, tell)
+            if (earlier := EarlierRun.find(run, tell)) is not None:
+                loaded = earlier.as_decided(loaded, tell)
         draft = replace(draft, day=loaded.day or draft.day)
         loaded = replace(loaded, day=draft.day)
         prepared = prepare(data, tokenizer, draft, provider.token_rows())
-        plan = resolve(loaded, machine, prepared.counts, is_resumed=begun is not None, model=draft.model).with_adapted(adapted)
+        is_resumed = earlier is not None
+        plan = resolve(loaded, machine, prepared.counts, is_resumed=is_resumed, model=draft.model).with_adapted(adapted)
         late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
         console.problems(late)
         show_plan(plan, console)
         console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(prepared.train[0], tokenizer))
-        is_finished = begun is not None and begun.is_finished(plan)
+        is_finished = earlier is not None and earlier.is_finished(plan)
         if not is_finished:
-            _require_fit(plan, loaded, is_resumed=begun is not None)
+            _require_fit(plan, loaded, is_resumed)
         if dry_run:
-            if begun is not None:
-                begun.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
-                tell("the run is finished" if is_finished else f"it would resume from step {begun.step}")
+            if earlier is not None:
+                earlier.require_same(loaded, plan, manifest(plan, machine, provider.local_dir))
+                tell("the run is finished" if is_finished else f"it would resume from step {earlier.step}")
             return plan.to_json(), Exit.DONE
 
         if not is_there:
             run = held.enter_context(_claimed(run.path, overwrite))
-        if begun is None:
+        if earlier is None:
             if resume:
                 tell("there is no checkpoint to resume from: starting")
             run.checkpoints.clear(with_damaged=not resume)
             run.clear()
         about = manifest(plan, machine, provider.local_dir)
         data.require_unchanged()  # since its rows were read, before the import of torch
-        if begun is not None:
-            begun.require_same(loaded, plan, about)
+        if earlier is not None:
+            earlier.require_same(loaded, plan, about)
             if is_finished:
-                return _finished(run, plan.strategy, begun.left_out(plan), console)
-            about["resumed"] = go_on(run, begun, plan, about, tell)
-        found: JsonObject = {
+                return _finished(run, plan.strategy, earlier.left_out(plan), console)
+            about["resumed"] = go_on(run, earlier, plan, about, tell)
+        findings: JsonObject = {
             "problems": [problem.to_json() for problem in (*inspection.problems, *late)],
             "data": data.to_json(),
         }
-        run.write_plan({**plan.to_json(), **found})
+        run.write_plan({**plan.to_json(), **findings})
         run.write_json(MANIFEST, about)
         rows = Rows(prepared.train, prepared.held_out, tokenizer)
-        result = _trained(run, begun, plan, found, provider, rows, loaded, machine, console)
+        result = _trained(run, earlier, plan, findings, provider, rows, loaded, machine, console)
     free_memory()  # the trainer and its callbacks refer to each other and to the model: the next stage needs the memory
     return result
 
@@ -133,17 +134,17 @@ def _late_problems(plan: Plan, loaded: Loaded, inspection: Inspection) -> tuple[
     """Problems of the number of steps that appear only after rows are skipped; `InvalidInput` for an error."""
     assert plan.counts is not None
     known = {problem.code for problem in inspection.problems}
-    found = tuple(loaded.placed(one) for one in step_problems(plan, plan.counts.train_pairs) if one.code not in known)
-    if any(problem.severity == "error" for problem in found):
-        raise InvalidInput(found)
-    return found
+    problems = tuple(loaded.placed(one) for one in step_problems(plan, plan.counts.train_pairs) if one.code not in known)
+    if any(problem.severity == "error" for problem in problems):
+        raise InvalidInput(problems)
+    return problems
 
 
 def _trained(
     run: RunDirectory,
-    begun: Begun | None,
+    earlier: EarlierRun | None,
     plan: Plan,
-    found: JsonObject,
+    findings: JsonObject,
     provider: Provider,
     rows: Rows,
     loaded: Loaded,
@@ -158,12 +159,12 @@ def _trained(
         for note in provider.notes:
             console.line(f"note: {note}")
         with _fitting(plan, loaded):
-            wanted = begun.decided.scoring.shared if begun else plan.config.prompt_sharing
+            wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
             scoring = choose(base, rows.all, pad_token_id, wanted, provider.no_sharing)
-        scoring = begun.decided.scoring if begun else scoring
-        plan = _settled(plan, scoring, loaded, machine, console, is_resumed=begun is not None)
+        scoring = earlier.decided.scoring if earlier else scoring
+        plan = _settled(plan, scoring, loaded, machine, console, is_resumed=earlier is not None)
         view.predicted_gb = plan.predicted_gb
-        run.write_plan({**plan.to_json(), **found})
+        run.write_plan({**plan.to_json(), **findings})
         start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
         frozen = None if plan.config.lora_r else provider.base_model(plan)
         if frozen is not None:
@@ -187,9 +188,9 @@ def _trained(
         for callback in (record, health, early, stop, keep):
             trainer.add_callback(callback)
         with _fitting(plan, loaded):
-            if begun is not None and begun.checkpoint is not None:
-                keep.go_back_to(begun.checkpoint)
-                if begun.asks_on(plan):
+            if earlier is not None and earlier.checkpoint is not None:
+                keep.go_back_to(earlier.checkpoint)
+                if earlier.asks_on(plan):
                     health.forget_stops()
                 lines = [Line.of_json(line) for line in run.read_lines()]
                 record.recall(lines)
@@ -203,7 +204,7 @@ def _trained(
             if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
                 with _kept_when_trained(run, trainer, tokenizer, plan, console):
                     keep.train()
-        seconds = time.monotonic() - keep.begun
+        seconds = time.monotonic() - keep.start
 
     status, code = _ending(stop, health)
     early.put_best_back()
@@ -316,7 +317,7 @@ def _require_fit(plan: Plan, loaded: Loaded, is_resumed: bool) -> None:
     misfit, lack = does_not_fit(plan), disk_problem(plan)
     if misfit is not None and is_resumed:
         misfit = replace(misfit, fix=f"resume on a larger device, or restart with --overwrite and other values: {misfit.fix}")
-    if misfits := [loaded.placed(found) for found in (misfit, lack) if found is not None]:
+    if misfits := [loaded.placed(problem) for problem in (misfit, lack) if problem is not None]:
         raise DoesNotFit(misfits)
 
 

@@ -54,10 +54,10 @@ def _validated(
     console: Console, loaded: Loaded, machine: Machine, vram: float | None, with_data: bool, strict: bool, rows: int
 ) -> Validation:
     """The problems of one config, printed as they are found."""
-    found = inspect(loaded, machine, vram, with_data, rendered_rows=rows).stricter(lambda _: strict)
-    plan, data = found.plan, found.data
+    inspection = inspect(loaded, machine, vram, with_data, rendered_rows=rows).stricter(lambda _: strict)
+    plan, data = inspection.plan, inspection.data
     memory = plan.memory.to_json() if plan and plan.memory else None
-    console.problems(found.problems)
+    console.problems(inspection.problems)
     if data and data.train.pairs:
         console.line(f"data: {data.train.pairs} {data.train.noun} of {data.train.prompts} prompts in {data.train.rows} rows")
         console.columns(data.train.read_as)
@@ -68,6 +68,6 @@ def _validated(
         console.line(f"note: {note}")
     if memory:
         console.bill(memory)
-    console.line(f"{loaded.label}: {f'not valid, errors: {len(found.errors)}' if found.errors else 'valid'}")
+    console.line(f"{loaded.label}: {f'not valid, errors: {len(inspection.errors)}' if inspection.errors else 'valid'}")
     config = plan.config.to_json() if plan else loaded.values
-    return Validation(found.problems, config, data.to_json() if data else None, memory, found.exit_code)
+    return Validation(inspection.problems, config, data.to_json() if data else None, memory, inspection.exit_code)

@@ -11,11 +11,11 @@ from dpo_cli.storage.log import log_to
 from dpo_cli.ui.console import Console
 
 
-def vote(asked: VoteRequest, console: Console) -> SideBySide:
+def vote(request: VoteRequest, console: Console) -> SideBySide:
     """The page of a run, and the votes of a judge if one is requested."""
-    opened = open_run(asked.run, asked.dataset, console, asked.overrides)
-    contest = contest_of(asked.prompts, asked.by_judge, opened.run, opened.plan, opened.rows)
+    opened = open_run(request.run, request.dataset, console, request.overrides)
+    contest = contest_of(request.prompts, request.by_judge, opened.run, opened.plan, opened.rows)
     with log_to(opened.run.log):
         policy, plan = load_policy(opened, console)
-        samples = answered(policy, opened.tokenizer, opened.rows, plan, asked.prompts)
+        samples = answered(policy, opened.tokenizer, opened.rows, plan, request.prompts)
     return contest.hold(samples, console)

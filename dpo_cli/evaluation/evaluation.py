@@ -52,10 +52,10 @@ def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokeni
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
     """The figures of an evaluation line of metrics.jsonl: plain means, and the trained loss if it is a different one."""
-    made = point_figures(measured.scores, plan.config.beta)
+    figures = point_figures(measured.scores, plan.config.beta)
     if plan.strategy.refers and plan.config.loss_type not in ("sigmoid", ["sigmoid"]):
-        made["trained_loss"] = trained_loss(measured.scores, plan.config)
-    return {**made, "kl_sequence": float(measured.kl.mean())} if len(measured.kl) else made
+        figures["trained_loss"] = trained_loss(measured.scores, plan.config)
+    return {**figures, "kl_sequence": float(measured.kl.mean())} if len(measured.kl) else figures
 
 
 def answered(
@@ -121,21 +121,21 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
     and the random state of a training does not change.
     """
     config, dtype = plan.config, getattr(torch, plan.dtype)
-    asked = first_of_each_prompt(rows, config.kl_prompts)
-    if not asked:
+    first_rows = first_of_each_prompt(rows, config.kl_prompts)
+    if not first_rows:
         return np.zeros(0), 0
     with random_state_kept():
         torch.manual_seed(config.seed)
         sampling = Sampling(config.max_new_tokens, temperature=1.0)
-        made = answers(policy.network, tokenizer, [row.prompt_ids for row in asked], sampling, dtype)
-    both = zip(asked, made, strict=True)
+        samples = answers(policy.network, tokenizer, [row.prompt_ids for row in first_rows], sampling, dtype)
+    both = zip(first_rows, samples, strict=True)
     sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in both if not answer.is_missing]
     if not sampled:
-        return np.zeros(0), len(asked)
+        return np.zeros(0), len(first_rows)
     # A sampled answer ends where the policy ended it: with an end token, or without one at the limit.
     scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), config.per_device_eval_batch_size, dtype)
     difference: Array = (scores.policy - scores.reference)[:, 0]
-    return difference, len(asked) - len(sampled)
+    return difference, len(first_rows) - len(sampled)
 
 
 EXTREMES = 10
@@ -145,15 +145,15 @@ def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[Ju
     """Place and figures of each row: margin and rewards of a pair, loss of a demonstration with and without training."""
     if scores.kind is PAIRS:
         rewards = (beta * (scores.policy - scores.reference)).tolist()
-        made = [
+        figures_of_rows = [
             {"margin": chosen - rejected, "reward_chosen": chosen, "reward_rejected": rejected} for chosen, rejected in rewards
         ]
     else:
         losses = zip((-scores.policy / scores.tokens)[:, 0], (-scores.reference / scores.tokens)[:, 0], strict=True)
-        made = [{"loss": float(policy), "base_loss": float(base)} for policy, base in losses]
+        figures_of_rows = [{"loss": float(policy), "base_loss": float(base)} for policy, base in losses]
     return [
         JudgedRow(Path(row.row.file).name, row.row.line, row.row.category or None, figures_of_row)
-        for row, figures_of_row in zip(rows, made, strict=True)
+        for row, figures_of_row in zip(rows, figures_of_rows, strict=True)
     ]
 
 
@@ -168,8 +168,8 @@ def extremes(rows: Sequence[Encoded], table: Sequence[JudgedRow]) -> tuple[list[
 
 
 def _texts(encoded: Encoded) -> dict[str, str]:
-    said = zip(encoded.row.kind.responses, encoded.row.responses, strict=True)
-    return {"prompt": as_text(encoded.row.prompt), **{name: as_text(text) for name, text in said}}
+    responses = zip(encoded.row.kind.responses, encoded.row.responses, strict=True)
+    return {"prompt": as_text(encoded.row.prompt), **{name: as_text(text) for name, text in responses}}
 
 
 def as_text(text: Text) -> str:

@@ -85,15 +85,15 @@ def generate(
     # Learned positions end with the context; other positions are also limited to what the model was made for.
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     rooms = [int(min(sampling.max_new_tokens, context - len(prompt))) for prompt in prompts]
-    made = [[Answer("", 0, False)] * count for _ in prompts]
+    results = [[Answer("", 0, False)] * count for _ in prompts]
     for room in sorted({room for room in rooms if room > 0}, reverse=True):
         places = [place for place, own in enumerate(rooms) if own == room]
         batch = _batch(
             model, tokenizer, [prompts[place] for place in places], replace(sampling, max_new_tokens=room), dtype, count
         )
         for place, answers_to_one in zip(places, batch, strict=True):
-            made[place] = answers_to_one
-    return made
+            results[place] = answers_to_one
+    return results
 
 
 def _batch(
@@ -111,7 +111,7 @@ def _batch(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     ends = _ends(model, tokenizer)
     is_sampled = sampling.temperature is not None
-    wanted = GenerationConfig(
+    settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=is_sampled,
         num_return_sequences=count,
@@ -120,8 +120,8 @@ def _batch(
         **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}),
     )
     with _plain(model), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=wanted)
-    rows: list[list[int]] = made[:, width:].tolist()
+        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    rows: list[list[int]] = sequences[:, width:].tolist()
     answers = [_answer(row, ends, tokenizer) for row in rows]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
@@ -145,15 +145,15 @@ def _plain(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 def _ends(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end an answer: the tokenizer's EOS, and those of the model (Llama 3 has two more)."""
-    known = model.generation_config.eos_token_id
-    return {int(tokenizer.eos_token_id), *(known if isinstance(known, list) else [] if known is None else [known])}
+    of_model = model.generation_config.eos_token_id
+    return {int(tokenizer.eos_token_id), *(of_model if isinstance(of_model, list) else [] if of_model is None else [of_model])}
 
 
 def _answer(row: Sequence[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     tokens = next((i for i, token in enumerate(row) if token in ends), None)
     text = str(tokenizer.decode(row[:tokens], skip_special_tokens=True)).strip()
-    said = row if tokens is None else row[: tokens + 1]
-    return Answer(text, len(row) if tokens is None else tokens, finished=tokens is not None, ids=tuple(said))
+    own_ids = row if tokens is None else row[: tokens + 1]
+    return Answer(text, len(row) if tokens is None else tokens, finished=tokens is not None, ids=tuple(own_ids))
 
 
 def first_of_each_prompt(rows: Sequence[Encoded], count: int) -> list[Encoded]:
@@ -190,8 +190,8 @@ def answers(
 ) -> list[Answer]:
     """An answer to each prompt, in batches of `AT_ONCE`; a batch that is out of memory is divided."""
     batches = [list(prompts[start : start + AT_ONCE]) for start in range(0, len(prompts), AT_ONCE)]
-    made = in_halves(batches, lambda batch: generate(model, tokenizer, batch, sampling, dtype), list_halves)
-    return [answer for _, of_batch in made for (answer,) in of_batch]
+    results = in_halves(batches, lambda batch: generate(model, tokenizer, batch, sampling, dtype), list_halves)
+    return [answer for _, of_batch in results for (answer,) in of_batch]
 
 
 def answer_tokens(samples: Sequence[Sample]) -> dict[str, Interval] | None:

@@ -73,11 +73,11 @@ def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: t
     device = policy.network.device.type
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         hidden, head = states(policy.network, **batch), Head.of(policy.network)
-        made = score_tokens(hidden, labels[scored], head)
+        own = score_tokens(hidden, labels[scored], head)
         with policy.as_reference() as reference:
             ref_hidden, ref_head = states(reference, **batch), Head.of(reference)
-            ref_made = score_tokens(ref_hidden, labels[scored], ref_head)
-        values = [made.log_probs, ref_made.log_probs, made.is_top1, ref_made.is_top1, torch.ones_like(made.log_probs)]
+            ref = score_tokens(ref_hidden, labels[scored], ref_head)
+        values = [own.log_probs, ref.log_probs, own.is_top1, ref.is_top1, torch.ones_like(own.log_probs)]
         values.append(token_kl(hidden, ref_hidden, head, ref_head))
     on_cpu, scored = [value.cpu().double() for value in values], scored.cpu()
     return [value.new_zeros(scored.shape).masked_scatter(scored, value).sum(dim=1) for value in on_cpu]

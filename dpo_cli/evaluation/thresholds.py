@@ -53,10 +53,10 @@ def parse(text: str, known: Sequence[str] = METRICS) -> list[Threshold]:
 
 
 def _parsed(part: str, known: Sequence[str]) -> Threshold:
-    found = re.fullmatch(r"([\w.]+)\s*(>=|<=|=|>|<)\s*([-+.\w]+)", part)
-    if found is None:
+    match = re.fullmatch(r"([\w.]+)\s*(>=|<=|=|>|<)\s*([-+.\w]+)", part)
+    if match is None:
         raise UsageError(f"--fail-under: {part!r} is not a limit", EXAMPLE)
-    name, sign, number = found.groups()
+    name, sign, number = match.groups()
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         fix = f"did you mean {near[0]}?" if near else f"the figures are {', '.join(known)}"

@@ -75,8 +75,8 @@ class Judge:
 
     def compare(self, prompt: str, one: str, other: str) -> Verdict | None:
         """The verdict on two answers in this order; None for a reply that is not a verdict."""
-        asked = ASK.format(criterion=self.criterion, prompt=prompt, one=one, other=other)
-        body = {"model": self.model, "messages": [{"role": "user", "content": asked}], "temperature": 0}
+        question = ASK.format(criterion=self.criterion, prompt=prompt, one=one, other=other)
+        body = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
         try:
             reply = self._post(body).json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
@@ -114,5 +114,5 @@ def settled(first: Verdict, second: Verdict) -> float:
 def verdict(reply: str) -> Verdict | None:
     """The letter in the last line of a reply; None for anything except one letter."""
     last = next((line for line in reversed(reply.splitlines()) if line.strip()), "")
-    found = re.fullmatch(r"\W*(?:answer|verdict)?\W*([ABT])\W*", last, re.IGNORECASE)
-    return found[1].upper() if found else None  # type: ignore[return-value]
+    match = re.fullmatch(r"\W*(?:answer|verdict)?\W*([ABT])\W*", last, re.IGNORECASE)
+    return match[1].upper() if match else None  # type: ignore[return-value]

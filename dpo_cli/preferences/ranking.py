@@ -49,8 +49,8 @@ def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: da
 
 def by_reference(question: Question, answers: Sequence[Answer]) -> list[float]:
     """Normalised similarity of the sorted words, without case and punctuation."""
-    wanted = question.reference or ""
-    return [fuzz.token_sort_ratio(answer.text, wanted, processor=utils.default_process) for answer in answers]
+    reference = question.reference or ""
+    return [fuzz.token_sort_ratio(answer.text, reference, processor=utils.default_process) for answer in answers]
 
 
 class Reward:

@@ -90,7 +90,7 @@ class Contest:
         before = votes.read(place) if place.exists() else document
         if (before["page"], before["judge"]) == (document["page"], document["judge"]):
             document["votes"] = before["votes"]
-        asked = [vote for vote in document["votes"] if vote["winner"] is None]
+        open_votes = [vote for vote in document["votes"] if vote["winner"] is None]
 
         def ask(vote: votes.Vote) -> None:
             won = judge.better(flat(vote["prompt"]), vote["adapter"], vote["base"])
@@ -98,13 +98,13 @@ class Contest:
                 vote["winner"], vote["by"] = WINNERS[won], "judge"
 
         try:
-            with console.counting("judged", len(asked), 0) as show, ThreadPoolExecutor(AT_ONCE) as pool:
-                for done, _ in enumerate(pool.map(ask, asked), start=1):
+            with console.counting("judged", len(open_votes), 0) as show, ThreadPoolExecutor(AT_ONCE) as pool:
+                for done, _ in enumerate(pool.map(ask, open_votes), start=1):
                     show(done, "")
         finally:
             self.run.write_json(VOTES, document)
-        if asked and (silent := sum(vote["winner"] is None for vote in asked)):
-            told = f"{silent} of {len(asked)} prompts have no verdict from the judge: its replies are not A, B or T"
-            if silent == len(asked):
-                raise RunFailed(told, "ask a model that follows instructions, or another criterion")
-            console.line(f"note: {told}")
+        if open_votes and (silent := sum(vote["winner"] is None for vote in open_votes)):
+            message = f"{silent} of {len(open_votes)} prompts have no verdict from the judge: its replies are not A, B or T"
+            if silent == len(open_votes):
+                raise RunFailed(message, "ask a model that follows instructions, or another criterion")
+            console.line(f"note: {message}")

@@ -125,8 +125,8 @@ def page(document: Document, seed: int) -> str:
     data = json.dumps({"sealed": sealed, "cases": _cases(document["votes"], seed)}).replace("<", "\\u003c")
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), autoescape=True, undefined=jinja2.StrictUndefined)
     same = sum(vote["by"] == "same text" for vote in document["votes"])
-    made: str = template.render(run=document["run"], criterion=document["criterion"], same=same, data=data)
-    return made
+    html: str = template.render(run=document["run"], criterion=document["criterion"], same=same, data=data)
+    return html
 
 
 def _cases(votes: Sequence[Vote], seed: int) -> list[dict[str, object]]:

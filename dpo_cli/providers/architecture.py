@@ -1,10 +1,10 @@
-"""A model without its weights: which of its layers an adapter touches, and what PEFT refuses, before anything is loaded.
+"""A model without its weights: which of its layers an adapter changes, and what PEFT refuses, before anything is loaded.
 
-The model is built on the meta device, where tensors have a shape and no values. PEFT puts the adapter on it by its own rules,
-and what it has put on is read off. Three things that PEFT would put on are left out here, and said:
+The model is built on the meta device, where tensors have a shape and no values. PEFT adds the adapter by its own rules, and
+the result is read. Three kinds of layers that PEFT would adapt are skipped here, and reported:
 
 - the router of a mixture of experts under "all-linear": it would be trained without the loss that balances it
-- weights that a state-space block hands to its kernels itself: an adapter would be passed over
+- weights that a state-space block passes to its kernels itself: an adapter would be ignored
 - layers that no text reaches (an image encoder): an adapter there would learn nothing
 """
 
@@ -36,21 +36,21 @@ from dpo_cli.models.target_layers import ALL_LINEAR, KEY
 from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
 from dpo_cli.plan.plan import Adapted, Plan
 
-LINEAR = (torch.nn.Linear, Conv1D)  # what PEFT takes for "all-linear"; bitsandbytes' layers are such too
+LINEAR = (torch.nn.Linear, Conv1D)  # what PEFT takes for "all-linear"; includes bitsandbytes' layers
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-# Of tokens without values. A few are quick where a block goes through them one by one; others first put many together.
+# Tokens without values. A few are fast in a block that goes through them one by one; other blocks first group many.
 FEW_TOKENS, MANY_TOKENS = 8, 512
-Refusal = (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError)  # as PEFT and torch word it
+Refusal = (ValueError, TypeError, NotImplementedError, RuntimeError, KeyError, AttributeError)  # the errors of PEFT and torch
 
 
 def adapted(plan: Plan, config: PretrainedConfig) -> tuple[Adapted | None, LoraConfig | None]:
-    """What a plan trains of a model of this configuration; None where its code cannot be built without weights.
+    """What a plan trains of a model with this configuration; None if it cannot be built without weights.
 
-    And its adapter, where that is a fresh one.
+    Also its adapter, if that is a fresh one.
     """
     try:
         architecture = Architecture(config, plan.model_label)
-    except Refusal:  # the loading tells, if the fault is the model's
+    except Refusal:  # loading reports it, if the model is at fault
         return None, None
     if plan.config.lora_r == 0:
         return architecture.whole(), None
@@ -70,7 +70,7 @@ class Architecture:
         self.modules: dict[str, torch.nn.Module] = dict(self.model.named_modules())
         head = self.model.get_output_embeddings()
         self.head = next((name for name, module in self.modules.items() if module is head), "")
-        table = self.model.get_input_embeddings()  # which PEFT adapts where it is named
+        table = self.model.get_input_embeddings()  # PEFT adapts it if it is named
         self.table = next((name for name, module in self.modules.items() if module is table), "")
         self.linear = {name for name, module in self.modules.items() if isinstance(module, LINEAR)} - {self.head}
         self.experts = dict(_experts(self.modules))
@@ -87,7 +87,7 @@ class Architecture:
             if type(self.config) in AutoModelForCausalLM._model_mapping:
                 raise
             raise InvalidInput([not_causal(self.label, self.config.model_type)]) from error
-        model.tie_weights()  # else a tied head is counted as weights of its own
+        model.tie_weights()  # else a tied head is counted as separate weights
         return cast(PreTrainedModel, model.eval())
 
     @property
@@ -95,25 +95,25 @@ class Architecture:
         return sum(weight.numel() for weight in self.model.parameters())
 
     def whole(self) -> Adapted:
-        """What a training without an adapter touches."""
+        """What a training without an adapter changes."""
         notes = (
             [f"the router ({_counted(self._kinds(self.routers))}) is trained, without load balancing"] if self.routers else []
         )
         return Adapted({}, self.weights, self.weights, tuple(notes))
 
     def going_on(self, adapter: LoraConfig, dropout: float) -> Adapted | None:
-        """What an adapter that there is already touches, when it is trained with this dropout; None where the loading tells."""
+        """What an existing adapter changes when it is trained with this dropout; None if loading reports the error."""
         plain = replace(adapter, inference_mode=False, lora_dropout=0.0)
         try:
-            found = self._read_off(self._with(plain))
+            touched = self._read_off(self._with(plain))
         except Refusal:
             return None
         if dropout and self.experts and not self._takes(replace(plain, lora_dropout=dropout)):
             raise InvalidInput([target_layers.on_experts(self.label, "lora_dropout")])
-        return found
+        return touched
 
     def fresh(self, config: Config) -> tuple[LoraConfig, Adapted]:
-        """The adapter that a config asks for, and what it touches; `InvalidInput` where PEFT refuses it."""
+        """The adapter of a config, and what it changes; `InvalidInput` if PEFT refuses it."""
         wanted = lora_config(config)
         self._require_names(config)
         idle = {name: why for name, why in self._left_out(config).items() if target_layers.names(config.target_modules, name)}
@@ -134,7 +134,7 @@ class Architecture:
         return wanted, replace(self._read_off(put_on), notes=tuple(notes))
 
     def _narrowed(self, wanted: LoraConfig, resolved: LoraConfig, touched: set[str], parameters: set[str]) -> LoraConfig:
-        """The adapter on these alone, by names that say so to whoever loads it: the last of a layer's where that is enough."""
+        """The adapter on these layers only, by names for other programs: the last name of a layer if that is enough."""
         others = self.modules.keys() - touched
         ends = {name.rpartition(".")[2] for name in touched}
         clear = {end for end in ends if not any(target_layers.names([end], name) for name in others)}
@@ -150,16 +150,16 @@ class Architecture:
         )
 
     def _with(self, adapter: LoraConfig) -> PeftModel:
-        """A model of its own with the adapter on it; PEFT changes both."""
+        """A separate model with the adapter; PEFT changes both."""
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the trainer's own model gives them again
+            warnings.simplefilter("ignore")  # the trainer's model gives them again
             try:
                 return cast(PeftModel, get_peft_model(self.build(), copy.deepcopy(adapter)))
-            except ImportError as error:  # PEFT imports bitsandbytes where it is installed
+            except ImportError as error:  # PEFT imports bitsandbytes if it is installed
                 raise RunFailed(f"bitsandbytes cannot be used: {error}", BITSANDBYTES_FIX) from error
 
     def _tried(self, config: Config, adapter: LoraConfig) -> PeftModel:
-        """The model with the adapter; where PEFT refuses it, `InvalidInput` about the option without which it does not."""
+        """The model with the adapter; if PEFT refuses it, `InvalidInput` about the option that is the reason."""
         try:
             return self._with(adapter)
         except Refusal as error:
@@ -177,49 +177,49 @@ class Architecture:
     def _takes(self, adapter: LoraConfig) -> bool:
         try:
             self._with(adapter)
-        except Refusal:  # then another option is at fault, or this one too
+        except Refusal:  # another option is at fault, or this one too
             return False
         return True
 
     def _known(self) -> set[str]:
-        """The names that target_modules may have: linear layers, routers, and what PEFT takes for weights of fused experts."""
+        """The names for target_modules: linear layers, routers, and PEFT's names of the weights of fused experts."""
         old = target_layers.expert_names(self.config.model_type)
         held = {name for name, weights in self.experts.items() if set(old.values()) & set(weights)}
         virtual = {f"{name}.{short}" for name in held for short, weight in old.items() if weight in self.experts[name]}
         return self.linear | virtual | (self.routers if "gate" in old else set())
 
     def _require_names(self, config: Config) -> None:
-        """`InvalidInput` where the config names what is not in the model, or no linear layer: PEFT passes over such a name."""
+        """`InvalidInput` if the config names a missing layer, or one that is not linear: PEFT ignores such a name."""
         wanted, known = config.target_modules, self._known() | {self.table}
         fix = f"its linear layers are {self._linear_kinds()}, in names like {next(iter(sorted(self.linear)), 'none')}"
-        found: list[Problem] = []
+        problems: list[Problem] = []
         idle = target_layers.idle_parts(wanted, known)
         matched = [name for name in self.modules if isinstance(wanted, str) and target_layers.names(wanted, name) and name]
         other = [] if wanted == ALL_LINEAR else [name for name in matched if name not in known]
         if self.head in other or (isinstance(wanted, list) and target_layers.names(wanted, self.head)):
-            found.append(target_layers.head_adapter(self.head))
+            problems.append(target_layers.head_adapter(self.head))
         elif other:
             kinds = [(name, type(self.modules[name]).__name__) for name in other]
-            found.append(target_layers.not_linear(self.label, kinds, fix))
+            problems.append(target_layers.not_linear(self.label, kinds, fix))
         elif isinstance(wanted, list) and idle:
             message = f"{self.label} has no linear layer named {', '.join(sorted(idle))}"
-            found.append(Problem("error", "no-such-module", message, fix, KEY))
+            problems.append(Problem("error", "no-such-module", message, fix, KEY))
         elif wanted != ALL_LINEAR and not any(target_layers.names(wanted, name) for name in known):
             message = f"{self.label} has no layer whose whole name matches {wanted!r}"
-            found.append(Problem("error", "no-such-module", message, fix, KEY))
+            problems.append(Problem("error", "no-such-module", message, fix, KEY))
         if unknown := [
             one for one in config.modules_to_save or () if not any(target_layers.names([one], name) for name in self.modules)
         ]:
             message = f"{self.label} has no module named {', '.join(sorted(unknown))}"
-            found.append(Problem("error", "no-such-module", message, fix, "modules_to_save"))
+            problems.append(Problem("error", "no-such-module", message, fix, "modules_to_save"))
         if wanted != ALL_LINEAR and (named := [name for name in self.state_space if target_layers.names(wanted, name)]):
-            found.append(target_layers.state_space(self.label, sorted({name.rpartition(".")[2] for name in named})))
-        if found:
-            raise InvalidInput(found)
+            problems.append(target_layers.state_space(self.label, sorted({name.rpartition(".")[2] for name in named})))
+        if problems:
+            raise InvalidInput(problems)
 
     @functools.cached_property
     def state_space(self) -> set[str]:
-        """Linear layers of state-space blocks whose weights are read past an adapter: PEFT refuses some of them."""
+        """Linear layers of state-space blocks that read weights without the adapter: PEFT refuses some of them."""
         blocks = {type(module) for module in self.modules.values() if hasattr(module, "A_log")}  # the decay of a state
         read = {block: set(re.findall(r"self\.(\w+)\.weight\b", inspect.getsource(block))) for block in blocks}
         places = {name: name.rpartition(".") for name in self.linear}
@@ -236,12 +236,12 @@ class Architecture:
 
     @functools.cached_property
     def unreached(self) -> set[str]:
-        """Other linear layers that no text reaches."""
-        found = self._uncalled(FEW_TOKENS) - self.state_space
-        return found & self._uncalled(MANY_TOKENS) if found else found
+        """The other linear layers that no text reaches."""
+        uncalled = self._uncalled(FEW_TOKENS) - self.state_space
+        return uncalled & self._uncalled(MANY_TOKENS) if uncalled else uncalled
 
     def _left_out(self, config: Config) -> dict[str, str]:
-        """Linear layers that get no adapter although PEFT, or the config, would put one on; and why."""
+        """Linear layers without an adapter although PEFT, or the config, would add one; and the reason."""
         left = dict.fromkeys(self.unreached, "unreached")
         if config.target_modules == ALL_LINEAR:
             left |= dict.fromkeys(self.state_space, "state-space")
@@ -249,10 +249,10 @@ class Architecture:
         return left
 
     def _uncalled(self, tokens: int) -> set[str]:
-        """Linear layers that a pass of so many tokens does not call; empty where a pass without values is not possible."""
+        """Linear layers that a pass of this many tokens does not call; empty if a pass without values is not possible."""
         model, called, uncalled = self.model, set[str](), set[str]()
         if hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("batched_mm")  # the only one whose shapes do not depend on the tokens
+            model.set_experts_implementation("batched_mm")  # the only one with shapes that do not depend on the tokens
         hooks = [
             self.modules[name].register_forward_pre_hook(lambda _module, _inputs, name=name: called.add(name))
             for name in self.linear
@@ -260,13 +260,13 @@ class Architecture:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None) or tokens
         ids = torch.ones(1, min(tokens, longest), dtype=torch.long, device="meta")
         masked = {"attention_mask": torch.ones_like(ids), "use_cache": False}
-        # Some models look at a mask's values, others at those of positions where there is neither a mask nor a cache.
+        # Some models read the values of a mask, others those of positions if there is neither a mask nor a cache.
         for options in (masked, {"use_cache": False}, {"use_cache": True}):
             called.clear()
             try:
                 with torch.no_grad():
                     model(input_ids=ids, **options)
-            except Exception:  # whatever a model's code makes of tensors without values: then it is not known
+            except Exception:  # code of a model may fail in any way on tensors without values: then it is unknown
                 continue
             uncalled = self.linear - called
             break
@@ -282,7 +282,7 @@ class Architecture:
         return Adapted({**self._kinds([*modules, *parameters]), **whole}, trained, self.weights)
 
     def _kinds(self, names: Iterable[str]) -> dict[str, int]:
-        """How many layers there are of each kind: their last name, with the one before where other blocks have such a layer."""
+        """The number of layers of each kind: their last name, with the one before if other blocks have such a layer."""
         parents: dict[str, set[str]] = {}
         for name in self.linear:
             parent, leaf = _ends(name)
@@ -300,7 +300,7 @@ class Architecture:
         return f"{kinds}, and of its fused experts {', '.join(experts)}" if experts else kinds
 
     def _notes(self, config: Config, idle: Mapping[str, str], touched: set[str], parameters: set[str]) -> Iterator[str]:
-        """What is left out, and what is trained otherwise than one may think."""
+        """What is skipped, and what is trained differently than expected."""
         why = {
             "router": "it would be trained without load balancing, whose loss is off",
             "state-space": "the kernels of state-space blocks read these weights past an adapter",
@@ -327,7 +327,7 @@ class Architecture:
             yield f"no adapter on the fused experts ({_counted(self._kinds(left))}), {share:.0%} of the weights: {reach}"
 
     def _roots(self, names: Iterable[str]) -> str:
-        """The largest parts of the model that no text reaches, with how many of these layers each holds; else their kinds."""
+        """The largest parts of the model that no text reaches, with the number of these layers in each; else their kinds."""
         roots, single = Counter[str](), []
         reached = self.linear - self.unreached
         for name in names:
@@ -343,7 +343,7 @@ class Architecture:
 
 
 def lora_config(config: Config) -> LoraConfig:
-    """The adapter as the config asks for it."""
+    """The adapter of the config."""
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_r,
@@ -357,7 +357,7 @@ def lora_config(config: Config) -> LoraConfig:
 
 
 def _ends(name: str) -> tuple[str, str]:
-    """The last two names of a layer that are no numbers."""
+    """The last two names of a layer that are not numbers."""
     parts = [part for part in name.split(".") if not part.isdigit()]
     return parts[-2] if len(parts) > 1 else "", parts[-1] if parts else name
 
@@ -367,12 +367,12 @@ def _counted(kinds: Mapping[str, int]) -> str:
 
 
 def _targeted(put_on: PeftModel) -> tuple[list[str], list[str]]:
-    """Whole names of the modules, and of the parameters, that the adapter is on."""
+    """Full names of the modules, and of the parameters, with an adapter."""
     return put_on.base_model.targeted_module_names, put_on.base_model.targeted_parameter_names
 
 
 def _experts(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, list[str]]]:
-    """Modules that hold the weights of all experts in tensors of three dimensions, and the names of these."""
+    """Modules with the weights of all experts in tensors of three dimensions, and the names of these tensors."""
     for name, module in modules.items():
         if isinstance(module, CONVOLUTIONS) or "expert" not in f"{name} {type(module).__name__}".lower():
             continue
@@ -381,7 +381,7 @@ def _experts(modules: Mapping[str, torch.nn.Module]) -> Iterator[tuple[str, list
 
 
 def _routers(modules: Mapping[str, torch.nn.Module], experts: Mapping[str, list[str]]) -> Iterator[str]:
-    """Modules beside the experts whose weight has a row for each of them."""
+    """Routers: modules next to the experts with a weight row for each expert."""
     for name, weights in experts.items():
         count = cast(torch.Tensor, getattr(modules[name], weights[0])).shape[0]
         for depth in (1, 2):

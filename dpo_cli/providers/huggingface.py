@@ -43,7 +43,7 @@ PROBE = "  two blanks\n\na line\tand é, ж, 中 and 1234"  # texts that tokeniz
 
 
 class HuggingFace:
-    """Loads a model: of the hub, of a directory, of a GGUF file, or a run or PEFT adapter on one of them."""
+    """Loads a model: from the hub, a directory or a GGUF file, or a run or PEFT adapter on one of them."""
 
     no_sharing: str | None = None  # each model decides (scoring/shared_prompts.py)
 
@@ -51,7 +51,7 @@ class HuggingFace:
         self.model = model
         self.name = model.name
         self.notes: list[str] = []
-        # The adapter that `adapted` was asked for last, as the config words it and as the model gets it: it takes seconds.
+        # The last adapter of `adapted`, as in the config and as for the model: it takes seconds to find.
         self._fresh: tuple[LoraConfig, LoraConfig] | None = None
         self.foundation = model.foundation
         is_here = Path(self.foundation).exists()
@@ -63,14 +63,14 @@ class HuggingFace:
 
     @property
     def local_dir(self) -> Path | None:
-        """The model's directory, None when it is on the hub."""
+        """The model's directory, None for a model on the hub."""
         return Path(self.source) if Path(self.source).is_dir() else None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         adapter = self.model.adapter
         source = str(adapter.directory) if adapter is not None and adapter.has_tokenizer else self.source
         tokenizer = self._as_in_its_file(cast(PreTrainedTokenizerBase, self._load(AutoTokenizer, source)), source)
-        tokenizer.init_kwargs.pop("auto_map", None)  # names of code that is not run, and would be written with the adapter
+        tokenizer.init_kwargs.pop("auto_map", None)  # names of code: it is not run, and must not be saved with the adapter
         if tokenizer.eos_token is None:
             raise InvalidInput([no_eos(self.name)])
         if tokenizer.pad_token is None:
@@ -78,7 +78,7 @@ class HuggingFace:
         return tokenizer
 
     def _as_in_its_file(self, tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
-        """The tokenizer, or the one of its tokenizer.json where the class that tokenizer_config.json names gives other ids.
+        """The tokenizer, or that of its tokenizer.json if the class in tokenizer_config.json gives other ids.
 
         transformers 5.17 builds a LlamaTokenizerFast with its own normaliser, which drops blanks of a byte-level vocabulary.
         """
@@ -138,13 +138,13 @@ class HuggingFace:
         return Policy(model.eval())
 
     def ready(self, model: PreTrainedModel | PeftModel, plan: Plan) -> None:
-        """Nothing: PEFT runs what the trainer has put on."""
+        """Nothing: PEFT runs the adapter that the trainer has added."""
 
     def _merged(self, plan: Plan, model: ModelSource) -> PreTrainedModel:
-        """The model; where it is an adapter, merged into what it stands on.
+        """The model; an adapter is merged into its base.
 
-        Never into quantised weights, whose steps are larger than what an adapter adds: it would be gone. The merged model is
-        made in the precision of the run, kept in the cache, and then quantised as any other model is.
+        Never into quantised weights, whose steps are larger than the changes of an adapter: they would be lost. The merged
+        model has the precision of the run, is kept in the cache, and is then quantised as any other model.
         """
         if model.adapter is None:
             return self._model(plan, self.source)
@@ -156,10 +156,10 @@ class HuggingFace:
         return self._model(plan, str(place))
 
     def _content(self) -> str:
-        """What the foundation is, whatever its name: a hash of its weights and settings, or the commit of the hub."""
+        """The identity of the foundation: a hash of its weights and settings, or the commit of the hub."""
         if self.local_dir is not None:
             return f"{sha256_of_all(self.local_dir)} {sha256_of_settings(self.local_dir)}"
-        self.files.config  # noqa: B018 - which brings the commit that is loaded afterwards into the cache
+        self.files.config  # noqa: B018 - fetches the commit that is loaded afterwards
         return f"{self.source} {revision(self.source)}"
 
     def _unquantised(self, plan: Plan, model: ModelSource) -> PreTrainedModel:
@@ -170,12 +170,12 @@ class HuggingFace:
         return merged(adapted, TRAINED, plan.model_label, getattr(torch, plan.dtype))
 
     def _model(self, plan: Plan, source: str) -> PreTrainedModel:
-        """The model in `source` on the plan's device, quantised when the plan says so, and otherwise not.
+        """The model in `source` on the plan's device, quantised if the plan says so.
 
-        One that is quantised in its own files is loaded as it is, and its weights are made float where the plan wants them so.
+        A model with quantised files is loaded unchanged, and its weights are made float if the plan needs that.
         """
         config, device = plan.config, require_device(plan)
-        # Trained weights are float32 whatever is computed in: updates are smaller than bf16 can add.
+        # Trained weights are float32 for any compute dtype: updates are smaller than bf16 can add.
         dtype = getattr(torch, plan.dtype) if config.lora_r else torch.float32
         options: dict[str, Any] = {"dtype": dtype}
         is_quantised, wants = self._stored_bits(source) is not None, config.use_4bit or config.use_8bit
@@ -190,18 +190,18 @@ class HuggingFace:
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
             raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "remove use_4bit and use_8bit")
         for module in model.modules():
-            if is_quantised and hasattr(module, "compute_dtype"):  # as its files have it
+            if is_quantised and hasattr(module, "compute_dtype"):  # quantised in its files
                 setattr(module, "compute_dtype", dtype)  # noqa: B010 - mypy does not know bitsandbytes' attribute
         return model
 
     def _require_sound(self, model: PreTrainedModel, source: str) -> None:
-        """What holds of every model that was loaded: it names no code, can be saved, and its weights are numbers."""
-        vars(model.config).pop("auto_map", None)  # as the tokenizer
+        """Checks of every loaded model: it names no code, can be saved, and its weights are finite."""
+        vars(model.config).pop("auto_map", None)  # as for the tokenizer
         self.notes += [note for note in _mend_generation(model) if note not in self.notes]
         require_finite(model, self.name, folder_of(source))
 
     def reward_model(self, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model as a classifier whose one label is the reward, with its adapter, in evaluation mode, and its tokenizer."""
+        """The model as a classifier with one label, the reward, with its adapter, in evaluation mode, and its tokenizer."""
         below = self.model.below
         if below is not None and below.adapter is not None:
             message = f"{self.name} is an adapter on another adapter, which is not supported for a reward model"
@@ -209,7 +209,7 @@ class HuggingFace:
         try:
             model = self._load(AutoModelForSequenceClassification, self.source, use_safetensors=True, dtype=dtype)
         except InvalidInput as error:
-            why = error.problems[0].message  # a head that is not there, which transformers would make up
+            why = error.problems[0].message  # a missing head, which transformers would initialise randomly
             raise RunFailed(f"{self.name} is not a reward model: {why}", "name a trained reward model") from error
         if model.config.num_labels != 1:
             raise RunFailed(f"{self.name} is not a reward model: it has no head with one score", "name a trained reward model")
@@ -220,7 +220,7 @@ class HuggingFace:
         return cast(PreTrainedModel, model.to(device).eval()), tokenizer
 
     def _load(self, auto: Any, source: str, **options: Any) -> Any:
-        """`from_pretrained`, with the library's many ways to fail told as one: the model cannot be had."""
+        """`from_pretrained`; the library's many errors become one: the model cannot be loaded."""
         try:
             self._require_no_adapter(source)
             self._require_no_code(source)
@@ -228,10 +228,10 @@ class HuggingFace:
             if auto in (AutoTokenizer, AutoConfig, PreTrainedTokenizerFast):
                 return auto.from_pretrained(source, **options)
             return self._load_whole(auto, source, **options)
-        except ImportError as error:  # transformers asks for the package only now
+        except ImportError as error:  # transformers imports the package only now
             raise RunFailed(f"cannot load {self.name}: {error}", BITSANDBYTES_FIX) from error
         except (OSError, ValueError) as error:
-            if isinstance(error.__cause__, GatedRepoError):  # its description is public, its files are not
+            if isinstance(error.__cause__, GatedRepoError):  # its config is public, its files are not
                 raise hub.gated("model", self.foundation) from error
             if fault := hub.cache_fault(error):
                 raise fault from error
@@ -244,16 +244,16 @@ class HuggingFace:
             raise RunFailed(message, "download it again") from error
 
     def _require_no_adapter(self, source: str) -> None:
-        """`RunFailed` for an adapter of the hub: transformers would put it on its base, and a fresh one would take its place.
+        """`RunFailed` for an adapter of the hub: transformers would add it to its base, and a fresh one would replace it.
 
-        Only what lies in a folder is taken for an adapter here, and then `source` is the model below it.
+        Only a folder can be an adapter here, and then `source` is the model below it.
         """
         if not Path(source).is_dir() and self._files(source).json(ADAPTER_CONFIG):
             fix = f"run `hf download {source} --local-dir FOLDER`, and name FOLDER"
             raise RunFailed(f"{source} is an adapter, and adapters are only read from a folder", fix)
 
     def _load_whole(self, auto: Any, source: str, **options: Any) -> Any:
-        """A model, with its files and tensors accounted for."""
+        """A model; its files and tensors are checked."""
         is_here = Path(source).is_dir()
         if is_here:
             require_whole_files(self._files(source))
@@ -261,28 +261,28 @@ class HuggingFace:
             options |= self._generation(source)
         with all_tensors(self.name) as notes:
             model = auto.from_pretrained(source, **options)
-        if not is_here:  # fetched only now
+        if not is_here:  # it was fetched only now
             require_whole_files(ModelFiles(folder_of(source)))
         self.notes += [note for note in notes if note not in self.notes]
         return model
 
     def _require_no_code(self, source: str) -> None:
-        """`RunFailed` where the model or its tokenizer cannot do without code of its own."""
+        """`RunFailed` if the model or its tokenizer needs its own code."""
         files = self._files(source)
         for problem in remote_code.problems(files.config, files.json(TOKENIZER_CONFIG), self.name):
             if problem.severity == "error":
                 raise RunFailed(problem.message, problem.fix)
 
     def _generation(self, source: str) -> dict[str, GenerationConfig]:
-        """How `from_pretrained` is to generate, where the model says something of it that it would not load with."""
+        """The generation config for `from_pretrained`, if that of the model would fail to load."""
         sound, notes = _sound_generation(self._files(source).json(GENERATION), self.token_rows())
         self.notes += [note for note in notes if note not in self.notes]
         return {"generation_config": sound} if notes else {}
 
     def _stored_bits(self, source: str) -> int | None:
-        """Of how many bits the weights in the model's files are; None of those that are not quantised.
+        """The bits of the weights in the model's files; None if they are not quantised.
 
-        `InvalidInput` for a way to quantise them that is not known here.
+        `InvalidInput` for an unsupported quantisation.
         """
         stored = self._files(source).quantisation
         if stored is not None and (problem := stored.problem(self.name)) is not None:
@@ -290,12 +290,12 @@ class HuggingFace:
         return stored.bits if stored else None
 
     def _files(self, source: str) -> ModelFiles:
-        """The files of what is loaded from `source`: of the model itself, or of another folder."""
+        """The files of `source`: of the model itself, or of another folder."""
         return self.files if source == self.source else ModelFiles(Path(source))
 
 
 def require_device(plan: Plan) -> torch.device:
-    """The plan's device; `RunFailed` where this torch cannot use it."""
+    """The plan's device; `RunFailed` if this torch cannot use it."""
     device = torch.device(plan.config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunFailed("this torch cannot use CUDA", 'install a CUDA build of torch, or set "device": "cpu"')
@@ -305,7 +305,7 @@ def require_device(plan: Plan) -> torch.device:
 
 
 def quantisation(plan: Plan) -> transformers.BitsAndBytesConfig:
-    """The 8-bit or 4-bit weights that the plan asks for."""
+    """The 8-bit or 4-bit quantisation of the plan."""
     config = plan.config
     if config.use_8bit:
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
@@ -318,15 +318,15 @@ def quantisation(plan: Plan) -> transformers.BitsAndBytesConfig:
 
 
 def _settled(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it may be trained: with its whole attention, no dropout, and 4-bit layers that keep their gradients."""
+    """The model, ready for training: complete attention, no dropout, and 4-bit layers that keep their gradients."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        # transformers 5.17 loads Gemma 2 with SDPA, which leaves the attention's soft-cap out without a word.
+        # transformers 5.17 loads Gemma 2 with SDPA, which silently omits the soft-cap of the attention.
         model.set_attn_implementation("eager")
     for module in model.modules():
-        # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and it loses its gradients for good.
+        # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and then it has no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-        # The reference is computed in training mode too, so only the adapter may have dropout.
+        # The reference is also computed in training mode, so only the adapter may have dropout.
         for name, value in vars(module).items():
             if isinstance(value, float) and (isinstance(module, torch.nn.Dropout) or "dropout" in name):
                 setattr(module, name, 0.0)
@@ -334,15 +334,15 @@ def _settled(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that is quantised in its files, with plain weights."""
+    """A model with quantised files, with plain weights."""
     plain: PreTrainedModel = model.dequantize()
-    # transformers 5.17 would undo its way of reading 4 bits when it saves the model, and cannot.
+    # To save the model, transformers 5.17 would reverse its 4-bit reading, and fails.
     vars(plain).pop("_weight_conversions", None)
     return plain
 
 
 def _mend_generation(model: PreTrainedModel) -> list[str]:
-    """Take out what is invalid in the generation_config of a model, and say so: nothing could be saved with it."""
+    """Remove invalid settings from the generation_config of a model, and report them: they would prevent saving."""
     rows = getattr(model.config.get_text_config(), "vocab_size", None)
     sound, notes = _sound_generation(model.generation_config.to_diff_dict(), rows)
     if notes:
@@ -351,9 +351,9 @@ def _mend_generation(model: PreTrainedModel) -> list[str]:
 
 
 def _sound_generation(settings: dict[str, object], rows: int | None) -> tuple[GenerationConfig, list[str]]:
-    """The settings of a generation_config without those that no model can be loaded or saved with, and a note of each.
+    """The valid settings of a generation_config, and a note for each that would prevent loading or saving.
 
-    `rows` is the number of tokens that the model knows.
+    `rows` is the number of tokens of the model.
     """
     wrong, kept = generation_config.invalid(settings, rows), dict[str, object]()
     for name in sorted(settings, key=lambda name: (name not in generation_config.DECIDING, name)):
@@ -362,7 +362,7 @@ def _sound_generation(settings: dict[str, object], rows: int | None) -> tuple[Ge
         try:
             GenerationConfig(**kept, **{name: settings[name]}).validate(strict=True)
             kept[name] = settings[name]
-        except (AttributeError, TypeError, ValueError):  # what transformers alone knows: it is left out too
+        except (AttributeError, TypeError, ValueError):  # a rule that only transformers has: the setting is omitted too
             wrong[name] = "conflicts with the rest"
     notes = [f"{GENERATION}: {name} {settings[name]} {why}, and is omitted" for name, why in wrong.items()]
     return GenerationConfig(**kept), notes

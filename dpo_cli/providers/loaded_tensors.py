@@ -1,7 +1,7 @@
-"""Every tensor is accounted for, on every load: the files hold all that the architecture has, and nothing that has no place.
+"""Every load checks every tensor: the files hold all tensors of the architecture, and no others.
 
-transformers makes up what it does not find, and PEFT passes over what has no place, both with a line in a log. Here either is
-an error that names the tensors. The same holds for numbers that are none, and for a merge that changes what the model computes.
+transformers initialises missing tensors randomly, and PEFT ignores tensors without a place; both only write a log line. Here
+both are errors that name the tensors. So are values that are not finite, and a merge that changes what the model computes.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ from dpo_cli.storage.run_directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
 MASKS = ("bias", "masked_bias", "causal_mask")  # last names of buffers of GPT-2, GPT-Neo, GPT-J and CodeGen
-MERGE_ALLOWANCE = 1e-4  # nats a token that a merge in float32 may change
-PROBE_TOKENS, PROBE_ROWS = 24, 2  # of the sequences that a merge is tried on
+MERGE_ALLOWANCE = 1e-4  # nats per token that a merge in float32 may change
+PROBE_TOKENS, PROBE_ROWS = 24, 2  # of the sequences for the check of a merge
 
 
 def refuse(what: str, missing: Sequence[str], unexpected: Sequence[str], other: Sequence[str], fix: str, key: str) -> None:
     """`InvalidInput` that names the tensors of `what` which are missing, which have no place in the model, or which do not fit.
 
-    Nothing happens where all three are empty.
+    Nothing happens if all three are empty.
     """
     parts = []
     if missing:
@@ -74,11 +74,11 @@ def refuse(what: str, missing: Sequence[str], unexpected: Sequence[str], other: 
 
 @contextmanager
 def all_tensors(what: str) -> Iterator[list[str]]:
-    """Within, transformers loads a model whole, or `InvalidInput` says which tensors are not as the architecture has them.
+    """Within, transformers loads a model completely, or `InvalidInput` names the tensors that do not match the architecture.
 
-    `_finalize_model_loading` (transformers 5.17) ends every load with a call of `log_state_dict_report`, whoever asked for it:
-    Unsloth's loads too, which pass no `output_loading_info` on. Here that call is the check. `RunFailed`: it did not come.
-    Yields a list that takes up notes on tensors which were passed over.
+    `_finalize_model_loading` (transformers 5.17) ends every load with a call of `log_state_dict_report`, also for Unsloth,
+    which does not pass `output_loading_info` on. Here that call is the check; `RunFailed` if it is missing. Yields a list for
+    notes on ignored tensors.
     """
     checked, notes = [], list[str]()
 
@@ -107,43 +107,43 @@ def all_tensors(what: str) -> Iterator[list[str]]:
 
 
 def _without_use(model: PreTrainedModel, names: set[str], source: str) -> set[str]:
-    """Which of the tensors without a place change nothing: masks once stored with the attention, a classifier's old head."""
+    """The tensors without a place that change nothing: masks stored with the attention, the old head of a classifier."""
     masks = {name for name in names if name.rpartition(".")[2] in MASKS}
-    stored = TensorFiles(folder_of(source)).shapes if masks else {}  # maybe without the first part of these names
+    stored = TensorFiles(folder_of(source)).shapes if masks else {}  # possibly without the first part of the names
     idle = {name for name in masks if any(_is_mask(shape) for short, shape in stored.items() if name.endswith(short))}
     return idle if model.get_output_embeddings() is not None else idle | (names & {"lm_head.weight"})
 
 
 def _is_mask(shape: tuple[int, ...]) -> bool:
-    """Whether a shape is that of a mask over two positions, or of the one value that masks are filled with."""
+    """Whether a shape is that of a mask over two positions, or of the single value that fills masks."""
     return shape == () or (len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3])
 
 
 def folder_of(source: str) -> Path:
-    """Where the files of a model lie that has been loaded from `source`, a directory or a hub id."""
+    """The folder of a model that was loaded from `source`, a directory or a hub id."""
     if Path(source).is_dir():
         return Path(source)
     return Path(cached_file(source, "config.json", local_files_only=True)).parent
 
 
 def require_whole_files(files: ModelFiles) -> None:
-    """`InvalidInput` where the headers of a model's files show already that something is missing, cut off or misnumbered."""
-    if files.config and files.tensors.files:  # weights of another format are refused by their own words
+    """`InvalidInput` if the headers of a model's files show that something is missing, cut off or misnumbered."""
+    if files.config and files.tensors.files:  # weights of another format have their own errors
         wrong = faults(files.tensors, files.config)
         if found := [Problem("error", "model-tensors", fault.message, fault.fix, "model_name") for fault in wrong]:
             raise InvalidInput(found)
 
 
 def require_finite(model: nn.Module, what: str, folder: Path) -> None:
-    """`InvalidInput` that names the tensors of a model, loaded from `folder`, which hold NaN or infinity.
+    """`InvalidInput` with the tensors of a model, loaded from `folder`, that hold NaN or infinity.
 
-    They have the names that they have in safetensors files, which transformers may have joined.
+    They have their names in safetensors files, although transformers may have joined them.
     """
     tensors: dict[str, Tensor | None] = dict(model.named_parameters()) | _buffers(model)
     has_4bit = False
     for name, parameter in model.named_parameters():
-        tensors[f"{name} (scale of a row)"] = getattr(parameter, "SCB", None)  # of bitsandbytes' 8-bit weights
-        has_4bit |= getattr(parameter, "quant_state", None) is not None  # which makes a number of a NaN
+        tensors[f"{name} (scale of a row)"] = getattr(parameter, "SCB", None)  # 8-bit weights of bitsandbytes
+        has_4bit |= getattr(parameter, "quant_state", None) is not None  # 4 bits turn a NaN into a number
     broken = _not_finite(tensors)
     files = TensorFiles(folder).files if broken or has_4bit else []
     in_files = [name for file in files for name in _not_finite_in(folder / file)]
@@ -152,11 +152,11 @@ def require_finite(model: nn.Module, what: str, folder: Path) -> None:
 
 def _not_finite_in(file: Path) -> list[str]:
     with safe_open(file, "pt") as held:
-        return [name for name in held.keys() if not _is_finite(held.get_tensor(name))]  # noqa: SIM118 - it is no mapping
+        return [name for name in held.keys() if not _is_finite(held.get_tensor(name))]  # noqa: SIM118 - it is not a mapping
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers that are in a model's files; of others some hold infinity, such as masks."""
+    """The buffers in a model's files; some other buffers, such as masks, hold infinity."""
     return {
         f"{place}.{name}": buffer
         for place, module in model.named_modules()
@@ -179,9 +179,9 @@ def _refuse_numbers(broken: list[str], what: str) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return True
-    if tensor.dtype.itemsize < 2:  # FP8, which has no minimum
+    if tensor.dtype.itemsize < 2:  # FP8 has no minimum
         return bool(torch.isfinite(tensor.float()).all())
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))  # a NaN comes out of both
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))  # both return a NaN
 
 
 def with_adapter(
@@ -194,7 +194,7 @@ def with_adapter(
 ) -> PeftModel:
     """`base` with the adapter in `folder`, called `name`, whole; `label` names the base in messages.
 
-    Its dropout is that of this training, whatever it had in its own. A further adapter is put beside those that `base` has.
+    Its dropout is that of this training, not its own. A further adapter is added to those of `base`.
     Raises `InvalidInput` for an adapter of another model, for tensors that are missing or have no place, and for a kind of
     adapter whose base is not the reference.
     """
@@ -211,14 +211,14 @@ def with_adapter(
         else:
             model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder), config=wanted, **options))
         result = set_peft_model_state_dict(model, dict(written), adapter_name=name)
-    except torch.OutOfMemoryError:  # no fault of the adapter
+    except torch.OutOfMemoryError:  # not a fault of the adapter
         raise
     except (
         RuntimeError,
         ValueError,
         KeyError,
         AttributeError,
-    ) as error:  # other shapes, layers that are not there
+    ) as error:  # other shapes, missing layers
         shapes = [_written(key, name) for key in re.findall(r"size mismatch for (\S+):", str(error))]
         refuse(f"the adapter in {folder}, put on {label},", (), (), shapes, OTHER_BASE, "model_name")
         message = f"{folder} is not an adapter of {label}: {' '.join(str(error).split())[:300]}"
@@ -231,7 +231,7 @@ def with_adapter(
 
 
 def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str, Tensor]:
-    """The tensors of an adapter for `network`; `InvalidInput` where its files tell already that it cannot be put on."""
+    """The tensors of an adapter for `network`; `InvalidInput` if its files show that it does not fit."""
     adapter = Adapter(ModelFiles(folder))
     if fault := adapter.fault:
         message = f"the adapter in {folder} {fault.message}"
@@ -253,16 +253,16 @@ def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str,
 
 
 def _written(key: str, name: str) -> str:
-    """The name of a tensor in the file of an adapter, by its name in the model, without what is before all names."""
+    """The name of a tensor in the file of an adapter, from its name in the model, without the common prefix."""
     return key.removeprefix("base_model.model.").replace(f".{name}", "")
 
 
 def _require_same_base(
     network: PreTrainedModel, written: dict[str, Tensor], config: Mapping[str, object], folder: Path, label: str
 ) -> None:
-    """`InvalidInput` where the file holds another tensor of the base than the base has: PEFT would put it in its place.
+    """`InvalidInput` if the file holds a tensor of the base with other values: PEFT would replace the tensor of the base.
 
-    PEFT saves tables of tokens so, where the embedding was resized, or is adapted itself.
+    PEFT saves embeddings in this way if they were resized or adapted.
     """
     tensors = (*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False))
     own = {place_of(name): tensor.detach() for name, tensor in tensors if ".modules_to_save." not in name}
@@ -281,11 +281,11 @@ def _is_same(there: Tensor, tensor: Tensor) -> bool:
 
 
 def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The base with the adapter `name` merged into it; log-probs of the base, with the adapter and merged are compared.
+    """The base with the adapter `name` merged into it; compares the log-probs of the base, with the adapter, and merged.
 
-    In float32, where bf16's rounding hides less than what an adapter adds. A head that is tied to the embedding is untied first
-    where either is adapted, else the merge would change both. Raises `InvalidInput` where the merged model computes something
-    else, or is nearer to the base, and for weights that are not finite.
+    In float32, because the rounding of bf16 may hide what an adapter adds. A head that is tied to the embedding is untied first
+    if either is adapted; else the merge would change both. Raises `InvalidInput` if the merged model computes something else,
+    or is nearer to the base, and for weights that are not finite.
     """
     model.set_adapter(name)
     ids = _probe(model)
@@ -301,11 +301,11 @@ def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTr
         message, fix = f"the adapter on {label} cannot be merged: {error}", "use it as it is, or train another one"
         raise invalid("merge-differs", message, fix, "model_name") from error
     _require_same(_log_probs(whole, ids), adapted, base, label, dtype)
-    return whole.requires_grad_(True)  # as any model that is loaded: PEFT had frozen it
+    return whole.requires_grad_(True)  # as for any loaded model: PEFT has frozen it
 
 
 def _require_same(whole: Tensor, adapted: Tensor, base: Tensor, label: str, dtype: torch.dtype) -> None:
-    """`InvalidInput` where a merge is not the adapter on its base, by log-probs; `dtype` is that of the merged weights."""
+    """`InvalidInput` if a merge differs from the adapter on its base, by log-probs; `dtype` is that of the merged weights."""
     apart, lost, effect = (float(one.abs().mean()) for one in (whole - adapted, whole - base, adapted - base))
     rounding = max(MERGE_ALLOWANCE, torch.finfo(dtype).eps)
     allowed = max(MERGE_ALLOWANCE, 16 * torch.finfo(dtype).eps)
@@ -318,7 +318,7 @@ def _require_same(whole: Tensor, adapted: Tensor, base: Tensor, label: str, dtyp
 
 
 def _untie(network: PreTrainedModel) -> None:
-    """Give the head a weight of its own where it shares the embedding's and an adapter is on either."""
+    """Give the head its own weight if it shares that of the embedding and one of them has an adapter."""
     parts = network.get_output_embeddings(), network.get_input_embeddings()
     head, table = (getattr(part, "base_layer", part) for part in parts)
     if head is None or (head, table) == parts or head.weight is not table.weight:
@@ -328,14 +328,14 @@ def _untie(network: PreTrainedModel) -> None:
 
 
 def _probe(model: PeftModel) -> Tensor:
-    """Token ids all over the vocabulary, (rows, tokens): the same for the same model."""
+    """Token ids across the vocabulary, (rows, tokens): the same for the same model."""
     rows = model.get_base_model().get_input_embeddings().weight.shape[0]
     draw = torch.Generator().manual_seed(0)
     return torch.randint(0, rows, (PROBE_ROWS, PROBE_TOKENS), generator=draw).to(model.device)
 
 
 def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
-    """Log-probs of the tokens that follow one another in `ids`, by the model's own logits, computed in float32."""
+    """Log-probs of each next token in `ids`, by the model's own logits, computed in float32."""
     model.eval()
     with torch.no_grad():
         try:
@@ -343,7 +343,7 @@ def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
                 logits = model(input_ids=ids, use_cache=False).logits
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # a block that reads a layer's weight itself mixes dtypes: then in the model's own
+        except RuntimeError:  # a block that reads a weight itself mixes dtypes: then the model's own dtype is used
             logits = model(input_ids=ids, use_cache=False).logits
     log_probs: Tensor = logits[:, :-1].float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
     return log_probs

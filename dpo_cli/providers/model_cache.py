@@ -1,4 +1,4 @@
-"""Models that are made once and kept in the cache: of a GGUF file, and of an adapter merged into what it stands on."""
+"""Models that are made once and kept in the cache: from a GGUF file, and from an adapter merged into its base."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from dpo_cli.providers.loaded_tensors import all_tensors, refuse, require_finite
 from dpo_cli.storage.atomic import is_full, writing
 from dpo_cli.storage.digests import sha256
 
-CONVERSION = 2  # of a GGUF file: counted up where another model is made of the same file
-ROPE_FACTORS = "rope_freqs.weight"  # by which each frequency of the positions is divided
-READ_BY_TRANSFORMERS = "gpt-oss"  # the one architecture whose rope.scaling it takes over
+CONVERSION = 2  # of a GGUF file: increased when the conversion of a file changes
+ROPE_FACTORS = "rope_freqs.weight"  # each frequency of the positions is divided by them
+READ_BY_TRANSFORMERS = "gpt-oss"  # the only architecture with rope.scaling support
 MADE_FROM = "name the model that the file was made from"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -47,7 +47,7 @@ def dequantised(file: ModelFiles) -> Path:
 
 
 def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
-    """The folder that `make` fills, kept under a hash of all that decides its `content` and the transformers version."""
+    """The folder that `make` fills, kept under a hash of `content` and the transformers version."""
     digest = hashlib.sha256(content.encode()).hexdigest()[:32]
     target = cache_dir() / kind / f"{digest}-transformers-{transformers.__version__}"
     try:
@@ -62,7 +62,7 @@ def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
             make(work)
         work.rename(target)
     except OSError as error:
-        if not target.is_dir():  # else another process finished first, and its copy serves
+        if not target.is_dir():  # else another process finished first, and its copy is used
             if is_full(error) or str(error.filename).startswith(str(work)):
                 raise _unwritable(target.parent, error) from error
             raise
@@ -72,14 +72,14 @@ def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
 
 
 def _unwritable(place: Path, error: OSError) -> RunFailed:
-    """What a cache is told as that cannot be made or written, with the variable that moves it."""
+    """The error for a cache that cannot be created or written, with the variable that moves it."""
     where = "XDG_CACHE_HOME" if os.environ.get("XDG_CACHE_HOME") else "the home folder, as XDG_CACHE_HOME is not set"
     return RunFailed(f"cannot write to the cache {place} (in {where}): {error.strerror or error}", CACHE_FIX)
 
 
 def _convert(path: Path, header: Header, target: Path) -> None:
     with _read_once(), tempfile.TemporaryDirectory() as alone:
-        # What lies beside the file (a tokenizer, code for it) is not part of it.
+        # Other files in the folder (a tokenizer, code) are not part of the model.
         (Path(alone) / path.name).symlink_to(path.absolute())
         _dequantise(path, header, alone, target)
 
@@ -99,7 +99,7 @@ def _dequantise(path: Path, header: Header, folder: str, target: Path) -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": folder, "gguf_file": path.name}
     where |= {"trust_remote_code": False, "local_files_only": True}
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    # transformers 5.17 guesses the special tokens of a GGUF (SmolLM2's EOS comes out as its BOS); the header knows them.
+    # transformers 5.17 guesses the special tokens of a GGUF (SmolLM2 gets its BOS as EOS); the header has them.
     for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
         token_id = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token_id is not None:
@@ -118,10 +118,10 @@ def _dequantise(path: Path, header: Header, folder: str, target: Path) -> None:
 
 @contextmanager
 def _all_placed(name: str, header: Header) -> Iterator[None]:
-    """Within, transformers loads all tensors of a GGUF file, or `InvalidInput` names those that it would pass over.
+    """Within, transformers loads all tensors of a GGUF file, or `InvalidInput` names those that it would ignore.
 
-    `load_gguf_checkpoint` (transformers 5.17) passes over each that `get_gguf_hf_weights_map` gives no place, also without its
-    ending, as experts have it. Other architectures are loaded as safetensors are, and looked at as these are.
+    `load_gguf_checkpoint` (transformers 5.17) ignores each one that has no place in `get_gguf_hf_weights_map`, also without its
+    suffix, as for experts. Other architectures are loaded and checked as safetensors are.
     """
     before = modeling_gguf_pytorch_utils.get_gguf_hf_weights_map
     places: set[str] = set()
@@ -138,12 +138,12 @@ def _all_placed(name: str, header: Header) -> Iterator[None]:
         modeling_gguf_pytorch_utils.get_gguf_hf_weights_map = before
     if places:
         tensors = header.tensors - {ROPE_FACTORS}
-        left = [tensor for tensor in tensors if tensor not in places and tensor.rpartition(".")[0] not in places]
-        refuse(name, (), left, (), MADE_FROM, "model_name")
+        unplaced = [tensor for tensor in tensors if tensor not in places and tensor.rpartition(".")[0] not in places]
+        refuse(name, (), unplaced, (), MADE_FROM, "model_name")
 
 
 def _scale_positions(config: PretrainedConfig, path: Path, header: Header) -> None:
-    """Write into `config` how the GGUF file scales positions, which transformers does not read; `RunFailed`: it cannot be."""
+    """Write the position scaling of a GGUF file into `config`, which transformers does not read; `RunFailed` if unsupported."""
     family = header.metadata["general.architecture"]
     key = f"{family}.rope.scaling.type"
     scaling: Mapping[str, object] | None = None
@@ -163,18 +163,18 @@ def _scale_positions(config: PretrainedConfig, path: Path, header: Header) -> No
 
 
 def _scaling(config: PretrainedConfig, factors: torch.Tensor) -> dict[str, object] | None:
-    """The rope_parameters that divide the frequencies by these factors; None where none is known that does."""
+    """The rope_parameters that divide the frequencies by these factors; None if none are known."""
 
     def frequencies(scaling: dict[str, object]) -> torch.Tensor:
         tried = copy.deepcopy(config)
         tried.rope_parameters = {**config.rope_parameters, **scaling}
-        found: torch.Tensor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](tried, torch.device("cpu"))[0]
-        return found
+        result: torch.Tensor = ROPE_INIT_FUNCTIONS[str(scaling["rope_type"])](tried, torch.device("cpu"))[0]
+        return result
 
     largest = float(factors.max())
     plain = frequencies({"rope_type": "linear", "factor": 1.0})
     for scaling in ({"rope_type": "linear", "factor": largest}, {"rope_type": "llama3", "factor": largest, **LLAMA3}):
-        made = plain / frequencies(scaling)
-        if made.shape == factors.shape and torch.allclose(made, factors, rtol=1e-4):
+        ratio = plain / frequencies(scaling)
+        if ratio.shape == factors.shape and torch.allclose(ratio, factors, rtol=1e-4):
             return scaling
     return None

@@ -1,4 +1,4 @@
-"""A model in training or judged, and what it is held close to."""
+"""A model in training or evaluation, and its reference."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ TRAINED, FROZEN = "default", "ref"  # TRL 1.15's names of an adapter in training
 
 @dataclass(frozen=True)
 class Policy:
-    """The policy, and its reference: within it, its adapter off or a frozen one; beside it, where all weights are trained."""
+    """The policy and its reference: the same model with its adapter off or frozen, or, without an adapter, a second model."""
 
     model: PeftModel | PreTrainedModel
     frozen: PreTrainedModel | None = None  # the reference of a model without an adapter
 
     @property
     def network(self) -> PreTrainedModel:
-        """The causal language model itself, below a PEFT wrapper; it computes with whatever adapter is active."""
+        """The causal language model itself, below a PEFT wrapper; it computes with the active adapter."""
         return cast(PreTrainedModel, self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
 
     @contextmanager
     def as_reference(self) -> Iterator[PreTrainedModel]:
-        """The causal language model that is the reference, while the context lasts."""
+        """The causal language model as the reference, within the context."""
         if self.frozen is not None:
             yield self.frozen
         else:

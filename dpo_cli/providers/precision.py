@@ -1,4 +1,4 @@
-"""A model that computes in float32 for a while, in little more memory than it takes: what is measured is free of rounding."""
+"""A model that computes in float32 for a while, with little more memory: measurements without rounding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Let each module compute in float32 while it runs, whatever its weights are held in; one module's at a time.
+    """Let each module compute in float32 while it runs, for any dtype of its weights; one module at a time.
 
-    A layer with an adapter is one module with all that is in it, for PEFT may join its weights. Quantised weights are not
-    floats: bitsandbytes multiplies them in the dtype it is told.
+    A layer with an adapter is one module with its parts, because PEFT may join its weights. Quantised weights are not floats:
+    bitsandbytes multiplies them in its compute_dtype.
     """
     held: dict[nn.Module, tuple[dict[nn.Parameter, Tensor], object]] = {}
 
     def widen(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
-        if not isinstance(module, nn.Embedding):  # what is looked up is exact in any dtype, and the table is large
+        if not isinstance(module, nn.Embedding):  # a lookup is exact in any dtype, and the table is large
             own = module.parameters(recurse=isinstance(module, BaseTunerLayer))
             narrow = [p for p in own if p.is_floating_point() and p.dtype.itemsize < 4]
             held[module] = {p: p.data for p in narrow}, getattr(module, "compute_dtype", None)
@@ -49,12 +49,12 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module in list(held):  # those that an exception left while they ran
+        for module in list(held):  # modules that an exception interrupted
             restore(module)
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers with adapters, and beside them all modules with weights of their own."""
+    """The layers with adapters, and all other modules with their own weights."""
     is_adapted = isinstance(module, BaseTunerLayer)
     if is_adapted or next(module.parameters(recurse=False), None) is not None:
         yield module

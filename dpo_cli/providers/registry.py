@@ -1,4 +1,4 @@
-"""The providers by the names that a config has for them."""
+"""The providers by their names in a config."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The Unsloth provider: FastLanguageModel and its kernels; the tokenizer and the adapter are the Hugging Face provider's.
 
-A training has run `import_unsloth` before this module is imported, which brings transformers and peft.
+A training runs `import_unsloth` before this module, which imports transformers and peft.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dpo_cli.providers.unsloth_import import prints_to_log
 
 
 class Unsloth(HuggingFace):
-    """Loads what the Hugging Face provider does, through FastLanguageModel."""
+    """Loads the same models as the Hugging Face provider, through FastLanguageModel."""
 
     no_sharing: str | None = NO_SHARING
 
@@ -40,11 +40,11 @@ class Unsloth(HuggingFace):
             "dtype": getattr(torch, plan.dtype),
             "load_in_4bit": config.use_4bit,
             "use_gradient_checkpointing": config.gradient_checkpointing,
-            "use_exact_model_name": True,  # not the copy of a model that Unsloth keeps under its own name
+            "use_exact_model_name": True,  # not Unsloth's copy of a model under another name
             "use_safetensors": True,
-            "device_map": {"": device},  # else what does not fit beside others' models is put on the CPU
+            "device_map": {"": device},  # else parts that do not fit the GPU go to the CPU
         }
-        self._stored_bits(source)  # refuses what is not known
+        self._stored_bits(source)  # refuses an unsupported quantisation
         if config.use_4bit:
             options["quantization_config"] = quantisation(plan)
         with prints_to_log():
@@ -55,10 +55,10 @@ class Unsloth(HuggingFace):
 
 
 def _require_quantisation(model: PreTrainedModel, plan: Plan) -> None:
-    """`RunFailed` where Unsloth's CPU fallback loaded 16 bits instead of 4, or nf4, the only kind that it knows, for fp4."""
-    made = getattr(model.config, "quantization_config", None)
+    """`RunFailed` if Unsloth's CPU fallback loaded 16 bits instead of 4, or nf4, the only kind that it has, for fp4."""
+    used = getattr(model.config, "quantization_config", None)
     wanted = quantisation(plan) if plan.config.use_4bit else None
     names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-    if (made is None) != (wanted is None) or any(getattr(made, name, None) != getattr(wanted, name, None) for name in names):
+    if (used is None) != (wanted is None) or any(getattr(used, name, None) != getattr(wanted, name, None) for name in names):
         message = "Unsloth did not quantise this model as the config says"
         raise RunFailed(message, 'remove the bnb_4bit keys, change "use_4bit", or write "provider": "huggingface"')

@@ -1,4 +1,4 @@
-"""`import unsloth`, before the libraries that it changes: transformers, trl and peft. So nothing heavy is imported here."""
+"""`import unsloth`, before the libraries that it patches: transformers, trl and peft. So nothing heavy is imported here."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dpo_cli.providers.base import cache_dir
 def import_unsloth(device: str) -> None:
     """Import Unsloth for "cuda", or for "cpu" its fallback without kernels. Raises `RunFailed` with its reason.
 
-    What release 2026.10.9 reads from the environment while it is imported is decided here.
+    Sets what release 2026.10.9 reads from the environment during its import.
     """
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # else each load of a model is reported to the hub
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth"))  # else a folder where dpo was started
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth"))  # else a folder in the current one
     if device == "cpu":
         os.environ["UNSLOTH_FORCE_CPU"] = "1"
     else:
-        # It would rewrite TRL's DPOTrainer, and the rewritten one passes over peft_config: it would train every weight.
-        # Under this name, meant for tests, it changes models and kernels alone. tests/test_unsloth.py shows both.
+        # Unsloth would rewrite TRL's DPOTrainer, and the rewritten one ignores peft_config: it would train every weight.
+        # With this variable, meant for tests, it only changes models and kernels. tests/test_unsloth.py shows both.
         os.environ["UNSLOTH_ALLOW_CPU"] = "1"
-    logging.getLogger().addHandler(logging.NullHandler())  # else it adds one of its own, to the screen
+    logging.getLogger().addHandler(logging.NullHandler())  # else it adds a handler that prints
     try:
         with prints_to_log():
             importlib.import_module("unsloth")
@@ -38,14 +38,14 @@ def import_unsloth(device: str) -> None:
 
 @contextmanager
 def prints_to_log() -> Iterator[None]:
-    """Within, what is printed becomes records for train.log: standard output may hold one JSON document and nothing else."""
+    """Within, printed text goes to train.log: standard output may hold only one JSON document."""
     log = _Log()
     with redirect_stdout(log), redirect_stderr(log):
         yield
 
 
 class _Log(io.TextIOBase):
-    """A stream whose lines are log records. It stays open: handlers that libraries make meanwhile keep it."""
+    """A stream whose lines are log records. It stays open, because handlers of libraries keep it."""
 
     encoding = "utf-8"
 

@@ -1,7 +1,7 @@
 """A GGUF file of a model directory: written by llama.cpp's own converter, then read back and compared.
 
-The `gguf` package writes files, but does not know how a model becomes one; llama.cpp's script does. It is no package, so the
-user names it, and it runs as a process of its own.
+The `gguf` package writes files, but cannot convert a model; llama.cpp's script can. It is not a package, so the user names it,
+and it runs as a separate process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dpo_cli.results.merge import GgufCheck
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 SCRIPT = "convert_hf_to_gguf.py"
 BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # q8_0: blocks of 32 bytes and a 16-bit scale
-# The share of positions at which the file's model must find the same token most likely as the merged model.
+# The share of positions at which the GGUF model must have the same most likely token as the merged model.
 LEAST_SAME = {"f32": 0.999, "f16": 0.98, "bf16": 0.98, "q8_0": 0.95}
 ROWS, POSITIONS = 32, 16  # held-out rows compared, and the first positions of each response
 WHERE = (
@@ -38,26 +38,26 @@ WHERE = (
 
 
 def find_converter(named: Path | None) -> Path:
-    """The converter that is named, or the one on PATH; `UsageError` says where there is one."""
-    found = named or shutil.which(SCRIPT)
-    if found is None:
+    """The converter that is named, or the one on PATH; `UsageError` says where to get it."""
+    path = named or shutil.which(SCRIPT)
+    if path is None:
         raise UsageError(f"--gguf needs a converter, {SCRIPT}", WHERE)
-    if not Path(found).is_file():
-        raise UsageError(f"converter {found} not found", WHERE)
-    return Path(found).absolute()
+    if not Path(path).is_file():
+        raise UsageError(f"converter {path} not found", WHERE)
+    return Path(path).absolute()
 
 
 def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) -> None:
-    """Run the converter on a model directory; `RunFailed` when it fails, or writes no GGUF file. Its output is logged."""
+    """Run the converter on a model directory; `RunFailed` if it fails, or writes no GGUF file. Its output is logged."""
     command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", kind, "--model-name", name]
-    # It reads the folder with transformers, which must not ask the hub for anything.
+    # It reads the folder with transformers, which must not contact the hub.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     logging.getLogger("dpo").info("%s\n%s%s", command, done.stdout, done.stderr)
     if done.returncode != 0:
-        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        fix = "train.log has its output; for a missing module: pip install '.[gguf]' in a checkout of dpo"
-        raise RunFailed(f"the converter {converter} failed: {said}", fix)
+        last_line = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        fix = "train.log of the run has its output; for a missing module: pip install '.[gguf]' in a checkout of dpo"
+        raise RunFailed(f"the converter {converter} failed: {last_line}", fix)
     if not ModelFiles(file).is_gguf:
         raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
 
@@ -65,32 +65,32 @@ def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) 
 def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> GgufCheck:
     """Read a GGUF file back with transformers and compare its logits with those of the model directory.
 
-    One model is in memory at a time, in float32. `RunFailed` for a file that cannot be read, or ends texts with another token.
+    One model is in memory at a time, in float32. `RunFailed` for a file that cannot be read, or has another end token.
     """
-    wanted = _logits(rows, pretrained_model_name_or_path=str(model_dir))
+    expected = _logits(rows, pretrained_model_name_or_path=str(model_dir))
     try:
         ends = read_header(file).metadata.get("tokenizer.ggml.eos_token_id")
-        made = _logits(rows, pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:  # what transformers raises for a file it cannot read
+        actual = _logits(rows, pretrained_model_name_or_path=str(file.parent), gguf_file=file.name)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # the errors of transformers for an unreadable file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"{file.name} cannot be read back, so it cannot be checked: {reason}"
         raise RunFailed(message, "use a newer converter, or export without --gguf") from error
-    if ends != tokenizer.eos_token_id or made.shape != wanted.shape:
+    if ends != tokenizer.eos_token_id or actual.shape != expected.shape:
         message = f"{file.name} differs from the model in its vocabulary or in the token that ends a text"
         raise RunFailed(message, "use a newer converter, or export without --gguf")
-    same = float((made.argmax(dim=-1) == wanted.argmax(dim=-1)).double().mean())
-    apart = float((made - wanted).abs().max())
-    return GgufCheck(file.name, kind, len(wanted), same, apart, LEAST_SAME[kind], ok=same >= LEAST_SAME[kind])
+    same = float((actual.argmax(dim=-1) == expected.argmax(dim=-1)).double().mean())
+    apart = float((actual - expected).abs().max())
+    return GgufCheck(file.name, kind, len(expected), same, apart, LEAST_SAME[kind], ok=same >= LEAST_SAME[kind])
 
 
 def _logits(rows: Sequence[Encoded], **source: str) -> Tensor:
     """The logits that predict the first tokens of each row's first response, (positions, vocabulary), in float32."""
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
     model = AutoModelForCausalLM.from_pretrained(**source, **options).eval()
-    made = []
+    logits_of_rows = []
     with torch.no_grad():
         for row in rows[:ROWS]:
             start = max(len(row.prompt_ids) - 1, 0)
             ids = torch.tensor([(row.prompt_ids + row.responses[0])[: start + POSITIONS]])
-            made.append(model(input_ids=ids, use_cache=False).logits[0, start:])
-    return torch.cat(made)
+            logits_of_rows.append(model(input_ids=ids, use_cache=False).logits[0, start:])
+    return torch.cat(logits_of_rows)

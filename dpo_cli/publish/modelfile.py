@@ -1,13 +1,13 @@
 """An Ollama Modelfile, with the model's chat template in Ollama's language (Go's text/template).
 
-Chat templates are programs in jinja, and Ollama runs none. But nearly all put fixed texts around each message. These texts are
-read off the jinja template's own renderings, and taken only if conversations that are put together from them are rendered to
-the letter as jinja renders them:
+Chat templates are jinja programs, which Ollama cannot run. But nearly all put fixed texts around each message. These texts are
+read from renderings of the jinja template. They are used only if conversations that are composed of them equal the renderings
+of jinja exactly:
 
     opening  (user before)question(user after)  (assistant before)answer(assistant after)  ...  (assistant before)
 
-A system message has a turn of its own (ChatML, Llama), or stands in the first user turn (Gemma) or the last (Mistral). BOS is
-left out, since Ollama adds it. What a template does beyond that (tools, thinking, trimming of blanks) is not carried over.
+A system message has its own turn (ChatML, Llama), or is in the first user turn (Gemma) or the last one (Mistral). BOS is
+omitted, since Ollama adds it. Other parts of a template (tools, thinking, trimming of blanks) are not converted.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ NEXT = "Another question?"
 
 
 def conversation(*turns: str, system: str | None = None) -> list[Message]:
-    """Messages of a user and an assistant in turns, after a system message where there is one."""
+    """Messages of a user and an assistant in turns, after an optional system message."""
     before: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     return before + [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-# What a template must render alike; the first two must not be refused by it.
+# The conversations to compare; a template must accept the first two.
 CHECKED = (
     conversation("Hello"),
     conversation("Is it blue?", "Yes, it is.", "And at night?"),
@@ -52,28 +52,28 @@ CHECKED = (
 class Turns:
     """The texts that a chat template puts around messages."""
 
-    opening: str  # before the first turn, where there is no system message
+    opening: str  # before the first turn, without a system message
     system: Around
     user: Around
     assistant: Around
     answer: str  # before the model's answer
-    place: Literal["turn", "first", "last"]  # of the system message: a turn of its own, or in a turn of the user
+    place: Literal["turn", "first", "last"]  # of the system message: its own turn, or a turn of the user
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt of a conversation, as `go` renders it in Ollama."""
         system = next((message["content"] for message in messages if message["role"] == "system"), None)
         turns = [message for message in messages if message["role"] != "system"]
         has_turn = self.place == "turn" and system is not None
-        made = f"{self.system[0]}{system}{self.system[1]}" if has_turn else self.opening
+        text = f"{self.system[0]}{system}{self.system[1]}" if has_turn else self.opening
         host = {"first": 0, "last": len(turns) - 1}.get(self.place)
         for i, message in enumerate(turns):
             before, after = self.user if message["role"] == "user" else self.assistant
             within = f"{self.system[0]}{system}{self.system[1]}" if i == host and system is not None else ""
-            made += before + within + message["content"] + after
-        return made + self.answer
+            text += before + within + message["content"] + after
+        return text + self.answer
 
     def go(self) -> str:
-        """The template in Go's text/template. Texts are quoted, so that no blank is lost or added."""
+        """The template in Go's text/template. Texts are quoted, so that blanks are kept exactly."""
         own, start, within = _around(self.system, "$.System"), _text(self.opening), ""
         if self.place == "turn":
             otherwise = f"{{{{ else }}}}{start}" if start else ""
@@ -91,7 +91,7 @@ class Turns:
 
 
 def _text(text: str) -> str:
-    """An action that writes a text as it is: what JSON escapes, Go's quoted strings escape alike."""
+    """An action that writes a text unchanged: Go's quoted strings have the escapes of JSON."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
 
 
@@ -100,14 +100,14 @@ def _around(around: Around, value: str) -> str:
 
 
 def turns_of(template: ChatTemplate) -> Turns | None:
-    """What a chat template puts around messages; None where it does anything else."""
+    """The texts that a chat template puts around messages; None for a template that does more."""
     try:
         bare = _bare(template)
-    except (TemplateError, ValueError):  # refused, or a text is not where it should be
+    except (TemplateError, ValueError):  # refused, or a text is not in its place
         return None
-    for made in (bare, *_with_system(template, bare)):
-        if all(made.render(messages) == told for messages in CHECKED if (told := _told(template, messages)) is not None):
-            return made
+    for turns in (bare, *_with_system(template, bare)):
+        if all(turns.render(messages) == text for messages in CHECKED if (text := _accepted(template, messages)) is not None):
+            return turns
     return None
 
 
@@ -116,8 +116,8 @@ def rendered(template: ChatTemplate, messages: Sequence[Message], answer: bool =
     return template.render(messages, None, add_generation_prompt=answer, bos_token="")
 
 
-def _told(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
-    """The same, and None for a conversation that the template refuses because of its system message."""
+def _accepted(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
+    """The same; None for a conversation that the template refuses because of its system message."""
     try:
         return rendered(template, messages)
     except TemplateError:
@@ -125,11 +125,11 @@ def _told(template: ChatTemplate, messages: Sequence[Message]) -> str | None:
 
 
 def _bare(template: ChatTemplate) -> Turns:
-    """The texts around a user's and an assistant's messages; `ValueError` where a message is not in the rendering once."""
+    """The texts around a user's and an assistant's messages; `ValueError` unless each message is rendered exactly once."""
     first, between, again, last = _split(rendered(template, conversation(USER, ASSISTANT, NEXT)), USER, ASSISTANT, NEXT)
     user_end = _split(rendered(template, conversation(USER), answer=False), USER)[1]
     assistant_end = _split(rendered(template, conversation(USER, ASSISTANT), answer=False), USER, ASSISTANT)[2]
-    eos = str(template.tokens["eos_token"])  # which Phi 3 writes after the last turn too
+    eos = str(template.tokens["eos_token"])  # Phi 3 writes it after the last turn too
     user_after = user_end if between.startswith(user_end) else user_end.removesuffix(eos)
     assistant_after = assistant_end if again.startswith(assistant_end) else assistant_end.removesuffix(eos)
     user_before = _without(again, assistant_after)
@@ -146,7 +146,7 @@ def _bare(template: ChatTemplate) -> Turns:
 
 
 def _with_system(template: ChatTemplate, bare: Turns) -> list[Turns]:
-    """The same with the places that a system message may have, by what stands around one."""
+    """The same with the possible places of a system message, from the texts around one."""
     try:
         head, middle, _ = _split(rendered(template, conversation(USER, system=SYSTEM)), SYSTEM, USER)
     except (TemplateError, ValueError):
@@ -161,7 +161,7 @@ def _with_system(template: ChatTemplate, bare: Turns) -> list[Turns]:
 
 
 def _split(text: str, *messages: str) -> list[str]:
-    """The texts around messages, each of which must stand in `text` once and in this order."""
+    """The texts around messages; `text` must have each message once, in this order."""
     parts = []
     for message in messages:
         before, found, text = text.partition(message)
@@ -178,7 +178,7 @@ def _without(text: str, start: str) -> str:
 
 
 def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerBase, day: date) -> tuple[str, bool]:
-    """The Modelfile of a GGUF file beside it, and whether it has the chat template, which may write `day`."""
+    """The Modelfile for a GGUF file in the same folder, and whether it has the chat template, which may write `day`."""
     template = ChatTemplate.of(tokenizer, day)
     turns = turns_of(template) if template is not None else None
     stop = (turns.assistant[1].strip() if turns else "") or str(tokenizer.eos_token)

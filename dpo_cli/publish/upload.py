@@ -1,4 +1,4 @@
-"""Uploading a folder to the hub. The token is the client's own affair: it is neither asked for nor written here."""
+"""Uploading a folder to the hub. The client library handles the token: dpo neither reads nor writes it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from huggingface_hub import HfApi
 from dpo_cli.errors import RunFailed
 
 WEIGHTS = ("adapter_*", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
-SHOWN = 10  # files that a message names
+SHOWN = 10  # files listed in a message
 
 
 def push(folder: Path, repository: str) -> str:
     """Upload the files of `folder` as the model owner/name, and return its address. A new repository is private.
 
-    Files of the same name are replaced, and no other one is deleted. `RunFailed` where there are other weights, or with the
-    command that tries again: the folder stays as it is.
+    Files of the same name are replaced, and no other file is deleted. `RunFailed` if the repository has other weights, or with
+    a command for a retry: the folder does not change.
     """
     api = HfApi()
     try:
@@ -27,7 +27,7 @@ def push(folder: Path, repository: str) -> str:
         others = _other_weights(folder, api.list_repo_files(repository))
         if not others:
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by dpo")
-    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # a refusal, no network, no token, half a large file
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:  # denied, no network, no token, an incomplete file
         response = getattr(error, "response", None)
         needs_login = response is not None and response.status_code in (401, 403)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -45,7 +45,7 @@ def push(folder: Path, repository: str) -> str:
 
 
 def _other_weights(folder: Path, there: list[str]) -> list[str]:
-    """The weights among the files of a repository, not of its folders, that `folder` does not replace."""
+    """The weight files at the top of a repository that `folder` does not replace."""
     return sorted(
         name
         for name in there

@@ -32,8 +32,8 @@ def compared(runs: Sequence[Contents]) -> dict[str, object]:
         for strategy, numbers in by_strategy.items()
     ]
     keys = [Curve(name, "eval", [], colour) for colour, name in enumerate(names)]
-    made = {"runs": runs, "names": names, "keys": keys, "groups": groups}
-    return {**made, "warnings": warnings(runs), "differing": differing(runs)}
+    content = {"runs": runs, "names": names, "keys": keys, "groups": groups}
+    return {**content, "warnings": warnings(runs), "differing": differing(runs)}
 
 
 def distinct_names(runs: Sequence[Contents]) -> list[str]:
@@ -43,7 +43,7 @@ def distinct_names(runs: Sequence[Contents]) -> list[str]:
 
 
 def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int]) -> list[Plot]:
-    made, end = [], max((line.step for number in numbers for line in runs[number].lines), default=0)
+    plots, end = [], max((line.step for number in numbers for line in runs[number].lines), default=0)
     for kind in KINDS:
         if not kind.is_compared:
             continue
@@ -56,8 +56,8 @@ def _plots(runs: Sequence[Contents], names: Sequence[str], numbers: Sequence[int
         if any(curve.points for curve in curves):
             shared = {level for number in numbers for level in levels(kind, runs[number])}
             common = list(shared) if len(shared) == 1 else []
-            made.append(Plot(kind.title, kind.note, curves, common, end, kind.from_zero))
-    return made
+            plots.append(Plot(kind.title, kind.note, curves, common, end, kind.from_zero))
+    return plots
 
 
 def _figures(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
@@ -92,26 +92,26 @@ def differing(runs: Sequence[Contents]) -> list[tuple[str, list[str]]]:
 
 def warnings(runs: Sequence[Contents]) -> list[str]:
     """The reasons why figures are not comparable."""
-    found = []
+    reasons = []
     if others := _held_out_otherwise(runs):
-        found.append(
+        reasons.append(
             f"The held-out sets differ (in {', '.join(others)}), so the figures are not comparable: "
             "evaluate each run on one file with dpo eval --dataset."
         )
     if differ(runs, lambda run: run.strategy):
-        found.append("The strategies differ: a loss of pairs and a loss of demonstrations are different quantities.")
+        reasons.append("The strategies differ: a loss of pairs and a loss of demonstrations are different quantities.")
     elif differ(runs, lambda run: run.config.get("beta")):
-        found.append("beta differs. It scales rewards, margins and losses: compare accuracies, gains and KL.")
+        reasons.append("beta differs. It scales rewards, margins and losses: compare accuracies, gains and KL.")
     pairs = [run for run in runs if run.takes("loss_type")]
     if differ(pairs, lambda run: run.config["loss_type"]):
-        found.append("loss_type differs: the training losses are different quantities; the held-out losses are all sigmoid.")
+        reasons.append("loss_type differs: the training losses are different quantities; the held-out losses are all sigmoid.")
     if differ(pairs, lambda run: [run.config[key] for key in ("kl_prompts", "max_new_tokens")]):
-        found.append(
+        reasons.append(
             "kl_prompts or max_new_tokens differ, and decide which answers are sampled: KL per answer is not comparable."
         )
     if differ(runs, lambda run: (run.manifest["model"], run.base)):
-        found.append("The runs started from different models: rewards, KL and gains are each relative to another model.")
-    return found
+        reasons.append("The runs started from different models: rewards, KL and gains are each relative to another model.")
+    return reasons
 
 
 def differ(runs: Sequence[Contents], what: Callable[[Contents], object]) -> bool:

@@ -63,7 +63,7 @@ def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
 
 def plots(run: Contents) -> list[Plot]:
     """Every plot that the run has lines for."""
-    made, end = [], max((line.step for line in run.lines), default=0)
+    drawn, end = [], max((line.step for line in run.lines), default=0)
     for kind in KINDS:
         curves = [
             Curve(name, split, run.points(split, key), colour)
@@ -73,8 +73,8 @@ def plots(run: Contents) -> list[Plot]:
         if kind.title == "Memory":  # both splits share one peak: the first curve has all of it
             curves = curves[:1]
         if any(curve.points for curve in curves):
-            made.append(Plot(kind.title, kind.note, curves, levels(kind, run), end, kind.from_zero))
-    return made
+            drawn.append(Plot(kind.title, kind.note, curves, levels(kind, run), end, kind.from_zero))
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -138,14 +138,14 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
         return list(points)
     stretches = (most - 2) // 2
     inner = range(1, len(points) - 1)
-    kept = {0, len(points) - 1}
+    indices = {0, len(points) - 1}
     for number in range(stretches):
         part = inner[number * len(inner) // stretches : (number + 1) * len(inner) // stretches]
         finite = [(value, i) for i in part if (value := points[i][1]) is not None]
         broken = next((i for i in part if points[i][1] is None), None)
-        kept |= {min(finite)[1]} if finite else set()
-        kept |= {broken} if broken is not None else {max(finite)[1]}
-    return [points[i] for i in sorted(kept)]
+        indices |= {min(finite)[1]} if finite else set()
+        indices |= {broken} if broken is not None else {max(finite)[1]}
+    return [points[i] for i in sorted(indices)]
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:

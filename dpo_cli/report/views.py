@@ -13,12 +13,12 @@ from dpo_cli.report.svg import DIGITS
 from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.summary import Memory
 from dpo_cli.storage.jsonio import json_text
-from dpo_cli.strategies.figures import FIGURES, Told, number
+from dpo_cli.strategies.figures import FIGURES, FigureText, number
 
 MOST_TEXT = 1500  # characters shown of one text
 
 
-def tiles(run: Contents) -> list[tuple[str, Told]]:
+def tiles(run: Contents) -> list[tuple[str, FigureText]]:
     """The figures that a reader needs first; related figures are together."""
     if run.judged is None:
         return []
@@ -37,9 +37,9 @@ class ComparedFigure:
     """A row of the table of base, adapter and gain; with a whisker if the gain is finite."""
 
     label: str
-    base: Told | None
-    policy: Told
-    gain: Told | None
+    base: FigureText | None
+    policy: FigureText
+    gain: FigureText | None
     whisker: Interval | None
     good: bool  # whether a larger value is better
 
@@ -73,7 +73,7 @@ class ByCategory:
     """A row for each category of the held-out rows: its name, its number of rows, and its figures in these columns."""
 
     names: Sequence[str]
-    rows: Sequence[tuple[str, int, Sequence[Told]]]
+    rows: Sequence[tuple[str, int, Sequence[FigureText]]]
 
 
 def categories(run: Contents) -> ByCategory | None:
@@ -100,17 +100,17 @@ def data(run: Contents) -> list[tuple[str, str]]:
         ("longest", f"{counts['longest']:,} tokens ({counts['longest_at']})"),
         ("tokens per epoch", f"{counts['train_tokens']:,}"),
     ]
-    told = {
+    labels = {
         "cut": "prompts cut at the start to fit max_seq_length",
         "too_long": "skipped: responses longer than max_seq_length",
         "parted": "prompts that the chat template renders differently before a response",
         "bad_rows": "skipped: bad rows",
     }
-    rows += [(words, f"{counts[name]:,}") for name, words in told.items() if counts[name]]
-    said = run.plan.get("data") or {}
-    if said.get("longer_chosen") is not None:
+    rows += [(words, f"{counts[name]:,}") for name, words in labels.items() if counts[name]]
+    lint = run.plan.get("data") or {}
+    if lint.get("longer_chosen") is not None:
         rows.append(
-            ("longer response chosen", f"in {said['longer_chosen']:.0%} of pairs (AUC of length {said['length_auc']:.2f})")
+            ("longer response chosen", f"in {lint['longer_chosen']:.0%} of pairs (AUC of length {lint['length_auc']:.2f})")
         )
     return rows
 
@@ -135,12 +135,12 @@ def bill(run: Contents) -> MemoryTable | None:
         for name, size in memory["components"].items()
         if size
     ]
-    known = run.summary.memory if run.summary else Memory()
+    memory_of_run = run.summary.memory if run.summary else Memory()
     about = "The plan's bill for the peak of a step"
     about += f", of {memory['budget_gb']:.1f} GB available." if memory["budget_gb"] else "."
-    if known.measured_gb and known.predicted_gb:
+    if memory_of_run.measured_gb and memory_of_run.predicted_gb:
         what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, including what malloc keeps"
-        measured, billed = known.measured_gb, known.predicted_gb
+        measured, billed = memory_of_run.measured_gb, memory_of_run.predicted_gb
         about += f" Measured: {measured:.2f} GB ({what}); billed: {billed:.2f} GB; ratio: {measured / billed:.2f}."
     return MemoryTable(parts, f"{memory['total_gb']:.2f}", about)
 
@@ -169,18 +169,18 @@ def command(run: Contents) -> str:
 
 def made_with(run: Contents) -> list[tuple[str, str]]:
     """Versions, hardware, hashes: everything else that must be the same."""
-    made = run.manifest
-    hardware = made["hardware"]
+    manifest = run.manifest
+    hardware = manifest["hardware"]
     machine = f"{hardware['cores']} cores of {hardware['processor']}, {hardware['memory_gb']:g} GB"
     gpus = [str(gpu["name"]) for gpu in hardware["gpus"]]
     rows = [
-        ("versions", ", ".join(f"{name} {version}" for name, version in made["versions"].items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())),
         ("machine", ", ".join([*gpus, machine])),
-        ("seed", str(made["seed"])),
-        ("git commit", made["git_commit"] or "outside a repository"),
+        ("seed", str(manifest["seed"])),
+        ("git commit", manifest["git_commit"] or "outside a repository"),
     ]
-    rows += [(f"dataset {Path(file).name}", f"SHA-256 {digest}") for file, digest in made["dataset"].items()]
-    rows += [(f"model {file}", f"SHA-256 {digest}") for file, digest in made["model"]["sha256"].items()]
+    rows += [(f"dataset {Path(file).name}", f"SHA-256 {digest}") for file, digest in manifest["dataset"].items()]
+    rows += [(f"model {file}", f"SHA-256 {digest}") for file, digest in manifest["model"]["sha256"].items()]
     if run.summary:
         rows.append(("what was trained", f"SHA-256 {run.summary.adapter_sha256}"))
     return rows
@@ -191,13 +191,13 @@ def facts(run: Contents) -> list[str]:
     settings = run.config
     model = Path(settings["model_name"]).name if Path(settings["model_name"]).is_absolute() else settings["model_name"]
     trained = "every weight" if run.is_whole else f"LoRA rank {settings['lora_r']}"
-    made = [settings["strategy"], model, ", ".join(Path(file).name for file in run.manifest["dataset"]), trained]
-    made.append(f"learning rate {settings['learning_rate']:g}")
+    parts = [settings["strategy"], model, ", ".join(Path(file).name for file in run.manifest["dataset"]), trained]
+    parts.append(f"learning rate {settings['learning_rate']:g}")
     if run.takes("beta"):
-        made.append(f"beta {settings['beta']:g}")
+        parts.append(f"beta {settings['beta']:g}")
     if run.summary:
-        made += [f"{run.summary.steps:,} steps", duration(run.summary.seconds)]
-    return [fact for fact in made if fact]
+        parts += [f"{run.summary.steps:,} steps", duration(run.summary.seconds)]
+    return [fact for fact in parts if fact]
 
 
 def duration(seconds: float) -> str:

@@ -53,7 +53,7 @@ class Event:
     message: str
     remedy: str
 
-    def told(self) -> str:
+    def text(self) -> str:
         return f"{self.action} [{self.rule}] {self.message}\n  {self.remedy}"
 
 

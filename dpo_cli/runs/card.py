@@ -1,4 +1,4 @@
-"""The model cards: of what a run trained, and of an exported model."""
+"""The model cards of a run and of an exported model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MERGED = "Its base is the run `{model}`, merged; `dpo export` makes one model of
 
 
 def card(plan: Plan, steps: int, judged: Judged) -> str:
-    """The text of README.md beside what was trained; `judged` has the figures on held-out prompts, where there are some."""
+    """The text of README.md for what was trained; `judged` has the figures on held-out prompts, if there are any."""
     assert plan.counts is not None
     is_peft = plan.config.lora_r > 0
     what = f"A LoRA adapter (rank {plan.config.lora_r}) for" if is_peft else "All weights of"
@@ -62,7 +62,7 @@ def card(plan: Plan, steps: int, judged: Judged) -> str:
 
 
 def export_card(plan: Plan, name: str, train_rows: int, steps: int, judged: Judged, merge: Merge) -> str:
-    """The text of README.md beside an exported model."""
+    """The text of README.md for an exported model."""
     rank = plan.config.lora_r
     what = f"A LoRA adapter (rank {rank}) merged into" if rank else "All weights of"
     rows = "\n".join(
@@ -75,7 +75,7 @@ def export_card(plan: Plan, name: str, train_rows: int, steps: int, judged: Judg
 
 
 def _plain(name: str) -> str:
-    """The name of a file, which may be a stranger's, as one that neither ends a line, quotes, nor starts a tag of a card."""
+    """A file name, which is not trusted, without line ends, quotes and tags that would change a card."""
     return "".join(char if char.isprintable() and char not in "`<>[]" else "\N{REPLACEMENT CHARACTER}" for char in name)
 
 

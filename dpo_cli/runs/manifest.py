@@ -1,4 +1,4 @@
-"""What a run was made with: versions, hardware, hashes, git commit."""
+"""The environment of a run: versions, hardware, hashes, git commit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}
 
 
 def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, Any]:
-    """The content of manifest.json. `model_dir` holds the model's safetensors when it is local."""
-    # Beside the weights config.json, which says how they are computed with.
+    """The content of manifest.json. `model_dir` holds the safetensors of a local model."""
+    # The weights, and config.json, which decides how they are used.
     weights = (
         [file for file in sorted(model_dir.iterdir()) if file.suffix == ".safetensors" or file.name == "config.json"]
         if model_dir
@@ -42,15 +42,15 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
 
 
 def _hashes(dataset: str | list[Any]) -> dict[str, str]:
-    """The SHA-256 of each file that a config's value names."""
+    """The SHA-256 of each data file in the value of a config."""
     return {source.path: sha256(Path(source.path)) for source in sources_of(dataset)}
 
 
 def _git_commit() -> str | None:
-    """The commit of the folder the run was started in, None outside a repository."""
+    """The git commit of the current folder, None outside a repository."""
     command = ["git", "rev-parse", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except FileNotFoundError:  # git is not installed: the manifest then says null
+    except FileNotFoundError:  # git is not installed: the manifest then has null
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

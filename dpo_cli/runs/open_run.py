@@ -1,4 +1,4 @@
-"""A finished run, or any adapter on a model, opened on this machine: its plan, the rows to judge it on, what was trained."""
+"""A finished run, or any adapter on a model, opened on this machine: its plan, the rows to evaluate, what was trained."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from dpo_cli.ui.console import Console
 
 @dataclass(frozen=True)
 class Opened:
-    """The folder of what was trained, its plan, as this machine decides it, and the rows to judge it on."""
+    """The folder of what was trained, its plan on this machine, and the rows to evaluate."""
 
     folder: Path
     plan: Plan
     provider: Provider
     tokenizer: PreTrainedTokenizerBase
     rows: list[Encoded]
-    scoring: Scoring | None  # as the run decided it, for rows of its own
+    scoring: Scoring | None  # the decision of the run, if the rows are the run's
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class OpenedRun(Opened):
 
 
 def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequence[str] = ()) -> OpenedRun:
-    """Open a finished run with what it held out, or with all rows of another file. No model is loaded.
+    """Open a finished run with its held-out rows, or with all rows of another file. No model is loaded.
 
-    `changes` are overrides that say how it is judged.
+    `changes` are overrides for the evaluation.
     """
     run = RunDirectory.open(Path(run_path))
     _require_same_below(run)
@@ -64,9 +64,9 @@ def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequ
 
 
 def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Sequence[str], console: Console) -> Opened:
-    """Open any PEFT adapter on the model of a config, with what the config holds out, or with all rows of another file.
+    """Open any PEFT adapter on the model of a config, with the held-out rows of the config, or with all rows of another file.
 
-    `config` may be the directory of a run, for its plan, and `adapter` too, for its adapter.
+    `config` and `adapter` may be run directories: then the plan and the adapter of the run are used.
     """
     path, folder = Path(config), adapter / ADAPTER if (adapter / PLAN).is_file() else adapter
     made_on = _base_of(folder)
@@ -79,17 +79,17 @@ def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Seq
 
 
 def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | None, console: Console) -> Opened:
-    changes = [*overrides, "provider=huggingface"]  # any provider's adapter is PEFT's, and is judged where its provider is not
+    changes = [*overrides, "provider=huggingface"]  # the adapter of any provider is a PEFT adapter, and needs no other provider
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
         if not unreadable(dataset, "dataset") and holds_pairs(dataset):
-            changes.append("strategy=dpo")  # pairs tell more, whatever was trained on
+            changes.append("strategy=dpo")  # pairs give more figures, for any training
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
     inspection = inspect(loaded, probe(), with_fit=False, keep_rows=True, is_begun=is_plan)
     data, plan = inspection.require()
-    found = [problem for problem in inspection.problems if problem.severity == "warning"]
-    console.problems([problem for problem in found if problem.key != "augment"])  # a judge is named without a rank here
+    warnings = [problem for problem in inspection.problems if problem.severity == "warning"]
+    console.problems([problem for problem in warnings if problem.key != "augment"])  # here a judge needs no rank
     provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
     rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), all_rows=bool(dataset))
@@ -98,7 +98,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
 
 
 def _decided(config: str) -> Decided | None:
-    """What the run of a plan.json decided; None of another config."""
+    """The decisions of the run of a plan.json; None for another config."""
     try:
         return Decided.of(read_json(Path(config))) if Path(config).name == PLAN else None
     except (OSError, ValueError):  # missing, or written by hand: it is read as a config
@@ -106,9 +106,9 @@ def _decided(config: str) -> Decided | None:
 
 
 def _not_here(plan: str, changes: Sequence[str]) -> list[str]:
-    """Overrides for the device and precision of a run where this machine has no such, or another device is asked for.
+    """Overrides for the device and precision of a run, if this machine does not have them, or another device is requested.
 
-    This machine decides them then: a run from a GPU is judged on a CPU.
+    This machine then decides them: a run from a GPU is evaluated on a CPU.
     """
     then, values, machine = load(plan).values.get("device"), load(plan, changes).values, probe()
     is_here = then == values.get("device") and then in ("cpu", machine.device)
@@ -118,7 +118,7 @@ def _not_here(plan: str, changes: Sequence[str]) -> list[str]:
 
 
 def _base_of(folder: Path) -> str:
-    """The model that an adapter names as its base; `InvalidInput` for a folder that holds no adapter that can be judged."""
+    """The model that an adapter names as its base; `InvalidInput` for a folder without an adapter that can be evaluated."""
     if (adapter := Adapter.in_folder(folder)) is None:
         fix = "name the folder of an adapter, or of a run that trained one"
         raise _no_adapter(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}", fix)
@@ -126,7 +126,7 @@ def _base_of(folder: Path) -> str:
         if fault := adapter.fault:
             raise _no_adapter(f"the adapter in {folder} {fault.message}", fault.fix)
         config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:  # a type that PEFT does not know, or a damaged file
+    except (KeyError, TypeError, ValueError) as error:  # a type unknown to PEFT, or a damaged file
         message = f"PEFT cannot read {folder / ADAPTER_CONFIG}: {error}"
         raise _no_adapter(message, "save it again with PEFT") from error
     if is_on_head(config.to_dict()):
@@ -148,10 +148,10 @@ def _no_adapter(message: str, fix: str) -> InvalidInput:
 
 
 def _require_same_below(run: RunDirectory) -> None:
-    """`InvalidInput` where a run or an adapter that this run stands on is gone or has changed: its figures would be others."""
+    """`InvalidInput` if a run or an adapter below this run is missing or has changed: its figures would differ."""
     model = run.read_json(MANIFEST)["model"]
     for folder, digest in model.get("below", {}).items():
-        place, settings = Path(folder), model.get("settings", {}).get(folder)  # which older runs do not have
+        place, settings = Path(folder), model.get("settings", {}).get(folder)  # older runs do not have it
         is_same = place.is_dir() and sha256_of_all(place) == digest and settings in (None, sha256_of_settings(place))
         if not is_same:
             message = f"{run.path} was trained on {folder}, which has changed or is missing"
@@ -159,7 +159,7 @@ def _require_same_below(run: RunDirectory) -> None:
 
 
 def load_policy(opened: Opened, console: Console) -> tuple[Policy, Plan]:
-    """What was trained, with its reference, and the plan with how this model is scored here."""
+    """What was trained, with its reference, and the plan with the way of scoring on this machine."""
     plan, rows, pad_token_id = opened.plan, opened.rows, int(opened.tokenizer.pad_token_id)
     policy = opened.provider.trained(plan, opened.folder)
     if rows:

@@ -1,4 +1,4 @@
-"""Going on with a run: what there is of it, and whether what is asked for now is still that run. No torch."""
+"""Resuming a run: what exists of it, and whether the current config is still that run. No torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, SUMMARY, R
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
-# With another value of these a finished run goes on.
+# With another value of these, a finished run continues.
 ENDING = names_where(lambda option: option.end)
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 START_ANEW = "resume it with the same values, or restart with --overwrite"
@@ -32,23 +32,23 @@ Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Begun:
-    """A run that was begun: its plan and manifest, its newest whole checkpoint if there is one, and what it ended with."""
+class EarlierRun:
+    """A run that was started: its plan and manifest, its newest complete checkpoint if there is one, and its end."""
 
     plan: Json
     manifest: Json
     checkpoint: Checkpoint | None
     summary: RunSummary | None
-    asked: Json  # the config that a finished run ended by, which may be a later one than that of its last checkpoint
+    asked: Json  # the config at the end of a finished run; it may be newer than that of its last checkpoint
 
     @classmethod
-    def find(cls, run: RunDirectory, tell: Tell) -> Begun | None:
-        """What there is to go on with; nothing where a run came to no checkpoint. `tell` is told of what is damaged."""
+    def find(cls, run: RunDirectory, tell: Tell) -> EarlierRun | None:
+        """What can be resumed; None for a run without a checkpoint. `tell` reports what is damaged."""
         skipped = partial(_tell_skipped, tell)
         checkpoint, summary = next(run.checkpoints.verified(skipped), None), _end(run, tell)
         if checkpoint is None and summary is None:
             return None
-        # Those of the checkpoint are known to be as they were written.
+        # The files of the checkpoint are verified.
         place = checkpoint.folder if checkpoint else run.path
         plan, manifest = (read_json(place / name) for name in (PLAN, MANIFEST))
         return cls(plan, manifest, checkpoint, summary, run.read_json(PLAN)["config"] if summary else plan["config"])
@@ -59,43 +59,43 @@ class Begun:
 
     @property
     def step(self) -> int:
-        """The steps that are done."""
+        """The number of finished steps."""
         return self.checkpoint.step if self.checkpoint else self.summary.steps if self.summary else 0
 
     def is_finished(self, plan: Plan) -> bool:
-        """Whether there is nothing left to do of what is asked for now."""
+        """Whether the current config is completely done."""
         return self.summary is not None and not self.asks_on(plan)
 
     def asks_on(self, plan: Plan) -> bool:
-        """Whether another end is asked for than when the run was begun, or gone on with."""
+        """Whether the config has another end than when the run was started or resumed."""
         return any(_differs(self.asked, plan, name) for name in ENDING)
 
     def left_out(self, plan: Plan) -> list[str]:
-        """The options that a finished run does not take up any more."""
+        """The options that a finished run no longer applies."""
         return [name for name in names_where(lambda option: not option.place) if _differs(self.plan["config"], plan, name)]
 
     def as_decided(self, loaded: Loaded, tell: Tell) -> Loaded:
-        """The config with what the machine decided when the run began, where it leaves that open still."""
+        """The config with the decisions of the machine at the start of the run, for options that are still open."""
         config, before, decided = loaded.require(), self.plan["config"], self.decided
-        kept = {key: value for key, value in decided.values.items() if getattr(config, key) in ("auto", None)}
+        decisions = {key: value for key, value in decided.values.items() if getattr(config, key) in ("auto", None)}
         is_as_large = config.per_device_train_batch_size * config.gradient_accumulation_steps == _product(before)
-        kept |= {key: before[key] for key in REGROUPED} if is_as_large else {}
-        now = config.replaced(kept)
+        decisions |= {key: before[key] for key in REGROUPED} if is_as_large else {}
+        now = config.replaced(decisions)
         if is_as_large and now.per_device_train_batch_size != config.per_device_train_batch_size:
-            told = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"
-            tell(f"note: micro-batches are {told}, as when the run started: other sizes would round differently")
-        sources = {**loaded.sources, **{key: self.plan["sources"][key] for key in kept}}
+            size = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"
+            tell(f"note: micro-batches are {size}, as when the run started: other sizes would round differently")
+        sources = {**loaded.sources, **{key: self.plan["sources"][key] for key in decisions}}
         return replace(loaded, config=now, sources=sources, day=decided.day)
 
     def require_same(self, loaded: Loaded, plan: Plan, manifest: Json) -> None:
-        """`InvalidInput` with each difference that would make another adapter of it."""
-        if found := [loaded.placed(problem) for problem in self._differences(plan, manifest)]:
-            raise InvalidInput(found)
+        """`InvalidInput` with each difference that would change the adapter."""
+        if problems := [loaded.placed(problem) for problem in self._differences(plan, manifest)]:
+            raise InvalidInput(problems)
 
     def _differences(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
         assert plan.counts is not None
-        if told := [*self._other_words(plan, manifest)]:
-            yield from told
+        if changes := [*self._other_words(plan, manifest)]:
+            yield from changes
         elif self.plan["counts"].get("digest") != plan.counts.digest:
             yield _other("the rows, or their order, differ from when the run started", "dataset")
         if plan.total_steps < self.step:
@@ -103,11 +103,11 @@ class Begun:
             yield _other(f"{self.step} steps are done, and the config asks for {plan.total_steps}", key)
 
     def _other_words(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
-        """What a user has changed."""
+        """Changes by the user."""
         for name, option in options().items():
             if not option.may_change and _differs(self.plan["config"], plan, name):
                 was, now = (json.dumps(value) for value in (self.plan["config"][name], getattr(plan.config, name)))
-                yield _other(f"{name} was {was}, and is {now}", name)
+                yield _other(f"{name} was {was} and is now {now}", name)
         for name in names_where(lambda option: option.place == "data"):
             if _contents(self.manifest[name]) != _contents(manifest[name]):
                 yield _other(f"the content of {name} has changed since the run started", name)
@@ -116,13 +116,13 @@ class Begun:
             yield _other("the weights of model_name have changed since the run started", "model_name")
 
     def other_versions(self, manifest: Json) -> list[str]:
-        """What the run was begun with, where that is another version now."""
+        """The versions at the start of the run that are different now."""
         before, now = self.manifest["versions"], manifest["versions"]
         return [f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)]
 
 
 def _end(run: RunDirectory, tell: Tell) -> RunSummary | None:
-    """The metrics.json of a run that came to its end, was judged where it could be, and left what is there."""
+    """The metrics.json of a run that has ended, with its evaluation if it has one, and with unchanged files."""
     if not run.has(SUMMARY):
         return None
     try:
@@ -131,7 +131,7 @@ def _end(run: RunDirectory, tell: Tell) -> RunSummary | None:
         if run.has(EVALUATION):
             Evaluation.of_json(run.read_json(EVALUATION), STRATEGIES[plan["config"]["strategy"]].rows.noun)
         is_same = run.trained.is_dir() and run.has_its_weights()
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:  # gone or damaged: a checkpoint is gone on from
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:  # missing or damaged: a checkpoint is used
         tell(
             f"{SUMMARY}, {EVALUATION}, {PLAN} or {MANIFEST} is not what the run wrote ({error}): the end of the run is repeated"
         )
@@ -148,18 +148,18 @@ def _differs(before: Json, plan: Plan, name: str) -> bool:
 
 
 def _contents(hashes: Mapping[str, str]) -> list[str]:
-    """The hashes of files, wherever they lie now."""
+    """The hashes of files, without their places."""
     return sorted(hashes.values())
 
 
 def _weights(manifest: Json) -> tuple[list[str], str | None, list[str]]:
-    """What tells the weights of a model apart: of a local one, of one of the hub, and of what it stands on."""
+    """What identifies the weights of a model: of a local one, of one from the hub, and of the models below it."""
     model = manifest["model"]
     return _contents(model["sha256"]), model.get("revision"), _contents(model["below"])
 
 
 def _settings(manifest: Json) -> list[str] | None:
-    """What these are computed with; None where an older version wrote none down."""
+    """The settings for these weights; None if an older version did not record them."""
     settings = manifest["model"].get("settings")
     return None if settings is None else _contents(settings)
 
@@ -176,27 +176,27 @@ def _tell_skipped(tell: Tell, checkpoint: Checkpoint, damage: str) -> None:
     tell(f"checkpoint {checkpoint.folder.name} is skipped: {damage}")
 
 
-def go_on(run: RunDirectory, begun: Begun, plan: Plan, manifest: Json, tell: Tell) -> list[int]:
-    """Bring the run directory to where the checkpoint left it: the steps at which it was gone on with, for its manifest."""
-    if begun.checkpoint is None:
+def go_on(run: RunDirectory, earlier: EarlierRun, plan: Plan, manifest: Json, tell: Tell) -> list[int]:
+    """Restore the run directory to the state of the checkpoint; returns the steps of all resumes for the manifest."""
+    if earlier.checkpoint is None:
         message = f"{run.path} is finished, and has no checkpoint to resume from"
         raise invalid("resume-differs", message, "restart with --overwrite", "output_dir")
     run.forget_end()
-    run.take_lines(begun.checkpoint.folder)
-    tell(f"resuming from {begun.checkpoint.folder.name}")
-    if any(_differs(begun.plan["config"], plan, name) for name in names_where(lambda option: option.end == "length")):
+    run.take_lines(earlier.checkpoint.folder)
+    tell(f"resuming from {earlier.checkpoint.folder.name}")
+    if any(_differs(earlier.plan["config"], plan, name) for name in names_where(lambda option: option.end == "length")):
         tell(f"note: from here on the learning rate follows a training of {plan.total_steps} steps")
-    if others := begun.other_versions(manifest):
+    if others := earlier.other_versions(manifest):
         tell(f"note: started with {'; '.join(others)}: the last bits may differ")
-    return [*begun.manifest.get("resumed", []), begun.step]
+    return [*earlier.manifest.get("resumed", []), earlier.step]
 
 
 @contextmanager
 def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
-    """What cannot be written inside ends the run, and is told with what is left of it and how to go on."""
+    """A failed write inside ends the run; the error says what is kept and how to resume."""
     try:
         yield
-    except BrokenPipeError:  # nobody reads standard output any more: no fault of the disk
+    except BrokenPipeError:  # the reader of standard output is gone: not a fault of the disk
         raise
     except OSError as error:
         checkpoints = run.checkpoints.all()
@@ -211,7 +211,7 @@ def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
 
 
 def tell_on(console: Console) -> Tell:
-    """Tells on the screen and in the log."""
+    """A message for the screen and the log."""
 
     def tell(text: str) -> None:
         console.line(text)

@@ -1,6 +1,6 @@
-"""The state of an optimizer, a schedule, random generators: nested containers with tensors, as JSON and safetensors.
+"""The state of an optimizer, a schedule and random generators: nested containers with tensors, as JSON and safetensors.
 
-torch.save would write a pickle, and reading one may run code. What is read here is text and numbers, whoever wrote it.
+torch.save would write a pickle, and reading one may run code. Here only text and numbers are read, so any file is safe.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dpo_cli.storage.jsonio import read_json
 
 
 def save_state(place: Path, state: Any) -> None:
-    """Write `state` to `place`.json, its tensors to `place`.safetensors; TypeError for a kind of value that is not known."""
+    """Write `state` to `place`.json, its tensors to `place`.safetensors; TypeError for an unknown kind of value."""
     tensors: dict[str, Tensor] = {}
-    names: dict[Any, str] = {}  # of tensors by where they lie: bitsandbytes has the same one in many places
+    names: dict[Any, str] = {}  # of tensors by address: bitsandbytes has the same one in many places
 
     def written(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -33,7 +33,7 @@ def save_state(place: Path, state: Any) -> None:
             return {"tensor": name}
         if isinstance(value, np.ndarray):
             return {"array": value.tolist(), "dtype": str(value.dtype)}
-        if isinstance(value, dict):  # whose keys need not be text
+        if isinstance(value, dict):  # the keys need not be text
             return {"dict": [[written(key), written(part)] for key, part in value.items()]}
         if isinstance(value, tuple | list):
             return {"tuple" if isinstance(value, tuple) else "list": [written(part) for part in value]}
@@ -48,7 +48,7 @@ def save_state(place: Path, state: Any) -> None:
 
 
 def load_state(place: Path) -> Any:
-    """What `save_state` wrote to `place`, its tensors on the CPU."""
+    """The state that `save_state` wrote to `place`, with its tensors on the CPU."""
     file = place.with_suffix(".safetensors")
     tensors = load_file(file) if file.is_file() else {}
 
@@ -68,11 +68,11 @@ def load_state(place: Path) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The random generators of torch, on the CPU and on the GPU in use, and of Python and numpy, which libraries draw from."""
+    """The random generators of torch, on the CPU and on the GPU in use, and of Python and numpy, which libraries use."""
     uses_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return {
         "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state()] if uses_cuda else [],  # others than the first belong to other processes
+        "cuda": [torch.cuda.get_rng_state()] if uses_cuda else [],  # the other GPUs belong to other processes
         "mps": [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else [],
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -91,7 +91,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """What is drawn within leaves no trace. torch's own `fork_rng` knows no generator of Apple's GPUs."""
+    """Within, random draws leave no trace. torch's own `fork_rng` does not know the generator of Apple's GPUs."""
     state = random_state()
     try:
         yield

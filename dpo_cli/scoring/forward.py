@@ -1,4 +1,4 @@
-"""Which hidden states predict the responses' tokens: by TRL's padded rows, or with each prompt once where that is exact.
+"""The hidden states that predict the tokens of responses: from TRL's padded rows, or with each prompt once if that is exact.
 
 A micro-batch of B pairs comes from TRL as 2B padded rows, chosen rows first:
 
@@ -8,8 +8,8 @@ A micro-batch of B pairs comes from TRL as 2B padded rows, chosen rows first:
     predicted from   . . x    x x x .    . .        x: hidden states that meet the LM head (scoring/lm_head.py)
 
 The token at position t is predicted by the hidden state at t - 1, so the first response token comes from the last prompt
-token. Two functions find the states marked x, in the same order: `plain_states` runs the rows as they are, `shared_states`
-runs the layout of scoring/shared_prompts.py. Training, reference and evaluation all take what `choose` decides.
+token. Two functions return the states marked x, in the same order: `plain_states` runs the rows unchanged, `shared_states`
+runs the layout of scoring/shared_prompts.py. Training, reference and evaluation all use the choice of `choose`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from dpo_cli.scoring import shared_prompts
 from dpo_cli.scoring.lm_head import Head, score_tokens
 from dpo_cli.scoring.shared_prompts import IGNORED, Layout
 
-# Parts of TRL's contract that its DPOTrainer does not use; other trainers do, and would get a wrong loss without them.
+# Parts of TRL's contract that its DPOTrainer does not use. Other trainers use them, and would get a wrong loss.
 UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads of a row
-ALLOWANCE = 1e-3  # of the size of a state: the difference between two ways to run a pair that is taken for rounding
-HEAD_ALLOWANCE = 1e-3  # nats a token between the head and the model's own logits, in float32
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads from a row
+ALLOWANCE = 1e-3  # relative to a state: the difference between two ways to run a pair that counts as rounding
+HEAD_ALLOWANCE = 1e-3  # nats per token between the head and the model's own logits, in float32
 
 States = Callable[..., Tensor]
 
 
 def plain_states(model: PreTrainedModel, labels: Tensor, **inputs: Tensor) -> Tensor:
-    """Run the backbone on the rows as they are: the hidden states that predict a labelled token, (n, H), in row order.
+    """Run the backbone on the rows unchanged: the hidden states that predict a labelled token, (n, H), in row order.
 
-    `labels` is (rows, length) with `IGNORED` outside the responses; `inputs` go to the backbone as they are.
+    `labels` is (rows, length) with `IGNORED` outside the responses; `inputs` go to the backbone unchanged.
     """
     hidden: Tensor = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
     return hidden[labels[:, 1:] != IGNORED]
@@ -73,10 +73,10 @@ def choose(
     prompt_sharing: bool | str,
     no_sharing: str | None = None,
 ) -> Scoring:
-    """How a run scores, by its `prompt_sharing`: shared prompts only where this model then computes the same.
+    """The way of scoring of a run, by its `prompt_sharing`: shared prompts only if this model computes the same with them.
 
-    `no_sharing` is why it cannot, where its provider knows that.
-    Raises `RunFailed` where sharing is demanded (true) and not exact, and for a model whose head is not known here.
+    `no_sharing` is the reason of the provider why it cannot.
+    Raises `RunFailed` if sharing is required (true) and not exact, and for a model with an unsupported head.
     """
     by_length = sorted(rows, key=lambda row: row.length)
     _require_our_head(model, collate(by_length[:1], pad_token_id, model.device))
@@ -86,7 +86,7 @@ def choose(
         return EXPECTED[False]
     why_not = no_sharing or shared_prompts.obstacle(model)
     if why_not is None:
-        # The longest pair exceeds a window if any does; with the shortest beside it there are two in the row, and padding.
+        # The longest pair exceeds a window if any does; with the shortest there are two pairs in the row, and padding.
         batch = collate([by_length[-1], by_length[0]], pad_token_id, model.device)
         exact, finding = _try_sharing(model, batch)
         if exact:
@@ -99,10 +99,10 @@ def choose(
 
 
 def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[bool, str]:
-    """Run a micro-batch both ways: whether the states that predict the responses are the same, and the finding in words.
+    """Run a micro-batch both ways: whether the states that predict the responses are equal, and the finding as text.
 
-    States and not log-probs, which the head makes of them alike on both ways; in float32, where rounding is a thousandth of
-    the least fault of a layout (tests/test_smollm2.py prints both).
+    States and not log-probs, since the head is the same for both ways; in float32, where rounding is a thousandth of the
+    smallest error of a wrong layout (tests/test_smollm2.py prints both).
     """
     layout = shared_prompts.lay_out(batch["input_ids"], batch["attention_mask"], batch["labels"])
     shared_prompts.enable(model)
@@ -112,7 +112,7 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
             apart = disagreement(plain, _laid_out_states(model, batch["labels"], layout))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a model unknown to us may fail in any way; it is then scored the way it was made for
+    except Exception as error:  # an unknown model may fail in any way; it is then scored with padded rows
         logging.getLogger("dpo").exception("shared prompts failed")
         return False, f"this model cannot run shared prompts ({type(error).__name__}: {error})"
     finally:
@@ -125,7 +125,7 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
 
 
 def disagreement(one: Tensor, other: Tensor) -> float:
-    """The largest |a - b| / |a| over the (n, H) states of two ways; infinite where there is nothing to compare, or a NaN."""
+    """The largest |a - b| / |a| over the (n, H) states of two ways; infinite for no states or a NaN."""
     if not len(one):
         return math.inf
     apart = float(((one - other).norm(dim=1) / one.norm(dim=1)).max())
@@ -133,7 +133,7 @@ def disagreement(one: Tensor, other: Tensor) -> float:
 
 
 def _require_our_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
-    """Compare the head's log-probs with those of the model's own logits; a family may do something to them unknown here."""
+    """Compare the head's log-probs with those of the model's own logits; a family may compute logits in an unknown way."""
     labels = batch["labels"][:, 1:]
     scored = labels != IGNORED
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -148,7 +148,7 @@ def _require_our_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> No
 
 
 def response_log_probs(model: PreTrainedModel, states: States, batch: Mapping[str, Tensor]) -> Tensor:
-    """Log-probs of the labelled tokens of a micro-batch from `collate`, in row order: (n,). No gradient."""
+    """Log-probs of the labelled tokens of a micro-batch of `collate`, in row order: (n,). No gradient."""
     labels = batch["labels"][:, 1:]
     with torch.no_grad():
         return score_tokens(states(model, **batch), labels[labels != IGNORED], Head.of(model)).log_probs
@@ -170,24 +170,24 @@ def collate(rows: Sequence[Encoded], pad_token_id: int, device: torch.device) ->
 
 
 def attach(model: PreTrainedModel, states: States, temperature: float = 1.0) -> None:
-    """Make `model(..., labels=..., fused_lm_head=True)` score with our head; any other call is unchanged.
+    """Make `model(..., labels=..., fused_lm_head=True)` score with dpo's head; any other call is unchanged.
 
-    The call and its output are TRL's contract (`add_fused_lm_head`): per-token tensors are (rows, length - 1), zero where
-    nothing is labelled. `model` is the causal language model itself, below a PEFT wrapper.
+    The call and its output are TRL's contract (`add_fused_lm_head`): per-token tensors are (rows, length - 1), zero at
+    tokens without a label. `model` is the causal language model itself, below a PEFT wrapper.
     """
     original = type(model).forward
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return original(self, *args, labels=labels, **kwargs)
-        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names all it knows
+        given = {name: value for name, value in kwargs.items() if value is not None}  # PEFT passes all arguments that it knows
         given.pop("use_cache", None)
         if unknown := UNSUPPORTED & given.keys():
             raise NotImplementedError(f"the head does not honour {', '.join(sorted(unknown))}")
         hidden = states(self, labels, **given)
         mask = labels[:, 1:] != IGNORED
         scores = score_tokens(hidden, labels[:, 1:][mask], Head.of(self, temperature))
-        # masked_scatter keeps the graph even when no token is labelled, so such a batch gives a zero gradient.
+        # masked_scatter keeps the graph even without a labelled token, so such a batch has a zero gradient.
         fields = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in vars(scores).items()}
         loss = -fields["log_probs"].sum() / mask.sum().clamp(min=1)
         return FusedCausalLMOutput(loss=loss, label_mask=mask, **fields)

@@ -1,8 +1,8 @@
 """The LM head: from hidden states to log-probabilities of given tokens, without the full logits.
 
-The (positions, vocabulary) logits, by far the largest tensor of a DPO step, are made a chunk at a time, forward and backward.
-TRL 1.15 does the same with a Triton kernel, which needs a GPU; this runs on any device, and tests/test_lm_head.py proves it
-against transformers' own logits.
+The (positions, vocabulary) logits, by far the largest tensor of a DPO step, are computed by chunks, forward and backward.
+TRL 1.15 does the same with a Triton kernel, which needs a GPU; this runs on any device, and tests/test_lm_head.py compares it
+with transformers' own logits.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel, temperature: float = 1.0) -> Head:
-        """The head of a causal language model. Families name their logit multiplier differently; each is read here.
+        """The head of a causal language model. Families have different names for their logit multiplier; each is read here.
 
-        Raises `RunFailed` for a head that is more than its weight: an adapter on it, or quantised.
+        Raises `RunFailed` for a head that is not only its weight: with an adapter, or quantised.
         """
         config = model.config.get_text_config()
         linear = _plain_head(model)
@@ -68,7 +68,7 @@ class Head:
     def raw_gradient(self, gradient: Tensor, logits: Tensor | None) -> Tensor:
         """d loss / d logits, (n, V), to d loss / d (hidden @ weight.T + bias), in place; tanh' = 1 - tanh^2.
 
-        `logits` are needed, and used up, where there is a soft-cap.
+        `logits` are needed, and overwritten, if there is a soft-cap.
         """
         if self.softcap is not None and logits is not None:
             gradient.mul_(logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1))
@@ -82,7 +82,7 @@ class Head:
 
 
 def _plain_head(model: PreTrainedModel) -> nn.Linear:
-    """The linear layer that makes the logits, by its type; of one that is trained whole (modules_to_save), the active copy."""
+    """The linear layer that computes the logits; for a fully trained one (modules_to_save), the active copy."""
     head: Any = model.get_output_embeddings()
     if isinstance(head, ModulesToSaveWrapper):
         active = head.active_adapters[0] if head.active_adapters else ""
@@ -122,7 +122,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Any:
-        # Autocast does not reach into an autograd function's matrix products in the backward, so its dtype is fixed here.
+        # Autocast does not apply to the matrix products of an autograd function's backward, so the dtype is set here.
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -130,8 +130,8 @@ class _ScoreTokens(torch.autograd.Function):
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         log_probs, entropy, mean_logits = columns
         for part in head.chunks(len(hidden)):
-            found = _scores(head, hidden[part].to(dtype), targets[part])
-            log_probs[part], entropy[part], mean_logits[part], is_top1[part] = found
+            scores = _scores(head, hidden[part].to(dtype), targets[part])
+            log_probs[part], entropy[part], mean_logits[part], is_top1[part] = scores
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.head, ctx.dtype = head, dtype
         ctx.mark_non_differentiable(mean_logits, is_top1)
@@ -144,7 +144,7 @@ class _ScoreTokens(torch.autograd.Function):
         grad_log_probs, grad_entropy = grads[:2]
         head: Head = ctx.head
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # Sums over chunks are kept in float32 or wider whatever the dtype of the products.
+        # Sums over chunks are kept in float32 or wider, for any dtype of the products.
         grad_hidden = torch.zeros_like(hidden, dtype=entropy.dtype) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=entropy.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=entropy.dtype) if needs_bias else None
@@ -163,7 +163,7 @@ class _ScoreTokens(torch.autograd.Function):
         return (*(None if grad is None else grad.to(like.dtype) for grad, like in cast), None, None)
 
 
-# Functions of one chunk, which give back its memory on return: two float32 tensors of (chunk, vocabulary) are alive at a time.
+# Functions of one chunk, which free its memory on return: at most two float32 tensors of (chunk, vocabulary) exist at a time.
 
 
 def _scores(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

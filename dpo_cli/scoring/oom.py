@@ -1,8 +1,8 @@
-"""A micro-batch that does not fit the GPU, run in halves: the same gradient but for dropout drawn anew, and the run goes on.
+"""A micro-batch that does not fit the GPU is run in halves: the same gradient except for new dropout, and the run continues.
 
 The loss of a micro-batch is its share of the loss of the whole step, so the gradients of its halves add up to its own. A
-backward pass that runs out of memory has added to some gradients already. So each try starts without gradients, and only those
-of a whole one are added to what was there, as autograd itself would have added them.
+backward pass that runs out of memory has already changed some gradients. So each try starts without gradients, and only those
+of a complete one are added to the earlier gradients, as autograd would add them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Batch = Mapping[str, Tensor]
 
 
 def units_in(batch: Batch, rows_a_unit: int) -> int:
-    """Units of a micro-batch of TRL's: pairs, whose tensors have two rows each, or demonstrations, which have one."""
+    """Units of a micro-batch of TRL: pairs, with two rows per tensor, or demonstrations, with one."""
     return len(next(iter(batch.values()))) // rows_a_unit
 
 
 def halves(batch: Batch, rows_a_unit: int) -> list[Batch]:
-    """Two micro-batches with the first and the second half of the units; first rows of all units stand before second ones."""
+    """Two micro-batches with the first and the second half of the units; first rows of all units come before second rows."""
     count = units_in(batch, rows_a_unit)
     assert all(len(rows) == rows_a_unit * count for rows in batch.values())
     cuts = (slice(0, count // 2), slice(count // 2, count))
@@ -31,14 +31,14 @@ def halves(batch: Batch, rows_a_unit: int) -> list[Batch]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch had no memory left, or cuBLAS none for its workspace, or Apple's GPU, which are told otherwise."""
-    told = str(error)
-    others = "CUBLAS_STATUS_ALLOC_FAILED" in told or "MPS backend out of memory" in told
-    return isinstance(error, torch.OutOfMemoryError) or others
+    """Whether torch ran out of memory, or cuBLAS (for its workspace) or Apple's GPU, which have other errors."""
+    message = str(error)
+    is_other_device = "CUBLAS_STATUS_ALLOC_FAILED" in message or "MPS backend out of memory" in message
+    return isinstance(error, torch.OutOfMemoryError) or is_other_device
 
 
 def free_memory() -> None:
-    """Let go of models that lie in reference cycles, and give what torch keeps of freed memory back to the device."""
+    """Free models in reference cycles, and return the freed memory that torch keeps to the device."""
     gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 def in_halves(
     parts: Iterable[Part], run: Callable[[Part], Result], divided: Callable[[Part], list[Part]]
 ) -> Iterator[tuple[Part, Result]]:
-    """Each part with what `run` makes of it; one that is out of memory is `divided`, and its error raised where that is not."""
+    """Each part with the result of `run`; a part that is out of memory is `divided`, or its error is raised."""
     waiting = list(parts)
     while waiting:
         part = waiting.pop(0)
@@ -60,13 +60,13 @@ def in_halves(
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            lacking = error.with_traceback(None)  # whose frames hold the tensors that fill the memory
+            failure = error.with_traceback(None)  # its frames hold the tensors that fill the memory
         else:
             yield part, result
             continue
         free_memory()
         if not (smaller := divided(part)):
-            raise lacking
+            raise failure
         waiting[:0] = smaller
 
 
@@ -83,10 +83,9 @@ def run_in_parts(
     tell: Callable[[str], None],
     rows_a_unit: int = 2,
 ) -> Tensor:
-    """`step(batch)`, forward and backward; where that is out of memory, the same in halves, down to one unit.
+    """`step(batch)`, forward and backward; if that is out of memory, the same in halves, down to one unit.
 
-    The gradients of `parameters` are then what they were, plus those of the whole micro-batch. Returns its loss, the sum of its
-    parts' losses.
+    Adds the gradients of the whole micro-batch to those of `parameters`. Returns its loss, the sum of the losses of its parts.
     """
     sums = [parameter.grad for parameter in parameters]
 

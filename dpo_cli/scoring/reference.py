@@ -1,4 +1,4 @@
-"""The reference of a preference loss yields log-probs: what computes them, or keeps them, is its own matter."""
+"""The reference of a preference loss: it gives log-probs, computed or stored."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dpo_cli.scoring.forward import States
 from dpo_cli.scoring.lm_head import Head, score_tokens
 from dpo_cli.scoring.shared_prompts import IGNORED
 
-NOT_READ = ("completion_mask", "labels")  # of a micro-batch: what the model itself does not take
+NOT_READ = ("completion_mask", "labels")  # of a micro-batch: what the model does not take
 
 
 class Reference(Protocol):
     def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Summed log-probs of the responses of a micro-batch of TRL's, nats, without gradient: (2B,), the B chosen first."""
+        """Summed log-probs of the responses of a micro-batch of TRL, nats, without gradient: (2B,), the B chosen first."""
 
 
 @dataclass(frozen=True)
 class LiveReference:
-    """The policy's model with its adapter off or a frozen one on, or a model of its own: computed whenever it is asked.
+    """The policy's model with its adapter off or a frozen one on, or a separate model: computed at each call.
 
-    It takes the path of the policy, so that both give the same bits before the first step, within the same autocast. It uses no
-    weight that is trained, so autocast keeps no copy of one that would come without a gradient.
+    It scores as the policy does, so that both give the same bits before the first step, within the same autocast. It uses no
+    trained weight, so autocast does not cache a copy without a gradient.
     """
 
     policy: Policy

@@ -1,6 +1,6 @@
-"""Each prompt once: how the pairs of a micro-batch are laid out, and which tokens see which.
+"""Each prompt once: the layout of the pairs of a micro-batch, and which tokens see which.
 
-TRL hands over B pairs as 2B padded rows, chosen rows first, each with its own copy of the prompt. Here they become one row
+TRL gives B pairs as 2B padded rows, chosen rows first, each with its own copy of the prompt. Here they become one row
 without padding. P is a prompt token, C one of the chosen response, R one of the rejected, . padding:
 
     TRL's rows           one row, two pairs            pair 1 in attention       sees
@@ -10,9 +10,9 @@ without padding. P is a prompt token, C one of the chosen response, R one of the
     P P R . . .                                        R R R      3 4 5   all         causal
 
 Position ids restart after the prompt for the rejected response. Outside of attention a decoder treats each token by itself,
-so one row will do. Inside, a pair is two ordinary causal sequences, prompt + chosen and prompt + rejected; the prompt's
+so one row is enough. Inside, a pair is two ordinary causal sequences, prompt + chosen and prompt + rejected; the prompt's
 keys and values, and its part of the output, are those of the first. So each token sees exactly the tokens, at exactly the
-positions, of its row in TRL's layout: windows, rotary and learned positions and soft-capping need no case of their own.
+positions, of its row in TRL's layout: windows, rotary and learned positions and soft-capping need no special case.
 The last prompt token predicts the first token of both responses.
 """
 
@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
-IGNORED = -100  # the label of a token that is not scored, as in torch's cross entropy
-# Attention implementations of transformers that take queries, keys and an explicit mask or none, and kinds of layer that are
-# nothing but such attention.
+IGNORED = -100  # the label of tokens that are not scored, as in torch's cross entropy
+# Attention implementations of transformers that take queries, keys and an optional explicit mask, and kinds of layer that
+# consist only of such attention.
 IMPLEMENTATIONS = frozenset({"sdpa", "eager"})
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
-PREFIX = "shared_prompt_"  # of the name under which an implementation is registered again
+PREFIX = "shared_prompt_"  # of the name of the second registration of an implementation
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Layout:
 
     input_ids: Tensor  # (1, N)
     position_ids: Tensor  # (1, N)
-    pairs: tuple[tuple[int, int, int], ...]  # tokens of prompt, chosen and rejected of each pair, as they follow each other
-    place: Tensor  # (2B, L): where each token of TRL's rows lies in the row; both copies of a prompt in the same places
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)  # by shape and window, as the layers come to need them
+    pairs: tuple[tuple[int, int, int], ...]  # tokens of prompt, chosen and rejected of each pair, in order
+    place: Tensor  # (2B, L): the position of each token of TRL's rows in the row; the same for both copies of a prompt
+    masks: dict[Any, Tensor | None] = field(default_factory=dict)  # by shape and window, created when a layer needs them
 
     def inputs(self) -> dict[str, Any]:
-        """What the backbone is called with. transformers leaves a mask of four dimensions alone, and `_attend` needs none."""
+        """The arguments of the backbone. transformers does not change a mask of four dimensions, and `_attend` needs none."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": mask, "layout": self}
 
@@ -56,8 +56,8 @@ class Layout:
 def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Layout:
     """The layout of TRL's right-padded rows, all (2B, L); the i-th chosen and the i-th rejected row are a pair.
 
-    A pair's prompt is what both rows start with, token for token, before the first label of either. So responses with the
-    same first tokens stay apart, and a pair whose prompts differ (cut at different starts) shares only what is equal.
+    The prompt of a pair is the common start of both rows before the first label. So responses with the same first tokens stay
+    separate, and a pair with different prompts (cut at different starts) shares only the equal part.
     """
     count, length = len(input_ids) // 2, input_ids.shape[1]
     real = attention_mask.bool()
@@ -82,7 +82,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Layout
 
 
 def obstacle(model: PreTrainedModel) -> str | None:
-    """Why prompts cannot be shared in this model, as far as its class and config tell; None when they can be tried."""
+    """The reason in the class and config of this model why prompts cannot be shared; None if sharing can be tried."""
     config = model.config.get_text_config()
     strange = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if model.config.is_encoder_decoder:
@@ -98,9 +98,9 @@ def obstacle(model: PreTrainedModel) -> str | None:
 
 
 def enable(model: PreTrainedModel) -> None:
-    """Let `model` take a `layout` beside its inputs; without one, nothing about it changes.
+    """Let `model` take a `layout` with its inputs; without one, it does not change.
 
-    Its attention implementation is registered with transformers a second time, under a name of ours, wrapped in `_attend`.
+    Its attention implementation is registered with transformers a second time, under a name of dpo, wrapped in `_attend`.
     """
     name = model.config._attn_implementation.removeprefix(PREFIX)
     AttentionInterface.register(PREFIX + name, partial(_attend, name))
@@ -153,7 +153,7 @@ def _implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor,
 
 
 def _mask(name: str, layout: Layout, module: nn.Module, query: Tensor, keys: int, window: int | None) -> Tensor | None:
-    """transformers' own causal or sliding-window mask when `query` is the last of `keys` tokens; None where none is needed."""
+    """transformers' own causal or sliding-window mask when `query` is the last of `keys` tokens; None if none is needed."""
     queries = query.shape[2]
     wanted = (queries, keys, window)
     if wanted not in layout.masks:

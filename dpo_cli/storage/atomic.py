@@ -1,4 +1,4 @@
-"""Writing that survives: what was synced is on the disk when the machine loses power, and a file is whole or absent."""
+"""Safe writes: synced data survives a loss of power, and a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def sync(path: Path) -> None:
-    """Bring a file's content, or a folder's list of names, to the disk. Windows opens no folder, and syncs a file to write."""
+    """Sync the content of a file, or the names in a folder, to the disk. Windows syncs only writable files."""
     is_windows = sys.platform == "win32"
     if is_windows and path.is_dir():
         return
@@ -31,14 +31,14 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Bring a folder with all that is in it to the disk."""
+    """Sync a folder and everything in it to the disk."""
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
 
 
 def let_others_read(folder: Path) -> None:
-    """Give files the rights that a file has where this user makes one: safetensors keeps its files to their owner."""
+    """Give files the default rights of this user: safetensors makes its files readable only by their owner."""
     os.umask(mask := os.umask(0))
     for path in folder.rglob("*"):
         if path.is_file():
@@ -46,9 +46,9 @@ def let_others_read(folder: Path) -> None:
 
 
 def write_whole(place: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file beside its place, then put it there: readers see the old one or the new one, and a crash leaves either."""
+    """`write` a temporary file, then rename it to its place: readers see the old or the new file, also after a crash."""
     part = place.with_name(f".{place.name}.part")
-    part.unlink(missing_ok=True)  # through a link, what it leads to would be written
+    part.unlink(missing_ok=True)  # with a link, its target would be written
     write(part)
     sync(part)
     part.replace(place)
@@ -57,20 +57,20 @@ def write_whole(place: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Within, libraries write below `place`; what safetensors tells in an error of its own leaves as an `OSError`."""
+    """Within, libraries write below `place`; a write error of safetensors is raised as an `OSError`."""
     try:
         yield
     except SafetensorError as error:
-        said = re.search(r"\(os error (\d+)\)", str(error)) if sys.platform != "win32" else None  # whose numbers are others
-        number = int(said[1]) if said is not None else errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        match = re.search(r"\(os error (\d+)\)", str(error)) if sys.platform != "win32" else None  # Windows has other numbers
+        number = int(match[1]) if match is not None else errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, os.strerror(number), str(place)) from error
 
 
 @contextmanager
 def trial() -> Iterator[None]:
-    """Within, a run writes before its first step what it writes later on: `RunFailed` for what a library refuses to save.
+    """Within, a run tests before its first step what it writes later: `RunFailed` for what a library cannot save.
 
-    A full disk stays the `OSError` that it is later on.
+    A full disk raises the same `OSError` as later.
     """
     try:
         yield
@@ -80,12 +80,12 @@ def trial() -> Iterator[None]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether what failed is a write for which there was no room."""
+    """Whether a write failed because of missing space."""
     return isinstance(error, OSError) and error.errno in FULL
 
 
 def way_out(error: OSError, path: Path) -> str | None:
-    """What lets a write go through for which there was no room; None where another thing failed."""
+    """The fix for a write that failed because of missing space; None for other errors."""
     if not is_full(error):
         return None
     if error.errno == errno.EFBIG:
@@ -94,7 +94,7 @@ def way_out(error: OSError, path: Path) -> str | None:
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` is, or will be; no end of them where the system does not tell."""
+    """Free bytes for this user at `path`, which need not exist; infinite if the system does not report them."""
     while not os.path.exists(path):
         path = path.parent
     if sys.platform == "win32":

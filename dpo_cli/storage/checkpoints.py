@@ -1,9 +1,9 @@
-"""Checkpoints: complete or absent, and believed only when every byte is as it was written. No torch.
+"""Checkpoints: complete or absent, and used only if every byte is unchanged. No torch.
 
-    checkpoints/step-40/     a verified file is one that SHA256SUMS, in the format of `sha256sum`, gives the digest of
+    checkpoints/step-40/     SHA256SUMS, in the format of `sha256sum`, has the digest of each verified file
     checkpoints/.part/       being written, or being removed: never read
 
-A checkpoint is written in .part, synced, summed up, read back, and then renamed; so is its removal, the other way round.
+A checkpoint is written in .part, synced, hashed, read back, and then renamed. Its removal has the reverse order.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from dpo_cli.storage.digests import sha256
 
 SUMS = "SHA256SUMS"
 PART = ".part"
-KEPT = 2  # the newest, and one more in case that is damaged
+KEPT = 2  # the newest, and one more in case it is damaged
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that is there, whole or not."""
+    """A checkpoint on the disk, complete or damaged."""
 
     folder: Path
     step: int
 
     def damage(self) -> str | None:
-        """What is not as it was written; None where nothing is."""
+        """The damage; None for a complete checkpoint."""
         try:
             written = (self.folder / SUMS).read_bytes()
             if written and written == _sums(self.folder):
@@ -53,14 +53,14 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints in a folder, which is made with the first one."""
+    """The checkpoints in a folder; the first one creates it."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
 
     @property
     def part(self) -> Path:
-        """Where a checkpoint is made: a folder that is empty when `write` calls its `fill`."""
+        """The folder for a new checkpoint; it is empty when `write` calls `fill`."""
         return self.place / PART
 
     def all(self) -> list[Checkpoint]:
@@ -70,7 +70,7 @@ class Checkpoints:
         return sorted(checkpoints, key=lambda checkpoint: -checkpoint.step)
 
     def verified(self, skipped: Callable[[Checkpoint, str], None]) -> Iterator[Checkpoint]:
-        """Those that are as they were written, the newest first; `skipped` is told of the others on the way."""
+        """The complete ones, the newest first; `skipped` gets the others."""
         for checkpoint in self.all():
             if (damage := checkpoint.damage()) is None:
                 yield checkpoint
@@ -78,10 +78,10 @@ class Checkpoints:
                 skipped(checkpoint, damage)
 
     def write(self, step: int, fill: Callable[[Path], Path]) -> Checkpoint:
-        """A new checkpoint: the folder that `fill` makes in the empty folder that it is given, and then returns.
+        """Write a new checkpoint: the folder that `fill` creates in the empty folder that it gets, and returns.
 
-        What goes wrong on the way leaves the checkpoints that are there as they are. Then they go: all but the newest whole
-        ones before it. Those of later steps are damaged, or this one would not have been made.
+        An error does not change existing checkpoints. Afterwards they are removed, except the newest complete ones before it.
+        Those of later steps are damaged, or this one would not be written.
         """
         self._clear()
         self.part.mkdir(parents=True)
@@ -93,7 +93,7 @@ class Checkpoints:
             (folder / SUMS).write_bytes(_sums(folder))
             sync_all(folder)
         except BaseException:
-            self._clear()  # its room may be what another file needs
+            self._clear()  # another file may need its space
             raise
         checkpoint = Checkpoint(self.place / f"step-{step}", step)
         others = [other for other in self.all() if other.step != step]
@@ -110,7 +110,7 @@ class Checkpoints:
         return checkpoint
 
     def try_to_write(self, fill: Callable[[Path], Path]) -> None:
-        """What `write` does, of which nothing stays; raises as `trial` says."""
+        """A trial of `write` that leaves nothing; raises as `trial` says."""
         self._clear()
         self.part.mkdir(parents=True)
         try:
@@ -122,10 +122,10 @@ class Checkpoints:
                 self.place.rmdir()
 
     def clear(self, with_damaged: bool) -> None:
-        """Take away all checkpoints, at once; damaged ones, which one may want to see, can stay until there are new ones."""
+        """Remove all checkpoints; damaged ones can stay for inspection until there are new ones."""
         gone = self.place.with_name(f".{self.place.name}.part")
         if with_damaged and self.place.exists():
-            shutil.rmtree(gone, ignore_errors=True)  # of a process that was killed here
+            shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed here
             self.place.rename(gone)
             sync(gone.parent)
         shutil.rmtree(gone, ignore_errors=True)
@@ -140,12 +140,12 @@ class Checkpoints:
 
 
 def _sums(folder: Path) -> bytes:
-    """The content of SHA256SUMS: a line for each other file below the folder, in the order of their names."""
+    """The content of SHA256SUMS: a line for each other file below the folder, sorted by name."""
     files = sorted(str(Path(root, name).relative_to(folder)) for root, _, names in os.walk(folder) for name in names)
     return "".join(f"{sha256(folder / name)}  {name}\n" for name in files if name != SUMS).encode()
 
 
 def _by_name(sums: bytes) -> dict[str, str]:
-    """File names and their digests; ValueError for what is not lines of both."""
+    """File names and their digests; ValueError for any other content."""
     lines = (line.split("  ", 1) for line in sums.decode().splitlines())
     return {name: digest for digest, name in lines}

@@ -1,4 +1,4 @@
-"""SHA-256 of files, of the weights in a folder, and of the settings that they are computed with."""
+"""SHA-256 of files, of the weights in a folder, and of the settings for these weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 
 SAFE = "*.safetensors"
 SETTINGS = ("adapter_config.json", "config.json")  # of an adapter, of a whole model
-# What of them may change: where the base lies, who wrote the file, what only training reads, and what names code, which is
-# looked at by itself (models/remote_code.py).
+# What may change in them: the place of the base, the writer of the file, what only training reads, and names of code, which is
+# checked separately (models/remote_code.py).
 OPEN = frozenset(
     {"base_model_name_or_path", "revision", "_name_or_path", "peft_version", "transformers_version", "inference_mode"}
     | {"lora_dropout", "auto_mapping", "auto_map", "megatron_core", "megatron_config"}
@@ -17,13 +17,13 @@ OPEN = frozenset(
 
 
 def sha256_of_all(folder: Path) -> str:
-    """The SHA-256 of the folder's weights; of several files, that of their digests in the order of their names."""
+    """The SHA-256 of the folder's weights; for several files, that of their digests in order of names."""
     digests = [sha256(file) for file in sorted(folder.glob(SAFE))]
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def sha256_of_settings(folder: Path) -> str:
-    """The SHA-256 of what the files beside the folder's weights say of how these are computed with."""
+    """The SHA-256 of the settings files that decide how the folder's weights are used."""
     settings = {name: _settings(folder / name) for name in SETTINGS if (folder / name).is_file()}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -32,7 +32,7 @@ def _settings(file: Path) -> dict[str, object] | str:
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         return {key: value for key, value in json.loads(text).items() if key not in OPEN}
-    except (ValueError, AttributeError):  # damaged, which who reads it tells: here it is other than it was
+    except (ValueError, AttributeError):  # damaged: the reader of the file reports it; here it counts as changed
         return text
 
 

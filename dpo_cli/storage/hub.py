@@ -1,4 +1,4 @@
-"""The hub: asked where a name is on it, under a deadline, and never by a library on its own."""
+"""The hub: requests have a deadline, and libraries make none on their own."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from typing import TypeVar, cast
 
 from dpo_cli.errors import RunFailed
 
-DEADLINE_SECONDS = 6.0  # a name server that never answers has no end of its own
+DEADLINE_SECONDS = 6.0  # a name server that never answers has no timeout
 CACHE_FIX = "set HF_HOME to a folder that you may write, with room for a model; then run the same command again"
 SETTINGS = "https://huggingface.co/settings/tokens"
 
-Said = TypeVar("Said")
-_silent = Event()  # the hub has let a deadline pass: it is not waited for again
+Reply = TypeVar("Reply")
+_silent = Event()  # the hub missed a deadline: it is not waited for again
 
 
 class Unreachable(Exception):
-    """The hub has not answered."""
+    """The hub did not answer."""
 
 
 def ask_nobody() -> None:
-    """Stop what libraries do on the network unasked. What they read while they are imported has to be there before.
+    """Disable requests that libraries make on their own. They read these settings during import, so they must be set before.
 
-    Telemetry of TRL and of huggingface_hub; transformers asks a bot to convert weights that are no safetensors; where `kernels`
-    is installed, bitsandbytes fetches code from the hub and runs it.
+    TRL and huggingface_hub send telemetry; transformers asks a bot to convert weights that are not safetensors; if `kernels` is
+    installed, bitsandbytes fetches code from the hub and runs it.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     sys.modules["kernels"] = None  # type: ignore[assignment] # as if it were not installed
 
 
-def answer(ask: Callable[[], Said]) -> Said:
-    """What `ask` returns or raises; `Unreachable` where there is no hub, or none that answers by the deadline."""
+def answer(ask: Callable[[], Reply]) -> Reply:
+    """What `ask` returns or raises; `Unreachable` if the hub does not answer by the deadline."""
     from concurrent.futures import Future, wait
 
     import httpx
@@ -43,30 +43,30 @@ def answer(ask: Callable[[], Said]) -> Said:
 
     if _silent.is_set():
         raise Unreachable
-    asked: Future[Said] = Future()
+    reply: Future[Reply] = Future()
 
     def run() -> None:
         try:
-            asked.set_result(ask())
-        except Exception as error:  # raised again by who waits
-            asked.set_exception(error)
+            reply.set_result(ask())
+        except Exception as error:  # raised again by the caller
+            reply.set_exception(error)
 
-    Thread(target=run, daemon=True).start()  # looking up a name cannot be stopped: the process does not wait for it
-    if not wait([asked], DEADLINE_SECONDS).done:
+    Thread(target=run, daemon=True).start()  # a name lookup cannot be stopped: the process does not wait for it
+    if not wait([reply], DEADLINE_SECONDS).done:
         _silent.set()
         raise Unreachable
-    error = asked.exception()
-    if isinstance(error, RepositoryNotFoundError):  # which a gated one is, too
+    error = reply.exception()
+    if isinstance(error, RepositoryNotFoundError):  # a gated repository is one too
         raise error
     if isinstance(error, httpx.TransportError | HfHubHTTPError | OfflineModeIsEnabled):
         raise Unreachable from error
     if error is not None:
         raise cache_fault(error) or error
-    return asked.result()
+    return reply.result()
 
 
 def unreachable(kind: str, name: str) -> RunFailed:
-    """The error of a model or a dataset that is neither cached nor to be had now."""
+    """The error for a model or a dataset that is not cached and cannot be downloaded now."""
     command = f"hf download {'--repo-type dataset ' if kind == 'dataset' else ''}{name}"
     fix = f"run `{command}` where there is a network; once it is in the cache, HF_HUB_OFFLINE=1 needs no network; "
     fix += "or name a local file" if kind == "dataset" else "or name a local model directory or GGUF file"
@@ -74,7 +74,7 @@ def unreachable(kind: str, name: str) -> RunFailed:
 
 
 def gated(kind: str, name: str) -> RunFailed:
-    """The error of a repository whose owner decides who may have its files."""
+    """The error for a gated repository."""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     fix = f"1. request access on {page}, and wait until it is granted; 2. create a token with read access on {SETTINGS}; "
     fix += "3. `hf auth login`, or set HF_TOKEN to the token"
@@ -82,7 +82,7 @@ def gated(kind: str, name: str) -> RunFailed:
 
 
 def cache_fault(error: BaseException) -> RunFailed | None:
-    """The error of a cache of the hub that cannot be read or written, where `error` comes of one; None where it does not."""
+    """The error for a hub cache that cannot be read or written, if that is the cause of `error`; else None."""
     from huggingface_hub import constants
 
     cause: BaseException | None = error

@@ -1,4 +1,4 @@
-"""JSON as this program writes it, and as it reads files of JSON that are its own or a model's."""
+"""JSON as dpo writes it, and JSON files of dpo or of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """JSON that every reader accepts: a NaN or infinity, which JSON has no word for, becomes null."""
+    """JSON that every reader accepts: NaN and infinity, which JSON does not have, become null."""
 
     def finite(part: object) -> object:
         if isinstance(part, dict):
@@ -24,7 +24,7 @@ def json_text(value: object, indent: int | None = None) -> str:
 
 
 def read_json(file: Path | Traversable) -> Any:
-    """The value in a file; `ValueError` that names it where it is no JSON, `OSError` where it cannot be read."""
+    """The value in a file; `ValueError` with its name if it is not JSON, `OSError` if it cannot be read."""
     return _parsed(file.name, lambda: file.read_text(encoding="utf-8"))
 
 
@@ -38,7 +38,7 @@ def _parsed(name: str, text: Callable[[], str]) -> Any:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in a file of a model; `ValueError` also where it holds another value."""
+    """The object in a file of a model; `ValueError` also for another value."""
     value = read_json(file)
     if not isinstance(value, dict):
         raise ValueError(f"{file.name} is not an object")
@@ -46,5 +46,5 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_object_if_there(file: Path) -> dict[str, Any]:
-    """The same, {} where there is no file."""
+    """The same, {} without the file."""
     return read_object(file) if file.is_file() else {}

@@ -1,4 +1,4 @@
-"""One process at a time: a lock that the kernel lets go of when its holder ends, however that ends."""
+"""One process at a time: a lock that the kernel releases when its holder ends for any reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO
 
 from dpo_cli.errors import invalid
 
-FAR = 1 << 30  # a byte that no lock file has: what Windows locks cannot be read by others
+FAR = 1 << 30  # a byte beyond any lock file: Windows does not let others read locked bytes
 
 
 def is_locked_now(file: IO[str] | IO[bytes]) -> bool:
@@ -39,9 +39,9 @@ def is_locked_now(file: IO[str] | IO[bytes]) -> bool:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock at `path` while the context lasts; `InvalidInput` names who holds it already.
+    """Hold the lock at `path` within the context; `InvalidInput` names its current holder.
 
-    The file stays: taking away the name of a held lock would let two hold it.
+    The file stays: removing the name of a held lock would let two processes hold it.
     """
     with path.open("a+", encoding="utf-8") as file:
         if not is_locked_now(file):

@@ -1,4 +1,4 @@
-"""What the libraries have to say goes to train.log, not to the screen."""
+"""Messages of libraries go to train.log, not to the screen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def log_line(line: Mapping[str, object]) -> None:
 
 
 class _Patient(logging.FileHandler):
-    """A full disk costs records, and not the training: what must be written is written elsewhere, and fails there."""
+    """A full disk loses log records, but does not stop the training: important writes fail elsewhere."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - a name of logging
         pass
@@ -45,7 +45,7 @@ class _Formatter(logging.Formatter):
 
 @contextmanager
 def log_to(path: Path) -> Iterator[None]:
-    """Within, every log record, warning and failure is added to the file at `path`, where that can be written."""
+    """Within, every log record, warning and failure is added to the file at `path`, if it is writable."""
     handler = _Patient(path, encoding="utf-8") if os.access(path.parent, os.W_OK) else logging.NullHandler()
     handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
@@ -55,7 +55,7 @@ def log_to(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception:
-        root.exception("the run failed")  # the screen shows one line; the traceback is kept here
+        root.exception("the run failed")  # the screen shows one line; the traceback is here
         raise
     finally:
         root.setLevel(before)

@@ -1,9 +1,9 @@
-"""Secrets are kept out of all that is written: files of a run, logs, the screen. What is trained on is left as it is.
+"""Secrets are removed from all output: files of a run, logs, the screen. Training data is not changed.
 
-A secret is known by its form (a token of a hub or an API, what an address carries before its host or as a key), or because a
-variable of the environment that is named for one holds it. SORT_KEY=learning_rate is named so and holds none: the words of the
-schema are no secrets, nor is a place of the disk. JSON is redacted value by value: its keys stay, since programs look for them.
-The config in plan.json, which a run goes on from, is redacted by forms alone.
+A secret is recognised by its form (a token of a hub or an API, a password or a key in an address), or because an environment
+variable with the name of a secret holds it. SORT_KEY=learning_rate has such a name and is not a secret: the words of the
+schema are not secrets, nor are paths. JSON is redacted value by value: its keys stay, since programs look for them.
+The config in plan.json, which a resume reads, is redacted only by form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from urllib.parse import quote
 from dpo_cli.storage.jsonio import read_json
 
 MASK = "[redacted]"
-FEWEST = 12  # characters of such a variable: shorter ones stand in too many words
+FEWEST = 12  # minimum characters of such a variable: shorter ones are part of too many words
 NAMES = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
 IN_QUERIES = ("token", "access_token", "key", "api_key", "apikey", "secret", "password", "sig", "signature")
 FORMS = re.compile(
@@ -41,7 +41,7 @@ Value = TypeVar("Value")
 
 
 def redact(text: str) -> str:
-    """The text with a mark in place of each secret."""
+    """The text with a mark in the place of each secret."""
     return _without(_known(), text)
 
 
@@ -52,12 +52,12 @@ def _without(secrets: Sequence[str], text: str) -> str:
 
 
 def redact_forms(text: str) -> str:
-    """The same by their form alone, for what a program reads back: a variable may hold the name of a column or of a model."""
+    """The same only by form, for what dpo reads back: a variable may hold the name of a column or of a model."""
     return FORMS.sub(MASK, text)
 
 
 def redacted(value: Value, of_text: Callable[[str], str] | None = None) -> Value:
-    """The same of what JSON can hold: its texts, but for those that name a file or a folder that is there."""
+    """The same for a JSON value: its texts, except paths that exist."""
     mask = of_text or partial(_without, _known())
 
     def masked(part: object) -> object:
@@ -71,7 +71,7 @@ def redacted(value: Value, of_text: Callable[[str], str] | None = None) -> Value
 
 
 class Redacted:
-    """A stream of text that passes on what is written to it without secrets."""
+    """A text stream that removes secrets from what is written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -89,13 +89,13 @@ class Redacted:
 
 
 def beneath(stream: TextIO) -> TextIO:
-    """The stream that a `Redacted` one passes on to, for a JSON document that is redacted already."""
+    """The stream below a `Redacted` one, for a JSON document that is already redacted."""
     return stream._stream if isinstance(stream, Redacted) else stream
 
 
 @functools.cache
 def _words() -> frozenset[str]:
-    """Names of options, and what they may be, as the schema has them: a run that goes on reads them back."""
+    """Names and values of options in the schema: a resume reads them back."""
     words: set[str] = set()
 
     def see(part: object) -> None:
@@ -112,14 +112,14 @@ def _words() -> frozenset[str]:
 
 
 def _known() -> list[str]:
-    """What the environment holds of secrets, as text and as JSON, HTML and an address write it; the longest first."""
+    """The secrets in the environment, as plain text and as escaped in JSON, HTML and addresses; the longest first."""
     values = [
         value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= FEWEST and not value.isdecimal()
     ]
     forms = {
         form
         for value in values
-        if not value.startswith(("/", "~")) and value not in _words()  # where a key lies; a name of ours
+        if not value.startswith(("/", "~")) and value not in _words()  # a path of a key file; a word of the schema
         for form in (
             value,
             json.dumps(value)[1:-1],

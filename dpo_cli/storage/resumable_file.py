@@ -1,7 +1,7 @@
-"""A file that is written in parts and goes on where it was stopped, to the same bytes as if it never had been.
+"""A file that is written in parts. After a stop it continues, to the same bytes as without the stop.
 
-Beside FILE lies FILE.progress until FILE is finished: a line with the settings that decide its content, then a line after
-each part with what FILE held by then. What FILE holds beyond that is of a part that was interrupted, and is written again.
+FILE.progress exists until FILE is finished: a line with the settings that decide the content, then a line after each part with
+the state of FILE. Content of FILE after that state is of an interrupted part, and is written again.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dpo_cli.storage.redaction import redacted
 
 
 class ResumableFile:
-    """An open file of that kind. `state` is what the last `append` was given, {} at the start.
+    """An open file of this kind. `state` is that of the last `append`, {} at the start.
 
-    `decided` is kept with the settings and not compared: what was decided at the start for the whole file.
+    `decided` is stored with the settings and not compared: decisions at the start for the whole file.
 
-    Raises `InvalidInput` where what is there was begun with other settings or was changed since; `check` says more.
+    Raises `InvalidInput` if the file was started with other settings or has changed since; see `check`.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, object], decided: Mapping[str, object] | None = None) -> None:
@@ -43,7 +43,7 @@ class ResumableFile:
                 _require_same(path, lines[0]["settings"], settings)
                 size = self._check_content(lines[-1])
                 self.state = lines[-1].get("state", {})
-            else:  # a new one, or one that was stopped before anything was written
+            else:  # a new file, or one that was stopped before the first write
                 _refuse_content(path)
                 self._mark({"settings": settings, "decided": decided or {}})
             self._file = opened.enter_context(_opened(path))
@@ -53,7 +53,7 @@ class ResumableFile:
 
     @staticmethod
     def decided(path: Path) -> dict[str, Any]:
-        """What was decided when an unfinished file was begun; {} where there is none."""
+        """The decisions at the start of an unfinished file; {} without one."""
         try:
             lines = _marks_of(path).read_bytes().partition(b"\n")
         except FileNotFoundError:
@@ -62,7 +62,7 @@ class ResumableFile:
 
     @staticmethod
     def check(path: Path) -> None:
-        """Refuse a path that holds a file which is no unfinished one of this kind, or that cannot be written."""
+        """Refuse a path with a file that is not an unfinished one of this kind, or that is not writable."""
         if not _marks_of(path).exists():
             _refuse_content(path)
         if not path.parent.is_dir():
@@ -71,7 +71,7 @@ class ResumableFile:
             )
 
     def append(self, rows: Iterable[Mapping[str, object]], state: Mapping[str, object]) -> None:
-        """Add rows, a line each. What is given as `state` is remembered with them, whatever happens afterwards."""
+        """Add rows, one per line. `state` is stored with them, and survives a crash."""
         data = "".join(f"{json_text(redacted(row))}\n" for row in rows).encode()
         self._file.write(data)
         _sync(self._file)
@@ -79,7 +79,7 @@ class ResumableFile:
         self._mark({"bytes": self._file.tell(), "sha256": self.digest.hexdigest(), "state": state})
 
     def finish(self) -> None:
-        """The file is whole: nothing beside it is needed any more."""
+        """The file is complete: its progress file is removed."""
         self.close()
         self.marks.unlink()
 
@@ -87,7 +87,7 @@ class ResumableFile:
         self._opened.close()
 
     def _check_content(self, mark: Mapping[str, Any]) -> int:
-        """The bytes of the file that the last mark speaks of, which must be what was written."""
+        """The size of the file at the last mark, after a check that its content is unchanged."""
         size = int(mark.get("bytes", 0))
         data = self.path.read_bytes()[:size] if self.path.exists() else b""
         self.digest.update(data)
@@ -112,7 +112,7 @@ def _refuse_content(path: Path) -> None:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """The file for reading and writing, made where there is none."""
+    """The file for reading and writing; created if it does not exist."""
     try:
         return path.open("r+b" if path.exists() else "w+b")
     except OSError as error:
@@ -125,7 +125,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def _whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
-    """The lines that were written whole; a torn last one is cut off."""
+    """The complete lines; an incomplete last one is cut off."""
     text = file.read()
     whole = text[: text.rfind(b"\n") + 1]
     file.truncate(len(whole))
@@ -134,7 +134,7 @@ def _whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
 
 
 def _require_same(path: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """Refuse to go on with other settings, and name those that differ."""
+    """Refuse to continue with other settings, and name those that differ."""
     was, now = _flat(before), _flat(json.loads(json_text(now)))
     differ = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
     if differ:

@@ -1,10 +1,10 @@
-"""The run directory: what a run leaves, and the only place that knows the file names.
+"""The run directory: the files of a run, and the only module that knows their names.
 
 plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.html  train.log  run.lock
-adapter/, a PEFT adapter, or model/, where every weight was trained
+adapter/, a PEFT adapter, or model/, if all weights were trained
 checkpoints/, see storage/checkpoints.py
-side-by-side.html  votes.json, where an evaluation was asked for them
-tensorboard/, where report_to names it
+side-by-side.html and votes.json, after `dpo vote`
+tensorboard/, if report_to names it
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ TENSORBOARD, CHECKPOINTS, LOCK, TRIAL = "tensorboard", "checkpoints", "run.lock"
 
 
 class RunDirectory:
-    """A directory of one run. Whole files are written beside their place and renamed, so a reader never sees half of one."""
+    """A directory of one run. Files are written under a temporary name and renamed, so a reader never sees half of one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def check(cls, path: Path, replace: bool) -> None:
-        """Refuse a directory that holds a run, or what is left of one, unless it is to be replaced, or gone on with."""
+        """Refuse a directory that holds a run, or parts of one, unless the run is replaced or resumed."""
         _require_no_links(path)
         foreign = [name for name in (ADAPTER, MODEL) if (path / name).exists()]
         if foreign and not any((path / name).exists() for name in (LOCK, MANIFEST)):
@@ -55,16 +55,16 @@ class RunDirectory:
 
     @staticmethod
     def is_plan(path: Path) -> bool:
-        """Whether this is the plan of a run that lies around it; another file may be called so."""
+        """Whether this is the plan of the run in its folder; another file may have the same name."""
         return path.name == PLAN and (path.parent / MANIFEST).is_file() and (path.parent / LOCK).is_file()
 
     @classmethod
     @contextmanager
     def claim(cls, path: Path, overwrite: bool, resume: bool) -> Iterator[RunDirectory]:
-        """The directory for a run, which no other process can have while the context lasts.
+        """The directory for a run, locked against other processes within the context.
 
-        `InvalidInput` where another has it, where it cannot be written, or where it holds a run that is neither to be replaced
-        nor gone on with.
+        `InvalidInput` if another process has it, if it is not writable, or if it holds a run that is neither replaced nor
+        resumed.
         """
         with ExitStack() as held:
             try:
@@ -75,19 +75,19 @@ class RunDirectory:
                 held.enter_context(locked(path / LOCK))
                 cls.check(path, overwrite or resume)
                 (path / LOG).open("a").close()
-            except OSError as error:  # before any model is loaded: a path that cannot be written is the user's to change
+            except OSError as error:  # before any model is loaded: the user can choose a writable path
                 message = f"cannot write to {path}: {error.strerror}"
                 raise invalid("run-unwritable", message, "choose another output_dir", "output_dir") from error
             yield cls(path)
 
     def clear(self) -> None:
-        """Take away what an earlier run wrote, but for checkpoints, votes, and its adapter, which a new one replaces."""
-        for name in (SUMMARY, LINES, EVALUATION, REPORT, LOG, PAGE, MANIFEST, PLAN):  # first what says that a run is finished
+        """Remove the files of an earlier run, except checkpoints, votes, and its adapter, which the new one replaces."""
+        for name in (SUMMARY, LINES, EVALUATION, REPORT, LOG, PAGE, MANIFEST, PLAN):  # first the file that marks a finished run
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / TENSORBOARD, ignore_errors=True)
 
     def trained_on(self) -> list[str]:
-        """The data files of the run, by their absolute paths."""
+        """The data files of the run, as absolute paths."""
         return list(self.read_json(MANIFEST)["dataset"])
 
     @classmethod
@@ -112,7 +112,7 @@ class RunDirectory:
         return self.path / (MODEL if (self.path / MODEL).is_dir() else ADAPTER)
 
     def has_its_weights(self) -> bool:
-        """Whether what was trained is what the run wrote, and is computed with as it was."""
+        """Whether the trained weights and their settings are unchanged since the run wrote them."""
         settings = self.read_json(MANIFEST).get("trained") if self.has(MANIFEST) else None  # older runs have none
         is_same = self.read_json(SUMMARY)["adapter_sha256"] == sha256_of_all(self.trained)
         return is_same and settings in (None, sha256_of_settings(self.trained))
@@ -135,12 +135,12 @@ class RunDirectory:
         self._write(name, json_text(redacted(value), indent=2) + "\n")
 
     def write_plan(self, plan: dict[str, object]) -> None:
-        """plan.json, whose config is read back as it was."""
+        """Write plan.json; its config can be read back unchanged."""
         document = redacted(plan) | {"config": redacted(plan["config"], redact_forms)}
         self._write(PLAN, json_text(document, indent=2) + "\n")
 
     def read_lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, none before the first step. The last one may be half written: it is left out then."""
+        """The lines of metrics.jsonl, none before the first step. An incomplete last line is skipped."""
         if not (self.path / LINES).is_file():
             return []
         text = (self.path / LINES).read_text(encoding="utf-8")
@@ -153,17 +153,17 @@ class RunDirectory:
         write_whole(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
 
     def take_lines(self, folder: Path) -> None:
-        """Bring metrics.jsonl to what it was when the checkpoint in `folder` was written."""
+        """Restore metrics.jsonl to its state in the checkpoint `folder`."""
         text = (folder / LINES).read_text(encoding="utf-8") if (folder / LINES).is_file() else ""
         self._write(LINES, text)
 
     def held_bytes(self) -> int:
-        """Bytes of what a run that goes on replaces: its checkpoints, and what it trained."""
+        """Bytes of the files that a resumed run replaces: its checkpoints, and what it trained."""
         folders = (self.path / name for name in (CHECKPOINTS, ADAPTER, MODEL))
         return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
     def forget_end(self) -> None:
-        """The run goes on: what was said at its end is no longer so."""
+        """Remove the files of the run's end, because the run continues."""
         for name in (SUMMARY, EVALUATION, REPORT):
             (self.path / name).unlink(missing_ok=True)
 
@@ -173,9 +173,9 @@ class RunDirectory:
             file.write(json_text(redacted(line)) + "\n")
 
     def write_trained(self, save: Callable[[Path], object], whole: bool) -> str:
-        """`save` fills a folder that then becomes adapter/, or model/ of a `whole` one; returns the SHA-256 of the weights.
+        """`save` fills a folder that then becomes adapter/, or model/ if `whole`; returns the SHA-256 of the weights.
 
-        That of their settings is written into the manifest.
+        The SHA-256 of their settings is written into the manifest.
         """
         place, other = self.path / (MODEL if whole else ADAPTER), self.path / (ADAPTER if whole else MODEL)
         part = self.path / f".{place.name}.part"
@@ -187,13 +187,13 @@ class RunDirectory:
         shutil.rmtree(place, ignore_errors=True)
         part.rename(place)
         sync(self.path)
-        shutil.rmtree(other, ignore_errors=True)  # of the run that this one replaces
+        shutil.rmtree(other, ignore_errors=True)  # left by the run that this one replaces
         if self.has(MANIFEST):
             self.write_json(MANIFEST, {**self.read_json(MANIFEST), "trained": sha256_of_settings(place)})
         return sha256_of_all(place)
 
     def try_to_write(self, save: Callable[[Path], object]) -> None:
-        """What `write_trained` will do, in a scratch folder that is then taken away; raises as `trial` says."""
+        """A trial of `write_trained` in a temporary folder; raises as `trial` says."""
         part = self.path / TRIAL
         shutil.rmtree(part, ignore_errors=True)
         try:
@@ -207,7 +207,7 @@ class RunDirectory:
 
 
 def _require_no_links(path: Path) -> None:
-    """`InvalidInput` for a directory that holds a link: what is written, or taken away, there would be so elsewhere."""
+    """`InvalidInput` for a directory that holds a link: writes and removals there would affect other places."""
     for folder, folders, files in os.walk(path):
         for place in (Path(folder, name) for name in (*folders, *files)):
             if place.is_symlink():

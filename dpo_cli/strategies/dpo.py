@@ -29,8 +29,8 @@ def _read(outcome: Outcome) -> Verdict:
         -1: f"prefers it in {points(-gain, signed=False)} fewer of the pairs than the {outcome.base} does",
     }[gain.sign]
     kl, is_far = distance(outcome)
-    told = f"{prefers}, {by} {number(margin)} at a loss of {loss.value:.3f}; by log-probs alone, it {changed}"
-    sentence = f"{told}, and {kl}{warned(outcome)}."
+    claim = f"{prefers}, {by} {number(margin)} at a loss of {loss.value:.3f}; by log-probs alone, it {changed}"
+    sentence = f"{claim}, and {kl}{warned(outcome)}."
     if margin.sign < 0 or gain.sign < 0:
         return Verdict("bad", f"Worse than its {outcome.base}", sentence)
     if margin.sign == 0:

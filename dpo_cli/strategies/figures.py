@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Told:
+class FigureText:
     """A figure as text: its value, and its interval, with a unit that is a word."""
 
     value: str
@@ -28,24 +28,24 @@ class Told:
         return f"{self.value} {self.about}".rstrip()
 
 
-NOT_FINITE = Told("not finite")
+NOT_FINITE = FigureText("not finite")
 
 
-def share(figure: Interval) -> Told:
+def share(figure: Interval) -> FigureText:
     """98.8 % [96, 100]"""
-    return Told(f"{100 * figure.value:.1f} %", f"[{100 * figure.low:.0f}, {100 * figure.high:.0f}]")
+    return FigureText(f"{100 * figure.value:.1f} %", f"[{100 * figure.low:.0f}, {100 * figure.high:.0f}]")
 
 
-def points(figure: Interval, signed: bool = True) -> Told:
+def points(figure: Interval, signed: bool = True) -> FigureText:
     """+14.1 points [+8, +21]: a difference of two shares."""
     one, whole = ("+.1f", "+.0f") if signed else (".1f", ".0f")
-    return Told(f"{100 * figure.value:{one}}", f"points [{100 * figure.low:{whole}}, {100 * figure.high:{whole}}]")
+    return FigureText(f"{100 * figure.value:{one}}", f"points [{100 * figure.low:{whole}}, {100 * figure.high:{whole}}]")
 
 
-def number(figure: Interval, signed: bool = False, digits: int = 3) -> Told:
+def number(figure: Interval, signed: bool = False, digits: int = 3) -> FigureText:
     """1.401 [1.193, 1.620]"""
     form = f"{'+' if signed else ''}.{digits}f"
-    return Told(f"{figure.value:{form}}", f"[{figure.low:{form}}, {figure.high:{form}}]")
+    return FigureText(f"{figure.value:{form}}", f"[{figure.low:{form}}, {figure.high:{form}}]")
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,12 @@ class Figure:
     is_better_large: bool = True
     of_answers: bool = False  # of sampled answers; a prompt may have no room for one
 
-    def text(self, value: Interval) -> Told:
+    def text(self, value: Interval) -> FigureText:
         if not value.is_finite:
             return NOT_FINITE
         return share(value) if self.is_share else number(value, digits=self.digits)
 
-    def gain(self, value: Interval) -> Told:
+    def gain(self, value: Interval) -> FigureText:
         if not value.is_finite:
             return NOT_FINITE
         return points(value) if self.is_share else number(value, signed=True, digits=self.digits)

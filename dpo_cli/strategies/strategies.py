@@ -1,4 +1,4 @@
-"""The strategies by the names that a config has for them."""
+"""The strategies by their names in a config."""
 
 from __future__ import annotations
 

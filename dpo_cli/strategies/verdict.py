@@ -58,17 +58,17 @@ def verdict(outcome: Outcome, read: Callable[[Outcome], Verdict]) -> Verdict:
     if outcome.judged is None:
         return _unjudged(outcome)
     if not required(outcome.judged.policy, "loss").is_finite:
-        told = f"{_ending(outcome)}; on held-out rows its loss is not finite, so {outcome.who} is broken."
-        return Verdict("bad", "Broken", told)
-    found = read(outcome)
+        sentence = f"{_ending(outcome)}; on held-out rows its loss is not finite, so {outcome.who} is broken."
+        return Verdict("bad", "Broken", sentence)
+    result = read(outcome)
     if outcome.prompts < FEW_PROMPTS:
         few = "only one prompt" if outcome.prompts == 1 else f"only {outcome.prompts} prompts"
-        told = f"{found.sentence[:-1]}; these figures are of {few}, too few for a conclusion (use {FEW_PROMPTS} or more)."
-        found = Verdict("doubtful", "Too few held-out prompts", told)
+        sentence = f"{result.sentence[:-1]}; these figures are of {few}, too few for a conclusion (use {FEW_PROMPTS} or more)."
+        result = Verdict("doubtful", "Too few held-out prompts", sentence)
     if outcome.status == "completed":
-        return found
-    tone: Tone = "bad" if found.tone == "bad" or outcome.status == "unhealthy" else "doubtful"
-    return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}; {found.sentence[0].lower()}{found.sentence[1:]}")
+        return result
+    tone: Tone = "bad" if result.tone == "bad" or outcome.status == "unhealthy" else "doubtful"
+    return Verdict(tone, TITLES[outcome.status], f"{_ending(outcome)}; {result.sentence[0].lower()}{result.sentence[1:]}")
 
 
 TITLES = {"completed": "Not evaluated", "interrupted": "Interrupted", "unhealthy": "Unhealthy", "unfinished": "Not finished"}
@@ -83,15 +83,15 @@ ENDINGS = {
 def _ending(outcome: Outcome) -> str:
     """How the training ended, and the reason."""
     stops = [event.message for event in outcome.health if event.action == "stop"]
-    told = ENDINGS[outcome.status].format(steps=outcome.steps)
-    return f"{told}: {stops[-1]}" if outcome.status == "unhealthy" and stops else told
+    ending = ENDINGS[outcome.status].format(steps=outcome.steps)
+    return f"{ending}: {stops[-1]}" if outcome.status == "unhealthy" and stops else ending
 
 
 def _unjudged(outcome: Outcome) -> Verdict:
     """A run without figures on held-out rows: the training figures show only the fit."""
     missed = "its evaluation did not finish (dpo eval repeats it)" if outcome.rows else "there are no held-out rows"
     rest = {
-        "completed": f", but {missed}, so it is unknown whether it is better than its {outcome.base}",
+        "completed": f", but {missed}, so it is unknown whether {outcome.who} is better than its {outcome.base}",
         "interrupted": f"; {outcome.who} is saved and not evaluated",
         "unhealthy": f"; {outcome.who} is saved and not evaluated",
         "unfinished": ", so it is not evaluated yet",
@@ -115,10 +115,10 @@ def distance(outcome: Outcome) -> tuple[str, bool]:
     policy = outcome.judged.policy
     if sampled := policy.get("kl_sequence"):
         is_far = outcome.max_kl is not None and sampled.value > outcome.max_kl
-        told = f"it is {sampled.value:.3g} nats per answer from the {outcome.base}"
+        kl = f"it is {sampled.value:.3g} nats per answer from the {outcome.base}"
         if outcome.max_kl is None:
-            return told, False
-        return f"{told} ({'over the limit of' if is_far else 'limit'} {outcome.max_kl:g})", is_far
+            return kl, False
+        return f"{kl} ({'over the limit of' if is_far else 'limit'} {outcome.max_kl:g})", is_far
     return f"it is {required(policy, 'kl_token').value:.2g} nats per token from the {outcome.base}", False
 
 

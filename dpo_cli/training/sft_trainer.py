@@ -91,11 +91,11 @@ def trainer_arguments(plan: Plan) -> SFTConfig:
 
 
 def _rows(demonstrations: Sequence[Encoded]) -> Dataset:
-    made = [(row.prompt_ids, row.responses[0]) for row in demonstrations]
+    pairs = [(row.prompt_ids, row.responses[0]) for row in demonstrations]
     return Dataset.from_dict(
         {
-            "input_ids": [prompt + completion for prompt, completion in made],
-            "labels": [[IGNORED] * len(prompt) + completion for prompt, completion in made],
+            "input_ids": [prompt + completion for prompt, completion in pairs],
+            "labels": [[IGNORED] * len(prompt) + completion for prompt, completion in pairs],
             "length": [row.length for row in demonstrations],
             SIZE: [row.length for row in demonstrations],
         }

@@ -192,8 +192,8 @@ class CarefulTrainer:
         mark = self.totals.mark()
         seen: int = getattr(self, TRL_TOKENS)
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        held = 1 if self.optimizer is not None and self.optimizer.state else 3  # a resumed training already has the moments
-        later = torch.empty(held * trained, dtype=torch.uint8, device=self.args.device)
+        copies = 1 if self.optimizer is not None and self.optimizer.state else 3  # a resumed training already has the moments
+        later = torch.empty(copies * trained, dtype=torch.uint8, device=self.args.device)
         with random_state_kept():
             self.training_step(trainer.model_wrapped, batch)
         del later

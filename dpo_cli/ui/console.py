@@ -60,10 +60,10 @@ class Console:
 
     def problems(self, problems: Sequence[Problem]) -> None:
         """Every problem, errors first, each with its place and its fix."""
-        self._print_told(_problem_texts(problems))
+        self._print_texts(_problem_texts(problems))
 
-    def _print_told(self, told: Sequence[tuple[Text, Text]]) -> None:
-        for text, fix in told:
+    def _print_texts(self, texts: Sequence[tuple[Text, Text]]) -> None:
+        for text, fix in texts:
             if self.errors.is_terminal:
                 self.errors.print(text)
                 self.errors.print(Padding(fix, (0, 0, 0, 2)))
@@ -74,18 +74,18 @@ class Console:
     def error(self, error: DpoError) -> None:
         """A panel on a terminal, else plain lines; with --json also a document."""
         problems = error.problems if isinstance(error, InvalidInput) else ()
-        told = _problem_texts(problems) or [
+        texts = _problem_texts(problems) or [
             (Text("x error ").append(redact(error.message)), Text(redact(error.fix or ""), style="dim"))
         ]
         if self.errors.is_terminal:
-            lines = [part for text, fix in told for part in (text, Padding(fix, (0, 0, 0, 2)))]
+            lines = [part for text, fix in texts for part in (text, Padding(fix, (0, 0, 0, 2)))]
             self.errors.print(Panel(Group(*lines), title="dpo", border_style="red", title_align="left"))
         else:
-            self._print_told(told)
+            self._print_texts(texts)
         if self.as_json:
-            found = [problem.to_json() for problem in problems]
+            documents = [problem.to_json() for problem in problems]
             with suppress(OSError):  # standard output may have failed; standard error has the message
-                self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": found})
+                self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": documents})
 
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Rows of text; the columns after the first are right-aligned if there is a header."""
@@ -112,17 +112,17 @@ class Console:
         unread = f"; not read: {', '.join(read_as['unread'])}" if read_as["unread"] else ""
         self.line(_printable(f"columns: {', '.join(read)}{unread}"))
 
-    def lengths(self, said: dict[str, Any]) -> None:
+    def lengths(self, lint: dict[str, Any]) -> None:
         """The lengths of pairs for `validate`, and whether the longer response is preferred."""
-        length, where = said["length"], said["length"]["longest"]
+        length, where = lint["length"], lint["length"]["longest"]
         unit, most = ("characters", length["characters"])
         if length["tokens"]:  # counted on a sample, without the markers of the template
             unit, most = ("tokens (estimated)", length["tokens"])
         over = f"; {most['share_over']:.0%} are longer than max_seq_length" if "share_over" in most else ""
         place = f"{where['file']}:{where['line']}"
         self.line(f"length: median {most['median']:,.0f} {unit}, maximum {most['most']:,} ({place}){over}")
-        if "longer_chosen" in said:
-            longer, auc = said["longer_chosen"], said["length_auc"]
+        if "longer_chosen" in lint:
+            longer, auc = lint["longer_chosen"], lint["length_auc"]
             self.line(f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: no effect)")
 
     def bill(self, memory: BillJson) -> None:
@@ -149,8 +149,8 @@ class Console:
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
         if missing := evaluation.unanswered:
             fix = "lower max_seq_length, so that prompts are cut, or evaluate with shorter prompts"
-            told = f"{missing} prompts fill the model's context and have no answer"
-            self.line(f"note: {told}: kl_sequence and answer_tokens are of the other prompts, and miss any limit; {fix}")
+            message = f"{missing} prompts fill the model's context and have no answer"
+            self.line(f"note: {message}: kl_sequence and answer_tokens are of the other prompts, and miss any limit; {fix}")
         self._categories(evaluation.categories, strategy)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]
@@ -174,9 +174,9 @@ class Console:
         ]
         self.table("by category", rows, ("category", strategy.rows.noun, *shown, f"gain in {gain.replace('_', ' ')}"))
 
-    def thresholds(self, asked: Sequence[tuple[str, Limit]]) -> None:
+    def thresholds(self, limits: Sequence[tuple[str, Limit]]) -> None:
         """Each limit on a figure, with its sign, and whether it is kept."""
-        for sign, limit in asked:
+        for sign, limit in limits:
             value = "no value" if limit.value is None else f"{limit.value:.6g}"
             self.line(f"{limit.metric} is {value}, {sign} {limit.limit:g}: {'ok' if limit.ok else 'missed'}")
 
@@ -209,14 +209,14 @@ class Console:
         columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
         progress = Progress(*columns, console=self.out, expand=True)
         task = progress.add_task(what, total=total, completed=done, said="")
-        told = done * PIPED_LINES // max(1, total)
+        shown = done * PIPED_LINES // max(1, total)
 
-        def show(now: int, said: str) -> None:
-            nonlocal told
-            progress.update(task, completed=now, said=said)
-            if not self.out.is_interactive and (part := now * PIPED_LINES // total) > told:
-                told = part
-                self.line(f"{what} {now}/{total}  {said}")
+        def show(now: int, text: str) -> None:
+            nonlocal shown
+            progress.update(task, completed=now, said=text)
+            if not self.out.is_interactive and (part := now * PIPED_LINES // total) > shown:
+                shown = part
+                self.line(f"{what} {now}/{total}  {text}")
 
         with progress if self.out.is_interactive else _nothing():
             yield show

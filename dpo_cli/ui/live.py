@@ -144,7 +144,7 @@ class LiveView:
         self.event: Event | None = None
         self.curves = {side.split: {name: Curve() for name in SHOWN} for side in SIDES}
         self.pace = Pace(clock())
-        self._told = -1  # twentieths of the run that a line in the pipe reported
+        self._reported = -1  # twentieths of the run that a line in the pipe reported
         self._ended = False
         self._live = Live(self, console=console.out, refresh_per_second=4, vertical_overflow="crop")
 
@@ -161,7 +161,7 @@ class LiveView:
         """The lines of the resumed training."""
         for line in lines:
             self._add(line)
-            self._told = max(self._told, self._part(line))
+            self._reported = max(self._reported, self._part(line))
             if line.split == "train":  # the lines do not have the time of an evaluation
                 self.pace.see(line, self.clock())
 
@@ -184,13 +184,13 @@ class LiveView:
     def note(self, event: Event) -> None:
         """A health event: printed once, and kept in view until the next."""
         self.event = event
-        self.console.line(event.told())
+        self.console.line(event.text())
 
     def _tell(self, line: Line) -> None:
         """A line of text for an evaluation, and for each twentieth of the run."""
         part = self._part(line)
-        if line.split == "eval" or part > self._told:
-            self._told = max(part, self._told)
+        if line.split == "eval" or part > self._reported:
+            self._reported = max(part, self._reported)
             figures = "  ".join(
                 f"{label} {_short(line.figures[name])}" for name, label in SHOWN.items() if name in line.figures
             )
@@ -203,7 +203,7 @@ class LiveView:
         if not self.step:
             return
         table = self._table(width, ASCII_BARS if options.ascii_only else BARS)
-        event = [Text(self.event.told().partition("\n")[0], ACTIONS.get(self.event.action, ""))] if self.event else []
+        event = [Text(self.event.text().partition("\n")[0], ACTIONS.get(self.event.action, ""))] if self.event else []
         for text in (*table, *event):
             text.no_wrap = True
             text.truncate(width, overflow="crop" if options.ascii_only else "ellipsis")

@@ -40,7 +40,7 @@ class Keep(TrainerCallback):
 
     def __init__(self, run: RunDirectory, trainer: Any, health: Health, early: StopEarly, stop: StopOnSignal) -> None:
         self.run, self.trainer, self.health, self.early, self.stop = run, trainer, health, early, stop
-        self.begun = time.monotonic()  # as if the training ran in one piece
+        self.start = time.monotonic()  # as if the training ran in one piece
         self._from: Checkpoint | None = None
         self._progress: dict[str, Any] = {}
         self._order: list[int] = []  # torch's random state at the start of the epoch
@@ -67,7 +67,7 @@ class Keep(TrainerCallback):
         progress = {
             "missed_evaluation": self.stop.missed_evaluation or self.trainer.missed_evaluation,
             "threads": torch.get_num_threads(),
-            "seconds": time.monotonic() - self.begun,
+            "seconds": time.monotonic() - self.start,
             "run_name": self.trainer.args.run_name,
             "loss": float(self.trainer._tr_loss),
             "logged": self.trainer._globalstep_last_logged,
@@ -88,7 +88,7 @@ class Keep(TrainerCallback):
         self._from = checkpoint
         self._progress = progress = read_json(folder / PROGRESS)
         torch.set_num_threads(progress["threads"])  # another number of threads rounds sums differently
-        self.begun = time.monotonic() - progress["seconds"]
+        self.start = time.monotonic() - progress["seconds"]
         trainer.args.run_name = progress["run_name"]
         trainer._load_from_checkpoint(str(folder))
         trainer.state = TrainerState.load_from_json(str(folder / STATE))

@@ -83,10 +83,10 @@ class Health(TrainerCallback):
         self.events = [from_json(Event, event) for event in state["events"]]
 
     def _ask(self) -> None:
-        told = {event.rule for event in self.events}
+        reported = {event.rule for event in self.events}
         for name, (action, rule) in watching(self.plan.strategy).items():
-            if name not in told and (found := rule(self.course)) is not None:
-                self._raise(Event(name, "stop" if name in self.plan.config.stop_on else action, self.course.done, *found))
+            if name not in reported and (finding := rule(self.course)) is not None:
+                self._raise(Event(name, "stop" if name in self.plan.config.stop_on else action, self.course.done, *finding))
 
     def _raise(self, event: Event) -> None:
         self.events.append(event)

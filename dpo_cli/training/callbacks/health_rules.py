@@ -132,10 +132,10 @@ def not_finite(course: Course) -> Found:
 
     With fp16, an infinite gradient is how the scaler finds its scale: that step is skipped.
     """
-    told = {"loss": course.last[-1]["loss"] if course.last else 0.0}
+    figures = {"loss": course.last[-1]["loss"] if course.last else 0.0}
     if not course.plan.config.fp16:
-        told["grad_norm"] = course.line.figures.get("grad_norm", 0.0) if course.line else 0.0
-    broken = [name for name, value in told.items() if not math.isfinite(value)]
+        figures["grad_norm"] = course.line.figures.get("grad_norm", 0.0) if course.line else 0.0
+    broken = [name for name, value in figures.items() if not math.isfinite(value)]
     if not broken:
         return None
     message = f"{' and '.join(broken)} of step {course.done} {'are' if len(broken) > 1 else 'is'} not finite"

@@ -54,9 +54,9 @@ class StopOnSignal(TrainerCallback):
         if not self._is_training:
             raise Stopped(128 + self.received)
         # Not through Python's streams: the signal may have interrupted a write to one.
-        told = f"\n{self.received.name}: stopping with a checkpoint; repeat to stop at once without one\n"
+        message = f"\n{self.received.name}: stopping with a checkpoint; repeat to stop at once without one\n"
         with suppress(OSError):  # the reader may be gone
-            os.write(2, told.encode())
+            os.write(2, message.encode())
         if self._may_interrupt:
             raise Stopped(128 + self.received)
 
