@@ -56,7 +56,7 @@ PHRASES := $(shell sed -n 's/->.*//p' scripts/words.txt | grep ' ' | paste -sd'|
 SPELLED := dpo_cli tests scripts benchmarks docs configs .ci README.md CONTRIBUTING.md CHANGELOG.md Makefile
 
 check: .venv/installed
-	$(BIN)/codespell -D scripts/words.txt -D - --regex "(?<![Tt]here )\b(?:$(PHRASES))\b|[\w'’-]+" --skip '*.svg,*.png,*.js,*.mjs,words.txt,contract.json' \
+	$(BIN)/codespell -D scripts/words.txt -D - --regex "(?<![Tt]here )\b(?:$(PHRASES))\b|[\w'’-]+" --skip '*.svg,*.png,*.js,*.mjs,words.txt,contract.json,problem-codes.md' \
 	  --ignore-words-list 'fro,offens,sytem,acuracy,tru,userr' $(SPELLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

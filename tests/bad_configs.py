@@ -198,7 +198,7 @@ VALUES = [
     Case("bad-value", "num_train_epochs", '"num_train_epochs": true', 'for example "num_train_epochs": 3'),
     Case("bad-value", "num_train_epochs", '"num_train_epochs": 0', 'for example "num_train_epochs": 3'),
     Case("bad-value", "num_train_epochs", '"num_train_epochs": -1', 'for example "num_train_epochs": 3'),
-    Case("bad-value", "max_steps", '"max_steps": 0', "-1 is no limit"),
+    Case("bad-value", "max_steps", '"max_steps": 0', "-1: without a limit"),
     Case("bad-value", "max_steps", '"max_steps": 10.5', "optimizer steps"),
     Case("bad-value", "per_device_train_batch_size", '"per_device_train_batch_size": 0', "for example"),
     Case("bad-value", "per_device_train_batch_size", '"per_device_train_batch_size": "auto"', "for example"),
@@ -591,7 +591,7 @@ ATTENTION = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_
 LLAMA = matrices(ATTENTION | dict.fromkeys(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), (8, 8)))
 PHI = {"self_attn.qkv_proj": (24, 8), "self_attn.o_proj": (8, 8), "mlp.gate_up_proj": (16, 8), "mlp.down_proj": (8, 8)}
 IN_4BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-# Model directories by their names: what config.json holds beside SHAPE, and the tensors.
+# Model directories by their names: what config.json holds in addition to SHAPE, and the tensors.
 FOLDERS: dict[str, tuple[dict[str, object], Mapping[str, tuple[int, ...]]]] = {
     "llama": ({"model_type": "llama"}, LLAMA),
     "lacking": ({"model_type": "llama"}, {name: shape for name, shape in LLAMA.items() if "down" not in name}),

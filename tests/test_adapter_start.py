@@ -90,7 +90,7 @@ def test_dpo_goes_on_from_the_sft_adapter_and_is_held_to_a_frozen_copy(run: Run,
     assert_starts_at_its_reference(place)
     plan = plan_of(place)
     assert plan["config"]["reference"] == "adapter" and plan["config"]["lora_r"] == 4
-    assert any("training goes on from the adapter of sft (rank 4)" in note for note in plan["notes"])
+    assert any("the training of the adapter of sft (rank 4) continues" in note for note in plan["notes"])
     assert_reference_is(place, sft)
     assert judged_json(Request(str(place)), Console())["policy"] == summary["eval"]  # as the run itself judged it
     # The saved adapter is one, on the base model, as PEFT loads it; and it has moved on from the SFT adapter.

@@ -57,7 +57,7 @@ def minified(place: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def zipped(path: Path, name: str) -> Path:
-    """The file packed with gzip, under this name beside it."""
+    """The file packed with gzip, under this name next to it."""
     packed = path.with_name(name)
     packed.write_bytes(gzip.compress(path.read_bytes(), mtime=0))
     return packed
@@ -130,7 +130,7 @@ def bad(path: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 @pytest.mark.parametrize("kept", [3, 11, 0.5, -4])
 def test_a_cut_gzip_file_is_a_bad_row(tmp_path: Path, suffix: str, kept: float) -> None:
-    """Cut in its header, behind it, in the middle of its content, and in its check sum."""
+    """Cut in its header, behind it, within its content, and in its check sum."""
     rows = [{"prompt": f"{os.urandom(2000).hex()} {number}", "chosen": "yes", "rejected": "no"} for number in range(99)]
     path = zipped(write(tmp_path / f"pairs{suffix}", rows), f"cut{suffix}.gz")
     whole = path.read_bytes()

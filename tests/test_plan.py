@@ -111,10 +111,10 @@ def test_micro_batches_are_regrouped_to_fit_and_steps_stay(tmp_path: Path) -> No
 def test_a_run_that_goes_on_is_not_decided_by_the_memory_that_is_free_now(tmp_path: Path) -> None:
     """A bill within the free memory but not within a new run's margin; then above what is free; then above all there is."""
     wide = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_seq_length": 2048}
-    begun = resolve(load(write(tmp_path, **wide)), replace(CPU, gpus=(Gpu("4080", 16.0, 15.5, 8.9),)))
-    assert begun.memory is not None and 1 < begun.config.per_device_train_batch_size < 8
-    need = begun.memory.total_gb
-    decided = {name: getattr(begun.config, name) for name in MEASURED}
+    first = resolve(load(write(tmp_path, **wide)), replace(CPU, gpus=(Gpu("4080", 16.0, 15.5, 8.9),)))
+    assert first.memory is not None and 1 < first.config.per_device_train_batch_size < 8
+    need = first.memory.total_gb
+    decided = {name: getattr(first.config, name) for name in MEASURED}
     loaded = load(write(tmp_path, **{**wide, **decided}))
 
     def on(total_gb: float, free_gb: float, is_resumed: bool = True) -> Plan:

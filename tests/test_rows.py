@@ -717,7 +717,7 @@ def test_limits_are_settings(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not there")
 def test_flipped_labels_are_noticed_where_a_prompt_has_both_orders(tmp_path: Path) -> None:
-    """The set with 20 % flipped labels beside the one it was made from: every flipped pair then stands in both orders."""
+    """The set with 20 % flipped labels next to the set it was made from: every flipped pair then stands in both orders."""
     text = "".join(
         (SHARED / f"ultrafeedback_1k.{name}.jsonl").read_text(encoding="utf-8") for name in ("train", "label_flip_20")
     )

@@ -82,7 +82,7 @@ class Loaded:
 
 # A config: the path of its file, or its values.
 ConfigLike = str | Mapping[str, object]
-VALUES = "config"  # what a config that is no file is called
+VALUES = "config"  # the name of a config without a file
 
 
 def load(path: ConfigLike, overrides: Sequence[str] = ()) -> Loaded:

@@ -151,7 +151,7 @@ class Account:
         """Note a machine's answers to which response is better."""
         reads = row.reads()
         for name, by in row.suggested.items():
-            if name in reads or name not in row.written:  # a ranking is no longer a column
+            if name in reads or name not in row.written:  # a ranking has become responses
                 self._note("label-suggested", f'"{name}": {by}', row)
 
     def _look_at_calls(self, row: Read) -> None:

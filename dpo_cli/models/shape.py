@@ -144,10 +144,10 @@ def config_facts(config: Mapping[str, Any], weights: TensorFiles | None = None) 
     if facts.parameters <= 0:
         return None
     stored = sum(map(prod, weights.shapes.values())) if weights else 0
-    beside = stored - facts.parameters
+    extra = stored - facts.parameters
     # A quantised file stores different tensors; biases and the like are too few to count.
-    is_plain = not config.get("quantization_config") and beside > facts.parameters // 100
-    return replace(facts, extra_parameters=beside) if is_plain else facts
+    is_plain = not config.get("quantization_config") and extra > facts.parameters // 100
+    return replace(facts, extra_parameters=extra) if is_plain else facts
 
 
 def is_gguf_mixture(header: Header) -> bool:

@@ -74,5 +74,5 @@ def _templates(files: ModelFiles, config: Mapping[str, object]) -> dict[str, str
         found = {"default": own} if isinstance(own, str) else {}
     if (alone := files.found(TEMPLATE)) is not None:
         found["default"] = alone.read_text(encoding="utf-8")
-    beside = sorted((files.path / "additional_chat_templates").glob("*.jinja"))
-    return found | {file.stem: file.read_text(encoding="utf-8") for file in beside}
+    named = sorted((files.path / "additional_chat_templates").glob("*.jinja"))
+    return found | {file.stem: file.read_text(encoding="utf-8") for file in named}

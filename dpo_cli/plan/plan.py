@@ -168,8 +168,8 @@ class Plan:
             return None
         if self.config.device != "cuda":
             return round(self.memory.host_gb, 3)
-        beside = sum(self.memory.components.get(name, 0.0) for name in ("cuda_context", "allocator_slack"))
-        return round(self.memory.total_gb - beside / GIB, 3)
+        overhead = sum(self.memory.components.get(name, 0.0) for name in ("cuda_context", "allocator_slack"))
+        return round(self.memory.total_gb - overhead / GIB, 3)
 
     @property
     def dtype(self) -> str:
