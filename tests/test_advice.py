@@ -92,14 +92,12 @@ def steps(problem: Problem, given: Values) -> Iterator[Callable[[Values], None]]
             yield settings(f'"{key}": {found.group(1)}')
         elif found := re.match(r'did you mean "([^"]+/[^"]+)"\?$', way) or re.match(r"did you mean (\S+)\?$", way):
             yield settings(f'"{key}": "{found.group(1)}"')
-        elif way.startswith(("remove the key", "remove it", "remove one of them", "keep one of them:", "leave it out")):
+        elif way.startswith(("remove the key", "remove it", "remove one of them", "keep one of them:")):
             yield without(key)
         elif way.startswith("remove these keys"):
             yield without(*(set(re.findall(r"[a-z_0-9]+", problem.message)) & given.keys() - {key}))
         elif found := re.match(r'(?:remove|leave) "?([a-z_0-9]+)"?(?: out|:|,|$)', way):
             yield without(found.group(1))
-        elif way.startswith("hold a share out"):
-            yield settings(way, instead=True)
         elif (found := SETTINGS.search(way)) and not way.startswith("when"):
             after = way[found.end() :]
             yield settings(found.group(), instead=after.startswith(" instead"))

@@ -139,7 +139,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(tmp_path: Path, run: Run, ti
     adapter_config = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     for change in ({"target_modules": ["q_proj"]}, {"r": 2}):  # fewer places than tensors; tensors of another shape
         (place / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config | change), encoding="utf-8")
-        with pytest.raises(InvalidInput, match=r"the adapter in .* (has|holds) .*: they are of two adapters"):
+        with pytest.raises(InvalidInput, match=r"the adapter in .* (has|holds) .*: they are from two adapters"):
             judged_json(Request(config, place / "adapter", str(tmp_path / "pairs.jsonl")), Console())
 
 

@@ -64,7 +64,7 @@ def _adapter_problems(loaded: Loaded, config: Config, source: ModelSource) -> It
     continues = started(loaded, config, source)[0]["reference"] == "adapter"
     if continues and adapters[0].is_on_head:
         message = (
-            f"the adapter of {config.model_name} is also on lm_head, but the log-probs use only the plain weight of lm_head"
+            f"the adapter of {config.model_name} also changes lm_head, which is not supported: log-probs need its plain weight"
         )
         fix = 'write "reference": "base": the adapter is merged into its base, and a fresh one is trained on the result'
         yield Problem("error", "adapter-on-head", message, fix, "model_name")

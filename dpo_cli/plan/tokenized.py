@@ -50,7 +50,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("bad rows", f"{counts.bad_rows} are not {noun}, and are skipped"),
         ("longest", f"{counts.longest} tokens ({counts.longest_at})"),
         ("tokens", f"{counts.train_tokens:,} per epoch; {counts.shared_tokens:,} with each prompt once"),
-        ("held out", held_out if counts.eval_pairs else "nothing, so there are no figures (see eval_split)"),
+        ("held out", held_out if counts.eval_pairs else "nothing, so there is nothing to measure (see eval_split)"),
         ("date", f"{plan.day:%Y-%m-%d}, the day of the run: the chat template writes the date"),
         ("cut", f"{counts.cut} {noun} ({counts.cut / all_rows:.0%}) lose the start of their prompt to max_seq_length"),
         ("skipped", f"{counts.too_long} {noun} whose responses are longer than max_seq_length {config.max_seq_length}"),
