@@ -52,6 +52,28 @@ def strategy_conditionals() -> list[str]:
     return found
 
 
+def figure_lists() -> list[str]:
+    """Lists, tuples, sets and keys of dicts with two names of figures or more, outside the strategies' folder."""
+    from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES
+
+    names, found = {*FIGURES, *LINE_FIGURES} - {"loss"}, []
+    for path, tree in TREES.items():
+        if path.parent.name == "strategies":
+            continue
+        for node in ast.walk(tree):
+            parts = (
+                node.elts
+                if isinstance(node, ast.List | ast.Tuple | ast.Set)
+                else node.keys
+                if isinstance(node, ast.Dict)
+                else []
+            )
+            words = {part.value for part in parts if isinstance(part, ast.Constant)}
+            if len(words & names) > 1:
+                found.append(f"{name_of(path)}:{node.lineno}  {ast.unparse(node)[:90]}")
+    return found
+
+
 def counts() -> dict[str, int]:
     imports = {name_of(path): imported(tree) for path, tree in TREES.items()}
     importers = Counter(name for names in imports.values() for name in names)
@@ -69,6 +91,7 @@ def counts() -> dict[str, int]:
         f"of these, files of up to {SMALL} lines": len(small),
         "imports against the order": sum(room(other) < room(own) for own, names in imports.items() for other in names),
         "conditionals on strategy outside strategies/": len(strategy_conditionals()),
+        "hand-kept lists of figures": len(figure_lists()),
         "functions": len(lines),
         f"functions over {LONG} lines": sum(size > LONG for size in lines),
         "Any": sum(len(re.findall(r"\bAny\b", path.read_text(encoding="utf-8"))) for path in MODULES),
@@ -129,7 +152,7 @@ def main() -> None:
             print(f"{count:6}  {name}")
     if "--long" in sys.argv:
         print(*(f"{size:6}  {name}" for name, size in functions() if size > LONG), sep="\n")
-        print(*strategy_conditionals(), sep="\n")
+        print(*strategy_conditionals(), *figure_lists(), sep="\n")
     sys.exit(any(found[name] for name in ZERO))
 
 

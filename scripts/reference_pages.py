@@ -30,7 +30,7 @@ from dpo_cli.results.intervals import Interval, Sides
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import RunSummary
 from dpo_cli.results.validation import Validation
-from dpo_cli.strategies.figures import FIGURES, Figure
+from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Figure
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, RULES, wrong_start
 
@@ -226,7 +226,7 @@ def figures_page() -> str:
             "yes" if figure.alone else "",
             ", ".join(_places(figure)),
         )
-        for figure in FIGURES.values()
+        for figure in {**FIGURES, **LINE_FIGURES}.values()
     ]
     header = ("figure", "label", "meaning", "strategies", "better", "base and gain", "also shown in")
     return page("Figures", FIGURES_INTRO, table(header, rows))

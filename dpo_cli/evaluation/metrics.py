@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio, mean
+from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Figures, Sides
 from dpo_cli.scoring.forward import States, collate
 from dpo_cli.scoring.lm_head import Head, score_tokens, token_kl
 from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.shared_prompts import IGNORED
-from dpo_cli.strategies.figures import FIGURES, Columns
+from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Columns, Figure
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
 
@@ -85,17 +85,13 @@ def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: t
 
 def point_figures(scores: Scores, beta: float) -> dict[str, float]:
     """The figures of an evaluation line of metrics.jsonl: plain means; for pairs also rewards and log-probs."""
-    columns = {name: ratio for name, ratio in _ratios(scores, beta).items() if FIGURES[name].in_lines}
-    if scores.kind is PAIRS:
-        reward = beta * (scores.policy - scores.reference)
-        for kind, name in enumerate(PAIRS.responses):
-            columns |= {f"reward_{name}": mean(reward[:, kind]), f"logp_{name}": mean(scores.policy[:, kind])}
-    return {name: float(above.sum() / below.sum()) for name, (above, below) in columns.items()}
+    ratios = _ratios(scores, beta, LINE_FIGURES)
+    return {name: float(above.sum() / below.sum()) for name, (above, below) in ratios.items()}
 
 
 def figures(scores: Scores, prompts: Sequence[str], beta: float) -> Sides:
     """The figures of the policy, of its base, and the paired differences, each with its interval."""
-    policy, base = _ratios(scores, beta), _ratios(scores, beta, of_base=True)
+    policy, base = _ratios(scores, beta, FIGURES), _ratios(scores, beta, FIGURES, of_base=True)
     gain = {name: (policy[name][0] - base[name][0], base[name][1]) for name in base}
     intervals = Intervals(prompts)
 
@@ -105,10 +101,10 @@ def figures(scores: Scores, prompts: Sequence[str], beta: float) -> Sides:
     return Sides(of(policy), of(base), of(gain))
 
 
-def _ratios(scores: Scores, beta: float, of_base: bool = False) -> dict[str, Ratio]:
+def _ratios(scores: Scores, beta: float, figures: Mapping[str, Figure], of_base: bool = False) -> dict[str, Ratio]:
     """Each figure of these rows, as a sum divided by a sum; for the base, the figures that one model has."""
     model, right = (scores.reference, scores.reference_right) if of_base else (scores.policy, scores.policy_right)
     columns = Columns(model, scores.tokens, right, scores.kl, beta * (model - scores.reference))
     kind = scores.kind
-    declared = ((name, figure) for name, figure in FIGURES.items() if kind in (figure.alone if of_base else figure.formulas))
+    declared = ((name, figure) for name, figure in figures.items() if kind in (figure.alone if of_base else figure.formulas))
     return {name: figure.formulas[kind](columns) for name, figure in declared if kind in figure.formulas}

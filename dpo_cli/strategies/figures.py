@@ -100,6 +100,7 @@ class Figure:
     meaning: str
     formulas: Mapping[Rows, Formula] = field(default_factory=dict)  # by kind of row; empty for figures of answers
     alone: tuple[Rows, ...] = ()  # kinds for which a single model has it: then the base has it too, and there is a gain
+    in_steps: bool = False  # whether a training line of metrics.jsonl has it too
     in_lines: bool = True  # whether an evaluation line of metrics.jsonl has it
     short: str = ""  # in the live view; empty if it is not shown there
     title: str = ""  # of its curve, with a note and a value to compare with; empty without a curve
@@ -130,6 +131,7 @@ _DECLARED = (
         "The share of pairs whose chosen response has the larger reward, beta * (log p after - log p before the training); "
         "a tie counts half. It reaches 1 long before a model has changed, so read it with the margin.",
         {PAIRS: lambda columns: _mean(_wins(columns.reward))},
+        in_steps=True,
         short="accuracy",
         title="Accuracy",
         note="Share of pairs with the larger reward for chosen. Read it with the margin.",
@@ -141,6 +143,7 @@ _DECLARED = (
         "margin",
         "The reward of the chosen response minus that of the rejected one, on average.",
         {PAIRS: lambda columns: _mean(_margin(columns))},
+        in_steps=True,
         short="margin",
         title="Margin",
         note="Reward of chosen minus reward of rejected.",
@@ -162,6 +165,7 @@ _DECLARED = (
         "The share of tokens that the model finds most likely.",
         {DEMONSTRATIONS: lambda columns: (columns.right[:, 0], columns.tokens[:, 0])},
         alone=(DEMONSTRATIONS,),
+        in_steps=True,
         short="accuracy",  # the only accuracy of demonstrations
         title="Token accuracy",
         note="Share of tokens that the model finds most likely.",
@@ -220,5 +224,44 @@ _DECLARED = (
         of_answers=True,
     ),
 )
+# What lines of metrics.jsonl have in addition, as a mean over pairs: the parts of the margin.
+_PARTS = (
+    Figure(
+        "reward_chosen",
+        "reward of chosen",
+        "beta * (log p after - log p before the training) of the chosen response. It may fall while the margin grows.",
+        {PAIRS: lambda columns: _mean(columns.reward[:, 0])},
+        in_steps=True,
+    ),
+    Figure(
+        "reward_rejected",
+        "reward of rejected",
+        "The same for the rejected response.",
+        {PAIRS: lambda columns: _mean(columns.reward[:, 1])},
+        in_steps=True,
+        is_better_large=False,
+    ),
+    Figure(
+        "logp_chosen",
+        "log-prob of chosen",
+        "The summed log-probability of the chosen response, nats.",
+        {PAIRS: lambda columns: _mean(columns.log_probs[:, 0])},
+        in_steps=True,
+    ),
+    Figure(
+        "logp_rejected",
+        "log-prob of rejected",
+        "The same for the rejected response.",
+        {PAIRS: lambda columns: _mean(columns.log_probs[:, 1])},
+        in_steps=True,
+        is_better_large=False,
+    ),
+)
 FIGURES = {figure.name: figure for figure in _DECLARED}
+LINE_FIGURES = {figure.name: figure for figure in (*_DECLARED, *_PARTS) if figure.in_lines}
 DRAWN = sorted(FIGURES.values(), key=lambda figure: figure.name != "loss")  # the loss comes first
+
+
+def step_figures(kind: Rows) -> tuple[str, ...]:
+    """The figures of a training line in addition to its loss."""
+    return tuple(name for name, figure in LINE_FIGURES.items() if figure.in_steps and kind in figure.formulas)

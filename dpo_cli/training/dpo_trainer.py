@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
@@ -28,6 +29,8 @@ from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.reference import LiveReference, Reference
+from dpo_cli.strategies.figures import LINE_FIGURES, Columns, step_figures
+from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.training.trainer import (
     SIZE,
     CarefulTrainer,
@@ -41,21 +44,18 @@ from dpo_cli.training.trainer import (
 )
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
-FIGURES = ("loss", "accuracy", "margin", "reward_chosen", "reward_rejected", "logp_chosen", "logp_rejected")
+FIGURES = ("loss", *step_figures(PAIRS))
 
 
 def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """Per-pair figures from summed response log-probs, both (2B,) with the B chosen first: (B, 6), named by `FIGURES[1:]`.
+    """Figures of each pair from summed response log-probs, both (2B,) with the B chosen first: (B, 6), named by `FIGURES[1:]`.
 
-    The reward is beta * (log pi - log ref) (Rafailov et al., arXiv:2305.18290, equation 5 without its constant); a tie counts
-    one half. In float64 on the CPU: Apple's GPUs have no float64.
+    Their formulas are those of strategies/figures.py, in float64 on the CPU: Apple's GPUs have no float64.
     """
-    policy, reference = policy.cpu().double(), reference.cpu().double()
-    pi_chosen, pi_rejected = policy.chunk(2)
-    reward_chosen, reward_rejected = (beta * (policy - reference)).chunk(2)
-    margin = reward_chosen - reward_rejected
-    accuracy = (margin > 0).double() + 0.5 * (margin == 0).double()
-    return torch.stack([accuracy, margin, reward_chosen, reward_rejected, pi_chosen, pi_rejected], dim=1)
+    sides, before = (log_probs.cpu().double().numpy().reshape(2, -1).T for log_probs in (policy, reference))  # (B, 2)
+    unknown = np.empty(0)  # tokens, the most likely ones and KL: no figure of a step needs them
+    columns = Columns(sides, unknown, unknown, unknown, beta * (sides - before))
+    return torch.from_numpy(np.stack([LINE_FIGURES[name].formulas[PAIRS](columns)[0] for name in FIGURES[1:]], axis=1))
 
 
 class StepSize(NamedTuple):

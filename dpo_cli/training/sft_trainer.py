@@ -20,6 +20,8 @@ from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.shared_prompts import IGNORED
+from dpo_cli.strategies.figures import step_figures
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.training.trainer import (
     SIZE,
     CarefulTrainer,
@@ -32,7 +34,7 @@ from dpo_cli.training.trainer import (
     ready,
 )
 
-FIGURES = ("loss", "token_accuracy")  # nats per token; share of completion tokens that are the model's most likely ones
+FIGURES = ("loss", *step_figures(DEMONSTRATIONS))
 
 
 class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
