@@ -330,9 +330,14 @@ def _shape(value: Any) -> str:
 
 
 def _without_options(value: Any) -> Any:
+    """A shape of the contract without its config, and with the kind of a value where the contract has the value."""
     if isinstance(value, dict):
         return {key: "options" if key == "config" and child else _without_options(child) for key, child in value.items()}
-    return [_without_options(child) for child in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        shapes = [_without_options(child) for child in value]
+        return [shape for i, shape in enumerate(shapes) if shape not in shapes[:i]]
+    kinds = ("null", "bool", "number", "text", "object", "options")
+    return value if value in kinds else {bool: "bool", int: "number", str: "text"}.get(type(value), "null")
 
 
 def _laid_out(value: Any, indent: str = "") -> str:
@@ -360,7 +365,8 @@ def api_page() -> str:
             signature = str(inspect.signature(value)).replace("'", "")
             parts.append(f"## `{name}`\n\n```python\n{name}{signature}\n```\n\n{inspect.getdoc(value) or ''}")
     about, example, rest = (inspect.getdoc(api) or "").split("\n\n", 2)
-    code = "\n".join(line.removeprefix(">>> ") for line in example.splitlines())
+    first, *more = (line.removeprefix(">>> ") for line in example.splitlines())
+    code = "\n".join([first, "", *more])  # as ruff formats it
     results = [f"- `{kind.__name__}`: {', '.join(f'`{one.name}`' for one in fields(kind))}" for kind in RESULTS]
     return page("Python API", about, f"```python\n{code}\n```", rest, *parts, "## Results", "\n".join(results), API_POLICY)
 
