@@ -10,7 +10,7 @@ import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -54,27 +54,6 @@ class Config:
     def replaced(self, values: Mapping[str, object]) -> Config: ...
     def to_json(self) -> dict[str, Any]: ...
 """
-
-
-def option_table() -> str:
-    """Markdown: a table for each group of options."""
-    return "\n\n".join(
-        f"**{group}**\n\n" + "\n".join(_rows(group)) for group in dict.fromkeys(o.group for o in options().values())
-    )
-
-
-def _rows(group: str) -> Iterator[str]:
-    yield "| option | value | default | meaning | strategies | source |"
-    yield "|---|---|---|---|---|---|"
-    for option in options().values():
-        if option.group == group:
-            cells = (
-                f"`{option.name}`",
-                option.type_words,
-                option.default_words,
-                option.description + (f" *({option.not_yet_words})*" if option.not_yet_words else ""),
-            )
-            yield f"| {' | '.join((*cells, ', '.join(option.strategies), option.source))} |"
 
 
 # What only a command that loads the model can find.
@@ -272,9 +251,6 @@ def _cell(text: str) -> str:
 
 # What stands between the marks of a section.
 SECTIONS: dict[str, Callable[[], str]] = {
-    "options": option_table,
-    "rows": row_table,
-    "codes": code_table,
     **{f"baseline {name}": partial(block, name) for name in BENCHMARKS},
 }
 MARKED = re.compile(

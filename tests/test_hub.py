@@ -102,7 +102,7 @@ def test_a_cached_dataset_is_its_training_files(cache: Path) -> None:
 
 def test_the_split_is_said_and_can_be_named(cache: Path) -> None:
     (said,) = [problem.message for problem in read("owner/pairs").problems if problem.code == "hub-split"]
-    assert said == "owner/pairs is read from its split train: 1 .parquet files"
+    assert said == "split train of owner/pairs is read: 1 .parquet files"
     assert [Path(source.path).name for source in sources_of("owner/pairs:test")] == ["test-00000.parquet"]
     assert read("owner/pairs:test").pairs == 1
     (wrong,) = read("owner/pairs:valid").problems

@@ -286,7 +286,7 @@ def test_a_disk_without_room_is_told_before_anything_is_loaded(go: Go, tmp_path:
     with pytest.raises(DoesNotFit) as caught:
         go("run")
     (problem,) = caught.value.problems
-    assert problem.code == "disk-too-full" and "0.00 are free" in problem.message
+    assert problem.code == "disk-too-full" and "0.00 GB are free" in problem.message
     assert not (tmp_path / "run").exists()
 
 
