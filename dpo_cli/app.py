@@ -43,7 +43,7 @@ app = typer.Typer(
     name="dpo",
     help="Preference tuning of language models from a terminal.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
 
