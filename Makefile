@@ -173,7 +173,7 @@ check-unsloth: $(MODEL) .venv-unsloth/installed
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/pytest tests/test_unsloth.py
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/python benchmarks/check_unsloth.py
 
-# Kills, damages and fills up what runs write, some 1,700 times (14 minutes); then the same on plain TRL.
+# Kills, damages and fills up what runs write (about 25 minutes); then the same on plain TRL.
 torture: install
 	$(BIN)/python benchmarks/torture
 
