@@ -42,7 +42,7 @@ demo: install
 	$(BIN)/dpo train configs/quickstart.json --overwrite
 	$(BIN)/dpo eval runs/quickstart
 
-# The same on pairs that the model itself made: `concise-data` samples and ranks them (10 minutes; the file is in the repository).
+# The same on pairs that the model itself made: `concise-data` samples and ranks them (the file is in the repository).
 demo-concise: install
 	$(BIN)/dpo train configs/concise.json --overwrite
 	$(BIN)/dpo eval runs/concise
@@ -89,7 +89,7 @@ tokenizers: install
 	PYTHONPATH=models/mistral-common:tests $(BIN)/python tests/mistral.py models/tokenizers/mistral
 	rm -rf models/mistral-common
 
-# The wheel in clean environments, at the newest and at the lowest versions that pyproject.toml allows (5 minutes, 3 GB of disk).
+# The wheel in clean environments, at the newest and at the lowest versions that pyproject.toml allows.
 check-wheel: install
 	$(BIN)/python scripts/check_wheel.py $(ONLY)
 
@@ -173,7 +173,7 @@ check-unsloth: $(MODEL) .venv-unsloth/installed
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/pytest tests/test_unsloth.py
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/python benchmarks/check_unsloth.py
 
-# Kills, damages and fills up what runs write (about 25 minutes); then the same on plain TRL.
+# Kills, damages and fills up what runs write; then the same on plain TRL.
 torture: install
 	$(BIN)/python benchmarks/torture
 

@@ -279,8 +279,9 @@ def written() -> dict[Path, str]:
     return {STUB: stub(), **{path: filled(text) for path, text in pages().items()}}
 
 
-def main() -> int:
-    stale = {path: text for path, text in written().items() if not path.exists() or path.read_text(encoding="utf-8") != text}
+def refresh(files: dict[Path, str]) -> int:
+    """Write the files whose text is another one; with --check only print them: 1 if there are some."""
+    stale = {path: text for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text}
     for path, text in stale.items():
         if "--check" not in sys.argv:
             path.write_text(text, encoding="utf-8")
@@ -289,4 +290,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(refresh(written()))

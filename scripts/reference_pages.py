@@ -407,14 +407,5 @@ def pages() -> dict[Path, str]:
     return {PAGES / f"{name}.md": build() for name, build in made.items()}
 
 
-def main() -> int:
-    stale = {path: text for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text}
-    for path, text in stale.items():
-        if "--check" not in sys.argv:
-            path.write_text(text, encoding="utf-8")
-        print(f"{'stale' if '--check' in sys.argv else 'wrote'}: {path.relative_to(ROOT)}")
-    return int(bool(stale) and "--check" in sys.argv)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reference.refresh(pages()))

@@ -1,5 +1,7 @@
 """Rows with several responses, and a label, votes or scores that say which is better.
 
+Longer than other modules: how labels, votes and scores of one row agree can only be told in one place.
+
 response_a  response_b  winner             a label: a number, a letter, left or right, or the name of a column
 response_1  response_2  preference         the whole file shows whether numbers count from 0 or from 1
 answer_0    answer_1    score_0  score_1   a score for each; or votes (winner_model_a, winner_model_b)
