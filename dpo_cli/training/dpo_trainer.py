@@ -55,7 +55,9 @@ def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
     sides, before = (log_probs.cpu().double().numpy().reshape(2, -1).T for log_probs in (policy, reference))  # (B, 2)
     unknown = np.empty(0)  # tokens, the most likely ones and KL: no figure of a step needs them
     columns = Columns(sides, unknown, unknown, unknown, beta * (sides - before))
-    return torch.from_numpy(np.stack([LINE_FIGURES[name].formulas[PAIRS](columns)[0] for name in FIGURES[1:]], axis=1))
+    figures = torch.empty(len(sides), len(FIGURES) - 1, dtype=torch.float64)
+    np.stack([LINE_FIGURES[name].formulas[PAIRS](columns)[0] for name in FIGURES[1:]], axis=1, out=figures.numpy())
+    return figures
 
 
 class StepSize(NamedTuple):
