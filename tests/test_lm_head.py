@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -28,9 +29,33 @@ def test_head_gradients_are_exact() -> None:
         torch.testing.assert_close(mine, tensor.grad, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_gradient_of_the_states_is_exact(softcap: float | None) -> None:
+    """Of a frozen head, whose gradient is made in the forward pass: 1e-12, and each token's log-prob has a gradient of its own."""
+    torch.manual_seed(2)
+    hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(30, 16, dtype=torch.float64), torch.randn(30, dtype=torch.float64)
+    targets, shares = torch.randint(30, (7,)), torch.randn(7, dtype=torch.float64)
+    head = heads.Head(weight, bias, scale=0.5, softcap=softcap, temperature=0.8)
+    scores = heads.score_tokens(hidden, targets, head, ["log_probs", "is_top1"])
+    (scores.log_probs @ shares).backward()
+    mine, hidden.grad = hidden.grad, None
+    raw = 0.5 * (hidden @ weight.T + bias)
+    log_p = ((softcap * torch.tanh(raw / softcap) if softcap else raw) / 0.8).log_softmax(-1)
+    (log_p.gather(-1, targets[:, None])[:, 0] @ shares).backward()
+    torch.testing.assert_close(mine, hidden.grad, rtol=0, atol=1e-12)
+    assert torch.equal(scores.is_top1, log_p.argmax(-1) == targets)
+    assert not scores.entropy.any() and not scores.mean_logits.any()
+
+
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 40), vocabulary=st.integers(2, 60), budget=st.integers(1, 400))
-def test_full_logits_never_exist(rows: int, vocabulary: int, budget: int) -> None:
+@given(
+    rows=st.integers(1, 40),
+    vocabulary=st.integers(2, 60),
+    budget=st.integers(1, 400),
+    passes=st.sampled_from([1, 2]),  # log-probs alone need one, with their gradient
+)
+def test_full_logits_never_exist(rows: int, vocabulary: int, budget: int, passes: int) -> None:
     """No product of hidden states and head is larger than the budget (or one row, where the vocabulary alone is)."""
     sizes: list[int] = []
 
@@ -43,10 +68,11 @@ def test_full_logits_never_exist(rows: int, vocabulary: int, budget: int) -> Non
     try:
         hidden = torch.randn(rows, 4, dtype=torch.float64, requires_grad=True)
         head = Counting(torch.randn(vocabulary, 4, dtype=torch.float64))
-        heads.score_tokens(hidden, torch.randint(vocabulary, (rows,)), head).log_probs.sum().backward()
+        outputs = ["log_probs"] if passes == 1 else heads.ALL
+        heads.score_tokens(hidden, torch.randint(vocabulary, (rows,)), head, outputs).log_probs.sum().backward()
     finally:
         heads.CHUNK_ELEMENTS = before
-    assert sum(sizes) == 2 * rows  # each row once forward, once backward
+    assert sum(sizes) == passes * rows
     assert max(sizes) <= max(1, budget // vocabulary)
 
 

@@ -18,7 +18,7 @@ import functools
 import logging
 import math
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from dpo_cli.errors import RunFailed
 from dpo_cli.plan.plan import EXPECTED, ONE_RESPONSE, Scoring
 from dpo_cli.providers.precision import in_float32
 from dpo_cli.scoring import shared_prompts
-from dpo_cli.scoring.lm_head import Head, score_tokens
+from dpo_cli.scoring.lm_head import ALL, LOG_PROBS, Head, score_tokens
 from dpo_cli.scoring.shared_prompts import IGNORED, Layout
 
 # Parts of TRL's contract that its DPOTrainer does not use. Other trainers use them, and would get a wrong loss.
@@ -151,7 +151,7 @@ def response_log_probs(model: PreTrainedModel, states: States, batch: Mapping[st
     """Log-probs of the labelled tokens of a micro-batch of `collate`, in row order: (n,). No gradient."""
     labels = batch["labels"][:, 1:]
     with torch.no_grad():
-        return score_tokens(states(model, **batch), labels[labels != IGNORED], Head.of(model)).log_probs
+        return score_tokens(states(model, **batch), labels[labels != IGNORED], Head.of(model), [LOG_PROBS]).log_probs
 
 
 def collate(rows: Sequence[Encoded], pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -169,11 +169,11 @@ def collate(rows: Sequence[Encoded], pad_token_id: int, device: torch.device) ->
     }
 
 
-def attach(model: PreTrainedModel, states: States, temperature: float = 1.0) -> None:
+def attach(model: PreTrainedModel, states: States, temperature: float = 1.0, outputs: Collection[str] = ALL) -> None:
     """Make `model(..., labels=..., fused_lm_head=True)` score with dpo's head; any other call is unchanged.
 
     The call and its output are TRL's contract (`add_fused_lm_head`): per-token tensors are (rows, length - 1), zero at
-    tokens without a label. `model` is the causal language model itself, below a PEFT wrapper.
+    tokens without a label. The ones that are not in `outputs` are all zero: TRL reads them for averages of its own. `model` is the causal language model itself, below a PEFT wrapper.
     """
     original = type(model).forward
 
@@ -186,7 +186,7 @@ def attach(model: PreTrainedModel, states: States, temperature: float = 1.0) -> 
             raise NotImplementedError(f"the head does not honour {', '.join(sorted(unknown))}")
         hidden = states(self, labels, **given)
         mask = labels[:, 1:] != IGNORED
-        scores = score_tokens(hidden, labels[:, 1:][mask], Head.of(self, temperature))
+        scores = score_tokens(hidden, labels[:, 1:][mask], Head.of(self, temperature), outputs)
         # masked_scatter keeps the graph even without a labelled token, so such a batch has a zero gradient.
         fields = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in vars(scores).items()}
         loss = -fields["log_probs"].sum() / mask.sum().clamp(min=1)

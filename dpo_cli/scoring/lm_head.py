@@ -7,8 +7,8 @@ with transformers' own logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -75,6 +75,20 @@ class Head:
         factor = self.scale / self.temperature
         return gradient if factor == 1.0 else gradient.mul_(factor)
 
+    def unit_gradient(self, probabilities: Tensor, targets: Tensor, logits: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """d log p(target) / d hidden, (n, H), from the (n, V) probabilities, which are overwritten; products run in `dtype`.
+
+        `logits` are needed, and overwritten, if there is a soft-cap.
+        """
+        weight = self.weight.to(dtype)
+        target_rows = weight[targets].to(probabilities.dtype)
+        if self.softcap is not None and logits is not None:
+            slopes = logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1)
+            probabilities.mul_(slopes)
+            target_rows *= slopes.gather(-1, targets[:, None])
+        mean_row = probabilities.to(dtype) @ weight
+        return (target_rows - mean_row).mul_(self.scale / self.temperature)
+
     def chunks(self, positions: int) -> Iterator[slice]:
         """Slices of `positions` hidden states whose logits stay within `CHUNK_ELEMENTS`."""
         size = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
@@ -105,12 +119,53 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per scored token, each (n,): log p(target), the entropy of the distribution (nats), the mean logit, target is argmax."""
+    """Per scored token, each (n,): log p(target), the entropy of the distribution (nats), the mean logit, target is argmax.
+
+    What is not asked for is zero.
+    """
 
     log_probs: Tensor
     entropy: Tensor
     mean_logits: Tensor
     is_top1: Tensor
+
+
+LOG_PROBS, IS_TOP1 = "log_probs", "is_top1"
+ALL = frozenset(field.name for field in fields(TokenScores))
+
+
+class _LogProbs(torch.autograd.Function):
+    """Log-probs whose gradient reaches only the hidden states: one pass over the logits gives both.
+
+    With p = softmax(z) and t the target, d log p_t / dz = onehot(t) - p, so that for z = hidden @ weight.T
+    d log p_t / d hidden = weight[t] - p @ weight; the gradient of a loss is that row times d loss / d log p_t.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, with_top1: bool) -> Any:
+        dtype = _product_dtype(hidden)
+        log_probs = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
+        is_top1 = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+        unit = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for part in head.chunks(len(hidden)):
+            logits = head.logits(hidden[part].to(dtype))
+            if with_top1:
+                is_top1[part] = logits.argmax(dim=-1) == targets[part]
+            log_p = logits.log_softmax(dim=-1)
+            kept = None if head.softcap is None else logits
+            del logits
+            log_probs[part] = log_p.gather(-1, targets[part, None])[:, 0]
+            if unit is not None:
+                unit[part] = head.unit_gradient(log_p.exp_(), targets[part], kept, dtype)
+            del log_p, kept
+        ctx.save_for_backward(unit)
+        ctx.mark_non_differentiable(is_top1)
+        return log_probs, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: object) -> Any:
+        (unit,) = ctx.saved_tensors
+        return (grad[:, None] * unit).to(unit.dtype), None, None, None
 
 
 class _ScoreTokens(torch.autograd.Function):
@@ -122,9 +177,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Any:
-        # Autocast does not apply to the matrix products of an autograd function's backward, so the dtype is set here.
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = _product_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
         columns = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3)]
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -193,8 +246,22 @@ def _raw_gradient(head: Head, hidden: Tensor, targets: Tensor, entropy: Tensor, 
     return head.raw_gradient(gradient, kept).to(hidden.dtype)
 
 
-def score_tokens(hidden: Tensor, targets: Tensor, head: Head) -> TokenScores:
-    """Scores of the tokens `targets` (n,) given the hidden states (n, H) that predict them, without their full logits."""
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the head's products. Autocast does not apply to those of an autograd function, so it is read here."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def score_tokens(hidden: Tensor, targets: Tensor, head: Head, outputs: Collection[str] = ALL) -> TokenScores:
+    """Scores of the tokens `targets` (n,) given the hidden states (n, H) that predict them, without their full logits.
+
+    `outputs` are the fields that are computed.
+    """
+    is_frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
+    if is_frozen and not {*outputs} - {LOG_PROBS, IS_TOP1}:
+        log_probs, is_top1 = _LogProbs.apply(hidden, targets, head, IS_TOP1 in outputs)  # type: ignore[no-untyped-call]
+        nothing = log_probs.detach().new_zeros(()).expand_as(log_probs)
+        return TokenScores(log_probs, nothing, nothing, is_top1)
     return TokenScores(*_ScoreTokens.apply(hidden, head.weight, head.bias, targets, head))  # type: ignore[no-untyped-call]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_cli.providers.policy import Policy
 from dpo_cli.scoring.forward import States
-from dpo_cli.scoring.lm_head import Head, score_tokens
+from dpo_cli.scoring.lm_head import LOG_PROBS, Head, score_tokens
 from dpo_cli.scoring.shared_prompts import IGNORED
 
 NOT_READ = ("completion_mask", "labels")  # of a micro-batch: what the model does not take
@@ -39,5 +39,5 @@ class LiveReference:
         scored = labels[:, 1:] != IGNORED
         with torch.no_grad(), self.policy.as_reference() as network:
             hidden = self.states(network, labels, **inputs)
-            scores = score_tokens(hidden, labels[:, 1:][scored], Head.of(network))
+            scores = score_tokens(hidden, labels[:, 1:][scored], Head.of(network), [LOG_PROBS])
         return scores.log_probs.new_zeros(scored.shape).masked_scatter(scored, scores.log_probs).sum(dim=1)

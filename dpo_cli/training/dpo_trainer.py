@@ -28,6 +28,7 @@ from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward, oom
+from dpo_cli.scoring.lm_head import LOG_PROBS
 from dpo_cli.scoring.reference import LiveReference, Reference
 from dpo_cli.strategies.figures import LINE_FIGURES, Columns, step_figures
 from dpo_cli.strategies.row_kinds import PAIRS
@@ -71,6 +72,7 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
     """DPOTrainer on encoded pairs, with dpo's head. Its loss is the share of a micro-batch in the loss of the step."""
 
     ROWS_A_UNIT = 2
+    OUTPUTS = (LOG_PROBS,)
     loss_types: list[str]
     loss_weights: list[float]
     sft_weight = 0.0  # weight of the loss that is averaged over tokens

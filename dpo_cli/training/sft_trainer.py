@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward, oom
+from dpo_cli.scoring.lm_head import IS_TOP1, LOG_PROBS
 from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.strategies.figures import step_figures
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
@@ -44,6 +45,7 @@ class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
     """
 
     ROWS_A_UNIT = 1
+    OUTPUTS = (LOG_PROBS, IS_TOP1)
 
     def step_size(self, batches: Sequence[oom.Batch]) -> Tensor:
         """Completion tokens: all labels except a first one, which no state predicts."""

@@ -122,6 +122,7 @@ class CarefulTrainer:
     """dpo's part of a trainer; the base class before one of TRL's trainers."""
 
     ROWS_A_UNIT: int  # rows of a micro-batch that belong together
+    OUTPUTS: tuple[str, ...]  # of the head: what the loss and the figures read
     IS_WHOLE = False  # whether the loss compares units, so that halves have a different loss
 
     args: Any
@@ -143,7 +144,7 @@ class CarefulTrainer:
         # The losses take the size of the step, whatever the model's own forward takes; then Trainer does not divide them again.
         self.model_accepts_loss_kwargs = True
         for model in filter(None, (self.policy.network, self.policy.frozen)):
-            forward.attach(model, states)
+            forward.attach(model, states, outputs=self.OUTPUTS)
         for model in filter(None, (self.policy.model, self.policy.frozen)):
             model.register_forward_hook(self._keep_call)
 
