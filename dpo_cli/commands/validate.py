@@ -60,6 +60,8 @@ def _validated(
     console.problems(inspection.problems)
     if data and data.train.pairs:
         console.line(f"data: {data.train.pairs} {data.train.noun} of {data.train.prompts} prompts in {data.train.rows} rows")
+        if data.held_out_words:
+            console.line(f"held out: {data.held_out_words}")
         console.columns(data.train.read_as)
         console.lengths(data.said)
         rendered = data.said["rendered"]

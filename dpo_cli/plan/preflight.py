@@ -42,6 +42,17 @@ class Data:
     held_out: Dataset | None
     said: dict[str, Any]
     longest: int | None  # estimated tokens of the longest sequence
+    balance: Balance  # of the split by prompt
+
+    @property
+    def held_out_words(self) -> str:
+        """The number of held-out rows and prompts, and what decides it; empty if the config holds nothing out."""
+        noun, balance = self.train.noun, self.balance
+        if self.held_out is not None:
+            return f"{self.held_out.pairs} {noun} of {self.held_out.prompts} prompts (eval_dataset)"
+        if not balance.share:
+            return ""
+        return f"{balance.held_out} {noun} of {len(balance.held_out_prompts)} prompts (eval_split {balance.share:g})"
 
     def sides(self, config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
         """(train, held out): two datasets, or one split by prompt."""
@@ -193,7 +204,7 @@ def _read_data(
     said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
     said["rendered"] = len(sample.rows)
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
-    data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
+    data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens, balance)
     use_chat_template = values.get("use_chat_template", "auto")
     is_as_it_is = use_chat_template is False or not sample.is_chat  # then markers of a template are intended
     about_texts = () if is_sft else quality.problems(data.train)
@@ -286,10 +297,12 @@ class Balance:
         self.share, self.seed = (config.eval_split, config.split_seed or 0) if config else (0.0, 0)
         self.train: Counter[str] = Counter()  # by file
         self.held_out = 0
+        self.held_out_prompts: set[int] = set()  # hashes
 
     def see(self, row: Row, prompt_key: str) -> None:
         if is_held_out_prompt(prompt_key, self.share, self.seed):
             self.held_out += 1
+            self.held_out_prompts.add(hash(prompt_key))
         else:
             self.train[row.file] += 1
 

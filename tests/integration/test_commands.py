@@ -138,6 +138,20 @@ def test_without_a_split_nothing_is_held_out(workplace: Path) -> None:
     assert "there are no held-out rows" in done.stderr
 
 
+def test_the_held_out_pairs_and_prompts_are_counted(workplace: Path) -> None:
+    """By prompt: 5 of the 20 prompts are held out, each with both of its pairs, as many as the plan of a training says."""
+    done = dpo("validate", "tiny.json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "held out: 10 pairs of 5 prompts (eval_split 0.3)" in done.stdout.splitlines()
+    plan = json.loads((workplace / "runs" / "tiny" / "plan.json").read_text(encoding="utf-8"))
+    assert (plan["counts"]["eval_pairs"], plan["counts"]["eval_prompts"]) == (10, 5)
+    (workplace / "other.jsonl").write_text((workplace / "pairs.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    own = dpo("validate", "tiny.json", "eval_split=0", "eval_dataset=other.jsonl", cwd=workplace)
+    assert "held out: 40 pairs of 20 prompts (eval_dataset)" in own.stdout.splitlines()
+    whole = dpo("validate", "tiny.json", "eval_split=0", cwd=workplace)
+    assert "data: 40 pairs of 20 prompts in 40 rows" in whole.stdout and "held out" not in whole.stdout
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, code: int) -> None:
     place = workplace / f"stopped-{code}"
