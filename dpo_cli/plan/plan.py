@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -292,7 +292,6 @@ def resolve(
             )
         if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
             notes.append(f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, so it cannot be split")
-    notes += _slow_default(config, loaded)
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
@@ -304,14 +303,6 @@ def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = N
     if counts is None:
         return Longest(expected)
     return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
-
-
-def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:
-    """A note if the learning rate is the documented default, which is too low to move an adapter."""
-    rate = STRATEGIES[config.strategy].adapter_rate
-    if rate is not None and loaded.sources.get("learning_rate") == "default" and config.lora_r:
-        advice = f"it is too low to move a LoRA adapter, which learns at about {rate:g}"
-        yield f"learning_rate is the documented default {config.learning_rate:g}: {advice}"
 
 
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Config:
