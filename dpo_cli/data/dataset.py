@@ -247,7 +247,7 @@ def read(
                 observer.see(row, prompt_key)
     problems = [*whole, *bad.problems(key, skip)]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
-        problems.append(Problem("error", "dataset-empty", f"{name} has no usable row", f"add {data.noun}", key, name))
+        problems.append(Problem("error", "dataset-empty", "no row is usable", f"add {data.noun}", key, name))
     problems += account.problems(key) if pairs else []
     problems += _choices(value, key)
     for says, count in account.shapes.items():

@@ -227,11 +227,10 @@ def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
     texts = []
     order = list(COLOURS)
     for problem in sorted(problems, key=lambda problem: order.index(problem.severity)):
-        place = ":".join(str(part) for part in (problem.file, problem.line, problem.column) if part is not None)
         text = Text.assemble(
             (f"{MARKS[problem.severity]} {problem.severity} ", f"bold {COLOURS[problem.severity]}"),
             (f"[{problem.code}] ", "dim"),
-            (f"{place}: " if place else "", "bold"),
+            (f"{problem.place}: " if problem.place else "", "bold"),
             _printable(problem.message),
         )
         texts.append((text, Text(_printable(problem.fix or ""), style="dim")))

@@ -172,7 +172,7 @@ def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, c
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["train", "gone.json"], 3, "file not found: gone.json"),
+        (["train", "gone.json"], 3, "gone.json: file not found"),
         (["train", "broken.json"], 3, "broken.json:2:3"),
         (["train", "nodata.json"], 3, '"dataset" is missing'),
         (["train", "tiny.json", "dataset=gone.jsonl"], 3, "file not found: gone.jsonl"),
@@ -184,10 +184,10 @@ def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, c
         (["train", "tiny.json", 'target_modules=["nope"]', "output_dir=nope"], 3, "no linear layer named nope"),
         (["train", "tiny.json", "fp16=true", "output_dir=fp16"], 3, "needs CUDA"),
         (["train", "tiny.json", "dataset=" + "x" * 5000], 3, "file not found"),
-        (["train", "gone.json", "--debug"], 3, "file not found: gone.json"),
+        (["train", "gone.json", "--debug"], 3, "gone.json: file not found"),
         (["train", "tiny.json", "learning_rate=1", "lora_alpha=1e38", "output_dir=nan"], 5, ""),
         (["eval", "."], 3, "not a finished run"),
-        (["validate", "gone.json"], 3, "file not found: gone.json"),
+        (["validate", "gone.json"], 3, "gone.json: file not found"),
         (["nonsense"], 2, "No such command"),
     ],
 )
