@@ -22,6 +22,7 @@ from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.checks import problems
 from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.source import ModelSource
+from dpo_cli.results.compared import compared
 from dpo_cli.storage.jsonio import read_json
 
 RATES = "docs/explanation/learning-rate-and-beta.md"
@@ -159,15 +160,15 @@ def _best(request: Request) -> Recommendation:
         documented = _bill(facts, start, request)[1]
         settled = _settled(facts, start, request)
         if settled is None:
-            reasons.append(f"{model} does not fit: it needs {documented.total_gb:.1f} GB")
+            needed, budget = compared(documented.total_gb, request.budget_gb)
+            reasons.append(f"{model} does not fit: it needs {needed} of {budget} GB")
             continue
         values, changes = settled
         steps = [text for _, text in changes]
         settings, memory = _bill(facts, values, request)
+        needed, budget = compared(documented.total_gb, request.budget_gb)
         margin = f"{MARGIN:.0%} of the card stay free"
-        reasons.append(
-            f"the documented preset needs {documented.total_gb:.1f} of {request.budget_gb:.1f} GB with {model}; {margin}"
-        )
+        reasons.append(f"the documented preset needs {needed} of {budget} GB with {model}; {margin}")
         config: dict[str, object] = {"strategy": request.strategy, "model_name": model}
         config |= {"dataset": request.dataset} if request.dataset else {}
         config |= {key: getattr(values, key) for key in written} | {"eval_split": EVAL_SPLIT}
@@ -282,8 +283,8 @@ def _facts(model: str) -> ModelFacts:
 def _misfit(model: str, facts: ModelFacts, least: Config, request: Request) -> Problem:
     for step in CONCESSIONS:
         least = _changed(least, replace(step, value=min(step.value, getattr(least, step.key))))
-    needs = _bill(facts, least, request)[1].total_gb
-    message = f"{model} needs at least {needs:.1f} GB and a margin, but there are {request.budget_gb:g} GB"
+    needed, budget = compared(_bill(facts, least, request)[1].total_gb, request.budget_gb)
+    message = f"{model} needs at least {needed} GB and a margin, but there are {budget} GB"
     fix = smaller_model(Settings.of(least, facts, Longest(request.longest)), _limit_gb(request))
     return Problem("error", "does-not-fit", message, fix)
 

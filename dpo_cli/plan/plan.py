@@ -27,6 +27,7 @@ from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.adapter_start import started
+from dpo_cli.results.compared import compared
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 
@@ -280,7 +281,8 @@ def resolve(
         unsplit = replace(wanted, is_whole=True) if is_resumed else wanted  # a resumed run keeps its micro-batches
         settings, memory = fit(facts, unsplit, budget_gb, config.gradient_checkpointing)
         if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
-            lack = f"the run needs {memory.total_gb:.1f} GB, but {free_gb:.1f} GB are free now"
+            needed, free = compared(memory.total_gb, free_gb)
+            lack = f"the run needs {needed} GB, but {free} GB are free now"
             notes.append(f"{lack}: close other programs that use the {now.device} device, or it may run out of memory")
         factor = wanted.batch // settings.batch
         accumulation = config.gradient_accumulation_steps * factor
