@@ -37,7 +37,7 @@ RUNS_SHOWN = 10  # of the runs in the folders below one that is not a run
 
 
 def not_a_run(path: Path, what: str, missing: Sequence[str], needed: Sequence[str]) -> InvalidInput:
-    """The error of a directory that lacks files of a run; with the runs one or two folders below it that have the needed ones."""
+    """The error of a directory without a run; it names the runs one or two folders below that have the needed files."""
     places = (plan.parent for pattern in (f"*/{PLAN}", f"*/*/{PLAN}") for plan in sorted(path.glob(pattern)))
     below = [str(place) for place in places if all((place / name).is_file() for name in needed)]
     shown = ", ".join(below[:RUNS_SHOWN]) + (", ..." if len(below) > RUNS_SHOWN else "")
