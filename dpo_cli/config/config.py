@@ -42,7 +42,13 @@ class Loaded:
     config: Config | None = None
     stage: int | None = None  # the number of the stage in a config with stages, from 1
     foundation: str | None = None  # the base model of the stages before this one, whose runs may not exist yet
+    before: Loaded | None = None  # the stage that it starts from, if that one is valid
     day: date | None = None  # the day of the run that a plan.json repeats, if its chat template writes the date
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it is checked on the model of the first stage, because the stage before has not run yet."""
+        return self.before is not None and self.values.get("model_name") == self.foundation
 
     @property
     def label(self) -> str:
@@ -111,7 +117,12 @@ def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]
     if OF_A_MODEL & values.keys() and {"dataset", "model_name"}.isdisjoint(values):
         model = "MODEL_FOLDER" if path == "-" else str(Path(path).parent)
         return [Loaded(path, {}, {}, {}, (_of_a_model(path, model),))]
-    return [_checked(written, document) for written in stages.written(path, values, document, changes)]
+    configs: list[Loaded] = []
+    for written in stages.written(path, values, document, changes):
+        checked = _checked(written, document)
+        starts_on = configs[-1] if checked.foundation is not None and configs[-1].config is not None else None
+        configs.append(replace(checked, before=starts_on))
+    return configs
 
 
 def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:

@@ -263,7 +263,7 @@ def resolve(
     model = model or ModelSource.of(config.model_name)
     start, notes = started(loaded, config, model)
     now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
-    is_merged = bool(notes) and start["reference"] == "base"  # then the weights are not quantised
+    is_merged = model.adapter is not None and start["reference"] == "base"  # then the weights are not quantised
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         now = now.replaced({OPTIONS[stored.bits]: True})
         notes.append(f"the files of the model hold {stored.bits}-bit weights, which are used as they are")
