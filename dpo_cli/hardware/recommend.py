@@ -15,6 +15,7 @@ from typing import TypedDict
 
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, names_where, profile_defaults
+from dpo_cli.data.columns import Columns
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem, invalid
 from dpo_cli.hardware.fit import MARGIN, smaller_model, way
 from dpo_cli.hardware.memory import Bill
@@ -97,6 +98,7 @@ class Request:
     share_over: Callable[[int], float] = lambda length: 0.0  # the share of its pairs that are longer
     is_apple: bool = False  # without bitsandbytes, and in float32
     has_bf16: bool = True  # for cards other than Apple's
+    columns: Columns | None = None  # the likely ones, if those of the dataset have other names than the known ones
 
     @property
     def budget_gb(self) -> float:
@@ -171,6 +173,7 @@ def _best(request: Request) -> Recommendation:
         reasons.append(f"the documented preset needs {needed} of {budget} GB with {model}; {margin}")
         config: dict[str, object] = {"strategy": request.strategy, "model_name": model}
         config |= {"dataset": request.dataset} if request.dataset else {}
+        config |= {"columns": request.columns} if request.columns else {}
         config |= {key: getattr(values, key) for key in written} | {"eval_split": EVAL_SPLIT}
         if settings.batch < values.per_device_train_batch_size:
             steps.append(f"to fit, the training uses micro-batches of {settings.batch}; the pairs per step stay the same")
@@ -181,6 +184,8 @@ def _best(request: Request) -> Recommendation:
             )
             if share := request.share_over(limit):
                 reasons.append(f"about {share:.0%} of the pairs are longer than {limit}, and are cut or skipped")
+        if request.columns is not None:
+            reasons.append(f"columns by their names: {', '.join(f'{name} is {key}' for key, name in request.columns.items())}")
         reasons += [*steps, f"learning_rate keeps its documented default; for adapters see {RATES}"]
         return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons, dict(changes))
     model = models[-1]

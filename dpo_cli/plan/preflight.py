@@ -272,15 +272,6 @@ def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Ite
         yield Problem("warning", "pairs-too-long", message, "increase max_seq_length, or use shorter rows", "max_seq_length")
 
 
-def lengths_of(dataset: str, model: ModelSource | None) -> Lengths:
-    """The lengths of a dataset's pairs, with the tokenizer of `model` if given; empty for a hub dataset that is not fetched."""
-    lengths = Lengths(model.own.fast_tokenizer if model else None)
-    data = read(dataset, skip=True, observers=[lengths])
-    if wrong := [problem for problem in data.problems if problem.severity == "error"]:
-        raise InvalidInput(wrong)
-    return lengths
-
-
 def step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
     """Problems of options for a step that the training, with this many pairs, never reaches."""
     config = plan.config

@@ -322,6 +322,34 @@ def test_a_recommended_config_says_why_and_trains_after_one_line(tmp_path: Path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
+def test_a_recommended_config_names_the_columns_of_its_dataset(workplace: Path, tiny_model_dir: Path) -> None:
+    """A table with names of its own: the likely columns are written with their reason, and the config trains as it is."""
+    rows = ["question,good,bad", *(f"Which number is {i}?,It is {i} of course.,It is not {i}." for i in range(20))]
+    (workplace / "own.csv").write_text("\n".join(rows), encoding="utf-8")
+    words = ("--vram", 12, "--model", tiny_model_dir, "--write", "own.json")
+    done = dpo("recommend", *words, "--dataset", "own.csv", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    assert json.loads(done.stdout)["config"]["columns"] == columns
+    lines = [line.strip() for line in (workplace / "own.json").read_text(encoding="utf-8").splitlines()]
+    place = lines.index(f'"columns": {json.dumps(columns)},')
+    assert lines[place - 1] == "// the likely meaning of its columns by their names; correct what is wrong"
+    here = ("device=cpu", "use_4bit=false", "bf16=false", "max_steps=1", "--json")
+    trained = dpo("train", "own.json", *here, cwd=workplace)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["steps"] == 1
+
+
+def test_a_dataset_with_unknown_columns_is_answered_with_the_line_to_write(workplace: Path) -> None:
+    (workplace / "odd.csv").write_text("eins,zwei,drei\na b,c d,e f\n", encoding="utf-8")
+    done = dpo("recommend", "--vram", 12, "--dataset", "odd.csv", "--json", cwd=workplace)
+    (problem,) = json.loads(done.stdout)["problems"]
+    line = '"columns": {"prompt": "...", "chosen": "...", "rejected": "..."}'
+    assert (done.returncode, problem["code"], problem["line"]) == (3, "row-missing-key", 2)
+    assert "it has drei, eins, zwei" in problem["message"]
+    assert problem["fix"].startswith("`dpo recommend --write my-config.json`") and line in problem["fix"]
+
+
 def test_nothing_breaks_on_a_terminal_of_60_columns(workplace: Path) -> None:
     command = f"unset COLUMNS; stty cols 60; {DPO} train tiny.json max_steps=3 output_dir=narrow"
     done = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True, cwd=workplace, check=False)
