@@ -54,6 +54,16 @@ class Problem:
     lines: tuple[int, ...] | None = None
     stops_training: bool = False  # `validate` warns, since the config may be for another machine; `train` stops
 
+    @property
+    def place(self) -> str:
+        """Where it is, as file:line:column; the message does not repeat it."""
+        return ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
+
+    @property
+    def sentence(self) -> str:
+        """The place and the message."""
+        return f"{self.place}: {self.message}" if self.place else self.message
+
     def to_json(self) -> dict[str, Any]:
         """All keys, always, in the documented order."""
         order = ("severity", "code", "key", "file", "line", "column", "lines", "message", "fix")
@@ -92,7 +102,7 @@ class InvalidInput(DpoError):
     exit_code = Exit.INVALID
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        super().__init__("; ".join(problem.message for problem in problems))
+        super().__init__("; ".join(problem.sentence for problem in problems))
         self.problems = tuple(problems)
 
 

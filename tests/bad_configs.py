@@ -368,6 +368,7 @@ RULES = [
 
 GUIDANCE = [
     hint("learning-rate-small", "learning_rate", '"learning_rate": 5e-7', '"learning_rate": 0.0002'),
+    hint("learning-rate-small", "learning_rate", '"lora_r": 16', '"learning_rate": 0.0002', None),
     hint("learning-rate-small", "learning_rate", '"learning_rate": 1e-9', '"learning_rate": 0.0002'),
     hint("learning-rate-small", "learning_rate", '"learning_rate": 5e-6', '"learning_rate": 0.0002'),
     hint(

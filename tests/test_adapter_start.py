@@ -29,6 +29,8 @@ from dpo_cli.runs.open_run import load_policy, open_run
 from dpo_cli.ui.console import Console
 
 Run = Callable[..., tuple[dict[str, Any], Path]]
+FROZEN = "continues: the config gives no other shape; the reference is a frozen copy of it"
+MERGED = "is merged into its base model, and a fresh adapter is trained on the result"
 
 
 @pytest.fixture
@@ -114,6 +116,27 @@ def test_another_shape_is_trained_on_the_merged_model(run: Run, sft: Path, tiny_
     _, third = run("third", model_name=str(place), lora_r=None, max_steps=1)
     assert_starts_at_its_reference(third)
     assert ModelSource.of(str(third)).foundation == str(tiny_model_dir)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "notes"),
+    [
+        ({"lora_r": 4}, {}, (f"stage 1 (rank 4) {FROZEN}", f"stage 2 (rank 4) {FROZEN}")),
+        ({}, {"lora_r": 2}, (f"stage 1 {MERGED}, because lora_r 2 differs from its 16", f"stage 2 (rank 2) {FROZEN}")),
+        ({"lora_r": 0}, {}, ("model of stage 1; it is also the reference", f"stage 2 (rank 16) {FROZEN}")),
+    ],
+)
+def test_a_stage_says_its_reference_before_the_stage_before_has_run(
+    first: dict[str, Any], second: dict[str, Any], notes: tuple[str, str], tiny_model_dir: Path, pairs_file: Callable[..., Path]
+) -> None:
+    """Those of stages 2 and 3; the values of the plan stay those of the model of stage 1, on which it is checked."""
+    common = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu"}
+    stages = load_stages({**common, "stages": [{"strategy": "sft", **first}, second, {}]})
+    plans = [plan for loaded in stages if (plan := inspect(loaded.on_foundation(), probe()).plan) is not None]
+    assert [plan.config.reference for plan in plans] == ["base", "base", "base"]
+    said = [[note for note in plan.notes if "stage" in note or "reference" in note] for plan in plans]
+    assert [len(of_stage) for of_stage in said] == [0, 1, 1]
+    assert [wanted in note for (note,), wanted in zip(said[1:], notes, strict=True)] == [True, True]
 
 
 def test_what_cannot_be_gone_on_from_is_told(run: Run, sft: Path, tmp_path: Path) -> None:

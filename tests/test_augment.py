@@ -308,7 +308,7 @@ def test_short_answers_and_near_scores_make_no_pair(place: Path) -> None:
         ([], {"prompts": "gone.txt"}, 3, "file not found: gone.txt"),
         ([], {"prompts": "prompts.doc"}, 3, "not a .txt, .jsonl"),
         ([], {"prompts": "folder.txt"}, 3, "cannot read folder.txt"),
-        ([], {"prompts": "empty.txt"}, 3, "has no prompt"),
+        ([], {"prompts": "empty.txt"}, 3, "empty.txt: there is no prompt"),
         ([], {"prompts": "bad.txt"}, 3, "bad.txt:2: not valid UTF-8"),
         ([], {"prompts": "bad.jsonl"}, 3, "2 rows (lines 1, 3): prompt is missing"),
         (["augment={}"], {}, 3, 'has no "rank"'),

@@ -24,6 +24,7 @@ from dpo_cli.config.config import load
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import columns as names
 from dpo_cli.data.annotation_exports import HELD
+from dpo_cli.data.column_guess import guessed_columns
 from dpo_cli.data.comparisons import LABELS, LISTS
 from dpo_cli.data.dataset import is_held_out_prompt, read
 from dpo_cli.data.lint import Quality
@@ -35,6 +36,36 @@ from dpo_cli.plan.preflight import inspect
 
 BAD_LINES = {row: code for code, row in BAD_ROWS.items()}
 GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}'
+
+
+@pytest.mark.parametrize(
+    ("row", "guess"),
+    [
+        ({"question": "a b", "good": "c d", "bad": "e f"}, ("question", "good", "bad")),
+        ({"ask": "a b", "Good Answer": "c d", "Bad Answer": "e f", "id": "7"}, ("ask", "Good Answer", "Bad Answer")),
+        ({"topic": "x y", "user_prompt": "a b", "winner": "c d", "loser": "e f"}, ("user_prompt", "winner", "loser")),
+        ({"ask": "a b", "preferred": "c d", "dispreferred": "e f"}, ("ask", "preferred", "dispreferred")),
+        ({"ask": "a b", "positive": "c d", "negative": "e f", "winner": "one"}, ("ask", "positive", "negative")),
+        ({"ask": "a b", "topic": "x y", "good": "c d", "bad": "e f"}, None),  # which is the prompt
+        ({"ask": "a b", "good": "c d", "better": "d d", "bad": "e f"}, None),
+        ({"ask": "a b", "one": "c d", "two": "e f"}, None),
+    ],
+)
+def test_the_columns_of_a_file_are_guessed_by_their_names(
+    row: dict[str, str], guess: tuple[str, str, str] | None, tmp_path: Path
+) -> None:
+    """The fix of a file without a usable row is the line of a config, with which all its rows are usable."""
+    path = tmp_path / "own.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 2, encoding="utf-8")
+    columns = dict(zip(("prompt", "chosen", "rejected"), guess, strict=True)) if guess else None
+    assert guessed_columns(str(path)) == columns
+    (problem,) = read(str(path)).problems
+    if columns is None:
+        line = '"columns": {"prompt": "...", "chosen": "...", "rejected": "..."}'
+        assert problem.fix == f"write {line}, with the names of your columns, into the config"
+    else:
+        assert problem.fix == f'write "columns": {json.dumps(columns)} into the config'
+        assert read(str(path), columns=columns).pairs == 2
 
 
 def test_every_bad_row_is_named_by_its_physical_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,3 +138,25 @@ def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:
         both.require()
     assert {problem.code for problem in caught.value.problems} >= {"does-not-fit", "dataset-missing"}
     assert not isinstance(caught.value, DoesNotFit)
+    needed = resolve(load(write(tmp_path, use_4bit=False)), CPU, vram_gb=4).memory
+    assert needed is not None
+    a_little_less = resolve(load(write(tmp_path, use_4bit=False)), CPU, vram_gb=needed.total_gb - 0.002)
+    misfit = does_not_fit(a_little_less)
+    assert misfit is not None and len(set(re.findall(r"([0-9.]+) GB", misfit.message))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, 1),
+        ({"learning_rate": 5e-7}, 1),
+        ({"learning_rate": 2e-4}, 0),
+        ({"lora_r": 0, "use_4bit": False}, 0),
+        ({"strategy": "sft"}, 0),
+    ],
+)
+def test_a_rate_that_moves_no_adapter_is_said_once(tmp_path: Path, options: dict[str, object], said: int) -> None:
+    inspection = inspect(load(write(tmp_path, **options)), AMPERE)
+    assert inspection.plan is not None
+    hints = [problem.message for problem in inspection.problems if problem.code == "learning-rate-small"]
+    assert len([text for text in (*hints, *inspection.plan.notes) if "learning_rate" in text]) == said == len(hints)

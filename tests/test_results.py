@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from conftest import Run
@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.app import app
 from dpo_cli.results.codec import to_json
+from dpo_cli.results.compared import compared
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import Line, RunSummary
 from dpo_cli.storage.jsonio import json_text
@@ -117,3 +118,20 @@ def test_a_plan_that_is_missing_or_no_run_wrote_is_a_config(tmp_path: Path) -> N
             (tmp_path / "plan.json").write_text(text, encoding="utf-8")
         told = CliRunner().invoke(app, ["eval", str(tmp_path / "plan.json"), "--adapter", str(adapter), "--json"])
         assert told.exit_code == 3, told.stdout
+
+
+@pytest.mark.parametrize(
+    ("figures", "digits", "kind", "texts"),
+    [
+        ((27.28, 12.0), 1, "f", ("27.3", "12.0")),
+        ((1.04, 1.0), 1, "f", ("1.04", "1.00")),
+        ((1.0, 1.0), 1, "f", ("1.0", "1.0")),
+        ((16.2, 15.9), 0, "f", ("16.2", "15.9")),
+        ((10.004, 10), 3, "g", ("10.004", "10")),
+        ((0.1 + 0.2, 0.3), 6, "g", ("0.30000000000000004", "0.29999999999999999")),
+    ],
+)
+def test_figures_that_differ_read_differently(
+    figures: tuple[float, float], digits: int, kind: Literal["f", "g"], texts: tuple[str, str]
+) -> None:
+    assert compared(*figures, digits, kind) == texts

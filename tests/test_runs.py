@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from dpo_cli.commands.session import unexpected
 from dpo_cli.errors import InvalidInput
-from dpo_cli.storage.run_directory import ADAPTER, PLAN, SUMMARY, WEIGHTS, RunDirectory
+from dpo_cli.report.run_data import Contents
+from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, SUMMARY, WEIGHTS, RunDirectory
 
 
 def claimed(path: Path, overwrite: bool = False) -> AbstractContextManager[RunDirectory]:
@@ -66,6 +67,26 @@ def test_a_full_disk_is_told_as_such() -> None:
 def test_opening_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput):
         RunDirectory.open(tmp_path)
+
+
+def test_the_runs_below_a_folder_are_named(tmp_path: Path) -> None:
+    """Of 13 folders the finished runs only, in the order of their names, at most ten; those of stages are one folder deeper."""
+    names = [f"runs/{number:02}" for number in range(11)]
+    for name in (*names, "runs/cut", "two/1-sft", "two/2-dpo"):
+        run = RunDirectory(tmp_path / name)
+        run.path.mkdir(parents=True)
+        run.write_json(PLAN, {})
+        if name != "runs/cut":
+            run.write_json(SUMMARY, {})
+            run.write_json(MANIFEST, {})
+    for folder, wanted in {"runs": names, "two": ["two/1-sft", "two/2-dpo"], ".": [*names, "two/1-sft"]}.items():
+        more = ", ..." if len(wanted) > 10 else ""
+        for opened in (RunDirectory.open, Contents.read):
+            with pytest.raises(InvalidInput) as caught:
+                opened(tmp_path / folder)
+            (problem,) = caught.value.problems
+            shown = ", ".join(str(tmp_path / name) for name in wanted[:10])
+            assert (problem.code, problem.fix) == ("not-a-run", f"name a run below it: {shown}{more}")
 
 
 def test_what_was_trained_can_be_read_like_any_other_file(tmp_path: Path) -> None:

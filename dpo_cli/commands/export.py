@@ -29,6 +29,7 @@ from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.publish import gguf_export, upload
 from dpo_cli.publish.modelfile import modelfile
 from dpo_cli.results.codec import JsonObject, to_json
+from dpo_cli.results.compared import compared
 from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.judgement import Judged
 from dpo_cli.results.merge import Difference, GgufCheck, Merge, MergeLimit
@@ -115,8 +116,10 @@ def _require_space(request: Request, plan: Plan) -> None:
     there = next(place for place in request.out.absolute().parents if place.is_dir())
     free = free_bytes(there)
     if needed > free:
-        message = f"the export takes {needed / GIB:.1f} GB, and the disk of {there} has {free / GIB:.1f} free"
-        raise RunFailed(message, f"free {(needed - free) / GIB:.1f} GB there, or name a folder on another disk with --out")
+        needed_gb, free_gb = compared(needed / GIB, free / GIB)
+        lack_gb, _ = compared((needed - free) / GIB, 0.0)
+        message = f"the export takes {needed_gb} GB, and the disk of {there} has {free_gb} free"
+        raise RunFailed(message, f"free {lack_gb} GB there, or name a folder on another disk with --out")
 
 
 @contextmanager

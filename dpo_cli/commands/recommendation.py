@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from dpo_cli.config.schema import options
-from dpo_cli.errors import UsageError
+from dpo_cli.data.column_guess import guessed_columns
+from dpo_cli.data.columns import Columns
+from dpo_cli.data.dataset import NO_COLUMN, Dataset, read
+from dpo_cli.data.lengths import Lengths
+from dpo_cli.errors import InvalidInput, Problem, UsageError
 from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.recommend import RATES, Recommendation, Request
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.preflight import lengths_of
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
@@ -40,10 +44,39 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
         request = replace(request, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
     if dataset is None:
         return request
-    lengths = lengths_of(dataset, ModelSource.of(model) if model else None)
+    lengths, columns = _lengths_of(dataset, ModelSource.of(model) if model else None, strategy)
     if lengths.most_tokens is None:
         console.line(f"{dataset} is not on this machine yet, so its lengths are not used")
-    return replace(request, longest=lengths.most_tokens, share_over=lengths.share_over)
+    return replace(request, columns=columns, longest=lengths.most_tokens, share_over=lengths.share_over)
+
+
+def _lengths_of(dataset: str, model: ModelSource | None, strategy: str) -> tuple[Lengths, Columns | None]:
+    """The lengths of the rows of a dataset, and its likely columns if no row can be read by the known names.
+
+    With the tokenizer of `model` if given; empty for a hub dataset that is not fetched.
+    """
+    is_sft = STRATEGIES[strategy].rows is DEMONSTRATIONS
+
+    def measured(columns: Columns | None) -> tuple[Dataset, Lengths]:
+        lengths = Lengths(model.own.fast_tokenizer if model else None)
+        return read(dataset, True, columns=columns, observers=[lengths], demonstrations=is_sft), lengths
+
+    (data, lengths), columns = measured(None), None
+    if not is_sft and not data.pairs and any(problem.code == NO_COLUMN for problem in data.problems):
+        columns = guessed_columns(data.sources[0].path)
+        data, lengths = measured(columns)
+    if any(problem.severity == "error" for problem in data.problems):
+        wrong = read(dataset, columns=columns, demonstrations=is_sft).problems  # what is skipped is an error here
+        raise InvalidInput([_by_hand(problem) for problem in wrong if problem.severity == "error"])
+    return lengths, columns
+
+
+def _by_hand(problem: Problem) -> Problem:
+    """A problem of columns that nothing is known of, with the command for a config to write them into."""
+    if problem.code != NO_COLUMN:
+        return problem
+    way = "`dpo recommend --write my-config.json` without --dataset writes a config; add your dataset, and"
+    return replace(problem, fix=f"{way} {problem.fix}")
 
 
 def config_text(recommendation: Recommendation) -> str:
@@ -73,6 +106,7 @@ def _lines(recommendation: Recommendation) -> Iterator[str]:
 def _why(key: str, value: object, recommendation: Recommendation) -> str:
     """Why a key has its value."""
     named = {"strategy": "how to train", "model_name": "what is trained", "dataset": "what it is trained on"}
+    named["columns"] = "the likely meaning of its columns by their names; correct what is wrong"
     if key in named:
         return named[key]
     if key in recommendation.why:

@@ -14,7 +14,6 @@ from dpo_cli.ui.console import Console
 
 ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]
 ROWS = 256  # rendered with the chat template
-NOT_RENDERED = "rendered: none, because the model's tokenizer.json cannot be read"
 
 
 def worst(codes: Iterable[Exit]) -> Exit:
@@ -60,10 +59,12 @@ def _validated(
     console.problems(inspection.problems)
     if data and data.train.pairs:
         console.line(f"data: {data.train.pairs} {data.train.noun} of {data.train.prompts} prompts in {data.train.rows} rows")
+        if data.held_out_words:
+            console.line(f"held out: {data.held_out_words}")
         console.columns(data.train.read_as)
         console.lengths(data.said)
-        rendered = data.said["rendered"]
-        console.line(f"rendered: {rendered} {data.train.noun}" if rendered else NOT_RENDERED)
+        if rows:
+            console.line(f"rendered: {data.rendered_words}")
     for note in plan.notes if plan else ():
         console.line(f"note: {note}")
     if memory:

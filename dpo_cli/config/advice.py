@@ -26,15 +26,16 @@ BETAS = {0.1: "a weak preference signal", 0.5: "balanced, recommended", 2.0: "a 
 def learning_rate(values: Values, given: Values) -> Iterator[Problem]:
     rate = values.get("learning_rate")
     low, high = LEARNING_RATE_RANGE
-    if rate is None or "learning_rate" not in given:
-        return  # the plan says the same about the default
+    if rate is None:
+        return
     if values.get("lora_r") == 0:
         if rate > high:
             message = f"lora_r 0 trains every weight, and learning_rate {rate:g} is above the documented {low:g} to {high:g}"
             yield Problem("warning", "learning-rate-full", message, 'write "learning_rate": 5e-7', "learning_rate")
     elif rate < ADAPTER_RATES[0]:
-        where = "below" if rate < low else "in" if rate <= high else "above"
-        message = f"learning_rate {rate:g}, {where} the documented range for DPO, is too low to move a LoRA adapter"
+        where = f"{'below' if rate < low else 'in' if rate <= high else 'above'} the documented range for DPO"
+        where = where if "learning_rate" in given else "the documented default"
+        message = f"learning_rate {rate:g}, {where}, is too low to move a LoRA adapter"
         fix = f'write "learning_rate": {DPO.adapter_rate:g}, which {MEASURED}: see docs/explanation/learning-rate-and-beta.md'
         yield Problem("hint", "learning-rate-small", message, fix, "learning_rate")
     elif rate > ADAPTER_RATES[1]:

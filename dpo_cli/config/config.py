@@ -42,7 +42,13 @@ class Loaded:
     config: Config | None = None
     stage: int | None = None  # the number of the stage in a config with stages, from 1
     foundation: str | None = None  # the base model of the stages before this one, whose runs may not exist yet
+    before: Loaded | None = None  # the stage that it starts from, if that one is valid
     day: date | None = None  # the day of the run that a plan.json repeats, if its chat template writes the date
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether it is checked on the model of the first stage, because the stage before has not run yet."""
+        return self.before is not None and self.values.get("model_name") == self.foundation
 
     @property
     def label(self) -> str:
@@ -111,7 +117,12 @@ def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]
     if OF_A_MODEL & values.keys() and {"dataset", "model_name"}.isdisjoint(values):
         model = "MODEL_FOLDER" if path == "-" else str(Path(path).parent)
         return [Loaded(path, {}, {}, {}, (_of_a_model(path, model),))]
-    return [_checked(written, document) for written in stages.written(path, values, document, changes)]
+    configs: list[Loaded] = []
+    for written in stages.written(path, values, document, changes):
+        checked = _checked(written, document)
+        starts_on = configs[-1] if checked.foundation is not None and configs[-1].config is not None else None
+        configs.append(replace(checked, before=starts_on))
+    return configs
 
 
 def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:
@@ -179,9 +190,9 @@ def _not_an_object(path: str, value: object) -> Problem:
 
 def _of_a_model(path: str, model: str) -> Problem:
     """The problem of a file or a folder that is a model or a part of one."""
-    what = "is a model" if model == path else "belongs to a model"
+    what = "a model" if model == path else "a part of a model"
     fix = f'name it in a config: "model_name": {json.dumps(model, ensure_ascii=False)}'
-    return Problem("error", "config-unreadable", f"{path} {what}, not a config", fix, file=path)
+    return Problem("error", "config-unreadable", f"this is {what}, not a config", fix, file=path)
 
 
 def _read_text(path: str) -> tuple[str | None, tuple[Problem, ...]]:
@@ -195,21 +206,21 @@ def _read_text(path: str) -> tuple[str | None, tuple[Problem, ...]]:
     except FileNotFoundError:
         near = difflib.get_close_matches(Path(path).name, [file.name for file in _siblings(path)], 1, cutoff=0.75)
         fix = f"did you mean {Path(path).parent / near[0]}?" if near else "check the path; see configs/ for examples"
-        return unreadable(f"file not found: {path}", fix)
+        return unreadable("file not found", fix)
     except (OSError, ValueError) as error:  # a directory, a file without read permission, an invalid file name
-        return unreadable(f"cannot read {path}: {getattr(error, 'strerror', None) or error}", "name a readable JSON file")
+        return unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error}", "name a readable JSON file")
     if data.startswith(b"GGUF"):
         return None, (_of_a_model(path, path),)
     if Path(path).suffix == ".safetensors":
         return None, (_of_a_model(path, str(Path(path).parent)),)
     if len(data) > MAX_CONFIG_BYTES:
-        return unreadable(f"{path} has more than {MAX_CONFIG_BYTES:,} bytes", "is this the dataset?")
+        return unreadable(f"more than {MAX_CONFIG_BYTES:,} bytes", "is this the dataset?")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
-        return unreadable(f"{path} is UTF-16 or UTF-32, or not a text file", "save it as UTF-8")
+        return unreadable("the text is UTF-16 or UTF-32, or it is not a text file", "save it as UTF-8")
     try:
         return data.decode("utf-8"), ()
     except UnicodeDecodeError as error:
-        return unreadable(f"{path} is not UTF-8 (byte {error.start})", "save it as UTF-8")
+        return unreadable(f"not UTF-8 (byte {error.start})", "save it as UTF-8")
 
 
 def _read_bounded(path: Path) -> bytes:

@@ -407,24 +407,31 @@ def _has(words: Iterable[str], pattern: str) -> bool:
     return any(map(compiled(pattern).fullmatch, words))
 
 
-def _says_worse(name: str) -> bool:
-    return _has(_words(name), _WORSE)
+def has_word(name: str, pattern: str) -> bool:
+    """Whether one of the words of a column's name matches a pattern."""
+    return _has(_words(name), pattern)
+
+
+def says_worse(name: str) -> bool:
+    """Whether a column has a name like a worse response."""
+    return has_word(name, _WORSE)
 
 
 def _asks_another_matter(name: str) -> bool:
     """Whether a question asks for the worse response, or for something that does not make one better."""
-    return _says_worse(name) or _has(_words(name), _NO_MERIT)
+    return says_worse(name) or has_word(name, _NO_MERIT)
 
 
-def _says_better(name: str) -> bool:
-    return _has(_words(name), _BETTER) and not _asks_another_matter(name)
+def says_better(name: str) -> bool:
+    """Whether a column has a name like a better response, or like the label that names it."""
+    return has_word(name, _BETTER) and not _asks_another_matter(name)
 
 
 def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: Sequence[str], search: bool) -> str | None:
     """The column that says which response is preferred: a question for it, a usual name, or the only question; else a column
     whose name has a word for better and whose value names a response. A value alone may name the worse or the first one."""
     questions = [name for name in more if name in row and name not in responses and not _asks_another_matter(name)]
-    asking = [name for name in questions if _says_better(name) or name in LABELS]
+    asking = [name for name in questions if says_better(name) or name in LABELS]
     usual = [name for name in LABELS if name in row and name not in responses and isinstance(row[name], str | int | float)]
     votes = {name: value[0] if isinstance(value := row[name], list) and value else value for name in questions}
     only = questions if len(more) == 1 else [*_naming(votes, responses, which)]
@@ -432,13 +439,13 @@ def _label(row: Row, responses: tuple[str, ...], which: tuple[str, ...], more: S
     if label is not None or len(responses) == 1 or not search:
         return label
     naming = _naming(row, responses, which).items()
-    named = {name: place for name, place in naming if _says_better(name) or _is_side(row, name)}
+    named = {name: place for name, place in naming if says_better(name) or _is_side(row, name)}
     return next(iter(named)) if len(set(named.values())) == 1 else None  # else they contradict
 
 
 def _is_side(row: Row, name: str) -> bool:
     """Whether a column is an answer to "which is better" in a Label Studio table, where it may have any name."""
-    return not LABEL_STUDIO.isdisjoint(row) and plain_value(row[name]) in ORDINALS[0] and not _says_worse(name)
+    return not LABEL_STUDIO.isdisjoint(row) and plain_value(row[name]) in ORDINALS[0] and not says_worse(name)
 
 
 def _naming(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> dict[str, int]:
@@ -464,7 +471,7 @@ def _can_be_short(row: Row, responses: tuple[str, ...]) -> bool:
 def _without_label(row: Row, responses: tuple[str, ...], which: tuple[str, ...]) -> BadRow:
     what = " and ".join(responses)
     reason = f'no label, score or vote says which of {what} is preferred: name it with "columns": {{"preferred": ...}}'
-    worse = next((name for name in _naming(row, responses, which) if _says_worse(name)), None)
+    worse = next((name for name in _naming(row, responses, which) if says_worse(name)), None)
     if worse is not None and len(responses) == 2:
         labels = f'["{responses[1]}", "{responses[0]}"]'
         reason += f'; if "{worse}" names the worse one, write {{"preferred": "{worse}", "labels": {labels}}}'

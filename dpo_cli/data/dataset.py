@@ -9,6 +9,7 @@ weights.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,13 @@ from typing import Any, Protocol
 
 from dpo_cli.config.schema import names_where
 from dpo_cli.data import files, folders, hub_datasets
+from dpo_cli.data.column_guess import guessed_columns
 from dpo_cli.data.column_use import Account
 from dpo_cli.data.columns import Columns
 from dpo_cli.data.comparisons import start_of
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import BadRow
+from dpo_cli.data.row_shapes import KEYS
 from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
 from dpo_cli.data.unreadable_files import fault
 from dpo_cli.errors import Problem, Severity, invalid
@@ -30,6 +33,7 @@ from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 
 Named = str | Sequence[str | Mapping[str, Any]]  # a config's data: a path, or paths and {"path", "weight"}
 
+NO_COLUMN = "row-missing-key"
 TIE = "row-tie"  # rows with equally good responses: they are skipped, and never stop a training
 SMALL_BYTES = 16 << 20  # the rows of smaller data stay in memory, so that a second look does not read the files again
 SHOWN = 3  # the number of bad rows of a group whose details are shown
@@ -246,8 +250,10 @@ def read(
             for observer in observers:
                 observer.see(row, prompt_key)
     problems = [*whole, *bad.problems(key, skip)]
+    if not pairs and not columns and not demonstrations:
+        problems = [_with_columns(problem) if problem.code == NO_COLUMN else problem for problem in problems]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
-        problems.append(Problem("error", "dataset-empty", f"{name} has no usable row", f"add {data.noun}", key, name))
+        problems.append(Problem("error", "dataset-empty", "no row is usable", f"add {data.noun}", key, name))
     problems += account.problems(key) if pairs else []
     problems += _choices(value, key)
     for says, count in account.shapes.items():
@@ -255,6 +261,13 @@ def read(
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
     data = replace(data, rows=rows, pairs=pairs, prompts=len(prompts), kept=kept, states=states)
     return replace(data, problems=tuple(problems), read_as=account.to_json())
+
+
+def _with_columns(problem: Problem) -> Problem:
+    """A problem of rows without the known columns, of which none is usable, with the line of the config that names them."""
+    guess = guessed_columns(problem.file) if problem.file else None
+    line = f'"columns": {json.dumps(guess or dict.fromkeys(KEYS, "..."), ensure_ascii=False)}'
+    return replace(problem, fix=f"write {line}{'' if guess else ', with the names of your columns,'} into the config")
 
 
 def _state(path: str) -> tuple[int, int]:

@@ -54,7 +54,7 @@ def read_prompts(path: str, columns: Mapping[str, str] | None = None, skip: bool
     ]
     bad_rows = sum(map(len, bad.values()))
     if not questions and (skip or not bad):
-        problems.append(Problem("error", "no-prompts", f"{path} has no prompt", "write one prompt per line", None, path))
+        problems.append(Problem("error", "no-prompts", "there is no prompt", "write one prompt per line", None, path))
     with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Prompts(digest, tuple(questions.values()), rows - bad_rows - len(questions), bad_rows, tuple(problems))

@@ -15,6 +15,7 @@ from typing import TypedDict
 
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, names_where, profile_defaults
+from dpo_cli.data.columns import Columns
 from dpo_cli.errors import DoesNotFit, InvalidInput, Problem, invalid
 from dpo_cli.hardware.fit import MARGIN, smaller_model, way
 from dpo_cli.hardware.memory import Bill
@@ -22,6 +23,7 @@ from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.checks import problems
 from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.source import ModelSource
+from dpo_cli.results.compared import compared
 from dpo_cli.storage.jsonio import read_json
 
 RATES = "docs/explanation/learning-rate-and-beta.md"
@@ -96,6 +98,7 @@ class Request:
     share_over: Callable[[int], float] = lambda length: 0.0  # the share of its pairs that are longer
     is_apple: bool = False  # without bitsandbytes, and in float32
     has_bf16: bool = True  # for cards other than Apple's
+    columns: Columns | None = None  # the likely ones, if those of the dataset have other names than the known ones
 
     @property
     def budget_gb(self) -> float:
@@ -159,17 +162,18 @@ def _best(request: Request) -> Recommendation:
         documented = _bill(facts, start, request)[1]
         settled = _settled(facts, start, request)
         if settled is None:
-            reasons.append(f"{model} does not fit: it needs {documented.total_gb:.1f} GB")
+            needed, budget = compared(documented.total_gb, request.budget_gb)
+            reasons.append(f"{model} does not fit: it needs {needed} of {budget} GB")
             continue
         values, changes = settled
         steps = [text for _, text in changes]
         settings, memory = _bill(facts, values, request)
+        needed, budget = compared(documented.total_gb, request.budget_gb)
         margin = f"{MARGIN:.0%} of the card stay free"
-        reasons.append(
-            f"the documented preset needs {documented.total_gb:.1f} of {request.budget_gb:.1f} GB with {model}; {margin}"
-        )
+        reasons.append(f"the documented preset needs {needed} of {budget} GB with {model}; {margin}")
         config: dict[str, object] = {"strategy": request.strategy, "model_name": model}
         config |= {"dataset": request.dataset} if request.dataset else {}
+        config |= {"columns": request.columns} if request.columns else {}
         config |= {key: getattr(values, key) for key in written} | {"eval_split": EVAL_SPLIT}
         if settings.batch < values.per_device_train_batch_size:
             steps.append(f"to fit, the training uses micro-batches of {settings.batch}; the pairs per step stay the same")
@@ -180,6 +184,8 @@ def _best(request: Request) -> Recommendation:
             )
             if share := request.share_over(limit):
                 reasons.append(f"about {share:.0%} of the pairs are longer than {limit}, and are cut or skipped")
+        if request.columns is not None:
+            reasons.append(f"columns by their names: {', '.join(f'{name} is {key}' for key, name in request.columns.items())}")
         reasons += [*steps, f"learning_rate keeps its documented default; for adapters see {RATES}"]
         return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons, dict(changes))
     model = models[-1]
@@ -282,8 +288,8 @@ def _facts(model: str) -> ModelFacts:
 def _misfit(model: str, facts: ModelFacts, least: Config, request: Request) -> Problem:
     for step in CONCESSIONS:
         least = _changed(least, replace(step, value=min(step.value, getattr(least, step.key))))
-    needs = _bill(facts, least, request)[1].total_gb
-    message = f"{model} needs at least {needs:.1f} GB and a margin, but there are {request.budget_gb:g} GB"
+    needed, budget = compared(_bill(facts, least, request)[1].total_gb, request.budget_gb)
+    message = f"{model} needs at least {needed} GB and a margin, but there are {budget} GB"
     fix = smaller_model(Settings.of(least, facts, Longest(request.longest)), _limit_gb(request))
     return Problem("error", "does-not-fit", message, fix)
 

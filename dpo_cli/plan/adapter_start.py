@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,54 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.models.tensor_files import some
 from dpo_cli.strategies.strategies import STRATEGIES
 
+Shape = Mapping[str, Any]  # the options of SHAPE
+
 
 def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[str, Any], list[str]]:
     """The values that an adapter in model_name decides, and the reason in words.
 
     Its training continues with its shape. If the config gives another shape, or "base" as the reference, it is merged into its
     base, and a fresh adapter is trained on the merged model, or with "lora_r" 0 every weight. In both cases the reference is
-    the policy at step 0: the frozen adapter, or the merged model.
+    the policy at step 0: the frozen adapter, or the merged model. For a stage on one that has not run yet, the words say what
+    will be so, and the values are those of the model of the first stage.
     """
-    if (adapter := source.adapter) is None:
-        return {"reference": "base"}, []
+    shape: Shape | None = source.adapter.shape if source.adapter is not None else None
     label = Path(config.model_name).name
-    why = '"reference" is "base"' if config.reference == "base" else other_shape(loaded, source)
-    if why and config.reference != "adapter":
+    why = _why_merged(loaded, config, shape, source)
+    values = {"reference": "base"} if shape is None or why else {"reference": "adapter", **shape}
+    if loaded.is_ahead and loaded.before is not None:
+        shape, label = _shape_after(loaded.before, source), f"stage {loaded.before.stage}"
+        why = _why_merged(loaded, config, shape, source)
+    elif shape is None:
+        return values, []
+    refers = STRATEGIES[config.strategy].refers
+    if not shape or not shape["lora_r"]:
+        return values, [f"the training starts from the model of {label}" + ("; it is also the reference" if refers else "")]
+    if why:
         then = "a fresh adapter is trained on the result" if config.lora_r else "every weight of the result is trained"
         note = f"the adapter of {label} is merged into its base model, and {then}, because {why}"
-        return {"reference": "base"}, [f"{note}; the reference is the merged model"]
-    shape = adapter.shape
+        return values, [f"{note}; the reference is the merged model"]
     note = f"the training of the adapter of {label} (rank {shape['lora_r']}) continues: the config gives no other shape"
-    note += "; the reference is a frozen copy of it" if STRATEGIES[config.strategy].refers else ""
-    return {"reference": "adapter", **shape}, [note]
+    return values, [note + ("; the reference is a frozen copy of it" if refers else "")]
+
+
+def _why_merged(loaded: Loaded, config: Config, shape: Shape | None, source: ModelSource) -> str:
+    """Why an adapter of this shape is merged before the training; empty if its training continues."""
+    if shape is None or config.reference == "adapter":
+        return ""
+    return '"reference" is "base"' if config.reference == "base" else other_shape(loaded, shape, source)
+
+
+def _shape_after(loaded: Loaded, source: ModelSource) -> Shape:
+    """The shape of the adapter that a stage will leave; `source` is the model of the first stage."""
+    config = loaded.require()
+    before: Shape | None = source.adapter.shape if source.adapter is not None else None
+    if loaded.before is not None:
+        before = _shape_after(loaded.before, source)
+    if before and before["lora_r"] and not _why_merged(loaded, config, before, source):
+        return before
+    own = {name: getattr(config, name) for name in SHAPE}
+    return {**own, "lora_alpha": config.lora_alpha or 2 * config.lora_r}
 
 
 def problems(loaded: Loaded, source: ModelSource, run_dir: Path) -> Iterator[Problem]:
@@ -53,7 +81,7 @@ def problems(loaded: Loaded, source: ModelSource, run_dir: Path) -> Iterator[Pro
     if source.adapter is None:
         message = f'"reference" is "adapter", but {config.model_name} is a model without an adapter'
         yield Problem("error", "reference-adapter", message, 'name a run or an adapter in "model_name"', "reference")
-    elif why := other_shape(loaded, source):
+    elif why := other_shape(loaded, source.adapter.shape, source):
         fix = 'remove these keys, or write "reference": "base" to train a fresh adapter on the merged model'
         yield Problem("error", "reference-adapter", f'"reference" is "adapter", but {why}', fix, "reference")
 
@@ -87,11 +115,10 @@ def _without_bias(adapter: Adapter, base: ModelFiles) -> list[str]:
         return []
 
 
-def other_shape(loaded: Loaded, source: ModelSource) -> str:
-    """The options of the config that differ from the adapter of `source`, in words; empty if there are none."""
+def other_shape(loaded: Loaded, shape: Shape, source: ModelSource) -> str:
+    """The options of the config that differ from the shape of an adapter, in words; empty if there are none."""
     given = [name for name in SHAPE if loaded.sources.get(name) in ("config", "override")]
     linears = [linear.name for linear in facts.linears] if (facts := source.facts) else []
-    shape = source.adapter.shape if source.adapter is not None else {}
 
     def comparable(value: Any) -> Any:
         value = linears if value == "all-linear" else value

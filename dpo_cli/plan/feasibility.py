@@ -14,6 +14,7 @@ from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.hardware.recommend import profiles
 from dpo_cli.plan.plan import NOT_ON_MPS, Plan, longest_of
+from dpo_cli.results.compared import compared
 from dpo_cli.storage.atomic import free_bytes
 from dpo_cli.storage.checkpoints import KEPT
 from dpo_cli.storage.run_directory import RunDirectory
@@ -51,7 +52,8 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         yield Problem("hint", "small-card", message, fix, "use_4bit")
     host_gb = HOST_GB if vram_gb is not None else machine.memory_gb
     if plan.memory is not None and config.device == "cuda" and plan.memory.host_gb > host_gb:
-        message = f"loading this model needs {plan.memory.host_gb:.0f} GB of the machine's memory, but it has {host_gb:g} GB"
+        needed, present = compared(plan.memory.host_gb, host_gb, digits=0)
+        message = f"loading this model needs {needed} GB of the machine's memory, but it has {present} GB"
         fix = "name the safetensors model instead of a GGUF file, or a smaller model"
         yield Problem("warning", "host-memory", message, fix, "model_name")
     if vram_gb is not None:
@@ -71,9 +73,10 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
 
 def does_not_fit(plan: Plan) -> Problem | None:
     """The problem of a plan that needs more memory than its budget."""
-    if plan.memory is None or plan.memory.fits is not False:
+    if plan.memory is None or plan.memory.budget_gb is None or plan.memory.fits:
         return None
-    message = f"this run needs {plan.memory.total_gb:.1f} GB of memory, but there are {plan.memory.budget_gb:.1f} GB"
+    needed, budget = compared(plan.memory.total_gb, plan.memory.budget_gb)
+    message = f"this run needs {needed} GB of memory, but there are {budget} GB"
     return Problem("error", DOES_NOT_FIT, message, plan.memory.largest_change)
 
 
@@ -91,9 +94,8 @@ def disk_problem(plan: Plan) -> Problem | None:
     free = free_bytes(plan.run_dir) + RunDirectory(plan.run_dir).held_bytes()
     if free >= needed:
         return None
-    message = (
-        f"checkpoints and adapter need {needed / GIB:.2f} GB on the disk of {plan.run_dir}, but {free / GIB:.2f} GB are free"
-    )
+    needed_gb, free_gb = compared(needed / GIB, free / GIB, digits=2)
+    message = f"checkpoints and adapter need {needed_gb} GB on the disk of {plan.run_dir}, but {free_gb} GB are free"
     return Problem("error", NO_ROOM, message, "free space on that disk, or name an output_dir on another one", "output_dir")
 
 

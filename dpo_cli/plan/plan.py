@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.adapter_start import started
+from dpo_cli.results.compared import compared
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 
@@ -262,7 +263,7 @@ def resolve(
     model = model or ModelSource.of(config.model_name)
     start, notes = started(loaded, config, model)
     now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
-    is_merged = bool(notes) and start["reference"] == "base"  # then the weights are not quantised
+    is_merged = model.adapter is not None and start["reference"] == "base"  # then the weights are not quantised
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         now = now.replaced({OPTIONS[stored.bits]: True})
         notes.append(f"the files of the model hold {stored.bits}-bit weights, which are used as they are")
@@ -280,7 +281,8 @@ def resolve(
         unsplit = replace(wanted, is_whole=True) if is_resumed else wanted  # a resumed run keeps its micro-batches
         settings, memory = fit(facts, unsplit, budget_gb, config.gradient_checkpointing)
         if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
-            lack = f"the run needs {memory.total_gb:.1f} GB, but {free_gb:.1f} GB are free now"
+            needed, free = compared(memory.total_gb, free_gb)
+            lack = f"the run needs {needed} GB, but {free} GB are free now"
             notes.append(f"{lack}: close other programs that use the {now.device} device, or it may run out of memory")
         factor = wanted.batch // settings.batch
         accumulation = config.gradient_accumulation_steps * factor
@@ -292,7 +294,6 @@ def resolve(
             )
         if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
             notes.append(f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, so it cannot be split")
-    notes += _slow_default(config, loaded)
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
@@ -304,14 +305,6 @@ def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = N
     if counts is None:
         return Longest(expected)
     return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
-
-
-def _slow_default(config: Config, loaded: Loaded) -> Iterator[str]:
-    """A note if the learning rate is the documented default, which is too low to move an adapter."""
-    rate = STRATEGIES[config.strategy].adapter_rate
-    if rate is not None and loaded.sources.get("learning_rate") == "default" and config.lora_r:
-        advice = f"it is too low to move a LoRA adapter, which learns at about {rate:g}"
-        yield f"learning_rate is the documented default {config.learning_rate:g}: {advice}"
 
 
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Config:

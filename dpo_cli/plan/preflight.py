@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from dpo_cli.data.tokenizer import Tokenizer
 
 MUCH_TOO_LONG = 0.1  # the share of pairs longer than max_seq_length that is reported
+# Why no row is rendered.
+OF_GGUF = "not shown, because a GGUF file's tokenizer is read when training starts; lengths are in characters"
+NO_TOKENIZER = "none, because the model's tokenizer.json cannot be read"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,25 @@ class Data:
     held_out: Dataset | None
     said: dict[str, Any]
     longest: int | None  # estimated tokens of the longest sequence
+    balance: Balance  # of the split by prompt
+    is_of_gguf: bool  # whether the model is a GGUF file
+
+    @property
+    def rendered_words(self) -> str:
+        """The number of rows that went through the chat template and the tokenizer, or why none did."""
+        if rendered := self.said["rendered"]:
+            return f"{rendered} {self.train.noun}"
+        return OF_GGUF if self.is_of_gguf else NO_TOKENIZER
+
+    @property
+    def held_out_words(self) -> str:
+        """The number of held-out rows and prompts, and what decides it; empty if the config holds nothing out."""
+        noun, balance = self.train.noun, self.balance
+        if self.held_out is not None:
+            return f"{self.held_out.pairs} {noun} of {self.held_out.prompts} prompts (eval_dataset)"
+        if not balance.share:
+            return ""
+        return f"{balance.held_out} {noun} of {len(balance.held_out_prompts)} prompts (eval_split {balance.share:g})"
 
     def sides(self, config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
         """(train, held out): two datasets, or one split by prompt."""
@@ -193,7 +215,8 @@ def _read_data(
     said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
     said["rendered"] = len(sample.rows)
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
-    data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens)
+    is_of_gguf = model is not None and model.tokenizer_files.is_gguf
+    data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens, balance, is_of_gguf)
     use_chat_template = values.get("use_chat_template", "auto")
     is_as_it_is = use_chat_template is False or not sample.is_chat  # then markers of a template are intended
     about_texts = () if is_sft else quality.problems(data.train)
@@ -249,15 +272,6 @@ def _length_problems(lengths: Lengths, max_length: int | None, noun: str) -> Ite
         yield Problem("warning", "pairs-too-long", message, "increase max_seq_length, or use shorter rows", "max_seq_length")
 
 
-def lengths_of(dataset: str, model: ModelSource | None) -> Lengths:
-    """The lengths of a dataset's pairs, with the tokenizer of `model` if given; empty for a hub dataset that is not fetched."""
-    lengths = Lengths(model.own.fast_tokenizer if model else None)
-    data = read(dataset, skip=True, observers=[lengths])
-    if wrong := [problem for problem in data.problems if problem.severity == "error"]:
-        raise InvalidInput(wrong)
-    return lengths
-
-
 def step_problems(plan: Plan, pairs: int) -> Iterator[Problem]:
     """Problems of options for a step that the training, with this many pairs, never reaches."""
     config = plan.config
@@ -286,10 +300,12 @@ class Balance:
         self.share, self.seed = (config.eval_split, config.split_seed or 0) if config else (0.0, 0)
         self.train: Counter[str] = Counter()  # by file
         self.held_out = 0
+        self.held_out_prompts: set[int] = set()  # hashes
 
     def see(self, row: Row, prompt_key: str) -> None:
         if is_held_out_prompt(prompt_key, self.share, self.seed):
             self.held_out += 1
+            self.held_out_prompts.add(hash(prompt_key))
         else:
             self.train[row.file] += 1
 

@@ -48,7 +48,7 @@ def _require_no_human_votes(run: RunDirectory) -> None:
     """`InvalidInput` if a judge's votes would replace those of people."""
     place = run.path / VOTES
     if place.exists() and votes.read(place)["judge"] is None:
-        message = f"{place} holds votes of people, which the judge's votes would replace"
+        message = "votes of people are in this file, and the judge's votes would replace them"
         raise invalid("votes-of-people", message, "rename the file", file=str(place))
 
 

@@ -18,7 +18,7 @@ from dpo_cli.results.codec import object_of
 from dpo_cli.results.intervals import Sides
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import Event, Line, RunSummary
-from dpo_cli.storage.run_directory import EVALUATION, LINES, MANIFEST, PLAN, SUMMARY, RunDirectory
+from dpo_cli.storage.run_directory import EVALUATION, LINES, MANIFEST, PLAN, SUMMARY, RunDirectory, not_a_run
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 from dpo_cli.strategies.verdict import Outcome, Verdict, verdict
@@ -112,8 +112,7 @@ class Contents:
     def read(cls, path: Path) -> Contents:
         run = RunDirectory(path)
         if missing := [name for name in (PLAN, MANIFEST) if not run.has(name)]:
-            message = f"{path} is not a run: it has no {' and no '.join(missing)}"
-            raise invalid("not-a-run", message, "name the output_dir of a `dpo train`")
+            raise not_a_run(path, "a run", missing, (PLAN, MANIFEST))
         plan, manifest = (_parsed(run, name, _object(name)) for name in (PLAN, MANIFEST))
         strategy = _parsed(run, PLAN, _strategy)
         summary = _parsed(run, SUMMARY, partial(_summary, strategy)) if run.has(SUMMARY) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import DIGITS
+from dpo_cli.results.compared import compared
 from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.summary import Memory
 from dpo_cli.storage.jsonio import json_text
@@ -137,12 +138,13 @@ def bill(run: Contents) -> MemoryTable | None:
     ]
     memory_of_run = run.summary.memory if run.summary else Memory()
     about = "The plan's bill for the peak of a step"
-    about += f", of {memory['budget_gb']:.1f} GB available." if memory["budget_gb"] else "."
+    total, budget = compared(memory["total_gb"], memory["budget_gb"] or 0.0, digits=2)
+    about += f", of {budget} GB available." if memory["budget_gb"] else "."
     if memory_of_run.measured_gb and memory_of_run.predicted_gb:
         what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, including what malloc keeps"
         measured, billed = memory_of_run.measured_gb, memory_of_run.predicted_gb
         about += f" Measured: {measured:.2f} GB ({what}); billed: {billed:.2f} GB; ratio: {measured / billed:.2f}."
-    return MemoryTable(parts, f"{memory['total_gb']:.2f}", about)
+    return MemoryTable(parts, total, about)
 
 
 GIVEN = {"config": "config", "override": "command line"}

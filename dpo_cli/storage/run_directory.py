@@ -13,12 +13,12 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.errors import invalid
+from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.storage.atomic import let_others_read, sync, sync_all, trial, write_whole, writing
 from dpo_cli.storage.checkpoints import Checkpoints
 from dpo_cli.storage.digests import SAFE, sha256_of_all, sha256_of_settings
@@ -31,6 +31,18 @@ ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "mo
 EVALUATION, REPORT = "evaluation.json", "report.html"
 PAGE, VOTES = "side-by-side.html", "votes.json"
 TENSORBOARD, CHECKPOINTS, LOCK, TRIAL = "tensorboard", "checkpoints", "run.lock", ".trial"
+
+
+RUNS_SHOWN = 10  # of the runs in the folders below one that is not a run
+
+
+def not_a_run(path: Path, what: str, missing: Sequence[str], needed: Sequence[str]) -> InvalidInput:
+    """The error of a directory without a run; it names the runs one or two folders below that have the needed files."""
+    places = (plan.parent for pattern in (f"*/{PLAN}", f"*/*/{PLAN}") for plan in sorted(path.glob(pattern)))
+    below = [str(place) for place in places if all((place / name).is_file() for name in needed)]
+    shown = ", ".join(below[:RUNS_SHOWN]) + (", ..." if len(below) > RUNS_SHOWN else "")
+    fix = f"name a run below it: {shown}" if below else f"name the output_dir of {what}"
+    return invalid("not-a-run", f"{path} is not {what}: it has no {' and no '.join(missing)}", fix)
 
 
 class RunDirectory:
@@ -98,8 +110,7 @@ class RunDirectory:
         if not any(run.trained.glob(SAFE)):
             missing.append(f"{ADAPTER}/{WEIGHTS}")
         if missing:
-            message = f"{path} is not a finished run: it has no {' and no '.join(missing)}"
-            raise invalid("not-a-run", message, "name the output_dir of a finished `dpo train`")
+            raise not_a_run(path, "a finished run", missing, (PLAN, SUMMARY))
         _require_no_links(path)
         if not run.has_its_weights():
             message = f"the {run.trained.name} in {path} has changed since this run wrote it"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from dpo_cli.results.compared import compared
 from dpo_cli.results.intervals import Sides, required
 
 if TYPE_CHECKING:
@@ -115,10 +116,9 @@ def distance(outcome: Outcome) -> tuple[str, bool]:
     policy = outcome.judged.policy
     if sampled := policy.get("kl_sequence"):
         is_far = outcome.max_kl is not None and sampled.value > outcome.max_kl
-        kl = f"it is {sampled.value:.3g} nats per answer from the {outcome.base}"
-        if outcome.max_kl is None:
-            return kl, False
-        return f"{kl} ({'over the limit of' if is_far else 'limit'} {outcome.max_kl:g})", is_far
+        reached, allowed = compared(sampled.value, outcome.max_kl or 0.0, 3, "g")
+        limit = f" ({'over the limit of' if is_far else 'limit'} {allowed})" if outcome.max_kl is not None else ""
+        return f"it is {reached} nats per answer from the {outcome.base}{limit}", is_far
     return f"it is {required(policy, 'kl_token').value:.2g} nats per token from the {outcome.base}", False
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.errors import DpoError, InvalidInput, Problem
+from dpo_cli.results.compared import compared
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
 
@@ -130,8 +131,8 @@ class Console:
         largest = max(memory["components"].values())
         parts = {name: size for name, size in memory["components"].items() if size}
         bars = [(name, f"{size:.2f} GB", "#" * round(20 * size / largest)) for name, size in parts.items()]
-        budget = f" of {memory['budget_gb']:.1f}" if memory["budget_gb"] else ""
-        self.table(f"memory: {memory['total_gb']:.2f}{budget} GB", bars)
+        total, budget = compared(memory["total_gb"], memory["budget_gb"] or 0.0, digits=2)
+        self.table(f"memory: {total}{f' of {budget}' if memory['budget_gb'] else ''} GB", bars)
 
     def judgement(self, evaluation: Evaluation, samples: Sequence[Answers], strategy: Strategy) -> None:
         """The figures of an evaluation, and answers side by side."""
@@ -177,8 +178,9 @@ class Console:
     def thresholds(self, limits: Sequence[tuple[str, Limit]]) -> None:
         """Each limit on a figure, with its sign, and whether it is kept."""
         for sign, limit in limits:
-            value = "no value" if limit.value is None else f"{limit.value:.6g}"
-            self.line(f"{limit.metric} is {value}, {sign} {limit.limit:g}: {'ok' if limit.ok else 'missed'}")
+            value, least = compared(limit.value or 0.0, limit.limit, 6, "g")
+            value = value if limit.value is not None else "no value"
+            self.line(f"{limit.metric} is {value}, {sign} {least}: {'ok' if limit.ok else 'missed'}")
 
     def tally(self, tally: Tally) -> None:
         """The count of a votes file, which may come from anyone."""
@@ -227,11 +229,10 @@ def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
     texts = []
     order = list(COLOURS)
     for problem in sorted(problems, key=lambda problem: order.index(problem.severity)):
-        place = ":".join(str(part) for part in (problem.file, problem.line, problem.column) if part is not None)
         text = Text.assemble(
             (f"{MARKS[problem.severity]} {problem.severity} ", f"bold {COLOURS[problem.severity]}"),
             (f"[{problem.code}] ", "dim"),
-            (f"{place}: " if place else "", "bold"),
+            (f"{problem.place}: " if problem.place else "", "bold"),
             _printable(problem.message),
         )
         texts.append((text, Text(_printable(problem.fix or ""), style="dim")))

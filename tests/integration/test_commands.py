@@ -138,6 +138,20 @@ def test_without_a_split_nothing_is_held_out(workplace: Path) -> None:
     assert "there are no held-out rows" in done.stderr
 
 
+def test_the_held_out_pairs_and_prompts_are_counted(workplace: Path) -> None:
+    """By prompt: 5 of the 20 prompts are held out, each with both of its pairs, as many as the plan of a training says."""
+    done = dpo("validate", "tiny.json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert "held out: 10 pairs of 5 prompts (eval_split 0.3)" in done.stdout.splitlines()
+    plan = json.loads((workplace / "runs" / "tiny" / "plan.json").read_text(encoding="utf-8"))
+    assert (plan["counts"]["eval_pairs"], plan["counts"]["eval_prompts"]) == (10, 5)
+    (workplace / "other.jsonl").write_text((workplace / "pairs.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    own = dpo("validate", "tiny.json", "eval_split=0", "eval_dataset=other.jsonl", cwd=workplace)
+    assert "held out: 40 pairs of 20 prompts (eval_dataset)" in own.stdout.splitlines()
+    whole = dpo("validate", "tiny.json", "eval_split=0", cwd=workplace)
+    assert "data: 40 pairs of 20 prompts in 40 rows" in whole.stdout and "held out" not in whole.stdout
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, code: int) -> None:
     place = workplace / f"stopped-{code}"
@@ -158,7 +172,7 @@ def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, c
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["train", "gone.json"], 3, "file not found: gone.json"),
+        (["train", "gone.json"], 3, "gone.json: file not found"),
         (["train", "broken.json"], 3, "broken.json:2:3"),
         (["train", "nodata.json"], 3, '"dataset" is missing'),
         (["train", "tiny.json", "dataset=gone.jsonl"], 3, "file not found: gone.jsonl"),
@@ -170,10 +184,10 @@ def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, c
         (["train", "tiny.json", 'target_modules=["nope"]', "output_dir=nope"], 3, "no linear layer named nope"),
         (["train", "tiny.json", "fp16=true", "output_dir=fp16"], 3, "needs CUDA"),
         (["train", "tiny.json", "dataset=" + "x" * 5000], 3, "file not found"),
-        (["train", "gone.json", "--debug"], 3, "file not found: gone.json"),
+        (["train", "gone.json", "--debug"], 3, "gone.json: file not found"),
         (["train", "tiny.json", "learning_rate=1", "lora_alpha=1e38", "output_dir=nan"], 5, ""),
         (["eval", "."], 3, "not a finished run"),
-        (["validate", "gone.json"], 3, "file not found: gone.json"),
+        (["validate", "gone.json"], 3, "gone.json: file not found"),
         (["nonsense"], 2, "No such command"),
     ],
 )
@@ -308,6 +322,34 @@ def test_a_recommended_config_says_why_and_trains_after_one_line(tmp_path: Path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo-terminal")
+def test_a_recommended_config_names_the_columns_of_its_dataset(workplace: Path, tiny_model_dir: Path) -> None:
+    """A table with names of its own: the likely columns are written with their reason, and the config trains as it is."""
+    rows = ["question,good,bad", *(f"Which number is {i}?,It is {i} of course.,It is not {i}." for i in range(20))]
+    (workplace / "own.csv").write_text("\n".join(rows), encoding="utf-8")
+    words = ("--vram", 12, "--model", tiny_model_dir, "--write", "own.json")
+    done = dpo("recommend", *words, "--dataset", "own.csv", "--json", cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    assert json.loads(done.stdout)["config"]["columns"] == columns
+    lines = [line.strip() for line in (workplace / "own.json").read_text(encoding="utf-8").splitlines()]
+    place = lines.index(f'"columns": {json.dumps(columns)},')
+    assert lines[place - 1] == "// the likely meaning of its columns by their names; correct what is wrong"
+    here = ("device=cpu", "use_4bit=false", "bf16=false", "max_steps=1", "--json")
+    trained = dpo("train", "own.json", *here, cwd=workplace)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["steps"] == 1
+
+
+def test_a_dataset_with_unknown_columns_is_answered_with_the_line_to_write(workplace: Path) -> None:
+    (workplace / "odd.csv").write_text("eins,zwei,drei\na b,c d,e f\n", encoding="utf-8")
+    done = dpo("recommend", "--vram", 12, "--dataset", "odd.csv", "--json", cwd=workplace)
+    (problem,) = json.loads(done.stdout)["problems"]
+    line = '"columns": {"prompt": "...", "chosen": "...", "rejected": "..."}'
+    assert (done.returncode, problem["code"], problem["line"]) == (3, "row-missing-key", 2)
+    assert "it has drei, eins, zwei" in problem["message"]
+    assert problem["fix"].startswith("`dpo recommend --write my-config.json`") and line in problem["fix"]
+
+
 def test_nothing_breaks_on_a_terminal_of_60_columns(workplace: Path) -> None:
     command = f"unset COLUMNS; stty cols 60; {DPO} train tiny.json max_steps=3 output_dir=narrow"
     done = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True, cwd=workplace, check=False)

@@ -101,3 +101,20 @@ def test_60_columns_break_nothing(place: Path) -> None:
     assert "Traceback" not in done.stdout and "prompt_sharing" in done.stdout
     plain = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     assert [line for line in plain.splitlines() if len(line) > 60] == []
+
+
+OF_GGUF = "not shown, because a GGUF file's tokenizer is read when training starts; lengths are in characters"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "says"),
+    [
+        ("models/large.gguf", (), [OF_GGUF]),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", (), ["none, because the model's tokenizer.json cannot be read"]),
+        ("models/large.gguf", ("--rows", 0), []),
+    ],
+)
+def test_why_no_row_is_rendered(place: Path, model: str, options: tuple[object, ...], says: list[str]) -> None:
+    done = dpo("validate", "good.json", f"model_name={model}", "use_4bit=true", *options, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(": ")[2] for line in done.stdout.splitlines() if line.startswith("rendered")] == says

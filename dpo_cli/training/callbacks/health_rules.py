@@ -18,6 +18,7 @@ import numpy as np
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
 from dpo_cli.results.codec import JsonObject
+from dpo_cli.results.compared import compared
 from dpo_cli.results.summary import Action, Event, Line
 from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.strategies.strategy import Strategy
@@ -147,7 +148,8 @@ def too_far(course: Course) -> Found:
     kl, limit = course.held_out("kl_sequence"), course.plan.config.max_kl
     if kl is None or limit is None or not kl > limit:
         return None
-    message = f"the KL per sampled answer is {kl:.1f} nats, and max_kl is {limit:g}"
+    reached, allowed = compared(kl, limit, 3, "g")
+    message = f"the KL per sampled answer is {reached} nats, and max_kl is {allowed}"
     return message, "raise beta, or lower learning_rate or num_train_epochs"
 
 
