@@ -36,10 +36,14 @@ def real(test: Any) -> Any:
     return pytest.mark.slow(absent(test))
 
 
-def stub(place: Path, body: str) -> Path:
+HELP = "usage: convert_hf_to_gguf.py [-h] [--outfile OUTFILE]\n  [--outtype {f32,f16,\n   q8_0,auto}]"
+
+
+def stub(place: Path, body: str, usage: str = f"print({HELP!r}); sys.exit()") -> Path:
     """A converter that does something else, called as the real one is."""
     script = place / "stub.py"
-    script.write_text(f"import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n{body}\n", "utf-8")
+    start = f"import pathlib, sys\nif '--help' in sys.argv:\n    {usage}\n"
+    script.write_text(f"{start}out = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n{body}\n", "utf-8")
     return script
 
 
@@ -80,6 +84,37 @@ def test_without_a_converter_it_is_said_where_there_is_one(tmp_path: Path, monke
     on_path.chmod(0o755)
     assert gguf_export.find_converter(None) == on_path
     assert gguf_export.find_converter(CONVERTER if CONVERTER.exists() else on_path).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("usage", "kind", "message"),
+    [
+        ("import no_such_module", "f32", "does not run: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("print('usage: other.py'); sys.exit()", "f32", "is not llama.cpp's convert_hf_to_gguf.py: its help has no --outtype"),
+        (f"print({HELP!r}); sys.exit()", "bf16", "cannot write bf16; it writes f32, f16, q8_0, auto"),
+    ],
+)
+def test_a_converter_that_cannot_write_the_type_is_refused_before_a_model_is_loaded(
+    trained: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    usage: str,
+    kind: gguf_export.Type,
+    message: str,
+) -> None:
+    monkeypatch.setattr(HuggingFace, "base_model", lambda *_: pytest.fail("a model was loaded"))
+    place = tmp_path / "exports"
+    place.mkdir()
+    converter = stub(tmp_path, "", usage)
+    with pytest.raises(UsageError) as caught:
+        export(Request(str(trained("adapter")), place / "out", gguf=kind, converter=converter), Console())
+    assert caught.value.message == f"{'the converter ' * (not message.startswith('is not'))}{converter} {message}"
+    assert left_behind(place) == []
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_a_converter_that_writes_the_type_is_accepted(tmp_path: Path, kind: gguf_export.Type) -> None:
+    gguf_export.require_type(stub(tmp_path, ""), kind)
 
 
 @pytest.fixture(scope="module")

@@ -73,6 +73,8 @@ def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
     trained = as_trained(opened)
     _require_space(request, trained)
     with log_to(opened.run.log), _staged(request.out) as place:
+        if request.gguf and converter:
+            gguf_export.require_type(converter, request.gguf)
         own, plan = _own_scores(opened, console)
         console.line(f"merging into the {trained.dtype} base")
         _write_merged(opened, trained, place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,8 @@ WHERE = (
     "unpack that folder, and name the script in it with --converter or DPO_GGUF_CONVERTER"
 )
 
+MODULE = "train.log of the run has its output; for a missing module: pip install '.[gguf]' in a checkout of dpo"
+
 
 def find_converter(named: Path | None) -> Path:
     """The converter that is named, or the one on PATH; `UsageError` says where to get it."""
@@ -47,19 +50,44 @@ def find_converter(named: Path | None) -> Path:
     return Path(path).absolute()
 
 
+def require_type(converter: Path, kind: Type) -> None:
+    """`UsageError` unless the converter runs and its help names the type. It takes seconds, and a merge takes minutes."""
+    done = _run([sys.executable, str(converter), "--help"])
+    if done.returncode != 0:
+        raise UsageError(
+            f"the converter {converter} does not run: {_last_line(done)}", f"{MODULE}; or name another one: {WHERE}"
+        )
+    types = re.search(r"--outtype\s+\{(.+?)\}", done.stdout, re.DOTALL)
+    if types is None:
+        raise UsageError(f"{converter} is not llama.cpp's {SCRIPT}: its help has no --outtype", WHERE)
+    known = re.findall(r"\w+", types[1])
+    if kind not in known:
+        raise UsageError(
+            f"the converter {converter} cannot write {kind}; it writes {', '.join(known)}", f"name a newer one: {WHERE}"
+        )
+
+
 def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) -> None:
     """Run the converter on a model directory; `RunFailed` if it fails, or writes no GGUF file. Its output is logged."""
     command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", kind, "--model-name", name]
+    done = _run(command)
+    if done.returncode != 0:
+        raise RunFailed(f"the converter {converter} failed: {_last_line(done)}", MODULE)
+    if not ModelFiles(file).is_gguf:
+        raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the converter to its end, and log its output."""
     # It reads the folder with transformers, which must not contact the hub.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     logging.getLogger("dpo").info("%s\n%s%s", command, done.stdout, done.stderr)
-    if done.returncode != 0:
-        last_line = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        fix = "train.log of the run has its output; for a missing module: pip install '.[gguf]' in a checkout of dpo"
-        raise RunFailed(f"the converter {converter} failed: {last_line}", fix)
-    if not ModelFiles(file).is_gguf:
-        raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
+    return done
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
 
 
 def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> GgufCheck:
