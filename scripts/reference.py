@@ -101,7 +101,7 @@ WHILE_RUNNING = {
     "gguf-differs": (
         "error",
         "`dpo export --gguf q8_0`",
-        "the GGUF file, read back, has other most likely tokens than the merged model: nothing is exported",
+        "the GGUF file, read back, has other most likely tokens than the merged model: there is no GGUF file, and the merged model is kept",
     ),
     "no-such-module": (
         "error",

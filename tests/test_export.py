@@ -234,7 +234,7 @@ def test_a_run_that_held_nothing_out_needs_a_file(trained: Train, tmp_path: Path
 def test_a_folder_that_is_not_empty_is_not_written_into(trained: Train, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     for out in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(UsageError, match="exists already"):
+        with pytest.raises(UsageError, match="exists already, and is not an export"):
             export(Request(str(of_kind(trained, "adapter")), out), Console())
     with pytest.raises(UsageError, match="cannot write"):
         export(Request(str(of_kind(trained, "adapter")), tmp_path / "notes.txt" / "out"), Console())

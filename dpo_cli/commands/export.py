@@ -1,15 +1,13 @@
 """From a run to a model that others can load: merged, evaluated again, and only then moved to its place.
 
-run -> its figures -> adapter merged into the unquantised base -> files -> figures of the files -> GGUF
+run -> its figures -> adapter merged into the unquantised base -> files -> figures of the files -> their place -> GGUF
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 import numpy as np
@@ -26,25 +24,23 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.loaded_tensors import merged
 from dpo_cli.providers.policy import TRAINED, Policy
-from dpo_cli.publish import gguf_export, upload
+from dpo_cli.publish import gguf_export, model_folder, upload
+from dpo_cli.publish.model_folder import MODELFILE
 from dpo_cli.publish.modelfile import modelfile
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.judgement import Judged
 from dpo_cli.results.merge import Difference, GgufCheck, Merge, MergeLimit
-from dpo_cli.runs.card import export_card
+from dpo_cli.runs.card import export_card, with_gguf
 from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory
-from dpo_cli.storage.atomic import free_bytes
-from dpo_cli.storage.jsonio import json_text
+from dpo_cli.storage.atomic import free_bytes, let_others_read, sync_all, way_out, write_whole
 from dpo_cli.storage.log import log_to
-from dpo_cli.storage.redaction import redact, redacted
+from dpo_cli.storage.redaction import redact
 from dpo_cli.storage.run_directory import CARD, PLAN, SUMMARY
 from dpo_cli.strategies.figures import FIGURES, Figure
 from dpo_cli.ui.console import Console
-
-FACTS, MODELFILE = "export.json", "Modelfile"
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,12 @@ class Request:
 
 
 def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
-    """Merge, evaluate, convert and publish: what `export --json` prints, and the exit code. A rejected model leaves no file."""
+    """Merge, evaluate, convert and publish: what `export --json` prints, and the exit code.
+
+    A merged model that is worse leaves no file. A merged model that is not stays, whatever fails after it.
+    """
     converter = gguf_export.find_converter(request.converter) if request.gguf else None
-    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        raise UsageError(f"{request.out} exists already", "name a new folder with --out, or delete it")
+    is_merged = model_folder.require_free(request.out, may_hold_export=request.gguf is not None)
     if request.push and not fits("hub_model_id", request.push):
         raise UsageError(f"--push {request.push} is not a hub repository", "write owner/name, with your name on the hub")
     opened = open_run(request.run, request.dataset, console)
@@ -71,32 +69,54 @@ def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
         message, fix = "the run has no held-out rows, so the merged model cannot be compared with it", "--dataset FILE"
         raise invalid("nothing-to-compare", message, f"evaluate it on other {opened.plan.noun}: {fix}")
     trained = as_trained(opened)
-    _require_space(request, trained)
-    with log_to(opened.run.log), _staged(request.out) as place:
+    digests = model_folder.digests_of_run(opened.folder)
+    facts = model_folder.facts_of(request.out, opened.run.path, digests) if is_merged else None
+    _require_space(request, trained, is_merged)
+    with log_to(opened.run.log):
         if request.gguf and converter:
             gguf_export.require_type(converter, request.gguf)
-        own, plan = _own_scores(opened, console)
-        console.line(f"merging into the {trained.dtype} base")
-        _write_merged(opened, trained, place)
-        merged = _merged_scores(opened, plan, own, place, console)
-        merge, judged = compare(opened, trained, own, merged)
-        console.comparison(merge)
-        refused = [_worse(limit, trained) for limit in merge.limits if not limit.ok]
-        if request.gguf and converter and not refused:
-            check, refused = _gguf(request, request.gguf, converter, opened, place, console)
-            merge = replace(merge, gguf=check)
-        if refused:
-            console.problems(refused)
-            return to_json(merge), Exit.MISSED
-        counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
-        text = export_card(trained, request.out.name, counts["train_pairs"], steps, judged, merge)
-        (place / CARD).write_text(redact(text), encoding="utf-8")
-        (place / FACTS).write_text(json_text(redacted(to_json(merge)), indent=2) + "\n", encoding="utf-8")
+        if facts is None:
+            facts, refused = _merge(request, opened, trained, digests, console)
+            if refused:
+                console.problems(refused)
+                return facts, Exit.MISSED
+        else:
+            console.line(f"{request.out} holds the merged model of this run, unchanged: only the GGUF file is made")
+        if request.gguf and converter:
+            try:
+                check, refused = _add_gguf(request, request.gguf, converter, opened, facts, console)
+            except (RunFailed, OSError) as error:
+                raise _after_merge(error, request) from error
+            facts = {**facts, "gguf": to_json(check)}
+            if refused:
+                console.problems(refused)
+                return {**facts, "out": str(request.out), "address": None}, Exit.MISSED
     console.line(f"exported to {request.out}")
     address = upload.push(request.out, request.push) if request.push else None
     if address:
         console.line(f"uploaded to {address}")
-    return {**to_json(merge), "out": str(request.out), "address": address}, Exit.DONE
+    return {**facts, "out": str(request.out), "address": address}, Exit.DONE
+
+
+def _merge(
+    request: Request, opened: OpenedRun, trained: Plan, digests: dict[str, str], console: Console
+) -> tuple[JsonObject, list[Problem]]:
+    """Write the merged model to its place, unless it is worse: the content of export.json, and the problems."""
+    with model_folder.staging(request.out) as place:
+        own, plan = _own_scores(opened, console)
+        console.line(f"merging into the {trained.dtype} base")
+        _write_merged(opened, trained, request.out, place)
+        merged = _merged_scores(opened, plan, own, place, console)
+        merge, judged = compare(opened, trained, own, merged)
+        console.comparison(merge)
+        facts: JsonObject = {**to_json(merge), **digests, "gguf": None}
+        refused = [_worse(limit, trained) for limit in merge.limits if not limit.ok]
+        if not refused:
+            counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
+            card = export_card(trained, request.out.name, counts["train_pairs"], steps, judged, merge)
+            with model_folder.writing_model(request.out):
+                facts = model_folder.finish(place, request.out, facts, (CARD, card))
+    return facts, refused
 
 
 def as_trained(opened: OpenedRun) -> Plan:
@@ -107,12 +127,13 @@ def as_trained(opened: OpenedRun) -> Plan:
     return replace(opened.plan, config=replace(config, use_4bit=False, use_8bit=False, device="cpu"))
 
 
-def _require_space(request: Request, plan: Plan) -> None:
+def _require_space(request: Request, plan: Plan, is_merged: bool) -> None:
     """`RunFailed` if the disk has no room for the model's files; a model of unknown shape is not checked."""
     facts = plan.model.facts
     if facts is None:
         return
-    bytes_per_value = getattr(torch, plan.dtype).itemsize + (gguf_export.BYTES_PER_VALUE[request.gguf] if request.gguf else 0)
+    bytes_per_value = 0 if is_merged else getattr(torch, plan.dtype).itemsize
+    bytes_per_value += gguf_export.BYTES_PER_VALUE[request.gguf] if request.gguf else 0
     needed = facts.parameters * bytes_per_value
     there = next(place for place in request.out.absolute().parents if place.is_dir())
     free = free_bytes(there)
@@ -121,30 +142,13 @@ def _require_space(request: Request, plan: Plan) -> None:
         raise RunFailed(message, f"free {(needed - free) / GIB:.1f} GB there, or name a folder on another disk with --out")
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A hidden folder next to `out`. It becomes `out` if it holds export.json, the last file; otherwise it is removed."""
-    place = out.with_name(f".{out.name}.part")
-    shutil.rmtree(place, ignore_errors=True)  # of an export that was killed
-    try:
-        place.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror}", "name another folder with --out") from error
-    try:
-        yield place
-        if (place / FACTS).is_file():
-            place.replace(out)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 def _own_scores(opened: Opened, console: Console) -> tuple[Scores, Plan]:
     """The scores of the rows under the run's own policy, and the plan with the way of scoring."""
     policy, plan = load_policy(opened, console)
     return score(policy, opened.rows, opened.tokenizer, plan), plan
 
 
-def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
+def _write_merged(opened: Opened, trained: Plan, out: Path, place: Path) -> None:
     """Write the whole model with its tokenizer, in the dtype of the training.
 
     Loaded by transformers and PEFT only, for every provider of the run; a base that is quantised in its own files is made
@@ -154,8 +158,9 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     model: Any = HuggingFace(trained.model).trained(trained, opened.folder).model
     if isinstance(model, PeftModel):
         model = merged(model, TRAINED, trained.model_label, getattr(torch, trained.dtype))
-    model.to(getattr(torch, trained.dtype)).save_pretrained(str(place))
-    opened.tokenizer.save_pretrained(place)
+    with model_folder.writing_model(out):
+        model.to(getattr(torch, trained.dtype)).save_pretrained(str(place))
+        opened.tokenizer.save_pretrained(place)
 
 
 def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console: Console) -> Scores:
@@ -221,22 +226,64 @@ def _worse(limit: MergeLimit, trained: Plan) -> Problem:
     return Problem("error", "export-worse", message, fix)
 
 
-def _gguf(
-    request: Request, kind: gguf_export.Type, converter: Path, opened: Opened, place: Path, console: Console
+def _add_gguf(
+    request: Request, kind: gguf_export.Type, converter: Path, opened: Opened, facts: JsonObject, console: Console
 ) -> tuple[GgufCheck, list[Problem]]:
-    """Write the GGUF file and its Modelfile: the comparison with the model, and the problems."""
-    file = place / f"{request.out.name}.{kind.upper()}.gguf"
-    console.line(f"writing {file.name}")
-    free_memory()
-    gguf_export.convert(converter, place, file, kind, request.out.name)
-    check = gguf_export.check(place, file, kind, opened.rows, opened.tokenizer)
-    text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
-    (place / MODELFILE).write_text(text, encoding="utf-8")
-    same = f"{check.same_argmax:.2%} of {check.positions} positions have the same most likely token"
-    console.line(f"{file.name}: {same} (minimum {check.least_same:.1%}); logits differ by {check.max_difference:.3g} at most")
-    if not has_template:
-        console.line("note: the Modelfile has no TEMPLATE; Ollama uses the one in the GGUF file")
-    message = f"{file.name} answers differently from the merged model: {same}, and the minimum is {check.least_same:.1%}"
-    fix = "nothing was exported: use a more precise type, or a newer converter"
-    refused = [] if check.ok else [Problem("error", "gguf-differs", message, fix)]
-    return replace(check, modelfile_template=has_template), refused
+    """Add a GGUF file and its Modelfile to the merged model: the comparison of both, and the problems.
+
+    export.json is written last: until it names the file, the step is repeated.
+    """
+    out = request.out
+    with model_folder.staging(out) as place:
+        file = place / f"{out.name}.{kind.upper()}.gguf"
+        console.line(f"the merged model is in {out}; writing {file.name}")
+        free_memory()
+        gguf_export.convert(converter, out, file, kind, out.name)
+        check = gguf_export.check(out, file, kind, opened.rows, opened.tokenizer)
+        text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
+        check = replace(check, modelfile_template=has_template)
+        same = f"{check.same_argmax:.2%} of {check.positions} positions have the same most likely token"
+        console.line(
+            f"{file.name}: {same} (minimum {check.least_same:.1%}); logits differ by {check.max_difference:.3g} at most"
+        )
+        if not check.ok:
+            message = (
+                f"{file.name} answers differently from the merged model: {same}, and the minimum is {check.least_same:.1%}"
+            )
+            fix = f"use a more precise type, or a newer converter, and repeat only the GGUF step: {_command(request)}"
+            return check, [Problem("error", "gguf-differs", f"{message}; {_complete(request)}", fix)]
+        if not has_template:
+            console.line("note: the Modelfile has no TEMPLATE; Ollama uses the one in the GGUF file")
+        let_others_read(place)
+        sync_all(place)
+        file.replace(out / file.name)
+    write_whole(out / MODELFILE, lambda part: part.write_text(text, encoding="utf-8"))
+    card = with_gguf((out / CARD).read_text(encoding="utf-8"), check)
+    write_whole(out / CARD, lambda part: part.write_text(redact(card), encoding="utf-8"))
+    model_folder.write_facts(out, {**facts, "gguf": to_json(check)})
+    return check, []
+
+
+def _after_merge(error: RunFailed | OSError, request: Request) -> RunFailed:
+    """The failure of the GGUF step, with what is kept and how to repeat it."""
+    if isinstance(error, OSError):
+        error = RunFailed(f"the GGUF file was not written: {error.strerror or error}", way_out(error, request.out))
+    again = f"repeat only the GGUF step: {_command(request)}"
+    return RunFailed(f"{error.message}; {_complete(request)}", f"{error.fix}, and {again}" if error.fix else again)
+
+
+def _complete(request: Request) -> str:
+    return f"the merged model in {request.out} is complete and has no GGUF file"
+
+
+def _command(request: Request) -> str:
+    """The command line of a request. With the merged model in its place it makes only the GGUF file."""
+    options = {
+        "--out": request.out,
+        "--gguf": request.gguf,
+        "--converter": request.converter,
+        "--dataset": request.dataset,
+        "--push": request.push,
+    }
+    words = [word for name, value in options.items() if value for word in (name, str(value))]
+    return f"`{join(['dpo', 'export', request.run, *words])}`"

@@ -102,10 +102,10 @@ def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], token
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # the errors of transformers for an unreadable file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"{file.name} cannot be read back, so it cannot be checked: {reason}"
-        raise RunFailed(message, "use a newer converter, or export without --gguf") from error
+        raise RunFailed(message, "use a newer converter") from error
     if ends != tokenizer.eos_token_id or actual.shape != expected.shape:
         message = f"{file.name} differs from the model in its vocabulary or in the token that ends a text"
-        raise RunFailed(message, "use a newer converter, or export without --gguf")
+        raise RunFailed(message, "use a newer converter")
     same = float((actual.argmax(dim=-1) == expected.argmax(dim=-1)).double().mean())
     apart = float((actual - expected).abs().max())
     return GgufCheck(file.name, kind, len(expected), same, apart, LEAST_SAME[kind], ok=same >= LEAST_SAME[kind])

@@ -44,7 +44,7 @@ class GgufCheck:
 
 @dataclass(frozen=True)
 class Merge:
-    """The content of export.json."""
+    """The figures in export.json."""
 
     run: str
     model: str
@@ -57,7 +57,6 @@ class Merge:
     after: Figures
     difference: Difference
     limits: Sequence[MergeLimit]
-    gguf: GgufCheck | None = None
 
     def to_json(self) -> JsonObject:
         return {
@@ -71,5 +70,4 @@ class Merge:
             "after": to_json(self.after),
             "difference": to_json(self.difference),
             "limits": [to_json(limit) for limit in self.limits],
-            "gguf": to_json(self.gguf) if self.gguf else None,
         }
