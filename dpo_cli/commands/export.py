@@ -30,7 +30,7 @@ from dpo_cli.publish.modelfile import modelfile
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.judgement import Judged
-from dpo_cli.results.merge import Difference, GgufCheck, Merge, MergeLimit
+from dpo_cli.results.merge import LEAST_PROMPTS, Difference, GgufCheck, Merge, MergeLimit
 from dpo_cli.runs.card import export_card, with_gguf
 from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.scoring.forward import choose
@@ -41,6 +41,8 @@ from dpo_cli.storage.redaction import redact
 from dpo_cli.storage.run_directory import CARD, PLAN, SUMMARY
 from dpo_cli.strategies.figures import FIGURES, Figure
 from dpo_cli.ui.console import Console
+
+NO_DIFFERENCE = 0.01  # nats of a response: more than rounding in float32, and too little to matter
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
             if refused:
                 console.problems(refused)
                 return facts, Exit.MISSED
+            if request.gguf:
+                console.line(f"the merged model is in {request.out}")
         else:
-            console.line(f"{request.out} holds the merged model of this run, unchanged: only the GGUF file is made")
+            console.line(f"{request.out} holds the merged model of this run, unchanged: it is not merged again")
         if request.gguf and converter:
             try:
                 check, refused = _add_gguf(request, request.gguf, converter, opened, facts, console)
@@ -110,7 +114,7 @@ def _merge(
         merge, judged = compare(opened, trained, own, merged)
         console.comparison(merge)
         facts: JsonObject = {**to_json(merge), **digests, "gguf": None}
-        refused = [_worse(limit, trained) for limit in merge.limits if not limit.ok]
+        refused = _worse(merge, trained)
         if not refused:
             counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
             card = export_card(trained, request.out.name, counts["train_pairs"], steps, judged, merge)
@@ -181,13 +185,16 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[Merge, Judged]:
     """The merge as export.json has it, and the figures of the merged model for its card.
 
-    A watched figure may not leave the 95 % interval of the run's figure on the worse side.
+    A watched figure may not leave the 95 % interval of the run's figure on the worse side. Too few prompts give no interval;
+    then the log-probs themselves may not move by more than half of what training moved them, or by 0.01 nats.
     """
     config, prompts = opened.plan.config, [row.row.prompt_key for row in opened.rows]
     before, after = (figures(scores, prompts, config.beta) for scores in (own, merged))
     for sides in before, after:
         del sides.policy["kl_token"]  # unknown for the merged model
     apart = np.abs(merged.policy - own.policy)
+    moved = float(np.abs(own.policy - own.reference).mean())
+    most = max(moved / 2, NO_DIFFERENCE) if len(set(prompts)) < LEAST_PROMPTS else None
     judged = Judged(opened.plan.noun, len(opened.rows), len(set(prompts)), after)
     merge = Merge(
         run=str(opened.folder.parent.absolute()),
@@ -199,7 +206,7 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
         prompts=judged.prompts,
         before=before.policy,
         after=after.policy,
-        difference=Difference(float(apart.mean()), float(apart.max())),
+        difference=Difference(float(apart.mean()), float(apart.max()), moved, most),
         limits=[
             limit(FIGURES[name], required(before.policy, name), required(after.policy, name), judged.prompts)
             for name in opened.plan.strategy.watched
@@ -210,20 +217,33 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
 
 def limit(figure: Figure, before: Interval, after: Interval, prompts: int) -> MergeLimit:
     """A figure of the merged model and its limit."""
+    if prompts < LEAST_PROMPTS:
+        return MergeLimit(figure.name, before.value, None, after.value, None)
     worse = -1 if figure.is_better_large else 1  # the sign of a change to the worse
     limit = before.high if worse > 0 else before.low
     if figure.is_share and before.low == before.value:
         # If every pair is right, so is every resample. With none wrong of n, 3/n is the end of a 95 % interval.
-        limit -= 3 / prompts
+        limit = max(limit - 3 / prompts, 0)
     return MergeLimit(figure.name, before.value, limit, after.value, ok=bool(worse * (after.value - limit) <= 0))
 
 
-def _worse(limit: MergeLimit, trained: Plan) -> Problem:
-    bound = "below" if FIGURES[limit.metric].is_better_large else "above"
-    message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the limit {limit.limit:.3f},"
-    message += f" the end of the interval around the run's {limit.before:.3f}"
+def _worse(merge: Merge, trained: Plan) -> list[Problem]:
+    """The limits that the merged model misses."""
     fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or keep the adapter unmerged"
-    return Problem("error", "export-worse", message, fix)
+    problems = []
+    for limit in merge.limits:
+        if limit.limit is not None and not limit.ok:
+            bound = "below" if FIGURES[limit.metric].is_better_large else "above"
+            message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the limit {limit.limit:.3f},"
+            message += f" the end of the interval around the run's {limit.before:.3f}"
+            problems.append(Problem("error", "export-worse", message, fix))
+    apart = merge.difference
+    if not apart.ok:
+        message = f"the merged model's log-probs differ from the run's by {apart.mean:.3g} nats on average, above the limit"
+        message += f" {apart.limit:.3g}; training changed them by {apart.trained:.3g}"
+        more = f"; or compare the figures, on at least {LEAST_PROMPTS} prompts: --dataset FILE"
+        problems.append(Problem("error", "export-worse", message, fix + more))
+    return problems
 
 
 def _add_gguf(
@@ -236,7 +256,7 @@ def _add_gguf(
     out = request.out
     with model_folder.staging(out) as place:
         file = place / f"{out.name}.{kind.upper()}.gguf"
-        console.line(f"the merged model is in {out}; writing {file.name}")
+        console.line(f"writing {file.name}")
         free_memory()
         gguf_export.convert(converter, out, file, kind, out.name)
         check = gguf_export.check(out, file, kind, opened.rows, opened.tokenizer)

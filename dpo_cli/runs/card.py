@@ -69,7 +69,8 @@ def export_card(plan: Plan, name: str, train_rows: int, steps: int, judged: Judg
         f"| {name} | {required(merge.before, name).value:.3f} | {required(merge.after, name).value:.3f} |"
         for name in merge.before
     )
-    text = MERGE.format(rows=rows, trained=merge.trained_on, dtype=merge.dtype, **to_json(merge.difference))
+    apart = merge.difference
+    text = MERGE.format(rows=rows, trained=merge.trained_on, dtype=merge.dtype, mean=apart.mean, max=apart.max)
     return _card(plan, name, what, train_rows, steps, judged, text + LOAD.format(**TRANSFORMERS), is_peft=False)
 
 
