@@ -175,7 +175,11 @@ def test_a_4bit_run_is_merged_into_the_16_bit_base_and_the_difference_measured(t
         reference = log_probs(network, opened.rows)
     apart = (own - merged).abs()
     assert apart.max() > 1
-    assert made["difference"] == pytest.approx({"mean": float(apart.mean()), "max": float(apart.max())}, abs=1e-3)
+    assert made["difference"].pop("limit") is None
+    trained_by = float((own - reference).abs().mean())
+    assert made["difference"] == pytest.approx(
+        {"mean": float(apart.mean()), "max": float(apart.max()), "trained": trained_by}, abs=1e-3
+    )
     judged = judged_json(Judged(str(run)), Console())["policy"]
     for name in ("accuracy", "margin", "loss"):
         assert made["before"][name] == pytest.approx(judged[name], abs=1e-4)

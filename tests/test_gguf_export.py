@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,14 @@ def test_a_gguf_step_that_fails_leaves_the_merged_model_and_is_repeated_alone(
     monkeypatch: pytest.MonkeyPatch,
     body: str,
     says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, out = trained("adapter"), tmp_path / "exports" / "out"
     export(Request(str(run), tmp_path / "plain"), Console())
     failing = Request(str(run), out, gguf="f32", converter=stub(tmp_path, body))
     with pytest.raises(RunFailed) as caught:
         export(failing, Console())
+    assert capsys.readouterr().out.count("note: sentencepiece is not installed") == (find_spec("sentencepiece") is None)
     assert says in caught.value.message
     assert caught.value.message.endswith(f"; the merged model in {out} is complete and has no GGUF file")
     again = f"repeat only the GGUF step: `dpo export {run} --out {out} --gguf f32 --converter {failing.converter}`"

@@ -77,6 +77,9 @@ def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
     with log_to(opened.run.log):
         if request.gguf and converter:
             gguf_export.require_type(converter, request.gguf)
+            if not gguf_export.has_sentencepiece():
+                fix = "pip install '.[gguf]' in a checkout of dpo"
+                console.line(f"note: sentencepiece is not installed, which the converter imports for most models: {fix}")
         if facts is None:
             facts, refused = _merge(request, opened, trained, digests, console)
             if refused:

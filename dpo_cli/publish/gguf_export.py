@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +34,9 @@ BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # q8_0
 LEAST_SAME = {"f32": 0.999, "f16": 0.98, "bf16": 0.98, "q8_0": 0.95}
 ROWS, POSITIONS = 32, 16  # held-out rows compared, and the first positions of each response
 WHERE = (
-    "it is llama.cpp's: `pip download --no-binary llama-cpp-python --no-deps llama-cpp-python` has it in vendor/llama.cpp; "
-    "unpack that folder, and name the script in it with --converter or DPO_GGUF_CONVERTER"
+    "it is llama.cpp's: `make converter` in a checkout of dpo fetches it into models/llama.cpp, and so does "
+    "`pip download --no-binary llama-cpp-python --no-deps llama-cpp-python`, where it is in vendor/llama.cpp; "
+    "name the script with --converter or DPO_GGUF_CONVERTER, and keep it next to the folders that it came with"
 )
 
 MODULE = "train.log of the run has its output; for a missing module: pip install '.[gguf]' in a checkout of dpo"
@@ -46,7 +48,7 @@ def find_converter(named: Path | None) -> Path:
     if path is None:
         raise UsageError(f"--gguf needs a converter, {SCRIPT}", WHERE)
     if not Path(path).is_file():
-        raise UsageError(f"converter {path} not found", WHERE)
+        raise UsageError(f"the converter {path} is not a file", WHERE)
     return Path(path).absolute()
 
 
@@ -65,6 +67,11 @@ def require_type(converter: Path, kind: Type) -> None:
         raise UsageError(
             f"the converter {converter} cannot write {kind}; it writes {', '.join(known)}", f"name a newer one: {WHERE}"
         )
+
+
+def has_sentencepiece() -> bool:
+    """Whether the package is installed that the converter imports for most tokenizers, and not before it converts."""
+    return find_spec("sentencepiece") is not None
 
 
 def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) -> None:

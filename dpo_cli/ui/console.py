@@ -200,11 +200,9 @@ class Console:
         if merge.undecided:
             self.line(merge.undecided)
         apart = merge.difference
-        self.line(
-            f"log-probs of responses differ by {apart.mean:.3g} nats on average, by {apart.max:.3g} at most;"
-            f" training changed them by {apart.trained:.3g} on average"
-            + (f"; limit of the average {apart.limit:.3g}" if apart.limit is not None else "")
-        )
+        self.line(f"log-probs of responses differ by {apart.mean:.3g} nats on average, by {apart.max:.3g} at most")
+        limit = "" if apart.limit is None else f"; limit of the average difference: {apart.limit:.3g}"
+        self.line(f"training changed them by {apart.trained:.3g} nats on average{limit}")
 
     @contextmanager
     def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
