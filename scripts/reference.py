@@ -96,12 +96,12 @@ WHILE_RUNNING = {
     "export-worse": (
         "error",
         "`dpo export` of a 4-bit run",
-        "merged, the model is worse than the interval of the run's figure: nothing is exported",
+        "merged, the model is worse than its run: nothing is exported",
     ),
     "gguf-differs": (
         "error",
         "`dpo export --gguf q8_0`",
-        "the GGUF file, read back, has other most likely tokens than the merged model: nothing is exported",
+        "the GGUF file, read back, has other most likely tokens than the merged model, which is kept",
     ),
     "no-such-module": (
         "error",

@@ -17,7 +17,7 @@ from typing import Any
 KEPT = Path(__file__).with_name("contract.json")
 SETTINGS = {
     "model_name": "model", "device": "cpu", "bf16": False, "fp16": False, "max_steps": 2, "lora_r": 4, "learning_rate": 1e-2,
-    "kl_prompts": 2, "max_new_tokens": 4, "eval_split": 0.4, "save_steps": 1, "dataset": "pairs.jsonl",
+    "kl_prompts": 2, "max_new_tokens": 4, "eval_split": 0.6, "save_steps": 1, "dataset": "pairs.jsonl",
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "dpo": {**SETTINGS, "output_dir": "runs/dpo", "augment": {"rank": "shorter", "max_new_tokens": 8}},

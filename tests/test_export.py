@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,7 +175,11 @@ def test_a_4bit_run_is_merged_into_the_16_bit_base_and_the_difference_measured(t
         reference = log_probs(network, opened.rows)
     apart = (own - merged).abs()
     assert apart.max() > 1
-    assert made["difference"] == pytest.approx({"mean": float(apart.mean()), "max": float(apart.max())}, abs=1e-3)
+    assert made["difference"].pop("limit") is None
+    trained_by = float((own - reference).abs().mean())
+    assert made["difference"] == pytest.approx(
+        {"mean": float(apart.mean()), "max": float(apart.max()), "trained": trained_by}, abs=1e-3
+    )
     judged = judged_json(Judged(str(run)), Console())["policy"]
     for name in ("accuracy", "margin", "loss"):
         assert made["before"][name] == pytest.approx(judged[name], abs=1e-4)
@@ -218,6 +223,43 @@ def test_limits_by_hand() -> None:
     assert not limit(FIGURES["margin"], all_right, Interval(0.99, 0.98, 1.0), 30).ok
 
 
+def test_few_prompts_give_no_limit_of_a_figure() -> None:
+    """Of 5 prompts, all right, 1 - 3/5 = 0.4 is less than chance; of 6, 1 - 3/6 = 0.5. A share has no limit below 0."""
+    all_right, wrong = Interval(1.0, 1.0, 1.0), Interval(0.0, 0.0, 0.0)
+    for name in ("accuracy", "margin"):
+        for prompts in (1, 2, 5):
+            undecided = limit(FIGURES[name], all_right, wrong, prompts)
+            assert (undecided.limit, undecided.ok) == (None, None)
+    assert [limit(FIGURES["accuracy"], figure, wrong, 6).limit for figure in (all_right, wrong)] == [0.5, 0]
+    assert limit(FIGURES["accuracy"], all_right, wrong, 6).ok is False
+
+
+@pytest.mark.parametrize("prompts", [1, 5])
+def test_with_few_prompts_log_probs_decide(
+    trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prompts: int
+) -> None:
+    """A sound merge is exported. One that loses the adapter is as far from the run as the base is, twice the limit."""
+    run, data = of_kind(trained, "adapter"), write(tmp_path / "few.jsonl", [made_row(i) for i in range(50, 50 + 2 * prompts)])
+    request = Request(str(run), tmp_path / "out", dataset=str(data))
+    too_few = f"too few prompts to compare the figures: {prompts}; at least 6 are needed for a 95 % interval"
+    result, code = export(request, Console())
+    printed = capsys.readouterr().out
+    assert (code, result["prompts"], printed.count(too_few)) == (Exit.DONE, prompts, 1)
+    in_table = [line.split()[-1] for line in printed.splitlines() if re.match(r" (accuracy|margin) ", line)]
+    assert in_table[-2:] == ["none", "none"]
+    assert [(entry["limit"], entry["ok"]) for entry in result["limits"]] == [(None, None)] * 2
+    difference = result["difference"]
+    assert difference["limit"] == pytest.approx(difference["trained"] / 2) and difference["mean"] < 1e-3 < difference["limit"]
+
+    monkeypatch.setattr("dpo_cli.commands.export.merged", lambda model, *_: model.unload())
+    result, code = export(Request(str(run), tmp_path / "lost", dataset=str(data)), Console())
+    difference = result["difference"]
+    assert (code, left_behind(tmp_path)) == (Exit.MISSED, ["few.jsonl", "out"])
+    assert difference["mean"] == pytest.approx(difference["trained"], abs=1e-3)
+    message = f"[export-worse] the merged model's log-probs differ from the run's by {difference['mean']:.3g} nats on average"
+    assert capsys.readouterr().err.count(message) == 1
+
+
 def test_a_run_that_held_nothing_out_needs_a_file(trained: Train, tmp_path: Path) -> None:
     run = trained("whole-data", eval_split=0)
     with pytest.raises(InvalidInput) as caught:
@@ -234,7 +276,7 @@ def test_a_run_that_held_nothing_out_needs_a_file(trained: Train, tmp_path: Path
 def test_a_folder_that_is_not_empty_is_not_written_into(trained: Train, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     for out in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(UsageError, match="exists already"):
+        with pytest.raises(UsageError, match="exists already, and is not an export"):
             export(Request(str(of_kind(trained, "adapter")), out), Console())
     with pytest.raises(UsageError, match="cannot write"):
         export(Request(str(of_kind(trained, "adapter")), tmp_path / "notes.txt" / "out"), Console())

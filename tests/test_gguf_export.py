@@ -1,4 +1,4 @@
-"""GGUF files: a converter that fails is told, and what a real one writes is read back and compared.
+"""GGUF files: a converter that fails leaves the merged model, and what a real one writes is read back and compared.
 
 The converter is llama.cpp's own: `make check-gguf` fetches it and runs what needs it, which takes a minute.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from conftest import ROOT, SHAPE, made_row
 from test_export import left_behind, trained, write  # noqa: F401 - a fixture
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from dpo_cli.commands import export as export_module
 from dpo_cli.commands.export import Request, export
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
@@ -25,6 +30,7 @@ from dpo_cli.errors import Exit, RunFailed, UsageError
 from dpo_cli.models.source import ModelSource
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.publish import gguf_export
+from dpo_cli.storage.digests import sha256
 from dpo_cli.ui.console import Console
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,11 +42,24 @@ def real(test: Any) -> Any:
     return pytest.mark.slow(absent(test))
 
 
-def stub(place: Path, body: str) -> Path:
+HELP = "usage: convert_hf_to_gguf.py [-h] [--outfile OUTFILE]\n  [--outtype {f32,f16,\n   q8_0,auto}]"
+
+
+def stub(place: Path, body: str, usage: str = f"print({HELP!r}); sys.exit()") -> Path:
     """A converter that does something else, called as the real one is."""
     script = place / "stub.py"
-    script.write_text(f"import pathlib, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n{body}\n", "utf-8")
+    start = f"import pathlib, sys\nif '--help' in sys.argv:\n    {usage}\n"
+    script.write_text(f"{start}out = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n{body}\n", "utf-8")
     return script
+
+
+# What the real converter does to a Llama in float32.
+WRITES = f"""
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from gguf_files import write_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+write_llama(out, AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1]))
+"""
 
 
 @pytest.mark.parametrize(
@@ -53,19 +72,111 @@ def stub(place: Path, body: str) -> Path:
         ("out.write_bytes(b'GGUF' + bytes(64))", "cannot be read back"),
     ],
 )
-def test_a_converter_that_fails_is_told_and_nothing_is_left(
+def test_a_gguf_step_that_fails_leaves_the_merged_model_and_is_repeated_alone(
     trained: Callable[..., Path],  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     body: str,
     says: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    place = tmp_path / "exports"
-    place.mkdir()
-    asked = Request(str(trained("adapter")), place / "out", gguf="f32", converter=stub(tmp_path, body))
+    run, out = trained("adapter"), tmp_path / "exports" / "out"
+    export(Request(str(run), tmp_path / "plain"), Console())
+    failing = Request(str(run), out, gguf="f32", converter=stub(tmp_path, body))
     with pytest.raises(RunFailed) as caught:
-        export(asked, Console())
+        export(failing, Console())
+    assert capsys.readouterr().out.count("note: sentencepiece is not installed") == (find_spec("sentencepiece") is None)
     assert says in caught.value.message
-    assert left_behind(place) == []
+    assert caught.value.message.endswith(f"; the merged model in {out} is complete and has no GGUF file")
+    again = f"repeat only the GGUF step: `dpo export {run} --out {out} --gguf f32 --converter {failing.converter}`"
+    assert (caught.value.fix or "").endswith(again)
+    assert left_behind(out.parent) == ["out"]
+    facts = {place: json.loads((place / "export.json").read_text(encoding="utf-8")) for place in (out, tmp_path / "plain")}
+    assert facts[out] == facts[tmp_path / "plain"] and facts[out]["gguf"] is None
+    assert left_behind(out) == left_behind(tmp_path / "plain")
+
+    merges = merges_counted(monkeypatch)
+    stub(tmp_path, WRITES)
+    result, code = export(failing, Console())
+    assert (code, result["gguf"]["ok"], merges) == (Exit.DONE, True, [])
+    assert_complete(out, facts[out])
+
+
+def merges_counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that merged models are written to from here on."""
+    merge, places = export_module._write_merged, []
+
+    def counted(opened: Any, plan: Any, out: Path, place: Path) -> None:
+        places.append(out)
+        merge(opened, plan, out, place)
+
+    monkeypatch.setattr(export_module, "_write_merged", counted)
+    return places
+
+
+def assert_complete(out: Path, merged: dict[str, Any]) -> None:
+    """The files of the merged model as they were, the GGUF file and its Modelfile, one section in the card, and export.json."""
+    facts = json.loads((out / "export.json").read_text(encoding="utf-8"))
+    assert {**facts, "gguf": None} == merged and facts["gguf"]["file"] == "out.F32.gguf"
+    assert {name: sha256(out / name) for name in merged["files"]} == merged["files"]
+    added = ["Modelfile", "README.md", "export.json", "out.F32.gguf"]
+    assert left_behind(out) == sorted([*merged["files"], *added]) and left_behind(out.parent) == ["out"]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert (card.count("## GGUF"), card.count("`out.F32.gguf` has the same most likely token")) == (1, 1)
+
+
+def test_an_export_that_is_killed_while_it_converts_is_continued(
+    trained: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The converter kills `dpo` after half a file; then `dpo` is killed once more, before export.json names the file."""
+    run, out = trained("adapter"), tmp_path / "exports" / "out"
+    converter = stub(tmp_path, "import os, signal\nout.write_bytes(b'GGUF')\nos.kill(os.getppid(), signal.SIGKILL)")
+    words = ["export", str(run), "--out", str(out), "--gguf", "f32", "--converter", str(converter)]
+    killed = subprocess.run([sys.executable, "-m", "dpo_cli", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (killed.returncode, left_behind(out.parent)) == (-signal.SIGKILL, [".out.part", "out"]), killed.stderr
+    merged = json.loads((out / "export.json").read_text(encoding="utf-8"))
+    assert (merged["gguf"], left_behind(out)) == (None, sorted([*merged["files"], "README.md", "export.json"]))
+
+    merges, stopped = merges_counted(monkeypatch), json.dumps(merged)
+    stub(tmp_path, WRITES)
+    for _ in range(2):
+        _, code = export(Request(str(run), out, gguf="f32", converter=converter), Console())
+        assert (code, merges) == (Exit.DONE, [])
+        assert_complete(out, merged)
+        (out / "export.json").write_text(stopped, encoding="utf-8")
+
+
+def test_only_the_unchanged_export_of_the_same_run_is_reused(
+    trained: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    run, other, out = trained("adapter"), trained("other", seed=7), tmp_path / "out"
+    converter = stub(tmp_path, WRITES)
+    export(Request(str(run), out), Console())
+
+    def refusal(run: Path = run, gguf: gguf_export.Type | None = "f32") -> str:
+        with pytest.raises(UsageError) as caught:
+            export(Request(str(run), out, gguf=gguf, converter=converter), Console())
+        return caught.value.message
+
+    assert refusal(gguf=None) == f"{out} exists already: it holds an export"
+    assert refusal(run=other) == f"{out} exists already, and is the export of another run than {other}"
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[:-1] + b" ")
+        assert refusal() == f"{out} exists already, and is incomplete or has changed: {name}"
+        (out / name).unlink()
+        assert refusal() == f"{out} exists already, and is incomplete or has changed: {name}"
+        (out / name).write_bytes(content)
+    facts = (out / "export.json").read_bytes()
+    for damaged in (facts[:50], b"[]", b"{}", b'{"files": 3}'):
+        (out / "export.json").write_bytes(damaged)
+        assert refusal() == f"{out} exists already, and its export.json cannot be read or has no digests"
+    (out / "export.json").write_bytes(facts)
+    assert export(Request(str(run), out, gguf="f32", converter=converter), Console())[1] is Exit.DONE
+    assert refusal() == f"{out} exists already, with its GGUF file out.F32.gguf"
 
 
 def test_without_a_converter_it_is_said_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +191,37 @@ def test_without_a_converter_it_is_said_where_there_is_one(tmp_path: Path, monke
     on_path.chmod(0o755)
     assert gguf_export.find_converter(None) == on_path
     assert gguf_export.find_converter(CONVERTER if CONVERTER.exists() else on_path).is_absolute()
+
+
+@pytest.mark.parametrize(
+    ("usage", "kind", "message"),
+    [
+        ("import no_such_module", "f32", "does not run: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("print('usage: other.py'); sys.exit()", "f32", "is not llama.cpp's convert_hf_to_gguf.py: its help has no --outtype"),
+        (f"print({HELP!r}); sys.exit()", "bf16", "cannot write bf16; it writes f32, f16, q8_0, auto"),
+    ],
+)
+def test_a_converter_that_cannot_write_the_type_is_refused_before_a_model_is_loaded(
+    trained: Callable[..., Path],  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    usage: str,
+    kind: gguf_export.Type,
+    message: str,
+) -> None:
+    monkeypatch.setattr(HuggingFace, "base_model", lambda *_: pytest.fail("a model was loaded"))
+    place = tmp_path / "exports"
+    place.mkdir()
+    converter = stub(tmp_path, "", usage)
+    with pytest.raises(UsageError) as caught:
+        export(Request(str(trained("adapter")), place / "out", gguf=kind, converter=converter), Console())
+    assert caught.value.message == f"{'the converter ' * (not message.startswith('is not'))}{converter} {message}"
+    assert left_behind(place) == []
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_a_converter_that_writes_the_type_is_accepted(tmp_path: Path, kind: gguf_export.Type) -> None:
+    gguf_export.require_type(stub(tmp_path, ""), kind)
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +285,10 @@ def test_a_file_of_another_model_is_refused(
     run = trained("small", model_name=str(small_model), max_steps=2)
     made, code = export(Request(str(run), place / "out", gguf="f32", converter=stub(tmp_path, body)), Console())
     assert (code, made["gguf"]["ok"]) == (Exit.MISSED, False) and made["gguf"]["same_argmax"] < 0.5
-    assert "[gguf-differs] out.F32.gguf answers otherwise" in capsys.readouterr().err
-    assert left_behind(place) == []
+    assert "[gguf-differs] out.F32.gguf answers differently" in capsys.readouterr().err
+    facts = json.loads((place / "out" / "export.json").read_text(encoding="utf-8"))
+    assert (left_behind(place), facts["gguf"], made["out"]) == (["out"], None, str(place / "out"))
+    assert left_behind(place / "out") == sorted([*facts["files"], "README.md", "export.json"])
 
 
 @real

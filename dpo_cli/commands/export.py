@@ -1,15 +1,13 @@
 """From a run to a model that others can load: merged, evaluated again, and only then moved to its place.
 
-run -> its figures -> adapter merged into the unquantised base -> files -> figures of the files -> GGUF
+run -> its figures -> adapter merged into the unquantised base -> files -> figures of the files -> their place -> GGUF
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import join
 from typing import Any
 
 import numpy as np
@@ -26,26 +24,26 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.loaded_tensors import merged
 from dpo_cli.providers.policy import TRAINED, Policy
-from dpo_cli.publish import gguf_export, upload
+from dpo_cli.publish import gguf_export, model_folder, upload
+from dpo_cli.publish.model_folder import MODELFILE
 from dpo_cli.publish.modelfile import modelfile
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.compared import compared
 from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.judgement import Judged
-from dpo_cli.results.merge import Difference, GgufCheck, Merge, MergeLimit
-from dpo_cli.runs.card import export_card
+from dpo_cli.results.merge import LEAST_PROMPTS, Difference, GgufCheck, Merge, MergeLimit
+from dpo_cli.runs.card import export_card, with_gguf
 from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory
-from dpo_cli.storage.atomic import free_bytes
-from dpo_cli.storage.jsonio import json_text
+from dpo_cli.storage.atomic import free_bytes, let_others_read, sync_all, way_out, write_whole
 from dpo_cli.storage.log import log_to
-from dpo_cli.storage.redaction import redact, redacted
+from dpo_cli.storage.redaction import redact
 from dpo_cli.storage.run_directory import CARD, PLAN, SUMMARY
 from dpo_cli.strategies.figures import FIGURES, Figure
 from dpo_cli.ui.console import Console
 
-FACTS, MODELFILE = "export.json", "Modelfile"
+NO_DIFFERENCE = 0.01  # nats of a response: more than rounding in float32, and too little to matter
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,12 @@ class Request:
 
 
 def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
-    """Merge, evaluate, convert and publish: what `export --json` prints, and the exit code. A rejected model leaves no file."""
+    """Merge, evaluate, convert and publish: what `export --json` prints, and the exit code.
+
+    A merged model that is worse leaves no file. A merged model that is not stays, whatever fails after it.
+    """
     converter = gguf_export.find_converter(request.converter) if request.gguf else None
-    if request.out.exists() and (not request.out.is_dir() or any(request.out.iterdir())):
-        raise UsageError(f"{request.out} exists already", "name a new folder with --out, or delete it")
+    is_merged = model_folder.require_free(request.out, may_hold_export=request.gguf is not None)
     if request.push and not fits("hub_model_id", request.push):
         raise UsageError(f"--push {request.push} is not a hub repository", "write owner/name, with your name on the hub")
     opened = open_run(request.run, request.dataset, console)
@@ -72,30 +72,59 @@ def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
         message, fix = "the run has no held-out rows, so the merged model cannot be compared with it", "--dataset FILE"
         raise invalid("nothing-to-compare", message, f"evaluate it on other {opened.plan.noun}: {fix}")
     trained = as_trained(opened)
-    _require_space(request, trained)
-    with log_to(opened.run.log), _staged(request.out) as place:
-        own, plan = _own_scores(opened, console)
-        console.line(f"merging into the {trained.dtype} base")
-        _write_merged(opened, trained, place)
-        merged = _merged_scores(opened, plan, own, place, console)
-        merge, judged = compare(opened, trained, own, merged)
-        console.comparison(merge)
-        refused = [_worse(limit, trained) for limit in merge.limits if not limit.ok]
-        if request.gguf and converter and not refused:
-            check, refused = _gguf(request, request.gguf, converter, opened, place, console)
-            merge = replace(merge, gguf=check)
-        if refused:
-            console.problems(refused)
-            return to_json(merge), Exit.MISSED
-        counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
-        text = export_card(trained, request.out.name, counts["train_pairs"], steps, judged, merge)
-        (place / CARD).write_text(redact(text), encoding="utf-8")
-        (place / FACTS).write_text(json_text(redacted(to_json(merge)), indent=2) + "\n", encoding="utf-8")
+    digests = model_folder.digests_of_run(opened.folder)
+    facts = model_folder.facts_of(request.out, opened.run.path, digests) if is_merged else None
+    _require_space(request, trained, is_merged)
+    with log_to(opened.run.log):
+        if request.gguf and converter:
+            gguf_export.require_type(converter, request.gguf)
+            if not gguf_export.has_sentencepiece():
+                fix = "pip install '.[gguf]' in a checkout of dpo"
+                console.line(f"note: sentencepiece is not installed, which the converter imports for most models: {fix}")
+        if facts is None:
+            facts, refused = _merge(request, opened, trained, digests, console)
+            if refused:
+                console.problems(refused)
+                return facts, Exit.MISSED
+            if request.gguf:
+                console.line(f"the merged model is in {request.out}")
+        else:
+            console.line(f"{request.out} holds the merged model of this run, unchanged: it is not merged again")
+        if request.gguf and converter:
+            try:
+                check, refused = _add_gguf(request, request.gguf, converter, opened, facts, console)
+            except (RunFailed, OSError) as error:
+                raise _after_merge(error, request) from error
+            facts = {**facts, "gguf": to_json(check)}
+            if refused:
+                console.problems(refused)
+                return {**facts, "out": str(request.out), "address": None}, Exit.MISSED
     console.line(f"exported to {request.out}")
     address = upload.push(request.out, request.push) if request.push else None
     if address:
         console.line(f"uploaded to {address}")
-    return {**to_json(merge), "out": str(request.out), "address": address}, Exit.DONE
+    return {**facts, "out": str(request.out), "address": address}, Exit.DONE
+
+
+def _merge(
+    request: Request, opened: OpenedRun, trained: Plan, digests: dict[str, str], console: Console
+) -> tuple[JsonObject, list[Problem]]:
+    """Write the merged model to its place, unless it is worse: the content of export.json, and the problems."""
+    with model_folder.staging(request.out) as place:
+        own, plan = _own_scores(opened, console)
+        console.line(f"merging into the {trained.dtype} base")
+        _write_merged(opened, trained, request.out, place)
+        merged = _merged_scores(opened, plan, own, place, console)
+        merge, judged = compare(opened, trained, own, merged)
+        console.comparison(merge)
+        facts: JsonObject = {**to_json(merge), **digests, "gguf": None}
+        refused = _worse(merge, trained)
+        if not refused:
+            counts, steps = opened.run.read_json(PLAN)["counts"], opened.run.read_json(SUMMARY)["steps"]
+            card = export_card(trained, request.out.name, counts["train_pairs"], steps, judged, merge)
+            with model_folder.writing_model(request.out):
+                facts = model_folder.finish(place, request.out, facts, (CARD, card))
+    return facts, refused
 
 
 def as_trained(opened: OpenedRun) -> Plan:
@@ -106,12 +135,13 @@ def as_trained(opened: OpenedRun) -> Plan:
     return replace(opened.plan, config=replace(config, use_4bit=False, use_8bit=False, device="cpu"))
 
 
-def _require_space(request: Request, plan: Plan) -> None:
+def _require_space(request: Request, plan: Plan, is_merged: bool) -> None:
     """`RunFailed` if the disk has no room for the model's files; a model of unknown shape is not checked."""
     facts = plan.model.facts
     if facts is None:
         return
-    bytes_per_value = getattr(torch, plan.dtype).itemsize + (gguf_export.BYTES_PER_VALUE[request.gguf] if request.gguf else 0)
+    bytes_per_value = 0 if is_merged else getattr(torch, plan.dtype).itemsize
+    bytes_per_value += gguf_export.BYTES_PER_VALUE[request.gguf] if request.gguf else 0
     needed = facts.parameters * bytes_per_value
     there = next(place for place in request.out.absolute().parents if place.is_dir())
     free = free_bytes(there)
@@ -122,30 +152,13 @@ def _require_space(request: Request, plan: Plan) -> None:
         raise RunFailed(message, f"free {lack_gb} GB there, or name a folder on another disk with --out")
 
 
-@contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A hidden folder next to `out`. It becomes `out` if it holds export.json, the last file; otherwise it is removed."""
-    place = out.with_name(f".{out.name}.part")
-    shutil.rmtree(place, ignore_errors=True)  # of an export that was killed
-    try:
-        place.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror}", "name another folder with --out") from error
-    try:
-        yield place
-        if (place / FACTS).is_file():
-            place.replace(out)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
 def _own_scores(opened: Opened, console: Console) -> tuple[Scores, Plan]:
     """The scores of the rows under the run's own policy, and the plan with the way of scoring."""
     policy, plan = load_policy(opened, console)
     return score(policy, opened.rows, opened.tokenizer, plan), plan
 
 
-def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
+def _write_merged(opened: Opened, trained: Plan, out: Path, place: Path) -> None:
     """Write the whole model with its tokenizer, in the dtype of the training.
 
     Loaded by transformers and PEFT only, for every provider of the run; a base that is quantised in its own files is made
@@ -155,8 +168,9 @@ def _write_merged(opened: Opened, trained: Plan, place: Path) -> None:
     model: Any = HuggingFace(trained.model).trained(trained, opened.folder).model
     if isinstance(model, PeftModel):
         model = merged(model, TRAINED, trained.model_label, getattr(torch, trained.dtype))
-    model.to(getattr(torch, trained.dtype)).save_pretrained(str(place))
-    opened.tokenizer.save_pretrained(place)
+    with model_folder.writing_model(out):
+        model.to(getattr(torch, trained.dtype)).save_pretrained(str(place))
+        opened.tokenizer.save_pretrained(place)
 
 
 def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console: Console) -> Scores:
@@ -177,13 +191,16 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[Merge, Judged]:
     """The merge as export.json has it, and the figures of the merged model for its card.
 
-    A watched figure may not leave the 95 % interval of the run's figure on the worse side.
+    A watched figure may not leave the 95 % interval of the run's figure on the worse side. Too few prompts give no interval;
+    then the log-probs themselves may not move by more than half of what training moved them, or by 0.01 nats.
     """
     config, prompts = opened.plan.config, [row.row.prompt_key for row in opened.rows]
     before, after = (figures(scores, prompts, config.beta) for scores in (own, merged))
     for sides in before, after:
         del sides.policy["kl_token"]  # unknown for the merged model
     apart = np.abs(merged.policy - own.policy)
+    moved = float(np.abs(own.policy - own.reference).mean())
+    most = max(moved / 2, NO_DIFFERENCE) if len(set(prompts)) < LEAST_PROMPTS else None
     judged = Judged(opened.plan.noun, len(opened.rows), len(set(prompts)), after)
     merge = Merge(
         run=str(opened.folder.parent.absolute()),
@@ -195,7 +212,7 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
         prompts=judged.prompts,
         before=before.policy,
         after=after.policy,
-        difference=Difference(float(apart.mean()), float(apart.max())),
+        difference=Difference(float(apart.mean()), float(apart.max()), moved, most),
         limits=[
             limit(FIGURES[name], required(before.policy, name), required(after.policy, name), judged.prompts)
             for name in opened.plan.strategy.watched
@@ -206,38 +223,93 @@ def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple
 
 def limit(figure: Figure, before: Interval, after: Interval, prompts: int) -> MergeLimit:
     """A figure of the merged model and its limit."""
+    if prompts < LEAST_PROMPTS:
+        return MergeLimit(figure.name, before.value, None, after.value, None)
     worse = -1 if figure.is_better_large else 1  # the sign of a change to the worse
     limit = before.high if worse > 0 else before.low
     if figure.is_share and before.low == before.value:
         # If every pair is right, so is every resample. With none wrong of n, 3/n is the end of a 95 % interval.
-        limit -= 3 / prompts
+        limit = max(limit - 3 / prompts, 0)
     return MergeLimit(figure.name, before.value, limit, after.value, ok=bool(worse * (after.value - limit) <= 0))
 
 
-def _worse(limit: MergeLimit, trained: Plan) -> Problem:
-    bound = "below" if FIGURES[limit.metric].is_better_large else "above"
-    message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the limit {limit.limit:.3f},"
-    message += f" the end of the interval around the run's {limit.before:.3f}"
+def _worse(merge: Merge, trained: Plan) -> list[Problem]:
+    """The limits that the merged model misses."""
     fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or keep the adapter unmerged"
-    return Problem("error", "export-worse", message, fix)
+    problems = []
+    for limit in merge.limits:
+        if limit.limit is not None and not limit.ok:
+            bound = "below" if FIGURES[limit.metric].is_better_large else "above"
+            message = f"the merged model's {limit.metric} is {limit.value:.3f}, {bound} the limit {limit.limit:.3f},"
+            message += f" the end of the interval around the run's {limit.before:.3f}"
+            problems.append(Problem("error", "export-worse", message, fix))
+    apart = merge.difference
+    if not apart.ok:
+        message = f"the merged model's log-probs differ from the run's by {apart.mean:.3g} nats on average, above the limit"
+        message += f" {apart.limit:.3g}; training changed them by {apart.trained:.3g}"
+        more = f"; or compare the figures, on at least {LEAST_PROMPTS} prompts: --dataset FILE"
+        problems.append(Problem("error", "export-worse", message, fix + more))
+    return problems
 
 
-def _gguf(
-    request: Request, kind: gguf_export.Type, converter: Path, opened: Opened, place: Path, console: Console
+def _add_gguf(
+    request: Request, kind: gguf_export.Type, converter: Path, opened: Opened, facts: JsonObject, console: Console
 ) -> tuple[GgufCheck, list[Problem]]:
-    """Write the GGUF file and its Modelfile: the comparison with the model, and the problems."""
-    file = place / f"{request.out.name}.{kind.upper()}.gguf"
-    console.line(f"writing {file.name}")
-    free_memory()
-    gguf_export.convert(converter, place, file, kind, request.out.name)
-    check = gguf_export.check(place, file, kind, opened.rows, opened.tokenizer)
-    text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
-    (place / MODELFILE).write_text(text, encoding="utf-8")
-    same = f"{check.same_argmax:.2%} of {check.positions} positions have the same most likely token"
-    console.line(f"{file.name}: {same} (minimum {check.least_same:.1%}); logits differ by {check.max_difference:.3g} at most")
-    if not has_template:
-        console.line("note: the Modelfile has no TEMPLATE; Ollama uses the one in the GGUF file")
-    message = f"{file.name} answers differently from the merged model: {same}, and the minimum is {check.least_same:.1%}"
-    fix = "nothing was exported: use a more precise type, or a newer converter"
-    refused = [] if check.ok else [Problem("error", "gguf-differs", message, fix)]
-    return replace(check, modelfile_template=has_template), refused
+    """Add a GGUF file and its Modelfile to the merged model: the comparison of both, and the problems.
+
+    export.json is written last: until it names the file, the step is repeated.
+    """
+    out = request.out
+    with model_folder.staging(out) as place:
+        file = place / f"{out.name}.{kind.upper()}.gguf"
+        console.line(f"writing {file.name}")
+        free_memory()
+        gguf_export.convert(converter, out, file, kind, out.name)
+        check = gguf_export.check(out, file, kind, opened.rows, opened.tokenizer)
+        text, has_template = modelfile(file.name, opened.tokenizer, opened.plan.day)
+        check = replace(check, modelfile_template=has_template)
+        same = f"{check.same_argmax:.2%} of {check.positions} positions have the same most likely token"
+        console.line(
+            f"{file.name}: {same} (minimum {check.least_same:.1%}); logits differ by {check.max_difference:.3g} at most"
+        )
+        if not check.ok:
+            message = (
+                f"{file.name} answers differently from the merged model: {same}, and the minimum is {check.least_same:.1%}"
+            )
+            fix = f"use a more precise type, or a newer converter, and repeat only the GGUF step: {_command(request)}"
+            return check, [Problem("error", "gguf-differs", f"{message}; {_complete(request)}", fix)]
+        if not has_template:
+            console.line("note: the Modelfile has no TEMPLATE; Ollama uses the one in the GGUF file")
+        let_others_read(place)
+        sync_all(place)
+        file.replace(out / file.name)
+    write_whole(out / MODELFILE, lambda part: part.write_text(text, encoding="utf-8"))
+    card = with_gguf((out / CARD).read_text(encoding="utf-8"), check)
+    write_whole(out / CARD, lambda part: part.write_text(redact(card), encoding="utf-8"))
+    model_folder.write_facts(out, {**facts, "gguf": to_json(check)})
+    return check, []
+
+
+def _after_merge(error: RunFailed | OSError, request: Request) -> RunFailed:
+    """The failure of the GGUF step, with what is kept and how to repeat it."""
+    if isinstance(error, OSError):
+        error = RunFailed(f"the GGUF file was not written: {error.strerror or error}", way_out(error, request.out))
+    again = f"repeat only the GGUF step: {_command(request)}"
+    return RunFailed(f"{error.message}; {_complete(request)}", f"{error.fix}, and {again}" if error.fix else again)
+
+
+def _complete(request: Request) -> str:
+    return f"the merged model in {request.out} is complete and has no GGUF file"
+
+
+def _command(request: Request) -> str:
+    """The command line of a request. With the merged model in its place it makes only the GGUF file."""
+    options = {
+        "--out": request.out,
+        "--gguf": request.gguf,
+        "--converter": request.converter,
+        "--dataset": request.dataset,
+        "--push": request.push,
+    }
+    words = [word for name, value in options.items() if value for word in (name, str(value))]
+    return f"`{join(['dpo', 'export', request.run, *words])}`"

@@ -52,7 +52,10 @@ def _reported(console: Console, debug: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:  # a training that was stopped by a signal: with the code of the signal
-        stopped = DpoError("stopped", "continue `dpo train` with --resume, `dpo augment` with the same command")
+        stopped = DpoError(
+            "stopped",
+            "continue `dpo train` with --resume; repeat the command to continue `dpo augment` or the GGUF step of `dpo export`",
+        )
         stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
         console.error(stopped)
         raise typer.Exit(int(stopped.exit_code)) from None

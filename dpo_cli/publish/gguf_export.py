@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,9 +34,12 @@ BYTES_PER_VALUE = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32}  # q8_0
 LEAST_SAME = {"f32": 0.999, "f16": 0.98, "bf16": 0.98, "q8_0": 0.95}
 ROWS, POSITIONS = 32, 16  # held-out rows compared, and the first positions of each response
 WHERE = (
-    "it is llama.cpp's: `pip download --no-binary llama-cpp-python --no-deps llama-cpp-python` has it in vendor/llama.cpp; "
-    "unpack that folder, and name the script in it with --converter or DPO_GGUF_CONVERTER"
+    "it is llama.cpp's: `make converter` in a checkout of dpo fetches it into models/llama.cpp, and so does "
+    "`pip download --no-binary llama-cpp-python --no-deps llama-cpp-python`, where it is in vendor/llama.cpp; "
+    "name the script with --converter or DPO_GGUF_CONVERTER, and keep it next to the folders that it came with"
 )
+
+MODULE = "train.log of the run has its output; for a missing module: pip install '.[gguf]' in a checkout of dpo"
 
 
 def find_converter(named: Path | None) -> Path:
@@ -43,23 +48,53 @@ def find_converter(named: Path | None) -> Path:
     if path is None:
         raise UsageError(f"--gguf needs a converter, {SCRIPT}", WHERE)
     if not Path(path).is_file():
-        raise UsageError(f"converter {path} not found", WHERE)
+        raise UsageError(f"the converter {path} is not a file", WHERE)
     return Path(path).absolute()
+
+
+def require_type(converter: Path, kind: Type) -> None:
+    """`UsageError` unless the converter runs and its help names the type. It takes seconds, and a merge takes minutes."""
+    done = _run([sys.executable, str(converter), "--help"])
+    if done.returncode != 0:
+        raise UsageError(
+            f"the converter {converter} does not run: {_last_line(done)}", f"{MODULE}; or name another one: {WHERE}"
+        )
+    types = re.search(r"--outtype\s+\{(.+?)\}", done.stdout, re.DOTALL)
+    if types is None:
+        raise UsageError(f"{converter} is not llama.cpp's {SCRIPT}: its help has no --outtype", WHERE)
+    known = re.findall(r"\w+", types[1])
+    if kind not in known:
+        raise UsageError(
+            f"the converter {converter} cannot write {kind}; it writes {', '.join(known)}", f"name a newer one: {WHERE}"
+        )
+
+
+def has_sentencepiece() -> bool:
+    """Whether the package is installed that the converter imports for most tokenizers, and not before it converts."""
+    return find_spec("sentencepiece") is not None
 
 
 def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) -> None:
     """Run the converter on a model directory; `RunFailed` if it fails, or writes no GGUF file. Its output is logged."""
     command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", kind, "--model-name", name]
+    done = _run(command)
+    if done.returncode != 0:
+        raise RunFailed(f"the converter {converter} failed: {_last_line(done)}", MODULE)
+    if not ModelFiles(file).is_gguf:
+        raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the converter to its end, and log its output."""
     # It reads the folder with transformers, which must not contact the hub.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, check=False)
     logging.getLogger("dpo").info("%s\n%s%s", command, done.stdout, done.stderr)
-    if done.returncode != 0:
-        last_line = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        fix = "train.log of the run has its output; for a missing module: pip install '.[gguf]' in a checkout of dpo"
-        raise RunFailed(f"the converter {converter} failed: {last_line}", fix)
-    if not ModelFiles(file).is_gguf:
-        raise RunFailed(f"the converter {converter} wrote no GGUF file", f"name llama.cpp's {SCRIPT}; train.log has its output")
+    return done
+
+
+def _last_line(done: subprocess.CompletedProcess[str]) -> str:
+    return (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
 
 
 def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> GgufCheck:
@@ -74,10 +109,10 @@ def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], token
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # the errors of transformers for an unreadable file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         message = f"{file.name} cannot be read back, so it cannot be checked: {reason}"
-        raise RunFailed(message, "use a newer converter, or export without --gguf") from error
+        raise RunFailed(message, "use a newer converter") from error
     if ends != tokenizer.eos_token_id or actual.shape != expected.shape:
         message = f"{file.name} differs from the model in its vocabulary or in the token that ends a text"
-        raise RunFailed(message, "use a newer converter, or export without --gguf")
+        raise RunFailed(message, "use a newer converter")
     same = float((actual.argmax(dim=-1) == expected.argmax(dim=-1)).double().mean())
     apart = float((actual - expected).abs().max())
     return GgufCheck(file.name, kind, len(expected), same, apart, LEAST_SAME[kind], ok=same >= LEAST_SAME[kind])

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.intervals import Figures
 
+# Of fewer values, even the smallest and the largest do not enclose the median with 95 % confidence: 2 * 0.5^5 is above 5 %.
+# With 6 the limit of a share that is 1 is 0.5, which is chance; with fewer it could not be missed.
+LEAST_PROMPTS = 6
+
 
 @dataclass(frozen=True)
 class MergeLimit:
-    """A figure of the merged model and its limit."""
+    """A figure of the merged model and its limit; both `limit` and `ok` are None if there are too few prompts to decide."""
 
     metric: str
     before: float
-    limit: float
+    limit: float | None
     value: float
-    ok: bool
+    ok: bool | None
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,12 @@ class Difference:
 
     mean: float
     max: float
+    trained: float  # the mean difference that training made
+    limit: float | None  # of `mean`, if there are too few prompts for limits of figures
+
+    @property
+    def ok(self) -> bool:
+        return self.limit is None or self.mean <= self.limit
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class GgufCheck:
 
 @dataclass(frozen=True)
 class Merge:
-    """The content of export.json."""
+    """The figures in export.json."""
 
     run: str
     model: str
@@ -57,7 +67,15 @@ class Merge:
     after: Figures
     difference: Difference
     limits: Sequence[MergeLimit]
-    gguf: GgufCheck | None = None
+
+    @property
+    def undecided(self) -> str | None:
+        """Why the figures have no limits; None if they have."""
+        if self.prompts >= LEAST_PROMPTS:
+            return None
+        return (
+            f"too few prompts to compare the figures: {self.prompts}; at least {LEAST_PROMPTS} are needed for a 95 % interval"
+        )
 
     def to_json(self) -> JsonObject:
         return {
@@ -71,5 +89,4 @@ class Merge:
             "after": to_json(self.after),
             "difference": to_json(self.difference),
             "limits": [to_json(limit) for limit in self.limits],
-            "gguf": to_json(self.gguf) if self.gguf else None,
         }

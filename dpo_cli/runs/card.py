@@ -10,7 +10,7 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.results.codec import to_json
 from dpo_cli.results.intervals import required
 from dpo_cli.results.judgement import Judged
-from dpo_cli.results.merge import Merge
+from dpo_cli.results.merge import GgufCheck, Merge
 from dpo_cli.strategies.figures import FIGURES
 
 _TEMPLATE = """\
@@ -44,10 +44,10 @@ Trained on {trained} weights and written in {dtype}. The same rows, evaluated wi
 The log-probability of a response differs by {mean:.3g} nats on average, by {max:.3g} at most.
 
 """
+GGUF_TITLE = "\n## GGUF\n\n"
 GGUF = """\
 `{file}` has the same most likely token as these files at {same_argmax:.2%} of {positions} positions of held-out responses;
 its logits differ by {max_difference:.3g} at most.
-
 """
 MERGED = "Its base is the run `{model}`, merged; `dpo export` makes one model of both."
 
@@ -69,9 +69,14 @@ def export_card(plan: Plan, name: str, train_rows: int, steps: int, judged: Judg
         f"| {name} | {required(merge.before, name).value:.3f} | {required(merge.after, name).value:.3f} |"
         for name in merge.before
     )
-    text = MERGE.format(rows=rows, trained=merge.trained_on, dtype=merge.dtype, **to_json(merge.difference))
-    file = GGUF.format(**to_json(merge.gguf)) if merge.gguf else ""
-    return _card(plan, name, what, train_rows, steps, judged, text + file + LOAD.format(**TRANSFORMERS), is_peft=False)
+    apart = merge.difference
+    text = MERGE.format(rows=rows, trained=merge.trained_on, dtype=merge.dtype, mean=apart.mean, max=apart.max)
+    return _card(plan, name, what, train_rows, steps, judged, text + LOAD.format(**TRANSFORMERS), is_peft=False)
+
+
+def with_gguf(card: str, check: GgufCheck) -> str:
+    """The card with a last section about the GGUF file, instead of one that an export wrote before it was stopped."""
+    return card.partition(GGUF_TITLE)[0] + GGUF_TITLE + GGUF.format(**to_json(check))
 
 
 def _plain(name: str) -> str:

@@ -24,7 +24,7 @@ from dpo_cli.storage.redaction import beneath, redact, redacted
 if TYPE_CHECKING:
     from dpo_cli.results.intervals import Interval
     from dpo_cli.results.judgement import Answers, Evaluation, Judged, Limit
-    from dpo_cli.results.merge import Merge
+    from dpo_cli.results.merge import Merge, MergeLimit
     from dpo_cli.results.tally import Tally
     from dpo_cli.results.validation import BillJson
     from dpo_cli.strategies.strategy import Strategy
@@ -196,11 +196,15 @@ class Console:
 
     def comparison(self, merge: Merge) -> None:
         """The figures of a run and of its export, and the difference of their log-probs."""
-        limits = {limit.metric: f"{limit.limit:.3f}{'' if limit.ok else ' missed'}" for limit in merge.limits}
+        limits = {limit.metric: _limit(limit) for limit in merge.limits}
         rows = [(name, _interval(merge.before[name]), _interval(merge.after[name]), limits[name]) for name in limits]
         self.table("the run, and the model read back; 95 % intervals", rows, ("figure", "run", "merged", "limit"))
+        if merge.undecided:
+            self.line(merge.undecided)
         apart = merge.difference
         self.line(f"log-probs of responses differ by {apart.mean:.3g} nats on average, by {apart.max:.3g} at most")
+        limit = "" if apart.limit is None else f"; limit of the average difference: {apart.limit:.3g}"
+        self.line(f"training changed them by {apart.trained:.3g} nats on average{limit}")
 
     @contextmanager
     def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
@@ -247,6 +251,10 @@ def _printable(text: str) -> str:
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+def _limit(limit: MergeLimit) -> str:
+    return "none" if limit.limit is None else f"{limit.limit:.3f}{'' if limit.ok else ' missed'}"
 
 
 def _interval(figure: Interval | None) -> str:
