@@ -108,7 +108,7 @@ def billed(plan: Plan, facts: ModelFacts, prompt: int, response: int) -> Setting
     """What the bill of a plan is made from where all pairs have these lengths."""
     scored = response if plan.config.strategy == "sft" else 2 * response - 1
     pair = prompt + scored if plan.config.prompt_sharing is True else None
-    return Settings.of(plan.config, facts, Longest(prompt + response, pair, scored))
+    return replace(Settings.of(plan.config, facts, Longest(prompt + response, pair, scored)), row_tokens=plan.row_tokens)
 
 
 def trainer_for(
@@ -173,20 +173,19 @@ def measured(device: str) -> Iterator[Peak]:
 
 
 def step_peak(trainer: Any, device: str) -> int:
-    """Bytes of activations and scoring at the peak of the second micro-batch of a step."""
-    step, calls, peaks = trainer.training_step, [], []
+    """Bytes of activations and scoring at the peak of the second row of a step."""
+    step, calls, peaks = trainer.run_row, [], []
 
-    def training_step(*args: Any, **kwargs: Any) -> Any:
+    def run_row(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) != 2:
             return step(*args, **kwargs)
-        assert any(parameter.grad is not None for parameter in trainer.model.parameters())
         with measured(device) as peak:
             loss = step(*args, **kwargs)
         peaks.append(peak.bytes)
         return loss
 
-    trainer.training_step = training_step
+    trainer.run_row = run_row
     trainer.train()
     return int(peaks[0])
 

@@ -210,7 +210,10 @@ def test_every_option_reaches_trl_and_peft(tmp_path: Path) -> None:
     assert not {key for key, value in {**same, **adapter}.items() if defaults()[key] == value}
     plan = make_plan(tmp_path, **same, **adapter)
     args = trainer_arguments(plan)
-    assert {key: getattr(args, key) for key in same} == same
+    whole_step = {"per_device_train_batch_size": 15, "gradient_accumulation_steps": 1}  # training/trainer.py divides it
+    assert {key: getattr(args, key) for key in same} == {**same, **whole_step}
+    compares = trainer_arguments(make_plan(tmp_path, **same, loss_type="aot"))
+    assert {key: getattr(compares, key) for key in same} == same
     assert trainer_arguments(make_plan(tmp_path, group_by_length=True)).train_sampling_strategy == "group_by_length"
     ratio = make_plan(tmp_path, warmup_ratio=0.25, warmup_steps=0)
     assert trainer_arguments(ratio).get_warmup_steps(100) == 25

@@ -31,7 +31,7 @@ def test_head_gradients_are_exact() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_gradient_of_the_states_is_exact(softcap: float | None) -> None:
-    """Of a frozen head, whose gradient is made in the forward pass: 1e-12, and each token's log-prob has a gradient of its own."""
+    """Of a frozen head, whose gradient is made in the forward pass: 1e-12, with a different share of each token in the loss."""
     torch.manual_seed(2)
     hidden = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(30, 16, dtype=torch.float64), torch.randn(30, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A micro-batch that is out of memory, run in halves; and the probe of the longest pairs, which leaves no trace."""
+"""A row that is out of memory, divided; and the probe of the longest pairs, which leaves no trace."""
 
 from __future__ import annotations
 
@@ -16,40 +16,31 @@ from transformers import PreTrainedTokenizerFast
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.scoring import forward
-from dpo_cli.scoring.oom import halves, run_in_parts, units_in
+from dpo_cli.scoring.oom import list_halves, run_in_parts
 from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.trainer import ProbeFirst
-
-
-def test_halves_keep_the_pairs_together() -> None:
-    batch = {"ids": torch.tensor([[1], [2], [3], [-1], [-2], [-3]])}
-    first, second = halves(batch, 2)
-    assert first["ids"].flatten().tolist() == [1, -1]
-    assert second["ids"].flatten().tolist() == [2, 3, -2, -3]
 
 
 def test_gradients_by_hand() -> None:
     """Each pair has a third of the loss, w * x / 3, so dw = (1 + 2 + 6) / 3 = 3, on top of a gradient of 10 that was there.
 
-    With three pairs at once, and then with two, memory is out, after the gradient has been added.
+    With three parts at once, and then with two, memory is out, after the gradient has been added.
     """
     weight = torch.nn.Parameter(torch.tensor(1.0))
     weight.grad = torch.tensor(10.0)
-    tried, told = [], []
+    tried = []
 
-    def step(batch: Any) -> Tensor:
-        count = units_in(batch, 2)
-        loss = (weight * batch["x"][:count] / 3).sum()
+    def step(values: list[float]) -> Tensor:
+        loss = (weight * torch.tensor(values) / 3).sum()
         loss.backward()
-        tried.append(count)
-        if count > 1:
+        tried.append(len(values))
+        if len(values) > 1:
             raise torch.OutOfMemoryError("none left")
         return loss.detach()
 
-    batch = {"x": torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 0.0])}
-    assert run_in_parts(step, batch, [weight], told.append).item() == pytest.approx(3)
+    assert run_in_parts(step, [[1.0, 2.0, 6.0]], [weight], list_halves).item() == pytest.approx(3)
     assert weight.grad.item() == pytest.approx(13)
-    assert tried == [3, 1, 2, 1, 1] and len(told) == 2
+    assert tried == [3, 1, 2, 1, 1]
 
 
 def test_one_pair_alone_that_does_not_fit_is_an_error() -> None:
@@ -57,13 +48,13 @@ def test_one_pair_alone_that_does_not_fit_is_an_error() -> None:
         raise torch.OutOfMemoryError("none left")
 
     with pytest.raises(torch.OutOfMemoryError):
-        run_in_parts(step, {"x": torch.zeros(4)}, [], lambda _: None)
+        run_in_parts(step, [[0.0]], [], list_halves)
 
 
 def trained(
     place: Path, tokenizer: PreTrainedTokenizerFast, faults: Iterator[bool], probes: bool = True, **options: Any
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """An adapter trained for three steps of two micro-batches of four pairs; memory is out where `faults` says so."""
+    """An adapter trained for three steps of four pairs in two rows or more; memory is out where `faults` says so."""
     place.mkdir()
     trainer, _ = make_trainer(
         place, tokenizer, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3, **options
@@ -84,10 +75,12 @@ def trained(
     return [weight.detach() for weight in weights], lines
 
 
-def test_a_run_that_is_out_of_memory_goes_on_to_the_same_adapter(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Out in the probe, in a first micro-batch, and in a second one, whose step has a gradient already."""
+@pytest.mark.parametrize("faults", [[True], [False, True], [False, False, True]])
+def test_a_run_that_is_out_of_memory_continues_to_the_same_adapter(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, faults: list[bool]
+) -> None:
+    """Out in the probe, in the first row of a step, and in the second one, whose step has a gradient already."""
     whole, lines = trained(tmp_path / "whole", tokenizer, iter([]))
-    faults = [True, False, False, True, False, False, False, False, True]
     parted, others = trained(tmp_path / "parted", tokenizer, iter(faults))
     for one, other in zip(whole, parted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

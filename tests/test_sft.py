@@ -24,7 +24,7 @@ from dpo_cli.data.tokens import Encoded, encode
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.results.intervals import required
 from dpo_cli.scoring import forward
-from dpo_cli.scoring.oom import run_in_parts
+from dpo_cli.scoring.oom import list_halves, run_in_parts
 from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.sft_trainer import DemonstrationTrainer, build_trainer
 
@@ -137,15 +137,14 @@ def test_halves_of_a_sum_add_up() -> None:
     """Each row's share of a step's loss over six tokens is w * x / 6, so dw = (1 + 2 + 3) / 6 = 1, in parts too."""
     weight = torch.nn.Parameter(torch.tensor(1.0))
 
-    def step(batch: Any) -> Tensor:
-        loss = (weight * batch["x"]).sum() / 6
+    def step(values: list[float]) -> Tensor:
+        loss = (weight * torch.tensor(values)).sum() / 6
         loss.backward()
-        if len(batch["x"]) > 1:
+        if len(values) > 1:
             raise torch.OutOfMemoryError("none left")
         return loss.detach()
 
-    batch = {"x": torch.tensor([1.0, 2.0, 3.0])}
-    assert run_in_parts(step, batch, [weight], lambda _: None, rows_a_unit=1).item() == pytest.approx(1)
+    assert run_in_parts(step, [[1.0, 2.0, 3.0]], [weight], list_halves).item() == pytest.approx(1)
     assert weight.grad is not None and weight.grad.item() == pytest.approx(1)
 
 

@@ -83,7 +83,10 @@ def train(
         loaded = replace(loaded, day=draft.day)
         prepared = prepare(data, tokenizer, draft, provider.token_rows())
         is_resumed = earlier is not None
-        plan = resolve(loaded, machine, prepared.counts, is_resumed=is_resumed, model=draft.model).with_adapted(adapted)
+        row_tokens = earlier.decided.row_tokens if earlier else None
+        plan = resolve(
+            loaded, machine, prepared.counts, is_resumed=is_resumed, row_tokens=row_tokens, model=draft.model
+        ).with_adapted(adapted)
         late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
         console.problems(late)
         show_plan(plan, console)
@@ -292,7 +295,15 @@ def _judged(
 def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console, is_resumed: bool) -> Plan:
     """The plan with what the loaded model decides: if prompts cannot be shared, micro-batches may have to be smaller."""
     assert plan.counts is not None
-    settled = resolve(loaded, machine, plan.counts, scoring, is_resumed=is_resumed, model=plan.model).with_adapted(plan.adapted)
+    settled = resolve(
+        loaded,
+        machine,
+        plan.counts,
+        scoring,
+        is_resumed=is_resumed,
+        row_tokens=plan.row_tokens if is_resumed else None,
+        model=plan.model,
+    ).with_adapted(plan.adapted)
     tell_scoring(settled, console)
     for note in settled.notes:
         if note not in plan.notes:

@@ -23,7 +23,6 @@ from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Columns, Figure
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
-
 OUTPUTS = (LOG_PROBS, IS_TOP1)  # of the head
 
 

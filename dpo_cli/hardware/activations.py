@@ -117,7 +117,7 @@ def _attention_bytes(facts: ModelFacts, settings: Settings) -> float:
     width, length = float(settings.bytes_per_value), settings.length
     extra = width * _masked(facts, settings)
     if settings.pair_tokens is not None:
-        repeated: float = settings.batch * length * 2 * facts.q
+        repeated: float = max(settings.batch * length, settings.row_tokens) * 2 * facts.q
         if _slides(facts, settings):  # the chosen response has a mask too
             repeated += settings.batch * length * 2 * (facts.q - facts.kv)
     else:

@@ -28,13 +28,15 @@ def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpoint
 def way(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
     """The first settings for `wanted` that fit the budget, or the smallest if none do, with their memory.
 
-    Only changes that do not affect the training are tried: `checkpointing` if it is "auto", then smaller micro-batches (with
-    more accumulation, so that the pairs per optimizer step stay) unless the loss compares the pairs of one. Settings that
-    leave a margin free come first.
+    Only changes that do not affect the training are tried: rows that hold one micro-batch, `checkpointing` if it is "auto",
+    then smaller micro-batches (with more accumulation, so that the pairs per optimizer step stay) unless the loss compares the
+    pairs of one. Settings that leave a margin free come first.
     """
     choices = (False, True) if checkpointing == "auto" else (bool(checkpointing),)
     batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0][: 1 if wanted.is_whole else None]
-    ways = [replace(wanted, checkpointing=choice) for choice in choices]
+    ways = [replace(wanted, checkpointing=choices[0])]
+    wanted = replace(wanted, row_tokens=0)
+    ways += [replace(wanted, checkpointing=choice) for choice in choices]
     ways += [replace(wanted, batch=size, checkpointing=choices[-1]) for size in batches[1:]]
     bills = [bill(facts, settings, budget_gb) for settings in ways]
     if budget_gb is None:

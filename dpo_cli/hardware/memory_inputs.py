@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpo_cli.config.options import Config
 from dpo_cli.config.rules import sorts_pairs
@@ -19,6 +19,10 @@ class Longest:
     sequence: int | None = None
     pair: int | None = None  # its prompt counted once, if prompts are shared
     responses: int | None = None  # of both responses of a pair together
+
+
+# A row takes more pairs than a micro-batch names, up to this many tokens: small products leave a processor idle.
+ROW_TOKENS = {"cpu": 1024}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Settings:
     on_gpu: bool = True
     pair_tokens: int | None = None  # of the longest pair, its prompt counted once, if prompts are shared and lengths known
     response_tokens: int | None = None  # scored tokens of the longest pair, if lengths are known
+    row_tokens: int = 0  # tokens up to which a row takes more pairs than `batch`
     is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never split
 
     reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
@@ -53,7 +58,7 @@ class Settings:
         targets = config.target_modules
         # Flash attention needs 16 bits and a card with bf16, and SDPA's other kernel does not support grouped keys.
         is_unfused = config.device == "cuda" and not config.bf16 and facts.q != facts.kv
-        return cls(
+        settings = cls(
             batch=config.per_device_train_batch_size,
             length=min(config.max_seq_length, longest.sequence or config.max_seq_length),
             pair_tokens=longest.pair,
@@ -75,6 +80,11 @@ class Settings:
             is_whole=sorts_pairs(config.loss_type),
             fused_attention=not is_unfused,
         )
+        if settings.is_whole or config.num_processes > 1:
+            return settings
+        pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        of_step = pairs * replace(settings, batch=1).tokens
+        return replace(settings, row_tokens=min(ROW_TOKENS.get(config.device, 0), of_step))
 
     @property
     def sequences(self) -> int:
@@ -82,14 +92,17 @@ class Settings:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch that go through the model."""
+        """Tokens of a row of the model: of a micro-batch, or of the pairs that fill it."""
         padded = self.sequences * self.length
-        return padded if self.pair_tokens is None else min(self.batch * self.pair_tokens, padded)
+        named = padded if self.pair_tokens is None else min(self.batch * self.pair_tokens, padded)
+        return max(named, self.row_tokens)
 
     @property
     def scored(self) -> int:
-        """Tokens of a micro-batch that go through the head."""
-        return self.tokens if self.response_tokens is None else min(self.batch * self.response_tokens, self.tokens)
+        """Tokens of a row that go through the head."""
+        if self.response_tokens is None:
+            return self.tokens
+        return min(max(self.batch * self.response_tokens, self.row_tokens), self.tokens)
 
     @property
     def copies_inputs(self) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
+from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.config.stages import PLAN_VERSION, day_of
 from dpo_cli.data.hub_datasets import is_hub_id
@@ -117,6 +118,7 @@ class Plan:
     scoring: Scoring
     notes: tuple[str, ...]
     day: date  # the day of the run, for a chat template; kept on --resume, and when the plan is repeated
+    row_tokens: int = 0  # a row takes more pairs than a micro-batch names, up to this many tokens
     adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
@@ -160,6 +162,11 @@ class Plan:
     def model_label(self) -> str:
         """The model's name without the folder of a local one."""
         return Path(self.config.model_name).name if Path(self.config.model_name).is_absolute() else self.config.model_name
+
+    @property
+    def fills_rows(self) -> bool:
+        """Whether the pairs of a step are divided into rows by their tokens, and not by micro-batches."""
+        return not sorts_pairs(self.config.loss_type) and self.config.num_processes == 1
 
     @property
     def predicted_gb(self) -> float | None:
@@ -209,6 +216,7 @@ class Plan:
             "counts": vars(self.counts) if self.counts else None,
             "memory": self.memory.to_json() if self.memory else None,
             "scoring": vars(self.scoring),
+            "row_tokens": self.row_tokens,
             "day": self.day.isoformat() if self.writes_date else None,
             "adapted": self.adapted.to_json() if self.adapted else None,
             "notes": list(self.notes),
@@ -226,6 +234,7 @@ class Decided:
 
     values: Mapping[str, object]  # of the options that its config did not set
     scoring: Scoring
+    row_tokens: int
     day: date | None  # if the chat template writes it
 
     @classmethod
@@ -234,7 +243,7 @@ class Decided:
         try:
             config, sources = plan["config"], plan["sources"]
             values = {name: config[name] for name in MEASURED if sources.get(name) == "measured"}
-            return cls(values, Scoring(**plan["scoring"]), day_of(plan))
+            return cls(values, Scoring(**plan["scoring"]), plan.get("row_tokens", 0), day_of(plan))
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"it is not a plan of a run: {error}") from error
 
@@ -250,13 +259,15 @@ def resolve(
     vram_gb: float | None = None,
     longest: int | None = None,
     is_resumed: bool = False,
+    row_tokens: int | None = None,
     model: ModelSource | None = None,
 ) -> Plan:
     """Decide every open value of a valid config; `vram_gb` plans for the GPU of another machine.
 
     `longest` is the estimated length of the longest sequence without `counts`, if less than max_seq_length. `scoring` is the
     way that the loaded model decided; without it prompts are shared unless the config says no. With `is_resumed` the config
-    has the values of a started run: the free memory decides nothing, and the total memory of the device is the budget.
+    has the values of a started run, and `row_tokens` are its own: the free memory decides nothing, and the total memory of the
+    device is the budget.
     `model` is the model of model_name, if that is already resolved.
     """
     config = loaded.require()
@@ -269,6 +280,7 @@ def resolve(
         notes.append(f"the files of the model hold {stored.bits}-bit weights, which are used as they are")
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
+    filled = 0
     facts = model.facts
     if facts is None:
         notes.append("the shape of this model is unknown, so its memory cannot be estimated")
@@ -278,8 +290,11 @@ def resolve(
         wanted = Settings.of(now, facts, longest_of(counts, scoring, longest))
         has_gb, free_gb = machine.memory_of(now.device)
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
-        unsplit = replace(wanted, is_whole=True) if is_resumed else wanted  # a resumed run keeps its micro-batches
+        if row_tokens is not None:
+            wanted = replace(wanted, row_tokens=row_tokens)
+        unsplit = replace(wanted, is_whole=True) if is_resumed else wanted  # a resumed run keeps its rows and micro-batches
         settings, memory = fit(facts, unsplit, budget_gb, config.gradient_checkpointing)
+        filled = settings.row_tokens if row_tokens is None else row_tokens
         if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:
             needed, free = compared(memory.total_gb, free_gb)
             lack = f"the run needs {needed} GB, but {free} GB are free now"
@@ -297,7 +312,7 @@ def resolve(
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
-    return Plan(now, model.absolute(), sources, counts, memory, scoring, tuple(notes), day)
+    return Plan(now, model.absolute(), sources, counts, memory, scoring, tuple(notes), day, filled)
 
 
 def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:

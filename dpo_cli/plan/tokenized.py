@@ -56,6 +56,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("skipped", f"{counts.too_long} {noun} whose responses are longer than max_seq_length {config.max_seq_length}"),
         ("template", f"{counts.parted} prompts are rendered differently before a response: see the first"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} {noun} ({batch} x {accumulation})"),
+        ("rows", f"{noun} of a step share rows of up to {plan.row_tokens:,} tokens"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
         ("trains", plan.adapted.words if plan.adapted else ""),
         ("scoring", plan.scoring.why),
@@ -65,6 +66,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     conditions = {
         "trains": plan.adapted,
         "date": plan.writes_date,
+        "rows": plan.row_tokens,
         "bad rows": counts.bad_rows,
         "cut": counts.cut,
         "skipped": counts.too_long,

@@ -173,7 +173,8 @@ def attach(model: PreTrainedModel, states: States, temperature: float = 1.0, out
     """Make `model(..., labels=..., fused_lm_head=True)` score with dpo's head; any other call is unchanged.
 
     The call and its output are TRL's contract (`add_fused_lm_head`): per-token tensors are (rows, length - 1), zero at
-    tokens without a label. The ones that are not in `outputs` are all zero: TRL reads them for averages of its own. `model` is the causal language model itself, below a PEFT wrapper.
+    tokens without a label. The ones that are not in `outputs` are all zero: TRL reads them for averages of its own.
+    `model` is the causal language model itself, below a PEFT wrapper.
     """
     original = type(model).forward
 

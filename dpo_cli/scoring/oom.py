@@ -1,33 +1,18 @@
-"""A micro-batch that does not fit the GPU is run in halves: the same gradient except for new dropout, and the run continues.
+"""A row that does not fit the GPU is divided: the same gradient except for new dropout, and the run continues.
 
-The loss of a micro-batch is its share of the loss of the whole step, so the gradients of its halves add up to its own. A
-backward pass that runs out of memory has already changed some gradients. So each try starts without gradients, and only those
-of a complete one are added to the earlier gradients, as autograd would add them.
+The loss of a row is its share of the loss of the whole step, so the gradients of its parts add up to its own. A backward
+pass that runs out of memory has already changed some gradients. So each try starts without gradients, and only those of a
+complete one are added to the earlier gradients, as autograd would add them.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-
-Batch = Mapping[str, Tensor]
-
-
-def units_in(batch: Batch, rows_a_unit: int) -> int:
-    """Units of a micro-batch of TRL: pairs, with two rows per tensor, or demonstrations, with one."""
-    return len(next(iter(batch.values()))) // rows_a_unit
-
-
-def halves(batch: Batch, rows_a_unit: int) -> list[Batch]:
-    """Two micro-batches with the first and the second half of the units; first rows of all units come before second rows."""
-    count = units_in(batch, rows_a_unit)
-    assert all(len(rows) == rows_a_unit * count for rows in batch.values())
-    cuts = (slice(0, count // 2), slice(count // 2, count))
-    return [{name: torch.cat([part[cut] for part in torch.split(rows, count)]) for name, rows in batch.items()} for cut in cuts]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -77,19 +62,18 @@ def list_halves(rows: list[Result]) -> list[list[Result]]:
 
 
 def run_in_parts(
-    step: Callable[[Batch], Tensor],
-    batch: Batch,
+    step: Callable[[Part], Tensor],
+    parts: Sequence[Part],
     parameters: Sequence[nn.Parameter],
-    tell: Callable[[str], None],
-    rows_a_unit: int = 2,
+    divided: Callable[[Part], list[Part]],
 ) -> Tensor:
-    """`step(batch)`, forward and backward; if that is out of memory, the same in halves, down to one unit.
+    """`step` of each part of an optimizer step, forward and backward; a part that is out of memory is `divided`.
 
-    Adds the gradients of the whole micro-batch to those of `parameters`. Returns its loss, the sum of the losses of its parts.
+    Adds the gradients of all parts to those of `parameters`. Returns the sum of their losses.
     """
     sums = [parameter.grad for parameter in parameters]
 
-    def one(part: Batch) -> Tensor:
+    def one(part: Part) -> Tensor:
         for parameter in parameters:
             parameter.grad = None
         loss = step(part)
@@ -97,13 +81,7 @@ def run_in_parts(
             sums[i] = _sum(sums[i], parameter.grad)
         return loss
 
-    def divided(part: Batch) -> list[Batch]:
-        if (count := units_in(part, rows_a_unit)) == 1:
-            return []
-        tell(f"out of memory with {count} rows at once: they run in halves; a smaller per_device_train_batch_size is faster")
-        return halves(part, rows_a_unit)
-
-    losses = [loss for _, loss in in_halves([batch], one, divided)]
+    losses = [loss for _, loss in in_halves(parts, one, divided)]
     for parameter, grad in zip(parameters, sums, strict=True):
         parameter.grad = grad
     return torch.stack(losses).sum()

@@ -27,8 +27,9 @@ from trl import DPOConfig, DPOTrainer
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
-from dpo_cli.scoring import forward, oom
+from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import LOG_PROBS
+from dpo_cli.scoring.packing import Batch, units_in
 from dpo_cli.scoring.reference import LiveReference, Reference
 from dpo_cli.strategies.figures import LINE_FIGURES, Columns, step_figures
 from dpo_cli.strategies.row_kinds import PAIRS
@@ -77,8 +78,8 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
     loss_weights: list[float]
     sft_weight = 0.0  # weight of the loss that is averaged over tokens
 
-    def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
-        super().take_over(states, totals, run_evaluation, tell)
+    def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan) -> None:
+        super().take_over(states, totals, run_evaluation, tell, plan)
         self.reference: Reference = LiveReference(self.policy, states)
         self.precompute_ref_logps = True
         # TRL's loop skips the loss that is averaged over tokens: `compute_loss` adds it.
@@ -86,8 +87,8 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         self.sft_weight = weights.pop("sft", 0.0)
         self.loss_types, self.loss_weights = list(weights), list(weights.values())
 
-    def step_size(self, batches: Sequence[oom.Batch]) -> StepSize:
-        pairs, tokens = sum(oom.units_in(batch, self.ROWS_A_UNIT) for batch in batches), 0
+    def step_size(self, batches: Sequence[Batch]) -> StepSize:
+        pairs, tokens = sum(units_in(batch, self.ROWS_A_UNIT) for batch in batches), 0
         if self.sft_weight:
             chosen = [batch["completion_mask"].chunk(2)[0][:, 1:] for batch in batches]
             tokens = sum(int(mask.sum()) for mask in chosen)
@@ -98,11 +99,11 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         return dataset
 
     def compute_loss(
-        self, model: nn.Module, inputs: oom.Batch, *args: object, num_items_in_batch: StepSize | None = None
+        self, model: nn.Module, inputs: Batch, *args: object, num_items_in_batch: StepSize | None = None
     ) -> Tensor:
         """The share of these pairs in the loss of a step of that size, or of these pairs alone."""
         self.calls.clear()
-        step, pairs = num_items_in_batch or self.step_size([inputs]), oom.units_in(inputs, self.ROWS_A_UNIT)
+        step, pairs = num_items_in_batch or self.step_size([inputs]), units_in(inputs, self.ROWS_A_UNIT)
         # Before the call of the policy, which keeps tensors for its gradient; in the precision that accelerate gives that call.
         with self.accelerator.autocast():
             reference = self.reference.log_probs(inputs)
@@ -146,7 +147,7 @@ def build_trainer(
         peft_config=adapter,
     )
     trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
-    trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell)
+    trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan)
     ready(trainer, plan, start)
     return trainer
 

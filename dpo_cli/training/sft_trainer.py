@@ -18,8 +18,9 @@ from trl import SFTConfig, SFTTrainer
 
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.plan.plan import Plan
-from dpo_cli.scoring import forward, oom
+from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import IS_TOP1, LOG_PROBS
+from dpo_cli.scoring.packing import Batch
 from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.strategies.figures import step_figures
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
@@ -47,12 +48,12 @@ class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
     ROWS_A_UNIT = 1
     OUTPUTS = (LOG_PROBS, IS_TOP1)
 
-    def step_size(self, batches: Sequence[oom.Batch]) -> Tensor:
+    def step_size(self, batches: Sequence[Batch]) -> Tensor:
         """Completion tokens: all labels except a first one, which no state predicts."""
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum()
         return cast(Tensor, self.accelerator.gather(tokens.to(self.args.device)).sum())
 
-    def compute_loss(self, model: nn.Module, inputs: oom.Batch, *args: object, **kwargs: object) -> Tensor:
+    def compute_loss(self, model: nn.Module, inputs: Batch, *args: object, **kwargs: object) -> Tensor:
         self.calls.clear()
         loss: Tensor = super().compute_loss(model, inputs, *args, **kwargs)
         (call,) = self.calls
@@ -84,7 +85,7 @@ def build_trainer(
         peft_config=adapter,
     )
     trainer.ref_model = frozen
-    trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell)
+    trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell, plan)
     ready(trainer, plan, start)
     return trainer
 

@@ -1,10 +1,11 @@
-"""What both trainers add to TRL's: halved micro-batches, a probe of the longest rows, and evaluations with dpo's figures.
+"""What both trainers add to TRL's: the rows of a step, a probe of the longest rows, and evaluations with dpo's figures.
 
 Longer than other modules: everything that touches the inside of transformers' Trainer is in one place.
 
 With dpo_trainer.py and sft_trainer.py the only module that overrides methods of TRL (tests/test_dpo.py and tests/test_sft.py
 fail if TRL changes any of them):
-- `training_step`: a micro-batch that does not fit is run in parts (scoring/oom.py).
+- `training_step`: Trainer gets all pairs of a step as one micro-batch; they run in rows (scoring/packing.py), and a row that
+  does not fit is divided (scoring/oom.py).
 - `get_batch_samples`: the rows of a step are counted, so that the loss of a micro-batch is its share of the step's.
 - `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
 - `log`: a training line includes dpo's figures.
@@ -38,6 +39,7 @@ from dpo_cli.providers.loaded_tensors import refuse
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, save_state, set_random_state
 from dpo_cli.scoring import forward, oom
+from dpo_cli.scoring.packing import Batch, packed, row_tokens, units_in
 from dpo_cli.storage.checkpoints import PART
 from dpo_cli.storage.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 
@@ -136,8 +138,14 @@ class CarefulTrainer:
     # Calls the function that makes Trainer write a checkpoint into its output_dir; without it there are none.
     write_checkpoint: Callable[[Callable[[], None]], None] | None = None
 
-    def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell) -> None:
+    row_tokens: int  # of a row at most, where it has several units; lower once the memory was too small
+    is_shared: bool  # whether a row has each prompt once
+
+    def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan) -> None:
         """Put dpo's head on the models that TRL's constructor prepared, and keep what is called later."""
+        self.is_shared = states is forward.shared_states
+        unit = max(self.train_dataset[SIZE]) * (1 if self.is_shared else self.ROWS_A_UNIT)
+        self.row_tokens = max(plan.row_tokens, plan.config.per_device_train_batch_size * unit)
         self.policy = Policy(self.model, getattr(self, "ref_model", None))
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
         self.calls: list[FusedCausalLMOutput] = []  # of the head, since the start of compute_loss
@@ -152,43 +160,56 @@ class CarefulTrainer:
         if isinstance(output, FusedCausalLMOutput):
             self.calls.append(output)
 
-    def get_batch_samples(self, *args: object) -> tuple[list[oom.Batch], object]:
+    def get_batch_samples(self, *args: object) -> tuple[list[Batch], object]:
         """The micro-batches of the next optimizer step, and its size, which Trainer hands to `compute_loss` as it is."""
         batches, _ = super().get_batch_samples(*args)  # type: ignore[misc]
         return batches, self.step_size(batches)
 
-    def step_size(self, batches: Sequence[oom.Batch]) -> object:
+    def step_size(self, batches: Sequence[Batch]) -> object:
         """What the loss of a step is divided by, over all processes."""
         raise NotImplementedError
 
-    def training_step(self, model: nn.Module, inputs: oom.Batch, *args: object, **kwargs: object) -> Tensor:
-        step: Callable[..., Tensor] = super().training_step  # type: ignore[misc]
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def training_step(self, model: nn.Module, inputs: Batch, *args: object, **kwargs: object) -> Tensor:
         # Processes add up gradients as they arrive, and must all do the same; some losses need the whole micro-batch.
         if self.accelerator.num_processes > 1 or self.IS_WHOLE:
-            return step(model, inputs, *args, **kwargs)
+            return self.run_row(model, inputs, *args, **kwargs)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rows = self._rows(self._prepare_inputs(inputs))  # type: ignore[attr-defined]
+        return oom.run_in_parts(lambda row: self.run_row(model, row, *args, **kwargs), rows, trained, self._smaller)
 
-        def attempt(batch: oom.Batch) -> Tensor:
-            mark = self.totals.mark()
-            try:
-                loss: Tensor = step(model, dict(batch), *args, **kwargs)
-            except RuntimeError:
-                self.totals.back_to(mark)
-                raise
-            return loss
+    def run_row(self, model: nn.Module, row: Batch, *args: object, **kwargs: object) -> Tensor:
+        """Forward and backward of a row; nothing is counted of one that fails."""
+        mark = self.totals.mark()
+        try:
+            loss: Tensor = super().training_step(model, dict(row), *args, **kwargs)  # type: ignore[misc]
+        except RuntimeError:
+            self.totals.back_to(mark)
+            raise
+        return loss
 
-        batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
-        return oom.run_in_parts(attempt, batch, trained, self._tell, self.ROWS_A_UNIT)
+    def _rows(self, batch: Batch) -> list[Batch]:
+        return packed(batch, self.row_tokens, self.ROWS_A_UNIT, self.is_shared)
+
+    def _smaller(self, row: Batch) -> list[Batch]:
+        """A row that is out of memory, in rows of half its tokens, as those of all later steps; none for a single unit."""
+        if units_in(row, self.ROWS_A_UNIT) == 1:
+            return []
+        tokens = row_tokens(row, self.ROWS_A_UNIT, self.is_shared)
+        self.row_tokens = tokens // 2
+        self._tell(f"out of memory with {tokens} tokens in a row: from now on a row has at most {self.row_tokens}")
+        return self._rows(row)
 
     def probe_longest(self) -> None:
-        """Run the rows with the most tokens forward and backward once, without a trace: what does not fit fails at once.
+        """Run a row of the longest units forward and backward once, without a trace: what does not fit fails at once.
 
         Memory is reserved for what only later steps hold: gradients and two moments of each.
         """
         sizes = self.train_dataset[SIZE]
-        rows = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
+        longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
         trainer: Any = self  # attributes that Trainer sets on itself
-        batch = trainer.data_collator([self.train_dataset[i] for i in rows])
+        batch = trainer.data_collator([self.train_dataset[i] for i in longest])
+        if not self.IS_WHOLE:
+            batch = self._rows(batch)[0]
         trainer.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         mark = self.totals.mark()
         seen: int = getattr(self, TRL_TOKENS)
@@ -379,12 +400,13 @@ def on_one_device(arguments: Arguments) -> Arguments:
 def common_arguments(plan: Plan) -> dict[str, Any]:
     """The arguments of every trainer, in TRL's names."""
     config = plan.config
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     return {
         "output_dir": str(plan.run_dir / CHECKPOINTS / PART),
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps or -1,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "per_device_train_batch_size": batch * accumulation if plan.fills_rows else batch,
+        "gradient_accumulation_steps": 1 if plan.fills_rows else accumulation,
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.lr_scheduler_type,

@@ -72,6 +72,7 @@ class Keep(TrainerCallback):
             "loss": float(self.trainer._tr_loss),
             "logged": self.trainer._globalstep_last_logged,
             "order": self._order,
+            "row_tokens": self.trainer.row_tokens,
             "totals": self.trainer.totals.state(),
             "health": self.health.state(),
             "early": self.early.state(),
@@ -92,6 +93,7 @@ class Keep(TrainerCallback):
         trainer.args.run_name = progress["run_name"]
         trainer._load_from_checkpoint(str(folder))
         trainer.state = TrainerState.load_from_json(str(folder / STATE))
+        trainer.row_tokens = progress.get("row_tokens", trainer.row_tokens)  # smaller if the memory was too small
         trainer.totals.restore(progress["totals"])
         self.health.restore(progress["health"])
         has_best = (folder / BEST).is_file()

@@ -1,0 +1,61 @@
+"""The pairs (or demonstrations) of a step, packed into rows: a row is what goes through the model at once.
+
+A micro-batch of TRL holds all first responses, then all second ones. A unit is a pair, with two of these sequences, or a
+demonstration, with one. With shared prompts a row has no padding and each prompt once; else it is as wide as its longest
+sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+
+
+def units_in(batch: Batch, sequences: int) -> int:
+    """Units of a micro-batch, with so many sequences per unit."""
+    return len(next(iter(batch.values()))) // sequences
+
+
+def packed(batch: Batch, budget: int, sequences: int, shared: bool) -> list[Batch]:
+    """Rows of at most `budget` tokens, the longest units first; a longer unit has a row of its own."""
+    sizes = _unit_tokens(batch, sequences, shared)
+    rows: list[list[int]] = []
+    for unit in sorted(range(len(sizes)), key=lambda unit: -sizes[unit]):
+        if rows and _row_tokens([sizes[other] for other in (*rows[-1], unit)], shared) <= budget:
+            rows[-1].append(unit)
+        else:
+            rows.append([unit])
+    return [_taken(batch, row, sequences) for row in rows]
+
+
+def row_tokens(row: Batch, sequences: int, shared: bool) -> int:
+    """Tokens of a row that go through the model, with its padding."""
+    return _row_tokens(_unit_tokens(row, sequences, shared), shared)
+
+
+def _row_tokens(sizes: Sequence[int], shared: bool) -> int:
+    return sum(sizes) if shared else len(sizes) * max(sizes)
+
+
+def _unit_tokens(batch: Batch, sequences: int, shared: bool) -> list[int]:
+    """Tokens of each unit alone in a row."""
+    real = batch["attention_mask"].bool().view(sequences, -1, batch["attention_mask"].shape[1])
+    lengths = real.sum(dim=2)
+    if not shared:
+        return (sequences * lengths.amax(dim=0)).tolist()
+    scored = batch["completion_mask"].bool().view_as(real)
+    prompts = (real & ~scored).sum(dim=2).amin(dim=0)
+    return (lengths.sum(dim=0) - (sequences - 1) * prompts).tolist()
+
+
+def _taken(batch: Batch, units: Sequence[int], sequences: int) -> Batch:
+    """The micro-batch of these units, without the padding that only others need."""
+    count = units_in(batch, sequences)
+    mask = batch["attention_mask"]
+    places = torch.tensor([kind * count + unit for kind in range(sequences) for unit in units], device=mask.device)
+    length = int(mask[places].sum(dim=1).max())
+    return {name: column[places, :length] if column.shape == mask.shape else column[places] for name, column in batch.items()}
