@@ -32,7 +32,7 @@ def test_one_process_uses_one_device(
     arguments: Callable[..., Any], gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers' arguments with so many GPUs in sight, and as the trainers get them."""
-    plan = make_plan(tmp_path, per_device_train_batch_size=2)
+    plan = make_plan(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(dpo_trainer, "common_arguments", on_gpus)
     monkeypatch.setattr(sft_trainer, "common_arguments", on_gpus)

@@ -27,9 +27,10 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.scoring import forward, shared_prompts
+from dpo_cli.scoring.reference import PAIR
 from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.dpo_trainer import FIGURES, PairTrainer, build_trainer, reward_figures, trainer_arguments
-from dpo_cli.training.trainer import Totals
+from dpo_cli.training.trainer import ProbeFirst, Totals
 
 
 def test_trl_contract() -> None:
@@ -219,6 +220,36 @@ def test_every_option_reaches_trl_and_peft(tmp_path: Path) -> None:
     assert trainer_arguments(ratio).get_warmup_steps(100) == 25
     made = HuggingFace(ModelSource.of("tiny/tiny")).adapter_config(plan, tiny_model("llama"))
     assert (made.r, made.lora_alpha, made.lora_dropout, made.target_modules) == (12, 18, 0.2, {"q_proj"})
+
+
+def test_the_reference_of_a_pair_is_computed_once(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Eight pairs, three epochs: the live reference scores each of them once, with the same losses as one that always does."""
+
+    def run(place: Path, keeps: bool) -> tuple[list[int], list[float]]:
+        place.mkdir()
+        trainer, _ = make_trainer(place, tokenizer, num_train_epochs=3, lr_scheduler_type="constant")
+        trainer.remove_callback(ProbeFirst)
+        live, scored = trainer.reference.live, list[int]()
+
+        class Counting:
+            def log_probs(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+                scored.extend(batch[PAIR].chunk(2)[0].tolist())
+                if not keeps:
+                    trainer.reference.known.zero_()
+                return live.log_probs(batch)
+
+        trainer.reference.live = Counting()
+        if not keeps:
+            step = trainer.run_row
+            trainer.run_row = lambda *args: trainer.reference.known.zero_() is not None and step(*args)
+        trainer.train()
+        return sorted(scored), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    once, losses = run(tmp_path / "once", keeps=True)
+    always, others = run(tmp_path / "always", keeps=False)
+    assert once == list(range(8))
+    assert always == sorted([*range(8)] * 3)
+    assert losses[-1] < 0.6 and losses == pytest.approx(others, abs=1e-6)
 
 
 def test_checkpointing_changes_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -13,8 +13,8 @@ What is overridden, and why (tests/test_dpo.py fails if TRL changes any of it):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import LOG_PROBS
 from dpo_cli.scoring.packing import Batch, units_in
-from dpo_cli.scoring.reference import LiveReference, Reference
+from dpo_cli.scoring.reference import PAIR, KeptReference, LiveReference
 from dpo_cli.strategies.figures import LINE_FIGURES, Columns, step_figures
 from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.training.trainer import (
@@ -80,12 +80,17 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
 
     def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan) -> None:
         super().take_over(states, totals, run_evaluation, tell, plan)
-        self.reference: Reference = LiveReference(self.policy, states)
+        self.reference = KeptReference(LiveReference(self.policy, states), len(self.train_dataset))
         self.precompute_ref_logps = True
         # TRL's loop skips the loss that is averaged over tokens: `compute_loss` adds it.
         weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
         self.sft_weight = weights.pop("sft", 0.0)
         self.loss_types, self.loss_weights = list(weights), list(weights.values())
+
+    def probe_longest(self) -> None:
+        before = self.reference.state()  # the rows of the probe are not those of the pairs' first visit
+        super().probe_longest()
+        self.reference.restore(before)
 
     def step_size(self, batches: Sequence[Batch]) -> StepSize:
         pairs, tokens = sum(units_in(batch, self.ROWS_A_UNIT) for batch in batches), 0
@@ -108,7 +113,8 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         with self.accelerator.autocast():
             reference = self.reference.log_probs(inputs)
         columns = dict(zip(REFERENCE_COLUMNS, reference.chunk(2), strict=True))
-        loss: Tensor = super().compute_loss(model, {**inputs, **columns}, *args) * (pairs / step.pairs)
+        known = {name: column for name, column in inputs.items() if name != PAIR}  # TRL hands all others to the model
+        loss: Tensor = super().compute_loss(model, {**known, **columns}, *args) * (pairs / step.pairs)
         (call,) = self.calls
         if self.sft_weight:
             log_probs = call.log_probs.chunk(2)[0]  # of the chosen responses, zero elsewhere
@@ -118,6 +124,18 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         losses = losses.expand(len(figures), 1)
         self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))
         return loss * int(self.accelerator.num_processes)  # processes average their gradients
+
+
+Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+
+
+def with_places(collate: Collator) -> Collator:
+    """TRL's collator, whose micro-batch also has the place of each sequence's pair in the training set."""
+
+    def collated(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        return {**collate(rows), PAIR: torch.tensor([row[PAIR] for row in rows] * 2)}
+
+    return collated
 
 
 def build_trainer(
@@ -146,6 +164,7 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
+    trainer.data_collator = with_places(trainer.data_collator)
     trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
     trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan)
     ready(trainer, plan, start)
@@ -167,4 +186,5 @@ def trainer_arguments(plan: Plan) -> DPOConfig:
 
 def _rows(pairs: Sequence[Encoded], shared: bool) -> Dataset:
     columns = {name: [getattr(pair, name) for pair in pairs] for name in (*forward.ID_COLUMNS, "length")}
-    return Dataset.from_dict({**columns, SIZE: [pair.shared_length if shared else pair.length for pair in pairs]})
+    sizes = [pair.shared_length if shared else pair.length for pair in pairs]
+    return Dataset.from_dict({**columns, SIZE: sizes, PAIR: range(len(pairs))})

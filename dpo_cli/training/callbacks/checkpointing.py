@@ -3,6 +3,7 @@
     Trainer's          adapter_model.safetensors or model.safetensors, trainer_state.json, optimizer, schedule, random
     the run's          plan.json, manifest.json, metrics.jsonl, at that step
     progress.json      what only this process knows: rows that are in no line yet, the course for the health rules, ...
+    reference          the reference's log-probs of the pairs that were seen, which later epochs use again
     best.safetensors   the weights of the best evaluation, if early stopping keeps other weights than the last
 
 Two things are restored here that Trainer (transformers 5.17) does not restore. The order of an epoch may come from the random
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from dpo_cli.runs.state_io import load_state, save_state
 from dpo_cli.storage.checkpoints import Checkpoint
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.run_directory import LINES, MANIFEST, PLAN, RunDirectory
@@ -33,6 +35,7 @@ from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.signals import StopOnSignal
 
 PROGRESS, BEST, STATE = "progress.json", "best.safetensors", "trainer_state.json"
+REFERENCE = "reference"  # of a preference loss: the trainer's attribute, and a file
 
 
 class Keep(TrainerCallback):
@@ -77,6 +80,8 @@ class Keep(TrainerCallback):
             "health": self.health.state(),
             "early": self.early.state(),
         }
+        if (reference := getattr(self.trainer, REFERENCE, None)) is not None:
+            save_state(folder / REFERENCE, reference.state())
         (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         if self.early.weights and self.early.best_step != self.trainer.state.global_step:
             save_file(self.early.weights, folder / BEST)
@@ -95,6 +100,8 @@ class Keep(TrainerCallback):
         trainer.state = TrainerState.load_from_json(str(folder / STATE))
         trainer.row_tokens = progress.get("row_tokens", trainer.row_tokens)  # smaller if the memory was too small
         trainer.totals.restore(progress["totals"])
+        if (folder / REFERENCE).with_suffix(".json").is_file():
+            trainer.reference.restore(load_state(folder / REFERENCE))
         self.health.restore(progress["health"])
         has_best = (folder / BEST).is_file()
         self.early.restore(progress["early"], load_file(folder / BEST) if has_best else None)
