@@ -12,7 +12,7 @@ per value.
 
 from __future__ import annotations
 
-from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_parameters, trained_width
+from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_parameters, trained_width, whole_parameters
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
 
@@ -64,9 +64,12 @@ def _logits_bytes(facts: ModelFacts, settings: Settings) -> float:
 
 
 def _multiplied(facts: ModelFacts, settings: Settings) -> int:
-    """Trained float32 weights that the blocks multiply with; recomputed blocks of a whole model cast them again."""
+    """Trained float32 weights that autocast casts for a block; recomputed blocks of a whole model cast them again.
+
+    A fused layer casts its adapter for each product.
+    """
     if settings.rank:
-        return trained_parameters(facts, settings)
+        return whole_parameters(facts, settings) if settings.is_fused else trained_parameters(facts, settings)
     return 0 if settings.checkpointing else facts.linear_parameters
 
 
