@@ -51,7 +51,7 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     moments = [(kept + end, head), (kept + backward, 0.0)]
     # At the end of the backward pass a micro-batch's gradients exist next to those of earlier ones (scoring/oom.py). Those of
     # the last block come while its tensors go: at the peak there are about half of both.
-    new_gradients = trained_parameters(facts, settings) * trained_width(settings)
+    new_gradients: float = trained_parameters(facts, settings) * trained_width(settings)
     if settings.rank:
         new_gradients *= 1 - 0.5 / facts.num_hidden_layers
     last_block = backward if settings.checkpointing else block + backward - end

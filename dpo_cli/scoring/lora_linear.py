@@ -1,8 +1,8 @@
 """An adapted linear layer as one function: the frozen weight and its LoRA adapter, forward and backward.
 
-PEFT 0.21 runs them apart, `result = base(x); x = x.to(float32); result + B(A(x)) * scaling`. Under autocast each layer then keeps a copy
-of its input, the outputs are rounded three times, and passed over as often. Here layers that read the same tensor keep that
-tensor, and the adapter's product is added in place.
+PEFT 0.21 runs them apart: `result = base(x); x = x.to(float32); result + B(A(x)) * scaling`. Under autocast each layer then
+keeps a copy of its input, and both products and their sum are rounded. Here layers that read the same tensor keep that tensor,
+and the adapter's product is added in place.
 
 `fuse` takes over the layers with plain LoRA of one adapter. All others, and each call that is not of that kind (adapter off,
 merged, several adapters), run PEFT's own forward.
@@ -56,7 +56,7 @@ class _LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, h, weight, a, b = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
@@ -77,7 +77,7 @@ def _summed(left: Tensor, right: Tensor, scaling: float, like: Tensor) -> Tensor
 
 
 def _through_base(grad: Tensor, weight: Tensor, base: nn.Module) -> Tensor:
-    """g W, (n, in), in the dtype of g; a 4-bit W is dequantised for it, and multiplied in its compute_dtype, as in bitsandbytes."""
+    """g W, (n, in), in the dtype of g. A 4-bit W is dequantised, and multiplied in its compute_dtype, as bitsandbytes does."""
     if type(base) is nn.Linear:
         return grad @ weight.to(grad.dtype)
     from bitsandbytes.functional import dequantize_4bit
@@ -93,7 +93,7 @@ def _bases() -> dict[type[nn.Module], type[nn.Module]]:
     """PEFT's layers that can be fused, with the type of the layer below."""
     bases: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: nn.Linear}
     if is_bnb_4bit_available():
-        from bitsandbytes.nn import Linear4bit
+        from bitsandbytes.nn.modules import Linear4bit
 
         bases[lora.Linear4bit] = Linear4bit
     return bases
@@ -127,7 +127,7 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         peft_forward: Callable[..., Tensor] = type(self).forward
         return peft_forward(self, x, *args, **kwargs)
     a, b, base = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer
-    rows = x.reshape(-1, x.shape[-1])  # outside the function: its result must not be a view, or later layers could not change it
+    rows = x.reshape(-1, x.shape[-1])  # here, because the function's result must not be a view: others may change it in place
     y: Tensor = _LoraLinear.apply(rows, base.weight, a, b, base, self.scaling[name])  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
 
