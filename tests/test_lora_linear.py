@@ -242,7 +242,7 @@ def test_a_repacked_4bit_layer_is_left_to_peft() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}, {"target_modules": ["embed_tokens"]}],
+    [{"use_dora": True}, {"lora_bias": True}, {"target_modules": ["embed_tokens"]}],
     ids=lambda options: next(iter(options)),
 )
 def test_other_adapters_are_left_to_peft(options: dict[str, Any]) -> None:
@@ -253,6 +253,31 @@ def test_other_adapters_are_left_to_peft(options: dict[str, Any]) -> None:
     assert fuse(model) == fused(model) == 0
     torch.manual_seed(0)
     assert all(map(torch.equal, plain, step(model)))
+
+
+def test_dropout_is_left_to_peft() -> None:
+    """In training: an evaluation is fused, because `dpo eval` loads the adapter without its dropout."""
+    model = exact("llama", lora_dropout=0.5)
+    evaluated = step(model.eval())
+    torch.manual_seed(0)
+    plain = step(model.train())
+    assert fuse(model) == 14
+    torch.manual_seed(0)
+    assert all(map(torch.equal, plain, step(model)))
+    require_same(evaluated, step(model.eval()))
+    assert not any(map(torch.equal, plain, evaluated))
+    assert any(name.startswith("_LoraLinear") for name in backward_nodes(model))
+    assert not any(name.startswith("_LoraLinear") for name in backward_nodes(model.train()))
+
+
+def backward_nodes(model: nn.Module) -> set[str]:
+    """The names of the functions of a backward pass."""
+    waiting, seen = [model(input_ids=IDS, use_cache=False).logits.grad_fn], set()
+    while waiting:
+        if (node := waiting.pop()) is not None and node not in seen:
+            seen.add(node)
+            waiting.extend(earlier for earlier, _ in node.next_functions)
+    return {node.name() for node in seen}
 
 
 def test_other_layers_are_left_to_peft() -> None:
@@ -396,9 +421,10 @@ def test_a_training_is_fused_except_for_unsloth(tmp_path: Path, tokenizer: PreTr
     assert len(layers(trainer.model)) == 14 and fused(trainer.model) == 0
 
 
-def test_eval_gives_the_figures_of_the_training(run: Run) -> None:
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}, {"use_4bit": True}, {"use_dora": True}], ids=str)
+def test_eval_gives_the_figures_of_the_training(run: Run, options: dict[str, Any]) -> None:
     """In bf16, where another way to compute would show."""
-    _, place = run(bf16=True, eval_split=0.5)
+    _, place = run(bf16=True, eval_split=0.5, max_steps=6, **options)
     stored = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
     again = judged_json(Request(str(place)), Console())
     assert again["policy"] == stored["policy"]

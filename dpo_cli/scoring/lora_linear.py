@@ -5,7 +5,7 @@ keeps a copy of its input, and both products and their sum are rounded. Here lay
 and the adapter's product is added in place.
 
 `fuse` takes over the layers with plain LoRA of one adapter. All others, and each call that is not of that kind (adapter off,
-merged, several adapters), run PEFT's own forward.
+merged, several adapters, dropout in training), run PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _bases() -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def _plain_adapter(module: nn.Module) -> str | None:
-    """The active adapter of a layer, if the layer computes nothing but `_LoraLinear`; else None."""
+    """The active adapter of a layer, if the layer computes nothing but `_LoraLinear` when no dropout is drawn; else None."""
     layer: Any = module
     if type(module) not in _bases() or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return None
@@ -114,16 +114,20 @@ def _plain_adapter(module: nn.Module) -> str | None:
         return None
     if getattr(base, "support_avx512bf16_for_cpu", False):  # repacked when it is first evaluated
         return None
-    dropout = layer.lora_dropout[name]
-    is_plain = not (layer.use_dora[name] or layer.lora_bias[name] or name in layer.lora_variant)
-    return name if is_plain and (type(dropout) is nn.Identity or dropout.p == 0) else None
+    has_more = layer.use_dora[name] or layer.lora_bias[name] or name in layer.lora_variant
+    return None if has_more or type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout) else name
+
+
+def _draws(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a fused layer, in place of PEFT's."""
     name = None if args or kwargs else _plain_adapter(self)
     # bitsandbytes answers in the dtype of the input, whatever autocast says.
-    if name is None or (type(self.base_layer) is not nn.Linear and product_dtype(x) != x.dtype):
+    is_other = name is None or (type(self.base_layer) is not nn.Linear and product_dtype(x) != x.dtype)
+    if is_other or _draws(self.lora_dropout[name]):
         peft_forward: Callable[..., Tensor] = type(self).forward
         return peft_forward(self, x, *args, **kwargs)
     a, b, base = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer
@@ -170,7 +174,7 @@ def _agrees(module: nn.Module) -> bool:
 
 def _both_ways(layer: Any) -> list[tuple[Tensor, Tensor]]:
     """The output and the gradients of a layer, from PEFT's forward and fused; the floats of the layer are changed."""
-    (name,) = layer.active_adapters
+    (name,) = layer.eval().active_adapters
     device, generator = layer.base_layer.weight.device, torch.Generator().manual_seed(0)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     for parameter in layer.parameters():
