@@ -186,6 +186,11 @@ def sorts_pairs(loss_type: str | Sequence[str]) -> bool:
     return any(name.startswith("aot") for name in ([loss_type] if isinstance(loss_type, str) else loss_type))
 
 
+def fuses_adapter(provider: str) -> bool:
+    """Whether dpo runs an adapted layer as one function (scoring/lora_linear.py): Unsloth has kernels of its own."""
+    return provider != "unsloth"
+
+
 def smoothing_needs_its_loss(values: Values, given: Values) -> Iterator[Problem]:
     named, smoothing = losses(values), values.get("label_smoothing")
     if named and smoothing and not set(named) & set(SMOOTHED_LOSSES):

@@ -12,7 +12,7 @@ per value.
 
 from __future__ import annotations
 
-from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_parameters, trained_width
+from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_parameters, trained_width, whole_parameters
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
 
@@ -49,8 +49,11 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     refers = STRATEGIES[settings.strategy].refers and settings.reference != "cache"
     head = gathered + _logits_bytes(facts, settings) + _head_gradient_bytes(facts, settings)
     moments = [(kept + end, head), (kept + backward, 0.0)]
-    # At the end of the backward pass a micro-batch's gradients exist next to those of earlier ones (scoring/oom.py).
-    new_gradients = trained_parameters(facts, settings) * trained_width(settings)
+    # At the end of the backward pass a micro-batch's gradients exist next to those of earlier ones (scoring/oom.py). Those of
+    # the last block come while its tensors go: at the peak there are about half of both.
+    new_gradients: float = trained_parameters(facts, settings) * trained_width(settings)
+    if settings.rank:
+        new_gradients *= 1 - 0.5 / facts.num_hidden_layers
     last_block = backward if settings.checkpointing else block + backward - end
     moments.append((last_block + new_gradients, 0.0))
     if refers:
@@ -64,9 +67,12 @@ def _logits_bytes(facts: ModelFacts, settings: Settings) -> float:
 
 
 def _multiplied(facts: ModelFacts, settings: Settings) -> int:
-    """Trained float32 weights that the blocks multiply with; recomputed blocks of a whole model cast them again."""
+    """Trained float32 weights that autocast casts for a block; recomputed blocks of a whole model cast them again.
+
+    A fused layer casts its adapter for each product.
+    """
     if settings.rank:
-        return trained_parameters(facts, settings)
+        return whole_parameters(facts, settings) if settings.is_fused else trained_parameters(facts, settings)
     return 0 if settings.checkpointing else facts.linear_parameters
 
 

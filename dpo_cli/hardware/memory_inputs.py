@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from dpo_cli.config.options import Config
-from dpo_cli.config.rules import sorts_pairs
+from dpo_cli.config.rules import fuses_adapter, sorts_pairs
 from dpo_cli.models import target_layers
 from dpo_cli.models.shape import Linear, ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -42,6 +42,7 @@ class Settings:
     fp16: bool = False
     dropout: bool = False  # on the inputs of the adapter
     dora: bool = False  # the adapter has a magnitude for each output too (arXiv:2402.09353)
+    fuses: bool = True  # the layers that can be: see `is_fused`
     whole_modules: tuple[str, ...] = ()  # trained in addition to the adapter: "modules_to_save"
     on_gpu: bool = True
     pair_tokens: int | None = None  # of the longest pair, its prompt counted once, if prompts are shared and lengths known
@@ -75,6 +76,7 @@ class Settings:
             fp16=bool(config.fp16),
             dropout=config.lora_dropout > 0,
             dora=config.use_dora,
+            fuses=fuses_adapter(config.provider),
             whole_modules=tuple(config.modules_to_save or ()),
             on_gpu=config.device == "cuda",
             is_whole=sorts_pairs(config.loss_type),
@@ -105,14 +107,21 @@ class Settings:
         return min(max(self.batch * self.response_tokens, self.row_tokens), self.tokens)
 
     @property
+    def is_fused(self) -> bool:
+        """Whether an adapted layer runs as one function (scoring/lora_linear.py), and not PEFT's way."""
+        return self.fuses and self.rank > 0 and not (self.dropout or self.dora or self.bits == 8)
+
+    @property
     def copies_inputs(self) -> bool:
         """Whether each adapted layer keeps its own copy of its input.
 
-        PEFT casts the input to the adapter's float32, and autocast casts it back to 16 bits, once per layer. Adapters on
-        quantised weights are in bf16 (TRL 1.15, DPOTrainer; training/dpo_trainer.py, except for fp16), and in float32 nothing
-        is cast: then layers share their input, unless dropout gives each its own.
+        Layers that are fused share the input that they read. PEFT casts the input to the adapter's float32, and autocast casts
+        it back to 16 bits, once per layer. Adapters on quantised weights are in bf16 (TRL 1.15, DPOTrainer;
+        training/dpo_trainer.py, except for fp16), and in float32 nothing is cast: then layers share their input as well,
+        unless dropout gives each its own.
         """
-        return self.rank > 0 and (self.dropout or (self.bytes_per_value < 4 and (self.bits is None or self.fp16)))
+        casts = self.bytes_per_value < 4 and (self.bits is None or self.fp16) and not self.is_fused
+        return self.rank > 0 and (self.dropout or casts)
 
 
 def trained_parameters(facts: ModelFacts, settings: Settings) -> int:
@@ -123,9 +132,14 @@ def trained_parameters(facts: ModelFacts, settings: Settings) -> int:
     linears = [linear for linear in facts.linears if linear.name not in settings.whole_modules]  # these get no adapter
     sizes = settings.rank * sum(counts[linear.name] * (linear.inputs + linear.outputs) for linear in linears)
     magnitudes = sum(counts[linear.name] * linear.outputs for linear in linears) if settings.dora else 0
+    return sizes + magnitudes + whole_parameters(facts, settings)
+
+
+def whole_parameters(facts: ModelFacts, settings: Settings) -> int:
+    """Weights that are trained in addition to an adapter."""
     whole = sum(linear.parameters for linear in facts.linears if linear.name in settings.whole_modules)
     tables = len({"embed_tokens", "lm_head"} & set(settings.whole_modules)) * facts.vocab_size * facts.hidden_size
-    return sizes + magnitudes + facts.num_hidden_layers * whole + tables
+    return facts.num_hidden_layers * whole + tables
 
 
 def trained_width(settings: Settings) -> int:

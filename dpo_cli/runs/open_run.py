@@ -11,6 +11,7 @@ from peft import PeftConfig
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.config.config import load
+from dpo_cli.config.rules import fuses_adapter
 from dpo_cli.config.schema import defaults
 from dpo_cli.data.dataset import holds_pairs, unreadable
 from dpo_cli.data.tokens import Encoded
@@ -25,6 +26,7 @@ from dpo_cli.providers.base import Provider
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.scoring.forward import choose
+from dpo_cli.scoring.lora_linear import fuse
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.log import log_to
@@ -162,6 +164,8 @@ def load_policy(opened: Opened, console: Console) -> tuple[Policy, Plan]:
     """What was trained, with its reference, and the plan with the way of scoring on this machine."""
     plan, rows, pad_token_id = opened.plan, opened.rows, int(opened.tokenizer.pad_token_id)
     policy = opened.provider.trained(plan, opened.folder)
+    if fuses_adapter(plan.config.provider):  # as in training, so that both round in the same way
+        fuse(policy.model)
     if rows:
         is_apart = opened.scoring is not None and not opened.scoring.shared
         scoring = choose(policy.network, rows, pad_token_id, False if is_apart else plan.config.prompt_sharing)

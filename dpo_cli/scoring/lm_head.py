@@ -143,7 +143,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, with_top1: bool) -> Any:
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden)
         log_probs = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         is_top1 = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         unit = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -177,7 +177,7 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Any:
-        dtype = _product_dtype(hidden)
+        dtype = product_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
         columns = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3)]
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -246,8 +246,8 @@ def _raw_gradient(head: Head, hidden: Tensor, targets: Tensor, entropy: Tensor, 
     return head.raw_gradient(gradient, kept).to(hidden.dtype)
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the head's products. Autocast does not apply to those of an autograd function, so it is read here."""
+def product_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of an autograd function's products. Autocast does not apply to those, so it is read here."""
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 

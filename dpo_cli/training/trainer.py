@@ -33,12 +33,14 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, TrainerControl, TrainerState
 from trl.trainer.utils import FusedCausalLMOutput
 
+from dpo_cli.config.rules import fuses_adapter
 from dpo_cli.models.tensor_files import SINGLE
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.loaded_tensors import refuse
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, save_state, set_random_state
 from dpo_cli.scoring import forward, oom
+from dpo_cli.scoring.lora_linear import fuse
 from dpo_cli.scoring.packing import Batch, packed, row_tokens, units_in
 from dpo_cli.storage.checkpoints import PART
 from dpo_cli.storage.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
@@ -342,7 +344,7 @@ def adapter_weights(model: PeftModel | PreTrainedModel) -> Weights:
 
 
 def ready(trainer: Any, plan: Plan, start: Weights) -> None:
-    """Set the training dtypes of a trainer's weights, and add the callbacks of every training.
+    """Set the training dtypes of a trainer's weights, fuse its adapter, and add the callbacks of every training.
 
     `start` are the weights of the adapter that training continues, before TRL changes the model.
     """
@@ -352,6 +354,8 @@ def ready(trainer: Any, plan: Plan, start: Weights) -> None:
     for module in trainer.model.modules():  # the frozen copy inherits the dropout of the adapter, and must be exact
         if isinstance(module, LoraLayer) and FROZEN in module.lora_dropout:
             module.lora_dropout[FROZEN] = torch.nn.Identity()
+    if fuses_adapter(plan.config.provider):
+        fuse(trainer.model)
     trainer.add_callback(ProbeFirst(trainer))
     trainer.add_callback(Schedule(plan, evaluates=trainer.eval_dataset is not None))
     trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,193 @@
+"""An adapted linear layer as one function: the frozen weight and its LoRA adapter, forward and backward.
+
+PEFT 0.21 runs them apart: `result = base(x); x = x.to(float32); result + B(A(x)) * scaling`. Under autocast each layer then
+keeps a copy of its input, and both products and their sum are rounded. Here layers that read the same tensor keep that tensor,
+and the adapter's product is added in place.
+
+`fuse` takes over the layers with plain LoRA of one adapter. All others, and each call that is not of that kind (adapter off,
+merged, several adapters, dropout in training), run PEFT's own forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import types
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.import_utils import is_bnb_4bit_available
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dpo_cli.scoring.lm_head import product_dtype
+
+ALLOWANCE = 1e-3  # relative difference between both ways to run a layer that counts as rounding, in float32
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T, with s the scaling (LoRA, arXiv:2106.09685, section 4.1).
+
+    Shapes: x (n, in), W (out, in), A (r, in), B (out, r), y (n, out). With h = x A^T and g = dL/dy:
+    dL/dB = s g^T h, dL/dA = s (g B)^T x, dL/dx = g W + s (g B) A. W and bias are frozen.
+
+    Products run in `product_dtype`, and their kernels sum in float32 or wider; s is applied after a sum, and never rounded by
+    itself. x, h and the weights are kept for the backward pass, as they are; y is not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float) -> Tensor:
+        dtype = product_dtype(x)
+        narrow = x.to(dtype)
+        if type(base) is nn.Linear:
+            bias = None if base.bias is None else base.bias.to(dtype)
+            y = nn.functional.linear(narrow, weight.to(dtype), bias)
+        else:
+            y = base(narrow)
+        h = narrow @ a.to(dtype).T
+        y.addmm_(h, b.to(dtype).T, alpha=scaling)
+        _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_a else None, h if needs_b else None, weight, a, b)
+        ctx.base, ctx.scaling, ctx.dtype = base, scaling, dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, h, weight, a, b = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        dtype, grad_x, grad_a, grad_b = ctx.dtype, None, None, None
+        inner = grad @ b.to(dtype) if needs_x or needs_a else None  # g B
+        if needs_b:
+            grad_b = _summed(grad, h, ctx.scaling, b)
+        if inner is not None and needs_a:
+            grad_a = _summed(inner, x.to(dtype), ctx.scaling, a)
+        if inner is not None and needs_x:
+            grad_x = _through_base(grad, weight, ctx.base).addmm_(inner, a.to(dtype), alpha=ctx.scaling)
+        return grad_x, None, grad_a, grad_b, None, None
+
+
+def _summed(left: Tensor, right: Tensor, scaling: float, like: Tensor) -> Tensor:
+    """scaling * left^T right, a sum over n, in the dtype of the weight `like`."""
+    return (left.T @ right).to(torch.promote_types(like.dtype, torch.float32)).mul_(scaling).to(like.dtype)
+
+
+def _through_base(grad: Tensor, weight: Tensor, base: nn.Module) -> Tensor:
+    """g W, (n, in), in the dtype of g. A 4-bit W is dequantised, and multiplied in its compute_dtype, as bitsandbytes does."""
+    if type(base) is nn.Linear:
+        return grad @ weight.to(grad.dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    quantised: Any = base
+    dtype = quantised.compute_dtype or grad.dtype
+    whole = dequantize_4bit(weight.view(-1, 1), quantised.weight.quant_state).to(dtype)
+    return (grad.to(dtype) @ whole).to(grad.dtype)
+
+
+@functools.cache
+def _bases() -> dict[type[nn.Module], type[nn.Module]]:
+    """PEFT's layers that can be fused, with the type of the layer below."""
+    bases: dict[type[nn.Module], type[nn.Module]] = {lora.Linear: nn.Linear}
+    if is_bnb_4bit_available():
+        from bitsandbytes.nn.modules import Linear4bit
+
+        bases[lora.Linear4bit] = Linear4bit
+    return bases
+
+
+def _plain_adapter(module: nn.Module) -> str | None:
+    """The active adapter of a layer, if the layer computes nothing but `_LoraLinear` when no dropout is drawn; else None."""
+    layer: Any = module
+    if type(module) not in _bases() or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    base, (name,) = layer.base_layer, layer.active_adapters
+    if type(base) is not _bases()[type(module)] or name not in layer.lora_A:
+        return None
+    parts = (base, layer.lora_A[name], layer.lora_B[name])
+    if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in parts):
+        return None  # someone has to see that part run, or has replaced it
+    if any(weight.requires_grad for weight in base.parameters(recurse=False)) or layer.fan_in_fan_out:
+        return None
+    if getattr(base, "support_avx512bf16_for_cpu", False):  # repacked when it is first evaluated
+        return None
+    has_more = layer.use_dora[name] or layer.lora_bias[name] or name in layer.lora_variant
+    return None if has_more or type(layer.lora_dropout[name]) not in (nn.Identity, nn.Dropout) else name
+
+
+def _draws(dropout: nn.Module) -> bool:
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of a fused layer, in place of PEFT's."""
+    name = None if args or kwargs else _plain_adapter(self)
+    # bitsandbytes answers in the dtype of the input, whatever autocast says.
+    is_other = name is None or (type(self.base_layer) is not nn.Linear and product_dtype(x) != x.dtype)
+    if is_other or _draws(self.lora_dropout[name]):
+        peft_forward: Callable[..., Tensor] = type(self).forward
+        return peft_forward(self, x, *args, **kwargs)
+    a, b, base = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer
+    rows = x.reshape(-1, x.shape[-1])  # here, because the function's result must not be a view: others may change it in place
+    y: Tensor = _LoraLinear.apply(rows, base.weight, a, b, base, self.scaling[name])  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def fuse(model: nn.Module) -> int:
+    """Let the layers of a model whose active adapter is plain LoRA run as one function each; the number of these layers.
+
+    One layer of each kind is run both ways before. Where they differ, PEFT's forward stays, with a line in the log.
+    """
+    kinds: dict[tuple[object, ...], list[Any]] = defaultdict(list)
+    for module in model.modules():
+        if _plain_adapter(module) is not None:
+            base: Any = module.base_layer
+            kinds[type(module), base.bias is None, base.weight.dtype, base.weight.device.type].append(module)
+    count = 0
+    for layers in kinds.values():
+        if not _agrees(min(layers, key=lambda layer: layer.base_layer.weight.numel())):
+            continue
+        for layer in layers:
+            layer.forward = types.MethodType(_forward, layer)
+        count += len(layers)
+    return count
+
+
+def _agrees(module: nn.Module) -> bool:
+    """Whether a layer gives the same output and gradients both ways: a copy in float32, with an adapter of random weights."""
+    log = logging.getLogger("dpo")
+    try:
+        pairs = _both_ways(copy.deepcopy(module))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # another version of PEFT may fail in any way; its own forward is then used
+        log.exception("an adapted layer cannot run as one function; PEFT runs it")
+        return False
+    is_same = all(bool((peft - fused).norm() <= ALLOWANCE * peft.norm()) for peft, fused in pairs)
+    if not is_same:
+        log.warning("an adapted layer computes something else as one function; PEFT runs it")
+    return is_same
+
+
+def _both_ways(layer: Any) -> list[tuple[Tensor, Tensor]]:
+    """The output and the gradients of a layer, from PEFT's forward and fused; the floats of the layer are changed."""
+    (name,) = layer.eval().active_adapters
+    device, generator = layer.base_layer.weight.device, torch.Generator().manual_seed(0)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    for parameter in layer.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for weight in (a, b):  # a fresh B is zero, and would hide A
+        weight.data = torch.randn(weight.shape, generator=generator).to(device)
+        weight.requires_grad_()
+    x = torch.randn(3, a.shape[1], generator=generator).to(device).requires_grad_()
+    share = torch.randn(3, b.shape[0], generator=generator).to(device)
+    results = []
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        for forward in (type(layer).forward, _forward):
+            y = forward(layer, x)
+            results.append([y.detach(), *torch.autograd.grad(y, (x, a, b), share)])
+    return list(zip(*results, strict=True))
