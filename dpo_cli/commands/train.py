@@ -24,6 +24,7 @@ from dpo_cli.plan.preflight import Inspection, step_problems
 from dpo_cli.plan.tokenized import Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.policy import Policy
+from dpo_cli.providers.precision import with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.publish.upload import push
 from dpo_cli.report.render import write_report
@@ -79,6 +80,7 @@ def train(
                 run = held.enter_context(_claimed(run.path, resume=True))
             if (earlier := EarlierRun.find(run, tell)) is not None:
                 loaded = earlier.as_decided(loaded, tell)
+        machine = with_bf16_speed(machine, loaded.require(), draft.model.facts)
         draft = replace(draft, day=loaded.day or draft.day)
         loaded = replace(loaded, day=draft.day)
         prepared = prepare(data, tokenizer, draft, provider.token_rows())

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
@@ -263,6 +263,8 @@ def resolve(
     model = model or ModelSource.of(config.model_name)
     start, notes = started(loaded, config, model)
     now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
+    if now.device == "cpu" and leaves_precision_open(config):
+        notes.append(machine.cpu_words)
     is_merged = model.adapter is not None and start["reference"] == "base"  # then the weights are not quantised
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         now = now.replaced({OPTIONS[stored.bits]: True})
@@ -307,12 +309,22 @@ def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = N
     return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
 
 
+def device_of(config: Config, machine: Machine) -> Literal["cuda", "mps", "cpu"]:
+    """The device of a run on this machine."""
+    if config.device != "auto":
+        return config.device
+    return "cpu" if machine.device == "mps" and config.optim in NOT_ON_MPS else machine.device
+
+
+def leaves_precision_open(config: Config) -> bool:
+    """Whether the machine decides between bfloat16 and another precision."""
+    return config.bf16 is None and not config.fp16
+
+
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Config:
     """The config with its open values decided. Paths become absolute, so that plan.json works from any folder."""
-    device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
-    if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
-        device = "cpu"
-    has_bf16 = {"cuda": machine.has_bf16, "cpu": machine.has_amx}.get(device, False)
+    device = "cuda" if on_gpu else device_of(config, machine)
+    has_bf16 = {"cuda": machine.has_bf16, "cpu": machine.cpu_has_bf16}.get(device, False)
     bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
     fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16
     name = Path(file).stem if file != "-" else "stdin"
