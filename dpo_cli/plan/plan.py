@@ -63,6 +63,18 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """The noise of a 16-bit run: log-ratios (policy against reference) that are rounding only. Root mean squares, nats."""
+
+    response: float  # of a response
+    pair: float  # of chosen minus rejected, the margin without beta
+
+    def of_mean(self, pairs: int, beta: float) -> float:
+        """The noise of the mean margin of this many pairs."""
+        return beta * self.pair / math.sqrt(pairs)
+
+
+@dataclass(frozen=True)
 class Adapted:
     """The trained part of a model: the layers with an adapter, with their counts, and the number of weights."""
 
@@ -118,10 +130,21 @@ class Plan:
     notes: tuple[str, ...]
     day: date  # the day of the run, for a chat template; kept on --resume, and when the plan is repeated
     adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
+    rounding: Rounding | None = None  # measured before the first step; None in float32, and without a reference
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
         """The plan with the trained part of the model."""
         return replace(self, adapted=adapted, notes=(*self.notes, *(adapted.notes if adapted else ())))
+
+    def with_rounding(self, rounding: Rounding | None) -> Plan:
+        """The plan with the measured noise of its dtype."""
+        if rounding is None:
+            return self
+        reward, margin = (self.config.beta * nats for nats in (rounding.response, rounding.pair))
+        words = (
+            f"rounding: {self.dtype} moves the reward of a response by about {reward:.2g}, the margin of a pair by {margin:.2g}"
+        )
+        return replace(self, rounding=rounding, notes=(*self.notes, words))
 
     @property
     def run_dir(self) -> Path:
@@ -211,6 +234,7 @@ class Plan:
             "scoring": vars(self.scoring),
             "day": self.day.isoformat() if self.writes_date else None,
             "adapted": self.adapted.to_json() if self.adapted else None,
+            "rounding": vars(self.rounding) if self.rounding else None,
             "notes": list(self.notes),
         }
 
@@ -227,6 +251,7 @@ class Decided:
     values: Mapping[str, object]  # of the options that its config did not set
     scoring: Scoring
     day: date | None  # if the chat template writes it
+    rounding: Rounding | None = None
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Decided:
@@ -234,7 +259,8 @@ class Decided:
         try:
             config, sources = plan["config"], plan["sources"]
             values = {name: config[name] for name in MEASURED if sources.get(name) == "measured"}
-            return cls(values, Scoring(**plan["scoring"]), day_of(plan))
+            rounding = Rounding(**plan["rounding"]) if plan.get("rounding") else None  # older plans have none
+            return cls(values, Scoring(**plan["scoring"]), day_of(plan), rounding)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"it is not a plan of a run: {error}") from error
 
