@@ -222,7 +222,7 @@ VALUES = [
     Case("bad-value", "loss_type", '"loss_type": ["sigmoid", "sftt"]', "a list of losses"),
     Case("bad-value", "use_4bit", '"use_4bit": "true"', "without quotes: true"),
     Case("bad-value", "use_4bit", '"use_4bit": 1', "in 4 bits"),
-    Case("bad-value", "bf16", '"bf16": "bf16"', "Default: if the hardware supports it"),
+    Case("bad-value", "bf16", '"bf16": "bf16"', "Default: on a GPU, if it supports it"),
     Case("bad-value", "strategy", '"strategy": "DPO"', 'did you mean "strategy": "dpo"?'),
     Case("bad-value", "strategy", '"strategy": "ppo"', 'for example "strategy": "dpo"'),
     Case("bad-value", "strategy", '"strategy": null', 'for example "strategy": "dpo"'),
