@@ -24,7 +24,7 @@ def machine() -> dict[str, Any]:
         "processor": here.processor,
         "cores": here.cores,
         "memory_gb": here.memory_gb,
-        "amx": here.has_amx,
+        "amx": here.bf16_flag == "amx_bf16",
         "avx512_bf16": "avx512_bf16" in flags,
         "gpus": [gpu.name for gpu in here.gpus],
     }

@@ -17,12 +17,12 @@ from gguf_files import write_gguf
 
 from dpo_cli.hardware.machine import Gpu, Machine
 
-CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),), is_apple=False)
-NO_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(), is_apple=False)
+CARD = Machine("cpu", 8, 32.0, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),), is_apple=False)
+NO_CARD = Machine("cpu", 8, 32.0, gpus=(), is_apple=False)
 APPLE = replace(NO_CARD, is_apple=True)
-OLD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("T4", 16.0, 15.5, 7.5),), is_apple=False)
-AMD_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(Gpu("RX 7900", 24.0, 23.5, 0.0, "amd"),), is_apple=False)
-SMALL_HOST = Machine("cpu", 4, 8.0, has_amx=False, gpus=(), is_apple=False)
+OLD_CARD = Machine("cpu", 8, 32.0, gpus=(Gpu("T4", 16.0, 15.5, 7.5),), is_apple=False)
+AMD_CARD = Machine("cpu", 8, 32.0, gpus=(Gpu("RX 7900", 24.0, 23.5, 0.0, "amd"),), is_apple=False)
+SMALL_HOST = Machine("cpu", 4, 8.0, gpus=(), is_apple=False)
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HEAD = {"model_name": MODEL, "dataset": "pairs.jsonl", "eval_split": 0.1}  # lines 2 to 4 of a config
@@ -222,7 +222,7 @@ VALUES = [
     Case("bad-value", "loss_type", '"loss_type": ["sigmoid", "sftt"]', "a list of losses"),
     Case("bad-value", "use_4bit", '"use_4bit": "true"', "without quotes: true"),
     Case("bad-value", "use_4bit", '"use_4bit": 1', "in 4 bits"),
-    Case("bad-value", "bf16", '"bf16": "bf16"', "Default: if the hardware supports it"),
+    Case("bad-value", "bf16", '"bf16": "bf16"', "Default: on a GPU, if it supports it"),
     Case("bad-value", "strategy", '"strategy": "DPO"', 'did you mean "strategy": "dpo"?'),
     Case("bad-value", "strategy", '"strategy": "ppo"', 'for example "strategy": "dpo"'),
     Case("bad-value", "strategy", '"strategy": null', 'for example "strategy": "dpo"'),

@@ -57,7 +57,7 @@ def test_every_option_declares_all_that_is_asked_of_it(option: Option) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
 def test_shipped_configs_have_only_what_they_leave_out(path: Path) -> None:
-    machine = Machine("cpu", 2, 8.0, has_amx=False, gpus=(), is_apple=False)
+    machine = Machine("cpu", 2, 8.0, gpus=(), is_apple=False)
     (found, *others) = [inspect(loaded.on_foundation(), machine) for loaded in load_stages(str(path))]
     assert not any(codes(other.problems) for other in others)
     says = {

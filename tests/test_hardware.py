@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from gguf_files import write_gguf
 
-from dpo_cli.hardware.machine import GIB, nvidia_gpus, probe
+from dpo_cli.hardware.machine import GIB, apple_bf16_flag, bf16_flag, nvidia_gpus, probe
 from dpo_cli.models import checks, gguf_header
 from dpo_cli.models.source import ModelSource
 
@@ -147,3 +147,29 @@ def test_a_mac_trains_on_its_gpu_where_torch_can(
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(platform, "mac_ver", lambda: (version, ("", "", ""), machine))
     assert probe().device == device
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16 gfni", "avx512_bf16"),
+        ("flags\t\t: avx512_bf16 amx_bf16 amx_tile", "amx_bf16"),
+        ("flags\t\t: fpu avx2 avx512f", ""),
+        ("Features\t: fp asimd i8mm bf16 dgh", "bf16"),
+        ("Features\t: fp asimd svei8mm svebf16 i8mm bf16", "svebf16"),
+        ("Features\t: fp asimd sve", ""),
+        ("model name\t: a bf16 processor", ""),
+    ],
+)
+def test_the_flags_of_a_processor_promise_bfloat16(line: str, flag: str) -> None:
+    assert bf16_flag(f"processor\t: 0\n{line}\nbugs\t:\n") == flag
+
+
+@pytest.mark.parametrize(("answer", "flag"), [("1", "FEAT_BF16"), ("0", "")])
+def test_a_mac_is_asked_for_bfloat16(answer: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "sysctl"
+    program.write_text(f'#!/bin/sh\n[ "$2" = hw.optional.arm.FEAT_BF16 ] && echo {answer}\n', encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    assert apple_bf16_flag() == flag

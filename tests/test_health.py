@@ -20,7 +20,7 @@ from dpo_cli.config.schema import options
 from dpo_cli.errors import Exit
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.hardware.machine import probe
-from dpo_cli.plan.plan import Counts, Plan, resolve
+from dpo_cli.plan.plan import Counts, Plan, Rounding, resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -83,6 +83,31 @@ def steps(count: int, **figures: Any) -> list[dict[str, float]]:
 )
 def test_rules_by_hand(tmp_path: Path, made: list[dict[str, float]], rules: list[str]) -> None:
     assert spoken(Course(plan(tmp_path), made)) == rules
+
+
+@pytest.mark.parametrize(
+    ("made", "pair", "response", "rules"),
+    [
+        # the mean of 64 pairs: 0.1 * 1 nat / 8 = 0.0125, five times that is 0.06; of 2 nats 0.125
+        (steps(8, margin=-0.11), 1.0, 0.1, ["prefers-rejected"]),
+        (steps(8, margin=-0.11), 2.0, 0.1, []),
+        # five times 0.1 * 5 nats / 8 is 0.31, of 8 nats 0.5; the reward falls by 0.5, the margin grows by 0.4
+        (
+            steps(16, reward_chosen=lambda i: 0.3 - 0.5 * (i > 7), margin=lambda i: 0.5 + 0.4 * (i > 7)),
+            5.0,
+            0.1,
+            ["chosen-falls"],
+        ),
+        (steps(16, reward_chosen=lambda i: 0.3 - 0.5 * (i > 7), margin=lambda i: 0.5 + 0.4 * (i > 7)), 8.0, 0.1, []),
+        # 0.5 nats are "hardly moved": rounding of 0.4 nats is less, of 0.6 more
+        (steps(20, reward_chosen=0.04, reward_rejected=-0.04), 0.1, 0.4, ["no-movement"]),
+        (steps(20, reward_chosen=0.04, reward_rejected=-0.04), 0.1, 0.6, []),
+    ],
+)
+def test_no_rule_fires_within_the_rounding(
+    tmp_path: Path, made: list[dict[str, float]], pair: float, response: float, rules: list[str]
+) -> None:
+    assert spoken(Course(plan(tmp_path).with_rounding(Rounding(response, pair)), made)) == rules
 
 
 def test_rewards_of_exactly_0_are_seen_in_few_steps(tmp_path: Path) -> None:

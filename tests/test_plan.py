@@ -16,8 +16,8 @@ from dpo_cli.plan.feasibility import does_not_fit
 from dpo_cli.plan.plan import MEASURED, Counts, Plan, resolve
 from dpo_cli.plan.preflight import inspect
 
-CPU = Machine("cpu", 2, 16.0, has_amx=False, gpus=(), is_apple=False)
-AMX = replace(CPU, has_amx=True)
+CPU = Machine("cpu", 2, 16.0, gpus=(), is_apple=False)
+AMX = replace(CPU, bf16_flag="amx_bf16")
 TURING = replace(CPU, gpus=(Gpu("T4", 15.0, 14.5, 7.5),))
 AMPERE = replace(CPU, gpus=(Gpu("3060", 12.0, 11.5, 8.6),))
 APPLE = replace(CPU, is_apple=True)
@@ -55,6 +55,8 @@ def write(tmp_path: Path, **options: object) -> str:
     [
         (CPU, "cpu", "float32"),
         (AMX, "cpu", "bfloat16"),
+        (replace(AMX, bf16_speed=1.1), "cpu", "float32"),
+        (replace(CPU, bf16_speed=2.25), "cpu", "bfloat16"),
         (TURING, "cuda", "float16"),
         (AMPERE, "cuda", "bfloat16"),
         (APPLE, "mps", "float32"),
@@ -64,6 +66,32 @@ def test_precision_is_what_the_machine_does_best(tmp_path: Path, machine: Machin
     plan = resolve(load(write(tmp_path)), machine, COUNTS)
     assert (plan.config.device, plan.dtype) == (device, dtype)
     assert plan.sources["bf16"] == "measured"
+
+
+@pytest.mark.parametrize(
+    ("machine", "note"),
+    [
+        (
+            CPU,
+            "float32 is assumed, since the processor names no bfloat16 products: `dpo train` measures which is faster",
+        ),
+        (AMX, "bfloat16 is assumed, since the processor has amx_bf16: `dpo train` measures which is faster"),
+        (replace(AMX, bf16_speed=1.1), "float32: products in bfloat16 are 1.1 times as fast as in float32 here"),
+        (replace(CPU, bf16_speed=2.26), "bfloat16: products in bfloat16 are 2.3 times as fast as in float32 here"),
+    ],
+)
+def test_the_plan_notes_why_a_processor_has_its_precision(tmp_path: Path, machine: Machine, note: str) -> None:
+    assert note in resolve(load(write(tmp_path)), machine, COUNTS).notes
+    for chosen in ({"bf16": True}, {"bf16": False}, {"fp16": True}):
+        assert not [one for one in resolve(load(write(tmp_path, **chosen)), machine, COUNTS).notes if "bfloat16" in one]
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"), [({"bf16": True}, "bfloat16"), ({"bf16": False}, "float32"), ({"fp16": True}, "float16")]
+)
+def test_a_precision_in_the_config_wins_over_the_measurement(tmp_path: Path, options: dict[str, object], dtype: str) -> None:
+    for speed in (0.5, 3.0):
+        assert resolve(load(write(tmp_path, **options)), replace(AMX, bf16_speed=speed), COUNTS).dtype == dtype
 
 
 def test_a_mac_trains_on_its_processor_with_an_optimizer_that_its_gpu_does_not_know(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def test_json_comes_back_as_it_was() -> None:
 
 
 def test_a_later_version_may_add_keys() -> None:
+    without = {name: value for name, value in EVALUATION.items() if name != "dtype"}  # as an older version wrote it
+    assert Evaluation.of_json(without, "pairs").dtype is None
     assert RunSummary.of_json({**SUMMARY, "more": {"a": 1}}) == RunSummary.of_json(SUMMARY)
     assert Line.of_json({**LINE, "device": "cpu"}) == Line.of_json(LINE)
 

@@ -368,7 +368,7 @@ def test_a_run_goes_on_with_the_batch_that_it_began_with_whatever_memory_there_i
 def test_a_run_goes_on_and_is_judged_with_what_it_decided(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Started where bfloat16 is fast and memory is large; a new run on the other machine decides both differently."""
     left_open = {"device": "auto", "bf16": None, "fp16": None, "gradient_checkpointing": "auto"}
-    here = replace(probe(), has_amx=True)
+    here = replace(probe(), bf16_speed=2.0)
     whole, _ = go("whole", machine=here, **left_open)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         stopping(patched, partial(is_line, step=5, split="train"), kill)
@@ -377,7 +377,7 @@ def test_a_run_goes_on_and_is_judged_with_what_it_decided(go: Go, tmp_path: Path
     settled = partial(resolve, load(str(tmp_path / "whole.json")), counts=Counts(**first_plan["counts"]))
     need = settled(here, scoring=Scoring(**first_plan["scoring"])).memory
     assert need is not None
-    other = replace(here, has_amx=False, memory_gb=1.0001 * need.total_gb)
+    other = replace(here, bf16_speed=0.5, memory_gb=1.0001 * need.total_gb)
     fresh = settled(other, scoring=Scoring(**first_plan["scoring"]))
     assert (fresh.dtype, fresh.config.gradient_checkpointing) == ("float32", True)
 

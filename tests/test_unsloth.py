@@ -22,7 +22,7 @@ from dpo_cli.plan.plan import resolve
 from dpo_cli.plan.preflight import inspect
 
 INSTALL = "pip install 'dpo-cli[unsloth]'"
-NO_CARD = Machine("cpu", 8, 32.0, has_amx=False, gpus=(), is_apple=False, has_unsloth=True)
+NO_CARD = Machine("cpu", 8, 32.0, gpus=(), is_apple=False, has_unsloth=True)
 CARD = replace(NO_CARD, gpus=(Gpu("RTX 4090", 24.0, 23.5, 8.9),))
 AMD = replace(NO_CARD, gpus=(Gpu("RX 7900", 24.0, 23.5, 0.0, "amd"),))
 APPLE = replace(NO_CARD, is_apple=True)

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 from dpo_cli.commands.requests import Request
 from dpo_cli.evaluation.evaluation import ANSWERS, answered, judge, measure
+from dpo_cli.evaluation.rounding import without_rounding
 from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
 from dpo_cli.results.codec import to_json
@@ -31,6 +32,8 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         policy, plan = load_policy(opened, console)
         samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, vote.prompts if vote else 0))
         measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
+        if measured is not None:
+            measured = without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)
         judged = judge(opened.rows, measured, samples, plan)
     is_as_trained = request.dataset is None and not request.overrides  # only these figures belong to the run
     if run and is_as_trained and judged.sides is not None and not run.has(EVALUATION):

@@ -17,13 +17,15 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figures, measure, score
+from dpo_cli.evaluation.rounding import rounding_of, without_rounding
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.plan.feasibility import disk_problem, does_not_fit, out_of_memory
-from dpo_cli.plan.plan import Plan, Scoring, resolve
+from dpo_cli.plan.plan import Plan, Rounding, Scoring, resolve
 from dpo_cli.plan.preflight import Inspection, step_problems
 from dpo_cli.plan.tokenized import Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.policy import Policy
+from dpo_cli.providers.precision import with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.publish.upload import push
 from dpo_cli.report.render import write_report
@@ -48,6 +50,7 @@ from dpo_cli.training.trainer import save_trained
 from dpo_cli.ui.console import Console
 from dpo_cli.ui.live import LiveView
 
+ROUNDED_ROWS = 8  # pairs that show the rounding of 16 bits
 START_ROWS = 4  # pairs on which the policy must equal its reference before the first step
 TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}
 
@@ -79,6 +82,7 @@ def train(
                 run = held.enter_context(_claimed(run.path, resume=True))
             if (earlier := EarlierRun.find(run, tell)) is not None:
                 loaded = earlier.as_decided(loaded, tell)
+        machine = with_bf16_speed(machine, loaded.require(), draft.model.facts)
         draft = replace(draft, day=loaded.day or draft.day)
         loaded = replace(loaded, day=draft.day)
         prepared = prepare(data, tokenizer, draft, provider.token_rows())
@@ -184,6 +188,11 @@ def _trained(
         build = TRAINERS[plan.config.strategy]
         trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen)
         provider.ready(trainer.model, plan)
+        with _fitting(plan, loaded):
+            first = rows.train[:ROUNDED_ROWS]
+            rounding = earlier.decided.rounding if earlier else rounding_of(trainer.policy, first, tokenizer, plan)
+        plan = _with_rounding(plan, rounding, console)
+        run.write_plan({**plan.to_json(), **findings})
         health = Health(plan, trainer.totals, view.note)
         early = StopEarly(trainer.model, plan.config.early_stopping_patience)
         record = Record(trainer.totals, [partial(_write_line, run), view.show, health.see, early.see])
@@ -227,7 +236,7 @@ def _trained(
     can_be_judged = not stop.received and health.can_be_judged
     with log_to(run.log):
         last = measured.get(early.best_step or steps)
-        judged = _judged(trainer.policy, rows.held_out if can_be_judged else [], tokenizer, plan, last)
+        judged = _judged(trainer.policy, rows.held_out if can_be_judged else [], tokenizer, plan, last, console.line)
     summary = replace(summary, sides=judged.sides)
     if judged.sides is not None:
         run.write_json(EVALUATION, to_json(judged))
@@ -284,12 +293,18 @@ def _ending(stop: StopOnSignal, health: Health) -> tuple[Status, Exit]:
 
 
 def _judged(
-    policy: Policy, rows: list[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan, last: Measured | None
+    policy: Policy,
+    rows: list[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    last: Measured | None,
+    tell: Callable[[str], None],
 ) -> Evaluation:
     """The evaluation of what was trained; `last` is the evaluation after the last step, if there is one."""
     if not rows:
         return judge([], None, [], plan)
-    return judge(rows, last or measure(policy, rows, tokenizer, plan), answered(policy, tokenizer, rows, plan), plan)
+    measured = without_rounding(policy, rows, tokenizer, plan, last or measure(policy, rows, tokenizer, plan), tell)
+    return judge(rows, measured, answered(policy, tokenizer, rows, plan), plan)
 
 
 def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console, is_resumed: bool) -> Plan:
@@ -310,6 +325,14 @@ def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, con
             console.line(f"note: {note}")
     _require_fit(settled, loaded, is_resumed)
     return settled
+
+
+def _with_rounding(plan: Plan, rounding: Rounding | None, console: Console) -> Plan:
+    """The plan with the noise of its dtype, which is shown."""
+    rounded = plan.with_rounding(rounding)
+    for note in rounded.notes[len(plan.notes) :]:
+        console.line(note)
+    return rounded
 
 
 @contextmanager

@@ -29,8 +29,15 @@ ANSWERS, SAMPLES = 32, 8  # held-out prompts that are answered, and answers that
 CATEGORIES, NONE, OTHERS = 20, "(none)", "(others)"  # a column of this name may be an id that differs in each row
 
 
-def score(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Scores:
-    batch_size, dtype = plan.config.per_device_eval_batch_size, getattr(torch, plan.dtype)
+def score(
+    policy: Policy,
+    rows: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    dtype: torch.dtype | None = None,
+) -> Scores:
+    """The scores of rows; in the plan's dtype if no other is named."""
+    batch_size, dtype = plan.config.per_device_eval_batch_size, dtype or getattr(torch, plan.dtype)
     return score_rows(policy, rows, states_of(plan.scoring), int(tokenizer.pad_token_id), batch_size, dtype)
 
 
@@ -41,6 +48,7 @@ class Measured:
     scores: Scores
     kl: Array  # the samples of kl_sequence, nats per answer; empty if none are drawn
     unanswered: int = 0  # prompts without an answer: they fill the model's context
+    dtype: str | None = None  # of the scores, if it is not the plan's
 
 
 def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
@@ -89,6 +97,7 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
         rows=table,
         best=best,
         worst=worst,
+        dtype=measured.dtype or plan.dtype,
     )
 
 

@@ -18,6 +18,10 @@ import dpo_cli
 GIB = 2**30
 SMALLEST_CARD_BYTES = 2 * GIB  # integrated GPUs have less
 OLDEST_MACOS = 14  # the oldest with torch's Metal backend, and bfloat16 in it
+BF16_FLAGS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")  # of /proc/cpuinfo: bfloat16 products, on x86 and on Arm
+# Products are only a part of a step, and bfloat16 costs exactness: below this it gains too little. A measurement of a few
+# milliseconds on a busy machine is off by 10 % at most.
+WORTH_BF16 = 1.2  # times as fast as float32
 APPLE_SHARE = 2 / 3  # share of unified memory that Metal lets a process hold (recommendedMaxWorkingSetSize on smaller machines)
 
 
@@ -43,10 +47,11 @@ class Machine:
     processor: str
     cores: int
     memory_gb: float
-    has_amx: bool  # bfloat16 matrix units of the processor
     gpus: tuple[Gpu, ...]
     is_apple: bool  # Apple silicon with a GPU that torch can use
     has_unsloth: bool = False  # the package
+    bf16_flag: str = ""  # the processor's flag that promises bfloat16 products
+    bf16_speed: float | None = None  # of such products, relative to float32, as a training measured it (providers/precision.py)
 
     @property
     def device(self) -> Literal["cuda", "mps", "cpu"]:
@@ -57,6 +62,20 @@ class Machine:
     def has_bf16(self) -> bool:
         """Whether all of its GPUs compute in bfloat16."""
         return all(gpu.has_bf16 for gpu in self.gpus)
+
+    @property
+    def cpu_has_bf16(self) -> bool:
+        """Whether its processor gains by bfloat16: as measured, or else as its flags promise."""
+        return self.bf16_speed >= WORTH_BF16 if self.bf16_speed is not None else bool(self.bf16_flag)
+
+    @property
+    def cpu_words(self) -> str:
+        """The precision of a run on the processor that names none, and the reason."""
+        dtype = "bfloat16" if self.cpu_has_bf16 else "float32"
+        if self.bf16_speed is not None:
+            return f"{dtype}: products in bfloat16 are {self.bf16_speed:.1f} times as fast as in float32 here"
+        promise = f"has {self.bf16_flag}" if self.bf16_flag else "names no bfloat16 products"
+        return f"{dtype} is assumed, since the processor {promise}: `dpo train` measures which is faster"
 
     @property
     def card(self) -> tuple[float, float, str] | None:
@@ -79,7 +98,7 @@ class Machine:
         return self.memory_gb, self.memory_gb
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        return {**asdict(self), "has_amx": self.bf16_flag == "amx_bf16"}
 
 
 def probe() -> Machine:
@@ -90,11 +109,27 @@ def probe() -> Machine:
         processor=names[0] if names else platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory_gb=round(_memory_bytes() / GIB, 1),
-        has_amx="amx_bf16" in cpuinfo,
         gpus=nvidia_gpus() or amd_gpus(),
         is_apple=_has_metal(),
         has_unsloth=importlib.util.find_spec("unsloth") is not None,
+        bf16_flag=bf16_flag(cpuinfo) or apple_bf16_flag(),
     )
+
+
+def bf16_flag(cpuinfo: str) -> str:
+    """The flag of a /proc/cpuinfo that promises bfloat16 products; empty if there is none."""
+    lines = re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)
+    flags = {flag for line in lines for flag in line.split()}
+    return next((flag for flag in BF16_FLAGS if flag in flags), "")
+
+
+def apple_bf16_flag() -> str:
+    """The same of an Apple processor, which has no /proc/cpuinfo: M2 and later."""
+    if platform.system() != "Darwin" or shutil.which("sysctl") is None:
+        return ""
+    asked = ["sysctl", "-n", "hw.optional.arm.FEAT_BF16"]
+    done = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=False)
+    return "FEAT_BF16" if done.stdout.strip() == "1" else ""
 
 
 def _has_metal() -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
@@ -61,6 +61,18 @@ class Scoring:
 
     shared: bool
     why: str
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The noise of a 16-bit run: log-ratios (policy against reference) that are rounding only. Root mean squares, nats."""
+
+    response: float  # of a response
+    pair: float  # of chosen minus rejected, the margin without beta
+
+    def of_mean(self, pairs: int, beta: float) -> float:
+        """The noise of the mean margin of this many pairs."""
+        return beta * self.pair / math.sqrt(pairs)
 
 
 @dataclass(frozen=True)
@@ -120,10 +132,21 @@ class Plan:
     day: date  # the day of the run, for a chat template; kept on --resume, and when the plan is repeated
     row_tokens: int = 0  # a row takes more pairs than a micro-batch names, up to this many tokens
     adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
+    rounding: Rounding | None = None  # measured before the first step; None in float32, and without a reference
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
         """The plan with the trained part of the model."""
         return replace(self, adapted=adapted, notes=(*self.notes, *(adapted.notes if adapted else ())))
+
+    def with_rounding(self, rounding: Rounding | None) -> Plan:
+        """The plan with the measured noise of its dtype."""
+        if rounding is None:
+            return self
+        reward, margin = (self.config.beta * nats for nats in (rounding.response, rounding.pair))
+        words = (
+            f"rounding: {self.dtype} moves the reward of a response by about {reward:.2g}, the margin of a pair by {margin:.2g}"
+        )
+        return replace(self, rounding=rounding, notes=(*self.notes, words))
 
     @property
     def run_dir(self) -> Path:
@@ -219,6 +242,7 @@ class Plan:
             "row_tokens": self.row_tokens,
             "day": self.day.isoformat() if self.writes_date else None,
             "adapted": self.adapted.to_json() if self.adapted else None,
+            "rounding": vars(self.rounding) if self.rounding else None,
             "notes": list(self.notes),
         }
 
@@ -236,6 +260,7 @@ class Decided:
     scoring: Scoring
     row_tokens: int
     day: date | None  # if the chat template writes it
+    rounding: Rounding | None = None
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Decided:
@@ -243,7 +268,8 @@ class Decided:
         try:
             config, sources = plan["config"], plan["sources"]
             values = {name: config[name] for name in MEASURED if sources.get(name) == "measured"}
-            return cls(values, Scoring(**plan["scoring"]), plan.get("row_tokens", 0), day_of(plan))
+            rounding = Rounding(**plan["rounding"]) if plan.get("rounding") else None  # older plans have none
+            return cls(values, Scoring(**plan["scoring"]), plan.get("row_tokens", 0), day_of(plan), rounding)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"it is not a plan of a run: {error}") from error
 
@@ -274,6 +300,8 @@ def resolve(
     model = model or ModelSource.of(config.model_name)
     start, notes = started(loaded, config, model)
     now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
+    if now.device == "cpu" and leaves_precision_open(config):
+        notes.append(machine.cpu_words)
     is_merged = model.adapter is not None and start["reference"] == "base"  # then the weights are not quantised
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         now = now.replaced({OPTIONS[stored.bits]: True})
@@ -322,12 +350,22 @@ def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = N
     return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
 
 
+def device_of(config: Config, machine: Machine) -> Literal["cuda", "mps", "cpu"]:
+    """The device of a run on this machine."""
+    if config.device != "auto":
+        return config.device
+    return "cpu" if machine.device == "mps" and config.optim in NOT_ON_MPS else machine.device
+
+
+def leaves_precision_open(config: Config) -> bool:
+    """Whether the machine decides between bfloat16 and another precision."""
+    return config.bf16 is None and not config.fp16
+
+
 def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Config:
     """The config with its open values decided. Paths become absolute, so that plan.json works from any folder."""
-    device = "cuda" if on_gpu else machine.device if config.device == "auto" else config.device
-    if config.device == "auto" and device == "mps" and config.optim in NOT_ON_MPS:
-        device = "cpu"
-    has_bf16 = {"cuda": machine.has_bf16, "cpu": machine.has_amx}.get(device, False)
+    device = "cuda" if on_gpu else device_of(config, machine)
+    has_bf16 = {"cuda": machine.has_bf16, "cpu": machine.cpu_has_bf16}.get(device, False)
     bf16 = config.bf16 if config.bf16 is not None else has_bf16 and not config.fp16
     fp16 = config.fp16 if config.fp16 is not None else device == "cuda" and not bf16
     name = Path(file).stem if file != "-" else "stdin"

@@ -1,13 +1,74 @@
-"""A model that computes in float32 for a while, with little more memory: measurements without rounding."""
+"""The precision of products: whether bfloat16 is faster on this processor, and a model that computes in float32 for a while."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from dpo_cli.config.options import Config
+from dpo_cli.hardware.machine import Machine
+from dpo_cli.models.shape import ModelFacts
+from dpo_cli.plan.plan import device_of, leaves_precision_open
+
+TOKENS = 256  # in a product, as in a row of a few short sequences
+COMMON = (1024, 4096)  # the width of states and of the MLP where a model's are unknown
+SMALLEST, LARGEST = 2**23, 2**25  # multiply-adds of a product; 2**25 take about 1 ms in float32
+TURNS, BUDGET_S = 15, 0.05  # the most turns, and the seconds of one dtype after which no other turn starts
+
+
+def with_bf16_speed(machine: Machine, config: Config, facts: ModelFacts | None) -> Machine:
+    """The machine with its measured speed of bfloat16, if a run with this config depends on it: a CPU decides its precision.
+
+    `facts` is the shape of the model; None if it is unknown.
+    """
+    if machine.bf16_speed is not None or device_of(config, machine) != "cpu" or not leaves_precision_open(config):
+        return machine
+    widths = (facts.hidden_size, facts.intermediate_size) if facts else COMMON
+    return replace(machine, bf16_speed=round(bf16_speed(*widths), 2))
+
+
+def bf16_speed(hidden: int, intermediate: int) -> float:
+    """How many times as fast as in float32 the products of an MLP are in bfloat16 on this CPU: the fastest of several turns.
+
+    Not the median: other programs make a turn slower by a time slice, which is longer than a product, and never faster.
+    The products are those of (TOKENS, hidden) states up to the intermediate width and back; of a large model, a part of that
+    width. 1 for a tiny model: its time is not in its products, so float32 costs it nothing.
+    """
+    if TOKENS * hidden * intermediate < SMALLEST:
+        return 1.0
+    width = max(1, min(intermediate, LARGEST // (TOKENS * hidden)))
+    sides = [
+        (torch.ones(TOKENS, hidden, dtype=dtype), torch.ones(width, hidden, dtype=dtype), list[float]())  # no random draw
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several wait for each other on a busy machine: that is the scheduler's time, not the products'
+    try:
+        for states, weight, _ in sides:
+            _seconds(states, weight)  # the first call chooses the kernels
+        for _ in range(TURNS):  # in turns, so that both see the same load
+            for states, weight, seconds in sides:
+                seconds.append(_seconds(states, weight))
+            if max(sum(seconds) for _, _, seconds in sides) > BUDGET_S:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    float32, bfloat16 = (min(seconds) for _, _, seconds in sides)
+    return float32 / bfloat16
+
+
+def _seconds(states: Tensor, weight: Tensor) -> float:
+    start = time.perf_counter()
+    with torch.no_grad():
+        linear(linear(states, weight), weight.T)
+    return time.perf_counter() - start
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class Evaluation(Judged):
     rows: Sequence[JudgedRow] = ()
     best: Sequence[JudgedRow] = ()
     worst: Sequence[JudgedRow] = ()
+    dtype: str | None = None  # in which the rows are scored; None in older files
 
     def to_json(self) -> JsonObject:
         return {
@@ -89,6 +90,7 @@ class Evaluation(Judged):
             "answer_tokens": to_json(self.answer_tokens) if self.answer_tokens else None,
             "unanswered": self.unanswered,
             "categories": {name: part.to_json() for name, part in self.categories.items()},
+            "dtype": self.dtype,
             "samples": list(self.samples),
             **{name: [row.to_json() for row in getattr(self, name)] for name in ROW_BY_ROW},
         }

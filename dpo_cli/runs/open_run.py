@@ -19,11 +19,12 @@ from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter, is_on_head
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import ON_DEVICE, Decided, Plan, Scoring
+from dpo_cli.plan.plan import ON_DEVICE, Decided, Plan, Scoring, resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.plan.tokenized import prepare_judged, tell_scoring
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.policy import Policy
+from dpo_cli.providers.precision import with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.lora_linear import fuse
@@ -88,14 +89,18 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
             changes.append("strategy=dpo")  # pairs give more figures, for any training
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
-    inspection = inspect(loaded, probe(), with_fit=False, keep_rows=True, is_begun=is_plan)
+    machine = probe()
+    inspection = inspect(loaded, machine, with_fit=False, keep_rows=True, is_begun=is_plan)
     data, plan = inspection.require()
+    machine = with_bf16_speed(machine, loaded.require(), plan.model.facts)
+    plan = resolve(loaded, machine, longest=data.longest, is_resumed=is_plan, model=plan.model)
     warnings = [problem for problem in inspection.problems if problem.severity == "warning"]
     console.problems([problem for problem in warnings if problem.key != "augment"])  # here a judge needs no rank
     provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
     rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), all_rows=bool(dataset))
     console.problems(about_rows)
+    plan = plan.with_rounding(decided.rounding if decided else None)
     return Opened(folder, plan, provider, tokenizer, rows, decided.scoring if decided and not dataset else None)
 
 

@@ -56,9 +56,9 @@ class Course:
     def __init__(self, plan: Plan, steps: Sequence[StepFigures] = (), evaluation: Line | None = None) -> None:
         assert plan.counts is not None
         self.plan, self.pairs = plan, plan.counts.train_pairs
-        rows_a_step = plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps
-        self.epoch = math.ceil(self.pairs / rows_a_step)  # steps
-        self.recent = max(RECENT_STEPS, math.ceil(RECENT_PAIRS / rows_a_step))
+        self.rows_a_step = plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps
+        self.epoch = math.ceil(self.pairs / self.rows_a_step)  # steps
+        self.recent = max(RECENT_STEPS, math.ceil(RECENT_PAIRS / self.rows_a_step))
         self.swing = max(SWING_STEPS, self.recent)
         self.first: list[StepFigures] = []
         self.last: deque[StepFigures] = deque(maxlen=2 * self.swing)
@@ -118,6 +118,12 @@ class Course:
     def mean(self, name: str, before: int = 0) -> float:
         """Over the recent steps, or over as many that end `before` steps ago."""
         return float(np.mean(self.values(name, self.recent, before)))
+
+    @property
+    def rounding(self) -> float:
+        """The rounding of a mean reward or margin over the recent steps; 0 in float32."""
+        plan = self.plan
+        return plan.rounding.of_mean(self.recent * self.rows_a_step, plan.config.beta) if plan.rounding else 0.0
 
     def error(self, values: Sequence[float]) -> float:
         """The standard error of the mean of steps."""
@@ -186,7 +192,7 @@ def prefers_rejected(course: Course) -> Found:
         return None
     margins = course.values("margin", course.recent)
     margin, limit = float(np.mean(margins)), TURNED_NATS * course.plan.config.beta
-    if not margin < -max(limit, ERRORS * course.error(margins)):
+    if not margin < -max(limit, ERRORS * course.error(margins), ERRORS * course.rounding):
         return None
     message = f"the margin is {margin:.3g} over the last {course.recent} steps: the policy prefers the rejected responses"
     return (
@@ -226,8 +232,9 @@ def chosen_falls(course: Course) -> Found:
     if course.done < 2 * course.recent:
         return None
     chosen, margin = course.mean("reward_chosen"), course.mean("margin")
-    is_falling = chosen < course.mean("reward_chosen", before=course.recent)
-    is_growing = margin > course.mean("margin", before=course.recent)
+    noise = ERRORS * course.rounding
+    is_falling = chosen < course.mean("reward_chosen", before=course.recent) - noise
+    is_growing = margin > course.mean("margin", before=course.recent) + noise
     if not (is_falling and is_growing and chosen < -FALL and margin > FALL):
         return None
     message = f"the chosen reward falls to {chosen:.2f} while the margin grows to {margin:.2f}: common in DPO,"
@@ -258,6 +265,9 @@ def no_movement(course: Course) -> Found:
     sizes = [
         float(np.sqrt(np.mean(np.square(course.values(name, course.recent))))) for name in ("reward_chosen", "reward_rejected")
     ]
+    rounding = course.plan.rounding
+    if rounding is not None and rounding.response >= STILL_NATS:  # rewards of this size may be rounding: they say nothing
+        return None
     if not max(sizes) < STILL_NATS * course.plan.config.beta:
         return None
     message = f"after {course.done} steps the rewards are about {max(sizes):.2g}: the policy has hardly moved"

@@ -1,0 +1,86 @@
+"""The rounding of a 16-bit run: what its figures show of a policy that has not moved, and evaluations without it.
+
+A policy that equals its reference is rounded in the same way, so its log-ratios are exactly 0. After the smallest change they
+are rounded differently, and a log-ratio is a sum over all tokens and layers of such differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.evaluation.evaluation import Measured, score
+from dpo_cli.plan.plan import Plan, Rounding
+from dpo_cli.providers.policy import Policy
+from dpo_cli.providers.precision import in_float32
+from dpo_cli.runs.state_io import random_state_kept
+from dpo_cli.strategies.row_kinds import PAIRS
+
+# Standard deviation of the change of each weight: a tenth of a usual step. With SmolLM2 it moves a log-ratio by 0.0005 nats in
+# float32, and by 0.2 to 0.4 nats in bfloat16, as do changes of 1e-6 and 1e-4.
+HAIR = 1e-5
+NOTICED = 0.1  # of a mean margin: more rounding than this, and it is computed in float32
+
+
+def rounding_of(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Rounding | None:
+    """The rounding of a policy that equals its reference, over these pairs; None in float32, or if it is not finite.
+
+    The weights and the random state are the same afterwards, to the bit.
+    """
+    if plan.dtype == "float32" or not plan.strategy.refers:
+        return None
+    with _moved(policy):
+        scores = score(policy, rows, tokenizer, plan)
+    ratios = scores.policy - scores.reference
+    response, pair = (float(np.sqrt(np.mean(np.square(nats)))) for nats in (ratios, ratios[:, 0] - ratios[:, 1]))
+    return Rounding(response, pair) if np.isfinite(response) else None
+
+
+@contextmanager
+def _moved(policy: Policy) -> Iterator[None]:
+    """Within, the trained weights are moved by a hair. Without an adapter only norms and biases: a copy of all is too large."""
+    trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
+    moved = trained if isinstance(policy.model, PeftModel) else [weight for weight in trained if weight.ndim == 1]
+    kept = [weight.detach().clone() for weight in moved]
+    try:
+        with random_state_kept(), torch.no_grad():
+            torch.manual_seed(0)
+            for weight in moved:
+                weight.add_(torch.randn_like(weight), alpha=HAIR)
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in zip(moved, kept, strict=True):
+                weight.copy_(before)
+
+
+def without_rounding(
+    policy: Policy,
+    rows: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    measured: Measured,
+    tell: Callable[[str], None],
+) -> Measured:
+    """An evaluation, with its rows scored again in float32 if rounding is more than a tenth of the mean margin: `tell` says so.
+
+    Sampled answers and `kl_sequence` keep the dtype of the run.
+    """
+    scores = measured.scores
+    if plan.rounding is None or plan.dtype == "float32" or scores.kind is not PAIRS:
+        return measured
+    ratios = scores.policy - scores.reference
+    margin = plan.config.beta * float(np.mean(ratios[:, 0] - ratios[:, 1]))
+    if not plan.rounding.of_mean(len(rows), plan.config.beta) > NOTICED * abs(margin):  # a NaN is computed once
+        return measured
+    tell(f"the rows are scored again in float32: the rounding of {plan.dtype} is over a tenth of their margin {margin:.2g}")
+    with in_float32(policy.network):
+        exact = score(policy, rows, tokenizer, plan, torch.float32)
+    return replace(measured, scores=exact, dtype="float32")
