@@ -24,7 +24,14 @@ FIGURE = {"value": 0.5, "low": 0.25, "high": None}  # not a number in JSON
 SIDES = {"policy": {"accuracy": FIGURE, "kl_sequence": None}, "base": {}, "gain": {"loss": FIGURE}}
 PAIR = {"file": "f", "line": 3, "category": None, "margin": None, "reward_chosen": 1, "reward_rejected": 0.5}
 EVALUATION: dict[str, Any] = {
-    **{"pairs": 2, "prompts": 1, **SIDES, "answer_tokens": {"policy": FIGURE, "base": FIGURE, "gain": FIGURE}, "unanswered": 1},
+    **{
+        "pairs": 2,
+        "prompts": 1,
+        **SIDES,
+        "answer_tokens": {"policy": FIGURE, "base": FIGURE, "gain": FIGURE},
+        "unanswered": 1,
+        "dtype": "float32",
+    },
     "categories": {"x": {"pairs": 1, "prompts": 1, **SIDES}},
     "samples": [{"prompt": "p", "base": "b", "adapter": "a"}],
     **{"rows": [PAIR], "best": [{**PAIR, "prompt": "p", "chosen": "c", "rejected": "r"}], "worst": []},
