@@ -35,7 +35,7 @@ LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.3"
 QWEN = "Qwen/Qwen2.5-7B-Instruct"
 MID = Settings(batch=2, length=1024, rank=16, bits=4, bytes_per_value=2, checkpointing=True)  # the documented preset
-MACHINE = Machine("a CPU", 8, 64.0, False, (), False)
+MACHINE = Machine("a CPU", 8, 64.0, gpus=(), is_apple=False)
 
 
 def facts_of(name: str) -> ModelFacts:

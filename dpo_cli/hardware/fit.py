@@ -35,7 +35,7 @@ def way(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpoint
     choices = (False, True) if checkpointing == "auto" else (bool(checkpointing),)
     batches = [size for size in range(wanted.batch, 0, -1) if wanted.batch % size == 0][: 1 if wanted.is_whole else None]
     ways = [replace(wanted, checkpointing=choices[0])]
-    wanted = replace(wanted, row_tokens=0)
+    wanted = wanted if wanted.is_whole else replace(wanted, row_tokens=0)
     ways += [replace(wanted, checkpointing=choice) for choice in choices]
     ways += [replace(wanted, batch=size, checkpointing=choices[-1]) for size in batches[1:]]
     bills = [bill(facts, settings, budget_gb) for settings in ways]
