@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.commands.recommendation import MAX_VRAM_GB, config_text, request_of
+from dpo_cli.commands.recommendation import MAX_VRAM_GB, config_text, rate_line, request_of
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import is_override, load
@@ -124,6 +124,8 @@ def recommend(
             except OSError as error:  # the folder does not exist or is not writable: the user can fix it
                 raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
         console.line(f"wrote {write}" if write else json.dumps(recommendation.config, indent=2))
+        if line := rate_line(recommendation, write):
+            console.line(line)
         if as_json:
             console.json(recommendation.to_json())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from dpo_cli.config.schema import options
 from dpo_cli.data.column_guess import guessed_columns
@@ -20,6 +21,7 @@ from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
 MAX_VRAM_GB = 100_000
+NO_GPU_FIX = "name the card to plan for, for example --vram 12; to train on a CPU, write a config with a small model yourself"
 
 
 def require_vram(vram: float | None) -> None:
@@ -37,7 +39,7 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
     if vram is None:
         machine = probe()
         if machine.card is None:
-            raise UsageError("this machine has no GPU", "give the memory to plan for, for example --vram 12")
+            raise UsageError("this machine has no GPU", NO_GPU_FIX)
         total_gb, free_gb, what = machine.card
         console.line(f"this machine: {what}")
         is_apple = machine.is_apple and not machine.gpus
@@ -79,6 +81,17 @@ def _by_hand(problem: Problem) -> Problem:
     return replace(problem, fix=f"{way} {problem.fix}")
 
 
+def rate_line(recommendation: Recommendation, file: Path | None) -> str:
+    """What to do about the learning rate, which is the documented one; empty if that suits an adapter too."""
+    own = STRATEGIES[recommendation.values.strategy].adapter_rate
+    if own is None:
+        return ""
+    value = json.dumps(own)
+    here = f"use the commented line with {value} in {file}" if file else f'add "learning_rate": {value}'
+    rate = json.dumps(recommendation.values.learning_rate)
+    return f"learning_rate is {rate}, documented for all weights: an adapter hardly moves at it. To train an adapter, {here}"
+
+
 def config_text(recommendation: Recommendation) -> str:
     """The config as a file with comments: why each value, and both learning rates."""
     lines = "\n".join(f"  {line}" for line in _lines(recommendation))
@@ -95,7 +108,7 @@ def _lines(recommendation: Recommendation) -> Iterator[str]:
         yield '// "dataset": "my-pairs.jsonl",'
     strategy = STRATEGIES[recommendation.values.strategy]
     if strategy.adapter_rate is not None:
-        yield f"// documented, for all weights; an adapter hardly moves at it. To move it, use the next line instead ({RATES})"
+        yield f"// documented, for all weights: an adapter hardly moves at it. to train an adapter, use the next line instead ({RATES})"
     else:
         yield "// the documented default"
     yield f'"learning_rate": {json.dumps(recommendation.values.learning_rate)},'

@@ -302,11 +302,9 @@ def test_recommend_writes_a_config_that_lacks_the_dataset_only(tmp_path: Path) -
 
 def test_a_recommended_config_says_why_and_trains_after_one_line(tmp_path: Path) -> None:
     path = tmp_path / "made.json"
-    made = json.loads(
-        dpo(
-            "recommend", "--vram", "12", "--dataset", "data-samples/assistant-preferences.jsonl", "--write", path, "--json"
-        ).stdout
-    )["config"]
+    done = dpo("recommend", "--vram", "12", "--dataset", "data-samples/assistant-preferences.jsonl", "--write", path, "--json")
+    assert f"To train an adapter, use the commented line with 0.0002 in {path}" in done.stderr.replace("\n", " ")
+    made = json.loads(done.stdout)["config"]
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     written = [i for i, line in enumerate(lines) if line.startswith('"')]
     assert all(lines[i - 1].startswith("// ") for i in written) and len(written) == len(made) + 1
