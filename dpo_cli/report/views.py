@@ -65,7 +65,7 @@ def against(run: Contents) -> list[ComparedFigure]:
     if run.evaluation and (tokens := run.evaluation.answer_tokens):
         gained = number(tokens["gain"], signed=True, digits=1)
         before, after = (number(tokens[side], digits=1) for side in ("base", "policy"))
-        rows.append(ComparedFigure("answer tokens", before, after, gained, None, good=True))
+        rows.append(ComparedFigure(FIGURES["answer_tokens"].label, before, after, gained, None, good=True))
     return rows
 
 
