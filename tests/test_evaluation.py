@@ -212,6 +212,19 @@ def test_a_plan_of_another_machine_judges_an_adapter_here(run: Run) -> None:
         )
 
 
+def test_rows_that_a_run_was_trained_on_are_a_warning(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All rows, in another file: of those, the held-out ones were not trained on."""
+    _, place = run(eval_split=0.4)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes((tmp_path / "pairs.jsonl").read_bytes())
+    counts = json.loads((place / "plan.json").read_text(encoding="utf-8"))["counts"]
+    capsys.readouterr()
+    judged_json(Request(str(place), dataset=str(other)), Console())
+    told = capsys.readouterr().err
+    assert 0 < counts["train_pairs"] < 24 and told.count("[prompt-in-both]") == 1
+    assert f"{counts['train_pairs']} rows (lines" in told.split("[prompt-in-both]")[1]
+
+
 FIGURE = Interval(0.7, 0.6, 0.8)
 SIDES = Sides(
     {"accuracy": FIGURE, "loss": FIGURE, "kl_sequence": None},

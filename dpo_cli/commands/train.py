@@ -33,7 +33,7 @@ from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import Line, Memory, RunSummary, Status
 from dpo_cli.runs.card import card
 from dpo_cli.runs.manifest import manifest
-from dpo_cli.runs.resume import EarlierRun, go_on, tell_on, told_how_to_go_on
+from dpo_cli.runs.resume import TO_RESUME, EarlierRun, go_on, resumable, tell_on, told_how_to_go_on
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.storage.log import log_line, log_to
@@ -63,7 +63,7 @@ def train(
 ) -> tuple[JsonObject, Exit]:
     """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
 
-    One line longer than other functions: it is the composer, and reads from top to bottom.
+    A few lines longer than other functions: it is the composer, and reads from top to bottom.
     """
     data, draft = inspection.require()
     console.problems(inspection.problems)
@@ -102,6 +102,7 @@ def train(
 
         if not is_there:
             run = held.enter_context(_claimed(run.path, overwrite))
+        held.enter_context(resumable())
         if earlier is None:
             if resume:
                 tell("there is no checkpoint to resume from: starting")
@@ -236,6 +237,8 @@ def _trained(
     if can_be_judged:
         console.judgement(judged, [], plan.strategy, start_of(plan))
     console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
+    if status == "interrupted":
+        console.line(TO_RESUME)
     console.line(f"report: {write_report(run.path)}")  # the last file of a run, made from the others
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")

@@ -67,7 +67,9 @@ def advice(facts: ModelFacts, wanted: Settings, settings: Settings, memory: Bill
         without = [other for other in chosen if other is not change]
         if bill(facts, _changed(settings, without), memory.budget_gb).fits:
             chosen = without
-    bills = (way(facts, _changed(wanted, chosen[:count]), memory.budget_gb, checkpointing)[1] for count in range(len(chosen) + 1))
+    bills = (
+        way(facts, _changed(wanted, chosen[:count]), memory.budget_gb, checkpointing)[1] for count in range(len(chosen) + 1)
+    )
     return "; ".join(_in_words(chosen, [one.total_gb for one in bills]))
 
 

@@ -222,7 +222,7 @@ def _read_data(
     about_texts = () if is_sft else quality.problems(data.train)
     found += (problem for problem in about_texts if not (is_as_it_is and problem.code == findings.ChatMarkers.code))
     found += sample.problems(use_chat_template, skip) + other_sample.problems(use_chat_template, skip)
-    found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
+    found += overlap.problems(data.held_out.key) if data.held_out is not None else balance.problems()
     pairs = epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:
         message = f"with these weights none of the {balance.train.total()} {data.train.noun} is left to train on"

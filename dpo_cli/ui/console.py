@@ -146,7 +146,7 @@ class Console:
         """The figures of an evaluation, and answers side by side; `start` is the adapter that the training started from."""
         if evaluation.sides is None:
             self.line(
-                "there are no held-out rows: set or raise eval_split in the config, or name a file with `dpo eval --dataset`"
+                "nothing is measured, because there are no held-out rows: set or raise eval_split in the config, or name a file with `dpo eval --dataset`"
             )
             return
         sides = [evaluation.sides.policy, evaluation.sides.base, evaluation.sides.gain]
