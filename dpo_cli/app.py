@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.commands.recommendation import MAX_VRAM_GB, config_text, rate_line, request_of
+from dpo_cli.commands.recommendation import config_text, gigabytes, rate_line, request_of
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import is_override, load
@@ -64,7 +64,7 @@ def validate(
         ),
     ] = None,
     vram: Annotated[
-        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="Plan for a GPU with this much memory, in GB.")
+        float | None, typer.Option(parser=gigabytes, metavar="GB", help="Plan for a GPU with this much memory, in GB.")
     ] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the dataset.")] = False,
     rows: Annotated[
@@ -97,7 +97,7 @@ def validate(
 @app.command()
 def recommend(
     vram: Annotated[
-        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="GPU memory in GB; default: this machine's.")
+        float | None, typer.Option(parser=gigabytes, metavar="GB", help="GPU memory in GB; default: this machine's.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model to train; default: the profile's.")] = None,
     dataset: Annotated[

@@ -18,8 +18,8 @@ import torch
 from builders import judged_json
 from conftest import Run, made_row, tiny_model
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from rich.console import Console as RichConsole
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from dpo_cli.app import app

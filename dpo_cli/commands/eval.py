@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 from dpo_cli.commands.requests import Request
 from dpo_cli.evaluation.evaluation import ANSWERS, answered, judge, measure
-from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.plan.adapter_start import start_of
+from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
 from dpo_cli.results.codec import to_json
 from dpo_cli.results.judgement import Evaluation

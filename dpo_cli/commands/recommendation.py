@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+
+import typer
 
 from dpo_cli.config.schema import options
 from dpo_cli.data.column_guess import guessed_columns
@@ -22,6 +25,15 @@ from dpo_cli.ui.console import Console
 
 MAX_VRAM_GB = 100_000
 NO_GPU_FIX = "name the card to plan for, for example --vram 12; to train on a CPU, write a config with a small model yourself"
+
+
+def gigabytes(text: str) -> float:
+    """The value of --vram; the memory of a card, in GB."""
+    try:
+        return float(text)
+    except ValueError as error:
+        number = re.match(r"[\d.]*", text)
+        raise typer.BadParameter(f"write the number of GB alone: --vram {number[0] if number and number[0] else 12}") from error
 
 
 def require_vram(vram: float | None) -> None:
@@ -75,7 +87,7 @@ def _lengths_of(dataset: str, model: ModelSource | None, strategy: str) -> tuple
 
 def _by_hand(problem: Problem) -> Problem:
     """A problem of columns that nothing is known of, with the command for a config to write them into."""
-    if problem.code != NO_COLUMN:
+    if problem.code != NO_COLUMN or '"columns"' not in (problem.fix or ""):
         return problem
     way = "`dpo recommend --write my-config.json` without --dataset writes a config; add your dataset, and"
     return replace(problem, fix=f"{way} {problem.fix}")
@@ -108,7 +120,7 @@ def _lines(recommendation: Recommendation) -> Iterator[str]:
         yield '// "dataset": "my-pairs.jsonl",'
     strategy = STRATEGIES[recommendation.values.strategy]
     if strategy.adapter_rate is not None:
-        yield f"// documented, for all weights: an adapter hardly moves at it. to train an adapter, use the next line instead ({RATES})"
+        yield f"// documented, for all weights: to train an adapter, use the next line instead ({RATES})"
     else:
         yield "// the documented default"
     yield f'"learning_rate": {json.dumps(recommendation.values.learning_rate)},'

@@ -16,7 +16,7 @@ from rapidfuzz import fuzz, utils
 from dpo_cli.data.dataset import Dataset
 from dpo_cli.data.files import about_rows, unit
 from dpo_cli.data.messages import flat, said
-from dpo_cli.data.rows import Pair
+from dpo_cli.data.rows import Pair, Row
 from dpo_cli.data.text_features import (
     ABOUT_LANGUAGE,
     FREE_TEXT,
@@ -306,6 +306,6 @@ class _EvalSide:
     def __init__(self, overlap: Overlap) -> None:
         self.overlap = overlap
 
-    def see(self, pair: Pair, prompt_key: str) -> None:
+    def see(self, pair: Row, prompt_key: str) -> None:
         if hash(plain(prompt_key)) in self.overlap.trained:
             self.overlap.rows[pair.file].append(pair.line)

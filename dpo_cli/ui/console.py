@@ -34,6 +34,7 @@ COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
 PIPED_WIDTH = 120
 NARROW = 80  # columns of a terminal
+AUC_SCALE = "(0.5: no pattern, 1: always the longer, 0: always the shorter)"
 BORDER = 3  # columns between two cells
 PIPED_LINES = 20  # progress lines of a run in a pipe
 
@@ -130,7 +131,7 @@ class Console:
         self.line(f"length: median {most['median']:,.0f} {unit}, maximum {most['most']:,} ({place}){over}")
         if "longer_chosen" in lint:
             longer, auc = lint["longer_chosen"], lint["length_auc"]
-            self.line(f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: no effect)")
+            self.line(f"length: the longer response is preferred in {longer:.0%} of pairs; AUC of length {auc:.2f} {AUC_SCALE}")
 
     def bill(self, memory: BillJson) -> None:
         """The memory bill with a bar per component."""
@@ -146,7 +147,8 @@ class Console:
         """The figures of an evaluation, and answers side by side; `start` is the adapter that the training started from."""
         if evaluation.sides is None:
             self.line(
-                "nothing is measured, because there are no held-out rows: set or raise eval_split in the config, or name a file with `dpo eval --dataset`"
+                "nothing is measured, because there are no held-out rows: set or raise eval_split in the config, "
+                "or name a file with `dpo eval --dataset`"
             )
             return
         sides = [evaluation.sides.policy, evaluation.sides.base, evaluation.sides.gain]

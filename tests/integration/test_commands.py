@@ -182,6 +182,7 @@ def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, c
         (["train", "tiny.json", "num_processes=2"], 3, "this version does not support"),
         (["train", "tiny.json", "model_name=nobody/no-such-model", "output_dir=hub"], 1, "not in the local cache"),
         (["train", "tiny.json", "beta"], 2, "key=value"),
+        (["validate", "tiny.json", "--vram", "16GB"], 2, "--vram 16"),
         (["train", "tiny.json", 'target_modules=["nope"]', "output_dir=nope"], 3, "no linear layer named nope"),
         (["train", "tiny.json", "fp16=true", "output_dir=fp16"], 3, "needs CUDA"),
         (["train", "tiny.json", "dataset=" + "x" * 5000], 3, "file not found"),
