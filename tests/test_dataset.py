@@ -217,7 +217,7 @@ NAMED: Columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
             NAMED,
             ("question (columns.prompt)", "for example question,good,bad"),
         ),
-        ("a.csv", "prompt,good,bad\nWhy not,So it is,No\n", NAMED, ("question (columns.prompt)", "has prompt, good, bad")),
+        ("a.csv", "ask,good,bad\nWhy not,So it is,No\n", NAMED, ("question (columns.prompt)", "has ask, good, bad")),
         ("a.jsonl", b'{"prompt": "\xff"}\n', None, ("not valid UTF-8", "save the file as UTF-8")),
     ],
 )

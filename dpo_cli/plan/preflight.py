@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MUCH_TOO_LONG = 0.1  # the share of pairs longer than max_seq_length that is reported
 # Why no row is rendered.
 OF_GGUF = "not shown, because a GGUF file's tokenizer is read when training starts; lengths are in characters"
-OF_HUB = "not shown, because the tokenizer of {model} is read when training starts; lengths are in characters"
+OF_HUB = "not shown, because the tokenizer of {model} is read when training starts"
 NO_TOKENIZER = "none, because the model's tokenizer.json cannot be read"
 
 
