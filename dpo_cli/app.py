@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 import dpo_cli
-from dpo_cli.commands.recommendation import MAX_VRAM_GB, config_text, request_of
+from dpo_cli.commands.recommendation import config_text, gigabytes, rate_line, request_of
 from dpo_cli.commands.session import composer_for, session
 from dpo_cli.commands.validate import ROWS, validated_file, worst
 from dpo_cli.config.config import is_override, load
@@ -64,7 +64,7 @@ def validate(
         ),
     ] = None,
     vram: Annotated[
-        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="Plan for a GPU with this much memory, in GB.")
+        float | None, typer.Option(parser=gigabytes, metavar="GB", help="Plan for a GPU with this much memory, in GB.")
     ] = None,
     no_data: Annotated[bool, typer.Option("--no-data", help="Do not read the dataset.")] = False,
     rows: Annotated[
@@ -97,7 +97,7 @@ def validate(
 @app.command()
 def recommend(
     vram: Annotated[
-        float | None, typer.Option(min=0.1, max=MAX_VRAM_GB, help="GPU memory in GB; default: this machine's.")
+        float | None, typer.Option(parser=gigabytes, metavar="GB", help="GPU memory in GB; default: this machine's.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The model to train; default: the profile's.")] = None,
     dataset: Annotated[
@@ -124,6 +124,8 @@ def recommend(
             except OSError as error:  # the folder does not exist or is not writable: the user can fix it
                 raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
         console.line(f"wrote {write}" if write else json.dumps(recommendation.config, indent=2))
+        if line := rate_line(recommendation, write):
+            console.line(line)
         if as_json:
             console.json(recommendation.to_json())
 

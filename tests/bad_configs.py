@@ -475,6 +475,7 @@ HARDWARE = [
     Case("adapter-on-experts", "use_dora", on("experts", '["down_proj"]') + ', "use_dora": true', '": false, or', FIRST + 1),
     hint("router-unbalanced", "lora_r", '"model_name": "models/experts",\n  "lora_r": 0', '"lora_r": 16', FIRST + 1),
     warning("host-memory", "model_name", '"model_name": "models/large.gguf", "use_4bit": true', "safetensors"),
+    replace(warning("memory-unknown", "model_name", '"model_name": "me/mine"', "hf download"), vram_gb=12.0),
     hint("small-card", "use_4bit", '"use_4bit": false', "dpo recommend --vram 8", vram_gb=8),
     hint("small-memory", None, '"seed": 1', "close other programs", None, machine=SMALL_HOST),
 ]

@@ -28,8 +28,9 @@ class Fault:
 
     @property
     def fix(self) -> str:
-        if self.code == "row-not-gzip":
-            return "compress the file again"
+        of_files = {"row-not-gzip": "compress the file again", "row-not-utf8": "save the file as UTF-8"}
+        if self.code in of_files:
+            return of_files[self.code]
         return "correct or delete these rows" if self.severity == "error" else "these rows are skipped"
 
 

@@ -260,9 +260,11 @@ def test_a_frozen_adapter_has_no_dropout(run: Run, sft: Path) -> None:
     assert np.array_equal(first, again)
 
 
-def test_sft_on_sft_is_judged_alike_by_run_and_eval(run: Run, sft: Path) -> None:
+def test_sft_on_sft_is_judged_alike_by_run_and_eval(run: Run, sft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert capsys.readouterr().out.count("base: the model with the adapter") == 0
     summary, place = run("more", strategy="sft", model_name=str(sft), lora_r=None)
     judged = judged_json(Request(str(place)), Console())
+    assert capsys.readouterr().out.count("base: the model with the adapter sft, from which") == 2
     assert (judged["policy"], judged["base"]) == (summary["eval"], summary["base"])
 
 

@@ -39,7 +39,7 @@ BY_HAND = {
     "adapter-unmergeable", "tokenizer-no-eos",
     "model-not-causal", "model-no-weights", "model-no-tokenizer", "model-code", "model-tensors", "model-quantised",
     "tokens-outside", "generation-config", "model-code-unused", "no-such-layer", "target-not-linear", "fused-target",
-    "host-memory", "small-memory", "dataset-format", "dataset-unreadable", "dataset-utf16", "dataset-empty",
+    "host-memory", "memory-unknown", "small-memory", "dataset-format", "dataset-unreadable", "dataset-utf16", "dataset-empty",
     "dataset-on-hub", "dataset-damaged", "rows-read-as", "column-missing", "too-similar", "length-decides",
     "refusals-on-one-side", "mixed-languages", "few-pairs", "few-prompts", "repeated-pairs", "near-duplicates",
     "reversed-preference", "prompt-in-both", "pairs-too-long", "nothing-to-train", "nothing-held-out",

@@ -25,6 +25,7 @@ from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import columns as names
 from dpo_cli.data.annotation_exports import HELD
 from dpo_cli.data.column_guess import guessed_columns
+from dpo_cli.data.columns import Columns
 from dpo_cli.data.comparisons import LABELS, LISTS
 from dpo_cli.data.dataset import is_held_out_prompt, read
 from dpo_cli.data.lint import Quality
@@ -198,6 +199,35 @@ def test_an_unusable_file_is_one_problem(tmp_path: Path, name: str, content: byt
     if content is not None:
         path.write_bytes(content)
     assert [problem.code for problem in read(str(path)).problems] == [code]
+
+
+NAMED: Columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "columns", "words"),
+    [
+        ("a.csv", "prompt,chosen,rejected\n", None, ("the file has only a header", "add pairs")),
+        ("a.jsonl", "", None, ("the file is empty", "add pairs")),
+        ("a.xlsx", "PK", None, ("is not a .jsonl", "save it as CSV")),
+        ("a.csv", "What is X?,It is.,No idea.\nWhat is Y?,It is fine.,Nope\n", None, ("is missing", "a header line before it")),
+        (
+            "a.csv",
+            "What is X?,It is.,No.\nWhy?,So.,No\n",
+            NAMED,
+            ("question (columns.prompt)", "for example question,good,bad"),
+        ),
+        ("a.csv", "ask,good,bad\nWhy not,So it is,No\n", NAMED, ("question (columns.prompt)", "has ask, good, bad")),
+        ("a.jsonl", b'{"prompt": "\xff"}\n', None, ("not valid UTF-8", "save the file as UTF-8")),
+    ],
+)
+def test_a_file_without_a_usable_row_is_answered_with_what_to_do(
+    tmp_path: Path, file: str, content: str | bytes, columns: Columns | None, words: tuple[str, str]
+) -> None:
+    path = tmp_path / file
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    (problem,) = read(str(path), columns=columns).problems
+    assert words[0] in problem.message and words[1] in str(problem.fix)
 
 
 ROWS = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no"} for i in range(2)]

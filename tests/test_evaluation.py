@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +18,7 @@ import torch
 from builders import judged_json
 from conftest import Run, made_row, tiny_model
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from rich.console import Console as RichConsole
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -33,6 +36,7 @@ from dpo_cli.results.codec import to_json
 from dpo_cli.results.intervals import Interval, Sides
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.tally import Tally
+from dpo_cli.strategies.dpo import DPO
 from dpo_cli.ui.console import Console
 
 
@@ -208,12 +212,43 @@ def test_a_plan_of_another_machine_judges_an_adapter_here(run: Run) -> None:
         )
 
 
+def test_rows_that_a_run_was_trained_on_are_a_warning(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All rows, in another file: of those, the held-out ones were not trained on."""
+    _, place = run(eval_split=0.4)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes((tmp_path / "pairs.jsonl").read_bytes())
+    counts = json.loads((place / "plan.json").read_text(encoding="utf-8"))["counts"]
+    capsys.readouterr()
+    judged_json(Request(str(place), dataset=str(other)), Console())
+    told = capsys.readouterr().err
+    assert 0 < counts["train_pairs"] < 24 and told.count("[prompt-in-both]") == 1
+    assert f"{counts['train_pairs']} rows (lines" in told.split("[prompt-in-both]")[1]
+
+
 FIGURE = Interval(0.7, 0.6, 0.8)
 SIDES = Sides(
     {"accuracy": FIGURE, "loss": FIGURE, "kl_sequence": None},
     {"logp_accuracy": FIGURE},
     {"logp_accuracy": Interval(-0.1, -0.2, 0.0)},
 )
+NARROW_SIDES = Sides(
+    dict.fromkeys(("accuracy", "logp_accuracy", "kl_sequence"), FIGURE),
+    {"logp_accuracy": FIGURE},
+    {"logp_accuracy": FIGURE},
+)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120, 160])
+def test_an_interval_is_on_one_line_in_a_terminal_of_any_width(width: int) -> None:
+    console, printed = Console(), io.StringIO()
+    console.out = RichConsole(file=printed, width=width, force_terminal=True, color_system=None, highlight=False)
+    console.judgement(Evaluation("pairs", 2, 2, NARROW_SIDES), [], DPO)
+    lines = printed.getvalue().splitlines()
+    whole = [re.findall(r"\[-?[\d.]+, -?[\d.]+\]", line) for line in lines]
+    assert sum(map(len, whole)) == 5 and max(map(len, lines)) <= width
+    assert ("(kl_sequence)" in printed.getvalue()) == (width >= 80)
+
+
 JUDGED = Evaluation("pairs", 2, 2, SIDES, answer_tokens=dict.fromkeys(("policy", "base", "gain"), FIGURE))
 
 

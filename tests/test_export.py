@@ -245,7 +245,7 @@ def test_with_few_prompts_log_probs_decide(
     result, code = export(request, Console())
     printed = capsys.readouterr().out
     assert (code, result["prompts"], printed.count(too_few)) == (Exit.DONE, prompts, 1)
-    in_table = [line.split()[-1] for line in printed.splitlines() if re.match(r" (accuracy|margin) ", line)]
+    in_table = [line.split()[-1] for line in printed.splitlines() if re.match(r" (reward accuracy|margin) ", line)]
     assert in_table[-2:] == ["none", "none"]
     assert [(entry["limit"], entry["ok"]) for entry in result["limits"]] == [(None, None)] * 2
     difference = result["difference"]

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, SHAPE, made_row
 from test_export import left_behind, trained, write  # noqa: F401 - a fixture
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils
 
 from dpo_cli.commands import export as export_module
 from dpo_cli.commands.export import Request, export
@@ -31,6 +31,7 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.publish import gguf_export
 from dpo_cli.storage.digests import sha256
+from dpo_cli.storage.log import hush
 from dpo_cli.ui.console import Console
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -179,6 +180,12 @@ def test_only_the_unchanged_export_of_the_same_run_is_reused(
     assert refusal() == f"{out} exists already, with its GGUF file out.F32.gguf"
 
 
+def test_a_gguf_file_is_read_without_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    hush()
+    assert [*modeling_gguf_pytorch_utils.tqdm(range(3), desc="tensors")] == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
 def test_without_a_converter_it_is_said_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything else is looked at: the run that is named here does not exist."""
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -186,6 +193,11 @@ def test_without_a_converter_it_is_said_where_there_is_one(tmp_path: Path, monke
         with pytest.raises(UsageError) as caught:
             export(Request("no-run", tmp_path / "out", gguf="q8_0", converter=named), Console())
         assert caught.value.exit_code is Exit.USAGE and "llama-cpp-python" in (caught.value.fix or "")
+    (tmp_path / "llama.cpp").mkdir()
+    (script := tmp_path / "llama.cpp" / gguf_export.SCRIPT).touch()
+    with pytest.raises(UsageError) as caught:
+        gguf_export.find_converter(script.parent)
+    assert caught.value.fix == f"name the script in it: {script}"
     on_path = tmp_path / gguf_export.SCRIPT
     on_path.write_text("#!/bin/sh\n", encoding="utf-8")
     on_path.chmod(0o755)

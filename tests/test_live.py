@@ -72,7 +72,7 @@ def lines_of(steps: int, every: int) -> list[Line]:
     return lines
 
 
-@pytest.mark.parametrize(("columns", "rows", "curve"), [(100, 30, "█▇ ▆▅▅▄▄▃▂▂▁"), (60, 20, "█▇ ▆▅▅▄▄▃▂▂▁"), (30, 12, "█▄▁")])
+@pytest.mark.parametrize(("columns", "rows", "curve"), [(100, 30, "█▇ ▆▅▅▄▄▃▂▂▁"), (60, 20, "█▇ ▆▅▅▄▄▃▂▂▁"), (31, 12, "█▄▁")])
 def test_all_figures_stand_on_terminals_large_and_small(columns: int, rows: int, curve: str) -> None:
     terminal = Terminal(columns, rows)
     with LiveView(terminal.console, 20, 2.83, clock=lambda: 0.0) as view:
@@ -83,12 +83,12 @@ def test_all_figures_stand_on_terminals_large_and_small(columns: int, rows: int,
         shown = terminal.play()
     top = next(i for i, line in enumerate(shown) if line.startswith("12/20 ━"))
     frame = shown[top : top + 9]
-    assert [line.split()[0] for line in frame[2:]] == ["loss", "accuracy", "margin", "KL/token", "KL/seq", "tok/s", "memory"]
+    assert [line.split()[0] for line in frame[2:]] == ["loss", "accuracy", "margin", "KL/token", "KL/answer", "tok/s", "memory"]
     assert frame[0].endswith("0:01:04 left") and len(frame[0]) == columns  # 8 steps of 8 s; evaluations took no time
     assert frame[1].split() == ["train", "held", "out"]
     assert frame[2].split("0.580")[1].split("0.600")[0].strip() == curve
-    assert [frame[i].split()[-1 if columns == 30 else -2] for i in (5, 6)] == ["0.120", "12.000"]
-    assert frame[8] == "memory   4.9 GB, bill 2.8"
+    assert [frame[i].split()[-1 if columns == 31 else -2] for i in (5, 6)] == ["0.120", "12.000"]
+    assert frame[8] == "memory    4.9 GB, bill 2.8"
     assert shown[top + 9].startswith("warn [chosen-falls] the rewar") and len(shown[top + 9]) <= columns
 
 
@@ -169,7 +169,7 @@ def test_a_pipe_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 21 + 2 + 2  # the first line and each twentieth, two evaluations, an event with its remedy
     assert told[0] == "step 1/100  loss 0.690  accuracy 0.500  margin 0.100  tok/s 100"
-    assert "step 50/100  held out: loss 0.600  accuracy 0.750  margin 0.400  KL/token 0.500  KL/seq 50.000" in told
+    assert "step 50/100  held out: loss 0.600  accuracy 0.750  margin 0.400  KL/token 0.500  KL/answer 50.000" in told
     assert told[-2:] == ["warn [chosen-falls] the reward of the chosen responses falls while the margin grows", "  lower it"]
 
 
@@ -271,8 +271,8 @@ def test_a_real_training_is_seen_on_a_terminal(tmp_path: Path, tiny_model_dir: P
     summary, _ = train(loaded, inspect(loaded, probe()), probe(), terminal.console, overwrite=False, dry_run=False)
     shown = terminal.play()
     top = next(i for i, line in enumerate(shown) if line.startswith("2/2 ━"))
-    rows = {line.split()[0]: line.split() for line in shown[top:] if line}
-    assert {"loss", "accuracy", "margin", "KL/token", "KL/seq", "tok/s", "memory"} <= rows.keys()
+    rows = {line.split()[0]: line.split() for line in shown[top : top + 9] if line}
+    assert {"loss", "accuracy", "margin", "KL/token", "KL/answer", "tok/s", "memory"} <= rows.keys()
     assert rows["margin"][1] == f"{summary['train']['margin']:.3f}" and rows["KL/token"][1][:2] == "0."
     bill = json.loads((tmp_path / "run" / "plan.json").read_text(encoding="utf-8"))["memory"]
     assert ("bill" in rows["memory"]) == (bill is not None)

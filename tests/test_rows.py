@@ -407,7 +407,7 @@ def test_columns_name_what_is_called_otherwise() -> None:
     row = {"ask": "q", "better": "yes", "worse": "no"}
     columns = {"prompt": "ask", "chosen": "better", "rejected": "worse"}
     assert to_pair(row, 1, columns=columns) == to_pair({"prompt": "q", "chosen": "yes", "rejected": "no"}, 1)
-    with pytest.raises(BadRow, match="ask is missing"):
+    with pytest.raises(BadRow, match=r"ask \(columns.prompt\) is missing"):
         to_pair({"better": "yes", "worse": "no"}, 1, columns=columns)
     with_system = to_pair({**row, "context": "s"}, 1, columns={**columns, "system": "context", "tools": "functions"})
     assert with_system.prompt == SYSTEM + USER and with_system.tools == ()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
-from dpo_cli.commands.session import unexpected
+from dpo_cli.commands.session import AGAIN, session, unexpected
 from dpo_cli.errors import InvalidInput
 from dpo_cli.report.run_data import Contents
+from dpo_cli.runs.resume import TO_RESUME, resumable
 from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, SUMMARY, WEIGHTS, RunDirectory
 
 
@@ -67,6 +72,30 @@ def test_a_full_disk_is_told_as_such() -> None:
 def test_opening_what_is_no_run_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput):
         RunDirectory.open(tmp_path)
+
+
+def test_an_unfinished_start_is_called_so_by_every_command(tmp_path: Path) -> None:
+    """A run that was stopped right after it replaced another: its lock, and the adapter of the earlier run."""
+    (tmp_path / "run.lock").touch()
+    (tmp_path / ADAPTER).mkdir()
+    (tmp_path / ADAPTER / WEIGHTS).touch()
+    told = []
+    for opened in (RunDirectory.open, Contents.read, partial(RunDirectory.check, replace=False)):
+        with pytest.raises(InvalidInput) as caught:
+            opened(tmp_path)
+        told += caught.value.problems
+    assert [problem.code for problem in told] == ["not-a-run", "not-a-run", "run-exists"]
+    assert all("holds a run that is not finished" in problem.message for problem in told)
+    assert all("--resume" in str(problem.fix) for problem in told)
+
+
+@pytest.mark.parametrize(("within", "fix"), [(nullcontext, AGAIN), (resumable, TO_RESUME)])
+def test_a_stop_says_how_to_continue(
+    within: Callable[[], AbstractContextManager[None]], fix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(typer.Exit) as left, session(as_json=True, debug=False), within():
+        raise KeyboardInterrupt
+    assert (left.value.exit_code, json.loads(capsys.readouterr().out)["fix"]) == (130, fix)
 
 
 def test_the_runs_below_a_folder_are_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dpo_cli.commands.requests import Request
 from dpo_cli.evaluation.evaluation import ANSWERS, answered, judge, measure
 from dpo_cli.evaluation.rounding import without_rounding
+from dpo_cli.plan.adapter_start import start_of
 from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
 from dpo_cli.results.codec import to_json
@@ -39,5 +40,5 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
     if run and is_as_trained and judged.sides is not None and not run.has(EVALUATION):
         run.write_json(EVALUATION, to_json(judged))  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures
-    console.judgement(judged, judged.samples[:SHOWN], plan.strategy)
+    console.judgement(judged, judged.samples[:SHOWN], plan.strategy, start_of(plan))
     return judged, contest.hold(samples, console) if contest else None

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+
+import typer
 
 from dpo_cli.config.schema import options
 from dpo_cli.data.column_guess import guessed_columns
@@ -20,6 +24,16 @@ from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
 MAX_VRAM_GB = 100_000
+NO_GPU_FIX = "name the card to plan for, for example --vram 12; to train on a CPU, write a config with a small model yourself"
+
+
+def gigabytes(text: str) -> float:
+    """The value of --vram; the memory of a card, in GB."""
+    try:
+        return float(text)
+    except ValueError as error:
+        number = re.match(r"[\d.]*", text)
+        raise typer.BadParameter(f"write the number of GB alone: --vram {number[0] if number and number[0] else 12}") from error
 
 
 def require_vram(vram: float | None) -> None:
@@ -37,7 +51,7 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
     if vram is None:
         machine = probe()
         if machine.card is None:
-            raise UsageError("this machine has no GPU", "give the memory to plan for, for example --vram 12")
+            raise UsageError("this machine has no GPU", NO_GPU_FIX)
         total_gb, free_gb, what = machine.card
         console.line(f"this machine: {what}")
         is_apple = machine.is_apple and not machine.gpus
@@ -73,10 +87,21 @@ def _lengths_of(dataset: str, model: ModelSource | None, strategy: str) -> tuple
 
 def _by_hand(problem: Problem) -> Problem:
     """A problem of columns that nothing is known of, with the command for a config to write them into."""
-    if problem.code != NO_COLUMN:
+    if problem.code != NO_COLUMN or '"columns"' not in (problem.fix or ""):
         return problem
     way = "`dpo recommend --write my-config.json` without --dataset writes a config; add your dataset, and"
     return replace(problem, fix=f"{way} {problem.fix}")
+
+
+def rate_line(recommendation: Recommendation, file: Path | None) -> str:
+    """What to do about the learning rate, which is the documented one; empty if that suits an adapter too."""
+    own = STRATEGIES[recommendation.values.strategy].adapter_rate
+    if own is None:
+        return ""
+    value = json.dumps(own)
+    here = f"use the commented line with {value} in {file}" if file else f'add "learning_rate": {value}'
+    rate = json.dumps(recommendation.values.learning_rate)
+    return f"learning_rate is {rate}, documented for all weights: an adapter hardly moves at it. To train an adapter, {here}"
 
 
 def config_text(recommendation: Recommendation) -> str:
@@ -95,7 +120,7 @@ def _lines(recommendation: Recommendation) -> Iterator[str]:
         yield '// "dataset": "my-pairs.jsonl",'
     strategy = STRATEGIES[recommendation.values.strategy]
     if strategy.adapter_rate is not None:
-        yield f"// documented, for all weights; an adapter hardly moves at it. To move it, use the next line instead ({RATES})"
+        yield f"// documented, for all weights: to train an adapter, use the next line instead ({RATES})"
     else:
         yield "// the documented default"
     yield f'"learning_rate": {json.dumps(recommendation.values.learning_rate)},'

@@ -23,6 +23,7 @@ from dpo_cli.storage.hub import ask_nobody
 from dpo_cli.storage.redaction import Redacted
 from dpo_cli.ui.console import Console
 
+AGAIN = "run the same command again"  # it repeats what is lost, and continues what is kept
 SHOWN = 80  # characters of a name that is too long
 
 
@@ -53,10 +54,7 @@ def _reported(console: Console, debug: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:  # a training that was stopped by a signal: with the code of the signal
-        stopped = DpoError(
-            "stopped",
-            "continue `dpo train` with --resume; repeat the command to continue `dpo augment` or the GGUF step of `dpo export`",
-        )
+        stopped = DpoError("stopped", getattr(error, "__notes__", [AGAIN])[-1])
         stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
         console.error(stopped)
         raise typer.Exit(int(stopped.exit_code)) from None

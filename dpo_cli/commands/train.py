@@ -19,6 +19,7 @@ from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figures, measure, score
 from dpo_cli.evaluation.rounding import rounding_of, without_rounding
 from dpo_cli.hardware.machine import Machine
+from dpo_cli.plan.adapter_start import start_of
 from dpo_cli.plan.feasibility import disk_problem, does_not_fit, out_of_memory
 from dpo_cli.plan.plan import Plan, Rounding, Scoring, resolve
 from dpo_cli.plan.preflight import Inspection, step_problems
@@ -34,12 +35,11 @@ from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import Line, Memory, RunSummary, Status
 from dpo_cli.runs.card import card
 from dpo_cli.runs.manifest import manifest
-from dpo_cli.runs.resume import EarlierRun, go_on, tell_on, told_how_to_go_on
+from dpo_cli.runs.resume import TO_RESUME, EarlierRun, go_on, resumable, tell_on, told_how_to_go_on
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, REPORT, SUMMARY, RunDirectory
-from dpo_cli.strategies.strategy import Strategy
 from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
@@ -66,7 +66,7 @@ def train(
 ) -> tuple[JsonObject, Exit]:
     """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
 
-    One line longer than other functions: it is the composer, and reads from top to bottom.
+    A few lines longer than other functions: it is the composer, and reads from top to bottom.
     """
     data, draft = inspection.require()
     console.problems(inspection.problems)
@@ -106,6 +106,7 @@ def train(
 
         if not is_there:
             run = held.enter_context(_claimed(run.path, overwrite))
+        held.enter_context(resumable())
         if earlier is None:
             if resume:
                 tell("there is no checkpoint to resume from: starting")
@@ -116,7 +117,7 @@ def train(
         if earlier is not None:
             earlier.require_same(loaded, plan, about)
             if is_finished:
-                return _finished(run, plan.strategy, earlier.left_out(plan), console)
+                return _finished(run, plan, earlier.left_out(plan), console)
             about["resumed"] = go_on(run, earlier, plan, about, tell)
         findings: JsonObject = {
             "problems": [problem.to_json() for problem in (*inspection.problems, *late)],
@@ -243,8 +244,10 @@ def _trained(
     run.write_card(card(plan, steps, judged))
     run.write_json(SUMMARY, to_json(summary))
     if can_be_judged:
-        console.judgement(judged, [], plan.strategy)
+        console.judgement(judged, [], plan.strategy, start_of(plan))
     console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
+    if status == "interrupted":
+        console.line(TO_RESUME)
     console.line(f"report: {write_report(run.path)}")  # the last file of a run, made from the others
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
@@ -265,13 +268,13 @@ def _kept_when_trained(
         raise
 
 
-def _finished(run: RunDirectory, strategy: Strategy, left_out: list[str], console: Console) -> tuple[JsonObject, Exit]:
+def _finished(run: RunDirectory, plan: Plan, left_out: list[str], console: Console) -> tuple[JsonObject, Exit]:
     """The figures of a run that is already finished."""
     summary = RunSummary.of_json(run.read_json(SUMMARY))
     if not run.has(REPORT):
         write_report(run.path)
     if run.has(EVALUATION):
-        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), strategy.rows.noun), [], strategy)
+        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), plan.noun), [], plan.strategy, start_of(plan))
     if left_out:
         console.line(f"note: a finished run keeps its {', '.join(left_out)}; `dpo eval` evaluates it again")
     console.line(f"{summary.status} already, after step {summary.steps}; {run.trained.name}: {run.trained}")

@@ -100,7 +100,7 @@ def advice(key: str, given: Mapping[str, object]) -> str:
         return f'remove the key; did you mean "{near}" of other tools? {entry["why"]}'
     meant = names().get(near, near)
     taken = _taken(key, meant, given)
-    return f'did you mean "{meant}"?' if not taken else f'remove the key: did you mean "{meant}"? {taken}'
+    return f'did you mean "{meant}"?' if not taken else f"remove the key: {taken}"
 
 
 def own_advice(key: str, given: Mapping[str, object]) -> str | None:
@@ -181,7 +181,9 @@ def _taken(key: str, name: str, given: Mapping[str, object]) -> str:
     other = next(others, None)
     if other is None:
         return ""
-    return f'here it is called "{name}"' + (f', and "{other}" means it too' if other != name else ", which this config has")
+    return f'here it is called "{name}"' + (
+        f', and "{other}" means it too' if other != name else ", which this config already sets"
+    )
 
 
 def _written(values: Mapping[str, object]) -> str:

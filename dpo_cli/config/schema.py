@@ -159,7 +159,8 @@ class Option:
             return "one of " + ", ".join(json.dumps(choice) for choice in self.rule["enum"])
         types = [self.rule["type"]] if isinstance(self.rule["type"], str) else self.rule["type"]
         words = " or ".join(NAMES[name] for name in types if name != "null")
-        return words + "".join(self._bounds()) + (" or null" if "null" in types else "")
+        bounded, unset = words + "".join(self._bounds()), [str(value) for value in self.unset if value is not None]
+        return f"{', '.join([bounded, *unset])} or null" if "null" in types else bounded
 
     def _bounds(self) -> Iterator[str]:
         if "examples" in self.rule:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from dpo_cli.config.schema import names_where
 from dpo_cli.data import files, folders, hub_datasets
-from dpo_cli.data.column_guess import guessed_columns
+from dpo_cli.data.column_guess import guessed_columns, has_header, names_of
 from dpo_cli.data.column_use import Account
 from dpo_cli.data.columns import Columns
 from dpo_cli.data.comparisons import start_of
@@ -40,6 +40,7 @@ SHOWN = 3  # the number of bad rows of a group whose details are shown
 # Fixes for faults that are not in a single row.
 FIXES = {
     "dataset-not-list": "write the rows between [ and ], with commas, or one per line into a .jsonl file",
+    "row-not-utf8": "save the file as UTF-8",
     "row-not-gzip": "download or compress the file again",
 }
 
@@ -250,10 +251,10 @@ def read(
             for observer in observers:
                 observer.see(row, prompt_key)
     problems = [*whole, *bad.problems(key, skip)]
-    if not pairs and not columns and not demonstrations:
-        problems = [_with_columns(problem) if problem.code == NO_COLUMN else problem for problem in problems]
+    if not pairs and not demonstrations:
+        problems = [_with_columns(problem, columns or {}) if problem.code == NO_COLUMN else problem for problem in problems]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
-        problems.append(Problem("error", "dataset-empty", "no row is usable", f"add {data.noun}", key, name))
+        problems.append(Problem("error", "dataset-empty", _emptiness(readable, rows), f"add {data.noun}", key, name))
     problems += account.problems(key) if pairs else []
     problems += _choices(value, key)
     for says, count in account.shapes.items():
@@ -263,8 +264,25 @@ def read(
     return replace(data, problems=tuple(problems), read_as=account.to_json())
 
 
-def _with_columns(problem: Problem) -> Problem:
-    """A problem of rows without the known columns, of which none is usable, with the line of the config that names them."""
+def _emptiness(sources: Sequence[Source], rows: int) -> str:
+    """Why these files have no usable row, though no row is at fault."""
+    if rows:
+        return "no row is usable"
+    holds_text = any(_state(source.path)[0] for source in sources)
+    is_table = all(folders.kind(source.path) in (".csv", ".tsv") for source in sources)
+    is_one = len(sources) == 1
+    if is_table and holds_text:
+        return "the file has only a header" if is_one else "the files have only headers"
+    return "the file is empty" if is_one else "the files are empty"
+
+
+def _with_columns(problem: Problem, columns: Columns) -> Problem:
+    """A problem of rows without the named columns, of which none is usable, with what to write into the config or the file."""
+    if problem.file and not has_header(problem.file):
+        names = ",".join(str(columns.get(key, key)) for key in KEYS)
+        return replace(problem, fix=f"the first line looks like data: add a header line before it, for example {names}")
+    if columns and problem.file:
+        return replace(problem, fix=f'correct "columns": the file has {", ".join(names_of(problem.file))}')
     guess = guessed_columns(problem.file) if problem.file else None
     line = f'"columns": {json.dumps(guess or dict.fromkeys(KEYS, "..."), ensure_ascii=False)}'
     return replace(problem, fix=f"write {line}{'' if guess else ', with the names of your columns,'} into the config")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from rapidfuzz import fuzz, utils
@@ -16,7 +16,7 @@ from rapidfuzz import fuzz, utils
 from dpo_cli.data.dataset import Dataset
 from dpo_cli.data.files import about_rows, unit
 from dpo_cli.data.messages import flat, said
-from dpo_cli.data.rows import Pair
+from dpo_cli.data.rows import Pair, Row
 from dpo_cli.data.text_features import (
     ABOUT_LANGUAGE,
     FREE_TEXT,
@@ -285,26 +285,27 @@ class OtherScript(Finding):
 class Overlap:
     """Prompts of the evaluation set that are trained on; an observer of the dataset, and `eval_side` one of that set."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_trained: Callable[[str], bool] = lambda prompt_key: True) -> None:
+        self.is_trained = is_trained  # whether a prompt of the dataset is on the training side
         self.trained: set[int] = set()
         self.rows: dict[str, list[int]] = defaultdict(list)
         self.eval_side = _EvalSide(self)
 
     def see(self, pair: Pair, prompt_key: str) -> None:
-        self.trained.add(hash(plain(prompt_key)))
+        if self.is_trained(prompt_key):
+            self.trained.add(hash(plain(prompt_key)))
 
-    def problems(self, held_out: Dataset) -> Iterator[Problem]:
+    def problems(self, key: str | None) -> Iterator[Problem]:
+        """The rows that were trained on; `key` is the option that names their file."""
         fix = "delete these rows: figures on trained prompts measure memorisation"
         for file, lines in self.rows.items():
-            yield about_rows(
-                "warning", "prompt-in-both", "the prompt is also in the training data", fix, held_out.key, file, lines
-            )
+            yield about_rows("warning", "prompt-in-both", "the prompt is also in the training data", fix, key, file, lines)
 
 
 class _EvalSide:
     def __init__(self, overlap: Overlap) -> None:
         self.overlap = overlap
 
-    def see(self, pair: Pair, prompt_key: str) -> None:
+    def see(self, pair: Row, prompt_key: str) -> None:
         if hash(plain(prompt_key)) in self.overlap.trained:
             self.overlap.rows[pair.file].append(pair.line)

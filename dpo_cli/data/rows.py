@@ -183,8 +183,10 @@ def _shape_of(row: Written, columns: Columns) -> tuple[Shape, Written, Export | 
     shape = fitting(written, columns, export.answers if export is not None else ())
     if shape is not None:
         return shape, written, export
-    missing = [columns.get(key, key) for key in KEYS if key not in written]
-    reason = " and ".join(f"{name} is null" if name in row else f"{name} is missing" for name in missing)
+    absent = {key: columns.get(key, key) for key in KEYS if key not in written}
+    missing = [*absent.values()]
+    words = {name: f"{name} (columns.{key})" if key in columns else name for key, name in absent.items()}
+    reason = " and ".join(f"{words[name]} is {'null' if name in row else 'missing'}" for name in missing)
     advice = '; "columns" can give the names' if any(name not in row for name in missing) else ""
     raise BadRow("row-missing-key", reason, f"it has {_names(row)}{advice}")
 

@@ -25,6 +25,7 @@ UNPACK = {
     b"\xfd7zXZ\0": "xz -d",
 }
 PACKED = (".gz", ".zip", ".zst", ".bz2", ".xz")
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
 TO_PARQUET = 'to_parquet(open(sys.argv[2], "xb"))'
 JSONL = 'use a .jsonl file: one {"prompt": ..., "chosen": ..., "rejected": ...} object per line'
 
@@ -104,7 +105,8 @@ def _fault_of_file(path: Path, readable: Collection[str]) -> Problem | None:
         code = f"import sys, datasets; datasets.Dataset.from_file(sys.argv[1]).{TO_PARQUET}"
         return _arrow(path, f"{path} was written by the datasets library", code, target)
     if kind not in readable:
-        return _error("dataset-format", f"{path} is not a {', '.join(readable)} file", JSONL)
+        fix = "save it as CSV, with the names of the columns in the first line" if kind in SPREADSHEETS else JSONL
+        return _error("dataset-format", f"{path} is not a {', '.join(readable)} file", fix)
     if kind == ".parquet":
         damaged = not start.startswith(b"PAR1")
         return _error("dataset-damaged", f"{path} is not a Parquet file", "download or create it again") if damaged else None

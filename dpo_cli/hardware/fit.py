@@ -22,7 +22,9 @@ Change = tuple[str, Callable[[Settings], Settings]]  # the text for a config, an
 def fit(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
     """The settings to run `wanted`, with their memory; if they do not fit, with the changes that would help."""
     settings, memory = way(facts, wanted, budget_gb, checkpointing)
-    return settings, memory if memory.fits is not False else replace(memory, largest_change=advice(facts, settings, memory))
+    if memory.fits is not False:
+        return settings, memory
+    return settings, replace(memory, largest_change=advice(facts, wanted, settings, memory, checkpointing))
 
 
 def way(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpointing: bool | str) -> tuple[Settings, Bill]:
@@ -48,8 +50,12 @@ def way(facts: ModelFacts, wanted: Settings, budget_gb: float | None, checkpoint
     return ways[-1], bills[-1]
 
 
-def advice(facts: ModelFacts, settings: Settings, memory: Bill) -> str:
-    """The changes that make it fit, in the documentation's order, no more than needed, each with its additional saving."""
+def advice(facts: ModelFacts, wanted: Settings, settings: Settings, memory: Bill, checkpointing: bool | str) -> str:
+    """The changes that make it fit, in the documentation's order, no more than needed, each with its additional saving.
+
+    `settings` are those that `wanted` gets. A changed config gets others, faster ones where memory is left, so the savings are
+    differences of the bills that a user sees.
+    """
     chosen: list[Change] = []
     for change in _changes(settings):
         chosen.append(change)
@@ -61,16 +67,19 @@ def advice(facts: ModelFacts, settings: Settings, memory: Bill) -> str:
         without = [other for other in chosen if other is not change]
         if bill(facts, _changed(settings, without), memory.budget_gb).fits:
             chosen = without
-    return "; ".join(_in_words(facts, settings, chosen))
+    bills = (
+        way(facts, _changed(wanted, chosen[:count]), memory.budget_gb, checkpointing)[1] for count in range(len(chosen) + 1)
+    )
+    return "; ".join(_in_words(chosen, [one.total_gb for one in bills]))
 
 
 def savings(facts: ModelFacts, settings: Settings) -> list[str]:
     """All changes that the user can make, in the documentation's order, each with its additional saving."""
-    return _in_words(facts, settings, list(_changes(settings)))
+    changes = list(_changes(settings))
+    return _in_words(changes, [bill(facts, _changed(settings, changes[:i]), None).total_gb for i in range(len(changes) + 1)])
 
 
-def _in_words(facts: ModelFacts, settings: Settings, chosen: Sequence[Change]) -> list[str]:
-    totals = [bill(facts, _changed(settings, chosen[:count]), None).total_gb for count in range(len(chosen) + 1)]
+def _in_words(chosen: Sequence[Change], totals: Sequence[float]) -> list[str]:
     steps = zip(chosen, totals, totals[1:], strict=False)
     return [f"{text} saves {before - after:.1f} GB" for (text, _), before, after in steps if before - after >= LEAST_GB]
 

@@ -43,6 +43,10 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         key = "use_4bit" if config.use_4bit else "use_8bit"
         message = f"{key} needs the package bitsandbytes, which is not installed"
         yield Problem("warning", "bitsandbytes-missing", message, BITSANDBYTES_FIX, key, stops_training=True)
+    if vram_gb is not None and plan.memory is None:
+        message = f"the shape of {plan.model_label} is unknown, so nothing says whether the run fits {vram_gb:g} GB"
+        fix = "fetch the model first (hf download NAME), or name its folder"
+        yield Problem("warning", "memory-unknown", message, fix, "model_name")
     card_gb = vram_gb or min((gpu.memory_gb for gpu in machine.gpus), default=None)
     documented_gb = profiles()[smallest]["from_gb"] if (smallest := plan.strategy.documented_profile) else 0.0
     # A card reports a little less than its nominal memory.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MUCH_TOO_LONG = 0.1  # the share of pairs longer than max_seq_length that is reported
 # Why no row is rendered.
 OF_GGUF = "not shown, because a GGUF file's tokenizer is read when training starts; lengths are in characters"
+OF_HUB = "not shown, because the tokenizer of {model} is read when training starts"
 NO_TOKENIZER = "none, because the model's tokenizer.json cannot be read"
 
 
@@ -46,14 +47,14 @@ class Data:
     said: dict[str, Any]
     longest: int | None  # estimated tokens of the longest sequence
     balance: Balance  # of the split by prompt
-    is_of_gguf: bool  # whether the model is a GGUF file
+    unrendered: str  # why no row is rendered, if so
 
     @property
     def rendered_words(self) -> str:
         """The number of rows that went through the chat template and the tokenizer, or why none did."""
         if rendered := self.said["rendered"]:
             return f"{rendered} {self.train.noun}"
-        return OF_GGUF if self.is_of_gguf else NO_TOKENIZER
+        return self.unrendered
 
     @property
     def held_out_words(self) -> str:
@@ -215,19 +216,27 @@ def _read_data(
     said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
     said["rendered"] = len(sample.rows)
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
-    is_of_gguf = model is not None and model.tokenizer_files.is_gguf
-    data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens, balance, is_of_gguf)
+    unrendered = _why_unrendered(model) if model is not None else NO_TOKENIZER
+    data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens, balance, unrendered)
     use_chat_template = values.get("use_chat_template", "auto")
     is_as_it_is = use_chat_template is False or not sample.is_chat  # then markers of a template are intended
     about_texts = () if is_sft else quality.problems(data.train)
     found += (problem for problem in about_texts if not (is_as_it_is and problem.code == findings.ChatMarkers.code))
     found += sample.problems(use_chat_template, skip) + other_sample.problems(use_chat_template, skip)
-    found += overlap.problems(data.held_out) if data.held_out is not None else balance.problems()
+    found += overlap.problems(data.held_out.key) if data.held_out is not None else balance.problems()
     pairs = epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:
         message = f"with these weights none of the {balance.train.total()} {data.train.noun} is left to train on"
         found.append(Problem("error", "nothing-to-train", message, "increase the weights in dataset", "dataset"))
     return data, pairs, found
+
+
+def _why_unrendered(model: ModelSource) -> str:
+    """Why no row can be rendered with the tokenizer of a model."""
+    files = model.tokenizer_files
+    if files.is_gguf:
+        return OF_GGUF
+    return NO_TOKENIZER if files.path.exists() else OF_HUB.format(model=model.foundation)
 
 
 def _tokenizer_of(model: ModelSource) -> tuple[Tokenizer | None, int | None]:

@@ -47,6 +47,8 @@ def find_converter(named: Path | None) -> Path:
     path = named or shutil.which(SCRIPT)
     if path is None:
         raise UsageError(f"--gguf needs a converter, {SCRIPT}", WHERE)
+    if Path(path, SCRIPT).is_file():
+        raise UsageError(f"the converter {path} is a folder", f"name the script in it: {Path(path, SCRIPT)}")
     if not Path(path).is_file():
         raise UsageError(f"the converter {path} is not a file", WHERE)
     return Path(path).absolute()

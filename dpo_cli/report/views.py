@@ -65,7 +65,7 @@ def against(run: Contents) -> list[ComparedFigure]:
     if run.evaluation and (tokens := run.evaluation.answer_tokens):
         gained = number(tokens["gain"], signed=True, digits=1)
         before, after = (number(tokens[side], digits=1) for side in ("base", "policy"))
-        rows.append(ComparedFigure("answer tokens", before, after, gained, None, good=True))
+        rows.append(ComparedFigure(FIGURES["answer_tokens"].label, before, after, gained, None, good=True))
     return rows
 
 
@@ -141,9 +141,12 @@ def bill(run: Contents) -> MemoryTable | None:
     total, budget = compared(memory["total_gb"], memory["budget_gb"] or 0.0, digits=2)
     about += f", of {budget} GB available." if memory["budget_gb"] else "."
     if memory_of_run.measured_gb and memory_of_run.predicted_gb:
-        what = "the GPU's allocator" if run.config["device"] == "cuda" else "the whole process, including what malloc keeps"
+        what, includes = "the whole process, including what malloc keeps", "libraries and the loading of the model included"
+        if run.config["device"] == "cuda":
+            what, includes = "the GPU's allocator", "CUDA's context and the allocator's slack not included"
         measured, billed = memory_of_run.measured_gb, memory_of_run.predicted_gb
-        about += f" Measured: {measured:.2f} GB ({what}); billed: {billed:.2f} GB; ratio: {measured / billed:.2f}."
+        about += f" Measured: {measured:.2f} GB ({what}); billed for that: {billed:.2f} GB ({includes}); "
+        about += f"ratio: {measured / billed:.2f}."
     return MemoryTable(parts, total, about)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cli.config.config import load
 from dpo_cli.config.rules import fuses_adapter
 from dpo_cli.config.schema import defaults
-from dpo_cli.data.dataset import holds_pairs, unreadable
+from dpo_cli.data.dataset import holds_pairs, is_held_out_prompt, read, unreadable
+from dpo_cli.data.findings import Overlap
+from dpo_cli.data.rows import Row
 from dpo_cli.data.tokens import Encoded
-from dpo_cli.errors import InvalidInput, invalid
+from dpo_cli.errors import InvalidInput, Problem, invalid
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter, is_on_head
 from dpo_cli.models.source import ModelSource
@@ -32,6 +34,8 @@ from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, RunDirectory
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
+from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
 
@@ -63,7 +67,20 @@ def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequ
         opened = _opened(str(run.path / PLAN), changes, run.trained, dataset, console)
     if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
         console.line(f"note: the run was trained on {dataset}, so these figures show what it memorised, not what it learned")
+    elif dataset:
+        console.problems([*_trained_rows(run, [row.row for row in opened.rows])])
     return OpenedRun(**vars(opened), run=run)
+
+
+def _trained_rows(run: RunDirectory, rows: Sequence[Row]) -> Iterator[Problem]:
+    """The rows whose prompts a run was trained on, as far as its data is still here."""
+    config = run.read_json(PLAN)["config"]
+    overlap = Overlap(lambda prompt_key: not is_held_out_prompt(prompt_key, config["eval_split"], config["split_seed"]))
+    is_sft = STRATEGIES[config["strategy"]].rows is DEMONSTRATIONS
+    read(config["dataset"], True, columns=config["columns"], observers=[overlap], demonstrations=is_sft)
+    for row in rows:
+        overlap.eval_side.see(row, row.prompt_key)
+    return overlap.problems(None)
 
 
 def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Sequence[str], console: Console) -> Opened:

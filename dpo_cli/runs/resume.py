@@ -27,6 +27,7 @@ from dpo_cli.ui.console import Console
 ENDING = names_where(lambda option: option.end)
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 START_ANEW = "resume it with the same values, or restart with --overwrite"
+TO_RESUME = "to continue, run the same `dpo train` command with --resume, without --overwrite"
 Json = Mapping[str, Any]
 Tell = Callable[[str], None]
 
@@ -189,6 +190,16 @@ def go_on(run: RunDirectory, earlier: EarlierRun, plan: Plan, manifest: Json, te
     if others := earlier.other_versions(manifest):
         tell(f"note: started with {'; '.join(others)}: the last bits may differ")
     return [*earlier.manifest.get("resumed", []), earlier.step]
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """A stop inside, when the run has replaced an earlier one, says how to continue it."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        error.add_note(TO_RESUME)
+        raise
 
 
 @contextmanager

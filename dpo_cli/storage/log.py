@@ -15,9 +15,12 @@ def hush() -> None:
     """Stop transformers, datasets and warnings from writing to the terminal; their records reach the root logger."""
     import datasets
     import transformers
+    from transformers import modeling_gguf_pytorch_utils
 
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.enable_propagation()
+    # transformers 5.17 draws this one without its own switch.
+    setattr(modeling_gguf_pytorch_utils, "tqdm", transformers.utils.logging.tqdm)  # noqa: B010
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.captureWarnings(True)

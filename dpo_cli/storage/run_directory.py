@@ -34,6 +34,7 @@ TENSORBOARD, CHECKPOINTS, LOCK, TRIAL = "tensorboard", "checkpoints", "run.lock"
 
 
 RUNS_SHOWN = 10  # of the runs in the folders below one that is not a run
+UNFINISHED = "holds a run that is not finished"
 
 
 def not_a_run(path: Path, what: str, missing: Sequence[str], needed: Sequence[str]) -> InvalidInput:
@@ -41,8 +42,11 @@ def not_a_run(path: Path, what: str, missing: Sequence[str], needed: Sequence[st
     places = (plan.parent for pattern in (f"*/{PLAN}", f"*/*/{PLAN}") for plan in sorted(path.glob(pattern)))
     below = [str(place) for place in places if all((place / name).is_file() for name in needed)]
     shown = ", ".join(below[:RUNS_SHOWN]) + (", ..." if len(below) > RUNS_SHOWN else "")
+    lacks = f"it has no {' and no '.join(missing)}"
+    if (path / LOCK).is_file() and not (path / SUMMARY).is_file():
+        return invalid("not-a-run", f"{path} {UNFINISHED}: {lacks}", "repeat its `dpo train` command with --resume")
     fix = f"name a run below it: {shown}" if below else f"name the output_dir of {what}"
-    return invalid("not-a-run", f"{path} is not {what}: it has no {' and no '.join(missing)}", fix)
+    return invalid("not-a-run", f"{path} is not {what}: {lacks}", fix)
 
 
 class RunDirectory:
@@ -61,7 +65,7 @@ class RunDirectory:
             raise invalid("run-exists", message, "choose another output_dir", "output_dir")
         holds_run = any((path / name).exists() for name in (LINES, SUMMARY, ADAPTER, MODEL)) or cls(path).checkpoints.all()
         if holds_run and not replace:
-            message = f"{path} already holds a run"
+            message = f"{path} already holds a run" if (path / SUMMARY).is_file() else f"{path} {UNFINISHED}"
             fix = "continue it with --resume, replace it with --overwrite, or choose another folder with output_dir=..."
             raise invalid("run-exists", message, fix, "output_dir")
 

@@ -113,6 +113,11 @@ class Figure:
     is_better_large: bool = True
     of_answers: bool = False  # of sampled answers; a prompt may have no room for one
 
+    @property
+    def heading(self) -> str:
+        """The label, with the name for --fail-under and --json if that is another word."""
+        return self.label if self.label == self.name else f"{self.label} ({self.name})"
+
     def text(self, value: Interval) -> FigureText:
         if not value.is_finite:
             return NOT_FINITE
@@ -206,7 +211,7 @@ _DECLARED = (
         "KL per answer",
         "How far the training has moved the model: log p after - log p before, over answers sampled after it, nats. The "
         "documentation recommends a value below 10.",
-        short="KL/seq",
+        short="KL/answer",
         title="KL per answer",
         note="Distance from the model before training, over sampled answers, nats.",
         limit_option="max_kl",

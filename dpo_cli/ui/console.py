@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console as RichConsole
@@ -20,6 +20,7 @@ from dpo_cli.errors import DpoError, InvalidInput, Problem
 from dpo_cli.results.compared import compared
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
+from dpo_cli.strategies.figures import FIGURES, number
 
 if TYPE_CHECKING:
     from dpo_cli.results.intervals import Interval
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 COLOURS = {"error": "red", "warning": "yellow", "hint": "cyan"}
 MARKS = {"error": "x", "warning": "!", "hint": "-"}
 PIPED_WIDTH = 120
+NARROW = 80  # columns of a terminal
+AUC_SCALE = "(0.5: no pattern, 1: always the longer, 0: always the shorter)"
+BORDER = 3  # columns between two cells
 PIPED_LINES = 20  # progress lines of a run in a pipe
 
 
@@ -89,15 +93,18 @@ class Console:
                 self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": documents})
 
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
-        """Rows of text; the columns after the first are right-aligned if there is a header."""
-        on_terminal = self.out.is_terminal
-        table = Table(title=title, title_justify="left", box=box.ROUNDED if on_terminal else None, show_header=bool(header))
-        for column in range(len(rows[0])):
-            name = header[column] if header else ""
-            table.add_column(name, justify="right" if column and header else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(redact(cell)) for cell in row))
-        self.out.print(table)
+        """Rows of text; the columns after the first are right-aligned if there is a header.
+
+        In a terminal that is too narrow, intervals are below their values: one broken over lines is hard to read.
+        """
+        cells = [[redact(cell) for cell in row] for row in rows]
+        names, *columns = zip(*cells, strict=True)
+        word = max((len(word) for name in names for word in name.split()), default=0)
+        needed = word + sum(max(map(len, column)) + BORDER for column in columns) + 2 * BORDER
+        is_narrow = self.out.is_terminal and needed > self.out.width
+        if is_narrow:
+            cells = [[cell.replace(" [", "\n[") for cell in row] for row in cells]
+        self.out.print(_table(title, cells, header, box.ROUNDED if self.out.is_terminal and not is_narrow else None))
 
     def panel(self, title: str, text: str) -> None:
         """Text of a model or a dataset: control characters are removed."""
@@ -124,7 +131,7 @@ class Console:
         self.line(f"length: median {most['median']:,.0f} {unit}, maximum {most['most']:,} ({place}){over}")
         if "longer_chosen" in lint:
             longer, auc = lint["longer_chosen"], lint["length_auc"]
-            self.line(f"length: the longer response is preferred in {longer:.0%} of pairs, AUC {auc:.2f} (0.5: no effect)")
+            self.line(f"length: the longer response is preferred in {longer:.0%} of pairs; AUC of length {auc:.2f} {AUC_SCALE}")
 
     def bill(self, memory: BillJson) -> None:
         """The memory bill with a bar per component."""
@@ -134,29 +141,43 @@ class Console:
         total, budget = compared(memory["total_gb"], memory["budget_gb"] or 0.0, digits=2)
         self.table(f"memory: {total}{f' of {budget}' if memory['budget_gb'] else ''} GB", bars)
 
-    def judgement(self, evaluation: Evaluation, samples: Sequence[Answers], strategy: Strategy) -> None:
-        """The figures of an evaluation, and answers side by side."""
+    def judgement(
+        self, evaluation: Evaluation, samples: Sequence[Answers], strategy: Strategy, start: str | None = None
+    ) -> None:
+        """The figures of an evaluation, and answers side by side; `start` is the adapter that the training started from."""
         if evaluation.sides is None:
             self.line(
-                "there are no held-out rows: set or raise eval_split in the config, or name a file with `dpo eval --dataset`"
+                "nothing is measured, because there are no held-out rows: set or raise eval_split in the config, "
+                "or name a file with `dpo eval --dataset`"
             )
             return
         sides = [evaluation.sides.policy, evaluation.sides.base, evaluation.sides.gain]
         names = [name for name, figure in evaluation.sides.policy.items() if figure]
-        rows = [[name.replace("_", " "), *(_interval(side.get(name)) for side in sides)] for name in names]
+        figures = {name: [side.get(name) for side in sides] for name in names}
         if tokens := evaluation.answer_tokens:
-            rows.append(["answer tokens", *(_interval(tokens[side]) for side in ("policy", "base", "gain"))])
+            figures["answer_tokens"] = [tokens[side] for side in ("policy", "base", "gain")]
+        rows = [
+            [self._heading(name), *(_interval(value, FIGURES[name].digits) for value in values)]
+            for name, values in figures.items()
+        ]
         title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; 95 % intervals"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
+        if start is not None:
+            self.line(f"base: the model with the adapter {start}, from which this training started")
         if missing := evaluation.unanswered:
             fix = "lower max_seq_length, so that prompts are cut, or evaluate with shorter prompts"
             message = f"{missing} prompts fill the model's context and have no answer"
-            self.line(f"note: {message}: kl_sequence and answer_tokens are of the other prompts, and miss any limit; {fix}")
+            partial = " and ".join(figure.label for figure in FIGURES.values() if figure.of_answers)
+            self.line(f"note: {message}: {partial} are of the other prompts, and miss any limit; {fix}")
         self._categories(evaluation.categories, strategy)
         for sample in samples:
             base, adapter = sample["base"], sample["adapter"]
             text = f"base:    {base}\nadapter: {'(the same)' if adapter == base else adapter}"
             self.panel(sample["prompt"][-200:], text)
+
+    def _heading(self, name: str) -> str:
+        """The words of a figure at the start of a row; without its name where there is no room for it."""
+        return FIGURES[name].heading if self.out.width >= NARROW else FIGURES[name].label
 
     def _categories(self, categories: Mapping[str, Judged], strategy: Strategy) -> None:
         """The first two figures of the rows of each category, and the gain in one."""
@@ -173,7 +194,8 @@ class Console:
             for name, part in categories.items()
             if part.sides
         ]
-        self.table("by category", rows, ("category", strategy.rows.noun, *shown, f"gain in {gain.replace('_', ' ')}"))
+        names = [*(FIGURES[key].label for key in shown), f"gain in {FIGURES[gain].label}"]
+        self.table("by category", rows, ("category", strategy.rows.noun, *names))
 
     def thresholds(self, limits: Sequence[tuple[str, Limit]]) -> None:
         """Each limit on a figure, with its sign, and whether it is kept."""
@@ -197,7 +219,9 @@ class Console:
     def comparison(self, merge: Merge) -> None:
         """The figures of a run and of its export, and the difference of their log-probs."""
         limits = {limit.metric: _limit(limit) for limit in merge.limits}
-        rows = [(name, _interval(merge.before[name]), _interval(merge.after[name]), limits[name]) for name in limits]
+        rows = [
+            (self._heading(name), _interval(merge.before[name]), _interval(merge.after[name]), limits[name]) for name in limits
+        ]
         self.table("the run, and the model read back; 95 % intervals", rows, ("figure", "run", "merged", "limit"))
         if merge.undecided:
             self.line(merge.undecided)
@@ -226,6 +250,17 @@ class Console:
 
         with progress if self.out.is_interactive else _nothing():
             yield show
+
+
+def _table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str], frame: box.Box | None) -> Table:
+    table = Table(title=title, title_justify="left", box=frame, show_header=bool(header))
+    for column in range(len(rows[0])):
+        has_intervals = column > 0 and any("[" in row[column] for row in rows)
+        justify: Literal["left", "right"] = "right" if column and header else "left"
+        table.add_column(header[column] if header else "", justify=justify, overflow="fold", no_wrap=has_intervals)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
@@ -257,5 +292,5 @@ def _limit(limit: MergeLimit) -> str:
     return "none" if limit.limit is None else f"{limit.limit:.3f}{'' if limit.ok else ' missed'}"
 
 
-def _interval(figure: Interval | None) -> str:
-    return f"{figure.value:.3f} [{figure.low:.3f}, {figure.high:.3f}]" if figure else ""
+def _interval(value: Interval | None, digits: int = 3) -> str:
+    return str(number(value, digits=digits)) if value else ""

@@ -106,8 +106,8 @@ def test_eval_on_another_file_and_as_a_table(workplace: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "40 pairs of 20 prompts" in done.stdout
     assert done.stdout.count("adapter: ") == 3
-    assert "normalized logp accuracy" in done.stdout
-    assert "answer tokens" in done.stdout
+    assert done.stdout.count("log-prob accuracy by length") == done.stdout.count("(normalized_logp_accuracy)") == 1
+    assert "tokens per answer (answer_tokens)" in done.stdout
 
 
 def test_a_plan_repeats_its_run_bit_by_bit(workplace: Path) -> None:
@@ -162,8 +162,9 @@ def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, c
     while not lines.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    printed, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
+    assert printed.count("run the same `dpo train` command with --resume") == 1
     assert json.loads((place / "metrics.json").read_text(encoding="utf-8"))["status"] == "interrupted"
     assert (place / "adapter" / "adapter_model.safetensors").is_file()
     assert "Traceback" not in errors
@@ -181,6 +182,7 @@ def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, c
         (["train", "tiny.json", "num_processes=2"], 3, "this version does not support"),
         (["train", "tiny.json", "model_name=nobody/no-such-model", "output_dir=hub"], 1, "not in the local cache"),
         (["train", "tiny.json", "beta"], 2, "key=value"),
+        (["validate", "tiny.json", "--vram", "16GB"], 2, "--vram 16"),
         (["train", "tiny.json", 'target_modules=["nope"]', "output_dir=nope"], 3, "no linear layer named nope"),
         (["train", "tiny.json", "fp16=true", "output_dir=fp16"], 3, "needs CUDA"),
         (["train", "tiny.json", "dataset=" + "x" * 5000], 3, "file not found"),
@@ -302,11 +304,9 @@ def test_recommend_writes_a_config_that_lacks_the_dataset_only(tmp_path: Path) -
 
 def test_a_recommended_config_says_why_and_trains_after_one_line(tmp_path: Path) -> None:
     path = tmp_path / "made.json"
-    made = json.loads(
-        dpo(
-            "recommend", "--vram", "12", "--dataset", "data-samples/assistant-preferences.jsonl", "--write", path, "--json"
-        ).stdout
-    )["config"]
+    done = dpo("recommend", "--vram", "12", "--dataset", "data-samples/assistant-preferences.jsonl", "--write", path, "--json")
+    assert f"To train an adapter, use the commented line with 0.0002 in {path}" in " ".join(done.stderr.split())
+    made = json.loads(done.stdout)["config"]
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     written = [i for i, line in enumerate(lines) if line.startswith('"')]
     assert all(lines[i - 1].startswith("// ") for i in written) and len(written) == len(made) + 1
