@@ -195,13 +195,19 @@ def _objects(values: object) -> list[Mapping[str, object]]:
     return [value for value in values if isinstance(value, Mapping)] if isinstance(values, list) else []
 
 
-def _is_selection(value: object) -> bool:
-    """Whether a value is a Label Studio answer to "which is better", as JSON-MIN or as text in a cell."""
+def _unquoted(value: object) -> object:
+    """A Label Studio answer that a cell holds as the text of JSON; any other value as it is."""
     if isinstance(value, str) and '"selected"' in value[:40]:
         try:
-            value = json.loads(value)
+            return json.loads(value)
         except (ValueError, RecursionError):  # a text that is not JSON
-            return False
+            return value
+    return value
+
+
+def _is_selection(value: object) -> bool:
+    """Whether a value is a Label Studio answer to "which is better", as JSON-MIN or as text in a cell."""
+    value = _unquoted(value)
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     return isinstance(value, Mapping) and isinstance(value.get("selected"), str)
@@ -209,8 +215,7 @@ def _is_selection(value: object) -> bool:
 
 def _answer(value: object) -> object:
     """An answer without its wrappers."""
-    if isinstance(value, str) and '"selected"' in value[:40]:
-        value = json.loads(value)
+    value = _unquoted(value)
     if isinstance(value, list) and len(value) == 1 and not _is_ranking(value):
         value = value[0]
     if isinstance(value, Mapping):
