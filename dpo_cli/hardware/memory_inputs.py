@@ -22,7 +22,7 @@ class Longest:
 
 
 # A row takes more pairs than a micro-batch names, up to this many tokens: small products leave a processor idle.
-ROW_TOKENS = {"cpu": 1024}
+ROW_TOKENS = {"cpu": 512}
 
 
 @dataclass(frozen=True)
