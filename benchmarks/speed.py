@@ -136,6 +136,7 @@ def run_trl(place: Path, data: Path, config: dict[str, Any], precompute: bool) -
 
 
 def measure(table: Table, options: argparse.Namespace) -> None:
+    trl = ""
     given = {"bf16": False, "fp16": False} if options.float32 else {}
     for name in options.workloads or WORKLOADS:
         workload = WORKLOADS[name]
@@ -161,6 +162,9 @@ def measure(table: Table, options: argparse.Namespace) -> None:
         steps = len(ours[0]["losses"])
         shares = (statistics.median(faster), *peaks, peaks[1] / peaks[0], apart)
         table.add(name, dtype, len(rows), steps, *seconds, *shares)
+        trl = theirs[0]["trl"]
+    rounds = (Column("rounds", "runs"), options.rounds)
+    table.note("TRL {trl}, in its faster way; {rounds} run(s) of each in turns.", (Column("trl", "version"), trl), rounds)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ python benchmarks/peers/trl_training.py JOB.json    prints a JSON object: second
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +64,12 @@ def main() -> None:
     )
     if not job["precompute"]:
         started = time.monotonic()
-    trainer.train()
+    with contextlib.redirect_stdout(sys.stderr):  # TRL prints a line for each step
+        trainer.train()
     seconds = time.monotonic() - started
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "peak_gb": peak_gb, "losses": losses}))
+    print(json.dumps({"seconds": seconds, "peak_gb": peak_gb, "losses": losses, "trl": version("trl")}))
 
 
 if __name__ == "__main__":
