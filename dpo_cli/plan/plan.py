@@ -186,6 +186,10 @@ class Plan:
         """The model's name without the folder of a local one."""
         return Path(self.config.model_name).name if Path(self.config.model_name).is_absolute() else self.config.model_name
 
+    def row_budget(self, longest: int) -> int:
+        """Tokens of a row at most, where `longest` are those of the longest pair: a micro-batch of such, or `row_tokens`."""
+        return max(self.row_tokens, self.config.per_device_train_batch_size * longest)
+
     @property
     def fills_rows(self) -> bool:
         """Whether the pairs of a step are divided into rows by their tokens, and not by micro-batches."""

@@ -38,6 +38,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     config, counts = plan.config, plan.counts
     assert counts is not None
     batch, accumulation, noun = config.per_device_train_batch_size, config.gradient_accumulation_steps, plan.noun
+    longest = counts.longest_pair if plan.scoring.shared else len(plan.strategy.rows.responses) * counts.longest
     all_rows = counts.train_pairs + counts.eval_pairs
     held_out = f"{counts.eval_pairs} {noun} of {counts.eval_prompts} prompts"
     trained = f"LoRA rank {config.lora_r}" if config.lora_r else "every weight"
@@ -56,7 +57,7 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("skipped", f"{counts.too_long} {noun} whose responses are longer than max_seq_length {config.max_seq_length}"),
         ("template", f"{counts.parted} prompts are rendered differently before a response: see the first"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} {noun} ({batch} x {accumulation})"),
-        ("rows", f"{noun} of a step share rows of up to {plan.row_tokens:,} tokens"),
+        ("rows", f"{noun} of a step share rows of up to {plan.row_budget(longest):,} tokens"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
         ("trains", plan.adapted.words if plan.adapted else ""),
         ("scoring", plan.scoring.why),
@@ -66,7 +67,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     conditions = {
         "trains": plan.adapted,
         "date": plan.writes_date,
-        "rows": plan.row_tokens,
+        "rows": plan.fills_rows,
         "bad rows": counts.bad_rows,
         "cut": counts.cut,
         "skipped": counts.too_long,

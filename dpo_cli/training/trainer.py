@@ -147,7 +147,7 @@ class CarefulTrainer:
         """Put dpo's head on the models that TRL's constructor prepared, and keep what is called later."""
         self.is_shared = states is forward.shared_states
         unit = max(self.train_dataset[SIZE]) * (1 if self.is_shared else self.ROWS_A_UNIT)
-        self.row_tokens = max(plan.row_tokens, plan.config.per_device_train_batch_size * unit)
+        self.row_tokens = plan.row_budget(unit)
         self.policy = Policy(self.model, getattr(self, "ref_model", None))
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
         self.calls: list[FusedCausalLMOutput] = []  # of the head, since the start of compute_loss
