@@ -24,7 +24,10 @@ from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
 MAX_VRAM_GB = 100_000
-NO_GPU_FIX = "name the card to plan for, for example --vram 12; to train on a CPU, write a config with a small model yourself"
+NO_GPU_FIX = (
+    "name the card to plan for, for example --vram 12; to train on a CPU, also name a small model, for example "
+    "--model HuggingFaceTB/SmolLM2-135M-Instruct"
+)
 
 
 def gigabytes(text: str) -> float:
@@ -76,7 +79,7 @@ def _lengths_of(dataset: str, model: ModelSource | None, strategy: str) -> tuple
         return read(dataset, True, columns=columns, observers=[lengths], demonstrations=is_sft), lengths
 
     (data, lengths), columns = measured(None), None
-    if not is_sft and not data.pairs and any(problem.code == NO_COLUMN for problem in data.problems):
+    if not data.pairs and any(problem.code == NO_COLUMN for problem in data.problems):
         columns = guessed_columns(data.sources[0].path)
         data, lengths = measured(columns)
     if any(problem.severity == "error" for problem in data.problems):

@@ -34,6 +34,7 @@ from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 Named = str | Sequence[str | Mapping[str, Any]]  # a config's data: a path, or paths and {"path", "weight"}
 
 NO_COLUMN = "row-missing-key"
+DEMONSTRATION_KEYS = ("prompt", "completion")  # preference rows are demonstrations too, of their chosen response
 TIE = "row-tie"  # rows with equally good responses: they are skipped, and never stop a training
 SMALL_BYTES = 16 << 20  # the rows of smaller data stay in memory, so that a second look does not read the files again
 SHOWN = 3  # the number of bad rows of a group whose details are shown
@@ -251,8 +252,11 @@ def read(
             for observer in observers:
                 observer.see(row, prompt_key)
     problems = [*whole, *bad.problems(key, skip)]
-    if not pairs and not demonstrations:
-        problems = [_with_columns(problem, columns or {}) if problem.code == NO_COLUMN else problem for problem in problems]
+    if not pairs:
+        keys = DEMONSTRATION_KEYS if demonstrations else KEYS
+        problems = [
+            _with_columns(problem, columns or {}, keys) if problem.code == NO_COLUMN else problem for problem in problems
+        ]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", _emptiness(readable, rows), f"add {data.noun}", key, name))
     problems += account.problems(key) if pairs else []
@@ -276,15 +280,15 @@ def _emptiness(sources: Sequence[Source], rows: int) -> str:
     return "the file is empty" if is_one else "the files are empty"
 
 
-def _with_columns(problem: Problem, columns: Columns) -> Problem:
+def _with_columns(problem: Problem, columns: Columns, keys: Sequence[str]) -> Problem:
     """A problem of rows without the named columns, of which none is usable, with what to write into the config or the file."""
     if problem.file and not has_header(problem.file):
-        names = ",".join(str(columns.get(key, key)) for key in KEYS)
+        names = ",".join(str(columns.get(key, key)) for key in keys)
         return replace(problem, fix=f"the first line looks like data: add a header line before it, for example {names}")
     if columns and problem.file:
         return replace(problem, fix=f'correct "columns": the file has {", ".join(names_of(problem.file))}')
     guess = guessed_columns(problem.file) if problem.file else None
-    line = f'"columns": {json.dumps(guess or dict.fromkeys(KEYS, "..."), ensure_ascii=False)}'
+    line = f'"columns": {json.dumps(guess or dict.fromkeys(keys, "..."), ensure_ascii=False)}'
     return replace(problem, fix=f"write {line}{'' if guess else ', with the names of your columns,'} into the config")
 
 
