@@ -131,8 +131,8 @@ def run_trl(place: Path, data: Path, config: dict[str, Any], precompute: bool) -
     }
     file = place / "trl.json"
     file.write_text(json.dumps(job), encoding="utf-8")
-    result, _ = child([TRL_PYTHON, ROOT / "benchmarks" / "peers" / "trl_training.py", file])
-    return result
+    result, peak_gb = child([TRL_PYTHON, ROOT / "benchmarks" / "peers" / "trl_training.py", file])
+    return {**result, "peak_gb": peak_gb}
 
 
 def measure(table: Table, options: argparse.Namespace) -> None:

@@ -1,13 +1,12 @@
 """A training by plain TRL, as its documentation has it: benchmarks/speed.py runs it in TRL's own virtual environment.
 
-python benchmarks/peers/trl_training.py JOB.json    prints a JSON object: seconds of `train()`, peak memory, losses
+python benchmarks/peers/trl_training.py JOB.json    prints a JSON object: seconds of `train()`, losses, TRL's version
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -68,8 +67,7 @@ def main() -> None:
         trainer.train()
     seconds = time.monotonic() - started
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "peak_gb": peak_gb, "losses": losses, "trl": version("trl")}))
+    print(json.dumps({"seconds": seconds, "losses": losses, "trl": version("trl")}))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from dpo_cli.providers.precision import in_float32
 from dpo_cli.runs.state_io import random_state_kept
 from dpo_cli.strategies.row_kinds import PAIRS
 
-# Standard deviation of the change of each weight: a tenth of a usual step. With SmolLM2 it moves a log-ratio by 0.0005 nats in
-# float32, and by 0.2 to 0.4 nats in bfloat16, as do changes of 1e-6 and 1e-4.
+# Standard deviation of the change of each weight: so small that in float32 a log-ratio hardly moves, and large enough that 16
+# bits round most products differently.
 HAIR = 1e-5
 NOTICED = 0.1  # of a mean margin: more rounding than this, and it is computed in float32
 

@@ -19,8 +19,8 @@ GIB = 2**30
 SMALLEST_CARD_BYTES = 2 * GIB  # integrated GPUs have less
 OLDEST_MACOS = 14  # the oldest with torch's Metal backend, and bfloat16 in it
 BF16_FLAGS = ("amx_bf16", "avx512_bf16", "svebf16", "bf16")  # of /proc/cpuinfo: bfloat16 products, on x86 and on Arm
-# Products are only a part of a step, and bfloat16 costs exactness: below this it gains too little. A measurement of a few
-# milliseconds on a busy machine is off by 10 % at most.
+# Products are only a part of a step, and bfloat16 costs exactness: below this it gains too little. The margin also covers the
+# error of a measurement of a few milliseconds.
 WORTH_BF16 = 1.2  # times as fast as float32
 APPLE_SHARE = 2 / 3  # share of unified memory that Metal lets a process hold (recommendedMaxWorkingSetSize on smaller machines)
 

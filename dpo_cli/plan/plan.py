@@ -335,16 +335,20 @@ def resolve(
         accumulation = config.gradient_accumulation_steps * factor
         now = replace(now, per_device_train_batch_size=settings.batch, gradient_accumulation_steps=accumulation)
         now = replace(now, gradient_checkpointing=settings.checkpointing)
-        if factor > 1 and memory.fits is not False:
-            notes.append(
-                f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the optimizer steps are the same"
-            )
-        if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
-            notes.append(f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, so it cannot be split")
+        notes += _notes_of_batch(wanted, settings, memory)
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
     return Plan(now, model.absolute(), sources, counts, memory, scoring, tuple(notes), day, filled)
+
+
+def _notes_of_batch(wanted: Settings, settings: Settings, memory: Bill) -> list[str]:
+    """What the memory changes, or cannot change, of the micro-batches."""
+    if settings.batch < wanted.batch and memory.fits is not False:
+        return [f"micro-batches of {settings.batch} instead of {wanted.batch} fit the memory; the optimizer steps are the same"]
+    if wanted.is_whole and wanted.batch > 1 and memory.fits is False:
+        return [f"micro-batches stay at {wanted.batch}: the loss compares the pairs of one, so it cannot be split"]
+    return []
 
 
 def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
