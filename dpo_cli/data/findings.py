@@ -95,7 +95,7 @@ class Finding:
 class FewPairs(Finding):
     """dpo-strategy, "Best Practices": 500+ preference pairs recommended."""
 
-    code, fix = "few-pairs", "add pairs, and measure the effect with eval_split"
+    code, fix = "few-pairs", "add pairs; until then, read each figure with its interval"
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         if 0 < data.pairs < self.limits["few_pairs"]:
