@@ -351,6 +351,23 @@ def export_run(
         raise typer.Exit(int(code))
 
 
+@app.command()
+def cache(
+    prune: Annotated[
+        float | None, typer.Option(min=0, metavar="DAYS", help="Remove what was not used for this many days; 0: everything.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List what is kept for later runs (converted models, reference log-probs), or remove what is old."""
+    with session(as_json, debug) as console:
+        from dpo_cli.commands.cache import cache as look
+
+        result = look(prune, console)
+        if as_json:
+            console.json(result)
+
+
 @app.callback(invoke_without_command=True)
 def main(
     context: typer.Context,

@@ -37,6 +37,7 @@ from dpo_cli.config.config import load
 from dpo_cli.errors import Exit
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
+from dpo_cli.storage.user_cache import cache_dir
 from dpo_cli.ui.console import Console
 
 gc.collect()
@@ -97,6 +98,17 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedMod
             if "norm" not in name:
                 parameter.normal_(std=0.2)
     return model
+
+
+@pytest.fixture(autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty user cache for each test, but for models from GGUF files: converting one takes long, and gives the same."""
+    models, place = cache_dir() / "gguf", tmp_path_factory.mktemp("cache")
+    models.mkdir(parents=True, exist_ok=True)
+    (place / "dpo").mkdir()
+    (place / "dpo" / "gguf").symlink_to(models)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place))
+    return place / "dpo"
 
 
 @pytest.fixture(scope="session")

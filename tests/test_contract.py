@@ -46,6 +46,7 @@ COMMANDS = {
     "report, several": ["report", "runs/dpo", "runs/sft", "--json"],
     "augment": ["augment", "prompts.txt", "dpo.json", "--out", "made.jsonl", "--json"],
     "export": ["export", "runs/dpo", "--out", "whole", "--json"],
+    "cache": ["cache", "--json"],
     "usage": ["eval", "--json"],
 }
 WORDS = ("ok", "code", "severity", "key", "status", "metric", "rule", "action", "split", "exit_code")  # programs compare these
@@ -128,9 +129,10 @@ def without_added(value: Any) -> Any:
     return value
 
 
-def test_documents_and_files_have_the_keys_that_they_had(tmp_path: Path) -> None:
+def test_documents_and_files_have_the_keys_that_they_had(tmp_path: Path, user_cache: Path) -> None:
     from fork_server import dpo
 
+    (user_cache / "gguf").unlink()  # models of other tests
     lay_out(tmp_path)
     now, then = without_added(dict(found(tmp_path, dpo))), json.loads(KEPT.read_text(encoding="utf-8"))
     assert now.keys() == then.keys()

@@ -28,10 +28,10 @@ from dpo_cli.errors import DpoError, RunFailed
 from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.models.source import ModelSource
 from dpo_cli.providers import model_cache
-from dpo_cli.providers.base import cache_dir
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.model_cache import made_once
 from dpo_cli.scoring.forward import choose, states_of
+from dpo_cli.storage.user_cache import cache_dir
 from dpo_cli.training.dpo_trainer import build_trainer
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -250,7 +250,7 @@ def test_a_cache_that_cannot_be_made_is_told_with_its_variable(
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(RunFailed, match=re.escape(f"the cache {tmp_path / 'file'}")) as caught:
-        made_once("merged", "content", lambda work: None)
+        made_once("merged", "a-model", "content", lambda work: None)
     assert "XDG_CACHE_HOME" in caught.value.message and "set XDG_CACHE_HOME" in str(caught.value.fix)
 
     def fill(work: Path) -> None:
@@ -262,9 +262,9 @@ def test_a_cache_that_cannot_be_made_is_told_with_its_variable(
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(RunFailed, match="No space left"):
-        made_once("merged", "content", fill)
+        made_once("merged", "a-model", "content", fill)
     with pytest.raises(FileNotFoundError):  # of what is read, and no matter of the cache
-        made_once("merged", "content", read)
+        made_once("merged", "a-model", "content", read)
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.name != "dpo" and path.name != "merged"]
 
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
@@ -29,6 +31,9 @@ from dpo_cli.plan.plan import Counts, Decided, Scoring, resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.runs import open_run
 from dpo_cli.runs.resume import _weights
+from dpo_cli.scoring import reference_cache
+from dpo_cli.scoring.reference import PAIR, LiveReference
+from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.training import trainer as trainers
 from dpo_cli.ui.console import Console
@@ -110,6 +115,7 @@ def test_it_goes_on_to_the_same_bits(
     """Each in one way; `make torture` tries them all."""
     step, stop = way
     whole, _ = go("whole", **options)
+    reference_cache.path().unlink(missing_ok=True)  # so that both compute the reference
     with monkeypatch.context() as patched:
         stopping(patched, lambda line: line["step"] >= step, stop)
         if stop is kill:
@@ -124,6 +130,69 @@ def test_it_goes_on_to_the_same_bits(
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
     resumed = json.loads((tmp_path / "stopped" / "manifest.json").read_text(encoding="utf-8"))["resumed"]
     assert len(resumed) == 1 and 0 < resumed[0] < whole["steps"]
+
+
+def change_the_cache(nats: float) -> None:
+    """Other values than the model computes, with their checksums."""
+    with closing(sqlite3.connect(reference_cache.path())) as file:
+        ((digest,),) = file.execute("SELECT digest FROM models").fetchall()
+        pairs = [pair for (pair,) in file.execute("SELECT pair FROM pairs")]
+    cache = ReferenceCache(digest, "changed", print)
+    cache.add({pair: (chosen + nats, rejected) for pair, (chosen, rejected) in cache.read(pairs).items()})
+
+
+BETWEEN: dict[str, Callable[[], object]] = {
+    "the cache is kept": lambda: None,
+    "it is deleted": lambda: reference_cache.path().unlink(),
+    "it is damaged": lambda: reference_cache.path().write_bytes(b"no cache"),
+    "others have written to it": lambda: change_the_cache(3.0),
+}
+
+
+@pytest.mark.parametrize("change", BETWEEN.values(), ids=BETWEEN)
+def test_a_resumed_run_has_the_reference_that_it_started_with(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]
+) -> None:
+    """Whatever happens to the cache in between. Its values are changed first, so that computing them again would be seen."""
+    cold, _ = go("cold")
+    change_the_cache(2.0)
+    kept = reference_cache.path().read_bytes()
+    whole, _ = go("whole")
+    assert whole["adapter_sha256"] != cold["adapter_sha256"]
+    reference_cache.path().write_bytes(kept)
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        stopping(patched, lambda line: line["step"] == 3, kill)
+        go("stopped")
+    change()
+    resumed, _ = go("stopped")
+    assert resumed["adapter_sha256"] == whole["adapter_sha256"]
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+def test_a_later_run_computes_only_new_pairs(
+    go: Go, tmp_path: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With another beta and rate none, with six more pairs those; in a run of other weights all."""
+    scored: list[int] = []
+    live = LiveReference.log_probs
+    monkeypatch.setattr(
+        LiveReference, "log_probs", lambda self, batch: scored.extend(batch[PAIR].chunk(2)[0].tolist()) or live(self, batch)
+    )
+    monkeypatch.setattr(trainers.CarefulTrainer, "probe_longest", lambda self: None)  # its values are not kept
+
+    def computed(name: str, **options: object) -> list[int]:
+        scored.clear()
+        go(name, **options)
+        return sorted(scored)
+
+    all_pairs = {"eval_split": 0}
+    assert computed("first", **all_pairs) == list(range(24))
+    assert computed("second", beta=0.5, learning_rate=1e-3, num_train_epochs=3, **all_pairs) == []
+    assert "the log-probs of 24 of 24 pairs are in the cache" in capsys.readouterr().out
+    grown = str(pairs_file([made_row(i) for i in range(30)]))
+    assert computed("grown", dataset=grown, **all_pairs) == list(range(24, 30))
+    go("adapter", strategy="sft", **all_pairs)
+    assert computed("other", model_name=str(tmp_path / "adapter"), **all_pairs) == list(range(30))
 
 
 def test_going_on_from_an_adapter_keeps_its_reference(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,8 @@ from dpo_cli.runs.manifest import manifest
 from dpo_cli.runs.resume import TO_RESUME, EarlierRun, go_on, resumable, tell_on, told_how_to_go_on
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory, is_out_of_memory
+from dpo_cli.scoring.reference import computed_by
+from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, REPORT, SUMMARY, RunDirectory
 from dpo_cli.training import dpo_trainer, sft_trainer
@@ -198,6 +200,10 @@ def _trained(
         early = StopEarly(trainer.model, plan.config.early_stopping_patience)
         record = Record(trainer.totals, [partial(_write_line, run), view.show, health.see, early.see])
         keep = Keep(run, trainer, health, early, stop)
+        if plan.strategy.refers:
+            label = f"{plan.model_label}, {plan.dtype}"
+            cache = ReferenceCache(computed_by(trainer.policy, plan), label, console.line)
+            trainer.reference.share_in(cache, rows.train)
         for callback in (record, health, early, stop, keep):
             trainer.add_callback(callback)
         with _fitting(plan, loaded):
@@ -214,6 +220,8 @@ def _trained(
                 run.try_to_write(partial(_save, trainer.model, tokenizer))
                 if plan.strategy.refers:
                     health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
+                    if recalled := trainer.reference.recall():  # a resumed run has what it started with
+                        console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs are in the cache")
             if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
                 with _kept_when_trained(run, trainer, tokenizer, plan, console):
                     keep.train()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
-
-from dpo_cli.errors import RunFailed
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -14,9 +11,6 @@ if TYPE_CHECKING:
 
     from dpo_cli.plan.plan import Adapted, Plan
     from dpo_cli.providers.policy import Policy
-
-
-CACHE_FIX = "set XDG_CACHE_HOME to a folder that you may write, with room for a model; then run the same command again"
 
 
 class Provider(Protocol):
@@ -62,13 +56,3 @@ class Provider(Protocol):
     @property
     def local_dir(self) -> Path | None:
         """The folder of the model's safetensors, None for a model on the hub."""
-
-
-def cache_dir() -> Path:
-    """The cache of files that can be made again: $XDG_CACHE_HOME/dpo or ~/.cache/dpo."""
-    if named := os.environ.get("XDG_CACHE_HOME"):
-        return Path(named) / "dpo"
-    try:
-        return Path.home() / ".cache" / "dpo"
-    except RuntimeError as error:  # neither HOME nor an account with one
-        raise RunFailed("this user has no home folder to keep the cache in", CACHE_FIX) from error

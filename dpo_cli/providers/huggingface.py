@@ -152,7 +152,7 @@ class HuggingFace:
             return self._unquantised(plan, model)
         whole = replace(plan, config=replace(plan.config, use_4bit=False, use_8bit=False, device="cpu"))
         content = "\n".join([plan.dtype, self._content(), *model.weights_sha256.values(), *model.settings_sha256.values()])
-        place = made_once("merged", content, lambda work: self._unquantised(whole, model).save_pretrained(work))
+        place = made_once("merged", self.name, content, lambda work: self._unquantised(whole, model).save_pretrained(work))
         return self._model(plan, str(place))
 
     def _content(self) -> str:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from dpo_cli.errors import RunFailed
 from dpo_cli.models.gguf_header import Header
 from dpo_cli.models.model_files import ModelFiles
-from dpo_cli.providers.base import CACHE_FIX, cache_dir
 from dpo_cli.providers.loaded_tensors import all_tensors, refuse, require_finite
 from dpo_cli.storage.atomic import is_full, writing
 from dpo_cli.storage.digests import sha256
+from dpo_cli.storage.user_cache import CACHE_FIX, PARTIAL, SOURCE, cache_dir
 
 CONVERSION = 2  # of a GGUF file: increased when the conversion of a file changes
 ROPE_FACTORS = "rope_freqs.weight"  # each frequency of the positions is divided by them
@@ -41,25 +41,28 @@ def dequantised(file: ModelFiles) -> Path:
     try:
         if (header := file.gguf) is None:
             raise ValueError("it does not start with GGUF")
-        return made_once("gguf", f"{CONVERSION} {sha256(path)}", lambda work: _convert(path, header, work))
+        return made_once("gguf", str(path), f"{CONVERSION} {sha256(path)}", lambda work: _convert(path, header, work))
     except ValueError as error:
         raise RunFailed(f"{path} cannot be dequantised: {error}", "download it again") from error
 
 
-def made_once(kind: str, content: str, make: Callable[[Path], None]) -> Path:
-    """The folder that `make` fills, kept under a hash of `content` and the transformers version."""
+def made_once(kind: str, source: str, content: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make` fills, kept under a hash of `content` and the transformers version; `source` is for people."""
     digest = hashlib.sha256(content.encode()).hexdigest()[:32]
     target = cache_dir() / kind / f"{digest}-transformers-{transformers.__version__}"
     try:
         if target.is_dir():
+            with suppress(OSError):  # a cache that can only be read
+                os.utime(target)  # the last use, for `dpo cache`
             return target
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
+        work = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
     except OSError as error:
         raise _unwritable(target.parent, error) from error
     try:
         with writing(work):
             make(work)
+            (work / SOURCE).write_text(source, encoding="utf-8")
         work.rename(target)
     except OSError as error:
         if not target.is_dir():  # else another process finished first, and its copy is used

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from dpo_cli.errors import RunFailed
 from dpo_cli.hardware.unsloth_support import INSTALL
-from dpo_cli.providers.base import cache_dir
+from dpo_cli.storage.user_cache import KERNELS, cache_dir
 
 
 def import_unsloth(device: str) -> None:
@@ -20,7 +20,7 @@ def import_unsloth(device: str) -> None:
     Sets what release 2026.10.9 reads from the environment during its import.
     """
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # else each load of a model is reported to the hub
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / "unsloth"))  # else a folder in the current one
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / KERNELS))  # else a folder in the current one
     if device == "cpu":
         os.environ["UNSLOTH_FORCE_CPU"] = "1"
     else:

@@ -29,7 +29,7 @@ def packed(batch: Batch, budget: int, sequences: int, shared: bool) -> list[Batc
             rows[-1].append(unit)
         else:
             rows.append([unit])
-    return [_taken(batch, row, sequences) for row in rows]
+    return [taken(batch, row, sequences) for row in rows]
 
 
 def row_tokens(row: Batch, sequences: int, shared: bool) -> int:
@@ -52,7 +52,7 @@ def _unit_tokens(batch: Batch, sequences: int, shared: bool) -> list[int]:
     return (lengths.sum(dim=0) - (sequences - 1) * prompts).tolist()
 
 
-def _taken(batch: Batch, units: Sequence[int], sequences: int) -> Batch:
+def taken(batch: Batch, units: Sequence[int], sequences: int) -> Batch:
     """The micro-batch of these units, without the padding that only others need."""
     count = units_in(batch, sequences)
     mask = batch["attention_mask"]

@@ -2,43 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.resources import files
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from dpo_cli.providers.policy import Policy
+from dpo_cli.data.tokens import Encoded
+from dpo_cli.hardware.machine import installed_versions
+from dpo_cli.plan.plan import Plan
+from dpo_cli.providers.policy import FROZEN, Policy
 from dpo_cli.scoring.forward import States
 from dpo_cli.scoring.lm_head import LOG_PROBS, Head, score_tokens
+from dpo_cli.scoring.packing import taken, units_in
+from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.scoring.shared_prompts import IGNORED
 
 PAIR = "pair"  # column of a micro-batch: the place of the pair in the training set
 NOT_READ = ("completion_mask", "labels", PAIR)  # of a micro-batch: what the model does not take
+SIDES = 2  # sequences of a pair
+PAIR_BYTES = 16  # of the digest of a pair
+CODE = ("scoring", "providers")  # folders whose code decides a log-prob
+PLACES = ("_name_or_path", "base_model_name_or_path")  # settings that name a folder
 
 
 class KeptReference:
     """A live reference whose log-probs are computed once for each pair of a training set, in the rows of its first visit.
 
     The policy runs in the same rows, so rounding cancels there; later epochs compute nothing. A checkpoint holds the log-probs,
-    so a resumed run reads the same bits.
+    so a resumed run reads the same bits. A new run starts with what earlier runs shared in the cache.
     """
 
     def __init__(self, live: LiveReference, pairs: int) -> None:
         self.live = live
-        self.values = torch.zeros(pairs, 2)  # of chosen and rejected
+        self.values = torch.zeros(pairs, SIDES)  # of chosen and rejected
         self.known = torch.zeros(pairs, dtype=torch.bool)
+        self._cache: ReferenceCache | None = None
+        self._digests: list[bytes] = []  # of the pairs
+        self._shared = torch.zeros(pairs, dtype=torch.bool)  # what the cache has
 
     def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Summed log-probs of the responses of a micro-batch of TRL, nats, without gradient: (2B,), the B chosen first."""
-        places = batch[PAIR].chunk(2)[0].cpu()
-        is_known = self.known[places]
-        if not is_known.all():
-            computed = self.live.log_probs(batch).cpu().view(2, -1).T
+        places = batch[PAIR].chunk(SIDES)[0].cpu()
+        unknown = (~self.known[places]).nonzero()[:, 0].tolist()
+        if unknown:
+            row = batch if len(unknown) == units_in(batch, SIDES) else taken(batch, unknown, SIDES)
+            computed = self.live.log_probs(row).cpu().view(SIDES, -1).T
             self.values = self.values.to(computed.dtype)
-            self.values[places[~is_known]] = computed[~is_known]
-            self.known[places] = True
+            self.values[places[unknown]] = computed
+            self.known[places[unknown]] = True
         return self.values[places].T.reshape(-1).to(batch["input_ids"].device)
+
+    def share_in(self, cache: ReferenceCache, pairs: Sequence[Encoded]) -> None:
+        """From now on `share` adds to this cache; `pairs` are those of the training set, in its order."""
+        self._cache, self._digests = cache, [digest_of_pair(pair) for pair in pairs]
+
+    def recall(self) -> int:
+        """Take the log-probs that the cache has, for a run that starts; returns the number of its pairs."""
+        assert self._cache is not None
+        values = self._cache.read(self._digests)
+        for place, digest in enumerate(self._digests):
+            if digest in values:
+                self.values[place] = torch.tensor(values[digest])
+                self.known[place] = self._shared[place] = True
+        return int(self._shared.sum())
+
+    def share(self) -> None:
+        """Add to the cache what this run has computed since the last call."""
+        if self._cache is None:
+            return
+        new = (self.known & ~self._shared & self.values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+        values = {
+            self._digests[place]: (chosen, rejected)
+            for place, (chosen, rejected) in zip(new, self.values[new].tolist(), strict=True)
+        }
+        self._cache.add(values)
+        self._shared[new] = True
 
     def state(self) -> dict[str, Tensor]:
         """A copy of what is known, for a checkpoint."""
@@ -68,3 +113,61 @@ class LiveReference:
             hidden = self.states(network, labels, **inputs)
             scores = score_tokens(hidden, labels[:, 1:][scored], Head.of(network), [LOG_PROBS])
         return scores.log_probs.new_zeros(scored.shape).masked_scatter(scored, scores.log_probs).sum(dim=1)
+
+
+def digest_of_pair(pair: Encoded) -> bytes:
+    """The digest of the token ids of a pair."""
+    digest = hashlib.blake2b(digest_size=PAIR_BYTES)
+    for ids in (pair.prompt_ids, *pair.responses):
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.digest()
+
+
+def computed_by(policy: Policy, plan: Plan) -> str:
+    """The digest of everything that decides the log-probs of a reference: its tensors in memory, and how they are used.
+
+    The tensors are read as they were loaded, quantised and merged, so it does not matter which files they came from. What is
+    trained belongs to the policy only.
+    """
+    network = policy.frozen or policy.network
+    tensors = network.state_dict(keep_vars=True)  # with the scales of quantised weights
+    tensors |= dict(network.named_buffers())  # also those that are in no file
+    if policy.frozen is None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not tensor.requires_grad}
+    with ThreadPoolExecutor() as threads:
+        digests = dict(zip(tensors, threads.map(_digest_of_tensor, tensors.values()), strict=True))
+    adapter = policy.model.peft_config.get(FROZEN) if isinstance(policy.model, PeftModel) else None
+    device = torch.cuda.get_device_name() if plan.config.device == "cuda" else plan.config.device
+    how = {
+        "tensors": digests,
+        "model": _settings(network.config.to_dict()),
+        "adapter": _settings(adapter.to_dict()) if adapter else None,
+        "attention": network.config._attn_implementation,
+        "provider": plan.config.provider,
+        "dtype": plan.dtype,
+        "device": device,
+        "shared": plan.scoring.shared,
+        "versions": installed_versions(),
+        "code": _digest_of_code(),
+    }
+    return hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _settings(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings without the places of files."""
+    return {name: value for name, value in settings.items() if name not in PLACES}
+
+
+def _digest_of_tensor(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+
+
+def _digest_of_code() -> str:
+    """The digest of the code that computes log-probs."""
+    digest = hashlib.sha256()
+    for folder in CODE:
+        for file in sorted(files(f"dpo_cli.{folder}").iterdir(), key=lambda file: file.name):
+            if file.name.endswith(".py"):
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -58,6 +58,8 @@ class Keep(TrainerCallback):
 
         if step:
             self.run.checkpoints.write(step, fill)
+            if (reference := getattr(self.trainer, REFERENCE, None)) is not None:
+                reference.share()
         else:
             self.run.checkpoints.try_to_write(fill)
 
