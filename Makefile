@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house speed demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
+.PHONY: install house speed step-profile demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -143,6 +143,9 @@ TRL := .venv-trl/bin
 
 speed: install .venv-trl/installed
 	$(BIN)/python benchmarks/speed.py
+
+step-profile: install
+	$(BIN)/python benchmarks/step_profile.py
 
 prompt-sharing: install
 	$(BIN)/python benchmarks/prompt_sharing.py

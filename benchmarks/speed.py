@@ -3,7 +3,9 @@
 python benchmarks/speed.py [WORKLOAD ...] [--rounds N] [--float32]
 
 TRL runs its better way: the reference within each step, or precomputed. Workloads with real answers read ../shared/data and are
-skipped without it. Seconds are those of training, without loading; peak memory is that of the process.
+skipped without it. Seconds are those of training, without loading; peak memory is that of the process. Each run starts with an
+empty cache; only "second run" has what a run with another beta has left, in TRL's cache too. The floor is the time that the
+operations of the maths take at the rate of this machine's products (benchmarks/floor.py).
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import baseline
+import floor
+import torch
 from baseline import Column, Table
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +33,13 @@ SHARED = ROOT.parent / "shared" / "data"
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from builders import conversation_pairs  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402
+
+from dpo_cli.data.rows import to_pair  # noqa: E402
+from dpo_cli.data.tokens import encode  # noqa: E402
+from dpo_cli.models.model_files import ModelFiles  # noqa: E402
+from dpo_cli.providers.model_cache import dequantised  # noqa: E402
+from dpo_cli.storage.user_cache import cache_dir  # noqa: E402
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 COLUMNS = (
@@ -43,6 +54,8 @@ COLUMNS = (
     Column("peak memory, dpo", "GB", "{:.2f} GB"),
     Column("of the memory", "ratio", "{:.2f}", (0.15, 0)),
     Column("largest difference of a step's loss", "nats", "{:.1e}"),
+    Column("floor", "s", "{:.1f}"),
+    Column("of the floor", "ratio", "{:.2f}", (0.25, 0)),
 )
 
 
@@ -68,6 +81,7 @@ class Workload:
     pairs: int
     rows: Callable[[int], list[dict[str, Any]] | None]
     config: dict[str, Any] = field(default_factory=dict)
+    is_second: bool = False  # after a run of the same pairs with another beta
 
 
 def _conversations(count: int) -> list[dict[str, Any]]:
@@ -79,6 +93,7 @@ WORKLOADS = {
     "short answers": Workload(64, _file("truthfulqa.train.jsonl")),
     "long answers": Workload(16, _file("ultrafeedback_1k.train.jsonl")),
     "multi-turn, 3 epochs": Workload(24, _conversations, {"num_train_epochs": 3}),
+    "multi-turn, second run": Workload(24, _conversations, {"beta": 0.5}, is_second=True),
 }
 COMMON = {
     "model_name": str(MODEL),
@@ -94,10 +109,15 @@ COMMON = {
 }
 
 
-def child(command: list[str | Path]) -> tuple[dict[str, Any], float]:
-    """What a process prints as JSON, and its peak memory in GB."""
+def child(command: list[str | Path], cache: Path) -> tuple[dict[str, Any], float]:
+    """What a process prints as JSON, and its peak memory in GB. It keeps things for later runs in `cache`."""
+    (cache / "dpo").mkdir(parents=True, exist_ok=True)
+    if not (converted := cache / "dpo" / "gguf").exists():
+        converted.symlink_to(cache_dir() / "gguf")
+    caches = {"XDG_CACHE_HOME": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
+    environment = {**os.environ, **caches, "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=log, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         for file in (out, log):
@@ -107,21 +127,18 @@ def child(command: list[str | Path]) -> tuple[dict[str, Any], float]:
         return json.loads(out.read()), usage.ru_maxrss / 2**20
 
 
-def run_dpo(place: Path, data: Path, config: dict[str, Any]) -> dict[str, Any]:
+def run_dpo(place: Path, data: Path, config: dict[str, Any], cache: Path) -> dict[str, Any]:
     run, file = place / "run", place / "dpo.json"
     file.write_text(json.dumps({**COMMON, **config, "dataset": str(data), "output_dir": str(run)}), encoding="utf-8")
     dpo = Path(sys.executable).parent / "dpo"
-    summary, peak_gb = child([dpo, "train", file, "--overwrite", "--json"])
+    summary, peak_gb = child([dpo, "train", file, "--overwrite", "--json"], cache)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))
     losses = [line["loss"] for line in lines if "loss" in line]
     return {"seconds": summary["seconds"], "peak_gb": peak_gb, "losses": losses, "config": plan["config"]}
 
 
-def run_trl(place: Path, data: Path, config: dict[str, Any], precompute: bool) -> dict[str, Any]:
-    from dpo_cli.models.model_files import ModelFiles  # late: it imports transformers
-    from dpo_cli.providers.model_cache import dequantised
-
+def run_trl(place: Path, data: Path, config: dict[str, Any], precompute: bool, cache: Path) -> dict[str, Any]:
     job = {
         "model": str(dequantised(ModelFiles(MODEL))),
         "rows": str(data),
@@ -131,8 +148,18 @@ def run_trl(place: Path, data: Path, config: dict[str, Any], precompute: bool) -
     }
     file = place / "trl.json"
     file.write_text(json.dumps(job), encoding="utf-8")
-    result, peak_gb = child([TRL_PYTHON, ROOT / "benchmarks" / "peers" / "trl_training.py", file])
+    result, peak_gb = child([TRL_PYTHON, ROOT / "benchmarks" / "peers" / "trl_training.py", file], cache)
     return {**result, "peak_gb": peak_gb}
+
+
+def floor_seconds(rows: list[dict[str, Any]], workload: Workload, dtype: torch.dtype) -> float:
+    """The time of the operations of a training at the rate of this machine's products."""
+    model = dequantised(ModelFiles(MODEL))
+    encoded = encode([to_pair(row, i + 1) for i, row in enumerate(rows)], AutoTokenizer.from_pretrained(model))
+    pairs = [floor.Pair(len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)) for pair in encoded]
+    sizes = floor.Model.of(json.loads((model / "config.json").read_text(encoding="utf-8")), COMMON["lora_r"])
+    epochs = workload.config.get("num_train_epochs", COMMON["num_train_epochs"])
+    return floor.operations(sizes, pairs, epochs, with_reference=not workload.is_second) / floor.rate(dtype)
 
 
 def measure(table: Table, options: argparse.Namespace) -> None:
@@ -150,9 +177,13 @@ def measure(table: Table, options: argparse.Namespace) -> None:
             data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             ours: list[dict[str, Any]] = []
             theirs: list[dict[str, Any]] = []
-            for _ in range(options.rounds):
-                ours.append(run_dpo(place, data, {**workload.config, **given}))
-                ways = [run_trl(place, data, ours[0]["config"], precompute) for precompute in (False, True)]
+            for i in range(options.rounds):
+                cache = place / f"cache-{i}"
+                if workload.is_second:
+                    first = run_dpo(place, data, given, cache)
+                    run_trl(place, data, first["config"], True, cache)
+                ours.append(run_dpo(place, data, {**workload.config, **given}, cache))
+                ways = [run_trl(place, data, ours[0]["config"], precompute, cache) for precompute in (False, True)]
                 theirs.append(min(ways, key=lambda run: run["seconds"]))
         faster = [trl["seconds"] / dpo["seconds"] for trl, dpo in zip(theirs, ours, strict=True)]
         peaks = [statistics.median(run["peak_gb"] for run in runs) for runs in (theirs, ours)]
@@ -160,7 +191,9 @@ def measure(table: Table, options: argparse.Namespace) -> None:
         seconds = [[run["seconds"] for run in runs] for runs in (theirs, ours)]
         dtype = "bfloat16" if ours[0]["config"]["bf16"] else "float32"
         steps = len(ours[0]["losses"])
-        shares = (statistics.median(faster), *peaks, peaks[1] / peaks[0], apart)
+        least = floor_seconds(rows, workload, getattr(torch, dtype))
+        share = least / statistics.median(run["seconds"] for run in ours)
+        shares = (statistics.median(faster), *peaks, peaks[1] / peaks[0], apart, least, share)
         table.add(name, dtype, len(rows), steps, *seconds, *shares)
         trl = theirs[0]["trl"]
     rounds = (Column("rounds", "runs"), options.rounds)

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "scripts"))
+import floor
 import reference
 from baseline import BASELINES, EXACT, Baseline, Column, Table, compare, interval
 from machine import machine, machine_line, versions
@@ -111,6 +112,22 @@ def test_a_committed_baseline_is_whole(file: Path) -> None:
     assert any(column.tolerance for column in kept.table.columns) and compare(kept.table, kept.table) == []
     names = [kept.table.named(row) for row in kept.table.rows]
     assert names and len(set(names)) == len(names)
+
+
+def test_the_operations_of_a_training_by_hand() -> None:
+    """One pair of 2 + 1 + 1 tokens: 4 tokens with the prompt once, and (4 + 1 + 1) / 2 + 2 * 2 = 7 places of the scores.
+
+    forward: linear 2 * 10 * 4 = 80, attention 4 * 3 * 7 = 84, head 2 * 5 * 2 = 20: 184
+    backward: 80 + 2 * 84 + 20 = 268, adapter 6 * 2 * 4 = 48: a step 500; two epochs and one reference 2 * 500 + 184
+    """
+    model, pair = floor.Model(linear=10, lora=2, attention=3, head=5), floor.Pair(2, 1, 1)
+    assert (pair.tokens, pair.places) == (4, 7)
+    assert floor.operations(model, [pair], epochs=2) == 1184
+    assert floor.operations(model, [pair, pair], epochs=1, with_reference=False) == 1000
+    config = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 10}
+    # q and o are 8 x 8, k and v 8 x 4, gate, up and down 8 x 12; an adapter of rank 3 has 3 * (inputs + outputs)
+    linear, lora = 2 * (2 * 64 + 2 * 32 + 3 * 96), 2 * 3 * (2 * 16 + 2 * 12 + 3 * 20)
+    assert floor.Model.of({**config, "num_key_value_heads": 2}, rank=3) == floor.Model(linear, lora, attention=16, head=80)
 
 
 def test_baselines_stay_small() -> None:

@@ -252,6 +252,27 @@ def test_the_reference_of_a_pair_is_computed_once(tmp_path: Path, tokenizer: Pre
     assert losses[-1] < 0.6 and losses == pytest.approx(others, abs=1e-6)
 
 
+def test_each_token_goes_through_the_model_once(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tokens that reach the embedding in two epochs: of the policy each pair twice with its prompt once, of the reference once.
+
+    A prompt that is computed for each response, a reference that is computed again and padding would all add to them.
+    """
+    rows = [{**made_row(i), "chosen": made_row(i)["chosen"] + " the answer" * (i % 3)} for i in range(8)]  # of many lengths
+    pairs = encode([to_pair(row, i + 1) for i, row in enumerate(rows)], tokenizer)
+    trainer, _ = make_trainer(tmp_path, tokenizer, pairs=pairs, num_train_epochs=2, gradient_accumulation_steps=2)
+    trainer.remove_callback(ProbeFirst)
+    tokens: dict[bool, int] = {True: 0, False: 0}  # by whether a gradient is computed: of the policy
+
+    def count(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        tokens[torch.is_grad_enabled()] += inputs[0].numel()
+
+    trainer.policy.network.get_input_embeddings().register_forward_hook(count)
+    trainer.train()
+    once = sum(pair.shared_length for pair in pairs)
+    assert len({pair.shared_length for pair in pairs}) == 3
+    assert tokens == {True: 2 * once, False: once}
+
+
 def test_checkpointing_changes_nothing(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     losses = []
     for checkpointing in (False, True):

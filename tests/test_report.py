@@ -412,6 +412,17 @@ def test_another_loss_than_dpos_own_is_drawn_apart(trained: Path) -> None:
     assert any(warning.startswith("loss_type differs") for warning in comparison.warnings([run, ipo]))
 
 
+def test_the_rounding_of_16_bits_is_drawn_below_the_margin(trained: Path) -> None:
+    """Of a pair 0.3 nats: of the mean of 4 pairs, times beta 0.1, 0.3 * 0.1 / 2 = 0.015."""
+    run = Contents.read(trained)
+    config = {**run.config, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "beta": 0.1}
+    rounded = replace(run, plan={**run.plan, "config": config, "rounding": {"response": 0.2, "pair": 0.3}})
+    levels = {plot.title: plot.levels for plot in curves.plots(rounded)}
+    (level,) = [level for level in levels["Margin"] if level[1] == "rounding"]
+    assert level[0] == pytest.approx(0.015)
+    assert "rounding" not in {name for plot in curves.plots(run) for _, name in plot.levels}
+
+
 def test_a_figure_that_is_not_finite_has_no_interval(trained: Path) -> None:
     run = Contents.read(trained)
     assert run.summary is not None and run.summary.sides is not None

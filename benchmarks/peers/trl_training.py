@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
@@ -57,10 +57,8 @@ def main() -> None:
     adapter = LoraConfig(r=config["lora_r"], lora_alpha=config["lora_alpha"], target_modules=config["target_modules"])
     set_seed(config["seed"])
     started = time.monotonic()  # with precomputed references, which the constructor computes
-    rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
-    trainer = DPOTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter
-    )
+    rows = load_dataset("json", data_files=job["rows"], split="train")  # a file, whose references TRL keeps in its cache
+    trainer = DPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=adapter)
     if not job["precompute"]:
         started = time.monotonic()
     with contextlib.redirect_stdout(sys.stderr):  # TRL prints a line for each step

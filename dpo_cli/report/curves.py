@@ -11,6 +11,8 @@ from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import Bars, Curve, Plot, histogram
 from dpo_cli.strategies.figures import DRAWN, FIGURES
 
+MARGIN = "margin"  # the figure whose rounding a run of 16 bits measures
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -58,7 +60,10 @@ def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
         limit = run.config.get(figure.limit_option)
         return [] if limit is None else [(limit, figure.limit_option)]
     level = run.method.start_loss if figure.name == "loss" else figure.level
-    return [] if level is None else [level]
+    levels = [] if level is None else [level]
+    if figure.name == MARGIN and run.margin_rounding is not None:
+        levels.append((run.margin_rounding, "rounding"))
+    return levels
 
 
 def plots(run: Contents) -> list[Plot]:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from dpo_cli.config.schema import options
 from dpo_cli.errors import InvalidInput, invalid
+from dpo_cli.plan.plan import Rounding
 from dpo_cli.report.svg import Point, finite
 from dpo_cli.results.codec import object_of
 from dpo_cli.results.intervals import Sides
@@ -149,6 +150,14 @@ class Contents:
     def is_whole(self) -> bool:
         """Whether all weights were trained, not an adapter."""
         return bool(self.config["lora_r"] == 0)
+
+    @property
+    def margin_rounding(self) -> float | None:
+        """The size of a step's mean margin that is only rounding; None in float32, and of runs that did not measure it."""
+        if not self.plan.get("rounding"):
+            return None
+        pairs = self.config["per_device_train_batch_size"] * self.config["gradient_accumulation_steps"]
+        return Rounding(**self.plan["rounding"]).of_mean(pairs, self.config["beta"])
 
     @property
     def who(self) -> str:
