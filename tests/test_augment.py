@@ -192,6 +192,20 @@ def test_a_file_has_one_day(place: Path, talker_dir: Path, monkeypatch: pytest.M
     assert Path("pairs.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() != Path("later.jsonl").read_bytes()
 
 
+def test_a_file_has_one_precision(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the measurement at its start; a file that is continued does not measure."""
+    values = json.loads(Path("config.json").read_text(encoding="utf-8"))
+    Path("config.json").write_text(json.dumps({key: values[key] for key in values if key not in ("bf16", "fp16")}))
+    speed = "dpo_cli.providers.precision.bf16_speed"
+    monkeypatch.setattr(speed, lambda *widths: 3.0)
+    assert run(out="whole.jsonl").exit_code == 0
+    stopped_after_a_batch(monkeypatch)
+    monkeypatch.setattr(speed, lambda *widths: 0.5)
+    assert run(out="later.jsonl").exit_code == 0
+    assert run().exit_code == 0
+    assert Path("pairs.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() != Path("later.jsonl").read_bytes()
+
+
 class Tomorrow(datetime):
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> Self:

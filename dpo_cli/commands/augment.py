@@ -33,6 +33,7 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.feasibility import DOES_NOT_FIT
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences.ranking import Rank, best_pairs, ranking
+from dpo_cli.providers.precision import in_faster_precision
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.results.codec import JsonObject
 from dpo_cli.scoring.oom import is_out_of_memory
@@ -55,11 +56,12 @@ COUNTED = {
 
 def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonObject:
     """Write pairs of the model's own answers to `out`, or continue the file: what `augment --json` prints."""
+    started = ResumableFile.decided(out)  # the same for the whole file
+    plan = in_faster_precision(plan, started.get("bf16"))
     options = {**inner_defaults("augment"), **plan.config.augment}
     provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
-    first_day = ResumableFile.decided(out).get("day")
-    day = date.fromisoformat(first_day) if first_day else plan.day  # the date that a template writes: one for the whole file
+    day = date.fromisoformat(started["day"]) if "day" in started else plan.day  # the date that a template writes
     dpo_tokenizer = Tokenizer.loaded(tokenizer, day, plan.model.generation)
     questions, left = _encoded(prompts.questions, dpo_tokenizer, plan, options, provider.token_rows())
     model = provider.start(plan, provider.base_model(plan))  # with its adapter, if model_name is one
@@ -67,7 +69,7 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
     rank = ranking(options, plan.config.device, getattr(torch, plan.dtype), day)
     maker = Maker(model, tokenizer, rank, plan, options, origin)
     settings = _settings(plan, prompts, options, origin)
-    with closing(ResumableFile(out, settings, {"day": day.isoformat()})) as file:
+    with closing(ResumableFile(out, settings, {"day": day.isoformat(), "bf16": plan.config.bf16})) as file:
         done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
         if file.is_resumed:
             console.line(f"{out}: continuing after {done} of {len(questions)} prompts")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from dpo_cli.config.options import Config
-from dpo_cli.hardware.machine import Machine
+from dpo_cli.hardware.machine import WORTH_BF16, Machine
 from dpo_cli.models.shape import ModelFacts
-from dpo_cli.plan.plan import device_of, leaves_precision_open
+from dpo_cli.plan.plan import Plan, device_of, leaves_precision_open
 
 TOKENS = 256  # in a product, as in a row of a few short sequences
 COMMON = (1024, 4096)  # the width of states and of the MLP where a model's are unknown
@@ -30,8 +30,23 @@ def with_bf16_speed(machine: Machine, config: Config, facts: ModelFacts | None) 
     """
     if machine.bf16_speed is not None or device_of(config, machine) != "cpu" or not leaves_precision_open(config):
         return machine
-    widths = (facts.hidden_size, facts.intermediate_size) if facts else COMMON
-    return replace(machine, bf16_speed=round(bf16_speed(*widths), 2))
+    return replace(machine, bf16_speed=_speed_for(facts))
+
+
+def in_faster_precision(plan: Plan, decided: bool | None) -> Plan:
+    """The plan of an augmentation, in bfloat16 if that is measured to be faster; `decided` is what its file was started with.
+
+    Only if the machine decides: a CPU, and a config that names no precision.
+    """
+    config = plan.config
+    if config.device != "cpu" or plan.sources.get("bf16") != "measured":
+        return plan
+    is_faster = decided if decided is not None else _speed_for(plan.model.facts) >= WORTH_BF16
+    return replace(plan, config=replace(config, bf16=is_faster))
+
+
+def _speed_for(facts: ModelFacts | None) -> float:
+    return round(bf16_speed(*((facts.hidden_size, facts.intermediate_size) if facts else COMMON)), 2)
 
 
 def bf16_speed(hidden: int, intermediate: int) -> float:
