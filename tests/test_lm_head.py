@@ -48,6 +48,27 @@ def test_gradient_of_the_states_is_exact(softcap: float | None) -> None:
     assert not scores.entropy.any() and not scores.mean_logits.any()
 
 
+@pytest.mark.parametrize("confidence", [0.5, 0.99, 0.999, 0.9999])
+def test_the_gradient_of_a_confident_token_survives_16_bits(confidence: float) -> None:
+    """onehot(t) - p is a small difference of numbers near 1, which bfloat16 rounds to 0 if each is rounded before."""
+    torch.manual_seed(4)
+    weight, targets = torch.randn(4096, 64).bfloat16(), torch.arange(8)
+    hidden = weight[targets].float()
+    logits = hidden @ weight.T.float()  # made confident: a factor that gives the target this probability
+    low, high = torch.zeros(8, 1), torch.ones(8, 1)
+    for _ in range(40):
+        middle = (low + high) / 2
+        is_less = (middle * logits).softmax(-1).gather(-1, targets[:, None]) < confidence
+        low, high = torch.where(is_less, middle, low), torch.where(is_less, high, middle)
+    hidden = (hidden * high).bfloat16().requires_grad_()
+    heads.score_tokens(hidden, targets, heads.Head(weight), ["log_probs"]).log_probs.sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    (exact @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None]).sum().backward()
+    assert hidden.grad is not None and exact.grad is not None
+    apart = (hidden.grad.double() - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
+    assert apart.mean() < 0.05
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 40),

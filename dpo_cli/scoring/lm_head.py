@@ -80,14 +80,10 @@ class Head:
 
         `logits` are needed, and overwritten, if there is a soft-cap.
         """
-        weight = self.weight.to(dtype)
-        target_rows = weight[targets].to(probabilities.dtype)
-        if self.softcap is not None and logits is not None:
-            slopes = logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1)
-            probabilities.mul_(slopes)
-            target_rows *= slopes.gather(-1, targets[:, None])
-        mean_row = probabilities.to(dtype) @ weight
-        return (target_rows - mean_row).mul_(self.scale / self.temperature)
+        # onehot - p before the cast: for a confident token p is near 1, and 16 bits would round the difference away.
+        one = probabilities.new_ones(()).expand(len(targets), 1)
+        gradient = self.raw_gradient(probabilities.neg_().scatter_add_(-1, targets[:, None], one), logits)
+        return gradient.to(dtype) @ self.weight.to(dtype)
 
     def chunks(self, positions: int) -> Iterator[slice]:
         """Slices of `positions` hidden states whose logits stay within `CHUNK_ELEMENTS`."""
@@ -138,7 +134,7 @@ class _LogProbs(torch.autograd.Function):
     """Log-probs whose gradient reaches only the hidden states: one pass over the logits gives both.
 
     With p = softmax(z) and t the target, d log p_t / dz = onehot(t) - p, so that for z = hidden @ weight.T
-    d log p_t / d hidden = weight[t] - p @ weight; the gradient of a loss is that row times d loss / d log p_t.
+    d log p_t / d hidden = (onehot(t) - p) @ weight; the gradient of a loss is that row times d loss / d log p_t.
     """
 
     @staticmethod
