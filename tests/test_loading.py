@@ -202,9 +202,9 @@ def test_a_pattern_that_reaches_the_head_is_refused_before_anything_is_loaded(
 ) -> None:
     model = base("llama", tie_word_embeddings=False)
     folder = adapter_on(model, tmp_path / "adapter", target_modules=r".*(q_proj|lm_head)")
-    go_on = dpo("validate", "go-on", model_name=str(folder), lora_r=None)
+    restore_run = dpo("validate", "go-on", model_name=str(folder), lora_r=None)
     judged = dpo("eval", "judge", "--adapter", str(folder), model_name=str(model))
-    for result in (go_on, judged):
+    for result in (restore_run, judged):
         assert result.exit_code == Exit.INVALID and "also changes lm_head" in result.stderr
 
 

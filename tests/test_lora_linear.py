@@ -377,6 +377,23 @@ def test_in_float32() -> None:
     fuse(model)
     require_same(plain, measured(), 1e-5)
     assert {layer.base_layer.weight.dtype for layer in layers(model)} == {torch.bfloat16}
+    with torch.no_grad():
+        whole = copy.deepcopy(model).float()(input_ids=IDS, use_cache=False).logits
+    assert (whole - plain[0]).norm() <= 1e-5 * whole.norm()
+
+
+def test_in_float32_with_4_bits() -> None:
+    """The products of 4-bit weights too, where an adapter is on them."""
+    model = quantised(torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    for layer in layers(exact):
+        layer.base_layer.compute_dtype = torch.float32
+    with torch.no_grad():
+        whole = exact(input_ids=IDS, use_cache=False).logits
+        with in_float32(model):
+            widened = model(input_ids=IDS, use_cache=False).logits
+    assert (whole - widened).norm() <= 1e-5 * whole.norm()
+    assert {layer.base_layer.compute_dtype for layer in layers(model)} == {torch.bfloat16}
 
 
 def kept(model: PeftModel) -> Counter[tuple[torch.dtype, tuple[int, ...]]]:

@@ -17,6 +17,7 @@ from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.oom import list_halves, run_in_parts
+from dpo_cli.scoring.packing import row_tokens, taken
 from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.trainer import ProbeFirst
 
@@ -88,6 +89,18 @@ def test_a_run_that_is_out_of_memory_continues_to_the_same_adapter(
         assert line["tokens"] == other_line["tokens"]
         for figure in ("loss", "margin", "accuracy", "logp_chosen", "grad_norm"):
             assert line[figure] == pytest.approx(other_line[figure], rel=1e-4, abs=1e-6), figure
+
+
+def test_rows_only_become_smaller(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Out of memory in a small row, and then in a larger one that has waited: the limit stays that of the small one."""
+    trainer, _ = make_trainer(tmp_path, tokenizer)
+    all_pairs = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    small = taken(all_pairs, [0, 1], 2)
+    trainer._smaller(small)
+    limit = trainer.row_budget
+    assert limit == row_tokens(small, 2, shared=True) // 2
+    trainer._smaller(all_pairs)
+    assert trainer.row_budget == limit
 
 
 def test_the_probe_leaves_no_trace(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -21,7 +21,8 @@ def cache(prune_days: float | None, console: Console) -> JsonObject:
     if prune_days is not None:
         before = time.time() - prune_days * DAY_SECONDS
         removed = [*user_cache.prune(before), *reference_cache.prune(before)]
-        console.line(f"removed: {len(removed)}, {_size(removed)}" if removed else "nothing is that old: nothing is removed")
+        nothing = f"nothing was unused for {prune_days:g} days"
+        console.line(f"removed: {len(removed)}, {_size(removed)}" if removed else nothing)
     entries = [*user_cache.entries(), *reference_cache.entries()]
     folder = user_cache.cache_dir()
     if entries:

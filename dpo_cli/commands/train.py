@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,11 +35,11 @@ from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import Line, Memory, RunSummary, Status
 from dpo_cli.runs.card import card
-from dpo_cli.runs.manifest import manifest
-from dpo_cli.runs.resume import TO_RESUME, EarlierRun, go_on, resumable, tell_on, told_how_to_go_on
+from dpo_cli.runs.manifest import RECALLED, manifest
+from dpo_cli.runs.resume import TO_RESUME, EarlierRun, restore_run, resumable, tell_on, with_resume_advice
 from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory, is_out_of_memory
-from dpo_cli.scoring.reference import computed_by
+from dpo_cli.scoring.reference import KeptReference, computed_by
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, REPORT, SUMMARY, RunDirectory
@@ -46,6 +47,7 @@ from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
+from dpo_cli.training.callbacks.health_rules import APART_NATS
 from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.callbacks.signals import StopOnSignal
 from dpo_cli.training.trainer import save_trained
@@ -120,7 +122,8 @@ def train(
             earlier.require_same(loaded, plan, about)
             if is_finished:
                 return _finished(run, plan, earlier.left_out(plan), console)
-            about["resumed"] = go_on(run, earlier, plan, about, tell)
+            about["resumed"] = restore_run(run, earlier, plan, about, tell)
+            about[RECALLED] = earlier.manifest.get(RECALLED, 0)
         findings: JsonObject = {
             "problems": [problem.to_json() for problem in (*inspection.problems, *late)],
             "data": data.to_json(),
@@ -136,7 +139,7 @@ def train(
 @contextmanager
 def _claimed(path: Path, overwrite: bool = False, resume: bool = False) -> Iterator[RunDirectory]:
     """The run directory, locked; a write that fails within the context is reported with the way to resume."""
-    with RunDirectory.claim(path, overwrite, resume) as run, told_how_to_go_on(run):
+    with RunDirectory.claim(path, overwrite, resume) as run, with_resume_advice(run):
         yield run
 
 
@@ -200,13 +203,12 @@ def _trained(
         early = StopEarly(trainer.model, plan.config.early_stopping_patience)
         record = Record(trainer.totals, [partial(_write_line, run), view.show, health.see, early.see])
         keep = Keep(run, trainer, health, early, stop)
-        if plan.strategy.refers:
-            label = f"{plan.model_label}, {plan.dtype}"
-            cache = ReferenceCache(computed_by(trainer.policy, plan), label, console.line)
-            trainer.reference.share_in(cache, rows.train)
         for callback in (record, health, early, stop, keep):
             trainer.add_callback(callback)
         with _fitting(plan, loaded):
+            if trainer.reference is not None:
+                cache = ReferenceCache(computed_by(trainer.policy, plan), f"{plan.model_label}, {plan.dtype}", console.line)
+                trainer.reference.share_in(cache, rows.train)
             if earlier is not None and earlier.checkpoint is not None:
                 keep.go_back_to(earlier.checkpoint)
                 if earlier.asks_on(plan):
@@ -218,10 +220,8 @@ def _trained(
                     trainer.evaluate()
             else:
                 run.try_to_write(partial(_save, trainer.model, tokenizer))
-                if plan.strategy.refers:
-                    health.see_start(score(trainer.policy, rows.train[:START_ROWS], tokenizer, plan))
-                    if recalled := trainer.reference.recall():  # a resumed run has what it started with
-                        console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs are in the cache")
+                if trainer.reference is not None:
+                    _check_reference(run, trainer.reference, trainer.policy, rows, plan, health, console)
             if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
                 with _kept_when_trained(run, trainer, tokenizer, plan, console):
                     keep.train()
@@ -260,6 +260,27 @@ def _trained(
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
     return {**to_json(summary), "run_dir": str(run.path)}, code
+
+
+def _check_reference(
+    run: RunDirectory,
+    reference: KeptReference,
+    policy: Policy,
+    rows: Rows,
+    plan: Plan,
+    health: Health,
+    console: Console,
+) -> None:
+    """Before step 1: the policy must equal its reference, and so must the log-probs of it that the cache has.
+
+    Not of a resumed run, which has what it started with.
+    """
+    scores = score(policy, rows.train[:START_ROWS], rows.tokenizer, plan)
+    health.see_start(scores)
+    allowed = APART_NATS[plan.dtype] * scores.tokens
+    if recalled := reference.recall(torch.tensor(scores.reference), torch.tensor(allowed)):
+        console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs are in the cache")
+        run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
 
 
 @contextmanager

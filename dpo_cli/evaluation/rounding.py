@@ -25,8 +25,8 @@ from dpo_cli.strategies.row_kinds import PAIRS
 
 # Standard deviation of the change of each weight: so small that in float32 a log-ratio hardly moves, and large enough that 16
 # bits round most products differently.
-HAIR = 1e-5
-NOTICED = 0.1  # of a mean margin: more rounding than this, and it is computed in float32
+PERTURBATION = 1e-5
+LARGEST_SHARE = 0.1  # of a mean margin: more rounding than this, and it is computed in float32
 
 
 def rounding_of(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Rounding | None:
@@ -36,7 +36,7 @@ def rounding_of(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTo
     """
     if plan.dtype == "float32" or not plan.strategy.refers:
         return None
-    with _moved(policy):
+    with _perturbed(policy):
         scores = score(policy, rows, tokenizer, plan)
     ratios = scores.policy - scores.reference
     response, pair = (float(np.sqrt(np.mean(np.square(nats)))) for nats in (ratios, ratios[:, 0] - ratios[:, 1]))
@@ -44,8 +44,8 @@ def rounding_of(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTo
 
 
 @contextmanager
-def _moved(policy: Policy) -> Iterator[None]:
-    """Within, the trained weights are moved by a hair. Without an adapter only norms and biases: a copy of all is too large."""
+def _perturbed(policy: Policy) -> Iterator[None]:
+    """Within, the trained weights are perturbed. Without an adapter only norms and biases: a copy of all is too large."""
     trained = [weight for weight in policy.model.parameters() if weight.requires_grad]
     moved = trained if isinstance(policy.model, PeftModel) else [weight for weight in trained if weight.ndim == 1]
     kept = [weight.detach().clone() for weight in moved]
@@ -53,7 +53,7 @@ def _moved(policy: Policy) -> Iterator[None]:
         with random_state_kept(), torch.no_grad():
             torch.manual_seed(0)
             for weight in moved:
-                weight.add_(torch.randn_like(weight), alpha=HAIR)
+                weight.add_(torch.randn_like(weight), alpha=PERTURBATION)
         yield
     finally:
         with torch.no_grad():
@@ -74,11 +74,11 @@ def without_rounding(
     Sampled answers and `kl_sequence` keep the dtype of the run.
     """
     scores = measured.scores
-    if plan.rounding is None or plan.dtype == "float32" or scores.kind is not PAIRS:
-        return measured
+    if plan.rounding is None or plan.dtype == "float32" or scores.kind is not PAIRS or plan.config.use_8bit:
+        return measured  # bitsandbytes has no product in float32 for 8-bit weights
     ratios = scores.policy - scores.reference
     margin = plan.config.beta * float(np.mean(ratios[:, 0] - ratios[:, 1]))
-    if not plan.rounding.of_mean(len(rows), plan.config.beta) > NOTICED * abs(margin):  # a NaN is computed once
+    if not plan.rounding.of_mean(len(rows), plan.config.beta) > LARGEST_SHARE * abs(margin):  # a NaN is computed once
         return measured
     tell(f"the rows are scored again in float32: the rounding of {plan.dtype} is over a tenth of their margin {margin:.2g}")
     with in_float32(policy.network):

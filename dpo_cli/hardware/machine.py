@@ -232,9 +232,12 @@ def _read(path: str) -> str:
 PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
-def installed_versions(more: Sequence[str] = ()) -> dict[str, str]:
-    """The versions that decide the figures of a run, and those of `more` packages. No package is imported."""
+OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}
+
+
+def installed_versions(provider: str = "") -> dict[str, str]:
+    """The versions that decide the figures of a run, with the packages of its provider. No package is imported."""
     from importlib.metadata import version  # late: `validate` needs none, and has to be quick
 
     versions = {"dpo": dpo_cli.__version__, "python": platform.python_version()}
-    return versions | {package: version(package) for package in (*PACKAGES, *more)}
+    return versions | {package: version(package) for package in (*PACKAGES, *OF_PROVIDER.get(provider, ()))}

@@ -91,27 +91,29 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """Let each module compute in float32 while it runs, for any dtype of its weights; one module at a time.
 
     A layer with an adapter is one module with its parts, because PEFT may join its weights. Quantised weights are not floats:
-    bitsandbytes multiplies them in its compute_dtype.
+    bitsandbytes multiplies 4-bit weights in their compute_dtype. It has no product in float32 for 8-bit weights.
     """
-    held: dict[nn.Module, tuple[dict[nn.Parameter, Tensor], object]] = {}
+    held: dict[nn.Module, tuple[dict[nn.Parameter, Tensor], dict[nn.Module, object]]] = {}
 
     def widen(module: nn.Module, args: tuple[object, ...]) -> tuple[object, ...]:
         if not isinstance(module, nn.Embedding):  # a lookup is exact in any dtype, and the table is large
             own = module.parameters(recurse=isinstance(module, BaseTunerLayer))
             narrow = [p for p in own if p.is_floating_point() and p.dtype.itemsize < 4]
-            held[module] = {p: p.data for p in narrow}, getattr(module, "compute_dtype", None)
+            parts = module.modules() if isinstance(module, BaseTunerLayer) else [module]
+            quantised = {part: part.compute_dtype for part in parts if hasattr(part, "compute_dtype")}
+            held[module] = {p: p.data for p in narrow}, quantised
             for parameter in narrow:
                 parameter.data = parameter.data.float()
-            if hasattr(module, "compute_dtype"):
-                setattr(module, "compute_dtype", torch.float32)  # noqa: B010 - mypy does not know bitsandbytes' attribute
+            for part in quantised:
+                _set_compute_dtype(part, torch.float32)
         return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() and a.dtype.itemsize < 4 else a for a in args)
 
     def restore(module: nn.Module) -> None:
-        kept, compute_dtype = held.pop(module, ({}, None))
+        kept, quantised = held.pop(module, ({}, {}))
         for parameter, data in kept.items():
             parameter.data = data
-        if hasattr(module, "compute_dtype"):
-            setattr(module, "compute_dtype", compute_dtype)  # noqa: B010
+        for part, compute_dtype in quantised.items():
+            _set_compute_dtype(part, compute_dtype)
 
     def narrow_again(module: nn.Module, args: object, output: object) -> object:
         restore(module)
@@ -127,6 +129,10 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             hook.remove()
         for module in list(held):  # modules that an exception interrupted
             restore(module)
+
+
+def _set_compute_dtype(module: nn.Module, dtype: object) -> None:
+    setattr(module, "compute_dtype", dtype)  # noqa: B010 - mypy does not know the attribute of bitsandbytes
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:

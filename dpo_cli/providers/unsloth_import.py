@@ -7,7 +7,7 @@ import io
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 
 from dpo_cli.errors import RunFailed
 from dpo_cli.hardware.unsloth_support import INSTALL
@@ -21,6 +21,8 @@ def import_unsloth(device: str) -> None:
     """
     os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"  # else each load of a model is reported to the hub
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir() / KERNELS))  # else a folder in the current one
+    with suppress(OSError):  # there are none yet
+        os.utime(cache_dir() / KERNELS)  # the last use, for `dpo cache`
     if device == "cpu":
         os.environ["UNSLOTH_FORCE_CPU"] = "1"
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-MOST_DIGITS = 17  # they tell any two floats apart
+MOST_DIGITS = 17  # figures of less than 1e-17 read the same
 
 
 def compared(one: float, other: float, digits: int = 1, kind: Literal["f", "g"] = "f") -> tuple[str, str]:

@@ -12,7 +12,7 @@ from dpo_cli.models.hub_models import revision
 from dpo_cli.plan.plan import Plan
 from dpo_cli.storage.digests import sha256
 
-OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}
+RECALLED = "reference_from_cache"  # pairs whose reference log-probs the run took from the user's cache
 
 
 def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         else []
     )
     return {
-        "versions": installed_versions(OF_PROVIDER.get(plan.config.provider, ())),
+        "versions": installed_versions(plan.config.provider),
         "hardware": machine.to_json(),
         "dataset": _hashes(plan.config.dataset),
         "eval_dataset": _hashes(plan.config.eval_dataset or []),
@@ -38,6 +38,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
         "seed": plan.config.seed,
         "day": plan.day.isoformat() if plan.writes_date else None,
         "git_commit": _git_commit(),
+        RECALLED: 0,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +19,7 @@ from dpo_cli.results.summary import RunSummary
 from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.checkpoints import Checkpoint
 from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.log import Tell
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
@@ -26,10 +27,9 @@ from dpo_cli.ui.console import Console
 # With another value of these, a finished run continues.
 ENDING = names_where(lambda option: option.end)
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
-START_ANEW = "resume it with the same values, or restart with --overwrite"
+RESTART_FIX = "resume it with the same values, or restart with --overwrite"
 TO_RESUME = "to continue, run the same `dpo train` command with --resume, without --overwrite"
 Json = Mapping[str, Any]
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -170,14 +170,14 @@ def _product(config: Json) -> int:
 
 
 def _other(message: str, key: str) -> Problem:
-    return Problem("error", "resume-differs", message, START_ANEW, key)
+    return Problem("error", "resume-differs", message, RESTART_FIX, key)
 
 
 def _tell_skipped(tell: Tell, checkpoint: Checkpoint, damage: str) -> None:
     tell(f"checkpoint {checkpoint.folder.name} is skipped: {damage}")
 
 
-def go_on(run: RunDirectory, earlier: EarlierRun, plan: Plan, manifest: Json, tell: Tell) -> list[int]:
+def restore_run(run: RunDirectory, earlier: EarlierRun, plan: Plan, manifest: Json, tell: Tell) -> list[int]:
     """Restore the run directory to the state of the checkpoint; returns the steps of all resumes for the manifest."""
     if earlier.checkpoint is None:
         message = f"{run.path} is finished, and has no checkpoint to resume from"
@@ -203,7 +203,7 @@ def resumable() -> Iterator[None]:
 
 
 @contextmanager
-def told_how_to_go_on(run: RunDirectory) -> Iterator[None]:
+def with_resume_advice(run: RunDirectory) -> Iterator[None]:
     """A failed write inside ends the run; the error says what is kept and how to resume."""
     try:
         yield

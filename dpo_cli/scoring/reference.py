@@ -29,14 +29,17 @@ NOT_READ = ("completion_mask", "labels", PAIR)  # of a micro-batch: what the mod
 SIDES = 2  # sequences of a pair
 PAIR_BYTES = 16  # of the digest of a pair
 CODE = ("scoring", "providers")  # folders whose code decides a log-prob
-PLACES = ("_name_or_path", "base_model_name_or_path")  # settings that name a folder
+# Settings that decide no log-prob: places of files, and what only a training of that adapter used.
+IDLE = ("_name_or_path", "base_model_name_or_path", "lora_dropout", "inference_mode", "init_lora_weights")
+NOT_COMPUTING = ("dpo", "python", "datasets", "trl")  # packages; `CODE` is dpo's part
 
 
 class KeptReference:
     """A live reference whose log-probs are computed once for each pair of a training set, in the rows of its first visit.
 
-    The policy runs in the same rows, so rounding cancels there; later epochs compute nothing. A checkpoint holds the log-probs,
-    so a resumed run reads the same bits. A new run starts with what earlier runs shared in the cache.
+    The policy runs in the same rows, so rounding cancels there. It does not cancel for a pair from the cache, for its
+    neighbours in a row, and for a row that is divided after an out-of-memory error. Later epochs compute nothing. A checkpoint
+    holds the log-probs, so a resumed run reads the same bits. A new run starts with what earlier runs shared in the cache.
     """
 
     def __init__(self, live: LiveReference, pairs: int) -> None:
@@ -63,15 +66,26 @@ class KeptReference:
         """From now on `share` adds to this cache; `pairs` are those of the training set, in its order."""
         self._cache, self._digests = cache, [digest_of_pair(pair) for pair in pairs]
 
-    def recall(self) -> int:
-        """Take the log-probs that the cache has, for a run that starts; returns the number of its pairs."""
+    def recall(self, first: Tensor, allowed: Tensor) -> int:
+        """Take the log-probs that the cache has, for a run that starts; returns the number of pairs.
+
+        `first` (n, 2) are those of the first n pairs, computed now. If the cache differs by more than `allowed` (n, 2) nats,
+        nothing of it is taken.
+        """
         assert self._cache is not None
-        values = self._cache.read(self._digests)
-        for place, digest in enumerate(self._digests):
-            if digest in values:
-                self.values[place] = torch.tensor(values[digest])
-                self.known[place] = self._shared[place] = True
-        return int(self._shared.sum())
+        cached = self._cache.read(self._digests)
+        pairs = [pair for pair, digest in enumerate(self._digests) if digest in cached]
+        if not pairs:
+            return 0
+        values = torch.tensor([cached[self._digests[pair]] for pair in pairs], dtype=self.values.dtype)
+        checked = [i for i, pair in enumerate(pairs) if pair < len(first)]
+        of_pairs = [pairs[i] for i in checked]
+        if bool(((values[checked] - first[of_pairs]).abs() > allowed[of_pairs]).any()):
+            self._cache.distrust()
+            return 0
+        self.values[pairs] = values
+        self.known[pairs] = self._shared[pairs] = True
+        return len(pairs)
 
     def share(self) -> None:
         """Add to the cache what this run has computed since the last call."""
@@ -138,8 +152,9 @@ def computed_by(policy: Policy, plan: Plan) -> str:
         digests = dict(zip(tensors, threads.map(_digest_of_tensor, tensors.values()), strict=True))
     adapter = policy.model.peft_config.get(FROZEN) if isinstance(policy.model, PeftModel) else None
     device = torch.cuda.get_device_name() if plan.config.device == "cuda" else plan.config.device
+    versions = installed_versions(plan.config.provider)
     how = {
-        "tensors": digests,
+        "tensors": {name.replace(".base_layer.", "."): digest for name, digest in digests.items()},
         "model": _settings(network.config.to_dict()),
         "adapter": _settings(adapter.to_dict()) if adapter else None,
         "attention": network.config._attn_implementation,
@@ -147,15 +162,19 @@ def computed_by(policy: Policy, plan: Plan) -> str:
         "dtype": plan.dtype,
         "device": device,
         "shared": plan.scoring.shared,
-        "versions": installed_versions(),
+        "versions": {name: text for name, text in versions.items() if name not in NOT_COMPUTING},
         "code": _digest_of_code(),
     }
-    return hashlib.sha256(json.dumps(how, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(how, sort_keys=True, default=_written).encode()).hexdigest()
 
 
 def _settings(settings: Mapping[str, object]) -> dict[str, object]:
-    """Settings without the places of files."""
-    return {name: value for name, value in settings.items() if name not in PLACES}
+    return {name: value for name, value in settings.items() if name not in IDLE}
+
+
+def _written(value: object) -> object:
+    """A value that JSON does not have; a set has another order in each process."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _digest_of_tensor(tensor: Tensor) -> str:

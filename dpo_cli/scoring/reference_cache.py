@@ -12,22 +12,22 @@ import hashlib
 import sqlite3
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-from dpo_cli.errors import DpoError
+from dpo_cli.errors import DpoError, RunFailed
+from dpo_cli.storage.log import Tell
 from dpo_cli.storage.user_cache import Entry, cache_dir
 
 FILE = "reference.sqlite"
 KIND = "reference"
 APPLICATION, VERSION = 0x44504F52, 1  # of the file
-TABLES = """
-CREATE TABLE IF NOT EXISTS models (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, name TEXT NOT NULL, used REAL NOT NULL);
-CREATE TABLE IF NOT EXISTS pairs (
-  model INTEGER NOT NULL REFERENCES models ON DELETE CASCADE, pair BLOB NOT NULL, value BLOB NOT NULL, PRIMARY KEY (model, pair)
-) WITHOUT ROWID;
-"""
+TABLES = (
+    "CREATE TABLE models (id INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, name TEXT NOT NULL, used REAL NOT NULL)",
+    "CREATE TABLE pairs (model INTEGER NOT NULL REFERENCES models ON DELETE CASCADE, pair BLOB NOT NULL, value BLOB NOT NULL,"
+    " PRIMARY KEY (model, pair)) WITHOUT ROWID",
+)
 VALUES_OF = (  # as bytes also where damage has changed the type
     "SELECT pair, CAST(value AS BLOB) FROM pairs JOIN models ON models.id = pairs.model WHERE digest = ? AND pair IN"
 )
@@ -37,7 +37,6 @@ ASKED = 500  # pairs per query; SQLite limits the number of parameters
 WAIT_SECONDS = 5.0  # for another process that writes
 
 LogProbs = tuple[float, float]  # of chosen and rejected, in nats
-Tell = Callable[[str], None]
 
 
 class ReferenceCache:
@@ -52,7 +51,7 @@ class ReferenceCache:
         known: dict[bytes, LogProbs] = {}
         if not self._is_usable:
             return known
-        with self._careful("read"):
+        with self._or_without("read"):
             if not path().is_file():
                 return known
             with _opened() as cache:
@@ -70,7 +69,7 @@ class ReferenceCache:
         """Keep these values, by the digests of their pairs."""
         if not self._is_usable or not values:
             return
-        with self._careful("written"):
+        with self._or_without("written"):
             path().parent.mkdir(parents=True, exist_ok=True)
             with _opened() as cache:
                 about = "INSERT INTO models (digest, name, used) VALUES (?, ?, ?)"
@@ -80,13 +79,20 @@ class ReferenceCache:
                 rows = ((model, pair, self._packed(pair, log_probs)) for pair, log_probs in values.items())
                 cache.executemany("INSERT OR REPLACE INTO pairs VALUES (?, ?, ?)", rows)
 
+    def distrust(self) -> None:
+        """Say that the values are not those that the reference computes: they are computed, and replaced."""
+        self._tell("note: the reference log-probs in the cache differ from those of this model: they are computed again")
+
     @contextmanager
-    def _careful(self, what: str) -> Iterator[None]:
-        """Within, a cache that fails is not used any more, and the user is told; a value is computed instead."""
+    def _or_without(self, what: str) -> Iterator[None]:
+        """Within, a failure of the cache is reported, and the run continues without it: damage, a lock, a full disk, no home.
+
+        A cache that another process has locked is asked again later.
+        """
         try:
             yield
-        except (sqlite3.Error, OSError, DpoError, _Foreign) as error:  # damaged, foreign, locked, a full disk, no home
-            self._is_usable = False
+        except (sqlite3.Error, OSError, DpoError, ForeignFile) as error:
+            self._is_usable = _is_locked(error)
             self._tell(f"note: reference log-probs cannot be {what} in the cache, so they are computed: {error}")
 
     def _packed(self, pair: bytes, log_probs: LogProbs) -> bytes:
@@ -105,8 +111,16 @@ class ReferenceCache:
         return hashlib.blake2b(self.digest.encode() + pair + numbers, digest_size=CHECK_BYTES).digest()
 
 
-class _Foreign(Exception):
+class ForeignFile(Exception):
     """A SQLite file of another program, or of another version."""
+
+
+def _is_locked(error: Exception) -> bool:
+    """Whether another process has the file now."""
+    return isinstance(error, sqlite3.OperationalError) and error.sqlite_errorcode in (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+    )
 
 
 def path() -> Path:
@@ -116,46 +130,64 @@ def path() -> Path:
 
 @contextmanager
 def _opened() -> Iterator[sqlite3.Connection]:
-    """A connection for one transaction."""
+    """A connection for one transaction, which also makes a new file whole or not at all."""
     with closing(sqlite3.connect(path(), timeout=WAIT_SECONDS, isolation_level=None)) as cache, cache:
+        cache.execute("PRAGMA foreign_keys = ON")
+        cache.execute("BEGIN IMMEDIATE")
         (application,), (version,) = (cache.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version"))
         if (application, version) != (APPLICATION, VERSION):
             if application or version or cache.execute("SELECT name FROM sqlite_master").fetchone():
-                raise _Foreign(f"{path()} is not a cache of this version of dpo; `dpo cache --prune 0` removes it")
+                raise ForeignFile(f"{path()} is not a cache of this version of dpo; `dpo cache --prune 0` removes it")
+            for table in TABLES:
+                cache.execute(table)
             cache.execute(f"PRAGMA application_id = {APPLICATION}")
             cache.execute(f"PRAGMA user_version = {VERSION}")
-            cache.executescript(TABLES)
-        cache.execute("PRAGMA foreign_keys = ON")
-        cache.execute("BEGIN IMMEDIATE")
         yield cache
 
 
 def entries() -> list[Entry]:
-    """The references in the cache, the last used first."""
+    """The references in the cache, the last used first; another file is one entry. `RunFailed` if it is locked."""
     if not path().is_file():
         return []
-    with _opened() as cache:
-        size = path().stat().st_size / max(1, cache.execute("SELECT count(*) FROM pairs").fetchone()[0])
-        query = "SELECT name, used, count(pair) FROM models LEFT JOIN pairs ON model = id GROUP BY id ORDER BY used DESC"
-        return [Entry(KIND, name, round(size * pairs), used, pairs) for name, used, pairs in cache.execute(query)]
+    try:
+        with _opened() as cache:
+            return _entries(cache)
+    except (sqlite3.Error, ForeignFile) as error:
+        return [_unreadable(error)]
 
 
 def prune(before: float) -> list[Entry]:
     """Remove the references that were last used before this time, in seconds since 1970, and return them.
 
-    A file that cannot be read as a cache is removed whole.
+    A file that is not a cache is removed whole if it was not changed since. `RunFailed` if it is locked.
     """
+    if not path().is_file():
+        return []
     try:
-        old = [entry for entry in entries() if entry.used < before]
-        if old:
-            with _opened() as cache:
-                cache.execute("DELETE FROM models WHERE used < ?", (before,))
-            with closing(sqlite3.connect(path(), timeout=WAIT_SECONDS)) as cache:
-                cache.execute("VACUUM")
-        return old
-    except sqlite3.OperationalError:  # locked: another process uses it
-        raise
-    except (sqlite3.DatabaseError, _Foreign):
-        whole = Entry(KIND, "not a cache of this version", path().stat().st_size, path().stat().st_mtime)
+        with _opened() as cache:
+            old = [entry for entry in _entries(cache) if entry.used < before]
+            cache.execute("DELETE FROM models WHERE used < ?", (before,))
+    except (sqlite3.Error, ForeignFile) as error:
+        whole = _unreadable(error)
+        if whole.used >= before:
+            return []
         path().unlink()
         return [whole]
+    if old:
+        with suppress(sqlite3.Error), closing(sqlite3.connect(path())) as cache:  # in use: the space is used again later
+            cache.execute("VACUUM")
+    return old
+
+
+def _entries(cache: sqlite3.Connection) -> list[Entry]:
+    size = path().stat().st_size / max(1, cache.execute("SELECT count(*) FROM pairs").fetchone()[0])
+    query = "SELECT name, used, count(pair) FROM models LEFT JOIN pairs ON model = id GROUP BY id ORDER BY used DESC"
+    return [Entry(KIND, name, round(size * pairs), used, pairs) for name, used, pairs in cache.execute(query)]
+
+
+def _unreadable(error: Exception) -> Entry:
+    """A file that cannot be read as a cache; `RunFailed` if it only cannot be read now."""
+    if _is_locked(error):
+        raise RunFailed(f"{path()} is used by another process", "wait for it, and run the command again") from error
+    about = path().stat()
+    return Entry(KIND, "not a cache of this version", about.st_size, about.st_mtime)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from dpo_cli.storage.redaction import redact
+
+Tell = Callable[[str], None]  # shows a message to the user
 
 
 def hush() -> None:

@@ -31,13 +31,13 @@ from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import LOG_PROBS
 from dpo_cli.scoring.packing import Batch, units_in
 from dpo_cli.scoring.reference import PAIR, KeptReference, LiveReference
+from dpo_cli.storage.log import Tell
 from dpo_cli.strategies.figures import LINE_FIGURES, Columns, step_figures
 from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.training.trainer import (
     SIZE,
     CarefulTrainer,
     Evaluate,
-    Tell,
     Totals,
     adapter_weights,
     common_arguments,
@@ -72,8 +72,9 @@ class StepSize(NamedTuple):
 class PairTrainer(CarefulTrainer, DPOTrainer):
     """DPOTrainer on encoded pairs, with dpo's head. Its loss is the share of a micro-batch in the loss of the step."""
 
-    ROWS_A_UNIT = 2
+    SEQUENCES_PER_UNIT = 2
     OUTPUTS = (LOG_PROBS,)
+    reference: KeptReference
     loss_types: list[str]
     loss_weights: list[float]
     sft_weight = 0.0  # weight of the loss that is averaged over tokens
@@ -93,7 +94,7 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         self.reference.restore(before)
 
     def step_size(self, batches: Sequence[Batch]) -> StepSize:
-        pairs, tokens = sum(units_in(batch, self.ROWS_A_UNIT) for batch in batches), 0
+        pairs, tokens = sum(units_in(batch, self.SEQUENCES_PER_UNIT) for batch in batches), 0
         if self.sft_weight:
             chosen = [batch["completion_mask"].chunk(2)[0][:, 1:] for batch in batches]
             tokens = sum(int(mask.sum()) for mask in chosen)
@@ -108,7 +109,7 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
     ) -> Tensor:
         """The share of these pairs in the loss of a step of that size, or of these pairs alone."""
         self.calls.clear()
-        step, pairs = num_items_in_batch or self.step_size([inputs]), units_in(inputs, self.ROWS_A_UNIT)
+        step, pairs = num_items_in_batch or self.step_size([inputs]), units_in(inputs, self.SEQUENCES_PER_UNIT)
         # Before the call of the policy, which keeps tensors for its gradient; in the precision that accelerate gives that call.
         with self.accelerator.autocast():
             reference = self.reference.log_probs(inputs)

@@ -22,13 +22,13 @@ from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import IS_TOP1, LOG_PROBS
 from dpo_cli.scoring.packing import Batch
 from dpo_cli.scoring.shared_prompts import IGNORED
+from dpo_cli.storage.log import Tell
 from dpo_cli.strategies.figures import step_figures
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.training.trainer import (
     SIZE,
     CarefulTrainer,
     Evaluate,
-    Tell,
     Totals,
     adapter_weights,
     common_arguments,
@@ -45,7 +45,7 @@ class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
     The loss is the mean of -log p over all completion tokens of a step, for any division into micro-batches.
     """
 
-    ROWS_A_UNIT = 1
+    SEQUENCES_PER_UNIT = 1
     OUTPUTS = (LOG_PROBS, IS_TOP1)
 
     def step_size(self, batches: Sequence[Batch]) -> Tensor:

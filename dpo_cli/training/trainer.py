@@ -42,17 +42,18 @@ from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, s
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.lora_linear import fuse
 from dpo_cli.scoring.packing import Batch, packed, row_tokens, units_in
+from dpo_cli.scoring.reference import KeptReference
 from dpo_cli.storage.checkpoints import PART
+from dpo_cli.storage.log import Tell
 from dpo_cli.storage.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Evaluate = Callable[[Policy], dict[str, float]]
-Tell = Callable[[str], None]
 
 OPTIMIZER, SCHEDULE, SCALER, RANDOM = "optimizer", "schedule", "scaler", "random"  # files of a checkpoint
 TRL_TOKENS = "_total_train_tokens"  # TRL's own count
 RESTART = "start the run again with --overwrite"
-SIZE = "tokens_in_a_batch"  # column: the size of a row in memory
+SIZE = "tokens_of_unit"  # column: the size of a unit in memory
 
 
 class Stopped(KeyboardInterrupt):
@@ -125,7 +126,7 @@ class Totals:
 class CarefulTrainer:
     """dpo's part of a trainer; the base class before one of TRL's trainers."""
 
-    ROWS_A_UNIT: int  # rows of a micro-batch that belong together
+    SEQUENCES_PER_UNIT: int  # of a micro-batch, that belong together: 2 of a pair, 1 of a demonstration
     OUTPUTS: tuple[str, ...]  # of the head: what the loss and the figures read
     IS_WHOLE = False  # whether the loss compares units, so that halves have a different loss
 
@@ -137,17 +138,18 @@ class CarefulTrainer:
     missed_evaluation = False  # the training was stopped during an evaluation, or when one was due
     optimizer: Any
     lr_scheduler: Any
+    reference: KeptReference | None = None  # of a loss that compares with one
     # Calls the function that makes Trainer write a checkpoint into its output_dir; without it there are none.
     write_checkpoint: Callable[[Callable[[], None]], None] | None = None
 
-    row_tokens: int  # of a row at most, where it has several units; lower once the memory was too small
+    row_budget: int  # tokens of a row at most, where it has several units; lower once the memory was too small
     is_shared: bool  # whether a row has each prompt once
 
     def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan) -> None:
         """Put dpo's head on the models that TRL's constructor prepared, and keep what is called later."""
         self.is_shared = states is forward.shared_states
-        unit = max(self.train_dataset[SIZE]) * (1 if self.is_shared else self.ROWS_A_UNIT)
-        self.row_tokens = plan.row_budget(unit)
+        unit = max(self.train_dataset[SIZE]) * (1 if self.is_shared else self.SEQUENCES_PER_UNIT)
+        self.row_budget = plan.row_budget(unit)
         self.policy = Policy(self.model, getattr(self, "ref_model", None))
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
         self.calls: list[FusedCausalLMOutput] = []  # of the head, since the start of compute_loss
@@ -190,15 +192,15 @@ class CarefulTrainer:
         return loss
 
     def _rows(self, batch: Batch) -> list[Batch]:
-        return packed(batch, self.row_tokens, self.ROWS_A_UNIT, self.is_shared)
+        return packed(batch, self.row_budget, self.SEQUENCES_PER_UNIT, self.is_shared)
 
     def _smaller(self, row: Batch) -> list[Batch]:
         """A row that is out of memory, in rows of half its tokens, as those of all later steps; none for a single unit."""
-        if units_in(row, self.ROWS_A_UNIT) == 1:
+        if units_in(row, self.SEQUENCES_PER_UNIT) == 1:
             return []
-        tokens = row_tokens(row, self.ROWS_A_UNIT, self.is_shared)
-        self.row_tokens = tokens // 2
-        self._tell(f"out of memory with {tokens} tokens in a row: from now on a row has at most {self.row_tokens}")
+        tokens = row_tokens(row, self.SEQUENCES_PER_UNIT, self.is_shared)
+        self.row_budget = min(self.row_budget, tokens // 2)  # rows that wait may be larger than this one
+        self._tell(f"out of memory with {tokens} tokens in a row: later rows have at most {self.row_budget}")
         return self._rows(row)
 
     def probe_longest(self) -> None:

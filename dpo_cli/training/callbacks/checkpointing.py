@@ -35,7 +35,7 @@ from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.signals import StopOnSignal
 
 PROGRESS, BEST, STATE = "progress.json", "best.safetensors", "trainer_state.json"
-REFERENCE = "reference"  # of a preference loss: the trainer's attribute, and a file
+REFERENCE = "reference"  # a file
 
 
 class Keep(TrainerCallback):
@@ -58,8 +58,8 @@ class Keep(TrainerCallback):
 
         if step:
             self.run.checkpoints.write(step, fill)
-            if (reference := getattr(self.trainer, REFERENCE, None)) is not None:
-                reference.share()
+            if self.trainer.reference is not None:
+                self.trainer.reference.share()
         else:
             self.run.checkpoints.try_to_write(fill)
 
@@ -77,13 +77,13 @@ class Keep(TrainerCallback):
             "loss": float(self.trainer._tr_loss),
             "logged": self.trainer._globalstep_last_logged,
             "order": self._order,
-            "row_tokens": self.trainer.row_tokens,
+            "row_tokens": self.trainer.row_budget,
             "totals": self.trainer.totals.state(),
             "health": self.health.state(),
             "early": self.early.state(),
         }
-        if (reference := getattr(self.trainer, REFERENCE, None)) is not None:
-            save_state(folder / REFERENCE, reference.state())
+        if self.trainer.reference is not None:
+            save_state(folder / REFERENCE, self.trainer.reference.state())
         (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         if self.early.weights and self.early.best_step != self.trainer.state.global_step:
             save_file(self.early.weights, folder / BEST)
@@ -100,7 +100,7 @@ class Keep(TrainerCallback):
         trainer.args.run_name = progress["run_name"]
         trainer._load_from_checkpoint(str(folder))
         trainer.state = TrainerState.load_from_json(str(folder / STATE))
-        trainer.row_tokens = progress.get("row_tokens", trainer.row_tokens)  # smaller if the memory was too small
+        trainer.row_budget = progress.get("row_tokens", trainer.row_budget)  # smaller if the memory was too small
         trainer.totals.restore(progress["totals"])
         if (folder / REFERENCE).with_suffix(".json").is_file():
             trainer.reference.restore(load_state(folder / REFERENCE))
