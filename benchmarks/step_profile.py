@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: torch's profiler over all steps of a workload of benchmarks/speed.py.
+"""Where the time of a training step goes: torch's profiler over some steps of a workload of benchmarks/speed.py.
 
 python benchmarks/step_profile.py [WORKLOAD ...]
 
@@ -9,6 +9,7 @@ forward and backward never run at the same time. What is left is Python, and the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from dpo_cli.training.dpo_trainer import PairTrainer
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::addmm_", "aten::linear", "aten::mkldnn_linear", "aten::baddbmm")
 KINDS = ("products", "head's products", "attention", "head's softmax", "elementwise", "optimizer", "data")
 SHARE = "{:.0%}"
+STEPS = 2  # the profiler takes long to read more
 COLUMNS = (
     Column("workload"),
     Column("dtype"),
@@ -73,7 +75,10 @@ def measure(table: Table, options: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder) / "pairs.jsonl"
             data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            result = train({**speed.COMMON, **workload.config, "dataset": str(data), "output_dir": f"{folder}/run"})
+            with contextlib.redirect_stdout(sys.stderr):
+                result = train(
+                    {**speed.COMMON, **workload.config, "dataset": str(data), "output_dir": f"{folder}/run", "max_steps": STEPS}
+                )
             plan = json.loads((Path(folder) / "run" / "plan.json").read_text(encoding="utf-8"))
         assert result is not None
         own: Counter[str] = Counter()
