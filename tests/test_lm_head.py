@@ -97,11 +97,25 @@ def test_full_logits_never_exist(rows: int, vocabulary: int, budget: int, passes
     assert max(sizes) <= max(1, budget // vocabulary)
 
 
-def test_token_kl_is_the_kl_of_the_full_distributions() -> None:
+@pytest.mark.parametrize("budget", [20, 1 << 24])
+def test_both_models_are_compared_over_the_full_distributions(budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one chunk, and in one for each token."""
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", budget)
     torch.manual_seed(3)
-    head = heads.Head(torch.randn(20, 6, dtype=torch.float64))
+    head, ref_head = (heads.Head(torch.randn(20, 6, dtype=torch.float64)) for _ in range(2))
     policy, reference = torch.randn(2, 5, 6, dtype=torch.float64)
-    p, q = (torch.distributions.Categorical(logits=states @ head.weight.T) for states in (policy, reference))
-    expected = torch.distributions.kl_divergence(p, q)
-    torch.testing.assert_close(heads.token_kl(policy, reference, head, head), expected, rtol=0, atol=1e-12)
-    assert not heads.token_kl(policy, policy, head, head).any()
+    targets = torch.tensor([3, 19, 0, 7, 7])
+    p, q = (
+        torch.distributions.Categorical(logits=states @ one.weight.T) for states, one in ((policy, head), (reference, ref_head))
+    )
+    both = heads.compare_tokens(policy, reference, targets, head, ref_head)
+    expected = {
+        "kl": torch.distributions.kl_divergence(p, q),
+        "log_probs": p.log_prob(targets),
+        "ref_log_probs": q.log_prob(targets),
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(getattr(both, name), values, rtol=0, atol=1e-12)
+    assert torch.equal(both.is_top1, p.logits.argmax(-1) == targets)
+    assert torch.equal(both.ref_is_top1, q.logits.argmax(-1) == targets)
+    assert not heads.compare_tokens(policy, policy, targets, head, head).kl.any()

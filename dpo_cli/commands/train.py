@@ -55,7 +55,7 @@ from dpo_cli.ui.console import Console
 from dpo_cli.ui.live import LiveView
 
 ROUNDED_ROWS = 8  # pairs that show the rounding of 16 bits
-START_ROWS = 4  # pairs on which the policy must equal its reference before the first step
+START_ROWS = 4  # pairs, the shortest, on which the policy must equal its reference before the first step
 TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}
 
 
@@ -275,10 +275,11 @@ def _check_reference(
 
     Not of a resumed run, which has what it started with.
     """
-    scores = score(policy, rows.train[:START_ROWS], rows.tokenizer, plan)
+    shortest = sorted(range(len(rows.train)), key=lambda pair: rows.train[pair].length)[:START_ROWS]
+    scores = score(policy, [rows.train[pair] for pair in shortest], rows.tokenizer, plan)
     health.see_start(scores)
     allowed = APART_NATS[plan.dtype] * scores.tokens
-    if recalled := reference.recall(torch.tensor(scores.reference), torch.tensor(allowed)):
+    if recalled := reference.recall(shortest, torch.tensor(scores.reference), torch.tensor(allowed)):
         console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs are in the cache")
         run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
 

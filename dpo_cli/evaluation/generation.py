@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpo_cli.data.messages import Text
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Intervals, mean
+from dpo_cli.evaluation.decoding import fast_decoding
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval
 from dpo_cli.results.judgement import Answers
@@ -45,7 +46,7 @@ class Sampling:
     top_p: float = 1.0
 
 
-AT_ONCE = 32  # prompts that are answered in one batch
+AT_ONCE = 64  # prompts that are answered in one batch
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,12 @@ def _batch(
         pad_token_id=pad,
         **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}),
     )
-    with _plain(model), torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with (
+        _plain(model),
+        fast_decoding(model),
+        torch.no_grad(),
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+    ):
         sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     rows: list[list[int]] = sequences[:, width:].tolist()
     answers = [_answer(row, ends, tokenizer) for row in rows]

@@ -17,13 +17,11 @@ from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Figures, Sides
 from dpo_cli.scoring.forward import States, collate
-from dpo_cli.scoring.lm_head import IS_TOP1, LOG_PROBS, Head, score_tokens, token_kl
+from dpo_cli.scoring.lm_head import Head, compare_tokens
 from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Columns, Figure
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
-
-OUTPUTS = (LOG_PROBS, IS_TOP1)  # of the head
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,10 @@ def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: t
     device = policy.network.device.type
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         hidden, head = states(policy.network, **batch), Head.of(policy.network)
-        own = score_tokens(hidden, labels[scored], head, OUTPUTS)
         with policy.as_reference() as reference:
             ref_hidden, ref_head = states(reference, **batch), Head.of(reference)
-            ref = score_tokens(ref_hidden, labels[scored], ref_head, OUTPUTS)
-        values = [own.log_probs, ref.log_probs, own.is_top1, ref.is_top1, torch.ones_like(own.log_probs)]
-        values.append(token_kl(hidden, ref_hidden, head, ref_head))
+        both = compare_tokens(hidden, ref_hidden, labels[scored], head, ref_head)
+    values = [both.log_probs, both.ref_log_probs, both.is_top1, both.ref_is_top1, torch.ones_like(both.kl), both.kl]
     on_cpu, scored = [value.cpu().double() for value in values], scored.cpu()
     return [value.new_zeros(scored.shape).masked_scatter(scored, value).sum(dim=1) for value in on_cpu]
 

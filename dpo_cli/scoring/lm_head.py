@@ -261,15 +261,36 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: Head, outputs: Collectio
     return TokenScores(*_ScoreTokens.apply(hidden, head.weight, head.bias, targets, head))  # type: ignore[no-untyped-call]
 
 
-def token_kl(policy: Tensor, reference: Tensor, head: Head, ref_head: Head) -> Tensor:
-    """Exact KL(policy || reference) in nats at each position, (n,), from both models' hidden states (n, H) and heads.
+@dataclass(frozen=True)
+class ComparedTokens:
+    """Per scored token, each (n,): log p(target) and whether it is the argmax, of policy and reference, and the KL in nats."""
 
-    KL = sum_v p(v) * (log p(v) - log q(v)) over the full vocabulary. No gradient.
+    log_probs: Tensor
+    ref_log_probs: Tensor
+    is_top1: Tensor
+    ref_is_top1: Tensor
+    kl: Tensor
+
+
+def compare_tokens(policy: Tensor, reference: Tensor, targets: Tensor, head: Head, ref_head: Head) -> ComparedTokens:
+    """Both models on the tokens `targets` (n,), from their hidden states (n, H) and heads; one product of each head.
+
+    KL(policy || reference) = sum_v p(v) * (log p(v) - log q(v)) is exact, over the full vocabulary. No gradient.
     """
+    parts: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
-        parts = []
         for part in head.chunks(len(policy)):
-            log_p = head.logits(policy[part]).log_softmax(dim=-1)
-            log_q = ref_head.logits(reference[part]).log_softmax(dim=-1)
-            parts.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
-        return torch.cat(parts)
+            own, ref = (
+                _log_softmax(one, states[part], targets[part]) for one, states in ((head, policy), (ref_head, reference))
+            )
+            log_p, log_q = own[0], ref[0]
+            log_probs, ref_log_probs = (log.gather(-1, targets[part, None])[:, 0] for log in (log_p, log_q))
+            gap = torch.sub(log_p, log_q, out=log_q)
+            parts.append((log_probs, ref_log_probs, own[1], ref[1], log_p.exp_().mul_(gap).sum(dim=-1)))
+    return ComparedTokens(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _log_softmax(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(log p over the vocabulary (n, V), whether the target is the argmax (n,)) of a chunk."""
+    logits = head.logits(hidden.to(product_dtype(hidden)))
+    return logits.log_softmax(dim=-1), logits.argmax(dim=-1) == targets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,25 +67,24 @@ class KeptReference:
         """From now on `share` adds to this cache; `pairs` are those of the training set, in its order."""
         self._cache, self._digests = cache, [digest_of_pair(pair) for pair in pairs]
 
-    def recall(self, first: Tensor, allowed: Tensor) -> int:
+    def recall(self, checked: Sequence[int], computed: Tensor, allowed: Tensor) -> int:
         """Take the log-probs that the cache has, for a run that starts; returns the number of pairs.
 
-        `first` (n, 2) are those of the first n pairs, computed now. If the cache differs by more than `allowed` (n, 2) nats,
-        nothing of it is taken.
+        `computed` (n, 2) are those of the pairs `checked`, computed now. If the cache differs by more than `allowed` (n, 2)
+        nats, nothing of it is taken.
         """
         assert self._cache is not None
         cached = self._cache.read(self._digests)
         pairs = [pair for pair, digest in enumerate(self._digests) if digest in cached]
         if not pairs:
             return 0
-        values = torch.tensor([cached[self._digests[pair]] for pair in pairs], dtype=self.values.dtype)
-        checked = [i for i, pair in enumerate(pairs) if pair < len(first)]
-        of_pairs = [pairs[i] for i in checked]
-        if bool(((values[checked] - first[of_pairs]).abs() > allowed[of_pairs]).any()):
+        values, known = torch.full_like(self.values, math.nan), torch.zeros_like(self.known)
+        values[pairs] = torch.tensor([cached[self._digests[pair]] for pair in pairs], dtype=values.dtype)
+        known[pairs] = True
+        if bool(((values[checked] - computed).abs() > allowed).any()):  # false for a NaN, which is not cached
             self._cache.distrust()
             return 0
-        self.values[pairs] = values
-        self.known[pairs] = self._shared[pairs] = True
+        self.values, self.known, self._shared = values.nan_to_num(), known, known.clone()
         return len(pairs)
 
     def share(self) -> None:
