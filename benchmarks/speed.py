@@ -59,6 +59,9 @@ COLUMNS = (
 )
 
 
+LOSSES = 2  # steps in float32, the second with weights that the first has changed
+
+
 def _messages(row: dict[str, str]) -> dict[str, Any]:
     answers = {name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
     return {"prompt": [{"role": "user", "content": row["prompt"]}], **answers}
@@ -169,7 +172,7 @@ def floor_seconds(rows: list[dict[str, Any]], workload: Workload, dtype: torch.d
 
 def measure(table: Table, options: argparse.Namespace) -> None:
     trl = ""
-    given = {"bf16": False, "fp16": False} if options.float32 else {}
+    given = {"bf16": False, "fp16": False, "max_steps": LOSSES} if options.float32 else {}
     for name in options.workloads or WORKLOADS:
         workload = WORKLOADS[name]
         rows = workload.rows(workload.pairs)
@@ -210,5 +213,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=", ".join(WORKLOADS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--float32", action="store_true", help="compute in float32, to compare losses")
+    parser.add_argument("--float32", action="store_true", help=f"compute {LOSSES} steps in float32, to compare losses")
     sys.exit(baseline.main("speed", COLUMNS, measure, parser))
