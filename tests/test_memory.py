@@ -221,6 +221,16 @@ def test_fit_changes_only_what_leaves_the_training_the_same() -> None:
     assert not any("batch_size" in text for text in savings(facts, replace(wanted, is_whole=True)))
 
 
+def test_checkpointing_that_is_off_is_a_remedy() -> None:
+    """It saves most, so nothing else is offered without it, and what is left to change follows."""
+    facts, wanted = facts_of(LLAMA), replace(MID, batch=8, length=8192, checkpointing=False)
+    _, off = fit(facts, wanted, 12, False)
+    assert off.largest_change is not None
+    first, second = off.largest_change.split("; ")
+    assert first.startswith('"gradient_checkpointing": true saves ') and second.startswith('"max_seq_length": 4096 saves ')
+    assert fit(facts, replace(wanted, checkpointing=True, length=4096), 12, True)[1].fits
+
+
 def test_remedies_are_the_documented_ones_each_with_its_saving() -> None:
     """dpo-strategy, "High Memory Usage": 4-bit, smaller batch with more accumulation, shorter sequences, smaller model."""
     facts = facts_of(LLAMA)

@@ -188,7 +188,7 @@ def test_a_later_run_computes_only_new_pairs(
     all_pairs = {"eval_split": 0}
     assert computed("first", **all_pairs) == list(range(24))
     assert computed("second", beta=0.5, learning_rate=1e-3, num_train_epochs=3, **all_pairs) == []
-    assert "the log-probs of 24 of 24 pairs are in the cache" in capsys.readouterr().out
+    assert "the log-probs of 24 of 24 pairs come from the cache" in capsys.readouterr().out
     grown = str(pairs_file([made_row(i) for i in range(30)]))
     assert computed("grown", dataset=grown, **all_pairs) == list(range(24, 30))
     go("adapter", strategy="sft", **all_pairs)

@@ -102,7 +102,7 @@ def rate_line(recommendation: Recommendation, file: Path | None) -> str:
     if own is None:
         return ""
     value = json.dumps(own)
-    here = f"use the commented line with {value} in {file}" if file else f'add "learning_rate": {value}'
+    here = f"replace its line in {file} by the commented one with {value}" if file else f'add "learning_rate": {value}'
     rate = json.dumps(recommendation.values.learning_rate)
     return f"learning_rate is {rate}, documented for all weights: an adapter hardly moves at it. To train an adapter, {here}"
 

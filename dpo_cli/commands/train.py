@@ -280,7 +280,7 @@ def _check_reference(
     health.see_start(scores)
     allowed = APART_NATS[plan.dtype] * scores.tokens
     if recalled := reference.recall(shortest, torch.tensor(scores.reference), torch.tensor(allowed)):
-        console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs are in the cache")
+        console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs come from the cache of earlier runs")
         run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
 
 

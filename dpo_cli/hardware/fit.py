@@ -67,10 +67,13 @@ def advice(facts: ModelFacts, wanted: Settings, settings: Settings, memory: Bill
         without = [other for other in chosen if other is not change]
         if bill(facts, _changed(settings, without), memory.budget_gb).fits:
             chosen = without
-    bills = (
-        way(facts, _changed(wanted, chosen[:count]), memory.budget_gb, checkpointing)[1] for count in range(len(chosen) + 1)
-    )
-    return "; ".join(_in_words(chosen, [one.total_gb for one in bills]))
+
+    def total_gb(changes: Sequence[Change]) -> float:
+        is_checkpointed = _changed(settings, changes).checkpointing and not settings.checkpointing  # by a change
+        changed = _changed(wanted, changes)
+        return way(facts, changed, memory.budget_gb, True if is_checkpointed else checkpointing)[1].total_gb
+
+    return "; ".join(_in_words(chosen, [total_gb(chosen[:count]) for count in range(len(chosen) + 1)]))
 
 
 def savings(facts: ModelFacts, settings: Settings) -> list[str]:

@@ -169,7 +169,7 @@ def _best(request: Request) -> Recommendation:
         steps = [text for _, text in changes]
         settings, memory = _bill(facts, values, request)
         needed, budget = compared(documented.total_gb, request.budget_gb)
-        margin = f"{MARGIN:.0%} of the card stay free; validate accepts a full card"
+        margin = f"{MARGIN:.0%} of the card stay free (validate also accepts a full card)"
         reasons.append(f"the documented preset needs {needed} of {budget} GB with {model}; {margin}")
         config: dict[str, object] = {"strategy": request.strategy, "model_name": model}
         config |= {"dataset": request.dataset} if request.dataset else {}

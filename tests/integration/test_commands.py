@@ -74,7 +74,18 @@ def test_a_run_leaves_what_the_contract_says(workplace: Path) -> None:
     assert plan["sources"]["learning_rate"] == "config"
     assert plan["counts"]["train_pairs"] + plan["counts"]["eval_pairs"] == 40
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    assert set(manifest) == {"versions", "hardware", "dataset", "eval_dataset", "model", "seed", "day", "git_commit", "trained"}
+    assert set(manifest) == {
+        "versions",
+        "hardware",
+        "dataset",
+        "eval_dataset",
+        "model",
+        "seed",
+        "day",
+        "git_commit",
+        "reference_from_cache",
+        "trained",
+    }
     adapter = {file.name for file in (run / "adapter").iterdir()}
     assert adapter >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"}
     assert (run / "train.log").stat().st_size > 0
@@ -305,7 +316,7 @@ def test_recommend_writes_a_config_that_lacks_the_dataset_only(tmp_path: Path) -
 def test_a_recommended_config_says_why_and_trains_after_one_line(tmp_path: Path) -> None:
     path = tmp_path / "made.json"
     done = dpo("recommend", "--vram", "12", "--dataset", "data-samples/assistant-preferences.jsonl", "--write", path, "--json")
-    assert f"To train an adapter, use the commented line with 0.0002 in {path}" in " ".join(done.stderr.split())
+    assert f"To train an adapter, replace its line in {path} by the commented one with 0.0002" in " ".join(done.stderr.split())
     made = json.loads(done.stdout)["config"]
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     written = [i for i, line in enumerate(lines) if line.startswith('"')]
