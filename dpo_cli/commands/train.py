@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -279,7 +278,7 @@ def _check_reference(
     scores = score(policy, [rows.train[pair] for pair in shortest], rows.tokenizer, plan)
     health.see_start(scores)
     allowed = APART_NATS[plan.dtype] * scores.tokens
-    if recalled := reference.recall(shortest, torch.tensor(scores.reference), torch.tensor(allowed)):
+    if recalled := reference.recall(shortest, scores.reference, allowed):
         console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs come from the cache of earlier runs")
         run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -67,7 +68,7 @@ class KeptReference:
         """From now on `share` adds to this cache; `pairs` are those of the training set, in its order."""
         self._cache, self._digests = cache, [digest_of_pair(pair) for pair in pairs]
 
-    def recall(self, checked: Sequence[int], computed: Tensor, allowed: Tensor) -> int:
+    def recall(self, checked: Sequence[int], computed: np.ndarray, allowed: np.ndarray) -> int:
         """Take the log-probs that the cache has, for a run that starts; returns the number of pairs.
 
         `computed` (n, 2) are those of the pairs `checked`, computed now. If the cache differs by more than `allowed` (n, 2)
@@ -81,7 +82,7 @@ class KeptReference:
         values, known = torch.full_like(self.values, math.nan), torch.zeros_like(self.known)
         values[pairs] = torch.tensor([cached[self._digests[pair]] for pair in pairs], dtype=values.dtype)
         known[pairs] = True
-        if bool(((values[checked] - computed).abs() > allowed).any()):  # false for a NaN, which is not cached
+        if (np.abs(values[checked].numpy() - computed) > allowed).any():  # false for a NaN, which is not cached
             self._cache.distrust()
             return 0
         self.values, self.known, self._shared = values.nan_to_num(), known, known.clone()
