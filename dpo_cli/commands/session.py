@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import signal
@@ -85,27 +84,11 @@ def unexpected(error: Exception) -> DpoError:
     return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt(3)
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors, instead of returning each to the kernel, which then clears its pages again.
-
-    A training step allocates the same sizes again and again. Other C libraries have no `mallopt`.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
     """The module that trains (these configs) and evaluates, imported late: it brings torch."""
     # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
     # a single training nothing, and two at once much less: `make spin` prints both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if configs and all(config.device == "cpu" for config in configs):
-        _keep_freed_memory()
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi: bill and run mean the same card
     if devices := {config.device for config in configs if config.provider == "unsloth"}:  # it changes what is imported next
         from dpo_cli.providers.unsloth_import import import_unsloth
