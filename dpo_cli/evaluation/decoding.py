@@ -4,7 +4,7 @@ Attention: transformers repeats keys and values for each head of a group (groupe
 query per head the heads of a group can be the queries of one head, and nothing is repeated.
 
 Head: `generate` takes the last position of each prompt, a view with gaps. torch 2.13 multiplies such a view by a frozen weight
-as a batch, with a copy of the weight for each sequence: 1.8 GB for 32 prompts of SmolLM2.
+as a batch, with a copy of the weight for each sequence.
 """
 
 from __future__ import annotations

@@ -93,7 +93,9 @@ class ReferenceCache:
             yield
         except (sqlite3.Error, OSError, DpoError, ForeignFile) as error:
             self._is_usable = _is_locked(error)
-            self._tell(f"note: reference log-probs cannot be {what} in the cache, so they are computed: {error}")
+            is_damaged = isinstance(error, sqlite3.Error) and not self._is_usable
+            fix = "; if it is damaged, `dpo cache --prune 0` removes it" if is_damaged else ""
+            self._tell(f"note: reference log-probs cannot be {what} in the cache, so they are computed: {error}{fix}")
 
     def _packed(self, pair: bytes, log_probs: LogProbs) -> bytes:
         numbers = VALUES.pack(*log_probs)
