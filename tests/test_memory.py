@@ -261,6 +261,14 @@ def test_profiles(vram: float, profile: str) -> None:
     assert recommend(Request(vram)).profile == profile
 
 
+@pytest.mark.parametrize(("prompts", "share"), [(None, 0.1), (1000, 0.1), (200, 0.1), (100, 0.2), (40, 0.3), (1, 0.3)])
+def test_of_few_prompts_more_are_held_out(prompts: int | None, share: float) -> None:
+    """Until there are the 20 that an interval needs; most of the data is trained on."""
+    made = recommend(Request(12, prompts=prompts))
+    assert made.config["eval_split"] == share
+    assert ("eval_split" in made.why) == (share != 0.1)
+
+
 @pytest.mark.parametrize(("vram", "name"), [(12, "mid-range"), (16, "high-end")])
 def test_a_recommendation_is_the_documented_preset_or_better(vram: float, name: str) -> None:
     documented = json.loads((ROOT / "configs" / f"{name}.json").read_text(encoding="utf-8"))

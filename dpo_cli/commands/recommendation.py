@@ -61,16 +61,16 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
         request = replace(request, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
     if dataset is None:
         return request
-    lengths, columns = _lengths_of(dataset, ModelSource.of(model) if model else None, strategy)
+    lengths, columns, prompts = _seen(dataset, ModelSource.of(model) if model else None, strategy)
     if lengths.most_tokens is None:
         console.line(f"{dataset} is not on this machine yet, so its lengths are not used")
-    return replace(request, columns=columns, longest=lengths.most_tokens, share_over=lengths.share_over)
+    return replace(request, columns=columns, longest=lengths.most_tokens, prompts=prompts, share_over=lengths.share_over)
 
 
-def _lengths_of(dataset: str, model: ModelSource | None, strategy: str) -> tuple[Lengths, Columns | None]:
-    """The lengths of the rows of a dataset, and its likely columns if no row can be read by the known names.
+def _seen(dataset: str, model: ModelSource | None, strategy: str) -> tuple[Lengths, Columns | None, int]:
+    """The lengths of the rows, the likely columns if no row can be read by the known names, and the number of prompts.
 
-    With the tokenizer of `model` if given; empty for a hub dataset that is not fetched.
+    Lengths in tokens with the tokenizer of `model` if given; all is empty for a hub dataset that is not fetched.
     """
     is_sft = STRATEGIES[strategy].rows is DEMONSTRATIONS
 
@@ -85,7 +85,7 @@ def _lengths_of(dataset: str, model: ModelSource | None, strategy: str) -> tuple
     if any(problem.severity == "error" for problem in data.problems):
         wrong = read(dataset, columns=columns, demonstrations=is_sft).problems  # what is skipped is an error here
         raise InvalidInput([_by_hand(problem) for problem in wrong if problem.severity == "error"])
-    return lengths, columns
+    return lengths, columns, data.prompts
 
 
 def _by_hand(problem: Problem) -> Problem:

@@ -181,9 +181,9 @@ def _taken(key: str, name: str, given: Mapping[str, object]) -> str:
     other = next(others, None)
     if other is None:
         return ""
-    return f'here it is called "{name}"' + (
-        f', and "{other}" means it too' if other != name else ", which this config already sets"
-    )
+    if other == name:
+        return f'this config already sets "{name}", which has the same meaning'
+    return f'"{other}" has the same meaning, and dpo calls it "{name}"'
 
 
 def _written(values: Mapping[str, object]) -> str:

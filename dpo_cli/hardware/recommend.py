@@ -8,6 +8,7 @@ optimizer step stay as documented.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -24,10 +25,12 @@ from dpo_cli.models.checks import problems
 from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.source import ModelSource
 from dpo_cli.results.compared import compared
+from dpo_cli.results.intervals import FEW_PROMPTS
 from dpo_cli.storage.jsonio import read_json
 
 RATES = "docs/explanation/learning-rate-and-beta.md"
 EVAL_SPLIT = 0.1  # dpo-strategy, "Advanced DPO Configuration": the share of held-out prompts
+MOST_HELD_OUT = 0.3  # of few prompts: the others are needed for the training
 CARDS = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)  # common sizes of cards in GB
 QLORA_BELOW_GB = 12  # dpo-strategy, "Minimum Requirements"; below, weights stay in 4 bits
 
@@ -95,6 +98,7 @@ class Request:
     strategy: str = "dpo"
     free_gb: float | None = None
     longest: int | None = None  # estimated tokens of the longest sequence of the dataset
+    prompts: int | None = None  # different ones in the dataset
     share_over: Callable[[int], float] = lambda length: 0.0  # the share of its pairs that are longer
     is_apple: bool = False  # without bitsandbytes, and in float32
     has_bf16: bool = True  # for cards other than Apple's
@@ -174,7 +178,12 @@ def _best(request: Request) -> Recommendation:
         config: dict[str, object] = {"strategy": request.strategy, "model_name": model}
         config |= {"dataset": request.dataset} if request.dataset else {}
         config |= {"columns": request.columns} if request.columns else {}
-        config |= {key: getattr(values, key) for key in written} | {"eval_split": EVAL_SPLIT}
+        config |= {key: getattr(values, key) for key in written}
+        config["eval_split"] = held_out = eval_split(request.prompts)
+        if held_out != EVAL_SPLIT:
+            text = f"{held_out:g} of {request.prompts} prompts, because intervals need {FEW_PROMPTS} or more held-out prompts"
+            changes.append(("eval_split", text))
+            steps.append(f"eval_split is {text}")
         if settings.batch < values.per_device_train_batch_size:
             steps.append(f"to fit, the training uses micro-batches of {settings.batch}; the pairs per step stay the same")
         if request.longest is not None:
@@ -190,6 +199,13 @@ def _best(request: Request) -> Recommendation:
         return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons, dict(changes))
     model = models[-1]
     raise DoesNotFit([_misfit(model, shapes[model], _start(written, model, request), request)])
+
+
+def eval_split(prompts: int | None) -> float:
+    """The share to hold out: a tenth, or what gives `FEW_PROMPTS` prompts if that is more, but never most of the data."""
+    if not prompts:
+        return EVAL_SPLIT
+    return min(MOST_HELD_OUT, max(EVAL_SPLIT, math.ceil(100 * FEW_PROMPTS / prompts) / 100))
 
 
 def _start(written: Mapping[str, object], model: str, request: Request) -> Config:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+FEW_PROMPTS = 20  # with fewer, an interval over prompts is too narrow: for one prompt it is [v, v]
+
 
 @dataclass(frozen=True)
 class Interval:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dpo_cli.results.compared import compared
-from dpo_cli.results.intervals import Sides, required
+from dpo_cli.results.intervals import FEW_PROMPTS, Sides, required
 
 if TYPE_CHECKING:
     from dpo_cli.results.summary import Event
 
-FEW_PROMPTS = 20  # with fewer, an interval over prompts is too narrow: for one prompt it is [v, v]
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 

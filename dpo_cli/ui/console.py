@@ -18,6 +18,7 @@ from rich.text import Text
 
 from dpo_cli.errors import DpoError, InvalidInput, Problem
 from dpo_cli.results.compared import compared
+from dpo_cli.results.intervals import FEW_PROMPTS
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
 from dpo_cli.strategies.figures import FIGURES, number
@@ -160,7 +161,8 @@ class Console:
             [self._heading(name), *(_interval(value, FIGURES[name].digits) for value in values)]
             for name, values in figures.items()
         ]
-        title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; 95 % intervals"
+        intervals = "95 % intervals" if evaluation.prompts >= FEW_PROMPTS else "too few for the intervals to hold"
+        title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; {intervals}"
         self.table(title, rows, ("figure", "adapter", "base", "gain"))
         if start is not None:
             self.line(f"base: the model with the adapter {start}, from which this training started")
