@@ -11,7 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation import generation
-from dpo_cli.evaluation.generation import Answer, Sample, Sampling, answer_tokens, generate, side_by_side
+from dpo_cli.evaluation.generation import Answer, Sample, Sampling, answer_tokens, answers, generate, side_by_side
+from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
 
 SAMPLED = Sampling(24, temperature=1.5)
@@ -123,6 +124,26 @@ def test_side_by_side_answers_different_prompts_in_halves_too(
     monkeypatch.undo()
     monkeypatch.setattr(generation, "AT_ONCE", 1)
     assert side_by_side(policy, tokenizer, pairs, 2, 128, torch.float32) == whole
+
+
+def test_prompts_are_answered_as_many_at_once_as_there_is_room_for(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the widest prompt of a batch, in their order; one that is too long for the room is alone."""
+    batches: list[list[int]] = []
+
+    def seen(model: object, tokenizer: object, prompts: list[list[int]], *rest: object) -> list[list[Answer]]:
+        batches.append([len(prompt) for prompt in prompts])
+        return [[Answer("", 0, True)] for _ in prompts]
+
+    monkeypatch.setattr(generation, "generate", seen)
+    room = EvaluationRoom(free=100.0, moment=1.0, state=0.0, logits=0.0, cached=1.0)  # 50 tokens
+    asked = [[5] * length for length in (6, 7, 20, 60, 5, 5, 5, 5)]
+    made = answers(talker(), tokenizer, asked, Sampling(10), torch.float32, room)
+    assert batches == [[6, 7], [20], [60], [5, 5, 5], [5]] and len(made) == len(asked)
+    batches.clear()
+    answers(talker(), tokenizer, [[5]] * 70, Sampling(10), torch.float32)
+    assert [len(batch) for batch in batches] == [64, 6]
 
 
 def test_a_sample_keeps_the_conversation_and_shows_its_last_message() -> None:

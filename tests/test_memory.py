@@ -11,21 +11,30 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_cli.config.config import load
+from dpo_cli.data.rows import Pair
+from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import DoesNotFit, InvalidInput
+from dpo_cli.evaluation.generation import Sampling, generate
+from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.hardware import activations
 from dpo_cli.hardware.fit import fit, largest_model, savings
 from dpo_cli.hardware.machine import GIB, Gpu, Machine, amd_gpus
-from dpo_cli.hardware.memory import NF4_BYTES, bill, components
+from dpo_cli.hardware.memory import NF4_BYTES, Bill, EvaluationRoom, bill, components, evaluation_room
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.hardware.recommend import CARDS, MARGIN, Recommendation, Request, profiles, recommend
-from dpo_cli.models.shape import ModelFacts, known_models
+from dpo_cli.models.shape import ModelFacts, config_facts, known_models
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import inspect
+from dpo_cli.providers.policy import Policy
+from dpo_cli.scoring.forward import plain_states
 from dpo_cli.strategies.strategies import STRATEGIES
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -186,6 +195,50 @@ def test_a_step_has_alive_what_is_billed(row: tuple[str, Settings, int, int, boo
     with WithoutProducts():
         predicted, measured = step_memory.compare(config, settings, prompt, response, shared)
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def adapted_llama() -> tuple[PeftModel, EvaluationRoom]:
+    """A model with an adapter in float32, and the room of a training that frees nothing."""
+    config = step_memory.FAMILIES["llama"](**step_memory.SHAPE, **step_memory.HEADS)
+    facts = config_facts(config.to_dict())
+    assert facts is not None
+    model = step_memory.random_model(config, step_memory.FULL, "cpu")
+    nothing = Bill({"activations": 0.0, "scoring": 0.0}, None)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")), evaluation_room(
+        facts, nothing, 4
+    )
+
+
+@pytest.mark.parametrize(("count", "prompt", "response"), [(4, 96, 32), (1, 1500, 4)])  # the head's moment; the blocks'
+def test_scored_rows_have_alive_what_their_room_counts(count: int, prompt: int, response: int) -> None:
+    model, room = adapted_llama()
+    rows = [Encoded(Pair("", "", "", 1), [5] * prompt, ([6] * response, [7] * (response - 1))) for _ in range(count)]
+    with step_memory.measured("cpu") as peak:
+        score_rows(Policy(model), rows, plain_states, 0, count, torch.float32)
+    tokens, scored = 2 * count * (prompt + response), count * (2 * response - 1)
+    assert not replace(room, free=0.9 * peak.bytes).holds_rows(tokens, scored)
+    assert replace(room, free=1.1 * peak.bytes).holds_rows(tokens, scored)
+
+
+def test_sampled_answers_have_alive_what_their_room_counts() -> None:
+    model, room = adapted_llama()
+    backend = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+    with step_memory.measured("cpu") as peak:
+        generate(model, tokenizer, [[5] * 96] * 8, Sampling(6, temperature=1.0), torch.float32)
+    assert not replace(room, free=0.9 * peak.bytes).holds_answers(8, 102)
+    assert replace(room, free=1.3 * peak.bytes).holds_answers(8, 102)
+
+
+def test_an_evaluation_has_the_room_of_its_training(tmp_path: Path) -> None:
+    """A step of the documented preset frees 2.4 GB, and that is 9 prompts of 512 tokens with answers of 256, not 64."""
+    facts = facts_of(LLAMA)
+    memory = bill(facts, MID, None)
+    room = evaluation_room(facts, memory, 2)
+    assert room.free == memory.components["activations"] + memory.components["scoring"]
+    fitting = max(count for count in range(65) if room.holds_answers(count, 768))
+    assert fitting == int(room.free // (768 * (room.moment + room.cached) + 3 * room.logits)) < 64
+    assert room.holds_rows(2048, 1024) and not room.holds_rows(65536, 1024)
 
 
 def test_the_bill_grows_with_what_makes_a_run_larger() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation.bootstrap import Intervals
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
+from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval
 from dpo_cli.scoring import forward, shared_prompts
@@ -95,6 +97,25 @@ def test_scores_equal_full_logits_pair_by_pair(tokenizer: PreTrainedTokenizerFas
             assert scores.reference[i, side] == pytest.approx(log_q.gather(-1, targets).sum().item(), abs=1e-3)
             assert scores.kl[i, side] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), abs=1e-3)
             assert scores.tokens[i, side] == len(response)
+
+
+def test_a_batch_has_no_more_rows_than_there_is_room_for(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = get_peft_model(tiny_model("llama", torch.float32), LoraConfig(r=4, target_modules="all-linear"))
+    pairs = encode([to_pair(made_row(i), i + 1) for i in range(7)], tokenizer)
+    tokens: list[int] = []
+
+    def states(base: object, labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        tokens.append(labels.numel())
+        return forward.plain_states(base, labels, **inputs)  # type: ignore[arg-type]
+
+    longest = 2 * max(pair.length for pair in pairs)
+    room = EvaluationRoom(free=3 * longest, moment=1.0, state=0.0, logits=0.0, cached=0.0)
+    whole = score_rows(Policy(model), pairs, forward.plain_states, 2, 7, torch.float32)
+    parted = score_rows(Policy(model), pairs, states, 2, 7, torch.float32, room)
+    assert max(tokens) <= 3 * longest and len(tokens) < 2 * len(pairs)  # policy and reference, in more than one batch
+    np.testing.assert_allclose(whole.policy, parted.policy, rtol=1e-5)
+    alone = score_rows(Policy(model), pairs, forward.plain_states, 2, 7, torch.float32, replace(room, free=1.0))
+    np.testing.assert_allclose(whole.policy, alone.policy, rtol=1e-5)
 
 
 def test_a_batch_that_is_out_of_memory_is_scored_in_halves(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -38,7 +38,8 @@ def score(
 ) -> Scores:
     """The scores of rows; in the plan's dtype if no other is named."""
     batch_size, dtype = plan.config.per_device_eval_batch_size, dtype or getattr(torch, plan.dtype)
-    return score_rows(policy, rows, states_of(plan.scoring), int(tokenizer.pad_token_id), batch_size, dtype)
+    room = plan.evaluation_room(dtype.itemsize)
+    return score_rows(policy, rows, states_of(plan.scoring), int(tokenizer.pad_token_id), batch_size, dtype, room)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def answered(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan, count: int = ANSWERS
 ) -> list[Sample]:
     """Greedy answers of the reference and the policy to the first prompts of the rows."""
-    return side_by_side(policy, tokenizer, rows, count, plan.config.max_new_tokens, getattr(torch, plan.dtype))
+    dtype = getattr(torch, plan.dtype)
+    room = plan.evaluation_room(dtype.itemsize)
+    return side_by_side(policy, tokenizer, rows, count, plan.config.max_new_tokens, dtype, room)
 
 
 def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[Sample], plan: Plan) -> Evaluation:
@@ -130,19 +133,20 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
     and the random state of a training does not change.
     """
     config, dtype = plan.config, getattr(torch, plan.dtype)
+    batch_size, room = config.per_device_eval_batch_size, plan.evaluation_room(dtype.itemsize)
     first_rows = first_of_each_prompt(rows, config.kl_prompts)
     if not first_rows:
         return np.zeros(0), 0
     with random_state_kept():
         torch.manual_seed(config.seed)
         sampling = Sampling(config.max_new_tokens, temperature=1.0)
-        samples = answers(policy.network, tokenizer, [row.prompt_ids for row in first_rows], sampling, dtype)
+        samples = answers(policy.network, tokenizer, [row.prompt_ids for row in first_rows], sampling, dtype, room)
     both = zip(first_rows, samples, strict=True)
     sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in both if not answer.is_missing]
     if not sampled:
         return np.zeros(0), len(first_rows)
     # A sampled answer ends where the policy ended it: with an end token, or without one at the limit.
-    scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), config.per_device_eval_batch_size, dtype)
+    scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), batch_size, dtype, room)
     difference: Array = (scores.policy - scores.reference)[:, 0]
     return difference, len(first_rows) - len(sampled)
 

@@ -16,10 +16,12 @@ from dpo_cli.data.messages import Text
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Intervals, mean
 from dpo_cli.evaluation.decoding import fast_decoding
+from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval
 from dpo_cli.results.judgement import Answers
 from dpo_cli.scoring.oom import in_halves, list_halves
+from dpo_cli.scoring.packing import filled
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Sampling:
     top_p: float = 1.0
 
 
-AT_ONCE = 64  # prompts that are answered in one batch
+AT_ONCE = 64  # prompts that are answered in one batch, if there is memory for their answers
 
 
 @dataclass(frozen=True)
@@ -174,16 +176,17 @@ def side_by_side(
     count: int,
     max_new_tokens: int,
     dtype: torch.dtype,
+    room: EvaluationRoom | None = None,
 ) -> list[Sample]:
-    """Greedy answers of the reference and the policy to the first `count` different prompts.
+    """Greedy answers of the reference and the policy to the first `count` different prompts, in the batches of `answers`.
 
-    The answers to the first prompts do not depend on `count`, as far as they fill batches of `AT_ONCE`.
+    The answers to the first prompts do not depend on `count`, as far as they fill batches.
     """
     first, greedy = first_of_each_prompt(rows, count), Sampling(max_new_tokens)
     prompts = [row.prompt_ids for row in first]
-    adapter = answers(policy.network, tokenizer, prompts, greedy, dtype)
+    adapter = answers(policy.network, tokenizer, prompts, greedy, dtype, room)
     with policy.as_reference() as reference:
-        base = answers(reference, tokenizer, prompts, greedy, dtype)
+        base = answers(reference, tokenizer, prompts, greedy, dtype, room)
     return [Sample(row.row.prompt, *both) for row, *both in zip(first, base, adapter, strict=True)]
 
 
@@ -193,9 +196,15 @@ def answers(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     dtype: torch.dtype,
+    room: EvaluationRoom | None = None,
 ) -> list[Answer]:
-    """An answer to each prompt, in batches of `AT_ONCE`; a batch that is out of memory is divided."""
-    batches = [list(prompts[start : start + AT_ONCE]) for start in range(0, len(prompts), AT_ONCE)]
+    """An answer to each prompt, in batches of at most `AT_ONCE` that `room` holds; a batch that is out of memory is divided."""
+
+    def fits(batch: Sequence[Sequence[int]]) -> bool:
+        width = max(map(len, batch)) + sampling.max_new_tokens
+        return len(batch) <= AT_ONCE and (room is None or room.holds_answers(len(batch), width))
+
+    batches = filled(prompts, fits)
     results = in_halves(batches, lambda batch: generate(model, tokenizer, batch, sampling, dtype), list_halves)
     return [answer for _, of_batch in results for (answer,) in of_batch]
 

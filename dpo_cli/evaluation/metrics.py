@@ -14,11 +14,13 @@ from torch import Tensor
 
 from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio
+from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Figures, Sides
 from dpo_cli.scoring.forward import States, collate
 from dpo_cli.scoring.lm_head import Head, compare_tokens
 from dpo_cli.scoring.oom import in_halves, list_halves
+from dpo_cli.scoring.packing import filled
 from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Columns, Figure
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
@@ -45,22 +47,33 @@ class Scores:
 
 
 def score_rows(
-    policy: Policy, rows: Sequence[Encoded], states: States, pad_token_id: int, batch_size: int, dtype: torch.dtype
+    policy: Policy,
+    rows: Sequence[Encoded],
+    states: States,
+    pad_token_id: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    room: EvaluationRoom | None = None,
 ) -> Scores:
     """Score rows under the policy and under its reference, in evaluation mode and without gradient.
 
-    `states` is the way of scoring (scoring/forward.py). A batch that is out of memory is scored in halves.
+    `states` is the way of scoring (scoring/forward.py). A batch has at most `batch_size` rows, and not more than `room` holds.
+    One that is out of memory is scored in halves.
     """
     policy.model.eval()
     kinds = len(rows[0].responses)
     columns = np.zeros((6, len(rows), kinds))
     by_length = sorted(range(len(rows)), key=lambda i: rows[i].length)  # for little padding
-    batches = [by_length[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+    def fits(batch: Sequence[int]) -> bool:
+        tokens = kinds * len(batch) * max(rows[i].length for i in batch)
+        scored = sum(rows[i].response_length for i in batch)
+        return len(batch) <= batch_size and (room is None or room.holds_rows(tokens, scored))
 
     def scored(batch: list[int]) -> list[Tensor]:
         return _score(policy, states, collate([rows[i] for i in batch], pad_token_id, policy.network.device), dtype)
 
-    for batch, scores in in_halves(batches, scored, list_halves):
+    for batch, scores in in_halves(filled(by_length, fits), scored, list_halves):
         for column, sums in zip(columns, scores, strict=True):
             column[batch] = sums.view(kinds, len(batch)).T.numpy()
     return Scores(*columns)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dpo_cli.hardware.activations import step_bytes
+from dpo_cli.hardware.activations import CHUNK_BYTES, step_bytes
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.hardware.memory_inputs import Settings, trained_parameters, trained_width
 from dpo_cli.models.shape import ModelFacts
@@ -93,6 +93,40 @@ def weight_bytes(facts: ModelFacts, settings: Settings) -> float:
     scales = 4.0 * rows if settings.bits == 8 else 0.0
     linear_bytes = facts.linear_parameters * (1.0 if settings.bits == 8 else width) + scales
     return linear_bytes + facts.other_parameters * settings.bytes_per_value
+
+
+@dataclass(frozen=True)
+class EvaluationRoom:
+    """The memory that an evaluation has, `free` bytes: what a training step needs and then frees."""
+
+    free: float
+    moment: float  # bytes per token at the widest moment of a block
+    state: float  # bytes of a token's final state
+    logits: float  # bytes of a token's logits in float32
+    cached: float  # bytes per token of keys and values in all blocks, with the copy of a block's when a token is added
+
+    def holds_rows(self, tokens: int, scored: int) -> bool:
+        """Whether rows of so many tokens with padding, of which some are scored, can be scored at once.
+
+        The largest of two moments: the reference in its blocks, and both models' logits, a chunk at a time.
+        """
+        in_blocks = tokens * self.moment + scored * self.state
+        in_head = 2 * scored * self.state + 3 * min(CHUNK_BYTES, scored * self.logits)
+        return max(in_blocks, in_head) <= self.free
+
+    def holds_answers(self, count: int, width: int) -> bool:
+        """Whether so many prompts can be answered at once, each with its answer at most `width` tokens."""
+        return count * (3 * self.logits + width * (self.moment + self.cached)) <= self.free
+
+
+def evaluation_room(facts: ModelFacts, bill: Bill, bytes_per_value: int) -> EvaluationRoom:
+    """The room within the bill of a training, for an evaluation with so many bytes per value."""
+    h, width = facts.hidden_size, float(bytes_per_value)
+    # The product of the MLP and its factors, states, keys and values repeated for each head, and a norm in float32.
+    moment = width * (3 * facts.intermediate_size + 5 * h + 2 * facts.q) + 4 * h
+    cached = width * 2 * facts.kv * (facts.num_hidden_layers + 1)
+    free = bill.components["activations"] + bill.components["scoring"]
+    return EvaluationRoom(free, moment, width * h, 4.0 * facts.vocab_size, cached)
 
 
 def sampling_bytes(facts: ModelFacts, settings: Settings) -> float:

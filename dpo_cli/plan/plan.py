@@ -23,7 +23,7 @@ from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.machine import GIB, Machine
-from dpo_cli.hardware.memory import Bill
+from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room
 from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.source import ModelSource
@@ -205,6 +205,11 @@ class Plan:
             return round(self.memory.host_gb, 3)
         overhead = sum(self.memory.components.get(name, 0.0) for name in ("cuda_context", "allocator_slack"))
         return round(self.memory.total_gb - overhead / GIB, 3)
+
+    def evaluation_room(self, bytes_per_value: int) -> EvaluationRoom | None:
+        """The memory of an evaluation with so many bytes per value; None if the memory of this model is unknown."""
+        facts = self.model.facts
+        return evaluation_room(facts, self.memory, bytes_per_value) if facts and self.memory else None
 
     @property
     def dtype(self) -> str:

@@ -7,12 +7,14 @@ sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
+Item = TypeVar("Item")
 
 
 def units_in(batch: Batch, sequences: int) -> int:
@@ -23,13 +25,20 @@ def units_in(batch: Batch, sequences: int) -> int:
 def packed(batch: Batch, budget: int, sequences: int, shared: bool) -> list[Batch]:
     """Rows of at most `budget` tokens, the longest units first; a longer unit has a row of its own."""
     sizes = _unit_tokens(batch, sequences, shared)
-    rows: list[list[int]] = []
-    for unit in sorted(range(len(sizes)), key=lambda unit: -sizes[unit]):
-        if rows and _row_tokens([sizes[other] for other in (*rows[-1], unit)], shared) <= budget:
-            rows[-1].append(unit)
-        else:
-            rows.append([unit])
+    by_size = sorted(range(len(sizes)), key=lambda unit: -sizes[unit])
+    rows = filled(by_size, lambda row: _row_tokens([sizes[unit] for unit in row], shared) <= budget)
     return [taken(batch, row, sequences) for row in rows]
+
+
+def filled(items: Iterable[Item], fits: Callable[[Sequence[Item]], bool]) -> list[list[Item]]:
+    """The items in their order, as many together as fit; one that does not fit is alone."""
+    groups: list[list[Item]] = []
+    for item in items:
+        if groups and fits([*groups[-1], item]):
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
 
 
 def row_tokens(row: Batch, sequences: int, shared: bool) -> int:
