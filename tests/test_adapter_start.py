@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,3 +303,43 @@ def test_stages_train_one_on_the_other(tmp_path: Path, tiny_model_dir: Path, pai
     assert CliRunner().invoke(app, [*words[:-1], "strategy=dpo"]).exit_code == Exit.USAGE
     again = CliRunner().invoke(app, words)
     assert (again.exit_code, "already holds a run" in again.stderr) == (Exit.INVALID, True)
+
+    # Resumed with another length, the finished first stage would be trained further below the second: nothing is touched.
+    before = plan_of(place / "1-sft")
+    longer = [word.replace("max_steps=2", "max_steps=3") for word in words]
+    refused = CliRunner().invoke(app, [*longer, "--resume"])
+    assert refused.exit_code == Exit.INVALID and f"{place / '2-dpo'} started from its adapter" in refused.stderr
+    assert plan_of(place / "1-sft") == before
+    assert CliRunner().invoke(app, [*words, "--resume"]).exit_code == 0
+
+    # Without the second run it may be; then the second starts on the new adapter.
+    shutil.rmtree(place / "2-dpo")
+    assert CliRunner().invoke(app, [*longer, "--resume"]).exit_code == 0
+    assert json.loads((place / "1-sft" / "metrics.json").read_text(encoding="utf-8"))["steps"] == 3
+
+
+def test_a_stage_whose_start_has_changed_is_named(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> None:
+    config, place = tmp_path / "two.json", tmp_path / "both"
+    common = {"dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False, "lora_r": 4, "max_steps": 1}
+    stages = [{"strategy": "sft", "learning_rate": 1e-2}, {"strategy": "dpo"}]
+    whole = {**common, "model_name": str(tiny_model_dir), "output_dir": str(place), "stages": stages}
+    config.write_text(json.dumps(whole), encoding="utf-8")
+    assert CliRunner().invoke(app, ["train", str(config)]).exit_code == 0
+    shutil.rmtree(place / "1-sft")
+    refused = CliRunner().invoke(app, ["train", str(config), "--resume", "seed=1"])
+    assert refused.exit_code == Exit.INVALID
+    assert "the adapter of stage 1, from which this stage started, has changed since" in refused.stderr
+    assert f"delete {place / '2-dpo'} and resume" in refused.stderr.replace("\n", " ").replace("  ", " ")
+
+
+def test_a_value_on_the_command_line_is_for_the_stages_that_use_it(tmp_path: Path) -> None:
+    path = tmp_path / "two.json"
+    common = {"model_name": "org/model", "dataset": "pairs.jsonl"}
+    path.write_text(json.dumps({**common, "stages": [{"strategy": "sft"}, {"strategy": "dpo"}]}), encoding="utf-8")
+    sft, dpo = load_stages(str(path), ["kl_prompts=3", "max_steps=5"])
+    assert ("kl_prompts" in sft.values and sft.values["kl_prompts"] == 3, dpo.values["kl_prompts"]) == (False, 3)
+    assert (sft.values["max_steps"], dpo.values["max_steps"]) == (5, 5)
+    assert "other-strategy" not in [problem.code for loaded in (sft, dpo) for problem in loaded.problems]
+    path.write_text(json.dumps({**common, "stages": [{"strategy": "sft"}, {"strategy": "sft"}]}), encoding="utf-8")
+    for loaded in load_stages(str(path), ["kl_prompts=3"]):  # of no use to any stage: it is not ignored in silence
+        assert "other-strategy" in [problem.code for problem in loaded.problems]

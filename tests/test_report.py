@@ -76,38 +76,38 @@ MARGIN = "by a margin of 1.400 [1.300, 1.500] at a loss of 0.325"
     [
         (
             *(1.4, 0.14, 4.0, (NOTE,), "good", "Clear gain over its base"),
-            f"{MARGIN}; by log-probs alone, it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
+            f"{MARGIN}; by its log-probs it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 4 nats per answer from the base (limit 10).",
         ),
         (
             *(1.4, 0.14, 12.0, (WARNING, NOTE), "doubtful", "Clear gain, but far from its base"),
-            f"{MARGIN}; by log-probs alone, it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
+            f"{MARGIN}; by its log-probs it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 12 nats per answer from the base (over the limit of 10); one warning was raised.",
         ),
         (
             *(1.4, 0.14, None, (WARNING, WARNING), "doubtful", "Clear gain, with a warning"),
-            f"{MARGIN}; by log-probs alone, it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
+            f"{MARGIN}; by its log-probs it prefers it in 14.0 points [4, 24] more of the pairs than the base does, "
             "and it is 0.046 nats per token from the base; two warnings were raised.",
         ),
         (
             *(1.4, 0.02, None, (), "doubtful", "No clear gain over its base"),
-            f"{MARGIN}; by log-probs alone, it does not clearly prefer it in more of the pairs than the base does, "
+            f"{MARGIN}; by its log-probs it does not clearly prefer it in more pairs than the base does, "
             "+2.0 points [-8, +12], and it is 0.046 nats per token from the base.",
         ),
         (
             *(0.05, 0.2, None, (), "doubtful", "No clear effect"),
-            "by a margin not clearly above zero, 0.050 [-0.050, 0.150] at a loss of 0.325; by log-probs alone, it "
+            "by a margin not clearly above zero, 0.050 [-0.050, 0.150] at a loss of 0.325; by its log-probs it "
             "prefers it in 20.0 points [10, 30] more of the pairs than the base does, "
             "and it is 0.046 nats per token from the base.",
         ),
         (
             *(1.4, -0.2, None, (), "bad", "Worse than its base"),
-            f"{MARGIN}; by log-probs alone, it prefers it in 20.0 points [10, 30] fewer of the pairs than the base does, "
+            f"{MARGIN}; by its log-probs it prefers it in 20.0 points [10, 30] fewer of the pairs than the base does, "
             "and it is 0.046 nats per token from the base.",
         ),
         (
             *(-0.5, 0.2, None, (), "bad", "Worse than its base"),
-            "with a margin below zero, -0.500 [-0.600, -0.400] at a loss of 0.325; by log-probs alone, it "
+            "with a margin below zero, -0.500 [-0.600, -0.400] at a loss of 0.325; by its log-probs it "
             "prefers it in 20.0 points [10, 30] more of the pairs than the base does, "
             "and it is 0.046 nats per token from the base.",
         ),

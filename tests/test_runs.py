@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,6 +18,7 @@ from dpo_cli.commands.session import AGAIN, session, unexpected
 from dpo_cli.errors import InvalidInput
 from dpo_cli.report.run_data import Contents
 from dpo_cli.runs.resume import TO_RESUME, resumable
+from dpo_cli.storage.atomic import free_bytes
 from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, SUMMARY, WEIGHTS, RunDirectory
 
 
@@ -128,3 +130,17 @@ def test_what_was_trained_can_be_read_like_any_other_file(tmp_path: Path) -> Non
     RunDirectory(tmp_path).write_trained(save, whole=False)
     (tmp_path / "other").touch()
     assert (tmp_path / ADAPTER / WEIGHTS).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "/proc/run"])
+def test_a_place_that_cannot_hold_a_run_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("text", encoding="utf-8")
+    path = tmp_path / name
+    with pytest.raises(InvalidInput) as caught, RunDirectory.claim(path, overwrite=False, resume=False):
+        pass
+    assert [problem.code for problem in caught.value.problems] == ["run-unwritable"]
+    if name != "/proc/run":  # its folder exists, so only the attempt shows it
+        with pytest.raises(InvalidInput, match="file is a file"):
+            RunDirectory.check(path, replace=True)
+    else:
+        assert free_bytes(path) == sys.maxsize  # it has no disk that could be full

@@ -5,6 +5,7 @@ run -> its figures -> adapter merged into the unquantised base -> files -> figur
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import join
@@ -16,14 +17,16 @@ from peft import PeftModel
 
 from dpo_cli.config.other_tools import fits
 from dpo_cli.errors import Exit, Problem, RunFailed, UsageError, invalid
-from dpo_cli.evaluation.evaluation import score
+from dpo_cli.evaluation.evaluation import Measured, score
 from dpo_cli.evaluation.metrics import Scores, figures
+from dpo_cli.evaluation.rounding import without_rounding
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.loaded_tensors import merged
 from dpo_cli.providers.policy import TRAINED, Policy
+from dpo_cli.providers.precision import in_float32
 from dpo_cli.publish import gguf_export, model_folder, upload
 from dpo_cli.publish.model_folder import MODELFILE
 from dpo_cli.publish.modelfile import modelfile
@@ -115,7 +118,7 @@ def _merge(
         console.line(f"merging into the {trained.dtype} base")
         _write_merged(opened, trained, request.out, place)
         merged = _merged_scores(opened, plan, own, place, console)
-        merge, judged = compare(opened, trained, own, merged)
+        merge, judged = compare(opened, trained, own.scores, merged)
         console.comparison(merge)
         facts: JsonObject = {**to_json(merge), **digests, "gguf": None}
         refused = _worse(merge, trained)
@@ -152,10 +155,11 @@ def _require_space(request: Request, plan: Plan, is_merged: bool) -> None:
         raise RunFailed(message, f"free {lack_gb} GB there, or name a folder on another disk with --out")
 
 
-def _own_scores(opened: Opened, console: Console) -> tuple[Scores, Plan]:
-    """The scores of the rows under the run's own policy, and the plan with the way of scoring."""
+def _own_scores(opened: Opened, console: Console) -> tuple[Measured, Plan]:
+    """The scores of the rows under the run's own policy, as an evaluation has them, and the plan with the way of scoring."""
     policy, plan = load_policy(opened, console)
-    return score(policy, opened.rows, opened.tokenizer, plan), plan
+    measured = Measured(score(policy, opened.rows, opened.tokenizer, plan), np.zeros(0))
+    return without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line), plan
 
 
 def _write_merged(opened: Opened, trained: Plan, out: Path, place: Path) -> None:
@@ -173,8 +177,8 @@ def _write_merged(opened: Opened, trained: Plan, out: Path, place: Path) -> None
         opened.tokenizer.save_pretrained(place)
 
 
-def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console: Console) -> Scores:
-    """The scores of the rows under the model in `place`, read back, with the reference scores of the run."""
+def _merged_scores(opened: Opened, plan: Plan, measured: Measured, place: Path, console: Console) -> Scores:
+    """The scores of the rows under the model in `place`, read back, with the reference scores of the run; in its dtype."""
     free_memory()
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     config = replace(plan.config, model_name=str(place), reference="base", use_4bit=False, use_8bit=False)
@@ -184,8 +188,12 @@ def _merged_scores(opened: Opened, plan: Plan, own: Scores, place: Path, console
     model = HuggingFace(ModelSource.of(str(place))).base_model(replace(plan, config=config)).eval()
     scoring = choose(model, opened.rows, int(opened.tokenizer.pad_token_id), plan.config.prompt_sharing)
     # The model takes the place of its reference: the log-probs of the reference are already known.
-    scores = score(Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring))
-    return replace(own, policy=scores.policy, policy_right=scores.policy_right)
+    dtype = getattr(torch, measured.dtype or plan.dtype)
+    with in_float32(model) if measured.dtype == "float32" else nullcontext():
+        scores = score(
+            Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring), dtype
+        )
+    return replace(measured.scores, policy=scores.policy, policy_right=scores.policy_right)
 
 
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[Merge, Judged]:

@@ -53,7 +53,7 @@ def _reported(console: Console, debug: bool) -> Iterator[None]:
     except (typer.Exit, BrokenPipeError):
         raise
     except KeyboardInterrupt as error:  # a training that was stopped by a signal: with the code of the signal
-        stopped = DpoError("stopped", getattr(error, "__notes__", [AGAIN])[-1])
+        stopped = DpoError("stopped before the end", getattr(error, "__notes__", [AGAIN])[-1])
         stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
         console.error(stopped)
         raise typer.Exit(int(stopped.exit_code)) from None

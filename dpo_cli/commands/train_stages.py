@@ -16,7 +16,7 @@ from dpo_cli.models.hub_models import require
 from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import Inspection, inspect
 from dpo_cli.results.codec import JsonObject
-from dpo_cli.storage.run_directory import RunDirectory
+from dpo_cli.storage.run_directory import MANIFEST, RunDirectory
 from dpo_cli.ui.console import Console
 
 STAGES_FIX = "remove output_dir from the stages: each then has its own folder"
@@ -47,12 +47,13 @@ def train_stages(
         require(name)
     composer = composer_for([plan.config for plan in plans])
     results: list[JsonObject] = []
-    for loaded in stages:
+    started = [plan.run_dir if RunDirectory(plan.run_dir).has(MANIFEST) else None for plan in plans]
+    for loaded, built_on in zip(stages, [*started[1:], None], strict=True):
         if loaded.stage:
             console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
         ready = loaded.on_foundation() if dry_run else loaded
         inspection = inspections.popleft() or _inspected(ready, machine)  # removed here, since it holds the rows
-        result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume)
+        result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume, built_on)
         del inspection
         results.append(result)
         if code is not Exit.DONE:

@@ -68,6 +68,8 @@ def _validated(
     for note in plan.notes if plan else ():
         console.line(f"note: {note}")
     if memory:
+        if plan and data and (words := data.billed_words(plan.config.max_seq_length)):
+            console.line(words)
         console.bill(memory)
     console.line(f"{loaded.label}: {f'not valid, errors: {len(inspection.errors)}' if inspection.errors else 'valid'}")
     config = plan.config.to_json() if plan else loaded.values

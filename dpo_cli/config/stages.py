@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Written:
 def written(path: str, values: Mapping[str, object], document: jsonc.Document, changes: Mapping[str, object]) -> list[Written]:
     """The configs of a document with the object `values`; values of the command line replace those of the file.
 
-    With stages, a model from there is that of the first stage, and an output_dir is the folder of all stages.
+    With stages, a model from there is that of the first stage, and an output_dir is the folder of all stages. A value that
+    belongs only to the strategy of other stages is theirs.
     """
     whole = Written(path, values, document.positions, _damaged(document, ()), changes=changes)
     config, origin = values.get("config"), values.get("sources")
@@ -48,10 +49,26 @@ def written(path: str, values: Mapping[str, object], document: jsonc.Document, c
         return [whole]  # an invalid "stages" is reported by the schema
     if "strategy" in changes:
         raise UsageError("a strategy on the command line would apply to every stage", "write the strategy into each stage")
+    kinds = {_strategy(whole, own) for own in named}
     configs: list[Written] = []
     for number, own in enumerate(named):
-        configs.append(_stage(whole, document, own, number, configs[-1] if configs else None))
+        foreign = {
+            key for key in changes if not _belongs(key, _strategy(whole, own)) and any(_belongs(key, kind) for kind in kinds)
+        }
+        for_stage = replace(whole, changes={key: value for key, value in changes.items() if key not in foreign})
+        configs.append(_stage(for_stage, document, own, number, configs[-1] if configs else None))
     return configs
+
+
+def _strategy(whole: Written, own: Mapping[str, object]) -> str:
+    """The strategy of a stage, as it is read."""
+    strategy = str(own.get("strategy", whole.values.get("strategy", defaults()["strategy"])))
+    return "sft" if strategy == "qlora" else strategy
+
+
+def _belongs(key: str, strategy: str) -> bool:
+    """Whether a key has an effect with a strategy; an unknown key is reported by the schema."""
+    return key not in options() or strategy in options()[key].strategies or strategy not in STRATEGIES
 
 
 def day_of(plan: Mapping[str, object]) -> date | None:
@@ -69,12 +86,7 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
     """
     path, changes, place = whole.path, whole.changes, ("stages", number)
     strategy = str(own.get("strategy", whole.values.get("strategy", defaults()["strategy"])))
-    read_as = "sft" if strategy == "qlora" else strategy
-    shared = {
-        key: value
-        for key, value in whole.values.items()
-        if key != "stages" and (key not in options() or read_as in options()[key].strategies or read_as not in STRATEGIES)
-    }
+    shared = {key: value for key, value in whole.values.items() if key != "stages" and _belongs(key, _strategy(whole, own))}
     values = {**shared, **own}
     folder = changes.get("output_dir") or shared.get("output_dir")
     root = Path(str(folder)) if folder else Path("runs") / (Path(path).stem if path != "-" else "stdin")

@@ -80,7 +80,7 @@ def without_rounding(
     margin = plan.config.beta * float(np.mean(ratios[:, 0] - ratios[:, 1]))
     if not plan.rounding.of_mean(len(rows), plan.config.beta) > LARGEST_SHARE * abs(margin):  # a NaN is computed once
         return measured
-    tell(f"the rows are scored again in float32: the rounding of {plan.dtype} is over a tenth of their margin {margin:.2g}")
+    tell(f"the rows are scored again in float32: rounding in {plan.dtype} is more than a tenth of the margin {margin:.2g}")
     with in_float32(policy.network):
         exact = score(policy, rows, tokenizer, plan, torch.float32)
     return replace(measured, scores=exact, dtype="float32")

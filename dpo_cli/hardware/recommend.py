@@ -181,7 +181,11 @@ def _best(request: Request) -> Recommendation:
         config |= {key: getattr(values, key) for key in written}
         config["eval_split"] = held_out = eval_split(request.prompts)
         if held_out != EVAL_SPLIT:
-            text = f"{held_out:g} of {request.prompts} prompts, because intervals need {FEW_PROMPTS} or more held-out prompts"
+            assert request.prompts is not None
+            expected = round(held_out * request.prompts)
+            text = f"{held_out:g}: about {expected} of {request.prompts} prompts are held out; an interval needs {FEW_PROMPTS}"
+            if expected < FEW_PROMPTS:
+                text += ', so add prompts, or name an "eval_dataset"'
             changes.append(("eval_split", text))
             steps.append(f"eval_split is {text}")
         if settings.batch < values.per_device_train_batch_size:
@@ -189,7 +193,7 @@ def _best(request: Request) -> Recommendation:
         if request.longest is not None:
             billed, limit = min(request.longest, values.max_seq_length), values.max_seq_length
             reasons.append(
-                f"the longest sequence of the dataset has at most about {request.longest} tokens; {billed} are counted"
+                f"memory is billed for rows of {billed} tokens; the longest of the dataset has about {request.longest} at most"
             )
             if share := request.share_over(limit):
                 reasons.append(f"about {share:.0%} of the pairs are longer than {limit}, and are cut or skipped")

@@ -25,6 +25,7 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.results.intervals import FEW_PROMPTS
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
 
@@ -61,10 +62,19 @@ class Data:
         """The number of held-out rows and prompts, and what decides it; empty if the config holds nothing out."""
         noun, balance = self.train.noun, self.balance
         if self.held_out is not None:
-            return f"{self.held_out.pairs} {noun} of {self.held_out.prompts} prompts (eval_dataset)"
-        if not balance.share:
+            rows, prompts, why = self.held_out.pairs, self.held_out.prompts, "eval_dataset"
+        elif balance.share:
+            rows, prompts, why = balance.held_out, len(balance.held_out_prompts), f"eval_split {balance.share:g}"
+        else:
             return ""
-        return f"{balance.held_out} {noun} of {len(balance.held_out_prompts)} prompts (eval_split {balance.share:g})"
+        few = f"; an interval needs {FEW_PROMPTS} prompts" if 0 < prompts < FEW_PROMPTS else ""
+        return f"{rows} {noun} of {prompts} prompts ({why}){few}"
+
+    def billed_words(self, max_length: int) -> str:
+        """The length that the memory is billed for, where the data and not max_seq_length decide it; else empty."""
+        if self.longest is None or self.longest >= max_length:
+            return ""
+        return f"memory is billed for rows of {self.longest} tokens, about the longest in this data"
 
     def sides(self, config: Config) -> tuple[Sequence[Row], Sequence[Row]]:
         """(train, held out): two datasets, or one split by prompt."""

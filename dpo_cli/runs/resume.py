@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.config import Loaded
@@ -88,10 +89,21 @@ class EarlierRun:
         sources = {**loaded.sources, **{key: self.plan["sources"][key] for key in decisions}}
         return replace(loaded, config=now, sources=sources, day=decided.day)
 
-    def require_same(self, loaded: Loaded, plan: Plan, manifest: Json) -> None:
-        """`InvalidInput` with each difference that would change the adapter."""
-        if problems := [loaded.placed(problem) for problem in self._differences(plan, manifest)]:
-            raise InvalidInput(problems)
+    def require_same(self, loaded: Loaded, plan: Plan, manifest: Json, built_on: Path | None = None) -> None:
+        """`InvalidInput` with each difference that would change the adapter.
+
+        `built_on` is the run of the next stage, if there is one: then a finished adapter may not be trained further.
+        """
+        problems = [*self._differences(plan, manifest)]
+        if not problems and built_on is not None and self.summary is not None and self.asks_on(plan):
+            message = f"this stage is finished, after step {self.step}, and {built_on} started from its adapter; "
+            message += f"the config now asks for {plan.total_steps} steps"
+            fix = f"resume with the same values as before, or delete {built_on} and train this stage further"
+            problems = [
+                Problem("error", "resume-differs", message, fix, "max_steps" if plan.config.max_steps else "num_train_epochs")
+            ]
+        if problems:
+            raise InvalidInput([loaded.placed(_of_stage(problem, loaded, plan)) for problem in problems])
 
     def _differences(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
         assert plan.counts is not None
@@ -120,6 +132,18 @@ class EarlierRun:
         """The versions at the start of the run that are different now."""
         before, now = self.manifest["versions"], manifest["versions"]
         return [f"{name} {before[name]}, now {now.get(name)}" for name in before if before[name] != now.get(name)]
+
+
+def _of_stage(problem: Problem, loaded: Loaded, plan: Plan) -> Problem:
+    """The problem in the words of a config with stages, where --overwrite would train the stages before again too."""
+    if loaded.before is None:
+        return problem
+    fix = f"resume with the same values, or delete {plan.run_dir} and resume: the stages before it are kept"
+    problem = replace(problem, fix=fix) if problem.fix == RESTART_FIX else problem
+    if problem.key != "model_name":
+        return problem
+    message = f"the adapter of stage {loaded.before.stage}, from which this stage started, has changed since"
+    return replace(problem, message=message, key=None)
 
 
 def _end(run: RunDirectory, tell: Tell) -> RunSummary | None:

@@ -122,7 +122,7 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
     if apart <= ALLOWANCE:
         return (
             True,
-            f"checked, padded rows give the same (relative difference {max(apart, torch.finfo(torch.float32).eps):.0e})",
+            f"checked against padded rows (relative difference {max(apart, torch.finfo(torch.float32).eps):.0e})",
         )
     return False, f"with shared prompts this model's states differ by {apart:.2g} of their size ({ALLOWANCE:g} allowed)"
 

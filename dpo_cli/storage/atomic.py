@@ -94,7 +94,7 @@ def way_out(error: OSError, path: Path) -> str | None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes for this user at `path`, which need not exist; infinite if the system does not report them."""
+    """Free bytes for this user at `path`, which need not exist; unlimited if the system does not report them."""
     while not os.path.exists(path):
         path = path.parent
     if sys.platform == "win32":
@@ -102,4 +102,4 @@ def free_bytes(path: Path) -> int:
     if not hasattr(os, "statvfs"):
         return sys.maxsize
     disk = os.statvfs(path)
-    return disk.f_bavail * disk.f_frsize
+    return disk.f_bavail * disk.f_frsize if disk.f_blocks else sys.maxsize  # /proc has no disk

@@ -9,7 +9,6 @@ tensorboard/, if report_to names it
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -49,6 +48,19 @@ def not_a_run(path: Path, what: str, missing: Sequence[str], needed: Sequence[st
     return invalid("not-a-run", f"{path} is not {what}: {lacks}", fix)
 
 
+def _unwritable(path: Path, why: str) -> InvalidInput:
+    return invalid("run-unwritable", f"cannot write to {path}: {why}", "choose another output_dir", "output_dir")
+
+
+def _require_folder(path: Path) -> None:
+    """`InvalidInput` where the nearest existing place is not a folder in which this user may write."""
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise _unwritable(path, f"{place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise _unwritable(path, f"{place} is read-only for this user")
+
+
 class RunDirectory:
     """A directory of one run. Files are written under a temporary name and renamed, so a reader never sees half of one."""
 
@@ -59,6 +71,7 @@ class RunDirectory:
     def check(cls, path: Path, replace: bool) -> None:
         """Refuse a directory that holds a run, or parts of one, unless the run is replaced or resumed."""
         _require_no_links(path)
+        _require_folder(path)
         foreign = [name for name in (ADAPTER, MODEL) if (path / name).exists()]
         if foreign and not any((path / name).exists() for name in (LOCK, MANIFEST)):
             message = f"{path} holds a folder {foreign[0]} that is not from a run, and a run would replace it"
@@ -85,15 +98,12 @@ class RunDirectory:
         with ExitStack() as held:
             try:
                 cls.check(path, overwrite or resume)
-                if path.is_file():
-                    raise NotADirectoryError(errno.ENOTDIR, "it is a file")
                 path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(path / LOCK))
                 cls.check(path, overwrite or resume)
                 (path / LOG).open("a").close()
             except OSError as error:  # before any model is loaded: the user can choose a writable path
-                message = f"cannot write to {path}: {error.strerror}"
-                raise invalid("run-unwritable", message, "choose another output_dir", "output_dir") from error
+                raise _unwritable(path, error.strerror or str(error)) from error
             yield cls(path)
 
     def clear(self) -> None:

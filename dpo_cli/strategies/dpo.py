@@ -25,11 +25,11 @@ def _read(outcome: Outcome) -> Verdict:
     by = {1: "by a margin of", 0: "by a margin not clearly above zero,", -1: "with a margin below zero,"}[margin.sign]
     changed = {
         1: f"prefers it in {points(gain, signed=False)} more of the pairs than the {outcome.base} does",
-        0: f"does not clearly prefer it in more of the pairs than the {outcome.base} does, {points(gain)}",
+        0: f"does not clearly prefer it in more pairs than the {outcome.base} does, {points(gain)}",
         -1: f"prefers it in {points(-gain, signed=False)} fewer of the pairs than the {outcome.base} does",
     }[gain.sign]
     kl, is_far = distance(outcome)
-    claim = f"{prefers}, {by} {number(margin)} at a loss of {loss.value:.3f}; by log-probs alone, it {changed}"
+    claim = f"{prefers}, {by} {number(margin)} at a loss of {loss.value:.3f}; by its log-probs it {changed}"
     sentence = f"{claim}, and {kl}{warned(outcome)}."
     if margin.sign < 0 or gain.sign < 0:
         return Verdict("bad", f"Worse than its {outcome.base}", sentence)

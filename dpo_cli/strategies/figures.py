@@ -210,7 +210,7 @@ _DECLARED = (
         "kl_sequence",
         "KL per answer",
         "How far the training has moved the model: log p after - log p before, over answers sampled after it, nats. The "
-        "documentation recommends a value below 10.",
+        "documentation recommends a value below 10. An estimate from samples: below 0 it means that the model hardly moved.",
         short="KL/answer",
         title="KL per answer",
         note="Distance from the model before training, over sampled answers, nats.",

@@ -231,6 +231,11 @@ class Console:
         self.line(f"log-probs of responses differ by {apart.mean:.3g} nats on average, by {apart.max:.3g} at most")
         limit = "" if apart.limit is None else f"; limit of the average difference: {apart.limit:.3g}"
         self.line(f"training changed them by {apart.trained:.3g} nats on average{limit}")
+        if apart.mean > apart.trained / 2:
+            self.line(
+                f"note: the weights in {merge.dtype} keep little of so small a change: train longer or at a higher rate, "
+                'or train and export in float32 ("bf16": false)'
+            )
 
     @contextmanager
     def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
