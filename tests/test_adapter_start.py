@@ -318,7 +318,7 @@ def test_stages_train_one_on_the_other(tmp_path: Path, tiny_model_dir: Path, pai
     assert json.loads((place / "1-sft" / "metrics.json").read_text(encoding="utf-8"))["steps"] == 3
 
 
-def test_a_stage_whose_start_has_changed_is_named(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> None:
+def test_a_stage_says_that_its_start_has_changed(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> None:
     config, place = tmp_path / "two.json", tmp_path / "both"
     common = {"dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False, "lora_r": 4, "max_steps": 1}
     stages = [{"strategy": "sft", "learning_rate": 1e-2}, {"strategy": "dpo"}]
