@@ -40,11 +40,12 @@ def train(
 ) -> tuple[list[float], torch.Tensor]:
     """Twenty steps over forty multi-turn pairs: the loss of each step, and the update of the whole adapter.
 
-    With `micro_batch` 1 the two pairs of a step run one after the other, which changes nothing but rounding.
+    With `micro_batch` 1 the two pairs of a step run one after the other, in rows of their own: nothing but rounding changes.
     """
     options = {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": 2 // micro_batch, "max_steps": STEPS}
     options["learning_rate"] = 0.3 if optimizer == "sgd" else 2e-4  # both move the weights by about as much
     plan = make_plan(tmp_path, model_name=str(MODEL), prompt_sharing=prompt_sharing, optim=optimizer, **options)
+    plan = replace(plan, row_tokens=0) if micro_batch == 1 else plan  # else both pairs share a row all the same
     provider = HuggingFace(ModelSource.of(str(MODEL)))
     tokenizer = provider.tokenizer()
     pairs = some_pairs(2 * STEPS, tokenizer)

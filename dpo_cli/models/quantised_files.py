@@ -32,7 +32,7 @@ class Quantisation:
         own = OPTIONS.get(self.bits)
         for key, is_on in (("use_4bit", use_4bit), ("use_8bit", use_8bit)):
             if is_on and key != own:
-                message = f"{key} is true, but the weights in the files of {model} are already {self.bits}-bit"
+                message = f"{key} is true, but the weights in the files of {model} are {self.bits}-bit already"
                 yield Problem("error", "quantised-already", message, f"remove {key}: the weights are used as they are", key)
         if rank == 0:
             message = (
