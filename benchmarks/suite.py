@@ -44,6 +44,7 @@ BENCHMARKS = {
     "learning-rates": Benchmark("learning_rates.py", 25),
     "export": Benchmark("export.py", 8, "`make check-gguf`, which fetches the converter"),
     "step-profile": Benchmark("step_profile.py", 5),
+    "speed-curve": Benchmark("speed_curve.py", 5),
     "speed": Benchmark("speed.py", 30, "`make speed`, which installs TRL"),
     "unsloth": Benchmark("check_unsloth.py", 5, "`make check-unsloth`, which installs Unsloth"),
     "gpu-memory": Benchmark("gpu_memory.py", 8, "an NVIDIA GPU"),

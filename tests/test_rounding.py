@@ -106,6 +106,9 @@ def test_figures_of_the_size_of_rounding_are_computed_in_float32(
     kept = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
     again = judged_json(Request(str(run_dir)), Console())
     assert kept["dtype"] == again["dtype"] == dtype and kept["policy"]["margin"] == again["policy"]["margin"]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    (last,) = [line for line in lines if line["split"] == "eval" and line["step"] == 8]
+    assert last["margin"] == pytest.approx(kept["policy"]["margin"]["value"], rel=1e-6)  # the curve ends at the headline
     rounding = Decided.of(plan_of(run_dir)).rounding
     assert rounding is not None
     if dtype == "float32":  # a change of 8 steps of 1e-7 is not visible in bfloat16

@@ -190,8 +190,10 @@ def _trained(
         def evaluate(policy: Policy) -> dict[str, float]:
             measured.clear()
             with stop.interruptible():
-                measured[trainer.state.global_step] = measure(policy, rows.held_out, tokenizer, plan)
-            return line_figures(measured[trainer.state.global_step], plan)
+                now = measure(policy, rows.held_out, tokenizer, plan)
+                now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
+            measured[trainer.state.global_step] = now
+            return line_figures(now, plan)
 
         build = TRAINERS[plan.config.strategy]
         trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen)

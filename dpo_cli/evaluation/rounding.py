@@ -71,10 +71,16 @@ def without_rounding(
 ) -> Measured:
     """An evaluation, with its rows scored again in float32 if rounding is more than a tenth of the mean margin: `tell` says so.
 
-    Sampled answers and `kl_sequence` keep the dtype of the run.
+    Sampled answers and `kl_sequence` keep the dtype of the run. One that was scored again already is returned as it is.
     """
     scores = measured.scores
-    if plan.rounding is None or plan.dtype == "float32" or scores.kind is not PAIRS or plan.config.use_8bit:
+    if (
+        measured.dtype is not None
+        or plan.rounding is None
+        or plan.dtype == "float32"
+        or scores.kind is not PAIRS
+        or plan.config.use_8bit
+    ):
         return measured  # bitsandbytes has no product in float32 for 8-bit weights
     ratios = scores.policy - scores.reference
     margin = plan.config.beta * float(np.mean(ratios[:, 0] - ratios[:, 1]))
