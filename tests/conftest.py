@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `dpo` sets it: threads that spin stall each other beside other work
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as `dpo` sets it: spinning threads stall each other when other work runs
 
 import pytest
 import torch
