@@ -24,10 +24,8 @@ from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
 MAX_VRAM_GB = 100_000
-NO_GPU_FIX = (
-    "name the card to plan for, for example --vram 12; to train on a CPU, also name a small model, for example "
-    "--model HuggingFaceTB/SmolLM2-135M-Instruct"
-)
+NO_GPU_FIX = "name the card to plan for, for example --vram 12"
+ON_CPU_FIX = "; to train on a CPU, also name a small model, for example --model HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def gigabytes(text: str) -> float:
@@ -54,7 +52,7 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
     if vram is None:
         machine = probe()
         if machine.card is None:
-            raise UsageError("this machine has no GPU", NO_GPU_FIX)
+            raise UsageError("this machine has no GPU", NO_GPU_FIX + ON_CPU_FIX * (model is None))
         total_gb, free_gb, what = machine.card
         console.line(f"this machine: {what}")
         is_apple = machine.is_apple and not machine.gpus
