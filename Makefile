@@ -204,7 +204,9 @@ spin: install
 
 picture: install runs/quickstart/report.html
 	$(BIN)/python scripts/terminal_picture.py
-	$(BIN)/python scripts/report_picture.py runs/quickstart/report.html docs/report.png
+	$(BIN)/python scripts/page_picture.py runs/quickstart/report.html docs/report.png 1300
+	$(BIN)/dpo vote runs/quickstart --prompts 3 max_new_tokens=64
+	$(BIN)/python scripts/page_picture.py runs/quickstart/side-by-side.html docs/side-by-side.png 560
 
 runs/quickstart/report.html: | install
 	$(BIN)/dpo train configs/quickstart.json --overwrite

@@ -1,4 +1,7 @@
-"""A picture of a report, as a browser shows it: the top of a run's report.html, as PNG."""
+"""A picture of a page of a run, as a browser shows it: the top of report.html or side-by-side.html, as PNG.
+
+python scripts/page_picture.py PAGE PICTURE HEIGHT
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from browser import CHROMIUM, browser
 
-WIDTH, HEIGHT = 1100, 1300  # some 190 KB
+WIDTH = 1100
 
 
 def main() -> None:
-    page, picture = map(Path, sys.argv[1:])
+    page, picture = map(Path, sys.argv[1:3])
     if CHROMIUM is None:
         raise SystemExit("chromium is not installed")
     with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as started:
         opened = started.page(Path(folder))
-        opened.look(WIDTH, HEIGHT)
+        opened.look(WIDTH, int(sys.argv[3]))
         opened.open(page.absolute().as_uri())
         picture.write_bytes(opened.picture())
 
