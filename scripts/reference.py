@@ -95,7 +95,7 @@ WHILE_RUNNING = {
     ),
     "export-worse": (
         "error",
-        "`dpo export` of a 4-bit run",
+        "`dpo export` of a 4-bit run, or of a short one in 16 bits",
         "merged, the model is worse than its run: nothing is exported",
     ),
     "gguf-differs": (

@@ -194,6 +194,25 @@ def test_in_autocast_it_is_nearer_to_the_truth_than_peft() -> None:
     assert all(one < 0.95 * other for one, other in zip(ours, peft, strict=True))
 
 
+def test_a_small_change_is_not_rounded_away_in_bf16() -> None:
+    """The share that is left of a change below the last bit of the output: all of it, and less than 0.6 in PEFT's order."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+    layer: Any = layers(adapted(nn.Sequential(linear), torch.float32, task_type=None))[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(4000, 64).bfloat16()
+    change = layer.scaling["default"] * (x.double() @ a.double().T @ b.double().T)
+    b.data *= 1e-4 / change.std().item()
+    change *= 1e-4 / change.std()
+
+    def kept(forward: Callable[..., Tensor]) -> float:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            apart = (forward(layer, x).double() - layer.base_layer(x).double()).flatten()
+        return float(apart @ change.flatten() / change.pow(2).sum())
+
+    assert kept(_forward) == pytest.approx(1, abs=0.05) and kept(lora.Linear.forward) < 0.6
+
+
 def quantised(dtype: torch.dtype = torch.float32) -> PeftModel:
     """A tiny Llama with 4-bit layers, as the provider prepares them."""
     model = tiny_model("llama", dtype)

@@ -34,7 +34,7 @@ from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.compared import compared
 from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.judgement import Judged
-from dpo_cli.results.merge import LEAST_PROMPTS, Difference, GgufCheck, Merge, MergeLimit
+from dpo_cli.results.merge import LARGER_CHANGE, LEAST_PROMPTS, Difference, GgufCheck, Merge, MergeLimit
 from dpo_cli.runs.card import export_card, with_gguf
 from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.scoring.forward import choose
@@ -243,7 +243,12 @@ def limit(figure: Figure, before: Interval, after: Interval, prompts: int) -> Me
 
 def _worse(merge: Merge, trained: Plan) -> list[Problem]:
     """The limits that the merged model misses."""
-    fix = f"nothing was exported: train on {trained.dtype} weights, without use_4bit and use_8bit, or keep the adapter unmerged"
+    other = (
+        f"train on {trained.dtype} weights, without use_4bit and use_8bit"
+        if merge.trained_on != trained.dtype
+        else f"{trained.dtype} weights keep little of so small a change: {LARGER_CHANGE}"
+    )
+    fix = f"nothing was exported: {other}, or keep the adapter unmerged"
     problems = []
     for limit in merge.limits:
         if limit.limit is not None and not limit.ok:

@@ -11,6 +11,8 @@ from dpo_cli.results.intervals import Figures
 # Of fewer values, even the smallest and the largest do not enclose the median with 95 % confidence: 2 * 0.5^5 is above 5 %.
 # With 6 the limit of a share that is 1 is 0.5, which is chance; with fewer it could not be missed.
 LEAST_PROMPTS = 6
+# What helps where 16 bits round most of a change of the weights away.
+LARGER_CHANGE = 'train longer or at a higher rate, or train and export in float32 ("bf16": false, "fp16": false)'
 
 
 @dataclass(frozen=True)

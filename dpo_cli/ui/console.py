@@ -19,6 +19,7 @@ from rich.text import Text
 from dpo_cli.errors import DpoError, InvalidInput, Problem
 from dpo_cli.results.compared import compared
 from dpo_cli.results.intervals import FEW_PROMPTS
+from dpo_cli.results.merge import LARGER_CHANGE
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
 from dpo_cli.strategies.figures import FIGURES, number
@@ -232,10 +233,7 @@ class Console:
         limit = "" if apart.limit is None else f"; limit of the average difference: {apart.limit:.3g}"
         self.line(f"training changed them by {apart.trained:.3g} nats on average{limit}")
         if apart.mean > apart.trained / 2:
-            self.line(
-                f"note: the weights in {merge.dtype} keep little of so small a change: train longer or at a higher rate, "
-                'or train and export in float32 ("bf16": false)'
-            )
+            self.line(f"note: {merge.dtype} weights keep little of so small a change: {LARGER_CHANGE}")
 
     @contextmanager
     def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
