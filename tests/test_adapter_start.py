@@ -311,6 +311,8 @@ def test_stages_train_one_on_the_other(tmp_path: Path, tiny_model_dir: Path, pai
     assert refused.exit_code == Exit.INVALID and f"{place / '2-dpo'} started from its adapter" in refused.stderr
     assert plan_of(place / "1-sft") == before
     assert CliRunner().invoke(app, [*words, "--resume"]).exit_code == 0
+    planned = CliRunner().invoke(app, [*words, "--resume", "--dry-run"])
+    assert planned.exit_code == 0 and planned.stderr.count("the run is finished") == 2, planned.stderr
 
     # Without the second run it may be; then the second starts on the new adapter.
     shutil.rmtree(place / "2-dpo")

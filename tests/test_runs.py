@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -141,6 +142,19 @@ def test_a_place_that_cannot_hold_a_run_is_refused_before_any_work(tmp_path: Pat
     assert [problem.code for problem in caught.value.problems] == ["run-unwritable"]
     if name != "/proc/run":  # its folder exists, so only the attempt shows it
         with pytest.raises(InvalidInput, match="file is a file"):
-            RunDirectory.check(path, replace=True)
+            RunDirectory.require_place(path)
     else:
         assert free_bytes(path) == sys.maxsize  # it has no disk that could be full
+
+
+def test_a_place_that_this_user_may_not_write_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(InvalidInput, match=f"may not write in {tmp_path}"):
+        RunDirectory.require_place(tmp_path / "new" / "run")
+
+    def forbidden(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    with pytest.raises(InvalidInput, match="Permission denied"):
+        RunDirectory.require_place(tmp_path / "run")

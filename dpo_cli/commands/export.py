@@ -243,12 +243,12 @@ def limit(figure: Figure, before: Interval, after: Interval, prompts: int) -> Me
 
 def _worse(merge: Merge, trained: Plan) -> list[Problem]:
     """The limits that the merged model misses."""
-    other = (
-        f"train on {trained.dtype} weights, without use_4bit and use_8bit"
-        if merge.trained_on != trained.dtype
-        else f"{trained.dtype} weights keep little of so small a change: {LARGER_CHANGE}"
-    )
-    fix = f"nothing was exported: {other}, or keep the adapter unmerged"
+    other = ""
+    if merge.is_rounded_away:
+        other = f"{trained.dtype} weights keep little of so small a change: {LARGER_CHANGE}, or "
+    elif merge.trained_on != trained.dtype:
+        other = f"train on {trained.dtype} weights, without use_4bit and use_8bit, or "
+    fix = f"nothing was exported: {other}keep the adapter unmerged"
     problems = []
     for limit in merge.limits:
         if limit.limit is not None and not limit.ok:

@@ -59,13 +59,13 @@ def request_of(console: Console, vram: float | None, model: str | None, dataset:
         request = replace(request, vram_gb=total_gb, free_gb=free_gb, is_apple=is_apple, has_bf16=machine.has_bf16)
     if dataset is None:
         return request
-    lengths, columns, prompts = _seen(dataset, ModelSource.of(model) if model else None, strategy)
+    lengths, columns, prompts = _facts_of(dataset, ModelSource.of(model) if model else None, strategy)
     if lengths.most_tokens is None:
         console.line(f"{dataset} is not on this machine yet, so its lengths are not used")
     return replace(request, columns=columns, longest=lengths.most_tokens, prompts=prompts, share_over=lengths.share_over)
 
 
-def _seen(dataset: str, model: ModelSource | None, strategy: str) -> tuple[Lengths, Columns | None, int]:
+def _facts_of(dataset: str, model: ModelSource | None, strategy: str) -> tuple[Lengths, Columns | None, int]:
     """The lengths of the rows, the likely columns if no row can be read by the known names, and the number of prompts.
 
     Lengths in tokens with the tokenizer of `model` if given; all is empty for a hub dataset that is not fetched.

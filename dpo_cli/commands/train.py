@@ -66,11 +66,11 @@ def train(
     overwrite: bool = False,
     dry_run: bool = False,
     resume: bool = False,
-    built_on: Path | None = None,
+    next_run: Path | None = None,
 ) -> tuple[JsonObject, Exit]:
     """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
 
-    `built_on` is the run of the next stage, if it has started.
+    `next_run` is the run of the next stage, if it has started.
 
     A few lines longer than other functions: it is the composer, and reads from top to bottom.
     """
@@ -106,7 +106,7 @@ def train(
             _require_fit(plan, loaded, is_resumed)
         if dry_run:
             if earlier is not None:
-                earlier.require_same(loaded, plan, manifest(plan, machine, provider.local_dir), built_on)
+                earlier.require_same(loaded, plan, manifest(plan, machine, provider.local_dir), next_run)
                 tell("the run is finished" if is_finished else f"it would resume from step {earlier.step}")
             return plan.to_json(), Exit.DONE
 
@@ -121,7 +121,7 @@ def train(
         about = manifest(plan, machine, provider.local_dir)
         data.require_unchanged()  # since its rows were read, before the import of torch
         if earlier is not None:
-            earlier.require_same(loaded, plan, about, built_on)
+            earlier.require_same(loaded, plan, about, next_run)
             if is_finished:
                 return _finished(run, plan, earlier.left_out(plan), console)
             about["resumed"] = restore_run(run, earlier, plan, about, tell)

@@ -16,7 +16,7 @@ from dpo_cli.models.hub_models import require
 from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import Inspection, inspect
 from dpo_cli.results.codec import JsonObject
-from dpo_cli.storage.run_directory import MANIFEST, RunDirectory
+from dpo_cli.storage.run_directory import MANIFEST, SUMMARY, RunDirectory
 from dpo_cli.ui.console import Console
 
 STAGES_FIX = "remove output_dir from the stages: each then has its own folder"
@@ -42,18 +42,22 @@ def train_stages(
     for name in dict.fromkeys(name for loaded in stages for name in hub_ids(loaded.require().to_json())):
         console.line(f"fetching the dataset {name}")
         fetch(name)
-    inspections, plans = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume)
+    inspections, plans = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume, may_resume=resume)
     for name in dict.fromkeys(plan.model.foundation for plan in plans):
         require(name)
     composer = composer_for([plan.config for plan in plans])
     results: list[JsonObject] = []
-    started = [plan.run_dir if RunDirectory(plan.run_dir).has(MANIFEST) else None for plan in plans]
-    for loaded, built_on in zip(stages, [*started[1:], None], strict=True):
+    # The run of the next stage, if it has started on the adapter of this one.
+    started = [
+        plan.run_dir if loaded.before is not None and RunDirectory(plan.run_dir).has(MANIFEST) else None
+        for loaded, plan in zip(stages, plans, strict=True)
+    ]
+    for loaded, next_run in zip(stages, [*started[1:], None], strict=True):
         if loaded.stage:
             console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
-        ready = loaded.on_foundation() if dry_run else loaded
+        ready = loaded.on_foundation() if dry_run and not (resume and _has_its_start(loaded)) else loaded
         inspection = inspections.popleft() or _inspected(ready, machine)  # removed here, since it holds the rows
-        result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume, built_on)
+        result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume, next_run)
         del inspection
         results.append(result)
         if code is not Exit.DONE:
@@ -62,22 +66,29 @@ def train_stages(
 
 
 def _inspections(
-    stages: Sequence[Loaded], machine: Machine, dry_run: bool, may_exist: bool
+    stages: Sequence[Loaded], machine: Machine, dry_run: bool, may_exist: bool, may_resume: bool
 ) -> tuple[deque[Inspection | None], list[Plan]]:
     """Each stage, inspected before torch is imported and training starts; None for a stage on one that is not trained yet."""
     plans: list[Plan] = []
     inspections: deque[Inspection | None] = deque()
     for loaded in stages:
-        is_first_to_run = dry_run or loaded.foundation is None
+        is_first_to_run = loaded.foundation is None or (dry_run and not (may_resume and _has_its_start(loaded)))
         inspection = _inspected(loaded.on_foundation(), machine, keep_rows=is_first_to_run)
         inspections.append(inspection if is_first_to_run else None)
         _, plan = inspection.require()
         RunDirectory.check(plan.run_dir, may_exist)
+        if not dry_run:
+            RunDirectory.require_place(plan.run_dir)
         if plan.run_dir in [earlier.run_dir for earlier in plans]:
             message = f"two stages would write to {plan.run_dir}"
             raise InvalidInput([loaded.placed(Problem("error", "stages-one-place", message, STAGES_FIX, "output_dir"))])
         plans.append(plan)
     return inspections, plans
+
+
+def _has_its_start(loaded: Loaded) -> bool:
+    """Whether the run that a stage starts from has ended."""
+    return loaded.foundation is not None and RunDirectory(Path(str(loaded.values["model_name"]))).has(SUMMARY)
 
 
 def _inspected(loaded: Loaded, machine: Machine, keep_rows: bool = True) -> Inspection:

@@ -21,6 +21,7 @@ from dpo_cli.plan.plan import Plan, Rounding
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.precision import in_float32
 from dpo_cli.runs.state_io import random_state_kept
+from dpo_cli.scoring.oom import is_out_of_memory
 from dpo_cli.strategies.row_kinds import PAIRS
 
 # Standard deviation of the change of each weight: so small that in float32 a log-ratio hardly moves, and large enough that 16
@@ -87,6 +88,12 @@ def without_rounding(
     if not plan.rounding.of_mean(len(rows), plan.config.beta) > LARGEST_SHARE * abs(margin):  # a NaN is computed once
         return measured
     tell(f"the rows are scored again in float32: rounding in {plan.dtype} is more than a tenth of the margin {margin:.2g}")
-    with in_float32(policy.network):
-        exact = score(policy, rows, tokenizer, plan, torch.float32)
+    try:
+        with in_float32(policy.network):
+            exact = score(policy, rows, tokenizer, plan, torch.float32)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        tell(f"there is no memory for that: the figures keep the rounding of {plan.dtype}")
+        return measured
     return replace(measured, scores=exact, dtype="float32")

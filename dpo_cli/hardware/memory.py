@@ -6,6 +6,7 @@ activations.py. GB are 2^30 bytes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dpo_cli.hardware.activations import CHUNK_BYTES, step_bytes
@@ -119,14 +120,25 @@ class EvaluationRoom:
         return count * (3 * self.logits + width * (self.moment + self.cached)) <= self.free
 
 
-def evaluation_room(facts: ModelFacts, bill: Bill, bytes_per_value: int) -> EvaluationRoom:
-    """The room within the bill of a training, for an evaluation with so many bytes per value."""
+def freed_gb(components: Mapping[str, float]) -> float:
+    """What a step of a bill needs and then frees, from its components in GB, as plan.json holds them."""
+    return components["activations"] + components["scoring"]
+
+
+def evaluation_room(
+    facts: ModelFacts, free: float, bytes_per_value: int, is_widened: bool = False, is_4bit: bool = False
+) -> EvaluationRoom:
+    """The room of an evaluation that has `free` bytes, with so many bytes per value.
+
+    `is_widened`: the weights have fewer, so that the head is copied; `is_4bit`: a layer is dequantised for its product.
+    """
     h, width = facts.hidden_size, float(bytes_per_value)
     # The product of the MLP and its factors, states, keys and values repeated for each head, and a norm in float32.
     moment = width * (3 * facts.intermediate_size + 5 * h + 2 * facts.q) + 4 * h
     cached = width * 2 * facts.kv * (facts.num_hidden_layers + 1)
-    free = bill.components["activations"] + bill.components["scoring"]
-    return EvaluationRoom(free, moment, width * h, 4.0 * facts.vocab_size, cached)
+    head = width * facts.vocab_size * h if is_widened else 0.0
+    layer = width * max(linear.parameters for linear in facts.linears) if is_4bit or is_widened else 0.0
+    return EvaluationRoom(max(0.0, free - max(head, layer)), moment, width * h, 4.0 * facts.vocab_size, cached)
 
 
 def sampling_bytes(facts: ModelFacts, settings: Settings) -> float:

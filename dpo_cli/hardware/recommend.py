@@ -206,10 +206,14 @@ def _best(request: Request) -> Recommendation:
 
 
 def eval_split(prompts: int | None) -> float:
-    """The share to hold out: a tenth, or what gives `FEW_PROMPTS` prompts if that is more, but never most of the data."""
+    """The share to hold out: a tenth, or what very probably gives `FEW_PROMPTS` prompts if that is more, but at most 0.3.
+
+    Each prompt is drawn by itself, so the aim is two standard deviations above the number that is needed.
+    """
     if not prompts:
         return EVAL_SPLIT
-    return min(MOST_HELD_OUT, max(EVAL_SPLIT, math.ceil(100 * FEW_PROMPTS / prompts) / 100))
+    aim = FEW_PROMPTS + 2 * math.sqrt(FEW_PROMPTS)
+    return min(MOST_HELD_OUT, max(EVAL_SPLIT, math.ceil(100 * aim / prompts) / 100))
 
 
 def _start(written: Mapping[str, object], model: str, request: Request) -> Config:

@@ -23,7 +23,7 @@ from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.machine import GIB, Machine
-from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room
+from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed_gb
 from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.source import ModelSource
@@ -133,6 +133,7 @@ class Plan:
     row_tokens: int = 0  # a row takes more pairs than a micro-batch names, up to this many tokens
     adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
     rounding: Rounding | None = None  # measured before the first step; None in float32, and without a reference
+    freed_gb: float | None = None  # what a step of the run frees, in an evaluation of it; its own bill may be another one
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
         """The plan with the trained part of the model."""
@@ -207,9 +208,16 @@ class Plan:
         return round(self.memory.total_gb - overhead / GIB, 3)
 
     def evaluation_room(self, bytes_per_value: int) -> EvaluationRoom | None:
-        """The memory of an evaluation with so many bytes per value; None if the memory of this model is unknown."""
-        facts = self.model.facts
-        return evaluation_room(facts, self.memory, bytes_per_value) if facts and self.memory else None
+        """The memory of an evaluation with so many bytes per value; None if the memory of this model is unknown.
+
+        By the bill as plan.json has it, so that `dpo eval` draws answers in the batches of the training.
+        """
+        facts, config = self.model.facts, self.config
+        if facts is None or self.memory is None:
+            return None
+        freed = self.freed_gb if self.freed_gb is not None else freed_gb(self.memory.to_json()["components"])
+        own = 4 if self.dtype == "float32" else 2
+        return evaluation_room(facts, freed * GIB, bytes_per_value, bytes_per_value > own, config.use_4bit)
 
     @property
     def dtype(self) -> str:
@@ -270,6 +278,7 @@ class Decided:
     row_tokens: int
     day: date | None  # if the chat template writes it
     rounding: Rounding | None = None
+    freed_gb: float | None = None  # None for a model whose memory is unknown
 
     @classmethod
     def of(cls, plan: Mapping[str, Any]) -> Decided:
@@ -278,7 +287,8 @@ class Decided:
             config, sources = plan["config"], plan["sources"]
             values = {name: config[name] for name in MEASURED if sources.get(name) == "measured"}
             rounding = Rounding(**plan["rounding"]) if plan.get("rounding") else None  # older plans have none
-            return cls(values, Scoring(**plan["scoring"]), plan.get("row_tokens", 0), day_of(plan), rounding)
+            freed = freed_gb(plan["memory"]["components"]) if plan["memory"] else None
+            return cls(values, Scoring(**plan["scoring"]), plan.get("row_tokens", 0), day_of(plan), rounding, freed)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"it is not a plan of a run: {error}") from error
 

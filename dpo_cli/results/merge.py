@@ -71,6 +71,12 @@ class Merge:
     limits: Sequence[MergeLimit]
 
     @property
+    def is_rounded_away(self) -> bool:
+        """Whether much of what training changed is lost because its weights have 16 bits."""
+        apart = self.difference
+        return self.dtype != "float32" and self.trained_on == self.dtype and apart.mean > apart.trained / 2
+
+    @property
     def undecided(self) -> str | None:
         """Why the figures have no limits; None if they have."""
         if self.prompts >= LEAST_PROMPTS:

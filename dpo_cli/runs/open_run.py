@@ -117,6 +117,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     tokenizer = provider.tokenizer()
     rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), all_rows=bool(dataset))
     console.problems(about_rows)
+    plan = replace(plan, freed_gb=decided.freed_gb if decided else None)
     plan = plan.with_rounding(decided.rounding if decided else None)
     return Opened(folder, plan, provider, tokenizer, rows, decided.scoring if decided and not dataset else None)
 

@@ -29,6 +29,7 @@ from dpo_cli.ui.console import Console
 ENDING = names_where(lambda option: option.end)
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 RESTART_FIX = "resume it with the same values, or restart with --overwrite"
+WEIGHTS_CHANGED = "the weights of model_name have changed since the run started"
 TO_RESUME = "to continue, run the same `dpo train` command with --resume, without --overwrite"
 Json = Mapping[str, Any]
 
@@ -89,16 +90,16 @@ class EarlierRun:
         sources = {**loaded.sources, **{key: self.plan["sources"][key] for key in decisions}}
         return replace(loaded, config=now, sources=sources, day=decided.day)
 
-    def require_same(self, loaded: Loaded, plan: Plan, manifest: Json, built_on: Path | None = None) -> None:
+    def require_same(self, loaded: Loaded, plan: Plan, manifest: Json, next_run: Path | None = None) -> None:
         """`InvalidInput` with each difference that would change the adapter.
 
-        `built_on` is the run of the next stage, if there is one: then a finished adapter may not be trained further.
+        `next_run` is the run of the next stage, if there is one: then a finished adapter may not be trained further.
         """
         problems = [*self._differences(plan, manifest)]
-        if not problems and built_on is not None and self.summary is not None and self.asks_on(plan):
-            message = f"this stage is finished, after step {self.step}, and {built_on} started from its adapter; "
+        if not problems and next_run is not None and self.summary is not None and self.asks_on(plan):
+            message = f"this stage is finished, after step {self.step}, and {next_run} started from its adapter; "
             message += f"the config now asks for {plan.total_steps} steps"
-            fix = f"resume with the same values as before, or delete {built_on} and train this stage further"
+            fix = f"resume with the same values as before, or delete {next_run} and train this stage further"
             problems = [
                 Problem("error", "resume-differs", message, fix, "max_steps" if plan.config.max_steps else "num_train_epochs")
             ]
@@ -126,7 +127,7 @@ class EarlierRun:
                 yield _other(f"the content of {name} has changed since the run started", name)
         settings = _settings(self.manifest)
         if _weights(self.manifest) != _weights(manifest) or settings not in (None, _settings(manifest)):
-            yield _other("the weights of model_name have changed since the run started", "model_name")
+            yield _other(WEIGHTS_CHANGED, "model_name")
 
     def other_versions(self, manifest: Json) -> list[str]:
         """The versions at the start of the run that are different now."""
@@ -140,7 +141,7 @@ def _of_stage(problem: Problem, loaded: Loaded, plan: Plan) -> Problem:
         return problem
     fix = f"resume with the same values, or delete {plan.run_dir} and resume: the stages before it are kept"
     problem = replace(problem, fix=fix) if problem.fix == RESTART_FIX else problem
-    if problem.key != "model_name":
+    if problem.message != WEIGHTS_CHANGED:
         return problem
     message = f"the adapter of stage {loaded.before.stage}, from which this stage started, has changed since"
     return replace(problem, message=message, key=None)

@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from dpo_cli.scoring.lm_head import product_dtype
 
+FEW_ROWS = 64
 ALLOWANCE = 1e-3  # relative difference between both ways to run a layer that counts as rounding, in float32
 
 
@@ -39,7 +40,7 @@ class _LoraLinear(torch.autograd.Function):
     itself. The adapter's small product is computed first, and the frozen one is added to it within its sum, so that both are
     rounded once. In the other order, as PEFT has it, 16 bits round x W^T and then lose most of a change that is smaller than
     half of its last bit: in bfloat16 more than half of a new adapter's effect. A bias joins the adapter's product, so that a
-    fresh adapter equals the base to the bit.
+    fresh adapter equals the base to the bit; a change below the last bit of a large bias is lost with it.
 
     x, h and the weights are kept for the backward pass, as they are; y is not.
     """
@@ -49,6 +50,9 @@ class _LoraLinear(torch.autograd.Function):
         dtype = product_dtype(x)
         narrow = x.to(dtype)
         h = narrow @ a.to(dtype).T
+        if x.is_cuda and not (type(base) is nn.Linear or any(ctx.needs_input_grad)) and len(x) <= FEW_ROWS:
+            y: Tensor = base(narrow)  # bitsandbytes has a kernel for the tokens of sampled answers, without a whole W
+            return y.addmm_(h, b.to(dtype).T, alpha=scaling)
         y = _product(h, b.to(dtype).T, scaling)
         if isinstance(base.bias, Tensor):
             y.add_(base.bias)

@@ -52,15 +52,6 @@ def _unwritable(path: Path, why: str) -> InvalidInput:
     return invalid("run-unwritable", f"cannot write to {path}: {why}", "choose another output_dir", "output_dir")
 
 
-def _require_folder(path: Path) -> None:
-    """`InvalidInput` where the nearest existing place is not a folder in which this user may write."""
-    place = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise _unwritable(path, f"{place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise _unwritable(path, f"{place} is read-only for this user")
-
-
 class RunDirectory:
     """A directory of one run. Files are written under a temporary name and renamed, so a reader never sees half of one."""
 
@@ -71,7 +62,6 @@ class RunDirectory:
     def check(cls, path: Path, replace: bool) -> None:
         """Refuse a directory that holds a run, or parts of one, unless the run is replaced or resumed."""
         _require_no_links(path)
-        _require_folder(path)
         foreign = [name for name in (ADAPTER, MODEL) if (path / name).exists()]
         if foreign and not any((path / name).exists() for name in (LOCK, MANIFEST)):
             message = f"{path} holds a folder {foreign[0]} that is not from a run, and a run would replace it"
@@ -81,6 +71,18 @@ class RunDirectory:
             message = f"{path} already holds a run" if (path / SUMMARY).is_file() else f"{path} {UNFINISHED}"
             fix = "continue it with --resume, replace it with --overwrite, or choose another folder with output_dir=..."
             raise invalid("run-exists", message, fix, "output_dir")
+
+    @staticmethod
+    def require_place(path: Path) -> None:
+        """`InvalidInput` where the nearest existing place is not a folder in which this user may write."""
+        try:
+            place = next(place for place in (path, *path.absolute().parents) if place.exists())
+            if not place.is_dir():
+                raise _unwritable(path, f"{place} is a file")
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise _unwritable(path, f"this user may not write in {place}")
+        except OSError as error:
+            raise _unwritable(path, error.strerror or str(error)) from error
 
     @staticmethod
     def is_plan(path: Path) -> bool:
@@ -98,6 +100,7 @@ class RunDirectory:
         with ExitStack() as held:
             try:
                 cls.check(path, overwrite or resume)
+                cls.require_place(path)
                 path.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(path / LOCK))
                 cls.check(path, overwrite or resume)

@@ -232,7 +232,7 @@ class Console:
         self.line(f"log-probs of responses differ by {apart.mean:.3g} nats on average, by {apart.max:.3g} at most")
         limit = "" if apart.limit is None else f"; limit of the average difference: {apart.limit:.3g}"
         self.line(f"training changed them by {apart.trained:.3g} nats on average{limit}")
-        if apart.mean > apart.trained / 2:
+        if merge.is_rounded_away:
             self.line(f"note: {merge.dtype} weights keep little of so small a change: {LARGER_CHANGE}")
 
     @contextmanager
