@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from dpo_cli.commands.train import train
 from dpo_cli.config.config import load_stages
 from dpo_cli.errors import Exit, InvalidInput
 from dpo_cli.evaluation.evaluation import score
-from dpo_cli.hardware.machine import probe
+from dpo_cli.hardware.machine import GIB, probe
+from dpo_cli.hardware.memory import evaluation_room
 from dpo_cli.models.checks import problems
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.preflight import inspect
@@ -267,6 +269,15 @@ def test_sft_on_sft_is_judged_alike_by_run_and_eval(run: Run, sft: Path, capsys:
     judged = judged_json(Request(str(place)), Console())
     assert capsys.readouterr().out.count("base: the model with the adapter sft, from which") == 2
     assert (judged["policy"], judged["base"]) == (summary["eval"], summary["base"])
+
+
+def test_an_evaluation_of_a_run_has_the_room_of_its_training(sft: Path) -> None:
+    """By the run's own bill, and not by one without its lengths: the same prompts are answered at once, with the same draws."""
+    plan = open_run(str(sft), None, Console()).plan
+    kept = plan_of(sft)["memory"]["components"]
+    assert plan.model.facts is not None and plan.memory is not None
+    assert plan.evaluation_room(4) == evaluation_room(plan.model.facts, (kept["activations"] + kept["scoring"]) * GIB, 4)
+    assert replace(plan, freed_gb=1.0).evaluation_room(4) != plan.evaluation_room(4)
 
 
 def test_a_run_below_that_changed_is_told(run: Run, sft: Path) -> None:
