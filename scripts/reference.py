@@ -10,9 +10,10 @@ import contextlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import Option, options
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from bad_configs import CARD, CASES, Case, lay_out  # noqa: E402
 from bad_rows import FAULTS, Fault  # noqa: E402
-from baseline import block  # noqa: E402
+from baseline import BASELINES, Baseline, block  # noqa: E402
 from suite import BENCHMARKS  # noqa: E402
 
 STUB = ROOT / "dpo_cli" / "config" / "options.pyi"
@@ -249,8 +250,43 @@ def _cell(text: str) -> str:
     return (text if len(text) <= 240 else text[:236] + "..." + closing).replace("|", "\\|")
 
 
+def proof_table() -> str:
+    """Markdown: this tool against plain TRL, by the kept baselines of its speed and of what both do after a crash."""
+    ours, theirs, speed = (_by_first_cell(name) for name in ("torture", "torture-trl", "speed"))
+
+    def span(column: str) -> str:
+        values = [row[column] for row in speed.values()]
+        return f"{min(values):.1f} to {max(values):.1f}"
+
+    def passed(table: Mapping[str, Mapping[str, Any]], start: str, column: str) -> str:
+        (row,) = (row for name, row in table.items() if name.startswith(start))
+        return f"{row[column]} of {row['tries']}"
+
+    rows = ["| | plain TRL | `dpo` | prints it |", "|---|---|---|---|"]
+    rows.append(f"| speed of a training | 1 | {span('faster')} | `make speed` |")
+    rows.append(f"| peak memory of it | 1 | {span('of the memory')} | `make speed` |")
+    crashes = {
+        "killed at a random moment, then resumed to the same bits": ("SIGKILL at a random", "SIGKILL at a random"),
+        "a damaged checkpoint is seen, and the run resumed": ("the newest checkpoint", "a file of the newest"),
+        "several starts in one directory: one runs": ("2 to 4 starts", "2 to 4 starts"),
+        "a full disk, then room, and resumed": ("a disk of", "a disk that"),
+    }
+    for what, (own, other) in crashes.items():
+        both = passed(theirs, other, "the same adapter"), passed(ours, own, "passed")
+        rows.append(f"| {what} | {both[0]} | {both[1]} | `make torture-trl`, `make torture` |")
+    return "\n".join(rows)
+
+
+def _by_first_cell(name: str) -> dict[str, dict[str, Any]]:
+    """The rows of a kept baseline by their first cell, each with its cells by column."""
+    table = Baseline.read(BASELINES / f"{name}.json").table
+    names = [column.name for column in table.columns]
+    return {str(row[0]): dict(zip(names, row, strict=True)) for row in table.rows}
+
+
 # What stands between the marks of a section.
 SECTIONS: dict[str, Callable[[], str]] = {
+    "proofs": proof_table,
     **{f"baseline {name}": partial(block, name) for name in BENCHMARKS},
 }
 MARKED = re.compile(
