@@ -105,6 +105,8 @@ class Page:
         self._until_loaded("Page.navigate", url=url)
 
     def reload(self) -> None:
+        """Load the page again, as a person would: a moment later. The browser hands localStorage to another process first."""
+        time.sleep(0.3)
         self._until_loaded("Page.reload")
 
     def js(self, expression: str) -> Any:

@@ -107,7 +107,7 @@ class EvaluationRoom:
     cached: float  # bytes per token of keys and values in all blocks, with the copy of a block's when a token is added
 
     def holds_rows(self, tokens: int, scored: int) -> bool:
-        """Whether rows of so many tokens with padding, of which some are scored, can be scored at once.
+        """Whether rows of so many tokens, of which some are scored, can be scored at once; with padding, even if they have none.
 
         The largest of two moments: the reference in its blocks, and both models' logits, a chunk at a time.
         """

@@ -153,7 +153,7 @@ def test_the_held_out_pairs_and_prompts_are_counted(workplace: Path) -> None:
     """By prompt: 5 of the 20 prompts are held out, each with both of its pairs, as many as the plan of a training says."""
     done = dpo("validate", "tiny.json", cwd=workplace)
     assert done.returncode == 0, done.stderr
-    assert "held out: 10 pairs of 5 prompts (eval_split 0.3)" in done.stdout.splitlines()
+    assert "held out: 10 pairs of 5 prompts (eval_split 0.3); an interval needs 20 prompts" in done.stdout.splitlines()
     plan = json.loads((workplace / "runs" / "tiny" / "plan.json").read_text(encoding="utf-8"))
     assert (plan["counts"]["eval_pairs"], plan["counts"]["eval_prompts"]) == (10, 5)
     (workplace / "other.jsonl").write_text((workplace / "pairs.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
