@@ -107,9 +107,10 @@ class EvaluationRoom:
     cached: float  # bytes per token of keys and values in all blocks, with the copy of a block's when a token is added
 
     def holds_rows(self, tokens: int, scored: int) -> bool:
-        """Whether rows of so many tokens, of which some are scored, can be scored at once; with padding, even if they have none.
+        """Whether rows of so many tokens with padding, of which some are scored, can be scored at once.
 
-        The largest of two moments: the reference in its blocks, and both models' logits, a chunk at a time.
+        The largest of two moments: the reference in its blocks, and both models' logits, a chunk at a time. Rows that share
+        their prompts need less.
         """
         in_blocks = tokens * self.moment + scored * self.state
         in_head = 2 * scored * self.state + 3 * min(CHUNK_BYTES, scored * self.logits)
