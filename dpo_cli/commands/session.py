@@ -89,6 +89,10 @@ def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
     # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
     # a single training nothing, and two at once much less: `make spin` prints both.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # oneDNN keeps a compiled product for each shape, 1,024 of them by default, and each row of a training has a new length: the
+    # process grew with every step, far beyond its memory bill. These are enough for the layers of a row.
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "128")
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi: bill and run mean the same card
     if devices := {config.device for config in configs if config.provider == "unsloth"}:  # it changes what is imported next
         from dpo_cli.providers.unsloth_import import import_unsloth
