@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from dpo_cli.scoring.lm_head import product_dtype
 
-FEW_ROWS = 64
+FEW_ROWS = 64  # tokens of a product without gradient, as in sampling: one of each answer
 ALLOWANCE = 1e-3  # relative difference between both ways to run a layer that counts as rounding, in float32
 
 
