@@ -94,6 +94,6 @@ def without_rounding(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        tell(f"there is no memory for that: the figures keep their rounding; `dpo eval` on a larger device has none")
+        tell("there is no memory for that: the figures keep their rounding; `dpo eval` on a larger device has none")
         return measured
     return replace(measured, scores=exact, dtype="float32")
