@@ -23,10 +23,10 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import Pair
-from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import RunFailed
-from dpo_cli.scoring import forward, shared_prompts
+from dpo_cli.scoring import forward, row_attention, shared_prompts
 from dpo_cli.scoring import lm_head as heads
 
 TOLERANCE = 1e-10  # both sides run the same float64 backbone, so only the order of sums differs
@@ -198,8 +198,8 @@ def test_a_broken_layout_is_seen_and_not_used(
 
 def test_a_window_that_is_not_told_to_attention_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A family whose layers did not say their window would attend too far: only the longest pair shows it."""
-    mask = shared_prompts._mask
-    monkeypatch.setattr(shared_prompts, "_mask", lambda *args: mask(*args[:-1], None))
+    mask = row_attention._mask
+    monkeypatch.setattr(row_attention, "_mask", lambda *args: mask(*args[:-1], None))
     assert not forward.choose(tiny_model("mistral", torch.float32), PAIRS, 2, "auto").shared
     short = pairs([(1, 2, 2)])
     assert forward.choose(tiny_model("mistral", torch.float32), short, 2, "auto").shared

@@ -11,8 +11,8 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import Pair
-from dpo_cli.data.tokens import Encoded
 from dpo_cli.scoring import forward, shared_prompts
 from dpo_cli.scoring.lm_head import Head, score_tokens
 

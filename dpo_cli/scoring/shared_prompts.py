@@ -18,16 +18,15 @@ The last prompt token predicts the first token of both responses.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from dpo_cli.scoring.row_attention import Cuts, Pair, attend
 
 IGNORED = -100  # the label of tokens that are not scored, as in torch's cross entropy
 # Attention implementations of transformers that take queries, keys and an optional explicit mask, and kinds of layer that
@@ -43,12 +42,16 @@ class Layout:
 
     input_ids: Tensor  # (1, N)
     position_ids: Tensor  # (1, N)
-    pairs: tuple[tuple[int, int, int], ...]  # tokens of prompt, chosen and rejected of each pair, in order
+    pairs: tuple[Pair, ...]  # in order
     place: Tensor  # (2B, L): the position of each token of TRL's rows in the row; the same for both copies of a prompt
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)  # by shape and window, created when a layer needs them
+
+    @cached_property
+    def cuts(self) -> Cuts:
+        """For the attention."""
+        return Cuts(self.pairs, self.input_ids.device)
 
     def inputs(self) -> dict[str, Any]:
-        """The arguments of the backbone. transformers does not change a mask of four dimensions, and `_attend` needs none."""
+        """The arguments of the backbone. transformers does not change a mask of four dimensions, and `attend` needs none."""
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.input_ids.device)
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": mask, "layout": self}
 
@@ -100,10 +103,10 @@ def obstacle(model: PreTrainedModel) -> str | None:
 def enable(model: PreTrainedModel) -> None:
     """Let `model` take a `layout` with its inputs; without one, it does not change.
 
-    Its attention implementation is registered with transformers a second time, under a name of dpo, wrapped in `_attend`.
+    Its attention implementation is registered with transformers a second time, under a name of dpo, wrapped in `attend`.
     """
     name = model.config._attn_implementation.removeprefix(PREFIX)
-    AttentionInterface.register(PREFIX + name, partial(_attend, name))
+    AttentionInterface.register(PREFIX + name, partial(attend, name, {}))
     AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
     model.set_attn_implementation(PREFIX + name)
 
@@ -111,61 +114,3 @@ def enable(model: PreTrainedModel) -> None:
 def disable(model: PreTrainedModel) -> None:
     """Undo `enable`."""
     model.set_attn_implementation(model.config._attn_implementation.removeprefix(PREFIX))
-
-
-def _attend(
-    name: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *args: Any,
-    layout: Layout | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of the implementation `name`, within each sequence of the layout.
-
-    query is (1, heads, N, d), key and value (1, key-value heads, N, d), the output (1, N, heads, d).
-    """
-    function = _implementation(name, module)
-    if layout is None:
-        return function(module, query, key, value, attention_mask, *args, **kwargs)
-    window = kwargs.get("sliding_window")
-    cuts = [size for prompt, chosen, rejected in layout.pairs for size in (prompt + chosen, rejected)]
-    queries, keys, values = (list(torch.split(states, cuts, dim=2)) for states in (query, key, value))
-    for i, (prompt, _, _) in enumerate(layout.pairs):
-        for states in (keys, values):
-            states[2 * i + 1] = torch.cat([states[2 * i][:, :, :prompt], states[2 * i + 1]], dim=2)
-    outputs = []
-    for q, k, v in zip(queries, keys, values, strict=True):
-        if q.shape[2]:
-            mask = _mask(name, layout, module, q, k.shape[2], window)
-            outputs.append(function(module, q, k, v, mask, *args, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
-
-
-def _implementation(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function of that name; each model family has its own eager one."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface().get(name, eager)
-    return function
-
-
-def _mask(name: str, layout: Layout, module: nn.Module, query: Tensor, keys: int, window: int | None) -> Tensor | None:
-    """transformers' own causal or sliding-window mask when `query` is the last of `keys` tokens; None if none is needed."""
-    queries = query.shape[2]
-    wanted = (queries, keys, window)
-    if wanted not in layout.masks:
-        layout.masks[wanted] = AttentionMaskInterface()[name](
-            batch_size=1,
-            q_length=queries,
-            kv_length=keys,
-            q_offset=keys - queries,
-            mask_function=sliding_window_causal_mask_function(window) if window else causal_mask_function,
-            local_size=window,
-            dtype=query.dtype,
-            device=query.device,
-            config=module.config,
-        )
-    return layout.masks[wanted]
