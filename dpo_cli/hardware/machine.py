@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -233,11 +234,16 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "b
 
 
 OF_PROVIDER = {"unsloth": ("unsloth", "unsloth_zoo")}
+OPTIONAL = ("liger-kernel",)  # packages that are used where they are installed
 
 
 def installed_versions(provider: str = "") -> dict[str, str]:
     """The versions that decide the figures of a run, with the packages of its provider. No package is imported."""
-    from importlib.metadata import version  # late: `validate` needs none, and has to be quick
+    from importlib.metadata import PackageNotFoundError, version  # late: `validate` needs none, and has to be quick
 
     versions = {"dpo": dpo_cli.__version__, "python": platform.python_version()}
-    return versions | {package: version(package) for package in (*PACKAGES, *OF_PROVIDER.get(provider, ()))}
+    versions |= {package: version(package) for package in PACKAGES}
+    for package in (*OF_PROVIDER.get(provider, ()), *OPTIONAL):  # a run may be evaluated where its provider is not installed
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
