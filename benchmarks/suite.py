@@ -33,6 +33,7 @@ BENCHMARKS = {
     "validate-speed": Benchmark("validate_speed.py", 1),
     "cases": Benchmark("cases.py", 2),
     "data-speed": Benchmark("data_speed.py", 2),
+    "dataset-scale": Benchmark("dataset_scale.py", 8),
     "spin": Benchmark("spin.py", 2),
     "memory": Benchmark("step_memory.py", 3),
     "prompt-sharing": Benchmark("prompt_sharing.py", 6),

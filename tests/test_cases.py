@@ -20,8 +20,9 @@ from typer.testing import CliRunner, Result
 from dpo_cli.app import app
 from dpo_cli.config.config import load
 from dpo_cli.data import dataset
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.tokenizer import Tokenizer
-from dpo_cli.data.tokens import Encoded, encode_all
+from dpo_cli.data.tokens import encode_all
 from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.models.tokenizer_files import tokenizer_of
 

@@ -19,8 +19,9 @@ from trl.trainer import dpo_trainer
 
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import defaults
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import to_pair
-from dpo_cli.data.tokens import Encoded, encode
+from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.source import ModelSource

@@ -21,7 +21,7 @@ from dpo_cli.commands.export import Request, export, limit
 from dpo_cli.commands.requests import Request as Judged
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load_stages
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.errors import Exit, InvalidInput, RunFailed, UsageError
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpo_cli.config.config import load
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import Pair
-from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import DoesNotFit, InvalidInput
 from dpo_cli.evaluation.generation import Sampling, generate
 from dpo_cli.evaluation.metrics import score_rows

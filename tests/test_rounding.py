@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.commands.requests import Request
 from dpo_cli.config.config import load
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.evaluation.rounding import rounding_of
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import Decided, Plan, Rounding

@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Demonstration, to_demonstration
-from dpo_cli.data.tokens import Encoded, encode
+from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.results.intervals import required
 from dpo_cli.scoring import forward

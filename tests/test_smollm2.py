@@ -15,8 +15,9 @@ from test_dpo import make_plan
 from test_forward import BREAKS
 from transformers import PreTrainedTokenizerBase
 
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import to_pair
-from dpo_cli.data.tokens import Encoded, encode
+from dpo_cli.data.tokens import encode
 from dpo_cli.models.source import ModelSource
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.scoring import forward, shared_prompts

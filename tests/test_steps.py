@@ -20,8 +20,9 @@ from trl import DPOConfig
 
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.config.schema import options
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import to_pair
-from dpo_cli.data.tokens import Encoded, encode
+from dpo_cli.data.tokens import encode
 from dpo_cli.errors import InvalidInput
 from dpo_cli.evaluation.losses import DISCOPOP_TAU, LOSSES, trained_loss
 from dpo_cli.evaluation.metrics import score_rows

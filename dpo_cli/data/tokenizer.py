@@ -26,6 +26,7 @@ class Tokenizer:
     """Text to token ids, and the chat template."""
 
     encode: Callable[[str, bool], list[int]]  # the text, and whether the tokenizer adds its special tokens
+    encode_many: Callable[[Sequence[str]], list[list[int]]]  # the same for several texts, without them, on all cores
     decode: Callable[[Sequence[int]], str]
     template: ChatTemplate | None
     eos: str
@@ -41,6 +42,7 @@ class Tokenizer:
             generation = _generation(tokenizer.name_or_path)
         return cls(
             encode=lambda text, special: list(tokenizer(text, add_special_tokens=special)["input_ids"]),
+            encode_many=lambda texts: list(tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else [],
             decode=lambda ids: str(tokenizer.decode(ids)),
             template=ChatTemplate.of(tokenizer, day),
             eos=str(tokenizer.eos_token),
@@ -62,9 +64,8 @@ class Tokenizer:
         special, bare = self.encode(PROBE, True), self.encode(PROBE, False)
         return special[: special.index(bare[0])] if bare and bare[0] in special else []
 
-    def plain(self, text: str) -> list[int]:
+    def plain(self, ids: list[int]) -> list[int]:
         """The ids of a text without a template: with exactly one BOS, and without an added EOS."""
-        ids = self.encode(text, False)
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
 
 

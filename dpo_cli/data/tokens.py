@@ -8,14 +8,17 @@ template renders a prompt differently before a response, TRL's response starts w
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
+from dpo_cli.data.encoded import Encoded, EncodedRows
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import Message, Text, Tool, without_key
 from dpo_cli.data.omissions import Part, cause, fails, left_out, parts_of
@@ -23,53 +26,21 @@ from dpo_cli.data.rows import Row
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.transcripts import as_messages
 from dpo_cli.errors import InvalidInput, Problem, Severity, invalid
+from dpo_cli.storage.progress import working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids of one row. A response is scored after the prompt; it includes what the template adds at its end.
-
-    A pair has two responses, chosen and rejected; a demonstration has one.
-    """
-
-    row: Row
-    prompt_ids: list[int]
-    responses: tuple[list[int], ...]
-    is_cut: bool = False  # whether the start of the prompt, or the end of a text without a prompt, was cut
-    parts_early: bool = False  # whether the prompt is rendered differently before a response
-
-    @property
-    def chosen_ids(self) -> list[int]:
-        return self.responses[0]
-
-    @property
-    def rejected_ids(self) -> list[int]:
-        return self.responses[1]
-
-    @property
-    def length(self) -> int:
-        """The number of tokens of the longest sequence."""
-        return len(self.prompt_ids) + max(map(len, self.responses))
-
-    @property
-    def response_length(self) -> int:
-        """The number of tokens of all responses."""
-        return sum(map(len, self.responses))
-
-    @property
-    def shared_length(self) -> int:
-        """The number of tokens of the row, with its prompt counted once."""
-        return len(self.prompt_ids) + self.response_length
+FIRST_STEP = 4  # characters from a guess to the next try
+AT_ONCE = 128  # rows whose texts are encoded together
 
 
 @dataclass(frozen=True)
 class Encodings:
     """The usable rows as token ids, and the problems of all rows."""
 
-    sides: list[list[Encoded]]  # in the order of the given rows
+    sides: list[EncodedRows]  # in the order of the given rows
     refused: int  # number of skipped rows
     problems: tuple[Problem, ...]
 
@@ -85,7 +56,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     use_chat_template: bool | str = "auto",
     max_length: int | None = None,
-) -> list[Encoded]:
+) -> Sequence[Encoded]:
     """Like `encode_all` for one side with a loaded tokenizer; every row must be usable."""
     return encode_all([rows], Tokenizer.loaded(tokenizer), use_chat_template, max_length).require().sides[0]
 
@@ -106,24 +77,66 @@ def encode_all(
     are errors, or skipped with `skip`. Raises `InvalidInput` if a template is needed and missing.
     """
     as_chat = _require_template([row for side in sides for row in side], tokenizer, use_chat_template)
-    encoded: list[list[Encoded]] = []
     findings = _Findings(tokenizer, token_rows, skip)
-    for side in sides:
-        encoded.append([])
-        for row in side:
-            try:
-                is_chat = as_chat and row.prompt != ""  # a whole text is not an answer
-                rendered = Rendered.of(row.as_turns(), tokenizer.template) if is_chat and tokenizer.template else None
-                whole = _encode(rendered or row, tokenizer)
-                findings.check(whole, rendered)
-                encoded[-1].append(
-                    replace(whole if max_length is None else _cut(whole, tokenizer, is_chat, max_length), row=row)
-                )
-            except TemplateError as error:  # collected, so that one pass reports all rows that the template rejects
-                findings.see_error(row, error)
-            except UnicodeEncodeError:
-                findings.see_error(row, _Refused(*SURROGATE))
+    encoded = [EncodedRows() for _ in sides]
+    with working("tokenising", sum(map(len, sides)), "rows") as work:
+        for into, side in zip(encoded, sides, strict=True):
+            for draft, ids in _tokenised((_Draft.of(row, tokenizer, as_chat) for row in side), tokenizer):
+                work.add()
+                if (usable := _usable(draft, ids, tokenizer, max_length, findings)) is not None:
+                    into.append(usable)
     return Encodings(encoded, findings.refused, tuple(findings.problems()))
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row before its texts are token ids: as a template renders it, or as plain text; or why neither is possible."""
+
+    row: Row
+    rendered: Rendered | None = None  # None for plain text
+    texts: tuple[str, ...] = ()  # the prompt, and the prompt with each response
+    error: TemplateError | None = None
+
+    @classmethod
+    def of(cls, row: Row, tokenizer: Tokenizer, as_chat: bool) -> _Draft:
+        is_chat = as_chat and row.prompt != ""  # a whole text is not an answer
+        try:
+            rendered = Rendered.of(row.as_turns(), tokenizer.template) if is_chat and tokenizer.template else None
+            return cls(row, rendered, _texts(rendered or row, tokenizer))
+        except TemplateError as error:  # collected, so that one pass reports all rows that the template rejects
+            return cls(row, error=error)
+        except UnicodeEncodeError:
+            return cls(row, error=_Refused(*SURROGATE))
+
+
+def _tokenised(drafts: Iterable[_Draft], tokenizer: Tokenizer) -> Iterator[tuple[_Draft, list[list[int]]]]:
+    """Each draft with the token ids of its texts. A thread encodes `AT_ONCE` drafts while the next ones are rendered."""
+    drafts = iter(drafts)
+    with ThreadPoolExecutor(1) as thread:
+        waiting: tuple[list[_Draft], Future[list[list[int]]]] | None = None
+        while (batch := list(islice(drafts, AT_ONCE))) or waiting:
+            before, waiting = waiting, None
+            if batch:
+                waiting = batch, thread.submit(tokenizer.encode_many, [text for draft in batch for text in draft.texts])
+            if before:
+                ids = iter(before[1].result())
+                yield from ((draft, list(islice(ids, len(draft.texts)))) for draft in before[0])
+
+
+def _usable(
+    draft: _Draft, ids: list[list[int]], tokenizer: Tokenizer, max_length: int | None, findings: _Findings
+) -> Encoded | None:
+    """The row as token ids; None, with a finding, for a row that cannot be used."""
+    try:
+        if draft.error is not None:
+            raise draft.error
+        whole = _of_ids(draft.rendered or draft.row, ids, tokenizer)
+        findings.check(whole, draft.rendered)
+        kept = whole if max_length is None else _cut(whole, tokenizer, draft.rendered is not None, max_length)
+        return replace(kept, row=draft.row)
+    except TemplateError as error:
+        findings.see_error(draft.row, error)
+        return None
 
 
 def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_template: bool | str) -> bool:
@@ -324,17 +337,29 @@ def _cause(row: Row, template: ChatTemplate) -> str:
 
 def _encode(row: Row | Rendered, tokenizer: Tokenizer) -> Encoded:
     """A rendered row, or one of plain text, as token ids."""
+    return _of_ids(row, [tokenizer.encode(text, False) for text in _texts(row, tokenizer)], tokenizer)
+
+
+def _texts(row: Row | Rendered, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The prompt, and the prompt with each response; `UnicodeEncodeError` for half a surrogate pair, perhaps in a tool."""
     if isinstance(row, Rendered):
-        is_changed = row.is_changed
-        for text in (row.prompt, *row.trained):
-            text.encode()  # raises for half a surrogate pair in a tool
-        prompt_ids, *sequences = (tokenizer.encode(text, False) for text in (row.prompt, *row.trained))
+        texts = (row.prompt, *row.trained)
+    else:
+        assert isinstance(row.prompt, str)  # messages need a template
+        texts = (row.prompt, *(_ended(f"{row.prompt}{response}", tokenizer.eos) for response in row.responses))
+    for text in texts:
+        text.encode()
+    return texts
+
+
+def _of_ids(row: Row | Rendered, ids: Sequence[list[int]], tokenizer: Tokenizer) -> Encoded:
+    """The row, from the ids of its `_texts`."""
+    is_changed = isinstance(row, Rendered) and row.is_changed
+    if isinstance(row, Rendered):
         row = row.row
     else:
-        is_changed = False
-        assert isinstance(row.prompt, str)  # messages need a template
-        prompt_ids = tokenizer.plain(row.prompt)
-        sequences = [tokenizer.plain(_ended(f"{row.prompt}{response}", tokenizer.eos)) for response in row.responses]
+        ids = [tokenizer.plain(of_text) for of_text in ids]
+    prompt_ids, *sequences = ids
     # A token may span the end of the prompt: the responses start where the sequences differ from the prompt.
     start = min(common(prompt_ids, sequence) for sequence in sequences)
     parts = is_changed or start < len(prompt_ids)
@@ -366,8 +391,14 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -
     if not prompt:
         start = whole.responses[0][: max_length - len(whole.prompt_ids)]
         return replace(whole, responses=(start,), is_cut=True)
+
+    def about(text: str, tokens: int) -> int:
+        """About as many characters as the first tokens of a text have."""
+        return len(tokenizer.decode(tokenizer.encode(text, False)[:tokens]))
+
     if isinstance(prompt, str):
-        dropped = _fewest(len(prompt) - 1, lambda count: fits(prompt[count:]))
+        guess = about(prompt, whole.length - max_length)
+        dropped = _fewest(len(prompt) - 1, lambda count: fits(prompt[count:]), guess)
         return whole if dropped is None else with_prompt(prompt[dropped:])
     system, turns = _turns(prompt)
     kept = _fewest(len(turns) - 1, lambda dropped: fits(_joined(system, turns[dropped:])))
@@ -382,7 +413,8 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -
 
     for before in (system, []):
         shorter = partial(shortened, before)
-        dropped = _fewest(len(text) - 1, lambda count: fits(shorter(count)))  # noqa: B023 - called before the next round
+        guess = about(text, with_prompt(shorter(0)).length - max_length)
+        dropped = _fewest(len(text) - 1, lambda count: fits(shorter(count)), guess)  # noqa: B023 - called before the next round
         if dropped is not None:
             return with_prompt(shorter(dropped))
     return whole
@@ -403,11 +435,19 @@ def _joined(system: list[Message], turns: Sequence[list[Message]]) -> list[Messa
     return [*system, *(message for turn in turns for message in turn)]
 
 
-def _fewest(most: int, fits: Callable[[int], bool]) -> int | None:
-    """The smallest count in 0..most that `fits`, by bisection (every larger count fits too); None if none does."""
+def _fewest(most: int, fits: Callable[[int], bool], guess: int | None = None) -> int | None:
+    """The smallest count in 0..most that `fits` (every larger count fits too); None if none does.
+
+    By bisection, of the neighbourhood of the `guess` if there is one.
+    """
     if most < 0 or not fits(most):
         return None
     low, high = 0, most
+    step, at = FIRST_STEP, most if guess is None else guess
+    while low <= at < high:
+        low, high = (low, at) if fits(at) else (at + 1, high)
+        at = at - step if high == at else at + step
+        step *= 4
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)

@@ -36,6 +36,7 @@ def tokenizer_of(files: ModelFiles, day: date | None = None) -> Tokenizer | None
     sources = _templates(files, config)
     return Tokenizer(
         encode=lambda text, special: list(fast.encode(text, add_special_tokens=special).ids),
+        encode_many=lambda texts: [each.ids for each in fast.encode_batch_fast(list(texts), add_special_tokens=False)],
         decode=lambda ids: str(fast.decode(list(ids), skip_special_tokens=False)),
         template=ChatTemplate(sources, tokens, day) if sources else None,
         eos=eos,

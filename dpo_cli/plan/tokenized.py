@@ -6,11 +6,13 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_cli.data.encoded import Encoded, EncodedRows
 from dpo_cli.data.tokenizer import Tokenizer
-from dpo_cli.data.tokens import Encoded, encode_all
+from dpo_cli.data.tokens import encode_all
 from dpo_cli.errors import Problem, invalid
 from dpo_cli.models.model_files import TOKENIZER_CONFIG
 from dpo_cli.plan.plan import Counts, Plan
@@ -25,13 +27,16 @@ if TYPE_CHECKING:
 class Rows:
     """The rows that a run trains on and is evaluated on, and their tokenizer."""
 
-    train: list[Encoded]
-    held_out: list[Encoded]
+    train: EncodedRows
+    held_out: EncodedRows
     tokenizer: PreTrainedTokenizerBase
 
     @property
-    def all(self) -> list[Encoded]:
-        return [*self.train, *self.held_out]
+    def extremes(self) -> list[Encoded]:
+        """The shortest and the longest of all rows."""
+        sizes = [(size.length, side, place) for side in (self.train, self.held_out) for place, size in enumerate(side.sizes())]
+        by_length = [min(sizes, key=itemgetter(0)), max(sizes, key=itemgetter(0))]
+        return [side[place] for _, side, place in by_length]
 
 
 def show_plan(plan: Plan, console: Console) -> None:
@@ -82,8 +87,8 @@ def show_plan(plan: Plan, console: Console) -> None:
 class Prepared:
     """The rows of a run as token ids, their counts, and their problems."""
 
-    train: list[Encoded]
-    held_out: list[Encoded]
+    train: EncodedRows
+    held_out: EncodedRows
     counts: Counts
     problems: tuple[Problem, ...]
 
@@ -98,26 +103,26 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
     skip, template = config.on_bad_rows == "skip", made.template
     encoded = encode_all(data.sides(config), made, config.use_chat_template, config.max_seq_length, token_rows, skip).require()
     sides = encoded.sides
-    kept = [[row for row in side if row.length <= config.max_seq_length] for side in sides]
-    train, held_out = kept
+    train, held_out = kept = [side.where(lambda size: size.length <= config.max_seq_length) for side in sides]
     _require_rows(sides[0], train, plan)
-    longest = max((row for side in kept for row in side), key=lambda row: row.length)
+    sizes = [(size, row) for side in kept for size, row in zip(side.sizes(), side.rows, strict=True)]
+    longest, longest_row = max(sizes, key=lambda sized: sized[0].length)
     counts = Counts(
         train_pairs=len(train),
         eval_pairs=len(held_out),
-        train_prompts=len({row.row.prompt_key for row in train}),
-        eval_prompts=len({row.row.prompt_key for row in held_out}),
-        cut=sum(row.is_cut for side in kept for row in side),
+        train_prompts=len({row.prompt_key for row in train.rows}),
+        eval_prompts=len({row.prompt_key for row in held_out.rows}),
+        cut=sum(side.cut for side in kept),
         too_long=sum(map(len, sides)) - sum(map(len, kept)),
-        parted=sum(row.parts_early for side in kept for row in side),
+        parted=sum(side.parted for side in kept),
         bad_rows=encoded.refused
         + sum(data_set.rows - data_set.pairs for data_set in (data.train, data.held_out) if data_set is not None),
         longest=longest.length,
-        longest_at=f"{Path(longest.row.file).name}:{longest.row.line}",
-        longest_pair=max(row.shared_length for side in kept for row in side),
-        longest_responses=max(row.response_length for side in kept for row in side),
-        train_tokens=sum(row.response_length + len(row.responses) * len(row.prompt_ids) for row in train),
-        shared_tokens=sum(row.shared_length for row in train),
+        longest_at=f"{Path(longest_row.file).name}:{longest_row.line}",
+        longest_pair=max(size.shared_length for size, _ in sizes),
+        longest_responses=max(size.response_length for size, _ in sizes),
+        train_tokens=sum(size.response_length + len(size.responses) * size.prompt for size in train.sizes()),
+        shared_tokens=sum(size.shared_length for size in train.sizes()),
         digest=_digest(kept),
         writes_date=template is not None and template.writes_date and config.use_chat_template is not False,
     )
@@ -126,7 +131,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
 
 def prepare_judged(
     data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None, all_rows: bool
-) -> tuple[list[Encoded], tuple[Problem, ...]]:
+) -> tuple[EncodedRows, tuple[Problem, ...]]:
     """The rows to evaluate, held out or all, prepared like in `prepare`; the training rows are not tokenised."""
     config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day, plan.model.generation)
     require_padding(made, tokenizer, token_rows)
@@ -134,13 +139,13 @@ def prepare_judged(
     side = train if all_rows else held_out
     skip = config.on_bad_rows == "skip"
     encoded = encode_all([side], made, config.use_chat_template, config.max_seq_length, token_rows, skip).require()
-    kept = [row for row in encoded.sides[0] if row.length <= config.max_seq_length]
+    kept = encoded.sides[0].where(lambda size: size.length <= config.max_seq_length)
     if all_rows:
         _require_rows(encoded.sides[0], kept, plan)
     return kept, encoded.problems
 
 
-def _require_rows(rows: Sequence[Encoded], kept: Sequence[Encoded], plan: Plan) -> None:
+def _require_rows(rows: EncodedRows, kept: EncodedRows, plan: Plan) -> None:
     """`InvalidInput` if no row is left to train on."""
     if not rows:
         fix = f"increase the weights in dataset, or add {plan.noun}"
@@ -148,7 +153,7 @@ def _require_rows(rows: Sequence[Encoded], kept: Sequence[Encoded], plan: Plan) 
     if not kept:
         limit = f"max_seq_length {plan.config.max_seq_length}"
         message = f"the responses of all {len(rows)} {plan.noun} to train on are longer than {limit}"
-        shortest = min(row.length for row in rows)
+        shortest = min(size.length for size in rows.sizes())
         fix = f"increase max_seq_length: the shortest has {shortest} tokens"
         raise invalid("nothing-to-train", message, fix, "max_seq_length")
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.errors import RunFailed
 from dpo_cli.plan.plan import EXPECTED, ONE_RESPONSE, Scoring
 from dpo_cli.providers.precision import in_float32
@@ -78,8 +78,8 @@ def choose(
     `no_sharing` is the reason of the provider why it cannot.
     Raises `RunFailed` if sharing is required (true) and not exact, and for a model with an unsupported head.
     """
-    by_length = sorted(rows, key=lambda row: row.length)
-    _require_our_head(model, collate(by_length[:1], pad_token_id, model.device))
+    shortest, longest = (end(rows, key=lambda row: row.length) for end in (min, max))
+    _require_our_head(model, collate([shortest], pad_token_id, model.device))
     if len(rows[0].responses) == 1:
         return ONE_RESPONSE
     if prompt_sharing is False:
@@ -87,7 +87,7 @@ def choose(
     why_not = no_sharing or shared_prompts.obstacle(model)
     if why_not is None:
         # The longest pair exceeds a window if any does; with the shortest there are two pairs in the row, and padding.
-        batch = collate([by_length[-1], by_length[0]], pad_token_id, model.device)
+        batch = collate([longest, shortest], pad_token_id, model.device)
         exact, finding = _try_sharing(model, batch)
         if exact:
             shared_prompts.enable(model)
@@ -117,7 +117,7 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
         return False, f"this model cannot run shared prompts ({type(error).__name__}: {error})"
     finally:
         shared_prompts.disable(model)
-    if not layout.masks:
+    if not layout.cuts.masks:
         return False, "this model does not pass the layout of the pairs to its attention"
     if apart <= ALLOWANCE:
         return (

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from dpo_cli.config.rules import sorts_pairs
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import LOG_PROBS
@@ -43,6 +43,7 @@ from dpo_cli.training.trainer import (
     common_arguments,
     on_one_device,
     ready,
+    token_column,
 )
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -186,6 +187,8 @@ def trainer_arguments(plan: Plan) -> DPOConfig:
 
 
 def _rows(pairs: Sequence[Encoded], shared: bool) -> Dataset:
-    columns = {name: [getattr(pair, name) for pair in pairs] for name in (*forward.ID_COLUMNS, "length")}
-    sizes = [pair.shared_length if shared else pair.length for pair in pairs]
-    return Dataset.from_dict({**columns, SIZE: sizes, PAIR: range(len(pairs))})
+    columns = {name: token_column(getattr(pair, name) for pair in pairs) for name in forward.ID_COLUMNS}
+    sizes = [pair.size for pair in pairs]
+    lengths = {"length": [size.length for size in sizes]}
+    lengths[SIZE] = [size.shared_length for size in sizes] if shared else lengths["length"]
+    return Dataset.from_dict({**columns, **lengths, PAIR: range(len(pairs))})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import IS_TOP1, LOG_PROBS
@@ -34,6 +34,7 @@ from dpo_cli.training.trainer import (
     common_arguments,
     on_one_device,
     ready,
+    token_column,
 )
 
 FIGURES = ("loss", *step_figures(DEMONSTRATIONS))
@@ -96,12 +97,12 @@ def trainer_arguments(plan: Plan) -> SFTConfig:
 
 
 def _rows(demonstrations: Sequence[Encoded]) -> Dataset:
-    pairs = [(row.prompt_ids, row.responses[0]) for row in demonstrations]
+    lengths = [row.length for row in demonstrations]
     return Dataset.from_dict(
         {
-            "input_ids": [prompt + completion for prompt, completion in pairs],
-            "labels": [[IGNORED] * len(prompt) + completion for prompt, completion in pairs],
-            "length": [row.length for row in demonstrations],
-            SIZE: [row.length for row in demonstrations],
+            "input_ids": token_column(row.prompt_ids + row.responses[0] for row in demonstrations),
+            "labels": token_column([IGNORED] * len(row.prompt_ids) + row.responses[0] for row in demonstrations),
+            "length": lengths,
+            SIZE: lengths,
         }
     )
