@@ -68,7 +68,7 @@ def rule(**parts: object) -> str:
 
 
 def rows(name: str = "pairs.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(name).read_text(encoding="utf-8").split("\n") if line]
 
 
 def test_pairs_have_their_provenance_and_train(place: Path, talker_dir: Path) -> None:

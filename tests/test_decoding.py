@@ -10,9 +10,11 @@ from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
-from dpo_cli.evaluation import decoding
-from dpo_cli.evaluation.decoding import fast_decoding
+from dpo_cli.evaluation import decoding, generation
+from dpo_cli.evaluation.decoding import RoomyLayer, fast_decoding, roomy_cache
+from dpo_cli.evaluation.generation import Sampling
 from dpo_cli.scoring import shared_prompts
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "granite", "cohere")
@@ -76,3 +78,79 @@ def test_an_adapted_model_decodes_in_this_way() -> None:
     with fast_decoding(model):
         assert model.get_base_model().config._attn_implementation.startswith(decoding.PREFIX)
         torch.testing.assert_close(logits(model), own, rtol=0, atol=1e-6)
+
+
+def until(ends: list[int], row: list[int]) -> list[int]:
+    """The row up to its first end token."""
+    return row[: next((i for i, token in enumerate(row) if token in ends), len(row)) + 1]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "gpt2"])
+def test_rows_that_have_ended_leave_the_batch(family: str) -> None:
+    """The tokens are those of transformers' own batch, and no row is computed in a part after its end."""
+    model = tiny_model(family).eval()
+    settings = GenerationConfig(max_new_tokens=40, do_sample=False, pad_token_id=2)
+    with torch.no_grad():
+        whole = model.generate(input_ids=IDS, attention_mask=MASK, generation_config=settings)[:, IDS.shape[1] :].tolist()
+    # The token that ends the rows at the most different times.
+    end = max({token for row in whole for token in row}, key=lambda token: len({len(until([token], row)) for row in whole}))
+    sizes: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    with torch.no_grad():
+        rows = generation._continued(model, IDS, MASK, Sampling(40), [end], 2)
+    assert [until([end], row) for row in rows] == [until([end], row) for row in whole]
+    lengths = [len(until([end], row)) for row in rows]
+    assert len(set(lengths)) > 1 and sorted(sizes, reverse=True) == sizes
+    parts = [-(-length // generation.PART) for length in lengths]
+    most = max(lengths)  # the last part ends with its last row
+    assert sum(sizes) == sum(min(part * generation.PART, most) for part in parts), (lengths, sizes)
+
+
+def test_a_model_that_drops_the_cache_on_the_way() -> None:
+    """Phi 3 does where its positions change, from 12 tokens on here; rows may leave before and after."""
+    model = tiny_model("phi3").eval()
+    model.config.original_max_position_embeddings = 12
+    with torch.no_grad():
+        for end in range(300):
+            rows = generation._continued(model, IDS, MASK, Sampling(24), [end], 2)
+            if {len(row) == 24 for row in rows} == {True, False}:
+                return
+    pytest.fail("no row ended before another")
+
+
+def test_a_model_without_such_a_cache_answers_in_one_part() -> None:
+    model = tiny_model("llama").eval()
+    calls: list[dict[str, Any]] = []
+
+    def own_generate(**options: Any) -> Tensor:
+        calls.append(options)
+        made: Tensor = type(model).generate(model, **options)
+        return made
+
+    model.generate = own_generate  # as Unsloth does
+    assert roomy_cache(model, 40) is None
+    with torch.no_grad():
+        rows = generation._continued(model, IDS, MASK, Sampling(40), [5], 2)
+    assert len(calls) == 1 and "past_key_values" not in calls[0] and len(rows) == 3
+
+
+def test_a_layer_with_room_by_hand() -> None:
+    layer, plain = RoomyLayer(8), DynamicLayer()
+    draw = torch.Generator().manual_seed(0)
+
+    def add(sequences: int, tokens: int) -> None:
+        new = [torch.randn(sequences, 1, tokens, 4, generator=draw) for _ in range(2)]
+        for mine, theirs in zip(layer.update(*new), plain.update(*new), strict=True):
+            assert torch.equal(mine, theirs)
+
+    add(2, 3)
+    place = layer.keys.data_ptr()
+    add(2, 1)
+    for one in (layer, plain):
+        one.crop(-1)
+    add(2, 1)
+    assert layer.keys.data_ptr() == place and layer.get_seq_length() == 4  # nothing was copied
+    for one in (layer, plain):
+        one.batch_select_indices(torch.tensor([1]))
+    add(1, 1)
+    RoomyLayer(8).batch_select_indices(torch.tensor([0]))  # nothing is there yet

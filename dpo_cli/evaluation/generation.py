@@ -10,18 +10,20 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import Text
-from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Intervals, mean
-from dpo_cli.evaluation.decoding import fast_decoding
+from dpo_cli.evaluation.decoding import fast_decoding, roomy_cache
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval
 from dpo_cli.results.judgement import Answers
 from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.packing import filled
+from dpo_cli.storage.progress import working
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Sampling:
 
 
 AT_ONCE = 64  # prompts that are answered in one batch, if there is memory for their answers
+PART = 16  # tokens of each row, after which the rows that have ended leave the batch
 
 
 @dataclass(frozen=True)
@@ -113,25 +116,50 @@ def _batch(
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (prompts, width)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     ends = _ends(model, tokenizer)
-    is_sampled = sampling.temperature is not None
-    settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=is_sampled,
-        num_return_sequences=count,
-        eos_token_id=sorted(ends),
-        pad_token_id=pad,
-        **({"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}),
-    )
     with (
         _plain(model),
         fast_decoding(model),
         torch.no_grad(),
         torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     ):
-        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-    rows: list[list[int]] = sequences[:, width:].tolist()
+        rows = _continued(model, ids.repeat_interleave(count, 0), mask.repeat_interleave(count, 0), sampling, sorted(ends), pad)
     answers = [_answer(row, ends, tokenizer) for row in rows]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+
+def _continued(
+    model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor, sampling: Sampling, ends: list[int], pad: int
+) -> list[list[int]]:
+    """The tokens that follow each row of `ids` (n, width), up to an end token and perhaps padding.
+
+    transformers' `generate` makes `PART` tokens at a time. Rows that have ended then leave the batch.
+    """
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    left = sampling.max_new_tokens
+    cache = roomy_cache(network, ids.shape[1] + left)
+    part = PART if cache is not None else left
+    is_sampled = sampling.temperature is not None
+    drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}
+    rows: list[list[int]] = [[] for _ in ids]
+    places = torch.arange(len(ids), device=ids.device)
+    with working("sampling", None, "tokens") as work:
+        while left and len(places):
+            settings = GenerationConfig(
+                max_new_tokens=min(part, left), do_sample=is_sampled, eos_token_id=ends, pad_token_id=pad, **drawing
+            )
+            own = {} if cache is None else {"past_key_values": cache}
+            longer = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **own)
+            new = longer[:, ids.shape[1] :]
+            for place, tokens in zip(places.tolist(), new.tolist(), strict=True):
+                rows[place] += tokens
+            goes_on = ~torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1)
+            work.add(new.numel(), f"{len(rows) - int(goes_on.sum())} of {len(rows)} answers done")
+            left -= new.shape[1]
+            if left and not goes_on.all() and goes_on.any() and cache is not None:
+                cache.batch_select_indices(goes_on.nonzero()[:, 0])
+            mask = torch.cat([mask, torch.ones_like(new)], dim=1)[goes_on]
+            ids, places = longer[goes_on], places[goes_on]
+    return rows
 
 
 @contextmanager
@@ -205,8 +233,14 @@ def answers(
         return len(batch) <= AT_ONCE and (room is None or room.holds_answers(len(batch), width))
 
     batches = filled(prompts, fits)
-    results = in_halves(batches, lambda batch: generate(model, tokenizer, batch, sampling, dtype), list_halves)
-    return [answer for _, of_batch in results for (answer,) in of_batch]
+    written: list[Answer] = []
+    with working("answering", len(prompts), "prompts") as work:
+        for batch, of_batch in in_halves(
+            batches, lambda batch: generate(model, tokenizer, batch, sampling, dtype), list_halves
+        ):
+            written += [answer for (answer,) in of_batch]
+            work.add(len(batch))
+    return written
 
 
 def answer_tokens(samples: Sequence[Sample]) -> dict[str, Interval] | None:
