@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house speed speed-curve step-profile demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-unsloth docs test reference tokenizers data-speed fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
+.PHONY: install house speed speed-curve step-profile demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -107,6 +107,9 @@ house: .venv/installed
 data-speed: install
 	$(BIN)/python benchmarks/data_speed.py
 
+dataset-scale: install
+	$(BIN)/python benchmarks/dataset_scale.py
+
 fuzz: install
 	FUZZ_EXAMPLES=10000 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_fuzz.py
 	FUZZ_EXAMPLES=500 HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_corpus.py
@@ -187,6 +190,18 @@ UNSLOTH := .venv-unsloth/bin
 	$(UNSLOTH)/pip install -q --disable-pip-version-check -c .venv-unsloth/constraints.txt -e '.[dev,unsloth]'
 	$(UNSLOTH)/python -c 'import torchvision' 2> .venv-unsloth/torchvision.log || $(UNSLOTH)/pip uninstall -q -y torchvision
 	touch $@
+
+# liger-kernel's own kernels, on the CPU by Triton's interpreter.
+LIGER := .venv-liger/bin
+
+.venv-liger/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-liger
+	$(LIGER)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(LIGER)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,liger]'
+	touch $@
+
+check-liger: .venv-liger/installed
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(LIGER)/pytest tests/test_liger_kernels.py
 
 check-unsloth: $(MODEL) .venv-unsloth/installed
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/pytest tests/test_unsloth.py

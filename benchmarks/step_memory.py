@@ -42,8 +42,8 @@ from transformers import (
 )
 
 from dpo_cli.config.config import load
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import Pair
-from dpo_cli.data.tokens import Encoded
 from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.memory import components
 from dpo_cli.hardware.memory_inputs import Longest, Settings

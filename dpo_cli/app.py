@@ -184,6 +184,7 @@ def evaluate(
     ] = None,
     by_judge: Annotated[bool, typer.Option("--judge", help="Same as `dpo vote RUN_DIR --judge`.")] = False,
     tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Same as `dpo vote --tally FILE`.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Compute the figures again, also if nothing has changed.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -203,13 +204,18 @@ def evaluate(
         if adapter and side_by_side:
             raise UsageError("--side-by-side needs a run directory", "dpo vote RUN_DIR")
         votes = VoteRequest(name, side_by_side, by_judge) if side_by_side else None
-        request = Request(name, adapter, dataset, values, fail_under, votes)
+        request = Request(name, adapter, dataset, values, fail_under, votes, again)
         if side_by_side:
             console.line(f"note: `dpo vote {name} --prompts {side_by_side}` compares answers without evaluating the run again")
-        composer_for()
-        from dpo_cli.commands.eval import evaluate as evaluate_it
+        from dpo_cli.commands.known_evaluation import show_known
 
-        judged, compared = evaluate_it(request, console)
+        if (known := show_known(request, console)) is not None:
+            judged, compared = known, None
+        else:
+            composer_for()
+            from dpo_cli.commands.eval import evaluate as evaluate_it
+
+            judged, compared = evaluate_it(request, console)
         result = {**judged.shown, "side_by_side": to_json(compared) if compared else None}
         _end(request.thresholds, judged, result, console, as_json)
 

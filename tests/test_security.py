@@ -334,7 +334,7 @@ def test_no_template_is_rendered_outside_the_bound(
     for command in (
         ["train", config],
         ["train", config, "strategy=sft", f"output_dir={tmp_path / 'sft'}"],
-        ["eval", tmp_path / "run"],
+        ["eval", tmp_path / "run", "--again"],
         ["export", tmp_path / "run", "--out", tmp_path / "out"],
         ["augment", put(tmp_path / "p.txt", "hello\n"), config, "--out", out],
     ):

@@ -38,6 +38,7 @@ from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.results.codec import JsonObject
 from dpo_cli.scoring.oom import is_out_of_memory
 from dpo_cli.storage.digests import sha256
+from dpo_cli.storage.progress import working
 from dpo_cli.storage.resumable_file import ResumableFile
 from dpo_cli.ui.console import Console
 
@@ -73,12 +74,12 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
         done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
         if file.is_resumed:
             console.line(f"{out}: continuing after {done} of {len(questions)} prompts")
-        with console.counting("prompts", len(questions), done) as show:
+        with working("augmenting", len(questions), "prompts", done) as work:
             for start in range(done, len(questions), options["prompts_per_batch"]):
                 batch = questions[start : start + options["prompts_per_batch"]]
                 rows = maker.rows(batch, start, counts)
                 file.append(rows, {"prompts": start + len(batch), "counts": counts})
-                show(start + len(batch), f"{counts['pairs']} pairs")
+                work.add(len(batch), f"{counts['pairs']} pairs")
         file.finish()
     counted = {name: counts[name] for name in ("pairs", *COUNTED)}
     totals = {"prompts": len(questions), "repeated": prompts.repeated, "bad_rows": prompts.bad_rows, **left, **counted}

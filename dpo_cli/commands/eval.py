@@ -10,15 +10,13 @@ from dpo_cli.evaluation.rounding import without_rounding
 from dpo_cli.plan.adapter_start import start_of
 from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
-from dpo_cli.results.codec import to_json
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.tally import SideBySide
+from dpo_cli.runs.kept_evaluation import basis_of, is_readable, keep
 from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run
 from dpo_cli.storage.log import log_to
-from dpo_cli.storage.run_directory import EVALUATION
+from dpo_cli.storage.run_directory import PLAN
 from dpo_cli.ui.console import Console
-
-SHOWN = 3  # prompts whose answers are printed
 
 
 def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide | None]:
@@ -29,6 +27,7 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         opened = open_run(request.target, request.dataset, console, request.overrides)
     run, vote = opened.run if isinstance(opened, OpenedRun) else None, request.vote
     contest = contest_of(vote.prompts, vote.by_judge, run, opened.plan, opened.rows) if run and vote else None
+    basis = basis_of(run.read_json(PLAN)["config"]) if run else {}
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
         samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, vote.prompts if vote else 0))
@@ -36,9 +35,8 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         if measured is not None:
             measured = without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)
         judged = judge(opened.rows, measured, samples, plan)
-    is_as_trained = request.dataset is None and not request.overrides  # only these figures belong to the run
-    if run and is_as_trained and judged.sides is not None and not run.has(EVALUATION):
-        run.write_json(EVALUATION, to_json(judged))  # a training that was stopped has no evaluation
+    if run and request.is_as_trained and judged.sides is not None and not is_readable(run):
+        keep(run, judged, basis)  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures
-    console.judgement(judged, judged.samples[:SHOWN], plan.strategy, start_of(plan))
+    console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model))
     return judged, contest.hold(samples, console) if contest else None

@@ -41,6 +41,7 @@ from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.oom import free_memory
 from dpo_cli.storage.atomic import free_bytes, let_others_read, sync_all, way_out, write_whole
 from dpo_cli.storage.log import log_to
+from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import redact
 from dpo_cli.storage.run_directory import CARD, PLAN, SUMMARY
 from dpo_cli.strategies.figures import FIGURES, Figure
@@ -116,7 +117,8 @@ def _merge(
     with model_folder.staging(request.out) as place:
         own, plan = _own_scores(opened, console)
         console.line(f"merging into the {trained.dtype} base")
-        _write_merged(opened, trained, request.out, place)
+        with working("merging"):
+            _write_merged(opened, trained, request.out, place)
         merged = _merged_scores(opened, plan, own, place, console)
         merge, judged = compare(opened, trained, own.scores, merged)
         console.comparison(merge)

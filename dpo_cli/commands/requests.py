@@ -58,6 +58,7 @@ class Request:
     overrides: tuple[str, ...] = ()
     fail_under: str | None = None
     vote: VoteRequest | None = None
+    again: bool = False  # compute also what is known
     thresholds: list[Threshold] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,6 +69,11 @@ class Request:
             _require_run("dpo eval", self.target, self.overrides, f"dpo eval {self.target} --adapter DIR, or ")
         elif self.vote is not None:
             raise UsageError("--side-by-side needs a run directory", "dpo vote RUN_DIR")
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether it asks for the figures that belong to a run."""
+        return self.adapter is None and self.dataset is None and not self.overrides
 
 
 def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:

@@ -19,6 +19,7 @@ from dpo_cli.config.options import Config
 from dpo_cli.errors import DpoError, Exit, UsageError
 from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.hub import ask_nobody
+from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import Redacted
 from dpo_cli.ui.console import Console
 
@@ -42,7 +43,7 @@ def console_of(as_json: bool) -> Iterator[Console]:
     ask_nobody()
     with redirect_stdout(cast(TextIO, Redacted(sys.stdout))), redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
         console = Console(as_json)
-        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        with redirect_stdout(sys.stderr) if as_json else nullcontext(), console.progress:
             yield console
 
 
@@ -98,9 +99,9 @@ def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
         from dpo_cli.providers.unsloth_import import import_unsloth
 
         import_unsloth(max(devices))  # stages on cpu and cuda: with its kernels
-    from dpo_cli.storage.log import hush
+    with working("starting torch"):
+        from dpo_cli.storage.log import hush
 
-    hush()
-    from dpo_cli.commands import train
-
+        hush()
+        from dpo_cli.commands import train
     return train

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.config.config import Loaded
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figures, measure, score
 from dpo_cli.evaluation.rounding import rounding_of, without_rounding
@@ -34,6 +34,8 @@ from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import Line, Memory, RunSummary, Status
 from dpo_cli.runs.card import card
+from dpo_cli.runs.kept_evaluation import basis_of
+from dpo_cli.runs.kept_evaluation import keep as keep_evaluation
 from dpo_cli.runs.manifest import RECALLED, manifest
 from dpo_cli.runs.resume import TO_RESUME, EarlierRun, restore_run, resumable, tell_on, with_resume_advice
 from dpo_cli.scoring.forward import choose
@@ -41,7 +43,7 @@ from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.scoring.reference import KeptReference, computed_by
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
-from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, REPORT, SUMMARY, RunDirectory
+from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
 from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
@@ -133,7 +135,8 @@ def train(
         run.write_plan({**plan.to_json(), **findings})
         run.write_json(MANIFEST, about)
         rows = Rows(prepared.train, prepared.held_out, tokenizer)
-        result = _trained(run, earlier, plan, findings, provider, rows, loaded, machine, console)
+        basis = basis_of(run.read_json(PLAN)["config"])
+        result = _trained(Job(run, earlier, findings, provider, rows, loaded, machine, console, basis), plan)
     free_memory()  # the trainer and its callbacks refer to each other and to the model: the next stage needs the memory
     return result
 
@@ -155,108 +158,162 @@ def _late_problems(plan: Plan, loaded: Loaded, inspection: Inspection) -> tuple[
     return problems
 
 
-def _trained(
-    run: RunDirectory,
-    earlier: EarlierRun | None,
-    plan: Plan,
-    findings: JsonObject,
-    provider: Provider,
-    rows: Rows,
-    loaded: Loaded,
-    machine: Machine,
-    console: Console,
-) -> tuple[JsonObject, Exit]:
-    """The story from the model on. Longer than other functions: the whole run in its order."""
+@dataclass(frozen=True)
+class Job:
+    """What a training starts with."""
+
+    run: RunDirectory
+    earlier: EarlierRun | None  # that is resumed
+    findings: JsonObject  # for plan.json
+    provider: Provider
+    rows: Rows
+    loaded: Loaded
+    machine: Machine
+    console: Console
+    basis: JsonObject  # of its evaluation
+
+
+def _trained(job: Job, plan: Plan) -> tuple[JsonObject, Exit]:
+    """The story from the model on."""
+    view = LiveView(job.console, plan.total_steps, plan.predicted_gb)
+    with log_to(job.run.log), StopOnSignal() as stop, view:
+        training = _built(job, plan, view, stop)
+        with _fitting(training.plan, job.loaded):
+            _begun(job, training, view)
+            if not training.is_over:
+                with _kept_when_trained(job, training):
+                    training.keep.train()
+        seconds = time.monotonic() - training.keep.start
+    return _concluded(job, training, seconds)
+
+
+@dataclass(frozen=True)
+class Training:
+    """A trainer and what watches it, and the plan as the loaded model has settled it."""
+
+    plan: Plan
+    trainer: Any
+    record: Record
+    health: Health
+    early: StopEarly
+    stop: StopOnSignal
+    keep: Keep
+    measured: dict[int, Measured]  # the last evaluation, by its step
+
+    @property
+    def is_over(self) -> bool:
+        return self.health.stopped or self.early.ended or bool(self.stop.received) or self.step >= self.plan.total_steps
+
+    @property
+    def step(self) -> int:
+        return int(self.trainer.state.global_step)
+
+
+def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training:
+    """Load the model, settle with it what the plan left open, and build the trainer."""
+    run, earlier, provider, rows, loaded, console = (
+        job.run,
+        job.earlier,
+        job.provider,
+        job.rows,
+        job.loaded,
+        job.console,
+    )
     tokenizer, pad_token_id = rows.tokenizer, int(rows.tokenizer.pad_token_id)
-    view = LiveView(console, plan.total_steps, plan.predicted_gb)
-    with log_to(run.log), StopOnSignal() as stop, view:
-        base = provider.base_model(plan)
-        for note in provider.notes:
-            console.line(f"note: {note}")
-        with _fitting(plan, loaded):
-            wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
-            scoring = choose(base, rows.all, pad_token_id, wanted, provider.no_sharing)
-        scoring = earlier.decided.scoring if earlier else scoring
-        plan = _settled(plan, scoring, loaded, machine, console, is_resumed=earlier is not None)
-        view.predicted_gb = plan.predicted_gb
-        run.write_plan({**plan.to_json(), **findings})
-        start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
-        frozen = None if plan.config.lora_r else provider.base_model(plan)
-        if frozen is not None:
-            choose(frozen, rows.all, pad_token_id, plan.scoring.shared)  # so that its attention takes the same layout
+    base = provider.base_model(plan)
+    for note in provider.notes:
+        console.line(f"note: {note}")
+    with _fitting(plan, loaded):
+        wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
+        scoring = choose(base, rows.extremes, pad_token_id, wanted, provider.no_sharing)
+    scoring = earlier.decided.scoring if earlier else scoring
+    plan = _settled(plan, scoring, loaded, job.machine, console, is_resumed=earlier is not None)
+    view.predicted_gb = plan.predicted_gb
+    run.write_plan({**plan.to_json(), **job.findings})
+    start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
+    frozen = None if plan.config.lora_r else provider.base_model(plan)
+    if frozen is not None:
+        choose(frozen, rows.extremes, pad_token_id, plan.scoring.shared)  # so that its attention takes the same layout
 
-        measured: dict[int, Measured] = {}  # the last evaluation, by its step
+    measured: dict[int, Measured] = {}
 
-        def evaluate(policy: Policy) -> dict[str, float]:
-            measured.clear()
-            with stop.interruptible():
-                now = measure(policy, rows.held_out, tokenizer, plan)
-                now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
-            measured[trainer.state.global_step] = now
-            return line_figures(now, plan)
+    def evaluate(policy: Policy) -> dict[str, float]:
+        measured.clear()
+        with stop.interruptible():
+            now = measure(policy, rows.held_out, tokenizer, plan)
+            now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
+        measured[trainer.state.global_step] = now
+        return line_figures(now, plan)
 
-        build = TRAINERS[plan.config.strategy]
-        trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen)
-        provider.ready(trainer.model, plan)
-        with _fitting(plan, loaded):
-            first = rows.train[:ROUNDED_ROWS]
-            rounding = earlier.decided.rounding if earlier else rounding_of(trainer.policy, first, tokenizer, plan)
-        plan = _with_rounding(plan, rounding, console)
-        run.write_plan({**plan.to_json(), **findings})
-        health = Health(plan, trainer.totals, view.note)
-        early = StopEarly(trainer.model, plan.config.early_stopping_patience)
-        record = Record(trainer.totals, [partial(_write_line, run), view.show, health.see, early.see])
-        keep = Keep(run, trainer, health, early, stop)
-        for callback in (record, health, early, stop, keep):
-            trainer.add_callback(callback)
-        with _fitting(plan, loaded):
-            if trainer.reference is not None:
-                cache = ReferenceCache(computed_by(trainer.policy, plan), f"{plan.model_label}, {plan.dtype}", console.line)
-                trainer.reference.share_in(cache, rows.train)
-            if earlier is not None and earlier.checkpoint is not None:
-                keep.go_back_to(earlier.checkpoint)
-                if earlier.asks_on(plan):
-                    health.forget_stops()
-                lines = [Line.of_json(line) for line in run.read_lines()]
-                record.recall(lines)
-                view.recall(lines)
-                if keep.missed_evaluation:
-                    trainer.evaluate()
-            else:
-                run.try_to_write(partial(_save, trainer.model, tokenizer))
-                if trainer.reference is not None:
-                    _check_reference(run, trainer.reference, trainer.policy, rows, plan, health, console)
-            if not (health.stopped or early.ended or stop.received or trainer.state.global_step >= plan.total_steps):
-                with _kept_when_trained(run, trainer, tokenizer, plan, console):
-                    keep.train()
-        seconds = time.monotonic() - keep.start
+    build = TRAINERS[plan.config.strategy]
+    trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen)
+    provider.ready(trainer.model, plan)
+    with _fitting(plan, loaded):
+        first = rows.train[:ROUNDED_ROWS]
+        rounding = earlier.decided.rounding if earlier else rounding_of(trainer.policy, first, tokenizer, plan)
+    plan = _with_rounding(plan, rounding, console)
+    run.write_plan({**plan.to_json(), **job.findings})
+    health = Health(plan, trainer.totals, view.note)
+    early = StopEarly(trainer.model, plan.config.early_stopping_patience)
+    record = Record(trainer.totals, [partial(_write_line, run), view.show, health.see, early.see])
+    keep = Keep(run, trainer, health, early, stop)
+    for callback in (record, health, early, stop, keep):
+        trainer.add_callback(callback)
+    return Training(plan, trainer, record, health, early, stop, keep, measured)
 
+
+def _begun(job: Job, training: Training, view: LiveView) -> None:
+    """Before the first step: go back to the checkpoint of a resumed run, or check what a new one starts with."""
+    run, earlier, rows, console = job.run, job.earlier, job.rows, job.console
+    plan, trainer, keep = training.plan, training.trainer, training.keep
+    if trainer.reference is not None:
+        cache = ReferenceCache(computed_by(trainer.policy, plan), f"{plan.model_label}, {plan.dtype}", console.line)
+        trainer.reference.share_in(cache, rows.train)
+    if earlier is not None and earlier.checkpoint is not None:
+        keep.go_back_to(earlier.checkpoint)
+        if earlier.asks_on(plan):
+            training.health.forget_stops()
+        lines = [Line.of_json(line) for line in run.read_lines()]
+        training.record.recall(lines)
+        view.recall(lines)
+        if keep.missed_evaluation:
+            trainer.evaluate()
+        return
+    run.try_to_write(partial(_save, trainer.model, rows.tokenizer))
+    if trainer.reference is not None:
+        _check_reference(run, trainer.reference, trainer.policy, rows, plan, training.health, console)
+
+
+def _concluded(job: Job, training: Training, seconds: float) -> tuple[JsonObject, Exit]:
+    """After the last step: save what was trained, evaluate it, and write about it."""
+    run, rows, console = job.run, job.rows, job.console
+    plan, trainer, health, early, stop = training.plan, training.trainer, training.health, training.early, training.stop
     status, code = _ending(stop, health)
     early.put_best_back()
-    steps = trainer.state.global_step
+    steps = training.step
     summary = RunSummary(
         status=status,
         steps=steps,
         best_step=early.best_step or None,
         seconds=round(seconds, 3),
-        train=record.last_train,
+        train=training.record.last_train,
         sides=None,
-        memory=Memory(plan.predicted_gb, record.peak_gb),
+        memory=Memory(plan.predicted_gb, training.record.peak_gb),
         health=health.events,
-        adapter_sha256=run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0),
+        adapter_sha256=run.write_trained(partial(_save, trainer.model, rows.tokenizer), whole=plan.config.lora_r == 0),
     )
     run.write_json(SUMMARY, to_json(summary))  # before the evaluation, so that a second Ctrl-C loses only that
     can_be_judged = not stop.received and health.can_be_judged
     with log_to(run.log):
-        last = measured.get(early.best_step or steps)
-        judged = _judged(trainer.policy, rows.held_out if can_be_judged else [], tokenizer, plan, last, console.line)
+        last = training.measured.get(early.best_step or steps)
+        judged = _judged(trainer.policy, rows.held_out if can_be_judged else [], rows.tokenizer, plan, last, console.line)
     summary = replace(summary, sides=judged.sides)
     if judged.sides is not None:
-        run.write_json(EVALUATION, to_json(judged))
+        keep_evaluation(run, judged, job.basis)
     run.write_card(card(plan, steps, judged))
     run.write_json(SUMMARY, to_json(summary))
     if can_be_judged:
-        console.judgement(judged, [], plan.strategy, start_of(plan))
+        console.judgement(judged, [], plan.strategy, start_of(plan.model))
     console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
     if status == "interrupted":
         console.line(TO_RESUME)
@@ -289,16 +346,17 @@ def _check_reference(
 
 
 @contextmanager
-def _kept_when_trained(
-    run: RunDirectory, trainer: Any, tokenizer: PreTrainedTokenizerBase, plan: Plan, console: Console
-) -> Iterator[None]:
+def _kept_when_trained(job: Job, training: Training) -> Iterator[None]:
     """A failure after the last step (an evaluation, a tracker) loses nothing: what was trained is saved first."""
+    run, plan = job.run, training.plan
     try:
         yield
     except Exception:
-        if trainer.state.global_step >= plan.total_steps:
-            run.write_trained(partial(_save, trainer.model, tokenizer), whole=plan.config.lora_r == 0)
-            console.line(f"all {plan.total_steps} steps are done, and {run.trained} is saved; --resume does what is missing")
+        if training.step >= plan.total_steps:
+            run.write_trained(partial(_save, training.trainer.model, job.rows.tokenizer), whole=plan.config.lora_r == 0)
+            job.console.line(
+                f"all {plan.total_steps} steps are done, and {run.trained} is saved; --resume does what is missing"
+            )
         raise
 
 
@@ -308,7 +366,7 @@ def _finished(run: RunDirectory, plan: Plan, left_out: list[str], console: Conso
     if not run.has(REPORT):
         write_report(run.path)
     if run.has(EVALUATION):
-        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), plan.noun), [], plan.strategy, start_of(plan))
+        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), plan.noun), [], plan.strategy, start_of(plan.model))
     if left_out:
         console.line(f"note: a finished run keeps its {', '.join(left_out)}; `dpo eval` evaluates it again")
     console.line(f"{summary.status} already, after step {summary.steps}; {run.trained.name}: {run.trained}")
@@ -331,7 +389,7 @@ def _ending(stop: StopOnSignal, health: Health) -> tuple[Status, Exit]:
 
 def _judged(
     policy: Policy,
-    rows: list[Encoded],
+    rows: Sequence[Encoded],
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
     last: Measured | None,

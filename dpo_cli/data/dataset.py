@@ -29,6 +29,7 @@ from dpo_cli.data.row_shapes import KEYS
 from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
 from dpo_cli.data.unreadable_files import fault
 from dpo_cli.errors import Problem, Severity, invalid
+from dpo_cli.storage.progress import working
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 
 Named = str | Sequence[str | Mapping[str, Any]]  # a config's data: a path, or paths and {"path", "weight"}
@@ -237,20 +238,22 @@ def read(
     bad, account = BadRows(), Account(columns or {}, demonstrations)
     prompts: set[int] = set()
     rows = pairs = 0
-    for source, read_as in _rows(readable, columns, demonstrations):
-        rows += 1
-        if isinstance(read_as, Bad):
-            bad.add(read_as)
-            continue
-        account.see(read_as)
-        pairs += len(read_as.rows)
-        for row in read_as.rows:
-            if kept is not None:
-                kept.append((source, row))
-            prompt_key = row.prompt_key
-            prompts.add(hash(prompt_key))
-            for observer in observers:
-                observer.see(row, prompt_key)
+    with working(f"reading {name}", None, "rows") as work:
+        for source, read_as in _rows(readable, columns, demonstrations):
+            work.add()
+            rows += 1
+            if isinstance(read_as, Bad):
+                bad.add(read_as)
+                continue
+            account.see(read_as)
+            pairs += len(read_as.rows)
+            for row in read_as.rows:
+                if kept is not None:
+                    kept.append((source, row))
+                prompt_key = row.prompt_key
+                prompts.add(hash(prompt_key))
+                for observer in observers:
+                    observer.see(row, prompt_key)
     problems = [*whole, *bad.problems(key, skip)]
     if not pairs:
         keys = DEMONSTRATION_KEYS if demonstrations else KEYS

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import Text
-from dpo_cli.data.tokens import Encoded
 from dpo_cli.evaluation.bootstrap import Array, Intervals, mean
 from dpo_cli.evaluation.generation import Sample, Sampling, answer_tokens, answers, first_of_each_prompt, side_by_side
 from dpo_cli.evaluation.losses import trained_loss
@@ -22,6 +22,7 @@ from dpo_cli.providers.policy import Policy
 from dpo_cli.results.judgement import Evaluation, Judged, JudgedRow
 from dpo_cli.runs.state_io import random_state_kept
 from dpo_cli.scoring.forward import plain_states, states_of
+from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import redact
 from dpo_cli.strategies.row_kinds import PAIRS
 
@@ -54,9 +55,10 @@ class Measured:
 
 def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
     """Score the rows, and sample answers to their prompts; not for sft, nor from a policy whose log-probs are not finite."""
-    scores = score(policy, rows, tokenizer, plan)
-    samples_kl = plan.strategy.refers and bool(np.isfinite(scores.policy).all())
-    return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan) if samples_kl else (np.zeros(0), 0)))
+    with working("evaluating"):
+        scores = score(policy, rows, tokenizer, plan)
+        samples_kl = plan.strategy.refers and bool(np.isfinite(scores.policy).all())
+        return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan) if samples_kl else (np.zeros(0), 0)))
 
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:

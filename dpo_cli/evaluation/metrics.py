@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
@@ -22,6 +22,7 @@ from dpo_cli.scoring.lm_head import Head, compare_tokens
 from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.packing import filled
 from dpo_cli.scoring.shared_prompts import IGNORED
+from dpo_cli.storage.progress import working
 from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Columns, Figure
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
 
@@ -73,9 +74,11 @@ def score_rows(
     def scored(batch: list[int]) -> list[Tensor]:
         return _score(policy, states, collate([rows[i] for i in batch], pad_token_id, policy.network.device), dtype)
 
-    for batch, scores in in_halves(filled(by_length, fits), scored, list_halves):
-        for column, sums in zip(columns, scores, strict=True):
-            column[batch] = sums.view(kinds, len(batch)).T.numpy()
+    with working("scoring", len(rows), DEMONSTRATIONS.noun if kinds == 1 else PAIRS.noun) as work:
+        for batch, scores in in_halves(filled(by_length, fits), scored, list_halves):
+            for column, sums in zip(columns, scores, strict=True):
+                column[batch] = sums.view(kinds, len(batch)).T.numpy()
+            work.add(len(batch))
     return Scores(*columns)
 
 

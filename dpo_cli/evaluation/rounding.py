@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.evaluation.evaluation import Measured, score
 from dpo_cli.plan.plan import Plan, Rounding
 from dpo_cli.providers.policy import Policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
@@ -16,15 +16,12 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.models.tensor_files import some
 from dpo_cli.strategies.strategies import STRATEGIES
 
-if TYPE_CHECKING:
-    from dpo_cli.plan.plan import Plan
-
 Shape = Mapping[str, Any]  # the options of SHAPE
 
 
-def start_of(plan: Plan) -> str | None:
-    """The adapter that the training starts from, with which its figures are compared; None for a plain model."""
-    return plan.model_label if plan.model.adapter is not None else None
+def start_of(model: ModelSource) -> str | None:
+    """The adapter that a training starts from, with which its figures are compared; None for a plain model."""
+    return Path(model.name).name if model.adapter is not None else None
 
 
 def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[str, Any], list[str]]:

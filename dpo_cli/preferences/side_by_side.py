@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 
 from dpo_cli.config.augment_rules import RANK_PARTS, judge_is_a_plain_url, rank_has_its_parts
 from dpo_cli.config.schema import inner_defaults
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import flat
-from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, RunFailed, invalid
 from dpo_cli.evaluation.generation import Sample, first_of_each_prompt
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences import votes
 from dpo_cli.preferences.judge import AT_ONCE, Judge
 from dpo_cli.results.tally import SideBySide
+from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import redacted
 from dpo_cli.storage.run_directory import PAGE, SUMMARY, VOTES, RunDirectory
 from dpo_cli.ui.console import Console
@@ -98,9 +99,9 @@ class Contest:
                 vote["winner"], vote["by"] = WINNERS[won], "judge"
 
         try:
-            with console.counting("judged", len(open_votes), 0) as show, ThreadPoolExecutor(AT_ONCE) as pool:
-                for done, _ in enumerate(pool.map(ask, open_votes), start=1):
-                    show(done, "")
+            with working("asking the judge", len(open_votes), "prompts") as work, ThreadPoolExecutor(AT_ONCE) as pool:
+                for _ in pool.map(ask, open_votes):
+                    work.add()
         finally:
             self.run.write_json(VOTES, document)
         if open_votes and (silent := sum(vote["winner"] is None for vote in open_votes)):

@@ -32,12 +32,14 @@ from dpo_cli.models.model_files import GENERATION, TOKENIZER_CONFIG, ModelFiles
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
 from dpo_cli.plan.plan import Adapted, Plan
+from dpo_cli.providers import liger_kernels
 from dpo_cli.providers.architecture import Architecture, adapted, lora_config
 from dpo_cli.providers.loaded_tensors import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.model_cache import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.storage import hub
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
+from dpo_cli.storage.progress import working
 
 PROBE = "  two blanks\n\na line\tand é, ж, 中 and 1234"  # texts that tokenizers are known to treat in different ways
 
@@ -186,12 +188,19 @@ class HuggingFace:
         model = cast(PreTrainedModel, self._load(AutoModelForCausalLM, source, use_safetensors=True, **options))
         self._require_sound(model, source)
         if not wants:
-            return _plain(model).to(device, dtype) if is_quantised else cast(PreTrainedModel, model.to(device))
+            return self._faster(_plain(model).to(device, dtype) if is_quantised else cast(PreTrainedModel, model.to(device)))
         if not any(type(module).__module__.startswith("bitsandbytes") for module in model.modules()):
             raise RunFailed(f"bitsandbytes quantised no layer of {plan.model_label}", "remove use_4bit and use_8bit")
         for module in model.modules():
             if is_quantised and hasattr(module, "compute_dtype"):  # quantised in its files
                 setattr(module, "compute_dtype", dtype)  # noqa: B010 - mypy does not know bitsandbytes' attribute
+        return self._faster(model)
+
+    def _faster(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model, with the kernels of liger-kernel on a GPU, if it is installed."""
+        if model.device.type == "cuda" and liger_kernels.is_installed() and (parts := liger_kernels.use_kernels(model)):
+            note = f"liger-kernel runs {', '.join(parts)}"
+            self.notes += [note] if note not in self.notes else []
         return model
 
     def _require_sound(self, model: PreTrainedModel, source: str) -> None:
@@ -259,7 +268,7 @@ class HuggingFace:
             require_whole_files(self._files(source))
         if auto is AutoModelForCausalLM:
             options |= self._generation(source)
-        with all_tensors(self.name) as notes:
+        with working(f"loading {self.name}"), all_tensors(self.name) as notes:
             model = auto.from_pretrained(source, **options)
         if not is_here:  # it was fetched only now
             require_whole_files(ModelFiles(folder_of(source)))

@@ -26,8 +26,10 @@ from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.providers.loaded_tensors import all_tensors, refuse, require_finite
 from dpo_cli.storage.atomic import is_full, writing
 from dpo_cli.storage.digests import sha256
+from dpo_cli.storage.progress import working
 from dpo_cli.storage.user_cache import CACHE_FIX, PARTIAL, SOURCE, cache_dir
 
+MAKING = {"gguf": "dequantising", "merged": "merging"}  # by the kind of model
 CONVERSION = 2  # of a GGUF file: increased when the conversion of a file changes
 ROPE_FACTORS = "rope_freqs.weight"  # each frequency of the positions is divided by them
 READ_BY_TRANSFORMERS = "gpt-oss"  # the only architecture with rope.scaling support
@@ -60,7 +62,7 @@ def made_once(kind: str, source: str, content: str, make: Callable[[Path], None]
     except OSError as error:
         raise _unwritable(target.parent, error) from error
     try:
-        with writing(work):
+        with working(f"{MAKING[kind]} {source}"), writing(work):
             make(work)
             (work / SOURCE).write_text(source, encoding="utf-8")
         work.rename(target)

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.errors import RunFailed, UsageError
 from dpo_cli.models.gguf_header import read_header
 from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.results.merge import GgufCheck
+from dpo_cli.storage.progress import working
 
 Type = Literal["f32", "f16", "bf16", "q8_0"]
 SCRIPT = "convert_hf_to_gguf.py"
@@ -79,7 +80,8 @@ def has_sentencepiece() -> bool:
 def convert(converter: Path, model_dir: Path, file: Path, kind: str, name: str) -> None:
     """Run the converter on a model directory; `RunFailed` if it fails, or writes no GGUF file. Its output is logged."""
     command = [sys.executable, str(converter), str(model_dir), "--outfile", str(file), "--outtype", kind, "--model-name", name]
-    done = _run(command)
+    with working(f"writing {file.name}"):
+        done = _run(command)
     if done.returncode != 0:
         raise RunFailed(f"the converter {converter} failed: {_last_line(done)}", MODULE)
     if not ModelFiles(file).is_gguf:
@@ -104,6 +106,11 @@ def check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], token
 
     One model is in memory at a time, in float32. `RunFailed` for a file that cannot be read, or has another end token.
     """
+    with working(f"reading {file.name} back"):
+        return _check(model_dir, file, kind, rows, tokenizer)
+
+
+def _check(model_dir: Path, file: Path, kind: str, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase) -> GgufCheck:
     expected = _logits(rows, pretrained_model_name_or_path=str(model_dir))
     try:
         ends = read_header(file).metadata.get("tokenizer.ggml.eos_token_id")

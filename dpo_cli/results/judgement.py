@@ -11,6 +11,7 @@ from dpo_cli.results.intervals import Interval, Sides
 
 ROW_BY_ROW = ("rows", "best", "worst")  # in evaluation.json, and not in the output of `eval --json`
 SIDES = ("policy", "base", "gain")
+PRINTED = 3  # of the samples
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Evaluation(Judged):
     @classmethod
     def of_json(cls, value: object, noun: str) -> Self:
         return super().of_json(object_of(value, "samples", *ROW_BY_ROW), noun)
+
+    @property
+    def shown_samples(self) -> Sequence[Answers]:
+        """The samples that `eval` prints."""
+        return self.samples[:PRINTED]
 
     @property
     def shown(self) -> JsonObject:

@@ -26,8 +26,8 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
     return {
         "versions": installed_versions(plan.config.provider),
         "hardware": machine.to_json(),
-        "dataset": _hashes(plan.config.dataset),
-        "eval_dataset": _hashes(plan.config.eval_dataset or []),
+        "dataset": hashes(plan.config.dataset),
+        "eval_dataset": hashes(plan.config.eval_dataset or []),
         "model": {
             "name": plan.config.model_name,
             "sha256": {file.name: sha256(file) for file in weights},
@@ -42,7 +42,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
     }
 
 
-def _hashes(dataset: str | list[Any]) -> dict[str, str]:
+def hashes(dataset: str | list[Any]) -> dict[str, str]:
     """The SHA-256 of each data file in the value of a config."""
     return {source.path: sha256(Path(source.path)) for source in sources_of(dataset)}
 

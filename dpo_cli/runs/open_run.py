@@ -14,9 +14,9 @@ from dpo_cli.config.config import load
 from dpo_cli.config.rules import fuses_adapter
 from dpo_cli.config.schema import defaults
 from dpo_cli.data.dataset import holds_pairs, is_held_out_prompt, read, unreadable
+from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.data.findings import Overlap
 from dpo_cli.data.rows import Row
-from dpo_cli.data.tokens import Encoded
 from dpo_cli.errors import InvalidInput, Problem, invalid
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter, is_on_head
@@ -47,7 +47,7 @@ class Opened:
     plan: Plan
     provider: Provider
     tokenizer: PreTrainedTokenizerBase
-    rows: list[Encoded]
+    rows: EncodedRows
     scoring: Scoring | None  # the decision of the run, if the rows are the run's
 
 

@@ -9,14 +9,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.resources import files
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from dpo_cli.data.tokens import Encoded
+from dpo_cli.data.encoded import Encoded
 from dpo_cli.hardware.machine import installed_versions
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import FROZEN, Policy
@@ -25,6 +24,8 @@ from dpo_cli.scoring.lm_head import LOG_PROBS, Head, score_tokens
 from dpo_cli.scoring.packing import taken, units_in
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.scoring.shared_prompts import IGNORED
+from dpo_cli.storage.digests import sha256_of_package
+from dpo_cli.storage.progress import working
 
 PAIR = "pair"  # column of a micro-batch: the place of the pair in the training set
 NOT_READ = ("completion_mask", "labels", PAIR)  # of a micro-batch: what the model does not take
@@ -149,8 +150,11 @@ def computed_by(policy: Policy, plan: Plan) -> str:
     tensors |= dict(network.named_buffers())  # also those that are in no file
     if policy.frozen is None:
         tensors = {name: tensor for name, tensor in tensors.items() if not tensor.requires_grad}
-    with ThreadPoolExecutor() as threads:
-        digests = dict(zip(tensors, threads.map(_digest_of_tensor, tensors.values()), strict=True))
+    with working("hashing the weights", len(tensors), "tensors") as work, ThreadPoolExecutor() as threads:
+        digests = {}
+        for name, digest in zip(tensors, threads.map(_digest_of_tensor, tensors.values()), strict=True):
+            digests[name] = digest
+            work.add()
     adapter = policy.model.peft_config.get(FROZEN) if isinstance(policy.model, PeftModel) else None
     device = torch.cuda.get_device_name() if plan.config.device == "cuda" else plan.config.device
     versions = installed_versions(plan.config.provider)
@@ -164,7 +168,7 @@ def computed_by(policy: Policy, plan: Plan) -> str:
         "device": device,
         "shared": plan.scoring.shared,
         "versions": {name: text for name, text in versions.items() if name not in NOT_COMPUTING},
-        "code": _digest_of_code(),
+        "code": sha256_of_package(*CODE),
     }
     return hashlib.sha256(json.dumps(how, sort_keys=True, default=_written).encode()).hexdigest()
 
@@ -181,13 +185,3 @@ def _written(value: object) -> object:
 def _digest_of_tensor(tensor: Tensor) -> str:
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
-
-
-def _digest_of_code() -> str:
-    """The digest of the code that computes log-probs."""
-    digest = hashlib.sha256()
-    for folder in CODE:
-        for file in sorted(files(f"dpo_cli.{folder}").iterdir(), key=lambda file: file.name):
-            if file.name.endswith(".py"):
-                digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()

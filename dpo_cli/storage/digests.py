@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import dpo_cli
+
 SAFE = "*.safetensors"
 SETTINGS = ("adapter_config.json", "config.json")  # of an adapter, of a whole model
 # What may change in them: the place of the base, the writer of the file, what only training reads, and names of code, which is
@@ -34,6 +36,16 @@ def _settings(file: Path) -> dict[str, object] | str:
         return {key: value for key, value in json.loads(text).items() if key not in OPEN}
     except (ValueError, AttributeError):  # damaged: the reader of the file reports it; here it counts as changed
         return text
+
+
+def sha256_of_package(*folders: str) -> str:
+    """The SHA-256 of the code of dpo, or of these folders of it."""
+    package = Path(dpo_cli.__file__).parent
+    digest = hashlib.sha256()
+    for place in [package / folder for folder in folders] or [package]:
+        for file in sorted(place.rglob("*.py")):
+            digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
@@ -12,7 +12,6 @@ from rich.console import Console as RichConsole
 from rich.console import Group
 from rich.padding import Padding
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +22,7 @@ from dpo_cli.results.merge import LARGER_CHANGE
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
 from dpo_cli.strategies.figures import FIGURES, number
+from dpo_cli.ui.progress_view import ProgressView
 
 if TYPE_CHECKING:
     from dpo_cli.results.intervals import Interval
@@ -38,7 +38,6 @@ PIPED_WIDTH = 120
 NARROW = 80  # columns of a terminal
 AUC_SCALE = "(0.5: no pattern, 1: always the longer, 0: always the shorter)"
 BORDER = 3  # columns between two cells
-PIPED_LINES = 20  # progress lines of a run in a pipe
 
 
 def _stream(stderr: bool) -> RichConsole:
@@ -56,6 +55,7 @@ class Console:
         self._document = beneath(sys.stdout)
         self.errors = _stream(stderr=True)
         self.out = self.errors if as_json else _stream(stderr=False)
+        self.progress = ProgressView(lambda: self.out)
 
     def json(self, value: object) -> None:
         """The one document of standard output."""
@@ -70,13 +70,14 @@ class Console:
         self._print_texts(_problem_texts(problems))
 
     def _print_texts(self, texts: Sequence[tuple[Text, Text]]) -> None:
-        for text, fix in texts:
-            if self.errors.is_terminal:
-                self.errors.print(text)
-                self.errors.print(Padding(fix, (0, 0, 0, 2)))
-            else:  # one line per problem, so that grep finds whole messages
-                self.errors.print(text, soft_wrap=True)
-                self.errors.print(Text("  ").append(fix), soft_wrap=True)
+        with self.progress.left_to_another():  # its bars are on the other stream, which is the same terminal
+            for text, fix in texts:
+                if self.errors.is_terminal:
+                    self.errors.print(text)
+                    self.errors.print(Padding(fix, (0, 0, 0, 2)))
+                else:  # one line per problem, so that grep finds whole messages
+                    self.errors.print(text, soft_wrap=True)
+                    self.errors.print(Text("  ").append(fix), soft_wrap=True)
 
     def error(self, error: DpoError) -> None:
         """A panel on a terminal, else plain lines; with --json also a document."""
@@ -86,7 +87,8 @@ class Console:
         ]
         if self.errors.is_terminal:
             lines = [part for text, fix in texts for part in (text, Padding(fix, (0, 0, 0, 2)))]
-            self.errors.print(Panel(Group(*lines), title="dpo", border_style="red", title_align="left"))
+            with self.progress.left_to_another():
+                self.errors.print(Panel(Group(*lines), title="dpo", border_style="red", title_align="left"))
         else:
             self._print_texts(texts)
         if self.as_json:
@@ -235,27 +237,6 @@ class Console:
         if merge.is_rounded_away:
             self.line(f"note: {merge.dtype} weights keep little of so small a change: {LARGER_CHANGE}")
 
-    @contextmanager
-    def counting(self, what: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-        """A progress bar over `total` items, `done` of them before; a line now and then in a pipe.
-
-        Call what it yields with the number of done items and a short text.
-        """
-        columns = (BarColumn(bar_width=None), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
-        progress = Progress(*columns, console=self.out, expand=True)
-        task = progress.add_task(what, total=total, completed=done, said="")
-        shown = done * PIPED_LINES // max(1, total)
-
-        def show(now: int, text: str) -> None:
-            nonlocal shown
-            progress.update(task, completed=now, said=text)
-            if not self.out.is_interactive and (part := now * PIPED_LINES // total) > shown:
-                shown = part
-                self.line(f"{what} {now}/{total}  {text}")
-
-        with progress if self.out.is_interactive else _nothing():
-            yield show
-
 
 def _table(title: str, rows: Sequence[Sequence[str]], header: Sequence[str], frame: box.Box | None) -> Table:
     table = Table(title=title, title_justify="left", box=frame, show_header=bool(header))
@@ -286,11 +267,6 @@ def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
 def _printable(text: str) -> str:
     """Text without secrets and control characters. It is cleaned before line breaks, which would hide secrets."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in redact(text))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def _limit(limit: MergeLimit) -> str:

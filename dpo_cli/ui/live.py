@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,7 +23,8 @@ from rich.text import Text
 
 from dpo_cli.results.summary import Event, Line
 from dpo_cli.strategies.figures import DRAWN
-from dpo_cli.ui.console import PIPED_LINES, Console
+from dpo_cli.ui.console import Console
+from dpo_cli.ui.progress_view import bars, duration, long_work
 
 # The figures that are shown, with their short names.
 SHOWN = {**{figure.name: figure.short for figure in DRAWN if figure.short}, "tokens_per_second": "tok/s"}
@@ -30,6 +32,7 @@ BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 WIDEST = 100  # columns of the view
 NARROWEST = 3  # a curve with fewer columns is not readable
 POINTS = 96  # kept per curve: up to twice as many for a moment
+PIPED_LINES = 20  # progress lines of a run in a pipe
 RECENT = 50  # lines that decide the pace
 ACTIONS = {"note": "cyan", "warn": "yellow", "stop": "red"}
 
@@ -146,16 +149,19 @@ class LiveView:
         self.pace = Pace(clock())
         self._reported = -1  # twentieths of the run that a line in the pipe reported
         self._ended = False
+        self._shows_work = ExitStack()  # while it is open, the running work is shown here
         self._live = Live(self, console=console.out, refresh_per_second=4, vertical_overflow="crop")
 
     def __enter__(self) -> LiveView:
         if self.console.out.is_interactive:
+            self._shows_work.enter_context(self.console.progress.left_to_another())
             self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
         self._live.stop()
+        self._shows_work.close()
 
     def recall(self, lines: Sequence[Line]) -> None:
         """The lines of the resumed training."""
@@ -199,7 +205,10 @@ class LiveView:
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
         width = min(WIDEST, options.max_width)
-        yield self._progress(width)
+        now = time.monotonic()
+        work = [] if self._ended else long_work(now)
+        yield self._progress(width, is_training=not work)
+        yield from bars(work, now, width)
         if not self.step:
             return
         table = self._table(width, ASCII_BARS if options.ascii_only else BARS)
@@ -209,9 +218,10 @@ class LiveView:
             text.truncate(width, overflow="crop" if options.ascii_only else "ellipsis")
             yield text
 
-    def _progress(self, width: int) -> Table:
+    def _progress(self, width: int, is_training: bool) -> Table:
         seconds = self.pace.left(self.steps, self.clock())
-        left = "" if self._ended else "preparing" if seconds is None else f"{_duration(seconds)} left"
+        left = "preparing" if seconds is None else f"{duration(seconds)} left"
+        left = left if is_training and not self._ended else ""
         done = f"{self.step}/{self.steps}"
         bar = ProgressBar(self.steps, self.step, width=max(1, width - len(done) - len(left) - 2))
         grid = Table.grid(padding=(0, 1))
@@ -241,11 +251,6 @@ class LiveView:
             yield text
         bill = f", bill {self.predicted_gb:.1f}" if self.predicted_gb is not None else ""
         yield Text(f"{'memory':<{labels}} {self.peak_gb:.1f} GB{bill}")
-
-
-def _duration(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
 def _short(value: float) -> str:

@@ -1,0 +1,86 @@
+"""The evaluation of a run that is already computed: evaluation.json, as long as nothing has changed that decides it. No torch.
+
+A seal in the file is the digest of its figures and of what they were computed from. Whoever reads the file computes it again:
+if any of that differs, so does the digest, and the figures are not used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.hardware.machine import installed_versions, probe
+from dpo_cli.models.hub_models import revision
+from dpo_cli.models.source import ModelSource
+from dpo_cli.results.codec import JsonObject, to_json
+from dpo_cli.results.judgement import Evaluation
+from dpo_cli.runs.manifest import hashes
+from dpo_cli.storage.digests import sha256, sha256_of_package, sha256_of_settings
+from dpo_cli.storage.jsonio import json_text
+from dpo_cli.storage.redaction import redacted
+from dpo_cli.storage.run_directory import EVALUATION, PLAN, SUMMARY, RunDirectory
+from dpo_cli.strategies.strategies import STRATEGIES
+
+SEAL = "seal"
+
+
+def keep(run: RunDirectory, evaluation: Evaluation, basis: JsonObject) -> None:
+    """Write evaluation.json, with its seal; `basis` is from before the model was loaded."""
+    document: JsonObject = json.loads(json_text(redacted(to_json(evaluation))))
+    run.write_json(EVALUATION, {**document, SEAL: _seal(run, document, basis)})
+
+
+def kept(run: RunDirectory) -> Evaluation | None:
+    """The evaluation of a finished run, if the file is whole and nothing has changed since; else None."""
+    if not run.has(EVALUATION):
+        return None
+    try:
+        document, config = run.read_json(EVALUATION), run.read_json(PLAN)["config"]
+        if document.pop(SEAL) != _seal(run, document, basis_of(config)):
+            return None
+        return Evaluation.of_json(document, STRATEGIES[config["strategy"]].rows.noun)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):  # damaged, older, or without its data: computed again
+        return None
+
+
+def is_readable(run: RunDirectory) -> bool:
+    """Whether evaluation.json is there and whole, whatever it was computed from."""
+    try:
+        noun = STRATEGIES[run.read_json(PLAN)["config"]["strategy"]].rows.noun
+        Evaluation.of_json(run.read_json(EVALUATION), noun)
+    except (KeyError, OSError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _seal(run: RunDirectory, document: JsonObject, basis: JsonObject) -> str:
+    computed_from = {
+        "plan": sha256(run.path / PLAN),
+        "trained": [run.read_json(SUMMARY)["adapter_sha256"], sha256_of_settings(run.trained)],
+        **basis,
+    }
+    whole = json.dumps([computed_from, document], sort_keys=True)
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def basis_of(config: Mapping[str, Any]) -> JsonObject:
+    """What a training and an evaluation read besides the run: data, model, code, versions of packages, processor."""
+    machine, model = probe(), ModelSource.of(config["model_name"])
+    places = [*model.folders, str(model.files.path)] if model.files.path.exists() else model.folders
+    return {
+        "data": [hashes(config["dataset"]), hashes(config["eval_dataset"] or [])],
+        "model": {place: _state_of_files(Path(place)) for place in places},
+        "revision": revision(model.foundation),
+        "versions": installed_versions(config["provider"]),
+        "hardware": [machine.processor, *(gpu.name for gpu in machine.gpus)],
+        "code": sha256_of_package(),
+    }
+
+
+def _state_of_files(place: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file: as in git's index, since all weights of a model take long to hash."""
+    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    return [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
