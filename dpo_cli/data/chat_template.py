@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date, datetime
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -33,6 +34,7 @@ MAX_SECONDS = 3.0  # one conversation takes milliseconds
 MAX_BYTES = 1 << 30  # of memory in addition to what the process has
 # What Python raises for a template that divides by zero, recurses without end, or nests deeper than Python compiles.
 FAILURES = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
+STATM_BYTES = 200  # more than the line of /proc/PID/statm has
 AGAIN_SECONDS = 1.0  # until the next signal, if a library lost one
 GROWTH = 16  # a template adds markers to a conversation; a text this many times as long is not a rendering of it
 
@@ -225,4 +227,10 @@ def _refuse(what: str) -> NoReturn:
 
 def _address_space() -> int:
     """Bytes that this process has mapped."""
-    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    return int(os.pread(_own_statm(os.getpid()), STATM_BYTES, 0).split()[0]) * resource.getpagesize()
+
+
+@functools.cache
+def _own_statm(process: int) -> int:
+    """The open file with the memory of this process: each rendering reads it, and opening it takes longer than rendering."""
+    return os.open(f"/proc/{process}/statm", os.O_RDONLY | os.O_CLOEXEC)

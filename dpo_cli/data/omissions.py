@@ -19,6 +19,7 @@ from dpo_cli.data.messages import REASONING, Message, Tool, ToolCall, as_message
 TAGS = r"think|thinking|thought|reasoning|reflection"
 OPENING = rf"<(?:{TAGS})>|\[THINK\]"
 THOUGHT = re.compile(rf"(?:{OPENING}|\A)((?:(?!{OPENING}).)*?)(?:</(?:{TAGS})>|\[/THINK\])", re.DOTALL | re.IGNORECASE)
+ENDINGS = ("</", "[/")  # of a thought
 MOST_RENDERED = 16  # maximum parts to try one by one, if the template rejects all changes together
 
 
@@ -35,7 +36,8 @@ class Part:
 def parts_of(message: Message, source: str) -> Iterator[Part]:
     """The parts of a message that a model could learn; other keys only if the `source` of a template names them."""
     role, content = message["role"], message["content"]
-    thoughts = [match for match in THOUGHT.finditer(content) if match[1].strip()] if role == "assistant" else []
+    may_think = role == "assistant" and any(end in content for end in ENDINGS)  # the expression is slow on long texts
+    thoughts = [match for match in THOUGHT.finditer(content) if match[1].strip()] if may_think else []
     said, at = [], 0
     for match in thoughts:
         said.append(content[at : match.start()])

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -117,7 +117,7 @@ def _tokenised(drafts: Iterable[_Draft], tokenizer: Tokenizer) -> Iterator[tuple
         while (batch := list(islice(drafts, AT_ONCE))) or waiting:
             before, waiting = waiting, None
             if batch:
-                waiting = batch, thread.submit(tokenizer.encode_many, [text for draft in batch for text in draft.texts])
+                waiting = batch, thread.submit(tokenizer.pieces.ids, [text for draft in batch for text in draft.texts])
             if before:
                 ids = iter(before[1].result())
                 yield from ((draft, list(islice(ids, len(draft.texts)))) for draft in before[0])
@@ -337,7 +337,7 @@ def _cause(row: Row, template: ChatTemplate) -> str:
 
 def _encode(row: Row | Rendered, tokenizer: Tokenizer) -> Encoded:
     """A rendered row, or one of plain text, as token ids."""
-    return _of_ids(row, [tokenizer.encode(text, False) for text in _texts(row, tokenizer)], tokenizer)
+    return _of_ids(row, tokenizer.pieces.ids(_texts(row, tokenizer)), tokenizer)
 
 
 def _texts(row: Row | Rendered, tokenizer: Tokenizer) -> tuple[str, ...]:
@@ -384,39 +384,29 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -
         rendered = Rendered.of(row, tokenizer.template) if as_chat and tokenizer.template else None
         return replace(_encode(rendered or row, tokenizer), row=whole.row, is_cut=True)
 
-    def fits(prompt: Text) -> bool:
-        return with_prompt(prompt).length <= max_length
+    def about(text: str, tokens: int) -> int:
+        """About as many characters as the first tokens of a text have."""
+        (ids,) = tokenizer.pieces.ids([text])
+        return len(tokenizer.decode(ids[:tokens]))
 
-    prompt = whole.row.prompt
+    prompt, excess = whole.row.prompt, whole.length - max_length
     if not prompt:
         start = whole.responses[0][: max_length - len(whole.prompt_ids)]
         return replace(whole, responses=(start,), is_cut=True)
-
-    def about(text: str, tokens: int) -> int:
-        """About as many characters as the first tokens of a text have."""
-        return len(tokenizer.decode(tokenizer.encode(text, False)[:tokens]))
-
     if isinstance(prompt, str):
-        guess = about(prompt, whole.length - max_length)
-        dropped = _fewest(len(prompt) - 1, lambda count: fits(prompt[count:]), guess)
-        return whole if dropped is None else with_prompt(prompt[dropped:])
+        shorter = _least_cut(len(prompt) - 1, lambda count: with_prompt(prompt[count:]), max_length, about(prompt, excess))
+        return shorter or whole
     system, turns = _turns(prompt)
-    kept = _fewest(len(turns) - 1, lambda dropped: fits(_joined(system, turns[dropped:])))
-    if kept is not None:
-        return with_prompt(_joined(system, turns[kept:]))
+    if shorter := _least_cut(len(turns) - 1, lambda count: with_prompt(_joined(system, turns[count:])), max_length):
+        return shorter
     # The last turn alone is too long: cut its text, and keep the system message if that is enough.
     first, *after = turns[-1]
     text = str(first["content"])
-
-    def shortened(before: list[Message], count: int) -> list[Message]:
-        return [*before, {**first, "content": text[count:]}, *after]
-
     for before in (system, []):
-        shorter = partial(shortened, before)
-        guess = about(text, with_prompt(shorter(0)).length - max_length)
-        dropped = _fewest(len(text) - 1, lambda count: fits(shorter(count)), guess)  # noqa: B023 - called before the next round
-        if dropped is not None:
-            return with_prompt(shorter(dropped))
+        shortened = partial(lambda before, count: with_prompt([*before, {**first, "content": text[count:]}, *after]), before)
+        guess = about(text, excess - (whole.length - shortened(0).length))
+        if shorter := _least_cut(len(text) - 1, shortened, max_length, guess):
+            return shorter
     return whole
 
 
@@ -435,15 +425,18 @@ def _joined(system: list[Message], turns: Sequence[list[Message]]) -> list[Messa
     return [*system, *(message for turn in turns for message in turn)]
 
 
-def _fewest(most: int, fits: Callable[[int], bool], guess: int | None = None) -> int | None:
-    """The smallest count in 0..most that `fits` (every larger count fits too); None if none does.
+def _least_cut(most: int, cut: Callable[[int], Encoded], max_length: int, guess: int | None = None) -> Encoded | None:
+    """The row, cut by the smallest count in 0..most that fits (every larger one fits too); None if none does.
 
     By bisection, of the neighbourhood of the `guess` if there is one.
     """
-    if most < 0 or not fits(most):
-        return None
-    low, high = 0, most
-    step, at = FIRST_STEP, most if guess is None else guess
+    tried = cache(cut)
+
+    def fits(count: int) -> bool:
+        return tried(count).length <= max_length
+
+    low, high = 0, most + 1  # the smallest count that fits is in low..high; none fits if it is the end
+    at, step = most if guess is None else min(guess, most), FIRST_STEP
     while low <= at < high:
         low, high = (low, at) if fits(at) else (at + 1, high)
         at = at - step if high == at else at + step
@@ -451,10 +444,15 @@ def _fewest(most: int, fits: Callable[[int], bool], guess: int | None = None) ->
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return high
+    return tried(high) if high <= most else None
 
 
 def common(one: Sequence[object], other: Sequence[object]) -> int:
-    """The number of equal elements at the start of two sequences."""
-    parting = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(parting, min(len(one), len(other)))
+    """The number of equal elements at the start of two sequences. By halves: slices are compared at once."""
+    equal, unequal = 0, min(len(one), len(other))  # so many are equal, and perhaps so many
+    if one[:unequal] == other[:unequal]:
+        return unequal
+    while unequal - equal > 1:
+        middle = (equal + unequal) // 2
+        equal, unequal = (middle, unequal) if one[equal:middle] == other[equal:middle] else (equal, middle)
+    return equal

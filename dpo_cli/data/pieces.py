@@ -1,0 +1,72 @@
+"""Texts to token ids by pieces, each different one once: a conversation is in three texts of a pair, and a turn in many.
+
+A piece ends with a special token of the chat template. A tokenizer cuts a text at such tokens before anything else. So the ids
+of a text are those of its pieces one after another, unless the start of a text is treated in another way: that is tried first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, pairwise
+from typing import Protocol
+
+Encode = Callable[[Sequence[str]], list[list[int]]]  # several texts to their ids, without added special tokens
+
+BEFORE = ("", "x ", "x\n")  # texts before a special token
+AFTER = ("a", " a", "\na", "  \n", "é", "中", "1 2", ":")  # and after it
+KEPT = 4096  # pieces that are remembered
+
+
+class Special(Protocol):
+    """A special token as the package tokenizers describes it."""
+
+    content: str
+    special: bool
+    normalized: bool
+    lstrip: bool
+    rstrip: bool
+    single_word: bool
+
+
+class Pieces:
+    """Encodes texts by their pieces. `specials` are the tokenizer's special tokens, `source` is the chat template."""
+
+    def __init__(self, encode: Encode, specials: Iterable[Special], source: str) -> None:
+        self._encode, self._known = encode, dict[str, list[int]]()
+        tokens = list(specials)
+        ends = [token for token in tokens if token.content in source and _stands_alone(token, tokens)]
+        ends = [token for token in ends if _cuts(token.content, encode)]
+        self._end = re.compile("|".join(re.escape(token.content) for token in ends)) if ends else None
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text. Two threads may ask at once."""
+        pieces = [self._cut(text) for text in texts]
+        different, before = dict.fromkeys(chain.from_iterable(pieces)), self._known
+        known = {piece: before[piece] for piece in different if piece in before}
+        new = [piece for piece in different if piece not in known]
+        known.update(zip(new, self._encode(new), strict=True))
+        # Another dict, not the same one: the other thread may read it.
+        self._known = known if len(before) + len(new) > KEPT else {**before, **known}
+        return [list(chain.from_iterable(known[piece] for piece in of_text)) for of_text in pieces]
+
+    def _cut(self, text: str) -> list[str]:
+        ends = [match.end() for match in self._end.finditer(text)] if self._end else []
+        return [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
+
+
+def _stands_alone(token: Special, others: Sequence[Special]) -> bool:
+    """Whether a token is found wherever its text is: no other one contains its text, or ends in its beginning."""
+    text = token.content
+    if not token.special or token.normalized or token.lstrip or token.rstrip or token.single_word:
+        return False
+    starts = tuple(text[:length] for length in range(1, len(text) + 1))
+    return not any(other.content != text and (text in other.content or other.content.endswith(starts)) for other in others)
+
+
+def _cuts(token: str, encode: Encode) -> bool:
+    """Whether the ids of a text with this token are those of its two parts."""
+    pairs = [(before + token, after) for before in BEFORE for after in (*AFTER, token)]
+    whole = encode([before + after for before, after in pairs])
+    before, after = (encode([pair[side] for pair in pairs]) for side in (0, 1))
+    return all(ids == [*one, *other] for ids, one, other in zip(whole, before, after, strict=True))
