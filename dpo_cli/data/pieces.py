@@ -18,23 +18,29 @@ AFTER = ("a", " a", "\na", "  \n", "é", "中", "1 2", ":")  # and after it
 KEPT = 4096  # pieces that are remembered
 
 
-class Special(Protocol):
-    """A special token as the package tokenizers describes it."""
+class Added(Protocol):
+    """An added token as the package tokenizers describes it."""
 
-    content: str
-    special: bool
-    normalized: bool
-    lstrip: bool
-    rstrip: bool
-    single_word: bool
+    @property
+    def content(self) -> str: ...
+    @property
+    def special(self) -> bool: ...
+    @property
+    def normalized(self) -> bool: ...
+    @property
+    def lstrip(self) -> bool: ...
+    @property
+    def rstrip(self) -> bool: ...
+    @property
+    def single_word(self) -> bool: ...
 
 
 class Pieces:
-    """Encodes texts by their pieces. `specials` are the tokenizer's special tokens, `source` is the chat template."""
+    """Encodes texts by their pieces. `added` are the tokenizer's added tokens, `source` is the chat template."""
 
-    def __init__(self, encode: Encode, specials: Iterable[Special], source: str) -> None:
+    def __init__(self, encode: Encode, added: Iterable[Added], source: str) -> None:
         self._encode, self._known = encode, dict[str, list[int]]()
-        tokens = list(specials)
+        tokens = list(added)
         ends = [token for token in tokens if token.content in source and _stands_alone(token, tokens)]
         ends = [token for token in ends if _cuts(token.content, encode)]
         self._end = re.compile("|".join(re.escape(token.content) for token in ends)) if ends else None
@@ -55,7 +61,7 @@ class Pieces:
         return [text[start:end] for start, end in pairwise([0, *ends, len(text)])]
 
 
-def _stands_alone(token: Special, others: Sequence[Special]) -> bool:
+def _stands_alone(token: Added, others: Sequence[Added]) -> bool:
     """Whether a token is found wherever its text is: no other one contains its text, or ends in its beginning."""
     text = token.content
     if not token.special or token.normalized or token.lstrip or token.rstrip or token.single_word:

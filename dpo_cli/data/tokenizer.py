@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.hub_datasets import is_hub_id
-from dpo_cli.data.pieces import Encode, Pieces, Special
+from dpo_cli.data.pieces import Added, Encode, Pieces
 from dpo_cli.storage.jsonio import read_object
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Tokenizer:
     eos: str
     size: int  # number of tokens
     ends: frozenset[int]  # tokens that end an answer: EOS, and those of generation_config.json
-    specials: Sequence[Special] = ()
+    added: Sequence[Added] = ()  # tokens that are found before all others
 
     @classmethod
     def loaded(
@@ -52,7 +52,7 @@ class Tokenizer:
             eos=str(tokenizer.eos_token),
             size=len(tokenizer),
             ends=ends_of(int(tokenizer.eos_token_id), generation),
-            specials=[token for token in tokenizer.added_tokens_decoder.values() if token.special],
+            added=[*tokenizer.added_tokens_decoder.values()],
         )
 
     def against(self, token_rows: int) -> str:
@@ -66,7 +66,7 @@ class Tokenizer:
     @cached_property
     def pieces(self) -> Pieces:
         """The same as `encode_many`, for texts that share parts."""
-        return Pieces(self.encode_many, self.specials, self.template.source if self.template else "")
+        return Pieces(self.encode_many, self.added, self.template.source if self.template else "")
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -88,7 +88,7 @@ def _many(tokenizer: PreTrainedTokenizerBase) -> Encode:
         with lock:
             return list(tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "encode_batch_fast"):
         return slow
 

@@ -42,7 +42,7 @@ def tokenizer_of(files: ModelFiles, day: date | None = None) -> Tokenizer | None
         eos=eos,
         size=fast.get_vocab_size(),
         ends=ends_of(eos_id, files.sound(GENERATION)),
-        specials=[token for token in fast.get_added_tokens_decoder().values() if token.special],
+        added=[*fast.get_added_tokens_decoder().values()],
     )
 
 
