@@ -40,6 +40,27 @@ def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liger_kernels, "TOKENS_OF_HEADS", 512)
 
 
+@pytest.fixture
+def whole_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the interpreter lacks: scalars with the methods of a tensor, and the functions of the GPU's library."""
+    import liger_kernel.ops.geglu as geglu
+    import liger_kernel.ops.rms_norm as rms_norm
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def converted(argument: object) -> object:
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([argument], dtype=np.float32), tl.float32), tl.float32)
+        return convert(argument)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
+    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: 1 / tl.sqrt(x))
+    monkeypatch.setattr(geglu, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
+
+
 def states(model: PreTrainedModel) -> list[torch.Tensor]:
     """The states that predict the responses of a row with shared prompts, and the gradient of the embeddings."""
     shared_prompts.enable(model)
@@ -51,6 +72,7 @@ def states(model: PreTrainedModel) -> list[torch.Tensor]:
 
 @needs_package
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("whole_interpreter")
 def test_the_kernels_compute_the_same(family: str) -> None:
     model = tiny_model(family).float()
     plain = states(model)
@@ -60,6 +82,7 @@ def test_the_kernels_compute_the_same(family: str) -> None:
 
 
 @needs_package
+@pytest.mark.usefixtures("whole_interpreter")
 def test_later_models_are_as_before() -> None:
     assert liger_kernels.use_kernels(tiny_model("llama").float())
     later = tiny_model("llama")
