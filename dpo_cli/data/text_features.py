@@ -87,6 +87,7 @@ MARKERS = (
     r"(?m)<\|(im_start|im_end|eot_id|start_header_id|end_of_text|endoftext|user|assistant|system|end)\|>|\[/?INST\]|<</?SYS>>"
     r"|<(start|end)_of_turn>|<｜(User|Assistant)｜>|\n\n(Human|Assistant): |^### (Instruction|Response):"
 )
+MARKER_SIGNS = ("<", "INST]", "### ", "\n\nHuman: ", "\n\nAssistant: ")  # one of them is in each marker
 
 
 # Characters without width (joiners, soft hyphens, direction marks, selectors, tags), and blank ones. Tags after a black flag
