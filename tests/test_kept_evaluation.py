@@ -23,7 +23,7 @@ from dpo_cli.hardware.machine import Machine, probe
 from dpo_cli.results.codec import to_json
 from dpo_cli.runs import kept_evaluation
 from dpo_cli.runs.kept_evaluation import SEAL, basis_of, keep, kept
-from dpo_cli.storage.run_directory import EVALUATION, PLAN, RunDirectory
+from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
 
 
 @pytest.fixture
@@ -81,15 +81,26 @@ def test_data_that_is_gone_at_the_end_of_a_training(run: Run, tmp_path: Path, mo
 
 
 def test_eval_writes_only_what_is_missing_or_damaged(judged: RunDirectory) -> None:
-    whole = (judged.path / EVALUATION).read_bytes()
-    edit(judged.path / EVALUATION, lambda it: it["policy"]["accuracy"].update(value=0.5))
-    edited = (judged.path / EVALUATION).read_bytes()
-    assert "nothing has changed" not in dpo("eval", judged.path).stdout
-    assert (judged.path / EVALUATION).read_bytes() == edited
-    os.truncate(judged.path / EVALUATION, 100)
-    dpo("eval", judged.path)
-    assert (judged.path / EVALUATION).read_bytes() == whole
+    file = judged.path / EVALUATION
+    whole = file.read_bytes()
+    for damage in (CHANGES["a figure"], CHANGES["a half file"], CHANGES["no file"], CHANGES["not a file of ours"]):
+        damage(judged)
+        dpo("eval", judged.path)
+        assert file.read_bytes() == whole
+        assert "nothing has changed" in dpo("eval", judged.path).stdout
+    os.utime(Path(config_of(judged)["dataset"]))
     assert "nothing has changed" in dpo("eval", judged.path).stdout
+    CHANGES["a row"](judged)  # a blank line: the same figures, of another file
+    said = dpo("eval", judged.path).stdout
+    assert "evaluation.json is of other data" in said and "accuracy" in said and file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", [PLAN, SUMMARY, MANIFEST])
+@pytest.mark.parametrize("text", ["[]", "null", "", '{"config', "{}"])
+def test_a_damaged_file_of_a_run_is_named(name: str, text: str, judged: RunDirectory) -> None:
+    (judged.path / name).write_text(text, encoding="utf-8")
+    said = dpo("eval", judged.path, code=3).stderr
+    assert f"{name} is damaged" in said and "--resume" in said and "Error" not in said
 
 
 def config_of(run: RunDirectory) -> dict[str, Any]:

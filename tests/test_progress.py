@@ -20,7 +20,7 @@ from dpo_cli.errors import DpoError
 from dpo_cli.storage.progress import RUNNING, Work, working
 from dpo_cli.ui import progress_view
 from dpo_cli.ui.live import LiveView
-from dpo_cli.ui.progress_view import ProgressView, line
+from dpo_cli.ui.progress_view import ProgressView, line, long_work
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -42,15 +42,31 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_by_hand() -> None:
     work = Work("scoring", 200, "pairs", start=100.0)
     assert line(work, 104.0) == "scoring 0 of 200 pairs, 0:00:04 so far"
-    work.add(50)
+    work.add(50, now=104.0)
     assert line(work, 104.0) == "scoring 50 of 200 pairs, 12 pairs/s, 0:00:12 left"
-    work.add(8, "3 cut")
+    assert line(work, 107.0) == "scoring 50 of 200 pairs, 12 pairs/s, 0:00:09 left"  # within a batch the time runs on
+    work.add(8, "3 cut", now=110.0)
     assert line(work, 110.0) == "scoring 58 of 200 pairs, 5.8 pairs/s, 0:00:24 left, 3 cut"
+    assert line(work, 150.0) == "scoring 58 of 200 pairs, 5.8 pairs/s, 0:00:00 left, 3 cut"
     assert line(Work("loading a model", None, start=100.0), 103.4) == "loading a model, 0:00:03 so far"
-    assert line(Work("reading", None, "rows", 12000, start=100.0), 104.0) == "reading 12,000 rows, 3,000 rows/s, 0:00:04 so far"
+    reading = Work("reading", None, "rows", start=100.0)
+    reading.add(12000, now=104.0)
+    assert line(reading, 104.0) == "reading 12,000 rows, 3,000 rows/s, 0:00:04 so far"
     resumed = Work("augmenting", 100, "prompts", 60, before=60, start=100.0)
-    resumed.add(10)
+    resumed.add(10, now=105.0)
     assert line(resumed, 105.0) == "augmenting 70 of 100 prompts, 2.0 prompts/s, 0:00:15 left"
+
+
+def test_a_chain_of_short_works_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_view, "PATIENCE", 0.3)
+    for _ in range(4):
+        with working("short"):
+            time.sleep(0.1)
+    with working("short"):
+        assert long_work(time.monotonic())
+    time.sleep(0.6)
+    with working("after a pause"):
+        assert not long_work(time.monotonic())
 
 
 def test_work_that_fails_is_over() -> None:
@@ -149,7 +165,7 @@ def test_a_training_says_in_a_pipe_what_it_does(tmp_path: Path, tiny_model_dir: 
     command = [sys.executable, "-c", program, "train", str(ROOT / "configs/quickstart.json"), *values, "max_steps=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     said = [text.partition(",")[0] for text in done.stdout.splitlines()]
-    for work in ("starting torch", f"loading {tiny_model_dir}", "evaluating: scoring", "answering"):
+    for work in ("starting torch", f"loading {tiny_model_dir}", "evaluating: scoring", "answering as the "):
         assert any(text.startswith(work) for text in said), (work, done.stdout)
     as_json = subprocess.run([*command, "--overwrite", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(as_json.stdout)["status"] == "completed" and "evaluating: scoring" in as_json.stderr

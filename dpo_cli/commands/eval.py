@@ -12,7 +12,7 @@ from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.tally import SideBySide
-from dpo_cli.runs.kept_evaluation import basis_of, is_readable, keep
+from dpo_cli.runs.kept_evaluation import basis_of, is_whole, keep
 from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import PLAN
@@ -35,8 +35,8 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         if measured is not None:
             measured = without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)
         judged = judge(opened.rows, measured, samples, plan)
-    if run and request.is_as_trained and judged.sides is not None and not is_readable(run):
+    console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model))
+    if run and request.is_as_trained and judged.sides is not None and not is_whole(run):
         keep(run, judged, basis)  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures
-    console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model))
     return judged, contest.hold(samples, console) if contest else None

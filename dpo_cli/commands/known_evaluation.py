@@ -22,6 +22,8 @@ def show_known(request: Request, console: Console) -> Evaluation | None:
     run = RunDirectory.open(Path(request.target))
     adapter = Adapter.in_folder(run.trained)
     if (known := kept(run)) is None or (adapter is not None and adapter.danger):  # which is refused when it is loaded
+        if run.has(EVALUATION):
+            console.line(f"{EVALUATION} is of other data, another model, other options or versions, or was changed: computing")
         return None
     config = run.read_json(PLAN)["config"]
     start = start_of(ModelSource.of(config["model_name"]))

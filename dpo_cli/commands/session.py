@@ -56,6 +56,7 @@ def _reported(console: Console, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:  # a training that was stopped by a signal: with the code of the signal
         stopped = DpoError("stopped before the end", getattr(error, "__notes__", [AGAIN])[-1])
         stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
+        console.break_line()  # after the ^C of the terminal
         console.error(stopped)
         raise typer.Exit(int(stopped.exit_code)) from None
     except Exception as error:  # a DpoError, or a fault of dpo or of the machine: it is reported, and the exit code shows which

@@ -148,7 +148,7 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
     if not sampled:
         return np.zeros(0), len(first_rows)
     # A sampled answer ends where the policy ended it: with an end token, or without one at the limit.
-    scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), batch_size, dtype, room)
+    scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), batch_size, dtype, room, "answers")
     difference: Array = (scores.policy - scores.reference)[:, 0]
     return difference, len(first_rows) - len(sampled)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from dpo_cli.results.intervals import Interval
 from dpo_cli.results.judgement import Answers
 from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.packing import filled
-from dpo_cli.storage.progress import working
+from dpo_cli.storage.progress import Work, working
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,13 @@ def generate(
     sampling: Sampling,
     dtype: torch.dtype,
     count: int = 1,
+    work: Work | None = None,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt (token ids), in evaluation mode; empty ones for a prompt that fills the model's context.
 
     Prompts with the same room for an answer form one batch: nearly always all of them. A long prompt takes no room from others.
     Sampled answers follow torch's random state and, through rounding, the whole batch: the same prompts have the same answers.
+    `work` gets the number of answers as they end.
     """
     model.eval()
     # Learned positions end with the context; other positions are also limited to what the model was made for.
@@ -95,7 +98,7 @@ def generate(
     for room in sorted({room for room in rooms if room > 0}, reverse=True):
         places = [place for place, own in enumerate(rooms) if own == room]
         batch = _batch(
-            model, tokenizer, [prompts[place] for place in places], replace(sampling, max_new_tokens=room), dtype, count
+            model, tokenizer, [prompts[place] for place in places], replace(sampling, max_new_tokens=room), dtype, count, work
         )
         for place, answers_to_one in zip(places, batch, strict=True):
             results[place] = answers_to_one
@@ -109,6 +112,7 @@ def _batch(
     sampling: Sampling,
     dtype: torch.dtype,
     count: int,
+    work: Work | None,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt, made as one batch of left-padded rows."""
     device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
@@ -122,13 +126,20 @@ def _batch(
         torch.no_grad(),
         torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     ):
-        rows = _continued(model, ids.repeat_interleave(count, 0), mask.repeat_interleave(count, 0), sampling, sorted(ends), pad)
+        ids, mask = ids.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
+        rows = _continued(model, ids, mask, sampling, sorted(ends), pad, work)
     answers = [_answer(row, ends, tokenizer) for row in rows]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
 def _continued(
-    model: PreTrainedModel | PeftModel, ids: Tensor, mask: Tensor, sampling: Sampling, ends: list[int], pad: int
+    model: PreTrainedModel | PeftModel,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    ends: list[int],
+    pad: int,
+    work: Work | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each row of `ids` (n, width), up to an end token and perhaps padding.
 
@@ -142,23 +153,26 @@ def _continued(
     drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}
     rows: list[list[int]] = [[] for _ in ids]
     places = torch.arange(len(ids), device=ids.device)
-    with working("sampling", None, "tokens") as work:
-        while left and len(places):
-            settings = GenerationConfig(
-                max_new_tokens=min(part, left), do_sample=is_sampled, eos_token_id=ends, pad_token_id=pad, **drawing
-            )
-            own = {} if cache is None else {"past_key_values": cache}
-            longer = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **own)
-            new = longer[:, ids.shape[1] :]
-            for place, tokens in zip(places.tolist(), new.tolist(), strict=True):
-                rows[place] += tokens
-            goes_on = ~torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1)
-            work.add(new.numel(), f"{len(rows) - int(goes_on.sum())} of {len(rows)} answers done")
-            left -= new.shape[1]
-            if left and not goes_on.all() and goes_on.any() and cache is not None:
-                cache.batch_select_indices(goes_on.nonzero()[:, 0])
-            mask = torch.cat([mask, torch.ones_like(new)], dim=1)[goes_on]
-            ids, places = longer[goes_on], places[goes_on]
+    tokens, start = 0, time.monotonic()
+    while left and len(places):
+        settings = GenerationConfig(
+            max_new_tokens=min(part, left), do_sample=is_sampled, eos_token_id=ends, pad_token_id=pad, **drawing
+        )
+        own = {} if cache is None else {"past_key_values": cache}
+        longer = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **own)
+        new = longer[:, ids.shape[1] :]
+        for place, of_row in zip(places.tolist(), new.tolist(), strict=True):
+            rows[place] += of_row
+        goes_on = ~torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1)
+        left -= new.shape[1]
+        tokens += new.numel()
+        if work is not None:
+            ended = len(new) if not left else len(new) - int(goes_on.sum())
+            work.add(ended, f"{tokens / (time.monotonic() - start):,.0f} tokens/s")
+        if left and not goes_on.all() and goes_on.any() and cache is not None:
+            cache.batch_select_indices(goes_on.nonzero()[:, 0])
+        mask = torch.cat([mask, torch.ones_like(new)], dim=1)[goes_on]
+        ids, places = longer[goes_on], places[goes_on]
     return rows
 
 
@@ -212,9 +226,9 @@ def side_by_side(
     """
     first, greedy = first_of_each_prompt(rows, count), Sampling(max_new_tokens)
     prompts = [row.prompt_ids for row in first]
-    adapter = answers(policy.network, tokenizer, prompts, greedy, dtype, room)
+    adapter = answers(policy.network, tokenizer, prompts, greedy, dtype, room, "answering as the adapter")
     with policy.as_reference() as reference:
-        base = answers(reference, tokenizer, prompts, greedy, dtype, room)
+        base = answers(reference, tokenizer, prompts, greedy, dtype, room, "answering as the base")
     return [Sample(row.row.prompt, *both) for row, *both in zip(first, base, adapter, strict=True)]
 
 
@@ -225,6 +239,7 @@ def answers(
     sampling: Sampling,
     dtype: torch.dtype,
     room: EvaluationRoom | None = None,
+    what: str = "sampling",
 ) -> list[Answer]:
     """An answer to each prompt, in batches of at most `AT_ONCE` that `room` holds; a batch that is out of memory is divided."""
 

@@ -55,11 +55,12 @@ def score_rows(
     batch_size: int,
     dtype: torch.dtype,
     room: EvaluationRoom | None = None,
+    noun: str = "",
 ) -> Scores:
     """Score rows under the policy and under its reference, in evaluation mode and without gradient.
 
     `states` is the way of scoring (scoring/forward.py). A batch has at most `batch_size` rows, and not more than `room` holds.
-    One that is out of memory is scored in halves.
+    One that is out of memory is scored in halves. `noun` is what the rows are, if not what their kind says.
     """
     policy.model.eval()
     kinds = len(rows[0].responses)
@@ -74,7 +75,7 @@ def score_rows(
     def scored(batch: list[int]) -> list[Tensor]:
         return _score(policy, states, collate([rows[i] for i in batch], pad_token_id, policy.network.device), dtype)
 
-    with working("scoring", len(rows), DEMONSTRATIONS.noun if kinds == 1 else PAIRS.noun) as work:
+    with working("scoring", len(rows), noun or rows[0].row.kind.noun) as work:
         for batch, scores in in_halves(filled(by_length, fits), scored, list_halves):
             for column, sums in zip(columns, scores, strict=True):
                 column[batch] = sums.view(kinds, len(batch)).T.numpy()

@@ -1,7 +1,7 @@
 """The evaluation of a run that is already computed: evaluation.json, as long as nothing has changed that decides it. No torch.
 
-A seal in the file is the digest of its figures and of what they were computed from. Whoever reads the file computes it again:
-if any of that differs, so does the digest, and the figures are not used.
+A seal in the file has the digest of what its figures were computed from, and that of the figures. Whoever reads the file
+computes both again: if one of them differs, the figures are not used.
 """
 
 from __future__ import annotations
@@ -30,40 +30,42 @@ SEAL = "seal"
 def keep(run: RunDirectory, evaluation: Evaluation, basis: JsonObject) -> None:
     """Write evaluation.json, with its seal; `basis` is from before the model was loaded."""
     document: JsonObject = json.loads(json_text(redacted(to_json(evaluation))))
-    run.write_json(EVALUATION, {**document, SEAL: _seal(run, document, basis)})
+    run.write_json(EVALUATION, {**document, SEAL: f"{_of_inputs(run, basis)}-{_of_figures(document)}"})
 
 
 def kept(run: RunDirectory) -> Evaluation | None:
     """The evaluation of a finished run, if the file is whole and nothing has changed since; else None."""
-    if not run.has(EVALUATION):
-        return None
     try:
         document, config = run.read_json(EVALUATION), run.read_json(PLAN)["config"]
-        if document.pop(SEAL) != _seal(run, document, basis_of(config)):
+        if document.pop(SEAL) != f"{_of_inputs(run, basis_of(config))}-{_of_figures(document)}":
             return None
         return Evaluation.of_json(document, STRATEGIES[config["strategy"]].rows.noun)
     except (AttributeError, KeyError, OSError, TypeError, ValueError):  # damaged, older, or without its data: computed again
         return None
 
 
-def is_readable(run: RunDirectory) -> bool:
-    """Whether evaluation.json is there and whole, whatever it was computed from."""
+def is_whole(run: RunDirectory) -> bool:
+    """Whether evaluation.json holds what was written, whatever it was computed from."""
     try:
-        noun = STRATEGIES[run.read_json(PLAN)["config"]["strategy"]].rows.noun
-        Evaluation.of_json(run.read_json(EVALUATION), noun)
-    except (KeyError, OSError, TypeError, ValueError):
+        document, config = run.read_json(EVALUATION), run.read_json(PLAN)["config"]
+        seal = document.pop(SEAL, "-")  # older files have none
+        Evaluation.of_json(document, STRATEGIES[config["strategy"]].rows.noun)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError):
         return False
-    return True
+    return seal == "-" or str(seal).endswith(f"-{_of_figures(document)}")
 
 
-def _seal(run: RunDirectory, document: JsonObject, basis: JsonObject) -> str:
-    computed_from = {
-        "plan": sha256(run.path / PLAN),
-        "trained": [run.read_json(SUMMARY)["adapter_sha256"], sha256_of_settings(run.trained)],
-        **basis,
-    }
-    whole = json.dumps([computed_from, document], sort_keys=True)
-    return hashlib.sha256(whole.encode()).hexdigest()
+def _of_inputs(run: RunDirectory, basis: JsonObject) -> str:
+    trained = [run.read_json(SUMMARY)["adapter_sha256"], sha256_of_settings(run.trained)]
+    return _digest({"plan": sha256(run.path / PLAN), "trained": trained, **basis})
+
+
+def _of_figures(document: JsonObject) -> str:
+    return _digest(document)
+
+
+def _digest(value: JsonObject) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def basis_of(config: Mapping[str, Any]) -> JsonObject:

@@ -33,6 +33,7 @@ from dpo_cli.providers.precision import in_float32
 from dpo_cli.scoring import shared_prompts
 from dpo_cli.scoring.lm_head import ALL, LOG_PROBS, Head, score_tokens
 from dpo_cli.scoring.shared_prompts import IGNORED, Layout
+from dpo_cli.storage.progress import working
 
 # Parts of TRL's contract that its DPOTrainer does not use. Other trainers use them, and would get a wrong loss.
 UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
@@ -78,6 +79,13 @@ def choose(
     `no_sharing` is the reason of the provider why it cannot.
     Raises `RunFailed` if sharing is required (true) and not exact, and for a model with an unsupported head.
     """
+    with working("checking the scoring"):
+        return _chosen(model, rows, pad_token_id, prompt_sharing, no_sharing)
+
+
+def _chosen(
+    model: PreTrainedModel, rows: Sequence[Encoded], pad_token_id: int, prompt_sharing: bool | str, no_sharing: str | None
+) -> Scoring:
     shortest, longest = (end(rows, key=lambda row: row.length) for end in (min, max))
     _require_our_head(model, collate([shortest], pad_token_id, model.device))
     if len(rows[0].responses) == 1:

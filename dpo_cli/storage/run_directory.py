@@ -129,6 +129,7 @@ class RunDirectory:
         if missing:
             raise not_a_run(path, "a finished run", missing, (PLAN, SUMMARY))
         _require_no_links(path)
+        _require_whole(run)
         if not run.has_its_weights():
             message = f"the {run.trained.name} in {path} has changed since this run wrote it"
             raise invalid("adapter-changed", message, "train again, or restore the file")
@@ -232,6 +233,21 @@ class RunDirectory:
 
     def write_card(self, text: str) -> None:
         write_whole(self.trained / CARD, lambda part: part.write_text(redact(text), encoding="utf-8"))
+
+
+def _require_whole(run: RunDirectory) -> None:
+    """`InvalidInput` for a run whose files cannot be read, or lack what every run has."""
+    for name, key in {PLAN: "config", SUMMARY: "adapter_sha256", MANIFEST: "model"}.items():
+        if not run.has(name):
+            continue
+        try:
+            document = run.read_json(name)
+            what = "" if isinstance(document, dict) and key in document else f"it has no {key}"
+        except (OSError, ValueError) as error:
+            what = str(error)
+        if what:
+            message, fix = f"{run.path / name} is damaged: {what}", "repeat the `dpo train` command of this run with --resume"
+            raise invalid("not-a-run", message, fix)
 
 
 def _require_no_links(path: Path) -> None:

@@ -65,6 +65,11 @@ class Console:
     def line(self, text: str) -> None:
         self.out.print(Text(redact(text)))
 
+    def break_line(self) -> None:
+        """End the line of a terminal."""
+        if self.errors.is_terminal:
+            self.errors.print()
+
     def problems(self, problems: Sequence[Problem]) -> None:
         """Every problem, errors first, each with its place and its fix."""
         self._print_texts(_problem_texts(problems))

@@ -19,13 +19,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.storage.progress import RUNNING, Work
+from dpo_cli.storage.progress import RUNNING, Work, busy_since
 from dpo_cli.storage.redaction import redact
 
 PATIENCE = 2.0  # seconds before work is shown
 BETWEEN_LINES = 10.0  # seconds between two lines in a pipe
 LOOKS = 0.2  # seconds between two looks at the running work
 WIDEST = 100  # columns
+ECHO = 3  # columns that stay free, for the ^C of a terminal
 
 
 class ProgressView:
@@ -93,7 +94,7 @@ class ProgressView:
 
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[RenderableType]:
         now = time.monotonic()
-        yield from bars(long_work(now), now, min(WIDEST, options.max_width))
+        yield from bars(long_work(now), now, min(WIDEST, options.max_width - ECHO))
 
 
 def _nobody_reads(file: IO[str]) -> bool:
@@ -107,9 +108,9 @@ def _nobody_reads(file: IO[str]) -> bool:
 
 
 def long_work(now: float) -> list[Work]:
-    """The running work, if the outermost runs for some time; the innermost is last."""
+    """The running work, if this process works for some time; the innermost is last."""
     running = list(RUNNING)
-    return running if running and now - running[0].start >= PATIENCE else []
+    return running if running and now - busy_since() >= PATIENCE else []
 
 
 def line(work: Work, now: float) -> str:
@@ -117,7 +118,7 @@ def line(work: Work, now: float) -> str:
     parts = [redact(work.what) + (f" {work.done:,} of {work.total:,} {work.unit}".rstrip() if work.total is not None else "")]
     if work.total is None and work.done:
         parts[0] += f" {work.done:,} {work.unit}".rstrip()
-    if rate := work.rate(now):
+    if rate := work.rate:
         parts.append(f"{rate:,.1f} {work.unit}/s" if rate < 10 else f"{rate:,.0f} {work.unit}/s")
     left = work.left(now)
     parts.append(f"{duration(now - work.start)} so far" if left is None else f"{duration(left)} left")
