@@ -114,10 +114,12 @@ def test_side_by_side_answers_different_prompts_in_halves_too(
     assert all(sample.base != sample.adapter for sample in whole)
     assert side_by_side(policy, tokenizer, [], 2, 128, torch.float32) == []
 
-    def small(model: object, tokenizer: object, prompts: list[list[int]], *rest: object) -> list[list[Answer]]:
+    def small(
+        model: object, tokenizer: object, prompts: list[list[int]], *rest: object, **options: object
+    ) -> list[list[Answer]]:
         if len(prompts) > 1:
             raise torch.OutOfMemoryError("none left")
-        return generate(model, tokenizer, prompts, *rest)  # type: ignore[arg-type]
+        return generate(model, tokenizer, prompts, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(generation, "generate", small)
     assert side_by_side(policy, tokenizer, pairs, 2, 128, torch.float32) == whole
@@ -132,7 +134,9 @@ def test_prompts_are_answered_as_many_at_once_as_there_is_room_for(
     """By the widest prompt of a batch, in their order; one that is too long for the room is alone."""
     batches: list[list[int]] = []
 
-    def seen(model: object, tokenizer: object, prompts: list[list[int]], *rest: object) -> list[list[Answer]]:
+    def seen(
+        model: object, tokenizer: object, prompts: list[list[int]], *rest: object, **options: object
+    ) -> list[list[Answer]]:
         batches.append([len(prompt) for prompt in prompts])
         return [[Answer("", 0, True)] for _ in prompts]
 

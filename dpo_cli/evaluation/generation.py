@@ -249,12 +249,14 @@ def answers(
 
     batches = filled(prompts, fits)
     written: list[Answer] = []
-    with working("answering", len(prompts), "prompts") as work:
-        for batch, of_batch in in_halves(
-            batches, lambda batch: generate(model, tokenizer, batch, sampling, dtype), list_halves
-        ):
+    with working(what, len(prompts), "prompts") as work:
+
+        def answered(batch: list[Sequence[int]]) -> list[list[Answer]]:
+            work.done = len(written)  # a batch that was out of memory has counted too
+            return generate(model, tokenizer, batch, sampling, dtype, work=work)
+
+        for _, of_batch in in_halves(batches, answered, list_halves):
             written += [answer for (answer,) in of_batch]
-            work.add(len(batch))
     return written
 
 
