@@ -7,14 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fork_server
 import pytest
-from conftest import Run
+from conftest import Run, made_row
 from test_imports import HEAVY
 
 from dpo_cli.commands import train as composer
@@ -26,9 +26,25 @@ from dpo_cli.runs.kept_evaluation import SEAL, basis_of, keep, kept
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, SUMMARY, RunDirectory
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A folder with a run, its data and its own copy of the model, and a copy of all of it in `pristine`."""
+    place = tmp_path_factory.mktemp("judged") / "place"
+    shutil.copytree(tiny_model_dir, place / "model")
+    (place / "pairs.jsonl").write_text("".join(json.dumps(made_row(i)) + "\n" for i in range(24)), encoding="utf-8")
+    values = {"model_name": str(place / "model"), "dataset": str(place / "pairs.jsonl"), "device": "cpu", "bf16": False}
+    values |= {"max_steps": 2, "lora_r": 4, "learning_rate": 1e-2, "kl_prompts": 2, "max_new_tokens": 4, "eval_split": 0.25}
+    (place / "config.json").write_text(json.dumps({**values, "output_dir": str(place / "run")}), encoding="utf-8")
+    assert dpo("train", place / "config.json")
+    shutil.copytree(place, place.parent / "pristine")
+    return place
+
+
 @pytest.fixture
-def judged(run: Run) -> RunDirectory:
-    return RunDirectory.open(run(eval_split=0.25)[1])
+def judged(trained: Path) -> Iterator[RunDirectory]:
+    yield RunDirectory.open(trained / "run")
+    shutil.rmtree(trained)
+    shutil.copytree(trained.parent / "pristine", trained)  # with the times of the files
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:
@@ -126,19 +142,11 @@ CHANGES: dict[str, Callable[[RunDirectory], object]] = {
 }
 
 
-@pytest.fixture
-def of_own_model(run: Run, tiny_model_dir: Path, tmp_path: Path) -> RunDirectory:
-    """A judged run on a copy of the model that others use."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny_model_dir, model)
-    return RunDirectory.open(run(eval_split=0.25, model_name=str(model))[1])
-
-
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_change_is_seen(what: str, of_own_model: RunDirectory) -> None:
-    assert kept(of_own_model) is not None
-    CHANGES[what](of_own_model)
-    assert kept(of_own_model) is None
+def test_a_change_is_seen(what: str, judged: RunDirectory) -> None:
+    assert kept(judged) is not None
+    CHANGES[what](judged)
+    assert kept(judged) is None
 
 
 def test_other_code_versions_and_hardware_are_seen(judged: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
