@@ -99,7 +99,7 @@ def test_data_that_is_gone_at_the_end_of_a_training(run: Run, tmp_path: Path, mo
 def test_eval_writes_only_what_is_missing_or_damaged(judged: RunDirectory) -> None:
     file = judged.path / EVALUATION
     whole = file.read_bytes()
-    for damage in (CHANGES["a figure"], CHANGES["a half file"], CHANGES["no file"], CHANGES["not a file of ours"]):
+    for damage in (CHANGES["a figure"], CHANGES["a half file"], CHANGES["no file"], CHANGES["another JSON value"]):
         damage(judged)
         dpo("eval", judged.path)
         assert file.read_bytes() == whole
@@ -129,7 +129,7 @@ CHANGES: dict[str, Callable[[RunDirectory], object]] = {
     "a sample": lambda run: edit(run.path / EVALUATION, lambda it: it["samples"].clear()),
     "no seal": lambda run: edit(run.path / EVALUATION, lambda it: it.pop(SEAL)),
     "another seal": lambda run: edit(run.path / EVALUATION, lambda it: it.update({SEAL: "0" * 64})),
-    "not a file of ours": lambda run: (run.path / EVALUATION).write_text("[]", encoding="utf-8"),
+    "another JSON value": lambda run: (run.path / EVALUATION).write_text("[]", encoding="utf-8"),
     "a half file": lambda run: os.truncate(run.path / EVALUATION, 100),
     "no file": lambda run: (run.path / EVALUATION).unlink(),
     "an option": lambda run: edit(run.path / PLAN, lambda it: it["config"].update(max_new_tokens=5)),

@@ -62,7 +62,7 @@ class Pieces:
 
 
 def _stands_alone(token: Added, others: Sequence[Added]) -> bool:
-    """Whether a token is found wherever its text is: no other one contains its text, or ends in its beginning."""
+    """Whether a token is found at each place of its text: no other one contains its text, or ends in its beginning."""
     text = token.content
     if not token.special or token.normalized or token.lstrip or token.rstrip or token.single_word:
         return False
