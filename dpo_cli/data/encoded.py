@@ -76,7 +76,7 @@ class Encoded:
 
 
 class EncodedRows(Sequence[Encoded]):
-    """Rows of one kind. Each is made anew when it is asked for."""
+    """Rows of one kind. Each is made when it is asked for."""
 
     def __init__(self, rows: Iterable[Encoded] = ()) -> None:
         self.rows: list[Row] = []
