@@ -45,8 +45,8 @@ STEPS, MICRO_BATCH = 2, 2
 COLUMNS = (
     Column("changed"),
     Column("dtype"),
-    Column("pairs of a step", "pairs", "{}"),
-    Column("tokens of a pair", "tokens", "{:.0f}"),
+    Column("pairs of a step", "", "{}"),
+    Column("tokens of a pair", "", "{:.0f}"),
     Column("rank", "", "{}"),
     Column("a step", "s", "{:.2f}"),
     Column("tokens a second", "tokens/s", "{:.0f}", (0.25, 0)),
