@@ -1,8 +1,7 @@
 """What torch.compile could save in a step on a CPU: the elementwise parts of a layer as they are and compiled.
 
 Forward and backward. Products, attention and the head are library calls, which it does not change. The parts are those of
-SmolLM2-135M on a row of
-2,000 tokens, in bfloat16; `warm-up` is the time until the first compiled call has ended, once per shape.
+SmolLM2-135M on a row of 2,000 tokens, in bfloat16. `warm-up` is the time until the first compiled call has ended.
 """
 
 from __future__ import annotations

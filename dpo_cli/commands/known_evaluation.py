@@ -1,4 +1,4 @@
-"""`dpo eval` of a run whose figures are known: they are shown at once. No torch."""
+"""`dpo eval` of a run whose figures are known: they are shown at once. Not in eval.py, whose imports bring torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def show_known(request: Request, console: Console) -> Evaluation | None:
     adapter = Adapter.in_folder(run.trained)
     if (known := kept(run)) is None or (adapter is not None and adapter.danger):  # which is refused when it is loaded
         if run.has(EVALUATION):
-            console.line(f"{EVALUATION} is of other data, another model, other options or versions, or was changed: computing")
+            why = "is of other data, another model, other options or versions, or was changed"
+            console.line(f"{EVALUATION} {why}: the figures are computed again")
         return None
     config = run.read_json(PLAN)["config"]
     start = start_of(ModelSource.of(config["model_name"]))

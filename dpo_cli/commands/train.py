@@ -211,14 +211,8 @@ class Training:
 
 def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training:
     """Load the model, settle with it what the plan left open, and build the trainer."""
-    run, earlier, provider, rows, loaded, console = (
-        job.run,
-        job.earlier,
-        job.provider,
-        job.rows,
-        job.loaded,
-        job.console,
-    )
+    run, earlier, provider = job.run, job.earlier, job.provider
+    rows, loaded, console = job.rows, job.loaded, job.console
     tokenizer, pad_token_id = rows.tokenizer, int(rows.tokenizer.pad_token_id)
     base = provider.base_model(plan)
     for note in provider.notes:

@@ -30,14 +30,14 @@ SEAL = "seal"
 def keep(run: RunDirectory, evaluation: Evaluation, basis: JsonObject) -> None:
     """Write evaluation.json, with its seal; `basis` is from before the model was loaded."""
     document: JsonObject = json.loads(json_text(redacted(to_json(evaluation))))
-    run.write_json(EVALUATION, {**document, SEAL: f"{_of_inputs(run, basis)}-{_of_figures(document)}"})
+    run.write_json(EVALUATION, {**document, SEAL: f"{_of_inputs(run, basis)}-{_digest(document)}"})
 
 
 def kept(run: RunDirectory) -> Evaluation | None:
     """The evaluation of a finished run, if the file is whole and nothing has changed since; else None."""
     try:
         document, config = run.read_json(EVALUATION), run.read_json(PLAN)["config"]
-        if document.pop(SEAL) != f"{_of_inputs(run, basis_of(config))}-{_of_figures(document)}":
+        if document.pop(SEAL) != f"{_of_inputs(run, basis_of(config))}-{_digest(document)}":
             return None
         return Evaluation.of_json(document, STRATEGIES[config["strategy"]].rows.noun)
     except (AttributeError, KeyError, OSError, TypeError, ValueError):  # damaged, older, or without its data: computed again
@@ -52,16 +52,12 @@ def is_whole(run: RunDirectory) -> bool:
         Evaluation.of_json(document, STRATEGIES[config["strategy"]].rows.noun)
     except (AttributeError, KeyError, OSError, TypeError, ValueError):
         return False
-    return seal == "-" or str(seal).endswith(f"-{_of_figures(document)}")
+    return seal == "-" or str(seal).endswith(f"-{_digest(document)}")
 
 
 def _of_inputs(run: RunDirectory, basis: JsonObject) -> str:
     trained = [run.read_json(SUMMARY)["adapter_sha256"], sha256_of_settings(run.trained)]
     return _digest({"plan": sha256(run.path / PLAN), "trained": trained, **basis})
-
-
-def _of_figures(document: JsonObject) -> str:
-    return _digest(document)
 
 
 def _digest(value: JsonObject) -> str:

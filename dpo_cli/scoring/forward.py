@@ -86,6 +86,7 @@ def choose(
 def _chosen(
     model: PreTrainedModel, rows: Sequence[Encoded], pad_token_id: int, prompt_sharing: bool | str, no_sharing: str | None
 ) -> Scoring:
+    """As `choose`."""
     shortest, longest = (end(rows, key=lambda row: row.length) for end in (min, max))
     _require_our_head(model, collate([shortest], pad_token_id, model.device))
     if len(rows[0].responses) == 1:
