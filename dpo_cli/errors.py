@@ -13,7 +13,7 @@ A `Problem` is one finding about the user's input. Errors stop, warnings and hin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from typing import Any, Literal
@@ -69,6 +69,11 @@ class Problem:
         order = ("severity", "code", "key", "file", "line", "column", "lines", "message", "fix")
         values = asdict(self)
         return {name: values[name] for name in order}
+
+
+def problem_of_json(values: Mapping[str, Any]) -> Problem:
+    """The problem whose `asdict` is in a file."""
+    return Problem(**{**values, "lines": None if values["lines"] is None else tuple(values["lines"])})
 
 
 def about_rows(

@@ -22,7 +22,7 @@ ROWS = st.lists(
 @settings(max_examples=100, deadline=None)
 @given(rows=ROWS)
 def test_rows_come_back(rows: list[Encoded]) -> None:
-    held = EncodedRows(rows)
+    held = EncodedRows.of(rows)
     assert list(held) == rows and len(held) == len(rows) and held[:2] == rows[:2]
     assert [size.length for size in held.sizes()] == [row.length for row in rows]
     assert [size.shared_length for size in held.sizes()] == [row.shared_length for row in rows]
@@ -37,7 +37,7 @@ def test_rows_come_back(rows: list[Encoded]) -> None:
 
 def test_they_are_small() -> None:
     ids = list(range(1000, 1500))
-    held = EncodedRows(Encoded(Pair("", "", "", 1), ids, (ids, ids)) for _ in range(100))
+    held = EncodedRows.of(Encoded(Pair("", "", "", 1), ids, (ids, ids)) for _ in range(100))
     bytes_held = sys.getsizeof(held._ids) + sys.getsizeof(held._ends)
     assert bytes_held < 100 * 1500 * 4 * 1.2  # an array grows by an eighth
 

@@ -93,7 +93,7 @@ def train(
         machine = with_bf16_speed(machine, loaded.require(), draft.model.facts)
         draft = replace(draft, day=loaded.day or draft.day)
         loaded = replace(loaded, day=draft.day)
-        prepared = prepare(data, tokenizer, draft, provider.token_rows())
+        prepared = prepare(data, tokenizer, draft, provider.token_rows(), console.line)
         is_resumed = earlier is not None
         row_tokens = earlier.decided.row_tokens if earlier else None
         plan = resolve(

@@ -73,7 +73,7 @@ def _inspections(
     inspections: deque[Inspection | None] = deque()
     for loaded in stages:
         is_first_to_run = loaded.foundation is None or (dry_run and not (may_resume and _has_its_start(loaded)))
-        inspection = _inspected(loaded.on_foundation(), machine, keep_rows=is_first_to_run)
+        inspection = _inspected(loaded.on_foundation(), machine)
         inspections.append(inspection if is_first_to_run else None)
         _, plan = inspection.require()
         RunDirectory.check(plan.run_dir, may_exist)
@@ -91,6 +91,6 @@ def _has_its_start(loaded: Loaded) -> bool:
     return loaded.foundation is not None and RunDirectory(Path(str(loaded.values["model_name"]))).has(SUMMARY)
 
 
-def _inspected(loaded: Loaded, machine: Machine, keep_rows: bool = True) -> Inspection:
+def _inspected(loaded: Loaded, machine: Machine) -> Inspection:
     """What a training needs to know of a config; memory is checked later, with the real lengths."""
-    return inspect(loaded, machine, with_fit=False, keep_rows=keep_rows).stricter(lambda problem: problem.stops_training)
+    return inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)

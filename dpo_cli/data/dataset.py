@@ -1,6 +1,6 @@
 """Files of rows to `Pair`s, as a stream. Every bad row is reported, and none stops the reading.
 
-Memory does not grow with the file, except for a JSON list, and if the rows are kept.
+Memory does not grow with the file, except for a JSON list, and for the rows of small files.
 
 A dataset is a file (.jsonl, .json, .csv, .tsv, .parquet; text also as gzip), a folder of such files, or a list of these with
 weights.
@@ -74,30 +74,27 @@ class Dataset:
 
     def load(self) -> list[Row]:
         """The usable rows in the order of their files, repeated or dropped by weight."""
-        return self.divided(lambda row: False)[0]
+        return [row for _, row in self.divided(lambda row: False)]
 
-    def divided(self, is_held_out: Callable[[Row], bool]) -> tuple[list[Row], list[Row]]:
-        """The usable rows in the order of their files: (to train on, held out).
+    def divided(self, is_held_out: Callable[[Row], bool]) -> Iterator[tuple[bool, Row]]:
+        """Whether it is held out, and the row: all usable rows in the order of their files.
 
         A pair with weight 2 appears twice, and with weight 0.5 every second pair does. Each held-out pair appears once, so that
         weights do not change the figures of an evaluation.
         """
-        train: list[Row] = []
-        held_out: list[Row] = []
         seen: Counter[float] = Counter()  # by weight, so that a folder of small files is weighted as a whole
         for source, row in self._weighed():
             if is_held_out(row):
-                held_out.append(row)
+                yield True, row
             else:
                 before = _due(seen[source.weight], source.weight)
                 seen[source.weight] += 1
-                train += [row] * (_due(seen[source.weight], source.weight) - before)
-        return train, held_out
+                yield from [(False, row)] * (_due(seen[source.weight], source.weight) - before)
 
     def require_unchanged(self) -> None:
         """`InvalidInput` if a file changed after its rows were read: the hash would be of other rows."""
         for path, state in self.states.items():
-            if not Path(path).is_file() or _state(path) != state:
+            if not Path(path).is_file() or state_of(path) != state:
                 fix = "start again when no program writes to it"
                 raise invalid("dataset-changed", f"{path} changed while it was read", fix, self.key)
 
@@ -219,12 +216,11 @@ def read(
     columns: Columns | None = None,
     observers: Sequence[Observer] = (),
     demonstrations: bool = False,
-    keep: bool = False,
 ) -> Dataset:
     """One pass over the data of a config's `key`. Problems are returned, never raised; with `skip` bad rows are warnings.
 
     A problem of a whole file has no place in it: it belongs to the config that names it. With `demonstrations` the rows are
-    read for sft. With `keep`, and for small files, they stay in memory, so that nothing is read again.
+    read for sft. Those of small files stay in memory, so that nothing is read again.
     """
     sources = sources_of(value)
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
@@ -232,9 +228,9 @@ def read(
     faults = {source.path: fault(Path(source.path), key) for source in sources}
     whole = [problem for source in sources if (problem := faults[source.path]) is not None]
     readable = [source for source in sources if faults[source.path] is None]
-    states = {source.path: _state(source.path) for source in readable}
+    states = {source.path: state_of(source.path) for source in readable}
     is_small = sum(size for size, _ in states.values()) <= SMALL_BYTES
-    kept: list[tuple[Source, Row]] | None = [] if keep or is_small else None
+    kept: list[tuple[Source, Row]] | None = [] if is_small else None
     bad, account = BadRows(), Account(columns or {}, demonstrations)
     prompts: set[int] = set()
     rows = pairs = 0
@@ -263,7 +259,7 @@ def read(
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", _emptiness(readable, rows), f"add {data.noun}", key, name))
     problems += account.problems(key) if pairs else []
-    problems += _choices(value, key)
+    problems += choices(value, key)
     for says, count in account.shapes.items():
         fix = 'if this is wrong, set the names of the columns with "columns"'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
@@ -275,7 +271,7 @@ def _emptiness(sources: Sequence[Source], rows: int) -> str:
     """Why these files have no usable row, though no row is at fault."""
     if rows:
         return "no row is usable"
-    holds_text = any(_state(source.path)[0] for source in sources)
+    holds_text = any(state_of(source.path)[0] for source in sources)
     is_table = all(folders.kind(source.path) in (".csv", ".tsv") for source in sources)
     is_one = len(sources) == 1
     if is_table and holds_text:
@@ -295,7 +291,7 @@ def _with_columns(problem: Problem, columns: Columns, keys: Sequence[str]) -> Pr
     return replace(problem, fix=f"write {line}{'' if guess else ', with the names of your columns,'} into the config")
 
 
-def _state(path: str) -> tuple[int, int]:
+def state_of(path: str) -> tuple[int, int]:
     """Size and time of a file, which differ after a change."""
     stat = Path(path).stat()
     return stat.st_size, stat.st_mtime_ns
@@ -348,7 +344,7 @@ def _files(path: str) -> list[str]:
     return [str(file) for file in content.files] if content is not None and content.files else [path]
 
 
-def _choices(value: Named, key: str) -> Iterator[Problem]:
+def choices(value: Named, key: str) -> Iterator[Problem]:
     """Hints that say which files of a hub dataset or a folder are read."""
     for path, _ in _entries(value):
         if hub_datasets.is_hub_id(path):

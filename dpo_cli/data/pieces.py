@@ -46,15 +46,13 @@ class Pieces:
         self._end = re.compile("|".join(re.escape(token.content) for token in ends)) if ends else None
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text. Two threads may ask at once."""
+        """The ids of each text."""
         pieces = [self._cut(text) for text in texts]
-        different, before = dict.fromkeys(chain.from_iterable(pieces)), self._known
-        known = {piece: before[piece] for piece in different if piece in before}
-        new = [piece for piece in different if piece not in known]
-        known.update(zip(new, self._encode(new), strict=True))
-        # Another dict, not the same one: the other thread may read it.
-        self._known = known if len(before) + len(new) > KEPT else {**before, **known}
-        return [list(chain.from_iterable(known[piece] for piece in of_text)) for of_text in pieces]
+        if len(self._known) > KEPT:
+            self._known.clear()
+        new = [piece for piece in dict.fromkeys(chain.from_iterable(pieces)) if piece not in self._known]
+        self._known.update(zip(new, self._encode(new), strict=True))
+        return [list(chain.from_iterable(self._known[piece] for piece in of_text)) for of_text in pieces]
 
     def _cut(self, text: str) -> list[str]:
         ends = [match.end() for match in self._end.finditer(text)] if self._end else []

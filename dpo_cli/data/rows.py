@@ -115,6 +115,18 @@ class Demonstration:
 Row = Pair | Demonstration
 
 
+def row_to_json(row: Row) -> list[object]:
+    """The row as JSON values, with the name of its kind first."""
+    return [row.kind.noun, *(getattr(row, name) for name in row.__slots__)]
+
+
+def row_of_json(value: list[Any]) -> Row:
+    """The row of `row_to_json`."""
+    kind = Pair if value[0] == PAIRS.noun else Demonstration
+    values = dict(zip(kind.__slots__, value[1:], strict=True))
+    return kind(**{**values, "tools": tuple(values["tools"])})
+
+
 def _key(prompt: Text, tools: tuple[Tool, ...]) -> str:
     key: object = prompt
     if isinstance(prompt, list):

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ class Tokenizer:
     size: int  # number of tokens
     ends: frozenset[int]  # tokens that end an answer: EOS, and those of generation_config.json
     added: Sequence[Added] = ()  # tokens that are found before all others
+    text: Callable[[], str] | None = None  # all that decides the ids of a text, if that can be written
 
     @classmethod
     def loaded(
@@ -53,11 +56,22 @@ class Tokenizer:
             size=len(tokenizer),
             ends=ends_of(int(tokenizer.eos_token_id), generation),
             added=[*tokenizer.added_tokens_decoder.values()],
+            text=_text(tokenizer),
         )
 
     def against(self, token_rows: int) -> str:
         """A text with the number of tokens and of the model's rows for them."""
         return f"the tokenizer has {self.size} tokens, the model {token_rows} rows"
+
+    @property
+    def digest(self) -> str | None:
+        """The SHA-256 of what decides the tokens of a row; None if that is not known."""
+        if self.text is None:
+            return None
+        template = self.template and [self.template.sources, {name: str(token) for name, token in self.template.tokens.items()}]
+        day = self.template.day.isoformat() if self.template and self.template.writes_date else None
+        parts = [self.text(), template, day, self.eos, self.size, sorted(self.ends), self.prefix]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def resize(self) -> str:
@@ -77,6 +91,11 @@ class Tokenizer:
     def plain(self, ids: list[int]) -> list[int]:
         """The ids of a text without a template: with exactly one BOS, and without an added EOS."""
         return ids if ids[: len(self.prefix)] == self.prefix else [*self.prefix, *ids]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase) -> Callable[[], str] | None:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    return (lambda: f"{type(tokenizer).__name__} {backend.to_str()}") if hasattr(backend, "to_str") else None
 
 
 def _many(tokenizer: PreTrainedTokenizerBase) -> Encode:

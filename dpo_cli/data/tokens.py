@@ -7,18 +7,17 @@ template renders a prompt differently before a response, TRL's response starts w
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
-from dpo_cli.data.encoded import Encoded, EncodedRows
+from dpo_cli.data.encoded import Chunk, Encoded, EncodedRows, Growing
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import Message, Text, Tool, without_key
 from dpo_cli.data.omissions import Part, cause, fails, left_out, parts_of
@@ -26,6 +25,7 @@ from dpo_cli.data.rows import Row
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.transcripts import as_messages
 from dpo_cli.errors import InvalidInput, Problem, Severity, invalid
+from dpo_cli.storage.processes import in_order
 from dpo_cli.storage.progress import working
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 FIRST_STEP = 4  # characters from a guess to the next try
 AT_ONCE = 128  # rows whose texts are encoded together
+FEW = 8  # chunks of so many rows are encoded in this process
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Encodings:
     sides: list[EncodedRows]  # in the order of the given rows
     refused: int  # number of skipped rows
     problems: tuple[Problem, ...]
+    dropped: list[list[int]]  # the lengths of the rows of each side that are left out because they are too long
 
     def require(self) -> Encodings:
         """The same, or `InvalidInput` if rows are refused and must not be skipped."""
@@ -69,23 +71,80 @@ def encode_all(
     token_rows: int | None = None,
     skip: bool = False,
 ) -> Encodings:
-    """Tokenise the rows of each side (to train on, held out).
+    """Tokenise the rows of each side (to train on, held out), as an `Encoder` does, and keep all of them in memory.
+
+    Rows that cannot be used are errors, or skipped with `skip`. Raises `InvalidInput` if a template is needed and missing.
+    """
+    encoder = Encoder.of(tokenizer, use_chat_template, max_length, token_rows)
+    rows = ((number, row) for number, side in enumerate(sides) for row in side)
+    return encoded_into([Growing() for _ in sides], rows, encoder, sum(map(len, sides)), skip, math.inf)
+
+
+def encoded_into(
+    sides: Sequence[Growing], rows: Iterable[tuple[int, Row]], encoder: Encoder, total: int, skip: bool, longest: float
+) -> Encodings:
+    """Tokenise rows, each with the number of its side; those with more than `longest` tokens are left out.
+
+    Many rows are tokenised in processes of their own.
+    """
+    findings, dropped = _Findings(), [list[int]() for _ in sides]
+    with working("tokenising", total, "rows") as work:
+        for chunk, (encoded, found) in in_order(encoder, rows, AT_ONCE, FEW):
+            work.add(len(chunk))
+            findings.add(found)
+            in_chunk = [row for _, row in chunk]
+            for number, side in enumerate(sides):
+                of_side = [(at, size) for at, size in enumerate(encoded.row_sizes()) if chunk[encoded.kept[at]][0] == number]
+                dropped[number] += (size.length for _, size in of_side if size.length > longest)
+                side.add(encoded.taken([at for at, size in of_side if size.length <= longest]), in_chunk)
+    findings.require_template(encoder)
+    return Encodings([side.done() for side in sides], findings.refused, tuple(findings.problems(skip)), dropped)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes token ids of rows.
 
     Plain strings become chat messages if the tokenizer has a chat template ("auto") or must have one. A row longer than
-    `max_length` tokens loses the oldest tokens of its prompt. If its responses alone are longer, it is returned uncut, but a
-    text without a prompt is cut. Rows that cannot be used, or have a token beyond the `token_rows` of the model's embedding,
-    are errors, or skipped with `skip`. Raises `InvalidInput` if a template is needed and missing.
+    `max_length` tokens loses the oldest tokens of its prompt. If its responses alone are longer, it stays uncut, but a text
+    without a prompt is cut. A row with a token beyond the `token_rows` of the model's embedding cannot be used.
     """
-    as_chat = _require_template([row for side in sides for row in side], tokenizer, use_chat_template)
-    findings = _Findings(tokenizer, token_rows, skip)
-    encoded = [EncodedRows() for _ in sides]
-    with working("tokenising", sum(map(len, sides)), "rows") as work:
-        for into, side in zip(encoded, sides, strict=True):
-            for draft, ids in _tokenised((_Draft.of(row, tokenizer, as_chat) for row in side), tokenizer):
-                work.add()
-                if (usable := _usable(draft, ids, tokenizer, max_length, findings)) is not None:
-                    into.append(usable)
-    return Encodings(encoded, findings.refused, tuple(findings.problems()))
+
+    tokenizer: Tokenizer
+    as_chat: bool
+    max_length: int | None
+    token_rows: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, use_chat_template: bool | str, max_length: int | None, token_rows: int | None) -> Encoder:
+        """`InvalidInput` if rows must go through a chat template, and there is none."""
+        if use_chat_template is True and tokenizer.template is None:
+            fix = 'write "use_chat_template": "auto", or start from an instruct model'
+            raise invalid("no-chat-template", "this model has no chat template", fix, "use_chat_template")
+        as_chat = tokenizer.template is not None and use_chat_template is not False
+        return cls(tokenizer, as_chat, max_length, token_rows)
+
+    def __call__(self, rows: Sequence[tuple[int, Row]]) -> tuple[Chunk, _Findings]:
+        """The usable ones of some rows, and what was found in all of them."""
+        findings = _Findings()
+        drafts = [_Draft.of(row, self.tokenizer, self.as_chat) for _, row in rows]
+        ids = iter(self.tokenizer.pieces.ids([text for draft in drafts for text in draft.texts]))
+        chunk = Chunk.of([self._usable(draft, list(islice(ids, len(draft.texts))), findings) for draft in drafts])
+        return chunk, findings
+
+    def _usable(self, draft: _Draft, ids: list[list[int]], findings: _Findings) -> Encoded | None:
+        """The row as token ids; None, with a finding, for a row that cannot be used."""
+        try:
+            if draft.error is not None:
+                raise draft.error
+            whole = _of_ids(draft.rendered or draft.row, ids, self.tokenizer)
+            findings.check(whole, draft.rendered, self)
+            is_short = self.max_length is None or whole.length <= self.max_length
+            kept = whole if is_short else _cut(whole, self.tokenizer, draft.rendered is not None, self.max_length or 0)
+            return replace(kept, row=draft.row)
+        except TemplateError as error:
+            findings.see_error(draft.row, error, self.tokenizer)
+            return None
 
 
 @dataclass(frozen=True)
@@ -101,62 +160,14 @@ class _Draft:
     def of(cls, row: Row, tokenizer: Tokenizer, as_chat: bool) -> _Draft:
         is_chat = as_chat and row.prompt != ""  # a whole text is not an answer
         try:
+            if not as_chat and not isinstance(row.responses[0], str):
+                raise _NeedsTemplate
             rendered = Rendered.of(row.as_turns(), tokenizer.template) if is_chat and tokenizer.template else None
             return cls(row, rendered, _texts(rendered or row, tokenizer))
         except TemplateError as error:  # collected, so that one pass reports all rows that the template rejects
             return cls(row, error=error)
         except UnicodeEncodeError:
             return cls(row, error=_Refused(*SURROGATE))
-
-
-def _tokenised(drafts: Iterable[_Draft], tokenizer: Tokenizer) -> Iterator[tuple[_Draft, list[list[int]]]]:
-    """Each draft with the token ids of its texts. A thread encodes `AT_ONCE` drafts while the next ones are rendered."""
-    drafts = iter(drafts)
-    with ThreadPoolExecutor(1) as thread:
-        waiting: tuple[list[_Draft], Future[list[list[int]]]] | None = None
-        while (batch := list(islice(drafts, AT_ONCE))) or waiting:
-            before, waiting = waiting, None
-            if batch:
-                waiting = batch, thread.submit(tokenizer.pieces.ids, [text for draft in batch for text in draft.texts])
-            if before:
-                ids = iter(before[1].result())
-                yield from ((draft, list(islice(ids, len(draft.texts)))) for draft in before[0])
-
-
-def _usable(
-    draft: _Draft, ids: list[list[int]], tokenizer: Tokenizer, max_length: int | None, findings: _Findings
-) -> Encoded | None:
-    """The row as token ids; None, with a finding, for a row that cannot be used."""
-    try:
-        if draft.error is not None:
-            raise draft.error
-        whole = _of_ids(draft.rendered or draft.row, ids, tokenizer)
-        findings.check(whole, draft.rendered)
-        kept = whole if max_length is None else _cut(whole, tokenizer, draft.rendered is not None, max_length)
-        return replace(kept, row=draft.row)
-    except TemplateError as error:
-        findings.see_error(draft.row, error)
-        return None
-
-
-def _require_template(rows: Sequence[Row], tokenizer: Tokenizer, use_chat_template: bool | str) -> bool:
-    """Whether rows go through the chat template; `InvalidInput` if they must and cannot."""
-    has_template = tokenizer.template is not None
-    if use_chat_template is True and not has_template:
-        fix = 'write "use_chat_template": "auto", or start from an instruct model'
-        raise invalid("no-chat-template", "this model has no chat template", fix, "use_chat_template")
-    as_chat = has_template and use_chat_template is not False
-    places: dict[str, list[int]] = defaultdict(list)
-    if not as_chat:
-        for row in rows:
-            if not isinstance(row.responses[0], str):
-                places[row.file].append(row.line)
-    if places:
-        reason = "the rows are chat messages, which need a chat template"
-        why = "use_chat_template is false" if has_template else "the model has no chat template: start from an instruct model"
-        code, key = "messages-without-template", "use_chat_template"
-        raise InvalidInput([about_rows("error", code, reason, why, key, file, lines) for file, lines in places.items()])
-    return as_chat
 
 
 REFUSES = (
@@ -211,51 +222,82 @@ class _Refused(TemplateError):
         self.parts = (code, reason, fix)
 
 
+class _NeedsTemplate(TemplateError):
+    """A row of chat messages without a template for them."""
+
+
+About = tuple[str, str, str, str]  # file, code, reason, fix
+
+
+@dataclass
 class _Findings:
     """The problems of rows as a template renders them, by file."""
 
-    def __init__(self, tokenizer: Tokenizer, token_rows: int | None, skip: bool) -> None:
-        self.tokenizer, self.token_rows, self.skip, self.refused = tokenizer, token_rows, skip, 0
-        self.errors: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)  # file, code, reason, fix
-        self.notes: dict[tuple[str, str, str, str], list[int]] = defaultdict(list)  # problems of rows that are still trained on
-        self._causes: dict[str, str] = {}  # by the text of an error, the part of the first such row that causes it
+    refused: int = 0
+    errors: dict[tuple[*About, str], list[int]] = field(default_factory=dict)  # and the text of a template's failure
+    notes: dict[About, list[int]] = field(default_factory=dict)  # problems of rows that are still trained on
+    causes: dict[str, str] = field(default_factory=dict)  # by the text of a failure, the part of the first row that causes it
+    unrendered: dict[str, list[int]] = field(default_factory=dict)  # rows that need a template, by file
 
-    def check(self, row: Encoded, rendered: Rendered | None) -> None:
+    def add(self, later: _Findings) -> None:
+        """Add what was found in later rows."""
+        self.refused += later.refused
+        both: Any = (self.errors, later.errors), (self.notes, later.notes), (self.unrendered, later.unrendered)
+        for mine, theirs in both:
+            for about, lines in theirs.items():
+                mine.setdefault(about, []).extend(lines)
+        self.causes = {**later.causes, **self.causes}
+
+    def check(self, row: Encoded, rendered: Rendered | None, encoder: Encoder) -> None:
         """Check a row and its rendering; raises `_Refused` if it cannot be trained on."""
-        file, line, tokenizer = row.row.file, row.row.line, self.tokenizer
+        file, line, tokenizer, token_rows = row.row.file, row.row.line, encoder.tokenizer, encoder.token_rows
         highest = max((max(ids, default=0) for ids in (row.prompt_ids, *row.responses)), default=0)
-        if self.token_rows is not None and highest >= self.token_rows:
-            reason = f"{tokenizer.decode([highest])} ({highest}) is outside the embedding: {tokenizer.against(self.token_rows)}"
+        if token_rows is not None and highest >= token_rows:
+            reason = f"{tokenizer.decode([highest])} ({highest}) is outside the embedding: {tokenizer.against(token_rows)}"
             raise _Refused("tokens-outside", reason, f"delete the token from these rows, or {tokenizer.resize}")
         for part, where, is_all in rendered.omissions() if rendered else ():
             if is_all:
                 raise _Refused(*NOTHING)
             code, reason, fix = EARLIER if part.is_reasoning and where == "the prompt" else LEAVES_OUT
-            self.notes[file, code, f"{reason} {part.what}, in {where}", fix].append(line)
+            self.notes.setdefault((file, code, f"{reason} {part.what}, in {where}", fix), []).append(line)
         if len(row.responses) == 2 and row.chosen_ids == row.rejected_ids:
             raise _Refused(*SAME)
         if any(tokenizer.ends.isdisjoint(ids) for ids in row.responses):
             code, reason, fix = NO_EOS
-            self.notes[file, code, f"{reason} ({tokenizer.eos!r})", fix].append(line)
+            self.notes.setdefault((file, code, f"{reason} ({tokenizer.eos!r})", fix), []).append(line)
 
-    def see_error(self, row: Row, error: TemplateError) -> None:
+    def see_error(self, row: Row, error: TemplateError, tokenizer: Tokenizer) -> None:
+        if isinstance(error, _NeedsTemplate):
+            self.unrendered.setdefault(row.file, []).append(row.line)
+            return
         self.refused += 1
+        failure = ""
         if isinstance(error, _Refused):
             code, reason, fix = error.parts
         else:
             code, reason, fix = FAILS if isinstance(error, TemplateFailed) else REFUSES
             reason = f"{reason}: {error}"
-            if isinstance(error, TemplateFailed) and self.tokenizer.template:
-                if str(error) not in self._causes:
-                    self._causes[str(error)] = _cause(row.as_turns(), self.tokenizer.template)
-                reason += f", at {self._causes[str(error)]}"
-        self.errors[row.file, code, reason, fix].append(row.line)
+            if isinstance(error, TemplateFailed) and tokenizer.template:
+                failure = str(error)
+                if failure not in self.causes:
+                    self.causes[failure] = _cause(row.as_turns(), tokenizer.template)
+        self.errors.setdefault((row.file, code, reason, fix, failure), []).append(row.line)
 
-    def problems(self) -> Iterator[Problem]:
-        for (file, code, reason, fix), lines in self.errors.items():
-            severity: Severity = "warning" if self.skip else "error"
+    def require_template(self, encoder: Encoder) -> None:
+        """`InvalidInput` for rows that need a template that does not exist, or is not used."""
+        reason = "the rows are chat messages, which need a chat template"
+        is_there = encoder.tokenizer.template is not None
+        why = "use_chat_template is false" if is_there else "the model has no chat template: start from an instruct model"
+        code, key = "messages-without-template", "use_chat_template"
+        if found := [about_rows("error", code, reason, why, key, *place) for place in self.unrendered.items()]:
+            raise InvalidInput(found)
+
+    def problems(self, skip: bool) -> Iterator[Problem]:
+        for (file, code, reason, fix, failure), lines in self.errors.items():
+            reason += f", at {self.causes[failure]}" if failure else ""
+            severity: Severity = "warning" if skip else "error"
             yield about_rows(
-                severity, code, reason, "these rows are skipped" if self.skip else fix, "dataset", file, sorted(set(lines))
+                severity, code, reason, "these rows are skipped" if skip else fix, "dataset", file, sorted(set(lines))
             )
         for (file, code, reason, fix), lines in self.notes.items():
             severity = "hint" if code == EARLIER[0] else "warning"
@@ -404,7 +446,8 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -
     text = str(first["content"])
     for before in (system, []):
         shortened = partial(lambda before, count: with_prompt([*before, {**first, "content": text[count:]}, *after]), before)
-        guess = about(text, excess - (whole.length - shortened(0).length))
+        last = whole if len(turns) == 1 and before == system else shortened(0)
+        guess = about(text, excess - (whole.length - last.length))
         if shorter := _least_cut(len(text) - 1, shortened, max_length, guess):
             return shorter
     return whole

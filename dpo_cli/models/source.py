@@ -19,7 +19,7 @@ from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter
 from dpo_cli.models.model_files import CONFIG, GENERATION, ModelFiles
 from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.tensor_files import Fault
-from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
+from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings, state_of_files
 from dpo_cli.storage.jsonio import read_object
 from dpo_cli.storage.run_directory import ADAPTER, MODEL, PLAN, SUMMARY
 
@@ -159,6 +159,12 @@ class ModelSource:
     def settings_sha256(self) -> dict[str, str]:
         """The same folders, each with the SHA-256 of its settings."""
         return {folder: sha256_of_settings(Path(folder)) for folder in self.folders}
+
+    @property
+    def state(self) -> dict[str, list[tuple[str, int, int]]]:
+        """By the place of each of its files: names, sizes and times of change."""
+        places = [*self.folders, str(self.tokenizer_files.path), str(self.files.path)]
+        return {place: state_of_files(Path(place)) for place in dict.fromkeys(places) if Path(place).exists()}
 
     def absolute(self) -> ModelSource:
         """The same with an absolute path if it is local; what is already read is kept."""

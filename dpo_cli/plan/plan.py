@@ -51,7 +51,7 @@ class Counts:
     longest_responses: int  # maximum tokens of both responses of a pair together
     train_tokens: int  # of all sequences of an epoch, with prompts counted once per response
     shared_tokens: int  # the same, with each pair's prompt counted once
-    digest: str  # SHA-256 of the token ids of all rows, in their order
+    token_digest: str  # SHA-256 of the token ids of all rows, in their order
     writes_date: bool  # whether the chat template does
 
 

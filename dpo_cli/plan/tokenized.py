@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +11,24 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_cli.data.encoded import Encoded, EncodedRows
+from dpo_cli.data.encoded import Encoded, EncodedRows, Growing
+from dpo_cli.data.token_cache import key_of, known_or_made
 from dpo_cli.data.tokenizer import Tokenizer
-from dpo_cli.data.tokens import encode_all
+from dpo_cli.data.tokens import Encoder, Encodings, encoded_into
 from dpo_cli.errors import Problem, invalid
+from dpo_cli.hardware.machine import installed_versions
 from dpo_cli.models.model_files import TOKENIZER_CONFIG
+from dpo_cli.plan.examination import Data, digests_of
 from dpo_cli.plan.plan import Counts, Plan
-from dpo_cli.plan.preflight import Data
+from dpo_cli.storage.digests import sha256_of_package
+from dpo_cli.storage.log import Tell
 from dpo_cli.ui.console import Console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Options that decide the tokens of a row, or the side that it is on.
+TOKEN_OPTIONS = ("columns", "on_bad_rows", "eval_split", "split_seed", "use_chat_template", "max_seq_length")
 
 
 @dataclass(frozen=True)
@@ -93,68 +101,91 @@ class Prepared:
     problems: tuple[Problem, ...]
 
 
-def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None) -> Prepared:
+def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None, tell: Tell) -> Prepared:
     """Split by prompt, tokenise, cut prompts to length, skip rows that are still too long.
 
     `token_rows` is the number of rows of the model's embedding, if known. Raises `InvalidInput` for rows that cannot be used.
     """
     config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day, plan.model.generation)
     require_padding(made, tokenizer, token_rows)
-    skip, template = config.on_bad_rows == "skip", made.template
-    encoded = encode_all(data.sides(config), made, config.use_chat_template, config.max_seq_length, token_rows, skip).require()
-    sides = encoded.sides
-    train, held_out = kept = [side.where(lambda size: size.length <= config.max_seq_length) for side in sides]
-    _require_rows(sides[0], train, plan)
-    sizes = [(size, row) for side in kept for size, row in zip(side.sizes(), side.rows, strict=True)]
-    longest, longest_row = max(sizes, key=lambda sized: sized[0].length)
+    template = made.template
+    encoded = _encodings(data, made, plan, token_rows, (False, True), tell)
+    train, held_out = encoded.sides
+    _require_rows(train, encoded.dropped[0], plan)
+    sizes = [(size.length, side, place) for side in encoded.sides for place, size in enumerate(side.sizes())]
+    longest, its_side, place = max(sizes, key=itemgetter(0))
+    longest_row = its_side.rows[place]
     counts = Counts(
         train_pairs=len(train),
         eval_pairs=len(held_out),
-        train_prompts=len({row.prompt_key for row in train.rows}),
-        eval_prompts=len({row.prompt_key for row in held_out.rows}),
-        cut=sum(side.cut for side in kept),
-        too_long=sum(map(len, sides)) - sum(map(len, kept)),
-        parted=sum(side.parted for side in kept),
+        train_prompts=train.prompts,
+        eval_prompts=held_out.prompts,
+        cut=train.cut + held_out.cut,
+        too_long=sum(map(len, encoded.dropped)),
+        parted=train.parted + held_out.parted,
         bad_rows=encoded.refused
         + sum(data_set.rows - data_set.pairs for data_set in (data.train, data.held_out) if data_set is not None),
-        longest=longest.length,
+        longest=longest,
         longest_at=f"{Path(longest_row.file).name}:{longest_row.line}",
-        longest_pair=max(size.shared_length for size, _ in sizes),
-        longest_responses=max(size.response_length for size, _ in sizes),
+        longest_pair=max(size.shared_length for side in encoded.sides for size in side.sizes()),
+        longest_responses=max(size.response_length for side in encoded.sides for size in side.sizes()),
         train_tokens=sum(size.response_length + len(size.responses) * size.prompt for size in train.sizes()),
         shared_tokens=sum(size.shared_length for size in train.sizes()),
-        digest=_digest(kept),
+        token_digest=hashlib.sha256(json.dumps([side.token_digests for side in encoded.sides]).encode()).hexdigest(),
         writes_date=template is not None and template.writes_date and config.use_chat_template is not False,
     )
     return Prepared(train, held_out, counts, encoded.problems)
 
 
 def prepare_judged(
-    data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None, all_rows: bool
+    data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None, all_rows: bool, tell: Tell
 ) -> tuple[EncodedRows, tuple[Problem, ...]]:
     """The rows to evaluate, held out or all, prepared like in `prepare`; the training rows are not tokenised."""
-    config, made = plan.config, Tokenizer.loaded(tokenizer, plan.day, plan.model.generation)
+    made = Tokenizer.loaded(tokenizer, plan.day, plan.model.generation)
     require_padding(made, tokenizer, token_rows)
-    train, held_out = data.sides(config)
-    side = train if all_rows else held_out
-    skip = config.on_bad_rows == "skip"
-    encoded = encode_all([side], made, config.use_chat_template, config.max_seq_length, token_rows, skip).require()
-    kept = encoded.sides[0].where(lambda size: size.length <= config.max_seq_length)
+    encoded = _encodings(data, made, plan, token_rows, (not all_rows,), tell)
     if all_rows:
-        _require_rows(encoded.sides[0], kept, plan)
-    return kept, encoded.problems
+        _require_rows(encoded.sides[0], encoded.dropped[0], plan)
+    return encoded.sides[0], encoded.problems
 
 
-def _require_rows(rows: EncodedRows, kept: EncodedRows, plan: Plan) -> None:
-    """`InvalidInput` if no row is left to train on."""
-    if not rows:
+def _encodings(data: Data, made: Tokenizer, plan: Plan, token_rows: int | None, sides: Sequence[bool], tell: Tell) -> Encodings:
+    """The tokens of these sides (whether they are held out), without rows that are too long; those of large data are cached."""
+    config, skip = plan.config, plan.config.on_bad_rows == "skip"
+    encoder = Encoder.of(made, config.use_chat_template, config.max_seq_length, token_rows)
+
+    def make(growing: Sequence[Growing]) -> Encodings:
+        data.require_unchanged()
+        rows = ((sides.index(is_held_out), row) for is_held_out, row in data.rows(config) if is_held_out in sides)
+        encoded = encoded_into(growing, rows, encoder, data.pairs, skip, config.max_seq_length).require()
+        data.require_unchanged()
+        return encoded
+
+    given = {key: value for key, value in (("dataset", config.dataset), ("eval_dataset", config.eval_dataset)) if value}
+    files, tokenizer = digests_of(given), made.digest
+    if files is None or tokenizer is None:
+        return make([Growing() for _ in sides])
+    decides = {
+        "files": files,
+        "sides": sides,
+        "values": {name: getattr(config, name) for name in TOKEN_OPTIONS},
+        "rows": plan.strategy.rows.noun,
+        "tokenizer": [tokenizer, token_rows],
+        "versions": installed_versions(),
+        "code": sha256_of_package(),
+    }
+    return known_or_made(key_of(decides), f"{data.train.name}, {plan.model_label}", len(sides), make, tell)
+
+
+def _require_rows(kept: EncodedRows, dropped: Sequence[int], plan: Plan) -> None:
+    """`InvalidInput` if no row is left to train on; `dropped` are the lengths of those that are too long."""
+    if not kept and not dropped:
         fix = f"increase the weights in dataset, or add {plan.noun}"
         raise invalid("nothing-to-train", f"none of the {plan.noun} is left to train on", fix, "dataset")
     if not kept:
         limit = f"max_seq_length {plan.config.max_seq_length}"
-        message = f"the responses of all {len(rows)} {plan.noun} to train on are longer than {limit}"
-        shortest = min(size.length for size in rows.sizes())
-        fix = f"increase max_seq_length: the shortest has {shortest} tokens"
+        message = f"the responses of all {len(dropped)} {plan.noun} to train on are longer than {limit}"
+        fix = f"increase max_seq_length: the shortest has {min(dropped)} tokens"
         raise invalid("nothing-to-train", message, fix, "max_seq_length")
 
 
@@ -168,16 +199,6 @@ def require_padding(made: Tokenizer, tokenizer: PreTrainedTokenizerBase, token_r
     )
     fix = f"name another pad_token in {TOKENIZER_CONFIG}, or {made.resize}"
     raise invalid("tokens-outside", message, fix, "model_name")
-
-
-def _digest(sides: Sequence[Sequence[Encoded]]) -> str:
-    """The digest of all rows: any change of dataset, split, tokenizer or template changes it."""
-    digest = hashlib.sha256()
-    for side in sides:
-        digest.update(f"{len(side)} rows\n".encode())
-        for row in side:
-            digest.update(f"{row.prompt_ids} {row.responses}\n".encode())
-    return digest.hexdigest()
 
 
 def first_row(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:

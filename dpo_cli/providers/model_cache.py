@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ from dpo_cli.providers.loaded_tensors import all_tensors, refuse, require_finite
 from dpo_cli.storage.atomic import is_full, writing
 from dpo_cli.storage.digests import sha256
 from dpo_cli.storage.progress import working
-from dpo_cli.storage.user_cache import CACHE_FIX, PARTIAL, SOURCE, cache_dir
+from dpo_cli.storage.user_cache import CACHE_FIX, SOURCE, cache_dir, filling
 
 MAKING = {"gguf": "dequantising", "merged": "merging"}  # by the kind of model
 CONVERSION = 2  # of a GGUF file: increased when the conversion of a file changes
@@ -57,23 +56,19 @@ def made_once(kind: str, source: str, content: str, make: Callable[[Path], None]
             with suppress(OSError):  # a cache that can only be read
                 os.utime(target)  # the last use, for `dpo cache`
             return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
-    except OSError as error:
-        raise _unwritable(target.parent, error) from error
-    try:
-        with working(f"{MAKING[kind]} {source}"), writing(work):
+        with filling(target) as work, working(f"{MAKING[kind]} {source}"), writing(work):
             make(work)
             (work / SOURCE).write_text(source, encoding="utf-8")
-        work.rename(target)
     except OSError as error:
-        if not target.is_dir():  # else another process finished first, and its copy is used
-            if is_full(error) or str(error.filename).startswith(str(work)):
-                raise _unwritable(target.parent, error) from error
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if is_full(error) or _is_in_cache(str(error.filename), target.parent):
+            raise _unwritable(target.parent, error) from error
+        raise
     return target
+
+
+def _is_in_cache(name: str, folder: Path) -> bool:
+    """Whether a file is in a folder of the cache, or is a folder above that one which cannot be made."""
+    return name.startswith(str(folder)) or str(folder).startswith(name)
 
 
 def _unwritable(place: Path, error: OSError) -> RunFailed:

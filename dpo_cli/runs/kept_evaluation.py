@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dpo_cli.hardware.machine import installed_versions, probe
@@ -67,18 +66,11 @@ def _digest(value: JsonObject) -> str:
 def basis_of(config: Mapping[str, Any]) -> JsonObject:
     """What a training and an evaluation read besides the run: data, model, code, versions of packages, processor."""
     machine, model = probe(), ModelSource.of(config["model_name"])
-    places = [*model.folders, str(model.files.path)] if model.files.path.exists() else model.folders
     return {
         "data": [hashes(config["dataset"]), hashes(config["eval_dataset"] or [])],
-        "model": {place: _state_of_files(Path(place)) for place in places},
+        "model": model.state,
         "revision": revision(model.foundation),
         "versions": installed_versions(config["provider"]),
         "hardware": [machine.processor, *(gpu.name for gpu in machine.gpus)],
         "code": sha256_of_package(),
     }
-
-
-def _state_of_files(place: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each file: as in git's index, since all weights of a model take long to hash."""
-    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
-    return [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files]

@@ -107,7 +107,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
     machine = probe()
-    inspection = inspect(loaded, machine, with_fit=False, keep_rows=True, is_begun=is_plan)
+    inspection = inspect(loaded, machine, with_fit=False, is_begun=is_plan)
     data, plan = inspection.require()
     machine = with_bf16_speed(machine, loaded.require(), plan.model.facts)
     plan = resolve(loaded, machine, longest=data.longest, is_resumed=is_plan, model=plan.model)
@@ -115,7 +115,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     console.problems([problem for problem in warnings if problem.key != "augment"])  # here a judge needs no rank
     provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
-    rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), all_rows=bool(dataset))
+    rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), bool(dataset), console.line)
     console.problems(about_rows)
     plan = replace(plan, freed_gb=decided.freed_gb if decided else None)
     plan = plan.with_rounding(decided.rounding if decided else None)

@@ -110,7 +110,7 @@ class EarlierRun:
         assert plan.counts is not None
         if changes := [*self._other_words(plan, manifest)]:
             yield from changes
-        elif self.plan["counts"].get("digest") != plan.counts.digest:
+        elif self.plan["counts"].get("token_digest") not in (None, plan.counts.token_digest):  # older plans have none
             yield _other("the rows, or their order, differ from when the run started", "dataset")
         if plan.total_steps < self.step:
             key = "max_steps" if plan.config.max_steps else "num_train_epochs"

@@ -48,6 +48,12 @@ def sha256_of_package(*folders: str) -> str:
     return digest.hexdigest()
 
 
+def state_of_files(place: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file: as in git's index, since all weights of a model take long to hash."""
+    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    return [(file.name, (state := file.stat()).st_size, state.st_mtime_ns) for file in files]
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

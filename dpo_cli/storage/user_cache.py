@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.errors import RunFailed
 
 CACHE_FIX = "set XDG_CACHE_HOME to a folder that you may write, with room for a model; then run the same command again"
-MODEL_KINDS = ("gguf", "merged")  # folders of the cache; each of their folders is a model
+TOKENS, FINDINGS = "tokens", "findings"  # of a dataset
+KINDS = ("gguf", "merged", TOKENS, FINDINGS)  # folders of the cache; each of their folders is one entry
 KERNELS = "unsloth"  # a folder of the cache
-PARTIAL = ".making-"  # start of the name of a model that is being written
-SOURCE = "made-from.txt"  # in the folder of a model: what it was made from
+PARTIAL = ".making-"  # start of the name of a folder that is being written
+SOURCE = "made-from.txt"  # in a folder: what it was made from
 PARTIAL_SECONDS = 24 * 3600.0  # after that, its writer was killed
 
 
@@ -40,8 +43,24 @@ def cache_dir() -> Path:
         raise RunFailed("this user has no home folder to keep the cache in", CACHE_FIX) from error
 
 
+@contextmanager
+def filling(target: Path) -> Iterator[Path]:
+    """A new folder to fill; at the end it gets the name `target`, or is removed if another process was first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
+    try:
+        yield work
+        try:
+            work.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def entries() -> list[Entry]:
-    """The models and compiled kernels in the cache, without those that are being written."""
+    """The models, tokens and compiled kernels in the cache, without those that are being written."""
     return [entry for entry, _ in _places()]
 
 
@@ -55,7 +74,7 @@ def prune(before: float) -> list[Entry]:
 
 def _places() -> Iterator[tuple[Entry, Path]]:
     """The entries, each with its folder."""
-    for kind in MODEL_KINDS:
+    for kind in KINDS:
         for folder in sorted((cache_dir() / kind).glob("*/")):
             used = folder.stat().st_mtime
             is_partial = folder.name.startswith(PARTIAL)

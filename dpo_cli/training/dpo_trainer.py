@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
 from dpo_cli.config.rules import sorts_pairs
-from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import LOG_PROBS
@@ -145,8 +145,8 @@ def build_trainer(
     adapter: LoraConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
-    train: Sequence[Encoded],
-    held_out: Sequence[Encoded],
+    train: EncodedRows,
+    held_out: EncodedRows,
     run_evaluation: Evaluate,
     tell: Tell = print,
     frozen: PreTrainedModel | None = None,
@@ -186,9 +186,9 @@ def trainer_arguments(plan: Plan) -> DPOConfig:
     )
 
 
-def _rows(pairs: Sequence[Encoded], shared: bool) -> Dataset:
-    columns = {name: token_column(getattr(pair, name) for pair in pairs) for name in forward.ID_COLUMNS}
-    sizes = [pair.size for pair in pairs]
+def _rows(pairs: EncodedRows, shared: bool) -> Dataset:
+    columns = {name: token_column(*pairs.column(piece)) for piece, name in enumerate(forward.ID_COLUMNS)}
+    sizes = [*pairs.sizes()]
     lengths = {"length": [size.length for size in sizes]}
     lengths[SIZE] = [size.shared_length for size in sizes] if shared else lengths["length"]
     return Dataset.from_dict({**columns, **lengths, PAIR: range(len(pairs))})

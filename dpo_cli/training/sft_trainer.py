@@ -6,7 +6,9 @@ only to read the figures from TRL's model call. TRL divides by the tokens of the
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import cast
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import IS_TOP1, LOG_PROBS
@@ -69,8 +71,8 @@ def build_trainer(
     adapter: LoraConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
-    train: Sequence[Encoded],
-    held_out: Sequence[Encoded],
+    train: EncodedRows,
+    held_out: EncodedRows,
     run_evaluation: Evaluate,
     tell: Tell = print,
     frozen: PreTrainedModel | None = None,
@@ -96,13 +98,11 @@ def trainer_arguments(plan: Plan) -> SFTConfig:
     return SFTConfig(**common_arguments(plan), dataset_kwargs={"skip_prepare_dataset": True}, packing=False)
 
 
-def _rows(demonstrations: Sequence[Encoded]) -> Dataset:
-    lengths = [row.length for row in demonstrations]
-    return Dataset.from_dict(
-        {
-            "input_ids": token_column(row.prompt_ids + row.responses[0] for row in demonstrations),
-            "labels": token_column([IGNORED] * len(row.prompt_ids) + row.responses[0] for row in demonstrations),
-            "length": lengths,
-            SIZE: lengths,
-        }
-    )
+def _rows(demonstrations: EncodedRows) -> Dataset:
+    ids, labels, lengths = array("i"), array("i"), [size.length for size in demonstrations.sizes()]
+    for row in demonstrations:
+        ids.extend(row.prompt_ids + row.responses[0])
+        labels.extend([IGNORED] * len(row.prompt_ids) + row.responses[0])
+    ends = array("q", accumulate(lengths, initial=0))
+    columns = {"input_ids": token_column(ids, ends), "labels": token_column(labels, ends)}
+    return Dataset.from_dict({**columns, "length": lengths, SIZE: lengths})

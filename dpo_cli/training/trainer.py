@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -337,14 +337,14 @@ class ProbeFirst(TrainerCallback):
         self.trainer.probe_longest()
 
 
-def token_column(lists: Iterable[Sequence[int]]) -> pa.ListArray:
-    """Lists of token ids as a column of Arrow, 4 bytes each; a list is made, copied and forgotten."""
-    ids, ends = array("i"), array("i", [0])
-    for each in lists:
-        ids.extend(each)
-        ends.append(len(ids))
-    starts, values = (pa.Array.from_buffers(pa.int32(), len(held), [None, pa.py_buffer(held)]) for held in (ends, ids))
-    return pa.ListArray.from_arrays(starts, values)
+def token_column(ids: array[int] | memoryview, ends: array[int] | memoryview) -> pa.LargeListArray:
+    """Lists of token ids as a column of Arrow: the ids one after another (int32), and where each ends (int64, after a 0).
+
+    It reads from these buffers, and copies nothing.
+    """
+    held = (pa.int64(), ends), (pa.int32(), ids)
+    starts, values = (pa.Array.from_buffers(kind, len(buffer), [None, pa.py_buffer(buffer)]) for kind, buffer in held)
+    return pa.LargeListArray.from_arrays(starts, values)
 
 
 Weights = dict[str, Tensor]
