@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from dpo_cli.config.config import load
-from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.encoded import Encoded, EncodedRows
 from dpo_cli.data.rows import Pair
 from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.memory import components
@@ -142,7 +142,7 @@ def trainer_for(
     if not settings.rank:
         adapter, frozen = None, copy.deepcopy(model) if settings.strategy == "dpo" else None
     build = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}[settings.strategy]
-    trainer = build(model, adapter, tokenizer, plan, rows, [], lambda _: {}, frozen=frozen)
+    trainer = build(model, adapter, tokenizer, plan, EncodedRows.of(rows), EncodedRows.of([]), lambda _: {}, frozen=frozen)
     trainer.remove_callback(ProbeFirst)
     return trainer
 

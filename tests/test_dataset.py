@@ -253,10 +253,10 @@ def test_an_object_of_rows_is_named_and_its_fix_makes_a_list(
     (problem,) = read(str(path)).problems
     assert problem.code == "dataset-not-list" and says in problem.message and problem.fix is not None
     name = follow(problem.fix, monkeypatch)
-    assert [pair.prompt for pair in read(name, keep=True).load()] == ["p0", "p1"]
+    assert [pair.prompt for pair in read(name).load()] == ["p0", "p1"]
     with pytest.raises(FileExistsError):
         follow(problem.fix, monkeypatch)
-    assert [pair.prompt for pair in read(name, keep=True).load()] == ["p0", "p1"]
+    assert [pair.prompt for pair in read(name).load()] == ["p0", "p1"]
 
 
 def follow(fix: str, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -356,7 +356,7 @@ def test_weights_act_on_what_is_trained_on_alone(tmp_path: Path, weight: float) 
         config.write_text(json.dumps({**values, "warmup_steps": 10**6}), encoding="utf-8")
         found = inspect(load(str(config)), probe(), with_fit=False)
         data, plan = found.require()
-        sides.append(data.sides(plan.config))
+        sides.append([[row for held, row in data.rows(plan.config) if held is side] for side in (False, True)])
         (never,) = [problem.message for problem in found.problems if problem.code == "never-warm"]
         assert f"the training has {len(sides[-1][0])} steps" in never
     (train, held_out), (weighed, held_out_too) = sides
@@ -378,7 +378,7 @@ def test_the_split_has_a_seed_of_its_own(tmp_path: Path) -> None:
         (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()), encoding="utf-8")
         _, repeated = inspect(load(str(tmp_path / "plan.json"), ["seed=9"]), probe(), with_fit=False).require()
         assert repeated.config.split_seed == (plan.config.split_seed if any("split_seed" in word for word in changes) else 9)
-        return [row.prompt_key for row in data.sides(plan.config)[1]]
+        return [row.prompt_key for is_held_out, row in data.rows(plan.config) if is_held_out]
 
     assert held_out("seed=1") != held_out("seed=2")  # as ever
     assert held_out("seed=1", "split_seed=2") == held_out("seed=2") == held_out("seed=3", "split_seed=2")
@@ -404,7 +404,7 @@ def test_a_file_that_changes_after_it_was_read_stops_the_training(tmp_path: Path
     """Else a run would hold the hash of rows that it was not trained on."""
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
-    data = read(str(path), keep=True)
+    data = read(str(path))
     data.require_unchanged()
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "d!"}\n', encoding="utf-8")
     with pytest.raises(InvalidInput, match=r"pairs\.jsonl changed while"):

@@ -19,7 +19,7 @@ from trl.trainer import dpo_trainer
 
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import defaults
-from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.encoded import Encoded, EncodedRows
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation.metrics import score_rows
@@ -32,6 +32,8 @@ from dpo_cli.scoring.reference import PAIR
 from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.dpo_trainer import FIGURES, PairTrainer, build_trainer, reward_figures, trainer_arguments
 from dpo_cli.training.trainer import ProbeFirst, Totals
+
+NONE = EncodedRows.of([])  # held out
 
 
 def test_trl_contract() -> None:
@@ -93,7 +95,7 @@ def make_trainer(
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear")
     model = tiny_model(family, torch.float32)
     shared_prompts.enable(model)
-    return build_trainer(model, adapter, tokenizer, plan, pairs, [], lambda model: {}), pairs
+    return build_trainer(model, adapter, tokenizer, plan, pairs, NONE, lambda model: {}), pairs
 
 
 PATHS = pytest.mark.parametrize("states", [forward.plain_states, forward.shared_states])

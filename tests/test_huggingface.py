@@ -22,6 +22,7 @@ from test_dpo import make_plan
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.errors import DpoError, RunFailed
@@ -33,6 +34,8 @@ from dpo_cli.providers.model_cache import made_once
 from dpo_cli.scoring.forward import choose, states_of
 from dpo_cli.storage.user_cache import cache_dir
 from dpo_cli.training.dpo_trainer import build_trainer
+
+NONE = EncodedRows.of([])  # held out
 
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -194,7 +197,7 @@ def test_4bit_trains_after_an_evaluation(tmp_path: Path, tiny_model_dir: Path, t
         base = provider.base_model(plan)
         assert choose(base, pairs, tokenizer.pad_token_id, "auto").shared  # so 4-bit weights share prompts too
         adapter = provider.adapter_config(plan, base)
-        trainer = build_trainer(base, adapter, tokenizer, plan, pairs, [], lambda model: {})
+        trainer = build_trainer(base, adapter, tokenizer, plan, pairs, NONE, lambda model: {})
         assert type(base.model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
         if evaluate_first:
             assert isinstance(trainer.model, PeftModel)

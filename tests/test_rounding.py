@@ -39,8 +39,8 @@ def prepared(
         config = tmp_path / "rounded.json"
         values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": True, **options}
         config.write_text(json.dumps(values), encoding="utf-8")
-        data, plan = inspect(load(str(config)), probe(), with_fit=False, keep_rows=True).require()
-        return plan, prepare(data, tokenizer, plan, None).train[:8]
+        data, plan = inspect(load(str(config)), probe(), with_fit=False).require()
+        return plan, prepare(data, tokenizer, plan, None, print).train[:8]
 
     return start
 

@@ -174,7 +174,7 @@ def test_a_null_argument_is_absent_in_every_form(arguments: Any, tmp_path: Path)
     spoken = [{"from": "function_call", "value": json.dumps(call)}]
     rows = [{"prompt": USER, "chosen": form, "rejected": NO} for form in (chosen, json.dumps(chosen), spoken)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = read(str(tmp_path / "rows.jsonl"), keep=True)
+    data = read(str(tmp_path / "rows.jsonl"))
     for _, pair in data.kept or ():
         kept = pair.responses[0][0]["tool_calls"][0]["function"]["arguments"]  # type: ignore[index]
         assert kept in ({"unit": "C"}, '{"unit":"C"}')

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 from trl.trainer import sft_trainer
 
-from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.encoded import Encoded, EncodedRows
 from dpo_cli.data.messages import BadRow
 from dpo_cli.data.rows import Demonstration, to_demonstration
 from dpo_cli.data.tokens import encode
@@ -28,6 +28,8 @@ from dpo_cli.scoring import forward
 from dpo_cli.scoring.oom import list_halves, run_in_parts
 from dpo_cli.training.callbacks.metrics_log import Record
 from dpo_cli.training.sft_trainer import DemonstrationTrainer, build_trainer
+
+NONE = EncodedRows.of([])  # held out
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "where is the cat", "completion": "on the mat"},
@@ -48,7 +50,7 @@ def make_trainer(
     rows = encode(demonstrations(), tokenizer)
     plan = make_plan(tmp_path, strategy="sft", **options)
     adapter = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules="all-linear")
-    return build_trainer(tiny_model("llama", torch.float32), adapter, tokenizer, plan, rows, [], lambda policy: {}), rows
+    return build_trainer(tiny_model("llama", torch.float32), adapter, tokenizer, plan, rows, NONE, lambda policy: {}), rows
 
 
 def test_trl_contract() -> None:

@@ -15,7 +15,7 @@ from test_dpo import make_plan
 from test_forward import BREAKS
 from transformers import PreTrainedTokenizerBase
 
-from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.encoded import Encoded, EncodedRows
 from dpo_cli.data.rows import to_pair
 from dpo_cli.data.tokens import encode
 from dpo_cli.models.source import ModelSource
@@ -23,6 +23,8 @@ from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.scoring import forward, shared_prompts
 from dpo_cli.scoring.lm_head import Head, score_tokens
 from dpo_cli.training.dpo_trainer import build_trainer
+
+NONE = EncodedRows.of([])  # held out
 
 MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = 20
@@ -54,7 +56,7 @@ def train(
     plan = replace(plan, scoring=forward.choose(base, pairs, int(tokenizer.pad_token_id), prompt_sharing))
     assert plan.scoring.shared == prompt_sharing
     torch.manual_seed(plan.config.seed)
-    trainer = build_trainer(base, provider.adapter_config(plan, base), tokenizer, plan, pairs, [], lambda model: {})
+    trainer = build_trainer(base, provider.adapter_config(plan, base), tokenizer, plan, pairs, NONE, lambda model: {})
     if dtype == torch.float64:
         trainer.model.double()
         norms_in_float64(trainer.model)

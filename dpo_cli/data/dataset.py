@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,15 +98,15 @@ class Dataset:
                 fix = "start again when no program writes to it"
                 raise invalid("dataset-changed", f"{path} changed while it was read", fix, self.key)
 
-    def usable(self) -> Iterator[Row]:
-        """The usable rows in the order of their files, each once."""
-        return (row for _, row in self._weighed())
+    def usable(self, lines: Mapping[str, Container[int]] | None = None) -> Iterator[Row]:
+        """The usable rows in the order of their files, each once; with `lines` only those on these lines of a file."""
+        return (row for _, row in self._weighed(lines) if lines is None or row.line in lines.get(row.file, ()))
 
-    def _weighed(self) -> Iterator[tuple[Source, Row]]:
+    def _weighed(self, lines: Mapping[str, Container[int]] | None = None) -> Iterator[tuple[Source, Row]]:
         if self.kept is not None:
             yield from self.kept
             return
-        for source, read_as in _rows(self.sources, self.columns, self.demonstrations):
+        for source, read_as in _rows(self.sources, self.columns, self.demonstrations, lines):
             if not isinstance(read_as, Bad):
                 yield from ((source, row) for row in read_as.rows)
 
@@ -306,8 +306,15 @@ def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrat
             yield from row.rows
 
 
-def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bool) -> Iterator[tuple[Source, Read | Bad]]:
+def _rows(
+    sources: Sequence[Source],
+    columns: Columns | None,
+    demonstrations: bool,
+    lines: Mapping[str, Container[int]] | None = None,
+) -> Iterator[tuple[Source, Read | Bad]]:
+    """The rows of the sources; with `lines` only those on these lines of a file."""
     for source in sources:
+        only = None if lines is None else lines.get(source.path, ())
         known: Columns | None = columns if columns and "labels" in columns else None
 
         def read_one(row: object, line: int, path: str = source.path) -> Read:
@@ -316,7 +323,7 @@ def _rows(sources: Sequence[Source], columns: Columns | None, demonstrations: bo
                 known = _with_start(row, path, columns or {})
             return read_row(row, line, path, known, demonstrations)
 
-        for line, read in files.read_rows(source.path, read_one):
+        for line, read in files.read_rows(source.path, read_one, only=only):
             if isinstance(read, BadRow):
                 yield source, Bad(source.path, line, read.code, read.reason, read.detail, read.fix)
             else:

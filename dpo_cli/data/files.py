@@ -15,7 +15,7 @@ import re
 import shlex
 import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
@@ -50,10 +50,18 @@ def rows_of(path: str, reader: Callable[[str], Rows] | None = None) -> Rows:
 
 
 def read_rows(
-    path: str, read: Callable[[object, int], T], reader: Callable[[str], Rows] | None = None
+    path: str,
+    read: Callable[[object, int], T],
+    reader: Callable[[str], Rows] | None = None,
+    only: Container[int] | None = None,
 ) -> Iterator[tuple[int, T | BadRow]]:
-    """Each row of a readable file as `read` returns it, or the fault of the row, with its place: no row stops the reading."""
+    """Each row of a readable file as `read` returns it, or the fault of the row, with its place: no row stops the reading.
+
+    With `only`, all rows on other places are left out.
+    """
     for place, parse_row in rows_of(path, reader):
+        if only is not None and place not in only:
+            continue
         try:
             yield place, read(bounded(parse_row()), place)
         except BadRow as error:

@@ -10,6 +10,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from rapidfuzz import fuzz, utils
 
@@ -40,20 +41,29 @@ MOST_FILES = 1 << 16  # of one dataset
 COMPARED = 20_000  # characters of a text: the time of a comparison grows with their square
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Seen:
-    """A pair with each text as one string, and forms of them without differences of case and spaces."""
+    """A pair with each text as one string."""
 
     pair: Pair
     prompt: str
     chosen: str
     rejected: str
-    same: tuple[str, str, str]
 
     @classmethod
-    def of(cls, pair: Pair, prompt_key: str) -> Seen:
-        chosen, rejected = said(pair.chosen), said(pair.rejected)
-        return cls(pair, flat(pair.prompt), chosen, rejected, (plain(prompt_key), plain(chosen), plain(rejected)))
+    def of(cls, pair: Pair) -> Seen:
+        return cls(pair, flat(pair.prompt), said(pair.chosen), said(pair.rejected))
+
+    @cached_property
+    def exact(self) -> tuple[str, str, str]:
+        """What is different for different pairs."""
+        return self.pair.prompt_key, self.chosen, self.rejected
+
+    @cached_property
+    def same(self) -> tuple[str, str, str]:
+        """The same without differences of case and spaces."""
+        prompt, chosen, rejected = map(plain, self.exact)
+        return prompt, chosen, rejected
 
 
 class Finding:

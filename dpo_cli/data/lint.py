@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from dpo_cli.data import findings
 from dpo_cli.data.dataset import Dataset
@@ -10,29 +11,55 @@ from dpo_cli.data.findings import Finding, Limits, LongerWins, Seen
 from dpo_cli.data.near_duplicates import NearDuplicates
 from dpo_cli.data.rows import Pair
 from dpo_cli.errors import Problem
+from dpo_cli.storage.processes import Apart
+from dpo_cli.storage.progress import working
 
-FINDINGS: Sequence[type[Finding]] = (
-    findings.FewPairs,
-    findings.FewPrompts,
-    findings.SeenBefore,
-    NearDuplicates,
-    findings.TooSimilar,
-    LongerWins,
-    findings.OneSideRefuses,
-    findings.ChatMarkers,
-    findings.OtherScript,
+AT_ONCE = 64  # pairs that are sent together
+FEW = 4000  # pairs that are looked at in this process
+
+# In groups of about the same cost: each is a process of its own.
+FINDINGS: Sequence[Sequence[type[Finding]]] = (
+    (
+        findings.FewPairs,
+        findings.FewPrompts,
+        findings.SeenBefore,
+        findings.TooSimilar,
+        LongerWins,
+        findings.OneSideRefuses,
+        findings.ChatMarkers,
+        findings.OtherScript,
+    ),
+    (NearDuplicates,),
 )
 
 
 class Quality:
-    """All findings, as an observer of a pass (data/dataset.py)."""
+    """All findings, as an observer of a pass (data/dataset.py). Those of many pairs are made in processes of their own."""
 
     def __init__(self, limits: Limits) -> None:
-        self.findings = [finding(limits) for finding in FINDINGS]
-        self._looking = [finding.see for finding in self.findings if type(finding).see is not Finding.see]
+        self._groups = [Apart[Pair](partial(Group, kinds, limits), AT_ONCE, FEW) for kinds in FINDINGS]
 
     def see(self, pair: Pair, prompt_key: str) -> None:
-        seen = Seen.of(pair, prompt_key)
+        for group in self._groups:
+            group.see(pair)
+
+    def problems(self, data: Dataset) -> list[Problem]:
+        with working("comparing pairs"):
+            return [problem for group in self._groups for problem in group.ask("problems", data)]
+
+    def length_bias(self) -> dict[str, float]:
+        return next(bias for group in self._groups if (bias := group.ask("length_bias")))
+
+
+class Group:
+    """Some findings, on every pair."""
+
+    def __init__(self, kinds: Sequence[type[Finding]], limits: Limits) -> None:
+        self.findings = [finding(limits) for finding in kinds]
+        self._looking = [finding.see for finding in self.findings if type(finding).see is not Finding.see]
+
+    def see(self, pair: Pair) -> None:
+        seen = Seen.of(pair)
         for see in self._looking:
             see(seen)
 
@@ -40,5 +67,6 @@ class Quality:
         return [problem for finding in self.findings for problem in finding.problems(data)]
 
     def length_bias(self) -> dict[str, float]:
-        longer = next(finding for finding in self.findings if isinstance(finding, LongerWins))
-        return {"longer_chosen": round(longer.share, 4), "length_auc": round(longer.auc, 4)}
+        """Empty for a group without that finding."""
+        longer = next((finding for finding in self.findings if isinstance(finding, LongerWins)), None)
+        return {} if longer is None else {"longer_chosen": round(longer.share, 4), "length_auc": round(longer.auc, 4)}

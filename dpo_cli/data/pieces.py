@@ -54,6 +54,14 @@ class Pieces:
         self._known.update(zip(new, self._encode(new), strict=True))
         return [list(chain.from_iterable(self._known[piece] for piece in of_text)) for of_text in pieces]
 
+    def ids_of(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self.ids([text])[0]
+
+    def last(self, text: str) -> str:
+        """The last piece of a text."""
+        return self._cut(text)[-1]
+
     def _cut(self, text: str) -> list[str]:
         ends = [match.end() for match in self._end.finditer(text)] if self._end else []
         return [text[start:end] for start, end in pairwise([0, *ends, len(text)])]

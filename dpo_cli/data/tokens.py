@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 
 FIRST_STEP = 4  # characters from a guess to the next try
+NEAR = 64  # characters, or tokens, after a cut that it may change
+MOST_CHARACTERS = 5  # of a token, in most texts
 AT_ONCE = 128  # rows whose texts are encoded together
 FEW = 8  # chunks of so many rows are encoded in this process
 
@@ -58,7 +60,7 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     use_chat_template: bool | str = "auto",
     max_length: int | None = None,
-) -> Sequence[Encoded]:
+) -> EncodedRows:
     """Like `encode_all` for one side with a loaded tokenizer; every row must be usable."""
     return encode_all([rows], Tokenizer.loaded(tokenizer), use_chat_template, max_length).require().sides[0]
 
@@ -140,7 +142,7 @@ class Encoder:
             whole = _of_ids(draft.rendered or draft.row, ids, self.tokenizer)
             findings.check(whole, draft.rendered, self)
             is_short = self.max_length is None or whole.length <= self.max_length
-            kept = whole if is_short else _cut(whole, self.tokenizer, draft.rendered is not None, self.max_length or 0)
+            kept = whole if is_short else _cut(whole, self.tokenizer, draft.rendered, self.max_length or 0)
             return replace(kept, row=draft.row)
         except TemplateError as error:
             findings.see_error(draft.row, error, self.tokenizer)
@@ -326,6 +328,12 @@ class Rendered:
     trained: tuple[str, ...]
     is_changed: bool  # whether the template renders the prompt differently before a response
 
+    @staticmethod
+    def prompt_of(row: Row, template: ChatTemplate) -> str:
+        """The prompt alone."""
+        messages, _, tools = _conversations(row)
+        return template.render(messages, tools, add_generation_prompt=True)
+
     @classmethod
     def of(cls, row: Row, template: ChatTemplate) -> Rendered:
         """`TemplateError` if the template rejects the row, or omits its tools or tool calls."""
@@ -413,42 +421,49 @@ def _ended(text: str, eos: str) -> str:
     return text if text.rstrip().endswith(eos) else text + eos
 
 
-def _cut(whole: Encoded, tokenizer: Tokenizer, as_chat: bool, max_length: int) -> Encoded:
+def _cut(whole: Encoded, tokenizer: Tokenizer, rendered: Rendered | None, max_length: int) -> Encoded:
     """The row with as much of its prompt as fits: the oldest turns go first, then the oldest text, then the system message.
 
     Markers of the template, BOS and the generation prompt stay, and so do both responses.
     """
-    if whole.length <= max_length:
-        return whole
 
     def with_prompt(prompt: Text) -> Encoded:
         row = replace(whole.row, prompt=prompt)
-        rendered = Rendered.of(row, tokenizer.template) if as_chat and tokenizer.template else None
-        return replace(_encode(rendered or row, tokenizer), row=whole.row, is_cut=True)
+        shorter = Rendered.of(row, rendered.template) if rendered else row
+        return replace(_encode(shorter, tokenizer), row=whole.row, is_cut=True)
 
     def about(text: str, tokens: int) -> int:
         """About as many characters as the first tokens of a text have."""
-        (ids,) = tokenizer.pieces.ids([text])
+        for some in (text[: MOST_CHARACTERS * (tokens + NEAR)], text):
+            ids = tokenizer.pieces.ids_of(some)
+            if len(ids) > tokens + NEAR:
+                break
         return len(tokenizer.decode(ids[:tokens]))
+
+    def count(prompt: Text, tail: str) -> int:
+        """The tokens of a prompt before its tail, from the last special token on."""
+        shorter = replace(whole.row, prompt=prompt)
+        text = Rendered.prompt_of(shorter, rendered.template) if rendered else str(prompt)
+        return len(tokenizer.pieces.ids_of(tokenizer.pieces.last(text.rpartition(tail)[0] if tail else text)))
 
     prompt, excess = whole.row.prompt, whole.length - max_length
     if not prompt:
         start = whole.responses[0][: max_length - len(whole.prompt_ids)]
         return replace(whole, responses=(start,), is_cut=True)
     if isinstance(prompt, str):
-        shorter = _least_cut(len(prompt) - 1, lambda count: with_prompt(prompt[count:]), max_length, about(prompt, excess))
-        return shorter or whole
+        cut = _Cut(prompt, lambda text: text, with_prompt, count, about(prompt, excess))
+        return cut.least(max_length) or whole
     system, turns = _turns(prompt)
-    if shorter := _least_cut(len(turns) - 1, lambda count: with_prompt(_joined(system, turns[count:])), max_length):
+    if shorter := _least_cut(len(turns) - 1, lambda turn: with_prompt(_joined(system, turns[turn:])), max_length):
         return shorter
     # The last turn alone is too long: cut its text, and keep the system message if that is enough.
     first, *after = turns[-1]
     text = str(first["content"])
     for before in (system, []):
-        shortened = partial(lambda before, count: with_prompt([*before, {**first, "content": text[count:]}, *after]), before)
-        last = whole if len(turns) == 1 and before == system else shortened(0)
+        shortened = partial(lambda before, text: [*before, {**first, "content": text}, *after], before)
+        last = whole if len(turns) == 1 and before == system else with_prompt(shortened(text))
         guess = about(text, excess - (whole.length - last.length))
-        if shorter := _least_cut(len(text) - 1, shortened, max_length, guess):
+        if shorter := _Cut(text, shortened, with_prompt, count, guess).least(max_length):
             return shorter
     return whole
 
@@ -468,16 +483,57 @@ def _joined(system: list[Message], turns: Sequence[list[Message]]) -> list[Messa
     return [*system, *(message for turn in turns for message in turn)]
 
 
+class _Cut:
+    """The cuts of a text of a row at its start, by their counts of characters."""
+
+    def __init__(
+        self,
+        text: str,
+        prompt: Callable[[str], Text],
+        encode: Callable[[Text], Encoded],
+        count: Callable[[Text, str], int],
+        guess: int,
+    ) -> None:
+        """`prompt` is the prompt with a shorter text, `encode` makes the row with a prompt, and `count` counts the tokens of a
+        prompt before a tail. About `guess` characters are cut."""
+        self.text, self.most, self.prompt, self.count = text, len(text) - 1, prompt, count
+        self.guess = min(guess, self.most)
+        self.row = cache(lambda at: encode(prompt(text[at:])))
+
+    def least(self, max_length: int) -> Encoded | None:
+        """The row with the shortest cut that fits; None if none does.
+
+        Two cuts differ in the tokens at the start only. So those are counted, and the row that is found is encoded as a whole:
+        if it has another length than counted, all rows are.
+        """
+        found = _least(self.most, lambda at: self._length(at) <= max_length, self.guess)
+        if found is not None and self.row(found).length == self._length(found):
+            return self.row(found)
+        return _least_cut(self.most, self.row, max_length, self.guess)
+
+    def _length(self, at: int) -> int:
+        """The length of the row after a cut, by that of the guess."""
+        if at == self.guess:
+            return self.row(at).length
+        end = self.text.find(" ", max(at, self.guess) + NEAR)
+        tail = self.text[end:] if end >= 0 else ""
+        here, there = (self.count(self.prompt(self.text[start:]), tail) for start in (at, self.guess))
+        return self.row(self.guess).length + here - there
+
+
 def _least_cut(most: int, cut: Callable[[int], Encoded], max_length: int, guess: int | None = None) -> Encoded | None:
-    """The row, cut by the smallest count in 0..most that fits (every larger one fits too); None if none does.
+    """The row, cut by the smallest count in 0..most that fits; None if none does."""
+    tried = cache(cut)
+    found = _least(most, lambda count: tried(count).length <= max_length, guess)
+    return None if found is None else tried(found)
+
+
+def _least(most: int, fits: Callable[[int], bool], guess: int | None = None) -> int | None:
+    """The smallest count in 0..most that fits (every larger one fits too); None if none does.
 
     By bisection, of the neighbourhood of the `guess` if there is one.
     """
-    tried = cache(cut)
-
-    def fits(count: int) -> bool:
-        return tried(count).length <= max_length
-
+    fits = cache(fits)
     low, high = 0, most + 1  # the smallest count that fits is in low..high; none fits if it is the end
     at, step = most if guess is None else min(guess, most), FIRST_STEP
     while low <= at < high:
@@ -487,7 +543,7 @@ def _least_cut(most: int, cut: Callable[[int], Encoded], max_length: int, guess:
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return tried(high) if high <= most else None
+    return high if high <= most else None
 
 
 def common(one: Sequence[object], other: Sequence[object]) -> int:

@@ -51,7 +51,7 @@ class Counts:
     longest_responses: int  # maximum tokens of both responses of a pair together
     train_tokens: int  # of all sequences of an epoch, with prompts counted once per response
     shared_tokens: int  # the same, with each pair's prompt counted once
-    token_digest: str  # SHA-256 of the token ids of all rows, in their order
+    digest: str  # of the token ids of all rows, in their order: "2-" (the way it is made) and a SHA-256
     writes_date: bool  # whether the chat template does
 
 

@@ -27,6 +27,7 @@ from dpo_cli.ui.console import Console
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DIGEST = "2-"  # of token ids: older plans have a digest that was made in another way
 # Options that decide the tokens of a row, or the side that it is on.
 TOKEN_OPTIONS = ("columns", "on_bad_rows", "eval_split", "split_seed", "use_chat_template", "max_seq_length")
 
@@ -131,7 +132,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
         longest_responses=max(size.response_length for side in encoded.sides for size in side.sizes()),
         train_tokens=sum(size.response_length + len(size.responses) * size.prompt for size in train.sizes()),
         shared_tokens=sum(size.shared_length for size in train.sizes()),
-        token_digest=hashlib.sha256(json.dumps([side.token_digests for side in encoded.sides]).encode()).hexdigest(),
+        digest=DIGEST + hashlib.sha256(json.dumps([side.token_digests for side in encoded.sides]).encode()).hexdigest(),
         writes_date=template is not None and template.writes_date and config.use_chat_template is not False,
     )
     return Prepared(train, held_out, counts, encoded.problems)

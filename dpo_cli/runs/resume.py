@@ -15,6 +15,7 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
 from dpo_cli.plan.plan import Decided, Plan
+from dpo_cli.plan.tokenized import DIGEST
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.summary import RunSummary
 from dpo_cli.storage.atomic import way_out
@@ -108,9 +109,10 @@ class EarlierRun:
 
     def _differences(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
         assert plan.counts is not None
+        digest = self.plan["counts"].get("digest", "")
         if changes := [*self._other_words(plan, manifest)]:
             yield from changes
-        elif self.plan["counts"].get("token_digest") not in (None, plan.counts.token_digest):  # older plans have none
+        elif digest.startswith(DIGEST) and digest != plan.counts.digest:
             yield _other("the rows, or their order, differ from when the run started", "dataset")
         if plan.total_steps < self.step:
             key = "max_steps" if plan.config.max_steps else "num_train_epochs"

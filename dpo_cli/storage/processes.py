@@ -1,13 +1,15 @@
 """Work on many things in processes of their own, in order. No torch.
 
-A process is a copy of this one (fork), so it has the tokenizer and the template without loading them again. Without fork (on
-Windows, and on a Mac, where its libraries do not allow it) all work is done here.
+A process is a copy of this one (fork), so it has what this one has loaded and counted. Without fork (on Windows, and on a Mac,
+where its libraries do not allow it) all work is done here.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -16,9 +18,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from functools import cached_property
 from itertools import chain, islice
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dpo_cli.errors import RunFailed
 
@@ -28,6 +32,7 @@ Result = TypeVar("Result")
 MOST = 8  # processes
 AHEAD = 3  # chunks for each process, so that none waits
 WATCH_SECONDS = 1.0
+SEE = "see"
 CAN_FORK = sys.platform == "linux"
 
 
@@ -54,8 +59,7 @@ def in_order(
     waiting: deque[tuple[list[Item], Future[Result]]] = deque()
     try:
         for chunk in chain(first, chunks):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the copies use none of theirs
+            with quiet_fork():
                 waiting.append((chunk, executor.submit(_work, chunk)))
             if len(waiting) > AHEAD * count:
                 yield _taken(waiting)
@@ -67,6 +71,18 @@ def in_order(
         ) from error
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def quiet_fork() -> Iterator[None]:
+    """Within, Python 3.12 does not warn of a fork beside threads: the copies use none of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def _ended_early() -> RunFailed:
+    return RunFailed("a process ended before its work was done", "run the same command again, with more free memory")
 
 
 def _taken(waiting: deque[tuple[list[Item], Future[Result]]]) -> tuple[list[Item], Result]:
@@ -94,3 +110,79 @@ def _watch(parent: int) -> None:
 
 def _work(chunk: Any) -> Any:
     return _WORK["work"](chunk)
+
+
+class Apart(Generic[Item]):
+    """Something that sees many items, in a process of its own if there are more than `few`.
+
+    It is made there, by a new Python: a copy of this process would lack the threads of its libraries.
+    """
+
+    def __init__(self, make: Callable[[], Any], at_once: int, few: int) -> None:
+        """`make` can be pickled. What it makes has the method `see`, and others that are called with `ask`."""
+        self._make, self._at_once, self._few = make, at_once, few
+        self._items: list[Item] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def see(self, item: Item) -> None:
+        self._items.append(item)
+        if len(self._items) > self._few and self._process is None and cores() > 1:
+            self._start()
+        if len(self._items) >= self._at_once and self._process is not None:
+            self._send(SEE, self._items)
+            self._items = []
+
+    def ask(self, method: str, *arguments: object) -> Any:
+        """What a method returns, after all items."""
+        if self._process is None:
+            return getattr(self._here, method)(*arguments)
+        self._send(SEE, self._items)
+        self._items = []
+        self._send(method, arguments)
+        assert self._process.stdout is not None
+        try:
+            return pickle.load(self._process.stdout)
+        except EOFError as error:
+            raise _ended_early() from error
+
+    @cached_property
+    def _here(self) -> Any:
+        inner = self._make()
+        for item in self._items:
+            inner.see(item)
+        return inner
+
+    def _start(self) -> None:
+        # Of a session of its own, so that Ctrl-C reaches this process only; the end of its input ends the other one.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from dpo_cli.storage.processes import answer; answer()"
+        words, pipe = [sys.executable, "-P", "-c", code], subprocess.PIPE
+        self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, start_new_session=True)
+        self._send(self._make)
+
+    def _send(self, *message: object) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise _ended_early() from error
+
+    def __del__(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+
+def answer() -> None:
+    """In the other process: see items and answer, until the parent ends."""
+    taken, given = sys.stdin.buffer, sys.stdout.buffer
+    inner = pickle.load(taken)[0]()
+    with suppress(EOFError):
+        while True:
+            method, arguments = pickle.load(taken)
+            if method == SEE:
+                for item in arguments:
+                    inner.see(item)
+            else:
+                pickle.dump(getattr(inner, method)(*arguments), given, pickle.HIGHEST_PROTOCOL)
+                given.flush()
