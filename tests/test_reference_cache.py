@@ -118,8 +118,9 @@ def test_a_file_that_is_not_a_cache_is_left_and_named_once(told: list[str], spoi
 
 
 def test_a_locked_cache_is_asked_again_later(
-    told: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    told: list[str], user_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (user_cache / "gguf").unlink()  # the models of the real cache
     cache(told).add(VALUES)
     monkeypatch.setattr(reference_cache, "WAIT_SECONDS", 0.05)
     one = cache(told)
