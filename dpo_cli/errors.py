@@ -98,6 +98,10 @@ class DpoError(Exception):
         self.message = message
         self.fix = fix
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it leaves another process."""
+        return type(self), (self.message, self.fix)
+
 
 class UsageError(DpoError):
     exit_code = Exit.USAGE
@@ -109,6 +113,9 @@ class InvalidInput(DpoError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("; ".join(problem.sentence for problem in problems))
         self.problems = tuple(problems)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)
 
 
 def invalid(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from dpo_cli.commands.requests import Request
-from dpo_cli.evaluation.evaluation import ANSWERS, answered, judge, measure
+from dpo_cli.evaluation.evaluation import answered, judge, measure
 from dpo_cli.evaluation.rounding import without_rounding
 from dpo_cli.plan.adapter_start import start_of
 from dpo_cli.preferences.side_by_side import contest_of
@@ -30,7 +30,7 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
     basis = basis_of(run.read_json(PLAN)["config"]) if run else {}
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
-        samples = answered(policy, opened.tokenizer, opened.rows, plan, max(ANSWERS, vote.prompts if vote else 0))
+        samples = answered(policy, opened.tokenizer, opened.rows, plan, vote.prompts if vote else 0)
         measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
         if measured is not None:
             measured = without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)

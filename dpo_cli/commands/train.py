@@ -26,7 +26,7 @@ from dpo_cli.plan.preflight import Inspection, step_problems
 from dpo_cli.plan.tokenized import Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.policy import Policy
-from dpo_cli.providers.precision import with_bf16_speed
+from dpo_cli.providers.precision import product_speed, with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.publish.upload import push
 from dpo_cli.report.render import write_report
@@ -101,7 +101,7 @@ def train(
         ).with_adapted(adapted)
         late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
         console.problems(late)
-        show_plan(plan, console)
+        show_plan(plan, console, product_speed(plan))
         console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(prepared.train[0], tokenizer))
         is_finished = earlier is not None and earlier.is_finished(plan)
         if not is_finished:
@@ -330,7 +330,8 @@ def _check_reference(
 
     Not of a resumed run, which has what it started with.
     """
-    shortest = sorted(range(len(rows.train)), key=lambda pair: rows.train[pair].length)[:START_ROWS]
+    lengths = [size.length for size in rows.train.sizes()]
+    shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:START_ROWS]
     scores = score(policy, [rows.train[pair] for pair in shortest], rows.tokenizer, plan)
     health.see_start(scores)
     allowed = APART_NATS[plan.dtype] * scores.tokens

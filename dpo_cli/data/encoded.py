@@ -116,13 +116,14 @@ class EncodedRows(Sequence[Encoded]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]
-        prompt, *responses = (self._ids(piece, place) for piece in range(self.pieces))
+        prompt, *responses = self.ids(place)
         mark = self._columns["marks"][place]
         return Encoded(self.rows[place], prompt, tuple(responses), bool(mark & CUT), bool(mark & PARTED))
 
-    def _ids(self, piece: int, place: int) -> list[int]:
-        ends = self._columns[f"{piece}.ends"]
-        return self._columns[f"{piece}.ids"][ends[place] : ends[place + 1]].tolist()
+    def ids(self, place: int) -> list[list[int]]:
+        """The token ids of a row: of its prompt, and of each response."""
+        columns = (self.column(piece) for piece in range(self.pieces))
+        return [ids[ends[place] : ends[place + 1]].tolist() for ids, ends in columns]
 
     def column(self, piece: int) -> tuple[memoryview, memoryview]:
         """The ids of a piece of all rows, one after another, and where each ends, after a 0."""

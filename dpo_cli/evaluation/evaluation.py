@@ -17,6 +17,7 @@ from dpo_cli.evaluation.bootstrap import Array, Intervals, mean
 from dpo_cli.evaluation.generation import Sample, Sampling, answer_tokens, answers, first_of_each_prompt, side_by_side
 from dpo_cli.evaluation.losses import trained_loss
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
+from dpo_cli.plan.cost import answered_prompts
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.judgement import Evaluation, Judged, JudgedRow
@@ -26,7 +27,7 @@ from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import redact
 from dpo_cli.strategies.row_kinds import PAIRS
 
-ANSWERS, SAMPLES = 32, 8  # held-out prompts that are answered, and answers that are kept
+SAMPLES = 8  # answers that are kept
 CATEGORIES, NONE, OTHERS = 20, "(none)", "(others)"  # a column of this name may be an id that differs in each row
 
 
@@ -70,12 +71,15 @@ def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
 
 
 def answered(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan, count: int = ANSWERS
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan, count: int = 0
 ) -> list[Sample]:
-    """Greedy answers of the reference and the policy to the first prompts of the rows."""
+    """Greedy answers of the reference and the policy to the first prompts of the rows: to as many as an evaluation needs, or
+    to `count`."""
     dtype = getattr(torch, plan.dtype)
     room = plan.evaluation_room(dtype.itemsize)
-    return side_by_side(policy, tokenizer, rows, count, plan.config.max_new_tokens, dtype, room)
+    return side_by_side(
+        policy, tokenizer, rows, max(count, answered_prompts(plan.config)), plan.config.max_new_tokens, dtype, room
+    )
 
 
 def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[Sample], plan: Plan) -> Evaluation:
@@ -86,6 +90,7 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
     judged = _judged(rows, scores, plan)
     sides = judged.sides
     assert sides is not None
+    answers = samples[: answered_prompts(plan.config)]
     sequence = Intervals([str(i) for i in range(len(kl))]).of(mean(kl)) if len(kl) else None
     table = row_figures(rows, scores, plan.config.beta)
     best, worst = extremes(rows, table)
@@ -94,9 +99,9 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
         judged.count,
         judged.prompts,
         replace(sides, policy={**sides.policy, "kl_sequence": sequence}),
-        answer_tokens=answer_tokens(samples[:ANSWERS]),
+        answer_tokens=answer_tokens(answers),
         # Both use the first of the same prompts: the longer list contains the other.
-        unanswered=max(measured.unanswered, sum(sample.is_missing for sample in samples[:ANSWERS])),
+        unanswered=max(measured.unanswered, sum(sample.is_missing for sample in answers)),
         categories=_by_category(rows, scores, plan),
         samples=[sample.texts for sample in samples if not sample.is_missing][:SAMPLES],
         rows=table,

@@ -24,6 +24,7 @@ from dpo_cli.data.dataset import (
     read,
     sources_of,
     state_of,
+    unreadable,
 )
 from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.lint import Quality
@@ -194,8 +195,10 @@ def _key(
 def digests_of(given: Mapping[str, Any]) -> dict[str, list[tuple[str, float, str]]] | None:
     """Path, weight and SHA-256 of each file of the data; None if they are small, or one cannot be read."""
     sources = {key: sources_of(value) for key, value in given.items()}
+    if any(unreadable(value, key) for key, value in given.items()):
+        return None
     paths = [Path(source.path) for of_key in sources.values() for source in of_key]
-    if not all(path.is_file() for path in paths) or sum(path.stat().st_size for path in paths) < LARGE_BYTES:
+    if sum(path.stat().st_size for path in paths) < LARGE_BYTES:
         return None
     with working("hashing the data", len(paths), "files"):
         hashed = {path: sha256(path) for path in dict.fromkeys(paths)}

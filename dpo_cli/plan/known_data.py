@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,8 +21,11 @@ def recalled(key: str) -> dict[str, Any] | None:
     """What an earlier command kept; None if nothing, or if it cannot be read."""
     try:
         folder = cache_dir() / FINDINGS / key
-        found: dict[str, Any] = read_json(folder / FOUND)
-    except (OSError, ValueError, DpoError):
+        kept = read_json(folder / FOUND)
+        found: dict[str, Any] = kept["found"]
+        if kept["sha256"] != _digest(found):
+            return None
+    except (OSError, ValueError, LookupError, TypeError, DpoError):
         return None
     with suppress(OSError):  # a cache that can only be read
         os.utime(folder)  # the last use, for `dpo cache`
@@ -35,4 +39,8 @@ def keep(key: str, source: str, found: Mapping[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         with filling(folder) as work:
             (work / SOURCE).write_text(source, encoding="utf-8")
-            (work / FOUND).write_text(json.dumps(found), encoding="utf-8")
+            (work / FOUND).write_text(json.dumps({"found": found, "sha256": _digest(found)}), encoding="utf-8")
+
+
+def _digest(found: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

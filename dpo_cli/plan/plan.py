@@ -28,6 +28,7 @@ from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.adapter_start import started
+from dpo_cli.plan.cost import Cost, affordable_prompts, cost_of
 from dpo_cli.results.compared import compared
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
@@ -134,6 +135,22 @@ class Plan:
     adapted: Adapted | None = None  # known from the model's architecture, before its weights are loaded
     rounding: Rounding | None = None  # measured before the first step; None in float32, and without a reference
     freed_gb: float | None = None  # what a step of the run frees, in an evaluation of it; its own bill may be another one
+
+    def with_affordable_evaluation(self) -> Plan:
+        """The plan with fewer held-out prompts to sample answers for, if the evaluations would take long."""
+        if self.counts is None or not self.strategy.is_trained or not self.takes("kl_prompts"):
+            return self
+        prompts = affordable_prompts(self.config, self.counts, self.total_steps)
+        config = self.config.replaced({"kl_prompts": prompts})
+        sources: dict[str, Source] = (
+            {**self.sources, "kl_prompts": "measured"} if prompts < self.config.kl_prompts else self.sources
+        )
+        return replace(self, config=config, sources=sources)
+
+    @property
+    def cost(self) -> Cost:
+        assert self.counts is not None
+        return cost_of(self.config, self.counts, self.total_steps, self.strategy.refers)
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
         """The plan with the trained part of the model."""
@@ -354,7 +371,8 @@ def resolve(
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
-    return Plan(now, model.absolute(), sources, counts, memory, scoring, tuple(notes), day, filled)
+    plan = Plan(now, model.absolute(), sources, counts, memory, scoring, tuple(notes), day, filled)
+    return plan.with_affordable_evaluation() if sources["kl_prompts"] == "default" else plan
 
 
 def _notes_of_batch(wanted: Settings, settings: Settings, memory: Bill) -> list[str]:

@@ -20,6 +20,7 @@ from dpo_cli.hardware.machine import installed_versions
 from dpo_cli.models.model_files import TOKENIZER_CONFIG
 from dpo_cli.plan.examination import Data, digests_of
 from dpo_cli.plan.plan import Counts, Plan
+from dpo_cli.results.durations import in_words
 from dpo_cli.storage.digests import sha256_of_package
 from dpo_cli.storage.log import Tell
 from dpo_cli.ui.console import Console
@@ -48,7 +49,8 @@ class Rows:
         return [side[place] for _, side, place in by_length]
 
 
-def show_plan(plan: Plan, console: Console) -> None:
+def show_plan(plan: Plan, console: Console, speed: float) -> None:
+    """Print the plan; `speed` is that of large products on this machine, in operations a second."""
     config, counts = plan.config, plan.counts
     assert counts is not None
     batch, accumulation, noun = config.per_device_train_batch_size, config.gradient_accumulation_steps, plan.noun
@@ -75,10 +77,12 @@ def show_plan(plan: Plan, console: Console) -> None:
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
         ("trains", plan.adapted.words if plan.adapted else ""),
         ("scoring", plan.scoring.why),
+        ("takes", _takes(plan, speed)),
         ("runs on", ", ".join(filter(None, (config.device, plan.dtype, base)))),
         ("writes to", str(plan.run_dir)),
     ]
     conditions = {
+        "takes": plan.adapted and plan.strategy.is_trained,
         "trains": plan.adapted,
         "date": plan.writes_date,
         "rows": plan.fills_rows,
@@ -90,6 +94,15 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.table("plan", [row for row in rows if conditions.get(row[0], True)])
     for note in plan.notes:
         console.line(f"note: {note}")
+
+
+def _takes(plan: Plan, speed: float) -> str:
+    """The expected times, and the answers that an evaluation samples if the plan decided their number."""
+    assert plan.adapted is not None
+    training, evaluation = (in_words(seconds) for seconds in plan.cost.seconds(plan.adapted.weights, speed))
+    decided = plan.sources["kl_prompts"] == "measured"
+    why = f", with answers to {plan.config.kl_prompts} prompts (kl_prompts) to stay within a quarter of it" if decided else ""
+    return f"about {training} of training, and {evaluation} of evaluation{why}"
 
 
 @dataclass(frozen=True)

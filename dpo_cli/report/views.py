@@ -11,6 +11,7 @@ from pathlib import Path
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import DIGITS
 from dpo_cli.results.compared import compared
+from dpo_cli.results.durations import in_words
 from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.summary import Memory
 from dpo_cli.storage.jsonio import json_text
@@ -206,11 +207,8 @@ def facts(run: Contents) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """3 h 12 min, 4 min 10 s, 12 s; without line breaks."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    words = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-    return words.replace(" ", "\N{NO-BREAK SPACE}")
+    """The time in words, without line breaks."""
+    return in_words(seconds).replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def reading(value: float | None) -> str:

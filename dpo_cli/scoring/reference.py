@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.hardware.machine import installed_versions
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import FROZEN, Policy
@@ -65,9 +65,9 @@ class KeptReference:
             self.known[places[unknown]] = True
         return self.values[places].T.reshape(-1).to(batch["input_ids"].device)
 
-    def share_in(self, cache: ReferenceCache, pairs: Sequence[Encoded]) -> None:
+    def share_in(self, cache: ReferenceCache, pairs: EncodedRows) -> None:
         """From now on `share` adds to this cache; `pairs` are those of the training set, in its order."""
-        self._cache, self._digests = cache, [digest_of_pair(pair) for pair in pairs]
+        self._cache, self._digests = cache, [digest_of_pair(*pairs.ids(place)) for place in range(len(pairs))]
 
     def recall(self, checked: Sequence[int], computed: np.ndarray, allowed: np.ndarray) -> int:
         """Take the log-probs that the cache has, for a run that starts; returns the number of pairs.
@@ -131,10 +131,10 @@ class LiveReference:
         return scores.log_probs.new_zeros(scored.shape).masked_scatter(scored, scores.log_probs).sum(dim=1)
 
 
-def digest_of_pair(pair: Encoded) -> bytes:
-    """The digest of the token ids of a pair."""
+def digest_of_pair(*pieces: list[int]) -> bytes:
+    """The digest of the token ids of a pair: of its prompt, and of its responses."""
     digest = hashlib.blake2b(digest_size=PAIR_BYTES)
-    for ids in (pair.prompt_ids, *pair.responses):
+    for ids in pieces:
         digest.update(array("q", [len(ids), *ids]).tobytes())
     return digest.digest()
 

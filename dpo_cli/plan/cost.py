@@ -1,0 +1,61 @@
+"""What a training and its evaluations cost: counted in tokens that go through the model once, forward. No torch.
+
+A step takes the policy forward, and backward to the inputs of its frozen layers, which is as much again, and to the adapter. A
+token that is sampled reads all weights for one token of each answer of a batch. The counts decide how many answers an
+evaluation samples by default, so they do not depend on the speed of a machine: the same config has the same plan everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dpo_cli.config.options import Config
+
+if TYPE_CHECKING:
+    from dpo_cli.plan.plan import Counts
+
+TRAINED, REFERENCE, RECOMPUTED, SCORED, SAMPLED = 2.5, 1.0, 1.0, 2.0, 8.0  # forward passes a token takes
+SHARE = 0.25  # of the training's cost, for all its evaluations
+FEWEST, MOST_ANSWERED = 16, 32  # prompts; beside kl_sequence, so many are answered with and without the adapter
+REACHED = 0.35  # the part of the speed of large products that a training reaches (benchmarks/speed.py, "of the floor")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens that go through the model once, forward."""
+
+    training: float
+    evaluation: float  # all of them
+
+    def seconds(self, weights: int, speed: float) -> tuple[float, float]:
+        """Of the training and of its evaluations, with so many weights, and `speed` operations of a product in a second."""
+        a_token = 2 * weights / (REACHED * speed)
+        return self.training * a_token, self.evaluation * a_token
+
+
+def answered_prompts(config: Config) -> int:
+    """The number of held-out prompts that an evaluation answers, with and without what was trained."""
+    return min(MOST_ANSWERED, max(FEWEST, config.kl_prompts))
+
+
+def cost_of(config: Config, counts: Counts, steps: int, refers: bool) -> Cost:
+    """The cost of a run of so many steps on these rows; `refers` to a reference."""
+    pairs = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    of_pair = counts.shared_tokens / counts.train_pairs
+    a_token = TRAINED + RECOMPUTED * bool(config.gradient_checkpointing)
+    training = of_pair * (a_token * pairs + REFERENCE * refers * min(pairs, counts.train_pairs))
+    an_answer, prompts = SAMPLED * config.max_new_tokens, counts.eval_prompts
+    measured = SCORED * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
+    answered = 2 * an_answer * min(answered_prompts(config), prompts)
+    times = 1 + (steps // config.eval_steps if config.eval_steps else 0)
+    return Cost(training, times * measured + answered)
+
+
+def affordable_prompts(config: Config, counts: Counts, steps: int) -> int:
+    """The most held-out prompts, up to those of the config, whose answers keep the evaluations within their share."""
+    for prompts in range(config.kl_prompts, FEWEST, -1):
+        cost = cost_of(config.replaced({"kl_prompts": prompts}), counts, steps, refers=True)
+        if cost.evaluation <= SHARE * cost.training:
+            return prompts
+    return min(FEWEST, config.kl_prompts)

@@ -1,0 +1,161 @@
+"""Work in other processes: the same results in order, and none of them outlives its work, a fault, or its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.errors import InvalidInput, RunFailed, invalid
+from dpo_cli.storage import processes
+from dpo_cli.storage.processes import CAN_FORK, Apart, in_order
+
+forks = pytest.mark.skipif(not CAN_FORK, reason="this system does not fork")
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+
+
+def doubled(items: Sequence[int]) -> tuple[list[int], int]:
+    return [2 * item for item in items], os.getpid()
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 100])
+@pytest.mark.parametrize("few", [0, 3, 1000])
+def test_results_come_in_order(count: int, few: int) -> None:
+    given, results = [], []
+    for chunk, (result, process) in in_order(doubled, iter(range(count)), 4, few):
+        given += chunk
+        results += result
+        assert (process != os.getpid()) == (CAN_FORK and count > 4 * few)
+    assert given == [*range(count)] and results == [2 * item for item in given]
+
+
+def refuses(items: Sequence[int]) -> int:
+    if 5 in items:
+        raise invalid("bad", "a row is bad", "mend it", "dataset", "a.jsonl", 5)
+    return 0
+
+
+@forks
+def test_an_error_of_the_work_arrives_as_it_is() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        list(in_order(refuses, range(100), 1, 0))
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.place, problem.fix) == ("bad", "a.jsonl:5", "mend it")
+
+
+def dies(items: Sequence[int]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@forks
+def test_a_killed_process_is_an_error() -> None:
+    with pytest.raises(RunFailed, match="ended before its work was done"):
+        list(in_order(dies, range(100), 1, 0))
+
+
+def ids(items: Sequence[int]) -> int:
+    return os.getpid()
+
+
+def alive(process: int) -> bool:
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().split()[2] != "Z"
+
+
+def gone(process: int) -> bool:
+    """Within ten seconds."""
+    return any(not alive(process) or time.sleep(0.1) for _ in range(100))
+
+
+@forks
+def test_processes_end_when_nobody_wants_their_work() -> None:
+    works: Iterator[tuple[list[int], int]] = in_order(ids, range(1000), 1, 0)
+    _, process = next(works)
+    assert alive(process)
+    works.close()  # type: ignore[attr-defined]
+    assert gone(process)
+
+
+PARENT = """
+import os, sys, time
+from dpo_cli.storage import processes
+processes.cores = lambda: 2
+class Slow:
+    def see(self, item): pass
+    def process(self): return os.getpid()
+if sys.argv[1] == "apart":
+    apart = processes.Apart(Slow, 1, 0)
+    for item in range(3): apart.see(item)
+    print(apart._process.pid, flush=True)
+    time.sleep(60)
+for _, process in processes.in_order(lambda items: os.getpid(), range(1000), 1, 0):
+    print(process, flush=True)
+    time.sleep(60)
+"""
+
+
+@forks
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("way", ["order", "apart"])
+def test_processes_end_with_their_parent(way: str, stop: int, tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    command = [sys.executable, str(tmp_path / "parent.py"), way]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert parent.stdout is not None
+    process = int(parent.stdout.readline())
+    assert alive(process)
+    parent.send_signal(stop)
+    parent.wait(10)
+    assert gone(process)
+
+
+class Sums:
+    """Sees numbers."""
+
+    def __init__(self, start: int) -> None:
+        self.seen = [start]
+
+    def see(self, item: int) -> None:
+        self.seen.append(item)
+
+    def total(self, times: int) -> int:
+        return times * sum(self.seen)
+
+    def process(self) -> int:
+        return os.getpid()
+
+    def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 6, 100])
+def test_what_is_apart_sees_all(count: int) -> None:
+    apart = Apart[int](partial(Sums, 7), 4, 5)
+    for item in range(count):
+        apart.see(item)
+    assert apart.ask("total", 2) == 2 * (7 + sum(range(count))) == apart.ask("total", 2)
+    process = apart.ask("process")
+    assert (process != os.getpid()) == (count > 5)
+    del apart
+    assert process == os.getpid() or gone(process)
+
+
+def test_its_end_is_an_error() -> None:
+    apart = Apart[int](partial(Sums, 7), 1, 0)
+    apart.see(1)
+    with pytest.raises(RunFailed, match="ended before its work was done"):
+        apart.ask("die")
+    with pytest.raises(RunFailed, match="ended before its work was done"):
+        for _ in range(100):
+            apart.see(1)
