@@ -68,6 +68,10 @@ check: .venv/installed
 test: install
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
+# What takes many seconds, in processes of its own.
+test-long: install
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal -m long
+
 # options.pyi and the tables of the pages, made from the schema, from the cases of tests/bad_configs.py and from the baselines.
 reference: .venv/installed
 	$(BIN)/python scripts/reference.py

@@ -110,6 +110,7 @@ def test_an_adapter_answers_for_itself(place: Path) -> None:
     assert {row["chosen"] for row in rows("again.jsonl")} != {row["chosen"] for row in rows()}
 
 
+@pytest.mark.long
 def test_a_killed_file_goes_on_to_the_same_bytes(place: Path) -> None:
     """One process is killed while it writes; another, with the same arguments, continues the file."""
     slow = rule(max_new_tokens=40, prompts_per_batch=1)  # so that it is alive when it is killed

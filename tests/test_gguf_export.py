@@ -63,6 +63,7 @@ write_llama(out, AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenize
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -126,6 +127,7 @@ def assert_complete(out: Path, merged: dict[str, Any]) -> None:
     assert (card.count("## GGUF"), card.count("`out.F32.gguf` has the same most likely token")) == (1, 1)
 
 
+@pytest.mark.long
 def test_an_export_that_is_killed_while_it_converts_is_continued(
     trained: Callable[..., Path],  # noqa: F811
     tmp_path: Path,

@@ -95,6 +95,7 @@ def test_a_hub_id_without_a_network_is_told_with_the_command(place: Path, overri
     assert not (place / "run").exists()
 
 
+@pytest.mark.long
 def test_a_hub_that_never_answers_is_not_waited_for(place: Path) -> None:
     """It takes the connection and says nothing; the command ends all the same, long before any library's own retries."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -103,6 +104,7 @@ def test_a_hub_that_never_answers_is_not_waited_for(place: Path) -> None:
     assert done.returncode == 1 and "the hub cannot be reached" in done.stderr
 
 
+@pytest.mark.long
 def test_a_name_server_that_never_answers_is_not_waited_for(place: Path) -> None:
     """Nothing can stop a look-up of a name; the process leaves it behind."""
     hanging = "import socket, time; socket.getaddrinfo = lambda *_, **__: time.sleep(600)\n"

@@ -152,6 +152,7 @@ def test_the_view_of_a_training_shows_its_evaluation_and_no_time_left(impatient:
     assert terminal.console.progress._left == 0
 
 
+@pytest.mark.long
 def test_a_training_says_in_a_pipe_what_it_does(tmp_path: Path, tiny_model_dir: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(made_row(i)) + "\n" for i in range(24)), encoding="utf-8")

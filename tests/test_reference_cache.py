@@ -197,6 +197,7 @@ print(computed_by(Policy(model), plan))
 """
 
 
+@pytest.mark.long
 def test_the_digest_of_a_frozen_adapter_is_the_same_in_each_process(run: Run, tmp_path: Path) -> None:
     """Its settings hold sets, whose order depends on the hash seed of the process."""
     run(strategy="sft")

@@ -33,6 +33,7 @@ def test_what_is_written_from_the_schema_is_fresh() -> None:
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make reference`"
 
 
+@pytest.mark.long
 def test_an_option_is_added_through_the_schema_alone(tmp_path: Path) -> None:
     """In a copy of the program: the schema gets an option, and Config, help, loader and its page know it."""
     for name in ("dpo_cli", "benchmarks", "scripts", "tests", "docs"):

@@ -496,6 +496,7 @@ def test_no_secret_is_in_any_file_or_output(config: Path, tmp_path: Path, monkey
     assert [(name, canary) for name, text in texts.items() for canary in escaped if canary in text] == []
 
 
+@pytest.mark.long
 def test_no_kernels_are_fetched(marker: Path, tmp_path: Path) -> None:
     """bitsandbytes runs what the package `kernels` fetches, while it is imported: the package is as if it were not there."""
     put(tmp_path / "way" / "kernels" / "__init__.py", hostile(marker))

@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.long
 def test_nothing_is_lost() -> None:
     """Every try of every part passes; those that need Linux's seccomp or the right to mount are not there without."""
     command = [sys.executable, "benchmarks/torture", "--small", "--json"]

@@ -121,6 +121,7 @@ def test_eval_on_another_file_and_as_a_table(workplace: Path) -> None:
     assert "tokens per answer (answer_tokens)" in done.stdout
 
 
+@pytest.mark.long
 def test_a_plan_repeats_its_run_bit_by_bit(workplace: Path, tmp_path: Path) -> None:
     """In processes of their own: the first process of the fork server was seen to round in another way."""
     digests = []
@@ -167,6 +168,7 @@ def test_the_held_out_pairs_and_prompts_are_counted(workplace: Path) -> None:
     assert "data: 40 pairs of 20 prompts in 40 rows" in whole.stdout and "held out" not in whole.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_what_there_is(workplace: Path, number: signal.Signals, code: int) -> None:
     place = workplace / f"stopped-{code}"
@@ -229,6 +231,7 @@ def test_what_is_not_a_number_becomes_null(workplace: Path) -> None:
         json.loads(line, parse_constant=refuse)
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_does_not_end_the_training(workplace: Path) -> None:
     command = f"{DPO} train tiny.json output_dir=piped | head -1"
     subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, cwd=workplace, check=True)
@@ -365,6 +368,7 @@ def test_a_dataset_with_unknown_columns_is_answered_with_the_line_to_write(workp
     assert problem["fix"].startswith("`dpo recommend --write my-config.json`") and line in problem["fix"]
 
 
+@pytest.mark.long
 def test_nothing_breaks_on_a_terminal_of_60_columns(workplace: Path) -> None:
     command = f"unset COLUMNS; stty cols 60; {DPO} train tiny.json max_steps=3 output_dir=narrow"
     done = subprocess.run(["script", "-qec", command, "/dev/null"], capture_output=True, text=True, cwd=workplace, check=False)
