@@ -305,6 +305,94 @@ def test_a_judge_ranks_and_its_key_is_nowhere(place: Path, endpoint: Endpoint) -
     assert Path("failed.jsonl.progress").exists()  # so that the same command continues with a valid key
 
 
+def served(endpoint: Endpoint, **parts: object) -> str:  # noqa: F811 - the fixture
+    return rule(answers_url=endpoint.url, answers_model="my-model", responses=3, **parts)
+
+
+def many_words(body: dict[str, Any]) -> str:
+    """An answer of one to nine words that its seed decides; the last request of a prompt is cut."""
+    return " ".join(["word"] * (1 + body["seed"] % 9)) + f" {body['seed']}"
+
+
+@pytest.fixture
+def server(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Endpoint:  # noqa: F811 - the fixture
+    """It has one model, and answers by the seed."""
+
+    def reply(_: str) -> tuple[int, str]:
+        body = endpoint.requests[-1][2]
+        return 200, many_words(body) if "seed" in body else "H"
+
+    endpoint.reply = reply
+    monkeypatch.setattr("dpo_cli.preferences.served_answers.AT_ONCE", 1)  # so that the last request is the one to answer
+    return endpoint
+
+
+def test_a_server_answers(place: Path, server: Endpoint) -> None:
+    server.finish = lambda body, text: "length" if len(text.split()) > 6 else "stop"
+    done = run(served(server), "--json")
+    assert done.exit_code == 0, done.output
+    told, made = json.loads(done.stdout), rows()
+    assert told["responses"] == 42 and told["unfinished"] > 0 and told["pairs"] == len(made) > 5
+    probe, *asked = [body for _, _, body in server.requests]
+    assert probe["max_tokens"] == 1 and len(asked) == 42 and len({body["seed"] for body in asked}) == 42
+    assert {(body["model"], body["temperature"], body["top_p"], body["max_tokens"]) for body in asked} == {
+        ("my-model", 1.5, 1, 24)
+    }
+    assert [body["messages"] for body in asked[::3]] == [[{"role": "user", "content": text}] for text in PROMPTS]
+    for row in made:
+        own = row["provenance"]
+        assert own["model"] == {"name": "my-model", "served_as": "served/one", "url": server.url}
+        assert own["tokens"] == [len(row["chosen"].split()), len(row["rejected"].split())]
+        assert len(row["chosen"].split()) <= 6  # a cut answer is never chosen
+    assert all(authorization == "Bearer secret-key" for _, authorization, _ in server.requests)
+    assert "secret-key" not in Path("pairs.jsonl").read_text(encoding="utf-8") + done.output
+
+
+def test_no_model_is_loaded_for_a_server(place: Path, server: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("dpo_cli.providers.huggingface.HuggingFace.base_model")
+    assert run(served(server)).exit_code == 0 and run(out="own.jsonl").exit_code != 0
+
+
+def test_a_server_that_stops_is_continued_to_the_same_bytes(place: Path, server: Endpoint) -> None:
+    assert run(served(server), out="whole.jsonl").exit_code == 0
+    works, count = server.reply, iter(range(1000))
+    server.reply = lambda asked: works(asked) if next(count) < 20 else (500, "")
+    failed = run(served(server))
+    assert failed.exit_code == 1 and "the server cannot be reached" in failed.stderr
+    server.reply = works
+    assert run(served(server)).exit_code == 0
+    assert Path("pairs.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_another_model_of_the_server_is_told(place: Path, server: Endpoint) -> None:
+    works, count = server.reply, iter(range(1000))
+
+    def changed(asked: str) -> tuple[int, str]:
+        server.model = "served/one" if next(count) < 20 else "served/two"
+        return works(asked)
+
+    server.reply = changed
+    failed = run(served(server))
+    assert failed.exit_code == 1 and "answered as served/two, and before as served/one" in failed.stderr
+    failed = run(served(server))  # from the start with the other one
+    assert failed.exit_code == 3 and "served/two" in failed.stderr and "[out-other-settings]" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "says"),
+    [
+        (401, "", "OPENAI_API_KEY"),
+        (404, "", 'check "answers_url" and "answers_model"'),
+        (200, "no JSON", 'check "answers_url"'),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_told_first(place: Path, server: Endpoint, status: int, text: str, says: str) -> None:
+    server.reply = lambda _: (status, text)
+    failed = run(served(server))
+    assert failed.exit_code == 1 and says in failed.stderr and len(server.requests) == 1
+    assert not Path("pairs.jsonl.progress").exists()
+
+
 def test_short_answers_and_near_scores_make_no_pair(place: Path) -> None:
     assert run(rule(min_tokens=6, min_distance=8)).exit_code == 0
     tokens = [row["provenance"]["tokens"] for row in rows()]

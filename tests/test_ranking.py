@@ -21,7 +21,7 @@ from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.rows import Question
 from dpo_cli.errors import RunFailed
 from dpo_cli.evaluation.generation import Answer
-from dpo_cli.preferences import judge
+from dpo_cli.preferences import endpoint as endpoint_module
 from dpo_cli.preferences.judge import Judge, verdict
 from dpo_cli.preferences.ranking import Ranked, Reward, best_pairs, ranking
 
@@ -126,6 +126,8 @@ class Endpoint:
 
     def __init__(self) -> None:
         self.reply: Reply = lambda _: (200, "T")
+        self.model = "served/one"
+        self.finish: Callable[[dict[str, Any], str], str] = lambda body, text: "stop"
         self.requests: list[tuple[str, str | None, dict[str, Any]]] = []
         endpoint = self
 
@@ -134,7 +136,9 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 endpoint.requests.append((self.path, self.headers["Authorization"], body))
                 status, text = endpoint.reply(body["messages"][0]["content"])
-                said = json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]}).encode()
+                choice = {"message": {"role": "assistant", "content": text}, "finish_reason": endpoint.finish(body, text)}
+                usage = {"completion_tokens": len(text.split())}
+                said = json.dumps({"model": endpoint.model, "choices": [choice], "usage": usage}).encode()
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(said if text != "no JSON" else b"<html>")
@@ -147,7 +151,7 @@ class Endpoint:
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    monkeypatch.setattr(judge, "PAUSES_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(endpoint_module, "PAUSES_SECONDS", (0.0, 0.0))
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
     made = Endpoint()
     thread = threading.Thread(target=made.server.serve_forever, args=(0.01,))

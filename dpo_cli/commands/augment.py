@@ -1,7 +1,7 @@
 """The story of `dpo augment`, top to bottom: prompts -> sampled answers -> scores -> pairs with provenance, batch by batch.
 
 A batch always holds the same prompts and is drawn with the same seed. So a continued file becomes, byte for byte,
-the one that is written in one go: on the same machine, and with a judge that gives the same replies.
+the one that is written in one go: on the same machine, and with a judge and a server that give the same replies.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.feasibility import DOES_NOT_FIT
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences.ranking import Rank, best_pairs, ranking
+from dpo_cli.preferences.served_answers import ServedAnswers
 from dpo_cli.providers.precision import in_faster_precision
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.results.codec import JsonObject
@@ -64,11 +65,18 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
     tokenizer = provider.tokenizer()
     day = date.fromisoformat(started["day"]) if "day" in started else plan.day  # the date that a template writes
     dpo_tokenizer = Tokenizer.loaded(tokenizer, day, plan.model.generation)
-    questions, left = _encoded(prompts.questions, dpo_tokenizer, plan, options, provider.token_rows())
-    model = provider.start(plan, provider.base_model(plan))  # with its adapter, if model_name is one
-    origin = _origin(plan, options, model)
+    source: Sampled | ServedAnswers
+    if options["answers_url"]:
+        questions, left = list(prompts.questions), {"cut": 0, "too_long": 0}
+        source = ServedAnswers(options, plan.config.seed)
+    else:
+        encoded, left = _encoded(prompts.questions, dpo_tokenizer, plan, options, provider.token_rows())
+        questions = [question for question, _ in encoded]
+        model = provider.start(plan, provider.base_model(plan))  # with its adapter, if model_name is one
+        source = Sampled(model, tokenizer, plan, options, [ids for _, ids in encoded])
+    origin = _origin(plan, options, source.identity)
     rank = ranking(options, plan.config.device, getattr(torch, plan.dtype), day)
-    maker = Maker(model, tokenizer, rank, plan, options, origin)
+    maker = Maker(source, rank, options, origin)
     settings = _settings(plan, prompts, options, origin)
     with closing(ResumableFile(out, settings, {"day": day.isoformat(), "bf16": plan.config.bf16})) as file:
         done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
@@ -88,32 +96,49 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
 
 
 @dataclass(frozen=True)
-class Maker:
-    """Makes the rows of a batch of prompts. `origin` is the part of their provenance that all rows share."""
+class Sampled:
+    """Answers of the model of the config."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    rank: Rank
     plan: Plan
     options: Options
-    origin: Mapping[str, object]
+    prompts: Sequence[list[int]]  # token ids
 
-    def rows(self, batch: Sequence[tuple[Question, list[int]]], start: int, counts: Counter[str]) -> list[JsonObject]:
-        """The rows of the pairs of these prompts; the first has number `start`. `counts` is updated."""
+    @property
+    def identity(self) -> JsonObject:
+        return _identity(self.plan.model, getattr(self.model.config, "_commit_hash", None))
+
+    def __call__(self, questions: Sequence[Question], start: int) -> list[list[Answer]]:
+        """Several answers to each question; the first question has number `start`."""
         options, dtype = self.options, getattr(torch, self.plan.dtype)
         sampling = Sampling(options["max_new_tokens"], float(options["temperature"]), float(options["top_p"]))
         # As many bits as torch takes, from a hash that is the same on every machine: batches of other seeds share nothing.
         torch.manual_seed(random.Random(f"{self.plan.config.seed}/{start}").getrandbits(63))
+        prompts = self.prompts[start : start + len(questions)]
         try:
-            sampled = generate(self.model, self.tokenizer, [ids for _, ids in batch], sampling, dtype, options["responses"])
+            return generate(self.model, self.tokenizer, prompts, sampling, dtype, options["responses"])
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            message = f"out of memory with {len(batch)} prompts and {options['responses']} responses each"
+            message = f"out of memory with {len(prompts)} prompts and {options['responses']} responses each"
             fix = 'lower "prompts_per_batch", "responses" or "max_new_tokens" in "augment"'
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
-        rows = []
-        for (question, _), answers in zip(batch, sampled, strict=True):
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the rows of a batch of prompts. `origin` is the part of their provenance that all rows share."""
+
+    source: Sampled | ServedAnswers
+    rank: Rank
+    options: Options
+    origin: Mapping[str, object]
+
+    def rows(self, batch: Sequence[Question], start: int, counts: Counter[str]) -> list[JsonObject]:
+        """The rows of the pairs of these prompts; the first has number `start`. `counts` is updated."""
+        options, rows = self.options, []
+        for question, answers in zip(batch, self.source(batch, start), strict=True):
             counts["unanswered"] += answers[0].is_missing
             usable = _usable(answers, options["min_tokens"], counts)
             scores = self.rank(question, usable)
@@ -169,7 +194,7 @@ def _encoded(
     return [(question, pair.prompt_ids) for question, pair in fitting], counts
 
 
-def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> JsonObject:
+def _origin(plan: Plan, options: Options, model: JsonObject) -> JsonObject:
     """The origin of the rows: the model, the rule, the sampling and the version."""
     rank = options["rank"]
     own = {
@@ -177,7 +202,7 @@ def _origin(plan: Plan, options: Options, model: PreTrainedModel) -> JsonObject:
         for name in RANK_PARTS.get(rank, ())
     }
     return {
-        "model": _identity(plan.model, getattr(model.config, "_commit_hash", None)),
+        "model": model,
         "rule": {"rank": rank, **own, "min_tokens": options["min_tokens"], "min_distance": options["min_distance"]},
         "sampling": {name: options[name] for name in ("responses", "max_new_tokens", "temperature", "top_p")},
         "seed": plan.config.seed,

@@ -11,6 +11,8 @@ from dpo_cli.errors import Problem
 
 # The parts that only this rank needs.
 RANK_PARTS = {"regex": ("pattern",), "reward": ("reward_model",), "judge": ("judge_url", "judge_model", "criterion")}
+ADDRESSES = {"judge_url": "judge-url", "answers_url": "answers-url"}  # and the code of a wrong one
+PLAIN_URL = r"https?://[\w.:\[\]-]+(/[\w./~%-]*)?"
 
 
 def _augment(values: Values, given: Values) -> Values | None:
@@ -40,17 +42,24 @@ def pattern_is_one(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "bad-regex", message, "write a regular expression of Python's re module", "augment")
 
 
-def judge_is_a_plain_url(values: Values, given: Values) -> Iterator[Problem]:
-    """The URL is written into every row, so it must not hold a secret."""
+def addresses_are_plain(values: Values, given: Values) -> Iterator[Problem]:
+    """An address is written into every row, so it must not hold a secret."""
     augment = _augment(values, given)
-    if (
-        augment
-        and augment["judge_url"]
-        and not re.fullmatch(r"https?://[\w.:\[\]-]+(/[\w./~%-]*)?", augment["judge_url"], re.ASCII)
-    ):
-        message = '"augment": judge_url is not http(s)://HOST/PATH without a user and a query'
-        fix = 'for example "judge_url": "http://localhost:8000/v1"; put a key into the environment variable OPENAI_API_KEY'
-        yield Problem("error", "judge-url", message, fix, "augment")
+    for name, code in ADDRESSES.items():
+        if augment and augment[name] and not re.fullmatch(PLAIN_URL, augment[name], re.ASCII):
+            message = f'"augment": {name} is not http(s)://HOST/PATH without a user and a query'
+            fix = f'for example "{name}": "http://localhost:8000/v1"; put a key into the environment variable OPENAI_API_KEY'
+            yield Problem("error", code, message, fix, "augment")
+
+
+def a_server_has_a_model(values: Values, given: Values) -> Iterator[Problem]:
+    augment = _augment(values, given)
+    if augment and augment["answers_url"] and not augment["answers_model"]:
+        message, fix = '"augment": answers_url needs answers_model', 'add "answers_model": "...", as the server names it'
+        yield Problem("error", "answers-model", message, fix, "augment")
+    if augment and augment["answers_model"] and not augment["answers_url"]:
+        message = '"augment": "answers_model" has no effect without answers_url'
+        yield Problem("warning", "no-effect", message, 'add "answers_url": "http://localhost:8000/v1", or remove it', "augment")
 
 
 def answers_make_pairs(values: Values, given: Values) -> Iterator[Problem]:
@@ -69,4 +78,4 @@ def answers_make_pairs(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "augment-too-long", message, 'raise "max_seq_length", or lower "max_new_tokens"', "augment")
 
 
-RULES = (rank_has_its_parts, pattern_is_one, judge_is_a_plain_url, answers_make_pairs)
+RULES = (rank_has_its_parts, pattern_is_one, addresses_are_plain, a_server_has_a_model, answers_make_pairs)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from dpo_cli.config.augment_rules import RANK_PARTS, judge_is_a_plain_url, rank_has_its_parts
+from dpo_cli.config.augment_rules import RANK_PARTS, addresses_are_plain, rank_has_its_parts
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import flat
@@ -14,7 +14,8 @@ from dpo_cli.errors import InvalidInput, RunFailed, invalid
 from dpo_cli.evaluation.generation import Sample, first_of_each_prompt
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences import votes
-from dpo_cli.preferences.judge import AT_ONCE, Judge
+from dpo_cli.preferences.endpoint import AT_ONCE
+from dpo_cli.preferences.judge import Judge
 from dpo_cli.results.tally import SideBySide
 from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import redacted
@@ -38,7 +39,7 @@ def contest_of(prompts: int, by_judge: bool, run: RunDirectory, plan: Plan, rows
     if not by_judge:
         return Contest(run, plan.config.seed, prompts, str(options["criterion"]), None)
     values = {"augment": {**parts, "rank": "judge"}}
-    if wrong := [problem for rule in (rank_has_its_parts, judge_is_a_plain_url) for problem in rule(values, values)]:
+    if wrong := [problem for rule in (rank_has_its_parts, addresses_are_plain) for problem in rule(values, values)]:
         raise InvalidInput([replace(problem, fix=JUDGE_FIX) for problem in wrong])
     _require_no_human_votes(run)
     judge = Judge(options["judge_url"], options["judge_model"], options["criterion"])
@@ -86,7 +87,7 @@ class Contest:
 
     def _judged(self, document: votes.Document, judge: Judge, console: Console) -> None:
         """The judge's votes, with those of an earlier, unfinished call. They are always written, so that none is paid twice."""
-        document["judge"] = {"url": judge.url, "model": judge.model}
+        document["judge"] = {"url": judge.endpoint.url, "model": judge.model}
         place = self.run.path / VOTES
         before = votes.read(place) if place.exists() else document
         if (before["page"], before["judge"]) == (document["page"], document["judge"]):
