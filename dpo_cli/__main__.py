@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -46,7 +47,10 @@ def main() -> None:
         setattr(sys, f"__{name}__", stream)
     from dpo_cli.app import app
 
-    app()  # inside, the session of a command handles Ctrl-C again
+    try:
+        app()  # inside, the session of a command handles Ctrl-C again
+    finally:
+        gc.freeze()  # the end of Python would search all objects of the libraries for garbage, several times
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import sys
@@ -86,6 +87,18 @@ def unexpected(error: Exception) -> DpoError:
     return DpoError(f"{type(error).__name__}: {error}", "train.log and --debug have the traceback")
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Within, Python looks for no garbage: imports make a million objects, which each search goes through, and no garbage."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
     """The module that trains (these configs) and evaluates, imported late: it brings torch."""
     # OpenMP threads that wait by spinning stall each other when anything else runs on the same cores. A shorter spin costs
@@ -100,7 +113,7 @@ def composer_for(configs: Sequence[Config] = ()) -> ModuleType:
         from dpo_cli.providers.unsloth_import import import_unsloth
 
         import_unsloth(max(devices))  # stages on cpu and cuda: with its kernels
-    with working("starting torch"):
+    with working("starting torch"), _without_collections():
         from dpo_cli.storage.log import hush
 
         hush()
