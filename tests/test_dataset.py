@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from dpo_cli.config.config import load
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data import columns as names
+from dpo_cli.data import dataset
 from dpo_cli.data.annotation_exports import HELD
 from dpo_cli.data.column_guess import guessed_columns
 from dpo_cli.data.columns import Columns
@@ -391,6 +392,26 @@ def test_real_sets_are_read() -> None:
     flipped = read(str(folder / "ultrafeedback_1k.label_flip_20.jsonl"))
     lines = sorted(line for problem in flipped.problems for line in problem.lines or [problem.line])
     assert lines == [34, 307, 479, 656, 834, 911, 998]  # 34 is a zero-width space
+
+
+def test_near_duplicates_are_read_again_as_they_were_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a file with rows of several shapes, where the first row decides what a label counts from."""
+    long = "the quick brown fox jumps over the lazy dog while the sun goes down behind the old red barn "
+
+    def labelled(i: int) -> dict[str, object]:
+        return {"prompt": f"{long} {i} times", "responses": [f"{long} yes", f"{long} no, never"], "label": 1 + i % 2}
+
+    rows = [labelled(1), {"prompt": "p", "chosen": "a", "rejected": "b"}, *map(labelled, range(2, 8))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = []
+    for small in (0, 1 << 20):  # read again, and in memory
+        monkeypatch.setattr(dataset, "SMALL_BYTES", small)
+        quality = Quality(inner_defaults("quality"))
+        data = read(str(path), observers=[quality])
+        assert (data.kept is None) == (small == 0) and data.pairs == 8
+        found.append(quality.problems(data))
+    assert found[0] == found[1] and "near-duplicates" in {problem.code for problem in found[0]}
 
 
 def test_rows_of_messages(pairs_file: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -87,18 +88,23 @@ def test_processes_end_when_nobody_wants_their_work() -> None:
     assert gone(process)
 
 
-PARENT = """
-import os, sys, time
-from dpo_cli.storage import processes
-processes.cores = lambda: 2
+SLOW = """
+import os, time
 class Slow:
     def see(self, item): pass
     def process(self): return os.getpid()
-if sys.argv[1] == "apart":
+    def sleep(self): time.sleep(60)
+"""
+PARENT = """
+import os, sys, time
+from dpo_cli.storage import processes
+from slow import Slow
+processes.cores = lambda: 2
+if sys.argv[1] != "order":
     apart = processes.Apart(Slow, 1, 0)
     for item in range(3): apart.see(item)
-    print(apart._process.pid, flush=True)
-    time.sleep(60)
+    print(apart.ask("process"), flush=True)
+    apart.ask("sleep") if sys.argv[1] == "asked" else time.sleep(60)
 for _, process in processes.in_order(lambda items: os.getpid(), range(1000), 1, 0):
     print(process, flush=True)
     time.sleep(60)
@@ -107,9 +113,10 @@ for _, process in processes.in_order(lambda items: os.getpid(), range(1000), 1, 
 
 @forks
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("way", ["order", "apart"])
+@pytest.mark.parametrize("way", ["order", "apart", "asked"])
 def test_processes_end_with_their_parent(way: str, stop: int, tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
+    (tmp_path / "slow.py").write_text(SLOW)
     command = [sys.executable, str(tmp_path / "parent.py"), way]
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert parent.stdout is not None
@@ -135,6 +142,9 @@ class Sums:
     def process(self) -> int:
         return os.getpid()
 
+    def fail(self) -> None:
+        raise invalid("bad", "a row is bad")
+
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -149,6 +159,48 @@ def test_what_is_apart_sees_all(count: int) -> None:
     assert (process != os.getpid()) == (count > 5)
     del apart
     assert process == os.getpid() or gone(process)
+
+
+class Refuses(Sums):
+    def see(self, item: int) -> None:
+        if item == 3:
+            self.fail()
+
+
+@pytest.mark.parametrize("few", [0, 100])
+def test_an_error_there_is_raised_here(few: int) -> None:
+    with pytest.raises(InvalidInput, match="a row is bad"):
+        ask_after(10, Refuses, few).ask("total", 1)
+    with pytest.raises(InvalidInput, match="a row is bad"):
+        ask_after(1, Sums, few).ask("fail")
+
+
+def ask_after(count: int, kind: type[Sums], few: int) -> Apart[int]:
+    apart = Apart[int](partial(kind, 7), 1, few)
+    for item in range(count):
+        apart.see(item)
+    return apart
+
+
+def test_with_one_core_nothing_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "cores", lambda: 1)
+    apart = ask_after(100, Sums, 5)
+    assert apart._items == [] and apart.ask("process") == os.getpid() and apart.ask("total", 1) == 7 + sum(range(100))
+
+
+def test_large_items_make_small_chunks() -> None:
+    chunks = [chunk for chunk, _ in in_order(len, ["x" * 3_000_000] * 5 + ["y"] * 9, 4, 100, len)]
+    assert [len(chunk) for chunk in chunks] == [2, 2, 4, 4, 2]
+
+
+@forks
+def test_a_process_that_may_have_no_children_works_alone() -> None:
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # whose processes are daemons
+        assert pool.apply(worked) == [0, 2, 4, 6]
+
+
+def worked() -> list[int]:
+    return [number for _, (numbers, _) in in_order(doubled, range(4), 1, 0) for number in numbers]
 
 
 def test_its_end_is_an_error() -> None:

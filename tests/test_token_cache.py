@@ -20,6 +20,7 @@ from dpo_cli.plan import examination
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.plan.tokenized import Prepared, prepare
 from dpo_cli.storage import processes
+from dpo_cli.storage import user_cache as cache
 from dpo_cli.storage.digests import sha256_of_all
 
 Start = Callable[..., Prepared]
@@ -88,7 +89,15 @@ def test_in_processes_they_are_the_same(start: Start, monkeypatch: pytest.Monkey
     for name, value in (("AT_ONCE", 5), ("FEW", 0)):
         monkeypatch.setattr(tokens, name, value)
     monkeypatch.setattr(processes, "cores", lambda: 2)
-    assert same(here, start())
+    begun: list[int] = []
+    before = processes.ProcessPoolExecutor
+
+    def counted(count: int, *arguments: Any) -> Any:
+        begun.append(count)
+        return before(count, *arguments)
+
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", counted)
+    assert same(here, start()) and begun == [2] * processes.CAN_FORK
 
 
 def rewrite(place: Path, **changes: object) -> None:
@@ -149,6 +158,39 @@ def test_damaged_findings_are_made_again(start: Start, user_cache: Path) -> None
     assert same(first, start())
 
 
+def test_findings_of_a_file_that_changed_meanwhile_are_not_kept(
+    start: Start, tmp_path: Path, user_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are of other rows than the hash, which was computed before."""
+    before = examination.digests_of
+
+    def meanwhile(given: Any) -> Any:
+        digests = before(given)
+        rewrite(tmp_path, chosen="of another length")
+        return digests
+
+    monkeypatch.setattr(examination, "digests_of", meanwhile)
+    start()
+    assert not (user_cache / "findings").exists()
+
+
+def test_a_name_that_is_not_utf8(start: Start, tmp_path: Path, user_cache: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "data" / "caf\udce9.jsonl")
+    assert same(start(dataset=str(tmp_path / "data")), start(dataset=str(tmp_path / "data")))
+    assert [entry.name.count("caf") for entry in cache.entries() if entry.kind != "gguf"] == [1, 1]
+
+
+def test_an_error_of_the_rows_is_not_one_of_the_cache(start: Start, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise OSError("the disk of the dataset")
+
+    monkeypatch.setattr("dpo_cli.plan.tokenized.encoded_into", fails)
+    with pytest.raises(OSError, match="the disk of the dataset"):
+        start()
+    assert told == []
+
+
 def test_without_room_the_tokens_stay_in_memory(start: Start, user_cache: Path, told: list[str]) -> None:
     first = start()
     for kind in ("tokens", "findings"):
@@ -193,8 +235,6 @@ def test_a_run_has_the_same_bits_with_the_cache_and_without(run: Run, monkeypatc
 
 
 def test_the_cache_lists_and_prunes_them(start: Start, user_cache: Path) -> None:
-    from dpo_cli.storage import user_cache as cache
-
     start()
     (user_cache / "gguf").unlink()  # the models of the real cache
     kinds = {entry.kind: entry.name for entry in cache.entries()}

@@ -316,6 +316,10 @@ def _rows(
     for source in sources:
         only = None if lines is None else lines.get(source.path, ())
         known: Columns | None = columns if columns and "labels" in columns else None
+        if known is None and only is not None:  # of the first row, as when all are read
+            rows = files.read_rows(source.path, lambda row, _: row)
+            first = next((row for _, row in rows if not isinstance(row, BadRow)), None)
+            known = None if first is None else _with_start(first, source.path, columns or {})
 
         def read_one(row: object, line: int, path: str = source.path) -> Read:
             nonlocal known

@@ -16,6 +16,7 @@ import mmap
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -201,6 +202,19 @@ class Chunk:
         return some
 
 
+class NotKept(Exception):
+    """Rows cannot be written: a full disk, or a row that JSON does not have."""
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Within, an error is about what is written."""
+    try:
+        yield
+    except (OSError, TypeError) as error:
+        raise NotKept(str(error)) from error
+
+
 class Growing:
     """Rows that come in chunks, in their order: in memory, or in the files of a `folder`."""
 
@@ -211,7 +225,11 @@ class Growing:
             self._column(name)
 
     def add(self, chunk: Chunk, rows: Sequence[Row]) -> None:
-        """Add a chunk that was made of `rows`. `OSError` for a full disk, `TypeError` for a row that is not JSON."""
+        """Add a chunk that was made of `rows`; `NotKept` if a file cannot be written."""
+        with keeping():
+            self._add(chunk, rows)
+
+    def _add(self, chunk: Chunk, rows: Sequence[Row]) -> None:
         kept = [rows[place] for place in chunk.kept]
         for piece, (ids, sizes) in enumerate(zip(chunk.ids, chunk.sizes, strict=True)):
             self._column(f"{piece}.ids").write(ids)

@@ -73,6 +73,11 @@ class Pair:
         )
 
     @property
+    def characters(self) -> int:
+        """About the length of its texts."""
+        return len(flat(self.prompt)) + sum(len(flat(text)) for text in self.responses)
+
+    @property
     def prompt_key(self) -> str:
         """A key that is equal for equal prompts only: a text equals that text as the only message."""
         return _key(self.prompt, self.tools)
@@ -105,6 +110,11 @@ class Demonstration:
         if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
             return self
         return replace(self, prompt=turns, completion=answer_to(self.prompt, self.completion))
+
+    @property
+    def characters(self) -> int:
+        """Like `Pair.characters`."""
+        return len(flat(self.prompt)) + sum(len(flat(text)) for text in self.responses)
 
     @property
     def prompt_key(self) -> str:

@@ -12,26 +12,31 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data.encoded import Growing, check_columns, read_columns
+from dpo_cli.data.encoded import Growing, NotKept, check_columns, keeping, read_columns
 from dpo_cli.data.tokens import Encodings
 from dpo_cli.errors import DpoError, problem_of_json
+from dpo_cli.storage.digests import sha256_of_package
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.log import Tell
 from dpo_cli.storage.progress import working
 from dpo_cli.storage.user_cache import SOURCE, TOKENS, cache_dir, filling
 
 PARTS = "parts.json"
+PACKAGES = ("jinja2", "pyarrow", "rapidfuzz", "rensa", "tokenizers", "transformers")  # that decide tokens or findings
 Make = Callable[[Sequence[Growing]], Encodings]
 
 
 def key_of(decides: Mapping[str, object]) -> str:
-    """The name of what these JSON values decide."""
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+    """The name of what these JSON values decide, with the code of dpo and of the packages that handle texts."""
+    from importlib.metadata import version
+
+    whole = {**decides, "code": sha256_of_package(), "versions": [version(package) for package in PACKAGES]}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def known_or_made(key: str, source: str, sides: int, make: Make, tell: Tell) -> Encodings:
@@ -40,23 +45,34 @@ def known_or_made(key: str, source: str, sides: int, make: Make, tell: Tell) -> 
         folder = cache_dir() / TOKENS / key
     except DpoError:  # no home folder
         return make([Growing() for _ in range(sides)])
+    if (known := _known(folder)) is not None:
+        return known
     try:
-        if (known := _known(folder)) is not None:
-            return known
-        with filling(folder) as work:
-            (work / SOURCE).write_text(source, encoding="utf-8")
+        return _made(folder, source, sides, make)
+    except NotKept as error:
+        why = str(error)
+    tell(f"note: the tokens are not kept for later starts: {why}")
+    return make([Growing() for _ in range(sides)])
+
+
+def _made(folder: Path, source: str, sides: int, make: Make) -> Encodings:
+    """Make the tokens in a folder; `NotKept` if it cannot be written."""
+    with ExitStack() as opened:
+        with keeping():
+            work = opened.enter_context(filling(folder))
+            (work / SOURCE).write_text(source, encoding="utf-8", errors="backslashreplace")
             places = [work / str(side) for side in range(sides)]
             for place in places:
                 place.mkdir()
-            made = make([Growing(place) for place in places])
-            parts = {"sides": [side.digests for side in made.sides], "refused": made.refused, "dropped": made.dropped}
-            parts |= {"problems": [asdict(problem) for problem in made.problems]}
+            growing = [Growing(place) for place in places]
+        made = make(growing)
+        parts = {"sides": [side.digests for side in made.sides], "refused": made.refused, "dropped": made.dropped}
+        parts |= {"problems": [asdict(problem) for problem in made.problems]}
+        del made, growing  # Windows renames no folder with open files
+        with keeping():
             (work / PARTS).write_text(json.dumps(parts), encoding="utf-8")
-            del made  # Windows renames no folder with open files
-        return _read(folder, parts)
-    except (OSError, TypeError) as error:  # no room, no right to write, or a row that JSON does not have
-        tell(f"note: the tokens are not kept for later starts: {error}")
-        return make([Growing() for _ in range(sides)])
+            opened.close()
+            return _read(folder, parts)
 
 
 def _known(folder: Path) -> Encodings | None:

@@ -83,7 +83,7 @@ def encode_all(
 
 
 def encoded_into(
-    sides: Sequence[Growing], rows: Iterable[tuple[int, Row]], encoder: Encoder, total: int, skip: bool, longest: float
+    sides: Sequence[Growing], rows: Iterable[tuple[int, Row]], encoder: Encoder, total: int | None, skip: bool, longest: float
 ) -> Encodings:
     """Tokenise rows, each with the number of its side; those with more than `longest` tokens are left out.
 
@@ -91,7 +91,7 @@ def encoded_into(
     """
     findings, dropped = _Findings(), [list[int]() for _ in sides]
     with working("tokenising", total, "rows") as work:
-        for chunk, (encoded, found) in in_order(encoder, rows, AT_ONCE, FEW):
+        for chunk, (encoded, found) in in_order(encoder, rows, AT_ONCE, FEW, lambda item: item[1].characters):
             work.add(len(chunk))
             findings.add(found)
             in_chunk = [row for _, row in chunk]

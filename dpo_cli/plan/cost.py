@@ -2,11 +2,12 @@
 
 A step takes the policy forward, and backward to the inputs of its frozen layers, which is as much again, and to the adapter. A
 token that is sampled reads all weights for one token of each answer of a batch. The counts decide how many answers an
-evaluation samples by default, so they do not depend on the speed of a machine: the same config has the same plan everywhere.
+evaluation samples by default: they do not depend on the machine, so a run samples as many everywhere.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,10 @@ class Cost:
     training: float
     evaluation: float  # all of them
 
+    @property
+    def is_within_share(self) -> bool:
+        return self.evaluation <= SHARE * self.training
+
     def seconds(self, weights: int, speed: float) -> tuple[float, float]:
         """Of the training and of its evaluations, with so many weights, and `speed` operations of a product in a second."""
         a_token = 2 * weights / (REACHED * speed)
@@ -43,19 +48,21 @@ def cost_of(config: Config, counts: Counts, steps: int, refers: bool) -> Cost:
     """The cost of a run of so many steps on these rows; `refers` to a reference."""
     pairs = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
     of_pair = counts.shared_tokens / counts.train_pairs
-    a_token = TRAINED + RECOMPUTED * bool(config.gradient_checkpointing)
+    a_token = TRAINED + RECOMPUTED * (config.gradient_checkpointing is True)
     training = of_pair * (a_token * pairs + REFERENCE * refers * min(pairs, counts.train_pairs))
     an_answer, prompts = SAMPLED * config.max_new_tokens, counts.eval_prompts
     measured = SCORED * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
     answered = 2 * an_answer * min(answered_prompts(config), prompts)
-    times = 1 + (steps // config.eval_steps if config.eval_steps else 0)
+    times = math.ceil(steps / config.eval_steps if config.eval_steps else pairs / counts.train_pairs)
     return Cost(training, times * measured + answered)
 
 
 def affordable_prompts(config: Config, counts: Counts, steps: int) -> int:
-    """The most held-out prompts, up to those of the config, whose answers keep the evaluations within their share."""
-    for prompts in range(config.kl_prompts, FEWEST, -1):
-        cost = cost_of(config.replaced({"kl_prompts": prompts}), counts, steps, refers=True)
-        if cost.evaluation <= SHARE * cost.training:
-            return prompts
-    return min(FEWEST, config.kl_prompts)
+    """The most held-out prompts, up to those of the config, whose answers keep the evaluations within their share; at least
+    `FEWEST`, as far as there are so many. Whether a step computes states again depends on the machine, and does not count."""
+    most = min(config.kl_prompts, counts.eval_prompts)
+    for prompts in range(most, FEWEST, -1):
+        tried = config.replaced({"kl_prompts": prompts, "gradient_checkpointing": False})
+        if cost_of(tried, counts, steps, refers=True).is_within_share:
+            return config.kl_prompts if prompts == most else prompts
+    return config.kl_prompts if most <= FEWEST else FEWEST

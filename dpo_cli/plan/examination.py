@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ from dpo_cli.models.model_files import CONFIG
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan import known_data
 from dpo_cli.results.intervals import FEW_PROMPTS
-from dpo_cli.storage.digests import sha256, sha256_of_package
+from dpo_cli.storage.digests import sha256
 from dpo_cli.storage.progress import working
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -50,8 +51,9 @@ OF_GGUF = "not shown, because a GGUF file's tokenizer is read when training star
 OF_HUB = "not shown, because the tokenizer of {model} is read when training starts"
 NO_TOKENIZER = "none, because the model's tokenizer.json cannot be read"
 LARGE_BYTES = 1 << 20  # smaller data is examined, and tokenised, in a second
-# Options that decide the findings, besides the split.
-DECIDING = ("strategy", "on_bad_rows", "columns", "quality", "max_seq_length", "use_chat_template")
+States = Mapping[str, tuple[int, int]]  # of files, by their paths: sizes and times of change
+# Options that decide the findings, besides the limits of quality and the split.
+DECIDING = ("strategy", "on_bad_rows", "columns", "max_seq_length", "use_chat_template")
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,16 @@ class Data:
         yield from self.train.divided(lambda row: is_held_out_prompt(row.prompt_key, config.eval_split, seed))
 
     @property
-    def pairs(self) -> int:
-        """The number of usable rows."""
-        return sum(rows.pairs for rows in (self.train, self.held_out) if rows is not None)
+    def states(self) -> States:
+        """The states of all files."""
+        return {**self.train.states, **(self.held_out.states if self.held_out is not None else {})}
+
+    @property
+    def count(self) -> int | None:
+        """The number of rows to train on and held out; None where weights change it."""
+        sets = [rows for rows in (self.train, self.held_out) if rows is not None]
+        is_plain = all(source.weight == 1 for rows in sets for source in rows.sources)
+        return sum(rows.pairs for rows in sets) if is_plain else None
 
     def require_unchanged(self) -> None:
         """`InvalidInput` if a file has changed since its rows were read."""
@@ -143,13 +152,13 @@ class Examined:
         return {**sets, **data, "split": asdict(self.data.split), "epoch_pairs": self.epoch_pairs, "problems": problems}
 
     @classmethod
-    def of_json(cls, found: Mapping[str, Any], given: Mapping[str, Any], columns: Any) -> Examined:
-        """What an earlier command kept, for the same files."""
+    def of_json(cls, found: Mapping[str, Any], given: Mapping[str, Any], columns: Any, states: States) -> Examined:
+        """What an earlier command kept, for the same files, which were in these states before they were hashed."""
         sets: dict[str, Dataset] = {}
         for key, value in given.items():
             sources = sources_of(value)
-            states = {source.path: state_of(source.path) for source in sources}
-            sets[key] = Dataset(**{**found[key], "sources": sources, "columns": columns, "key": key, "states": states})
+            its_states = {source.path: states[source.path] for source in sources}
+            sets[key] = Dataset(**{**found[key], "sources": sources, "columns": columns, "key": key, "states": its_states})
         said, longest, unrendered = (found[name] for name in ("said", "longest", "unrendered"))
         data = Data(sets["dataset"], sets.get("eval_dataset"), said, longest, Split(**found["split"]), unrendered)
         return cls(data, found["epoch_pairs"], [problem_of_json(problem) for problem in found["problems"]])
@@ -163,43 +172,56 @@ def examine(loaded: Loaded, model: ModelSource | None, wrong: set[str | None], r
     """Examine the data of a config. Keys in `wrong` are already reported."""
     values = {key: value for key, value in loaded.values.items() if key not in wrong}
     given = {key: values[key] for key in names_where(lambda option: option.place == "data") if values.get(key)}
-    key = _key(loaded, given, model, values, rendered_rows)
-    if key is not None and (found := known_data.recalled(key)) is not None:
-        return Examined.of_json(found, given, values.get("columns"))
+    states = large_files(given)
+    if states is None or loaded.config is None:
+        return _examined(loaded.config, given, model, values, rendered_rows)
+    key = _key(loaded.config, loaded.day, given, model, values, rendered_rows)
+    if (found := known_data.recalled(key)) is not None:
+        return Examined.of_json(found, given, values.get("columns"), states)
     examined = _examined(loaded.config, given, model, values, rendered_rows)
-    if key is not None and examined.data and not any(problem.severity == "error" for problem in examined.problems):
+    is_sound = not any(problem.severity == "error" for problem in examined.problems)
+    if examined.data and is_sound and examined.data.states == states:  # else a file has changed since it was hashed
         known_data.keep(key, examined.data.train.name, examined.to_json())
     return examined
 
 
 def _key(
-    loaded: Loaded, given: Mapping[str, Any], model: ModelSource | None, values: Mapping[str, Any], rendered_rows: int
-) -> str | None:
-    """The name of what decides the findings; None for small data, and for files that cannot be read."""
-    hashed = digests_of(given)
-    if hashed is None or loaded.config is None:
-        return None
-    deciding = {name: values.get(name) for name in DECIDING}
+    config: Config,
+    day: date | None,
+    given: Mapping[str, Any],
+    model: ModelSource | None,
+    values: Mapping[str, Any],
+    rendered_rows: int,
+) -> str:
+    """The name of what decides the findings."""
+    deciding = {name: getattr(config, name) for name in DECIDING}
     return key_of(
         {
-            "files": hashed,
+            "files": digests_of(given),
             "read": [problem.message for key, value in given.items() for problem in choices(value, key)],
-            "values": {**deciding, "split": [loaded.config.eval_split, loaded.config.split_seed]},
+            "values": {**deciding, "quality": _limits(values), "split": [config.eval_split, config.split_seed]},
             "model": model and [model.foundation, model.state],
-            "rendered": rendered_rows,
-            "code": sha256_of_package(),
+            "rendered": [rendered_rows, (day or date.today()).isoformat() if rendered_rows else None],
         }
     )
 
 
-def digests_of(given: Mapping[str, Any]) -> dict[str, list[tuple[str, float, str]]] | None:
-    """Path, weight and SHA-256 of each file of the data; None if they are small, or one cannot be read."""
-    sources = {key: sources_of(value) for key, value in given.items()}
+def _limits(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**inner_defaults("quality"), **values.get("quality", {})}
+
+
+def large_files(given: Mapping[str, Any]) -> States | None:
+    """The states of the files of the data; None if they are small, or one cannot be read."""
     if any(unreadable(value, key) for key, value in given.items()):
         return None
+    states = {source.path: state_of(source.path) for value in given.values() for source in sources_of(value)}
+    return states if sum(size for size, _ in states.values()) >= LARGE_BYTES else None
+
+
+def digests_of(given: Mapping[str, Any]) -> dict[str, list[tuple[str, float, str]]]:
+    """Path, weight and SHA-256 of each file of the data."""
+    sources = {key: sources_of(value) for key, value in given.items()}
     paths = [Path(source.path) for of_key in sources.values() for source in of_key]
-    if sum(path.stat().st_size for path in paths) < LARGE_BYTES:
-        return None
     with working("hashing the data", len(paths), "files"):
         hashed = {path: sha256(path) for path in dict.fromkeys(paths)}
     return {key: [(one.path, one.weight, hashed[Path(one.path)]) for one in of_key] for key, of_key in sources.items()}
@@ -211,7 +233,7 @@ def _examined(
     skip, columns = values.get("on_bad_rows") == "skip", values.get("columns")
     is_sft = STRATEGIES[str(values.get("strategy", defaults()["strategy"]))].rows is DEMONSTRATIONS
     quality, overlap, balance = (
-        Quality({**inner_defaults("quality"), **values.get("quality", {})}),
+        Quality(_limits(values)),
         findings.Overlap(),
         Balance(config),
     )

@@ -38,7 +38,7 @@ def keep(key: str, source: str, found: Mapping[str, Any]) -> None:
         folder = cache_dir() / FINDINGS / key
         shutil.rmtree(folder, ignore_errors=True)
         with filling(folder) as work:
-            (work / SOURCE).write_text(source, encoding="utf-8")
+            (work / SOURCE).write_text(source, encoding="utf-8", errors="backslashreplace")
             (work / FOUND).write_text(json.dumps({"found": found, "sha256": _digest(found)}), encoding="utf-8")
 
 

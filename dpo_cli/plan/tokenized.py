@@ -16,12 +16,10 @@ from dpo_cli.data.token_cache import key_of, known_or_made
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoder, Encodings, encoded_into
 from dpo_cli.errors import Problem, invalid
-from dpo_cli.hardware.machine import installed_versions
 from dpo_cli.models.model_files import TOKENIZER_CONFIG
-from dpo_cli.plan.examination import Data, digests_of
+from dpo_cli.plan.examination import Data, digests_of, large_files
 from dpo_cli.plan.plan import Counts, Plan
 from dpo_cli.results.durations import in_words
-from dpo_cli.storage.digests import sha256_of_package
 from dpo_cli.storage.log import Tell
 from dpo_cli.ui.console import Console
 
@@ -44,9 +42,13 @@ class Rows:
     @property
     def extremes(self) -> list[Encoded]:
         """The shortest and the longest of all rows."""
-        sizes = [(size.length, side, place) for side in (self.train, self.held_out) for place, size in enumerate(side.sizes())]
-        by_length = [min(sizes, key=itemgetter(0)), max(sizes, key=itemgetter(0))]
-        return [side[place] for _, side, place in by_length]
+        found = []
+        for extreme in (min, max):
+            sides = (self.train, self.held_out)
+            sizes = ((size.length, side, place) for side in sides for place, size in enumerate(side.sizes()))
+            _, side, place = extreme(sizes, key=itemgetter(0))
+            found.append(side[place])
+        return found
 
 
 def show_plan(plan: Plan, console: Console, speed: float) -> None:
@@ -100,9 +102,11 @@ def _takes(plan: Plan, speed: float) -> str:
     """The expected times, and the answers that an evaluation samples if the plan decided their number."""
     assert plan.adapted is not None
     training, evaluation = (in_words(seconds) for seconds in plan.cost.seconds(plan.adapted.weights, speed))
-    decided = plan.sources["kl_prompts"] == "measured"
-    why = f", with answers to {plan.config.kl_prompts} prompts (kl_prompts) to stay within a quarter of it" if decided else ""
-    return f"about {training} of training, and {evaluation} of evaluation{why}"
+    words = f"about {training} of training, and {evaluation} of evaluation"
+    if plan.sources["kl_prompts"] != "measured":
+        return words
+    why = "so that it stays within a quarter of that" if plan.cost.is_within_share else "the fewest that are sampled by default"
+    return f"{words}, with answers to {plan.config.kl_prompts} prompts (kl_prompts), {why}"
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
     encoded = _encodings(data, made, plan, token_rows, (False, True), tell)
     train, held_out = encoded.sides
     _require_rows(train, encoded.dropped[0], plan)
-    sizes = [(size.length, side, place) for side in encoded.sides for place, size in enumerate(side.sizes())]
+    sizes = ((size.length, side, place) for side in encoded.sides for place, size in enumerate(side.sizes()))
     longest, its_side, place = max(sizes, key=itemgetter(0))
     longest_row = its_side.rows[place]
     counts = Counts(
@@ -168,26 +172,27 @@ def _encodings(data: Data, made: Tokenizer, plan: Plan, token_rows: int | None, 
     config, skip = plan.config, plan.config.on_bad_rows == "skip"
     encoder = Encoder.of(made, config.use_chat_template, config.max_seq_length, token_rows)
 
+    total = data.count if len(sides) == 2 else None
+
     def make(growing: Sequence[Growing]) -> Encodings:
         data.require_unchanged()
         rows = ((sides.index(is_held_out), row) for is_held_out, row in data.rows(config) if is_held_out in sides)
-        encoded = encoded_into(growing, rows, encoder, data.pairs, skip, config.max_seq_length).require()
+        encoded = encoded_into(growing, rows, encoder, total, skip, config.max_seq_length).require()
         data.require_unchanged()
         return encoded
 
     given = {key: value for key, value in (("dataset", config.dataset), ("eval_dataset", config.eval_dataset)) if value}
-    files, tokenizer = digests_of(given), made.digest
-    if files is None or tokenizer is None:
+    tokenizer = made.digest
+    if large_files(given) is None or tokenizer is None:
         return make([Growing() for _ in sides])
     decides = {
-        "files": files,
+        "files": digests_of(given),
         "sides": sides,
         "values": {name: getattr(config, name) for name in TOKEN_OPTIONS},
         "rows": plan.strategy.rows.noun,
         "tokenizer": [tokenizer, token_rows],
-        "versions": installed_versions(),
-        "code": sha256_of_package(),
     }
+    data.require_unchanged()
     return known_or_made(key_of(decides), f"{data.train.name}, {plan.model_label}", len(sides), make, tell)
 
 

@@ -28,6 +28,7 @@ from dpo_cli.ui.console import Console
 
 # With another value of these, a finished run continues.
 ENDING = names_where(lambda option: option.end)
+SAMPLED = "kl_prompts"  # an option that the length of a training decides
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 RESTART_FIX = "resume it with the same values, or restart with --overwrite"
 WEIGHTS_CHANGED = "the weights of model_name have changed since the run started"
@@ -84,6 +85,8 @@ class EarlierRun:
         decisions = {key: value for key, value in decided.values.items() if getattr(config, key) in ("auto", None)}
         is_as_large = config.per_device_train_batch_size * config.gradient_accumulation_steps == _product(before)
         decisions |= {key: before[key] for key in REGROUPED} if is_as_large else {}
+        if self.plan["sources"].get(SAMPLED) == "measured" and loaded.sources.get(SAMPLED) == "default":
+            decisions[SAMPLED] = before[SAMPLED]  # so that all figures of kl_sequence are of the same prompts
         now = config.replaced(decisions)
         if is_as_large and now.per_device_train_batch_size != config.per_device_train_batch_size:
             size = f"{now.per_device_train_batch_size} x {now.gradient_accumulation_steps}"

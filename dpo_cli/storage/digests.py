@@ -43,7 +43,7 @@ def sha256_of_package(*folders: str) -> str:
     package = Path(dpo_cli.__file__).parent
     digest = hashlib.sha256()
     for place in [package / folder for folder in folders] or [package]:
-        for file in sorted(place.rglob("*.py")):
+        for file in sorted(file for file in place.rglob("*") if file.suffix in (".py", ".json")):
             digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ where its libraries do not allow it) all work is done here.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import signal
@@ -19,9 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from itertools import chain, islice
-from multiprocessing import get_context
 from typing import Any, Generic, TypeVar
 
 from dpo_cli.errors import RunFailed
@@ -32,7 +31,8 @@ Result = TypeVar("Result")
 MOST = 8  # processes
 AHEAD = 3  # chunks for each process, so that none waits
 WATCH_SECONDS = 1.0
-SEE = "see"
+MAKE, SEE = "make", "see"
+LARGE = 1 << 22  # characters of the items of a chunk
 CAN_FORK = sys.platform == "linux"
 
 
@@ -42,20 +42,23 @@ def cores() -> int:
 
 
 def in_order(
-    work: Callable[[Sequence[Item]], Result], items: Iterable[Item], at_once: int, few: int
+    work: Callable[[Sequence[Item]], Result],
+    items: Iterable[Item],
+    at_once: int,
+    few: int,
+    size: Callable[[Item], int] | None = None,
 ) -> Iterator[tuple[list[Item], Result]]:
-    """Chunks of `at_once` items, each with its result, in order. Up to `few` chunks are worked on here.
+    """Chunks of up to `at_once` items, each with its result, in order. Up to `few` chunks are worked on here.
 
-    `RunFailed` if a process ends before its work.
+    A chunk also ends when the `size` of its items is large. `RunFailed` if a process ends before its work.
     """
-    items = iter(items)
-    chunks = iter(lambda: list(islice(items, at_once)), [])
+    chunks = _chunks(items, at_once, size)
     first = list(islice(chunks, few + 1))
-    if len(first) <= few or not CAN_FORK or cores() == 1:
+    if len(first) <= few or not CAN_FORK or cores() == 1 or multiprocessing.current_process().daemon:
         yield from ((chunk, work(chunk)) for chunk in chain(first, chunks))
         return
     count = min(cores(), MOST)
-    executor = ProcessPoolExecutor(count, get_context("fork"), _begin, (work, os.getpid()))
+    executor = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (work, os.getpid()))
     waiting: deque[tuple[list[Item], Future[Result]]] = deque()
     try:
         for chunk in chain(first, chunks):
@@ -66,11 +69,21 @@ def in_order(
         while waiting:
             yield _taken(waiting)
     except BrokenProcessPool as error:
-        raise RunFailed(
-            "a process ended before its work was done", "run the same command again, with more free memory"
-        ) from error
+        raise _ended_early() from error
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _chunks(items: Iterable[Item], at_once: int, size: Callable[[Item], int] | None) -> Iterator[list[Item]]:
+    chunk, held = list[Item](), 0
+    for item in items:
+        chunk.append(item)
+        held += size(item) if size else 0
+        if len(chunk) == at_once or held > LARGE:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
 
 
 @contextmanager
@@ -122,50 +135,66 @@ class Apart(Generic[Item]):
         """`make` can be pickled. What it makes has the method `see`, and others that are called with `ask`."""
         self._make, self._at_once, self._few = make, at_once, few
         self._items: list[Item] = []
+        self._inner: Any = None  # in this process
         self._process: subprocess.Popen[bytes] | None = None
 
     def see(self, item: Item) -> None:
+        if self._inner is not None:
+            self._inner.see(item)
+            return
         self._items.append(item)
-        if len(self._items) > self._few and self._process is None and cores() > 1:
-            self._start()
-        if len(self._items) >= self._at_once and self._process is not None:
-            self._send(SEE, self._items)
-            self._items = []
+        if self._process is None and len(self._items) > self._few:
+            if cores() == 1:
+                self._see_here()
+            else:
+                self._start()
+        if self._process is not None and len(self._items) >= self._at_once:
+            self._send_items()
 
     def ask(self, method: str, *arguments: object) -> Any:
-        """What a method returns, after all items."""
+        """What a method returns after all items, or raises."""
         if self._process is None:
-            return getattr(self._here, method)(*arguments)
-        self._send(SEE, self._items)
-        self._items = []
+            if self._inner is None:
+                self._see_here()
+            return getattr(self._inner, method)(*arguments)
+        self._send_items()
         self._send(method, arguments)
-        assert self._process.stdout is not None
-        try:
-            return pickle.load(self._process.stdout)
-        except EOFError as error:
-            raise _ended_early() from error
+        return self._reply()
 
-    @cached_property
-    def _here(self) -> Any:
-        inner = self._make()
+    def _see_here(self) -> None:
+        self._inner = self._make()
         for item in self._items:
-            inner.see(item)
-        return inner
+            self._inner.see(item)
+        self._items = []
 
     def _start(self) -> None:
-        # Of a session of its own, so that Ctrl-C reaches this process only; the end of its input ends the other one.
-        code = f"import sys; sys.path[:] = {sys.path!r}; from dpo_cli.storage.processes import answer; answer()"
+        # In a session of its own, so that Ctrl-C reaches this process only.
+        code = f"import sys; sys.path[:] = {sys.path!r}; from dpo_cli.storage.processes import answer; answer({os.getpid()})"
         words, pipe = [sys.executable, "-P", "-c", code], subprocess.PIPE
         self._process = subprocess.Popen(words, stdin=pipe, stdout=pipe, start_new_session=True)
-        self._send(self._make)
+        self._send(MAKE, self._make)
 
-    def _send(self, *message: object) -> None:
+    def _send_items(self) -> None:
+        self._send(SEE, self._items)
+        self._items = []
+
+    def _send(self, method: str, given: object) -> None:
         assert self._process is not None and self._process.stdin is not None
         try:
-            pickle.dump(message, self._process.stdin, pickle.HIGHEST_PROTOCOL)
+            pickle.dump((method, given), self._process.stdin, pickle.HIGHEST_PROTOCOL)
             self._process.stdin.flush()
         except BrokenPipeError as error:
             raise _ended_early() from error
+
+    def _reply(self) -> Any:
+        assert self._process is not None and self._process.stdout is not None
+        try:
+            error, result = pickle.load(self._process.stdout)
+        except EOFError as end:
+            raise _ended_early() from end
+        if error is not None:
+            raise error
+        return result
 
     def __del__(self) -> None:
         if self._process is not None:
@@ -173,16 +202,27 @@ class Apart(Generic[Item]):
             self._process.communicate()
 
 
-def answer() -> None:
-    """In the other process: see items and answer, until the parent ends."""
+def answer(parent: int) -> None:
+    """In the other process: see items and answer, until the parent ends. An error is the answer to the next question."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     taken, given = sys.stdin.buffer, sys.stdout.buffer
-    inner = pickle.load(taken)[0]()
-    with suppress(EOFError):
+    inner: Any = None
+    failed: Exception | None = None
+    with suppress(EOFError, BrokenPipeError):
         while True:
-            method, arguments = pickle.load(taken)
-            if method == SEE:
-                for item in arguments:
-                    inner.see(item)
-            else:
-                pickle.dump(getattr(inner, method)(*arguments), given, pickle.HIGHEST_PROTOCOL)
+            method, argument = pickle.load(taken)
+            result = None
+            try:
+                if failed is None and method == MAKE:
+                    inner = argument()
+                elif failed is None and method == SEE:
+                    for item in argument:
+                        inner.see(item)
+                elif failed is None:
+                    result = getattr(inner, method)(*argument)
+            except Exception as error:  # it is raised in the parent
+                failed = error
+            if method not in (MAKE, SEE):
+                pickle.dump((failed, result), given, pickle.HIGHEST_PROTOCOL)
                 given.flush()

@@ -100,9 +100,10 @@ def trainer_arguments(plan: Plan) -> SFTConfig:
 
 def _rows(demonstrations: EncodedRows) -> Dataset:
     ids, labels, lengths = array("i"), array("i"), [size.length for size in demonstrations.sizes()]
-    for row in demonstrations:
-        ids.extend(row.prompt_ids + row.responses[0])
-        labels.extend([IGNORED] * len(row.prompt_ids) + row.responses[0])
+    for place in range(len(demonstrations)):
+        prompt, completion = demonstrations.ids(place)
+        ids.extend(prompt + completion)
+        labels.extend([IGNORED] * len(prompt) + completion)
     ends = array("q", accumulate(lengths, initial=0))
     columns = {"input_ids": token_column(ids, ends), "labels": token_column(labels, ends)}
     return Dataset.from_dict({**columns, "length": lengths, SIZE: lengths})

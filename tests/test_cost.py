@@ -1,0 +1,81 @@
+"""What an evaluation costs against its training, and how many answers it samples by default."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dpo_cli.config.config import load
+from dpo_cli.config.options import Config
+from dpo_cli.plan.cost import Cost, affordable_prompts, answered_prompts, cost_of
+from dpo_cli.plan.plan import Counts
+
+COUNTS = Counts(
+    train_pairs=100,
+    eval_pairs=20,
+    train_prompts=100,
+    eval_prompts=20,
+    cut=0,
+    too_long=0,
+    parted=0,
+    bad_rows=0,
+    longest=300,
+    longest_at="a.jsonl:1",
+    longest_pair=400,
+    longest_responses=300,
+    train_tokens=50_000,
+    shared_tokens=40_000,  # 400 a pair
+    digest="",
+    writes_date=False,
+)
+
+
+@pytest.fixture
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    values = {"model_name": "m", "dataset": "d", "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}
+    return load({**values, "max_new_tokens": 50, "kl_prompts": 64, "bf16": False, "gradient_checkpointing": False}).require()
+
+
+def test_the_cost_by_hand(config: Config) -> None:
+    """10 steps of 10 pairs: 2.5 x 100 x 400 for the policy, 1 x 100 x 400 for the reference. An evaluation scores
+    2 x 20 x 400, and samples 20 answers of 50 tokens at 8 each; at the end 2 x 20 answers more."""
+    training, scored, sampled = 100_000 + 40_000, 16_000, 20 * 50 * 8
+    assert cost_of(config, COUNTS, 10, refers=True) == Cost(training, scored + sampled + 2 * sampled)
+    demonstrations = cost_of(config, COUNTS, 10, refers=False)  # no reference, and no kl_sequence
+    assert demonstrations == Cost(100_000, scored + 2 * sampled)
+    recomputed = cost_of(config.replaced({"gradient_checkpointing": True}), COUNTS, 10, refers=True)
+    assert recomputed.training == training + 40_000
+
+
+@pytest.mark.parametrize(
+    ("steps", "eval_steps", "times"),
+    [(10, None, 1), (30, None, 3), (25, None, 3), (4, None, 1), (10, 5, 2), (10, 4, 3), (10, 10, 1), (10, 11, 1)],
+)
+def test_each_evaluation_counts(config: Config, steps: int, eval_steps: int | None, times: int) -> None:
+    """After each epoch, or each `eval_steps`, and after the last step, which is evaluated once."""
+    cost = cost_of(config.replaced({"eval_steps": eval_steps}), COUNTS, steps, refers=True)
+    assert cost.evaluation == times * (16_000 + 20 * 50 * 8) + 2 * 20 * 50 * 8
+
+
+def test_the_most_prompts_that_a_quarter_pays_for(config: Config) -> None:
+    """20 steps: a quarter of 2.5 x 200 x 400 + 40,000 is 60,000. Two evaluations score 32,000. The rest is 28,000: each
+    prompt is sampled twice for kl_sequence and answered twice, 4 x 400 tokens: 17 prompts cost 27,200 and 18 cost 28,800."""
+    counts = replace(COUNTS, eval_prompts=40)
+    assert affordable_prompts(config, counts, 20) == 17
+    checkpointing = config.replaced({"gradient_checkpointing": True})  # which the memory of a machine decides
+    assert affordable_prompts(checkpointing, counts, 20) == 17
+    assert affordable_prompts(config, counts, 1) == 16  # the fewest
+    assert affordable_prompts(config, replace(counts, train_pairs=10_000, shared_tokens=4_000_000), 1000) == 64
+    assert affordable_prompts(config, replace(counts, eval_prompts=9), 1) == 64  # fewer would save nothing
+    assert affordable_prompts(config.replaced({"kl_prompts": 3}), counts, 1) == 3
+
+
+@pytest.mark.parametrize(("kl_prompts", "answered"), [(0, 16), (16, 16), (20, 20), (64, 32)])
+def test_as_many_are_answered(config: Config, kl_prompts: int, answered: int) -> None:
+    assert answered_prompts(config.replaced({"kl_prompts": kl_prompts})) == answered
+
+
+def test_seconds() -> None:
+    """A token takes 2 x 10 operations of 100 a second, of which a training reaches a half."""
+    assert Cost(10, 5).seconds(10, 100) == (4.0, 2.0)
