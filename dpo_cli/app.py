@@ -365,7 +365,7 @@ def cache(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List what is kept for later runs (converted models, reference log-probs), or remove what is old."""
+    """List what is kept for later runs (converted models, reference log-probs, tokens of large data), or remove what is old."""
     with session(as_json, debug) as console:
         from dpo_cli.commands.cache import cache as look
 
