@@ -89,15 +89,15 @@ def test_in_processes_they_are_the_same(start: Start, monkeypatch: pytest.Monkey
     for name, value in (("AT_ONCE", 5), ("FEW", 0)):
         monkeypatch.setattr(tokens, name, value)
     monkeypatch.setattr(processes, "cores", lambda: 2)
-    begun: list[int] = []
+    counts: list[int] = []
     before = processes.ProcessPoolExecutor
 
     def counted(count: int, *arguments: Any) -> Any:
-        begun.append(count)
+        counts.append(count)
         return before(count, *arguments)
 
     monkeypatch.setattr(processes, "ProcessPoolExecutor", counted)
-    assert same(here, start()) and begun == [2] * processes.CAN_FORK
+    assert same(here, start()) and counts == [2] * processes.CAN_FORK
 
 
 def rewrite(place: Path, **changes: object) -> None:
@@ -176,9 +176,9 @@ def test_findings_of_a_file_that_changed_meanwhile_are_not_kept(
 
 def test_a_name_that_is_not_utf8(start: Start, tmp_path: Path, user_cache: Path) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "pairs.jsonl").rename(tmp_path / "data" / "caf\udce9.jsonl")
+    (tmp_path / "pairs.jsonl").rename(tmp_path / "data" / "d\udce9part.jsonl")
     assert same(start(dataset=str(tmp_path / "data")), start(dataset=str(tmp_path / "data")))
-    assert [entry.name.count("caf") for entry in cache.entries() if entry.kind != "gguf"] == [1, 1]
+    assert [entry.name.count("part.jsonl") for entry in cache.entries() if entry.kind != "gguf"] == [1, 1]
 
 
 def test_an_error_of_the_rows_is_not_one_of_the_cache(start: Start, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
