@@ -87,7 +87,7 @@ def measure(table: Table, options: argparse.Namespace) -> None:
     sizes = (1_000,) if options.small else (*SIZES, LARGE) if options.large else SIZES
     with tempfile.TemporaryDirectory() as place:
         (cache := Path(place) / "cache" / "dpo").mkdir(parents=True)
-        (cache / "gguf").symlink_to(cache_dir() / "gguf")  # the model is not made anew
+        (cache / "gguf").symlink_to(cache_dir() / "gguf")  # the model is not converted again
         cost(cache.parent, "train", "configs/quickstart.json", f"output_dir={place}/run", "--dry-run")  # makes it, if missing
         for size in sizes:
             data = Path(place) / f"{size}.jsonl"

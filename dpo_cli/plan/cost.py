@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TRAINED, REFERENCE, RECOMPUTED, SCORED, SAMPLED = 2.5, 1.0, 1.0, 2.0, 8.0  # forward passes a token takes
 SHARE = 0.25  # of the training's cost, for all its evaluations
-FEWEST, MOST_ANSWERED = 16, 32  # prompts; beside kl_sequence, so many are answered with and without the adapter
+FEWEST, MOST_ANSWERED = 16, 32  # prompts; apart from kl_sequence, so many are answered with and without the adapter
 REACHED = 0.5  # of the speed of large products, in a training of configs/quickstart.json on two cores
 
 

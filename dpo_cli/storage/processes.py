@@ -88,7 +88,7 @@ def _chunks(items: Iterable[Item], at_once: int, size: Callable[[Item], int] | N
 
 @contextmanager
 def quiet_fork() -> Iterator[None]:
-    """Within, Python 3.12 does not warn of a fork beside threads: the copies use none of them."""
+    """Within, Python 3.12 does not warn of a fork while there are threads: the copies use none of them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
