@@ -356,6 +356,7 @@ RULES = [
     Case("rank-incomplete", "augment", '"augment": {"rank": "regex"}', 'add "pattern"'),
     Case("rank-incomplete", "augment", '"augment": {"rank": "reward", "reward_model": null}', 'add "reward_model"'),
     Case("answers-url", "augment", '"augment": {"answers_model": "m", "answers_url": "h:8000"}', '"http://localhost:8000/v1"'),
+    Case("answers-model", "augment", '"augment": {"rank": "shorter", "answers_model": "m"}', 'add "answers_url"'),
     Case("answers-model", "augment", '"augment": {"rank": "shorter", "answers_url": "http://h/v1"}', 'add "answers_model"'),
     Case("rank-incomplete", "augment", '"augment": {"rank": "judge", "judge_model": "m"}', 'add "judge_url"'),
     Case("bad-regex", "augment", '"augment": {"rank": "regex", "pattern": "("}', "a regular expression"),

@@ -382,7 +382,7 @@ def test_another_model_of_the_server_is_told(place: Path, server: Endpoint) -> N
     ("status", "text", "says"),
     [
         (401, "", "OPENAI_API_KEY"),
-        (404, "", 'check "answers_url" and "answers_model"'),
+        (404, "", '"answers_url" (it often ends in /v1) and "answers_model"'),
         (200, "no JSON", 'check "answers_url"'),
     ],
 )

@@ -198,7 +198,7 @@ def test_without_room_the_tokens_stay_in_memory(start: Start, user_cache: Path, 
         (user_cache / kind).write_text("")  # not a folder
     assert same(first, start())
     (note,) = told
-    assert note.startswith("note: the tokens are not kept for later starts: ")
+    assert note.startswith(f"note: the tokens are not kept in {user_cache / 'tokens'} for later starts: ")
 
 
 def test_findings_are_those_of_the_first_time(tmp_path: Path, pairs_file: Callable[..., Path], tiny_model_dir: Path) -> None:

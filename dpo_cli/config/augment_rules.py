@@ -58,8 +58,9 @@ def a_server_has_a_model(values: Values, given: Values) -> Iterator[Problem]:
         message, fix = '"augment": answers_url needs answers_model', 'add "answers_model": "...", as the server names it'
         yield Problem("error", "answers-model", message, fix, "augment")
     if augment and augment["answers_model"] and not augment["answers_url"]:
-        message = '"augment": "answers_model" has no effect without answers_url'
-        yield Problem("warning", "no-effect", message, 'add "answers_url": "http://localhost:8000/v1", or remove it', "augment")
+        message = '"augment": answers_model needs answers_url'
+        fix = 'add "answers_url": "http://localhost:8000/v1", the address of the server, or remove answers_model'
+        yield Problem("error", "answers-model", message, fix, "augment")
 
 
 def answers_make_pairs(values: Values, given: Values) -> Iterator[Problem]:

@@ -45,13 +45,14 @@ def known_or_made(key: str, source: str, sides: int, make: Make, tell: Tell) -> 
         folder = cache_dir() / TOKENS / key
     except DpoError:  # no home folder
         return make([Growing() for _ in range(sides)])
-    if (known := _known(folder)) is not None:
+    if (known := _known(folder, tell)) is not None:
+        tell("tokens: those of an earlier start, from the cache")
         return known
     try:
         return _made(folder, source, sides, make)
     except NotKept as error:
         why = str(error)
-    tell(f"note: the tokens are not kept for later starts: {why}")
+    tell(f"note: the tokens are not kept in {folder.parent} for later starts: {why}")
     return make([Growing() for _ in range(sides)])
 
 
@@ -75,7 +76,7 @@ def _made(folder: Path, source: str, sides: int, make: Make) -> Encodings:
             return _read(folder, parts)
 
 
-def _known(folder: Path) -> Encodings | None:
+def _known(folder: Path, tell: Tell) -> Encodings | None:
     """What a folder holds; None if there is none, or if it is damaged: then it is removed."""
     if not folder.is_dir():
         return None
@@ -86,6 +87,7 @@ def _known(folder: Path) -> Encodings | None:
                 check_columns(folder / str(side), digests)
             known = _read(folder, parts)
     except (OSError, ValueError, LookupError, TypeError):
+        tell(f"note: the tokens in {folder} are damaged: they are made again")
         shutil.rmtree(folder)
         return None
     with suppress(OSError):  # a cache that can only be read

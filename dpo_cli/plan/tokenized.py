@@ -102,11 +102,11 @@ def _takes(plan: Plan, speed: float) -> str:
     """The expected times, and the answers that an evaluation samples if the plan decided their number."""
     assert plan.adapted is not None
     training, evaluation = (in_words(seconds) for seconds in plan.cost.seconds(plan.adapted.weights, speed))
-    words = f"about {training} of training, and {evaluation} of evaluation"
+    words = f"about {training} of training, then {evaluation} of evaluation"
     if plan.sources["kl_prompts"] != "measured":
         return words
-    why = "so that it stays within a quarter of that" if plan.cost.is_within_share else "the fewest that are sampled by default"
-    return f"{words}, with answers to {plan.config.kl_prompts} prompts (kl_prompts), {why}"
+    why = "so that it takes a quarter of the training" if plan.cost.is_within_share else "the fewest, unless kl_prompts says so"
+    return f"{words}, which samples answers to {plan.config.kl_prompts} prompts: {why}"
 
 
 @dataclass(frozen=True)

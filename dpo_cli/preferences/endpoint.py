@@ -50,7 +50,8 @@ class Endpoint:
                     raise RunFailed(f"{self.url} denies access ({why})", f"set {KEY} to a valid key")
                 if response.status_code < 500 and response.status_code not in (408, 429):
                     says = f"{self.url} rejects the request ({why}): {response.text[:SHOWN]}".rstrip(": ")
-                    raise RunFailed(says, f'check "{self.option}_url" and "{self.option}_model"')
+                    fix = f'check what it says, "{self.option}_url" (it often ends in /v1) and "{self.option}_model"'
+                    raise RunFailed(says, fix)
             if pause is not None:
                 time.sleep(pause)
         fix = "check the endpoint; then run the same command to continue"

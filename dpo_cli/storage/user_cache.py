@@ -19,7 +19,7 @@ KINDS = ("gguf", "merged", TOKENS, FINDINGS)  # folders of the cache; each of th
 KERNELS = "unsloth"  # a folder of the cache
 PARTIAL = ".making-"  # start of the name of a folder that is being written
 SOURCE = "made-from.txt"  # in a folder: what it was made from
-PARTIAL_SECONDS = 24 * 3600.0  # after that, its writer was killed
+PARTIAL_SECONDS = 3600.0  # without a write: its writer was killed
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def _places() -> Iterator[tuple[Entry, Path]]:
         for folder in sorted((cache_dir() / kind).glob("*/")):
             used = folder.stat().st_mtime
             is_partial = folder.name.startswith(PARTIAL)
+            if is_partial:
+                used = max(place.stat().st_mtime for place in (folder, *folder.rglob("*")))
             if is_partial and time.time() - used < PARTIAL_SECONDS:
                 continue
             source = folder / SOURCE
