@@ -208,6 +208,7 @@ def test_its_end_is_an_error() -> None:
     apart.see(1)
     with pytest.raises(RunFailed, match="ended before its work was done"):
         apart.ask("die")
+    assert apart._process is not None and apart._process.wait(10) < 0  # its end of the pipe is closed by then
     with pytest.raises(RunFailed, match="ended before its work was done"):
         for _ in range(100):
             apart.see(1)
