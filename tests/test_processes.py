@@ -122,6 +122,7 @@ def test_processes_end_with_their_parent(way: str, stop: int, tmp_path: Path) ->
     assert parent.stdout is not None
     process = int(parent.stdout.readline())
     assert alive(process)
+    time.sleep(0.5)  # Python does not wake for a signal that arrives just before it sleeps
     parent.send_signal(stop)
     parent.wait(10)
     assert gone(process)
