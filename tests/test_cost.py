@@ -58,6 +58,13 @@ def test_each_evaluation_counts(config: Config, steps: int, eval_steps: int | No
     assert cost.evaluation == times * (16_000 + 20 * 50 * 8) + 2 * 20 * 50 * 8
 
 
+def test_an_incomplete_last_step_belongs_to_its_epoch(config: Config) -> None:
+    """95 pairs are 10 steps of 10."""
+    counts = replace(COUNTS, train_pairs=95, shared_tokens=38_000)
+    one, two = (cost_of(config, counts, steps, refers=True).evaluation for steps in (10, 11))
+    assert two - one == 16_000 + 20 * 50 * 8
+
+
 def test_the_most_prompts_that_a_quarter_pays_for(config: Config) -> None:
     """20 steps: a quarter of 2.5 x 200 x 400 + 40,000 is 60,000. Two evaluations score 32,000. The rest is 28,000: each
     prompt is sampled twice for kl_sequence and answered twice, 4 x 400 tokens: 17 prompts cost 27,200 and 18 cost 28,800."""

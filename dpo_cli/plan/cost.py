@@ -53,7 +53,9 @@ def cost_of(config: Config, counts: Counts, steps: int, refers: bool) -> Cost:
     an_answer, prompts = SAMPLED * config.max_new_tokens, counts.eval_prompts
     measured = SCORED * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
     answered = 2 * an_answer * min(answered_prompts(config), prompts)
-    times = math.ceil(steps / config.eval_steps if config.eval_steps else pairs / counts.train_pairs)
+    batches = math.ceil(counts.train_pairs / config.per_device_train_batch_size)
+    of_epoch = math.ceil(batches / config.gradient_accumulation_steps)  # a last, incomplete step is one too
+    times = math.ceil(steps / (config.eval_steps or of_epoch))
     return Cost(training, times * measured + answered)
 
 
