@@ -13,7 +13,7 @@ from conftest import Run, made_row
 from transformers import PreTrainedTokenizerFast
 
 from dpo_cli.config.config import load
-from dpo_cli.data import tokens
+from dpo_cli.data import encoded, tokens
 from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan import examination
@@ -151,6 +151,30 @@ def test_what_is_damaged_is_made_again(
     assert same(first, start()) and len(made) == 2
 
 
+def test_damage_that_cannot_be_removed_is_not_read(
+    start: Start, made: list[int], user_cache: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start()
+    (folder,) = (user_cache / "tokens").iterdir()
+    spoil(folder / "0" / "0.ids")
+    monkeypatch.setattr("dpo_cli.data.token_cache.shutil.rmtree", lambda *_, **__: None)
+    assert same(first, start()) and len(made) == 2
+    assert "are damaged" in told[0] and "cannot be removed" in told[1]
+
+
+def test_a_disk_that_fills_at_the_last_byte(start: Start, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file writes what it still holds when it is closed."""
+
+    def full(self: object) -> memoryview:
+        if getattr(self, "_folder") is not None:  # noqa: B009 - of a column on the disk
+            raise OSError(28, "No space left on device")
+        return before(self)
+
+    before: Any = encoded._Column.view
+    monkeypatch.setattr(encoded._Column, "view", full)
+    assert len(start().train) > 0 and "No space left on device" in told[0]
+
+
 def test_damaged_findings_are_made_again(start: Start, user_cache: Path) -> None:
     first = start()
     (file,) = (user_cache / "findings").glob("*/found.json")
@@ -216,9 +240,9 @@ def test_a_file_that_changes_while_it_is_read_stops(start: Start, tmp_path: Path
     before = tokens.encoded_into
 
     def meanwhile(*arguments: Any) -> tokens.Encodings:
-        encoded = before(*arguments)
+        made = before(*arguments)
         rewrite(tmp_path, chosen="changed")
-        return encoded
+        return made
 
     monkeypatch.setattr("dpo_cli.plan.tokenized.encoded_into", meanwhile)
     with pytest.raises(InvalidInput, match="changed while it was read"):

@@ -244,8 +244,9 @@ class Growing:
         self._column(f"{ROWS}.ends").write_ends(list(map(len, texts)))
 
     def done(self) -> EncodedRows:
-        """All rows that were added."""
-        columns = {name: column.view() for name, column in self._columns.items()}
+        """All rows that were added; `NotKept` if a file cannot be written to its end."""
+        with keeping():
+            columns = {name: column.view() for name, column in self._columns.items()}
         return EncodedRows(_StoredRows(columns) if self._folder else self._rows, columns, self.digests)
 
     @property

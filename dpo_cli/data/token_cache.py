@@ -48,8 +48,10 @@ def known_or_made(key: str, source: str, sides: int, make: Make, tell: Tell) -> 
     if (known := _known(folder, tell)) is not None:
         tell("tokens: those of an earlier start, from the cache")
         return known
+    why = "a damaged folder cannot be removed"
     try:
-        return _made(folder, source, sides, make)
+        if not folder.is_dir():
+            return _made(folder, source, sides, make)
     except NotKept as error:
         why = str(error)
     tell(f"note: the tokens are not kept in {folder.parent} for later starts: {why}")
@@ -88,7 +90,7 @@ def _known(folder: Path, tell: Tell) -> Encodings | None:
             known = _read(folder, parts)
     except (OSError, ValueError, LookupError, TypeError):
         tell(f"note: the tokens in {folder} are damaged: they are made again")
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         return None
     with suppress(OSError):  # a cache that can only be read
         os.utime(folder)  # the last use, for `dpo cache`
