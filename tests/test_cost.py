@@ -5,30 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from test_plan import COUNTS as PLANNED
 
 from dpo_cli.config.config import load
 from dpo_cli.config.options import Config
 from dpo_cli.plan.cost import Cost, affordable_prompts, answered_prompts, cost_of
-from dpo_cli.plan.plan import Counts
 
-COUNTS = Counts(
-    train_pairs=100,
-    eval_pairs=20,
-    train_prompts=100,
-    eval_prompts=20,
-    cut=0,
-    too_long=0,
-    parted=0,
-    bad_rows=0,
-    longest=300,
-    longest_at="a.jsonl:1",
-    longest_pair=400,
-    longest_responses=300,
-    train_tokens=50_000,
-    shared_tokens=40_000,  # 400 a pair
-    digest="",
-    writes_date=False,
-)
+COUNTS = replace(PLANNED, train_pairs=100, eval_pairs=20, eval_prompts=20, shared_tokens=40_000)  # 400 a pair
 
 
 @pytest.fixture

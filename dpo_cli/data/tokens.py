@@ -8,15 +8,16 @@ template renders a prompt differently before a response, TRL's response starts w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from dpo_cli.data.chat_template import ChatTemplate, TemplateFailed
+from dpo_cli.data.cuts import NEAR, Cut, least_cut
 from dpo_cli.data.encoded import Chunk, Encoded, EncodedRows, Growing
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import Message, Text, Tool, without_key
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FIRST_STEP = 4  # characters from a guess to the next try
-NEAR = 64  # characters, or tokens, after a cut that it may change
 MOST_CHARACTERS = 5  # of a token, in most texts
 AT_ONCE = 128  # rows whose texts are encoded together
 FEW = 8  # chunks of so many rows are encoded in this process
@@ -451,10 +450,10 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, rendered: Rendered | None, max_le
         start = whole.responses[0][: max_length - len(whole.prompt_ids)]
         return replace(whole, responses=(start,), is_cut=True)
     if isinstance(prompt, str):
-        cut = _Cut(prompt, lambda text: text, with_prompt, count, about(prompt, excess))
+        cut = Cut(prompt, lambda text: text, with_prompt, count, about(prompt, excess))
         return cut.least(max_length) or whole
     system, turns = _turns(prompt)
-    if shorter := _least_cut(len(turns) - 1, lambda turn: with_prompt(_joined(system, turns[turn:])), max_length):
+    if shorter := least_cut(len(turns) - 1, lambda turn: with_prompt(_joined(system, turns[turn:])), max_length):
         return shorter
     # The last turn alone is too long: cut its text, and keep the system message if that is enough.
     first, *after = turns[-1]
@@ -463,7 +462,7 @@ def _cut(whole: Encoded, tokenizer: Tokenizer, rendered: Rendered | None, max_le
         shortened = partial(lambda before, text: [*before, {**first, "content": text}, *after], before)
         last = whole if len(turns) == 1 and before == system else with_prompt(shortened(text))
         guess = about(text, excess - (whole.length - last.length))
-        if shorter := _Cut(text, shortened, with_prompt, count, guess).least(max_length):
+        if shorter := Cut(text, shortened, with_prompt, count, guess).least(max_length):
             return shorter
     return whole
 
@@ -481,69 +480,6 @@ def _turns(prompt: Sequence[Message]) -> tuple[list[Message], list[list[Message]
 
 def _joined(system: list[Message], turns: Sequence[list[Message]]) -> list[Message]:
     return [*system, *(message for turn in turns for message in turn)]
-
-
-class _Cut:
-    """The cuts of a text of a row at its start, by their counts of characters."""
-
-    def __init__(
-        self,
-        text: str,
-        prompt: Callable[[str], Text],
-        encode: Callable[[Text], Encoded],
-        count: Callable[[Text, str], int],
-        guess: int,
-    ) -> None:
-        """`prompt` is the prompt with a shorter text, `encode` makes the row with a prompt, and `count` counts the tokens of a
-        prompt before a tail. About `guess` characters are cut."""
-        self.text, self.most, self.prompt, self.count = text, len(text) - 1, prompt, count
-        self.guess = min(guess, self.most)
-        self.row = cache(lambda at: encode(prompt(text[at:])))
-
-    def least(self, max_length: int) -> Encoded | None:
-        """The row with the shortest cut that fits; None if none does.
-
-        Two cuts differ in the tokens at the start only. So those are counted, and the row that is found is encoded as a whole:
-        if it has another length than counted, all rows are.
-        """
-        found = _least(self.most, lambda at: self._length(at) <= max_length, self.guess)
-        if found is not None and self.row(found).length == self._length(found):
-            return self.row(found)
-        return _least_cut(self.most, self.row, max_length, self.guess)
-
-    def _length(self, at: int) -> int:
-        """The length of the row after a cut, by that of the guess."""
-        if at == self.guess:
-            return self.row(at).length
-        end = self.text.find(" ", max(at, self.guess) + NEAR)
-        tail = self.text[end:] if end >= 0 else ""
-        here, there = (self.count(self.prompt(self.text[start:]), tail) for start in (at, self.guess))
-        return self.row(self.guess).length + here - there
-
-
-def _least_cut(most: int, cut: Callable[[int], Encoded], max_length: int, guess: int | None = None) -> Encoded | None:
-    """The row, cut by the smallest count in 0..most that fits; None if none does."""
-    tried = cache(cut)
-    found = _least(most, lambda count: tried(count).length <= max_length, guess)
-    return None if found is None else tried(found)
-
-
-def _least(most: int, fits: Callable[[int], bool], guess: int | None = None) -> int | None:
-    """The smallest count in 0..most that fits (every larger one fits too); None if none does.
-
-    By bisection, of the neighbourhood of the `guess` if there is one.
-    """
-    fits = cache(fits)
-    low, high = 0, most + 1  # the smallest count that fits is in low..high; none fits if it is the end
-    at, step = most if guess is None else min(guess, most), FIRST_STEP
-    while low <= at < high:
-        low, high = (low, at) if fits(at) else (at + 1, high)
-        at = at - step if high == at else at + step
-        step *= 4
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return high if high <= most else None
 
 
 def common(one: Sequence[object], other: Sequence[object]) -> int:

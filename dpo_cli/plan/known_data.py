@@ -1,4 +1,7 @@
-"""What the pass over a dataset found, kept in the user's cache for the next command. No torch."""
+"""What the pass over a dataset found, kept in the user's cache for the next command. No torch.
+
+A file of its own, so that examination.py reads no cache and catches no error.
+"""
 
 from __future__ import annotations
 
