@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, pairwise
 from typing import Protocol
 
+from dpo_cli.storage.processes import may_fork
+
 Encode = Callable[[Sequence[str]], list[list[int]]]  # several texts to their ids, without added special tokens
+Faster = Callable[[Sequence[str]], Encode | None]
 
 BEFORE = ("", "x ", "x\n")  # texts before a special token
 AFTER = ("a", " a", "\na", "  \n", "é", "中", "1 2", ":")  # and after it
-KEPT = 4096  # pieces that are remembered
+KEPT = 1024  # pieces that are remembered
+MANY = 1 << 23  # characters, which a tokenizer encodes in two seconds
 
 
 class Added(Protocol):
@@ -36,10 +40,14 @@ class Added(Protocol):
 
 
 class Pieces:
-    """Encodes texts by their pieces. `added` are the tokenizer's added tokens, `source` is the chat template."""
+    """Encodes texts by their pieces. `added` are the tokenizer's added tokens, `source` is the chat template.
 
-    def __init__(self, encode: Encode, added: Iterable[Added], source: str) -> None:
+    `faster` makes a faster `encode` of some texts, or None. It is called once, after many characters.
+    """
+
+    def __init__(self, encode: Encode, added: Iterable[Added], source: str, faster: Faster | None = None) -> None:
         self._encode, self._known = encode, dict[str, list[int]]()
+        self._faster, self._characters = faster, 0
         tokens = list(added)
         ends = [token for token in tokens if token.content in source and _stands_alone(token, tokens)]
         ends = [token for token in ends if _cuts(token.content, encode)]
@@ -51,6 +59,7 @@ class Pieces:
         if len(self._known) > KEPT:
             self._known.clear()
         new = [piece for piece in dict.fromkeys(chain.from_iterable(pieces)) if piece not in self._known]
+        self._hasten(new)
         self._known.update(zip(new, self._encode(new), strict=True))
         return [list(chain.from_iterable(self._known[piece] for piece in of_text)) for of_text in pieces]
 
@@ -61,6 +70,12 @@ class Pieces:
     def last(self, text: str) -> str:
         """The last piece of a text."""
         return self._cut(text)[-1]
+
+    def _hasten(self, texts: Sequence[str]) -> None:
+        """Look for a faster encoder after many characters, if no fork can follow: its threads do not survive one."""
+        self._characters += sum(map(len, texts))
+        if self._faster is not None and self._characters > MANY and not may_fork():
+            self._encode, self._faster = self._faster(texts) or self._encode, None
 
     def _cut(self, text: str) -> list[str]:
         ends = [match.end() for match in self._end.finditer(text)] if self._end else []

@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.data.chat_template import ChatTemplate
+from dpo_cli.data.fast_encoder import fast_encoder
 from dpo_cli.data.hub_datasets import is_hub_id
-from dpo_cli.data.pieces import Added, Encode, Pieces
+from dpo_cli.data.pieces import Added, Encode, Faster, Pieces
 from dpo_cli.storage.jsonio import read_object
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Tokenizer:
     ends: frozenset[int]  # tokens that end an answer: EOS, and those of generation_config.json
     added: Sequence[Added] = ()  # tokens that are found before all others
     text: Callable[[], str] | None = None  # all that decides the ids of a text, if that can be written
+    faster: Faster | None = None  # makes a faster `encode_many`
 
     @classmethod
     def loaded(
@@ -47,9 +49,10 @@ class Tokenizer:
         """From a tokenizer of transformers, and the generation_config.json of its model if it was already read."""
         if generation is None:
             generation = _generation(tokenizer.name_or_path)
+        encode_many = _many(tokenizer)
         return cls(
             encode=lambda text, special: list(tokenizer(text, add_special_tokens=special)["input_ids"]),
-            encode_many=_many(tokenizer),
+            encode_many=encode_many,
             decode=lambda ids: str(tokenizer.decode(ids)),
             template=ChatTemplate.of(tokenizer, day),
             eos=str(tokenizer.eos_token),
@@ -57,6 +60,7 @@ class Tokenizer:
             ends=ends_of(int(tokenizer.eos_token_id), generation),
             added=[*tokenizer.added_tokens_decoder.values()],
             text=_text(tokenizer),
+            faster=_faster(tokenizer, encode_many),
         )
 
     def against(self, token_rows: int) -> str:
@@ -80,7 +84,7 @@ class Tokenizer:
     @cached_property
     def pieces(self) -> Pieces:
         """The same as `encode_many`, for texts that share parts."""
-        return Pieces(self.encode_many, self.added, self.template.source if self.template else "")
+        return Pieces(self.encode_many, self.added, self.template.source if self.template else "", self.faster)
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -120,6 +124,11 @@ def _many(tokenizer: PreTrainedTokenizerBase) -> Encode:
         return [each.ids for each in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     return fast if fast(PROBES) == slow(PROBES) else slow
+
+
+def _faster(tokenizer: PreTrainedTokenizerBase, encode: Encode) -> Faster | None:
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    return partial(fast_encoder, backend, encode) if hasattr(backend, "to_str") else None
 
 
 def _generation(name: str) -> Mapping[str, Any]:

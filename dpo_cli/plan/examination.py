@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -223,8 +224,14 @@ def digests_of(given: Mapping[str, Any]) -> dict[str, list[tuple[str, float, str
     sources = {key: sources_of(value) for key, value in given.items()}
     paths = [Path(source.path) for of_key in sources.values() for source in of_key]
     with working("hashing the data", len(paths), "files"):
-        hashed = {path: sha256(path) for path in dict.fromkeys(paths)}
+        hashed = {path: _digest(path, state_of(str(path))) for path in dict.fromkeys(paths)}
     return {key: [(one.path, one.weight, hashed[Path(one.path)]) for one in of_key] for key, of_key in sources.items()}
+
+
+@cache
+def _digest(path: Path, state: tuple[int, int]) -> str:
+    """The SHA-256 of a file in this state: computed once in a process."""
+    return sha256(path)
 
 
 def _examined(

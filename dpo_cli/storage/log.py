@@ -15,7 +15,7 @@ Tell = Callable[[str], None]  # shows a message to the user
 
 def hush() -> None:
     """Stop transformers, datasets and warnings from writing to the terminal; their records reach the root logger."""
-    import datasets
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets itself is imported when a trainer is
     import transformers
     from transformers import modeling_gguf_pytorch_utils
 
@@ -24,7 +24,6 @@ def hush() -> None:
     # transformers 5.17 draws this one without its own switch.
     setattr(modeling_gguf_pytorch_utils, "tqdm", transformers.utils.logging.tqdm)  # noqa: B010
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     logging.captureWarnings(True)
     logging.getLogger().addHandler(logging.NullHandler())
 

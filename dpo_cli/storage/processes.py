@@ -41,6 +41,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def may_fork() -> bool:
+    """Whether this process may become several by `in_order`."""
+    return CAN_FORK and cores() > 1 and multiprocessing.parent_process() is None
+
+
 def in_order(
     work: Callable[[Sequence[Item]], Result],
     items: Iterable[Item],
@@ -54,7 +59,7 @@ def in_order(
     """
     chunks = _chunks(items, at_once, size)
     first = list(islice(chunks, few + 1))
-    if len(first) <= few or not CAN_FORK or cores() == 1 or multiprocessing.current_process().daemon:
+    if len(first) <= few or not may_fork():
         yield from ((chunk, work(chunk)) for chunk in chain(first, chunks))
         return
     count = min(cores(), MOST)
@@ -109,6 +114,7 @@ _WORK: dict[str, Callable[[Any], Any]] = {}
 def _begin(work: Callable[[Any], Any], parent: int) -> None:
     """In a new process: keep the work, leave Ctrl-C to the parent, and end with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the copy
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of fastokens: there is a process for each core
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
