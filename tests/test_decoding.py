@@ -44,7 +44,7 @@ def test_the_logits_are_those_of_transformers(family: str, is_shared: bool, monk
         return attention(query, *args, **kwargs)
 
     monkeypatch.setattr(decoding, "scaled_dot_product_attention", counted)
-    with fast_decoding(model):
+    with fast_decoding(model, model.dtype):
         torch.testing.assert_close(logits(model), own, rtol=0, atol=1e-6)
     heads, groups = model.config.num_attention_heads, model.config.num_key_value_heads
     assert grouped == [(3, groups, heads // groups, grouped[0][-1])] * (5 * 2)  # five decoded tokens, two layers
@@ -57,7 +57,7 @@ def test_a_model_without_groups_and_one_with_its_own_attention_are_left(monkeypa
         model = tiny_model(family, torch.float32).eval()
         model.set_attn_implementation(attention)
         own = logits(model)
-        with fast_decoding(model):
+        with fast_decoding(model, model.dtype):
             assert torch.equal(logits(model), own)
 
 
@@ -66,7 +66,7 @@ def test_the_head_is_not_copied_for_each_sequence(is_frozen: bool) -> None:
     """A frozen head and a view with gaps make torch multiply in batches, with a copy of the weight for each sequence."""
     model = tiny_model("llama", torch.float32).eval().requires_grad_(not is_frozen)
     seen: list[bool] = []
-    with fast_decoding(model):
+    with fast_decoding(model, model.dtype):
         model.lm_head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0].is_contiguous()))
         logits(model)
     assert seen == [True] * 6
@@ -75,7 +75,7 @@ def test_the_head_is_not_copied_for_each_sequence(is_frozen: bool) -> None:
 def test_an_adapted_model_decodes_in_this_way() -> None:
     model: Any = get_peft_model(tiny_model("llama"), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")).eval()
     own = logits(model)
-    with fast_decoding(model):
+    with fast_decoding(model, model.dtype):
         assert model.get_base_model().config._attn_implementation.startswith(decoding.PREFIX)
         torch.testing.assert_close(logits(model), own, rtol=0, atol=1e-6)
 
@@ -154,3 +154,64 @@ def test_a_layer_with_room_by_hand() -> None:
         one.batch_select_indices(torch.tensor([1]))
     add(1, 1)
     RoomyLayer(8).batch_select_indices(torch.tensor([0]))  # nothing is there yet
+
+
+LONG = [[1, *range(5, 5 + size)] for size in (3, 40, 5, 22, 38, 4)]
+
+
+def long_prompts() -> tuple[Tensor, Tensor]:
+    width = max(map(len, LONG))
+    ids = [[2] * (width - len(prompt)) + prompt for prompt in LONG]
+    return torch.tensor(ids), torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in LONG])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2", "gpt2"])
+def test_short_prompts_are_not_padded_to_the_longest(family: str) -> None:
+    model, (ids, mask) = tiny_model(family).eval(), long_prompts()
+    settings = GenerationConfig(max_new_tokens=20, do_sample=False, pad_token_id=2)
+    shapes: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        own = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, ids.shape[1] :].tolist()
+        shapes.clear()
+        rows = generation._continued(model, ids, mask, Sampling(20), [], 2)
+    assert rows == own
+    cache = roomy_cache(model, 80)
+    if cache is not None and decoding.is_roomy(cache):  # 41, 39 and 23, 6, 5 and 4 tokens: widths of 41, 25 and 9
+        assert shapes[:4] == [(3, 9), (1, 25), (2, 41), (6, 1)]
+    else:
+        assert shapes[0] == (6, 41)
+
+
+def test_first_tokens_of_a_model_that_drops_the_cache_for_some_prompts() -> None:
+    """Phi 3 does for those of more than 12 tokens here. The others are computed again with them."""
+    model, (ids, mask) = tiny_model("phi3").eval(), long_prompts()
+    model.config.original_max_position_embeddings, model.config.sliding_window = 12, None
+    cache = roomy_cache(model, 80)
+    assert cache is not None and decoding.is_roomy(cache)
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=2)
+    with torch.no_grad():
+        own = [
+            model.generate(input_ids=torch.tensor([prompt]), generation_config=settings)[0, len(prompt) :].tolist()
+            for prompt in LONG[1:2]  # the longest, which has no padding
+        ]
+        rows = generation._continued(model, ids, mask, Sampling(6), [], 2)
+    assert [rows[1]] == own and all(len(row) == 6 for row in rows)
+
+
+def test_batches_by_hand() -> None:
+    assert generation._batches([41, 25, 26, 9, 3], 41) == [(9, [3, 4]), (25, [1]), (41, [0, 2])]
+
+
+def test_a_head_in_16_bits_is_packed_and_the_same() -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no products of 16 bits in oneDNN")
+    model = tiny_model("llama", torch.float32).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        own = logits(model)
+        with fast_decoding(model, torch.bfloat16):
+            assert "forward" in vars(model.lm_head)
+            torch.testing.assert_close(logits(model), own, rtol=0.01, atol=0.01)
+    assert "forward" not in vars(model.lm_head)
+    with fast_decoding(model, torch.float32):
+        assert "forward" not in vars(model.lm_head)

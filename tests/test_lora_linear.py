@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from trl.trainer.utils import use_adapter
 from dpo_cli.commands.requests import Request
 from dpo_cli.providers.precision import in_float32
 from dpo_cli.scoring.forward import plain_states
-from dpo_cli.scoring.lora_linear import _forward, fuse
+from dpo_cli.scoring.lora_linear import _forward, fuse, narrow_adapters
 from dpo_cli.ui.console import Console
 
 TARGETS = {"llama": 14, "qwen2": 14, "qwen3": 14, "gemma3": 14, "mistral": 14, "phi3": 8}  # the linear layers of both blocks
@@ -464,3 +465,29 @@ def test_eval_gives_the_figures_of_the_training(run: Run, options: dict[str, Any
     stored = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
     again = judged_json(Request(str(place)), Console())
     assert again["policy"] == stored["policy"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_narrow_adapters_change_no_bit(dtype: torch.dtype) -> None:
+    config = LlamaConfig(**CONFIGS["llama"].to_dict() | {"attention_bias": True})
+    model = adapted(AutoModelForCausalLM.from_config(config, dtype=dtype), torch.float32)
+    assert fuse(model) == 14
+    model.eval()
+
+    def both_ways() -> list[Tensor]:
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            on = model(input_ids=IDS, use_cache=False).logits
+            with model.disable_adapter():
+                return [on, model(input_ids=IDS, use_cache=False).logits]
+
+    before, gradients = both_ways()[0], step(model)[1:]
+    with narrow_adapters(model, dtype):
+        own = {id(layer.forward) for layer in layers(model)}
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            assert torch.equal(model(input_ids=IDS, use_cache=False).logits, before)
+    assert len(own) == 14 and all(layer.forward == types.MethodType(_forward, layer) for layer in layers(model))
+    assert all(map(torch.equal, step(model)[1:], gradients))
+    off = both_ways()[1]
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    with model.disable_adapter(), narrow_adapters(model, dtype), torch.no_grad(), autocast:
+        assert torch.equal(model(input_ids=IDS, use_cache=False).logits, off)

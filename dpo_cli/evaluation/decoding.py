@@ -7,29 +7,36 @@ Attention: transformers repeats keys and values for each head of a group (groupe
 query per head the heads of a group can be the queries of one head, and nothing is repeated.
 
 Head: `generate` takes the last position of each prompt, a view with gaps. torch 2.13 multiplies such a view by a frozen weight
-as a batch, with a copy of the weight for each sequence.
+as a batch, with a copy of the weight for each sequence. And oneDNN copies a weight of 16 bits into the order of its kernel for
+each product, which takes as long as the product of a few rows: the head's is copied once.
+
+Adapters: their weights are float32, and the products of 16 bits need them narrow: they are converted once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from dpo_cli.scoring.lora_linear import narrow_adapters
+
+AT_ONCE = 64  # rows of a product, at least in most of them
 PREFIX = "dpo-decoding-"
 SDPA = "sdpa"  # the end of the names of implementations that call torch's attention
 
 
 @contextmanager
-def fast_decoding(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within, `model.generate` decodes in this way."""
+def fast_decoding(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[None]:
+    """Within, `model.generate` decodes in this way, with products in this dtype."""
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     name = network.config._attn_implementation
     is_grouped = network.device.type == "cpu" and name.endswith(SDPA) and network._can_set_attn_implementation()
@@ -37,11 +44,18 @@ def fast_decoding(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         AttentionInterface.register(PREFIX + name, partial(_attend, AttentionInterface()[name]))
         AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
         network.set_attn_implementation(PREFIX + name)
-    hook = network.get_output_embeddings().register_forward_pre_hook(_without_gaps)
+    head: Any = network.get_output_embeddings()
+    hook = head.register_forward_pre_hook(_without_gaps)
+    packed = _packed(head, dtype)
+    if packed is not None:
+        head.forward = packed
     try:
-        yield
+        with narrow_adapters(model, dtype):
+            yield
     finally:
         hook.remove()
+        if packed is not None:
+            del head.forward  # the class has its own
         if is_grouped:
             network.set_attn_implementation(name)
 
@@ -68,6 +82,22 @@ def _without_gaps(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(states.contiguous() for states in inputs)
 
 
+def _packed(head: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """The product of a head in 16 bits on a CPU, with its weight in the order of the kernel; None for another head."""
+    onednn: Any = torch.ops.mkldnn
+    is_plain = type(head) is nn.Linear and "forward" not in vars(head) and head.weight.device.type == "cpu"
+    if not is_plain or dtype != torch.bfloat16 or not onednn._is_mkldnn_bf16_supported():
+        return None
+    weight = onednn._reorder_linear_weight(head.weight.detach().to(dtype), AT_ONCE)
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
+
+    def product(states: Tensor) -> Tensor:
+        result: Tensor = onednn._linear_pointwise(states.to(dtype), weight, bias, "none", [], "")
+        return result
+
+    return product
+
+
 class RoomyLayer(DynamicLayer):
     """The keys and values of a layer, (B, heads, tokens, d), as the start of tensors with room for `most` tokens."""
 
@@ -89,6 +119,19 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :after] for room in self._rooms)
         return self.keys, self.values
 
+    def place(self, states: RoomyLayer, places: Sequence[int], sequences: int, width: int) -> None:
+        """Take other states as the last ones of these sequences.
+
+        An empty layer first gets so many sequences and `width` tokens, all zero.
+        """
+        if not self._rooms:
+            self.lazy_initialization(states.keys, states.values)
+            for given in (states.keys, states.values):
+                self._rooms.append(given.new_zeros(sequences, given.shape[1], self._most, given.shape[3]))
+            self.keys, self.values = (room[:, :, :width] for room in self._rooms)
+        for mine, theirs in ((self.keys, states.keys), (self.values, states.values)):
+            mine[list(places), :, width - theirs.shape[2] :] = theirs
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences only."""
         if not self._rooms:  # Phi 3 drops the cache where its positions change, and computes all states again
@@ -108,3 +151,15 @@ def roomy_cache(network: PreTrainedModel, tokens: int) -> DynamicCache | None:
         return None
     cache.layers = [RoomyLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def is_roomy(cache: DynamicCache) -> bool:
+    """Whether all its layers keep all tokens."""
+    return all(type(layer) is RoomyLayer for layer in cache.layers)
+
+
+def place_states(states: DynamicCache, cache: DynamicCache, places: Sequence[int], sequences: int, width: int) -> None:
+    """Take the states of a narrower batch as the last ones of these sequences of a cache; both are roomy."""
+    for layer, given in zip(cache.layers, states.layers, strict=True):
+        assert isinstance(layer, RoomyLayer) and isinstance(given, RoomyLayer)
+        layer.place(given, places, sequences, width)

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import Text
 from dpo_cli.evaluation.bootstrap import Intervals, mean
-from dpo_cli.evaluation.decoding import fast_decoding, roomy_cache
+from dpo_cli.evaluation.decoding import fast_decoding, is_roomy, place_states, roomy_cache
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval
@@ -53,6 +53,7 @@ class Sampling:
 
 AT_ONCE = 64  # prompts that are answered in one batch, if there is memory for their answers
 PART = 16  # tokens of each row, after which the rows that have ended leave the batch
+LANES = 16  # keys
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _batch(
     ends = _ends(model, tokenizer)
     with (
         _plain(model),
-        fast_decoding(model),
+        fast_decoding(model, dtype),
         torch.no_grad(),
         torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     ):
@@ -143,7 +144,8 @@ def _continued(
 ) -> list[list[int]]:
     """The tokens that follow each row of `ids` (n, width), up to an end token and perhaps padding.
 
-    transformers' `generate` makes `PART` tokens at a time. Rows that have ended then leave the batch.
+    transformers' `generate` makes the first token in batches of prompts of similar lengths, and then `PART` tokens at a time of
+    all rows. Rows that have ended then leave the batch.
     """
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     left = sampling.max_new_tokens
@@ -153,13 +155,22 @@ def _continued(
     drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}
     rows: list[list[int]] = [[] for _ in ids]
     places = torch.arange(len(ids), device=ids.device)
+    batches = _batches(mask.sum(1).tolist(), ids.shape[1]) if cache is not None and is_roomy(cache) else []
     tokens, start = 0, time.monotonic()
     while left and len(places):
+        is_first = not tokens and len(batches) > 1
         settings = GenerationConfig(
-            max_new_tokens=min(part, left), do_sample=is_sampled, eos_token_id=ends, pad_token_id=pad, **drawing
+            max_new_tokens=1 if is_first else min(part, left),
+            do_sample=is_sampled,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            **drawing,
         )
-        own = {} if cache is None else {"past_key_values": cache}
-        longer = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **own)
+        if is_first and cache is not None:
+            longer = _with_first_tokens(model, ids, mask, settings, batches, cache)
+        else:
+            own = {} if cache is None else {"past_key_values": cache}
+            longer = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **own)
         new = longer[:, ids.shape[1] :]
         for place, of_row in zip(places.tolist(), new.tolist(), strict=True):
             rows[place] += of_row
@@ -174,6 +185,46 @@ def _continued(
         mask = torch.cat([mask, torch.ones_like(new)], dim=1)[goes_on]
         ids, places = longer[goes_on], places[goes_on]
     return rows
+
+
+Batch = tuple[int, list[int]]  # the width of some prompts, and their places
+
+
+def _batches(lengths: Sequence[int], width: int) -> list[Batch]:
+    """Batches of prompts of similar lengths, which are narrower than the `width` of all.
+
+    Their padding differs from that of all by whole lanes, in which a kernel of attention sums over keys: so each prompt has the
+    same states to the bit.
+    """
+    places: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        places.setdefault(width - (width - length) // LANES * LANES, []).append(place)
+    return sorted(places.items())
+
+
+def _with_first_tokens(
+    model: PreTrainedModel | PeftModel,
+    ids: Tensor,
+    mask: Tensor,
+    settings: GenerationConfig,
+    batches: Sequence[Batch],
+    cache: DynamicCache,
+) -> Tensor:
+    """`ids` with the first token of each answer. The empty cache gets the states of the prompts."""
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    longer, width = torch.cat([ids, ids[:, -1:]], dim=1), ids.shape[1]
+    caches = []
+    for own, places in batches:
+        of_batch = roomy_cache(network, own + 1)
+        assert of_batch is not None
+        mine, seen = (each[places, width - own :] for each in (ids, mask))
+        made = model.generate(input_ids=mine, attention_mask=seen, generation_config=settings, past_key_values=of_batch)
+        longer[places, width:] = made[:, own:]
+        caches.append(of_batch)
+    if all(of_batch.get_seq_length() for of_batch in caches):  # else it was dropped on the way, as Phi 3 does
+        for (_, places), of_batch in zip(batches, caches, strict=True):
+            place_states(of_batch, cache, places, len(ids), width)
+    return longer
 
 
 @contextmanager

@@ -15,7 +15,9 @@ import functools
 import logging
 import types
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,13 +52,7 @@ class _LoraLinear(torch.autograd.Function):
         dtype = product_dtype(x)
         narrow = x.to(dtype)
         h = narrow @ a.to(dtype).T
-        if x.is_cuda and not (type(base) is nn.Linear or any(ctx.needs_input_grad)) and len(x) <= FEW_ROWS:
-            y: Tensor = base(narrow)  # bitsandbytes has a kernel for the tokens of sampled answers, without a whole W
-            return y.addmm_(h, b.to(dtype).T, alpha=scaling)
-        y = _product(h, b.to(dtype).T, scaling)
-        if isinstance(base.bias, Tensor):
-            y.add_(base.bias)
-        _add_product(y, narrow, weight, base, transposed=True)
+        y = _adapted(narrow, h, b.to(dtype), base, scaling)
         _, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_a else None, h if needs_b else None, weight, a, b)
         ctx.base, ctx.scaling, ctx.dtype = base, scaling, dtype
@@ -77,6 +73,24 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = _product(inner, a.to(dtype), ctx.scaling)
             _add_product(grad_x, grad, weight, ctx.base, transposed=False)
         return grad_x, None, grad_a, grad_b, None, None
+
+
+def _adapted(x: Tensor, h: Tensor, b: Tensor, base: Any, scaling: float) -> Tensor:
+    """x W^T + bias + s h B^T, without gradients."""
+    y = _product(h, b.T, scaling)
+    if isinstance(base.bias, Tensor):
+        y.add_(base.bias)
+    _add_product(y, x, base.weight, base, transposed=True)
+    return y
+
+
+def _sampled(x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float) -> Tensor:
+    """What `_LoraLinear` computes, where no gradient is needed; all in the dtype of the product."""
+    h = x @ a.T
+    if x.is_cuda and type(base) is not nn.Linear and len(x) <= FEW_ROWS:
+        y: Tensor = base(x)  # bitsandbytes has a kernel for the tokens of sampled answers, without a whole W
+        return y.addmm_(h, b.T, alpha=scaling)
+    return _adapted(x, h, b, base, scaling)
 
 
 def _summed(left: Tensor, right: Tensor, scaling: float, like: Tensor) -> Tensor:
@@ -152,7 +166,39 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return peft_forward(self, x, *args, **kwargs)
     a, b, base = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer
     rows = x.reshape(-1, x.shape[-1])  # here, because the function's result must not be a view: others may change it in place
-    y: Tensor = _LoraLinear.apply(rows, base.weight, a, b, base, self.scaling[name])  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        y: Tensor = _LoraLinear.apply(rows, base.weight, a, b, base, self.scaling[name])  # type: ignore[no-untyped-call]
+    else:
+        dtype = product_dtype(x)
+        y = _sampled(rows.to(dtype), a.to(dtype), b.to(dtype), base, self.scaling[name])
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@contextmanager
+def narrow_adapters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, fused layers have their adapters in the dtype of the products already, and are not checked at each call.
+
+    For sampling: each token goes through all layers. No gradient can be taken, and no weight may change.
+    """
+    held: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        layer: Any = module
+        name = _plain_adapter(layer)
+        is_fused = vars(layer).get("forward") == types.MethodType(_forward, layer) and name is not None
+        if not is_fused or type(layer.base_layer) is not nn.Linear or _draws(layer.lora_dropout[name]):
+            continue
+        a, b = (part[name].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
+        held.append((layer, layer.forward))
+        layer.forward = partial(_narrow_forward, a, b, layer.base_layer, layer.scaling[name])
+    try:
+        yield
+    finally:
+        for layer, forward in held:
+            layer.forward = forward
+
+
+def _narrow_forward(a: Tensor, b: Tensor, base: nn.Module, scaling: float, x: Tensor) -> Tensor:
+    y = _sampled(x.reshape(-1, x.shape[-1]).to(a.dtype), a, b, base, scaling)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
