@@ -49,6 +49,7 @@ from dpo_cli.hardware.memory import components
 from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.shape import ModelFacts, config_facts
 from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.providers.eight_bit import use_exact_product
 from dpo_cli.scoring import shared_prompts
 from dpo_cli.training import dpo_trainer, sft_trainer
 from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
@@ -82,11 +83,13 @@ def _quantise(model: PreTrainedModel, settings: Settings) -> None:
             made.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, **how)
         else:
             made = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False, device="meta")
-            made.weight = bnb.nn.Int8Params(child.weight.data, requires_grad=False, has_fp16_weights=False)
+            on_cpu = child.weight.data.cpu()  # `to` quantises what comes from the CPU
+            made.weight = bnb.nn.Int8Params(on_cpu, requires_grad=False, has_fp16_weights=False)
         made.bias = child.bias
         setattr(parent, name, made.to(device))
         if hasattr(made, "support_avx512bf16_for_cpu"):  # see providers/huggingface.py
             made.support_avx512bf16_for_cpu = False
+    use_exact_product(model)
 
 
 def plan_of(settings: Settings, length: int, shared: bool, device: str, place: Path) -> Plan:

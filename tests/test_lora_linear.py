@@ -25,6 +25,7 @@ from trl.trainer.utils import use_adapter
 
 from dpo_cli.commands.requests import Request
 from dpo_cli.providers.precision import in_float32
+from dpo_cli.scoring import lora_linear
 from dpo_cli.scoring.forward import plain_states
 from dpo_cli.scoring.lora_linear import _forward, fuse, narrow_adapters
 from dpo_cli.ui.console import Console
@@ -491,3 +492,30 @@ def test_narrow_adapters_change_no_bit(dtype: torch.dtype) -> None:
     autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
     with model.disable_adapter(), narrow_adapters(model, dtype), torch.no_grad(), autocast:
         assert torch.equal(model(input_ids=IDS, use_cache=False).logits, off)
+
+
+def test_4_bits_with_a_fresh_adapter_in_float32_are_the_base() -> None:
+    """The weight is dequantised to float32 for both; rounded to bfloat16 first, the two are different models."""
+    model = quantised(torch.bfloat16)
+    assert fuse(model) == 14
+    for layer in layers(model):
+        nn.init.zeros_(layer.lora_B["default"].weight)
+    model.eval()
+    with torch.no_grad(), in_float32(model):
+        on = model(input_ids=IDS, use_cache=False).logits
+        with model.disable_adapter():
+            off = model(input_ids=IDS, use_cache=False).logits
+    assert on.dtype == torch.float32
+    torch.testing.assert_close(on, off, rtol=0, atol=1e-5)
+
+
+def test_a_base_product_that_is_a_little_wrong_is_seen(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    add = lora_linear._add_product
+
+    def wrong(total: Tensor, left: Tensor, weight: Tensor, base: Any, transposed: bool) -> None:
+        add(total, left, weight * 1.01, base, transposed)
+
+    monkeypatch.setattr(lora_linear, "_add_product", wrong)
+    assert fuse(adapted(tiny_model("llama"), torch.float32)) == 0 and "computes something else" in caplog.text

@@ -34,10 +34,10 @@ from dpo_cli.plan.feasibility import DOES_NOT_FIT
 from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences.ranking import Rank, best_pairs, ranking
 from dpo_cli.preferences.served_answers import ServedAnswers
+from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_faster_precision
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.results.codec import JsonObject
-from dpo_cli.scoring.oom import is_out_of_memory
 from dpo_cli.storage.digests import sha256
 from dpo_cli.storage.progress import working
 from dpo_cli.storage.resumable_file import ResumableFile

@@ -25,6 +25,7 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.loaded_tensors import merged
+from dpo_cli.providers.out_of_memory import free_memory
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.providers.precision import in_float32
 from dpo_cli.publish import gguf_export, model_folder, upload
@@ -38,7 +39,6 @@ from dpo_cli.results.merge import LARGER_CHANGE, LEAST_PROMPTS, Difference, Gguf
 from dpo_cli.runs.card import export_card, with_gguf
 from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
 from dpo_cli.scoring.forward import choose
-from dpo_cli.scoring.oom import free_memory
 from dpo_cli.storage.atomic import free_bytes, let_others_read, sync_all, way_out, write_whole
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.progress import working

@@ -25,6 +25,8 @@ from dpo_cli.plan.plan import Plan, Rounding, Scoring, resolve
 from dpo_cli.plan.preflight import Inspection, step_problems
 from dpo_cli.plan.tokenized import Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.providers.base import Provider
+from dpo_cli.providers.huggingface import require_device
+from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.precision import product_speed, with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
@@ -39,7 +41,6 @@ from dpo_cli.runs.kept_evaluation import keep as keep_evaluation
 from dpo_cli.runs.manifest import RECALLED, manifest
 from dpo_cli.runs.resume import TO_RESUME, EarlierRun, restore_run, resumable, tell_on, with_resume_advice
 from dpo_cli.scoring.forward import choose
-from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.scoring.reference import KeptReference, computed_by
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
@@ -101,6 +102,7 @@ def train(
         ).with_adapted(adapted)
         late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
         console.problems(late)
+        require_device(plan)
         show_plan(plan, console, product_speed(plan))
         console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(prepared.train[0], tokenizer))
         is_finished = earlier is not None and earlier.is_finished(plan)

@@ -18,10 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.evaluation.evaluation import Measured, score
 from dpo_cli.plan.plan import Plan, Rounding
+from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.precision import in_float32
 from dpo_cli.runs.state_io import random_state_kept
-from dpo_cli.scoring.oom import is_out_of_memory
 from dpo_cli.strategies.row_kinds import PAIRS
 
 # Standard deviation of the change of each weight: so small that in float32 a log-ratio hardly moves, and large enough that 16

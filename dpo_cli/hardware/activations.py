@@ -25,7 +25,7 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     h, i = facts.hidden_size, facts.intermediate_size
     block = _block_bytes(facts, settings)
     # A checkpointed block keeps its input. In 8 bits it also keeps the input of each layer, because bitsandbytes 0.50 stores
-    # it as attributes of its autograd function (MatMul8bitLt, `ctx.tensors`), where checkpointing cannot free it.
+    # it as an attribute of its autograd function (MatMul8bitFp, `ctx.A`), where checkpointing cannot free it.
     checkpoint = h + (sum({linear.reads: linear.inputs for linear in facts.linears}.values()) if settings.bits == 8 else 0)
     kept: float = facts.num_hidden_layers * (tokens * width * checkpoint if settings.checkpointing else block)
     if width < 4 and trained_width(settings) == 4:  # autocast keeps 16-bit copies of the weights it multiplies with

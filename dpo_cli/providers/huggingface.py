@@ -34,6 +34,7 @@ from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
 from dpo_cli.plan.plan import Adapted, Plan
 from dpo_cli.providers import liger_kernels
 from dpo_cli.providers.architecture import Architecture, adapted, lora_config
+from dpo_cli.providers.eight_bit import use_exact_product
 from dpo_cli.providers.loaded_tensors import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.model_cache import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
@@ -181,7 +182,7 @@ class HuggingFace:
         dtype = getattr(torch, plan.dtype) if config.lora_r else torch.float32
         options: dict[str, Any] = {"dtype": dtype}
         is_quantised, wants = self._stored_bits(source) is not None, config.use_4bit or config.use_8bit
-        if wants or is_quantised:
+        if wants or is_quantised or device.type == "cuda":  # else the whole model would be in the RAM first
             options["device_map"] = {"": device}
         if wants and not is_quantised:
             options["quantization_config"] = quantisation(plan)
@@ -327,10 +328,11 @@ def quantisation(plan: Plan) -> transformers.BitsAndBytesConfig:
 
 
 def _settled(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, ready for training: complete attention, no dropout, and 4-bit layers that keep their gradients."""
+    """The model, ready for training: complete attention, no dropout, 4-bit layers with gradients, exact 8-bit layers."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         # transformers 5.17 loads Gemma 2 with SDPA, which silently omits the soft-cap of the attention.
         model.set_attn_implementation("eager")
+    use_exact_product(model)
     for module in model.modules():
         # bitsandbytes 0.50.2 repacks such a layer at its first evaluation on a CPU, and then it has no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpo_cli.providers.out_of_memory import is_out_of_memory
+
 ROPE = "apply_rotary_pos_emb"  # the function in the module of a model family
 NOT_USED = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 ALLOWANCE = 1e-3  # relative difference between both ways to run a part that counts as rounding, in float32
@@ -89,9 +91,9 @@ def _agrees(name: str, both_ways: Callable[[], Iterator[list[Tensor]]]) -> bool:
     try:
         plain, fast = both_ways()
         apart = [float((a - b).norm() / a.norm()) for a, b in zip(plain, fast, strict=True)]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         log.exception("liger-kernel cannot run %s; transformers runs it", name)
         return False
     is_same = all(one <= ALLOWANCE for one in apart)  # False for a NaN

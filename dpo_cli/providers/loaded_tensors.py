@@ -44,6 +44,7 @@ from dpo_cli.models.tensor_files import (
     some,
     wrapper_of,
 )
+from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_float32
 from dpo_cli.storage.run_directory import WEIGHTS
 
@@ -211,14 +212,14 @@ def with_adapter(
         else:
             model = cast(PeftModel, PeftModel.from_pretrained(base, str(folder), config=wanted, **options))
         result = set_peft_model_state_dict(model, dict(written), adapter_name=name)
-    except torch.OutOfMemoryError:  # not a fault of the adapter
-        raise
     except (
         RuntimeError,
         ValueError,
         KeyError,
         AttributeError,
     ) as error:  # other shapes, missing layers
+        if is_out_of_memory(error):
+            raise
         shapes = [_written(key, name) for key in re.findall(r"size mismatch for (\S+):", str(error))]
         refuse(f"the adapter in {folder}, put on {label},", (), (), shapes, OTHER_BASE, "model_name")
         message = f"{folder} is not an adapter of {label}: {' '.join(str(error).split())[:300]}"
@@ -295,9 +296,9 @@ def merged(model: PeftModel, name: str, label: str, dtype: torch.dtype) -> PreTr
     _untie(model.get_base_model())
     try:
         whole = cast(PreTrainedModel, model.merge_and_unload(safe_merge=True, adapter_names=[name]))
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError) as error:  # NaN in the merged weights; a kind of adapter that cannot be merged
+        if is_out_of_memory(error):
+            raise
         message, fix = f"the adapter on {label} cannot be merged: {error}", "use it as it is, or train another one"
         raise invalid("merge-differs", message, fix, "model_name") from error
     _require_same(_log_probs(whole, ids), adapted, base, label, dtype)
@@ -341,9 +342,9 @@ def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:
         try:
             with in_float32(model):
                 logits = model(input_ids=ids, use_cache=False).logits
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a block that reads a weight itself mixes dtypes: then the model's own dtype is used
+        except RuntimeError as error:  # a block that reads a weight itself mixes dtypes: then the model's own dtype is used
+            if is_out_of_memory(error):
+                raise
             logits = model(input_ids=ids, use_cache=False).logits
     log_probs: Tensor = logits[:, :-1].float().log_softmax(dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
     return log_probs

@@ -20,7 +20,7 @@ from dpo_cli.plan.plan import Plan, device_of, leaves_precision_open
 TOKENS = 256  # in a product, as in a row of a few short sequences
 COMMON = (1024, 4096)  # the width of states and of the MLP where a model's are unknown
 SMALLEST, LARGEST = 2**23, 2**25  # multiply-adds of a product; 2**25 take about 1 ms in float32
-PRODUCT = 1024  # rows and columns of a large product
+PRODUCT, PRODUCT_ON_GPU = 1024, 4096  # rows and columns of a large product; on a GPU, to start one takes as long as 1024
 TURNS, BUDGET_S = 15, 0.05  # the most turns, and the seconds of one dtype after which no other turn starts
 
 
@@ -52,7 +52,8 @@ def _speed_for(facts: ModelFacts | None) -> float:
 
 def product_speed(plan: Plan) -> float:
     """Operations in a second of a large product in the precision of a plan, on its device: the fastest of several turns."""
-    one = torch.ones(PRODUCT, PRODUCT, dtype=getattr(torch, plan.dtype), device=plan.config.device)
+    size = PRODUCT_ON_GPU if plan.config.device == "cuda" else PRODUCT
+    one = torch.ones(size, size, dtype=getattr(torch, plan.dtype), device=plan.config.device)
     seconds: list[float] = []
     for _ in range(TURNS):
         start = time.perf_counter()
@@ -60,7 +61,7 @@ def product_speed(plan: Plan) -> float:
         seconds.append(time.perf_counter() - start)
         if len(seconds) > 1 and sum(seconds) > BUDGET_S:  # the first call chooses the kernels
             break
-    return 2 * PRODUCT**3 / min(seconds)
+    return 2 * size**3 / min(seconds)
 
 
 def bf16_speed(hidden: int, intermediate: int) -> float:

@@ -19,6 +19,7 @@ import logging
 import math
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.errors import RunFailed
 from dpo_cli.plan.plan import EXPECTED, ONE_RESPONSE, Scoring
+from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_float32
 from dpo_cli.scoring import shared_prompts
 from dpo_cli.scoring.lm_head import ALL, LOG_PROBS, Head, score_tokens
@@ -39,6 +41,7 @@ from dpo_cli.storage.progress import working
 UNSUPPORTED = frozenset({"num_items_in_batch", "shift_labels", "output_router_logits"})
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")  # what TRL's collator reads from a row
 ALLOWANCE = 1e-3  # relative to a state: the difference between two ways to run a pair that counts as rounding
+COMPARED, BEYOND = 1024, 256  # tokens: of a sequence that both ways run, and after the end of a window
 HEAD_ALLOWANCE = 1e-3  # nats per token between the head and the model's own logits, in float32
 
 States = Callable[..., Tensor]
@@ -96,7 +99,7 @@ def _chosen(
     why_not = no_sharing or shared_prompts.obstacle(model)
     if why_not is None:
         # The longest pair exceeds a window if any does; with the shortest there are two pairs in the row, and padding.
-        batch = collate([longest, shortest], pad_token_id, model.device)
+        batch = collate([_cut(row, _compared(model)) for row in (longest, shortest)], pad_token_id, model.device)
         exact, finding = _try_sharing(model, batch)
         if exact:
             shared_prompts.enable(model)
@@ -105,6 +108,19 @@ def _chosen(
     if prompt_sharing is True:
         raise RunFailed(f'"prompt_sharing" is true, but {why_not}', 'with "auto" the padded rows are used instead')
     return Scoring(False, f"each prompt twice: {why_not}")
+
+
+def _compared(model: PreTrainedModel) -> int:
+    """The tokens of a sequence that are compared at most: padded rows in float32 need far more memory than a training step."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
+    return max(COMPARED, window + BEYOND)
+
+
+def _cut(row: Encoded, most: int) -> Encoded:
+    """The end of the prompt and the start of each response of a row, of at most so many tokens together."""
+    responses = tuple(ids[: most // 2] for ids in row.responses)
+    kept = most - max(map(len, responses))
+    return replace(row, prompt_ids=row.prompt_ids[-kept:], responses=responses)
 
 
 def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[bool, str]:
@@ -119,9 +135,9 @@ def _try_sharing(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[b
         with torch.no_grad(), in_float32(model.base_model):
             plain = plain_states(model, **batch)
             apart = disagreement(plain, _laid_out_states(model, batch["labels"], layout))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # an unknown model may fail in any way; it is then scored with padded rows
+        if is_out_of_memory(error):
+            raise
         logging.getLogger("dpo").exception("shared prompts failed")
         return False, f"this model cannot run shared prompts ({type(error).__name__}: {error})"
     finally:

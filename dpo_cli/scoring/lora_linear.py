@@ -26,9 +26,11 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.scoring.lm_head import product_dtype
 
 FEW_ROWS = 64  # tokens of a product without gradient, as in sampling: one of each answer
+BASE_SIZE = 0.5  # of the adapter's product beside that of a usual weight, so that an error of either is seen
 ALLOWANCE = 1e-3  # relative difference between both ways to run a layer that counts as rounding, in float32
 
 
@@ -107,14 +109,16 @@ def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 def _add_product(total: Tensor, left: Tensor, weight: Tensor, base: Any, transposed: bool) -> None:
     """Add left W to `total` in place, or left W^T.
 
-    A 4-bit W is dequantised, and multiplied in its compute_dtype, as bitsandbytes does.
+    A 4-bit W is dequantised to its compute_dtype, and multiplied in it, as bitsandbytes does.
     """
     if type(base) is nn.Linear:
         whole = weight.to(left.dtype)
     else:
         from bitsandbytes.functional import dequantize_4bit
 
-        whole = dequantize_4bit(weight.view(-1, 1), base.weight.quant_state).to(base.compute_dtype or left.dtype)
+        state = copy.copy(base.weight.quant_state)
+        state.dtype = base.compute_dtype or left.dtype  # else it is first rounded to the dtype that the model was loaded in
+        whole = dequantize_4bit(weight.view(-1, 1), state)
     right = whole.T if transposed else whole
     if whole.dtype == total.dtype:
         total.addmm_(left, right)
@@ -227,9 +231,9 @@ def _agrees(module: nn.Module) -> bool:
     log = logging.getLogger("dpo")
     try:
         pairs = _both_ways(copy.deepcopy(module))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # another version of PEFT may fail in any way; its own forward is then used
+    except Exception as error:  # another version of PEFT may fail in any way; its own forward is then used
+        if is_out_of_memory(error):
+            raise
         log.exception("an adapted layer cannot run as one function; PEFT runs it")
         return False
     is_same = all(bool((peft - fused).norm() <= ALLOWANCE * peft.norm()) for peft, fused in pairs)
@@ -246,8 +250,9 @@ def _both_ways(layer: Any) -> list[tuple[Tensor, Tensor]]:
     for parameter in layer.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    for weight in (a, b):  # a fresh B is zero, and would hide A
-        weight.data = torch.randn(weight.shape, generator=generator).to(device)
+    for weight, size in ((a, 1.0), (b, BASE_SIZE)):  # a fresh B is zero, and would hide A
+        drawn = torch.randn(weight.shape, generator=generator) * size / weight.shape[1] ** 0.5
+        weight.data = drawn.to(device)
         weight.requires_grad_()
     x = torch.randn(3, a.shape[1], generator=generator).to(device).requires_grad_()
     share = torch.randn(3, b.shape[0], generator=generator).to(device)

@@ -7,27 +7,13 @@ complete one are added to the earlier gradients, as autograd would add them.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, or cuBLAS (for its workspace) or Apple's GPU, which have other errors."""
-    message = str(error)
-    is_other_device = "CUBLAS_STATUS_ALLOC_FAILED" in message or "MPS backend out of memory" in message
-    return isinstance(error, torch.OutOfMemoryError) or is_other_device
-
-
-def free_memory() -> None:
-    """Free models in reference cycles, and return the freed memory that torch keeps to the device."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
-
+from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")

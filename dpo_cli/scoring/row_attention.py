@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
+from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.scoring.lm_head import product_dtype
 
 Pair = tuple[int, int, int]  # tokens of prompt, chosen and rejected
@@ -208,9 +209,9 @@ def _is_same(
                 output = way(*inputs)[:, -compared:]
                 gradients = torch.autograd.grad(output, inputs, share.to(output.device, output.dtype))
                 results.append([output.detach(), *gradients])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # another version of torch, or an older card, may fail in any way
+    except Exception as error:  # another version of torch, or an older card, may fail in any way
+        if is_out_of_memory(error):
+            raise
         log.exception("sequences cannot run in one call of attention, and run one by one")
         return False
     is_same = all(bool((a - b).norm() <= ALLOWANCE * a.norm()) for a, b in zip(*results, strict=True))

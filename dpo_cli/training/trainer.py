@@ -36,6 +36,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.config.rules import fuses_adapter
+from dpo_cli.hardware.memory import MOMENTS
 from dpo_cli.models.tensor_files import SINGLE
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.loaded_tensors import refuse
@@ -190,6 +191,7 @@ class CarefulTrainer:
             loss: Tensor = super().training_step(model, dict(row), *args, **kwargs)  # type: ignore[misc]
         except RuntimeError:
             self.totals.back_to(mark)
+            self.calls.clear()  # they hold the graph of a row that was out of memory
             raise
         return loss
 
@@ -208,7 +210,7 @@ class CarefulTrainer:
     def probe_longest(self) -> None:
         """Run a row of the longest units forward and backward once, without a trace: what does not fit fails at once.
 
-        Memory is reserved for what only later steps hold: gradients and two moments of each.
+        Memory is reserved for what only later steps hold: gradients and the moments of the optimizer.
         """
         sizes = self.train_dataset[SIZE]
         longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
@@ -220,8 +222,9 @@ class CarefulTrainer:
         mark = self.totals.mark()
         seen: int = getattr(self, TRL_TOKENS)
         trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        copies = 1 if self.optimizer is not None and self.optimizer.state else 3  # a resumed training already has the moments
-        later = torch.empty(copies * trained, dtype=torch.uint8, device=self.args.device)
+        has_moments = self.optimizer is not None and self.optimizer.state  # as a resumed training
+        copies = 1.0 if has_moments else 1 + MOMENTS.get(str(trainer.args.optim.value), 8.0) / 4
+        later = torch.empty(int(copies * trained), dtype=torch.uint8, device=self.args.device)
         with random_state_kept():
             self.training_step(trainer.model_wrapped, batch)
         del later
@@ -334,6 +337,8 @@ class ProbeFirst(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        if args.device.type == "cuda":  # the peak that metrics.json holds is that of the training, not of what came before
+            torch.cuda.reset_peak_memory_stats()
         self.trainer.probe_longest()
 
 

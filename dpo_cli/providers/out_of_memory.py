@@ -1,0 +1,21 @@
+"""Out of memory on a device: its errors, and what is freed after one."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory, or a kernel of CUDA, cuBLAS or Apple's GPU, which have other errors."""
+    message = str(error)
+    is_other = "CUBLAS_STATUS_ALLOC_FAILED" in message or "out of memory" in message
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and is_other)
+
+
+def free_memory() -> None:
+    """Free models in reference cycles, and return the freed memory that torch keeps to the device."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
