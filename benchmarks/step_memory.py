@@ -1,4 +1,4 @@
-"""What one training step has alive at its peak, and the memory bill of it: `make memory` on a CPU, gpu_memory.py on a GPU.
+"""What one training step has alive at its peak, and the memory bill of it: `make memory` on a CPU, gpu/bill.py on a GPU.
 
 Models are made from their configs with random weights, so nothing is downloaded; trainer, head and layout are those of
 `dpo train`. Measured is the second micro-batch of a step, when the adapter's gradients are there already, above what was
@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -63,12 +63,12 @@ def random_model(config: PreTrainedConfig, settings: Settings, device: str) -> P
         dtype = DTYPES[settings.bytes_per_value] if settings.rank else torch.float32  # what is trained is float32
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     if settings.bits:
-        _quantise(model, settings)
+        quantise(model, settings)
         setattr(model, f"is_loaded_in_{settings.bits}bit", True)
     return model
 
 
-def _quantise(model: PreTrainedModel, settings: Settings) -> None:
+def quantise(model: PreTrainedModel, settings: Settings) -> None:
     """Replace each linear layer of the blocks by bitsandbytes' own, as transformers does while it loads."""
     import bitsandbytes as bnb
 
@@ -114,22 +114,24 @@ def billed(plan: Plan, facts: ModelFacts, prompt: int, response: int) -> Setting
     return replace(Settings.of(plan.config, facts, Longest(prompt + response, pair, scored)), row_tokens=plan.row_tokens)
 
 
-def trainer_for(
-    model: PreTrainedModel, settings: Settings, plan: Plan, prompt: int, response: int, device: str
-) -> CarefulTrainer:
-    """The trainer of `dpo train` on random pairs of these lengths, for two micro-batches."""
-    (shared_prompts.enable if plan.config.prompt_sharing is True else shared_prompts.disable)(model)
+def random_rows(vocabulary: int, settings: Settings, prompt: int, response: int) -> list[Encoded]:
+    """Random pairs of these lengths, for two micro-batches."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(count: int) -> list[int]:
-        return torch.randint(2, model.config.vocab_size, (count,), generator=generator).tolist()
+        return torch.randint(2, vocabulary, (count,), generator=generator).tolist()
 
     # Rejected responses (of sft, every second prompt) are a token shorter, so that padded rows are padded, as real ones are.
     count = 1 if settings.strategy == "sft" else 2
-    rows = [
+    return [
         Encoded(Pair("", "", "", 1), ids(prompt - (count == 1 and i % 2)), (ids(response), ids(response - 1))[:count])
         for i in range(2 * settings.batch)
     ]
+
+
+def trainer_for(model: PreTrainedModel, settings: Settings, plan: Plan, rows: Sequence[Encoded]) -> CarefulTrainer:
+    """The trainer of `dpo train` on these rows, without its probe."""
+    (shared_prompts.enable if plan.config.prompt_sharing is True else shared_prompts.disable)(model)
     modules: Any = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
@@ -200,7 +202,8 @@ def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response:
     with tempfile.TemporaryDirectory() as place:
         plan = plan_of(settings, prompt + response, shared, "cpu", Path(place))
         parts = components(facts, billed(plan, facts, prompt, response))
-        trainer = trainer_for(random_model(config, settings, "cpu"), settings, plan, prompt, response, "cpu")
+        rows = random_rows(config.vocab_size, settings, prompt, response)
+        trainer = trainer_for(random_model(config, settings, "cpu"), settings, plan, rows)
         return parts["activations"] + parts["scoring"], step_peak(trainer, "cpu")
 
 

@@ -22,7 +22,7 @@ CONVERTER = ROOT / "models" / "llama.cpp" / "convert_hf_to_gguf.py"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A script below benchmarks/ and about how long it takes; `needs` is what not every machine has."""
+    """A script below benchmarks/, with its words, and about how long it takes; `needs` is what not every machine has."""
 
     script: str
     minutes: float  # on two cores without AMX
@@ -49,7 +49,10 @@ BENCHMARKS = {
     "speed-curve": Benchmark("speed_curve.py", 5),
     "speed": Benchmark("speed.py", 30, "`make speed`, which installs TRL"),
     "unsloth": Benchmark("check_unsloth.py", 5, "`make check-unsloth`, which installs Unsloth"),
-    "gpu-memory": Benchmark("gpu_memory.py", 8, "an NVIDIA GPU"),
+    "gpu-right": Benchmark("gpu --only right", 3, "an NVIDIA GPU"),
+    "gpu-memory": Benchmark("gpu --only bill", 3, "an NVIDIA GPU"),
+    "gpu-speed": Benchmark("gpu --only speed", 3, "an NVIDIA GPU"),
+    "gpu-sampling": Benchmark("gpu --only sampling", 1, "an NVIDIA GPU"),
 }
 
 
@@ -67,7 +70,7 @@ def run(name: str, word: str) -> bool:
     started = time.monotonic()
     print(f"--- {name} {word}", flush=True)
     environment = {**os.environ, "DPO_GGUF_CONVERTER": str(CONVERTER)} if CONVERTER.exists() else os.environ
-    command = [sys.executable, f"benchmarks/{BENCHMARKS[name].script}", word]
+    command = [sys.executable, *f"benchmarks/{BENCHMARKS[name].script}".split(), word]
     code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     print(f"--- {name}: exit {code} after {(time.monotonic() - started) / 60:.1f} minutes", flush=True)
     return code == 0

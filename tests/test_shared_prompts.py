@@ -21,9 +21,9 @@ PAD = 2
 Ids = tuple[list[int], list[int], list[int]]  # prompt, chosen, rejected
 
 
-def collate(pairs: Sequence[Ids]) -> dict[str, torch.Tensor]:
+def collate(pairs: Sequence[Ids], device: str = "cpu") -> dict[str, torch.Tensor]:
     encoded = [Encoded(Pair("", "", "", 1), ids[0], tuple(ids[1:])) for ids in pairs]
-    return forward.collate(encoded, PAD, torch.device("cpu"))
+    return forward.collate(encoded, PAD, torch.device(device))
 
 
 def pair(prompt: int, chosen: int, rejected: int, seed: int = 0) -> Ids:
@@ -50,7 +50,7 @@ def log_probs_and_gradients(
     family: str, states: forward.States, batch: dict[str, torch.Tensor], exact_norms: bool, eager: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Per-token log-probs (n,) and the gradients of a fixed random combination of them."""
-    model = tiny_model(family)
+    model = tiny_model(family).to(batch["labels"].device)
     model.set_attn_implementation("eager" if eager else "sdpa")
     if exact_norms:
         norms_in_float64(model)
@@ -59,7 +59,7 @@ def log_probs_and_gradients(
     targets = batch["labels"][:, 1:][batch["labels"][:, 1:] != shared_prompts.IGNORED]
     log_probs = score_tokens(states(model, **batch), targets, Head.of(model)).log_probs
     weights = torch.randn(len(targets), dtype=log_probs.dtype, generator=torch.Generator().manual_seed(4))
-    (log_probs @ weights).backward()
+    (log_probs @ weights.to(log_probs.device)).backward()
     return log_probs.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
