@@ -74,7 +74,7 @@ class Bench:
         from dpo_cli.data.tokens import encode
 
         self.setting, self.tokenizer = setting, tiny_tokenizer()
-        words = 4 if setting.is_small else WORDS
+        words = 2 if setting.is_small else WORDS
         self.rows = conversation_pairs(STEPS * ACCUMULATION * BATCH, turn_words=words, answer_words=words)
         self.pairs: Sequence[Encoded] = encode([to_pair(row, i + 1) for i, row in enumerate(self.rows)], self.tokenizer)
         self.facts = facts_of(setting, MODELS[name])

@@ -39,7 +39,7 @@ TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"  # with a release of TRL that
 SETTINGS = Settings(batch=4, length=0, rank=8, bytes_per_value=4, checkpointing=False)
 SAME = 1e-5  # two trainings of the same bits on a CPU; kernels of a GPU may sum in another order each time
 LOSS, NORM = 2e-4, 5e-3  # the same on a GPU: nats, and a share of a norm
-ROUNDED = 0.05  # of the norm of an adapter after 24 steps, whose roundings AdamW enlarges
+ROUNDED = 0.05  # of what 24 steps have trained, whose roundings AdamW enlarges
 HALF_LOSS = 0.02  # nats between trainings in 16 bits and in float32, of small gradients
 STEPS = 4
 
@@ -218,8 +218,9 @@ def _resumed(setting: Setting, case: str, config: Path, before: Callable[[], Non
     resumed = train(config, runs[1], "--resume", before=before)
     if resumed.end():
         raise RuntimeError(f"--resume failed: {resumed.said()[-2000:]}")
-    files = [load_file(run / ADAPTER / WEIGHTS) for run in runs]
-    gradients = _apart(*(torch.cat([part.flatten() for part in file.values()]) for file in files))
+    # B starts at zero: it is what was trained, where A is mostly what was drawn.
+    files = [sorted(load_file(run / ADAPTER / WEIGHTS).items()) for run in runs]
+    gradients = _apart(*(torch.cat([part.flatten() for name, part in file if "lora_B" in name]) for file in files))
     left = [Left.by(run) for run in runs]
     steps = [[line["loss"] for line in one.lines if line["split"] == "train"] for one in left]
     figures = {"values": max(abs(a - b) for a, b in zip(*steps, strict=True)), "gradients": gradients}
@@ -253,13 +254,15 @@ def out_of_memory(setting: Setting) -> None:
 
 
 def _one_step(setting: Setting, limit: int | None, raises: Sequence[bool] = ()) -> tuple[Tensor, list[str], int, int]:
-    """What a step has trained, the notices, tokens of the smallest row, and the bytes that it took; with a limit of these."""
+    """The gradients of a step, the notices, tokens of the smallest row, and the bytes that it took; with a limit of these."""
     free_memory()
     settings = replace(SETTINGS, batch=8)
     trainer = _trainer(setting, settings, [(96, 32)] * 16 if setting.is_small else [(640, 160)] * 16)
     notices: list[str] = []
     trainer._tell = notices.append
-    rows, step = [], trainer.run_row
+    rows, step, whole_step = [], trainer.run_row, trainer.training_step
+    trained_weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    gradients: list[Tensor] = []
     faults = iter(raises if setting.is_small else ())
 
     def run_row(model: Any, row: Any, *args: Any, **kwargs: Any) -> Any:
@@ -269,11 +272,15 @@ def _one_step(setting: Setting, limit: int | None, raises: Sequence[bool] = ()) 
             raise torch.OutOfMemoryError("no memory is left, as this check pretends")
         return loss
 
-    trainer.run_row = run_row
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        loss = whole_step(*args, **kwargs)
+        gradients.append(torch.cat([weight.grad.cpu().flatten() for weight in trained_weights]))
+        return loss
+
+    trainer.run_row, trainer.training_step = run_row, training_step
     with memory_limit(setting, limit) as peak:
         trainer.train()
-    trained_now = torch.cat([p.detach().float().cpu().flatten() for p in trainer.model.parameters() if p.requires_grad])
-    return trained_now, notices, min(rows), peak()
+    return gradients[0], notices, min(rows), peak()
 
 
 @contextmanager

@@ -1,0 +1,524 @@
+"""benchmarks/gpu without a GPU: its rehearsal, that each check fails for a fault that is made on purpose, and its kit.
+
+Faults are patched into dpo (or into what it stands on) in this process; the check is then a plain function call.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+from test_imports import LIGHT, PACKAGE
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(1, str(ROOT / "benchmarks" / "torture"))
+from gpu import bill, kit, right, runner, sampling, speed, trainings
+from gpu.runner import MEASURED, NOT_RUN, RIGHT, WRONG, Check, Setting
+
+from dpo_cli.hardware import memory
+from dpo_cli.scoring import lm_head, lora_linear, oom, row_attention, shared_prompts
+from dpo_cli.training.dpo_trainer import PairTrainer
+from dpo_cli.training.trainer import CarefulTrainer
+
+PARTS = (right.PART, bill.PART, speed.PART, sampling.PART)
+CHECKS = {check.name: check for part in PARTS for check in part.checks}
+# Lines that only a GPU can have, by check and case.
+ONLY_ON_A_GPU = {("right/liger", ""), ("right/half", "fp16"), ("right/optimizers", "")}
+NEED_TRL = {("right/trl", "")}  # a CPU needs .venv-trl, which `make speed` makes
+
+
+@pytest.mark.long
+def test_the_rehearsal(tmp_path: Path) -> None:
+    """Every check of every part runs on tiny shapes, and finds everything right."""
+    command = [sys.executable, "benchmarks/gpu", "--device", "cpu"]
+    environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    lines = runner.lines_of(tmp_path / "results.jsonl")
+    assert [line for line in lines if line["verdict"] == WRONG] == [], done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line["check"] for line in lines} == CHECKS.keys()
+    not_run = {(line["check"], line["case"]) for line in lines if line["verdict"] == NOT_RUN}
+    assert ONLY_ON_A_GPU <= not_run <= ONLY_ON_A_GPU | NEED_TRL
+    assert {line["verdict"] for line in lines if line["check"].startswith("right/")} == {RIGHT, NOT_RUN}
+    assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", *(f"{part.baseline}.json" for part in PARTS)}
+    assert str(Path.home()) not in (tmp_path / "results.jsonl").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def verdicts(tmp_path: Path) -> Callable[[str], set[str]]:
+    """Runs a check in this process, and gives the verdicts of its lines."""
+
+    def run(name: str) -> set[str]:
+        results = tmp_path / "results.jsonl"
+        setting = Setting(name, "cpu", time.monotonic() + 300, tmp_path, results)
+        runner.carry_out(CHECKS[name], setting)
+        return {line["verdict"] for line in runner.lines_of(results, name)}
+
+    return run
+
+
+def wrong_scaling(patch: pytest.MonkeyPatch) -> None:
+    """The adapter's product of a fused layer is a hundredth too large."""
+    product = lora_linear._product
+    patch.setattr(lora_linear, "_product", lambda left, right, scaling: product(left, right, 1.01 * scaling))
+    patch.setattr(lora_linear, "_agrees", lambda module: True)
+
+
+def unfused(patch: pytest.MonkeyPatch) -> None:
+    """No layer runs as one function."""
+    patch.setattr(lora_linear, "_agrees", lambda module: False)
+
+
+def wrong_head_gradient(patch: pytest.MonkeyPatch) -> None:
+    """The gradient of the states misses the token itself: only the probabilities count."""
+    patch.setattr(
+        lm_head.Head,
+        "unit_gradient",
+        lambda self, probabilities, targets, logits, dtype: probabilities.neg_().to(dtype) @ self.weight.to(dtype),
+    )
+
+
+def last_chunk_lost(patch: pytest.MonkeyPatch) -> None:
+    """The head leaves out the positions of its last chunk."""
+    chunks = lm_head.Head.chunks
+    patch.setattr(lm_head.Head, "chunks", lambda self, positions: list(chunks(self, positions))[:-1])
+
+
+def dropped_mask(patch: pytest.MonkeyPatch) -> None:
+    """The rejected response sees the chosen one: a pair is one causal sequence."""
+
+    def cuts(self: shared_prompts.Layout) -> row_attention.Cuts:
+        return row_attention.Cuts(tuple((p, c + r, 0) for p, c, r in self.pairs), self.input_ids.device)
+
+    patch.setattr(shared_prompts.Layout, "cuts", property(cuts))
+
+
+def positions_run_on(patch: pytest.MonkeyPatch) -> None:
+    """Positions of the rejected response continue after the chosen one, instead of after the prompt."""
+    lay_out = shared_prompts.lay_out
+
+    def counted(*args: Any) -> shared_prompts.Layout:
+        layout = lay_out(*args)
+        positions = torch.arange(layout.input_ids.shape[1])[None]
+        return shared_prompts.Layout(layout.input_ids, positions, layout.pairs, layout.place)
+
+    patch.setattr(shared_prompts, "lay_out", counted)
+
+
+def no_window(patch: pytest.MonkeyPatch) -> None:
+    """One call of attention gets no window."""
+    together = row_attention._together
+    patch.setattr(row_attention, "_together", lambda scale, cuts, window, *states: together(scale, cuts, None, *states))
+
+
+def prompts_of_another_pair(patch: pytest.MonkeyPatch) -> None:
+    """The keys of the second response are those of the chosen one, not of the prompt."""
+
+    def repeated(states: torch.Tensor, pairs: Any) -> torch.Tensor:
+        pieces = iter(torch.split(states, [size for pair in pairs for size in pair]))
+        ordered = []
+        for prompt, chosen, rejected in zip(pieces, pieces, pieces, strict=True):
+            ordered += [prompt, chosen, *([torch.flip(prompt, [0]), rejected] if len(rejected) else [])]
+        return torch.cat(ordered)
+
+    patch.setattr(row_attention, "_with_prompts", repeated)
+
+
+def repacked(patch: pytest.MonkeyPatch) -> None:
+    """An evaluation changes the 4-bit weights, as bitsandbytes' own packing for CPUs did."""
+    evaluate = CarefulTrainer.evaluate
+
+    def damaging(self: Any, *args: Any, **kwargs: Any) -> Any:
+        figures = evaluate(self, *args, **kwargs)
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                if weight.requires_grad and "lora_B" in name:
+                    weight.mul_(0.5)
+        return figures
+
+    patch.setattr(CarefulTrainer, "evaluate", damaging)
+
+
+def loss_of_half_the_pairs(patch: pytest.MonkeyPatch) -> None:
+    """Every pair counts half."""
+    step = PairTrainer.compute_loss
+    patch.setattr(PairTrainer, "compute_loss", lambda *args, **kwargs: step(*args, **kwargs) / 2)
+
+
+def other_beta(patch: pytest.MonkeyPatch) -> None:
+    """The gradient is that of a larger loss, while the figures stay those of the right one."""
+    step = PairTrainer.training_step
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = step(self, *args, **kwargs)
+        for weight in self.model.parameters():
+            if weight.grad is not None and weight.ndim == 2 and weight.shape[0] < weight.shape[1]:
+                weight.grad.neg_()
+        return loss
+
+    patch.setattr(PairTrainer, "training_step", doubled)
+
+
+def sixteen_bits_lose_the_loss(patch: pytest.MonkeyPatch) -> None:
+    """A training in bf16 has a loss of its own."""
+    step = PairTrainer.compute_loss
+    patch.setattr(PairTrainer, "compute_loss", lambda self, *a, **k: step(self, *a, **k) * (1.1 if self.args.bf16 else 1.0))
+
+
+def gradients_of_a_failed_try_stay(patch: pytest.MonkeyPatch) -> None:
+    """What a try has added before memory was out is counted twice."""
+
+    def run_in_parts(step: Any, parts: Any, parameters: Any, divided: Any) -> torch.Tensor:
+        return torch.stack([loss for _, loss in oom.in_halves(parts, step, divided)]).sum()
+
+    patch.setattr(oom, "run_in_parts", run_in_parts)
+
+
+def rows_stay_as_large(patch: pytest.MonkeyPatch) -> None:
+    """A row that is out of memory is tried again as it is."""
+    patch.setattr(CarefulTrainer, "_smaller", lambda self, row: [row])
+
+
+def no_probe(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CarefulTrainer, "probe_longest", lambda self: None)
+
+
+def probe_of_the_shortest(patch: pytest.MonkeyPatch) -> None:
+    """The probe takes the first pairs of the file."""
+    probe = CarefulTrainer.probe_longest
+
+    def first(self: Any) -> None:
+        real = self.train_dataset
+        self.train_dataset = real.select(range(2))
+        probe(self)
+        self.train_dataset = real
+
+    patch.setattr(CarefulTrainer, "probe_longest", first)
+
+
+def random_state_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """A resumed run draws other numbers."""
+    patch.setattr(CarefulTrainer, "_load_rng_state", lambda self, checkpoint: None)
+
+
+def moments_are_lost(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(CarefulTrainer, "_load_optimizer_and_scheduler", lambda self, checkpoint: None)
+
+
+def merge_that_is_wrong(patch: pytest.MonkeyPatch) -> None:
+    """The merged model is the base plus noise."""
+    from dpo_cli.commands import export
+
+    merged = export.merged
+
+    def noisy(*args: Any) -> Any:
+        model = merged(*args)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.05 * torch.randn_like(weight))
+        return model
+
+    patch.setattr(export, "merged", noisy)
+
+
+def bill_without_activations(patch: pytest.MonkeyPatch) -> None:
+    """The bill forgets half of what a step holds."""
+    step = memory.step_bytes
+    patch.setattr(memory, "step_bytes", lambda *args: tuple(size / 2 for size in step(*args)))
+
+
+def other_answers(patch: pytest.MonkeyPatch) -> None:
+    """The cache loses the first token."""
+    from dpo_cli.evaluation import decoding
+
+    update = decoding.RoomyLayer.update
+
+    def forgetful(self: Any, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = update(self, key, value, *args, **kwargs)
+        keys[:, :, 0] = 0
+        return keys, values
+
+    patch.setattr(decoding.RoomyLayer, "update", forgetful)
+
+
+FAULTS: tuple[tuple[str, Callable[[pytest.MonkeyPatch], None]], ...] = (
+    ("right/head", wrong_head_gradient),
+    ("right/head", last_chunk_lost),
+    ("right/shared", dropped_mask),
+    ("right/shared", positions_run_on),
+    ("right/attention", no_window),
+    ("right/attention", prompts_of_another_pair),
+    ("right/layers", wrong_scaling),
+    ("right/layers", unfused),
+    ("right/trl", loss_of_half_the_pairs),
+    ("right/trl", other_beta),
+    ("right/quantised", repacked),
+    ("right/half", sixteen_bits_lose_the_loss),
+    ("right/oom", gradients_of_a_failed_try_stay),
+    ("right/oom", rows_stay_as_large),
+    ("right/probe", no_probe),
+    ("right/probe", probe_of_the_shortest),
+    ("right/afterwards", merge_that_is_wrong),
+    ("bill/1B", bill_without_activations),
+    ("sampling/8B", other_answers),
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=lambda one: one if isinstance(one, str) else one.__name__)
+def test_a_fault_is_found(
+    name: str, fault: Callable[..., None], verdicts: Callable[[str], set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "right/trl" and not trainings.TRL_PYTHON.exists():
+        pytest.skip("`make speed` makes .venv-trl")
+    fault(monkeypatch)
+    assert WRONG in verdicts(name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["random_state_is_lost", "moments_are_lost"])
+def test_a_fault_of_a_resumed_run_is_found(fault: str, tmp_path: Path) -> None:
+    """In a process of its own, as the check forks: autograd does not work in a child of a process that has gone backward."""
+    code = f"""
+import pytest, time
+from pathlib import Path
+import test_gpu_kit as kit
+from fork_server import ready
+if __name__ == "__main__":
+    ready()
+    kit.{fault}(pytest.MonkeyPatch())
+    place = Path({str(tmp_path)!r})
+    setting = kit.Setting("right/resume", "cpu", time.monotonic() + 300, place, place / "results")
+    kit.runner.carry_out(kit.CHECKS[setting.check], setting)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert WRONG in {line["verdict"] for line in runner.lines_of(tmp_path / "results")}
+
+
+def ended(check: Callable[[Setting], None], place: Path, seconds: float = 30) -> list[tuple[str, str]]:
+    """The verdicts and reasons of a check in a process of its own."""
+    results = place / "results.jsonl"
+    results.touch()
+    runner.run_check(Check("made/up", check, seconds), "cpu", seconds, results, forks=True)
+    return [(line["verdict"], line["why"]) for line in runner.lines_of(results)]
+
+
+def test_a_line_is_written_at_once_and_a_late_check_is_stopped(tmp_path: Path) -> None:
+    def slow(setting: Setting) -> None:
+        setting.agrees("first", {"values": 0.5}, {"values": 1.0})
+        time.sleep(60)
+
+    assert ended(slow, tmp_path, 4) == [(RIGHT, ""), (NOT_RUN, "stopped after 4 s")]
+
+
+def test_what_a_check_started_ends_with_it(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+
+    def starts(setting: Setting) -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        pid.write_text(str(child.pid), encoding="utf-8")
+        setting.measured("", {})
+
+    assert ended(starts, tmp_path) == [(MEASURED, "")]
+    status, end = Path(f"/proc/{pid.read_text(encoding='utf-8')}/stat"), time.monotonic() + 10
+    while status.exists() and " Z " not in status.read_text(encoding="utf-8"):  # it has its signal, and ends when it has a core
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_crash_costs_one_check(tmp_path: Path) -> None:
+    def crashes(setting: Setting) -> None:
+        setting.agrees("before", {"values": 0.0}, {"values": 1.0})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    (first, second) = ended(crashes, tmp_path)
+    assert first == (RIGHT, "") and second[0] == WRONG and "ended with -9" in second[1]
+
+
+def test_an_error_is_a_fault_and_says_what_happened(tmp_path: Path) -> None:
+    def fails(setting: Setting) -> None:
+        raise ValueError(f"of {ROOT}")
+
+    ((verdict, why),) = ended(fails, tmp_path)
+    assert verdict == WRONG and "ValueError: of ." in why and str(ROOT) not in why
+
+
+def test_a_check_without_a_line_is_a_fault(tmp_path: Path) -> None:
+    ((verdict, _),) = ended(lambda setting: None, tmp_path)
+    assert verdict == WRONG
+
+
+def test_no_time_is_said(tmp_path: Path) -> None:
+    assert ended(lambda setting: None, tmp_path, 1) == [(NOT_RUN, "no time was left")]
+
+
+@pytest.mark.parametrize("value", [2.0, float("nan"), float("inf")])
+def test_a_figure_beyond_its_limit_is_wrong(value: float, tmp_path: Path) -> None:
+    def beyond(setting: Setting) -> None:
+        setting.agrees("", {"values": value}, {"values": 1.0})
+
+    assert [verdict for verdict, _ in ended(beyond, tmp_path)] == [WRONG]
+    json.loads((tmp_path / "results.jsonl").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def test_time_that_a_part_leaves_is_that_of_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of 3, 1 and 1 of 100 s: the first ends at 60; done at 20, the second has half of the other 80."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    parts = [runner.Part("", "", share, (), ()) for share in (3, 1, 1)]
+    end = runner.shares(parts, 100)
+    assert end(0) == pytest.approx(60)
+    clock[0] = 20
+    assert end(1) == pytest.approx(60)
+    clock[0] = 30
+    assert end(2) == pytest.approx(100)
+
+
+def test_context_and_slack_by_hand() -> None:
+    """Points on the line 0.5 + 1.1 x, one a little above and one below."""
+    assert bill.line_through([(1.0, 1.6), (2.0, 2.7), (4.0, 4.9)]) == pytest.approx((0.5, 1.1))
+    assert bill.line_through([(1.0, 1.7), (1.0, 1.5), (3.0, 3.7), (3.0, 3.9)]) == pytest.approx((0.5, 1.1))
+    assert bill.line_through([(1.0, 1.6), (1.0, 1.6)]) is None
+    figures = [{"error": 0.1, "measured": x, "reserved": y - 0.5, "context": 0.5} for x, y in ((1.0, 1.6), (2.0, 2.7))]
+    notes = bill.fitted([{"figures": one} for one in [*figures, {"error": 0.2}, {}]])
+    assert [[value for _, value in values] for _, values in notes] == [
+        pytest.approx([3, 0.4 / 3, 0.2]),
+        pytest.approx([2, 0.5, 0.1]),
+    ]
+
+
+def gpu_functions() -> Iterator[str]:
+    """The functions of the rooms with torch that do something else on an NVIDIA GPU: they name it, or a gradient scaler."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        place = path.relative_to(PACKAGE).as_posix()
+        if place.split("/")[0] in LIGHT:
+            continue
+        waiting: list[tuple[str, ast.AST]] = [("", ast.parse(path.read_text(encoding="utf-8")))]
+        while waiting:
+            name, node = waiting.pop()
+            for child in ast.iter_child_nodes(node):
+                is_named = isinstance(child, ast.FunctionDef | ast.ClassDef)
+                own = f"{name}.{child.name}".strip(".") if is_named else name
+                if _is_of_a_gpu(child):
+                    yield f"{place}:{own}"
+                waiting.append((own, child))
+
+
+def _is_of_a_gpu(node: ast.AST) -> bool:
+    if isinstance(node, ast.Constant):
+        return node.value == "cuda"
+    # The module, torch.accelerator, and not Trainer's own accelerator.
+    is_module = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch"
+    return isinstance(node, ast.Attribute) and (
+        node.attr in ("is_cuda", "scaler") or (is_module and node.attr in ("cuda", "accelerator"))
+    )
+
+
+def test_every_branch_of_a_gpu_is_on_the_list() -> None:
+    text = (ROOT / "benchmarks" / "gpu" / "README.md").read_text(encoding="utf-8")
+    assert {*re.findall(r"^\| `([\w/]+\.py:[\w.]+)` \|", text, re.M)} == {*gpu_functions()}
+    named = re.findall(r"`((?:right|bill|speed|sampling)/[\w-]+)`", text)
+    assert {*named} <= CHECKS.keys() and named
+
+
+def test_no_kernel_of_ours_is_written_in_triton() -> None:
+    assert not [path for path in PACKAGE.rglob("*.py") if "import triton" in path.read_text(encoding="utf-8")]
+
+
+def wheel_of(place: Path, name: str, files: dict[str, str]) -> Path:
+    """A wheel with these files, and a RECORD of them."""
+    wheel, record = place / f"{name}-1.0-py3-none-any.whl", io.StringIO()
+    files = {**files, f"{name}-1.0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"}
+    files[f"{name}-1.0.dist-info/WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    lines = csv.writer(record, lineterminator="\n")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file, text in files.items():
+            digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+            lines.writerow([file, f"sha256={digest}", len(text)])
+            archive.writestr(file, text)
+        lines.writerow([f"{name}-1.0.dist-info/RECORD", "", ""])
+        archive.writestr(f"{name}-1.0.dist-info/RECORD", record.getvalue())
+    return wheel
+
+
+LIBRARIES = ("cpu", "cuda118", "cuda130", "cuda132", "rocm64", "xpu2025")
+
+
+def test_one_library_is_kept_and_the_wheel_is_valid(tmp_path: Path) -> None:
+    files = {f"bitsandbytes/libbitsandbytes_{name}.so": name for name in LIBRARIES} | {"bitsandbytes/__init__.py": ""}
+    wheel = wheel_of(tmp_path, "bitsandbytes", files)
+    kit._without(wheel, kit.OTHER_LIBRARY)
+    with zipfile.ZipFile(wheel) as archive:
+        names = {*archive.namelist()}
+        record = archive.read("bitsandbytes-1.0.dist-info/RECORD").decode()
+    assert {name for name in names if name.endswith(".so")} == {
+        "bitsandbytes/libbitsandbytes_cpu.so",
+        "bitsandbytes/libbitsandbytes_cuda130.so",
+    }
+    assert {line.split(",")[0] for line in record.splitlines()} == names
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_wheel_whose_files_were_changed_is_refused(tmp_path: Path) -> None:
+    wheel = wheel_of(tmp_path, "bitsandbytes", {"bitsandbytes/a.py": "one"})
+    changed = tmp_path / "changed.whl"
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(changed, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, "other" if name.endswith("a.py") else old.read(name))
+    with pytest.raises(SystemExit, match=r"a\.py is not what RECORD says"):
+        kit._without(changed, kit.OTHER_LIBRARY)
+
+
+def test_what_is_there_is_printed_and_not_replaced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kit" / "any").mkdir(parents=True)
+    wheel_of(tmp_path / "kit" / "any", "torch", {"torch/__init__.py": "raise SystemExit"})
+    wheel_of(tmp_path / "kit" / "any", "nowhere_else", {"nowhere_else/__init__.py": ""})
+    kit.install(tmp_path / "kit", tmp_path / "site")
+    assert {path.name for path in (tmp_path / "site").iterdir()} == {"nowhere_else", "nowhere_else-1.0.dist-info"}
+    assert f"torch {torch.__version__} is there (the kit has 1.0)" in capfd.readouterr().err
+
+
+def test_requirements_of_another_python_and_of_extras(tmp_path: Path) -> None:
+    needs = ['old; python_version < "3.12"', "plain>=2", 'more; extra == "all"', 'windows; sys_platform == "win32"']
+    with zipfile.ZipFile(tmp_path / "needs.whl", "w") as archive:
+        archive.writestr("one-1.0.dist-info/METADATA", "Name: one\n" + "".join(f"Requires-Dist: {need}\n" for need in needs))
+    names = {
+        python: [one.name for one in kit._requirements(tmp_path / "needs.whl", python, ["all"])] for python in ("3.11", "3.12")
+    }
+    assert names == {"3.11": ["old", "plain", "more"], "3.12": ["plain", "more"]}
+
+
+def test_parts_have_all_of_the_time() -> None:
+    assert sum(part.share for part in PARTS) == pytest.approx(1)
+    assert len(CHECKS) == sum(len(part.checks) for part in PARTS)
