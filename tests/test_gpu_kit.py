@@ -464,7 +464,7 @@ LIBRARIES = ("cpu", "cuda118", "cuda130", "cuda132", "rocm64", "xpu2025")
 
 
 def test_one_library_is_kept_and_the_wheel_is_valid(tmp_path: Path) -> None:
-    files = {f"bitsandbytes/libbitsandbytes_{name}.so": name for name in LIBRARIES} | {"bitsandbytes/__init__.py": ""}
+    files = {f"bitsandbytes/libbitsandbytes_{name}.so": name for name in LIBRARIES} | {"bitsandbytes/note.txt": ""}
     wheel = wheel_of(tmp_path, "bitsandbytes", files)
     kit._without(wheel, kit.OTHER_LIBRARY)
     with zipfile.ZipFile(wheel) as archive:
@@ -491,19 +491,19 @@ def test_one_library_is_kept_and_the_wheel_is_valid(tmp_path: Path) -> None:
 
 
 def test_a_wheel_whose_files_were_changed_is_refused(tmp_path: Path) -> None:
-    wheel = wheel_of(tmp_path, "bitsandbytes", {"bitsandbytes/a.py": "one"})
+    wheel = wheel_of(tmp_path, "bitsandbytes", {"bitsandbytes/a.txt": "one"})
     changed = tmp_path / "changed.whl"
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(changed, "w") as new:
         for name in old.namelist():
-            new.writestr(name, "other" if name.endswith("a.py") else old.read(name))
-    with pytest.raises(SystemExit, match=r"a\.py is not what RECORD says"):
+            new.writestr(name, "other" if name.endswith("a.txt") else old.read(name))
+    with pytest.raises(SystemExit, match=r"a\.txt is not what RECORD says"):
         kit._without(changed, kit.OTHER_LIBRARY)
 
 
 def test_what_is_there_is_printed_and_not_replaced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "kit" / "any").mkdir(parents=True)
-    wheel_of(tmp_path / "kit" / "any", "torch", {"torch/__init__.py": "raise SystemExit"})
-    wheel_of(tmp_path / "kit" / "any", "nowhere_else", {"nowhere_else/__init__.py": ""})
+    wheel_of(tmp_path / "kit" / "any", "torch", {"torch/note.txt": ""})
+    wheel_of(tmp_path / "kit" / "any", "nowhere_else", {"nowhere_else/note.txt": ""})
     kit.install(tmp_path / "kit", tmp_path / "site")
     assert {path.name for path in (tmp_path / "site").iterdir()} == {"nowhere_else", "nowhere_else-1.0.dist-info"}
     assert f"torch {torch.__version__} is there (the kit has 1.0)" in capfd.readouterr().err
