@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import random
@@ -63,7 +63,8 @@ def ready() -> None:
     ask_nobody()
     composer_for()
     for name in LATE:
-        importlib.import_module(name)
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:  # dpo itself does not need pydantic
+            importlib.import_module(name)
     load(str(ROOT / "configs" / "quickstart.json"))
     _environment().get_template("report.html.j2")
     gc.collect()

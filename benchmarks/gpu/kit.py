@@ -3,7 +3,8 @@
 python benchmarks/gpu/kit.py gather            fills .kit (`make gpu-kit`); packages.txt says what the machine has
 python benchmarks/gpu/kit.py run [WORD ...]    installs .kit and runs `python benchmarks/gpu WORD ...` (`make gpu`)
 
-What is lacking follows from the metadata of the wheels: the requirements of dpo and of the checks, then those of each wheel.
+What is lacking follows from metadata: the requirements of dpo and of the checks, then those of each wheel, and of each package
+that the machine has, in the release that is installed here.
 .kit/any has wheels for every Python, .kit/3.11 and .kit/3.12 those of one. Of bitsandbytes only the library of one CUDA is
 kept. A package that the machine has is printed with its version, and never replaced.
 """
@@ -24,7 +25,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterable, Iterator
 from email.parser import Parser
-from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.metadata import PackageNotFoundError, distribution, distributions, version
 from pathlib import Path
 
 from pip._vendor.packaging.markers import default_environment
@@ -68,7 +69,7 @@ def _closure(python: str) -> dict[str, Path]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     liger = project["optional-dependencies"]["liger"]
     waiting = [Requirement(text) for text in (*project["dependencies"], *liger, *BESIDES)]
-    place, wheels = Path(tempfile.mkdtemp(prefix="kit-")), dict[str, Path]()
+    place, wheels, followed = Path(tempfile.mkdtemp(prefix="kit-")), dict[str, Path](), set[str]()
     while waiting:
         requirement = waiting.pop()
         name = canonicalize_name(requirement.name)
@@ -76,6 +77,9 @@ def _closure(python: str) -> dict[str, Path]:
             known = there[name]
             if known and not requirement.specifier.contains(known, prereleases=True):
                 raise SystemExit(f"the machine has {name} {known}, and {requirement} is required")
+            if name not in followed:  # its release there may need what the tested one needs
+                followed.add(name)
+                waiting += _installed_requirements(name, python)
             continue
         if name in wheels and not requirement.extras:
             continue
@@ -111,6 +115,19 @@ def _requirements(wheel: Path, python: str, extras: Iterable[str]) -> list[Requi
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name))
         lines = Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
+    return _applying(lines, python, extras)
+
+
+def _installed_requirements(name: str, python: str) -> list[Requirement]:
+    """What the release of a package requires that is installed here; nothing if it is not."""
+    try:
+        return _applying(distribution(name).requires or [], python, ())
+    except PackageNotFoundError:
+        return []
+
+
+def _applying(lines: Iterable[str], python: str, extras: Iterable[str]) -> list[Requirement]:
+    """The requirements that apply on Linux with that Python."""
     of_machine = {**default_environment(), "python_version": python, "python_full_version": f"{python}.0"}
     of_machine |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
     environments = [{**of_machine, "extra": extra} for extra in ("", *extras)]

@@ -372,7 +372,7 @@ def afterwards(setting: Setting) -> None:
     setting.agrees("eval", {"values": values, "limit": HALF_LOSS / 10}, {"values": HALF_LOSS / 10})
     done = CliRunner().invoke(app, ["export", str(run), "--out", str(setting.place / "merged")])
     verdict = RIGHT if done.exit_code == 0 else WRONG
-    setting.says("export", verdict, {}, "" if verdict == RIGHT else done.output[-500:].replace("\n", " | "))
+    setting.says("export", verdict, {}, "" if verdict == RIGHT else f"{done.exception!r} {done.output[-500:]}")
 
 
 CHECKS = (
