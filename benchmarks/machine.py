@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,8 @@ def versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
+    if shutil.which("git") is None:
+        return None
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     if commit.returncode:
         return None

@@ -83,10 +83,12 @@ def quantise(model: PreTrainedModel, settings: Settings) -> None:
             made.weight = bnb.nn.Params4bit(child.weight.data, requires_grad=False, **how)
         else:
             made = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False, device="meta")
-            on_cpu = child.weight.data.cpu()  # `to` quantises what comes from the CPU
-            made.weight = bnb.nn.Int8Params(on_cpu, requires_grad=False, has_fp16_weights=False)
+            # Its `to` quantises only what comes from the CPU.
+            made.weight = bnb.nn.Int8Params(child.weight.data, requires_grad=False, has_fp16_weights=False)._quantize(device)
         made.bias = child.bias
         setattr(parent, name, made.to(device))
+        if made.weight.dtype not in (torch.int8, torch.uint8):
+            raise RuntimeError(f"bitsandbytes left {name} as it was")
         if hasattr(made, "support_avx512bf16_for_cpu"):  # see providers/huggingface.py
             made.support_avx512bf16_for_cpu = False
     use_exact_product(model)

@@ -19,6 +19,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -318,7 +319,7 @@ def ended(check: Callable[[Setting], None], place: Path, seconds: float = 30) ->
     """The verdicts and reasons of a check in a process of its own."""
     results = place / "results.jsonl"
     results.touch()
-    runner.run_check(Check("made/up", check, seconds), "cpu", seconds, results, forks=True)
+    (_,) = runner.run_checks([Check("made/up", check, seconds)], 1, "cpu", time.monotonic() + seconds, results, forks=True)
     return [(line["verdict"], line["why"]) for line in runner.lines_of(results)]
 
 
@@ -522,3 +523,27 @@ def test_requirements_of_another_python_and_of_extras(tmp_path: Path) -> None:
 def test_parts_have_all_of_the_time() -> None:
     assert sum(part.share for part in PARTS) == pytest.approx(1)
     assert len(CHECKS) == sum(len(part.checks) for part in PARTS)
+
+
+def test_checks_run_at_the_same_time(tmp_path: Path) -> None:
+    """Each of two waits for the other's file."""
+
+    def meets(setting: Setting, own: str, other: str) -> None:
+        (tmp_path / own).touch()
+        while not (tmp_path / other).exists():
+            time.sleep(0.01)
+        setting.measured("", {})
+
+    results = tmp_path / "results.jsonl"
+    results.touch()
+    checks = [Check(own, partial(meets, own=own, other=other), 20) for own, other in (("one", "two"), ("two", "one"))]
+    assert len([*runner.run_checks(checks, 2, "cpu", time.monotonic() + 20, results, forks=True)]) == 2
+    assert [line["verdict"] for line in runner.lines_of(results)] == [MEASURED, MEASURED]
+
+
+@pytest.mark.long
+def test_a_check_that_cannot_be_forked_is_a_process_that_imports(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    results.touch()
+    (_,) = runner.run_checks([CHECKS["right/head"]], 1, "cpu", time.monotonic() + 60, results, forks=False)
+    assert {line["verdict"] for line in runner.lines_of(results)} == {RIGHT}

@@ -108,9 +108,8 @@ def run_parts(parts: list[Part], options: argparse.Namespace, results: Path) -> 
     kept = []
     for number, part in enumerate(parts):
         end, lines, begin = ends(number), list[dict[str, Any]](), time.monotonic()
-        for check in part.checks:
-            seconds = end - time.monotonic() if options.small else min(check.seconds, end - time.monotonic())
-            runner.run_check(check, options.device, seconds, results, forks)
+        at_once = 1 if options.small else part.at_once
+        for check in runner.run_checks(part.checks, at_once, options.device, end, results, forks):
             for line in (found := runner.lines_of(results, check.name)):
                 print_line(line)
             lines += found
@@ -129,9 +128,9 @@ def main() -> int:
     if options.results is not None:
         (part,) = parts
         (check,) = part.checks
-        setting = runner.Setting(check.name, options.device, time.monotonic() + options.seconds, Path.cwd(), options.results)
-        setting.place = Path(tempfile.mkdtemp(prefix="gpu-check-"))
-        runner.carry_out(check, setting)
+        with tempfile.TemporaryDirectory(prefix="gpu-check-") as place:
+            end = time.monotonic() + options.seconds
+            runner.carry_out(check, runner.Setting(check.name, options.device, end, Path(place), options.results))
         return 0
     folder = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu")
     folder.mkdir(parents=True, exist_ok=True)

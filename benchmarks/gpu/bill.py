@@ -244,7 +244,7 @@ def _checks() -> list[Check]:
 PART = Part(
     "bill",
     "gpu-memory",
-    0.3,
+    0.28,
     _checks(),
     (
         Column("predicted", "GB", "{:.2f} GB", (0.02, 0)),
@@ -253,5 +253,5 @@ PART = Part(
         Column("reserved", "GB", "{:.2f} GB"),
         Column("context", "GB", "{:.2f} GB"),
     ),
-    fitted,
+    after=fitted,
 )

@@ -8,6 +8,7 @@ enough on some machine; `__main__.py` then starts a process for each check, whic
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -29,6 +31,7 @@ from baseline import Column
 ROOT = Path(__file__).parents[2]
 RIGHT, WRONG, MEASURED, NOT_RUN = "right", "wrong", "measured", "not run"
 LEAST_SECONDS = 3.0  # with less time left a check is not started
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 LAST_LINES = 12  # of the log of a check that failed
 
 
@@ -133,6 +136,7 @@ class Part:
     share: float
     checks: Sequence[Check]
     columns: Sequence[Column]
+    at_once: int = 1  # checks that run at the same time on a GPU
     after: Callable[[list[dict[str, Any]]], list[tuple[str, list[tuple[Column, Any]]]]] = lambda lines: []  # notes of a table
 
 
@@ -161,85 +165,90 @@ def require_fork() -> None:
     """`ForkFails` if a process that is forked from this one cannot use the GPU."""
     import torch
 
-    if run_forked(lambda: torch.ones(1, device="cuda").sum().item(), Path(os.devnull), 60) != 0:
+    pid = forked(lambda: torch.ones(1, device="cuda").sum().item(), Path(os.devnull))
+    if os.waitpid(pid, 0)[1] != 0:
         raise ForkFails
 
 
-def run_forked(work: Callable[[], object], log: Path, seconds: float) -> int | None:
-    """The exit code of a forked process that does `work`; None if it was stopped after so many seconds."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.setsid()
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
-            work()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:  # the child must not continue as a second copy of its parent
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return _ended(pid, seconds)
-
-
-def _ended(pid: int, seconds: float) -> int | None:
-    """The exit code of the leader of a process group; the group does not outlive it, nor so many seconds."""
-    end = time.monotonic() + seconds
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        is_late = not found and time.monotonic() > end
-        if found or is_late:
-            _kill_group(pid)
-        if is_late:
-            os.waitpid(pid, 0)
-            return None
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-
-
-def _kill_group(pid: int) -> None:
-    """What the check has started too."""
-    with suppress(ProcessLookupError):  # all of it may have ended
-        os.killpg(pid, signal.SIGKILL)
+def forked(work: Callable[[], object], log: Path) -> int:
+    """The id of a process that does `work`, the leader of a group that does not outlive this process."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+        os.setpgid(0, 0)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+        work()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # the child must not continue as a second copy of its parent
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def carry_out(check: Check, setting: Setting) -> None:
-    """Run a check in this process; what it cannot run is a line too."""
+    """Run a check in this process, with an empty user cache; what it cannot run is a line too."""
+    os.environ["XDG_CACHE_HOME"] = str(setting.place / "cache")
     try:
         check.run(setting)
     except CannotRun as error:
         setting.not_run("", str(error))
 
 
-def run_check(check: Check, device: str, seconds: float, results: Path, forks: bool) -> None:
-    """Run a check in a process of its own. How it ended is a line too, where the check could not say it."""
-    if seconds < LEAST_SECONDS:
-        Setting(check.name, device, 0, results.parent, results).not_run("", "no time was left")
-        return
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-        setting = Setting(check.name, device, time.monotonic() + seconds, Path(folder), results)
-        log = Path(folder) / "check.log"
-        if forks:
-            code = run_forked(lambda: carry_out(check, setting), log, seconds)
-        else:
-            words = ["--only", check.name, "--device", device, "--seconds", str(seconds), "--results", str(results)]
-            with log.open("a", encoding="utf-8") as output:
-                child = subprocess.Popen(
-                    [sys.executable, str(Path(__file__).parent), *words], stdout=output, stderr=output, start_new_session=True
-                )
-                code = _ended(child.pid, seconds)
-        if code is None:
-            setting.not_run("", f"stopped after {seconds:.0f} s")
-        elif code != 0 or not lines_of(results, check.name):
-            last = " | ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
-            setting.says("", WRONG, {}, f"ended with {code}: {last}")
+class Running:
+    """A check in a process of its own, in a folder that is removed at its end."""
+
+    def __init__(self, check: Check, device: str, seconds: float, results: Path, forks: bool) -> None:
+        self.check, self.seconds, self.results = check, seconds, results
+        self._folder = tempfile.TemporaryDirectory(prefix="gpu-check-")
+        self.setting = Setting(check.name, device, time.monotonic() + seconds, Path(self._folder.name), results)
+        self._log = self.setting.place / "check.log"
+        words = [sys.executable, str(Path(__file__).parent), "--only", check.name, "--device", device]
+        words += ["--seconds", str(seconds), "--results", str(results)]
+        work = partial(carry_out, check, self.setting) if forks else partial(os.execv, sys.executable, words)
+        self.pid = forked(work, self._log)
+
+    def has_ended(self) -> bool:
+        """Whether it has ended; it is stopped at its deadline. How it ended is a line too, where the check could not say it."""
+        found, status = os.waitpid(self.pid, os.WNOHANG)
+        is_late = not found and self.setting.seconds_left < 0
+        if not found and not is_late:
+            return False
+        with suppress(ProcessLookupError):  # what the check has started ends with it, and all of it may have ended
+            os.killpg(self.pid, signal.SIGKILL)
+        if is_late:
+            os.waitpid(self.pid, 0)
+            self.setting.not_run("", f"stopped after {self.seconds:.0f} s")
+        elif (code := os.waitstatus_to_exitcode(status)) != 0 or not lines_of(self.results, self.check.name):
+            last = " | ".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
+            self.setting.says("", WRONG, {}, f"ended with {code}: {last}")
+        self._folder.cleanup()
+        return True
+
+
+def run_checks(checks: Sequence[Check], at_once: int, device: str, end: float, results: Path, forks: bool) -> Iterator[Check]:
+    """Run checks until `end`, of time.monotonic(), a few at once; gives each when it has ended."""
+    waiting, running = list(checks), list[Running]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            check, left = waiting.pop(0), end - time.monotonic()
+            if left < LEAST_SECONDS:
+                Setting(check.name, device, end, results.parent, results).not_run("", "no time was left")
+                yield check
+                continue
+            seconds = left if device == "cpu" else min(check.seconds, left)
+            running.append(Running(check, device, seconds, results, forks))
+        for one in [one for one in running if one.has_ended()]:
+            running.remove(one)
+            yield one.check
+        time.sleep(0.02)
 
 
 def shares(parts: Sequence[Part], seconds: float) -> Callable[[int], float]:

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from dpo_cli.evaluation.generation import Sampling, answers
 from gpu.bill import BASE, MODELS, facts_of, model_of
-from gpu.runner import Check, Part, Setting
+from gpu.runner import CannotRun, Check, Part, Setting
 from gpu.speed import now
 
 PROMPTS, TOKENS, LENGTH = 32, 128, 256
@@ -19,6 +19,14 @@ ROUNDS = 2
 
 
 def rate(setting: Setting) -> None:
+    """`_rate`, where the model fits."""
+    try:
+        _rate(setting)
+    except torch.OutOfMemoryError as error:
+        raise CannotRun(str(error).splitlines()[0]) from error
+
+
+def _rate(setting: Setting) -> None:
     """Greedy answers to 32 prompts at once, 8B in bf16; in the rehearsal a tiny float32 model, whose answers are compared."""
     from builders import tiny_tokenizer
 
@@ -56,7 +64,7 @@ def rate(setting: Setting) -> None:
 PART = Part(
     "sampling",
     "gpu-sampling",
-    0.08,
+    0.1,
     (Check("sampling/8B", rate, 45),),
     (
         Column("transformers", "tokens/s", "{:,.0f}"),

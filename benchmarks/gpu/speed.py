@@ -35,9 +35,10 @@ from dpo_cli.providers import liger_kernels
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.oom import free_memory
 from gpu.bill import MODELS, facts_of, model_of
-from gpu.runner import Check, Part, Setting
+from gpu.runner import CannotRun, Check, Part, Setting
 
-STEPS, ACCUMULATION, BATCH, RANK = 3, 4, 2, 16
+STEPS, PAIRS, RANK = 2, 8, 16  # of a round; pairs of a step
+BATCHES = {"1B": 4, "8B": 1}  # pairs of a micro-batch: TRL keeps the states of all layers for both of their sequences
 MOST_ROUNDS = 3
 WORDS = 60  # of a turn and of an answer, with about five tokens each
 TOP = 10  # kernels
@@ -75,13 +76,14 @@ class Bench:
 
         self.setting, self.tokenizer = setting, tiny_tokenizer()
         words = 2 if setting.is_small else WORDS
-        self.rows = conversation_pairs(STEPS * ACCUMULATION * BATCH, turn_words=words, answer_words=words)
+        self.rows = conversation_pairs(STEPS * PAIRS, turn_words=words, answer_words=words)
         self.pairs: Sequence[Encoded] = encode([to_pair(row, i + 1) for i, row in enumerate(self.rows)], self.tokenizer)
         self.facts = facts_of(setting, MODELS[name])
         length = max(pair.length for pair in self.pairs)
-        self.settings = Settings(batch=BATCH, length=length, rank=RANK, bytes_per_value=2, checkpointing=False, bits=bits)
+        batch = BATCHES[name]
+        self.settings = Settings(batch=batch, length=length, rank=RANK, bytes_per_value=2, checkpointing=False, bits=bits)
         plan = plan_of(self.settings, length, True, setting.device, setting.place)
-        self.plan = replace(plan, config=plan.config.replaced({"gradient_accumulation_steps": ACCUMULATION}))
+        self.plan = replace(plan, config=plan.config.replaced({"gradient_accumulation_steps": PAIRS // batch}))
         self.own = model_of(self.facts, self.settings, setting.device)
         if setting.device == "cuda" and liger_kernels.is_installed():  # as the provider does
             liger_kernels.use_kernels(self.own)
@@ -128,6 +130,13 @@ def steps_of(build: Callable[[int], Any], steps: int) -> list[float]:
 def rates(setting: Setting, name: str, bits: int | None) -> None:
     """Tokens a second of a model in a precision, then the kernels of a step."""
     logging.disable(logging.WARNING)
+    try:
+        _rates(setting, name, bits)
+    except torch.OutOfMemoryError as error:
+        raise CannotRun(str(error).splitlines()[0]) from error
+
+
+def _rates(setting: Setting, name: str, bits: int | None) -> None:
     rate = floor.rate(torch.bfloat16, setting.device)
     bench = Bench(setting, name, bits)
     others = {"TRL": False} | ({"TRL with liger": True} if _has_liger(setting) else {})
@@ -184,10 +193,10 @@ RATE: dict[str, Any] = {"unit": "tokens/s", "shown": "{:,.0f}"}
 PART = Part(
     "speed",
     "gpu-speed",
-    0.26,
+    0.3,
     (
-        Check("speed/8B", partial(rates, name="8B", bits=None), 60),
-        Check("speed/8B-4bit", partial(rates, name="8B", bits=4), 60),
+        Check("speed/8B", partial(rates, name="8B", bits=None), 70),
+        Check("speed/8B-4bit", partial(rates, name="8B", bits=4), 70),
         Check("speed/1B", partial(rates, name="1B", bits=None), 30),
         Check("speed/1B-4bit", partial(rates, name="1B", bits=4), 30),
     ),
