@@ -118,9 +118,7 @@ def half(setting: Setting) -> None:
 
 
 def optimizers(setting: Setting) -> None:
-    """The optimizers of bitsandbytes, whose states are in 8 bits or in paged memory, against torch's."""
-    if setting.is_small:
-        raise CannotRun("paged memory needs CUDA")
+    """The optimizers of bitsandbytes, whose states are in 8 bits or in paged memory (on a GPU), against torch's."""
     bench = bench_of(setting)
     common = {"bf16": True, "lora_r": 32}  # tensors of fewer than 4,096 weights keep states in float32
     plain = trained(bench, setting, "torch", **common)
