@@ -244,4 +244,4 @@ runs/quickstart/report.html: | install
 	$(BIN)/dpo train configs/quickstart.json --overwrite
 
 clean:
-	rm -rf .venv .venv-trl .venv-unsloth models runs build *.egg-info
+	rm -rf .venv .venv-trl .venv-unsloth models runs build .kit *.egg-info

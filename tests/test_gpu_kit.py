@@ -405,7 +405,7 @@ def test_time_that_a_part_leaves_is_that_of_later_ones(monkeypatch: pytest.Monke
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     parts = [runner.Part("", "", share, (), ()) for share in (3, 1, 1)]
-    end = runner.shares(parts, 100)
+    end = runner.shares(parts, end=100)
     assert end(0) == pytest.approx(60)
     clock[0] = 20
     assert end(1) == pytest.approx(60)

@@ -10,9 +10,11 @@ import tempfile
 import time
 from dataclasses import replace
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+BEGIN = time.monotonic()  # the imports are part of the minutes
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports every start
 HERE = Path(__file__).resolve().parent
@@ -34,9 +36,12 @@ with runner.cuda_later():
 
     ready()
 
+from dpo_cli.hardware.machine import probe  # noqa: E402
+
 PARTS = (right.PART, bill.PART, speed.PART, sampling.PART)
 MINUTES = 8.0
 NAMED = (Column("check"), Column("case"))
+ABOUT = ("date", "machine", "versions", "gpus", "device")  # of the first line of the results
 VERDICT, WHY = Column("verdict", "word"), Column("why", "reason")
 
 
@@ -55,6 +60,8 @@ def parsed() -> argparse.Namespace:
     known = {part.name for part in PARTS} | {check.name for part in PARTS for check in part.checks}
     if unknown := set(options.only or []) - known:
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
+    if (options.keep or options.compare) and any("/" in name for name in options.only or []):
+        parser.error("a baseline is the table of a whole part")
     options.small = options.device == "cpu"
     if not options.small and not torch.cuda.is_available():
         parser.error("this torch cannot use CUDA; the rehearsal is --device cpu")
@@ -84,6 +91,13 @@ def table_of(part: Part, lines: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def print_line(line: dict[str, Any]) -> None:
     figures = ", ".join(
         f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in line["figures"].items()
@@ -94,8 +108,7 @@ def print_line(line: dict[str, Any]) -> None:
 
 def run_parts(parts: list[Part], options: argparse.Namespace, results: Path) -> list[Baseline]:
     """Run the checks one after another; the table of each part is written next to the results after each check."""
-    started = time.monotonic()
-    ends = runner.shares(parts, 60 * options.minutes)
+    ends = runner.shares(parts, BEGIN + 60 * options.minutes)
     forks = True
     try:
         if options.device == "cuda":
@@ -104,7 +117,9 @@ def run_parts(parts: list[Part], options: argparse.Namespace, results: Path) -> 
         print("CUDA cannot be used after a fork here: each check imports everything again", flush=True)
         forks = False
     about = (date.today().isoformat(), machine(), versions())
-    runner.append(results, {"date": about[0], "machine": about[1], "versions": about[2], "device": options.device})
+    more = {"cuda": torch.version.cuda, **{name: _version(name) for name in ("triton", "liger-kernel")}}
+    gpus = [{"name": gpu.name, "memory_gb": gpu.memory_gb} for gpu in probe().gpus]
+    runner.append(results, dict(zip(ABOUT, (*about[:2], {**about[2], **more}, gpus, options.device), strict=True)))
     kept = []
     for number, part in enumerate(parts):
         end, lines, begin = ends(number), list[dict[str, Any]](), time.monotonic()
@@ -118,7 +133,7 @@ def run_parts(parts: list[Part], options: argparse.Namespace, results: Path) -> 
             made = Baseline(part.baseline, command, *about[:1], seconds, *about[1:], table_of(part, lines))
             results.with_name(f"{part.baseline}.json").write_text(made.text(), encoding="utf-8")
         kept.append(made)
-    print(f"{time.monotonic() - started:.0f} s in all; the results are in {results.parent}", flush=True)
+    print(f"{time.monotonic() - BEGIN:.0f} s in all; the results are in {results.parent}", flush=True)
     return kept
 
 

@@ -251,9 +251,8 @@ def run_checks(checks: Sequence[Check], at_once: int, device: str, end: float, r
         time.sleep(0.02)
 
 
-def shares(parts: Sequence[Part], seconds: float) -> Callable[[int], float]:
+def shares(parts: Sequence[Part], end: float) -> Callable[[int], float]:
     """The end of the n-th part, of time.monotonic(): time that earlier parts leave is that of later ones."""
-    end = time.monotonic() + seconds
 
     def end_of(number: int) -> float:
         left = end - time.monotonic()
