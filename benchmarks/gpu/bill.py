@@ -30,7 +30,7 @@ from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.hardware.recommend import Request, recommend
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.models.source import ModelSource
-from dpo_cli.scoring.oom import free_memory
+from dpo_cli.providers.out_of_memory import free_memory
 from gpu.runner import MEASURED, RIGHT, WRONG, CannotRun, Check, Part, Setting
 
 MODELS = {

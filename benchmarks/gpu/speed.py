@@ -32,8 +32,8 @@ from dpo_cli.data.encoded import Encoded
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers import liger_kernels
+from dpo_cli.providers.out_of_memory import free_memory
 from dpo_cli.scoring import forward
-from dpo_cli.scoring.oom import free_memory
 from gpu.bill import MODELS, facts_of, model_of
 from gpu.runner import CannotRun, Check, Part, Setting
 
