@@ -17,9 +17,10 @@ from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
 from dpo_cli.hardware.machine import Gpu, Machine
 from dpo_cli.models.source import ModelSource
+from dpo_cli.plan.plan import resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers import precision
-from dpo_cli.providers.precision import bf16_speed, with_bf16_speed
+from dpo_cli.providers.precision import bf16_speed, same_bits, with_bf16_speed
 from dpo_cli.runs import open_run
 from dpo_cli.ui.console import Console
 
@@ -124,3 +125,20 @@ def test_nothing_is_measured_where_the_precision_is_settled(
     config.write_text(json.dumps(values), encoding="utf-8")
     loaded = load(str(config))
     assert with_bf16_speed(machine, loaded.require(), ModelSource.of(str(wide_model_dir)).facts) is machine
+
+
+@pytest.mark.parametrize(("device", "is_asked", "is_on"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)])
+def test_full_determinism_is_for_a_gpu_and_ends_with_the_training(
+    tmp_path: Path, device: str, is_asked: bool, is_on: bool
+) -> None:
+    file = tmp_path / "config.json"
+    values = {"model_name": "a/model", "dataset": "none.jsonl", "device": device, "full_determinism": is_asked}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    machine = replace(CPU, gpus=(Gpu("3090", 24.0, 23.0, 8.6),)) if device == "cuda" else CPU
+    plan = resolve(load(str(file)), machine)
+    fills: Any = torch.utils.deterministic
+    before = fills.fill_uninitialized_memory
+    with same_bits(plan):
+        assert torch.are_deterministic_algorithms_enabled() == is_on
+        assert fills.fill_uninitialized_memory == (before and not is_on)
+    assert not torch.are_deterministic_algorithms_enabled() and fills.fill_uninitialized_memory == before

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -194,31 +194,31 @@ def resume(setting: Setting) -> None:
         raise CannotRun("it forks runs, and CUDA has started in this process")
     bench = bench_of(setting)
     common = {"device": setting.device, "lora_dropout": 0.3, "save_steps": 2, "max_steps": 24, "learning_rate": 1e-3}
-    configs = {
-        half: bench.config(f"resumed-{half}", {**common, half: True, "per_device_train_batch_size": 2})
-        for half in ("bf16", "fp16")
+    cases = {
+        "bf16, full_determinism": {"bf16": True, "full_determinism": True},
+        "bf16": {"bf16": True},
+        **({} if setting.is_small else {"fp16 and its scaler, full_determinism": {"fp16": True, "full_determinism": True}}),
     }
-    _resumed(setting, "deterministic kernels", configs["bf16"], deterministic)
-    _resumed(setting, "the fastest kernels", configs["bf16"], lambda: None)
-    if not setting.is_small:
-        _resumed(setting, "fp16 and its scaler, deterministic kernels", configs["fp16"], deterministic)
+    for number, (case, values) in enumerate(cases.items()):
+        config = bench.config(f"resumed-{number}", {**common, **values, "per_device_train_batch_size": 2})
+        _resumed(setting, case, config, setting.is_small or "full_determinism" in values)
 
 
-def _resumed(setting: Setting, case: str, config: Path, before: Callable[[], None]) -> None:
+def _resumed(setting: Setting, case: str, config: Path, is_exact: bool) -> None:
     """Write the line of a run that was killed, resumed, and compared with one that was let alone."""
     from bench import Left, train
 
     runs = [setting.place / f"{word}-{case.replace(' ', '-')}" for word in ("alone", "killed")]
-    alone = train(config, runs[0], before=before)
+    alone = train(config, runs[0])
     if alone.end():
         raise RuntimeError(f"a run that was let alone failed: {alone.said()[-2000:]}")
-    child = train(config, runs[1], before=before)
+    child = train(config, runs[1])
     while child.wait(0.002) is None and not RunDirectory(runs[1]).checkpoints.all() and setting.seconds_left > 0:
         pass
     if child.code is not None:
         raise RuntimeError(f"no checkpoint was seen before the run ended: {child.said()[-2000:]}")
     child.kill()
-    resumed = train(config, runs[1], "--resume", before=before)
+    resumed = train(config, runs[1], "--resume")
     if resumed.end():
         raise RuntimeError(f"--resume failed: {resumed.said()[-2000:]}")
     # B starts at zero: it is what was trained, where A is mostly what was drawn.
@@ -227,17 +227,11 @@ def _resumed(setting: Setting, case: str, config: Path, before: Callable[[], Non
     left = [Left.by(run) for run in runs]
     steps = [[line["loss"] for line in one.lines if line["split"] == "train"] for one in left]
     figures = {"values": max(abs(a - b) for a, b in zip(*steps, strict=True)), "gradients": gradients}
-    if before is deterministic or setting.is_small:
+    if is_exact:
         figures |= {"limit": 0.0, "other": float(left[0] != left[1])}
         setting.agrees(case, figures, {"gradients": 0.0, "other": 0.0})
     else:
         setting.agrees(case, {**figures, "limit": ROUNDED}, {"gradients": ROUNDED}, "to rounding")
-
-
-def deterministic() -> None:
-    """Kernels that give the same bits twice; torch raises an error for one that has no such variant."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

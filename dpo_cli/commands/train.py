@@ -28,7 +28,7 @@ from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import require_device
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
-from dpo_cli.providers.precision import product_speed, with_bf16_speed
+from dpo_cli.providers.precision import product_speed, same_bits, with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.publish.upload import push
 from dpo_cli.report.render import write_report
@@ -178,7 +178,7 @@ class Job:
 def _trained(job: Job, plan: Plan) -> tuple[JsonObject, Exit]:
     """The story from the model on."""
     view = LiveView(job.console, plan.total_steps, plan.predicted_gb)
-    with log_to(job.run.log), StopOnSignal() as stop, view:
+    with same_bits(plan), log_to(job.run.log), StopOnSignal() as stop, view:
         training = _built(job, plan, view, stop)
         with _fitting(training.plan, job.loaded):
             _begun(job, training, view)

@@ -15,6 +15,7 @@ class Config:
     compute_specs: Literal['low_end', 'mid_range', 'high_end'] | None
     output_dir: str | None
     seed: int
+    full_determinism: bool
     device: Literal['auto', 'cpu', 'cuda', 'mps']
     num_processes: int
     stages: list[Any] | None

@@ -1,4 +1,5 @@
-"""The precision of products: whether bfloat16 is faster on this processor, and a model that computes in float32 for a while."""
+"""The precision of products: whether bfloat16 is faster on this processor, a model in float32 for a while, and kernels that
+give the same bits each time."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -48,6 +50,25 @@ def in_faster_precision(plan: Plan, decided: bool | None) -> Plan:
 
 def _speed_for(facts: ModelFacts | None) -> float:
     return round(bf16_speed(*((facts.hidden_size, facts.intermediate_size) if facts else COMMON)), 2)
+
+
+@contextmanager
+def same_bits(plan: Plan) -> Iterator[None]:
+    """Within, a GPU uses only kernels that give the same bits each time, if the plan says so.
+
+    Those of the backward pass of attention do not by default. On a CPU all kernels of a training do.
+    """
+    is_asked = plan.config.full_determinism and plan.config.device == "cuda"
+    before, module = torch.are_deterministic_algorithms_enabled(), cast(Any, torch.utils.deterministic)
+    fills = module.fill_uninitialized_memory  # only for the search of errors, and slow
+    if is_asked:
+        torch.use_deterministic_algorithms(True)
+        module.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        module.fill_uninitialized_memory = fills
 
 
 def product_speed(plan: Plan) -> float:
