@@ -86,9 +86,10 @@ def test_other_ids_for_one_text_are_seen(text: str) -> None:
     assert fast_encoder(own, other, ["of the data"]) is None
 
 
-def test_other_ids_for_one_token_are_seen() -> None:
+@pytest.mark.parametrize("number", range(5, 400, 36))
+def test_other_ids_for_one_token_are_seen(number: int) -> None:
     own = OWN["byte-level"]
-    number = own.get_vocab_size() - 10
+    assert number < own.get_vocab_size()
     other: Encode = lambda texts: [[id for id in ids if id != number] for ids in encoder(own)(texts)]  # noqa: E731
     assert fast_encoder(own, other, []) is None
 

@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from gpu import bill, kit, right, runner, sampling, speed, trainings
 from gpu.runner import MEASURED, NOT_RUN, RIGHT, WRONG, Check, Setting
 
 from dpo_cli.hardware import memory
-from dpo_cli.scoring import lm_head, lora_linear, oom, row_attention, shared_prompts
+from dpo_cli.scoring import forward, lm_head, lora_linear, oom, row_attention, shared_prompts
 from dpo_cli.training.dpo_trainer import PairTrainer
 from dpo_cli.training.trainer import CarefulTrainer
 
@@ -277,9 +279,35 @@ def other_optimizer(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Optimizer8bit, "step", slower)
 
 
+def no_number_from_the_head(patch: pytest.MonkeyPatch) -> None:
+    """As from a kernel that reads what nothing has written."""
+    scored = lm_head.score_tokens
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        scores = scored(*args, **kwargs)
+        return replace(scores, log_probs=scores.log_probs * math.nan)
+
+    for module in (lm_head, right, forward):
+        patch.setattr(module, "score_tokens", spoilt)
+
+
+def no_number_from_layers(patch: pytest.MonkeyPatch) -> None:
+    adapted = lora_linear._adapted
+    patch.setattr(lora_linear, "_adapted", lambda *given: adapted(*given) * math.nan)
+
+
+def no_number_from_attention(patch: pytest.MonkeyPatch) -> None:
+    together = row_attention._together
+    patch.setattr(row_attention, "_together", lambda *given: together(*given) * math.nan)
+
+
 FAULTS: tuple[tuple[str, Callable[[pytest.MonkeyPatch], None]], ...] = (
     ("right/head", wrong_head_gradient),
     ("right/head", last_chunk_lost),
+    ("right/head", no_number_from_the_head),
+    ("right/shared", no_number_from_the_head),
+    ("right/attention", no_number_from_attention),
+    ("right/layers", no_number_from_layers),
     ("right/shared", dropped_mask),
     ("right/shared", positions_run_on),
     ("right/attention", no_window),

@@ -519,3 +519,20 @@ def test_a_base_product_that_is_a_little_wrong_is_seen(
 
     monkeypatch.setattr(lora_linear, "_add_product", wrong)
     assert fuse(adapted(tiny_model("llama"), torch.float32)) == 0 and "computes something else" in caplog.text
+
+
+def test_adapters_are_not_left_narrow_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy is out of memory: the layers before it must train again."""
+    model = adapted(tiny_model("llama"), torch.float32)
+    assert fuse(model) == 14
+    plain, number = lora_linear._plain_adapter, iter(range(1000))
+
+    def failing(module: nn.Module) -> str | None:
+        if plain(module) is not None and next(number) == 4:
+            raise torch.OutOfMemoryError("no memory is left")
+        return plain(module)
+
+    monkeypatch.setattr(lora_linear, "_plain_adapter", failing)
+    with pytest.raises(torch.OutOfMemoryError), narrow_adapters(model, torch.bfloat16):
+        pass
+    assert all(layer.forward == types.MethodType(_forward, layer) for layer in layers(model))

@@ -242,9 +242,9 @@ def test_an_evaluation_has_the_room_of_its_training() -> None:
     assert room.holds_answers(9, 768) and not room.holds_answers(10, 768)
     assert room.holds_rows(2048, 1024) and not room.holds_rows(65536, 1024)
     # In float32 the head is copied, 4 * 128256 * 4096 bytes; with 4-bit weights, the largest layer is dequantised.
-    wide = evaluation_room(facts, freed * GIB, 4, is_widened=True, is_4bit=True)
+    wide = evaluation_room(facts, freed * GIB, 4, copies_head=True, is_quantised=True)
     assert room.free - wide.free == 4 * 128_256 * 4096
-    assert room.free - evaluation_room(facts, freed * GIB, 2, is_4bit=True).free == 2 * 14_336 * 4096
+    assert room.free - evaluation_room(facts, freed * GIB, 2, is_quantised=True).free == 2 * 14_336 * 4096
 
 
 def test_the_bill_grows_with_what_makes_a_run_larger() -> None:

@@ -23,7 +23,7 @@ from dpo_cli.scoring import forward, lm_head, lora_linear, row_attention, shared
 from dpo_cli.scoring.lm_head import Head, score_tokens
 from dpo_cli.scoring.row_attention import Cuts
 from gpu import trainings
-from gpu.runner import CannotRun, Check, Part, Setting
+from gpu.runner import CannotRun, Check, Part, Setting, most
 from gpu.trainings import small_llama
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 3e-3}
@@ -70,7 +70,7 @@ def head(setting: Setting) -> None:
                 truth = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
                 exact = torch.autograd.grad(truth @ share.double(), wide)
                 case = f"{_name(dtype)}{', soft-cap' * bool(softcap)}{', trained' * is_trained}"
-                gradients = max(apart(one, other) for one, other in zip(grads, exact, strict=True))
+                gradients = most(apart(one, other) for one, other in zip(grads, exact, strict=True))
                 both(setting, case, apart(scores.log_probs.detach(), truth.detach()), gradients, ROUNDING[dtype])
 
 
@@ -86,9 +86,9 @@ def shared(setting: Setting) -> None:
                 log_probs_and_gradients(family, states, batch, exact_norms=True)
                 for states in (forward.plain_states, forward.shared_states)
             )
-            worst[0] = max([worst[0], *(once - plain).abs().tolist()])
+            worst[0] = most([worst[0], *(once - plain).abs().tolist()])
             differences = ((once_grads[name] - grad).norm() / max(1, grad.norm()) for name, grad in plain_grads.items())
-            worst[1] = max([worst[1], *map(float, differences)])
+            worst[1] = most([worst[1], *map(float, differences)])
         both(setting, f"{family}, float64", *worst, EXACT)
     _shared_in_half(setting)
 
@@ -138,7 +138,7 @@ def attention(setting: Setting) -> None:
                 continue
             one = partial(_one_by_one, cuts, window)
             plain, truth = (_attended(one, states, share, dtype) for dtype in (torch.bfloat16, torch.float64))
-        worst = [max(apart(a, b) for a, b in zip(got, truth, strict=True)) for got in (together, plain)]
+        worst = [most(apart(a, b) for a, b in zip(got, truth, strict=True)) for got in (together, plain)]
         figures = {"values": apart(together[0], truth[0]), "gradients": worst[0], "limit": ROUNDING[torch.bfloat16]}
         why = "" if is_real else "the kernel's documentation, written out: it needs CUDA"
         setting.agrees(case, figures, dict.fromkeys(("values", "gradients"), figures["limit"]), why)
@@ -192,7 +192,7 @@ def layers(setting: Setting) -> None:
         plain = step(model, ids)
         lora_linear.fuse(model)
         own = step(model, ids)
-        gradients = max(apart(a, b) for a, b in zip(own[1:], plain[1:], strict=True))
+        gradients = most(apart(a, b) for a, b in zip(own[1:], plain[1:], strict=True))
         why = "" if fused(model) == count else f"{fused(model)} of {count} layers run as one function"
         both(setting, f"{family}, float64", apart(own[0], plain[0]), gradients if not why else float("inf"), EXACT, why)
     _layers_of_4_bits(setting)
@@ -223,10 +223,10 @@ def _layers_of_4_bits(setting: Setting) -> None:
         own = torch.autograd.grad(output, (given, a, b), share)
         truth = wide[0] @ whole.T + layer.scaling["default"] * (wide[0] @ wide[1].T) @ wide[2].T
         exact = torch.autograd.grad(truth, wide, share.double())
-        values = max(values, apart(output.detach(), truth.detach()))
-        gradients = max(gradients, *(apart(one, other) for one, other in zip(own, exact, strict=True)))
+        values = most([values, apart(output.detach(), truth.detach())])
+        gradients = most([gradients, *(apart(one, other) for one, other in zip(own, exact, strict=True))])
         with torch.no_grad():
-            few = max(few, apart(layer(x[:8]), truth[:8].detach()))
+            few = most([few, apart(layer(x[:8]), truth[:8].detach())])
     both(setting, "4-bit, bf16", values, gradients, PRODUCT)
     both(setting, "4-bit, bf16, 8 tokens without gradient", few, 0.0, PRODUCT)
 

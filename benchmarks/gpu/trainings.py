@@ -33,7 +33,7 @@ from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.scoring.packing import row_tokens
 from dpo_cli.storage.run_directory import ADAPTER, WEIGHTS, RunDirectory
 from dpo_cli.training.trainer import ProbeFirst
-from gpu.runner import RIGHT, ROOT, WRONG, CannotRun, Check, Setting
+from gpu.runner import RIGHT, ROOT, WRONG, CannotRun, Check, Setting, most
 
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"  # with a release of TRL that runs on a CPU
 SETTINGS = Settings(batch=4, length=0, rank=8, bytes_per_value=4, checkpointing=False)
@@ -83,10 +83,10 @@ def compared(
 ) -> None:
     """Write the line of two trainings: their losses, and the norms of their gradients."""
     pairs = list(zip(one, other, strict=True))
-    values = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
+    values = most(abs(a["loss"] - b["loss"]) for a, b in pairs)
     # The scaler of fp16 finds its scale: the gradient of a step that it skips is infinite.
-    both = [(a["grad_norm"], b["grad_norm"]) for a, b in pairs if math.isfinite(a["grad_norm"])]
-    gradients = max(abs(a / b - 1) for a, b in both) if both else math.inf
+    both = [(a["grad_norm"], b["grad_norm"]) for a, b in pairs if not math.isinf(a["grad_norm"])]
+    gradients = most(abs(a / b - 1) for a, b in both) if both else math.inf
     # Policy and reference are equal before the first step. A GPU may choose other kernels for a pass without a gradient.
     start, near = abs(one[0]["loss"] - math.log(2)), SAME if setting.is_small else HALF_LOSS
     figures = {"values": values, "gradients": gradients, "limit": max(loss, norm), "start": start}
@@ -172,7 +172,7 @@ def against_trl(setting: Setting) -> None:
     if done.returncode:
         raise RuntimeError(f"TRL ended with {done.returncode}: {done.stderr[-2000:]}")
     theirs = json.loads(done.stdout)
-    values = max(abs(line["loss"] - loss) for line, loss in zip(lines, theirs["losses"], strict=True))
+    values = most(abs(line["loss"] - loss) for line, loss in zip(lines, theirs["losses"], strict=True))
     moved = abs(lines[-1]["loss"] - lines[0]["loss"])
     figures = {"values": values, "limit": LOSS, "moved": moved}
     why = "" if moved > 100 * LOSS else "the losses hardly moved, so the comparison shows nothing"
@@ -226,7 +226,7 @@ def _resumed(setting: Setting, case: str, config: Path, is_exact: bool) -> None:
     gradients = _apart(*(torch.cat([part.flatten() for name, part in file if "lora_B" in name]) for file in files))
     left = [Left.by(run) for run in runs]
     steps = [[line["loss"] for line in one.lines if line["split"] == "train"] for one in left]
-    figures = {"values": max(abs(a - b) for a, b in zip(*steps, strict=True)), "gradients": gradients}
+    figures = {"values": most(abs(a - b) for a, b in zip(*steps, strict=True)), "gradients": gradients}
     if is_exact:
         figures |= {"limit": 0.0, "other": float(left[0] != left[1])}
         setting.agrees(case, figures, {"gradients": 0.0, "other": 0.0})
@@ -365,7 +365,7 @@ def afterwards(setting: Setting) -> None:
     run = setting.place / "judged"
     stored = json.loads((run / "metrics.json").read_text(encoding="utf-8"))["eval"]
     again = api.evaluate(run).sides.policy
-    values = max(abs(again[name].value - stored[name]["value"]) for name in ("loss", "margin", "kl_token"))
+    values = most(abs(again[name].value - stored[name]["value"]) for name in ("loss", "margin", "kl_token"))
     setting.agrees("eval", {"values": values, "limit": HALF_LOSS / 10}, {"values": HALF_LOSS / 10})
     done = CliRunner().invoke(app, ["export", str(run), "--out", str(setting.place / "merged")])
     verdict = RIGHT if done.exit_code == 0 else WRONG

@@ -1,5 +1,6 @@
 """Texts to token ids by the package fastokens: about ten times as fast as the package tokenizers, for the tokenizers that it
-reads. It is used for many texts, after it has given the same ids for every token of the vocabulary and for many of the texts.
+reads. It is used for many texts, after it has given the same ids for some of them, for texts that are hard to cut into words,
+and for texts of all tokens of the vocabulary, several together and each alone.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,10 @@ def fast_encoder(tokenizer: Tokenizer, encode: Encode, seen: Sequence[str]) -> E
 
     Its threads do not survive a fork, so no process may fork after this. `seen` are some of the texts.
     """
-    from fastokens import Tokenizer as FastTokenizer  # late, because few commands have many texts
+    try:
+        from fastokens import Tokenizer as FastTokenizer  # late, because few commands have many texts
+    except ImportError:  # a machine without a wheel of it: the package tokenizers is slower, and the same
+        return None
 
     described = json.loads(tokenizer.to_str())
     size = 1 + max(tokenizer.get_vocab().values())
@@ -60,8 +64,13 @@ def fast_encoder(tokenizer: Tokenizer, encode: Encode, seen: Sequence[str]) -> E
                 ids[place] = own
         return ids
 
-    texts = [*HARD, *seen, *_texts_of_tokens(tokenizer)]
-    return encoded if encoded(texts) == encode(texts) else None
+    texts = [*HARD, *seen, *_texts_of_tokens(tokenizer, TOGETHER)]
+    ids = encode(texts)
+    if encoded(texts) != ids:
+        return None
+    found = {id for of_text in ids for id in of_text}  # several tokens together may be other ones
+    alone = _texts_of_tokens(tokenizer, 1, found)
+    return encoded if encoded(alone) == encode(alone) else None
 
 
 def _add_missing_bytes(described: dict[str, Any], size: int) -> None:
@@ -74,9 +83,9 @@ def _add_missing_bytes(described: dict[str, Any], size: int) -> None:
         vocabulary.update({byte: size + number for number, byte in enumerate(missing)})
 
 
-def _texts_of_tokens(tokenizer: Tokenizer) -> list[str]:
-    """Texts of a few tokens each, with each token of the vocabulary in one of them."""
-    ids = sorted(tokenizer.get_vocab().values())
+def _texts_of_tokens(tokenizer: Tokenizer, together: int, without: Container[int] = ()) -> list[str]:
+    """Texts of so many tokens each, with each token of the vocabulary in one of them, but for some."""
+    ids = [id for id in sorted(tokenizer.get_vocab().values()) if id not in without]
     random.Random(0).shuffle(ids)
-    groups = [ids[start : start + TOGETHER] for start in range(0, len(ids), TOGETHER)]
+    groups = [ids[start : start + together] for start in range(0, len(ids), together)]
     return list(tokenizer.decode_batch(groups, skip_special_tokens=False))

@@ -16,7 +16,7 @@ Adapters: their weights are float32, and the products of 16 bits need them narro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,25 +39,19 @@ def fast_decoding(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Ite
     """Within, `model.generate` decodes in this way, with products in this dtype."""
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     name = network.config._attn_implementation
-    is_grouped = network.device.type == "cpu" and name.endswith(SDPA) and network._can_set_attn_implementation()
-    if is_grouped:
-        AttentionInterface.register(PREFIX + name, partial(_attend, AttentionInterface()[name]))
-        AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
-        network.set_attn_implementation(PREFIX + name)
     head: Any = network.get_output_embeddings()
-    hook = head.register_forward_pre_hook(_without_gaps)
-    packed = _packed(head, dtype)
-    if packed is not None:
-        head.forward = packed
-    try:
-        with narrow_adapters(model, dtype):
-            yield
-    finally:
-        hook.remove()
-        if packed is not None:
-            del head.forward  # the class has its own
-        if is_grouped:
-            network.set_attn_implementation(name)
+    with ExitStack() as undone:  # in each case: a copy may be out of memory
+        if network.device.type == "cpu" and name.endswith(SDPA) and network._can_set_attn_implementation():
+            AttentionInterface.register(PREFIX + name, partial(_attend, AttentionInterface()[name]))
+            AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
+            network.set_attn_implementation(PREFIX + name)
+            undone.callback(network.set_attn_implementation, name)
+        undone.callback(head.register_forward_pre_hook(_without_gaps).remove)
+        if (packed := _packed(head, dtype)) is not None:
+            head.forward = packed
+            undone.callback(delattr, head, "forward")  # the class has its own
+        undone.enter_context(narrow_adapters(model, dtype))
+        yield
 
 
 def _attend(
@@ -85,8 +79,10 @@ def _without_gaps(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 def _packed(head: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
     """The product of a head in 16 bits on a CPU, with its weight in the order of the kernel; None for another head."""
     onednn: Any = torch.ops.mkldnn
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     is_plain = type(head) is nn.Linear and "forward" not in vars(head) and head.weight.device.type == "cpu"
-    if not is_plain or dtype != torch.bfloat16 or not onednn._is_mkldnn_bf16_supported():
+    is_narrow = dtype == torch.bfloat16 and has_onednn
+    if not is_plain or not is_narrow or not onednn._is_mkldnn_bf16_supported():
         return None
     weight = onednn._reorder_linear_weight(head.weight.detach().to(dtype), AT_ONCE)
     bias = None if head.bias is None else head.bias.detach().to(dtype)

@@ -167,7 +167,7 @@ def _continued(
             **drawing,
         )
         if is_first and cache is not None:
-            longer = _with_first_tokens(model, ids, mask, settings, batches, cache)
+            longer, cache = _with_first_tokens(model, ids, mask, settings, batches, cache, left)
         else:
             own = {} if cache is None else {"past_key_values": cache}
             longer = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **own)
@@ -193,8 +193,8 @@ Batch = tuple[int, list[int]]  # the width of some prompts, and their places
 def _batches(lengths: Sequence[int], width: int) -> list[Batch]:
     """Batches of prompts of similar lengths, which are narrower than the `width` of all.
 
-    Their padding differs from that of all by whole lanes, in which a kernel of attention sums over keys: so each prompt has the
-    same states to the bit.
+    Their padding differs from that of all by whole lanes, in which torch's attention on a CPU sums over keys. So a prompt has
+    the same states to the bit as in one batch, also in bfloat16.
     """
     places: dict[int, list[int]] = {}
     for place, length in enumerate(lengths):
@@ -209,22 +209,25 @@ def _with_first_tokens(
     settings: GenerationConfig,
     batches: Sequence[Batch],
     cache: DynamicCache,
-) -> Tensor:
-    """`ids` with the first token of each answer. The empty cache gets the states of the prompts."""
+    left: int,
+) -> tuple[Tensor, DynamicCache | None]:
+    """`ids` with the first token of each answer, and the empty cache with the states of the prompts.
+
+    Phi 3 drops the cache of prompts that go beyond its first positions. Then it is an empty one: all is computed again.
+    """
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     longer, width = torch.cat([ids, ids[:, -1:]], dim=1), ids.shape[1]
-    caches = []
+    is_whole = True
     for own, places in batches:
         of_batch = roomy_cache(network, own + 1)
         assert of_batch is not None
         mine, seen = (each[places, width - own :] for each in (ids, mask))
         made = model.generate(input_ids=mine, attention_mask=seen, generation_config=settings, past_key_values=of_batch)
         longer[places, width:] = made[:, own:]
-        caches.append(of_batch)
-    if all(of_batch.get_seq_length() for of_batch in caches):  # else it was dropped on the way, as Phi 3 does
-        for (_, places), of_batch in zip(batches, caches, strict=True):
+        is_whole = is_whole and of_batch.get_seq_length() > 0
+        if is_whole:
             place_states(of_batch, cache, places, len(ids), width)
-    return longer
+    return longer, cache if is_whole else roomy_cache(network, width + left)
 
 
 @contextmanager

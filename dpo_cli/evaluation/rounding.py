@@ -75,14 +75,8 @@ def without_rounding(
     Sampled answers and `kl_sequence` keep the dtype of the run. One that was scored again already is returned as it is.
     """
     scores = measured.scores
-    if (
-        measured.dtype is not None
-        or plan.rounding is None
-        or plan.dtype == "float32"
-        or scores.kind is not PAIRS
-        or plan.config.use_8bit
-    ):
-        return measured  # bitsandbytes has no product in float32 for 8-bit weights
+    if measured.dtype is not None or plan.rounding is None or plan.dtype == "float32" or scores.kind is not PAIRS:
+        return measured
     ratios = scores.policy - scores.reference
     margin = plan.config.beta * float(np.mean(ratios[:, 0] - ratios[:, 1]))
     if not plan.rounding.of_mean(len(rows), plan.config.beta) > LARGEST_SHARE * abs(margin):  # a NaN is computed once

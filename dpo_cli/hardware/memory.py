@@ -127,18 +127,19 @@ def freed_gb(components: Mapping[str, float]) -> float:
 
 
 def evaluation_room(
-    facts: ModelFacts, free: float, bytes_per_value: int, is_widened: bool = False, is_4bit: bool = False
+    facts: ModelFacts, free: float, bytes_per_value: int, copies_head: bool = False, is_quantised: bool = False
 ) -> EvaluationRoom:
     """The room of an evaluation that has `free` bytes, with so many bytes per value.
 
-    `is_widened`: the weights have fewer, so that the head is copied; `is_4bit`: a layer is dequantised for its product.
+    `copies_head`: to more bytes per value, with each layer in its turn, or to the order of a kernel; `is_quantised`: a layer is
+    dequantised for its product.
     """
     h, width = facts.hidden_size, float(bytes_per_value)
     # The product of the MLP and its factors, states, keys and values repeated for each head, and a norm in float32.
     moment = width * (3 * facts.intermediate_size + 5 * h + 2 * facts.q) + 4 * h
     cached = width * 2 * facts.kv * (facts.num_hidden_layers + 1)
-    head = width * facts.vocab_size * h if is_widened else 0.0
-    layer = width * max(linear.parameters for linear in facts.linears) if is_4bit or is_widened else 0.0
+    head = width * facts.vocab_size * h if copies_head else 0.0
+    layer = width * max(linear.parameters for linear in facts.linears) if is_quantised or copies_head else 0.0
     return EvaluationRoom(max(0.0, free - max(head, layer)), moment, width * h, 4.0 * facts.vocab_size, cached)
 
 

@@ -234,7 +234,9 @@ class Plan:
             return None
         freed = self.freed_gb if self.freed_gb is not None else freed_gb(self.memory.to_json()["components"])
         own = 4 if self.dtype == "float32" else 2
-        return evaluation_room(facts, freed * GIB, bytes_per_value, bytes_per_value > own, config.use_4bit)
+        packs_head = config.device == "cpu" and self.dtype == "bfloat16"  # while answers are sampled
+        is_quantised = config.use_4bit or config.use_8bit
+        return evaluation_room(facts, freed * GIB, bytes_per_value, bytes_per_value > own or packs_head, is_quantised)
 
     @property
     def dtype(self) -> str:

@@ -127,7 +127,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """Let each module compute in float32 while it runs, for any dtype of its weights; one module at a time.
 
     A layer with an adapter is one module with its parts, because PEFT may join its weights. Quantised weights are not floats:
-    bitsandbytes multiplies 4-bit weights in their compute_dtype. It has no product in float32 for 8-bit weights.
+    4-bit weights are multiplied in their compute_dtype, 8-bit ones in the dtype of the input (providers/eight_bit.py).
     """
     held: dict[nn.Module, tuple[dict[nn.Parameter, Tensor], dict[nn.Module, object]]] = {}
 

@@ -109,7 +109,7 @@ def _product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
 def _add_product(total: Tensor, left: Tensor, weight: Tensor, base: Any, transposed: bool) -> None:
     """Add left W to `total` in place, or left W^T.
 
-    A 4-bit W is dequantised to its compute_dtype, and multiplied in it, as bitsandbytes does.
+    A 4-bit W is dequantised to its compute_dtype, and multiplied in it, as in bitsandbytes' own forward (`gemm_4bit`).
     """
     if type(base) is nn.Linear:
         whole = weight.to(left.dtype)
@@ -185,16 +185,16 @@ def narrow_adapters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     For sampling: each token goes through all layers. No gradient can be taken, and no weight may change.
     """
     held: list[tuple[Any, Any]] = []
-    for module in model.modules():
-        layer: Any = module
-        name = _plain_adapter(layer)
-        is_fused = vars(layer).get("forward") == types.MethodType(_forward, layer) and name is not None
-        if not is_fused or type(layer.base_layer) is not nn.Linear or _draws(layer.lora_dropout[name]):
-            continue
-        a, b = (part[name].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
-        held.append((layer, layer.forward))
-        layer.forward = partial(_narrow_forward, a, b, layer.base_layer, layer.scaling[name])
     try:
+        for module in model.modules():
+            layer: Any = module
+            name = _plain_adapter(layer)
+            is_fused = vars(layer).get("forward") == types.MethodType(_forward, layer) and name is not None
+            if not is_fused or type(layer.base_layer) is not nn.Linear or _draws(layer.lora_dropout[name]):
+                continue
+            a, b = (part[name].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
+            held.append((layer, layer.forward))
+            layer.forward = partial(_narrow_forward, a, b, layer.base_layer, layer.scaling[name])
         yield
     finally:
         for layer, forward in held:

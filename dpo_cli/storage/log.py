@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ Tell = Callable[[str], None]  # shows a message to the user
 def hush() -> None:
     """Stop transformers, datasets and warnings from writing to the terminal; their records reach the root logger."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # datasets itself is imported when a trainer is
+    if "datasets" in sys.modules:  # unless the caller of the Python API has imported it
+        sys.modules["datasets"].disable_progress_bars()
     import transformers
     from transformers import modeling_gguf_pytorch_utils
 

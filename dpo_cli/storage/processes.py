@@ -114,7 +114,7 @@ _WORK: dict[str, Callable[[Any], Any]] = {}
 def _begin(work: Callable[[Any], Any], parent: int) -> None:
     """In a new process: keep the work, leave Ctrl-C to the parent, and end with it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in the copy
-    os.environ["RAYON_NUM_THREADS"] = "1"  # of fastokens: there is a process for each core
+    os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"  # there is a process for each core
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
