@@ -30,7 +30,7 @@ from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.scoring.lm_head import product_dtype
 
 FEW_ROWS = 64  # tokens of a product without gradient, as in sampling: one of each answer
-BASE_SIZE = 0.5  # of the adapter's product beside that of a usual weight, so that an error of either is seen
+BASE_SIZE = 0.5  # of the adapter's product, where that of a usual weight is 1: an error of either is seen
 ALLOWANCE = 1e-3  # relative difference between both ways to run a layer that counts as rounding, in float32
 
 
