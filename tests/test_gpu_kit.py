@@ -1,6 +1,7 @@
 """benchmarks/gpu without a GPU: its rehearsal, that each check fails for a fault that is made on purpose, and its kit.
 
-Faults are patched into dpo (or into what it stands on) in this process; the check is then a plain function call.
+Faults are patched into dpo (or into what it stands on) in this process; the check is then a plain function call. The file is
+long because each fault is a small function, which is read next to the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""An adapted layer as one function: the outputs and gradients of PEFT's own forward, and PEFT's own forward elsewhere."""
+"""An adapted layer as one function: the outputs and gradients of PEFT's own forward, and PEFT's own forward elsewhere.
+
+The file is long because the same helpers make the models of all cases.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Faster = Callable[[Sequence[str]], Encode | None]
 BEFORE = ("", "x ", "x\n")  # texts before a special token
 AFTER = ("a", " a", "\na", "  \n", "é", "中", "1 2", ":")  # and after it
 KEPT = 1024  # pieces that are remembered
-MANY = 1 << 23  # characters, which a tokenizer encodes in two seconds
+MANY = 1 << 23  # characters, which take about as long as the start of a faster encoder
 
 
 class Added(Protocol):

@@ -1,8 +1,8 @@
 """8-bit layers whose output for a token does not depend on the other tokens.
 
 bitsandbytes 0.50 has two products for `Linear8bitLt`. On a GPU, and in evaluation mode on a CPU, it also rounds the input to 8
-bits, except columns where some token has a large value. So the other pairs of a row change the log-probs of a pair, by whole
-nats. The other product dequantises the weight, as for 4 bits. Here it is the only one.
+bits, except columns where some token has a large value. So the other pairs of a row change the log-probs of a pair. The
+other product dequantises the weight, as for 4 bits. Here it is the only one.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from dpo_cli.plan.plan import Plan, device_of, leaves_precision_open
 TOKENS = 256  # in a product, as in a row of a few short sequences
 COMMON = (1024, 4096)  # the width of states and of the MLP where a model's are unknown
 SMALLEST, LARGEST = 2**23, 2**25  # multiply-adds of a product; 2**25 take about 1 ms in float32
-PRODUCT, PRODUCT_ON_GPU = 1024, 4096  # rows and columns of a large product; on a GPU, to start one takes as long as 1024
+PRODUCT, PRODUCT_ON_GPU = 1024, 4096  # rows and columns of a large product; a GPU needs longer to start a smaller one
 TURNS, BUDGET_S = 15, 0.05  # the most turns, and the seconds of one dtype after which no other turn starts
 
 
