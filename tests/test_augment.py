@@ -283,7 +283,7 @@ def test_a_reference_ranks_and_must_be_there(place: Path) -> None:
     assert done.exit_code == 3 and "rows.json:6: no reference" in done.stderr
     del given[1]
     Path("rows.json").write_text(json.dumps(given), encoding="utf-8")
-    assert run(rule(rank="reference", responses=16), prompts="rows.json").exit_code == 0
+    assert run(rule(rank="reference", responses=48), prompts="rows.json").exit_code == 0
     assert len(rows()) == 4 and all(row["provenance"]["scores"][0] > row["provenance"]["scores"][1] for row in rows())
 
 

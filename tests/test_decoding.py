@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from dpo_cli.evaluation import decoding, generation
-from dpo_cli.evaluation.decoding import RoomyLayer, fast_decoding, roomy_cache
+from dpo_cli.evaluation.decoding import RoomyLayer, drawing, drawn_tokens, fast_decoding, roomy_cache
 from dpo_cli.evaluation.generation import Sampling
 from dpo_cli.scoring import shared_prompts
 
@@ -215,3 +215,49 @@ def test_a_head_in_16_bits_is_packed_and_the_same() -> None:
     assert "forward" not in vars(model.lm_head)
     with fast_decoding(model, torch.float32):
         assert "forward" not in vars(model.lm_head)
+
+
+@pytest.mark.parametrize("vocabulary", [7, 64, 300])
+def test_tokens_are_drawn_by_their_probability(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(vocabulary) * 2
+    scores[1:5] = -torch.inf
+    expected, count = scores.double().softmax(-1), 100_000
+    drawn = torch.bincount(drawn_tokens(scores.expand(count, -1)), minlength=vocabulary)
+    assert drawn.shape == (vocabulary,) and not drawn[1:5].any()
+    square = ((drawn - count * expected) ** 2 / (count * expected).clamp(min=1e-300)).sum()  # of Pearson, about normal
+    freedom = vocabulary - 5
+    assert abs(square - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_a_rare_token_is_not_lost_after_many_likely_ones() -> None:
+    torch.manual_seed(0)
+    scores = torch.full((1, 1000), 20.0)
+    scores[:, -640:] = 0.0  # together 3.7e-09: one float32 sum of all would not move
+    point = 1 - 1e-9
+    rows = scores.softmax(-1)
+    assert rows.cumsum(-1)[0, -1] == rows.cumsum(-1)[0, 359]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *size, dtype: torch.full(size, point, dtype=dtype))
+        assert drawn_tokens(scores)[0] >= 360
+
+
+def test_each_row_has_a_token_of_its_own_scores() -> None:
+    wanted = torch.randperm(130)[:40]
+    scores = torch.full((40, 130), -torch.inf).scatter(1, wanted[:, None], 3.0)
+    assert drawn_tokens(scores).equal(wanted)
+    _, processors = drawing(0.5, 0.9, torch.device("cpu"))
+    assert processors(torch.zeros(40, 1), scores).argmax(-1).equal(wanted)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "shares"),
+    [(1.0, 1.0, [0.5, 0.3, 0.2]), (0.5, 1.0, [25 / 38, 9 / 38, 4 / 38]), (1.0, 0.7, [5 / 8, 3 / 8, 0.0])],
+)
+def test_temperature_and_top_p_come_before_the_draw(temperature: float, top_p: float, shares: list[float]) -> None:
+    torch.manual_seed(0)
+    scores = torch.tensor([0.5, 0.3, 0.2]).log().expand(50_000, -1)
+    settings, processors = drawing(temperature, top_p, torch.device("cpu"))
+    drawn = torch.bincount(processors(torch.zeros(50_000, 1), scores).argmax(-1), minlength=3) / 50_000
+    assert not settings and not drawn[torch.tensor(shares) == 0].any()
+    torch.testing.assert_close(drawn, torch.tensor(shares), rtol=0, atol=0.012)  # five times the spread of a share

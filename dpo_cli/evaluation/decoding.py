@@ -11,6 +11,9 @@ as a batch, with a copy of the weight for each sequence. And oneDNN copies a wei
 each product, which takes as long as the product of a few rows: the head's is copied once.
 
 Adapters: their weights are float32, and the products of 16 bits need them narrow: they are converted once.
+
+Sampled tokens: `torch.multinomial` draws a random number for each token of the vocabulary, one after another on a CPU. Two for
+each row are enough.
 """
 
 from __future__ import annotations
@@ -23,14 +26,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from dpo_cli.scoring.lora_linear import narrow_adapters
 
 AT_ONCE = 64  # rows of a product, at least in most of them
 PREFIX = "dpo-decoding-"
+BLOCK = 64  # tokens of the vocabulary
 SDPA = "sdpa"  # the end of the names of implementations that call torch's attention
 
 
@@ -92,6 +97,53 @@ def _packed(head: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
         return result
 
     return product
+
+
+def drawing(temperature: float | None, top_p: float, device: torch.device) -> tuple[dict[str, Any], LogitsProcessorList]:
+    """Settings and processors of `generate`: of the most likely token, without a temperature; else of a drawn one.
+
+    It is drawn by `Drawn` on a CPU, elsewhere by transformers.
+    """
+    processors = LogitsProcessorList()
+    if temperature is None:
+        return {}, processors
+    if device.type != "cpu":
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}, processors
+    if temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(temperature))
+    if top_p != 1.0:
+        processors.append(TopPLogitsWarper(top_p))
+    processors.append(Drawn())
+    return {}, processors
+
+
+class Drawn(LogitsProcessor):
+    """Scores of which the largest is that of a token that was drawn by its probability, for each row."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (n, vocabulary) from those of the model; `input_ids` is not used."""
+        return torch.zeros_like(scores).scatter_(1, drawn_tokens(scores)[:, None], 1.0)
+
+
+def drawn_tokens(scores: Tensor) -> Tensor:
+    """A token for each row of scores (n, vocabulary), drawn by their softmax, from torch's random state.
+
+    By the inverse of the cumulative distribution: first a block of tokens, then a token of it.
+    """
+    probabilities = scores.softmax(dim=-1)
+    blocks = pad(probabilities, (0, -scores.shape[1] % BLOCK)).view(len(scores), -1, BLOCK)  # (n, blocks, BLOCK)
+    block = _drawn(blocks.sum(dim=-1))
+    return block * BLOCK + _drawn(blocks[torch.arange(len(blocks)), block])
+
+
+def _drawn(weights: Tensor) -> Tensor:
+    """A place in each row of weights (n, m), with the probability of its share.
+
+    In float32 a cumulative sum near 1 would hide a share below 6e-8.
+    """
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    point = sums[:, -1:] * torch.rand(len(weights), 1, dtype=torch.float64)
+    return torch.searchsorted(sums, point, right=True)[:, 0].clamp(max=weights.shape[1] - 1)  # a product may round to the sum
 
 
 class RoomyLayer(DynamicLayer):

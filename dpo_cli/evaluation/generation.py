@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import Text
 from dpo_cli.evaluation.bootstrap import Intervals, mean
-from dpo_cli.evaluation.decoding import fast_decoding, is_roomy, place_states, roomy_cache
+from dpo_cli.evaluation.decoding import drawing, fast_decoding, is_roomy, place_states, roomy_cache
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval
@@ -149,28 +150,25 @@ def _continued(
     """
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     left = sampling.max_new_tokens
+    drawn, processors = drawing(sampling.temperature, sampling.top_p, ids.device)
     cache = roomy_cache(network, ids.shape[1] + left)
     part = PART if cache is not None else left
-    is_sampled = sampling.temperature is not None
-    drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if is_sampled else {}
     rows: list[list[int]] = [[] for _ in ids]
     places = torch.arange(len(ids), device=ids.device)
     batches = _batches(mask.sum(1).tolist(), ids.shape[1]) if cache is not None and is_roomy(cache) else []
     tokens, start = 0, time.monotonic()
     while left and len(places):
         is_first = not tokens and len(batches) > 1
-        settings = GenerationConfig(
-            max_new_tokens=1 if is_first else min(part, left),
-            do_sample=is_sampled,
-            eos_token_id=ends,
-            pad_token_id=pad,
-            **drawing,
-        )
+        tokens_at_once = 1 if is_first else min(part, left)
+        how = {
+            "generation_config": GenerationConfig(max_new_tokens=tokens_at_once, eos_token_id=ends, pad_token_id=pad, **drawn),
+            "logits_processor": processors,
+        }
         if is_first and cache is not None:
-            longer, cache = _with_first_tokens(model, ids, mask, settings, batches, cache, left)
+            longer, cache = _with_first_tokens(model, ids, mask, how, batches, cache, left)
         else:
             own = {} if cache is None else {"past_key_values": cache}
-            longer = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **own)
+            longer = model.generate(input_ids=ids, attention_mask=mask, **how, **own)
         new = longer[:, ids.shape[1] :]
         for place, of_row in zip(places.tolist(), new.tolist(), strict=True):
             rows[place] += of_row
@@ -206,7 +204,7 @@ def _with_first_tokens(
     model: PreTrainedModel | PeftModel,
     ids: Tensor,
     mask: Tensor,
-    settings: GenerationConfig,
+    how: Mapping[str, Any],
     batches: Sequence[Batch],
     cache: DynamicCache,
     left: int,
@@ -222,7 +220,7 @@ def _with_first_tokens(
         of_batch = roomy_cache(network, own + 1)
         assert of_batch is not None
         mine, seen = (each[places, width - own :] for each in (ids, mask))
-        made = model.generate(input_ids=mine, attention_mask=seen, generation_config=settings, past_key_values=of_batch)
+        made = model.generate(input_ids=mine, attention_mask=seen, **how, past_key_values=of_batch)
         longer[places, width:] = made[:, own:]
         is_whole = is_whole and of_batch.get_seq_length() > 0
         if is_whole:
