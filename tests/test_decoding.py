@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -9,16 +10,22 @@ import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
 from dpo_cli.evaluation import decoding, generation
 from dpo_cli.evaluation.decoding import RoomyLayer, drawing, drawn_tokens, fast_decoding, roomy_cache
 from dpo_cli.evaluation.generation import Sampling
 from dpo_cli.scoring import shared_prompts
+from dpo_cli.scoring.lora_linear import fuse
+from dpo_cli.scoring.packed_linear import PackedLinear, packed
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "granite", "cohere")
 IDS = torch.tensor([[2, 2, 1, 7, 30, 299], [1, 12, 150, 66, 5, 9], [2, 2, 2, 2, 1, 40]])  # padded on the left with 2
+needs_16_bits = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),  # type: ignore[no-untyped-call]
+    reason="this processor has no products of 16 bits in oneDNN",
+)
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]])
 
 
@@ -203,18 +210,60 @@ def test_batches_by_hand() -> None:
     assert generation._batches([41, 25, 26, 9, 3], 41) == [(9, [3, 4]), (25, [1]), (41, [0, 2])]
 
 
+def packed_forwards(model: torch.nn.Module) -> int:
+    return sum(isinstance(vars(module).get("forward"), PackedLinear) for module in model.modules())
+
+
+@needs_16_bits
 def test_a_head_in_16_bits_is_packed_and_the_same() -> None:
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # type: ignore[no-untyped-call]
-        pytest.skip("this processor has no products of 16 bits in oneDNN")
     model = tiny_model("llama", torch.float32).eval()
     with torch.autocast("cpu", torch.bfloat16):
         own = logits(model)
         with fast_decoding(model, torch.bfloat16):
-            assert "forward" in vars(model.lm_head)
+            assert "forward" in vars(model.lm_head) and packed_forwards(model) == 1
             torch.testing.assert_close(logits(model), own, rtol=0.01, atol=0.01)
-    assert "forward" not in vars(model.lm_head)
-    with fast_decoding(model, torch.float32):
-        assert "forward" not in vars(model.lm_head)
+    assert packed_forwards(model) == 0
+    with fast_decoding(model, torch.float32, copies_layers=True):
+        assert packed_forwards(model) == 0
+
+
+@needs_16_bits
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_on", [True, False])
+def test_layers_in_16_bits_are_packed_below_their_adapters(is_on: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**tiny_model("llama").config.to_dict() | {"attention_bias": True, "dtype": dtype})
+    network = AutoModelForCausalLM.from_config(config).to(dtype)
+    model = get_peft_model(network, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False))
+    for name, weight in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    assert fuse(model.eval()) == 6
+    with ExitStack() as stack:
+        if not is_on:
+            stack.enter_context(model.disable_adapter())
+        with torch.autocast("cpu", torch.bfloat16):
+            own = logits(model)
+            with fast_decoding(model, torch.bfloat16, copies_layers=True):
+                assert packed_forwards(model) == 1 + 2 * 7
+                sampled = logits(model)
+            assert packed_forwards(model) == 0 and logits(model).equal(own)
+    torch.testing.assert_close(sampled, own, rtol=0.01, atol=0.01)
+
+
+@needs_16_bits
+def test_no_layer_stays_packed_where_a_copy_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, number = tiny_model("llama").eval(), iter(range(1000))
+
+    def failing(layer: torch.nn.Module, dtype: torch.dtype) -> PackedLinear | None:
+        if next(number) == 20:
+            raise torch.OutOfMemoryError("no memory is left")
+        return packed(layer, dtype)
+
+    monkeypatch.setattr(decoding, "packed", failing)
+    with pytest.raises(torch.OutOfMemoryError), fast_decoding(model, torch.bfloat16, copies_layers=True):
+        pass
+    assert packed_forwards(model) == 0 and not model.lm_head._forward_pre_hooks
 
 
 @pytest.mark.parametrize("vocabulary", [7, 64, 300])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import made_row, tiny_model
@@ -141,13 +143,31 @@ def test_prompts_are_answered_as_many_at_once_as_there_is_room_for(
         return [[Answer("", 0, True)] for _ in prompts]
 
     monkeypatch.setattr(generation, "generate", seen)
-    room = EvaluationRoom(free=100.0, moment=1.0, state=0.0, logits=0.0, cached=1.0)  # 50 tokens
+    room = EvaluationRoom(free=100.0, moment=1.0, state=0.0, logits=0.0, cached=1.0, layers=0.0)  # 50 tokens
     asked = [[5] * length for length in (6, 7, 20, 60, 5, 5, 5, 5)]
     made = answers(talker(), tokenizer, asked, Sampling(10), torch.float32, room)
     assert batches == [[6, 7], [20], [60], [5, 5, 5], [5]] and len(made) == len(asked)
     batches.clear()
     answers(talker(), tokenizer, [[5]] * 70, Sampling(10), torch.float32)
     assert [len(batch) for batch in batches] == [64, 6]
+
+
+@pytest.mark.parametrize(("layers", "is_copied"), [(4.0, True), (5.0, False)])
+def test_layers_are_copied_where_all_batches_still_fit(
+    layers: float, is_copied: bool, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, own = list[bool](), generation.fast_decoding
+
+    def seen(model: Any, dtype: torch.dtype, copies_layers: bool = False) -> Any:
+        copied.append(copies_layers)
+        return own(model, dtype, copies_layers)
+
+    monkeypatch.setattr(generation, "fast_decoding", seen)
+    room = EvaluationRoom(free=100.0, moment=1.0, state=0.0, logits=0.0, cached=1.0, layers=layers)
+    answers(talker(), tokenizer, [[5] * 6] * 4, Sampling(10), torch.float32, room)  # 3 and 1, of 16 tokens each
+    assert copied == [is_copied, is_copied]
+    answers(talker(), tokenizer, [[5] * 6], Sampling(10), torch.float32)
+    assert copied[-1] is False  # the room is unknown
 
 
 def test_a_sample_keeps_the_conversation_and_shows_its_last_message() -> None:

@@ -21,6 +21,7 @@ from dpo_cli.config.config import load
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import Pair
 from dpo_cli.errors import DoesNotFit, InvalidInput
+from dpo_cli.evaluation.decoding import fast_decoding
 from dpo_cli.evaluation.generation import Sampling, generate
 from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.hardware import activations
@@ -228,6 +229,19 @@ def test_sampled_answers_have_alive_what_their_room_counts() -> None:
     assert replace(room, free=1.3 * peak.bytes).holds_answers(8, 102)
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor packs no layers")
+def test_copies_of_layers_take_what_their_room_counts() -> None:
+    model, _ = adapted_llama()
+    facts = config_facts(model.config.to_dict())
+    assert facts is not None
+    model.bfloat16()
+    with step_memory.measured("cpu") as peak, fast_decoding(model, torch.bfloat16):
+        pass
+    with step_memory.measured("cpu") as more, fast_decoding(model, torch.bfloat16, copies_layers=True):
+        pass
+    assert more.bytes - peak.bytes == pytest.approx(evaluation_room(facts, 0.0, 2).layers, rel=0.05)
+
+
 def test_an_evaluation_has_the_room_of_its_training() -> None:
     """A step of the documented preset frees 2.1 GB: room for 9 prompts of 512 tokens with answers of 256, and not for 64.
 
@@ -241,6 +255,7 @@ def test_an_evaluation_has_the_room_of_its_training() -> None:
     assert (room.moment + room.cached, 3 * room.logits) == (294_912, 1_539_072)
     assert room.holds_answers(9, 768) and not room.holds_answers(10, 768)
     assert room.holds_rows(2048, 1024) and not room.holds_rows(65536, 1024)
+    assert room.layers == 2 * 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 14_336 * 4096)
     # In float32 the head is copied, 4 * 128256 * 4096 bytes; with 4-bit weights, the largest layer is dequantised.
     wide = evaluation_room(facts, freed * GIB, 4, copies_head=True, is_quantised=True)
     assert room.free - wide.free == 4 * 128_256 * 4096

@@ -109,7 +109,7 @@ def test_a_batch_has_no_more_rows_than_there_is_room_for(tokenizer: PreTrainedTo
         return forward.plain_states(base, labels, **inputs)  # type: ignore[arg-type]
 
     longest = 2 * max(pair.length for pair in pairs)
-    room = EvaluationRoom(free=3 * longest, moment=1.0, state=0.0, logits=0.0, cached=0.0)
+    room = EvaluationRoom(free=3 * longest, moment=1.0, state=0.0, logits=0.0, cached=0.0, layers=0.0)
     whole = score_rows(Policy(model), pairs, forward.plain_states, 2, 7, torch.float32)
     parted = score_rows(Policy(model), pairs, states, 2, 7, torch.float32, room)
     assert max(tokens) <= 3 * longest and len(tokens) < 2 * len(pairs)  # policy and reference, in more than one batch

@@ -7,8 +7,9 @@ Attention: transformers repeats keys and values for each head of a group (groupe
 query per head the heads of a group can be the queries of one head, and nothing is repeated.
 
 Head: `generate` takes the last position of each prompt, a view with gaps. torch 2.13 multiplies such a view by a frozen weight
-as a batch, with a copy of the weight for each sequence. And oneDNN copies a weight of 16 bits into the order of its kernel for
-each product, which takes as long as the product of a few rows: the head's is copied once.
+as a batch, with a copy of the weight for each sequence.
+
+Weights of 16 bits: oneDNN's order is made once (`packed_linear`), of the head, and of all layers where there is memory for it.
 
 Adapters: their weights are float32, and the products of 16 bits need them narrow: they are converted once.
 
@@ -18,13 +19,14 @@ each row are enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
@@ -32,16 +34,19 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from dpo_cli.scoring.lora_linear import narrow_adapters
+from dpo_cli.scoring.packed_linear import packed
 
-AT_ONCE = 64  # rows of a product, at least in most of them
 PREFIX = "dpo-decoding-"
 BLOCK = 64  # tokens of the vocabulary
 SDPA = "sdpa"  # the end of the names of implementations that call torch's attention
 
 
 @contextmanager
-def fast_decoding(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Iterator[None]:
-    """Within, `model.generate` decodes in this way, with products in this dtype."""
+def fast_decoding(model: PreTrainedModel | PeftModel, dtype: torch.dtype, copies_layers: bool = False) -> Iterator[None]:
+    """Within, `model.generate` decodes in this way, with products in this dtype.
+
+    `copies_layers`: there is memory for a second copy of all linear layers.
+    """
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     name = network.config._attn_implementation
     head: Any = network.get_output_embeddings()
@@ -52,11 +57,20 @@ def fast_decoding(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Ite
             network.set_attn_implementation(PREFIX + name)
             undone.callback(network.set_attn_implementation, name)
         undone.callback(head.register_forward_pre_hook(_without_gaps).remove)
-        if (packed := _packed(head, dtype)) is not None:
-            head.forward = packed
-            undone.callback(delattr, head, "forward")  # the class has its own
-        undone.enter_context(narrow_adapters(model, dtype))
+        layers = _without_adapters(network) if copies_layers else [head]
+        products = {layer: product for layer in layers if (product := packed(layer, dtype)) is not None}
+        undone.enter_context(narrow_adapters(model, dtype, products))
+        for layer, product in products.items():
+            layer.forward = product
+            undone.callback(delattr, layer, "forward")  # the class has its own
         yield
+
+
+def _without_adapters(network: nn.Module) -> list[nn.Module]:
+    """The modules of a model without the parts of its adapters: those have their own narrow copies."""
+    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    parts = {part for layer in layers for name in layer.adapter_layer_names for part in getattr(layer, name).modules()}
+    return [module for module in network.modules() if module not in parts]
 
 
 def _attend(
@@ -79,24 +93,6 @@ def _attend(
 
 def _without_gaps(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(states.contiguous() for states in inputs)
-
-
-def _packed(head: Any, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """The product of a head in 16 bits on a CPU, with its weight in the order of the kernel; None for another head."""
-    onednn: Any = torch.ops.mkldnn
-    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    is_plain = type(head) is nn.Linear and "forward" not in vars(head) and head.weight.device.type == "cpu"
-    is_narrow = dtype == torch.bfloat16 and has_onednn
-    if not is_plain or not is_narrow or not onednn._is_mkldnn_bf16_supported():
-        return None
-    weight = onednn._reorder_linear_weight(head.weight.detach().to(dtype), AT_ONCE)
-    bias = None if head.bias is None else head.bias.detach().to(dtype)
-
-    def product(states: Tensor) -> Tensor:
-        result: Tensor = onednn._linear_pointwise(states.to(dtype), weight, bias, "none", [], "")
-        return result
-
-    return product
 
 
 def drawing(temperature: float | None, top_p: float, device: torch.device) -> tuple[dict[str, Any], LogitsProcessorList]:

@@ -85,12 +85,13 @@ def generate(
     dtype: torch.dtype,
     count: int = 1,
     work: Work | None = None,
+    copies_layers: bool = False,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt (token ids), in evaluation mode; empty ones for a prompt that fills the model's context.
 
     Prompts with the same room for an answer form one batch: nearly always all of them. A long prompt takes no room from others.
     Sampled answers follow torch's random state and, through rounding, the whole batch: the same prompts have the same answers.
-    `work` gets the number of answers as they end.
+    `work` gets the number of answers as they end. `copies_layers`: as of `fast_decoding`.
     """
     model.eval()
     # Learned positions end with the context; other positions are also limited to what the model was made for.
@@ -99,9 +100,8 @@ def generate(
     results = [[Answer("", 0, False)] * count for _ in prompts]
     for room in sorted({room for room in rooms if room > 0}, reverse=True):
         places = [place for place, own in enumerate(rooms) if own == room]
-        batch = _batch(
-            model, tokenizer, [prompts[place] for place in places], replace(sampling, max_new_tokens=room), dtype, count, work
-        )
+        asked, limited = [prompts[place] for place in places], replace(sampling, max_new_tokens=room)
+        batch = _batch(model, tokenizer, asked, limited, dtype, count, work, copies_layers)
         for place, answers_to_one in zip(places, batch, strict=True):
             results[place] = answers_to_one
     return results
@@ -115,6 +115,7 @@ def _batch(
     dtype: torch.dtype,
     count: int,
     work: Work | None,
+    copies_layers: bool,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt, made as one batch of left-padded rows."""
     device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
@@ -124,7 +125,7 @@ def _batch(
     ends = _ends(model, tokenizer)
     with (
         _plain(model),
-        fast_decoding(model, dtype),
+        fast_decoding(model, dtype, copies_layers),
         torch.no_grad(),
         torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
     ):
@@ -293,19 +294,25 @@ def answers(
     room: EvaluationRoom | None = None,
     what: str = "sampling",
 ) -> list[Answer]:
-    """An answer to each prompt, in batches of at most `AT_ONCE` that `room` holds; a batch that is out of memory is divided."""
+    """An answer to each prompt, in batches of at most `AT_ONCE` that `room` holds; a batch that is out of memory is divided.
+
+    Layers are copied for speed only where that divides no batch.
+    """
+
+    def width(batch: Sequence[Sequence[int]]) -> int:
+        return max(map(len, batch)) + sampling.max_new_tokens
 
     def fits(batch: Sequence[Sequence[int]]) -> bool:
-        width = max(map(len, batch)) + sampling.max_new_tokens
-        return len(batch) <= AT_ONCE and (room is None or room.holds_answers(len(batch), width))
+        return len(batch) <= AT_ONCE and (room is None or room.holds_answers(len(batch), width(batch)))
 
     batches = filled(prompts, fits)
+    copies_layers = room is not None and all(room.holds_answers(len(batch), width(batch), room.layers) for batch in batches)
     written: list[Answer] = []
     with working(what, len(prompts), "prompts") as work:
 
         def answered(batch: list[Sequence[int]]) -> list[list[Answer]]:
             work.done = len(written)  # a batch that was out of memory has counted too
-            return generate(model, tokenizer, batch, sampling, dtype, work=work)
+            return generate(model, tokenizer, batch, sampling, dtype, work=work, copies_layers=copies_layers)
 
         for _, of_batch in in_halves(batches, answered, list_halves):
             written += [answer for (answer,) in of_batch]

@@ -105,6 +105,7 @@ class EvaluationRoom:
     state: float  # bytes of a token's final state
     logits: float  # bytes of a token's logits in float32
     cached: float  # bytes per token of keys and values in all blocks, with the copy of a block's when a token is added
+    layers: float  # bytes of a copy of all linear layers of the blocks
 
     def holds_rows(self, tokens: int, scored: int) -> bool:
         """Whether rows of so many tokens with padding, of which some are scored, can be scored at once.
@@ -116,9 +117,9 @@ class EvaluationRoom:
         in_head = 2 * scored * self.state + 3 * min(CHUNK_BYTES, scored * self.logits)
         return max(in_blocks, in_head) <= self.free
 
-    def holds_answers(self, count: int, width: int) -> bool:
-        """Whether so many prompts can be answered at once, each with its answer at most `width` tokens."""
-        return count * (3 * self.logits + width * (self.moment + self.cached)) <= self.free
+    def holds_answers(self, count: int, width: int, more: float = 0.0) -> bool:
+        """Whether so many prompts can be answered at once, each with its answer at most `width` tokens, and `more` bytes."""
+        return more + count * (3 * self.logits + width * (self.moment + self.cached)) <= self.free
 
 
 def freed_gb(components: Mapping[str, float]) -> float:
@@ -140,7 +141,8 @@ def evaluation_room(
     cached = width * 2 * facts.kv * (facts.num_hidden_layers + 1)
     head = width * facts.vocab_size * h if copies_head else 0.0
     layer = width * max(linear.parameters for linear in facts.linears) if is_quantised or copies_head else 0.0
-    return EvaluationRoom(max(0.0, free - max(head, layer)), moment, width * h, 4.0 * facts.vocab_size, cached)
+    layers = width * facts.linear_parameters
+    return EvaluationRoom(max(0.0, free - max(head, layer)), moment, width * h, 4.0 * facts.vocab_size, cached, layers)
 
 
 def sampling_bytes(facts: ModelFacts, settings: Settings) -> float:

@@ -15,9 +15,10 @@ import functools
 import logging
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.scoring.lm_head import product_dtype
+from dpo_cli.scoring.packed_linear import PackedLinear
 
 FEW_ROWS = 64  # tokens of a product without gradient, as in sampling: one of each answer
 BASE_SIZE = 0.5  # of the adapter's product, where that of a usual weight is 1: an error of either is seen
@@ -77,22 +79,24 @@ class _LoraLinear(torch.autograd.Function):
         return grad_x, None, grad_a, grad_b, None, None
 
 
-def _adapted(x: Tensor, h: Tensor, b: Tensor, base: Any, scaling: float) -> Tensor:
-    """x W^T + bias + s h B^T, without gradients."""
+def _adapted(x: Tensor, h: Tensor, b: Tensor, base: Any, scaling: float, packed: PackedLinear | None = None) -> Tensor:
+    """x W^T + bias + s h B^T, without gradients; `packed` is the base's product, if there is one."""
     y = _product(h, b.T, scaling)
     if isinstance(base.bias, Tensor):
         y.add_(base.bias)
+    if packed is not None:
+        return packed.plus(x, y)
     _add_product(y, x, base.weight, base, transposed=True)
     return y
 
 
-def _sampled(x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float) -> Tensor:
+def _sampled(x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float, packed: PackedLinear | None = None) -> Tensor:
     """What `_LoraLinear` computes, where no gradient is needed; all in the dtype of the product."""
     h = x @ a.T
     if x.is_cuda and type(base) is not nn.Linear and len(x) <= FEW_ROWS:
         y: Tensor = base(x)  # bitsandbytes has a kernel for the tokens of sampled answers, without a whole W
         return y.addmm_(h, b.T, alpha=scaling)
-    return _adapted(x, h, b, base, scaling)
+    return _adapted(x, h, b, base, scaling, packed)
 
 
 def _summed(left: Tensor, right: Tensor, scaling: float, like: Tensor) -> Tensor:
@@ -179,10 +183,13 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @contextmanager
-def narrow_adapters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def narrow_adapters(
+    model: nn.Module, dtype: torch.dtype, products: Mapping[nn.Module, PackedLinear] = MappingProxyType({})
+) -> Iterator[None]:
     """Within, fused layers have their adapters in the dtype of the products already, and are not checked at each call.
 
-    For sampling: each token goes through all layers. No gradient can be taken, and no weight may change.
+    For sampling: each token goes through all layers. No gradient can be taken, and no weight may change. `products` are those
+    of the layers below the adapters that have a packed one.
     """
     held: list[tuple[Any, Any]] = []
     try:
@@ -194,15 +201,16 @@ def narrow_adapters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
                 continue
             a, b = (part[name].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
             held.append((layer, layer.forward))
-            layer.forward = partial(_narrow_forward, a, b, layer.base_layer, layer.scaling[name])
+            base, scaling = layer.base_layer, layer.scaling[name]
+            layer.forward = partial(_narrow_forward, a, b, base, scaling, products.get(base))
         yield
     finally:
         for layer, forward in held:
             layer.forward = forward
 
 
-def _narrow_forward(a: Tensor, b: Tensor, base: nn.Module, scaling: float, x: Tensor) -> Tensor:
-    y = _sampled(x.reshape(-1, x.shape[-1]).to(a.dtype), a, b, base, scaling)
+def _narrow_forward(a: Tensor, b: Tensor, base: nn.Module, scaling: float, packed: PackedLinear | None, x: Tensor) -> Tensor:
+    y = _sampled(x.reshape(-1, x.shape[-1]).to(a.dtype), a, b, base, scaling, packed)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
