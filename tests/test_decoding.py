@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.cache_utils import DynamicLayer
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from dpo_cli.evaluation import decoding, generation
 from dpo_cli.evaluation.decoding import RoomyLayer, drawing, drawn_tokens, fast_decoding, roomy_cache
 from dpo_cli.evaluation.generation import Sampling
-from dpo_cli.scoring import shared_prompts
+from dpo_cli.scoring import lora_linear, shared_prompts
 from dpo_cli.scoring.lora_linear import fuse
 from dpo_cli.scoring.packed_linear import PackedLinear, packed
 
@@ -227,28 +227,47 @@ def test_a_head_in_16_bits_is_packed_and_the_same() -> None:
         assert packed_forwards(model) == 0
 
 
+def adapted(dtype: torch.dtype) -> PeftModel:
+    """A model with biases, and an adapter on three of the seven layers of each block, which run as one function."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**tiny_model("llama").config.to_dict() | {"attention_bias": True, "dtype": dtype})
+    network = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, weight in network.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    model = get_peft_model(network, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False))
+    assert fuse(model.eval()) == 6
+    return model
+
+
 @needs_16_bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_on", [True, False])
 def test_layers_in_16_bits_are_packed_below_their_adapters(is_on: bool, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(**tiny_model("llama").config.to_dict() | {"attention_bias": True, "dtype": dtype})
-    network = AutoModelForCausalLM.from_config(config).to(dtype)
-    model = get_peft_model(network, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], init_lora_weights=False))
-    for name, weight in network.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(weight)
-    assert fuse(model.eval()) == 6
-    with ExitStack() as stack:
-        if not is_on:
-            stack.enter_context(model.disable_adapter())
-        with torch.autocast("cpu", torch.bfloat16):
-            own = logits(model)
-            with fast_decoding(model, torch.bfloat16, copies_layers=True):
-                assert packed_forwards(model) == 1 + 2 * 7
-                sampled = logits(model)
-            assert packed_forwards(model) == 0 and logits(model).equal(own)
+    model = adapted(dtype)
+    with nullcontext() if is_on else model.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
+        own = logits(model)
+        with fast_decoding(model, torch.bfloat16, copies_layers=True):
+            assert packed_forwards(model) == 1 + 2 * 7
+            sampled = logits(model)
+        assert packed_forwards(model) == 0 and logits(model).equal(own)
     torch.testing.assert_close(sampled, own, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_adapters_are_merged_into_copies_in_float32(is_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(torch.float32)
+    weights = [weight.clone() for weight in model.parameters()]
+    with nullcontext() if is_on else model.disable_adapter():
+        own = logits(model)
+        with fast_decoding(model, torch.float32, copies_layers=True), monkeypatch.context() as patch:
+            if is_on:  # neither a product of an adapter nor one of a base
+                patch.setattr(lora_linear, "_sampled", None)
+                patch.setattr(lora_linear, "_add_product", None)
+            merged = logits(model)
+        assert logits(model).equal(own)
+    torch.testing.assert_close(merged, own, rtol=0, atol=1e-5)
+    assert all(map(torch.equal, model.parameters(), weights))
 
 
 @needs_16_bits

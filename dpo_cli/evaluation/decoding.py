@@ -11,7 +11,8 @@ as a batch, with a copy of the weight for each sequence.
 
 Weights of 16 bits: oneDNN's order is made once (`packed_linear`), of the head, and of all layers where there is memory for it.
 
-Adapters: their weights are float32, and the products of 16 bits need them narrow: they are converted once.
+Adapters: their weights are float32, and the products of 16 bits need them narrow: they are converted once. In float32 they are
+merged into a copy of the layer, where there is memory for it.
 
 Sampled tokens: `torch.multinomial` draws a random number for each token of the vocabulary, one after another on a CPU. Two for
 each row are enough.
@@ -59,7 +60,7 @@ def fast_decoding(model: PreTrainedModel | PeftModel, dtype: torch.dtype, copies
         undone.callback(head.register_forward_pre_hook(_without_gaps).remove)
         layers = _without_adapters(network) if copies_layers else [head]
         products = {layer: product for layer in layers if (product := packed(layer, dtype)) is not None}
-        undone.enter_context(narrow_adapters(model, dtype, products))
+        undone.enter_context(narrow_adapters(model, dtype, products, merges=copies_layers and dtype == torch.float32))
         for layer, product in products.items():
             layer.forward = product
             undone.callback(delattr, layer, "forward")  # the class has its own

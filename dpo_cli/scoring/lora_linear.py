@@ -26,6 +26,7 @@ from peft.import_utils import is_bnb_4bit_available
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.scoring.lm_head import product_dtype
@@ -184,12 +185,16 @@ def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 @contextmanager
 def narrow_adapters(
-    model: nn.Module, dtype: torch.dtype, products: Mapping[nn.Module, PackedLinear] = MappingProxyType({})
+    model: nn.Module,
+    dtype: torch.dtype,
+    products: Mapping[nn.Module, PackedLinear] = MappingProxyType({}),
+    merges: bool = False,
 ) -> Iterator[None]:
     """Within, fused layers have their adapters in the dtype of the products already, and are not checked at each call.
 
     For sampling: each token goes through all layers. No gradient can be taken, and no weight may change. `products` are those
-    of the layers below the adapters that have a packed one.
+    of the layers below the adapters that have a packed one. `merges`: each layer is one product of a copy, W + s B A, in this
+    dtype; in 16 bits that would round most of a small change away.
     """
     held: list[tuple[Any, Any]] = []
     try:
@@ -202,7 +207,11 @@ def narrow_adapters(
             a, b = (part[name].weight.detach().to(dtype) for part in (layer.lora_A, layer.lora_B))
             held.append((layer, layer.forward))
             base, scaling = layer.base_layer, layer.scaling[name]
-            layer.forward = partial(_narrow_forward, a, b, base, scaling, products.get(base))
+            if merges:
+                whole = torch.addmm(base.weight.detach().to(dtype), b, a, alpha=scaling)
+                layer.forward = partial(linear, weight=whole, bias=None if base.bias is None else base.bias.to(dtype))
+            else:
+                layer.forward = partial(_narrow_forward, a, b, base, scaling, products.get(base))
         yield
     finally:
         for layer, forward in held:
