@@ -13,19 +13,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
+from dpo_cli.errors import RunFailed
 from dpo_cli.evaluation import decoding, generation
 from dpo_cli.evaluation.decoding import RoomyLayer, drawing, drawn_tokens, fast_decoding, roomy_cache
 from dpo_cli.evaluation.generation import Sampling
 from dpo_cli.scoring import lora_linear, shared_prompts
 from dpo_cli.scoring.lora_linear import fuse
-from dpo_cli.scoring.packed_linear import PackedLinear, packed
+from dpo_cli.scoring.packed_linear import PackedLinear, packed_linear, packs
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "granite", "cohere")
 IDS = torch.tensor([[2, 2, 1, 7, 30, 299], [1, 12, 150, 66, 5, 9], [2, 2, 2, 2, 1, 40]])  # padded on the left with 2
-needs_16_bits = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),  # type: ignore[no-untyped-call]
-    reason="this processor has no products of 16 bits in oneDNN",
-)
+needs_16_bits = pytest.mark.skipif(not packs(torch.bfloat16), reason="this processor has no products of 16 bits in oneDNN")
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]])
 
 
@@ -243,15 +241,36 @@ def adapted(dtype: torch.dtype) -> PeftModel:
 @needs_16_bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("is_on", [True, False])
-def test_layers_in_16_bits_are_packed_below_their_adapters(is_on: bool, dtype: torch.dtype) -> None:
-    model = adapted(dtype)
+def test_layers_in_16_bits_are_packed_below_their_adapters(
+    is_on: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, plus = adapted(dtype), list[Tensor](), PackedLinear.plus
+
+    def counted(self: PackedLinear, x: Tensor, total: Tensor) -> Tensor:
+        calls.append(x)
+        return plus(self, x, total)
+
+    monkeypatch.setattr(PackedLinear, "plus", counted)
     with nullcontext() if is_on else model.disable_adapter(), torch.autocast("cpu", torch.bfloat16):
         own = logits(model)
         with fast_decoding(model, torch.bfloat16, copies_layers=True):
             assert packed_forwards(model) == 1 + 2 * 7
             sampled = logits(model)
         assert packed_forwards(model) == 0 and logits(model).equal(own)
+    assert len(calls) == (6 * 6 if is_on else 0)  # of the adapted layers, for six tokens
     torch.testing.assert_close(sampled, own, rtol=0.01, atol=0.01)
+
+
+@needs_16_bits
+def test_only_what_is_billed_and_runs_is_packed() -> None:
+    """Neither an image encoder, nor the two versions of a layer that is trained whole."""
+    model = tiny_model("llama").eval()
+    whole = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["o_proj"])
+    with fast_decoding(get_peft_model(model, whole), torch.bfloat16, copies_layers=True):
+        assert packed_forwards(model) == 1 + 2 * 6
+    model.vision = torch.nn.Linear(64, 64)
+    with fast_decoding(model, torch.bfloat16, copies_layers=True):
+        assert packed_forwards(model) == 1 + 2 * 6
 
 
 @pytest.mark.parametrize("is_on", [True, False])
@@ -275,12 +294,10 @@ def test_no_layer_stays_packed_where_a_copy_is_out_of_memory(monkeypatch: pytest
     model, number = tiny_model("llama").eval(), iter(range(1000))
 
     def failing(layer: torch.nn.Module, dtype: torch.dtype) -> PackedLinear | None:
-        if next(number) == 20:
-            raise torch.OutOfMemoryError("no memory is left")
-        return packed(layer, dtype)
+        return packed_linear(layer, dtype) if next(number) < 20 else torch.empty(1 << 60)  # type: ignore[return-value]
 
-    monkeypatch.setattr(decoding, "packed", failing)
-    with pytest.raises(torch.OutOfMemoryError), fast_decoding(model, torch.bfloat16, copies_layers=True):
+    monkeypatch.setattr(decoding, "packed_linear", failing)
+    with pytest.raises(RuntimeError, match="can't allocate memory"), fast_decoding(model, torch.bfloat16, copies_layers=True):
         pass
     assert packed_forwards(model) == 0 and not model.lm_head._forward_pre_hooks
 
@@ -304,10 +321,19 @@ def test_a_rare_token_is_not_lost_after_many_likely_ones() -> None:
     scores[:, -640:] = 0.0  # together 3.7e-09: one float32 sum of all would not move
     point = 1 - 1e-9
     rows = scores.softmax(-1)
-    assert rows.cumsum(-1)[0, -1] == rows.cumsum(-1)[0, 359]
+    assert rows.cumsum(-1)[0, -1] == rows.cumsum(-1)[0, 359]  # in float32
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *size, dtype: torch.full(size, point, dtype=dtype))
-        assert drawn_tokens(scores)[0] >= 360
+        assert 360 <= int(drawn_tokens(scores)[0]) < 1000
+
+
+@pytest.mark.parametrize("vocabulary", [128, 130])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_no_token_is_drawn_from_scores_that_are_not_finite(wrong: float, vocabulary: int) -> None:
+    scores = torch.zeros(3, vocabulary)
+    scores[1, slice(None) if wrong < 0 else 5] = wrong
+    with pytest.raises(RunFailed, match="not finite"):
+        drawn_tokens(scores)
 
 
 def test_each_row_has_a_token_of_its_own_scores() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -152,22 +154,45 @@ def test_prompts_are_answered_as_many_at_once_as_there_is_room_for(
     assert [len(batch) for batch in batches] == [64, 6]
 
 
-@pytest.mark.parametrize(("layers", "is_copied"), [(4.0, True), (5.0, False)])
-def test_layers_are_copied_where_all_batches_still_fit(
-    layers: float, is_copied: bool, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("layers", "copied"), [(4.0, [True, True]), (5.0, [False, True])])
+def test_layers_are_copied_for_each_batch_that_leaves_memory(
+    layers: float, copied: list[bool], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied, own = list[bool](), generation.fast_decoding
+    seen, own = list[bool](), generation.fast_decoding
 
-    def seen(model: Any, dtype: torch.dtype, copies_layers: bool = False) -> Any:
-        copied.append(copies_layers)
+    def watched(model: Any, dtype: torch.dtype, copies_layers: bool = False) -> Any:
+        seen.append(copies_layers)
         return own(model, dtype, copies_layers)
 
-    monkeypatch.setattr(generation, "fast_decoding", seen)
+    monkeypatch.setattr(generation, "fast_decoding", watched)
     room = EvaluationRoom(free=100.0, moment=1.0, state=0.0, logits=0.0, cached=1.0, layers=layers)
     answers(talker(), tokenizer, [[5] * 6] * 4, Sampling(10), torch.float32, room)  # 3 and 1, of 16 tokens each
-    assert copied == [is_copied, is_copied]
+    assert seen == copied
     answers(talker(), tokenizer, [[5] * 6], Sampling(10), torch.float32)
-    assert copied[-1] is False  # the room is unknown
+    assert seen[2:] == [False]  # the room is unknown
+
+
+def test_answers_are_the_same_where_copies_of_layers_are_out_of_memory(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch is not divided: that would change what is sampled."""
+    model, asked, own, seen = talker(), prompts(tokenizer), generation.fast_decoding, list[int]()
+    room = EvaluationRoom(free=1e9, moment=1.0, state=0.0, logits=0.0, cached=1.0, layers=1.0)
+
+    @contextmanager
+    def watched(model: Any, dtype: torch.dtype, copies_layers: bool = False) -> Iterator[None]:
+        seen.append(copies_layers)
+        with own(model, dtype):
+            yield
+        if copies_layers:
+            torch.rand(3)
+            torch.empty(1 << 60)
+
+    torch.manual_seed(1)
+    expected = answers(model, tokenizer, asked, SAMPLED, torch.float32)
+    monkeypatch.setattr(generation, "fast_decoding", watched)
+    torch.manual_seed(1)
+    assert answers(model, tokenizer, asked, SAMPLED, torch.float32, room) == expected and seen == [True, False]
 
 
 def test_a_sample_keeps_the_conversation_and_shows_its_last_message() -> None:

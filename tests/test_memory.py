@@ -36,6 +36,7 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.policy import Policy
 from dpo_cli.scoring.forward import plain_states
+from dpo_cli.scoring.packed_linear import packs
 from dpo_cli.strategies.strategies import STRATEGIES
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -229,7 +230,7 @@ def test_sampled_answers_have_alive_what_their_room_counts() -> None:
     assert replace(room, free=1.3 * peak.bytes).holds_answers(8, 102)
 
 
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor packs no layers")
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="this processor packs no layers")
 def test_copies_of_layers_take_what_their_room_counts() -> None:
     model, _ = adapted_llama()
     facts = config_facts(model.config.to_dict())

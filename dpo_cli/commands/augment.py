@@ -117,7 +117,8 @@ class Sampled:
         torch.manual_seed(random.Random(f"{self.plan.config.seed}/{start}").getrandbits(63))
         prompts = self.prompts[start : start + len(questions)]
         try:
-            return generate(self.model, self.tokenizer, prompts, sampling, dtype, options["responses"])
+            room = self.plan.evaluation_room(dtype.itemsize)
+            return generate(self.model, self.tokenizer, prompts, sampling, dtype, options["responses"], memory=room)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

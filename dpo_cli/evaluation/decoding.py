@@ -1,4 +1,4 @@
-"""What makes sampling fast: the cache, and on a CPU attention and head of one new token. The maths is that of transformers.
+"""What makes sampling fast: the cache, and on a CPU attention, layers and the draw. The maths is that of transformers.
 
 Cache: transformers copies all keys and values for each new token. Here they lie at the start of larger tensors, and a new token
 writes only its own.
@@ -28,16 +28,19 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+from dpo_cli.errors import RunFailed
 from dpo_cli.scoring.lora_linear import narrow_adapters
-from dpo_cli.scoring.packed_linear import packed
+from dpo_cli.scoring.packed_linear import packed_linear
 
 PREFIX = "dpo-decoding-"
+NOT_FINITE_FIX = "the weights are damaged, or the temperature is too low"
 BLOCK = 64  # tokens of the vocabulary
 SDPA = "sdpa"  # the end of the names of implementations that call torch's attention
 
@@ -58,20 +61,27 @@ def fast_decoding(model: PreTrainedModel | PeftModel, dtype: torch.dtype, copies
             network.set_attn_implementation(PREFIX + name)
             undone.callback(network.set_attn_implementation, name)
         undone.callback(head.register_forward_pre_hook(_without_gaps).remove)
-        layers = _without_adapters(network) if copies_layers else [head]
-        products = {layer: product for layer in layers if (product := packed(layer, dtype)) is not None}
+        layers = [head, *(_plain_modules(network.get_decoder()) if copies_layers else [])]
+        products = {layer: product for layer in layers if (product := packed_linear(layer, dtype)) is not None}
         undone.enter_context(narrow_adapters(model, dtype, products, merges=copies_layers and dtype == torch.float32))
         for layer, product in products.items():
+            undone.callback(vars(layer).pop, "forward", None)  # the class has its own
             layer.forward = product
-            undone.callback(delattr, layer, "forward")  # the class has its own
         yield
 
 
-def _without_adapters(network: nn.Module) -> list[nn.Module]:
-    """The modules of a model without the parts of its adapters: those have their own narrow copies."""
-    layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
-    parts = {part for layer in layers for name in layer.adapter_layer_names for part in getattr(layer, name).modules()}
-    return [module for module in network.modules() if module not in parts]
+def _plain_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The modules of a decoder without the parts that PEFT adds.
+
+    Adapters have their own narrow copies. Of a layer that is trained whole only one of two versions runs.
+    """
+    own = set[nn.Module]()
+    for module in decoder.modules():
+        if isinstance(module, BaseTunerLayer):
+            own.update(part for name in module.adapter_layer_names for part in getattr(module, name).modules())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            own.update(module.modules())
+    return [module for module in decoder.modules() if module not in own]
 
 
 def _attend(
@@ -97,9 +107,9 @@ def _without_gaps(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 
 
 def drawing(temperature: float | None, top_p: float, device: torch.device) -> tuple[dict[str, Any], LogitsProcessorList]:
-    """Settings and processors of `generate`: of the most likely token, without a temperature; else of a drawn one.
+    """Settings and processors of `generate`: greedy decoding without a temperature, else sampling.
 
-    It is drawn by `Drawn` on a CPU, elsewhere by transformers.
+    On a CPU `Drawn` draws the tokens, elsewhere transformers does.
     """
     processors = LogitsProcessorList()
     if temperature is None:
@@ -123,11 +133,14 @@ class Drawn(LogitsProcessor):
 
 
 def drawn_tokens(scores: Tensor) -> Tensor:
-    """A token for each row of scores (n, vocabulary), drawn by their softmax, from torch's random state.
+    """Tokens (n,), int64: one for each row of scores (n, vocabulary), drawn by their softmax, from torch's random state.
 
-    By the inverse of the cumulative distribution: first a block of tokens, then a token of it.
+    By the inverse of the cumulative distribution: first a block of tokens, then a token of it. Raises `RunFailed` for a row
+    with a score that is NaN or infinity, or without a finite one.
     """
     probabilities = scores.softmax(dim=-1)
+    if not probabilities[:, 0].isfinite().all():  # such a row is NaN everywhere
+        raise RunFailed("no token can be drawn: the scores of the model are not finite", NOT_FINITE_FIX)
     blocks = pad(probabilities, (0, -scores.shape[1] % BLOCK)).view(len(scores), -1, BLOCK)  # (n, blocks, BLOCK)
     block = _drawn(blocks.sum(dim=-1))
     return block * BLOCK + _drawn(blocks[torch.arange(len(blocks)), block])

@@ -20,9 +20,11 @@ from dpo_cli.data.messages import Text
 from dpo_cli.evaluation.bootstrap import Intervals, mean
 from dpo_cli.evaluation.decoding import drawing, fast_decoding, is_roomy, place_states, roomy_cache
 from dpo_cli.hardware.memory import EvaluationRoom
+from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval
 from dpo_cli.results.judgement import Answers
+from dpo_cli.runs.state_io import random_state, set_random_state
 from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.packing import filled
 from dpo_cli.storage.progress import Work, working
@@ -85,14 +87,42 @@ def generate(
     dtype: torch.dtype,
     count: int = 1,
     work: Work | None = None,
-    copies_layers: bool = False,
+    memory: EvaluationRoom | None = None,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt (token ids), in evaluation mode; empty ones for a prompt that fills the model's context.
 
     Prompts with the same room for an answer form one batch: nearly always all of them. A long prompt takes no room from others.
     Sampled answers follow torch's random state and, through rounding, the whole batch: the same prompts have the same answers.
-    `work` gets the number of answers as they end. `copies_layers`: as of `fast_decoding`.
+    `work` gets the number of answers as they end. Layers are copied for speed if `memory` has room for that.
+
+    Raises `RunFailed` if a token is to be drawn from scores that are not finite.
     """
+    widest = max(map(len, prompts), default=0) + sampling.max_new_tokens
+    copies_layers = memory is not None and memory.holds_answers(count * len(prompts), widest, memory.layers)
+    state, done = random_state(), work.done if work is not None else 0
+    try:
+        return _generated(model, tokenizer, prompts, sampling, dtype, count, work, copies_layers)
+    except RuntimeError as error:
+        if not copies_layers or not is_out_of_memory(error):
+            raise
+    free_memory()
+    set_random_state(state)  # for the same answers
+    if work is not None:
+        work.done = done
+    return _generated(model, tokenizer, prompts, sampling, dtype, count, work, copies_layers=False)
+
+
+def _generated(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    dtype: torch.dtype,
+    count: int,
+    work: Work | None,
+    copies_layers: bool,
+) -> list[list[Answer]]:
+    """The answers of `generate`, a batch for each room that prompts leave."""
     model.eval()
     # Learned positions end with the context; other positions are also limited to what the model was made for.
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -161,15 +191,15 @@ def _continued(
     while left and len(places):
         is_first = not tokens and len(batches) > 1
         tokens_at_once = 1 if is_first else min(part, left)
-        how = {
+        settings = {
             "generation_config": GenerationConfig(max_new_tokens=tokens_at_once, eos_token_id=ends, pad_token_id=pad, **drawn),
             "logits_processor": processors,
         }
         if is_first and cache is not None:
-            longer, cache = _with_first_tokens(model, ids, mask, how, batches, cache, left)
+            longer, cache = _with_first_tokens(model, ids, mask, settings, batches, cache, left)
         else:
             own = {} if cache is None else {"past_key_values": cache}
-            longer = model.generate(input_ids=ids, attention_mask=mask, **how, **own)
+            longer = model.generate(input_ids=ids, attention_mask=mask, **settings, **own)
         new = longer[:, ids.shape[1] :]
         for place, of_row in zip(places.tolist(), new.tolist(), strict=True):
             rows[place] += of_row
@@ -205,7 +235,7 @@ def _with_first_tokens(
     model: PreTrainedModel | PeftModel,
     ids: Tensor,
     mask: Tensor,
-    how: Mapping[str, Any],
+    settings: Mapping[str, Any],
     batches: Sequence[Batch],
     cache: DynamicCache,
     left: int,
@@ -221,7 +251,7 @@ def _with_first_tokens(
         of_batch = roomy_cache(network, own + 1)
         assert of_batch is not None
         mine, seen = (each[places, width - own :] for each in (ids, mask))
-        made = model.generate(input_ids=mine, attention_mask=seen, **how, past_key_values=of_batch)
+        made = model.generate(input_ids=mine, attention_mask=seen, **settings, past_key_values=of_batch)
         longer[places, width:] = made[:, own:]
         is_whole = is_whole and of_batch.get_seq_length() > 0
         if is_whole:
@@ -294,25 +324,19 @@ def answers(
     room: EvaluationRoom | None = None,
     what: str = "sampling",
 ) -> list[Answer]:
-    """An answer to each prompt, in batches of at most `AT_ONCE` that `room` holds; a batch that is out of memory is divided.
-
-    Layers are copied for speed only where that divides no batch.
-    """
-
-    def width(batch: Sequence[Sequence[int]]) -> int:
-        return max(map(len, batch)) + sampling.max_new_tokens
+    """An answer to each prompt, in batches of at most `AT_ONCE` that `room` holds; a batch that is out of memory is divided."""
 
     def fits(batch: Sequence[Sequence[int]]) -> bool:
-        return len(batch) <= AT_ONCE and (room is None or room.holds_answers(len(batch), width(batch)))
+        width = max(map(len, batch)) + sampling.max_new_tokens
+        return len(batch) <= AT_ONCE and (room is None or room.holds_answers(len(batch), width))
 
     batches = filled(prompts, fits)
-    copies_layers = room is not None and all(room.holds_answers(len(batch), width(batch), room.layers) for batch in batches)
     written: list[Answer] = []
     with working(what, len(prompts), "prompts") as work:
 
         def answered(batch: list[Sequence[int]]) -> list[list[Answer]]:
             work.done = len(written)  # a batch that was out of memory has counted too
-            return generate(model, tokenizer, batch, sampling, dtype, work=work, copies_layers=copies_layers)
+            return generate(model, tokenizer, batch, sampling, dtype, work=work, memory=room)
 
         for _, of_batch in in_halves(batches, answered, list_halves):
             written += [answer for (answer,) in of_batch]

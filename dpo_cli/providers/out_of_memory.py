@@ -8,9 +8,8 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory, or a kernel of CUDA, cuBLAS or Apple's GPU, which have other errors."""
-    message = str(error)
-    is_other = "CUBLAS_STATUS_ALLOC_FAILED" in message or "out of memory" in message
+    """Whether torch ran out of memory, or a kernel of CUDA, cuBLAS or Apple's GPU, or a CPU, which have other errors."""
+    is_other = any(words in str(error) for words in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "can't allocate memory"))
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and is_other)
 
 

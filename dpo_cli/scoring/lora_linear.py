@@ -192,9 +192,9 @@ def narrow_adapters(
 ) -> Iterator[None]:
     """Within, fused layers have their adapters in the dtype of the products already, and are not checked at each call.
 
-    For sampling: each token goes through all layers. No gradient can be taken, and no weight may change. `products` are those
-    of the layers below the adapters that have a packed one. `merges`: each layer is one product of a copy, W + s B A, in this
-    dtype; in 16 bits that would round most of a small change away.
+    For sampling: each token goes through all layers. No gradient can be taken, and no weight may change. `products` are packed
+    ones by base layer. `merges`: each layer is one product with a copy, W + s B A, in this dtype; in 16 bits that would round
+    most of a small change away.
     """
     held: list[tuple[Any, Any]] = []
     try:

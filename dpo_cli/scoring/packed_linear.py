@@ -21,7 +21,7 @@ class PackedLinear:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x W^T + bias, for x (..., in)."""
+        """x W^T + bias (..., out) in the dtype of the weight, for x (..., in)."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), self._weight, self._bias, "none", [], "")
         return y
 
@@ -31,12 +31,15 @@ class PackedLinear:
         return y
 
 
-def packed(layer: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
-    """The product of this layer in this dtype; None for a layer that is not a plain one on a CPU, or another dtype."""
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this processor has products of this dtype with weights in another order."""
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer.weight.device.type != "cpu":
-        return None
-    if dtype != torch.bfloat16 or not has_onednn or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    return dtype == torch.bfloat16 and has_onednn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def packed_linear(layer: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
+    """The product of this layer in this dtype; None for a layer that is not a plain one on a CPU, or another dtype."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or layer.weight.device.type != "cpu" or not packs(dtype):
         return None
     bias: Any = layer.bias  # None without one
     return PackedLinear(layer.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))
