@@ -216,7 +216,7 @@ check-unsloth: $(MODEL) .venv-unsloth/installed
 
 # Everything that only an NVIDIA GPU shows, in eight minutes (benchmarks/gpu); ARGS="--device cpu" rehearses it. The kit has
 # the wheels that the machine of benchmarks/gpu/packages.txt lacks; GPU_PYTHON is the Python there that has its torch.
-GPU_PYTHON ?= python3
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 gpu-kit: .venv/installed
 	$(BIN)/python benchmarks/gpu/kit.py gather

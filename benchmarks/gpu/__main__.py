@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import math
 import os
 import shlex
 import sys
@@ -40,6 +42,7 @@ from dpo_cli.hardware.machine import probe  # noqa: E402
 
 PARTS = (right.PART, bill.PART, speed.PART, sampling.PART)
 MINUTES = 8.0
+STOPPED = 130  # as a shell has it for SIGINT
 NAMED = (Column("check"), Column("case"))
 ABOUT = ("date", "machine", "versions", "gpus", "device")  # of the first line of the results
 VERDICT, WHY = Column("verdict", "word"), Column("why", "reason")
@@ -50,7 +53,7 @@ def parsed() -> argparse.Namespace:
     about = sys.modules["gpu"].__doc__
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: the rehearsal, on tiny shapes")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="after which everything has ended")
+    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help="after which everything has ended")
     parser.add_argument("--only", action="append", metavar="PART[/CHECK]", help=f"of {names}; may be repeated")
     parser.add_argument("--keep", action="store_true", help="also write the tables as baselines")
     parser.add_argument("--compare", action="store_true", help="exit 1 where a table is beyond its baseline's tolerance")
@@ -66,6 +69,13 @@ def parsed() -> argparse.Namespace:
     if not options.small and not torch.cuda.is_available():
         parser.error("this torch cannot use CUDA; the rehearsal is --device cpu")
     return options
+
+
+def _minutes(text: str) -> float:
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise ValueError(text)
+    return minutes
 
 
 def chosen(only: list[str] | None) -> list[Part]:
@@ -147,11 +157,18 @@ def main() -> int:
             end = time.monotonic() + options.seconds
             runner.carry_out(check, runner.Setting(check.name, options.device, end, Path(place), options.results))
         return 0
-    folder = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    results = folder / "results.jsonl"
-    results.write_text("", encoding="utf-8")
-    made = run_parts(parts, options, results)
+    results = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu") / "results.jsonl"
+    try:
+        runner.begin(results, [part.baseline for part in parts])
+        made = run_parts(parts, options, results)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what is done is in {results}", file=sys.stderr)
+        return STOPPED
+    except OSError as error:
+        if error.filename is None or Path(error.filename).is_relative_to(results.parent) or error.errno == errno.ENOSPC:
+            print(f"{results.parent}: {error.strerror}; OUT=FOLDER names another folder for the results", file=sys.stderr)
+            return 1
+        raise
     verdicts = [line["verdict"] for line in runner.lines_of(results)]
     print("\n" + "\n\n".join(baseline.markdown() for baseline in made))
     print("\n" + ", ".join(f"{verdicts.count(name)} {name}" for name in (RIGHT, MEASURED, NOT_RUN, WRONG)))

@@ -102,6 +102,17 @@ def _short(why: str) -> str:
     return why
 
 
+def begin(results: Path, baselines: Sequence[str]) -> None:
+    """Empty results, and no table of these names; those of an earlier run are kept, with its time in their names."""
+    results.parent.mkdir(parents=True, exist_ok=True)
+    files = [results, *(results.with_name(f"{name}.json") for name in baselines)]
+    if results.exists():
+        ended = time.strftime("%Y-%m-%d-%H%M%S", time.localtime(results.stat().st_mtime))
+        for file in filter(Path.exists, files):
+            file.rename(file.with_name(f"{file.stem}-{ended}{file.suffix}"))
+    results.write_text("", encoding="utf-8")
+
+
 def append(results: Path, line: Mapping[str, Any]) -> None:
     """Add a line, and see it written."""
     with results.open("a", encoding="utf-8") as file:
@@ -212,7 +223,7 @@ class Running:
 
     def __init__(self, check: Check, device: str, seconds: float, results: Path, forks: bool) -> None:
         self.check, self.seconds, self.results = check, seconds, results
-        self._folder = tempfile.TemporaryDirectory(prefix="gpu-check-")
+        self._folder = tempfile.TemporaryDirectory(prefix="gpu-check-", ignore_cleanup_errors=True)
         self.setting = Setting(check.name, device, time.monotonic() + seconds, Path(self._folder.name), results)
         self._log = self.setting.place / "check.log"
         words = [sys.executable, str(Path(__file__).parent), "--only", check.name, "--device", device]
@@ -237,23 +248,40 @@ class Running:
         self._folder.cleanup()
         return True
 
+    def stop(self) -> None:
+        """End it, with what it has started, and remove its folder."""
+        os.kill(self.pid, signal.SIGKILL)  # it may not lead a group yet
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        end = time.monotonic() + LEAST_SECONDS
+        with suppress(ProcessLookupError):
+            while time.monotonic() < end:  # until nothing of the group writes into the folder
+                os.killpg(self.pid, 0)
+                time.sleep(0.02)
+        self._folder.cleanup()
+
 
 def run_checks(checks: Sequence[Check], at_once: int, device: str, end: float, results: Path, forks: bool) -> Iterator[Check]:
     """Run checks until `end`, of time.monotonic(), a few at once; gives each when it has ended."""
     waiting, running = list(checks), list[Running]()
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            check, left = waiting.pop(0), end - time.monotonic()
-            if left < LEAST_SECONDS:
-                Setting(check.name, device, end, results.parent, results).not_run("", "no time was left")
-                yield check
-                continue
-            seconds = left if device == "cpu" else min(check.seconds, left)
-            running.append(Running(check, device, seconds, results, forks))
-        for one in [one for one in running if one.has_ended()]:
-            running.remove(one)
-            yield one.check
-        time.sleep(0.02)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                check, left = waiting.pop(0), end - time.monotonic()
+                if left < LEAST_SECONDS:
+                    Setting(check.name, device, end, results.parent, results).not_run("", "no time was left")
+                    yield check
+                    continue
+                seconds = left if device == "cpu" else min(check.seconds, left)
+                running.append(Running(check, device, seconds, results, forks))
+            for one in [one for one in running if one.has_ended()]:
+                running.remove(one)
+                yield one.check
+            time.sleep(0.02)
+    finally:
+        for one in running:
+            one.stop()
 
 
 def shares(parts: Sequence[Part], end: float) -> Callable[[int], float]:
