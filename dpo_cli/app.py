@@ -148,7 +148,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the newest complete checkpoint; without one, start.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, train nothing, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan; train nothing, and write to the cache only.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

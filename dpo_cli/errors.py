@@ -137,3 +137,14 @@ class DoesNotFit(InvalidInput):
 
 class RunFailed(DpoError):
     exit_code = Exit.FAILED
+
+
+def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The interrupt that an error is, or during which an error of Python came up.
+
+    transformers restores in a `finally` what an interrupt came too early for: an UnboundLocalError.
+    """
+    behind = None if isinstance(error, DpoError | OSError) else error
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__context__
+    return behind

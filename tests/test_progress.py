@@ -47,7 +47,7 @@ def test_lines_by_hand() -> None:
     assert line(work, 107.0) == "scoring 50 of 200 pairs, 12 pairs/s, 0:00:09 left"  # within a batch the time runs on
     work.add(8, "3 cut", now=110.0)
     assert line(work, 110.0) == "scoring 58 of 200 pairs, 5.8 pairs/s, 0:00:24 left, 3 cut"
-    assert line(work, 150.0) == "scoring 58 of 200 pairs, 5.8 pairs/s, 0:00:00 left, 3 cut"
+    assert line(work, 150.0) == "scoring 58 of 200 pairs, 5.8 pairs/s, 0:00:50 so far, 3 cut"  # longer than expected
     assert line(Work("loading a model", None, start=100.0), 103.4) == "loading a model, 0:00:03 so far"
     reading = Work("reading", None, "rows", start=100.0)
     reading.add(12000, now=104.0)
@@ -166,7 +166,7 @@ def test_a_training_says_in_a_pipe_what_it_does(tmp_path: Path, tiny_model_dir: 
     command = [sys.executable, "-c", program, "train", str(ROOT / "configs/quickstart.json"), *values, "max_steps=2"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     said = [text.partition(",")[0] for text in done.stdout.splitlines()]
-    for work in ("starting torch", f"loading {tiny_model_dir}", "evaluating: scoring", "answering as the "):
+    for work in ("starting torch", f"loading {tiny_model_dir}", "the first step", "evaluating: scoring", "answering as the "):
         assert any(text.startswith(work) for text in said), (work, done.stdout)
     as_json = subprocess.run([*command, "--overwrite", "--json"], capture_output=True, text=True, check=True)
     assert json.loads(as_json.stdout)["status"] == "completed" and "evaluating: scoring" in as_json.stderr

@@ -101,6 +101,27 @@ def test_a_stop_says_how_to_continue(
     assert (left.value.exit_code, json.loads(capsys.readouterr().out)["fix"]) == (130, fix)
 
 
+def test_a_stop_that_a_library_hides_is_still_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """As transformers' `no_init_weights` does, between two lines."""
+    with pytest.raises(typer.Exit) as left, session(as_json=True, debug=False), resumable():
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise UnboundLocalError("cannot access local variable 'original_init_weights'")
+    said = json.loads(capsys.readouterr().out)
+    assert (left.value.exit_code, said["error"], said["fix"]) == (130, "stopped before the end", TO_RESUME)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), InvalidInput([])])
+def test_an_error_of_its_own_after_an_interrupt_is_reported(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left, session(as_json=True, debug=False):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise error  # noqa: B904 - as an unplanned error would
+    assert left.value.exit_code in (1, 3)
+
+
 def test_the_runs_below_a_folder_are_named(tmp_path: Path) -> None:
     """Of 13 folders the finished runs only, in the order of their names, at most ten; those of stages are one folder deeper."""
     names = [f"runs/{number:02}" for number in range(11)]

@@ -17,7 +17,7 @@ from typing import TextIO, cast
 import typer
 
 from dpo_cli.config.options import Config
-from dpo_cli.errors import DpoError, Exit, UsageError
+from dpo_cli.errors import DpoError, Exit, UsageError, interrupt_behind
 from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.hub import ask_nobody
 from dpo_cli.storage.progress import working
@@ -54,18 +54,24 @@ def _reported(console: Console, debug: bool) -> Iterator[None]:
         yield
     except (typer.Exit, BrokenPipeError):
         raise
-    except KeyboardInterrupt as error:  # a training that was stopped by a signal: with the code of the signal
-        stopped = DpoError("stopped before the end", getattr(error, "__notes__", [AGAIN])[-1])
-        stopped.exit_code = Exit(error.args[0]) if error.args else Exit.SIGINT
-        console.break_line()  # after the ^C of the terminal
-        console.error(stopped)
-        raise typer.Exit(int(stopped.exit_code)) from None
-    except Exception as error:  # a DpoError, or a fault of dpo or of the machine: it is reported, and the exit code shows which
+    except (KeyboardInterrupt, Exception) as error:
+        if (interrupt := interrupt_behind(error)) is not None:
+            raise _stopped(interrupt, console) from None
+        assert isinstance(error, Exception)  # a DpoError, or a fault of dpo or of the machine: the exit code shows which
         if debug:
             traceback.print_exc()
         failure = error if isinstance(error, DpoError) else unexpected(error)
         console.error(failure)
         raise typer.Exit(int(failure.exit_code)) from error
+
+
+def _stopped(interrupt: KeyboardInterrupt, console: Console) -> typer.Exit:
+    """The exit after a signal, which is reported; its code is that of the signal that stopped a training."""
+    stopped = DpoError("stopped before the end", getattr(interrupt, "__notes__", [AGAIN])[-1])
+    stopped.exit_code = Exit(interrupt.args[0]) if interrupt.args else Exit.SIGINT
+    console.break_line()  # after the ^C of the terminal
+    console.error(stopped)
+    return typer.Exit(int(stopped.exit_code))
 
 
 def _require_folder() -> None:

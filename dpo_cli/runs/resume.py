@@ -13,7 +13,7 @@ from typing import Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.schema import names_where, options
-from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
+from dpo_cli.errors import InvalidInput, Problem, RunFailed, interrupt_behind, invalid
 from dpo_cli.plan.plan import Decided, Plan
 from dpo_cli.plan.tokenized import DIGEST
 from dpo_cli.results.judgement import Evaluation
@@ -227,8 +227,9 @@ def resumable() -> Iterator[None]:
     """A stop inside, when the run has replaced an earlier one, says how to continue it."""
     try:
         yield
-    except KeyboardInterrupt as error:
-        error.add_note(TO_RESUME)
+    except BaseException as error:
+        if (interrupt := interrupt_behind(error)) is not None:
+            interrupt.add_note(TO_RESUME)
         raise
 
 

@@ -37,10 +37,11 @@ class Work:
         return (self.done - self.before) / max(self.counted - self.start, 1e-9)
 
     def left(self, now: float) -> float | None:
-        """Seconds until the end at this rate; None where it is not known."""
+        """Seconds until the end at this rate; None where it is not known, or where they are over before the work is."""
         if self.total is None or self.rate <= 0:
             return None
-        return max(0.0, (self.total - self.done) / self.rate - (now - self.counted))
+        left = (self.total - self.done) / self.rate - (now - self.counted)
+        return max(0.0, left) if left > 0 or self.done >= self.total else None
 
 
 GAP = 0.5  # seconds without work that do not end a time of work

@@ -65,10 +65,17 @@ def entries() -> list[Entry]:
 
 
 def prune(before: float) -> list[Entry]:
-    """Remove those that were last used before this time, in seconds since 1970, and return them."""
+    """Remove those that were last used before this time, in seconds since 1970, and return them.
+
+    Raises `RunFailed` for a folder that cannot be removed.
+    """
     old = [(entry, place) for entry, place in _places() if entry.used < before]
     for _, place in old:
-        shutil.rmtree(place)
+        try:
+            shutil.rmtree(place)
+        except OSError as error:
+            message = f"cannot remove {place}: {error.strerror}"
+            raise RunFailed(message, "make the folder writable, or leave it to the user who owns it") from error
     return [entry for entry, _ in old]
 
 

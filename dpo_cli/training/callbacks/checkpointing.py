@@ -17,6 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from dpo_cli.runs.state_io import load_state, save_state
 from dpo_cli.storage.checkpoints import Checkpoint
 from dpo_cli.storage.jsonio import read_json
+from dpo_cli.storage.progress import working
 from dpo_cli.storage.run_directory import LINES, MANIFEST, PLAN, RunDirectory
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
@@ -47,6 +49,7 @@ class Keep(TrainerCallback):
         self._from: Checkpoint | None = None
         self._progress: dict[str, Any] = {}
         self._order: list[int] = []  # torch's random state at the start of the epoch
+        self._first_step = ExitStack()
         trainer.write_checkpoint = self.write
 
     def write(self, write_trainers: Callable[[], None]) -> None:
@@ -114,7 +117,12 @@ class Keep(TrainerCallback):
         return bool(self._progress.get("missed_evaluation"))
 
     def train(self) -> None:
-        self.trainer.train(resume_from_checkpoint=str(self._from.folder) if self._from else None)
+        with self._first_step:  # which no line of metrics shows while it runs
+            self._first_step.enter_context(working("the first step"))
+            self.trainer.train(resume_from_checkpoint=str(self._from.folder) if self._from else None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self._first_step.close()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if self._from is None:  # a failure to save appears now, and not hours later
