@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -392,6 +393,58 @@ def test_what_a_check_started_ends_with_it(tmp_path: Path) -> None:
     while status.exists() and " Z " not in status.read_text(encoding="utf-8"):  # it has its signal, and ends when it has a core
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_a_stop_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    results = tmp_path / "results.jsonl"
+    runner.begin(results, [])
+    Path(tempfile.gettempdir()).mkdir()
+
+    def writes(setting: Setting) -> None:
+        for number in range(100_000):
+            (setting.place / f"{number}").mkdir()
+            setting.place.joinpath("started").touch()
+
+    checks = [Check("first/up", lambda setting: setting.measured("", {}), 20), Check("made/up", writes, 20)]
+    ended = runner.run_checks(checks, 2, "cpu", time.monotonic() + 20, results, forks=True)
+    assert next(ended).name == "first/up"
+    while not list(tmp_path.glob("scratch/*/started")):
+        time.sleep(0.01)
+    ended.close()  # as a Ctrl-C does
+    assert not list(tmp_path.glob("scratch/*")) and [line["check"] for line in runner.lines_of(results)] == ["first/up"]
+
+
+def test_earlier_results_are_kept(tmp_path: Path) -> None:
+    results, table = tmp_path / "new" / "results.jsonl", tmp_path / "new" / "gpu-right.json"
+    runner.begin(results, ["gpu-right"])
+    assert results.read_text(encoding="utf-8") == "" and not table.exists()
+    results.write_text("mine", encoding="utf-8")
+    table.write_text("too", encoding="utf-8")
+    os.utime(results, (0, 1_700_000_000))
+    runner.begin(results, ["gpu-right"])
+    kept = {file.read_text(encoding="utf-8"): file.name[:17] for file in results.parent.iterdir() if "-20" in file.name}
+    assert kept == {"mine": "results-2023-11-1", "too": "gpu-right-2023-11"} and not table.exists()
+
+
+@pytest.mark.long
+def test_a_stop_and_a_folder_that_cannot_be_written_are_reported(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu", "--device", "cpu", "--only", "right/head", "--only", "right/resume"]
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "file").touch()
+    beside = subprocess.run(
+        command, cwd=ROOT, env={**environment, "OUT": str(tmp_path / "file")}, capture_output=True, text=True
+    )
+    assert beside.returncode == 1 and "OUT=FOLDER" in beside.stderr and "Traceback" not in beside.stderr
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and "right/head" in run.stdout.readline()
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate()
+    assert run.returncode == 130 and "stopped; what is done is in" in said and "Traceback" not in said
+    assert {line["check"] for line in runner.lines_of(tmp_path / "out/results.jsonl")} == {"right/head"}
+    for wrong in ("0", "-1", "nan", "inf"):
+        done = subprocess.run([*command, "--minutes", wrong], cwd=ROOT, env=environment, capture_output=True)
+        assert done.returncode == 2
 
 
 def test_a_crash_costs_one_check(tmp_path: Path) -> None:
