@@ -432,10 +432,10 @@ def test_a_stop_and_a_folder_that_cannot_be_written_are_reported(tmp_path: Path)
     command = [sys.executable, "benchmarks/gpu", "--device", "cpu", "--only", "right/head", "--only", "right/resume"]
     environment = {**os.environ, "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1"}
     (tmp_path / "file").touch()
-    beside = subprocess.run(
+    unwritable = subprocess.run(
         command, cwd=ROOT, env={**environment, "OUT": str(tmp_path / "file")}, capture_output=True, text=True
     )
-    assert beside.returncode == 1 and "OUT=FOLDER" in beside.stderr and "Traceback" not in beside.stderr
+    assert unwritable.returncode == 1 and "OUT=FOLDER" in unwritable.stderr and "Traceback" not in unwritable.stderr
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None and "right/head" in run.stdout.readline()
         run.send_signal(signal.SIGINT)
