@@ -20,7 +20,7 @@ from dpo_cli.errors import DpoError
 from dpo_cli.storage.progress import RUNNING, Work, working
 from dpo_cli.ui import progress_view
 from dpo_cli.ui.live import LiveView
-from dpo_cli.ui.progress_view import ProgressView, line, long_work
+from dpo_cli.ui.progress_view import ProgressView, _line_within, line, long_work
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -55,6 +55,18 @@ def test_lines_by_hand() -> None:
     resumed = Work("augmenting", 100, "prompts", 60, before=60, start=100.0)
     resumed.add(10, now=105.0)
     assert line(resumed, 105.0) == "augmenting 70 of 100 prompts, 2.0 prompts/s, 0:00:15 left"
+
+
+@pytest.mark.parametrize(
+    ("width", "what"),
+    [(88, "reading /home/me/pairs/preferences-of-today.jsonl"), (60, "reading /...day.jsonl"), (40, None)],
+)
+def test_a_long_path_leaves_room_for_the_counts(width: int, what: str | None) -> None:
+    work = Work("reading /home/me/pairs/preferences-of-today.jsonl", None, "rows", start=100.0)
+    work.add(4664, now=110.0)
+    whole = line(work, 110.0)
+    assert _line_within(width, work, 110.0) == (whole if what is None else f"{what} 4,664 rows, 466 rows/s, 0:00:10 so far")
+    assert what is None or len(_line_within(width, work, 110.0)) <= width
 
 
 def test_a_chain_of_short_works_is_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import IO
 
 from rich.console import Console as RichConsole
@@ -26,6 +27,7 @@ PATIENCE = 2.0  # seconds before work is shown
 BETWEEN_LINES = 10.0  # seconds between two lines in a pipe
 LOOKS = 0.2  # seconds between two looks at the running work
 WIDEST = 100  # columns
+GAP, LEAST_WHAT = "...", 16  # characters: of a path that is too long; what stays of it
 ECHO = 3  # columns that stay free, for the ^C of a terminal
 
 
@@ -125,10 +127,19 @@ def line(work: Work, now: float) -> str:
     return ", ".join(filter(None, [*parts, work.note]))
 
 
+def _line_within(width: int, work: Work, now: float) -> str:
+    """The line, with a gap in what is worked on (a long path) where the counts would not be seen."""
+    text, what = line(work, now), redact(work.what)
+    kept = len(what) - (len(text) - width) - len(GAP)
+    if len(text) <= width or kept < LEAST_WHAT:
+        return text
+    return line(replace(work, what=f"{what[: kept // 2]}{GAP}{what[len(what) - (kept - kept // 2) :]}"), now)
+
+
 def bars(works: list[Work], now: float, width: int) -> Iterator[Table]:
     """A line for each work, with a bar where there is room; one of unknown length has a moving bar."""
     for work in works:
-        text = Text(line(work, now), no_wrap=True, overflow="ellipsis")
+        text = Text(_line_within(width, work, now), no_wrap=True, overflow="ellipsis")
         room = width - len(text) - 1
         grid = Table.grid(padding=(0, 1))
         if room < 8:
