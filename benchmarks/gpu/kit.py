@@ -192,13 +192,29 @@ def unmet(site: Path) -> list[str]:
     return sorted(set(lines))
 
 
+def lacking() -> list[str]:
+    """The packages that dpo and the checks import, and that are not there. Without liger-kernel one check less runs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    names = [Requirement(text).name for text in (*project["dependencies"], *BESIDES)]
+    return [name for name in names if name != "liger-kernel" and not list(distributions(name=name))]
+
+
 def run(words: list[str]) -> int:
-    """Run the checks with the kit installed in a folder that is removed at the end; the exit code is theirs."""
+    """Run the checks with the kit installed in a folder that is removed at the end; the exit code is theirs.
+
+    2 if packages are lacking, which are printed.
+    """
     with tempfile.TemporaryDirectory(prefix="gpu-kit-") as place:
         site = Path(place)
         install(KIT, site)
         sys.path.append(place)
         print("".join(f"note: {line}\n" for line in unmet(site)), end="", file=sys.stderr)
+        if names := lacking():
+            print(
+                f"{sys.executable} lacks {', '.join(names)}: install them, or name another with GPU_PYTHON=PATH",
+                file=sys.stderr,
+            )
+            return 2
         paths = [str(ROOT), place, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         return subprocess.run([sys.executable, str(Path(__file__).parent), *words], env=environment, check=False).returncode

@@ -65,6 +65,8 @@ class Child:
         return self.end()
 
     def said(self) -> str:
+        if not self.log.exists():  # it was stopped before its first line
+            return ""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
