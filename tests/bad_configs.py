@@ -150,7 +150,6 @@ FILES = [
 
 KEYS = [
     Case("unknown-key", "lerning_rate", '"lerning_rate": 5e-7', 'did you mean "learning_rate"?'),
-    Case("unknown-key", "augment.top_p", '"augment.top_p": 0.9', "write augment='{\"top_p\": 0.9}', with all parts"),
     Case("unknown-key", "Beta", '"Beta": 0.1', 'did you mean "beta"?'),
     Case("unknown-key", "per_device_batch_size", '"per_device_batch_size": 2', 'called "per_device_train_batch_size"'),
     Case("unknown-key", "max_length", '"max_length": 512', 'called "max_seq_length"'),

@@ -140,11 +140,11 @@ def test_ctrl_c_at_any_batch_and_torn_lines_lose_nothing(place: Path, monkeypatc
     assert json.loads(run("--json", out="whole.jsonl").stdout)["resumed"] is False
     calls = []
 
-    def interrupted(*arguments: Any) -> list[list[Answer]]:
+    def interrupted(*arguments: Any, **options: Any) -> list[list[Answer]]:
         calls.append(arguments)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGINT)
-        return generate(*arguments)
+        return generate(*arguments, **options)
 
     monkeypatch.setattr(augment, "generate", interrupted)
     for stop in range(1, BATCHES):
@@ -163,11 +163,11 @@ def test_ctrl_c_at_any_batch_and_torn_lines_lose_nothing(place: Path, monkeypatc
 def stopped_after_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def once(*arguments: Any) -> list[list[Answer]]:
+    def once(*arguments: Any, **options: Any) -> list[list[Answer]]:
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(*arguments)
+        return generate(*arguments, **options)
 
     with monkeypatch.context() as broken:
         broken.setattr(augment, "generate", once)
@@ -234,11 +234,11 @@ def test_other_settings_are_refused_and_named(place: Path, monkeypatch: pytest.M
 def test_two_processes_do_not_write_one_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = []
 
-    def twice(*arguments: Any) -> list[list[Answer]]:
+    def twice(*arguments: Any, **options: Any) -> list[list[Answer]]:
         if not inner:
             inner.append(None)
             inner[0] = run()
-        return generate(*arguments)
+        return generate(*arguments, **options)
 
     monkeypatch.setattr(augment, "generate", twice)
     assert run().exit_code == 0

@@ -93,10 +93,6 @@ def advice(key: str, given: Mapping[str, object]) -> str:
         return _other_name(key, names()[key], given)
     if (entry := _entry(key)) is not None:
         return _elsewhere(key, entry, given)
-    outer, dot, inner = key.partition(".")
-    if dot and outer in options() and options()[outer].rule.get("type") == "object":
-        part = json.dumps({inner: given[key]})
-        return f"write {outer}='{part}', with all parts that differ from the defaults"
     near = nearest(_snake(key), [*options(), *names(), *(key for entry in entries() for key in entry["keys"])])
     if not near:
         return UNKNOWN

@@ -149,9 +149,9 @@ def drawn_tokens(scores: Tensor) -> Tensor:
 def _drawn(weights: Tensor) -> Tensor:
     """A place in each row of weights (n, m), with the probability of its share.
 
-    In float32 a cumulative sum near 1 would hide a share below 6e-8.
+    In float32 a cumulative sum near 1 would hide a share below 6e-8. An Apple GPU has no float64.
     """
-    sums = weights.cumsum(dim=-1, dtype=torch.float64)
+    sums = weights.cpu().cumsum(dim=-1, dtype=torch.float64)
     point = sums[:, -1:] * torch.rand(len(weights), 1, dtype=torch.float64)
     return torch.searchsorted(sums, point, right=True)[:, 0].clamp(max=weights.shape[1] - 1)  # a product may round to the sum
 
