@@ -140,9 +140,9 @@ class RunFailed(DpoError):
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The interrupt that an error is, or during which an error of Python came up.
+    """The interrupt that caused an error, or is it; None without one, and for a DpoError and an OSError.
 
-    transformers restores in a `finally` what an interrupt came too early for: an UnboundLocalError.
+    After an interrupt, transformers may fail in a `finally` with an UnboundLocalError.
     """
     behind = None if isinstance(error, DpoError | OSError) else error
     while behind is not None and not isinstance(behind, KeyboardInterrupt):

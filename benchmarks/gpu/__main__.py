@@ -147,6 +147,11 @@ def run_parts(parts: list[Part], options: argparse.Namespace, results: Path) -> 
     return kept
 
 
+def _cannot_write(results: Path, error: OSError) -> int:
+    print(f"{results.parent}: {error.strerror}; OUT=FOLDER names another folder for the results", file=sys.stderr)
+    return 1
+
+
 def main() -> int:
     options = parsed()
     parts = chosen(options.only)
@@ -160,15 +165,17 @@ def main() -> int:
     results = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu") / "results.jsonl"
     try:
         runner.begin(results, [part.baseline for part in parts])
+    except OSError as error:
+        return _cannot_write(results, error)
+    try:
         made = run_parts(parts, options, results)
     except KeyboardInterrupt:
         print(f"\nstopped; what is done is in {results}", file=sys.stderr)
         return STOPPED
     except OSError as error:
-        if error.filename is None or Path(error.filename).is_relative_to(results.parent) or error.errno == errno.ENOSPC:
-            print(f"{results.parent}: {error.strerror}; OUT=FOLDER names another folder for the results", file=sys.stderr)
-            return 1
-        raise
+        if error.errno != errno.ENOSPC:
+            raise
+        return _cannot_write(results, error)
     verdicts = [line["verdict"] for line in runner.lines_of(results)]
     print("\n" + "\n\n".join(baseline.markdown() for baseline in made))
     print("\n" + ", ".join(f"{verdicts.count(name)} {name}" for name in (RIGHT, MEASURED, NOT_RUN, WRONG)))

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from email.parser import Parser
 from importlib.metadata import PackageNotFoundError, distribution, distributions, version
 from pathlib import Path
+from typing import Any
 
 from pip._vendor.packaging.markers import default_environment
 from pip._vendor.packaging.requirements import Requirement
@@ -66,7 +67,7 @@ def gather() -> int:
 def _closure(python: str) -> dict[str, Path]:
     """The wheels for this Python that are lacking, by the name of the package."""
     there, pins = dict(_versions(HAS)), dict(_versions(ROOT / "constraints.txt"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = _project()
     liger = project["optional-dependencies"]["liger"]
     waiting = [Requirement(text) for text in (*project["dependencies"], *liger, *BESIDES)]
     place, wheels, followed = Path(tempfile.mkdtemp(prefix="kit-")), dict[str, Path](), set[str]()
@@ -87,6 +88,12 @@ def _closure(python: str) -> dict[str, Path]:
         wheels[name] = _downloaded(wanted, python, place)
         waiting += _requirements(wheels[name], python, requirement.extras)
     return wheels
+
+
+def _project() -> dict[str, Any]:
+    """The table `project` of pyproject.toml."""
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project
 
 
 def _versions(file: Path) -> Iterator[tuple[str, str]]:
@@ -194,7 +201,7 @@ def unmet(site: Path) -> list[str]:
 
 def lacking() -> list[str]:
     """The packages that dpo and the checks import, and that are not there. Without liger-kernel one check less runs."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = _project()
     names = [Requirement(text).name for text in (*project["dependencies"], *BESIDES)]
     return [name for name in names if name != "liger-kernel" and not list(distributions(name=name))]
 

@@ -97,32 +97,6 @@ def generate(
 
     Raises `RunFailed` if a token is to be drawn from scores that are not finite.
     """
-    widest = max(map(len, prompts), default=0) + sampling.max_new_tokens
-    copies_layers = memory is not None and memory.holds_answers(count * len(prompts), widest, memory.layers)
-    state, done = random_state(), work.done if work is not None else 0
-    try:
-        return _generated(model, tokenizer, prompts, sampling, dtype, count, work, copies_layers)
-    except RuntimeError as error:
-        if not copies_layers or not is_out_of_memory(error):
-            raise
-    free_memory()
-    set_random_state(state)  # for the same answers
-    if work is not None:
-        work.done = done
-    return _generated(model, tokenizer, prompts, sampling, dtype, count, work, copies_layers=False)
-
-
-def _generated(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
-    dtype: torch.dtype,
-    count: int,
-    work: Work | None,
-    copies_layers: bool,
-) -> list[list[Answer]]:
-    """The answers of `generate`, a batch for each room that prompts leave."""
     model.eval()
     # Learned positions end with the context; other positions are also limited to what the model was made for.
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -131,7 +105,7 @@ def _generated(
     for room in sorted({room for room in rooms if room > 0}, reverse=True):
         places = [place for place, own in enumerate(rooms) if own == room]
         asked, limited = [prompts[place] for place in places], replace(sampling, max_new_tokens=room)
-        batch = _batch(model, tokenizer, asked, limited, dtype, count, work, copies_layers)
+        batch = _batch(model, tokenizer, asked, limited, dtype, count, work, memory)
         for place, answers_to_one in zip(places, batch, strict=True):
             results[place] = answers_to_one
     return results
@@ -145,22 +119,42 @@ def _batch(
     dtype: torch.dtype,
     count: int,
     work: Work | None,
-    copies_layers: bool,
+    memory: EvaluationRoom | None,
 ) -> list[list[Answer]]:
-    """`count` answers to each prompt, made as one batch of left-padded rows."""
+    """`count` answers to each prompt, made as one batch of left-padded rows.
+
+    If the copies of layers are out of memory, the batch is made without them: to the same answers.
+    """
     device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (prompts, width)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    ids, mask = ids.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
     ends = _ends(model, tokenizer)
-    with (
-        _plain(model),
-        fast_decoding(model, dtype, copies_layers),
-        torch.no_grad(),
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-    ):
-        ids, mask = ids.repeat_interleave(count, 0), mask.repeat_interleave(count, 0)
-        rows = _continued(model, ids, mask, sampling, sorted(ends), pad, work)
+
+    def rows_of(copies_layers: bool) -> list[list[int]]:
+        with (
+            _plain(model),
+            fast_decoding(model, dtype, copies_layers),
+            torch.no_grad(),
+            torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        ):
+            return _continued(model, ids, mask, sampling, sorted(ends), pad, work)
+
+    copies_layers = memory is not None and memory.holds_answers(len(ids), width + sampling.max_new_tokens, memory.layers)
+    state, done = random_state(), work.done if work is not None else 0
+    rows: list[list[int]] | None = None
+    try:
+        rows = rows_of(copies_layers)
+    except RuntimeError as error:
+        if not copies_layers or not is_out_of_memory(error):
+            raise
+    if rows is None:  # here, because the error holds the tensors that fill the memory
+        free_memory()
+        set_random_state(state)
+        if work is not None:
+            work.done = done
+        rows = rows_of(copies_layers=False)
     answers = [_answer(row, ends, tokenizer) for row in rows]
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 

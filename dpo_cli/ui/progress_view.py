@@ -27,7 +27,7 @@ PATIENCE = 2.0  # seconds before work is shown
 BETWEEN_LINES = 10.0  # seconds between two lines in a pipe
 LOOKS = 0.2  # seconds between two looks at the running work
 WIDEST = 100  # columns
-GAP, LEAST_WHAT = "...", 16  # characters: of a path that is too long; what stays of it
+ELLIPSIS, LEAST_KEPT = "...", 16  # in place of the middle of a long path; characters of it that are kept at least
 ECHO = 3  # columns that stay free, for the ^C of a terminal
 
 
@@ -128,12 +128,12 @@ def line(work: Work, now: float) -> str:
 
 
 def _line_within(width: int, work: Work, now: float) -> str:
-    """The line, with a gap in what is worked on (a long path) where the counts would not be seen."""
+    """The line; where it is too wide, without the middle of its first words (a long path), so that the counts are seen."""
     text, what = line(work, now), redact(work.what)
-    kept = len(what) - (len(text) - width) - len(GAP)
-    if len(text) <= width or kept < LEAST_WHAT:
+    kept = len(what) - (len(text) - width) - len(ELLIPSIS)
+    if len(text) <= width or kept < LEAST_KEPT:
         return text
-    return line(replace(work, what=f"{what[: kept // 2]}{GAP}{what[len(what) - (kept - kept // 2) :]}"), now)
+    return line(replace(work, what=f"{what[: kept // 2]}{ELLIPSIS}{what[len(what) - (kept - kept // 2) :]}"), now)
 
 
 def bars(works: list[Work], now: float, width: int) -> Iterator[Table]:
