@@ -10,6 +10,8 @@ from test_plan import COUNTS as PLANNED
 from dpo_cli.config.config import load
 from dpo_cli.config.options import Config
 from dpo_cli.plan.cost import Cost, affordable_prompts, answered_prompts, cost_of
+from dpo_cli.strategies.dpo import DPO
+from dpo_cli.strategies.sft import SFT
 
 COUNTS = replace(PLANNED, train_pairs=100, eval_pairs=20, eval_prompts=20, shared_tokens=40_000)  # 400 a pair
 
@@ -24,10 +26,10 @@ def test_the_cost_by_hand(config: Config) -> None:
     """10 steps of 10 pairs: 2.5 x 100 x 400 for the policy, 1 x 100 x 400 for the reference. An evaluation scores
     2 x 20 x 400, and samples 20 answers of 50 tokens at 8 each; at the end 2 x 20 answers more."""
     training, scored, sampled = 100_000 + 40_000, 16_000, 20 * 50 * 8
-    assert cost_of(config, COUNTS, 10, refers=True) == Cost(training, scored + sampled + 2 * sampled)
-    demonstrations = cost_of(config, COUNTS, 10, refers=False)  # no reference, and no kl_sequence
+    assert cost_of(config, COUNTS, 10, DPO) == Cost(training, scored + sampled + 2 * sampled)
+    demonstrations = cost_of(config, COUNTS, 10, SFT)  # no reference, and no kl_sequence
     assert demonstrations == Cost(100_000, scored + 2 * sampled)
-    recomputed = cost_of(config.replaced({"gradient_checkpointing": True}), COUNTS, 10, refers=True)
+    recomputed = cost_of(config.replaced({"gradient_checkpointing": True}), COUNTS, 10, DPO)
     assert recomputed.training == training + 40_000
 
 
@@ -37,14 +39,14 @@ def test_the_cost_by_hand(config: Config) -> None:
 )
 def test_each_evaluation_counts(config: Config, steps: int, eval_steps: int | None, times: int) -> None:
     """After each epoch, or each `eval_steps`, and after the last step, which is evaluated once."""
-    cost = cost_of(config.replaced({"eval_steps": eval_steps}), COUNTS, steps, refers=True)
+    cost = cost_of(config.replaced({"eval_steps": eval_steps}), COUNTS, steps, DPO)
     assert cost.evaluation == times * (16_000 + 20 * 50 * 8) + 2 * 20 * 50 * 8
 
 
 def test_an_incomplete_last_step_belongs_to_its_epoch(config: Config) -> None:
     """95 pairs are 10 steps of 10."""
     counts = replace(COUNTS, train_pairs=95, shared_tokens=38_000)
-    one, two = (cost_of(config, counts, steps, refers=True).evaluation for steps in (10, 11))
+    one, two = (cost_of(config, counts, steps, DPO).evaluation for steps in (10, 11))
     assert two - one == 16_000 + 20 * 50 * 8
 
 
@@ -52,13 +54,13 @@ def test_the_most_prompts_that_a_quarter_pays_for(config: Config) -> None:
     """20 steps: a quarter of 2.5 x 200 x 400 + 40,000 is 60,000. Two evaluations score 32,000. The rest is 28,000: each
     prompt is sampled twice for kl_sequence and answered twice, 4 x 400 tokens: 17 prompts cost 27,200 and 18 cost 28,800."""
     counts = replace(COUNTS, eval_prompts=40)
-    assert affordable_prompts(config, counts, 20) == 17
+    assert affordable_prompts(config, counts, 20, DPO) == 17
     checkpointing = config.replaced({"gradient_checkpointing": True})  # which the memory of a machine decides
-    assert affordable_prompts(checkpointing, counts, 20) == 17
-    assert affordable_prompts(config, counts, 1) == 16  # the fewest
-    assert affordable_prompts(config, replace(counts, train_pairs=10_000, shared_tokens=4_000_000), 1000) == 64
-    assert affordable_prompts(config, replace(counts, eval_prompts=9), 1) == 64  # fewer would save nothing
-    assert affordable_prompts(config.replaced({"kl_prompts": 3}), counts, 1) == 3
+    assert affordable_prompts(checkpointing, counts, 20, DPO) == 17
+    assert affordable_prompts(config, counts, 1, DPO) == 16  # the fewest
+    assert affordable_prompts(config, replace(counts, train_pairs=10_000, shared_tokens=4_000_000), 1000, DPO) == 64
+    assert affordable_prompts(config, replace(counts, eval_prompts=9), 1, DPO) == 64  # fewer would save nothing
+    assert affordable_prompts(config.replaced({"kl_prompts": 3}), counts, 1, DPO) == 3
 
 
 @pytest.mark.parametrize(("kl_prompts", "answered"), [(0, 16), (16, 16), (20, 20), (64, 32)])

@@ -33,6 +33,7 @@ COUNTS = Counts(
     longest=90,
     longest_at="pairs.jsonl:1",
     longest_pair=150,
+    longest_prompt=60,
     longest_responses=60,
     train_tokens=4000,
     digest="",

@@ -20,19 +20,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import dpo_cli
-from dpo_cli.config.augment_rules import RANK_PARTS
+from dpo_cli.config.ranking_rules import RANK_PARTS
 from dpo_cli.config.schema import inner_defaults, names_where
 from dpo_cli.data.prompts import Prompts
 from dpo_cli.data.rows import Question
 from dpo_cli.data.text_features import plain
 from dpo_cli.data.tokenizer import Tokenizer
-from dpo_cli.data.tokens import encode_all
+from dpo_cli.data.tokens import encode_questions
 from dpo_cli.errors import DoesNotFit, Problem
-from dpo_cli.evaluation.generation import Answer, Sampling, generate
+from dpo_cli.evaluation.generation import Answer, Rank, Sampling, generate
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.feasibility import DOES_NOT_FIT
 from dpo_cli.plan.plan import Plan
-from dpo_cli.preferences.ranking import Rank, best_pairs, ranking
+from dpo_cli.preferences.ranking import best_pairs, ranking
 from dpo_cli.preferences.served_answers import ServedAnswers
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_faster_precision
@@ -70,7 +70,10 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
         questions, left = list(prompts.questions), {"cut": 0, "too_long": 0}
         source = ServedAnswers(options, plan.config.seed)
     else:
-        encoded, left = _encoded(prompts.questions, dpo_tokenizer, plan, options, provider.token_rows())
+        config, room = plan.config, plan.config.max_seq_length - options["max_new_tokens"]
+        encoded, left = encode_questions(
+            prompts.questions, dpo_tokenizer, config.use_chat_template, room, provider.token_rows()
+        )
         questions = [question for question, _ in encoded]
         model = provider.start(plan, provider.base_model(plan))  # with its adapter, if model_name is one
         source = Sampled(model, tokenizer, plan, options, [ids for _, ids in encoded])
@@ -177,22 +180,6 @@ def _usable(answers: Sequence[Answer], min_tokens: int, counts: Counter[str]) ->
         else:
             different[plain(answer.text)] = answer
     return list(different.values())
-
-
-def _encoded(
-    questions: Sequence[Question],
-    tokenizer: Tokenizer,
-    plan: Plan,
-    options: Options,
-    token_rows: int | None,
-) -> tuple[list[tuple[Question, list[int]]], dict[str, int]]:
-    """Each question with its token ids as in training, cut so that an answer has room; and the counts of cuts."""
-    room = plan.config.max_seq_length - options["max_new_tokens"]
-    pairs = [question.with_answers("A", "B") for question in questions]  # the answers do not matter
-    (encoded,) = encode_all([pairs], tokenizer, plan.config.use_chat_template, room, token_rows).require().sides
-    fitting = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
-    counts = {"cut": sum(pair.is_cut for _, pair in fitting), "too_long": len(questions) - len(fitting)}
-    return [(question, pair.prompt_ids) for question, pair in fitting], counts
 
 
 def _origin(plan: Plan, options: Options, model: JsonObject) -> JsonObject:

@@ -8,6 +8,7 @@ from dpo_cli.commands.requests import Request
 from dpo_cli.evaluation.evaluation import answered, judge, measure
 from dpo_cli.evaluation.rounding import without_rounding
 from dpo_cli.plan.adapter_start import start_of
+from dpo_cli.preferences.rewards import Rewards
 from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
 from dpo_cli.results.judgement import Evaluation
@@ -30,11 +31,12 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
     basis = basis_of(run.read_json(PLAN)["config"]) if run else {}
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
+        rank = Rewards.of(plan) if plan.strategy.generates else None
         samples = answered(policy, opened.tokenizer, opened.rows, plan, vote.prompts if vote else 0)
-        measured = measure(policy, opened.rows, opened.tokenizer, plan) if opened.rows else None
+        measured = measure(policy, opened.rows, opened.tokenizer, plan, rank) if opened.rows else None
         if measured is not None:
             measured = without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)
-        judged = judge(opened.rows, measured, samples, plan)
+        judged = judge(opened.rows, measured, samples, plan, rank)
     console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model))
     if run and request.is_as_trained and judged.sides is not None and not is_whole(run):
         keep(run, judged, basis)  # a training that was stopped has no evaluation

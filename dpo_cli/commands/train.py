@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpo_cli.config.config import Loaded
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
-from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figures, measure, score
+from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figures, measure, reward_accuracy, score
+from dpo_cli.evaluation.generation import Rank
 from dpo_cli.evaluation.rounding import rounding_of, without_rounding
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.plan.adapter_start import start_of
@@ -24,6 +25,7 @@ from dpo_cli.plan.feasibility import disk_problem, does_not_fit, out_of_memory
 from dpo_cli.plan.plan import Plan, Rounding, Scoring, resolve
 from dpo_cli.plan.preflight import Inspection, step_problems
 from dpo_cli.plan.tokenized import Rows, first_row, prepare, show_plan, tell_scoring
+from dpo_cli.preferences.rewards import Rewards
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import require_device
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
@@ -45,7 +47,7 @@ from dpo_cli.scoring.reference import KeptReference, computed_by
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
-from dpo_cli.training import dpo_trainer, sft_trainer
+from dpo_cli.training import dpo_trainer, policy_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
@@ -58,7 +60,11 @@ from dpo_cli.ui.live import LiveView
 
 ROUNDED_ROWS = 8  # pairs that show the rounding of 16 bits
 START_ROWS = 4  # pairs, the shortest, on which the policy must equal its reference before the first step
-TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}
+TRAINERS: dict[str, Callable[..., Any]] = {
+    "dpo": dpo_trainer.build_trainer,
+    "sft": sft_trainer.build_trainer,
+    "rlhf": policy_trainer.build_trainer,
+}
 
 
 def train(
@@ -136,7 +142,7 @@ def train(
         }
         run.write_plan({**plan.to_json(), **findings})
         run.write_json(MANIFEST, about)
-        rows = Rows(prepared.train, prepared.held_out, tokenizer)
+        rows = Rows(prepared.train, prepared.held_out, tokenizer, prepared.prompts)
         basis = basis_of(run.read_json(PLAN)["config"])
         result = _trained(Job(run, earlier, findings, provider, rows, loaded, machine, console, basis), plan)
     free_memory()  # the trainer and its callbacks refer to each other and to the model: the next stage needs the memory
@@ -201,6 +207,7 @@ class Training:
     stop: StopOnSignal
     keep: Keep
     measured: dict[int, Measured]  # the last evaluation, by its step
+    rank: Rank | None  # what scores answers, for a strategy that samples them
 
     @property
     def is_over(self) -> bool:
@@ -232,17 +239,19 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
         choose(frozen, rows.extremes, pad_token_id, plan.scoring.shared)  # so that its attention takes the same layout
 
     measured: dict[int, Measured] = {}
+    rank = Rewards.of(plan) if plan.strategy.generates else None
 
     def evaluate(policy: Policy) -> dict[str, float]:
         measured.clear()
         with stop.interruptible():
-            now = measure(policy, rows.held_out, tokenizer, plan)
+            now = measure(policy, rows.held_out, tokenizer, plan, rank)
             now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
         measured[trainer.state.global_step] = now
         return line_figures(now, plan)
 
     build = TRAINERS[plan.config.strategy]
-    trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen)
+    sampled = {"prompts": rows.prompts, "rank": rank} if rank is not None else {}
+    trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen, **sampled)
     provider.ready(trainer.model, plan)
     with _fitting(plan, loaded):
         first = rows.train[:ROUNDED_ROWS]
@@ -255,7 +264,7 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
     keep = Keep(run, trainer, health, early, stop)
     for callback in (record, health, early, stop, keep):
         trainer.add_callback(callback)
-    return Training(plan, trainer, record, health, early, stop, keep, measured)
+    return Training(plan, trainer, record, health, early, stop, keep, measured, rank)
 
 
 def _begun(job: Job, training: Training, view: LiveView) -> None:
@@ -276,7 +285,9 @@ def _begun(job: Job, training: Training, view: LiveView) -> None:
             trainer.evaluate()
         return
     run.try_to_write(partial(_save, trainer.model, rows.tokenizer))
-    if trainer.reference is not None:
+    if training.rank is not None and len(rows.held_out):
+        training.health.see_reward(reward_accuracy(rows.held_out, training.rank))
+    if plan.strategy.refers:
         _check_reference(run, trainer.reference, trainer.policy, rows, plan, training.health, console)
 
 
@@ -302,7 +313,8 @@ def _concluded(job: Job, training: Training, seconds: float) -> tuple[JsonObject
     can_be_judged = not stop.received and health.can_be_judged
     with log_to(run.log):
         last = training.measured.get(early.best_step or steps)
-        judged = _judged(trainer.policy, rows.held_out if can_be_judged else [], rows.tokenizer, plan, last, console.line)
+        held_out = rows.held_out if can_be_judged else []
+        judged = _judged(trainer.policy, held_out, rows.tokenizer, plan, last, training.rank, console.line)
     summary = replace(summary, sides=judged.sides)
     if judged.sides is not None:
         keep_evaluation(run, judged, job.basis)
@@ -321,14 +333,14 @@ def _concluded(job: Job, training: Training, seconds: float) -> tuple[JsonObject
 
 def _check_reference(
     run: RunDirectory,
-    reference: KeptReference,
+    reference: KeptReference | None,
     policy: Policy,
     rows: Rows,
     plan: Plan,
     health: Health,
     console: Console,
 ) -> None:
-    """Before step 1: the policy must equal its reference, and so must the log-probs of it that the cache has.
+    """Before step 1: the policy must equal its reference, and so must the log-probs of it that the cache has, if it is kept.
 
     Not of a resumed run, which has what it started with.
     """
@@ -337,6 +349,8 @@ def _check_reference(
     scores = score(policy, [rows.train[pair] for pair in shortest], rows.tokenizer, plan)
     health.see_start(scores)
     allowed = APART_NATS[plan.dtype] * scores.tokens
+    if reference is None:
+        return
     if recalled := reference.recall(shortest, scores.reference, allowed):
         console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs come from the cache of earlier runs")
         run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
@@ -390,13 +404,14 @@ def _judged(
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
     last: Measured | None,
+    rank: Rank | None,
     tell: Callable[[str], None],
 ) -> Evaluation:
     """The evaluation of what was trained; `last` is the evaluation after the last step, if there is one."""
     if not rows:
         return judge([], None, [], plan)
-    measured = without_rounding(policy, rows, tokenizer, plan, last or measure(policy, rows, tokenizer, plan), tell)
-    return judge(rows, measured, answered(policy, tokenizer, rows, plan), plan)
+    measured = without_rounding(policy, rows, tokenizer, plan, last or measure(policy, rows, tokenizer, plan, rank), tell)
+    return judge(rows, measured, answered(policy, tokenizer, rows, plan), plan, rank)
 
 
 def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, console: Console, is_resumed: bool) -> Plan:

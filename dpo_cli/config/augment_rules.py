@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 
+from dpo_cli.config.ranking_rules import address_problems, rank_problems
 from dpo_cli.config.schema import Values, inner_defaults
 from dpo_cli.errors import Problem
-
-# The parts that only this rank needs.
-RANK_PARTS = {"regex": ("pattern",), "reward": ("reward_model",), "judge": ("judge_url", "judge_model", "criterion")}
-ADDRESSES = {"judge_url": "judge-url", "answers_url": "answers-url"}  # and the code of a wrong one
-PLAIN_URL = r"https?://[\w.:\[\]-]+(/[\w./~%-]*)?"
 
 
 def _augment(values: Values, given: Values) -> Values | None:
@@ -23,33 +18,8 @@ def _augment(values: Values, given: Values) -> Values | None:
 def rank_has_its_parts(values: Values, given: Values) -> Iterator[Problem]:
     if (augment := _augment(values, given)) is None:
         return
-    rank = augment["rank"]
-    if missing := [name for name in RANK_PARTS.get(rank, ()) if augment[name] is None]:
-        message = f'"augment": the rank {rank} needs {" and ".join(missing)}'
-        yield Problem("error", "rank-incomplete", message, f'add "{missing[0]}": "..." to "augment"', "augment")
-    for other, names in RANK_PARTS.items():
-        for name in values["augment"].keys() & {*names} if other != rank else ():
-            message, fix = f'"augment": "{name}" has no effect: it belongs to the rank {other}', f'write "rank": "{other}"'
-            yield Problem("warning", "no-effect", message, f'{fix}, or remove "{name}"', "augment")
-
-
-def pattern_is_one(values: Values, given: Values) -> Iterator[Problem]:
-    augment = _augment(values, given)
-    try:
-        re.compile((augment and augment["pattern"]) or "")
-    except re.error as error:
-        message = f'"augment": the pattern is not a regular expression: {error}'
-        yield Problem("error", "bad-regex", message, "write a regular expression of Python's re module", "augment")
-
-
-def addresses_are_plain(values: Values, given: Values) -> Iterator[Problem]:
-    """An address is written into every row, so it must not hold a secret."""
-    augment = _augment(values, given)
-    for name, code in ADDRESSES.items():
-        if augment and augment[name] and not re.fullmatch(PLAIN_URL, augment[name], re.ASCII):
-            message = f'"augment": {name} is not http(s)://HOST/PATH without a user and a query'
-            fix = f'for example "{name}": "http://localhost:8000/v1"; put a key into the environment variable OPENAI_API_KEY'
-            yield Problem("error", code, message, fix, "augment")
+    yield from rank_problems(augment, values["augment"].keys(), "augment")
+    yield from address_problems(augment["answers_url"], "answers_url", "answers-url", "augment")
 
 
 def a_server_has_a_model(values: Values, given: Values) -> Iterator[Problem]:
@@ -79,4 +49,4 @@ def answers_make_pairs(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "augment-too-long", message, 'raise "max_seq_length", or lower "max_new_tokens"', "augment")
 
 
-RULES = (rank_has_its_parts, pattern_is_one, addresses_are_plain, a_server_has_a_model, answers_make_pairs)
+RULES = (rank_has_its_parts, a_server_has_a_model, answers_make_pairs)

@@ -38,6 +38,13 @@ class Config:
     label_smoothing: float
     reference: Literal['auto', 'base', 'adapter']
     prompt_sharing: Literal[True, False, 'auto']
+    reward_model: str | None
+    reward_functions: list[Any]
+    rl_algorithm: Literal['rloo', 'grpo']
+    num_generations: int
+    temperature: float
+    num_iterations: int
+    epsilon: float
     max_kl: float | None
     kl_prompts: int
     max_new_tokens: int

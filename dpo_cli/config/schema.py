@@ -79,10 +79,10 @@ class Option:
         """Values that mean the default, like a missing key."""
         return list(self.rule.get("x-unset", ()))
 
-    @property
-    def may_change(self) -> bool:
-        """Whether a run can resume with another value."""
-        return bool(self.rule.get("x-resume", False))
+    def may_change(self, strategy: str) -> bool:
+        """Whether a run of this strategy can resume with another value."""
+        where: bool | list[str] = self.rule.get("x-resume", False)
+        return where if isinstance(where, bool) else strategy in where
 
     @property
     def end(self) -> str | None:

@@ -45,7 +45,7 @@ def read_prompts(path: str, columns: Mapping[str, str] | None = None, skip: bool
         if isinstance(row, BadRow):  # collected, so that one pass reports them all
             bad[row.code, f"{row.reason} ({row.detail})" if row.detail else row.reason, row.fix].append(line)
         else:
-            questions.setdefault(row.with_answers("", "").prompt_key, row)
+            questions.setdefault(row.prompt_key, row)
     severity: Severity = "warning" if skip else "error"
     fix = "these rows are skipped" if skip else 'correct or delete these rows, or write "on_bad_rows": "skip"'
     problems = [

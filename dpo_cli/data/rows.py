@@ -155,10 +155,20 @@ class Question:
     file: str = ""
     tools: tuple[Tool, ...] = ()
 
+    @property
+    def prompt_key(self) -> str:
+        """Like `Pair.prompt_key`."""
+        return _key(self.prompt, self.tools)
+
     def with_answers(self, chosen: str, rejected: str) -> Pair:
         """The question as a pair; if the prompt is messages, the answers are too."""
         one, other = ((answer_to(self.prompt, text) if isinstance(self.prompt, list) else text) for text in (chosen, rejected))
         return Pair(self.prompt, one, other, self.line, self.file, self.tools)
+
+
+def question_of(row: Row) -> Question:
+    """The prompt of a row, with its first response as the reference answer."""
+    return Question(row.prompt, flat(row.responses[0]), row.line, row.file, row.tools)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from dpo_cli.data.encoded import Chunk, Encoded, EncodedRows, Growing
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import Message, Text, Tool, without_key
 from dpo_cli.data.omissions import Part, cause, fails, left_out, parts_of
-from dpo_cli.data.rows import Row
+from dpo_cli.data.rows import Question, Row
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.transcripts import as_messages
 from dpo_cli.errors import InvalidInput, Problem, Severity, invalid
@@ -79,6 +79,18 @@ def encode_all(
     encoder = Encoder.of(tokenizer, use_chat_template, max_length, token_rows)
     rows = ((number, row) for number, side in enumerate(sides) for row in side)
     return encoded_into([Growing() for _ in sides], rows, encoder, sum(map(len, sides)), skip, math.inf)
+
+
+def encode_questions(
+    questions: Sequence[Question], tokenizer: Tokenizer, use_chat_template: bool | str, room: int, token_rows: int | None
+) -> tuple[list[tuple[Question, list[int]]], dict[str, int]]:
+    """Each question with its token ids as in training, cut to `room` tokens so that an answer has place; and the counts of
+    cuts and of questions that cannot be cut so far, which are left out."""
+    pairs = [question.with_answers("A", "B") for question in questions]  # the answers do not matter
+    (encoded,) = encode_all([pairs], tokenizer, use_chat_template, room, token_rows).require().sides
+    fitting = [(question, pair) for question, pair in zip(questions, encoded, strict=True) if pair.length <= room]
+    counts = {"cut": sum(pair.is_cut for _, pair in fitting), "too_long": len(questions) - len(fitting)}
+    return [(question, pair.prompt_ids) for question, pair in fitting], counts
 
 
 def encoded_into(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +12,26 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.data.encoded import Encoded
-from dpo_cli.data.messages import Text
+from dpo_cli.data.messages import Text, flat
+from dpo_cli.data.rows import question_of
 from dpo_cli.evaluation.bootstrap import Array, Intervals, mean
-from dpo_cli.evaluation.generation import Sample, Sampling, answer_tokens, answers, first_of_each_prompt, side_by_side
+from dpo_cli.evaluation.generation import (
+    Answer,
+    Rank,
+    Sample,
+    Sampling,
+    answer_tokens,
+    answers,
+    first_of_each_prompt,
+    paired,
+    side_by_side,
+)
 from dpo_cli.evaluation.losses import trained_loss
 from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
 from dpo_cli.plan.cost import answered_prompts
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import Policy
+from dpo_cli.results.intervals import Interval, Sides
 from dpo_cli.results.judgement import Evaluation, Judged, JudgedRow
 from dpo_cli.runs.state_io import random_state_kept
 from dpo_cli.scoring.forward import plain_states, states_of
@@ -51,15 +63,21 @@ class Measured:
     scores: Scores
     kl: Array  # the samples of kl_sequence, nats per answer; empty if none are drawn
     unanswered: int = 0  # prompts without an answer: they fill the model's context
+    rewards: Array = field(default_factory=lambda: np.zeros(0))  # of the same answers; empty if nothing scores them
     dtype: str | None = None  # of the scores, if it is not the plan's
 
 
-def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
-    """Score the rows, and sample answers to their prompts; not for sft, nor from a policy whose log-probs are not finite."""
+def measure(
+    policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan, rank: Rank | None = None
+) -> Measured:
+    """Score the rows, and sample answers to their prompts; not for sft, nor from a policy whose log-probs are not finite.
+
+    `rank` scores the sampled answers.
+    """
     with working("evaluating"):
         scores = score(policy, rows, tokenizer, plan)
         samples_kl = plan.strategy.refers and bool(np.isfinite(scores.policy).all())
-        return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan) if samples_kl else (np.zeros(0), 0)))
+        return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan, rank) if samples_kl else (np.zeros(0), 0)))
 
 
 def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
@@ -67,7 +85,8 @@ def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
     figures = point_figures(measured.scores, plan.config.beta)
     if plan.strategy.refers and plan.config.loss_type not in ("sigmoid", ["sigmoid"]):
         figures["trained_loss"] = trained_loss(measured.scores, plan.config)
-    return {**figures, "kl_sequence": float(measured.kl.mean())} if len(measured.kl) else figures
+    of_answers = {"kl_sequence": measured.kl, "reward": measured.rewards}
+    return {**figures, **{name: float(values.mean()) for name, values in of_answers.items() if len(values)}}
 
 
 def answered(
@@ -82,8 +101,14 @@ def answered(
     )
 
 
-def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[Sample], plan: Plan) -> Evaluation:
-    """The evaluation of these rows; without figures if nothing is measured."""
+def judge(
+    rows: Sequence[Encoded],
+    measured: Measured | None,
+    samples: Sequence[Sample],
+    plan: Plan,
+    rank: Rank | None = None,
+) -> Evaluation:
+    """The evaluation of these rows; without figures if nothing is measured. `rank` scores the answers."""
     if measured is None:
         return Evaluation(plan.noun, 0, 0, None)
     scores, kl = measured.scores, measured.kl
@@ -92,13 +117,15 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
     assert sides is not None
     answers = samples[: answered_prompts(plan.config)]
     sequence = Intervals([str(i) for i in range(len(kl))]).of(mean(kl)) if len(kl) else None
+    rewards = answer_rewards(rows, answers, rank) if rank is not None else None
+    own, base, gain = ({"answer_reward": rewards[side]} if rewards else {} for side in ("policy", "base", "gain"))
     table = row_figures(rows, scores, plan.config.beta)
     best, worst = extremes(rows, table)
     return Evaluation(
         judged.noun,
         judged.count,
         judged.prompts,
-        replace(sides, policy={**sides.policy, "kl_sequence": sequence}),
+        Sides({**sides.policy, "kl_sequence": sequence, **own}, {**sides.base, **base}, {**sides.gain, **gain}),
         answer_tokens=answer_tokens(answers),
         # Both use the first of the same prompts: the longer list contains the other.
         unanswered=max(measured.unanswered, sum(sample.is_missing for sample in answers)),
@@ -109,6 +136,38 @@ def judge(rows: Sequence[Encoded], measured: Measured | None, samples: Sequence[
         worst=worst,
         dtype=measured.dtype or plan.dtype,
     )
+
+
+JUDGED_PAIRS = 100  # held-out pairs on which what scores samples is judged
+
+
+def reward_accuracy(rows: Sequence[Encoded], rank: Rank) -> Interval | None:
+    """The share of pairs whose chosen response has the larger reward, ties one half, over the first; None without pairs."""
+    scored, prompts = [], []
+    with working("judging the reward", len(rows[:JUDGED_PAIRS]), "pairs") as work:
+        for row in rows[:JUDGED_PAIRS]:
+            chosen, rejected = (
+                Answer(flat(text), len(ids), True, tuple(ids))
+                for text, ids in zip(row.row.responses, row.responses, strict=True)
+            )
+            one, other = rank(question_of(row.row), [chosen, rejected])
+            scored.append(np.sign(one - other) / 2 + 0.5)
+            prompts.append(row.row.prompt_key)
+            work.add(1)
+    return Intervals(prompts).of(mean(np.array(scored))) if scored else None
+
+
+def answer_rewards(rows: Sequence[Encoded], samples: Sequence[Sample], rank: Rank) -> dict[str, Interval] | None:
+    """Mean rewards of the answers of `base` and of `policy` to the first prompts of the rows, and `gain`, with intervals.
+
+    A missing answer does not count.
+    """
+    first = first_of_each_prompt(rows, len(samples))
+    answered = [(row, sample) for row, sample in zip(first, samples, strict=True) if not sample.is_missing]
+    if not answered:
+        return None
+    scored = np.array([rank(question_of(row.row), (sample.base, sample.adapter)) for row, sample in answered])
+    return paired(scored[:, 0], scored[:, 1])
 
 
 def _judged(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> Judged:
@@ -130,10 +189,13 @@ def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[st
     return {name: _judged([rows[i] for i in own], scores.of(own), plan) for name, own in places.items()}
 
 
-def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan) -> tuple[Array, int]:
+def sequence_kl(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan, rank: Rank | None = None
+) -> tuple[Array, int, Array]:
     """log pi(y) - log ref(y) of one answer y to each of the first `kl_prompts` prompts: (n,), nats a sequence.
 
-    Also the number of those prompts that leave no room for an answer; they are not among the n.
+    Also the number of those prompts that leave no room for an answer, which are not among the n; and the rewards of the
+    answers by `rank`, (n,), or none.
 
     y is drawn from the policy itself (temperature 1, top-p 1, at most `max_new_tokens`), so the mean estimates
     KL(policy || reference) = E[log pi(y) - log ref(y)]; a single value may be negative. The same seed draws the same answers,
@@ -142,20 +204,22 @@ def sequence_kl(policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequen
     config, dtype = plan.config, getattr(torch, plan.dtype)
     batch_size, room = config.per_device_eval_batch_size, plan.evaluation_room(dtype.itemsize)
     first_rows = first_of_each_prompt(rows, config.kl_prompts)
+    nothing = np.zeros(0)
     if not first_rows:
-        return np.zeros(0), 0
+        return nothing, 0, nothing
     with random_state_kept():
         torch.manual_seed(config.seed)
         sampling = Sampling(config.max_new_tokens, temperature=1.0)
         samples = answers(policy.network, tokenizer, [row.prompt_ids for row in first_rows], sampling, dtype, room)
-    both = zip(first_rows, samples, strict=True)
-    sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in both if not answer.is_missing]
+    both = [(row, answer) for row, answer in zip(first_rows, samples, strict=True) if not answer.is_missing]
+    sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in both]
     if not sampled:
-        return np.zeros(0), len(first_rows)
+        return nothing, len(first_rows), nothing
     # A sampled answer ends where the policy ended it: with an end token, or without one at the limit.
     scores = score_rows(policy, sampled, plain_states, int(tokenizer.pad_token_id), batch_size, dtype, room, "answers")
     difference: Array = (scores.policy - scores.reference)[:, 0]
-    return difference, len(first_rows) - len(sampled)
+    rewards = [rank(question_of(row.row), [answer])[0] for row, answer in both] if rank is not None else []
+    return difference, len(first_rows) - len(sampled), np.array(rewards)
 
 
 EXTREMES = 10

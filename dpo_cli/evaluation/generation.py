@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,8 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import Text
-from dpo_cli.evaluation.bootstrap import Intervals, mean
+from dpo_cli.data.rows import Question
+from dpo_cli.evaluation.bootstrap import Array, Intervals, mean
 from dpo_cli.evaluation.decoding import drawing, fast_decoding, is_roomy, place_states, roomy_cache
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
@@ -43,6 +44,9 @@ class Answer:
     def is_missing(self) -> bool:
         """Whether the prompt left no room: an answer has at least one token or an end."""
         return not self.tokens and not self.finished
+
+
+Rank = Callable[[Question, Sequence[Answer]], list[float]]  # scores of answers; a larger one is better
 
 
 @dataclass(frozen=True)
@@ -349,6 +353,11 @@ def answer_tokens(samples: Sequence[Sample]) -> dict[str, Interval] | None:
         np.array([float(answer.tokens) for answer in side])
         for side in ([sample.base for sample in samples], [sample.adapter for sample in samples])
     )
-    intervals = Intervals([str(i) for i in range(len(samples))])
+    return paired(base, policy)
+
+
+def paired(base: Array, policy: Array) -> dict[str, Interval]:
+    """The means of two figures of the same prompts, both (n,), and `gain`, their difference, with intervals over prompts."""
+    intervals = Intervals([str(i) for i in range(len(base))])
     figures = {"base": base, "policy": policy, "gain": policy - base}
     return {name: intervals.of(mean(values)) for name, values in figures.items()}

@@ -71,7 +71,8 @@ def components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
     parts["optimizer"] = trained * MOMENTS.get(settings.optimizer, 2 * width)
     parts["activations"], parts["scoring"] = step_bytes(facts, settings)
     if STRATEGIES[settings.strategy].generates:
-        parts["sampling"] = sampling_bytes(facts, settings)
+        parts["reward_model"] = settings.reward_bytes
+        parts["sampling"] = max(0.0, sampling_bytes(facts, settings) - parts["activations"] - parts["scoring"])
     if settings.on_gpu:
         parts["cuda_context"] = CUDA_CONTEXT_BYTES
         parts["allocator_slack"] = ALLOCATOR_SLACK * sum(parts.values())
@@ -123,8 +124,9 @@ class EvaluationRoom:
 
 
 def freed_gb(components: Mapping[str, float]) -> float:
-    """What a step of a bill needs and then frees, from its components in GB, as plan.json holds them."""
-    return components["activations"] + components["scoring"]
+    """What a step of a bill needs and then frees, from its components in GB, as plan.json holds them, with what sampling needs
+    in addition."""
+    return components["activations"] + components["scoring"] + components.get("sampling", 0.0)
 
 
 def evaluation_room(
@@ -139,18 +141,27 @@ def evaluation_room(
     # The product of the MLP and its factors, states, keys and values repeated for each head, and a norm in float32.
     moment = width * (3 * facts.intermediate_size + 5 * h + 2 * facts.q) + 4 * h
     cached = width * 2 * facts.kv * (facts.num_hidden_layers + 1)
-    head = width * facts.vocab_size * h if copies_head else 0.0
-    layer = width * max(linear.parameters for linear in facts.linears) if is_quantised or copies_head else 0.0
     layers = width * facts.linear_parameters
-    return EvaluationRoom(max(0.0, free - max(head, layer)), moment, width * h, 4.0 * facts.vocab_size, cached, layers)
+    copied = _copied_bytes(facts, width, copies_head, is_quantised)
+    return EvaluationRoom(max(0.0, free - copied), moment, width * h, 4.0 * facts.vocab_size, cached, layers)
+
+
+def _copied_bytes(facts: ModelFacts, width: float, copies_head: bool, is_quantised: bool) -> float:
+    """The largest copy of weights that an evaluation makes, of the head or of a layer."""
+    head = width * facts.vocab_size * facts.hidden_size if copies_head else 0.0
+    layer = width * max(linear.parameters for linear in facts.linears) if is_quantised or copies_head else 0.0
+    return max(head, layer)
 
 
 def sampling_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """Keys and values, in all blocks, of the samples that rlhf draws before it trains. Provisional: rlhf is not supported yet.
+    """What it takes to sample as many answers at once as a micro-batch has: keys and values in all blocks, and the prompts.
 
-    The reward is assumed to be a head on the same model; a separate reward model would need more.
+    More are sampled at once if a training step frees more than this: `EvaluationRoom.holds_answers`.
     """
-    return 2.0 * facts.kv * settings.sequences * settings.length * facts.num_hidden_layers * settings.bytes_per_value
+    width, packs_head = settings.bytes_per_value, not settings.on_gpu and settings.bytes_per_value == 2
+    room = evaluation_room(facts, 0.0, width, packs_head, settings.bits is not None)
+    copied = _copied_bytes(facts, width, packs_head, settings.bits is not None)
+    return copied + settings.sequences * (3 * room.logits + settings.length * (room.moment + room.cached))
 
 
 def host_bytes(facts: ModelFacts, settings: Settings) -> float:

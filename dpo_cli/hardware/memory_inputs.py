@@ -29,7 +29,7 @@ ROW_TOKENS = {"cpu": 512}
 class Settings:
     """The settings that decide the memory of a run. The last group is for comparisons with other tools."""
 
-    batch: int  # pairs per forward pass (sft: sequences; rlhf: prompts with two samples each)
+    batch: int  # pairs per forward pass (sft: sequences; rlhf: samples)
     length: int  # tokens of the longest sequence
     rank: int  # 0 trains every weight
     bytes_per_value: int  # of the compute dtype: 2 for bf16 and fp16, 4 for float32
@@ -49,6 +49,7 @@ class Settings:
     response_tokens: int | None = None  # scored tokens of the longest pair, if lengths are known
     row_tokens: int = 0  # tokens up to which a row takes more pairs than `batch`
     is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never split
+    reward_bytes: float = 0.0  # of the weights of a reward model
 
     reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
     fused_attention: bool = True  # false: the probabilities are kept, as in eager attention
@@ -90,7 +91,7 @@ class Settings:
 
     @property
     def sequences(self) -> int:
-        return self.batch * len(STRATEGIES[self.strategy].rows.responses)
+        return self.batch * STRATEGIES[self.strategy].sequences
 
     @property
     def tokens(self) -> int:

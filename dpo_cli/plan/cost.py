@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_cli.config.options import Config
+from dpo_cli.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from dpo_cli.plan.plan import Counts
@@ -44,27 +45,41 @@ def answered_prompts(config: Config) -> int:
     return min(MOST_ANSWERED, max(FEWEST, config.kl_prompts))
 
 
-def cost_of(config: Config, counts: Counts, steps: int, refers: bool) -> Cost:
-    """The cost of a run of so many steps on these rows; `refers` to a reference."""
-    pairs = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    of_pair = counts.shared_tokens / counts.train_pairs
-    a_token = TRAINED + RECOMPUTED * (config.gradient_checkpointing is True)
-    training = of_pair * (a_token * pairs + REFERENCE * refers * min(pairs, counts.train_pairs))
+def cost_of(config: Config, counts: Counts, steps: int, strategy: Strategy) -> Cost:
+    """The cost of a run of so many steps on these rows."""
+    of_pair, refers = counts.shared_tokens / counts.train_pairs, strategy.refers
     an_answer, prompts = SAMPLED * config.max_new_tokens, counts.eval_prompts
     measured = SCORED * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
     answered = 2 * an_answer * min(answered_prompts(config), prompts)
-    batches = math.ceil(counts.train_pairs / config.per_device_train_batch_size)
-    of_epoch = math.ceil(batches / config.gradient_accumulation_steps)  # a last, incomplete step is one too
+    units, uses = (
+        (counts.train_prompts * config.num_generations, config.num_iterations)
+        if strategy.generates
+        else (counts.train_pairs, 1)
+    )
+    batches = math.ceil(units / config.per_device_train_batch_size)
+    of_epoch = uses * math.ceil(batches / config.gradient_accumulation_steps)  # a last, incomplete step is one too
     times = math.ceil(steps / (config.eval_steps or of_epoch))
-    return Cost(training, times * measured + answered)
+    return Cost(_training(config, counts, steps, strategy), times * measured + answered)
 
 
-def affordable_prompts(config: Config, counts: Counts, steps: int) -> int:
+def _training(config: Config, counts: Counts, steps: int, strategy: Strategy) -> float:
+    """The cost of the steps. A sample is drawn once, and scored by the policy, by the reference and by what rewards it."""
+    units = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    a_token = TRAINED + RECOMPUTED * (config.gradient_checkpointing is True)
+    if strategy.generates:
+        prompt = (counts.train_tokens - counts.shared_tokens) / counts.train_pairs
+        drawn, tokens = units / config.num_iterations, prompt + config.max_new_tokens
+        return a_token * units * tokens + drawn * (3 * REFERENCE * tokens + SAMPLED * config.max_new_tokens)
+    of_pair = counts.shared_tokens / counts.train_pairs
+    return of_pair * (a_token * units + REFERENCE * strategy.refers * min(units, counts.train_pairs))
+
+
+def affordable_prompts(config: Config, counts: Counts, steps: int, strategy: Strategy) -> int:
     """The most held-out prompts, up to those of the config, whose answers keep the evaluations within their share; at least
     `FEWEST`, as far as there are so many. Whether a step computes states again depends on the machine, and does not count."""
     most = min(config.kl_prompts, counts.eval_prompts)
     for prompts in range(most, FEWEST, -1):
         tried = config.replaced({"kl_prompts": prompts, "gradient_checkpointing": False})
-        if cost_of(tried, counts, steps, refers=True).is_within_share:
+        if cost_of(tried, counts, steps, strategy).is_within_share:
             return config.kl_prompts if prompts == most else prompts
     return config.kl_prompts if most <= FEWEST else FEWEST

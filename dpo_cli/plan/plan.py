@@ -49,6 +49,7 @@ class Counts:
     longest: int  # tokens of the longest sequence kept
     longest_at: str  # file:line of that pair
     longest_pair: int  # tokens of the longest pair kept, its prompt counted once
+    longest_prompt: int  # tokens of the longest prompt to train on
     longest_responses: int  # maximum tokens of both responses of a pair together
     train_tokens: int  # of all sequences of an epoch, with prompts counted once per response
     shared_tokens: int  # the same, with each pair's prompt counted once
@@ -140,7 +141,7 @@ class Plan:
         """The plan with fewer held-out prompts to sample answers for, if the evaluations would take long."""
         if self.counts is None or not self.strategy.is_trained or not self.takes("kl_prompts"):
             return self
-        prompts = affordable_prompts(self.config, self.counts, self.total_steps)
+        prompts = affordable_prompts(self.config, self.counts, self.total_steps, self.strategy)
         config = self.config.replaced({"kl_prompts": prompts})
         sources: dict[str, Source] = (
             {**self.sources, "kl_prompts": "measured"} if prompts < self.config.kl_prompts else self.sources
@@ -150,7 +151,7 @@ class Plan:
     @property
     def cost(self) -> Cost:
         assert self.counts is not None
-        return cost_of(self.config, self.counts, self.total_steps, self.strategy.refers)
+        return cost_of(self.config, self.counts, self.total_steps, self.strategy)
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
         """The plan with the trained part of the model."""
@@ -244,17 +245,38 @@ class Plan:
         return "bfloat16" if self.config.bf16 else "float16" if self.config.fp16 else "float32"
 
     @property
+    def longest_unit(self) -> int:
+        """Tokens of the longest unit of training: of a pair or a demonstration, or of a prompt with the longest sample."""
+        assert self.counts is not None
+        if self.strategy.generates:
+            return longest_sample(self.config, self.counts)
+        return self.counts.longest_pair if self.scoring.shared else self.strategy.sequences * self.counts.longest
+
+    @property
+    def prompts_a_step(self) -> int:
+        """Prompts of a step that samples answers; the samples are as many as the pairs of another training's step."""
+        samples = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+        return max(1, samples // self.config.num_generations)
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
         assert self.counts is not None
-        return self.steps_over(self.counts.train_pairs)
+        return self.steps_over(self.counts.train_prompts if self.strategy.generates else self.counts.train_pairs)
 
-    def steps_over(self, pairs: int) -> int:
-        """Optimizer steps for this many pairs, as Trainer counts: a last incomplete group of micro-batches is a step too."""
+    def steps_over(self, units: int) -> int:
+        """Optimizer steps for this many pairs, as Trainer counts: a last incomplete group of micro-batches is a step too.
+
+        For a strategy that samples answers the units are prompts, and each batch of samples is used for `num_iterations` steps.
+        """
         if self.config.max_steps is not None:
             return self.config.max_steps
-        batches = math.ceil(pairs / self.config.per_device_train_batch_size)
-        return math.ceil(self.config.num_train_epochs * math.ceil(batches / self.config.gradient_accumulation_steps))
+        if self.strategy.generates:
+            steps = math.ceil(units / self.prompts_a_step) * self.config.num_iterations
+        else:
+            batches = math.ceil(units / self.config.per_device_train_batch_size)
+            steps = math.ceil(batches / self.config.gradient_accumulation_steps)
+        return math.ceil(self.config.num_train_epochs * steps)
 
     def warmup_over(self, steps: int) -> int:
         """Warm-up steps among this many steps, as Trainer counts; the first of them has a rate of 0."""
@@ -353,7 +375,7 @@ def resolve(
         if config.gradient_checkpointing == "auto":
             now = replace(now, gradient_checkpointing=now.device == "cuda")
     else:
-        wanted = Settings.of(now, facts, longest_of(counts, scoring, longest))
+        wanted = replace(Settings.of(now, facts, longest_of(now, counts, scoring, longest)), reward_bytes=reward_bytes(now))
         has_gb, free_gb = machine.memory_of(now.device)
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
         if row_tokens is not None:
@@ -386,11 +408,26 @@ def _notes_of_batch(wanted: Settings, settings: Settings, memory: Bill) -> list[
     return []
 
 
-def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
+def longest_of(config: Config, counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
     """The lengths that decide a run's memory; `expected` is the length of the longest sequence without counts."""
+    if STRATEGIES[config.strategy].generates:
+        new = config.max_new_tokens
+        most = longest_sample(config, counts) if counts else min(config.max_seq_length, expected + new) if expected else None
+        return Longest(most, None, new)
     if counts is None:
         return Longest(expected)
     return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
+
+
+def longest_sample(config: Config, counts: Counts) -> int:
+    """Tokens of the longest prompt, which is cut where it leaves no room, with the longest answer that is sampled to it."""
+    return min(config.max_seq_length, counts.longest_prompt + config.max_new_tokens)
+
+
+def reward_bytes(config: Config) -> float:
+    """Bytes of the weights of a reward model, in the dtype of the run; 0 without one, or for one that is not known."""
+    facts = ModelSource.of(config.reward_model).facts if config.reward_model else None
+    return float(facts.parameters * (2 if config.bf16 or config.fp16 else 4)) if facts else 0.0
 
 
 def device_of(config: Config, machine: Machine) -> Literal["cuda", "mps", "cpu"]:
@@ -421,8 +458,14 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Confi
         output_dir=str(Path(config.output_dir or Path("runs") / name).absolute()),
         dataset=_absolute(config.dataset),
         eval_dataset=_absolute(config.eval_dataset) if config.eval_dataset else None,
-        model_name=str(Path(config.model_name).absolute()) if os.path.exists(config.model_name) else config.model_name,
+        reward_model=_absolute_model(config.reward_model) if config.reward_model else None,
+        model_name=_absolute_model(config.model_name),
     )
+
+
+def _absolute_model(name: str) -> str:
+    """The name of a model; of a local one its absolute path."""
+    return str(Path(name).absolute()) if os.path.exists(name) else name
 
 
 def _absolute(dataset: str | list[object]) -> str | list[object]:

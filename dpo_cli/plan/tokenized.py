@@ -11,10 +11,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_cli.config.reward_rules import reward_functions
 from dpo_cli.data.encoded import Encoded, EncodedRows, Growing
+from dpo_cli.data.rows import Question, question_of
 from dpo_cli.data.token_cache import key_of, known_or_made
 from dpo_cli.data.tokenizer import Tokenizer
-from dpo_cli.data.tokens import Encoder, Encodings, encoded_into
+from dpo_cli.data.tokens import Encoder, Encodings, encode_questions, encoded_into
 from dpo_cli.errors import Problem, invalid
 from dpo_cli.models.model_files import TOKENIZER_CONFIG
 from dpo_cli.plan.examination import Data, digests_of, large_files
@@ -32,12 +34,21 @@ TOKEN_OPTIONS = ("columns", "on_bad_rows", "eval_split", "split_seed", "use_chat
 
 
 @dataclass(frozen=True)
+class SampledPrompt:
+    """A prompt to sample answers to, with its token ids."""
+
+    question: Question
+    ids: list[int]
+
+
+@dataclass(frozen=True)
 class Rows:
     """The rows that a run trains on and is evaluated on, and their tokenizer."""
 
     train: EncodedRows
     held_out: EncodedRows
     tokenizer: PreTrainedTokenizerBase
+    prompts: Sequence[SampledPrompt] = ()  # to sample answers to, for a strategy that generates
 
     @property
     def extremes(self) -> list[Encoded]:
@@ -51,12 +62,43 @@ class Rows:
         return found
 
 
+def sampled_prompts(train: EncodedRows, made: Tokenizer, plan: Plan, token_rows: int | None, tell: Tell) -> list[SampledPrompt]:
+    """The prompts of the rows to train on, each once, with their token ids, cut so that an answer has room.
+
+    `InvalidInput` if none has.
+    """
+    config, context = plan.config, plan.model.facts.max_position_embeddings if plan.model.facts else None
+    longest = min(config.max_seq_length, context or config.max_seq_length)
+    room, first = longest - config.max_new_tokens, dict[str, int]()
+    for place, row in enumerate(train.rows):
+        first.setdefault(row.prompt_key, place)
+    sizes = [size.prompt for size in train.sizes()]
+    long = [place for place in first.values() if sizes[place] > room]
+    questions = [question_of(train.rows[place]) for place in long]
+    cut, counts = encode_questions(questions, made, config.use_chat_template, room, token_rows) if long else ([], {})
+    if long:
+        about = f"{counts['cut']} prompts lose their start, so that an answer of {config.max_new_tokens} tokens fits {longest}"
+        tell(f"note: {about}; {counts['too_long']} cannot be cut so far, and are skipped")
+    shortened = {(question.file, question.line, question.prompt_key): ids for question, ids in cut}
+    prompts = []
+    for place in first.values():
+        question, ids = question_of(train.rows[place]), train.ids(place)[0]
+        if len(ids) > room:
+            ids = shortened.get((question.file, question.line, question.prompt_key), [])
+        if ids:
+            prompts.append(SampledPrompt(question, ids))
+    if not prompts:
+        fix = "raise max_seq_length, or lower max_new_tokens"
+        raise invalid("nothing-to-train", "no prompt leaves room for an answer in max_seq_length", fix, "max_seq_length")
+    return prompts
+
+
 def show_plan(plan: Plan, console: Console, speed: float) -> None:
     """Print the plan; `speed` is that of large products on this machine, in operations a second."""
     config, counts = plan.config, plan.counts
     assert counts is not None
     batch, accumulation, noun = config.per_device_train_batch_size, config.gradient_accumulation_steps, plan.noun
-    longest = counts.longest_pair if plan.scoring.shared else len(plan.strategy.rows.responses) * counts.longest
+    unit = "samples" if plan.strategy.generates else noun
     all_rows = counts.train_pairs + counts.eval_pairs
     held_out = f"{counts.eval_pairs} {noun} of {counts.eval_prompts} prompts"
     trained = f"LoRA rank {config.lora_r}" if config.lora_r else "every weight"
@@ -74,8 +116,9 @@ def show_plan(plan: Plan, console: Console, speed: float) -> None:
         ("cut", f"{counts.cut} {noun} ({counts.cut / all_rows:.0%}) lose the start of their prompt to max_seq_length"),
         ("skipped", f"{counts.too_long} {noun} whose responses are longer than max_seq_length {config.max_seq_length}"),
         ("template", f"{counts.parted} prompts are rendered differently before a response: see the first"),
-        ("steps", f"{plan.total_steps} of {batch * accumulation} {noun} ({batch} x {accumulation})"),
-        ("rows", f"{noun} of a step share rows of up to {plan.row_budget(longest):,} tokens"),
+        ("steps", f"{plan.total_steps} of {batch * accumulation} {unit} ({batch} x {accumulation})"),
+        ("samples", _samples(plan)),
+        ("rows", f"{unit} of a step share rows of up to {plan.row_budget(plan.longest_unit):,} tokens"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
         ("trains", plan.adapted.words if plan.adapted else ""),
         ("scoring", plan.scoring.why),
@@ -84,6 +127,7 @@ def show_plan(plan: Plan, console: Console, speed: float) -> None:
         ("writes to", str(plan.run_dir)),
     ]
     conditions = {
+        "samples": plan.strategy.generates,
         "takes": plan.adapted and plan.strategy.is_trained,
         "trains": plan.adapted,
         "date": plan.writes_date,
@@ -96,6 +140,18 @@ def show_plan(plan: Plan, console: Console, speed: float) -> None:
     console.table("plan", [row for row in rows if conditions.get(row[0], True)])
     for note in plan.notes:
         console.line(f"note: {note}")
+
+
+def _samples(plan: Plan) -> str:
+    """What a step samples, and what scores it."""
+    config = plan.config
+    ranks = [function["rank"] for function in reward_functions(config.reward_functions)]
+    scored = [*([Path(config.reward_model).name] if config.reward_model else []), *ranks]
+    words = (
+        f"{config.num_generations} answers of at most {config.max_new_tokens} tokens to each of {plan.prompts_a_step} prompts"
+    )
+    again = f", used for {config.num_iterations} steps" if config.num_iterations > 1 else ""
+    return f"{words}{again}; {config.rl_algorithm}, scored by {' and '.join(scored)}"
 
 
 def _takes(plan: Plan, speed: float) -> str:
@@ -117,6 +173,7 @@ class Prepared:
     held_out: EncodedRows
     counts: Counts
     problems: tuple[Problem, ...]
+    prompts: Sequence[SampledPrompt] = ()
 
 
 def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_rows: int | None, tell: Tell) -> Prepared:
@@ -132,11 +189,12 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
     _require_rows(train, encoded.dropped[0], plan)
     sizes = ((size.length, side, place) for side in encoded.sides for place, size in enumerate(side.sizes()))
     longest, its_side, place = max(sizes, key=itemgetter(0))
+    prompts = sampled_prompts(train, made, plan, token_rows, tell) if plan.strategy.generates else []
     longest_row = its_side.rows[place]
     counts = Counts(
         train_pairs=len(train),
         eval_pairs=len(held_out),
-        train_prompts=train.prompts,
+        train_prompts=len(prompts) or train.prompts,
         eval_prompts=held_out.prompts,
         cut=train.cut + held_out.cut,
         too_long=sum(map(len, encoded.dropped)),
@@ -146,13 +204,14 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
         longest=longest,
         longest_at=f"{Path(longest_row.file).name}:{longest_row.line}",
         longest_pair=max(size.shared_length for side in encoded.sides for size in side.sizes()),
+        longest_prompt=max(len(prompt.ids) for prompt in prompts) if prompts else max(size.prompt for size in train.sizes()),
         longest_responses=max(size.response_length for side in encoded.sides for size in side.sizes()),
         train_tokens=sum(size.response_length + len(size.responses) * size.prompt for size in train.sizes()),
         shared_tokens=sum(size.shared_length for size in train.sizes()),
         digest=DIGEST + hashlib.sha256(json.dumps([side.token_digests for side in encoded.sides]).encode()).hexdigest(),
         writes_date=template is not None and template.writes_date and config.use_chat_template is not False,
     )
-    return Prepared(train, held_out, counts, encoded.problems)
+    return Prepared(train, held_out, counts, encoded.problems, prompts)
 
 
 def prepare_judged(

@@ -25,12 +25,10 @@ from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.messages import Message, flat
 from dpo_cli.data.rows import Question
 from dpo_cli.data.transcripts import as_messages
-from dpo_cli.evaluation.generation import Answer
+from dpo_cli.evaluation.generation import Answer, Rank
 from dpo_cli.models.source import ModelSource
 from dpo_cli.preferences.judge import Judge
 from dpo_cli.providers.huggingface import HuggingFace
-
-Rank = Callable[[Question, Sequence[Answer]], list[float]]
 
 
 def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: date) -> Rank:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from dpo_cli.config.augment_rules import RANK_PARTS, addresses_are_plain, rank_has_its_parts
+from dpo_cli.config.ranking_rules import RANK_PARTS, rank_problems
 from dpo_cli.config.schema import inner_defaults
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import flat
@@ -38,8 +38,7 @@ def contest_of(prompts: int, by_judge: bool, run: RunDirectory, plan: Plan, rows
     options = {**inner_defaults("augment"), **parts}
     if not by_judge:
         return Contest(run, plan.config.seed, prompts, str(options["criterion"]), None)
-    values = {"augment": {**parts, "rank": "judge"}}
-    if wrong := [problem for rule in (rank_has_its_parts, addresses_are_plain) for problem in rule(values, values)]:
+    if wrong := [*rank_problems({**options, "rank": "judge"}, parts, "augment")]:
         raise InvalidInput([replace(problem, fix=JUDGE_FIX) for problem in wrong])
     _require_no_human_votes(run)
     judge = Judge(options["judge_url"], options["judge_model"], options["criterion"])

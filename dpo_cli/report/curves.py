@@ -9,7 +9,7 @@ from statistics import quantiles
 
 from dpo_cli.report.run_data import Contents
 from dpo_cli.report.svg import Bars, Curve, Plot, histogram
-from dpo_cli.strategies.figures import DRAWN, FIGURES
+from dpo_cli.strategies.figures import DRAWN, LINE_FIGURES
 
 MARGIN = "margin"  # the figure whose rounding a run of 16 bits measures
 
@@ -53,7 +53,7 @@ def levels(kind: Kind, run: Contents) -> list[tuple[float, str]]:
     if kind.title == "Memory":
         billed = run.summary.memory.predicted_gb if run.summary else None
         return [] if billed is None else [(billed, "billed")]
-    figure = FIGURES.get(next(iter(kind.keys)))
+    figure = LINE_FIGURES.get(next(iter(kind.keys)))
     if figure is None:
         return []
     if figure.limit_option is not None:

@@ -34,7 +34,7 @@ from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, RunDirectory
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
@@ -103,7 +103,7 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
         if not unreadable(dataset, "dataset") and holds_pairs(dataset):
-            changes.append("strategy=dpo")  # pairs give more figures, for any training
+            changes += _as_pairs(config, overrides)
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
     machine = probe()
@@ -120,6 +120,12 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     plan = replace(plan, freed_gb=decided.freed_gb if decided else None)
     plan = plan.with_rounding(decided.rounding if decided else None)
     return Opened(folder, plan, provider, tokenizer, rows, decided.scoring if decided and not dataset else None)
+
+
+def _as_pairs(config: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides that evaluate on pairs, which give more figures, what was trained on other rows."""
+    strategy = STRATEGIES.get(str(load(config, overrides).values.get("strategy")))
+    return [] if strategy is None or strategy.rows is PAIRS else ["strategy=dpo"]
 
 
 def _decided(config: str) -> Decided | None:

@@ -124,7 +124,7 @@ class EarlierRun:
     def _other_words(self, plan: Plan, manifest: Json) -> Iterator[Problem]:
         """Changes by the user."""
         for name, option in options().items():
-            if not option.may_change and _differs(self.plan["config"], plan, name):
+            if not option.may_change(plan.config.strategy) and _differs(self.plan["config"], plan, name):
                 was, now = (json.dumps(value) for value in (self.plan["config"][name], getattr(plan.config, name)))
                 yield _other(f"{name} was {was} and is now {now}", name)
         for name in names_where(lambda option: option.place == "data"):

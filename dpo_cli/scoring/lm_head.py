@@ -126,7 +126,7 @@ class TokenScores:
     is_top1: Tensor
 
 
-LOG_PROBS, IS_TOP1 = "log_probs", "is_top1"
+LOG_PROBS, ENTROPY, IS_TOP1 = "log_probs", "entropy", "is_top1"
 ALL = frozenset(field.name for field in fields(TokenScores))
 
 

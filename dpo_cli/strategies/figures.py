@@ -112,6 +112,7 @@ class Figure:
     digits: int = 3
     is_better_large: bool = True
     of_answers: bool = False  # of sampled answers; a prompt may have no room for one
+    of_samples: bool = False  # of the answers that a step of rlhf samples: only in lines of metrics.jsonl
 
     @property
     def heading(self) -> str:
@@ -228,6 +229,76 @@ _DECLARED = (
         digits=1,
         of_answers=True,
     ),
+    Figure(
+        "answer_reward",
+        "reward of answers",
+        "The mean reward of greedy answers to held-out prompts, after rlhf, by what rewards its samples.",
+        alone=(PAIRS,),
+        in_lines=False,
+        of_answers=True,
+    ),
+)
+# The answers that rlhf samples, in training lines; `reward` is also in evaluation lines, of answers to held-out prompts.
+_SAMPLED = (
+    Figure(
+        "reward",
+        "reward",
+        "The mean reward of sampled answers: in a training line of those that the step learns from, in an evaluation line of "
+        "one answer to each held-out prompt (temperature 1).",
+        short="reward",
+        title="Reward",
+        note="Mean reward of sampled answers.",
+        of_samples=True,
+    ),
+    Figure(
+        "reward_spread",
+        "reward spread",
+        "The standard deviation of the rewards within the samples of a prompt, on average. At 0 there is nothing to learn.",
+        title="Reward spread",
+        note="Standard deviation within the samples of a prompt.",
+        from_zero=True,
+        of_samples=True,
+    ),
+    Figure(
+        "kl_sampled",
+        "KL of samples",
+        "log p - log p of the reference over the sampled answers that a step learns from, nats per answer.",
+        short="KL/sample",
+        title="KL of samples",
+        note="Distance from the reference over the samples of a step, nats per answer.",
+        limit_option="max_kl",
+        is_better_large=False,
+        of_samples=True,
+    ),
+    Figure(
+        "entropy",
+        "entropy",
+        "The entropy of the policy's next token, over the tokens of sampled answers, nats per token. It falls when answers "
+        "become alike.",
+        short="entropy",
+        title="Entropy",
+        note="Of the next token, over sampled answers, nats.",
+        from_zero=True,
+        of_samples=True,
+    ),
+    Figure(
+        "sample_tokens",
+        "tokens per sample",
+        "The length of sampled answers.",
+        short="tokens",
+        title="Length of samples",
+        note="Tokens of sampled answers.",
+        digits=1,
+        from_zero=True,
+        of_samples=True,
+    ),
+    Figure(
+        "length_correlation",
+        "reward and length",
+        "The correlation of the rewards with the lengths, within the samples of each prompt (Pearson). Near 1, length alone is "
+        "rewarded.",
+        of_samples=True,
+    ),
 )
 # What lines of metrics.jsonl have in addition, as a mean over pairs: the parts of the margin.
 _PARTS = (
@@ -263,8 +334,9 @@ _PARTS = (
     ),
 )
 FIGURES = {figure.name: figure for figure in _DECLARED}
-LINE_FIGURES = {figure.name: figure for figure in (*_DECLARED, *_PARTS) if figure.in_lines}
-DRAWN = sorted(FIGURES.values(), key=lambda figure: figure.name != "loss")  # the loss comes first
+SAMPLE_FIGURES = tuple(figure.name for figure in _SAMPLED)
+LINE_FIGURES = {figure.name: figure for figure in (*_DECLARED, *_SAMPLED, *_PARTS) if figure.in_lines}
+DRAWN = sorted((*_DECLARED, *_SAMPLED), key=lambda figure: figure.name != "loss")  # the loss comes first
 
 
 def step_figures(kind: Rows) -> tuple[str, ...]:

@@ -41,3 +41,8 @@ class Strategy:
     health: tuple[str, ...]  # its rules (training/callbacks/health_rules.py)
     spread: Spread
     read: Callable[[Outcome], Verdict]  # figures to a verdict
+
+    @property
+    def sequences(self) -> int:
+        """The sequences of a unit of training: the responses of a row, or one sampled answer."""
+        return 1 if self.generates else len(self.rows.responses)

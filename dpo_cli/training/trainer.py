@@ -132,11 +132,13 @@ class CarefulTrainer:
     SEQUENCES_PER_UNIT: int  # of a micro-batch, that belong together: 2 of a pair, 1 of a demonstration
     OUTPUTS: tuple[str, ...]  # of the head: what the loss and the figures read
     IS_WHOLE = False  # whether the loss compares units, so that halves have a different loss
+    temperature = 1.0  # of the log-probs
 
     args: Any
     model: Any
     accelerator: Any
     train_dataset: Any
+    data_collator: Any
     control: TrainerControl
     missed_evaluation = False  # the training was stopped during an evaluation, or when one was due
     optimizer: Any
@@ -159,7 +161,7 @@ class CarefulTrainer:
         # The losses take the size of the step, whatever the model's own forward takes; then Trainer does not divide them again.
         self.model_accepts_loss_kwargs = True
         for model in filter(None, (self.policy.network, self.policy.frozen)):
-            forward.attach(model, states, outputs=self.OUTPUTS)
+            forward.attach(model, states, self.temperature, self.OUTPUTS)
         for model in filter(None, (self.policy.model, self.policy.frozen)):
             model.register_forward_hook(self._keep_call)
 
@@ -212,10 +214,8 @@ class CarefulTrainer:
 
         Memory is reserved for what only later steps hold: gradients and the moments of the optimizer.
         """
-        sizes = self.train_dataset[SIZE]
-        longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
         trainer: Any = self  # attributes that Trainer sets on itself
-        batch = trainer.data_collator([self.train_dataset[i] for i in longest])
+        batch = self._longest_batch()
         if not self.IS_WHOLE:
             batch = self._rows(batch)[0]
         trainer.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
@@ -232,6 +232,21 @@ class CarefulTrainer:
         setattr(self, TRL_TOKENS, seen)
         trainer._metrics["train"].clear()
         self.model.zero_grad(set_to_none=True)
+
+    def _longest_batch(self) -> Batch:
+        """A micro-batch of the longest units."""
+        sizes = self.train_dataset[SIZE]
+        longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
+        collate: Callable[[list[Any]], Batch] = self.data_collator
+        return collate([self.train_dataset[i] for i in longest])
+
+    def samples_state(self) -> Batch | None:
+        """The samples that the next step uses again, for a checkpoint; None if it draws its own."""
+        return None
+
+    def restore_samples(self, samples: Batch) -> None:
+        """Use these samples in the next step."""
+        raise NotImplementedError
 
     def _save(self, output_dir: str | None = None, state_dict: object = None) -> None:
         place = Path(str(output_dir))

@@ -4,6 +4,7 @@
     the run's          plan.json, manifest.json, metrics.jsonl, at that step
     progress.json      what only this process knows: rows that are in no line yet, the course for the health rules, ...
     reference          the reference's log-probs of the pairs that were seen, which later epochs use again
+    samples            the answers that the next steps of rlhf train on again
     best.safetensors   the weights of the best evaluation, if early stopping keeps other weights than the last
 
 Two things are restored here that Trainer (transformers 5.17) does not restore. The order of an epoch may come from the random
@@ -37,7 +38,7 @@ from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.signals import StopOnSignal
 
 PROGRESS, BEST, STATE = "progress.json", "best.safetensors", "trainer_state.json"
-REFERENCE = "reference"  # a file
+REFERENCE, SAMPLES = "reference", "samples"  # files
 
 
 class Keep(TrainerCallback):
@@ -87,6 +88,8 @@ class Keep(TrainerCallback):
         }
         if self.trainer.reference is not None:
             save_state(folder / REFERENCE, self.trainer.reference.state())
+        if (samples := self.trainer.samples_state()) is not None:
+            save_state(folder / SAMPLES, samples)
         (folder / PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
         if self.early.weights and self.early.best_step != self.trainer.state.global_step:
             save_file(self.early.weights, folder / BEST)
@@ -107,6 +110,8 @@ class Keep(TrainerCallback):
         trainer.totals.restore(progress["totals"])
         if (folder / REFERENCE).with_suffix(".json").is_file():
             trainer.reference.restore(load_state(folder / REFERENCE))
+        if (folder / SAMPLES).with_suffix(".json").is_file():
+            trainer.restore_samples(load_state(folder / SAMPLES))
         self.health.restore(progress["health"])
         has_best = (folder / BEST).is_file()
         self.early.restore(progress["early"], load_file(folder / BEST) if has_best else None)

@@ -13,6 +13,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
 from dpo_cli.results.codec import JsonObject, from_json, to_json
+from dpo_cli.results.intervals import Interval
 from dpo_cli.results.summary import Event, Line
 from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, Course, CourseState, watching, wrong_start
 from dpo_cli.training.trainer import Totals
@@ -51,11 +52,13 @@ class Health(TrainerCallback):
         if (event := wrong_start(scores, self.plan)) is not None:
             self._raise(event)
 
+    def see_reward(self, accuracy: Interval | None) -> None:
+        """How often what scores the samples prefers the chosen response of held-out pairs; before the first step."""
+        self.course.reward_accuracy = accuracy
+
     def see(self, line: Line) -> None:
         """A line of metrics.jsonl, as it is written."""
-        self.course.line = line
-        if line.split == "eval":
-            self.course.evaluation = line
+        self.course.see(line)
         self._ask()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:

@@ -19,7 +19,9 @@ from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
 from dpo_cli.results.codec import JsonObject
 from dpo_cli.results.compared import compared
+from dpo_cli.results.intervals import Interval
 from dpo_cli.results.summary import Action, Event, Line
+from dpo_cli.strategies.figures import share
 from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.strategies.strategy import Strategy
 
@@ -36,6 +38,10 @@ STILL_NATS = 0.5  # of log-prob: more than the rounding of 16 bits
 HEART_STEPS, EARLY = 5, 0.75  # steps in a row with every pair right, and the share of all steps that counts as early
 NO_WARMUP = "remove warmup_steps and warmup_ratio, or train more steps"
 GENERALISES = 0.9  # of the held-out pairs
+STILL_KL = 1e-3  # nats per sampled answer
+SAME_REWARD = 1e-6  # standard deviation within the samples of a prompt
+FOLLOWS, LONGER, HACKED_ERRORS = 0.8, 0.2, 3.0  # correlation, relative change of length, standard errors
+COLLAPSED = 0.3  # of the entropy of the first steps
 APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # per token: the rounding that is allowed at step 0
 
 
@@ -48,6 +54,7 @@ class CourseState(TypedDict):
     all_right: int
     line: JsonObject  # {} where there is none
     evaluation: JsonObject
+    rewards: list[float]
 
 
 class Course:
@@ -65,6 +72,8 @@ class Course:
         self.done = self.all_right = 0  # steps, and the last steps in a row with every pair right
         self.line: Line | None = None
         self.evaluation = evaluation
+        self.rewards: list[float] = []  # of answers to held-out prompts, of each evaluation
+        self.reward_accuracy: Interval | None = None  # of what scores the samples, on held-out pairs; until it is reported
         for step in steps:
             self.add(step)
 
@@ -74,6 +83,13 @@ class Course:
         self.last.append(step)
         self.done += 1
         self.all_right = self.all_right + 1 if step.get("accuracy") == 1 else 0
+
+    def see(self, line: Line) -> None:
+        """A line of metrics.jsonl."""
+        self.line = line
+        if line.split == "eval":
+            self.evaluation = line
+            self.rewards += [line.figures["reward"]] if "reward" in line.figures else []
 
     @property
     def never_moved(self) -> bool:
@@ -103,12 +119,14 @@ class Course:
             "all_right": self.all_right,
             "line": line,
             "evaluation": evaluation,
+            "rewards": self.rewards,
         }
 
     def restore(self, state: CourseState) -> None:
         self.first, self.last = state["first"], deque(state["last"], maxlen=self.last.maxlen)
         self.done, self.all_right = state["done"], state["all_right"]
         self.line, self.evaluation = (Line.of_json(state[name]) if state[name] else None for name in ("line", "evaluation"))
+        self.rewards = state.get("rewards", [])  # older checkpoints have none
 
     def values(self, name: str, count: int, before: int = 0) -> list[float]:
         """A figure of the last `count` steps, or of as many that end `before` steps ago."""
@@ -253,6 +271,8 @@ def no_movement(course: Course) -> Found:
     in_warmup = course.plan.ends_in_warmup
     if course.done == 1 and in_warmup:
         return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
+    if course.plan.strategy.generates:
+        return _samples_unmoved(course)
     if course.plan.strategy.rows is not PAIRS:  # demonstrations have only the step rules
         return None
     remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above), train 2-4 epochs, check that chosen and"
@@ -274,6 +294,101 @@ def no_movement(course: Course) -> Found:
     return message, remedy
 
 
+def _samples_unmoved(course: Course) -> Found:
+    """`no_movement` of sampled answers: after the first step they have the log-probs of the reference."""
+    moved = [abs(kl) for kl in course.values("kl_sampled", course.done - 1)]
+    if not moved or not max(moved) < STILL_KL:
+        return None
+    message = f"after {course.done} steps the KL of the samples is about {max(moved):.2g} nats: the policy has hardly moved"
+    return message, "raise learning_rate (a LoRA adapter learns at 1e-5 and above), or train more steps"
+
+
+def reward_is_wrong(course: Course) -> Found:
+    """What scores the samples does not clearly prefer the chosen responses of held-out pairs."""
+    accuracy = course.reward_accuracy
+    if accuracy is None or accuracy.low > 0.5:
+        return None
+    message = (
+        f"the reward prefers the chosen response in {share(accuracy)} of held-out pairs, which is not clearly above chance"
+    )
+    return message, "use a reward model that is right on such pairs, or check that they show what is wanted"
+
+
+def no_variance(course: Course) -> Found:
+    """The samples of a prompt have the same reward: no advantage, nothing to learn."""
+    if course.done < course.recent or max(course.values("reward_spread", course.recent)) > SAME_REWARD:
+        return None
+    message = f"in the last {course.recent} steps all samples of a prompt have the same reward: there is nothing to learn"
+    return message, "use a reward with more than a few values, raise temperature or num_generations, or use harder prompts"
+
+
+def reward_hacks_length(course: Course) -> Found:
+    """Rewards follow length within the samples of a prompt, and the length of answers follows them, by more than chance."""
+    if course.done < 2 * course.recent:
+        return None
+    correlation = course.mean("length_correlation")
+    first, recent = [step["sample_tokens"] for step in course.first], course.values("sample_tokens", course.recent)
+    start, now = float(np.mean(first)), float(np.mean(recent))
+    change = (now - start) * math.copysign(1, correlation)
+    if abs(correlation) < FOLLOWS or change < LONGER * start or change < HACKED_ERRORS * _error(course, first, recent):
+        return None
+    message = f"the reward follows the length of answers (correlation {correlation:.2f}),"
+    message += f" which goes from {start:.0f} to {now:.0f} tokens"
+    return (
+        message,
+        "reward something else too, or train the reward model on pairs of equal lengths; a larger beta slows it down",
+    )
+
+
+def entropy_collapses(course: Course) -> Found:
+    """The entropy over sampled answers is a small part of what it was, by more than chance: answers become alike."""
+    if course.done < 2 * course.recent:
+        return None
+    first, recent = [step["entropy"] for step in course.first], course.values("entropy", course.recent)
+    start, now = float(np.mean(first)), float(np.mean(recent))
+    if not (now < COLLAPSED * start and start - now > ERRORS * _error(course, first, recent)):
+        return None
+    message = f"the entropy has fallen from {start:.2g} to {now:.2g} nats per token: the answers become alike"
+    return message, "raise beta or temperature, or lower learning_rate"
+
+
+def reward_against_kl(course: Course) -> Found:
+    """The reward of the samples rises, and their KL is above `max_kl`: the policy leaves the reference for the reward."""
+    limit = course.plan.config.max_kl
+    if limit is None or course.done < 2 * course.recent:
+        return None
+    kl, reward, start = (
+        course.mean("kl_sampled"),
+        course.mean("reward"),
+        float(np.mean([one["reward"] for one in course.first])),
+    )
+    if not (kl > limit and reward > start):
+        return None
+    reached, allowed = compared(kl, limit, 3, "g")
+    message = f"the reward rises from {start:.3g} to {reward:.3g} while the KL of the samples is {reached} nats,"
+    message += f" and max_kl is {allowed}"
+    return message, "read sampled answers: they may only please the reward; raise beta, or lower learning_rate"
+
+
+def held_out_reward_falls(course: Course) -> Found:
+    """The reward of answers to held-out prompts falls from its best, by more than chance, while that of samples rises."""
+    prompts = min(course.plan.config.kl_prompts, course.plan.counts.eval_prompts if course.plan.counts else 0)
+    if len(course.rewards) < 2 or not prompts or course.done < 2 * course.recent:
+        return None
+    best, last = max(course.rewards), course.rewards[-1]
+    chance = ERRORS * max(course.mean("reward_spread"), SAME_REWARD) / math.sqrt(prompts)
+    rises = course.mean("reward") > float(np.mean([one["reward"] for one in course.first]))
+    if not (best - last > chance and rises):
+        return None
+    message = f"the reward of answers to held-out prompts falls from {best:.3g} to {last:.3g}, while that of the samples rises"
+    return message, "train fewer steps, or add diverse prompts"
+
+
+def _error(course: Course, first: Sequence[float], recent: Sequence[float]) -> float:
+    """The standard error of the difference of two means of steps."""
+    return math.hypot(course.error(first), course.error(recent))
+
+
 NOT_FINITE, NOT_AT_REFERENCE = "not-finite", "not-at-reference"  # after these, a policy is not evaluated
 RULES: dict[str, tuple[Action, Rule]] = {
     NOT_FINITE: ("stop", not_finite),
@@ -285,6 +400,12 @@ RULES: dict[str, tuple[Action, Rule]] = {
     "chosen-collapses": ("warn", chosen_collapses),
     "chosen-falls": ("note", chosen_falls),
     "no-movement": ("warn", no_movement),
+    "reward-is-wrong": ("warn", reward_is_wrong),
+    "no-variance": ("warn", no_variance),
+    "reward-hacks-length": ("warn", reward_hacks_length),
+    "entropy-collapses": ("warn", entropy_collapses),
+    "reward-against-kl": ("warn", reward_against_kl),
+    "held-out-reward-falls": ("warn", held_out_reward_falls),
 }
 
 

@@ -1,0 +1,42 @@
+"""What scores the answers that rlhf samples: a reward model, rules, or both, added up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from dpo_cli.config.reward_rules import reward_functions
+from dpo_cli.config.schema import inner_defaults
+from dpo_cli.data.rows import Question
+from dpo_cli.errors import RunFailed
+from dpo_cli.evaluation.generation import Answer, Rank
+from dpo_cli.plan.plan import Plan
+from dpo_cli.preferences.ranking import ranking
+
+
+class Rewards:
+    """The weighted sum of the ways to score of a plan. A `Rank`: it scores the answers to one question together."""
+
+    def __init__(self, parts: Sequence[tuple[float, Rank]]) -> None:
+        self.parts = parts  # each with its weight
+
+    @classmethod
+    def of(cls, plan: Plan) -> Rewards:
+        """Those of the options `reward_model` and `reward_functions`, with the model loaded if there is one."""
+        config, defaults = plan.config, inner_defaults("augment")
+        functions = reward_functions(config.reward_functions)
+        if config.reward_model is not None:
+            functions.insert(0, {"rank": "reward", "reward_model": config.reward_model, "weight": 1.0})
+        dtype = getattr(torch, plan.dtype)
+        return cls([(one["weight"], ranking({**defaults, **one}, config.device, dtype, plan.day)) for one in functions])
+
+    def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
+        """A score per answer; a larger one is better. Raises `RunFailed` for a score that is not a finite number."""
+        columns = [[weight * score for score in rank(question, answers)] for weight, rank in self.parts]
+        totals = [sum(scores) for scores in zip(*columns, strict=True)]
+        if not all(map(math.isfinite, totals)):
+            message = f"the reward of an answer to {question.file}:{question.line} is not a finite number"
+            raise RunFailed(message, "check the reward model: `dpo eval` on its run, or another dtype")
+        return totals
