@@ -39,6 +39,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "group_by_length": {"lora_dropout": 0.1, "save_steps": 1, "group_by_length": True, "logging_steps": 3, "max_steps": 14},
     "sft": {"strategy": "sft", "lora_dropout": 0.1, "save_steps": 2, "eval_split": 0.25},
     "an adapter goes on": {"model_name": "alone/adapter", "lora_dropout": 0.1, "save_steps": 1, "logging_steps": 2},
+    "rlhf": {
+        "strategy": "rlhf", "reward_functions": ["shorter"], "num_generations": 2, "num_iterations": 2, "lora_dropout": 0.1,
+        "save_steps": 1, "eval_split": 0.25, "eval_steps": 3, "kl_prompts": 2, "max_new_tokens": 8, "max_seq_length": 64,
+    },
     "every weight": {"lora_r": 0, "save_steps": 2, "learning_rate": 1e-3},
 }  # fmt: skip
 

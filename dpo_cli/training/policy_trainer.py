@@ -58,7 +58,7 @@ from dpo_cli.training.trainer import (
 FIGURES = ("loss", *SAMPLE_FIGURES)
 ADVANTAGES, OLD_SUMS, ITEMS = "advantages", "old_logps", "num_items_in_batch"  # TRL's names in a batch of samples
 PROMPTS, ANSWERS = ("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")
-REFERENCE, REWARD, SPREAD, CORRELATION = "reference_sums", "rewards", "spreads", "correlations"  # dpo's
+REFERENCE, REWARD, SPREAD, LENGTH, CORRELATION = "reference_sums", "rewards", "spreads", "lengths", "correlations"  # dpo's
 
 
 class SampleRewards:
@@ -78,6 +78,11 @@ class SampleRewards:
         return rewards
 
     @property
+    def lengths(self) -> Array:
+        """Tokens of the samples without their end token, (B,)."""
+        return np.array([float(answer.tokens) for answer in self.answers])
+
+    @property
     def spreads(self) -> Array:
         """The standard deviation of the rewards in the group of each sample, (B,)."""
         spreads: Array = self.rewards.reshape(-1, self.group).std(axis=1).repeat(self.group)
@@ -86,10 +91,9 @@ class SampleRewards:
     @property
     def correlation(self) -> float:
         """Pearson's correlation of rewards and lengths, each minus the mean of its group; 0 where one of them is constant."""
-        lengths = np.array([float(answer.tokens) for answer in self.answers])
         one, other = (
             (values.reshape(-1, self.group) - values.reshape(-1, self.group).mean(axis=1, keepdims=True)).ravel()
-            for values in (self.rewards, lengths)
+            for values in (self.rewards, self.lengths)
         )
         size = float(np.sqrt((one**2).sum() * (other**2).sum()))
         return float((one * other).sum()) / size if size else 0.0
@@ -196,7 +200,8 @@ class SampledTrainer(CarefulTrainer):
         trainer: Any = self
         drawn: dict[str, Tensor] = trainer._generate_and_score_completions(prompts)
         rewards, like = self.rewards, drawn[ADVANTAGES]
-        columns = {REWARD: rewards.rewards, SPREAD: rewards.spreads, CORRELATION: np.full(len(like), rewards.correlation)}
+        columns = {REWARD: rewards.rewards, SPREAD: rewards.spreads, LENGTH: rewards.lengths}
+        columns[CORRELATION] = np.full(len(like), rewards.correlation)
         drawn |= {name: torch.from_numpy(column).to(like) for name, column in columns.items()}
         return {**drawn, REFERENCE: self._scored[0].sum(dim=1)}  # the last log-probs that TRL asks for are the reference's
 
@@ -222,7 +227,7 @@ class SampledTrainer(CarefulTrainer):
             "reward_spread": inputs[SPREAD],
             "kl_sampled": log_probs.sum(dim=1) - inputs[REFERENCE],
             "entropy": entropies.sum(dim=1) / tokens,
-            "sample_tokens": tokens,
+            "sample_tokens": inputs[LENGTH],
             "length_correlation": inputs[CORRELATION],
             "loss": (loss.detach() * step / here).expand(here),  # the mean over a step is its loss
         }
@@ -259,7 +264,7 @@ class SampledTrainer(CarefulTrainer):
         return {
             **dict(zip(PROMPTS, (ids, mask), strict=True)),
             **dict(zip(ANSWERS, (answers_to_all, torch.ones_like(answers_to_all)), strict=True)),
-            **dict.fromkeys((ADVANTAGES, OLD_SUMS, REFERENCE, REWARD, SPREAD, CORRELATION), values),
+            **dict.fromkeys((ADVANTAGES, OLD_SUMS, REFERENCE, REWARD, SPREAD, LENGTH, CORRELATION), values),
             **dict.fromkeys(("old_per_token_logps", "ref_per_token_logps"), tokens),
             ITEMS: torch.tensor(float(len(prompts) * new), device=device),
         }

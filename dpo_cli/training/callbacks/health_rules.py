@@ -133,6 +133,10 @@ class Course:
         end = len(self.last) - before
         return [step[name] for step in islice(self.last, max(0, end - count), end)]
 
+    def ends(self, name: str) -> tuple[list[float], list[float]]:
+        """A figure of the first steps, and of the recent ones. Of the first only a few: a policy may learn in ten steps."""
+        return [step[name] for step in self.first[: self.recent // 2]], self.values(name, self.recent)
+
     def mean(self, name: str, before: int = 0) -> float:
         """Over the recent steps, or over as many that end `before` steps ago."""
         return float(np.mean(self.values(name, self.recent, before)))
@@ -326,8 +330,10 @@ def reward_hacks_length(course: Course) -> Found:
     """Rewards follow length within the samples of a prompt, and the length of answers follows them, by more than chance."""
     if course.done < 2 * course.recent:
         return None
-    correlation = course.mean("length_correlation")
-    first, recent = [step["sample_tokens"] for step in course.first], course.values("sample_tokens", course.recent)
+    steps = [*course.first, *islice(course.last, max(0, len(course.last) - course.recent), None)]
+    told = [step["length_correlation"] for step in steps if step["reward_spread"] > SAME_REWARD]  # others say nothing
+    correlation = float(np.mean(told)) if told else 0.0
+    first, recent = course.ends("sample_tokens")
     start, now = float(np.mean(first)), float(np.mean(recent))
     change = (now - start) * math.copysign(1, correlation)
     if abs(correlation) < FOLLOWS or change < LONGER * start or change < HACKED_ERRORS * _error(course, first, recent):
@@ -344,7 +350,7 @@ def entropy_collapses(course: Course) -> Found:
     """The entropy over sampled answers is a small part of what it was, by more than chance: answers become alike."""
     if course.done < 2 * course.recent:
         return None
-    first, recent = [step["entropy"] for step in course.first], course.values("entropy", course.recent)
+    first, recent = course.ends("entropy")
     start, now = float(np.mean(first)), float(np.mean(recent))
     if not (now < COLLAPSED * start and start - now > ERRORS * _error(course, first, recent)):
         return None

@@ -1,0 +1,255 @@
+"""Reinforcement learning on sampled answers: TRL's losses on dpo's samples, rewards, resume, and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Run, tiny_model
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+from trl import GRPOTrainer, RLOOTrainer
+
+from dpo_cli.commands.train import train
+from dpo_cli.config.config import load
+from dpo_cli.data.rows import Question
+from dpo_cli.errors import Exit
+from dpo_cli.evaluation import generation
+from dpo_cli.evaluation.generation import Answer
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.preflight import inspect
+from dpo_cli.storage.digests import sha256_of_all
+from dpo_cli.training import policy_trainer
+from dpo_cli.training.policy_trainer import GroupSampler, SampleRewards, rows_of
+from dpo_cli.ui.console import Console
+
+RLHF = {"strategy": "rlhf", "eval_split": 0.2, "max_seq_length": 64, "num_generations": 4}
+SHORTER = {**RLHF, "reward_functions": ["shorter"]}
+
+
+@pytest.fixture(scope="session")
+def ending_model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny model whose answers often end: the weights of its end token are larger, so samples differ in length."""
+    place, model = tmp_path_factory.mktemp("ending"), tiny_model("llama", torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 4
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+@pytest.fixture
+def rlhf(run: Run, ending_model_dir: Path) -> Run:
+    """Trains with rlhf and these options; answers have at most 12 tokens."""
+
+    def start(**options: object) -> tuple[dict[str, Any], Path]:
+        return run(**{**SHORTER, "model_name": str(ending_model_dir), "max_new_tokens": 12, **options})
+
+    return start
+
+
+def lines(run_dir: Path, split: str) -> list[dict[str, Any]]:
+    read = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line for line in read if line["split"] == split]
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_a_run_has_every_file_and_figure(rlhf: Run, algorithm: str) -> None:
+    summary, run_dir = rlhf(rl_algorithm=algorithm)
+    assert summary["status"] == "completed"
+    assert {"adapter", "plan.json", "metrics.json", "evaluation.json", "report.html"} <= {
+        path.name for path in run_dir.iterdir()
+    }
+    first, last = lines(run_dir, "train")
+    assert first["kl_sampled"] == pytest.approx(0, abs=1e-5)  # the policy is its reference
+    assert last["kl_sampled"] != 0
+    assert first["sample_tokens"] == -first["reward"] > 0
+    (held_out,) = lines(run_dir, "eval")
+    assert held_out["reward"] <= 0
+    reward = {side: summary[side]["answer_reward"] for side in ("eval", "base", "gain")}
+    assert reward["gain"]["value"] == pytest.approx(reward["eval"]["value"] - reward["base"]["value"])
+    evaluation = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    tokens = {side: evaluation["answer_tokens"][side]["value"] for side in ("policy", "base")}
+    assert reward["eval"]["value"] == -tokens["policy"] and reward["base"]["value"] == -tokens["base"]
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_more_rows_give_the_same_step(rlhf: Run, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step in rows of one sample each is the step in one row, but for rounding."""
+    options = {"rl_algorithm": algorithm, "max_steps": 1, "gradient_accumulation_steps": 4}
+    _, whole = rlhf(**options)
+    once = lines(whole, "train")[0]
+    cut = policy_trainer.rows_of
+    monkeypatch.setattr(policy_trainer, "rows_of", lambda samples, budget: cut(samples, 1))
+    apart = lines(rlhf(**options)[1], "train")[0]
+    for name in ("loss", "grad_norm", "reward", "entropy", "kl_sampled"):
+        assert apart[name] == pytest.approx(once[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize(("base", "ours"), [(RLOOTrainer, "rloo"), (GRPOTrainer, "grpo")])
+def test_log_probs_are_those_of_the_model(base: type, ours: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """TRL pads on the left, dpo on the right: the log-probs and entropies are those of each sequence alone."""
+    model = tiny_model("llama", torch.float64)
+    trainer: Any = object.__new__(policy_trainer.TRAINERS[ours][0])
+    trainer.accelerator, trainer.row_budget = _Accelerator(), 1000
+    policy_trainer.forward.attach(model, policy_trainer.forward.plain_states, 1.0, trainer.OUTPUTS)
+    ids = torch.tensor([[2, 2, 5, 6, 7, 8, 9, 2], [4, 5, 6, 7, 8, 9, 10, 11]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+    log_probs, entropies, nothing = trainer._get_per_token_logps_and_entropies(model, ids, mask, 4)
+    assert nothing is None and log_probs.shape == entropies.shape == (2, 4)
+    for row, start, length in ((0, 2, 3), (1, 0, 4)):
+        own = ids[row, start : 4 + length][None]
+        logits = model(own).logits[0, :-1].log_softmax(dim=-1)
+        told = logits.gather(1, own[0, 1:, None])[:, 0][-length:]
+        assert torch.allclose(log_probs[row, :length], told, atol=1e-9)
+        entropy = -(logits.exp() * logits).sum(dim=1)[-length:]
+        assert torch.allclose(entropies[row, :length], entropy, atol=1e-9)
+    assert not log_probs[0, 3:].any()
+
+
+class _Accelerator:
+    @staticmethod
+    def autocast() -> Any:
+        return torch.autocast("cpu", enabled=False)
+
+
+def test_rows_keep_every_sample_and_cut_padding() -> None:
+    samples: dict[str, Tensor] = {
+        "prompt_ids": torch.tensor([[0, 1], [2, 3], [0, 4]]),
+        "prompt_mask": torch.tensor([[0, 1], [1, 1], [0, 1]]),
+        "completion_ids": torch.tensor([[5, 0, 0], [6, 7, 8], [9, 10, 0]]),
+        "completion_mask": torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 0]]),
+        "advantages": torch.tensor([0.0, 1.0, 2.0]),
+        "num_items_in_batch": torch.tensor(6.0),
+    }
+    longest, rest = rows_of(samples, 6)
+    assert longest["advantages"].tolist() == [1.0] and longest["completion_ids"].tolist() == [[6, 7, 8]]
+    assert rest["advantages"].tolist() == [2.0, 0.0] and rest["prompt_ids"].tolist() == [[4], [1]]
+    assert rest["completion_ids"].tolist() == [[9, 10], [5, 0]] and rest["num_items_in_batch"] == 6
+
+
+def test_an_epoch_has_every_prompt_and_whole_steps() -> None:
+    """Five prompts, two a step with three samples each, and each batch of samples twice: 3 batches, the last one filled up."""
+    sampler = GroupSampler(5, 2, 3, 2)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 3 * 2 * 3 * 2
+    for start in range(0, len(order), 12):
+        once, again = order[start : start + 6], order[start + 6 : start + 12]
+        assert once == again and once[:3] == [once[0]] * 3 and once[3:] == [once[3]] * 3
+    assert set(order) == set(range(5))
+    torch.manual_seed(1)
+    first = list(sampler)
+    torch.manual_seed(1)
+    assert list(sampler) == first  # the order follows torch's state, which a checkpoint has
+
+
+def answer(tokens: int) -> Answer:
+    return Answer("a" * tokens, tokens, True, tuple(range(tokens)))
+
+
+def test_rewards_by_hand() -> None:
+    """Two groups of two: rewards 1, 3 and 4, 4; lengths 2, 6 and 5, 5.
+
+    Minus the means of their groups, rewards are -1, 1, 0, 0 and lengths -2, 2, 0, 0: their correlation is
+    (2 + 2) / sqrt(2 * 8) = 1. The spreads are 1 and 0.
+    """
+    scores = {2: 1.0, 6: 3.0, 5: 4.0}
+    rewards = SampleRewards(
+        lambda _, answers: [scores[one.tokens] for one in answers], [Question("a", None, 1), Question("b", None, 2)], 2
+    )
+    rewards.answers = [answer(2), answer(6), answer(5), answer(5)]
+    assert rewards(question=[0, 0, 1, 1]) == [1.0, 3.0, 4.0, 4.0]
+    assert rewards.spreads.tolist() == [1.0, 1.0, 0.0, 0.0]
+    assert rewards.correlation == pytest.approx(1)
+    rewards.rewards = np.zeros(4)
+    assert rewards.correlation == 0
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+@pytest.mark.parametrize("rank", ["shorter", "longer"])
+def test_the_reward_rises_by_more_than_chance(rlhf: Run, algorithm: str, rank: str) -> None:
+    """Over five seeds: the mean change is over three standard errors; KL stays bounded; the rule for length says what it is."""
+    changes = []
+    for seed in range(5):
+        options = {"rl_algorithm": algorithm, "seed": seed, "max_steps": 16, "learning_rate": 3e-3, "eval_split": 0}
+        summary, run_dir = rlhf(
+            **options, reward_functions=[rank], per_device_train_batch_size=16, gradient_accumulation_steps=1
+        )
+        trained = lines(run_dir, "train")
+        rewards = [line["reward"] for line in trained]
+        changes.append(np.mean(rewards[-4:]) - np.mean(rewards[:4]))
+        assert max(line["kl_sampled"] for line in trained) < 20
+        assert "reward-hacks-length" in [event["rule"] for event in summary["health"]], rewards
+    assert min(changes) > 0
+    assert np.mean(changes) > 3 * np.std(changes, ddof=1) / np.sqrt(len(changes))
+
+
+Go = Callable[..., Exit]
+TIMED = ("tokens_per_second", "peak_memory_gb")
+
+
+class Killed(BaseException):
+    """Ends a training where dpo does not expect it."""
+
+
+@pytest.fixture
+def go(tmp_path: Path, ending_model_dir: Path, pairs_file: Callable[..., Path]) -> Go:
+    """Trains six steps, two on each batch of samples, in the folder of that name, or resumes that."""
+    values = {"model_name": str(ending_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False, "fp16": False}
+    values |= {**SHORTER, "max_steps": 6, "num_iterations": 2, "save_steps": 1, "lora_r": 4, "learning_rate": 1e-2}
+    values |= {"lora_dropout": 0.1, "max_new_tokens": 8, "kl_prompts": 2, "eval_steps": 3, "logging_steps": 2}
+
+    def start(name: str) -> Exit:
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps({**values, "output_dir": str(tmp_path / name)}), encoding="utf-8")
+        loaded, machine = load(str(config)), probe()
+        inspection = inspect(loaded, machine, with_fit=False).stricter(lambda found: found.stops_training)
+        return train(loaded, inspection, machine, Console(), resume=True)[1]
+
+    return start
+
+
+def left(run_dir: Path) -> tuple[str, list[dict[str, Any]], object]:
+    """What a run leaves, without what is measured."""
+    written = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    figures = [{name: value for name, value in line.items() if name not in TIMED} for line in written]
+    summary = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    return sha256_of_all(run_dir / "adapter"), figures, (summary["eval"], summary["gain"])
+
+
+def test_a_run_that_was_killed_anywhere_has_the_same_bits(go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it samples, while it trains on old samples, and in an evaluation: all from the checkpoint before."""
+    assert go("whole") is Exit.DONE
+    calls: list[str] = []
+    limit = 0
+
+    def counted(place: Any, name: str) -> None:
+        call = getattr(place, name)
+
+        def here(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            if len(calls) == limit:
+                raise Killed
+            return call(*arguments, **options)
+
+        monkeypatch.setattr(place, name, here)
+
+    counted(generation, "_continued")
+    counted(policy_trainer.SampledTrainer, "compute_loss")
+    assert go("counted") is Exit.DONE
+    moments, total = random.Random(0), len(calls)
+    assert calls.count("_continued") >= 3 + 2 and calls.count("compute_loss") >= 6
+    for number in range(4):
+        calls.clear()
+        limit = moments.randint(1, total)
+        with pytest.raises(Killed):
+            go(f"killed-{number}")
+        limit = 0
+        assert go(f"killed-{number}") is Exit.DONE
+        assert left(tmp_path / f"killed-{number}") == left(tmp_path / "whole"), limit
