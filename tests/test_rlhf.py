@@ -171,8 +171,7 @@ def test_rewards_by_hand() -> None:
     assert rewards.correlation == 0
 
 
-@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
-@pytest.mark.parametrize("rank", ["shorter", "longer"])
+@pytest.mark.parametrize(("algorithm", "rank"), [("rloo", "shorter"), ("grpo", "longer")])
 def test_the_reward_rises_by_more_than_chance(rlhf: Run, algorithm: str, rank: str) -> None:
     """Over five seeds: the mean change is over three standard errors; KL stays bounded; the rule for length says what it is."""
     changes = []

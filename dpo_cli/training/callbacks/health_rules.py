@@ -40,7 +40,8 @@ NO_WARMUP = "remove warmup_steps and warmup_ratio, or train more steps"
 GENERALISES = 0.9  # of the held-out pairs
 STILL_KL = 1e-3  # nats per sampled answer
 SAME_REWARD = 1e-6  # standard deviation within the samples of a prompt
-FOLLOWS, LONGER, HACKED_ERRORS = 0.8, 0.2, 3.0  # correlation, relative change of length, standard errors
+FOLLOWS, LONGER = 0.8, 0.2  # correlation, and relative change of length
+NEARLY_ALL = 0.9  # of the pairs of a first and a recent step: 1.4 % by chance with 4 and 8
 COLLAPSED = 0.3  # of the entropy of the first steps
 APART_NATS = {"float32": 1e-3, "bfloat16": 0.02, "float16": 0.02}  # per token: the rounding that is allowed at step 0
 
@@ -133,9 +134,13 @@ class Course:
         end = len(self.last) - before
         return [step[name] for step in islice(self.last, max(0, end - count), end)]
 
-    def ends(self, name: str) -> tuple[list[float], list[float]]:
-        """A figure of the first steps, and of the recent ones. Of the first only a few: a policy may learn in ten steps."""
-        return [step[name] for step in self.first[: self.recent // 2]], self.values(name, self.recent)
+    def moved(self, name: str) -> tuple[float, float, float]:
+        """The means of a figure over the first steps and over the recent ones, and the share of pairs of both in which the
+        recent one is larger: U of Mann and Whitney over its maximum, which holds for steps that change while they are the
+        first. Of the first only a few count: a policy may learn in ten steps."""
+        first, recent = [step[name] for step in self.first[: self.recent // 2]], self.values(name, self.recent)
+        above = np.sign(np.subtract.outer(recent, first)) / 2 + 0.5
+        return float(np.mean(first)), float(np.mean(recent)), float(np.mean(above))
 
     def mean(self, name: str, before: int = 0) -> float:
         """Over the recent steps, or over as many that end `before` steps ago."""
@@ -333,10 +338,9 @@ def reward_hacks_length(course: Course) -> Found:
     steps = [*course.first, *islice(course.last, max(0, len(course.last) - course.recent), None)]
     told = [step["length_correlation"] for step in steps if step["reward_spread"] > SAME_REWARD]  # others say nothing
     correlation = float(np.mean(told)) if told else 0.0
-    first, recent = course.ends("sample_tokens")
-    start, now = float(np.mean(first)), float(np.mean(recent))
-    change = (now - start) * math.copysign(1, correlation)
-    if abs(correlation) < FOLLOWS or change < LONGER * start or change < HACKED_ERRORS * _error(course, first, recent):
+    start, now, above = course.moved("sample_tokens")
+    change, above = (now - start, above) if correlation > 0 else (start - now, 1 - above)
+    if abs(correlation) < FOLLOWS or change < LONGER * start or above < NEARLY_ALL:
         return None
     message = f"the reward follows the length of answers (correlation {correlation:.2f}),"
     message += f" which goes from {start:.0f} to {now:.0f} tokens"
@@ -350,9 +354,8 @@ def entropy_collapses(course: Course) -> Found:
     """The entropy over sampled answers is a small part of what it was, by more than chance: answers become alike."""
     if course.done < 2 * course.recent:
         return None
-    first, recent = course.ends("entropy")
-    start, now = float(np.mean(first)), float(np.mean(recent))
-    if not (now < COLLAPSED * start and start - now > ERRORS * _error(course, first, recent)):
+    start, now, above = course.moved("entropy")
+    if not (now < COLLAPSED * start and above <= 1 - NEARLY_ALL):
         return None
     message = f"the entropy has fallen from {start:.2g} to {now:.2g} nats per token: the answers become alike"
     return message, "raise beta or temperature, or lower learning_rate"
@@ -388,11 +391,6 @@ def held_out_reward_falls(course: Course) -> Found:
         return None
     message = f"the reward of answers to held-out prompts falls from {best:.3g} to {last:.3g}, while that of the samples rises"
     return message, "train fewer steps, or add diverse prompts"
-
-
-def _error(course: Course, first: Sequence[float], recent: Sequence[float]) -> float:
-    """The standard error of the difference of two means of steps."""
-    return math.hypot(course.error(first), course.error(recent))
 
 
 NOT_FINITE, NOT_AT_REFERENCE = "not-finite", "not-at-reference"  # after these, a policy is not evaluated
