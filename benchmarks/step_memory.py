@@ -43,17 +43,20 @@ from transformers import (
 
 from dpo_cli.config.config import load
 from dpo_cli.data.encoded import Encoded, EncodedRows
-from dpo_cli.data.rows import Pair
+from dpo_cli.data.rows import Pair, question_of
 from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.memory import components
 from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.shape import ModelFacts, config_facts
 from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.tokenized import SampledPrompt
 from dpo_cli.providers.eight_bit import use_exact_product
 from dpo_cli.scoring import shared_prompts
-from dpo_cli.training import dpo_trainer, sft_trainer
+from dpo_cli.strategies.strategies import STRATEGIES
+from dpo_cli.training import dpo_trainer, policy_trainer, sft_trainer
 from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
 
+BUILDERS = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer, "rlhf": policy_trainer.build_trainer}
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -94,8 +97,11 @@ def quantise(model: PreTrainedModel, settings: Settings) -> None:
     use_exact_product(model)
 
 
-def plan_of(settings: Settings, length: int, shared: bool, device: str, place: Path) -> Plan:
-    """The plan of `dpo train` for a config that has these settings, and sequences of this length."""
+def plan_of(settings: Settings, length: int, shared: bool, device: str, place: Path, new_tokens: int = 1) -> Plan:
+    """The plan of `dpo train` for a config that has these settings, and sequences of this length.
+
+    `new_tokens` are those of an answer that a strategy samples.
+    """
     half, targets = settings.bytes_per_value == 2, settings.target_modules
     values = {"model_name": "random/model", "dataset": "none.jsonl", "output_dir": str(place / "run"), "device": device}
     values |= {"bf16": half, "fp16": False, "gradient_checkpointing": settings.checkpointing, "prompt_sharing": shared}
@@ -104,6 +110,8 @@ def plan_of(settings: Settings, length: int, shared: bool, device: str, place: P
     values |= {"lora_dropout": DROPOUT if settings.dropout else 0.0, "use_dora": settings.dora}
     values |= {"use_4bit": settings.bits == 4, "use_8bit": settings.bits == 8, "use_nested_quant": settings.nested_quantisation}
     values |= {"target_modules": targets if isinstance(targets, str) else list(targets)}
+    if STRATEGIES[settings.strategy].generates:
+        values |= {"reward_functions": ["longer"], "num_generations": 2, "max_new_tokens": new_tokens}
     file = place / "config.json"
     file.write_text(json.dumps(values), encoding="utf-8")
     return resolve(load(str(file)), probe())
@@ -111,7 +119,7 @@ def plan_of(settings: Settings, length: int, shared: bool, device: str, place: P
 
 def billed(plan: Plan, facts: ModelFacts, prompt: int, response: int) -> Settings:
     """What the bill of a plan is made from where all pairs have these lengths."""
-    scored = response if plan.config.strategy == "sft" else 2 * response - 1
+    scored = response if plan.strategy.sequences == 1 else 2 * response - 1
     pair = prompt + scored if plan.config.prompt_sharing is True else None
     return replace(Settings.of(plan.config, facts, Longest(prompt + response, pair, scored)), row_tokens=plan.row_tokens)
 
@@ -147,9 +155,14 @@ def trainer_for(model: PreTrainedModel, settings: Settings, plan: Plan, rows: Se
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
     frozen = None
     if not settings.rank:
-        adapter, frozen = None, copy.deepcopy(model) if settings.strategy == "dpo" else None
-    build = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}[settings.strategy]
-    trainer = build(model, adapter, tokenizer, plan, EncodedRows.of(rows), EncodedRows.of([]), lambda _: {}, frozen=frozen)
+        adapter, frozen = None, copy.deepcopy(model) if plan.strategy.refers else None
+    build: Any = BUILDERS[settings.strategy]
+    sampled: dict[str, Any] = {}
+    if plan.strategy.generates:
+        prompts = [SampledPrompt(question_of(row.row), row.prompt_ids) for row in rows]
+        sampled = {"prompts": prompts, "rank": lambda _, answers: [float(answer.tokens) for answer in answers]}
+    nothing = EncodedRows.of([])
+    trainer = build(model, adapter, tokenizer, plan, EncodedRows.of(rows), nothing, lambda _: {}, frozen=frozen, **sampled)
     trainer.remove_callback(ProbeFirst)
     return trainer
 
@@ -202,7 +215,7 @@ def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response:
     facts = config_facts(config.to_dict())
     assert facts is not None
     with tempfile.TemporaryDirectory() as place:
-        plan = plan_of(settings, prompt + response, shared, "cpu", Path(place))
+        plan = plan_of(settings, prompt + response, shared, "cpu", Path(place), response)
         parts = components(facts, billed(plan, facts, prompt, response))
         rows = random_rows(config.vocab_size, settings, prompt, response)
         trainer = trainer_for(random_model(config, settings, "cpu"), settings, plan, rows)
@@ -236,6 +249,9 @@ GRID: list[tuple[str, Settings, int, int, bool]] = [
     ("llama", replace(HALF, strategy="sft", batch=4), 384, 128, False),
     ("llama", replace(HALF, strategy="sft", batch=4, checkpointing=True), 768, 256, False),
     ("llama", replace(HALF, strategy="sft", batch=4, bits=4), 384, 128, False),
+    ("llama", replace(HALF, strategy="rlhf", batch=4), 384, 128, False),
+    ("llama", replace(HALF, strategy="rlhf", batch=4, checkpointing=True), 768, 256, False),
+    ("llama", replace(HALF, strategy="rlhf", batch=4, bits=4), 384, 128, False),
     ("llama", replace(FULL, rank=0), 384, 128, True),
     ("llama", replace(HALF, rank=0), 384, 128, True),
     ("llama", replace(HALF, rank=0, checkpointing=True), 768, 256, True),
@@ -273,7 +289,7 @@ def measure(table: Table, options: argparse.Namespace) -> None:
         predicted, peak = compare(FAMILIES[family](**SHAPE, **HEADS), settings, prompt, response, shared)
         dtype = f"{settings.bits}-bit" if settings.bits else {2: "bf16", 4: "float32"}[settings.bytes_per_value]
         name = family + (", dropout" if settings.dropout else "") + (", DoRA" if settings.dora else "")
-        name += ", sft" if settings.strategy == "sft" else ""
+        name += "" if settings.strategy == "dpo" else f", {settings.strategy}"
         told = [name, dtype, settings.batch, prompt + response, settings.rank, _targets(settings)]
         told += ["yes" if settings.checkpointing else "no", "once" if shared else "twice"]
         table.add(*told, predicted / 2**20, peak / 2**20, predicted / peak)
