@@ -45,7 +45,7 @@ from dpo_cli.scoring.reference import KeptReference, computed_by
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
-from dpo_cli.training import dpo_trainer, sft_trainer
+from dpo_cli.training import dpo_trainer, reward_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
@@ -58,7 +58,11 @@ from dpo_cli.ui.live import LiveView
 
 ROUNDED_ROWS = 8  # pairs that show the rounding of 16 bits
 START_ROWS = 4  # pairs, the shortest, on which the policy must equal its reference before the first step
-TRAINERS: dict[str, Callable[..., Any]] = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer}
+TRAINERS: dict[str, Callable[..., Any]] = {
+    "dpo": dpo_trainer.build_trainer,
+    "sft": sft_trainer.build_trainer,
+    "reward": reward_trainer.build_trainer,
+}
 
 
 def train(
@@ -239,7 +243,7 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
             now = measure(policy, rows.held_out, tokenizer, plan)
             now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
         measured[trainer.state.global_step] = now
-        return line_figures(now, plan)
+        return line_figures(now, rows.held_out, plan)
 
     build = TRAINERS[plan.config.strategy]
     trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen)

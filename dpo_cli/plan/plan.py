@@ -150,7 +150,8 @@ class Plan:
     @property
     def cost(self) -> Cost:
         assert self.counts is not None
-        return cost_of(self.config, self.counts, self.total_steps, self.strategy.refers)
+        strategy = self.strategy
+        return cost_of(self.config, self.counts, self.total_steps, strategy.refers, not strategy.gives_rewards)
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
         """The plan with the trained part of the model."""

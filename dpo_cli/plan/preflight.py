@@ -9,7 +9,8 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware.machine import Machine
-from dpo_cli.models import checks, target_layers
+from dpo_cli.models import checks, remote_code, target_layers
+from dpo_cli.models.model_files import CONFIG
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.examination import Data, examine
@@ -121,7 +122,9 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
 def _model_problems(plan: Plan) -> Iterator[Problem]:
     """Options of a config that the model does not support, by its shape."""
     config, model = plan.config, plan.model
-    facts = model.facts
+    facts, family = model.facts, model.files.config.get("model_type") if model.files.has(CONFIG) else None
+    if plan.strategy.gives_rewards and not remote_code.is_classifier(family):
+        yield checks.no_classifier(plan.model_label, str(family))
     if (stored := model.files.quantisation) is not None and not plan.merges:
         yield from stored.problems(plan.model_label, config.use_4bit, config.use_8bit, config.lora_r)
     if config.lora_r == 0 and model.files.is_mixture:

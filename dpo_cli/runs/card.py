@@ -33,6 +33,7 @@ from {module} import {loader}
 model = {loader}.from_pretrained("path/to/this/folder")
 ```"""
 PEFT = {"module": "peft", "loader": "AutoPeftModelForCausalLM"}
+PEFT_REWARD = {"module": "peft", "loader": "AutoPeftModelForSequenceClassification"}
 TRANSFORMERS = {"module": "transformers", "loader": "AutoModelForCausalLM"}
 MERGE = """\
 Trained on {trained} weights and written in {dtype}. The same rows, evaluated with the run's model and with these files:
@@ -57,7 +58,8 @@ def card(plan: Plan, steps: int, judged: Judged) -> str:
     assert plan.counts is not None
     is_peft = plan.config.lora_r > 0
     what = f"A LoRA adapter (rank {plan.config.lora_r}) for" if is_peft else "All weights of"
-    use = MERGED.format(model=_plain(plan.model_label)) if plan.merges else LOAD.format(**(PEFT if is_peft else TRANSFORMERS))
+    peft = PEFT_REWARD if plan.strategy.gives_rewards else PEFT
+    use = MERGED.format(model=_plain(plan.model_label)) if plan.merges else LOAD.format(**(peft if is_peft else TRANSFORMERS))
     return _card(plan, plan.run_dir.name, what, plan.counts.train_pairs, steps, judged, use, is_peft)
 
 

@@ -102,8 +102,8 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     changes = [*overrides, "provider=huggingface"]  # the adapter of any provider is a PEFT adapter, and needs no other provider
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
-        if not unreadable(dataset, "dataset") and holds_pairs(dataset):
-            changes.append("strategy=dpo")  # pairs give more figures, for any training
+        if _is_of_demonstrations(config) and not unreadable(dataset, "dataset") and holds_pairs(dataset):
+            changes.append("strategy=dpo")  # pairs give more figures
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
     machine = probe()
@@ -120,6 +120,11 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     plan = replace(plan, freed_gb=decided.freed_gb if decided else None)
     plan = plan.with_rounding(decided.rounding if decided else None)
     return Opened(folder, plan, provider, tokenizer, rows, decided.scoring if decided and not dataset else None)
+
+
+def _is_of_demonstrations(config: str) -> bool:
+    strategy = STRATEGIES.get(str(load(config).values.get("strategy")))
+    return strategy is not None and strategy.rows is DEMONSTRATIONS
 
 
 def _decided(config: str) -> Decided | None:
