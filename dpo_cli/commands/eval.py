@@ -13,7 +13,7 @@ from dpo_cli.report.render import write_report
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.tally import SideBySide
 from dpo_cli.runs.kept_evaluation import basis_of, is_whole, keep
-from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run
+from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run, require_answers
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import PLAN
 from dpo_cli.ui.console import Console
@@ -25,6 +25,8 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         opened = open_adapter(request.target, request.adapter, request.dataset, request.overrides, console)
     else:
         opened = open_run(request.target, request.dataset, console, request.overrides)
+    if request.vote is not None:
+        require_answers(opened.plan, "vote on")
     run, vote = opened.run if isinstance(opened, OpenedRun) else None, request.vote
     contest = contest_of(vote.prompts, vote.by_judge, run, opened.plan, opened.rows) if run and vote else None
     basis = basis_of(run.read_json(PLAN)["config"]) if run else {}

@@ -37,7 +37,7 @@ from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.judgement import Judged
 from dpo_cli.results.merge import LARGER_CHANGE, LEAST_PROMPTS, Difference, GgufCheck, Merge, MergeLimit
 from dpo_cli.runs.card import export_card, with_gguf
-from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
+from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run, require_answers
 from dpo_cli.scoring.forward import choose
 from dpo_cli.storage.atomic import free_bytes, let_others_read, sync_all, way_out, write_whole
 from dpo_cli.storage.log import log_to
@@ -72,6 +72,7 @@ def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
     if request.push and not fits("hub_model_id", request.push):
         raise UsageError(f"--push {request.push} is not a hub repository", "write owner/name, with your name on the hub")
     opened = open_run(request.run, request.dataset, console)
+    require_answers(opened.plan, "merge into a model that answers")
     if not opened.rows:
         message, fix = "the run has no held-out rows, so the merged model cannot be compared with it", "--dataset FILE"
         raise invalid("nothing-to-compare", message, f"evaluate it on other {opened.plan.noun}: {fix}")

@@ -43,6 +43,7 @@ class Loaded:
     stage: int | None = None  # the number of the stage in a config with stages, from 1
     foundation: str | None = None  # the base model of the stages before this one, whose runs may not exist yet
     before: Loaded | None = None  # the stage that it starts from, if that one is valid
+    rewarded_by: Loaded | None = None  # the stage whose run is its reward model, which may not exist yet; as `before`
     day: date | None = None  # the day of the run that a plan.json repeats, if its chat template writes the date
 
     @property
@@ -120,9 +121,13 @@ def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]
     configs: list[Loaded] = []
     for written in stages.written(path, values, document, changes):
         checked = _checked(written, document)
-        starts_on = configs[-1] if checked.foundation is not None and configs[-1].config is not None else None
-        configs.append(replace(checked, before=starts_on))
+        before, rewarded_by = (_valid(configs, place) for place in (written.starts_on, written.rewarded_by))
+        configs.append(replace(checked, before=before, rewarded_by=rewarded_by))
     return configs
+
+
+def _valid(configs: Sequence[Loaded], place: int | None) -> Loaded | None:
+    return configs[place] if place is not None and configs[place].config is not None else None
 
 
 def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:

@@ -38,6 +38,7 @@ class Config:
     label_smoothing: float
     reference: Literal['auto', 'base', 'adapter']
     prompt_sharing: Literal[True, False, 'auto']
+    reward_model: str | None
     max_kl: float | None
     kl_prompts: int
     max_new_tokens: int

@@ -62,7 +62,7 @@ def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequ
     `changes` are overrides for the evaluation.
     """
     run = RunDirectory.open(Path(run_path))
-    _require_same_below(run)
+    require_same_below(run)
     with log_to(run.log):
         opened = _opened(str(run.path / PLAN), changes, run.trained, dataset, console)
     if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
@@ -70,6 +70,14 @@ def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequ
     elif dataset:
         console.problems([*_trained_rows(run, [row.row for row in opened.rows])])
     return OpenedRun(**vars(opened), run=run)
+
+
+def require_answers(plan: Plan, what: str) -> None:
+    """`InvalidInput` for a reward model, which scores responses and writes none; `what` needs them, in words."""
+    if plan.strategy.gives_rewards:
+        message = f"{plan.run_dir} holds a reward model, which gives scores and writes no answers: it has nothing to {what}"
+        fix = f"`dpo eval {plan.run_dir}` evaluates it; a config names it as reward_model"
+        raise invalid("run-of-rewards", message, fix)
 
 
 def _trained_rows(run: RunDirectory, rows: Sequence[Row]) -> Iterator[Problem]:
@@ -177,7 +185,7 @@ def _no_adapter(message: str, fix: str) -> InvalidInput:
     return invalid("not-an-adapter", message, fix)
 
 
-def _require_same_below(run: RunDirectory) -> None:
+def require_same_below(run: RunDirectory) -> None:
     """`InvalidInput` if a run or an adapter below this run is missing or has changed: its figures would differ."""
     model = run.read_json(MANIFEST)["model"]
     for folder, digest in model.get("below", {}).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dpo_cli.strategies.dpo import DPO
+from dpo_cli.strategies.reward import REWARD
 
 RLHF = replace(
     DPO,
@@ -16,4 +17,5 @@ RLHF = replace(
     adapter_rate=None,
     documented_profile=None,
     start_loss=None,
+    rewarded_by=REWARD.name,
 )
