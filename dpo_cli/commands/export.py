@@ -121,7 +121,7 @@ def _merge(
         with working("merging"):
             _write_merged(opened, trained, request.out, place)
         merged = _merged_scores(opened, plan, own, place, console)
-        merge, judged = compare(opened, trained, own.scores, merged)
+        merge, judged = compare(opened, trained, own.log_probs, merged)
         console.comparison(merge)
         facts: JsonObject = {**to_json(merge), **digests, "gguf": None}
         refused = _worse(merge, trained)
@@ -196,7 +196,7 @@ def _merged_scores(opened: Opened, plan: Plan, measured: Measured, place: Path, 
         scores = score(
             Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring), dtype
         )
-    return replace(measured.scores, policy=scores.policy, policy_right=scores.policy_right)
+    return replace(measured.log_probs, policy=scores.policy, policy_right=scores.policy_right)
 
 
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[Merge, Judged]:

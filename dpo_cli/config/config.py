@@ -19,6 +19,7 @@ from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
 from dpo_cli.config.schema_checks import PAIR_KEYS, missing, value_problems
 from dpo_cli.errors import InvalidInput, Problem, UsageError
+from dpo_cli.strategies.strategies import STRATEGIES
 
 Source = Literal["config", "override", "default", "profile", "measured"]
 MAX_CONFIG_BYTES = 1 << 20
@@ -50,6 +51,12 @@ class Loaded:
     def is_ahead(self) -> bool:
         """Whether it is checked on the model of the first stage, because the stage before has not run yet."""
         return self.before is not None and self.values.get("model_name") == self.foundation
+
+    @property
+    def is_of_rewards(self) -> bool:
+        """Whether it trains a reward model."""
+        strategy = STRATEGIES.get(str(self.values.get("strategy")))
+        return strategy is not None and strategy.gives_rewards
 
     @property
     def label(self) -> str:
@@ -93,8 +100,12 @@ VALUES = "config"  # the name of a config without a file
 
 
 def load(path: ConfigLike, overrides: Sequence[str] = ()) -> Loaded:
-    """Read, override and check the config at `path`; `-` is standard input. If it has stages, the first one."""
-    return load_stages(path, overrides)[0]
+    """Read, override and check the config at `path`; `-` is standard input.
+
+    If it has stages, the first one that trains a policy, not a reward model.
+    """
+    stages = load_stages(path, overrides)
+    return next((stage for stage in stages if not stage.is_of_rewards), stages[0])
 
 
 def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]:

@@ -44,7 +44,7 @@ def written(path: str, values: Mapping[str, object], document: jsonc.Document, c
     """The configs of a document with the object `values`; values of the command line replace those of the file.
 
     With stages, a model from there is that of the first stage, and an output_dir is the folder of all stages. A value that
-    belongs only to the strategy of other stages is theirs. A strategy that needs a reward model, in a config that names none, is
+    belongs only to the strategy of other stages is theirs. A config that needs a reward model, and names none, is
     two stages: the first trains one.
     """
     whole = Written(path, values, document.positions, _damaged(document, ()), changes=changes)
@@ -65,7 +65,7 @@ def written(path: str, values: Mapping[str, object], document: jsonc.Document, c
         raise UsageError("a strategy on the command line would apply to every stage", "write the strategy into each stage")
     kinds = {_strategy(whole, own) for own in named}
     configs: list[Written] = []
-    for number, own in enumerate(named):
+    for own in named:
         foreign = {
             key for key in changes if not _belongs(key, _strategy(whole, own)) and any(_belongs(key, kind) for kind in kinds)
         }
@@ -80,7 +80,10 @@ def _implied(whole: Written) -> list[dict[str, object]] | None:
     strategy = STRATEGIES.get(str(values.get("strategy")))
     if values.get("stages") is not None or strategy is None or strategy.rewarded_by is None or _names_rewards(values, whole):
         return None
-    return [{"strategy": strategy.rewarded_by}, {"strategy": strategy.name}]
+    own: dict[str, object] = (
+        {"strategy": strategy.name} if "strategy" in whole.changes else {}
+    )  # else it has its place in the file
+    return [{"strategy": strategy.rewarded_by}, own]
 
 
 def _names_rewards(values: Mapping[str, object], whole: Written) -> bool:
@@ -110,8 +113,8 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
     """A stage as a config: its own values, and those values of the file that belong to its strategy.
 
     It starts from the run of the last stage before it that is not a reward model, unless it names a model; without such a stage
-    from the model of the first. A reward model before it gives its rewards, unless it names something else. Its run directory is
-    inside that of the file.
+    from the model of the first. A reward model before it gives its rewards, unless it names others. Its run directory is inside
+    that of the file.
     """
     number = len(earlier)
     path, changes, place = whole.path, whole.changes, ("stages", number)
@@ -128,8 +131,8 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
         named = {**before.values, **before.changes}.get("model_name", defaults()["model_name"])
         foundation = before.foundation or str(named)
         values["model_name"] = before.values["output_dir"]
-    elif earlier and "model_name" in earlier[0].values:
-        values.setdefault("model_name", earlier[0].values["model_name"])
+    elif earlier and "model_name" not in own and "model_name" in earlier[0].values:
+        values["model_name"] = earlier[0].values["model_name"]
     method, rewarded_by = STRATEGIES.get(_strategy(whole, own)), None
     if method is not None and method.rewarded_by is not None and not _names_rewards({**values, **changes}, whole):
         rewarded_by = _last(earlier, is_of_rewards=True)

@@ -13,8 +13,8 @@ Array = NDArray[np.float64]
 
 RESAMPLES, AT_ONCE = 2000, 50
 KEPT = 20_000_000  # weights, 160 MB; with more prompts they are drawn again for each figure
-# A sum over rows divided by a sum over rows; weights over prompts resample both sums together. Of (n, b) values above, in b bins,
-# the sizes of the sums of the bins are added up.
+# A sum over rows divided by a sum over rows; weights over prompts resample both sums together. Of (n, b) values above, in b
+# bins, the sizes of the sums of the bins are added up.
 Ratio = tuple[Array, Array]
 
 
@@ -29,7 +29,8 @@ def value_of(ratio: Ratio) -> float:
 
 def _whole(sums: Array, has_bins: bool) -> Array:
     """Sums over rows; if the last axis is bins, the sum of their sizes."""
-    return np.abs(sums).sum(axis=-1) if has_bins else sums
+    sizes: Array = np.abs(sums).sum(axis=-1) if has_bins else sums
+    return sizes
 
 
 class Intervals:
@@ -56,5 +57,5 @@ class Intervals:
 
     def _by_prompt(self, side: Array) -> Array:
         """The sums over the rows of each prompt."""
-        sums = [np.bincount(self.group, weights=column) for column in side.reshape(len(side), -1).T]
+        sums: list[Array] = [np.bincount(self.group, weights=column).astype(np.float64) for column in side.reshape(len(side), -1).T]
         return np.stack(sums, axis=1) if side.ndim == 2 else sums[0]

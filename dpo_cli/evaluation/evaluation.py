@@ -62,6 +62,12 @@ class Measured:
     unanswered: int = 0  # prompts without an answer: they fill the model's context
     dtype: str | None = None  # of the scores, if it is not the plan's
 
+    @property
+    def log_probs(self) -> Scores:
+        """The scores of a language model."""
+        assert isinstance(self.scores, Scores)
+        return self.scores
+
 
 def measure(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Measured:
     """Score the rows, and sample answers to their prompts; not for sft, nor from a policy whose log-probs are not finite.

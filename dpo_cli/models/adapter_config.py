@@ -69,6 +69,7 @@ KINDS: tuple[tuple[str, Callable[[object], bool], tuple[str, ...]], ...] = (
     ("a name", lambda value: value is None or isinstance(value, str), ("base_model_name_or_path",)),
 )
 UNSUPPORTED_FIX = "merge it into its base with PEFT, and name the merged model"
+CLASSIFIER_FIX = "name the model below it; a reward model is named as the reward_model of a training or of augment"
 HEADS = ("lm_head", "embed_out")  # names of the output head in families of models
 CHANGES_BASE = (
     "pissa",
@@ -131,8 +132,8 @@ class Adapter:
         return self.fault_for(CAUSAL)
 
     @property
-    def is_of_reward_model(self) -> bool:
-        """Whether it is for a classifier, and has its head."""
+    def is_of_classifier(self) -> bool:
+        """Whether it is for a classifier, such as a reward model, and has its head."""
         return self.config.get("task_type") == CLASSIFIER
 
     def fault_for(self, task: str) -> Fault | None:
@@ -144,7 +145,7 @@ class Adapter:
                 f"has {wrong}", f"write the value that it was trained with into {ADAPTER_CONFIG}, or save it again with PEFT"
             )
         why = unsupported(self.config, task)
-        return Fault(why, UNSUPPORTED_FIX) if why else None
+        return Fault(why, CLASSIFIER_FIX if self.is_of_classifier and task == CAUSAL else UNSUPPORTED_FIX) if why else None
 
     @property
     def danger(self) -> Fault | None:

@@ -19,7 +19,7 @@ from dpo_cli.data.findings import Overlap
 from dpo_cli.data.rows import Row
 from dpo_cli.errors import InvalidInput, Problem, invalid
 from dpo_cli.hardware.machine import probe
-from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter, is_on_head
+from dpo_cli.models.adapter_config import ADAPTER_CONFIG, CAUSAL, CLASSIFIER, Adapter, is_on_head
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import ON_DEVICE, Decided, Plan, Scoring, resolve
 from dpo_cli.plan.preflight import inspect
@@ -36,6 +36,7 @@ from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, RunDirectory
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
+from dpo_cli.strategies.strategy import Strategy
 from dpo_cli.ui.console import Console
 
 
@@ -97,8 +98,10 @@ def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Seq
     `config` and `adapter` may be run directories: then the plan and the adapter of the run are used.
     """
     path, folder = Path(config), adapter / ADAPTER if (adapter / PLAN).is_file() else adapter
-    made_on = _base_of(folder)
-    opened = _opened(str(path / PLAN if path.is_dir() else path), overrides, folder, dataset, console)
+    file = str(path / PLAN if path.is_dir() else path)
+    strategy = _strategy_of(file, overrides)
+    made_on = _base_of(folder, CLASSIFIER if strategy and strategy.gives_rewards else CAUSAL)
+    opened = _opened(file, overrides, folder, dataset, console)
     model = opened.plan.model
     name = model.name
     if made_on and Path(made_on).name != Path(name).name and ModelSource.of(made_on).foundation != model.foundation:
@@ -110,7 +113,9 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     changes = [*overrides, "provider=huggingface"]  # the adapter of any provider is a PEFT adapter, and needs no other provider
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
-        if _is_of_demonstrations(config) and not unreadable(dataset, "dataset") and holds_pairs(dataset):
+        strategy = _strategy_of(config, overrides)
+        is_sft = strategy is not None and strategy.rows is DEMONSTRATIONS
+        if is_sft and not unreadable(dataset, "dataset") and holds_pairs(dataset):
             changes.append("strategy=dpo")  # pairs give more figures
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
@@ -130,9 +135,9 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     return Opened(folder, plan, provider, tokenizer, rows, decided.scoring if decided and not dataset else None)
 
 
-def _is_of_demonstrations(config: str) -> bool:
-    strategy = STRATEGIES.get(str(load(config).values.get("strategy")))
-    return strategy is not None and strategy.rows is DEMONSTRATIONS
+def _strategy_of(config: str, overrides: Sequence[str]) -> Strategy | None:
+    """The strategy of a config; None for a config that names none, or that cannot be read."""
+    return STRATEGIES.get(str(load(config, overrides).values.get("strategy")))
 
 
 def _decided(config: str) -> Decided | None:
@@ -155,13 +160,16 @@ def _not_here(plan: str, changes: Sequence[str]) -> list[str]:
     return [f"{key}={json.dumps(defaults()[key])}" for key in ON_DEVICE]
 
 
-def _base_of(folder: Path) -> str:
-    """The model that an adapter names as its base; `InvalidInput` for a folder without an adapter that can be evaluated."""
+def _base_of(folder: Path, task: str) -> str:
+    """The model that an adapter names as its base; `InvalidInput` for a folder without an adapter that can be evaluated.
+
+    `task` is that of the model, by PEFT's names.
+    """
     if (adapter := Adapter.in_folder(folder)) is None:
         fix = "name the folder of an adapter, or of a run that trained one"
         raise _no_adapter(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}", fix)
     try:
-        if fault := adapter.fault:
+        if fault := adapter.fault_for(task):
             raise _no_adapter(f"the adapter in {folder} {fault.message}", fault.fix)
         config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError) as error:  # a type unknown to PEFT, or a damaged file

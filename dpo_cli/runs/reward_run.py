@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 from dpo_cli.config.config import load
 from dpo_cli.config.rules import fuses_adapter
 from dpo_cli.data.encoded import Encoded
-from dpo_cli.data.rows import Demonstration, Question, answer_to
+from dpo_cli.data.rows import Demonstration, Question
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoder, encode_all
+from dpo_cli.data.transcripts import answer_to
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import resolve
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.results.codec import object_of
 from dpo_cli.runs.open_run import require_same_below
 from dpo_cli.scoring.forward import collate
 from dpo_cli.scoring.lora_linear import fuse
@@ -32,8 +34,7 @@ def reward_run(name: str) -> Path | None:
     place = Path(name)
     run = place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
     try:
-        config = read_object(run / PLAN)["config"]
-        strategy = STRATEGIES[config["strategy"]]  # type: ignore[index]
+        strategy = STRATEGIES[str(object_of(read_object(run / PLAN)["config"])["strategy"])]
     except (OSError, ValueError, KeyError, TypeError):  # not a run
         return None
     return run if strategy.gives_rewards else None

@@ -30,7 +30,8 @@ def last_tokens(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """The place in each row of the token that a sequence classifier reads: (rows,)."""
     padding = model.config.get_text_config().pad_token_id
     places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return (places * (input_ids != padding)).argmax(dim=1)
+    last: Tensor = (places * (input_ids != padding)).argmax(dim=1)
+    return last
 
 
 def end_states(model: PreTrainedModel, shared: bool, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:

@@ -57,7 +57,9 @@ class Columns:
     tokens: Array  # of a response
     right: Array  # tokens that are the model's most likely ones
     kl: Array  # KL(model || reference) over the whole vocabulary, summed over the response's tokens, nats
-    reward: Array  # beta * (log p - log p of the reference): arXiv:2305.18290, equation 5 without its constant; or the score of a
+    reward: (
+        Array  # beta * (log p - log p of the reference): arXiv:2305.18290, equation 5 without its constant; or the score of a
+    )
     # reward model, which has only this column
 
 
@@ -189,8 +191,8 @@ _DECLARED = (
         "calibration_error",
         "calibration error",
         "The expected calibration error of a reward model: how far the share of pairs that it ranks as labelled is from its "
-        "confidence, sigmoid of the size of the margin, on average over 10 bins of confidence. 0 is perfect; of few pairs it is "
-        "above 0 by chance.",
+        "confidence, sigmoid of the size of the margin, on average over 10 bins of confidence. 0 is perfect; of few pairs it "
+        "is above 0 by chance.",
         {REWARDS: _calibration},
         title="Calibration error",
         note="Distance between confidence and accuracy; smaller is better.",

@@ -22,7 +22,9 @@ def _read(outcome: Outcome) -> Verdict:
     assert outcome.judged is not None
     names = ("accuracy", "margin", "loss", "calibration_error")
     accuracy, margin, loss, error = (required(outcome.judged.policy, name) for name in names)
-    ranks = f"The reward model gives the chosen response the larger reward in {share(accuracy)} of {outcome.rows} held-out pairs"
+    ranks = (
+        f"The reward model gives the chosen response the larger reward in {share(accuracy)} of {outcome.rows} held-out pairs"
+    )
     judged = f"by a margin of {number(margin)} at a loss of {loss.value:.3f}; its confidence is off by {number(error)}"
     sentence = f"{ranks}, {judged}{warned(outcome)}."
     if accuracy.high < CHANCE:
