@@ -57,5 +57,7 @@ class Intervals:
 
     def _by_prompt(self, side: Array) -> Array:
         """The sums over the rows of each prompt."""
-        sums: list[Array] = [np.bincount(self.group, weights=column).astype(np.float64) for column in side.reshape(len(side), -1).T]
+        sums: list[Array] = [
+            np.bincount(self.group, weights=column).astype(np.float64) for column in side.reshape(len(side), -1).T
+        ]
         return np.stack(sums, axis=1) if side.ndim == 2 else sums[0]
