@@ -44,15 +44,16 @@ def answered_prompts(config: Config) -> int:
     return min(MOST_ANSWERED, max(FEWEST, config.kl_prompts))
 
 
-def cost_of(config: Config, counts: Counts, steps: int, refers: bool, answers: bool = True) -> Cost:
-    """The cost of a run of so many steps on these rows; `refers` to a reference, and `answers` if it can."""
+def cost_of(config: Config, counts: Counts, steps: int, refers: bool, gives_rewards: bool = False) -> Cost:
+    """The cost of a run of so many steps on these rows; `refers` to a reference. A reward model has none, and no answers."""
     pairs = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
     of_pair = counts.shared_tokens / counts.train_pairs
     a_token = TRAINED + RECOMPUTED * (config.gradient_checkpointing is True)
     training = of_pair * (a_token * pairs + REFERENCE * refers * min(pairs, counts.train_pairs))
     an_answer, prompts = SAMPLED * config.max_new_tokens, counts.eval_prompts
-    measured = SCORED * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
-    answered = 2 * answers * an_answer * min(answered_prompts(config), prompts)
+    scored = SCORED / 2 if gives_rewards else SCORED
+    measured = scored * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
+    answered = 0.0 if gives_rewards else 2 * an_answer * min(answered_prompts(config), prompts)
     batches = math.ceil(counts.train_pairs / config.per_device_train_batch_size)
     of_epoch = math.ceil(batches / config.gradient_accumulation_steps)  # a last, incomplete step is one too
     times = math.ceil(steps / (config.eval_steps or of_epoch))

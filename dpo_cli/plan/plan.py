@@ -151,7 +151,7 @@ class Plan:
     def cost(self) -> Cost:
         assert self.counts is not None
         strategy = self.strategy
-        return cost_of(self.config, self.counts, self.total_steps, strategy.refers, not strategy.gives_rewards)
+        return cost_of(self.config, self.counts, self.total_steps, strategy.refers, strategy.gives_rewards)
 
     def with_adapted(self, adapted: Adapted | None) -> Plan:
         """The plan with the trained part of the model."""

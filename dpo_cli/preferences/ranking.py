@@ -62,6 +62,7 @@ class Reward:
         run = reward_run(name)
         self.of_run = RewardModel.of_run(run, device, dtype) if run is not None else None
         if self.of_run is not None:
+            self.model = self.of_run.network
             return
         self.model, self.tokenizer = HuggingFace(ModelSource.of(name)).reward_model(device, dtype)
         self.template = ChatTemplate.of(self.tokenizer, day)

@@ -38,7 +38,7 @@ def _read(outcome: Outcome) -> Verdict:
 
 REWARD = Strategy(
     name="reward",
-    method="a reward model (Bradley-Terry)",
+    method="Bradley-Terry reward modelling",
     rows=PAIRS,
     refers=False,
     generates=False,
