@@ -50,13 +50,14 @@ from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.shape import ModelFacts, config_facts
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.plan.tokenized import SampledPrompt
+from dpo_cli.providers.classifier import HEAD, as_classifier
 from dpo_cli.providers.eight_bit import use_exact_product
 from dpo_cli.scoring import shared_prompts
 from dpo_cli.strategies.strategies import STRATEGIES
-from dpo_cli.training import dpo_trainer, policy_trainer, sft_trainer
+from dpo_cli.training import dpo_trainer, policy_trainer, reward_trainer, sft_trainer
 from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
 
-BUILDERS = {"dpo": dpo_trainer.build_trainer, "sft": sft_trainer.build_trainer, "rlhf": policy_trainer.build_trainer}
+TRAINERS: dict[str, Any] = {"dpo": dpo_trainer, "sft": sft_trainer, "reward": reward_trainer, "rlhf": policy_trainer}
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
@@ -143,8 +144,11 @@ def trainer_for(model: PreTrainedModel, settings: Settings, plan: Plan, rows: Se
     """The trainer of `dpo train` on these rows, without its probe."""
     (shared_prompts.enable if plan.config.prompt_sharing is True else shared_prompts.disable)(model)
     modules: Any = settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
+    is_reward = STRATEGIES[settings.strategy].gives_rewards
+    model = as_classifier(model, 0, 0, "random/model") if is_reward else model
     adapter = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
+        modules_to_save=[HEAD] if is_reward else None,
         r=settings.rank or 1,
         lora_alpha=2 * settings.rank or 1,
         lora_dropout=DROPOUT if settings.dropout else 0.0,
@@ -156,13 +160,14 @@ def trainer_for(model: PreTrainedModel, settings: Settings, plan: Plan, rows: Se
     frozen = None
     if not settings.rank:
         adapter, frozen = None, copy.deepcopy(model) if plan.strategy.refers else None
-    build: Any = BUILDERS[settings.strategy]
     sampled: dict[str, Any] = {}
     if plan.strategy.generates:
         prompts = [SampledPrompt(question_of(row.row), row.prompt_ids) for row in rows]
         sampled = {"prompts": prompts, "rank": lambda _, answers: [float(answer.tokens) for answer in answers]}
-    nothing = EncodedRows.of([])
-    trainer = build(model, adapter, tokenizer, plan, EncodedRows.of(rows), nothing, lambda _: {}, frozen=frozen, **sampled)
+    build, nothing = TRAINERS[settings.strategy].build_trainer, EncodedRows.of([])
+    trainer: CarefulTrainer = build(
+        model, adapter, tokenizer, plan, EncodedRows.of(rows), nothing, lambda _: {}, frozen=frozen, **sampled
+    )
     trainer.remove_callback(ProbeFirst)
     return trainer
 

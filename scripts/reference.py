@@ -86,6 +86,11 @@ WHILE_RUNNING = {
         '`dpo export` of a run with `"eval_split": 0`',
         "the merged model cannot be compared with the run: name a `--dataset`",
     ),
+    "run-of-rewards": (
+        "error",
+        '`dpo export` or `dpo vote` of a run with `"strategy": "reward"`',
+        "a reward model gives scores, and writes no answers",
+    ),
     "votes-unreadable": ("error", "`dpo vote --tally gone.json`", "there is no such file, or it is damaged"),
     "not-votes": ("error", "`dpo vote --tally config.json`", "the file is another JSON file; the first place that differs"),
     "no-votes": ("error", "`dpo vote --tally votes.json`", "there are no votes yet"),

@@ -105,6 +105,7 @@ CASES: dict[str, dict[str, Any]] = {
     "every weight": {"lora_r": 0, "learning_rate": 1e-3},
     "dora": {"use_dora": True, "modules_to_save": ["embed_tokens"]},
     "sft": {"strategy": "sft"},
+    "reward": {"strategy": "reward"},
 }
 
 

@@ -8,13 +8,13 @@ from dpo_cli.commands.requests import Request
 from dpo_cli.evaluation.evaluation import answered, judge, measure
 from dpo_cli.evaluation.rounding import without_rounding
 from dpo_cli.plan.adapter_start import start_of
-from dpo_cli.preferences.rewards import Rewards
+from dpo_cli.preferences.rewards import SummedRewards
 from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.tally import SideBySide
 from dpo_cli.runs.kept_evaluation import basis_of, is_whole, keep
-from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run
+from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run, require_answers
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import PLAN
 from dpo_cli.ui.console import Console
@@ -26,12 +26,14 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         opened = open_adapter(request.target, request.adapter, request.dataset, request.overrides, console)
     else:
         opened = open_run(request.target, request.dataset, console, request.overrides)
+    if request.vote is not None:
+        require_answers(opened.plan, "vote on")
     run, vote = opened.run if isinstance(opened, OpenedRun) else None, request.vote
     contest = contest_of(vote.prompts, vote.by_judge, run, opened.plan, opened.rows) if run and vote else None
     basis = basis_of(run.read_json(PLAN)["config"]) if run else {}
     with log_to(run.log) if run else nullcontext():
         policy, plan = load_policy(opened, console)
-        rank = Rewards.of(plan) if plan.strategy.generates else None
+        rank = SummedRewards.of(plan) if plan.strategy.generates else None
         samples = answered(policy, opened.tokenizer, opened.rows, plan, vote.prompts if vote else 0)
         measured = measure(policy, opened.rows, opened.tokenizer, plan, rank) if opened.rows else None
         if measured is not None:

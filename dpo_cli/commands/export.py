@@ -37,7 +37,7 @@ from dpo_cli.results.intervals import Interval, required
 from dpo_cli.results.judgement import Judged
 from dpo_cli.results.merge import LARGER_CHANGE, LEAST_PROMPTS, Difference, GgufCheck, Merge, MergeLimit
 from dpo_cli.runs.card import export_card, with_gguf
-from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run
+from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_run, require_answers
 from dpo_cli.scoring.forward import choose
 from dpo_cli.storage.atomic import free_bytes, let_others_read, sync_all, way_out, write_whole
 from dpo_cli.storage.log import log_to
@@ -72,6 +72,7 @@ def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
     if request.push and not fits("hub_model_id", request.push):
         raise UsageError(f"--push {request.push} is not a hub repository", "write owner/name, with your name on the hub")
     opened = open_run(request.run, request.dataset, console)
+    require_answers(opened.plan, "merge into a model that answers")
     if not opened.rows:
         message, fix = "the run has no held-out rows, so the merged model cannot be compared with it", "--dataset FILE"
         raise invalid("nothing-to-compare", message, f"evaluate it on other {opened.plan.noun}: {fix}")
@@ -120,7 +121,7 @@ def _merge(
         with working("merging"):
             _write_merged(opened, trained, request.out, place)
         merged = _merged_scores(opened, plan, own, place, console)
-        merge, judged = compare(opened, trained, own.scores, merged)
+        merge, judged = compare(opened, trained, own.log_probs, merged)
         console.comparison(merge)
         facts: JsonObject = {**to_json(merge), **digests, "gguf": None}
         refused = _worse(merge, trained)
@@ -195,7 +196,7 @@ def _merged_scores(opened: Opened, plan: Plan, measured: Measured, place: Path, 
         scores = score(
             Policy(model, model), opened.rows, opened.tokenizer, replace(plan, config=config, scoring=scoring), dtype
         )
-    return replace(measured.scores, policy=scores.policy, policy_right=scores.policy_right)
+    return replace(measured.log_probs, policy=scores.policy, policy_right=scores.policy_right)
 
 
 def compare(opened: Opened, trained: Plan, own: Scores, merged: Scores) -> tuple[Merge, Judged]:

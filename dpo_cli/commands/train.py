@@ -25,7 +25,7 @@ from dpo_cli.plan.feasibility import disk_problem, does_not_fit, out_of_memory
 from dpo_cli.plan.plan import Plan, Rounding, Scoring, resolve
 from dpo_cli.plan.preflight import Inspection, step_problems
 from dpo_cli.plan.tokenized import Rows, first_row, prepare, show_plan, tell_scoring
-from dpo_cli.preferences.rewards import Rewards
+from dpo_cli.preferences.rewards import SummedRewards
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import require_device
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
@@ -47,7 +47,7 @@ from dpo_cli.scoring.reference import KeptReference, computed_by
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
-from dpo_cli.training import dpo_trainer, policy_trainer, sft_trainer
+from dpo_cli.training import dpo_trainer, policy_trainer, reward_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
@@ -63,6 +63,7 @@ START_ROWS = 4  # pairs, the shortest, on which the policy must equal its refere
 TRAINERS: dict[str, Callable[..., Any]] = {
     "dpo": dpo_trainer.build_trainer,
     "sft": sft_trainer.build_trainer,
+    "reward": reward_trainer.build_trainer,
     "rlhf": policy_trainer.build_trainer,
 }
 
@@ -239,7 +240,7 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
         choose(frozen, rows.extremes, pad_token_id, plan.scoring.shared)  # so that its attention takes the same layout
 
     measured: dict[int, Measured] = {}
-    rank = Rewards.of(plan) if plan.strategy.generates else None
+    rank = SummedRewards.of(plan) if plan.strategy.generates else None
 
     def evaluate(policy: Policy) -> dict[str, float]:
         measured.clear()
@@ -247,7 +248,7 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
             now = measure(policy, rows.held_out, tokenizer, plan, rank)
             now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
         measured[trainer.state.global_step] = now
-        return line_figures(now, plan)
+        return line_figures(now, rows.held_out, plan)
 
     build = TRAINERS[plan.config.strategy]
     sampled = {"prompts": rows.prompts, "rank": rank} if rank is not None else {}

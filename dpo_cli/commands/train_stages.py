@@ -49,7 +49,7 @@ def train_stages(
     results: list[JsonObject] = []
     # The run of the next stage, if it has started on the adapter of this one.
     started = [
-        plan.run_dir if loaded.before is not None and RunDirectory(plan.run_dir).has(MANIFEST) else None
+        plan.run_dir if (loaded.before or loaded.rewarded_by) and RunDirectory(plan.run_dir).has(MANIFEST) else None
         for loaded, plan in zip(stages, plans, strict=True)
     ]
     for loaded, next_run in zip(stages, [*started[1:], None], strict=True):

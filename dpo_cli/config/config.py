@@ -19,6 +19,7 @@ from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
 from dpo_cli.config.schema_checks import PAIR_KEYS, missing, value_problems
 from dpo_cli.errors import InvalidInput, Problem, UsageError
+from dpo_cli.strategies.strategies import STRATEGIES
 
 Source = Literal["config", "override", "default", "profile", "measured"]
 MAX_CONFIG_BYTES = 1 << 20
@@ -43,12 +44,19 @@ class Loaded:
     stage: int | None = None  # the number of the stage in a config with stages, from 1
     foundation: str | None = None  # the base model of the stages before this one, whose runs may not exist yet
     before: Loaded | None = None  # the stage that it starts from, if that one is valid
+    rewarded_by: Loaded | None = None  # the stage whose run is its reward model, which may not exist yet; as `before`
     day: date | None = None  # the day of the run that a plan.json repeats, if its chat template writes the date
 
     @property
     def is_ahead(self) -> bool:
         """Whether it is checked on the model of the first stage, because the stage before has not run yet."""
         return self.before is not None and self.values.get("model_name") == self.foundation
+
+    @property
+    def is_of_rewards(self) -> bool:
+        """Whether it trains a reward model."""
+        strategy = STRATEGIES.get(str(self.values.get("strategy")))
+        return strategy is not None and strategy.gives_rewards
 
     @property
     def label(self) -> str:
@@ -92,8 +100,12 @@ VALUES = "config"  # the name of a config without a file
 
 
 def load(path: ConfigLike, overrides: Sequence[str] = ()) -> Loaded:
-    """Read, override and check the config at `path`; `-` is standard input. If it has stages, the first one."""
-    return load_stages(path, overrides)[0]
+    """Read, override and check the config at `path`; `-` is standard input.
+
+    If it has stages, the first one that trains a policy, not a reward model.
+    """
+    stages = load_stages(path, overrides)
+    return next((stage for stage in stages if not stage.is_of_rewards), stages[0])
 
 
 def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]:
@@ -120,9 +132,13 @@ def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]
     configs: list[Loaded] = []
     for written in stages.written(path, values, document, changes):
         checked = _checked(written, document)
-        starts_on = configs[-1] if checked.foundation is not None and configs[-1].config is not None else None
-        configs.append(replace(checked, before=starts_on))
+        before, rewarded_by = (_valid(configs, place) for place in (written.starts_on, written.rewarded_by))
+        configs.append(replace(checked, before=before, rewarded_by=rewarded_by))
     return configs
+
+
+def _valid(configs: Sequence[Loaded], place: int | None) -> Loaded | None:
+    return configs[place] if place is not None and configs[place].config is not None else None
 
 
 def _checked(written: stages.Written, document: jsonc.Document) -> Loaded:

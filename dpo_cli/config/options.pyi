@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Config:
-    strategy: Literal['dpo', 'sft', 'rlhf', 'qlora']
+    strategy: Literal['dpo', 'sft', 'reward', 'rlhf', 'qlora']
     task: Literal['text-generation']
     model_name: str
     revision: str | None

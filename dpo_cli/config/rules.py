@@ -16,6 +16,7 @@ from dpo_cli.config import augment_rules, reward_rules
 from dpo_cli.config.other_tools import as_here
 from dpo_cli.config.schema import Values, names_where, options, same
 from dpo_cli.errors import Problem
+from dpo_cli.strategies.strategies import STRATEGIES
 
 Rule = Callable[[Values, Values], Iterator[Problem]]
 
@@ -352,6 +353,20 @@ def unsloth_has_limits(values: Values, given: Values) -> Iterator[Problem]:
             yield Problem("error", "not-with-unsloth", f"unsloth {what}", fix, key)
 
 
+def reward_model_has_limits(values: Values, given: Values) -> Iterator[Problem]:
+    """A reward model is an adapter and a score head, on a model that the Hugging Face provider loads."""
+    strategy = STRATEGIES.get(str(values.get("strategy")))
+    if strategy is None or not strategy.gives_rewards:
+        return
+    limits = {
+        "lora_r": (0, "is trained as an adapter with a score head, not as a whole model", "16"),
+        "provider": ("unsloth", "cannot be trained with unsloth, which has only language models here", '"huggingface"'),
+    }
+    for key, (value, what, instead) in limits.items():
+        if key in values and same(values[key], value):
+            yield Problem("error", "not-a-reward-model", f"a reward model {what}", f'write "{key}": {instead}', key)
+
+
 RULES: Sequence[Rule] = (
     paths_are_written_as_meant,
     paths_fit_the_disk,
@@ -383,6 +398,7 @@ RULES: Sequence[Rule] = (
     targets_are_a_pattern,
     output_is_no_input,
     unsloth_has_limits,
+    reward_model_has_limits,
     *augment_rules.RULES,
     *reward_rules.RULES,
     upload_has_a_place,

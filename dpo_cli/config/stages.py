@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
@@ -13,6 +13,7 @@ from dpo_cli.config.schema import defaults, options
 from dpo_cli.errors import UsageError
 from dpo_cli.strategies.strategies import STRATEGIES
 
+REWARDING = ("reward_model", "reward_functions")  # options that say what gives the rewards
 PLAN_VERSION = 1  # of plan.json, which is read as a config too
 
 
@@ -29,13 +30,22 @@ class Written:
     stage: int | None = None
     foundation: str | None = None
     day: date | None = None  # the day of a plan's run
+    starts_on: int | None = None  # the place of the stage whose run it starts from
+    rewarded_by: int | None = None  # the place of the stage whose run is its reward model
+
+    @property
+    def is_of_rewards(self) -> bool:
+        """Whether it trains a reward model, from which no policy can start."""
+        strategy = STRATEGIES.get(_strategy(self, {}))
+        return strategy is not None and strategy.gives_rewards
 
 
 def written(path: str, values: Mapping[str, object], document: jsonc.Document, changes: Mapping[str, object]) -> list[Written]:
     """The configs of a document with the object `values`; values of the command line replace those of the file.
 
     With stages, a model from there is that of the first stage, and an output_dir is the folder of all stages. A value that
-    belongs only to the strategy of other stages is theirs.
+    belongs only to the strategy of other stages is theirs. A config that needs a reward model, and names none, is
+    two stages: the first trains one.
     """
     whole = Written(path, values, document.positions, _damaged(document, ()), changes=changes)
     config, origin = values.get("config"), values.get("sources")
@@ -44,20 +54,40 @@ def written(path: str, values: Mapping[str, object], document: jsonc.Document, c
         positions = {key[1:]: where for key, where in document.positions.items() if key[:1] == ("config",)}
         day = day_of(values)
         return [Written(path, config, positions, _damaged(document, ("config",)), origin, changes, day=day)]
-    named = values.get("stages")
+    if (implied := _implied(whole)) is not None:
+        named: object = implied
+        changes = {key: value for key, value in changes.items() if key != "strategy"}
+    else:
+        named = values.get("stages")
     if not isinstance(named, list) or not named or not all(isinstance(stage, dict) for stage in named):
         return [whole]  # an invalid "stages" is reported by the schema
     if "strategy" in changes:
         raise UsageError("a strategy on the command line would apply to every stage", "write the strategy into each stage")
     kinds = {_strategy(whole, own) for own in named}
     configs: list[Written] = []
-    for number, own in enumerate(named):
+    for own in named:
         foreign = {
             key for key in changes if not _belongs(key, _strategy(whole, own)) and any(_belongs(key, kind) for kind in kinds)
         }
         for_stage = replace(whole, changes={key: value for key, value in changes.items() if key not in foreign})
-        configs.append(_stage(for_stage, document, own, number, configs[-1] if configs else None))
+        configs.append(_stage(for_stage, document, own, configs))
     return configs
+
+
+def _implied(whole: Written) -> list[dict[str, object]] | None:
+    """The stages of a config without any whose strategy needs a reward model that it does not name; else None."""
+    values = {**whole.values, **whole.changes}
+    strategy = STRATEGIES.get(str(values.get("strategy")))
+    if values.get("stages") is not None or strategy is None or strategy.rewarded_by is None or _names_rewards(values, whole):
+        return None
+    own: dict[str, object] = (
+        {"strategy": strategy.name} if "strategy" in whole.changes else {}
+    )  # else it has its place in the file
+    return [{"strategy": strategy.rewarded_by}, own]
+
+
+def _names_rewards(values: Mapping[str, object], whole: Written) -> bool:
+    return any(values.get(name) or name in whole.damaged for name in REWARDING)
 
 
 def _strategy(whole: Written, own: Mapping[str, object]) -> str:
@@ -79,12 +109,17 @@ def day_of(plan: Mapping[str, object]) -> date | None:
         return None
 
 
-def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], number: int, before: Written | None) -> Written:
+def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], earlier: Sequence[Written]) -> Written:
     """A stage as a config: its own values, and those values of the file that belong to its strategy.
 
-    It starts from the run of the stage before, unless it names a model. Its run directory is inside that of the file.
+    It starts from the run of the last stage before it that is not a reward model, unless it names a model; without such a stage
+    from the model of the first. A reward model before it gives its rewards, unless it names others. Its run directory is inside
+    that of the file.
     """
+    number = len(earlier)
     path, changes, place = whole.path, whole.changes, ("stages", number)
+    start = _last(earlier, is_of_rewards=False)
+    before = earlier[start] if start is not None else None
     strategy = str(own.get("strategy", whole.values.get("strategy", defaults()["strategy"])))
     shared = {key: value for key, value in whole.values.items() if key != "stages" and _belongs(key, _strategy(whole, own))}
     values = {**shared, **own}
@@ -96,12 +131,25 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
         named = {**before.values, **before.changes}.get("model_name", defaults()["model_name"])
         foundation = before.foundation or str(named)
         values["model_name"] = before.values["output_dir"]
+    elif earlier and "model_name" not in own and "model_name" in earlier[0].values:
+        values["model_name"] = earlier[0].values["model_name"]
+    method, rewarded_by = STRATEGIES.get(_strategy(whole, own)), None
+    if method is not None and method.rewarded_by is not None and not _names_rewards({**values, **changes}, whole):
+        rewarded_by = _last(earlier, is_of_rewards=True)
+    if rewarded_by is not None:
+        values["reward_model"] = earlier[rewarded_by].values["output_dir"]
     positions = {key: where for key, where in document.positions.items() if key[:1] != ("stages",) and not own.keys() & key[:1]}
     positions |= {key[2:]: where for key, where in document.positions.items() if key[:2] == place and len(key) > 2}
     damaged = _damaged(document, ()) - {"stages"} - own.keys() | _damaged(document, place)
     first = () if before is None else ("model_name",)
     own_changes = {key: value for key, value in changes.items() if key not in ("output_dir", *first)}
-    return Written(path, values, positions, damaged, {}, own_changes, number + 1, foundation)
+    starts_on = start if foundation is not None else None
+    return Written(path, values, positions, damaged, {}, own_changes, number + 1, foundation, None, starts_on, rewarded_by)
+
+
+def _last(stages: Sequence[Written], is_of_rewards: bool) -> int | None:
+    """The place of the last of these stages that trains a reward model, or of the last that trains a policy."""
+    return next((place for place in reversed(range(len(stages))) if stages[place].is_of_rewards == is_of_rewards), None)
 
 
 def _damaged(document: jsonc.Document, within: jsonc.Path) -> frozenset[str]:

@@ -27,7 +27,7 @@ from dpo_cli.evaluation.generation import (
     side_by_side,
 )
 from dpo_cli.evaluation.losses import trained_loss
-from dpo_cli.evaluation.metrics import Scores, figures, point_figures, score_rows
+from dpo_cli.evaluation.metrics import Rewards, Scores, figures, point_figures, reward_rows, score_rows
 from dpo_cli.plan.cost import answered_prompts
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import Policy
@@ -37,8 +37,10 @@ from dpo_cli.runs.state_io import random_state_kept
 from dpo_cli.scoring.forward import plain_states, states_of
 from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import redact
-from dpo_cli.strategies.row_kinds import PAIRS
+from dpo_cli.strategies.figures import FIGURES
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, REWARDS
 
+ACCURACY_LOW = "accuracy_low"  # key of an evaluation line
 SAMPLES = 8  # answers that are kept
 CATEGORIES, NONE, OTHERS = 20, "(none)", "(others)"  # a column of this name may be an id that differs in each row
 
@@ -56,15 +58,28 @@ def score(
     return score_rows(policy, rows, states_of(plan.scoring), int(tokenizer.pad_token_id), batch_size, dtype, room)
 
 
+def score_rewards(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Rewards:
+    """The rewards of rows by a reward model."""
+    batch_size, dtype = plan.config.per_device_eval_batch_size, getattr(torch, plan.dtype)
+    room, pad_token_id = plan.evaluation_room(dtype.itemsize), int(tokenizer.pad_token_id)
+    return reward_rows(policy, rows, plan.scoring.shared, pad_token_id, batch_size, dtype, room)
+
+
 @dataclass(frozen=True)
 class Measured:
     """What an evaluation computes with the model; everything else follows from it."""
 
-    scores: Scores
+    scores: Scores | Rewards
     kl: Array  # the samples of kl_sequence, nats per answer; empty if none are drawn
     unanswered: int = 0  # prompts without an answer: they fill the model's context
     rewards: Array = field(default_factory=lambda: np.zeros(0))  # of the same answers; empty if nothing scores them
     dtype: str | None = None  # of the scores, if it is not the plan's
+
+    @property
+    def log_probs(self) -> Scores:
+        """The scores of a language model."""
+        assert isinstance(self.scores, Scores)
+        return self.scores
 
 
 def measure(
@@ -72,17 +87,25 @@ def measure(
 ) -> Measured:
     """Score the rows, and sample answers to their prompts; not for sft, nor from a policy whose log-probs are not finite.
 
-    `rank` scores the sampled answers.
+    A reward model only gives rewards. `rank` scores the sampled answers.
     """
     with working("evaluating"):
+        if plan.strategy.gives_rewards:
+            return Measured(score_rewards(policy, rows, tokenizer, plan), np.zeros(0))
         scores = score(policy, rows, tokenizer, plan)
         samples_kl = plan.strategy.refers and bool(np.isfinite(scores.policy).all())
         return Measured(scores, *(sequence_kl(policy, tokenizer, rows, plan, rank) if samples_kl else (np.zeros(0), 0)))
 
 
-def line_figures(measured: Measured, plan: Plan) -> dict[str, float]:
-    """The figures of an evaluation line of metrics.jsonl: plain means, and the trained loss if it is a different one."""
+def line_figures(measured: Measured, rows: Sequence[Encoded], plan: Plan) -> dict[str, float]:
+    """The figures of an evaluation line of metrics.jsonl: plain means, and the trained loss if it is a different one.
+
+    Of a reward model also the lower end of the interval of its accuracy, which says whether it guesses.
+    """
     figures = point_figures(measured.scores, plan.config.beta)
+    if isinstance(measured.scores, Rewards):
+        accuracy = Intervals(_prompts(rows)).of(FIGURES["accuracy"].formulas[REWARDS](measured.scores.columns()))
+        return {**figures, ACCURACY_LOW: accuracy.low}
     if plan.strategy.refers and plan.config.loss_type not in ("sigmoid", ["sigmoid"]):
         figures["trained_loss"] = trained_loss(measured.scores, plan.config)
     of_answers = {"kl_sequence": measured.kl, "reward": measured.rewards}
@@ -93,7 +116,9 @@ def answered(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], plan: Plan, count: int = 0
 ) -> list[Sample]:
     """Greedy answers of the reference and the policy to the first prompts of the rows: to as many as an evaluation needs, or
-    to `count`."""
+    to `count`. A reward model gives none."""
+    if plan.strategy.gives_rewards:
+        return []
     dtype = getattr(torch, plan.dtype)
     room = plan.evaluation_room(dtype.itemsize)
     return side_by_side(
@@ -138,6 +163,10 @@ def judge(
     )
 
 
+def _prompts(rows: Sequence[Encoded]) -> list[str]:
+    return [row.row.prompt_key for row in rows]
+
+
 JUDGED_PAIRS = 100  # held-out pairs on which what scores samples is judged
 
 
@@ -170,12 +199,12 @@ def answer_rewards(rows: Sequence[Encoded], samples: Sequence[Sample], rank: Ran
     return paired(scored[:, 0], scored[:, 1])
 
 
-def _judged(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> Judged:
-    prompts = [row.row.prompt_key for row in rows]
+def _judged(rows: Sequence[Encoded], scores: Scores | Rewards, plan: Plan) -> Judged:
+    prompts = _prompts(rows)
     return Judged(plan.noun, len(rows), len(set(prompts)), figures(scores, prompts, plan.config.beta))
 
 
-def _by_category(rows: Sequence[Encoded], scores: Scores, plan: Plan) -> dict[str, Judged]:
+def _by_category(rows: Sequence[Encoded], scores: Scores | Rewards, plan: Plan) -> dict[str, Judged]:
     """The figures of each category, the largest first, and small ones as one; empty if no row has a category."""
     names = [redact(row.row.category) or NONE for row in rows]  # names become keys of JSON, which are not redacted
     sizes = Counter(names)
@@ -225,10 +254,10 @@ def sequence_kl(
 EXTREMES = 10
 
 
-def row_figures(rows: Sequence[Encoded], scores: Scores, beta: float) -> list[JudgedRow]:
+def row_figures(rows: Sequence[Encoded], scores: Scores | Rewards, beta: float) -> list[JudgedRow]:
     """Place and figures of each row: margin and rewards of a pair, loss of a demonstration with and without training."""
-    if scores.kind is PAIRS:
-        rewards = (beta * (scores.policy - scores.reference)).tolist()
+    if isinstance(scores, Rewards) or scores.kind is not DEMONSTRATIONS:
+        rewards = scores.columns(beta).reward.tolist()
         figures_of_rows = [
             {"margin": chosen - rejected, "reward_chosen": chosen, "reward_rejected": rejected} for chosen, rejected in rewards
         ]

@@ -1,11 +1,12 @@
-"""The scores of rows under a policy and its reference, and the figures of them with 95 % bootstrap intervals over prompts.
+"""The scores of rows under a policy and its reference, or of a reward model, and their figures with 95 % bootstrap intervals
+over prompts.
 
 strategies/figures.py defines each figure and its formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,18 +14,19 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.encoded import Encoded
-from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio
+from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio, value_of
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Figures, Sides
 from dpo_cli.scoring.forward import States, collate
 from dpo_cli.scoring.lm_head import Head, compare_tokens
 from dpo_cli.scoring.oom import in_halves, list_halves
-from dpo_cli.scoring.packing import filled
+from dpo_cli.scoring.packing import Batch, filled
+from dpo_cli.scoring.score_head import rewards
 from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.storage.progress import working
 from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Columns, Figure
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, REWARDS, Rows
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,29 @@ class Scores:
         """The scores of these rows only."""
         return Scores(**{name: column[list(places)] for name, column in vars(self).items()})
 
+    def columns(self, beta: float, of_base: bool = False) -> Columns:
+        """What the formulas of figures read, of the policy or of its base alone."""
+        model, right = (self.reference, self.reference_right) if of_base else (self.policy, self.policy_right)
+        return Columns(model, self.tokens, right, self.kl, beta * (model - self.reference))
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of pairs by a reward model, in the order of the rows: (n, 2), of chosen and rejected."""
+
+    reward: Array
+
+    kind = REWARDS
+
+    def of(self, places: Sequence[int]) -> Rewards:
+        """The rewards of these rows only."""
+        return Rewards(self.reward[list(places)])
+
+    def columns(self, beta: float = 1.0, of_base: bool = False) -> Columns:
+        """As those of `Scores`: the reward alone, which has no scale; there is no base."""
+        unknown = np.empty(0)
+        return Columns(unknown, unknown, unknown, unknown, self.reward)
+
 
 def score_rows(
     policy: Policy,
@@ -62,9 +87,45 @@ def score_rows(
     `states` is the way of scoring (scoring/forward.py). A batch has at most `batch_size` rows, and not more than `room` holds.
     One that is out of memory is scored in halves. `noun` is what the rows are, if not what their kind says.
     """
+
+    def sums(batch: Batch) -> list[Tensor]:
+        return _score(policy, states, batch, dtype)
+
+    return Scores(*_columns(policy, rows, sums, pad_token_id, batch_size, room, noun))
+
+
+def reward_rows(
+    policy: Policy,
+    rows: Sequence[Encoded],
+    shared: bool,
+    pad_token_id: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    room: EvaluationRoom | None = None,
+) -> Rewards:
+    """The rewards of pairs by a reward model, with each prompt once if `shared`; the rest as for `score_rows`."""
+    network = policy.network
+
+    def scored(batch: Batch) -> list[Tensor]:
+        with torch.no_grad(), torch.autocast(network.device.type, dtype, enabled=dtype != torch.float32):
+            return [rewards(network, shared, **batch).cpu().double()]
+
+    return Rewards(*_columns(policy, rows, scored, pad_token_id, batch_size, room))
+
+
+def _columns(
+    policy: Policy,
+    rows: Sequence[Encoded],
+    sums: Callable[[Batch], Sequence[Tensor]],
+    pad_token_id: int,
+    batch_size: int,
+    room: EvaluationRoom | None,
+    noun: str = "",
+) -> list[Array]:
+    """Columns of numbers of each response, (n, k): `sums` gives those of a batch of `collate`, each (kB,)."""
     policy.model.eval()
     kinds = len(rows[0].responses)
-    columns = np.zeros((6, len(rows), kinds))
+    columns: list[Array] = []
     by_length = sorted(range(len(rows)), key=lambda i: rows[i].length)  # for little padding
 
     def fits(batch: Sequence[int]) -> bool:
@@ -72,15 +133,16 @@ def score_rows(
         scored = sum(rows[i].response_length for i in batch)
         return len(batch) <= batch_size and (room is None or room.holds_rows(tokens, scored))
 
-    def scored(batch: list[int]) -> list[Tensor]:
-        return _score(policy, states, collate([rows[i] for i in batch], pad_token_id, policy.network.device), dtype)
+    def scored(batch: list[int]) -> Sequence[Tensor]:
+        return sums(collate([rows[i] for i in batch], pad_token_id, policy.network.device))
 
     with working("scoring", len(rows), noun or rows[0].row.kind.noun) as work:
         for batch, scores in in_halves(filled(by_length, fits), scored, list_halves):
-            for column, sums in zip(columns, scores, strict=True):
-                column[batch] = sums.view(kinds, len(batch)).T.numpy()
+            columns = columns or [np.zeros((len(rows), kinds)) for _ in scores]
+            for column, values in zip(columns, scores, strict=True):
+                column[batch] = values.view(kinds, len(batch)).T.numpy()
             work.add(len(batch))
-    return Scores(*columns)
+    return columns
 
 
 def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -98,13 +160,13 @@ def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: t
     return [value.new_zeros(scored.shape).masked_scatter(scored, value).sum(dim=1) for value in on_cpu]
 
 
-def point_figures(scores: Scores, beta: float) -> dict[str, float]:
+def point_figures(scores: Scores | Rewards, beta: float) -> dict[str, float]:
     """The figures of an evaluation line of metrics.jsonl: plain means; for pairs also rewards and log-probs."""
     ratios = _ratios(scores, beta, LINE_FIGURES)
-    return {name: float(above.sum() / below.sum()) for name, (above, below) in ratios.items()}
+    return {name: value_of(ratio) for name, ratio in ratios.items()}
 
 
-def figures(scores: Scores, prompts: Sequence[str], beta: float) -> Sides:
+def figures(scores: Scores | Rewards, prompts: Sequence[str], beta: float) -> Sides:
     """The figures of the policy, of its base, and the paired differences, each with its interval."""
     policy, base = _ratios(scores, beta, FIGURES), _ratios(scores, beta, FIGURES, of_base=True)
     gain = {name: (policy[name][0] - base[name][0], base[name][1]) for name in base}
@@ -116,10 +178,8 @@ def figures(scores: Scores, prompts: Sequence[str], beta: float) -> Sides:
     return Sides(of(policy), of(base), of(gain))
 
 
-def _ratios(scores: Scores, beta: float, figures: Mapping[str, Figure], of_base: bool = False) -> dict[str, Ratio]:
+def _ratios(scores: Scores | Rewards, beta: float, figures: Mapping[str, Figure], of_base: bool = False) -> dict[str, Ratio]:
     """Each figure of these rows, as a sum divided by a sum; for the base, the figures that one model has."""
-    model, right = (scores.reference, scores.reference_right) if of_base else (scores.policy, scores.policy_right)
-    columns = Columns(model, scores.tokens, right, scores.kl, beta * (model - scores.reference))
-    kind = scores.kind
+    columns, kind = scores.columns(beta, of_base), scores.kind
     declared = ((name, figure) for name, figure in figures.items() if kind in (figure.alone if of_base else figure.formulas))
     return {name: figure.formulas[kind](columns) for name, figure in declared if kind in figure.formulas}

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.evaluation.evaluation import Measured, score
+from dpo_cli.evaluation.metrics import Rewards
 from dpo_cli.plan.plan import Plan, Rounding
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.policy import Policy
@@ -75,7 +76,9 @@ def without_rounding(
     Sampled answers and `kl_sequence` keep the dtype of the run. One that was scored again already is returned as it is.
     """
     scores = measured.scores
-    if measured.dtype is not None or plan.rounding is None or plan.dtype == "float32" or scores.kind is not PAIRS:
+    if measured.dtype is not None or plan.rounding is None or plan.dtype == "float32":
+        return measured
+    if isinstance(scores, Rewards) or scores.kind is not PAIRS:
         return measured
     ratios = scores.policy - scores.reference
     margin = plan.config.beta * float(np.mean(ratios[:, 0] - ratios[:, 1]))

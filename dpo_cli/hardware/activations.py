@@ -62,7 +62,9 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
 
 
 def _logits_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """The peak of the head: float32 logits and their log-softmax, a chunk at a time."""
+    """The peak of the head: float32 logits and their log-softmax, a chunk at a time; a score head has neither."""
+    if STRATEGIES[settings.strategy].gives_rewards:
+        return 0.0
     return 2.0 * min(CHUNK_BYTES, 4 * settings.scored * facts.vocab_size)
 
 

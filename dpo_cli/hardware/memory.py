@@ -94,7 +94,10 @@ def weight_bytes(facts: ModelFacts, settings: Settings) -> float:
     rows = sum(linear.outputs for linear in facts.linears) * facts.num_hidden_layers
     scales = 4.0 * rows if settings.bits == 8 else 0.0
     linear_bytes = facts.linear_parameters * (1.0 if settings.bits == 8 else width) + scales
-    return linear_bytes + facts.other_parameters * settings.bytes_per_value
+    others = facts.other_parameters
+    if STRATEGIES[settings.strategy].gives_rewards and not facts.tie_word_embeddings:
+        others -= facts.vocab_size * facts.hidden_size  # the LM head is left out
+    return linear_bytes + others * settings.bytes_per_value
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,9 @@ class Settings:
 
     @property
     def scored(self) -> int:
-        """Tokens of a row that go through the head."""
+        """Tokens of a row that go through the head: of a reward model the last one of each response."""
+        if STRATEGIES[self.strategy].gives_rewards:
+            return self.sequences
         if self.response_tokens is None:
             return self.tokens
         return min(max(self.batch * self.response_tokens, self.row_tokens), self.tokens)

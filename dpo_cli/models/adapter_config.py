@@ -34,6 +34,7 @@ BECAUSE = {
     "alora_invocation_tokens": "it is active only after certain tokens",
     "ensure_weight_tying": "embedding and head share trained weights",
 }
+CAUSAL, CLASSIFIER = "CAUSAL_LM", "SEQ_CLS"  # PEFT's names of tasks
 DEFAULTS = {"r": 8, "lora_alpha": 8, "use_dora": False, "use_rslora": False}  # PEFT's values for missing keys
 
 
@@ -68,6 +69,7 @@ KINDS: tuple[tuple[str, Callable[[object], bool], tuple[str, ...]], ...] = (
     ("a name", lambda value: value is None or isinstance(value, str), ("base_model_name_or_path",)),
 )
 UNSUPPORTED_FIX = "merge it into its base with PEFT, and name the merged model"
+CLASSIFIER_FIX = "name the model below it; a reward model is named as the reward_model of a training or of augment"
 HEADS = ("lm_head", "embed_out")  # names of the output head in families of models
 CHANGES_BASE = (
     "pissa",
@@ -123,18 +125,27 @@ class Adapter:
 
     @property
     def fault(self) -> Fault | None:
-        """Why it cannot be used for anything, in words that follow "the adapter"; None if it can.
+        """Why it cannot be used on a language model, in words that follow "the adapter"; None if it can.
 
         Raises `ValueError` if adapter_config.json cannot be read. Reads no weights.
         """
+        return self.fault_for(CAUSAL)
+
+    @property
+    def is_of_classifier(self) -> bool:
+        """Whether it is for a classifier, such as a reward model, and has its head."""
+        return self.config.get("task_type") == CLASSIFIER
+
+    def fault_for(self, task: str) -> Fault | None:
+        """As `fault`, for a model of this task, by PEFT's names."""
         if fault := self.danger:
             return fault
         if wrong := _of_another_type(self.config):
             return Fault(
                 f"has {wrong}", f"write the value that it was trained with into {ADAPTER_CONFIG}, or save it again with PEFT"
             )
-        why = unsupported(self.config)
-        return Fault(why, UNSUPPORTED_FIX) if why else None
+        why = unsupported(self.config, task)
+        return Fault(why, CLASSIFIER_FIX if self.is_of_classifier and task == CAUSAL else UNSUPPORTED_FIX) if why else None
 
     @property
     def danger(self) -> Fault | None:
@@ -159,7 +170,7 @@ def _of_another_type(config: Mapping[str, object]) -> str:
     return next(faults, "")
 
 
-def unsupported(config: Mapping[str, object]) -> str | None:
+def unsupported(config: Mapping[str, object], wanted: str = CAUSAL) -> str | None:
     """Why the base of an adapter cannot be its reference, in words that follow "the adapter".
 
     None if it can. For types other than LoRA only the common keys are checked.
@@ -171,7 +182,7 @@ def unsupported(config: Mapping[str, object]) -> str | None:
         return f"has init_lora_weights {initialisation}, which changed the weights of its base at the start; {fix}"
     if config.get("peft_type") == "TRAINABLE_TOKENS":
         return f"is of the type TRAINABLE_TOKENS: {BECAUSE['trainable_token_indices']}"
-    if (task := config.get("task_type")) not in (None, "CAUSAL_LM"):
+    if (task := config.get("task_type")) not in (None, wanted):
         return f"is for another task (task_type {task}), with its own head on the model"
     for name, value in config.items():
         if _is_set(value) and (name in BECAUSE or (is_lora and name not in HELD)):

@@ -215,5 +215,12 @@ def not_causal(label: str, model_type: str) -> Problem:
     return _wrong("model-not-causal", message, fix)
 
 
+def no_classifier(label: str, model_type: str) -> Problem:
+    """The problem of a model that cannot become a reward model."""
+    message = f"{label} has the type {model_type}, for which transformers has no sequence classifier with a score head"
+    fix = "train the reward model on a model of another family, such as Llama, Qwen or Gemma"
+    return _wrong("model-no-classifier", message, fix)
+
+
 def _wrong(code: str, message: str, fix: str) -> Problem:
     return Problem("error", code, message, fix, "model_name")

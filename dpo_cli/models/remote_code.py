@@ -66,9 +66,17 @@ def unsafe_shards(index: Mapping[str, object]) -> list[str]:
 
 def is_causal(model_type: object) -> bool:
     """Whether transformers has a causal language model of this type; True if the type is not a string."""
+    return _has_class("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", model_type)
+
+
+def is_classifier(model_type: object) -> bool:
+    """Whether transformers has a sequence classifier of this type; True if the type is not a string."""
+    return _has_class("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", model_type)
+
+
+def _has_class(name: str, model_type: object) -> bool:
     if not isinstance(model_type, str):
         return True
-    name = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
     block = re.search(rf"^{name} = OrderedDict\($.*?^\)$", _table("modeling_auto.py"), re.MULTILINE | re.DOTALL)
     return block is None or f'("{model_type}", ' in block[0]  # True if the table is not found
 

@@ -54,6 +54,8 @@ def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[s
 
 def _why_merged(loaded: Loaded, config: Config, shape: Shape | None, source: ModelSource) -> str:
     """Why an adapter of this shape is merged before the training; empty if its training continues."""
+    if shape is not None and STRATEGIES[config.strategy].gives_rewards:
+        return "a reward model has another head"
     if shape is None or config.reference == "adapter":
         return ""
     return '"reference" is "base"' if config.reference == "base" else other_shape(loaded, shape, source)

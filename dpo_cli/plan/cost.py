@@ -49,8 +49,9 @@ def cost_of(config: Config, counts: Counts, steps: int, strategy: Strategy) -> C
     """The cost of a run of so many steps on these rows."""
     of_pair, refers = counts.shared_tokens / counts.train_pairs, strategy.refers
     an_answer, prompts = SAMPLED * config.max_new_tokens, counts.eval_prompts
-    measured = SCORED * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
-    answered = 2 * an_answer * min(answered_prompts(config), prompts)
+    scored = SCORED / 2 if strategy.gives_rewards else SCORED  # a reward model has no reference
+    measured = scored * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
+    answered = 0.0 if strategy.gives_rewards else 2 * an_answer * min(answered_prompts(config), prompts)
     units, uses = (
         (counts.train_prompts * config.num_generations, config.num_iterations)
         if strategy.generates

@@ -23,13 +23,16 @@ from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.machine import GIB, Machine
-from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed_gb
+from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed_gb, weight_bytes
 from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.adapter_start import started
 from dpo_cli.plan.cost import Cost, affordable_prompts, cost_of
+from dpo_cli.results.codec import object_of
 from dpo_cli.results.compared import compared
+from dpo_cli.storage.jsonio import read_object
+from dpo_cli.storage.run_directory import ADAPTER, PLAN
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 
@@ -425,9 +428,29 @@ def longest_sample(config: Config, counts: Counts) -> int:
 
 
 def reward_bytes(config: Config) -> float:
-    """Bytes of the weights of a reward model, in the dtype of the run; 0 without one, or for one that is not known."""
-    facts = ModelSource.of(config.reward_model).facts if config.reward_model else None
-    return float(facts.parameters * (2 if config.bf16 or config.fp16 else 4)) if facts else 0.0
+    """Bytes of the weights of a reward model: of a run quantised as that run, else in the dtype of this one.
+
+    0 without a reward model, or for one whose shape is not known. One that is not trained yet is like the model of this run.
+    """
+    if config.reward_model is None:
+        return 0.0
+    is_trained = os.path.exists(config.reward_model)
+    facts = ModelSource.of(config.reward_model if is_trained else config.model_name).facts
+    if facts is None:
+        return 0.0
+    own: Mapping[str, object] = config.to_json() if not is_trained else config_of_run(config.reward_model) or {}
+    like = config.replaced({**{name: own.get(name, False) for name in OPTIONS.values()}, "lora_r": 1})
+    return weight_bytes(facts, Settings.of(like, facts, Longest()))
+
+
+def config_of_run(name: str) -> Mapping[str, object] | None:
+    """The config of a run directory, or of the run of an adapter folder; None for what is no run."""
+    place = Path(name)
+    run = place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
+    try:
+        return object_of(read_object(run / PLAN)["config"])
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def device_of(config: Config, machine: Machine) -> Literal["cuda", "mps", "cpu"]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from dpo_cli.config.config import Loaded
+from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware.machine import Machine
-from dpo_cli.models import checks, target_layers
+from dpo_cli.models import checks, remote_code, target_layers
+from dpo_cli.models.model_files import CONFIG
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.examination import Data, examine
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.plan import Plan, config_of_run, resolve
 from dpo_cli.strategies.strategies import STRATEGIES
 
 
@@ -89,6 +92,7 @@ def inspect(
             loaded.placed, adapter_start.problems(draft, model or plan.model, plan.run_dir)
         )  # with the names of the config
         found += map(loaded.placed, _model_problems(plan))
+        found += map(loaded.placed, _reward_problems(draft))
         if plan.config.lora_r and not plan.goes_on:
             found += map(loaded.placed, target_layers.problems(plan.config, plan.model, plan.model_label))
         found += map(loaded.placed, step_problems(plan, pairs))
@@ -118,10 +122,29 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
     return inspection.plan, prompts, [problem for problem in found if problem.severity == "warning"]
 
 
+def _reward_problems(loaded: Loaded) -> Iterator[Problem]:
+    """A reward model that is not there, or that is no reward model; not one that a stage before it trains."""
+    name = loaded.require().reward_model
+    if name is None or loaded.rewarded_by is not None:
+        return
+    fix = 'name the run directory of a training with "strategy": "reward", a sequence classifier with one label, or a hub id'
+    run = config_of_run(name)
+    strategy = STRATEGIES.get(str(run.get("strategy"))) if run else None
+    if not os.path.exists(name) and not is_hub_id(name):
+        yield Problem("error", "reward-model-missing", f"there is no reward model {name}", fix, "reward_model")
+    elif strategy is not None and not strategy.gives_rewards:
+        message = f"{name} is a run of strategy {strategy.name}, which trains no reward model"
+        yield Problem("error", "not-a-reward-model", message, fix, "reward_model")
+    elif os.path.exists(name) and run is None and ModelSource.of(name).facts is None:
+        yield Problem("error", "not-a-reward-model", f"{name} is not a reward model: its shape is unknown", fix, "reward_model")
+
+
 def _model_problems(plan: Plan) -> Iterator[Problem]:
     """Options of a config that the model does not support, by its shape."""
     config, model = plan.config, plan.model
-    facts = model.facts
+    facts, family = model.facts, model.files.config.get("model_type") if model.files.has(CONFIG) else None
+    if plan.strategy.gives_rewards and not remote_code.is_classifier(family):
+        yield checks.no_classifier(plan.model_label, str(family))
     if (stored := model.files.quantisation) is not None and not plan.merges:
         yield from stored.problems(plan.model_label, config.use_4bit, config.use_8bit, config.lora_r)
     if config.lora_r == 0 and model.files.is_mixture:

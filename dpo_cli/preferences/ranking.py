@@ -29,6 +29,7 @@ from dpo_cli.evaluation.generation import Answer, Rank
 from dpo_cli.models.source import ModelSource
 from dpo_cli.preferences.judge import Judge
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.runs.reward_run import RewardModel, reward_run
 
 
 def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: date) -> Rank:
@@ -52,14 +53,22 @@ def by_reference(question: Question, answers: Sequence[Answer]) -> list[float]:
 
 
 class Reward:
-    """A sequence classifier with one label, a local directory or a hub id: safetensors only, and its code is not run."""
+    """A reward model: a run of `"strategy": "reward"` or its adapter folder, which scores as its evaluation does; or a sequence
+    classifier with one label, a local directory or a hub id: safetensors only, and its code is not run."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, day: date) -> None:
+        run = reward_run(name)
+        self.of_run = RewardModel.of_run(run, device, dtype) if run is not None else None
+        if self.of_run is not None:
+            self.model = self.of_run.network
+            return
         self.model, self.tokenizer = HuggingFace(ModelSource.of(name)).reward_model(device, dtype)
         self.template = ChatTemplate.of(self.tokenizer, day)
 
     def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
         """One forward pass per answer, so that no score depends on the other answers."""
+        if self.of_run is not None:
+            return self.of_run(question, [answer.text for answer in answers])
         return [self._score(question, answer.text) for answer in answers]
 
     def _score(self, question: Question, text: str) -> float:

@@ -16,14 +16,14 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences.ranking import ranking
 
 
-class Rewards:
+class SummedRewards:
     """The weighted sum of the ways to score of a plan. A `Rank`: it scores the answers to one question together."""
 
     def __init__(self, parts: Sequence[tuple[float, Rank]]) -> None:
         self.parts = parts  # each with its weight
 
     @classmethod
-    def of(cls, plan: Plan) -> Rewards:
+    def of(cls, plan: Plan) -> SummedRewards:
         """Those of the options `reward_model` and `reward_functions`, with the model loaded if there is one."""
         config, defaults = plan.config, inner_defaults("augment")
         functions = reward_functions(config.reward_functions)

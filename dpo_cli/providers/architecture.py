@@ -35,6 +35,8 @@ from dpo_cli.models.checks import not_causal
 from dpo_cli.models.target_layers import ALL_LINEAR, KEY
 from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
 from dpo_cli.plan.plan import Adapted, Plan
+from dpo_cli.providers.classifier import HEAD, head_of, on_meta
+from dpo_cli.strategies.strategies import STRATEGIES
 
 LINEAR = (torch.nn.Linear, Conv1D)  # what PEFT takes for "all-linear"; includes bitsandbytes' layers
 CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -49,7 +51,7 @@ def adapted(plan: Plan, config: PretrainedConfig) -> tuple[Adapted | None, LoraC
     Also its adapter, if that is a fresh one.
     """
     try:
-        architecture = Architecture(config, plan.model_label)
+        architecture = Architecture(config, plan.model_label, plan.strategy.gives_rewards)
     except Refusal:  # loading reports it, if the model is at fault
         return None, None
     if plan.config.lora_r == 0:
@@ -62,13 +64,13 @@ def adapted(plan: Plan, config: PretrainedConfig) -> tuple[Adapted | None, LoraC
 
 
 class Architecture:
-    """A model by its configuration. `label` is its name in messages."""
+    """A model by its configuration, with its LM head or a score head. `label` is its name in messages."""
 
-    def __init__(self, config: PretrainedConfig, label: str) -> None:
-        self.config, self.label = config, label
+    def __init__(self, config: PretrainedConfig, label: str, has_score: bool = False) -> None:
+        self.config, self.label, self.has_score = config, label, has_score
         self.model = self.build()
         self.modules: dict[str, torch.nn.Module] = dict(self.model.named_modules())
-        head = self.model.get_output_embeddings()
+        head = head_of(self.model) if has_score else self.model.get_output_embeddings()
         self.head = next((name for name, module in self.modules.items() if module is head), "")
         table = self.model.get_input_embeddings()  # PEFT adapts it if it is named
         self.table = next((name for name, module in self.modules.items() if module is table), "")
@@ -78,6 +80,8 @@ class Architecture:
 
     def build(self) -> PreTrainedModel:
         """The model on the meta device."""
+        if self.has_score:
+            return on_meta(self.config, self.label)
         try:
             with no_init_weights(), torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(copy.deepcopy(self.config), attn_implementation="eager")
@@ -343,16 +347,17 @@ class Architecture:
 
 
 def lora_config(config: Config) -> LoraConfig:
-    """The adapter of the config."""
+    """The adapter of the config; that of a reward model includes its score head."""
+    is_reward = STRATEGIES[config.strategy].gives_rewards
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if is_reward else "CAUSAL_LM",
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         target_modules=config.target_modules,
-        modules_to_save=config.modules_to_save,
+        modules_to_save=[HEAD, *(config.modules_to_save or ())] if is_reward else config.modules_to_save,
     )
 
 

@@ -34,6 +34,7 @@ from dpo_cli.plan.feasibility import BITSANDBYTES_FIX
 from dpo_cli.plan.plan import Adapted, Plan
 from dpo_cli.providers import liger_kernels
 from dpo_cli.providers.architecture import Architecture, adapted, lora_config
+from dpo_cli.providers.classifier import as_classifier
 from dpo_cli.providers.eight_bit import use_exact_product
 from dpo_cli.providers.loaded_tensors import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.model_cache import dequantised, made_once
@@ -56,6 +57,7 @@ class HuggingFace:
         self.notes: list[str] = []
         # The last adapter of `adapted`, as in the config and as for the model: it takes seconds to find.
         self._fresh: tuple[LoraConfig, LoraConfig] | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None  # the last one that was loaded
         self.foundation = model.foundation
         is_here = Path(self.foundation).exists()
         self.only_local = is_here or not answers(self.foundation)
@@ -78,6 +80,7 @@ class HuggingFace:
             raise InvalidInput([no_eos(self.name)])
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self._tokenizer = tokenizer
         return tokenizer
 
     def _as_in_its_file(self, tokenizer: PreTrainedTokenizerBase, source: str) -> PreTrainedTokenizerBase:
@@ -106,7 +109,11 @@ class HuggingFace:
 
     def base_model(self, plan: Plan) -> PreTrainedModel:
         below = self.model.below if plan.goes_on else None
-        return _settled(self._merged(plan, below or self.model))
+        model = _settled(self._merged(plan, below or self.model))
+        if not plan.strategy.gives_rewards:
+            return model
+        padding = int((self._tokenizer or self.tokenizer()).pad_token_id)
+        return as_classifier(model, plan.config.seed, padding, plan.model_label)
 
     def adapted(self, plan: Plan) -> Adapted | None:
         found, adapter = adapted(plan, self._load(AutoConfig, self.source))
@@ -118,7 +125,7 @@ class HuggingFace:
             return None
         if self._fresh is not None and self._fresh[0] == lora_config(plan.config):
             return copy.deepcopy(self._fresh[1])
-        return Architecture(base.config, plan.model_label).fresh(plan.config)[0]
+        return Architecture(base.config, plan.model_label, plan.strategy.gives_rewards).fresh(plan.config)[0]
 
     def start(self, plan: Plan, base: PreTrainedModel) -> PreTrainedModel | PeftModel:
         if not plan.goes_on or (adapter := self.model.adapter) is None:

@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from dpo_cli.errors import InvalidInput, Problem, RunFailed, invalid
-from dpo_cli.models.adapter_config import Adapter
+from dpo_cli.models.adapter_config import CAUSAL, CLASSIFIER, Adapter
 from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.models.tensor_files import (
     AGAIN,
@@ -44,6 +44,7 @@ from dpo_cli.models.tensor_files import (
     some,
     wrapper_of,
 )
+from dpo_cli.providers.classifier import head_of
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_float32
 from dpo_cli.storage.run_directory import WEIGHTS
@@ -234,7 +235,7 @@ def with_adapter(
 def _weights_of(folder: Path, network: PreTrainedModel, label: str) -> dict[str, Tensor]:
     """The tensors of an adapter for `network`; `InvalidInput` if its files show that it does not fit."""
     adapter = Adapter(ModelFiles(folder))
-    if fault := adapter.fault:
+    if fault := adapter.fault_for(CAUSAL if head_of(network) is None else CLASSIFIER):
         message = f"the adapter in {folder} {fault.message}"
         raise invalid("adapter-unsupported", message, fault.fix, "model_name")
     try:

@@ -73,7 +73,7 @@ def _require_figures(sides: Sides | None, strategy: Strategy) -> None:
     """`ValueError` where a figure has no value that a page shows of every run."""
     if sides is None:
         return
-    missing = [name for name in (*strategy.shown, "kl_token") if sides.policy.get(name) is None]
+    missing = [name for name in (*strategy.shown, *strategy.distance) if sides.policy.get(name) is None]
     missing += [f"gain in {name}" for name in strategy.gains if sides.gain.get(name) is None]
     if missing:
         raise ValueError(f"it has no {' and no '.join(missing)}")

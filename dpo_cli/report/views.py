@@ -25,12 +25,12 @@ def tiles(run: Contents) -> list[tuple[str, FigureText]]:
     if run.judged is None:
         return []
     policy, gain = run.judged.policy, run.judged.gain
-    shown, gained = run.method.shown, run.method.gains[0]
-    far = "kl_sequence" if policy.get("kl_sequence") else "kl_token"
+    distance = ("kl_sequence",) if policy.get("kl_sequence") else run.method.distance
+    shown, gained = [(name, required(policy, name)) for name in run.method.shown], run.method.gains[:1]
     return [
-        *((FIGURES[name].label, FIGURES[name].text(required(policy, name))) for name in shown),
-        (f"gain in {FIGURES[gained].label}", FIGURES[gained].gain(required(gain, gained))),
-        (FIGURES[far].label, FIGURES[far].text(required(policy, far))),
+        *((FIGURES[name].label, FIGURES[name].text(value)) for name, value in shown),
+        *((f"gain in {FIGURES[name].label}", FIGURES[name].gain(required(gain, name))) for name in gained),
+        *((FIGURES[name].label, FIGURES[name].text(required(policy, name))) for name in distance),
     ]
 
 
@@ -82,13 +82,14 @@ def categories(run: Contents) -> ByCategory | None:
     """The figures by category, if the held-out rows have categories."""
     if run.evaluation is None or not run.evaluation.categories:
         return None
-    shown, gained = run.method.shown, run.method.gains[0]
+    shown, gained = run.method.shown, run.method.gains[:1]
     rows = []
     for name, part in run.evaluation.categories.items():
         assert part.sides is not None
         figures = [FIGURES[figure].text(required(part.sides.policy, figure)) for figure in shown]
-        rows.append((name, part.count, [*figures, FIGURES[gained].gain(required(part.sides.gain, gained))]))
-    return ByCategory([*(FIGURES[name].label for name in shown), f"gain in {FIGURES[gained].label}"], rows)
+        gains = [FIGURES[figure].gain(required(part.sides.gain, figure)) for figure in gained]
+        rows.append((name, part.count, [*figures, *gains]))
+    return ByCategory([FIGURES[name].label for name in shown] + [f"gain in {FIGURES[name].label}" for name in gained], rows)
 
 
 def data(run: Contents) -> list[tuple[str, str]]:

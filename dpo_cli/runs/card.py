@@ -30,10 +30,14 @@ tags: [{tags}]
 LOAD = """\
 ```python
 from {module} import {loader}
-model = {loader}.from_pretrained("path/to/this/folder")
+model = {loader}.from_pretrained("path/to/this/folder"{options})
 ```"""
-PEFT = {"module": "peft", "loader": "AutoPeftModelForCausalLM"}
-TRANSFORMERS = {"module": "transformers", "loader": "AutoModelForCausalLM"}
+PEFT = {"module": "peft", "loader": "AutoPeftModelForCausalLM", "options": ""}
+OF_REWARDS = {"module": "peft", "loader": "AutoPeftModelForSequenceClassification", "options": ", num_labels=1"}
+REWARD = """
+
+The reward of a response is the score of its last token that is not the padding token: set `model.config.pad_token_id`."""
+TRANSFORMERS = {"module": "transformers", "loader": "AutoModelForCausalLM", "options": ""}
 MERGE = """\
 Trained on {trained} weights and written in {dtype}. The same rows, evaluated with the run's model and with these files:
 
@@ -57,7 +61,10 @@ def card(plan: Plan, steps: int, judged: Judged) -> str:
     assert plan.counts is not None
     is_peft = plan.config.lora_r > 0
     what = f"A LoRA adapter (rank {plan.config.lora_r}) for" if is_peft else "All weights of"
-    use = MERGED.format(model=_plain(plan.model_label)) if plan.merges else LOAD.format(**(PEFT if is_peft else TRANSFORMERS))
+    load = LOAD.format(**(PEFT if is_peft else TRANSFORMERS))
+    if plan.strategy.gives_rewards:
+        load = LOAD.format(**OF_REWARDS) + REWARD
+    use = MERGED.format(model=_plain(plan.model_label)) if plan.merges else load
     return _card(plan, plan.run_dir.name, what, plan.counts.train_pairs, steps, judged, use, is_peft)
 
 

@@ -19,7 +19,7 @@ from dpo_cli.data.findings import Overlap
 from dpo_cli.data.rows import Row
 from dpo_cli.errors import InvalidInput, Problem, invalid
 from dpo_cli.hardware.machine import probe
-from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter, is_on_head
+from dpo_cli.models.adapter_config import ADAPTER_CONFIG, CAUSAL, CLASSIFIER, Adapter, is_on_head
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import ON_DEVICE, Decided, Plan, Scoring, resolve
 from dpo_cli.plan.preflight import inspect
@@ -34,8 +34,9 @@ from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, RunDirectory
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
+from dpo_cli.strategies.strategy import Strategy
 from dpo_cli.ui.console import Console
 
 
@@ -62,7 +63,7 @@ def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequ
     `changes` are overrides for the evaluation.
     """
     run = RunDirectory.open(Path(run_path))
-    _require_same_below(run)
+    require_same_below(run)
     with log_to(run.log):
         opened = _opened(str(run.path / PLAN), changes, run.trained, dataset, console)
     if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
@@ -70,6 +71,14 @@ def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequ
     elif dataset:
         console.problems([*_trained_rows(run, [row.row for row in opened.rows])])
     return OpenedRun(**vars(opened), run=run)
+
+
+def require_answers(plan: Plan, what: str) -> None:
+    """`InvalidInput` for a reward model, which scores responses and writes none; `what` needs them, in words."""
+    if plan.strategy.gives_rewards:
+        message = f"{plan.run_dir} holds a reward model, which gives scores and writes no answers: it has nothing to {what}"
+        fix = f"`dpo eval {plan.run_dir}` evaluates it; a config names it as reward_model"
+        raise invalid("run-of-rewards", message, fix)
 
 
 def _trained_rows(run: RunDirectory, rows: Sequence[Row]) -> Iterator[Problem]:
@@ -89,8 +98,10 @@ def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Seq
     `config` and `adapter` may be run directories: then the plan and the adapter of the run are used.
     """
     path, folder = Path(config), adapter / ADAPTER if (adapter / PLAN).is_file() else adapter
-    made_on = _base_of(folder)
-    opened = _opened(str(path / PLAN if path.is_dir() else path), overrides, folder, dataset, console)
+    file = str(path / PLAN if path.is_dir() else path)
+    strategy = _strategy_of(file, overrides)
+    made_on = _base_of(folder, CLASSIFIER if strategy and strategy.gives_rewards else CAUSAL)
+    opened = _opened(file, overrides, folder, dataset, console)
     model = opened.plan.model
     name = model.name
     if made_on and Path(made_on).name != Path(name).name and ModelSource.of(made_on).foundation != model.foundation:
@@ -102,8 +113,10 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     changes = [*overrides, "provider=huggingface"]  # the adapter of any provider is a PEFT adapter, and needs no other provider
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
-        if not unreadable(dataset, "dataset") and holds_pairs(dataset):
-            changes += _as_pairs(config, overrides)
+        strategy = _strategy_of(config, overrides)
+        is_sft = strategy is not None and strategy.rows is DEMONSTRATIONS
+        if is_sft and not unreadable(dataset, "dataset") and holds_pairs(dataset):
+            changes.append("strategy=dpo")  # pairs give more figures
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
     machine = probe()
@@ -122,10 +135,9 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     return Opened(folder, plan, provider, tokenizer, rows, decided.scoring if decided and not dataset else None)
 
 
-def _as_pairs(config: str, overrides: Sequence[str]) -> list[str]:
-    """Overrides that evaluate on pairs, which give more figures, what was trained on other rows."""
-    strategy = STRATEGIES.get(str(load(config, overrides).values.get("strategy")))
-    return [] if strategy is None or strategy.rows is PAIRS else ["strategy=dpo"]
+def _strategy_of(config: str, overrides: Sequence[str]) -> Strategy | None:
+    """The strategy of a config; None for a config that names none, or that cannot be read."""
+    return STRATEGIES.get(str(load(config, overrides).values.get("strategy")))
 
 
 def _decided(config: str) -> Decided | None:
@@ -148,13 +160,16 @@ def _not_here(plan: str, changes: Sequence[str]) -> list[str]:
     return [f"{key}={json.dumps(defaults()[key])}" for key in ON_DEVICE]
 
 
-def _base_of(folder: Path) -> str:
-    """The model that an adapter names as its base; `InvalidInput` for a folder without an adapter that can be evaluated."""
+def _base_of(folder: Path, task: str) -> str:
+    """The model that an adapter names as its base; `InvalidInput` for a folder without an adapter that can be evaluated.
+
+    `task` is that of the model, by PEFT's names.
+    """
     if (adapter := Adapter.in_folder(folder)) is None:
         fix = "name the folder of an adapter, or of a run that trained one"
         raise _no_adapter(f"{folder} is not a PEFT adapter: it has no {ADAPTER_CONFIG}", fix)
     try:
-        if fault := adapter.fault:
+        if fault := adapter.fault_for(task):
             raise _no_adapter(f"the adapter in {folder} {fault.message}", fault.fix)
         config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError) as error:  # a type unknown to PEFT, or a damaged file
@@ -178,7 +193,7 @@ def _no_adapter(message: str, fix: str) -> InvalidInput:
     return invalid("not-an-adapter", message, fix)
 
 
-def _require_same_below(run: RunDirectory) -> None:
+def require_same_below(run: RunDirectory) -> None:
     """`InvalidInput` if a run or an adapter below this run is missing or has changed: its figures would differ."""
     model = run.read_json(MANIFEST)["model"]
     for folder, digest in model.get("below", {}).items():

@@ -30,9 +30,10 @@ from trl.trainer.utils import FusedCausalLMOutput
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.errors import RunFailed
 from dpo_cli.plan.plan import EXPECTED, ONE_RESPONSE, Scoring
+from dpo_cli.providers.classifier import head_of
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_float32
-from dpo_cli.scoring import shared_prompts
+from dpo_cli.scoring import score_head, shared_prompts
 from dpo_cli.scoring.lm_head import ALL, LOG_PROBS, Head, score_tokens
 from dpo_cli.scoring.shared_prompts import IGNORED, Layout
 from dpo_cli.storage.progress import working
@@ -91,7 +92,8 @@ def _chosen(
 ) -> Scoring:
     """As `choose`."""
     shortest, longest = (end(rows, key=lambda row: row.length) for end in (min, max))
-    _require_our_head(model, collate([shortest], pad_token_id, model.device))
+    require = _require_our_head if head_of(model) is None else _require_our_rewards
+    require(model, collate([shortest], pad_token_id, model.device))
     if len(rows[0].responses) == 1:
         return ONE_RESPONSE
     if prompt_sharing is False:
@@ -172,6 +174,18 @@ def _require_our_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> No
     apart = float((ours - theirs).abs().mean()) if len(ours) else 0.0
     if not apart <= max(HEAD_ALLOWANCE, 16 * torch.finfo(logits.dtype).eps):
         message = f"this model computes logits in a way that is not supported: log-probs differ by {apart:.2g} nats per token"
+        raise RunFailed(message, "choose another model, and please report this one")
+
+
+def _require_our_rewards(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
+    """Compare the rewards of a reward model with its own; a family may read another token, or change the score."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=model.dtype.itemsize < 4):
+        ours = score_head.rewards(model, False, **batch)
+        theirs = model(**inputs, use_cache=False).logits[:, 0].to(ours.dtype)
+    apart, size = float((ours - theirs).abs().mean()), float(theirs.abs().mean())
+    if not apart <= max(HEAD_ALLOWANCE, 16 * torch.finfo(model.dtype).eps) * max(1.0, size):
+        message = f"this model computes the score of a response in a way that is not supported: rewards differ by {apart:.2g}"
         raise RunFailed(message, "choose another model, and please report this one")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, REWARDS, Rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,7 @@ class FigureText:
         return f"{self.value} {self.about}".rstrip()
 
 
+CONFIDENCE_BINS = 10  # of the calibration error
 NOT_FINITE = FigureText("not finite")
 
 
@@ -56,10 +57,14 @@ class Columns:
     tokens: Array  # of a response
     right: Array  # tokens that are the model's most likely ones
     kl: Array  # KL(model || reference) over the whole vocabulary, summed over the response's tokens, nats
-    reward: Array  # beta * (log p - log p of the reference): arXiv:2305.18290, equation 5 without its constant
+    reward: (
+        Array  # beta * (log p - log p of the reference): arXiv:2305.18290, equation 5 without its constant; or the score of a
+    )
+    # reward model, which has only this column
 
 
-# A sum over rows divided by a sum over rows, each (n,): weights over prompts resample both sums together.
+# A sum over rows divided by a sum over rows, each (n,): weights over prompts resample both sums together. Of (n, b) values
+# above, in b bins, the sizes of the sums of the bins are added up.
 Formula = Callable[[Columns], tuple["Array", "Array"]]
 
 
@@ -81,10 +86,24 @@ def _margin(columns: Columns) -> Array:
 
 
 def _loss_of_pairs(columns: Columns) -> tuple[Array, Array]:
-    """-log sigmoid(margin): arXiv:2305.18290, equation 7."""
+    """-log sigmoid(margin): arXiv:2305.18290, equation 7; of a reward model arXiv:2203.02155, equation 1."""
     import numpy as np
 
     return _mean(np.logaddexp(0, -_margin(columns)))
+
+
+def _calibration(columns: Columns) -> tuple[Array, Array]:
+    """The expected calibration error: sum over bins b of n_b / n * |accuracy of b - confidence of b|.
+
+    arXiv:1706.04599, equation 3. By Bradley-Terry sigmoid(|margin|) is the confidence that the response with the larger reward
+    is the preferred one: from 1/2 to 1, in bins of equal width. n_b cancels, so a bin adds |sum of (right - confidence)| / n.
+    """
+    import numpy as np
+
+    confidence, count = 1 / (1 + np.exp(-np.abs(_margin(columns)))), CONFIDENCE_BINS
+    bins = np.minimum((2 * count * (confidence - 0.5)).astype(int), count - 1)
+    gaps = _wins(columns.reward) - confidence
+    return np.where(bins[:, None] == np.arange(count), gaps[:, None], 0.0), np.ones_like(gaps)
 
 
 def _kl_token(columns: Columns) -> tuple[Array, Array]:
@@ -135,8 +154,9 @@ _DECLARED = (
         "accuracy",
         "reward accuracy",
         "The share of pairs whose chosen response has the larger reward, beta * (log p after - log p before the training); "
-        "a tie counts half. It reaches 1 long before a model has changed, so read it with the margin.",
-        {PAIRS: lambda columns: _mean(_wins(columns.reward))},
+        "a tie counts half. It reaches 1 long before a model has changed, so read it with the margin. The reward of a reward "
+        "model is its score.",
+        dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(_wins(columns.reward))),
         in_steps=True,
         short="accuracy",
         title="Accuracy",
@@ -148,7 +168,7 @@ _DECLARED = (
         "margin",
         "margin",
         "The reward of the chosen response minus that of the rejected one, on average.",
-        {PAIRS: lambda columns: _mean(_margin(columns))},
+        dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(_margin(columns))),
         in_steps=True,
         short="margin",
         title="Margin",
@@ -158,11 +178,26 @@ _DECLARED = (
         "loss",
         "loss",
         "For pairs, -log sigmoid(margin): ln 2 = 0.693 before training. For demonstrations, nats per token.",
-        {PAIRS: _loss_of_pairs, DEMONSTRATIONS: lambda columns: (-columns.log_probs[:, 0], columns.tokens[:, 0])},
+        {
+            **dict.fromkeys((PAIRS, REWARDS), _loss_of_pairs),
+            DEMONSTRATIONS: lambda columns: (-columns.log_probs[:, 0], columns.tokens[:, 0]),
+        },
         alone=(DEMONSTRATIONS,),
         short="loss",
         title="Loss",
         note="The held-out loss should fall too. If it rises again, the model memorises the training rows.",
+        is_better_large=False,
+    ),
+    Figure(
+        "calibration_error",
+        "calibration error",
+        "The expected calibration error of a reward model: how far the share of pairs that it ranks as labelled is from its "
+        "confidence, sigmoid of the size of the margin, on average over 10 bins of confidence. 0 is perfect; of few pairs it "
+        "is above 0 by chance.",
+        {REWARDS: _calibration},
+        title="Calibration error",
+        note="Distance between confidence and accuracy; smaller is better.",
+        from_zero=True,
         is_better_large=False,
     ),
     Figure(
@@ -306,14 +341,14 @@ _PARTS = (
         "reward_chosen",
         "reward of chosen",
         "beta * (log p after - log p before the training) of the chosen response. It may fall while the margin grows.",
-        {PAIRS: lambda columns: _mean(columns.reward[:, 0])},
+        dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(columns.reward[:, 0])),
         in_steps=True,
     ),
     Figure(
         "reward_rejected",
         "reward of rejected",
         "The same for the rejected response.",
-        {PAIRS: lambda columns: _mean(columns.reward[:, 1])},
+        dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(columns.reward[:, 1])),
         in_steps=True,
         is_better_large=False,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dpo_cli.strategies.dpo import DPO
+from dpo_cli.strategies.reward import REWARD
 from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.strategies.strategy import Strategy
 
@@ -64,4 +65,5 @@ RLHF = Strategy(
     ),
     spread=DPO.spread,
     read=_read,
+    rewarded_by=REWARD.name,
 )

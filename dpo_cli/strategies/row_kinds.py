@@ -1,4 +1,4 @@
-"""The kinds of rows for training and evaluation."""
+"""The kinds of rows for training and evaluation, and of their scores."""
 
 from __future__ import annotations
 
@@ -15,3 +15,4 @@ class Rows:
 
 PAIRS = Rows("pairs", ("chosen", "rejected"))
 DEMONSTRATIONS = Rows("demonstrations", ("completion",))
+REWARDS = Rows("rewards", PAIRS.responses)  # a kind of scores: of pairs by a reward model, which has no log-probs

@@ -41,6 +41,9 @@ class Strategy:
     health: tuple[str, ...]  # its rules (training/callbacks/health_rules.py)
     spread: Spread
     read: Callable[[Outcome], Verdict]  # figures to a verdict
+    rewarded_by: str | None = None  # the strategy that trains its reward model, if the config names none
+    distance: tuple[str, ...] = ("kl_token",)  # the figure that every run has of how far the training has moved the model
+    gives_rewards: bool = False  # the model has a head with one score of a whole response, and writes no answers
 
     @property
     def sequences(self) -> int:

@@ -161,8 +161,8 @@ def build_trainer(
         model=model,
         ref_model=frozen,
         args=on_one_device(trainer_arguments(plan)),
-        train_dataset=_rows(train, plan.scoring.shared),
-        eval_dataset=_rows(held_out, plan.scoring.shared) if held_out else None,
+        train_dataset=pair_rows(train, plan.scoring.shared),
+        eval_dataset=pair_rows(held_out, plan.scoring.shared) if held_out else None,
         processing_class=tokenizer,
         peft_config=adapter,
     )
@@ -186,7 +186,8 @@ def trainer_arguments(plan: Plan) -> DPOConfig:
     )
 
 
-def _rows(pairs: EncodedRows, shared: bool) -> Dataset:
+def pair_rows(pairs: EncodedRows, shared: bool) -> Dataset:
+    """The columns that TRL's collator and its sampler read; sizes with each prompt once if `shared`."""
     columns = {name: token_column(*pairs.column(piece)) for piece, name in enumerate(forward.ID_COLUMNS)}
     sizes = [*pairs.sizes()]
     lengths = {"length": [size.length for size in sizes]}

@@ -2,8 +2,8 @@
 
 Longer than other modules: everything that touches the inside of transformers' Trainer is in one place.
 
-With dpo_trainer.py and sft_trainer.py the only module that overrides methods of TRL (tests/test_dpo.py and tests/test_sft.py
-fail if TRL changes any of them):
+With the module of each trainer the only one that overrides methods of TRL (tests/test_dpo.py, tests/test_sft.py and
+tests/test_reward.py fail if TRL changes any of them):
 - `training_step`: Trainer gets all pairs of a step as one micro-batch; they run in rows (scoring/packing.py), and a row that
   does not fit is divided (scoring/oom.py).
 - `get_batch_samples`: the rows of a step are counted, so that the loss of a micro-batch is its share of the step's.
@@ -161,9 +161,13 @@ class CarefulTrainer:
         # The losses take the size of the step, whatever the model's own forward takes; then Trainer does not divide them again.
         self.model_accepts_loss_kwargs = True
         for model in filter(None, (self.policy.network, self.policy.frozen)):
-            forward.attach(model, states, self.temperature, self.OUTPUTS)
+            self.attach(model, states)
         for model in filter(None, (self.policy.model, self.policy.frozen)):
             model.register_forward_hook(self._keep_call)
+
+    def attach(self, model: PreTrainedModel, states: forward.States) -> None:
+        """Put dpo's head on a model."""
+        forward.attach(model, states, self.temperature, self.OUTPUTS)
 
     def _keep_call(self, model: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, FusedCausalLMOutput):

@@ -161,6 +161,7 @@ class Console:
             )
             return
         sides = [evaluation.sides.policy, evaluation.sides.base, evaluation.sides.gain]
+        sides = sides if evaluation.sides.base else sides[:1]  # a reward model has no base
         names = [name for name, figure in evaluation.sides.policy.items() if figure]
         figures = {name: [side.get(name) for side in sides] for name in names}
         if tokens := evaluation.answer_tokens:
@@ -171,7 +172,7 @@ class Console:
         ]
         intervals = "95 % intervals" if evaluation.prompts >= FEW_PROMPTS else "too few for the intervals to hold"
         title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; {intervals}"
-        self.table(title, rows, ("figure", "adapter", "base", "gain"))
+        self.table(title, rows, ("figure", "adapter", "base", "gain")[: 1 + len(sides)])
         if start is not None:
             self.line(f"base: the model with the adapter {start}, from which this training started")
         if missing := evaluation.unanswered:
@@ -190,21 +191,21 @@ class Console:
         return FIGURES[name].heading if self.out.width >= NARROW else FIGURES[name].label
 
     def _categories(self, categories: Mapping[str, Judged], strategy: Strategy) -> None:
-        """The first two figures of the rows of each category, and the gain in one."""
+        """The first two figures of the rows of each category, and the gain in one if there is one."""
         if not categories:
             return
-        shown, gain = strategy.shown[:2], strategy.gains[0]
+        shown, gained = strategy.shown[:2], strategy.gains[:1]
         rows = [
             (
                 _printable(name),
                 str(part.count),
                 *(_interval(part.sides.policy[key]) for key in shown),
-                _interval(part.sides.gain[gain]),
+                *(_interval(part.sides.gain[key]) for key in gained),
             )
             for name, part in categories.items()
             if part.sides
         ]
-        names = [*(FIGURES[key].label for key in shown), f"gain in {FIGURES[gain].label}"]
+        names = [*(FIGURES[key].label for key in shown), *(f"gain in {FIGURES[key].label}" for key in gained)]
         self.table("by category", rows, ("category", strategy.rows.noun, *names))
 
     def thresholds(self, limits: Sequence[tuple[str, Limit]]) -> None:

@@ -15,6 +15,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from dpo_cli.evaluation.evaluation import ACCURACY_LOW
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.plan.plan import Plan
 from dpo_cli.results.codec import JsonObject
@@ -22,7 +23,7 @@ from dpo_cli.results.compared import compared
 from dpo_cli.results.intervals import Interval
 from dpo_cli.results.summary import Action, Event, Line
 from dpo_cli.strategies.figures import share
-from dpo_cli.strategies.row_kinds import PAIRS
+from dpo_cli.strategies.reward import CHANCE
 from dpo_cli.strategies.strategy import Strategy
 
 StepFigures = dict[str, float]  # means over the rows of a step
@@ -269,6 +270,18 @@ def chosen_falls(course: Course) -> Found:
     return message, 'check the KL and the answers; to keep the reward up: "loss_type": ["sigmoid", "sft"], or a larger beta'
 
 
+def chance_level(course: Course) -> Found:
+    """At the end the interval of the held-out accuracy of a reward model contains 1/2 or lies below: it may guess."""
+    evaluation = course.evaluation
+    if course.done < course.plan.total_steps or evaluation is None or evaluation.step != course.done:
+        return None
+    accuracy, low = (evaluation.figures.get(name) for name in ("accuracy", ACCURACY_LOW))
+    if accuracy is None or low is None or low > CHANCE:
+        return None
+    message = f"the accuracy on held-out pairs is {accuracy:.0%}, and its interval starts at {low:.0%}: it may be chance"
+    return message, "add pairs that differ clearly, hold out more prompts, train more steps, or raise learning_rate"
+
+
 def no_movement(course: Course) -> Found:
     """At the end, the log-probs of chosen and rejected responses are still those of the reference, step for step.
 
@@ -282,7 +295,7 @@ def no_movement(course: Course) -> Found:
         return "the only step was the first of the warm-up, whose learning rate is 0: nothing was learned", NO_WARMUP
     if course.plan.strategy.generates:
         return _samples_unmoved(course)
-    if course.plan.strategy.rows is not PAIRS:  # demonstrations have only the step rules
+    if not course.plan.strategy.refers:  # only the step rules
         return None
     remedy = "raise learning_rate (a LoRA adapter learns at 5e-5 and above), train 2-4 epochs, check that chosen and"
     remedy = NO_WARMUP if in_warmup else f"{remedy} rejected differ clearly"
@@ -403,6 +416,7 @@ RULES: dict[str, tuple[Action, Rule]] = {
     "all-right-early": ("warn", all_right_early),
     "chosen-collapses": ("warn", chosen_collapses),
     "chosen-falls": ("note", chosen_falls),
+    "chance-level": ("warn", chance_level),
     "no-movement": ("warn", no_movement),
     "reward-is-wrong": ("warn", reward_is_wrong),
     "no-variance": ("warn", no_variance),

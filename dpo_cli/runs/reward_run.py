@@ -1,0 +1,79 @@
+"""The reward model of a finished run, loaded to score answers: the same token ids and the same scores as in its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo_cli.config.config import load
+from dpo_cli.config.rules import fuses_adapter
+from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.rows import Demonstration, Question
+from dpo_cli.data.tokenizer import Tokenizer
+from dpo_cli.data.tokens import Encoder, encode_all
+from dpo_cli.data.transcripts import answer_to
+from dpo_cli.hardware.machine import probe
+from dpo_cli.plan.plan import config_of_run, resolve
+from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.runs.open_run import require_same_below
+from dpo_cli.scoring.forward import collate
+from dpo_cli.scoring.lora_linear import fuse
+from dpo_cli.scoring.score_head import rewards
+from dpo_cli.storage.run_directory import ADAPTER, PLAN, RunDirectory
+from dpo_cli.strategies.strategies import STRATEGIES
+
+
+def reward_run(name: str) -> Path | None:
+    """The run directory that `name` is, or whose adapter folder it is, if the run trains a reward model; else None."""
+    place, config = Path(name), config_of_run(name)
+    strategy = STRATEGIES.get(str(config.get("strategy"))) if config else None
+    run = place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
+    return run if strategy is not None and strategy.gives_rewards else None
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model, and how its training made token ids."""
+
+    network: PreTrainedModel
+    encoder: Encoder
+    dtype: torch.dtype
+
+    @classmethod
+    def of_run(cls, path: Path, device: str, dtype: torch.dtype) -> RewardModel:
+        """The reward model of a finished run, on this device; `InvalidInput` for a run that is not finished, or has changed."""
+        run = RunDirectory.open(path)
+        require_same_below(run)
+        changes = [f"device={device}", f"bf16={_json(dtype == torch.bfloat16)}", f"fp16={_json(dtype == torch.float16)}"]
+        plan = resolve(load(str(run.path / PLAN), changes), probe(), is_resumed=True)
+        provider = HuggingFace(plan.model)
+        tokenizer = Tokenizer.loaded(provider.tokenizer(), plan.day, plan.model.generation)
+        policy = provider.trained(plan, run.trained)
+        if fuses_adapter(plan.config.provider):  # as in its evaluation
+            fuse(policy.model)
+        policy.model.eval()
+        config = plan.config
+        encoder = Encoder.of(tokenizer, config.use_chat_template, config.max_seq_length, provider.token_rows())
+        return cls(policy.network, encoder, dtype)
+
+    def __call__(self, question: Question, texts: Sequence[str]) -> list[float]:
+        """The rewards of answers. One forward pass for each, so that no reward depends on the other answers."""
+        prompt, encoder = question.prompt, self.encoder
+        answers = [answer_to(prompt, text) if isinstance(prompt, list) else text for text in texts]
+        rows = [Demonstration(prompt, answer, question.line, question.file, question.tools) for answer in answers]
+        encoded = encode_all([rows], encoder.tokenizer, encoder.as_chat, encoder.max_length, encoder.token_rows)
+        return [self._reward(row) for row in encoded.require().sides[0]]
+
+    def _reward(self, row: Encoded) -> float:
+        network = self.network
+        batch = collate([row], int(network.config.get_text_config().pad_token_id), network.device)
+        with torch.no_grad(), torch.autocast(network.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return float(rewards(network, False, **batch)[0])
+
+
+def _json(value: bool) -> str:
+    return "true" if value else "false"
