@@ -77,6 +77,10 @@ def judged(url: str) -> str:
     return f'"augment": {{"rank": "judge", "judge_model": "m", "judge_url": "{url}"}}'
 
 
+def rlhf(own: str) -> str:
+    return f'"strategy": "rlhf",\n  {own}'
+
+
 SYNTAX = [
     Case("json-syntax", "use_4bit", '"use_4bit": True', "write true"),
     whole("json-syntax", "", 'write { "dataset"'),
@@ -366,7 +370,20 @@ RULES = [
     Case("too-few-responses", "augment", '"augment": {"responses": 3, "pairs_per_prompt": 4}', 'raise "responses"'),
     Case("augment-too-long", "augment", '"max_seq_length": 256,\n  "augment": {}', 'raise "max_seq_length"', FIRST + 1),
     warning("no-effect", "augment", '"augment": {"rank": "shorter", "pattern": "yes"}', 'write "rank": "regex"'),
-    warning("not-yet", "strategy", '"strategy": "rlhf"', '"strategy": "dpo"'),
+    warning("not-yet", "num_processes", '"num_processes": 2', '"num_processes": 1'),
+    Case("reward-missing", "reward_model", '"stages": [{"strategy": "rlhf"}]', '"reward_functions": ["shorter"]', None),
+    Case("reward-model-missing", "reward_model", rlhf('"reward_model": "nowhere"'), "remove the key", FIRST + 1),
+    Case("not-a-reward-model", "reward_model", rlhf('"reward_model": "."'), "remove the key", FIRST + 1),
+    Case("rank-incomplete", "reward_functions", rlhf('"reward_functions": ["regex"]'), 'add "pattern"', FIRST + 1),
+    Case("bad-value", "reward_functions", rlhf('"reward_functions": ["best"]'), "Rules that score", FIRST + 1),
+    Case("broken-group", "num_generations", rlhf('"num_generations": 3, "reward_functions": ["shorter"]'), ": 6", FIRST + 1),
+    Case(
+        "samples-too-long",
+        "max_new_tokens",
+        rlhf('"max_new_tokens": 2048, "reward_functions": ["shorter"]'),
+        "max_seq_length",
+        FIRST + 1,
+    ),
 ]
 
 GUIDANCE = [

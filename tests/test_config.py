@@ -81,7 +81,7 @@ def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None
   "lerning_rate": 3,
   "lora_r": "16",
   "beta": -5,
-  "strategy": "rlhf",
+  "strategy": "rlhf", "reward_functions": ["longer"], "num_processes": 2,
   "use_dora": True,
   'seed': 3
   "num_train_epochs": true
@@ -94,7 +94,7 @@ def test_everything_wrong_is_told_at_once_with_its_place(tmp_path: Path) -> None
         ("unknown-key", "lerning_rate", 3, 19),
         ("bad-value", "lora_r", 4, 13),
         ("bad-value", "beta", 5, 11),
-        ("not-yet", "strategy", 6, 15),
+        ("not-yet", "num_processes", 6, 72),
         ("json-syntax", "use_dora", 7, 15),
         ("json-syntax", None, 8, 3),
         ("json-syntax", None, 9, 3),

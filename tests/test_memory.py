@@ -27,7 +27,7 @@ from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.hardware import activations
 from dpo_cli.hardware.fit import fit, largest_model, savings
 from dpo_cli.hardware.machine import GIB, Gpu, Machine, amd_gpus
-from dpo_cli.hardware.memory import NF4_BYTES, EvaluationRoom, bill, components, evaluation_room, freed_gb
+from dpo_cli.hardware.memory import NF4_BYTES, EvaluationRoom, bill, components, evaluation_room, freed_gb, weight_bytes
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.hardware.recommend import CARDS, MARGIN, Recommendation, Request, profiles, recommend
 from dpo_cli.models.shape import ModelFacts, config_facts, known_models
@@ -106,7 +106,8 @@ def test_an_adapter_by_hand() -> None:
 def test_the_documented_bounds(name: str) -> None:
     """dpo-strategy, "Memory Usage", for a 7B model in 4-bit at the mid-range preset."""
     sft, dpo, rlhf = (
-        bill(facts_of(name), replace(MID, strategy=strategy), None).total_gb for strategy in ("sft", "dpo", "rlhf")
+        bill(facts_of(name), replace(MID, strategy=strategy, reward_bytes=reward), None).total_gb
+        for strategy, reward in (("sft", 0.0), ("dpo", 0.0), ("rlhf", weight_bytes(facts_of(name), MID)))
     )
     assert sft <= dpo <= rlhf
     assert sft <= 8 and dpo <= 10 and rlhf <= 12

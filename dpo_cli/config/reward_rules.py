@@ -48,7 +48,7 @@ def a_prompt_has_room_for_a_sample(values: Values, given: Values) -> Iterator[Pr
     longest, new = values.get("max_seq_length"), values.get("max_new_tokens")
     if "num_generations" in values and longest is not None and new is not None and new >= longest:
         message = f"max_new_tokens {new} leaves no room for a prompt in max_seq_length {longest}"
-        fix = 'raise "max_seq_length", or lower "max_new_tokens"'
+        fix = f'write "max_new_tokens": {max(1, longest // 4)}, or raise max_seq_length'
         yield Problem("error", "samples-too-long", message, fix, "max_new_tokens")
 
 

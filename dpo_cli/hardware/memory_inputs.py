@@ -19,6 +19,7 @@ class Longest:
     sequence: int | None = None
     pair: int | None = None  # its prompt counted once, if prompts are shared
     responses: int | None = None  # of both responses of a pair together
+    prompt: int | None = None  # the longest prompt to train on
 
 
 # A row takes more pairs than a micro-batch names, up to this many tokens: small products leave a processor idle.
@@ -58,6 +59,8 @@ class Settings:
     def of(cls, config: Config, facts: ModelFacts, longest: Longest) -> Settings:
         """The settings of a config with decided device and precision, with the real lengths if they are known."""
         targets = config.target_modules
+        if STRATEGIES[config.strategy].generates:
+            longest = Longest(longest_sample(config, longest.prompt or longest.sequence), None, config.max_new_tokens)
         # Flash attention needs 16 bits and a card with bf16, and SDPA's other kernel does not support grouped keys.
         is_unfused = config.device == "cuda" and not config.bf16 and facts.q != facts.kv
         settings = cls(
@@ -125,6 +128,11 @@ class Settings:
         """
         casts = self.bytes_per_value < 4 and (self.bits is None or self.fp16) and not self.is_fused
         return self.rank > 0 and (self.dropout or casts)
+
+
+def longest_sample(config: Config, prompt: int | None) -> int:
+    """Tokens of the longest prompt, which is cut where it leaves no room, with the longest answer that is sampled to it."""
+    return min(config.max_seq_length, prompt + config.max_new_tokens) if prompt else config.max_seq_length
 
 
 def trained_parameters(facts: ModelFacts, settings: Settings) -> int:

@@ -21,6 +21,7 @@ from dpo_cli.errors import DoesNotFit, InvalidInput, Problem, invalid
 from dpo_cli.hardware.fit import MARGIN, smaller_model, way
 from dpo_cli.hardware.memory import Bill
 from dpo_cli.hardware.memory_inputs import Longest, Settings
+from dpo_cli.hardware.reward_model import with_reward_model
 from dpo_cli.models.checks import problems
 from dpo_cli.models.shape import ModelFacts, known_models
 from dpo_cli.models.source import ModelSource
@@ -288,7 +289,7 @@ def _limit_gb(request: Request) -> float:
 
 def _bill(facts: ModelFacts, values: Config, request: Request) -> tuple[Settings, Bill]:
     """The settings of a run with these values, and their memory, as in `validate` and `train`."""
-    settings = Settings.of(values, facts, Longest(request.longest))
+    settings = with_reward_model(Settings.of(values, facts, Longest(request.longest)), values, facts)
     return way(facts, settings, request.budget_gb, values.gradient_checkpointing)
 
 
@@ -314,7 +315,8 @@ def _misfit(model: str, facts: ModelFacts, least: Config, request: Request) -> P
         least = _changed(least, replace(step, value=min(step.value, getattr(least, step.key))))
     needed, budget = compared(_bill(facts, least, request)[1].total_gb, request.budget_gb)
     message = f"{model} needs at least {needed} GB and a margin, but there are {budget} GB"
-    fix = smaller_model(Settings.of(least, facts, Longest(request.longest)), _limit_gb(request))
+    settings = with_reward_model(Settings.of(least, facts, Longest(request.longest)), least, facts)
+    fix = smaller_model(settings, _limit_gb(request))
     return Problem("error", "does-not-fit", message, fix)
 
 

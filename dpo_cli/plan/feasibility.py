@@ -120,7 +120,7 @@ def remedies(plan: Plan) -> str | None:
     facts = plan.model.facts
     if facts is None:
         return None
-    settings = Settings.of(plan.config, facts, longest_of(plan.config, plan.counts, plan.scoring))
+    settings = Settings.of(plan.config, facts, longest_of(plan.counts, plan.scoring))
     return "; ".join(savings(facts, settings)) or None
 
 

@@ -23,16 +23,14 @@ from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import fit
 from dpo_cli.hardware.machine import GIB, Machine
-from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed_gb, weight_bytes
-from dpo_cli.hardware.memory_inputs import Longest, Settings
+from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed_gb
+from dpo_cli.hardware.memory_inputs import Longest, Settings, longest_sample
+from dpo_cli.hardware.reward_model import with_reward_model
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.adapter_start import started
 from dpo_cli.plan.cost import Cost, affordable_prompts, cost_of
-from dpo_cli.results.codec import object_of
 from dpo_cli.results.compared import compared
-from dpo_cli.storage.jsonio import read_object
-from dpo_cli.storage.run_directory import ADAPTER, PLAN
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 
@@ -252,7 +250,7 @@ class Plan:
         """Tokens of the longest unit of training: of a pair or a demonstration, or of a prompt with the longest sample."""
         assert self.counts is not None
         if self.strategy.generates:
-            return longest_sample(self.config, self.counts)
+            return longest_sample(self.config, self.counts.longest_prompt)
         return self.counts.longest_pair if self.scoring.shared else self.strategy.sequences * self.counts.longest
 
     @property
@@ -378,7 +376,7 @@ def resolve(
         if config.gradient_checkpointing == "auto":
             now = replace(now, gradient_checkpointing=now.device == "cuda")
     else:
-        wanted = replace(Settings.of(now, facts, longest_of(now, counts, scoring, longest)), reward_bytes=reward_bytes(now))
+        wanted = with_reward_model(Settings.of(now, facts, longest_of(counts, scoring, longest)), now, facts)
         has_gb, free_gb = machine.memory_of(now.device)
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
         if row_tokens is not None:
@@ -411,46 +409,12 @@ def _notes_of_batch(wanted: Settings, settings: Settings, memory: Bill) -> list[
     return []
 
 
-def longest_of(config: Config, counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
+def longest_of(counts: Counts | None, scoring: Scoring, expected: int | None = None) -> Longest:
     """The lengths that decide a run's memory; `expected` is the length of the longest sequence without counts."""
-    if STRATEGIES[config.strategy].generates:
-        new = config.max_new_tokens
-        most = longest_sample(config, counts) if counts else min(config.max_seq_length, expected + new) if expected else None
-        return Longest(most, None, new)
     if counts is None:
         return Longest(expected)
-    return Longest(counts.longest, counts.longest_pair if scoring.shared else None, counts.longest_responses)
-
-
-def longest_sample(config: Config, counts: Counts) -> int:
-    """Tokens of the longest prompt, which is cut where it leaves no room, with the longest answer that is sampled to it."""
-    return min(config.max_seq_length, counts.longest_prompt + config.max_new_tokens)
-
-
-def reward_bytes(config: Config) -> float:
-    """Bytes of the weights of a reward model: of a run quantised as that run, else in the dtype of this one.
-
-    0 without a reward model, or for one whose shape is not known. One that is not trained yet is like the model of this run.
-    """
-    if config.reward_model is None:
-        return 0.0
-    is_trained = os.path.exists(config.reward_model)
-    facts = ModelSource.of(config.reward_model if is_trained else config.model_name).facts
-    if facts is None:
-        return 0.0
-    own: Mapping[str, object] = config.to_json() if not is_trained else config_of_run(config.reward_model) or {}
-    like = config.replaced({**{name: own.get(name, False) for name in OPTIONS.values()}, "lora_r": 1})
-    return weight_bytes(facts, Settings.of(like, facts, Longest()))
-
-
-def config_of_run(name: str) -> Mapping[str, object] | None:
-    """The config of a run directory, or of the run of an adapter folder; None for what is no run."""
-    place = Path(name)
-    run = place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
-    try:
-        return object_of(read_object(run / PLAN)["config"])
-    except (OSError, ValueError, KeyError):
-        return None
+    pair = counts.longest_pair if scoring.shared else None
+    return Longest(counts.longest, pair, counts.longest_responses, counts.longest_prompt)
 
 
 def device_of(config: Config, machine: Machine) -> Literal["cuda", "mps", "cpu"]:

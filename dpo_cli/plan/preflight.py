@@ -17,7 +17,8 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.examination import Data, examine
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
-from dpo_cli.plan.plan import Plan, config_of_run, resolve
+from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.storage.run_directory import config_of_run
 from dpo_cli.strategies.strategies import STRATEGIES
 
 
@@ -127,7 +128,7 @@ def _reward_problems(loaded: Loaded) -> Iterator[Problem]:
     name = loaded.require().reward_model
     if name is None or loaded.rewarded_by is not None:
         return
-    fix = 'name the run directory of a training with "strategy": "reward", a sequence classifier with one label, or a hub id'
+    fix = "name the directory of a reward model, or remove the key: then rlhf trains one first, as a stage of its own"
     run = config_of_run(name)
     strategy = STRATEGIES.get(str(run.get("strategy"))) if run else None
     if not os.path.exists(name) and not is_hub_id(name):

@@ -17,13 +17,13 @@ from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoder, encode_all
 from dpo_cli.data.transcripts import answer_to
 from dpo_cli.hardware.machine import probe
-from dpo_cli.plan.plan import config_of_run, resolve
+from dpo_cli.plan.plan import resolve
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.open_run import require_same_below
 from dpo_cli.scoring.forward import collate
 from dpo_cli.scoring.lora_linear import fuse
 from dpo_cli.scoring.score_head import rewards
-from dpo_cli.storage.run_directory import ADAPTER, PLAN, RunDirectory
+from dpo_cli.storage.run_directory import ADAPTER, PLAN, RunDirectory, config_of_run
 from dpo_cli.strategies.strategies import STRATEGIES
 
 

@@ -52,6 +52,17 @@ def _unwritable(path: Path, why: str) -> InvalidInput:
     return invalid("run-unwritable", f"cannot write to {path}: {why}", "choose another output_dir", "output_dir")
 
 
+def config_of_run(name: str) -> Mapping[str, Any] | None:
+    """The config of a run directory, or of the run of an adapter folder; None for what is no run."""
+    place = Path(name)
+    run = place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
+    try:
+        config = read_json(run / PLAN)["config"]
+    except (OSError, ValueError, KeyError, TypeError):  # no run, or a damaged one
+        return None
+    return config if isinstance(config, dict) else None
+
+
 class RunDirectory:
     """A directory of one run. Files are written under a temporary name and renamed, so a reader never sees half of one."""
 
