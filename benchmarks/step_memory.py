@@ -154,7 +154,9 @@ def trainer_for(model: PreTrainedModel, settings: Settings, plan: Plan, rows: Se
     frozen = None
     if not settings.rank:
         adapter, frozen = None, copy.deepcopy(model) if settings.strategy == "dpo" else None
-    trainer = TRAINERS[settings.strategy].build_trainer(model, adapter, tokenizer, plan, EncodedRows.of(rows), EncodedRows.of([]), lambda _: {}, frozen=frozen)
+    trainer = TRAINERS[settings.strategy].build_trainer(
+        model, adapter, tokenizer, plan, EncodedRows.of(rows), EncodedRows.of([]), lambda _: {}, frozen=frozen
+    )
     trainer.remove_callback(ProbeFirst)
     return trainer
 
