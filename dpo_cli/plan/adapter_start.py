@@ -47,7 +47,7 @@ def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[s
     if why:
         then = "a fresh adapter is trained on the result" if config.lora_r else "every weight of the result is trained"
         note = f"the adapter of {label} is merged into its base model, and {then}, because {why}"
-        return values, [f"{note}; the reference is the merged model"]
+        return values, [note if STRATEGIES[config.strategy].gives_rewards else f"{note}; the reference is the merged model"]
     note = f"the training of the adapter of {label} (rank {shape['lora_r']}) continues: the config gives no other shape"
     return values, [note + ("; the reference is a frozen copy of it" if refers else "")]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from rapidfuzz import fuzz, utils
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.data.chat_template import ChatTemplate
 from dpo_cli.data.messages import Message, flat
@@ -58,18 +59,29 @@ class Reward:
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, day: date) -> None:
         run = reward_run(name)
-        self.of_run = RewardModel.of_run(run, device, dtype) if run is not None else None
-        if self.of_run is not None:
-            self.model = self.of_run.network
-            return
-        self.model, self.tokenizer = HuggingFace(ModelSource.of(name)).reward_model(device, dtype)
-        self.template = ChatTemplate.of(self.tokenizer, day)
+        self.rewards = RewardModel.of_run(run, device, dtype) if run else Classifier.named(name, device, dtype, day)
+        self.model = self.rewards.network
 
     def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
         """One forward pass per answer, so that no score depends on the other answers."""
-        if self.of_run is not None:
-            return self.of_run(question, [answer.text for answer in answers])
-        return [self._score(question, answer.text) for answer in answers]
+        return self.rewards(question, [answer.text for answer in answers])
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A sequence classifier with one label, which reads a conversation that ends with the answer."""
+
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: ChatTemplate | None
+
+    @classmethod
+    def named(cls, name: str, device: str, dtype: torch.dtype, day: date) -> Classifier:
+        model, tokenizer = HuggingFace(ModelSource.of(name)).reward_model(device, dtype)
+        return cls(model, tokenizer, ChatTemplate.of(tokenizer, day))
+
+    def __call__(self, question: Question, texts: Sequence[str]) -> list[float]:
+        return [self._score(question, text) for text in texts]
 
     def _score(self, question: Question, text: str) -> float:
         if self.template is None:
@@ -79,7 +91,7 @@ class Reward:
             tools = [dict(tool) for tool in question.tools] or None
             inputs = self.tokenizer(self.template.render(messages, tools), add_special_tokens=False, return_tensors="pt")
         with torch.no_grad():
-            return float(self.model(**inputs.to(self.model.device)).logits[0, 0])
+            return float(self.network(**inputs.to(self.network.device)).logits[0, 0])
 
 
 @dataclass(frozen=True)

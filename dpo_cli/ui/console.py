@@ -173,7 +173,7 @@ class Console:
         intervals = "95 % intervals" if evaluation.prompts >= FEW_PROMPTS else "too few for the intervals to hold"
         title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; {intervals}"
         self.table(title, rows, ("figure", "adapter", "base", "gain")[: 1 + len(sides)])
-        if start is not None:
+        if start is not None and evaluation.sides.base:
             self.line(f"base: the model with the adapter {start}, from which this training started")
         if missing := evaluation.unanswered:
             fix = "lower max_seq_length, so that prompts are cut, or evaluate with shorter prompts"
