@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dpo_cli.config import augment_rules
+from dpo_cli.config import augment_rules, compare_rules
 from dpo_cli.config.other_tools import as_here
 from dpo_cli.config.schema import Values, names_where, options, same
 from dpo_cli.errors import Problem
@@ -384,6 +384,7 @@ RULES: Sequence[Rule] = (
     output_is_no_input,
     unsloth_has_limits,
     *augment_rules.RULES,
+    *compare_rules.RULES,
     upload_has_a_place,
 )
 
