@@ -367,6 +367,13 @@ RULES = [
     Case("augment-too-long", "augment", '"max_seq_length": 256,\n  "augment": {}', 'raise "max_seq_length"', FIRST + 1),
     warning("no-effect", "augment", '"augment": {"rank": "shorter", "pattern": "yes"}', 'write "rank": "regex"'),
     warning("not-yet", "strategy", '"strategy": "rlhf"', '"strategy": "dpo"'),
+    Case("bad-value", "compare", '"compare": {"methods": []}', "What `dpo compare` trains"),
+    Case("bad-value", "compare", '"compare": {"methods": [{"strategy": "dpo"}]}', "What `dpo compare` trains"),
+    Case("bad-value", "compare", '"compare": {"methods": [{"name": "../dpo"}]}', "What `dpo compare` trains"),
+    Case("method-name", "compare", '"compare": {"methods": ["dpo", {"name": "DPO"}]}', "another name"),
+    Case("method-own-key", "compare", '"compare": {"methods": [{"name": "m", "eval_dataset": "d"}]}', '"eval_dataset" next to'),
+    Case("method-own-key", "compare", '"compare": {"methods": [{"name": "m", "stages": [{"seed": 1}]}]}', 'remove "seed"'),
+    Case("budget-missing", "compare", '"compare": {"budget": "seconds"}', 'add "budget_value": 600'),
 ]
 
 GUIDANCE = [

@@ -15,7 +15,7 @@ from dpo_cli.commands.held_out_scores import Scorer, votes_of
 from dpo_cli.commands.method_runs import Comparison, Progress, Training, write_json
 from dpo_cli.config.config import ConfigLike
 from dpo_cli.errors import Exit
-from dpo_cli.evaluation.pooling import Rows, pooled, rows_of, rows_of_base, tested
+from dpo_cli.evaluation.pooling import Rows, pair_tests, pooled, rows_of, rows_of_base
 from dpo_cli.hardware.machine import probe
 from dpo_cli.report.method_table import notes, sentence, tables
 from dpo_cli.report.render import write_methods
@@ -26,7 +26,7 @@ from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.ui.console import Console
 
 HELD_OUT, SCORES, RESULT, PAGE, LOCK = "held-out.json", "scores", "compare.json", "compare.html", "compare.lock"
-COMPARED = ("logp_accuracy", "win_rate", "vote_rate")  # the figures by which methods are tested against each other
+COMPARED = ("logp_accuracy", "normalized_logp_accuracy", "win_rate", "vote_rate")  # the figures by which methods are pair_tests against each other
 
 
 def compare(
@@ -80,7 +80,7 @@ def _result(
         prompts=len(set(first.prompts)) if first else 0,
         base=dict(pooled({"base": [rows_of_base(first)]})["base"]) if first else {},
         methods=[replace(row, figures=dict(figures[row.name])) for row in rows],
-        tests=[replace(test, sentence=sentence(test)) for test in tested(of_runs, COMPARED)],
+        tests=[replace(test, sentence=sentence(test)) for test in pair_tests(of_runs, COMPARED)],
         notes=(),
         report=str(asked.folder / PAGE),
     )

@@ -250,9 +250,12 @@ def _as_run(seed: int, runs: Sequence[RunDirectory], status: str, code: int, fau
 
 
 def _own_keys(method: Method, methods: Sequence[Method]) -> dict[str, object]:
-    """The keys of a method's config that are not the same in all methods; those of its stages with their number."""
-    texts = [{key: json_text(value) for key, value in other.values.items()} for other in methods]
-    own = {key: value for key, value in method.values.items() if any(other.get(key) != json_text(value) for other in texts)}
+    """The keys of a method's config that are not those of all methods: its own ones, and those of the file for its strategy."""
+    own = {
+        key: value
+        for key, value in method.values.items()
+        if key in method.own or any(key not in other.values for other in methods)
+    }
     stages = own.pop("stages", ())
     assert isinstance(stages, list | tuple)
     return own | {f"stage {number}: {key}": value for number, stage in enumerate(stages, 1) for key, value in stage.items()}

@@ -19,7 +19,7 @@ from dpo_cli.results.methods_compared import PairTest, ScoredRun
 from dpo_cli.strategies.figures import FIGURES, Columns
 from dpo_cli.strategies.row_kinds import PAIRS
 
-OF_PAIRS = ("logp_accuracy", "kl_token")  # which one model has of any pair, whatever it was trained by
+OF_PAIRS = ("logp_accuracy", "normalized_logp_accuracy", "kl_token")  # which one model has of any pair, whatever it was trained by
 Rows = tuple[Ratio, Sequence[str]]  # a figure of one run: its two sums, row by row, and the prompt of each row
 
 
@@ -35,7 +35,8 @@ def rows_of(run: ScoredRun) -> dict[str, Rows]:
 
 def rows_of_base(run: ScoredRun) -> dict[str, Rows]:
     """The same of the base alone."""
-    rows: dict[str, Rows] = {"logp_accuracy": (_of_pairs(run, run.reference)["logp_accuracy"], run.prompts)}
+    ratios = _of_pairs(run, run.reference)
+    rows: dict[str, Rows] = {name: (ratios[name], run.prompts) for name in OF_PAIRS if PAIRS in FIGURES[name].alone}
     return rows | ({"answer_tokens": _of_answers(run.base_answer_tokens)} if len(run.base_answer_tokens) else {})
 
 
@@ -124,7 +125,7 @@ def pooled(methods: Mapping[str, Sequence[Mapping[str, Rows]]]) -> dict[str, dic
     return figures
 
 
-def tested(methods: Mapping[str, Sequence[Mapping[str, Rows]]], compared: Sequence[str]) -> list[PairTest]:
+def pair_tests(methods: Mapping[str, Sequence[Mapping[str, Rows]]], compared: Sequence[str]) -> list[PairTest]:
     """Every two methods by each of the `compared` figures that both have, with p-values corrected for their number."""
     made = [
         over.test(figure, (one, other), sums[one], sums[other])

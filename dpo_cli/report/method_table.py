@@ -26,7 +26,8 @@ class Column:
 
 
 FIGURE_COLUMNS = {
-    "logp_accuracy": Column("accuracy", share, "log-prob accuracy"),
+    "logp_accuracy": Column("log-prob accuracy", share, "log-prob accuracy"),
+    "normalized_logp_accuracy": Column("by length", share, "log-prob accuracy by length"),
     "gain": Column("gain over the base", points),
     "kl_token": Column("KL/token", FIGURES["kl_token"].text),
     "kl_sequence": Column("KL/answer", FIGURES["kl_sequence"].text),

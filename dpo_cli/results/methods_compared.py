@@ -50,7 +50,7 @@ class MethodRow:
 
     name: str
     strategies: Sequence[str]  # of its stages
-    config: Mapping[str, object]  # the keys that not all methods have with the same value
+    config: Mapping[str, object]  # the keys that are not those of all methods
     max_steps: Sequence[int | None]  # of its stages, by the budget; None for a budget of epochs
     runs: Sequence[MethodRun]
     figures: Figures = field(default_factory=dict)
