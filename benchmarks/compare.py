@@ -57,8 +57,8 @@ class Figure:
     of_run: Callable[[Mapping[str, Any]], float | None] | None = None  # a value of each run, not a figure of the method
 
 
-def of_run(key: str) -> Callable[[Mapping[str, Any]], float | None]:
-    return lambda run: run[key]
+def of_run(key: str, unit: float = 1.0) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda run: None if run[key] is None else run[key] / unit
 
 
 FIGURES = (
@@ -75,7 +75,7 @@ FIGURES = (
     Figure("KL", "nats an answer", "kl_sequence"),
     Figure("tokens an answer", "tokens", "answer_tokens"),
     Figure("training", "seconds", "seconds", documented("fast", "medium", "slow"), of_run("seconds")),
-    Figure("trained on", "tokens", "tokens", None, of_run("tokens")),
+    Figure("trained on", "thousand tokens", "tokens", None, of_run("tokens", 1000.0)),
     Figure("peak memory", "GB", "peak_memory_gb", documented("low", "medium", "high"), of_run("peak_memory_gb")),
 )
 

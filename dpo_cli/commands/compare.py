@@ -26,7 +26,8 @@ from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.ui.console import Console
 
 HELD_OUT, SCORES, RESULT, PAGE, LOCK = "held-out.json", "scores", "compare.json", "compare.html", "compare.lock"
-COMPARED = ("logp_accuracy", "normalized_logp_accuracy", "win_rate", "vote_rate")  # the figures by which methods are pair_tests against each other
+# The figures by which methods are compared with each other.
+COMPARED = ("logp_accuracy", "normalized_logp_accuracy", "win_rate", "vote_rate")
 
 
 def compare(

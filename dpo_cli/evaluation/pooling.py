@@ -19,7 +19,7 @@ from dpo_cli.results.methods_compared import PairTest, ScoredRun
 from dpo_cli.strategies.figures import FIGURES, Columns
 from dpo_cli.strategies.row_kinds import PAIRS
 
-OF_PAIRS = ("logp_accuracy", "normalized_logp_accuracy", "kl_token")  # which one model has of any pair, whatever it was trained by
+OF_PAIRS = ("logp_accuracy", "normalized_logp_accuracy", "kl_token")  # the figures of pairs that every method has
 Rows = tuple[Ratio, Sequence[str]]  # a figure of one run: its two sums, row by row, and the prompt of each row
 
 
