@@ -255,6 +255,12 @@ def test_a_wrong_comparison_is_refused_before_it_starts(tmp_path: Path, text: st
     assert any(message in problem.message or message.lower() in problem.code for problem in raised.value.problems)
 
 
+def test_the_shipped_comparison_is_sound() -> None:
+    _, methods = load_methods(str(ROOT / "configs" / "compare.json"))
+    assert [method.name for method, _ in methods][:2] == ["sft", "dpo"]
+    assert not [p for _, stages in methods for one in stages for p in one.problems if p.severity != "hint"]
+
+
 def test_a_merged_stage_is_refused(tmp_path: Path) -> None:
     from dpo_cli.commands.method_runs import Comparison
 
