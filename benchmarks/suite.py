@@ -40,6 +40,7 @@ BENCHMARKS = {
     "exact": Benchmark("exact.py", 10),
     "concise": Benchmark("concise.py", 10),
     "two-stage": Benchmark("two_stage.py", 12),
+    "compare": Benchmark("compare.py", 35),
     "torture-trl": Benchmark("torture/plain_trl.py", 12),
     "torture": Benchmark("torture", 14),
     "learning-rates": Benchmark("learning_rates.py", 25),

@@ -1,14 +1,14 @@
-"""dpo: preference tuning of language models, from a terminal or from Python (`validate`, `recommend`, `train`, `evaluate`)."""
+"""dpo: preference tuning of language models, from a terminal or from Python (`validate`, `train`, `evaluate`, ...)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpo_cli.api import evaluate, recommend, train, validate
+    from dpo_cli.api import compare, evaluate, recommend, train, validate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "recommend", "train", "validate"]
+__all__ = ["__version__", "compare", "evaluate", "recommend", "train", "validate"]
 
 
 def __getattr__(name: str) -> object:

@@ -26,6 +26,7 @@ from dpo_cli.errors import Exit, UsageError
 from dpo_cli.hardware import recommend as recommendation
 from dpo_cli.hardware.machine import probe
 from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.methods_compared import MethodsCompared
 from dpo_cli.results.summary import RunSummary
 from dpo_cli.results.validation import Validation
 
@@ -58,13 +59,21 @@ def recommend(
 
 def train(config: Config, *, overwrite: bool = False, resume: bool = False, **values: object) -> TrainedRun:
     """Train an adapter; of a config with stages the last one is returned. `values` go over those of the config."""
-    given = _given(config)
-    if isinstance(given, Mapping) and "output_dir" not in {**given, **values}:
-        raise UsageError("values of a config name no output_dir", 'add one, for example output_dir="runs/mine"')
-    overrides = [f"{name}={json.dumps(value, default=os.fspath)}" for name, value in values.items()]
+    given, overrides = _placed(config, values), _overrides(values)
     with console_of(as_json=True) as console:
         result, code = train_stages.train_stages(given, overrides, console, overwrite=overwrite, resume=resume)
     return TrainedRun(Path(str(result["run_dir"])), RunSummary.of_json(result), code)
+
+
+def compare(config: Config, *, overwrite: bool = False, **values: object) -> MethodsCompared:
+    """Train the methods that `compare` in a config names with several seeds, and compare them on one held-out set.
+
+    Runs that have ended are not trained again, unless with `overwrite`. `values` go over those of the config.
+    """
+    with console_of(as_json=True) as console:
+        from dpo_cli.commands.compare import compare as compared
+
+        return compared(_placed(config, values), _overrides(values), console, overwrite=overwrite)[0]
 
 
 def evaluate(run: Name, *, dataset: Name | None = None, adapter: Name | None = None) -> Evaluation:
@@ -76,6 +85,18 @@ def evaluate(run: Name, *, dataset: Name | None = None, adapter: Name | None = N
 
         evaluation, _ = evaluated(Request(str(run), Path(adapter) if adapter else None, _text(dataset)), console)
     return evaluation
+
+
+def _placed(config: Config, values: Mapping[str, object]) -> ConfigLike:
+    """The config; values of one have no name to make an output_dir of."""
+    given = _given(config)
+    if isinstance(given, Mapping) and "output_dir" not in {**given, **values}:
+        raise UsageError("values of a config name no output_dir", 'add one, for example output_dir="runs/mine"')
+    return given
+
+
+def _overrides(values: Mapping[str, object]) -> list[str]:
+    return [f"{name}={json.dumps(value, default=os.fspath)}" for name, value in values.items()]
 
 
 def _given(config: Config) -> ConfigLike:

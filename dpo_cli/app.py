@@ -332,6 +332,26 @@ def augment(
             console.json(result)
 
 
+@app.command()
+def compare(
+    config: ConfigFile,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's, not a method's own.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train every method again.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train the methods of "compare" in CONFIG with several seeds, and compare them; the same call continues after a stop."""
+    with session(as_json, debug) as console:
+        from dpo_cli.commands.compare import compare as compare_methods
+
+        result, code = compare_methods(config, overrides or (), console, overwrite=overwrite)
+        if as_json:
+            console.json(to_json(result))
+        raise typer.Exit(int(code))
+
+
 @app.command("export")
 def export_run(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")],

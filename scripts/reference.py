@@ -60,6 +60,11 @@ class Config:
 # What only a command that loads the model can find.
 WHILE_RUNNING = {
     "stages-one-place": ("error", "two stages with one `output_dir`", "the second would replace the first"),
+    "method-merges": (
+        "error",
+        '`dpo compare` of a method whose second stage has `"reference": "base"`',
+        "the first stage would be merged into the base, and what is trained would not be an adapter of the base",
+    ),
     "bitsandbytes-missing": ("warning", '`"use_4bit": true`', "bitsandbytes is not installed; stops a training"),
     "tracker-missing": ("warning", '`"report_to": "wandb"`', "the package of a tracker is not installed; stops a training"),
     "wandb-login": ("warning", '`"report_to": "wandb"`', "wandb has no key, or one that cannot be; stops a training"),

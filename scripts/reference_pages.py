@@ -28,6 +28,7 @@ from dpo_cli.errors import Exit
 from dpo_cli.hardware.recommend import Recommendation
 from dpo_cli.results.intervals import Interval, Sides
 from dpo_cli.results.judgement import Evaluation
+from dpo_cli.results.methods_compared import MethodRow, MethodsCompared
 from dpo_cli.results.summary import RunSummary
 from dpo_cli.results.validation import Validation
 from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Figure
@@ -355,7 +356,7 @@ def _laid_out(value: Any, indent: str = "") -> str:
 
 
 API_POLICY = "These names follow the [version policy](../changelog.md)."
-RESULTS = (Validation, Recommendation, api.TrainedRun, RunSummary, Evaluation, Sides, Interval)
+RESULTS = (Validation, Recommendation, api.TrainedRun, RunSummary, Evaluation, MethodsCompared, MethodRow, Sides, Interval)
 
 
 def api_page() -> str:

@@ -384,6 +384,13 @@ RULES = [
         "max_seq_length",
         FIRST + 1,
     ),
+    Case("bad-value", "compare", '"compare": {"methods": []}', "What `dpo compare` trains"),
+    Case("bad-value", "compare", '"compare": {"methods": [{"strategy": "dpo"}]}', "What `dpo compare` trains"),
+    Case("bad-value", "compare", '"compare": {"methods": [{"name": "../dpo"}]}', "What `dpo compare` trains"),
+    Case("method-name", "compare", '"compare": {"methods": ["dpo", {"name": "DPO"}]}', "another name"),
+    Case("method-own-key", "compare", '"compare": {"methods": [{"name": "m", "eval_dataset": "d"}]}', '"eval_dataset" next to'),
+    Case("method-own-key", "compare", '"compare": {"methods": [{"name": "m", "stages": [{"seed": 1}]}]}', 'remove "seed"'),
+    Case("budget-missing", "compare", '"compare": {"budget": "seconds"}', 'add "budget_value": 600'),
 ]
 
 GUIDANCE = [

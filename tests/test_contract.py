@@ -117,7 +117,10 @@ def found(place: Path, dpo: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{run}/{path.name}", shape(value)
 
 
-ADDED = {"row_tokens", "reference_from_cache", "full_determinism", "reward_model"}  # keys of later versions
+ADDED = {  # keys of later versions
+    *("row_tokens", "reference_from_cache", "full_determinism", "compare", "longest_prompt", "reward_model"),
+    *("reward_functions", "rl_algorithm", "num_generations", "temperature", "num_iterations", "epsilon"),
+}
 ADDED_FILES = ("reference.json", "reference.safetensors")  # of a checkpoint
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from dpo_cli.commands.requests import Request
-from dpo_cli.evaluation.evaluation import answered, judge, measure
+from dpo_cli.evaluation.evaluation import Measured, answered, judge, measure
+from dpo_cli.evaluation.generation import Rank, Sample
 from dpo_cli.evaluation.rounding import without_rounding
 from dpo_cli.plan.adapter_start import start_of
+from dpo_cli.plan.plan import Plan
 from dpo_cli.preferences.rewards import SummedRewards
 from dpo_cli.preferences.side_by_side import contest_of
 from dpo_cli.report.render import write_report
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.tally import SideBySide
 from dpo_cli.runs.kept_evaluation import basis_of, is_whole, keep
-from dpo_cli.runs.open_run import OpenedRun, load_policy, open_adapter, open_run, require_answers
+from dpo_cli.runs.open_run import Opened, OpenedRun, load_policy, open_adapter, open_run, require_answers
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import PLAN
 from dpo_cli.ui.console import Console
@@ -32,15 +34,26 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
     contest = contest_of(vote.prompts, vote.by_judge, run, opened.plan, opened.rows) if run and vote else None
     basis = basis_of(run.read_json(PLAN)["config"]) if run else {}
     with log_to(run.log) if run else nullcontext():
-        policy, plan = load_policy(opened, console)
-        rank = SummedRewards.of(plan) if plan.strategy.generates else None
-        samples = answered(policy, opened.tokenizer, opened.rows, plan, vote.prompts if vote else 0)
-        measured = measure(policy, opened.rows, opened.tokenizer, plan, rank) if opened.rows else None
-        if measured is not None:
-            measured = without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)
+        rank = SummedRewards.of(opened.plan) if opened.plan.strategy.generates else None
+        plan, samples, measured = measured_on(opened, console, vote.prompts if vote else 0, rank)
         judged = judge(opened.rows, measured, samples, plan, rank)
     console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model))
     if run and request.is_as_trained and judged.sides is not None and not is_whole(run):
         keep(run, judged, basis)  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures
     return judged, contest.hold(samples, console) if contest else None
+
+
+def measured_on(
+    opened: Opened, console: Console, count: int = 0, rank: Rank | None = None
+) -> tuple[Plan, list[Sample], Measured | None]:
+    """What an evaluation computes with the model: answers, to `count` prompts or more, and the scores of the rows, if any.
+
+    `rank` scores sampled answers.
+    """
+    policy, plan = load_policy(opened, console)
+    samples = answered(policy, opened.tokenizer, opened.rows, plan, count)
+    if not opened.rows:
+        return plan, samples, None
+    measured = measure(policy, opened.rows, opened.tokenizer, plan, rank)
+    return plan, samples, without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)

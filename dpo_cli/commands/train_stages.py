@@ -39,9 +39,7 @@ def train_stages(
     ):  # the run directory that holds the plan, even if it was moved
         overrides = [f"output_dir={Path(config).absolute().parent}", *overrides]
     stages, machine = load_stages(config, overrides), probe()
-    for name in dict.fromkeys(name for loaded in stages for name in hub_ids(loaded.require().to_json())):
-        console.line(f"fetching the dataset {name}")
-        fetch(name)
+    fetch_data(stages, console)
     inspections, plans = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume, may_resume=resume)
     for name in dict.fromkeys(plan.model.foundation for plan in plans):
         require(name)
@@ -56,13 +54,20 @@ def train_stages(
         if loaded.stage:
             console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
         ready = loaded.on_foundation() if dry_run and not (resume and _has_its_start(loaded)) else loaded
-        inspection = inspections.popleft() or _inspected(ready, machine)  # removed here, since it holds the rows
+        inspection = inspections.popleft() or inspected(ready, machine)  # removed here, since it holds the rows
         result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume, next_run)
         del inspection
         results.append(result)
         if code is not Exit.DONE:
             break
     return ({**results[-1], "stages": results} if len(stages) > 1 else results[0]), code
+
+
+def fetch_data(configs: Sequence[Loaded], console: Console) -> None:
+    """Fetch the data sets that these configs name on a hub."""
+    for name in dict.fromkeys(name for loaded in configs for name in hub_ids(loaded.require().to_json())):
+        console.line(f"fetching the dataset {name}")
+        fetch(name)
 
 
 def _inspections(
@@ -73,7 +78,7 @@ def _inspections(
     inspections: deque[Inspection | None] = deque()
     for loaded in stages:
         is_first_to_run = loaded.foundation is None or (dry_run and not (may_resume and _has_its_start(loaded)))
-        inspection = _inspected(loaded.on_foundation(), machine)
+        inspection = inspected(loaded.on_foundation(), machine)
         inspections.append(inspection if is_first_to_run else None)
         _, plan = inspection.require()
         RunDirectory.check(plan.run_dir, may_exist)
@@ -91,6 +96,6 @@ def _has_its_start(loaded: Loaded) -> bool:
     return loaded.foundation is not None and RunDirectory(Path(str(loaded.values["model_name"]))).has(SUMMARY)
 
 
-def _inspected(loaded: Loaded, machine: Machine) -> Inspection:
+def inspected(loaded: Loaded, machine: Machine) -> Inspection:
     """What a training needs to know of a config; memory is checked later, with the real lengths."""
     return inspect(loaded, machine, with_fit=False).stricter(lambda problem: problem.stops_training)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_cli.config import advice, jsonc, other_tools, rules, stages
+from dpo_cli.config.methods import Method, methods_of
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
 from dpo_cli.config.schema_checks import PAIR_KEYS, missing, value_problems
@@ -111,6 +112,31 @@ def load(path: ConfigLike, overrides: Sequence[str] = ()) -> Loaded:
 def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]:
     """The configs in the file at `path`: one, or one per stage; overrides apply to each. A bad file raises nothing."""
     changes = _parse_overrides(overrides)
+    name, document, problems = _document(path)
+    if document is None:
+        return [Loaded(name, {}, {}, {}, problems)]
+    return _of_stages(name, document, changes)
+
+
+def load_methods(path: ConfigLike, overrides: Sequence[str] = ()) -> tuple[Loaded, list[tuple[Method, list[Loaded]]]]:
+    """The config at `path`, and the methods that it compares, each with its configs: one, or one per stage.
+
+    A method whose own keys are wrong has these problems. There are no methods if `compare` itself is wrong.
+    """
+    changes = _parse_overrides(overrides)
+    name, document, problems = _document(path)
+    if document is None:
+        return Loaded(name, {}, {}, {}, problems), []
+    whole = _of_stages(name, document, changes)[0]
+    if any(problem.severity == "error" and problem.key == "compare" for problem in whole.problems) or not document.complete:
+        return whole, []
+    methods = methods_of(_object(document), document, changes)
+    parts = [replace(document, value=method.values, positions=dict(method.positions)) for method in methods]
+    return whole, [(method, _of_stages(name, part, {})) for method, part in zip(methods, parts, strict=True)]
+
+
+def _document(path: ConfigLike) -> tuple[str, jsonc.Document | None, tuple[Problem, ...]]:
+    """The name of a config and its document, which is an object; None with the problems for what is not a config."""
     text: str | None
     problems: tuple[Problem, ...]
     if isinstance(path, Mapping):
@@ -118,19 +144,29 @@ def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]
     else:
         text, problems = _read_text(path)
     if text is None:
-        return [Loaded(path, {}, {}, {}, problems)]
+        return path, None, problems
     document = jsonc.parse(text, path)
     values, problems = document.value, document.problems
     if problems and (other := jsonc.other_format(text, path)) is not None:
-        return [Loaded(path, {}, {}, {}, (other,))]
+        return path, None, (other,)
     is_data = isinstance(values, dict) and problems and len(PAIR_KEYS & values.keys()) > 1
     if is_data or not isinstance(values, dict):
-        return [Loaded(path, {}, {}, {}, (problems if not is_data else ()) or (_not_an_object(path, values),))]
+        return path, None, (problems if not is_data else ()) or (_not_an_object(path, values),)
     if OF_A_MODEL & values.keys() and {"dataset", "model_name"}.isdisjoint(values):
         model = "MODEL_FOLDER" if path == "-" else str(Path(path).parent)
-        return [Loaded(path, {}, {}, {}, (_of_a_model(path, model),))]
+        return path, None, (_of_a_model(path, model),)
+    return path, document, ()
+
+
+def _object(document: jsonc.Document) -> dict[str, object]:
+    assert isinstance(document.value, dict)
+    return document.value
+
+
+def _of_stages(name: str, document: jsonc.Document, changes: Mapping[str, object]) -> list[Loaded]:
+    """The configs of a document, each with the one it starts from."""
     configs: list[Loaded] = []
-    for written in stages.written(path, values, document, changes):
+    for written in stages.written(name, _object(document), document, changes):
         checked = _checked(written, document)
         before, rewarded_by = (_valid(configs, place) for place in (written.starts_on, written.rewarded_by))
         configs.append(replace(checked, before=before, rewarded_by=rewarded_by))

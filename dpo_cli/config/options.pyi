@@ -19,6 +19,7 @@ class Config:
     device: Literal['auto', 'cpu', 'cuda', 'mps']
     num_processes: int
     stages: list[Any] | None
+    compare: dict[str, Any]
     num_train_epochs: float
     max_steps: int | None
     per_device_train_batch_size: int

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dpo_cli.config import augment_rules, reward_rules
+from dpo_cli.config import augment_rules, compare_rules, reward_rules
 from dpo_cli.config.other_tools import as_here
 from dpo_cli.config.schema import Values, names_where, options, same
 from dpo_cli.errors import Problem
@@ -401,6 +401,7 @@ RULES: Sequence[Rule] = (
     reward_model_has_limits,
     *augment_rules.RULES,
     *reward_rules.RULES,
+    *compare_rules.RULES,
     upload_has_a_place,
 )
 

@@ -36,7 +36,7 @@ class Written:
     @property
     def is_of_rewards(self) -> bool:
         """Whether it trains a reward model, from which no policy can start."""
-        strategy = STRATEGIES.get(_strategy(self, {}))
+        strategy = STRATEGIES.get(strategy_of(self.values, {}))
         return strategy is not None and strategy.gives_rewards
 
 
@@ -63,11 +63,13 @@ def written(path: str, values: Mapping[str, object], document: jsonc.Document, c
         return [whole]  # an invalid "stages" is reported by the schema
     if "strategy" in changes:
         raise UsageError("a strategy on the command line would apply to every stage", "write the strategy into each stage")
-    kinds = {_strategy(whole, own) for own in named}
+    kinds = {strategy_of(whole.values, own) for own in named}
     configs: list[Written] = []
     for own in named:
         foreign = {
-            key for key in changes if not _belongs(key, _strategy(whole, own)) and any(_belongs(key, kind) for kind in kinds)
+            key
+            for key in changes
+            if not belongs(key, strategy_of(whole.values, own)) and any(belongs(key, kind) for kind in kinds)
         }
         for_stage = replace(whole, changes={key: value for key, value in changes.items() if key not in foreign})
         configs.append(_stage(for_stage, document, own, configs))
@@ -90,13 +92,13 @@ def _names_rewards(values: Mapping[str, object], whole: Written) -> bool:
     return any(values.get(name) or name in whole.damaged for name in REWARDING)
 
 
-def _strategy(whole: Written, own: Mapping[str, object]) -> str:
-    """The strategy of a stage, as it is read."""
-    strategy = str(own.get("strategy", whole.values.get("strategy", defaults()["strategy"])))
+def strategy_of(values: Mapping[str, object], own: Mapping[str, object]) -> str:
+    """The strategy of a stage with its own values in a file with `values`, as it is read."""
+    strategy = str(own.get("strategy", values.get("strategy", defaults()["strategy"])))
     return "sft" if strategy == "qlora" else strategy
 
 
-def _belongs(key: str, strategy: str) -> bool:
+def belongs(key: str, strategy: str) -> bool:
     """Whether a key has an effect with a strategy; an unknown key is reported by the schema."""
     return key not in options() or strategy in options()[key].strategies or strategy not in STRATEGIES
 
@@ -121,7 +123,9 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
     start = _last(earlier, is_of_rewards=False)
     before = earlier[start] if start is not None else None
     strategy = str(own.get("strategy", whole.values.get("strategy", defaults()["strategy"])))
-    shared = {key: value for key, value in whole.values.items() if key != "stages" and _belongs(key, _strategy(whole, own))}
+    shared = {
+        key: value for key, value in whole.values.items() if key != "stages" and belongs(key, strategy_of(whole.values, own))
+    }
     values = {**shared, **own}
     folder = changes.get("output_dir") or shared.get("output_dir")
     root = Path(str(folder)) if folder else Path("runs") / (Path(path).stem if path != "-" else "stdin")
@@ -133,7 +137,7 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
         values["model_name"] = before.values["output_dir"]
     elif earlier and "model_name" not in own and "model_name" in earlier[0].values:
         values["model_name"] = earlier[0].values["model_name"]
-    method, rewarded_by = STRATEGIES.get(_strategy(whole, own)), None
+    method, rewarded_by = STRATEGIES.get(strategy_of(whole.values, own)), None
     if method is not None and method.rewarded_by is not None and not _names_rewards({**values, **changes}, whole):
         rewarded_by = _last(earlier, is_of_rewards=True)
     if rewarded_by is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,16 +42,20 @@ class Intervals:
         self._kept = list(self._draw()) if self.count * RESAMPLES <= KEPT else None
 
     def _draw(self) -> Iterator[Array]:
-        """How often each prompt is in a resample: (`AT_ONCE`, prompts), for all resamples and the same each time."""
+        """The same weights each time."""
         draws, count = np.random.default_rng(self.seed), self.count
         for _ in range(RESAMPLES // AT_ONCE):
             drawn = [np.bincount(draws.integers(count, size=count), minlength=count) for _ in range(AT_ONCE)]
             yield np.stack(drawn).astype(np.float64)
 
+    def resamples(self) -> Iterable[Array]:
+        """How often each prompt is in a resample: (`AT_ONCE`, prompts), for all resamples."""
+        return self._kept or self._draw()
+
     def of(self, ratio: Ratio) -> Interval:
         above, below = (self._by_prompt(side) for side in ratio)
         has_bins = above.ndim == 2
-        ratios = [_whole(weights @ above, has_bins) / (weights @ below) for weights in self._kept or self._draw()]
+        ratios = [_whole(weights @ above, has_bins) / (weights @ below) for weights in self.resamples()]
         low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
         return Interval(value_of((above, below)), float(low), float(high))
 

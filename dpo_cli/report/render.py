@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -14,10 +14,13 @@ from markupsafe import Markup
 
 import dpo_cli
 from dpo_cli.errors import UsageError
-from dpo_cli.report import comparison, curves, views
+from dpo_cli.report import comparison, curves, method_table, views
 from dpo_cli.report.run_data import Contents
+from dpo_cli.results.judgement import Answers
+from dpo_cli.results.methods_compared import MethodsCompared
+from dpo_cli.storage.atomic import write_whole
 from dpo_cli.storage.redaction import redact
-from dpo_cli.storage.run_directory import REPORT, RunDirectory
+from dpo_cli.storage.run_directory import MANIFEST, PLAN, REPORT, RunDirectory
 from dpo_cli.strategies.figures import FIGURES
 
 PAGES = Path(__file__).parent / "pages"
@@ -40,6 +43,16 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
     except OSError as error:  # the folder does not exist or is not writable: the user can fix it
         raise UsageError(f"cannot write {out}: {error.strerror}", "name a file in a folder that exists") from error
     return out
+
+
+def write_methods(result: MethodsCompared, samples: Mapping[str, Sequence[Answers]], out: Path) -> None:
+    """Write the page about the methods of `dpo compare`, with their runs as on the page about several runs."""
+    runs = [Path(run.run_dir) for method in result.methods for run in method.runs]
+    there = [Contents.read(path) for path in runs if all((path / name).is_file() for name in (PLAN, MANIFEST))]
+    content = comparison.compared(there)
+    shown = method_table.answers(samples)
+    page = _page("methods.html.j2", **content, result=result, tables=method_table.tables(result), samples=shown)
+    write_whole(out, lambda part: part.write_text(redact(page), encoding="utf-8"))
 
 
 def report(run: Contents) -> str:

@@ -29,14 +29,14 @@ SEAL = "seal"
 def keep(run: RunDirectory, evaluation: Evaluation, basis: JsonObject) -> None:
     """Write evaluation.json, with its seal; `basis` is from before the model was loaded."""
     document: JsonObject = json.loads(json_text(redacted(to_json(evaluation))))
-    run.write_json(EVALUATION, {**document, SEAL: f"{_of_inputs(run, basis)}-{_digest(document)}"})
+    run.write_json(EVALUATION, {**document, SEAL: f"{_of_inputs(run, basis)}-{digest_of(document)}"})
 
 
 def kept(run: RunDirectory) -> Evaluation | None:
     """The evaluation of a finished run, if the file is whole and nothing has changed since; else None."""
     try:
         document, config = run.read_json(EVALUATION), run.read_json(PLAN)["config"]
-        if document.pop(SEAL) != f"{_of_inputs(run, basis_of(config))}-{_digest(document)}":
+        if document.pop(SEAL) != f"{_of_inputs(run, basis_of(config))}-{digest_of(document)}":
             return None
         return Evaluation.of_json(document, STRATEGIES[config["strategy"]].rows.noun)
     except (AttributeError, KeyError, OSError, TypeError, ValueError):  # damaged, older, or without its data: computed again
@@ -51,15 +51,15 @@ def is_whole(run: RunDirectory) -> bool:
         Evaluation.of_json(document, STRATEGIES[config["strategy"]].rows.noun)
     except (AttributeError, KeyError, OSError, TypeError, ValueError):
         return False
-    return seal == "-" or str(seal).endswith(f"-{_digest(document)}")
+    return seal == "-" or str(seal).endswith(f"-{digest_of(document)}")
 
 
 def _of_inputs(run: RunDirectory, basis: JsonObject) -> str:
     trained = [run.read_json(SUMMARY)["adapter_sha256"], sha256_of_settings(run.trained)]
-    return _digest({"plan": sha256(run.path / PLAN), "trained": trained, **basis})
+    return digest_of({"plan": sha256(run.path / PLAN), "trained": trained, **basis})
 
 
-def _digest(value: JsonObject) -> str:
+def digest_of(value: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

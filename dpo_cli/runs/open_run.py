@@ -109,6 +109,13 @@ def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Seq
     return opened
 
 
+def open_trained(config: str, run: RunDirectory, console: Console) -> Opened:
+    """Open what a finished run trained, by any strategy, on the model of a config and with the held-out rows of that config."""
+    _require_same_below(run)
+    whole = [f"lora_r={run.read_json(PLAN)['config']['lora_r']}"]  # 0: every weight was trained
+    return _opened(config, whole, run.trained, None, console)
+
+
 def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | None, console: Console) -> Opened:
     changes = [*overrides, "provider=huggingface"]  # the adapter of any provider is a PEFT adapter, and needs no other provider
     if dataset:

@@ -117,8 +117,13 @@ def _begin(work: Callable[[Any], Any], parent: int) -> None:
     os.environ["RAYON_NUM_THREADS"] = os.environ["FASTOKENS_BPE_THREADS"] = "1"  # there is a process for each core
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    end_with(parent)
     _WORK["work"] = work
+
+
+def end_with(parent: int) -> None:
+    """This process ends as soon as its parent has ended."""
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:
@@ -211,7 +216,7 @@ class Apart(Generic[Item]):
 def answer(parent: int) -> None:
     """In the other process: see items and answer, until the parent ends. An error is the answer to the next question."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    end_with(parent)
     taken, given = sys.stdin.buffer, sys.stdout.buffer
     inner: Any = None
     failed: Exception | None = None

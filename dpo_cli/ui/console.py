@@ -104,13 +104,13 @@ class Console:
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Rows of text; the columns after the first are right-aligned if there is a header.
 
-        In a terminal that is too narrow, intervals are below their values: one broken over lines is hard to read.
+        Where there is too little room, intervals are below their values: one broken over lines is hard to read.
         """
         cells = [[redact(cell) for cell in row] for row in rows]
         names, *columns = zip(*cells, strict=True)
         word = max((len(word) for name in names for word in name.split()), default=0)
         needed = word + sum(max(map(len, column)) + BORDER for column in columns) + 2 * BORDER
-        is_narrow = self.out.is_terminal and needed > self.out.width
+        is_narrow = needed > self.out.width
         if is_narrow:
             cells = [[cell.replace(" [", "\n[") for cell in row] for row in cells]
         self.out.print(_table(title, cells, header, box.ROUNDED if self.out.is_terminal and not is_narrow else None))
