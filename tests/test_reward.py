@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from trl import RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from dpo_cli.config.config import load_stages
+from dpo_cli.config.config import load, load_stages
 from dpo_cli.data.encoded import Encoded, EncodedRows
 from dpo_cli.data.rows import Question, to_pair
 from dpo_cli.data.tokens import encode
@@ -425,6 +425,8 @@ def test_rlhf_without_a_reward_model_is_two_stages(tmp_path: Path) -> None:
         assert rlhf["loaded"].before is None and rlhf["loaded"].rewarded_by.values["strategy"] == "reward"
         problems = [problem for stage in (reward, rlhf) for problem in stage["loaded"].problems]
         assert {problem.code for problem in problems if problem.severity == "error"} == set()
+    stages_of(tmp_path, strategy="rlhf")
+    assert load(str(tmp_path / "my.json")).values["strategy"] == "rlhf"  # what `dpo augment` reads is that of the policy
     named = stages_of(tmp_path, strategy="rlhf", reward_model="owner/reward")
     assert [stage["reward_model"] for stage in named] == ["owner/reward"]
     assert len(stages_of(tmp_path, "reward_model=owner/reward", strategy="rlhf")) == 1
