@@ -171,7 +171,7 @@ def options_page() -> str:
 def _option(option: Option) -> str:
     """A section: the meaning, then what the value may be and where it comes from."""
     free = [strategy for strategy in option.strategies if option.may_change(strategy)]
-    everywhere = free == option.strategies
+    where = "" if free == option.strategies else f" ({', '.join(free)})"
     facts = {
         "Value": option.type_words,
         "Default": option.default_words,
@@ -179,7 +179,7 @@ def _option(option: Option) -> str:
         "Source": option.source,
         "Names in other tools": ", ".join(f"`{name}`" for name in option.known_as),
         "Status": option.not_yet_words,
-        "Resume": f"`dpo train --resume` accepts another value{'' if everywhere else f' ({", ".join(free)})'}" if free else "",
+        "Resume": f"`dpo train --resume` accepts another value{where}" if free else "",
     }
     listed = "\n".join(f"- {name}: {words}" for name, words in facts.items() if words)
     section = f"### `{option.name}` {{ #{option.name} }}\n\n{option.description}\n\n{listed}"

@@ -137,7 +137,7 @@ def _known(file: Path, digest: str) -> ScoredRun | None:
 
 
 def _as_scored(opened: Opened, samples: Sequence[Sample], measured: Measured, wins: list[float], digest: str) -> ScoredRun:
-    scores, shown = measured.scores, [sample for sample in samples if not sample.is_missing]
+    scores, shown = measured.log_probs, [sample for sample in samples if not sample.is_missing]
     keys = [row.row.prompt_key.encode("utf-8", "surrogatepass") for row in opened.rows]
     return ScoredRun(
         digest=digest,

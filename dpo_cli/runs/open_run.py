@@ -111,7 +111,7 @@ def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Seq
 
 def open_trained(config: str, run: RunDirectory, console: Console) -> Opened:
     """Open what a finished run trained, by any strategy, on the model of a config and with the held-out rows of that config."""
-    _require_same_below(run)
+    require_same_below(run)
     whole = [f"lora_r={run.read_json(PLAN)['config']['lora_r']}"]  # 0: every weight was trained
     return _opened(config, whole, run.trained, None, console)
 
