@@ -217,7 +217,7 @@ def resume(setting: Setting) -> None:
         raise CannotRun("it forks runs, and CUDA has started in this process")
     bench = bench_of(setting)
     common = {"device": setting.device, "lora_dropout": 0.3, "save_steps": 2, "max_steps": 24, "learning_rate": 1e-3}
-    in_fp16 = {"fp16": True, "full_determinism": True, "max_steps": 8 if setting.is_small else 24}  # a CPU is slow in fp16
+    in_fp16 = {"fp16": True, "full_determinism": True, "max_steps": 6 if setting.is_small else 24}  # a CPU is slow in fp16
     cases = {
         "bf16, full_determinism": {"bf16": True, "full_determinism": True},
         "bf16": {"bf16": True},
