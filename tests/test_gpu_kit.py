@@ -10,6 +10,7 @@ import ast
 import base64
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,17 +29,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from conftest import ROOT
 from test_imports import LIGHT, PACKAGE
+from test_liger_kernels import needs_package
+from test_liger_kernels import whole_interpreter as whole_interpreter
+from transformers.models.llama import modeling_llama
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(1, str(ROOT / "benchmarks" / "torture"))
 from gpu import bill, kit, right, runner, sampling, speed, trainings
+from gpu.peer import PEERS
 from gpu.runner import MEASURED, NOT_RUN, RIGHT, WRONG, Check, Setting
 
 from dpo_cli.hardware import memory
+from dpo_cli.providers import liger_kernels
 from dpo_cli.scoring import forward, lm_head, lora_linear, oom, row_attention, shared_prompts
 from dpo_cli.training.dpo_trainer import PairTrainer
 from dpo_cli.training.trainer import CarefulTrainer
@@ -45,14 +53,15 @@ from dpo_cli.training.trainer import CarefulTrainer
 PARTS = (right.PART, bill.PART, speed.PART, sampling.PART)
 CHECKS = {check.name: check for part in PARTS for check in part.checks}
 # Lines that only a GPU can have, by check and case.
-ONLY_ON_A_GPU = {("right/liger", ""), ("right/half", "fp16")}
+ONLY_ON_A_GPU = {("right/liger", "")}
 NEED_TRL = {("right/trl", "")}  # a CPU needs .venv-trl, which `make speed` makes
+NEED_PEERS = {(check.name, peer) for check in speed.PART.checks for peer in PEERS}  # .venv-flash-pref and .venv-unsloth
 
 
 @pytest.mark.long
 def test_the_rehearsal(tmp_path: Path) -> None:
-    """Every check of every part runs on tiny shapes, and finds everything right."""
-    command = [sys.executable, "benchmarks/gpu", "--device", "cpu"]
+    """Every check of every part runs on tiny shapes, and finds everything right; with time for a busy machine."""
+    command = [sys.executable, "benchmarks/gpu", "--device", "cpu", "--minutes", "20"]
     environment = {**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     lines = runner.lines_of(tmp_path / "results.jsonl")
@@ -60,7 +69,7 @@ def test_the_rehearsal(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line["check"] for line in lines} == CHECKS.keys()
     not_run = {(line["check"], line["case"]) for line in lines if line["verdict"] == NOT_RUN}
-    assert ONLY_ON_A_GPU <= not_run <= ONLY_ON_A_GPU | NEED_TRL
+    assert ONLY_ON_A_GPU <= not_run <= ONLY_ON_A_GPU | NEED_TRL | NEED_PEERS
     assert {line["verdict"] for line in lines if line["check"].startswith("right/")} == {RIGHT, NOT_RUN}
     assert {path.name for path in tmp_path.iterdir()} == {"results.jsonl", *(f"{part.baseline}.json" for part in PARTS)}
     assert str(Path.home()) not in (tmp_path / "results.jsonl").read_text(encoding="utf-8")
@@ -303,6 +312,90 @@ def no_number_from_attention(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(row_attention, "_together", lambda *given: together(*given) * math.nan)
 
 
+def four_bits_come_back_larger(patch: pytest.MonkeyPatch) -> None:
+    """A fused layer of 4 bits multiplies with a weight that is a fiftieth too large."""
+    add = lora_linear._add_product
+
+    def larger(total: torch.Tensor, left: torch.Tensor, weight: torch.Tensor, base: Any, transposed: bool) -> None:
+        add(total, left if type(base) is torch.nn.Linear else 1.02 * left, weight, base, transposed)
+
+    patch.setattr(lora_linear, "_add_product", larger)
+    patch.setattr(lora_linear, "_agrees", lambda module: True)
+
+
+def four_bits_run_apart(patch: pytest.MonkeyPatch) -> None:
+    """No layer of 4 bits runs as one function: the comparison of both ways has refused them."""
+    agrees = lora_linear._agrees
+    patch.setattr(lora_linear, "_agrees", lambda module: type(module.base_layer) is torch.nn.Linear and agrees(module))
+
+
+def another_kernel_without_adapter(patch: pytest.MonkeyPatch) -> None:
+    """A layer of 4 bits whose adapter is off sums in float32 what is else rounded once: as another kernel, by an order."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    def alone(x: torch.Tensor, base: Any) -> torch.Tensor:
+        whole = dequantize_4bit(base.weight, base.weight.quant_state)
+        half = x.shape[1] // 2
+        return x[:, :half] @ whole[:, :half].T + x[:, half:] @ whole[:, half:].T
+
+    patch.setattr(lora_linear, "_alone", alone)
+
+
+def gradients_stay_scaled(patch: pytest.MonkeyPatch) -> None:
+    """The gradients of fp16 are clipped before the scale is taken out of them."""
+    patch.setattr(accelerate.Accelerator, "unscale_gradients", lambda self, optimizer=None: None)
+
+
+def fp16_loses_the_loss(patch: pytest.MonkeyPatch) -> None:
+    """A training in fp16 has a loss of its own."""
+    step = PairTrainer.compute_loss
+    patch.setattr(PairTrainer, "compute_loss", lambda self, *a, **k: step(self, *a, **k) * (1.1 if self.args.fp16 else 1.0))
+
+
+def scaler_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """The gradient scaler of a resumed run starts again."""
+    patch.setattr(CarefulTrainer, "_load_scaler", lambda self, checkpoint: None)
+
+
+def scaler_is_not_kept(patch: pytest.MonkeyPatch) -> None:
+    """A checkpoint has the scale of before the first step."""
+    from dpo_cli.training import trainer
+
+    def first(self: Any, place: str) -> None:
+        trainer.save_state(Path(place) / trainer.SCALER, torch.amp.GradScaler("cpu").state_dict())
+
+    patch.setattr(CarefulTrainer, "_save_scaler", first)
+
+
+def evaluation_of_the_base(patch: pytest.MonkeyPatch) -> None:
+    """A run that is opened again has a fresh adapter."""
+    from dpo_cli.commands import eval as evaluation
+
+    load = evaluation.load_policy
+
+    def fresh(*args: Any) -> Any:
+        policy, plan = load(*args)
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.data.zero_()
+        return policy, plan
+
+    patch.setattr(evaluation, "load_policy", fresh)
+
+
+def a_card_that_is_too_small(patch: pytest.MonkeyPatch) -> None:
+    """The first row of the recommended config is out of memory, as where the bill has forgotten something."""
+    step, faults = CarefulTrainer.run_row, iter([True])
+
+    def run_row(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step(self, *args, **kwargs)
+        if next(faults, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    patch.setattr(CarefulTrainer, "run_row", run_row)
+
+
 FAULTS: tuple[tuple[str, Callable[[pytest.MonkeyPatch], None]], ...] = (
     ("right/head", wrong_head_gradient),
     ("right/head", last_chunk_lost),
@@ -324,9 +417,16 @@ FAULTS: tuple[tuple[str, Callable[[pytest.MonkeyPatch], None]], ...] = (
     ("right/oom", rows_stay_as_large),
     ("right/probe", no_probe),
     ("right/probe", probe_of_the_shortest),
+    ("right/layers", four_bits_come_back_larger),
+    ("right/layers", four_bits_run_apart),
+    ("right/layers", another_kernel_without_adapter),
+    ("right/half", fp16_loses_the_loss),
+    ("right/half", gradients_stay_scaled),
     ("right/optimizers", other_optimizer),
     ("right/afterwards", merge_that_is_wrong),
+    ("right/afterwards", evaluation_of_the_base),
     ("bill/1B", bill_without_activations),
+    ("bill/card-8", a_card_that_is_too_small),
     ("sampling/8B", other_answers),
 )
 
@@ -343,7 +443,7 @@ def test_a_fault_is_found(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("fault", ["random_state_is_lost", "moments_are_lost"])
+@pytest.mark.parametrize("fault", ["random_state_is_lost", "moments_are_lost", "scaler_is_lost", "scaler_is_not_kept"])
 def test_a_fault_of_a_resumed_run_is_found(fault: str, tmp_path: Path) -> None:
     """In a process of its own, as the check forks: autograd does not work in a child of a process that has gone backward."""
     code = f"""
@@ -362,6 +462,126 @@ if __name__ == "__main__":
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert WRONG in {line["verdict"] for line in runner.lines_of(tmp_path / "results")}
+
+
+@pytest.fixture
+def interpreted(whole_interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """liger-kernel's kernels in Triton's interpreter, which is slow; the rope of all later models is again as before."""
+    monkeypatch.setattr(liger_kernels, "TOKENS_OF_HEADS", 512)
+    monkeypatch.setattr(modeling_llama, liger_kernels.ROPE, getattr(modeling_llama, liger_kernels.ROPE))
+
+
+def no_kernel_is_used(patch: pytest.MonkeyPatch) -> None:
+    """The comparison of both ways has refused all of them."""
+    patch.setattr(liger_kernels, "_agrees", lambda *_: False)
+
+
+def norms_are_larger(patch: pytest.MonkeyPatch) -> None:
+    """The kernel of a norm divides by a hundredth less, and the comparison has not seen it."""
+    import liger_kernel.ops.rms_norm as rms_norm
+    import triton.language as tl
+
+    patch.setattr(rms_norm, "rsqrt", lambda x: 1.01 / tl.sqrt(x))
+    patch.setattr(liger_kernels, "_agrees", lambda *_: True)
+
+
+def rope_turns_back(patch: pytest.MonkeyPatch) -> None:
+    """The kernel of the rotation gets the other sign of the sine."""
+    rotated = liger_kernels._by_device
+    patch.setattr(
+        liger_kernels,
+        "_by_device",
+        lambda device, fast, plain: rotated(device, lambda q, k, cos, sin, *a, **kw: fast(q, k, cos, -sin, *a, **kw), plain),
+    )
+
+
+@needs_package
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("fault", [None, no_kernel_is_used, norms_are_larger, rope_turns_back])
+def test_a_fault_of_liger_kernel_is_found(
+    fault: Callable[[pytest.MonkeyPatch], None] | None,
+    verdicts: Callable[[str], set[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if fault is not None:
+        fault(monkeypatch)
+    assert verdicts("right/liger") == {RIGHT if fault is None else WRONG}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> speed.Bench:
+    """Of the rehearsal."""
+    return speed.Bench(Setting("speed/1B", "cpu", time.monotonic() + 60, tmp_path, tmp_path / "results.jsonl"), "1B", None)
+
+
+def reasons(bench: speed.Bench) -> list[str]:
+    """Why peers were not run."""
+    lines = runner.lines_of(bench.setting.results)
+    return [line["why"] for line in lines if line["case"] == "Unsloth" and line["verdict"] == NOT_RUN]
+
+
+def peer_that(answers: str, bench: speed.Bench, patch: pytest.MonkeyPatch) -> speed.Peer:
+    """A peer whose program does this instead, after which it waits."""
+    place = bench.setting.place
+    program = f"import json, sys, time\ndef say(**words): print(json.dumps(words), flush=True)\n{answers}\ntime.sleep(60)\n"
+    (place / "peer.py").write_text(program, encoding="utf-8")
+    patch.setattr(speed, "__file__", str(place / "speed.py"))
+    return speed.Peer(bench, "Unsloth", place / "job.json")
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ("say(error='ImportError: no such package')", "ImportError: no such package"),
+        ("sys.exit('no GPU is here')", "ended with 1: no GPU is here"),
+        ("say(versions=''); input(); sys.exit('out of memory')", "ended with 1: out of memory"),
+        ("say(versions=''); sys.stdin.close(); sys.exit('at once')", "ended with 1: at once"),
+        ("say(versions=''); input(); say(seconds=[1, 1], loss=0.5)", "its first loss is 0.500"),
+        ("say(versions=''); input(); say(seconds=[1, 1], loss=float('nan'))", "its first loss is nan"),
+        ("pass", "no answer in"),
+    ],
+)
+def test_a_peer_that_fails_is_a_line(answers: str, why: str, bench: speed.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.setting.deadline = time.monotonic() + (2 if why.startswith("no answer") else 60)
+    peer = peer_that(answers, bench, monkeypatch)
+    assert not peer.is_ready() and peer.process.poll() is not None
+    (reason,) = reasons(bench)
+    assert reason.startswith(why)
+
+
+def test_a_peer_that_fails_between_its_turns_costs_only_itself(bench: speed.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = peer_that(
+        "say(versions='Unsloth 1'); input(); say(seconds=[1, 1], loss=0.6931); input(); sys.exit('gone')", bench, monkeypatch
+    )
+    assert peer.is_ready()
+    speed._rounds(bench.setting, bench, {"dpo": bench.dpo, "TRL": bench.dpo}, [peer], 1e12)
+    assert reasons(bench) == ["ended with 1: gone"]
+    (line,) = [line for line in runner.lines_of(bench.setting.results) if line["verdict"] == MEASURED]
+    assert line["figures"]["faster"] > 0 and "Unsloth" not in line["figures"]
+
+
+def test_a_peer_whose_package_is_missing_says_so(bench: speed.Bench) -> None:
+    if importlib.util.find_spec("unsloth") or (ROOT / ".venv-unsloth").exists():
+        pytest.skip("it is there")
+    (peer,) = [peer for peer in speed.peers_of(bench, None) if peer.name == "Unsloth" or peer.stop()]
+    assert not peer.is_ready()
+    assert reasons(bench) == ["ModuleNotFoundError: No module named 'unsloth'"]
+
+
+def test_rates_by_hand(tmp_path: Path) -> None:
+    """1,000 tokens in 2 s at best are 500 a second; TRL takes 5 s; the floors are 0.5 s and 0.25 s."""
+    results = tmp_path / "results.jsonl"
+    pairs = types.SimpleNamespace(
+        tokens=1000, pairs=[1, 2], floor_seconds=lambda with_reference, rate: 5e11 / rate / 2 ** (not with_reference)
+    )
+    seconds = {"dpo": [2.5, 2.0], "TRL": [5.0, 5.5], "dpo, cached": [1.5, 1.0], "Unsloth": [4.0], "flash-pref": []}
+    speed.report(Setting("speed/1B", "cpu", 0.0, tmp_path, results), pairs, seconds, 1e12, ["TRL 1", "Unsloth 2"])  # type: ignore[arg-type]
+    (line,) = runner.lines_of(results)
+    assert line["case"] == "round 2: 2 pairs of 500 tokens" and line["why"] == "TRL 1; Unsloth 2"
+    assert line["figures"] == {
+        "dpo": 500, "TRL": 200, "dpo, cached": 1000, "Unsloth": 250, "faster": 2.5, "of the floor": 0.25,
+        "cached, of the floor": 0.25, "rate": 1,
+    }  # fmt: skip
 
 
 def ended(check: Callable[[Setting], None], place: Path, seconds: float = 30) -> list[tuple[str, str]]:

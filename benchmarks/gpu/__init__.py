@@ -9,7 +9,8 @@
     right.py      scoring on the device: head, shared prompts, attention, adapted layers
     trainings.py  the rest of the part `right`: whole trainings, against TRL, killed, out of memory
     bill.py       the memory bill against measured peaks, and cards imitated by a memory limit
-    speed.py      tokens a second against TRL's trainer, the share of the floor, and the time by kernel
+    speed.py      tokens a second against the peers' trainers, the share of the floor, and the time by kernel
+    peer.py       the trainers of flash-pref and Unsloth, each in a process of its own
     sampling.py   tokens a second of answers
     kit.py        the wheels that the machine lacks; packages.txt: what it has
 

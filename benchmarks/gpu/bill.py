@@ -40,6 +40,8 @@ MODELS = {
 }
 TINY = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 4096}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+SHAPE = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+SHAPE += ("vocab_size", "tie_word_embeddings")
 SHORTER, REHEARSED = 8, 6  # times, of the lengths of a rehearsal; and its rows
 CARDS_GB = (8, 12, 16, 24)
 RESPONSE_SHARE = 0.25  # of a sequence
@@ -73,9 +75,7 @@ def facts_of(setting: Setting, model: str) -> ModelFacts:
 
 def config_of(facts: ModelFacts) -> LlamaConfig:
     """A Llama of this shape, for models of other families too."""
-    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    shape = {name: getattr(facts, name) for name in names}
-    return LlamaConfig(**shape, vocab_size=facts.vocab_size, tie_word_embeddings=facts.tie_word_embeddings)
+    return LlamaConfig(**{name: getattr(facts, name) for name in SHAPE})
 
 
 def model_of(facts: ModelFacts, settings: Settings, device: str) -> PreTrainedModel:
@@ -169,6 +169,9 @@ def card(setting: Setting, vram: int) -> None:
         total = torch.cuda.mem_get_info()[1]
         allowed = vram * GIB - context_bytes()
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+        if (why := _without_limit(int(allowed))) is not None:
+            setting.says(case, WRONG, {}, why)
+            return
         torch.cuda.reset_peak_memory_stats()
     trainer = trainer_for(model, settings, plan, random_rows(facts.vocab_size, settings, settings.length - response, response))
     trainer._tell = notices.append
@@ -182,6 +185,15 @@ def card(setting: Setting, vram: int) -> None:
     figures |= {"measured": torch.cuda.max_memory_allocated() / GIB, "reserved": torch.cuda.max_memory_reserved() / GIB}
     figures["context"] = context_bytes() / GIB
     setting.says(case, WRONG if notices else RIGHT, figures, notices[0] if notices else "")
+
+
+def _without_limit(size: int) -> str | None:
+    """The fault of a limit that lets the whole card be taken once more, next to the model."""
+    try:
+        torch.empty(size, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError:
+        return None
+    return "the limit of memory does not act: a card is not imitated"
 
 
 def fitted(lines: list[dict[str, Any]]) -> list[tuple[str, list[tuple[Column, Any]]]]:

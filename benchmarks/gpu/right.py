@@ -6,6 +6,7 @@ Figures are relative norms of a difference, of values and of gradients, and the 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -207,8 +208,9 @@ def _layers_of_4_bits(setting: Setting) -> None:
     for module in model.modules():
         if isinstance(module, lora.LoraLayer):
             kinds.setdefault((module.base_layer.in_features, module.base_layer.out_features), module)
-    values, gradients, few = 0.0, 0.0, 0.0
-    lora_linear.fuse(model)
+    values, gradients, few, off = 0.0, 0.0, 0.0, 0.0
+    count, whole_count = lora_linear.fuse(model), sum(isinstance(module, lora.LoraLayer) for module in model.modules())
+    why = "" if count == whole_count else f"{count} of {whole_count} layers run as one function"
     for layer in kinds.values():
         a, b = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
         for weight, seed in ((a, 1), (b, 2)):
@@ -227,18 +229,24 @@ def _layers_of_4_bits(setting: Setting) -> None:
         gradients = most([gradients, *(apart(one, other) for one, other in zip(own, exact, strict=True))])
         with torch.no_grad():
             few = most([few, apart(layer(x[:8]), truth[:8].detach())])
-    both(setting, "4-bit, bf16", values, gradients, PRODUCT)
+            b.data.zero_()
+            fresh = layer(x)
+            layer.enable_adapters(False)
+            off = most([off, float((layer(x) - fresh).abs().max())])
+    both(setting, "4-bit, bf16", values, gradients if not why else float("inf"), PRODUCT, why)
     both(setting, "4-bit, bf16, 8 tokens without gradient", few, 0.0, PRODUCT)
+    both(setting, "4-bit, bf16, adapter off against a fresh one", off, 0.0, 0.0)
 
 
 def liger(setting: Setting) -> None:
     """liger-kernel's norms, SwiGLU and rope against transformers' own, in float32."""
     from dpo_cli.providers import liger_kernels
 
-    if setting.is_small or not liger_kernels.is_installed():
-        raise CannotRun("liger-kernel is not installed, or there is no GPU: `make check-liger` runs it in an interpreter")
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not liger_kernels.is_installed() or (setting.is_small and not is_interpreted):
+        raise CannotRun("liger-kernel is not installed, or there is no GPU: `make check-liger` runs this in an interpreter")
     logging.getLogger("dpo").setLevel(logging.WARNING)
-    ids = torch.arange(2, 402, device=setting.device)[None] % 512
+    ids = torch.arange(2, 26 if setting.is_small else 402, device=setting.device)[None] % 512
 
     def states(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         output = model(input_ids=ids, use_cache=False).logits

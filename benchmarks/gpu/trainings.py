@@ -12,11 +12,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import step_memory
 import torch
@@ -28,11 +29,14 @@ from typer.testing import CliRunner
 from dpo_cli import api
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.rows import Pair
+from dpo_cli.errors import Problem
 from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.plan import preflight
+from dpo_cli.plan.feasibility import hardware_problems
 from dpo_cli.scoring.oom import free_memory, is_out_of_memory
 from dpo_cli.scoring.packing import row_tokens
 from dpo_cli.storage.run_directory import ADAPTER, WEIGHTS, RunDirectory
-from dpo_cli.training.trainer import ProbeFirst
+from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
 from gpu.runner import RIGHT, ROOT, WRONG, CannotRun, Check, Setting, most
 
 TRL_PYTHON = ROOT / ".venv-trl" / "bin" / "python"  # with a release of TRL that runs on a CPU
@@ -42,6 +46,7 @@ LOSS, NORM = 2e-4, 5e-3  # the same on a GPU: nats, and a share of a norm
 ROUNDED = 0.05  # of what 24 steps have trained, whose roundings AdamW enlarges
 HALF_LOSS, SKIPPED_LOSS = 0.02, 0.05  # nats between trainings in 16 bits and in float32; with a step that fp16 has skipped
 STEPS = 4
+SKIPS = 2.0**20  # a scale with infinite gradients: the scaler skips steps before and after the first checkpoint, and then none
 
 
 def small_llama(device: str, dtype: torch.dtype, bits: int | None = None) -> PreTrainedModel:
@@ -93,6 +98,26 @@ def compared(
     setting.agrees(case, figures, {"values": loss, "gradients": norm, "start": near})
 
 
+@contextmanager
+def fp16(setting: Setting, scale: float = 2.0**16) -> Iterator[None]:
+    """Within, the gradient scaler of fp16 starts with this scale; a CPU has fp16 too, with torch's scaler for CPUs."""
+
+    def create(trainer: Any) -> None:
+        super(CarefulTrainer, trainer).create_accelerator_and_postprocess()  # type: ignore[misc]
+        if trainer.args.fp16:
+            trainer.accelerator.native_amp = True  # accelerate has neither on a CPU
+            trainer.accelerator.scaler = torch.amp.GradScaler(setting.device, init_scale=scale)
+
+    def allowed(*given: Any) -> Iterator[Problem]:
+        return (problem for problem in hardware_problems(*given) if problem.code != "fp16-device")
+
+    with (
+        patch.object(CarefulTrainer, "create_accelerator_and_postprocess", create, create=True),
+        patch.object(preflight, "hardware_problems", allowed),
+    ):
+        yield
+
+
 def quantised(setting: Setting) -> None:
     """With quantised weights: a training with an evaluation after each step against one without, step by step."""
     bench = bench_of(setting)
@@ -109,11 +134,9 @@ def half(setting: Setting) -> None:
     bench = bench_of(setting)
     single = trained(bench, setting, "float32")
     compared(setting, "bf16 against float32", trained(bench, setting, "bf16", bf16=True), single, HALF_LOSS, 0.1)
-    if setting.is_small:
-        setting.not_run("fp16", "fp16 needs CUDA")
-        return
-    compared(setting, "fp16 against float32", trained(bench, setting, "fp16", fp16=True), single, SKIPPED_LOSS, 0.1)
-    both = [trained(bench, setting, f"4-bit-{key}", use_4bit=True, **{key: True}) for key in ("fp16", "bf16")]
+    with fp16(setting):
+        compared(setting, "fp16 against float32", trained(bench, setting, "fp16", fp16=True), single, SKIPPED_LOSS, 0.1)
+        both = [trained(bench, setting, f"4-bit-{key}", use_4bit=True, **{key: True}) for key in ("fp16", "bf16")]
     compared(setting, "fp16 against bf16, 4-bit weights", *both, SKIPPED_LOSS, 0.1)
 
 
@@ -188,20 +211,22 @@ def _clean(setting: Setting) -> dict[str, str]:
 def resume(setting: Setting) -> None:
     """SIGKILL after the first checkpoint, then --resume: what is left equals that of a run that was let alone.
 
-    fp16 has the state of its gradient scaler in the checkpoint too.
+    fp16 has the state of its gradient scaler in the checkpoint too: a scaler that starts again skips steps again.
     """
     if torch.cuda.is_initialized():
         raise CannotRun("it forks runs, and CUDA has started in this process")
     bench = bench_of(setting)
     common = {"device": setting.device, "lora_dropout": 0.3, "save_steps": 2, "max_steps": 24, "learning_rate": 1e-3}
+    in_fp16 = {"fp16": True, "full_determinism": True, "max_steps": 6 if setting.is_small else 24}  # a CPU is slow in fp16
     cases = {
         "bf16, full_determinism": {"bf16": True, "full_determinism": True},
         "bf16": {"bf16": True},
-        **({} if setting.is_small else {"fp16 and its scaler, full_determinism": {"fp16": True, "full_determinism": True}}),
+        "fp16 and its scaler, full_determinism": in_fp16,
     }
     for number, (case, values) in enumerate(cases.items()):
         config = bench.config(f"resumed-{number}", {**common, **values, "per_device_train_batch_size": 2})
-        _resumed(setting, case, config, setting.is_small or "full_determinism" in values)
+        with fp16(setting, SKIPS) if "fp16" in case else nullcontext():
+            _resumed(setting, case, config, setting.is_small or "full_determinism" in values)
 
 
 def _resumed(setting: Setting, case: str, config: Path, is_exact: bool) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_cli.commands.session import composer_for
-from dpo_cli.config.augment_rules import RANK_PARTS
 from dpo_cli.config.config import load
+from dpo_cli.config.ranking_rules import RANK_PARTS
 from dpo_cli.data.rows import Question
 from dpo_cli.evaluation.bootstrap import mean
 from dpo_cli.evaluation.pooling import Rows

@@ -4,8 +4,8 @@ PEFT 0.21 runs them apart: `result = base(x); x = x.to(float32); result + B(A(x)
 keeps a copy of its input, and both products and their sum are rounded. Here layers that read the same tensor keep that tensor,
 and the adapter's product is added in place.
 
-`fuse` takes over the layers with plain LoRA of one adapter. All others, and each call that is not of that kind (adapter off,
-merged, several adapters, dropout in training), run PEFT's own forward.
+`fuse` takes over the layers with plain LoRA of one adapter. All others, and each call that is not of that kind (merged, several
+adapters, dropout in training, adapter off but for `_alone`), run PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -100,6 +100,22 @@ def _sampled(x: Tensor, a: Tensor, b: Tensor, base: nn.Module, scaling: float, p
     return _adapted(x, h, b, base, scaling, packed)
 
 
+def _alone(x: Tensor, base: Any) -> Tensor:
+    """x W^T + bias of a 4-bit W, as a fresh adapter has it to the bit, without a gradient.
+
+    bitsandbytes 0.50.2 has, for up to 1,536 tokens without a gradient and on some cards, a kernel that sums in another order:
+    a reference would differ from a policy that has not moved.
+    """
+    if x.is_cuda and len(x) <= FEW_ROWS:
+        few: Tensor = base(x)  # as in `_sampled`
+        return few
+    y = x.new_zeros(len(x), base.out_features)
+    if isinstance(base.bias, Tensor):
+        y.add_(base.bias)
+    _add_product(y, x, base.weight, base, transposed=True)
+    return y
+
+
 def _summed(left: Tensor, right: Tensor, scaling: float, like: Tensor) -> Tensor:
     """scaling * left^T right, a sum over n, in the dtype of the weight `like`."""
     return (left.T @ right).to(torch.promote_types(like.dtype, torch.float32)).mul_(scaling).to(like.dtype)
@@ -144,8 +160,13 @@ def _bases() -> dict[type[nn.Module], type[nn.Module]]:
 
 def _plain_adapter(module: nn.Module) -> str | None:
     """The active adapter of a layer, if the layer computes nothing but `_LoraLinear` when no dropout is drawn; else None."""
+    return None if getattr(module, "disable_adapters", True) else _plain(module)
+
+
+def _plain(module: nn.Module) -> str | None:
+    """The same, whether the adapters are on or off."""
     layer: Any = module
-    if type(module) not in _bases() or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    if type(module) not in _bases() or layer.merged or len(layer.active_adapters) != 1:
         return None
     base, (name,) = layer.base_layer, layer.active_adapters
     if type(base) is not _bases()[type(module)] or name not in layer.lora_A:
@@ -167,10 +188,13 @@ def _draws(dropout: nn.Module) -> bool:
 
 def _forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a fused layer, in place of PEFT's."""
-    name = None if args or kwargs else _plain_adapter(self)
+    name = None if args or kwargs else _plain(self)
+    is_packed = type(self.base_layer) is not nn.Linear
     # bitsandbytes answers in the dtype of the input, whatever autocast says.
-    is_other = name is None or (type(self.base_layer) is not nn.Linear and product_dtype(x) != x.dtype)
-    if is_other or _draws(self.lora_dropout[name]):
+    is_other = name is None or (is_packed and product_dtype(x) != x.dtype)
+    if self.disable_adapters and is_packed and not is_other and not torch.is_grad_enabled():
+        return _alone(x.reshape(-1, x.shape[-1]), self.base_layer).view(*x.shape[:-1], -1)
+    if is_other or self.disable_adapters or _draws(self.lora_dropout[name]):
         peft_forward: Callable[..., Tensor] = type(self).forward
         return peft_forward(self, x, *args, **kwargs)
     a, b, base = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer
