@@ -35,7 +35,7 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         if measured is not None:
             measured = without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)
         judged = judge(opened.rows, measured, samples, plan)
-    console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model))
+    console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model, plan.config.reference))
     if run and request.is_as_trained and judged.sides is not None and not is_whole(run):
         keep(run, judged, basis)  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures

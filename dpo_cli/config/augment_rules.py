@@ -12,6 +12,7 @@ from dpo_cli.errors import Problem
 # The parts that only this rank needs.
 RANK_PARTS = {"regex": ("pattern",), "reward": ("reward_model",), "judge": ("judge_url", "judge_model", "criterion")}
 ADDRESSES = {"judge_url": "judge-url", "answers_url": "answers-url"}  # and the code of a wrong one
+RANK_FIX = 'write for example "augment": {"rank": "shorter"}; docs/guides/augmentation.md lists all ranks'
 PLAIN_URL = r"https?://[\w.:\[\]-]+(/[\w./~%-]*)?"
 
 
@@ -79,4 +80,17 @@ def answers_make_pairs(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "augment-too-long", message, 'raise "max_seq_length", or lower "max_new_tokens"', "augment")
 
 
-RULES = (rank_has_its_parts, pattern_is_one, addresses_are_plain, a_server_has_a_model, answers_make_pairs)
+def rounds_sample_and_rank(values: Values, given: Values) -> Iterator[Problem]:
+    if not values.get("rounds") or "augment" not in values:
+        return
+    augment = {**inner_defaults("augment"), **values["augment"]}
+    if augment["rank"] is None:
+        message = '"rounds" ranks the answers of each round, but "augment" has no "rank"'
+        yield Problem("error", "rank-missing", message, RANK_FIX, "rounds")
+    if augment["answers_url"]:
+        message = '"rounds" samples the answers of the model that it trains, but "augment" names a server for them'
+        fix = 'remove "answers_url" and "answers_model" from "augment"'
+        yield Problem("error", "rounds-served", message, fix, "augment")
+
+
+RULES = (rounds_sample_and_rank, rank_has_its_parts, pattern_is_one, addresses_are_plain, a_server_has_a_model, answers_make_pairs)

@@ -44,6 +44,9 @@ class Loaded:
     foundation: str | None = None  # the base model of the stages before this one, whose runs may not exist yet
     before: Loaded | None = None  # the stage that it starts from, if that one is valid
     day: date | None = None  # the day of the run that a plan.json repeats, if its chat template writes the date
+    round: int | None = None  # the number of the round in a config with rounds (rounds.py), from 1
+    rounds: int = 0  # of how many
+    notes: tuple[str, ...] = ()  # for its plan
 
     @property
     def is_ahead(self) -> bool:
@@ -51,8 +54,14 @@ class Loaded:
         return self.before is not None and self.values.get("model_name") == self.foundation
 
     @property
+    def part(self) -> str:
+        """Its stage and its round, in words; empty without both."""
+        named = (f"stage {self.stage}" if self.stage else "", f"round {self.round}" if self.round else "")
+        return ", ".join(filter(None, named))
+
+    @property
     def label(self) -> str:
-        return f"{self.file}, stage {self.stage}" if self.stage else self.file
+        return f"{self.file}, {self.part}" if self.part else self.file
 
     def placed(self, problem: Problem, path: jsonc.Path = ()) -> Problem:
         """The problem with its place in the file, or on the command line; `path` names a part of the value of its key."""

@@ -36,7 +36,7 @@ class Config:
     loss_type: str | list[Any]
     loss_weights: list[Any] | None
     label_smoothing: float
-    reference: Literal['auto', 'base', 'adapter']
+    reference: Literal['auto', 'base', 'adapter', 'first']
     prompt_sharing: Literal[True, False, 'auto']
     max_kl: float | None
     kl_prompts: int
@@ -65,6 +65,7 @@ class Config:
     on_bad_rows: Literal['stop', 'skip']
     use_chat_template: Literal[True, False, 'auto']
     augment: dict[str, Any]
+    rounds: int | None
     eval_steps: int | None
     per_device_eval_batch_size: int
     logging_steps: int

@@ -88,20 +88,36 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
     strategy = str(own.get("strategy", whole.values.get("strategy", defaults()["strategy"])))
     shared = {key: value for key, value in whole.values.items() if key != "stages" and _belongs(key, _strategy(whole, own))}
     values = {**shared, **own}
-    folder = changes.get("output_dir") or shared.get("output_dir")
-    root = Path(str(folder)) if folder else Path("runs") / (Path(path).stem if path != "-" else "stdin")
+    root = Path(str(changes.get("output_dir") or shared.get("output_dir") or default_folder(path)))
     values["output_dir"] = own.get("output_dir") or str(root / f"{number + 1}-{strategy}")
     foundation = None
     if before is not None and "model_name" not in own:
         named = {**before.values, **before.changes}.get("model_name", defaults()["model_name"])
         foundation = before.foundation or str(named)
-        values["model_name"] = before.values["output_dir"]
+        values["model_name"] = _last_run({**before.values, **before.changes})
     positions = {key: where for key, where in document.positions.items() if key[:1] != ("stages",) and not own.keys() & key[:1]}
     positions |= {key[2:]: where for key, where in document.positions.items() if key[:2] == place and len(key) > 2}
     damaged = _damaged(document, ()) - {"stages"} - own.keys() | _damaged(document, place)
     first = () if before is None else ("model_name",)
     own_changes = {key: value for key, value in changes.items() if key not in ("output_dir", *first)}
     return Written(path, values, positions, damaged, {}, own_changes, number + 1, foundation)
+
+
+def default_folder(path: str) -> Path:
+    """The run directory of a config file that names none."""
+    return Path("runs") / (Path(path).stem if path != "-" else "stdin")
+
+
+def run_of_round(folder: str, number: int) -> str:
+    """The run directory of a round, from 1, in the output_dir of its config."""
+    return str(Path(folder) / f"round-{number}")
+
+
+def _last_run(values: Mapping[str, object]) -> str:
+    """The run directory with the result of a stage."""
+    folder, rounds = str(values["output_dir"]), values.get("rounds")
+    has_rounds = isinstance(rounds, int) and _belongs("rounds", str(values.get("strategy", defaults()["strategy"])))
+    return run_of_round(folder, rounds) if has_rounds else folder
 
 
 def _damaged(document: jsonc.Document, within: jsonc.Path) -> frozenset[str]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
+from dpo_cli.config.rounds import FIRST, words_of
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.config.stages import PLAN_VERSION, day_of
@@ -26,7 +27,7 @@ from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed_gb
 from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
-from dpo_cli.models.source import ModelSource
+from dpo_cli.models.source import CONTINUED, ModelSource
 from dpo_cli.plan.adapter_start import started
 from dpo_cli.plan.cost import Cost, affordable_prompts, cost_of
 from dpo_cli.results.compared import compared
@@ -178,8 +179,13 @@ class Plan:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the adapter in model_name is trained further, with a frozen copy of it as the reference."""
-        return self.config.reference == "adapter"
+        """Whether the adapter in model_name is trained further."""
+        return self.config.reference in CONTINUED
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy is its reference before the first step; else the reference is the model with the adapter off."""
+        return self.config.reference != FIRST
 
     @property
     def merges(self) -> bool:
@@ -337,6 +343,7 @@ def resolve(
     config = loaded.require()
     model = model or ModelSource.of(config.model_name)
     start, notes = started(loaded, config, model)
+    notes = [*filter(None, (words_of(loaded),)), *loaded.notes, *notes]
     now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
     if now.device == "cpu" and leaves_precision_open(config):
         notes.append(machine.cpu_words)

@@ -31,6 +31,7 @@ from dpo_cli.preferences.judge import Judge
 from dpo_cli.providers.huggingface import HuggingFace
 
 Rank = Callable[[Question, Sequence[Answer]], list[float]]
+RELATIVE = ("judge",)  # their scores compare an answer with the others of its prompt: their mean is always 0
 
 
 def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: date) -> Rank:
