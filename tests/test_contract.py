@@ -117,7 +117,7 @@ def found(place: Path, dpo: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{run}/{path.name}", shape(value)
 
 
-ADDED = {"row_tokens", "reference_from_cache", "full_determinism"}  # keys of later versions
+ADDED = {"row_tokens", "reference_from_cache", "full_determinism", "rounds", "score"}  # keys of later versions
 ADDED_FILES = ("reference.json", "reference.safetensors")  # of a checkpoint
 
 

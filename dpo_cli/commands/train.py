@@ -363,7 +363,12 @@ def _finished(run: RunDirectory, plan: Plan, left_out: list[str], console: Conso
     if not run.has(REPORT):
         write_report(run.path)
     if run.has(EVALUATION):
-        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), plan.noun), [], plan.strategy, start_of(plan.model, plan.config.reference))
+        console.judgement(
+            Evaluation.of_json(run.read_json(EVALUATION), plan.noun),
+            [],
+            plan.strategy,
+            start_of(plan.model, plan.config.reference),
+        )
     if left_out:
         console.line(f"note: a finished run keeps its {', '.join(left_out)}; `dpo eval` evaluates it again")
     console.line(f"{summary.status} already, after step {summary.steps}; {run.trained.name}: {run.trained}")

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_cli.commands import rounds
+from dpo_cli.commands import round_sampling
 from dpo_cli.commands.session import composer_for
 from dpo_cli.config.config import ConfigLike, Loaded, load_stages
 from dpo_cli.config.rounds import rounds_of
@@ -71,7 +71,7 @@ def train_stages(
     finally:  # also if a later round has no pairs
         of_rounds = [result for result in results if "sampled" in result]
         if of_rounds and not dry_run:
-            rounds.show(of_rounds, console)
+            round_sampling.show(of_rounds, console)
     several = {"stages": results} if stages[-1].stage else {"rounds": results} if stages[-1].round else {}
     return {**results[-1], **several}, code
 
@@ -86,11 +86,11 @@ def _tell_part(loaded: Loaded, last: Loaded, console: Console) -> None:
 
 def _round(
     loaded: Loaded, inspection: Inspection, console: Console, overwrite: bool, dry_run: bool
-) -> rounds.Round | None:
+) -> round_sampling.Round | None:
     """A round with its pairs; for a dry run None if they are not made: its plan is then that of the given pairs."""
     if not dry_run:
-        return rounds.sample(loaded, inspection, console, overwrite)
-    of_round = rounds.known(loaded, inspection.require()[1].run_dir)
+        return round_sampling.sample(loaded, inspection, console, overwrite)
+    of_round = round_sampling.known(loaded, inspection.require()[1].run_dir)
     if of_round is None:
         console.line("the pairs of this round are not made yet: its plan is shown for the pairs of the dataset")
     return of_round
@@ -103,12 +103,12 @@ def _inspections(
     plans: list[Plan] = []
     inspections: deque[Inspection | None] = deque()
     for loaded in stages:
-        is_first_to_run = not loaded.round and loaded.foundation is None or (dry_run and not (may_resume and _has_its_start(loaded)))
+        is_first_to_run = loaded.foundation is None or (dry_run and not (may_resume and _has_its_start(loaded)))
         inspection = _inspected(loaded.on_foundation(), machine)
         inspections.append(inspection if is_first_to_run else None)
         _, plan = inspection.require()
         RunDirectory.check(plan.run_dir, may_exist)
-        rounds.require_unused(plan.run_dir, may_exist)
+        round_sampling.require_unused(plan.run_dir, may_exist)
         if not dry_run:
             RunDirectory.require_place(plan.run_dir)
         if plan.run_dir in [earlier.run_dir for earlier in plans]:

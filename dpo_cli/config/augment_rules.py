@@ -89,8 +89,15 @@ def rounds_sample_and_rank(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "rank-missing", message, RANK_FIX, "rounds")
     if augment["answers_url"]:
         message = '"rounds" samples the answers of the model that it trains, but "augment" names a server for them'
-        fix = 'remove "answers_url" and "answers_model" from "augment"'
+        fix = 'write "answers_url": null, "answers_model": null in "augment"'
         yield Problem("error", "rounds-served", message, fix, "augment")
 
 
-RULES = (rounds_sample_and_rank, rank_has_its_parts, pattern_is_one, addresses_are_plain, a_server_has_a_model, answers_make_pairs)
+RULES = (
+    rounds_sample_and_rank,
+    rank_has_its_parts,
+    pattern_is_one,
+    addresses_are_plain,
+    a_server_has_a_model,
+    answers_make_pairs,
+)

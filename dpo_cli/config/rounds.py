@@ -58,7 +58,7 @@ def sampling_seed(seed: int, number: int) -> int:
 def words_of(loaded: Loaded) -> str:
     """What the rounds of a valid config do, in a sentence; empty without rounds."""
     config = loaded.require()
-    if not config.rounds:
+    if not config.rounds or config.strategy not in options()["rounds"].strategies:
         return ""
     augment = {**inner_defaults("augment"), **config.augment}
     reference = "the model before round 1" if config.reference == FIRST else "the policy of the round before"

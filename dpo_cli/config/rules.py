@@ -314,8 +314,7 @@ def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:
 def first_reference_is_below_an_adapter(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("reference") == "first" and values.get("lora_r") == 0:
         message = '"reference" is "first", the model with the adapter off, but lora_r 0 trains no adapter'
-        fix = 'write "lora_r": 16, or remove "reference"'
-        yield Problem("error", "reference-first", message, fix, "reference")
+        yield Problem("error", "reference-first", message, 'remove "reference"', "reference")
 
 
 def upload_has_a_place(values: Values, given: Values) -> Iterator[Problem]:

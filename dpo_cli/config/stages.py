@@ -116,8 +116,8 @@ def run_of_round(folder: str, number: int) -> str:
 def _last_run(values: Mapping[str, object]) -> str:
     """The run directory with the result of a stage."""
     folder, rounds = str(values["output_dir"]), values.get("rounds")
-    has_rounds = isinstance(rounds, int) and _belongs("rounds", str(values.get("strategy", defaults()["strategy"])))
-    return run_of_round(folder, rounds) if has_rounds else folder
+    has_rounds = _belongs("rounds", str(values.get("strategy", defaults()["strategy"])))
+    return run_of_round(folder, rounds) if isinstance(rounds, int) and has_rounds else folder
 
 
 def _damaged(document: jsonc.Document, within: jsonc.Path) -> frozenset[str]:

@@ -88,8 +88,10 @@ def problems(loaded: Loaded, source: ModelSource, run_dir: Path) -> Iterator[Pro
         return
     yield from _adapter_problems(loaded, config, source)
     if config.reference == FIRST and not _has_first(source) and not config.rounds:
-        message = f'"reference" is "first", but {config.model_name} is not a run whose reference was its model with the adapter off'
-        fix = 'name such a dpo run in "model_name", or remove "reference"'
+        message = (
+            f'"reference" is "first", but {config.model_name} is not a run with its model, the adapter off, as the reference'
+        )
+        fix = 'remove "reference", or name such a dpo run in "model_name"'
         yield Problem("error", "reference-first", message, fix, "reference")
     if config.reference != "adapter" or loaded.sources.get("reference") not in ("config", "override"):
         return

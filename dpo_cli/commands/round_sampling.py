@@ -10,7 +10,7 @@ sampled.json     what was asked and what was sampled; it is there when the pairs
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ from dpo_cli.storage.resumable_file import ResumableFile, require_same
 from dpo_cli.storage.run_directory import HELD_OUT, PAIRS, SAMPLED, UNFINISHED, RunDirectory
 from dpo_cli.strategies.figures import number
 from dpo_cli.ui.console import Console
-
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ def sample(loaded: Loaded, inspection: Inspection, console: Console, overwrite: 
     rows = [*data.rows(plan.config)]
     data.require_unchanged()
     held_out = [row for is_held_out, row in rows if is_held_out and isinstance(row, Pair)]
-    seen = {row.prompt_key for row in held_out}
-    prompts = _prompts(row for is_held_out, row in rows if not is_held_out and row.prompt_key not in seen)
+    prompts = _prompts([row for is_held_out, row in rows if not is_held_out], {row.prompt_key for row in held_out}, console)
     assert loaded.round is not None
     seed = sampling_seed(plan.config.seed, loaded.round)
     plan = replace(plan, config=plan.config.replaced({"seed": seed}))
@@ -113,7 +111,9 @@ def _round(loaded: Loaded, run: RunDirectory) -> Round:
         raise invalid("out-changed", f"{pairs} has changed since it was written", "restore it, or restart with --overwrite")
     score = score_of(sampled)
     words = f"; the mean score of an answer is {number(score)}" if score is not None else ""
-    note = f"round {sampled['round']} of {sampled['rounds']}: {sampled['pairs']} pairs of answers to {sampled['prompts']} prompts"
+    note = (
+        f"round {sampled['round']} of {sampled['rounds']}: {sampled['pairs']} pairs of answers to {sampled['prompts']} prompts"
+    )
     note += f", sampled with the model that this round starts from{words}"
     return Round(on_pairs(loaded, pairs, held_out if held_out.is_file() else None, note), sampled)
 
@@ -123,11 +123,18 @@ def score_of(sampled: Mapping[str, Any]) -> Interval | None:
     return from_json(Interval, sampled["score"]) if sampled["score"] is not None else None
 
 
-def _prompts(rows: Iterator[Any]) -> Prompts:
-    """The prompts of these pairs, each once; the reference answer is the chosen response."""
+def _prompts(rows: Sequence[Any], held_out: set[str], console: Console) -> Prompts:
+    """The prompts of these pairs, each once, except those that are held out; the reference answer is the chosen response."""
     questions: dict[str, Question] = {}
     for row in rows:
         questions.setdefault(row.prompt_key, Question(row.prompt, flat(row.chosen), row.line, row.file, row.tools))
+    both = questions.keys() & held_out
+    if both:
+        console.line(f"{len(both)} prompts of dataset are also in eval_dataset, and are not answered")
+    if len(both) == len(questions):
+        raise invalid("nothing-to-train", "no prompt is left to answer", "add pairs with other prompts", "dataset")
+    for prompt_key in both:
+        del questions[prompt_key]
     asked = [[question.prompt, question.reference, question.tools] for question in questions.values()]
     digest = hashlib.sha256(json_text(asked).encode()).hexdigest()
     return Prompts(digest, tuple(questions.values()), 0, 0, ())
