@@ -135,7 +135,12 @@ def mean_score(run: Path) -> float:
 def test_the_sampled_answers_get_better(place: Path, rounds: int, rule: dict[str, str]) -> None:
     """Before each round and after the last: over five seeds the rise since the first is above zero by a t-test, whose limit
     with 4 degrees of freedom is 3.747 (1 %, one side)."""
-    given = [f"augment={json.dumps({**RULE, **rule, 'max_new_tokens': 12})}", "eval_split=0", f"rounds={rounds}"]
+    given = [
+        f"augment={json.dumps({**RULE, **rule, 'max_new_tokens': 12})}",
+        "eval_split=0",
+        f"rounds={rounds}",
+        "save_steps=null",
+    ]
     scores = []
     for seed in range(5):
         place_of_seed = place / f"run-{seed}"
@@ -153,7 +158,7 @@ def test_the_sampled_answers_get_better(place: Path, rounds: int, rule: dict[str
         last = json.loads(told.stdout)["score"]["value"]
         scores.append([*(mean_score(place_of_seed / f"round-{number}") for number in range(1, rounds + 1)), last])
     first, *later = np.array(scores).T
-    for rise in (score - first for score in later):
+    for rise in (mean - first for mean in later):
         assert rise.mean() / (rise.std(ddof=1) / np.sqrt(5)) > 3.747, scores
 
 
@@ -236,9 +241,9 @@ def test_a_killed_process_is_resumed_to_the_same_bytes(place: Path) -> None:
     def start(*more: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([*words, *more], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-    begun = time.monotonic()
+    start_time = time.monotonic()
     assert start().wait() == 0
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start_time
     whole = {f"round-{n}/{name}": (place / "run" / f"round-{n}" / name).read_bytes() for n in (1, 2) for name in KEPT}
     for moment in np.linspace(0.3, 1.0, 20):
         shutil.rmtree(place / "run")

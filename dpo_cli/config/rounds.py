@@ -55,14 +55,15 @@ def sampling_seed(seed: int, number: int) -> int:
     return (seed + number - 1) % SEEDS
 
 
-def words_of(loaded: Loaded) -> str:
-    """What the rounds of a valid config do, in a sentence; empty without rounds."""
-    config = loaded.require()
+def notes_of(loaded: Loaded) -> list[str]:
+    """What the rounds of a valid config do, in a sentence, and the notes of a round."""
+    config, notes = loaded.require(), [*loaded.notes]
     if not config.rounds or config.strategy not in options()["rounds"].strategies:
-        return ""
+        return notes
     augment = {**inner_defaults("augment"), **config.augment}
     reference = "the model before round 1" if config.reference == FIRST else "the policy of the round before"
-    return (
+    words = (
         f"{config.rounds} rounds: in each the policy gives {augment['responses']} answers to every training prompt, "
         f'and trains on pairs of them that the rank "{augment["rank"]}" makes; the reference of a round is {reference}'
     )
+    return [words, *notes]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
-from dpo_cli.config.rounds import FIRST, words_of
+from dpo_cli.config.rounds import FIRST, notes_of
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.config.stages import PLAN_VERSION, day_of
@@ -343,7 +343,6 @@ def resolve(
     config = loaded.require()
     model = model or ModelSource.of(config.model_name)
     start, notes = started(loaded, config, model)
-    notes = [*filter(None, (words_of(loaded),)), *loaded.notes, *notes]
     now = _decided(config.replaced(start), loaded.file, machine, on_gpu=vram_gb is not None)
     if now.device == "cpu" and leaves_precision_open(config):
         notes.append(machine.cpu_words)
@@ -380,7 +379,7 @@ def resolve(
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
-    plan = Plan(now, model.absolute(), sources, counts, memory, scoring, tuple(notes), day, filled)
+    plan = Plan(now, model.absolute(), sources, counts, memory, scoring, (*notes_of(loaded), *notes), day, filled)
     return plan.with_affordable_evaluation() if sources["kl_prompts"] == "default" else plan
 
 
