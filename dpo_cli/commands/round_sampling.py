@@ -147,7 +147,7 @@ def _asked(plan: Plan, prompts: Prompts) -> JsonObject:
         **{name: getattr(plan.config, name) for name in names},
         "augment": {**inner_defaults("augment"), **plan.config.augment},
         "prompts": prompts.sha256,
-        "weights": [*plan.model.weights_sha256.values(), *plan.model.settings_sha256.values()],
+        "weights": [*plan.model.weights_sha256.values()],
     }
     return dict(redacted(asked))
 

@@ -60,7 +60,11 @@ def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[s
 
 def _why_merged(loaded: Loaded, config: Config, shape: Shape | None, source: ModelSource) -> str:
     """Why an adapter of this shape is merged before the training; empty if its training continues."""
-    if shape is None or config.reference in CONTINUED:
+    if shape is None:
+        return ""
+    if config.rounds and config.reference == FIRST:
+        return "every round is compared with the model before round 1"
+    if config.reference in CONTINUED:
         return ""
     return '"reference" is "base"' if config.reference == "base" else other_shape(loaded, shape, source)
 
