@@ -4,6 +4,7 @@
     ├── UsageError          2   the command line itself is wrong
     ├── InvalidInput        3   the config or the data is wrong; carries every Problem found
     │   └── DoesNotFit      4   the hardware is too small
+    ├── NoPairs             5   a round of iterative DPO has nothing to train on
     └── RunFailed           1   something outside the user's input failed: a model that cannot be loaded, a full disk
 
 A training that was stopped (130, 143) or is unhealthy (5) is not an error: it saves what it has, and has its own exit code.
@@ -133,6 +134,10 @@ def invalid(
 
 class DoesNotFit(InvalidInput):
     exit_code = Exit.UNFIT
+
+
+class NoPairs(DpoError):
+    exit_code = Exit.MISSED
 
 
 class RunFailed(DpoError):

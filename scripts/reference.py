@@ -181,11 +181,6 @@ WHILE_RUNNING = {
         '`"dataset": "owner/name"`',
         "which split of a fetched hub dataset is read, and how many files that is",
     ),
-    "rank-missing": (
-        "error",
-        "`dpo augment` without a rank",
-        '`"augment"` in the config does not say what makes an answer better',
-    ),
     "row-no-reference": ("error", '`"rank": "reference"`', "the prompts that have no reference (or chosen) to compare with"),
     "prompts-missing": ("error", "`dpo augment gone.txt`", "there is no such file"),
     "prompts-format": ("error", "`dpo augment prompts.doc`", "which files of prompts are read"),

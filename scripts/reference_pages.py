@@ -65,7 +65,8 @@ EXITS = {
     Exit.UNFIT: ("does not fit the hardware", "The memory bill is over the budget, or the disk has too little space."),
     Exit.MISSED: (
         "a limit was missed",
-        "A figure misses its `--fail-under` limit, the training was stopped as unhealthy, or an export is worse than its run.",
+        "A figure misses its `--fail-under` limit, the training was stopped as unhealthy, a round has no pairs, or an export "
+        "is worse than its run.",
     ),
     Exit.SIGINT: ("stopped by SIGINT (Ctrl-C)", "`dpo train` has saved a checkpoint and the adapter so far."),
     Exit.SIGTERM: ("stopped by SIGTERM", "The same, for a stop by a scheduler or `kill`."),
@@ -96,6 +97,9 @@ SOMETIMES = {
     "model/": 'Instead of `adapter/`, with `"lora_r": 0`: every weight.',
     "side-by-side.html": "The page of `dpo vote`.",
     "votes.json": "The votes of a judge.",
+    "pairs.jsonl": "The pairs of a round, with their provenance ([Rounds](../guides/rounds.md)).",
+    "held-out.jsonl": "The held-out pairs of all rounds.",
+    "sampled.json": "What was sampled for a round: counts, mean score, the SHA-256 of its pairs.",
     "tensorboard/": 'Event files, with `"report_to": "tensorboard"`.',
 }
 

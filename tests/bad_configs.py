@@ -363,6 +363,15 @@ RULES = [
     Case("answers-model", "augment", '"augment": {"rank": "shorter", "answers_model": "m"}', 'add "answers_url"'),
     Case("answers-model", "augment", '"augment": {"rank": "shorter", "answers_url": "http://h/v1"}', 'add "answers_model"'),
     Case("rank-incomplete", "augment", '"augment": {"rank": "judge", "judge_model": "m"}', 'add "judge_url"'),
+    Case("rank-missing", "rounds", '"rounds": 2', '"augment": {"rank": "shorter"}'),
+    Case(
+        "rounds-served",
+        "augment",
+        '"rounds": 2,\n  "augment": {"rank": "longer", "answers_url": "http://h/v1", "answers_model": "m"}',
+        '"answers_url": null',
+        FIRST + 1,
+    ),
+    Case("reference-first", "reference", '"lora_r": 0, "reference": "first"', 'remove "reference"'),
     Case("bad-regex", "augment", '"augment": {"rank": "regex", "pattern": "("}', "a regular expression"),
     Case("judge-url", "augment", judged("https://me:secret@host/v1"), "OPENAI_API_KEY"),
     Case("judge-url", "augment", judged("https://host/v1?key=secret"), "OPENAI_API_KEY"),
@@ -435,6 +444,7 @@ MODELS = [
     Case("adapter-unusable", "model_name", '"model_name": "models/lora-of-text"', "the value that it was trained with"),
     Case("model-missing", "model_name", '"model_name": "models/lora-on-nothing"', "check the path"),
     Case("reference-adapter", "reference", '"reference": "adapter"', "name a run or an adapter"),
+    Case("reference-first", "reference", '"reference": "first"', "or name such a dpo run"),
     Case(
         "reference-adapter",
         "reference",

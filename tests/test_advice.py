@@ -33,8 +33,8 @@ SETTINGS = re.compile(rf"{SETTING}(?:, {SETTING})*")
 BY_HAND = {
     "data-in-config", "json-nan", "json-number", "json-surrogate", "json-depth", "config-type", "config-unreadable",
     "missing-key", "duplicate-key", "default-model", "hub-id-missing", "output-is-input", "path-too-long",
-    "path-control-character", "rank-incomplete", "judge-url", "too-few-responses", "augment-too-long", "loss-weights",
-    "weights-below-one", "stages-within", "beta", "epochs", "lora-rank", "lm-head-adapter", "model-missing",
+    "path-control-character", "rank-incomplete", "rank-missing", "judge-url", "too-few-responses", "augment-too-long",
+    "loss-weights", "weights-below-one", "stages-within", "beta", "epochs", "lora-rank", "lm-head-adapter", "model-missing",
     "model-not-gguf", "model-repacked", "model-not-here", "adapter-unusable", "model-incomplete", "model-damaged",
     "adapter-unmergeable", "tokenizer-no-eos",
     "model-no-classifier", "reward-model-missing", "not-a-reward-model",

@@ -7,9 +7,10 @@ the one that is written in one go: on the same machine, and with a judge and a s
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date
@@ -32,19 +33,22 @@ from dpo_cli.evaluation.generation import Answer, Rank, Sampling, generate
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.feasibility import DOES_NOT_FIT
 from dpo_cli.plan.plan import Plan
-from dpo_cli.preferences.ranking import best_pairs, ranking
+from dpo_cli.preferences.ranking import RELATIVE, best_pairs, ranking
 from dpo_cli.preferences.served_answers import ServedAnswers
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_faster_precision
 from dpo_cli.providers.registry import PROVIDERS
-from dpo_cli.results.codec import JsonObject
+from dpo_cli.results.codec import JsonObject, to_json
+from dpo_cli.results.intervals import Interval
 from dpo_cli.storage.digests import sha256
 from dpo_cli.storage.progress import working
 from dpo_cli.storage.resumable_file import ResumableFile
+from dpo_cli.strategies.figures import number
 from dpo_cli.ui.console import Console
 
 Options = Mapping[str, Any]  # the parts of the option `augment`
 
+NORMAL_95 = 1.959964  # standard deviations
 COUNTED = {
     "responses": "responses sampled",
     "unanswered": "prompts fill the model's context and have no answer",
@@ -56,8 +60,19 @@ COUNTED = {
 }
 
 
-def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonObject:
-    """Write pairs of the model's own answers to `out`, or continue the file: what `augment --json` prints."""
+def augment(
+    plan: Plan,
+    prompts: Prompts,
+    out: Path,
+    console: Console,
+    noted: Mapping[str, object] | None = None,
+    keep: Callable[[JsonObject], object] = lambda totals: None,
+) -> JsonObject:
+    """Write pairs of the model's own answers to `out`, or continue the file: what `augment --json` prints.
+
+    `noted` joins the provenance of each row. `keep` gets the totals when all rows are written, before the file is finished:
+    after a stop in between, the file is continued with nothing to do.
+    """
     started = ResumableFile.decided(out)  # the same for the whole file
     plan = in_faster_precision(plan, started.get("bf16"))
     options = {**inner_defaults("augment"), **plan.config.augment}
@@ -77,25 +92,29 @@ def augment(plan: Plan, prompts: Prompts, out: Path, console: Console) -> JsonOb
         questions = [question for question, _ in encoded]
         model = provider.start(plan, provider.base_model(plan))  # with its adapter, if model_name is one
         source = Sampled(model, tokenizer, plan, options, [ids for _, ids in encoded])
-    origin = _origin(plan, options, source.identity)
+    origin = {**_origin(plan, options, source.identity), **(noted or {})}
     rank = ranking(options, plan.config.device, getattr(torch, plan.dtype), day)
-    maker = Maker(source, rank, options, origin)
+    maker = Maker(source, rank, options, origin, ScoreMeans())
     settings = _settings(plan, prompts, options, origin)
     with closing(ResumableFile(out, settings, {"day": day.isoformat(), "bf16": plan.config.bf16})) as file:
         done, counts = file.state.get("prompts", 0), Counter(file.state.get("counts", {}))
+        maker.scored.restore(file.state.get("scores", {}))
         if file.is_resumed:
             console.line(f"{out}: continuing after {done} of {len(questions)} prompts")
         with working("augmenting", len(questions), "prompts", done) as work:
             for start in range(done, len(questions), options["prompts_per_batch"]):
                 batch = questions[start : start + options["prompts_per_batch"]]
                 rows = maker.rows(batch, start, counts)
-                file.append(rows, {"prompts": start + len(batch), "counts": counts})
+                file.append(rows, {"prompts": start + len(batch), "counts": counts, "scores": maker.scored.state})
                 work.add(len(batch), f"{counts['pairs']} pairs")
+        counted = {name: counts[name] for name in ("pairs", *COUNTED)}
+        totals = {"prompts": len(questions), "repeated": prompts.repeated, "bad_rows": prompts.bad_rows, **left, **counted}
+        score = None if options["rank"] in RELATIVE else maker.scored.interval
+        told = {"out": str(out), **totals, "score": to_json(score), "resumed": file.is_resumed}
+        keep(told)
         file.finish()
-    counted = {name: counts[name] for name in ("pairs", *COUNTED)}
-    totals = {"prompts": len(questions), "repeated": prompts.repeated, "bad_rows": prompts.bad_rows, **left, **counted}
-    _tell(totals, out, console)
-    return {"out": str(out), **totals, "resumed": file.is_resumed}
+    _tell(totals, score, out, console)
+    return told
 
 
 @dataclass(frozen=True)
@@ -130,6 +149,34 @@ class Sampled:
             raise DoesNotFit([Problem("error", DOES_NOT_FIT, message, fix, "augment")]) from error
 
 
+class ScoreMeans:
+    """The mean scores of prompts: as three sums, so that the state of a file does not grow."""
+
+    def __init__(self) -> None:
+        self.state = {"prompts": 0, "sum": 0.0, "squares": 0.0}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.state |= state
+
+    def add(self, scores: Sequence[float]) -> None:
+        """The scores of all answers to a prompt; without one, it does not count."""
+        if scores:
+            mean = sum(scores) / len(scores)
+            new = {"prompts": 1, "sum": mean, "squares": mean * mean}
+            self.state = {name: before + new[name] for name, before in self.state.items()}
+
+    @property
+    def interval(self) -> Interval | None:
+        """The mean over prompts, with its 95 % interval by the normal distribution; None with fewer than two prompts."""
+        count, total, squares = self.state.values()
+        if count < 2:
+            return None
+        mean = total / count
+        variance = max(0.0, squares - count * mean * mean) / (count - 1)
+        half = NORMAL_95 * math.sqrt(variance / count)
+        return Interval(mean, mean - half, mean + half)
+
+
 @dataclass(frozen=True)
 class Maker:
     """Makes the rows of a batch of prompts. `origin` is the part of their provenance that all rows share."""
@@ -138,6 +185,7 @@ class Maker:
     rank: Rank
     options: Options
     origin: Mapping[str, object]
+    scored: ScoreMeans
 
     def rows(self, batch: Sequence[Question], start: int, counts: Counter[str]) -> list[JsonObject]:
         """The rows of the pairs of these prompts; the first has number `start`. `counts` is updated."""
@@ -146,6 +194,8 @@ class Maker:
             counts["unanswered"] += answers[0].is_missing
             usable = _usable(answers, options["min_tokens"], counts)
             scores = self.rank(question, usable)
+            score_of = dict(zip((plain(answer.text) for answer in usable), scores, strict=True))
+            self.scored.add([score_of[text] for answer in answers if (text := plain(answer.text)) in score_of])
             pairs = best_pairs(usable, scores, options["pairs_per_prompt"], options["min_distance"])
             counts["pairs"] += len(pairs)
             counts["without_pair"] += not pairs
@@ -224,7 +274,7 @@ def _identity(model: ModelSource, revision: str | None) -> JsonObject:
     return {"name": Path(model.name).name, "sha256": whole}
 
 
-def _tell(counts: Mapping[str, int], out: Path, console: Console) -> None:
+def _tell(counts: Mapping[str, int], score: Interval | None, out: Path, console: Console) -> None:
     """The counts at the end; those that are 0 are omitted."""
     labels = {
         "repeated": "rows repeat an earlier prompt",
@@ -236,4 +286,6 @@ def _tell(counts: Mapping[str, int], out: Path, console: Console) -> None:
     for name, words in labels.items():
         if counts[name]:
             console.line(f"{counts[name]} {words}")
+    if score is not None:
+        console.line(f"the mean score of an answer is {number(score)}, with its 95 % interval over prompts")
     console.line(f"{out}: {counts['pairs']} pairs of {counts['prompts'] - counts['without_pair']} prompts")

@@ -37,7 +37,7 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         rank = SummedRewards.of(opened.plan) if opened.plan.strategy.generates else None
         plan, samples, measured = measured_on(opened, console, vote.prompts if vote else 0, rank)
         judged = judge(opened.rows, measured, samples, plan, rank)
-    console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model))
+    console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model, plan.config.reference))
     if run and request.is_as_trained and judged.sides is not None and not is_whole(run):
         keep(run, judged, basis)  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures

@@ -27,7 +27,7 @@ def show_known(request: Request, console: Console) -> Evaluation | None:
             console.line(f"{EVALUATION} {why}: the figures are computed again")
         return None
     config = run.read_json(PLAN)["config"]
-    start = start_of(ModelSource.of(config["model_name"]))
+    start = start_of(ModelSource.of(config["model_name"]), config["reference"])
     console.judgement(known, known.shown_samples, STRATEGIES[config["strategy"]], start)
     console.line(f"these figures are from {EVALUATION}: nothing has changed since; --again computes them")
     return known

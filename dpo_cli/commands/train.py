@@ -322,7 +322,7 @@ def _concluded(job: Job, training: Training, seconds: float) -> tuple[JsonObject
     run.write_card(card(plan, steps, judged))
     run.write_json(SUMMARY, to_json(summary))
     if can_be_judged:
-        console.judgement(judged, [], plan.strategy, start_of(plan.model))
+        console.judgement(judged, [], plan.strategy, start_of(plan.model, plan.config.reference))
     console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
     if status == "interrupted":
         console.line(TO_RESUME)
@@ -378,7 +378,12 @@ def _finished(run: RunDirectory, plan: Plan, left_out: list[str], console: Conso
     if not run.has(REPORT):
         write_report(run.path)
     if run.has(EVALUATION):
-        console.judgement(Evaluation.of_json(run.read_json(EVALUATION), plan.noun), [], plan.strategy, start_of(plan.model))
+        console.judgement(
+            Evaluation.of_json(run.read_json(EVALUATION), plan.noun),
+            [],
+            plan.strategy,
+            start_of(plan.model, plan.config.reference),
+        )
     if left_out:
         console.line(f"note: a finished run keeps its {', '.join(left_out)}; `dpo eval` evaluates it again")
     console.line(f"{summary.status} already, after step {summary.steps}; {run.trained.name}: {run.trained}")

@@ -6,8 +6,10 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo_cli.commands import round_sampling
 from dpo_cli.commands.session import composer_for
 from dpo_cli.config.config import ConfigLike, Loaded, load_stages
+from dpo_cli.config.rounds import rounds_of
 from dpo_cli.data.dataset import hub_ids
 from dpo_cli.data.hub_datasets import fetch
 from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
@@ -16,7 +18,7 @@ from dpo_cli.models.hub_models import require
 from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import Inspection, inspect
 from dpo_cli.results.codec import JsonObject
-from dpo_cli.storage.run_directory import MANIFEST, SUMMARY, RunDirectory
+from dpo_cli.storage.run_directory import MANIFEST, PAIRS, SUMMARY, RunDirectory
 from dpo_cli.ui.console import Console
 
 STAGES_FIX = "remove output_dir from the stages: each then has its own folder"
@@ -38,29 +40,60 @@ def train_stages(
         resume and isinstance(config, str) and RunDirectory.is_plan(Path(config))
     ):  # the run directory that holds the plan, even if it was moved
         overrides = [f"output_dir={Path(config).absolute().parent}", *overrides]
-    stages, machine = load_stages(config, overrides), probe()
+    stages, machine = [part for loaded in load_stages(config, overrides) for part in rounds_of(loaded)], probe()
     fetch_data(stages, console)
     inspections, plans = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume, may_resume=resume)
     for name in dict.fromkeys(plan.model.foundation for plan in plans):
         require(name)
     composer = composer_for([plan.config for plan in plans])
-    results: list[JsonObject] = []
     # The run of the next stage, if it has started on the adapter of this one.
     started = [
-        plan.run_dir if (loaded.before or loaded.rewarded_by) and RunDirectory(plan.run_dir).has(MANIFEST) else None
+        plan.run_dir
+        if (loaded.before or loaded.rewarded_by) and any(map(RunDirectory(plan.run_dir).has, (MANIFEST, PAIRS)))
+        else None
         for loaded, plan in zip(stages, plans, strict=True)
     ]
-    for loaded, next_run in zip(stages, [*started[1:], None], strict=True):
-        if loaded.stage:
-            console.line(f"stage {loaded.stage} of {len(stages)}: {loaded.require().strategy}")
-        ready = loaded.on_foundation() if dry_run and not (resume and _has_its_start(loaded)) else loaded
-        inspection = inspections.popleft() or inspected(ready, machine)  # removed here, since it holds the rows
-        result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume, next_run)
-        del inspection
-        results.append(result)
-        if code is not Exit.DONE:
-            break
-    return ({**results[-1], "stages": results} if len(stages) > 1 else results[0]), code
+    results: list[JsonObject] = []
+    try:
+        for loaded, next_run in zip(stages, [*started[1:], None], strict=True):
+            _tell_part(loaded, stages[-1], console)
+            ready = loaded.on_foundation() if dry_run and not (resume and _has_its_start(loaded)) else loaded
+            inspection = inspections.popleft() or inspected(ready, machine)  # removed here, since it holds the rows
+            sampled: JsonObject = {}
+            if loaded.round and (of_round := _round(ready, inspection, console, overwrite, dry_run)) is not None:
+                ready, sampled = of_round.loaded, {"sampled": of_round.sampled}
+                inspection = inspected(ready, machine)
+            result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume, next_run)
+            del inspection
+            results.append({**result, **sampled})
+            if code is not Exit.DONE:
+                break
+    finally:  # also if a later round has no pairs
+        of_rounds = [result for result in results if "sampled" in result]
+        if of_rounds and not dry_run:
+            round_sampling.show(of_rounds, console)
+    several = {"stages": results} if stages[-1].stage else {"rounds": results} if stages[-1].round else {}
+    return {**results[-1], **several}, code
+
+
+def _tell_part(loaded: Loaded, last: Loaded, console: Console) -> None:
+    """Which stage and which round starts."""
+    stage = f"stage {loaded.stage} of {last.stage}: {loaded.require().strategy}" if loaded.stage else ""
+    this_round = f"round {loaded.round} of {loaded.rounds}" if loaded.round else ""
+    if part := ", ".join(filter(None, (stage, this_round))):
+        console.line(part)
+
+
+def _round(
+    loaded: Loaded, inspection: Inspection, console: Console, overwrite: bool, dry_run: bool
+) -> round_sampling.Round | None:
+    """A round with its pairs; for a dry run None if they are not made: its plan is then that of the given pairs."""
+    if not dry_run:
+        return round_sampling.sample(loaded, inspection, console, overwrite)
+    of_round = round_sampling.known(loaded, inspection.require()[1].run_dir)
+    if of_round is None:
+        console.line("the pairs of this round are not made yet: its plan is shown for the pairs of the dataset")
+    return of_round
 
 
 def fetch_data(configs: Sequence[Loaded], console: Console) -> None:
@@ -82,6 +115,7 @@ def _inspections(
         inspections.append(inspection if is_first_to_run else None)
         _, plan = inspection.require()
         RunDirectory.check(plan.run_dir, may_exist)
+        round_sampling.require_unused(plan.run_dir, may_exist)
         if not dry_run:
             RunDirectory.require_place(plan.run_dir)
         if plan.run_dir in [earlier.run_dir for earlier in plans]:

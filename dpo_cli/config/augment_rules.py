@@ -9,6 +9,8 @@ from dpo_cli.config.ranking_rules import address_problems, rank_problems
 from dpo_cli.config.schema import Values, inner_defaults
 from dpo_cli.errors import Problem
 
+RANK_FIX = 'write for example "augment": {"rank": "shorter"}; docs/guides/augmentation.md lists all ranks'
+
 
 def _augment(values: Values, given: Values) -> Values | None:
     """The parts of `augment` with their defaults, None where it is not used."""
@@ -49,4 +51,22 @@ def answers_make_pairs(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "augment-too-long", message, 'raise "max_seq_length", or lower "max_new_tokens"', "augment")
 
 
-RULES = (rank_has_its_parts, a_server_has_a_model, answers_make_pairs)
+def rounds_sample_and_rank(values: Values, given: Values) -> Iterator[Problem]:
+    if not values.get("rounds") or "augment" not in values:
+        return
+    augment = {**inner_defaults("augment"), **values["augment"]}
+    if augment["rank"] is None:
+        message = '"rounds" ranks the answers of each round, but "augment" has no "rank"'
+        yield Problem("error", "rank-missing", message, RANK_FIX, "rounds")
+    if augment["answers_url"]:
+        message = '"rounds" samples the answers of the model that it trains, but "augment" names a server for them'
+        fix = 'write "answers_url": null, "answers_model": null in "augment"'
+        yield Problem("error", "rounds-served", message, fix, "augment")
+
+
+RULES = (
+    rounds_sample_and_rank,
+    rank_has_its_parts,
+    a_server_has_a_model,
+    answers_make_pairs,
+)

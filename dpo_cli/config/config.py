@@ -47,6 +47,9 @@ class Loaded:
     before: Loaded | None = None  # the stage that it starts from, if that one is valid
     rewarded_by: Loaded | None = None  # the stage whose run is its reward model, which may not exist yet; as `before`
     day: date | None = None  # the day of the run that a plan.json repeats, if its chat template writes the date
+    round: int | None = None  # the number of the round in a config with rounds (rounds.py), from 1
+    rounds: int = 0  # of how many
+    notes: tuple[str, ...] = ()  # for its plan
 
     @property
     def is_ahead(self) -> bool:
@@ -60,8 +63,14 @@ class Loaded:
         return strategy is not None and strategy.gives_rewards
 
     @property
+    def part(self) -> str:
+        """Its stage and its round, in words; empty without both."""
+        named = (f"stage {self.stage}" if self.stage else "", f"round {self.round}" if self.round else "")
+        return ", ".join(filter(None, named))
+
+    @property
     def label(self) -> str:
-        return f"{self.file}, stage {self.stage}" if self.stage else self.file
+        return f"{self.file}, {self.part}" if self.part else self.file
 
     def placed(self, problem: Problem, path: jsonc.Path = ()) -> Problem:
         """The problem with its place in the file, or on the command line; `path` names a part of the value of its key."""

@@ -37,7 +37,7 @@ class Config:
     loss_type: str | list[Any]
     loss_weights: list[Any] | None
     label_smoothing: float
-    reference: Literal['auto', 'base', 'adapter']
+    reference: Literal['auto', 'base', 'adapter', 'first']
     prompt_sharing: Literal[True, False, 'auto']
     reward_model: str | None
     reward_functions: list[Any]
@@ -73,6 +73,7 @@ class Config:
     on_bad_rows: Literal['stop', 'skip']
     use_chat_template: Literal[True, False, 'auto']
     augment: dict[str, Any]
+    rounds: int | None
     eval_steps: int | None
     per_device_eval_batch_size: int
     logging_steps: int

@@ -312,6 +312,12 @@ def output_is_no_input(values: Values, given: Values) -> Iterator[Problem]:
             yield Problem("error", "output-is-input", message, "name a new folder, for example runs/my-run", "output_dir")
 
 
+def first_reference_is_below_an_adapter(values: Values, given: Values) -> Iterator[Problem]:
+    if values.get("reference") == "first" and values.get("lora_r") == 0:
+        message = '"reference" is "first", the model with the adapter off, but lora_r 0 trains no adapter'
+        yield Problem("error", "reference-first", message, 'remove "reference"', "reference")
+
+
 def upload_has_a_place(values: Values, given: Values) -> Iterator[Problem]:
     if values.get("push_to_hub") and "hub_model_id" in values and values["hub_model_id"] is None:
         fix = 'write "hub_model_id": "me/my-adapter", with your hub user name'
@@ -402,6 +408,7 @@ RULES: Sequence[Rule] = (
     *augment_rules.RULES,
     *reward_rules.RULES,
     *compare_rules.RULES,
+    first_reference_is_below_an_adapter,
     upload_has_a_place,
 )
 

@@ -127,14 +127,13 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
         key: value for key, value in whole.values.items() if key != "stages" and belongs(key, strategy_of(whole.values, own))
     }
     values = {**shared, **own}
-    folder = changes.get("output_dir") or shared.get("output_dir")
-    root = Path(str(folder)) if folder else Path("runs") / (Path(path).stem if path != "-" else "stdin")
+    root = Path(str(changes.get("output_dir") or shared.get("output_dir") or default_folder(path)))
     values["output_dir"] = own.get("output_dir") or str(root / f"{number + 1}-{strategy}")
     foundation = None
     if before is not None and "model_name" not in own:
         named = {**before.values, **before.changes}.get("model_name", defaults()["model_name"])
         foundation = before.foundation or str(named)
-        values["model_name"] = before.values["output_dir"]
+        values["model_name"] = _last_run({**before.values, **before.changes})
     elif earlier and "model_name" not in own and "model_name" in earlier[0].values:
         values["model_name"] = earlier[0].values["model_name"]
     method, rewarded_by = STRATEGIES.get(strategy_of(whole.values, own)), None
@@ -154,6 +153,23 @@ def _stage(whole: Written, document: jsonc.Document, own: Mapping[str, object], 
 def _last(stages: Sequence[Written], is_of_rewards: bool) -> int | None:
     """The place of the last of these stages that trains a reward model, or of the last that trains a policy."""
     return next((place for place in reversed(range(len(stages))) if stages[place].is_of_rewards == is_of_rewards), None)
+
+
+def default_folder(path: str) -> Path:
+    """The run directory of a config file that names none."""
+    return Path("runs") / (Path(path).stem if path != "-" else "stdin")
+
+
+def run_of_round(folder: str, number: int) -> str:
+    """The run directory of a round, from 1, in the output_dir of its config."""
+    return str(Path(folder) / f"round-{number}")
+
+
+def _last_run(values: Mapping[str, object]) -> str:
+    """The run directory with the result of a stage."""
+    folder, rounds = str(values["output_dir"]), values.get("rounds")
+    has_rounds = belongs("rounds", str(values.get("strategy", defaults()["strategy"])))
+    return run_of_round(folder, rounds) if isinstance(rounds, int) and has_rounds else folder
 
 
 def _damaged(document: jsonc.Document, within: jsonc.Path) -> frozenset[str]:

@@ -32,15 +32,16 @@ LARGEST_SHARE = 0.1  # of a mean margin: more rounding than this, and it is comp
 
 
 def rounding_of(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Rounding | None:
-    """The rounding of a policy that equals its reference, over these pairs; None in float32, or if it is not finite.
+    """The rounding of a policy before its first step, over these pairs; None in float32, or if it is not finite.
 
     The weights and the random state are the same afterwards, to the bit.
     """
     if plan.dtype == "float32" or not plan.strategy.refers:
         return None
+    before = None if plan.starts_at_reference else score(policy, rows, tokenizer, plan).policy
     with _perturbed(policy):
         scores = score(policy, rows, tokenizer, plan)
-    ratios = scores.policy - scores.reference
+    ratios = scores.policy - (scores.reference if before is None else before)
     response, pair = (float(np.sqrt(np.mean(np.square(nats)))) for nats in (ratios, ratios[:, 0] - ratios[:, 1]))
     return Rounding(response, pair) if np.isfinite(response) else None
 

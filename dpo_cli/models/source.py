@@ -23,6 +23,7 @@ from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings, state_of_
 from dpo_cli.storage.jsonio import read_object
 from dpo_cli.storage.run_directory import ADAPTER, MODEL, PLAN, SUMMARY
 
+CONTINUED = ("adapter", "first")  # values of "reference" with which the adapter in model_name is trained further
 FIX = "name the directory of a finished run, or of a complete adapter"
 
 
@@ -87,7 +88,7 @@ class ModelSource:
         if not isinstance(config, dict) or not isinstance(name, str) or not name:
             raise Unusable(f"its {PLAN} names no model")
         start = cls.of(name, above)
-        if config.get("reference") != "adapter":
+        if config.get("reference") not in CONTINUED:
             return start
         if start.own_fault is not None:
             raise Unusable(start.own_fault.message, start.own_fault.fix)

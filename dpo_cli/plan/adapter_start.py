@@ -9,19 +9,22 @@ from typing import Any
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.config.options import Config
+from dpo_cli.config.rounds import FIRST
 from dpo_cli.errors import Problem
 from dpo_cli.models.adapter_config import SHAPE, Adapter, without_bias
 from dpo_cli.models.model_files import ModelFiles
-from dpo_cli.models.source import ModelSource
+from dpo_cli.models.source import CONTINUED, ModelSource
 from dpo_cli.models.tensor_files import some
+from dpo_cli.storage.jsonio import read_object
+from dpo_cli.storage.run_directory import PLAN
 from dpo_cli.strategies.strategies import STRATEGIES
 
 Shape = Mapping[str, Any]  # the options of SHAPE
 
 
-def start_of(model: ModelSource) -> str | None:
-    """The adapter that a training starts from, with which its figures are compared; None for a plain model."""
-    return Path(model.name).name if model.adapter is not None else None
+def start_of(model: ModelSource, reference: str) -> str | None:
+    """The adapter that a training starts from, if its figures are compared with it; None for a model with the adapter off."""
+    return Path(model.name).name if model.adapter is not None and reference != FIRST else None
 
 
 def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[str, Any], list[str]]:
@@ -35,9 +38,10 @@ def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[s
     shape: Shape | None = source.adapter.shape if source.adapter is not None else None
     label = Path(config.model_name).name
     why = _why_merged(loaded, config, shape, source)
-    values = {"reference": "base"} if shape is None or why else {"reference": "adapter", **shape}
+    continued = FIRST if config.reference == FIRST else "adapter"
+    values = {"reference": "base"} if shape is None or why else {"reference": continued, **shape}
     if loaded.is_ahead and loaded.before is not None:
-        shape, label = _shape_after(loaded.before, source), f"stage {loaded.before.stage}"
+        shape, label = _shape_after(loaded.before, source), loaded.before.part
         why = _why_merged(loaded, config, shape, source)
     elif shape is None:
         return values, []
@@ -49,14 +53,20 @@ def started(loaded: Loaded, config: Config, source: ModelSource) -> tuple[dict[s
         note = f"the adapter of {label} is merged into its base model, and {then}, because {why}"
         return values, [note if STRATEGIES[config.strategy].gives_rewards else f"{note}; the reference is the merged model"]
     note = f"the training of the adapter of {label} (rank {shape['lora_r']}) continues: the config gives no other shape"
+    if config.reference == FIRST:
+        return values, [f"{note}; the reference is its model with the adapter off, as in the run before"]
     return values, [note + ("; the reference is a frozen copy of it" if refers else "")]
 
 
 def _why_merged(loaded: Loaded, config: Config, shape: Shape | None, source: ModelSource) -> str:
     """Why an adapter of this shape is merged before the training; empty if its training continues."""
-    if shape is not None and STRATEGIES[config.strategy].gives_rewards:
+    if shape is None:
+        return ""
+    if STRATEGIES[config.strategy].gives_rewards:
         return "a reward model has another head"
-    if shape is None or config.reference == "adapter":
+    if config.rounds and config.reference == FIRST:
+        return "every round is compared with the model before round 1"
+    if config.reference in CONTINUED:
         return ""
     return '"reference" is "base"' if config.reference == "base" else other_shape(loaded, shape, source)
 
@@ -83,6 +93,12 @@ def problems(loaded: Loaded, source: ModelSource, run_dir: Path) -> Iterator[Pro
     if loaded.foundation is not None:  # a stage whose adapter does not exist yet
         return
     yield from _adapter_problems(loaded, config, source)
+    if config.reference == FIRST and not _has_first(source) and not config.rounds:
+        message = (
+            f'"reference" is "first", but {config.model_name} is not a run with its model, the adapter off, as the reference'
+        )
+        fix = 'remove "reference", or name such a dpo run in "model_name"'
+        yield Problem("error", "reference-first", message, fix, "reference")
     if config.reference != "adapter" or loaded.sources.get("reference") not in ("config", "override"):
         return
     if source.adapter is None:
@@ -93,10 +109,21 @@ def problems(loaded: Loaded, source: ModelSource, run_dir: Path) -> Iterator[Pro
         yield Problem("error", "reference-adapter", f'"reference" is "adapter", but {why}', fix, "reference")
 
 
+def _has_first(source: ModelSource) -> bool:
+    """Whether the model is a run with an adapter that was compared with its model, the adapter off."""
+    plan = Path(source.name) / PLAN
+    if source.adapter is None or not plan.is_file():
+        return False
+    config = read_object(plan).get("config")
+    named = config if isinstance(config, dict) else {}
+    strategy = STRATEGIES.get(str(named.get("strategy")))
+    return strategy is not None and strategy.refers and named.get("reference") in ("base", FIRST)
+
+
 def _adapter_problems(loaded: Loaded, config: Config, source: ModelSource) -> Iterator[Problem]:
     """Problems of an adapter on the output head that would be trained, and of adapters that cannot be merged."""
     adapters = source.adapters
-    continues = started(loaded, config, source)[0]["reference"] == "adapter"
+    continues = started(loaded, config, source)[0]["reference"] in CONTINUED
     if continues and adapters[0].is_on_head:
         message = (
             f"the adapter of {config.model_name} also changes lm_head, which is not supported: log-probs need its plain weight"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
+from dpo_cli.config.rounds import FIRST, notes_of
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.config.stages import PLAN_VERSION, day_of
@@ -27,7 +28,7 @@ from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed
 from dpo_cli.hardware.memory_inputs import Longest, Settings, longest_sample
 from dpo_cli.hardware.reward_model import with_reward_model
 from dpo_cli.models.quantised_files import OPTIONS
-from dpo_cli.models.source import ModelSource
+from dpo_cli.models.source import CONTINUED, ModelSource
 from dpo_cli.plan.adapter_start import started
 from dpo_cli.plan.cost import Cost, affordable_prompts, cost_of
 from dpo_cli.results.compared import compared
@@ -180,8 +181,13 @@ class Plan:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the adapter in model_name is trained further, with a frozen copy of it as the reference."""
-        return self.config.reference == "adapter"
+        """Whether the adapter in model_name is trained further."""
+        return self.config.reference in CONTINUED
+
+    @property
+    def starts_at_reference(self) -> bool:
+        """Whether the policy is its reference before the first step; else the reference is the model with the adapter off."""
+        return self.config.reference != FIRST
 
     @property
     def merges(self) -> bool:
@@ -396,7 +402,7 @@ def resolve(
     sources: dict[str, Source] = {**loaded.sources}
     sources |= dict.fromkeys((key for key in MEASURED if getattr(config, key) != getattr(now, key)), "measured")
     day = loaded.day or datetime.now().date()
-    plan = Plan(now, model.absolute(), sources, counts, memory, scoring, tuple(notes), day, filled)
+    plan = Plan(now, model.absolute(), sources, counts, memory, scoring, (*notes_of(loaded), *notes), day, filled)
     return plan.with_affordable_evaluation() if sources["kl_prompts"] == "default" else plan
 
 

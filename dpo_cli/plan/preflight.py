@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from dpo_cli.config.augment_rules import RANK_FIX
 from dpo_cli.config.config import Loaded
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
@@ -114,8 +115,7 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
     found = [*inspection.problems, *prompts.problems]
     rank = inspection.plan.config.augment.get("rank") if inspection.plan else None
     if rank is None and not inspection.errors:
-        fix = 'write for example "augment": {"rank": "shorter"}; docs/guides/augmentation.md lists all ranks'
-        found.append(draft.placed(Problem("error", "rank-missing", '"augment" has no "rank"', fix, "augment")))
+        found.append(draft.placed(Problem("error", "rank-missing", '"augment" has no "rank"', RANK_FIX, "augment")))
     if rank == "reference":
         found += without_reference(prompts, path)
     if inspection.plan is None or any(problem.severity == "error" for problem in found):

@@ -32,6 +32,8 @@ from dpo_cli.preferences.judge import Judge
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.reward_run import RewardModel, reward_run
 
+RELATIVE = ("judge",)  # their scores compare an answer with the others of its prompt: their mean is always 0
+
 
 def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: date) -> Rank:
     """The way to rank of the option `augment`, with its model loaded if it has one; `day` is the date of the template."""

@@ -143,7 +143,7 @@ class HuggingFace:
         if fault := adapter.danger:
             raise RunFailed(f"the adapter in {folder} {fault.message}", fault.fix)
         model = with_adapter(base, folder, TRAINED, plan.model_label)
-        if plan.goes_on and (start := self.model.adapter) is not None:
+        if plan.goes_on and plan.starts_at_reference and (start := self.model.adapter) is not None:
             model = with_adapter(model, start.directory, FROZEN, plan.model_label)
         return Policy(model.eval())
 

@@ -148,7 +148,7 @@ def _of_stage(problem: Problem, loaded: Loaded, plan: Plan) -> Problem:
     problem = replace(problem, fix=fix) if problem.fix == RESTART_FIX else problem
     if problem.message != WEIGHTS_CHANGED:
         return problem
-    message = f"the adapter of stage {loaded.before.stage}, from which this stage started, has changed since"
+    message = f"the adapter of {loaded.before.part}, from which this stage started, has changed since"
     return replace(problem, message=message, key=None)
 
 

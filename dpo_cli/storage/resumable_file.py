@@ -40,7 +40,8 @@ class ResumableFile:
             self.is_resumed = bool(lines)
             size = 0
             if lines:
-                _require_same(path, lines[0]["settings"], settings)
+                fix = f"use the same settings, name another file, or delete it and {self.marks}"
+                require_same(path, lines[0]["settings"], settings, fix)
                 size = self._check_content(lines[-1])
                 self.state = lines[-1].get("state", {})
             else:  # a new file, or one that was stopped before the first write
@@ -69,6 +70,17 @@ class ResumableFile:
             raise UsageError(
                 f"cannot write {path}: the folder {path.parent} does not exist", "name a file in a folder that exists"
             )
+
+    @staticmethod
+    def remove(path: Path) -> None:
+        """Remove a file of this kind, finished or not."""
+        path.unlink(missing_ok=True)
+        ResumableFile.remove_marks(path)
+
+    @staticmethod
+    def remove_marks(path: Path) -> None:
+        """The file is known to be complete."""
+        _marks_of(path).unlink(missing_ok=True)
 
     def append(self, rows: Iterable[Mapping[str, object]], state: Mapping[str, object]) -> None:
         """Add rows, one per line. `state` is stored with them, and survives a crash."""
@@ -133,13 +145,12 @@ def _whole_lines(file: BinaryIO) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _require_same(path: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
-    """Refuse to continue with other settings, and name those that differ."""
+def require_same(path: Path, before: Mapping[str, object], now: Mapping[str, object], fix: str) -> None:
+    """Refuse to continue a file with other settings, and name those that differ."""
     was, now = _flat(before), _flat(json.loads(json_text(now)))
     differ = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
     if differ:
         changes = "; ".join(f"{name} was {json_text(was.get(name))} and is now {json_text(now.get(name))}" for name in differ)
-        fix = f"use the same settings, name another file, or delete it and {_marks_of(path)}"
         raise invalid("out-other-settings", f"{path} was started with other settings: {changes}", fix)
 
 

@@ -4,6 +4,7 @@ plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.h
 adapter/, a PEFT adapter, or model/, if all weights were trained
 checkpoints/, see storage/checkpoints.py
 side-by-side.html and votes.json, after `dpo vote`
+pairs.jsonl, held-out.jsonl and sampled.json, of a round of iterative DPO
 tensorboard/, if report_to names it
 """
 
@@ -28,6 +29,7 @@ from dpo_cli.storage.redaction import redact, redact_forms, redacted
 PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", "metrics.json"
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
 EVALUATION, REPORT = "evaluation.json", "report.html"
+PAIRS, HELD_OUT, SAMPLED = "pairs.jsonl", "held-out.jsonl", "sampled.json"
 PAGE, VOTES = "side-by-side.html", "votes.json"
 TENSORBOARD, CHECKPOINTS, LOCK, TRIAL = "tensorboard", "checkpoints", "run.lock", ".trial"
 
@@ -185,6 +187,10 @@ class RunDirectory:
             return []
         text = (self.path / LINES).read_text(encoding="utf-8")
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def write_rows(self, name: str, text: str) -> None:
+        """Rows of the user's data, as they are."""
+        write_whole(self.path / name, lambda part: part.write_text(text, encoding="utf-8"))
 
     def write_text(self, name: str, text: str) -> None:
         self._write(name, redact(text))

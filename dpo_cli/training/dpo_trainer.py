@@ -27,6 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.plan.plan import Plan
+from dpo_cli.providers.policy import FROZEN
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import LOG_PROBS
 from dpo_cli.scoring.packing import Batch, units_in
@@ -154,7 +155,8 @@ def build_trainer(
     """The trainer of a plan; its figures leave through callbacks.
 
     TRL adds a fresh `adapter`, and then knows that the reference is the model with the adapter off. `model` may come
-    with an adapter: TRL makes a frozen copy of it as the reference. Without any adapter, the reference is `frozen`.
+    with an adapter: TRL makes a frozen copy of it as the reference, unless that is the model with the adapter off. Without any
+    adapter, the reference is `frozen`.
     """
     start = adapter_weights(model)
     trainer = PairTrainer(
@@ -166,6 +168,8 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
+    if plan.goes_on and not plan.starts_at_reference:
+        trainer.model.delete_adapter(FROZEN)  # TRL's copy: the reference is the model with the adapter off
     trainer.data_collator = with_places(trainer.data_collator)
     trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
     trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan)

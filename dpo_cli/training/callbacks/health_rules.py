@@ -428,14 +428,17 @@ RULES: dict[str, tuple[Action, Rule]] = {
 
 
 def wrong_start(scores: Scores, plan: Plan) -> Event | None:
-    """Before step 1 the policy equals its reference: margin 0, KL 0, loss ln 2. A larger difference means a wrong reference."""
+    """Before step 1 the policy equals its reference: margin 0, KL 0, loss ln 2. A larger difference means a wrong reference.
+
+    Unless the reference is the model with the adapter off, from which the adapter was trained away before.
+    """
     apart = float(np.mean(np.abs(scores.policy - scores.reference) / scores.tokens))
     if not math.isfinite(apart):
         remedy = (
             "this model overflows in 16 bits: use bf16" if plan.config.fp16 else "choose another model: its weights are damaged"
         )
         return Event(NOT_FINITE, "stop", 0, "before the first step log-probs are not finite", remedy)
-    if apart <= APART_NATS[plan.dtype]:
+    if apart <= APART_NATS[plan.dtype] or not plan.starts_at_reference:
         return None
     message = f"before the first step the policy differs from its reference by {apart:.2g} nats per token; they must be equal"
     remedy = "use another model_name or reference, and please report this: the figures would be meaningless"
