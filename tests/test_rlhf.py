@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Run, tiny_model
+from fork_server import dpo
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from trl import GRPOTrainer, RLOOTrainer
@@ -252,3 +254,29 @@ def test_a_run_that_was_killed_anywhere_has_the_same_bits(go: Go, tmp_path: Path
         limit = 0
         assert go(f"killed-{number}") is Exit.DONE
         assert left(tmp_path / f"killed-{number}") == left(tmp_path / "whole"), limit
+
+
+def test_a_reward_model_is_trained_first(tmp_path: Path, ending_model_dir: Path, pairs_file: Callable[..., Path]) -> None:
+    """Without one, the config is two stages; the second is refused if the reward model changes, and its figures are kept."""
+    values = {**RLHF, "model_name": str(ending_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False}
+    values |= {"fp16": False, "max_steps": 3, "lora_r": 4, "max_new_tokens": 8, "kl_prompts": 2, "learning_rate": 1e-2}
+    (tmp_path / "mine.json").write_text(json.dumps(values), encoding="utf-8")
+    done = dpo("train", "mine.json", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = json.loads(done.stdout)["stages"]
+    assert {"accuracy", "calibration_error"} <= first["eval"].keys() and "answer_reward" in second["eval"]
+    run = tmp_path / "runs" / "mine" / "2-rlhf"
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["reward_model"]["name"] == str(run.parent / "1-reward")
+    known = dpo("eval", str(run), "--json", cwd=tmp_path)
+    again = dpo("eval", str(run), "--again", "--json", cwd=tmp_path)
+    rewards = [json.loads(one.stdout)["policy"]["answer_reward"] for one in (known, again)]
+    assert rewards[0] == rewards[1] == second["eval"]["answer_reward"]
+    other = dpo("train", str(tmp_path / "mine.json"), "seed=7", "output_dir=other", "--json", cwd=tmp_path)
+    assert other.returncode == 0, other.stderr
+    shutil.rmtree(run.parent / "1-reward")
+    shutil.copytree(tmp_path / "other" / "1-reward", run.parent / "1-reward")
+    plan = json.loads((run / "plan.json").read_text(encoding="utf-8"))["config"]
+    refused = dpo("train", str(run / "plan.json"), "--resume", "max_steps=4", cwd=tmp_path)
+    assert refused.returncode == 3, refused.stderr
+    assert "the weights of reward_model have changed" in refused.stderr and plan["reward_model"] == str(run.parent / "1-reward")

@@ -124,7 +124,7 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
 
 
 def _reward_problems(loaded: Loaded) -> Iterator[Problem]:
-    """A reward model that is not there, or that is no reward model; not one that a stage before it trains."""
+    """A reward model that is not there, or that is not a reward model; not one that a stage before it trains."""
     name = loaded.require().reward_model
     if name is None or loaded.rewarded_by is not None:
         return

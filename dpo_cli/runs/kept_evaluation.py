@@ -66,9 +66,11 @@ def digest_of(value: Mapping[str, object]) -> str:
 def basis_of(config: Mapping[str, Any]) -> JsonObject:
     """What a training and an evaluation read besides the run: data, model, code, versions of packages, processor."""
     machine, model = probe(), ModelSource.of(config["model_name"])
+    rewards = {"reward_model": ModelSource.of(config["reward_model"]).state} if config.get("reward_model") else {}
     return {
         "data": [hashes(config["dataset"]), hashes(config["eval_dataset"] or [])],
         "model": model.state,
+        **rewards,
         "revision": revision(model.foundation),
         "versions": installed_versions(config["provider"]),
         "hardware": [machine.processor, *(gpu.name for gpu in machine.gpus)],

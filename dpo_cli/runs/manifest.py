@@ -9,6 +9,7 @@ from typing import Any
 from dpo_cli.data.dataset import sources_of
 from dpo_cli.hardware.machine import Machine, installed_versions
 from dpo_cli.models.hub_models import revision
+from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan
 from dpo_cli.storage.digests import sha256
 
@@ -35,11 +36,22 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
             "below": plan.model.weights_sha256,
             "settings": plan.model.settings_sha256,
         },
+        "reward_model": _identity(plan.config.reward_model),
         "seed": plan.config.seed,
         "day": plan.day.isoformat() if plan.writes_date else None,
         "git_commit": _git_commit(),
         RECALLED: 0,
     }
+
+
+def _identity(name: str | None) -> dict[str, Any] | None:
+    """What identifies the weights of a reward model: of a local one its files, and those of the models below it."""
+    if name is None:
+        return None
+    model = ModelSource.of(name)
+    place = model.own.path
+    own = {path.name: sha256(path) for path in sorted(place.glob("*.safetensors"))} if place.is_dir() else {}
+    return {"name": name, "sha256": own, "revision": revision(model.foundation), "below": model.weights_sha256}
 
 
 def hashes(dataset: str | list[Any]) -> dict[str, str]:

@@ -55,7 +55,7 @@ def _unwritable(path: Path, why: str) -> InvalidInput:
 
 
 def config_of_run(name: str) -> Mapping[str, Any] | None:
-    """The config of a run directory, or of the run of an adapter folder; None for what is no run."""
+    """The config of a run directory, or of the run of an adapter folder; None for anything else."""
     place = Path(name)
     run = place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
     try:
