@@ -27,9 +27,10 @@ def with_reward_model(settings: Settings, config: Config, facts: ModelFacts) -> 
     name = config.reward_model
     own: Mapping[str, object] = config.to_json()
     if name is not None and os.path.exists(name):
-        known = ModelSource.of(name).facts
+        own = config_of_run(name) or {}
+        known = ModelSource.of(str(own.get("model_name", name))).facts
         if known is None:
             return settings
-        facts, own = known, config_of_run(name) or {}
+        facts = known
     like = config.replaced({**{option: own.get(option, False) for option in OPTIONS.values()}, "lora_r": 1})
     return replace(settings, reward_bytes=weight_bytes(facts, Settings.of(like, facts, Longest())))

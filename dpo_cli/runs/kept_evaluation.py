@@ -16,7 +16,7 @@ from dpo_cli.models.hub_models import revision
 from dpo_cli.models.source import ModelSource
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.results.judgement import Evaluation
-from dpo_cli.runs.manifest import hashes
+from dpo_cli.runs.manifest import hashes, identity
 from dpo_cli.storage.digests import sha256, sha256_of_package, sha256_of_settings
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import redacted
@@ -66,7 +66,7 @@ def digest_of(value: Mapping[str, object]) -> str:
 def basis_of(config: Mapping[str, Any]) -> JsonObject:
     """What a training and an evaluation read besides the run: data, model, code, versions of packages, processor."""
     machine, model = probe(), ModelSource.of(config["model_name"])
-    rewards = {"reward_model": ModelSource.of(config["reward_model"]).state} if config.get("reward_model") else {}
+    rewards = {"reward_model": identity(config["reward_model"])} if config.get("reward_model") else {}
     return {
         "data": [hashes(config["dataset"]), hashes(config["eval_dataset"] or [])],
         "model": model.state,

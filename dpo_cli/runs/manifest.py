@@ -12,6 +12,7 @@ from dpo_cli.models.hub_models import revision
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan
 from dpo_cli.storage.digests import sha256
+from dpo_cli.storage.run_directory import ADAPTER, config_of_run, run_of
 
 RECALLED = "reference_from_cache"  # pairs whose reference log-probs the run took from the user's cache
 
@@ -36,7 +37,7 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
             "below": plan.model.weights_sha256,
             "settings": plan.model.settings_sha256,
         },
-        "reward_model": _identity(plan.config.reward_model),
+        "reward_model": identity(plan.config.reward_model),
         "seed": plan.config.seed,
         "day": plan.day.isoformat() if plan.writes_date else None,
         "git_commit": _git_commit(),
@@ -44,12 +45,14 @@ def manifest(plan: Plan, machine: Machine, model_dir: Path | None) -> dict[str, 
     }
 
 
-def _identity(name: str | None) -> dict[str, Any] | None:
-    """What identifies the weights of a reward model: of a local one its files, and those of the models below it."""
+def identity(name: str | None) -> dict[str, Any] | None:
+    """What identifies the weights of a reward model: of a local one its files, and those of the adapters below it."""
     if name is None:
         return None
-    model = ModelSource.of(name)
-    place = model.own.path
+    run = config_of_run(name)
+    place, model = (
+        (run_of(name) / ADAPTER, ModelSource.of(str(run["model_name"]))) if run else (Path(name), ModelSource.of(name))
+    )
     own = {path.name: sha256(path) for path in sorted(place.glob("*.safetensors"))} if place.is_dir() else {}
     return {"name": name, "sha256": own, "revision": revision(model.foundation), "below": model.weights_sha256}
 

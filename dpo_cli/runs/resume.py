@@ -133,8 +133,8 @@ class EarlierRun:
         settings = _settings(self.manifest)
         if _weights(self.manifest) != _weights(manifest) or settings not in (None, _settings(manifest)):
             yield _other(WEIGHTS_CHANGED, "model_name")
-        was, now = (one.get("reward_model") for one in (self.manifest, manifest))  # older manifests have none
-        if was is not None and now is not None and _weights({"model": was}) != _weights({"model": now}):
+        scored = [one["reward_model"] for one in (self.manifest, manifest) if one.get("reward_model")]  # older ones have none
+        if len(scored) == 2 and _weights({"model": scored[0]}) != _weights({"model": scored[1]}):
             yield _other("the weights of reward_model have changed since the run started", "reward_model")
 
     def other_versions(self, manifest: Json) -> list[str]:

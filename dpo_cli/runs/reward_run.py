@@ -23,16 +23,15 @@ from dpo_cli.runs.open_run import require_same_below
 from dpo_cli.scoring.forward import collate
 from dpo_cli.scoring.lora_linear import fuse
 from dpo_cli.scoring.score_head import rewards
-from dpo_cli.storage.run_directory import ADAPTER, PLAN, RunDirectory, config_of_run
+from dpo_cli.storage.run_directory import PLAN, RunDirectory, config_of_run, run_of
 from dpo_cli.strategies.strategies import STRATEGIES
 
 
 def reward_run(name: str) -> Path | None:
     """The run directory that `name` is, or whose adapter folder it is, if the run trains a reward model; else None."""
-    place, config = Path(name), config_of_run(name)
+    config = config_of_run(name)
     strategy = STRATEGIES.get(str(config.get("strategy"))) if config else None
-    run = place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
-    return run if strategy is not None and strategy.gives_rewards else None
+    return run_of(name) if strategy is not None and strategy.gives_rewards else None
 
 
 @dataclass(frozen=True)

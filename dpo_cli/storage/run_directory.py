@@ -54,12 +54,16 @@ def _unwritable(path: Path, why: str) -> InvalidInput:
     return invalid("run-unwritable", f"cannot write to {path}: {why}", "choose another output_dir", "output_dir")
 
 
+def run_of(name: str) -> Path:
+    """The run directory that is named so, or whose adapter folder is."""
+    place = Path(name)
+    return place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
+
+
 def config_of_run(name: str) -> Mapping[str, Any] | None:
     """The config of a run directory, or of the run of an adapter folder; None for anything else."""
-    place = Path(name)
-    run = place.absolute().parent if place.name == ADAPTER and not (place / PLAN).is_file() else place
     try:
-        config = read_json(run / PLAN)["config"]
+        config = read_json(run_of(name) / PLAN)["config"]
     except (OSError, ValueError, KeyError, TypeError):  # no run, or a damaged one
         return None
     return config if isinstance(config, dict) else None
