@@ -93,6 +93,7 @@ def sample(loaded: Loaded, inspection: Inspection, console: Console, overwrite: 
 
 def _sample(loaded: Loaded, plan: Plan, prompts: Prompts, run: RunDirectory, asked: JsonObject, console: Console) -> None:
     from dpo_cli.commands.augment import augment  # late, because it imports torch
+    from dpo_cli.providers.out_of_memory import free_memory
 
     about = {"round": loaded.round, "rounds": loaded.rounds, "seed": plan.config.seed, "asked": asked}
 
@@ -102,6 +103,7 @@ def _sample(loaded: Loaded, plan: Plan, prompts: Prompts, run: RunDirectory, ask
 
     console.line(f"{loaded.part}: {plan.model_label} answers {len(prompts.questions)} prompts")
     augment(plan, prompts, run.path / PAIRS, console, {"round": loaded.round}, keep)
+    free_memory()  # the training of the round loads the model again
 
 
 def _round(loaded: Loaded, run: RunDirectory) -> Round:
