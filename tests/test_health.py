@@ -28,7 +28,7 @@ from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE
 from dpo_cli.training.dpo_trainer import PairTrainer
 from dpo_cli.ui.console import Console
 
-COUNTS = Counts(80, 0, 80, 0, 0, 0, 0, 0, 9, "", 9, 9, 9, 9, "", False)
+COUNTS = Counts(80, 0, 80, 0, 0, 0, 0, 0, 9, "", 9, 9, 9, 9, 9, "", False)
 STEP = {"loss": 0.6, "accuracy": 0.7, "margin": 0.5, "reward_chosen": 0.3, "reward_rejected": -0.2, "logp_chosen": -97.0}
 
 

@@ -25,7 +25,7 @@ from dpo_cli.app import app
 from dpo_cli.config.config import load
 from dpo_cli.errors import Exit, InvalidInput, RunFailed
 from dpo_cli.hardware.machine import probe
-from dpo_cli.models.adapter_config import UNSUPPORTED_FIX, is_on_head, unsupported
+from dpo_cli.models.adapter_config import CLASSIFIER_FIX, UNSUPPORTED_FIX, is_on_head, unsupported
 from dpo_cli.models.checks import problems
 from dpo_cli.models.generation_config import CACHES, invalid
 from dpo_cli.models.source import ModelSource
@@ -162,7 +162,7 @@ def test_another_kind_of_adapter_is_refused_by_name(
         assert judged.exit_code == Exit.INVALID and name in judged.stderr
         with pytest.raises(InvalidInput, match=name) as caught:
             HuggingFace(ModelSource.of(str(model))).trained(plan_of(model, tmp_path), folder)
-        assert caught.value.problems[0].fix == UNSUPPORTED_FIX
+        assert caught.value.problems[0].fix == (CLASSIFIER_FIX if name == "task_type" else UNSUPPORTED_FIX)
 
 
 def test_what_asks_for_nothing_is_no_reason_to_refuse(base: Callable[..., Path], tmp_path: Path) -> None:

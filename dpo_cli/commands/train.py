@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,6 @@ from dpo_cli.scoring.reference import KeptReference, computed_by
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
-from dpo_cli.training import dpo_trainer, policy_trainer, reward_trainer, sft_trainer
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
@@ -60,12 +60,8 @@ from dpo_cli.ui.live import LiveView
 
 ROUNDED_ROWS = 8  # pairs that show the rounding of 16 bits
 START_ROWS = 4  # pairs, the shortest, on which the policy must equal its reference before the first step
-TRAINERS: dict[str, Callable[..., Any]] = {
-    "dpo": dpo_trainer.build_trainer,
-    "sft": sft_trainer.build_trainer,
-    "reward": reward_trainer.build_trainer,
-    "rlhf": policy_trainer.build_trainer,
-}
+# The modules of training/, by strategy. Imported late: each brings a trainer of TRL.
+TRAINERS = {"dpo": "dpo_trainer", "sft": "sft_trainer", "reward": "reward_trainer", "rlhf": "policy_trainer"}
 
 
 def train(
@@ -250,7 +246,7 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
         measured[trainer.state.global_step] = now
         return line_figures(now, rows.held_out, plan)
 
-    build = TRAINERS[plan.config.strategy]
+    build = import_module(f"dpo_cli.training.{TRAINERS[plan.config.strategy]}").build_trainer
     sampled = {"prompts": rows.prompts, "rank": rank} if rank is not None else {}
     trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen, **sampled)
     provider.ready(trainer.model, plan)

@@ -32,5 +32,6 @@ def with_reward_model(settings: Settings, config: Config, facts: ModelFacts) -> 
         if known is None:
             return settings
         facts = known
-    like = config.replaced({**{option: own.get(option, False) for option in OPTIONS.values()}, "lora_r": 1})
+    bits = {option: own.get(option, False) for option in OPTIONS.values()}
+    like = config.replaced({**bits, "lora_r": 1, "strategy": STRATEGIES[settings.strategy].rewarded_by})  # without an LM head
     return replace(settings, reward_bytes=weight_bytes(facts, Settings.of(like, facts, Longest())))
