@@ -23,7 +23,7 @@ from baseline import EXACT, Column, Table, cell_of
 from dpo_cli.config.config import load_methods
 
 CONFIG, RUNS = "configs/compare.json", "runs/compare"
-SMALL = ("max_new_tokens=8", "kl_prompts=2", 'compare={"methods": ["sft", "dpo"], "seeds": 2, "budget_value": 2000}')
+SMALL = ("max_new_tokens=8", "kl_prompts=2", 'compare={"methods": ["sft", "dpo", "rlhf"], "seeds": 2, "budget_value": 2000}')
 METHODS = [method.name for method, _ in load_methods(CONFIG)[1]]
 CELL = "{:.4g} [{:.4g}, {:.4g}]"
 COLUMNS = (
