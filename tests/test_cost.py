@@ -9,8 +9,9 @@ from test_plan import COUNTS as PLANNED
 
 from dpo_cli.config.config import load
 from dpo_cli.config.options import Config
-from dpo_cli.plan.cost import Cost, affordable_prompts, answered_prompts, cost_of
+from dpo_cli.plan.cost import Cost, affordable_prompts, answered_prompts, beside_pairs, cost_of
 from dpo_cli.strategies.dpo import DPO
+from dpo_cli.strategies.rlhf import RLHF
 from dpo_cli.strategies.sft import SFT
 
 COUNTS = replace(PLANNED, train_pairs=100, eval_pairs=20, eval_prompts=20, shared_tokens=40_000)  # 400 a pair
@@ -71,3 +72,21 @@ def test_as_many_are_answered(config: Config, kl_prompts: int, answered: int) ->
 def test_seconds() -> None:
     """A token takes 2 x 10 operations of 100 a second, of which a training reaches a half."""
     assert Cost(10, 5).seconds(10, 100) == (4.0, 2.0)
+
+
+def test_a_sample_costs_more_than_a_pair_by_hand(config: Config) -> None:
+    """Rows of 100 tokens, 50 of them the prompt, answers of 20: a sample takes 70 * (2.5 + 3) + 8 * 20 = 545 forward tokens, and
+    a pair (50 + 2 * 50) * (2.5 + 1) = 525. Used for two steps, drawing and scoring count half: 70 * (2.5 + 1.5) + 80 = 360."""
+    config = config.replaced({"max_new_tokens": 20})
+    assert beside_pairs(config.replaced({"num_iterations": 1}), 100) == 545 / 525
+    assert beside_pairs(config.replaced({"num_iterations": 2}), 100) == 360 / 525
+
+
+def test_samples_cost_what_is_drawn_scored_and_trained_on_by_hand(config: Config) -> None:
+    """3 steps of 8 samples: 24 samples of 70 + 20 tokens at 2.5 + 3 forward passes, and 24 * 20 drawn tokens at 8 each.
+
+    The prompts of the pairs have (4000 - 2600) / 20 = 70 tokens.
+    """
+    config = config.replaced({"max_new_tokens": 20, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1})
+    counts = replace(PLANNED, train_pairs=20, train_tokens=4000, shared_tokens=2600)
+    assert cost_of(config, counts, 3, RLHF).training == 24 * 90 * 5.5 + 24 * 20 * 8

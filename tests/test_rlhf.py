@@ -280,3 +280,28 @@ def test_a_reward_model_is_trained_first(tmp_path: Path, ending_model_dir: Path,
     refused = dpo("train", str(run / "plan.json"), "--resume", "max_steps=4", cwd=tmp_path)
     assert refused.returncode == 3, refused.stderr
     assert "the weights of reward_model have changed" in refused.stderr and plan["reward_model"] == str(run.parent / "1-reward")
+
+
+def test_prompts_of_a_file_are_sampled_and_no_held_out_one(
+    rlhf: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file has three prompts of its own and every prompt of the pairs; one that leaves no room is cut."""
+    long = "the cat sat on the mat; " * 40
+    asked = ["one", "two", long, *(f"question {i}" for i in range(12))]
+    (tmp_path / "prompts.txt").write_text("\n".join(asked) + "\n", encoding="utf-8")
+    sampled: list[list[int]] = []
+    sample = policy_trainer.SampledTrainer.sample
+
+    def seen(self: policy_trainer.SampledTrainer, prompts: list[list[int]]) -> list[list[int]]:
+        sampled.extend(prompts)
+        return sample(self, prompts)
+
+    monkeypatch.setattr(policy_trainer.SampledTrainer, "sample", seen)
+    _, run_dir = rlhf(prompts_file=str(tmp_path / "prompts.txt"), max_steps=None, num_train_epochs=1)
+    plan = json.loads((run_dir / "plan.json").read_text(encoding="utf-8"))["counts"]
+    assert plan["train_prompts"] == len(asked) - plan["eval_prompts"]
+    assert len({tuple(ids) for ids in sampled}) == plan["train_prompts"]
+    assert max(map(len, sampled)) == plan["longest_prompt"] <= 64 - 12
+    said = capsys.readouterr().out
+    assert "1 prompts lose their start" in said.replace("\n", " ")
+    assert f"{plan['eval_prompts']} prompts of" in said.replace("\n", " ")

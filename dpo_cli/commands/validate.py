@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from dpo_cli.commands.recommendation import require_vram
 from dpo_cli.config.config import ConfigLike, Loaded, load_stages
 from dpo_cli.errors import Exit
 from dpo_cli.hardware.machine import Machine
+from dpo_cli.plan.cost import beside_pairs
+from dpo_cli.plan.examination import Data
+from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.plan.preflight import inspect
+from dpo_cli.results.compared import compared
 from dpo_cli.results.validation import Validation
+from dpo_cli.strategies.dpo import DPO
 from dpo_cli.ui.console import Console
 
 ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]
@@ -49,6 +55,18 @@ def validated_file(
     )
 
 
+def _beside_pairs(loaded: Loaded, plan: Plan, data: Data, machine: Machine, vram: float | None) -> str:
+    """What a training that samples answers costs beside dpo with the same values."""
+    same = replace(loaded, config=plan.config.replaced({"strategy": DPO.name}))
+    memory = resolve(same, machine, vram_gb=vram, longest=data.longest, model=plan.model).memory
+    lengths = data.said["length"]["tokens"] or data.said["length"]["characters"]
+    words = f"beside dpo: a step computes about {beside_pairs(plan.config, lengths['median']):.1f} times as much"
+    if plan.memory is None or memory is None:
+        return words
+    needed, of_dpo = compared(plan.memory.total_gb, memory.total_gb)
+    return f"{words}, and needs {needed} GB instead of {of_dpo} GB"
+
+
 def _validated(
     console: Console, loaded: Loaded, machine: Machine, vram: float | None, with_data: bool, strict: bool, rows: int
 ) -> Validation:
@@ -71,6 +89,8 @@ def _validated(
         if plan and data and (words := data.billed_words(plan.config.max_seq_length)):
             console.line(words)
         console.bill(memory)
+    if plan and data and plan.strategy.generates:
+        console.line(_beside_pairs(loaded, plan, data, machine, vram))
     console.line(f"{loaded.label}: {f'not valid, errors: {len(inspection.errors)}' if inspection.errors else 'valid'}")
     config = plan.config.to_json() if plan else loaded.values
     return Validation(inspection.problems, config, data.to_json() if data else None, memory, inspection.exit_code)

@@ -41,6 +41,7 @@ class Config:
     prompt_sharing: Literal[True, False, 'auto']
     reward_model: str | None
     reward_functions: list[Any]
+    prompts_file: str | None
     rl_algorithm: Literal['rloo', 'grpo']
     num_generations: int
     temperature: float

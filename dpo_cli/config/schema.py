@@ -96,7 +96,7 @@ class Option:
 
     @property
     def place(self) -> str | None:
-        """What it names on disk: "model", "data" or "output"."""
+        """What it names on disk: "model", "data", "prompts" or "output"."""
         return self.rule.get("x-place")
 
     @property

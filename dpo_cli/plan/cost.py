@@ -75,6 +75,15 @@ def _training(config: Config, counts: Counts, steps: int, strategy: Strategy) ->
     return of_pair * (a_token * units + REFERENCE * strategy.refers * min(units, counts.train_pairs))
 
 
+def beside_pairs(config: Config, tokens: float) -> float:
+    """The cost of a step that samples answers, over that of a step of dpo on as many pairs. A row of the data has so many
+    tokens, half of them in its prompt: an estimate before the rows are tokenised."""
+    prompt, new = tokens / 2, config.max_new_tokens
+    sample = (prompt + new) * (TRAINED + 3 * REFERENCE / config.num_iterations) + SAMPLED * new / config.num_iterations
+    pair = (prompt + 2 * tokens / 2) * (TRAINED + REFERENCE)
+    return sample / pair
+
+
 def affordable_prompts(config: Config, counts: Counts, steps: int, strategy: Strategy) -> int:
     """The most held-out prompts, up to those of the config, whose answers keep the evaluations within their share; at least
     `FEWEST`, as far as there are so many. Whether a step computes states again depends on the machine, and does not count."""

@@ -452,6 +452,7 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Confi
         dataset=_absolute(config.dataset),
         eval_dataset=_absolute(config.eval_dataset) if config.eval_dataset else None,
         reward_model=_absolute_model(config.reward_model) if config.reward_model else None,
+        prompts_file=str(Path(config.prompts_file).absolute()) if config.prompts_file else None,
         model_name=_absolute_model(config.model_name),
     )
 

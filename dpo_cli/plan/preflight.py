@@ -95,6 +95,8 @@ def inspect(
         )  # with the names of the config
         found += map(loaded.placed, _model_problems(plan))
         found += map(loaded.placed, _reward_problems(draft))
+        if with_data and plan.strategy.generates and draft.config.prompts_file is not None:
+            found += read_prompts(draft.config.prompts_file, draft.config.columns, draft.config.on_bad_rows == "skip").problems
         if plan.config.lora_r and not plan.goes_on:
             found += map(loaded.placed, target_layers.problems(plan.config, plan.model, plan.model_label))
         found += map(loaded.placed, step_problems(plan, pairs))

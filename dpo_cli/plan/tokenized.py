@@ -11,13 +11,15 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_cli.config.options import Config
 from dpo_cli.config.reward_rules import reward_functions
 from dpo_cli.data.encoded import Encoded, EncodedRows, Growing
+from dpo_cli.data.prompts import read_prompts
 from dpo_cli.data.rows import Question, question_of
 from dpo_cli.data.token_cache import key_of, known_or_made
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoder, Encodings, encode_questions, encoded_into
-from dpo_cli.errors import Problem, invalid
+from dpo_cli.errors import InvalidInput, Problem, invalid
 from dpo_cli.models.model_files import TOKENIZER_CONFIG
 from dpo_cli.plan.examination import Data, digests_of, large_files
 from dpo_cli.plan.plan import Counts, Plan
@@ -62,35 +64,49 @@ class Rows:
         return found
 
 
-def sampled_prompts(train: EncodedRows, made: Tokenizer, plan: Plan, token_rows: int | None, tell: Tell) -> list[SampledPrompt]:
-    """The prompts of the rows to train on, each once, with their token ids, cut so that an answer has room.
+def sampled_prompts(
+    train: EncodedRows, held_out: EncodedRows, made: Tokenizer, plan: Plan, token_rows: int | None, tell: Tell
+) -> list[SampledPrompt]:
+    """The prompts to sample answers to, each once, with their token ids, cut so that an answer has room.
 
-    `InvalidInput` if none has.
+    Those of the rows to train on, or of a file of prompts without those of held-out rows. `InvalidInput` if none is left.
     """
     config, context = plan.config, plan.model.facts.max_position_embeddings if plan.model.facts else None
     longest = min(config.max_seq_length, context or config.max_seq_length)
-    room, first = longest - config.max_new_tokens, dict[str, int]()
-    for place, row in enumerate(train.rows):
-        first.setdefault(row.prompt_key, place)
-    sizes = [size.prompt for size in train.sizes()]
-    long = [place for place in first.values() if sizes[place] > room]
-    questions = [question_of(train.rows[place]) for place in long]
-    cut, counts = encode_questions(questions, made, config.use_chat_template, room, token_rows) if long else ([], {})
-    if long:
-        about = f"{counts['cut']} prompts lose their start, so that an answer of {config.max_new_tokens} tokens fits {longest}"
-        tell(f"note: {about}; {counts['too_long']} cannot be cut so far, and are skipped")
-    shortened = {(question.file, question.line, question.prompt_key): ids for question, ids in cut}
-    prompts = []
-    for place in first.values():
-        question, ids = question_of(train.rows[place]), train.ids(place)[0]
-        if len(ids) > room:
-            ids = shortened.get((question.file, question.line, question.prompt_key), [])
-        if ids:
-            prompts.append(SampledPrompt(question, ids))
-    if not prompts:
-        fix = "raise max_seq_length, or lower max_new_tokens"
-        raise invalid("nothing-to-train", "no prompt leaves room for an answer in max_seq_length", fix, "max_seq_length")
-    return prompts
+    room, known = longest - config.max_new_tokens, dict[str, SampledPrompt]()
+    questions, judged = _prompts_of_file(config, held_out) if config.prompts_file else ([], 0)
+    if not config.prompts_file:
+        for place, (row, size) in enumerate(zip(train.rows, train.sizes(), strict=True)):
+            if row.prompt_key in known:
+                continue
+            if size.prompt > room:
+                questions.append(question_of(row))
+            else:  # the token ids of the pair
+                known[row.prompt_key] = SampledPrompt(question_of(row), train.ids(place)[0])
+    if questions:
+        encoded, counts = encode_questions(questions, made, config.use_chat_template, room, token_rows)
+        known |= {question.prompt_key: SampledPrompt(question, ids) for question, ids in encoded}
+        left = {"cut": f"lose their start, so that an answer of {config.max_new_tokens} tokens fits {longest}"}
+        left["too_long"] = "leave no room for an answer, and are skipped"
+        for name, words in left.items():
+            if counts[name]:
+                tell(f"note: {counts[name]} prompts {words}")
+    if judged:
+        tell(f"note: {judged} prompts of {config.prompts_file} are those of held-out pairs, and are left out")
+    if not known:
+        fix = "raise max_seq_length, lower max_new_tokens, or add prompts"
+        raise invalid("nothing-to-train", "there is no prompt to sample an answer to", fix, "max_seq_length")
+    return list(known.values())
+
+
+def _prompts_of_file(config: Config, held_out: EncodedRows) -> tuple[list[Question], int]:
+    """The questions of the file of prompts, and the number of those that are left out because they are held out."""
+    prompts = read_prompts(str(config.prompts_file), config.columns, config.on_bad_rows == "skip")
+    if any(problem.severity == "error" for problem in prompts.problems):
+        raise InvalidInput(prompts.problems)
+    judged = {row.prompt_key for row in held_out.rows}
+    asked = [question for question in prompts.questions if question.prompt_key not in judged]
+    return asked, len(prompts.questions) - len(asked)
 
 
 def show_plan(plan: Plan, console: Console, speed: float) -> None:
@@ -189,7 +205,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
     _require_rows(train, encoded.dropped[0], plan)
     sizes = ((size.length, side, place) for side in encoded.sides for place, size in enumerate(side.sizes()))
     longest, its_side, place = max(sizes, key=itemgetter(0))
-    prompts = sampled_prompts(train, made, plan, token_rows, tell) if plan.strategy.generates else []
+    prompts = sampled_prompts(train, held_out, made, plan, token_rows, tell) if plan.strategy.generates else []
     longest_row = its_side.rows[place]
     counts = Counts(
         train_pairs=len(train),

@@ -127,8 +127,8 @@ class EarlierRun:
             if not option.may_change(plan.config.strategy) and _differs(self.plan["config"], plan, name):
                 was, now = (json.dumps(value) for value in (self.plan["config"][name], getattr(plan.config, name)))
                 yield _other(f"{name} was {was} and is now {now}", name)
-        for name in names_where(lambda option: option.place == "data"):
-            if _contents(self.manifest[name]) != _contents(manifest[name]):
+        for name in names_where(lambda option: option.place in ("data", "prompts")):
+            if _contents(self.manifest.get(name, {})) != _contents(manifest[name]):  # older ones have no prompts
                 yield _other(f"the content of {name} has changed since the run started", name)
         settings = _settings(self.manifest)
         if _weights(self.manifest) != _weights(manifest) or settings not in (None, _settings(manifest)):

@@ -79,6 +79,7 @@ def test_a_run_leaves_what_the_contract_says(workplace: Path) -> None:
         "hardware",
         "dataset",
         "eval_dataset",
+        "prompts_file",
         "reward_model",
         "model",
         "seed",
