@@ -75,8 +75,8 @@ def test_seconds() -> None:
 
 
 def test_a_sample_costs_more_than_a_pair_by_hand(config: Config) -> None:
-    """Rows of 100 tokens, 50 of them the prompt, answers of 20: a sample takes 70 * (2.5 + 3) + 8 * 20 = 545 forward tokens, and
-    a pair (50 + 2 * 50) * (2.5 + 1) = 525. Used for two steps, drawing and scoring count half: 70 * (2.5 + 1.5) + 80 = 360."""
+    """Rows of 100 tokens, 50 of them the prompt, answers of 20: a sample takes 70 * (2.5 + 3) + 8 * 20 = 545 forward tokens, a
+    pair (50 + 2 * 50) * (2.5 + 1) = 525. Used for two steps, drawing and scoring count half: 70 * (2.5 + 1.5) + 80 = 360."""
     config = config.replaced({"max_new_tokens": 20})
     assert beside_pairs(config.replaced({"num_iterations": 1}), 100) == 545 / 525
     assert beside_pairs(config.replaced({"num_iterations": 2}), 100) == 360 / 525

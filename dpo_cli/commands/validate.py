@@ -19,6 +19,7 @@ from dpo_cli.strategies.dpo import DPO
 from dpo_cli.ui.console import Console
 
 ORDER = [Exit.DONE, Exit.UNFIT, Exit.INVALID]
+CHARACTERS_A_TOKEN = 4  # of English
 ROWS = 256  # rendered with the chat template
 
 
@@ -59,8 +60,9 @@ def _beside_pairs(loaded: Loaded, plan: Plan, data: Data, machine: Machine, vram
     """What a training that samples answers costs beside dpo with the same values."""
     same = replace(loaded, config=plan.config.replaced({"strategy": DPO.name}))
     memory = resolve(same, machine, vram_gb=vram, longest=data.longest, model=plan.model).memory
-    lengths = data.said["length"]["tokens"] or data.said["length"]["characters"]
-    words = f"beside dpo: a step computes about {beside_pairs(plan.config, lengths['median']):.1f} times as much"
+    length = data.said["length"]
+    tokens = length["tokens"]["median"] if length["tokens"] else length["characters"]["median"] / CHARACTERS_A_TOKEN
+    words = f"compared with dpo, a step computes about {beside_pairs(plan.config, tokens):.1f} times as much"
     if plan.memory is None or memory is None:
         return words
     needed, of_dpo = compared(plan.memory.total_gb, memory.total_gb)
