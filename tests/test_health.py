@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import Counts, Plan, Rounding, resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.results.intervals import Interval
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.training.callbacks.health_rules import NOT_AT_REFERENCE, NOT_FINITE, RULES, Course, watching, wrong_start
 from dpo_cli.training.dpo_trainer import PairTrainer
@@ -83,6 +85,61 @@ def steps(count: int, **figures: Any) -> list[dict[str, float]]:
 )
 def test_rules_by_hand(tmp_path: Path, made: list[dict[str, float]], rules: list[str]) -> None:
     assert spoken(Course(plan(tmp_path), made)) == rules
+
+
+SAMPLED = {
+    **{"loss": 0.0, "reward": 1.0, "reward_spread": 0.5, "kl_sampled": 2.0, "entropy": 3.0, "sample_tokens": 40.0},
+    "length_correlation": 0.1,
+}
+
+
+def sampled(count: int, **figures: Any) -> list[dict[str, float]]:
+    """Steps of rlhf with these figures, each a number or a function of the step from 0."""
+    return [{**SAMPLED, **{name: f(i) if callable(f) else f for name, f in figures.items()}} for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("made", "rules"),
+    [
+        (sampled(16), []),
+        (sampled(8, reward_spread=0.0), ["no-variance"]),
+        (sampled(7, reward_spread=0.0), []),
+        (sampled(8, reward_spread=lambda i: 0.1 * (i == 7)), []),
+        # the first 4 steps have 40 tokens, the last 8 have 50: a quarter more; 47 are 17.5 % more; -0.9 is for shorter answers
+        (sampled(16, sample_tokens=lambda i: 40 + 10 * (i > 7), length_correlation=0.9), ["reward-hacks-length"]),
+        (sampled(16, sample_tokens=lambda i: 40 + 7 * (i > 7), length_correlation=0.9), []),
+        (sampled(16, sample_tokens=lambda i: 40 + 10 * (i > 7), length_correlation=0.7), []),
+        (sampled(16, sample_tokens=lambda i: 40 + 10 * (i > 7), length_correlation=-0.9), []),
+        (sampled(16, sample_tokens=lambda i: 40 - 10 * (i > 7), length_correlation=-0.9), ["reward-hacks-length"]),
+        # 2 of 8 recent steps are at 40: 28 of 32 pairs of steps with a tie half, 7/8 < 0.9
+        (sampled(16, sample_tokens=lambda i: 40 + 20 * (7 < i < 14), length_correlation=0.9), []),
+        (sampled(16, entropy=lambda i: 3 - 2.2 * (i > 7)), ["entropy-collapses"]),  # 0.8 of 3 is 27 %
+        (sampled(16, entropy=lambda i: 3 - 2.0 * (i > 7)), []),
+        (sampled(16, reward=lambda i: 1 + (i > 7), kl_sampled=lambda i: 2 + 9 * (i > 7)), ["reward-against-kl"]),
+        (sampled(16, reward=lambda i: 1 - (i > 7), kl_sampled=lambda i: 2 + 9 * (i > 7)), []),
+        (sampled(40, kl_sampled=0.0), ["no-movement"]),
+    ],
+)
+def test_rules_of_samples_by_hand(tmp_path: Path, made: list[dict[str, float]], rules: list[str]) -> None:
+    """80 prompts, 8 samples a step in two groups of 4: 40 steps an epoch; the last 8 steps are the recent ones."""
+    ours = plan(tmp_path, strategy="rlhf", reward_functions=["shorter"], num_train_epochs=1)
+    assert spoken(Course(ours, made)) == rules
+
+
+def test_the_reward_of_held_out_pairs_and_prompts_by_hand(tmp_path: Path) -> None:
+    """An accuracy whose interval reaches 0.5 is chance. A spread of 0.5 over 4 prompts is an error of 0.25: five are 1.25."""
+    ours = replace(
+        plan(tmp_path, strategy="rlhf", reward_functions=["shorter"], kl_prompts=4), counts=replace(COUNTS, eval_prompts=4)
+    )
+    for low, rules in ((0.5, ["reward-is-wrong"]), (0.51, [])):
+        course = Course(ours, sampled(16))
+        course.reward_accuracy = Interval(0.7, low, 0.9)
+        assert spoken(course) == rules
+    for last, recent, rules in ((0.7, 2.0, ["held-out-reward-falls"]), (0.8, 2.0, []), (0.7, 1.0, [])):
+        course = Course(ours, sampled(16, reward=lambda i, r=recent: r if i > 7 else 1.0))
+        for step, reward in enumerate((1.5, 2.0, last)):
+            course.see(line_of(split="eval", step=step, reward=reward, loss=0.6))
+        assert spoken(course) == rules
 
 
 @pytest.mark.parametrize(
