@@ -21,7 +21,7 @@ from fork_server import dpo
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from dpo_cli.commands.held_out_scores import votes_of
-from dpo_cli.config.config import load_methods
+from dpo_cli.config.config import load_methods, load_stages
 from dpo_cli.errors import InvalidInput
 from dpo_cli.evaluation.bootstrap import RESAMPLES, mean
 from dpo_cli.evaluation.pooling import Pooled, Rows, holm, pair_tests, pooled, rows_of, rows_of_base
@@ -229,6 +229,17 @@ def test_a_method_has_what_belongs_to_its_strategy(tmp_path: Path) -> None:
     run = sft.as_run(7, 1, "d", [{"num_train_epochs": 2}])
     assert (run["seed"], run["split_seed"], run["output_dir"], run["num_train_epochs"]) == (7, 1, "d", 2)
     assert "max_steps" not in run
+
+
+def test_each_stage_of_a_method_has_its_own_length(tmp_path: Path) -> None:
+    """Also where the config does not name them: rlhf without a reward model is two stages."""
+    ((rlhf, stages),) = methods_in(tmp_path, CONFIG.split(', "methods"')[0] + ', "methods": ["rlhf"]}}')
+    assert [one.values["strategy"] for one in stages] == ["reward", "rlhf"]
+    run = rlhf.as_run(7, 1, str(tmp_path / "d"), [{"max_steps": 2}, {"max_steps": 3}])
+    (tmp_path / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    first, second = load_stages(str(tmp_path / "run.json"))
+    assert [(one.values["strategy"], one.values["max_steps"]) for one in (first, second)] == [("reward", 2), ("rlhf", 3)]
+    assert second.values["reward_model"] == first.values["output_dir"] == str(tmp_path / "d" / "1-reward")
 
 
 def test_what_is_wrong_in_a_method_is_placed(tmp_path: Path) -> None:

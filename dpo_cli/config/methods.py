@@ -9,6 +9,7 @@ from typing import Any
 from dpo_cli.config import jsonc
 from dpo_cli.config.compare_rules import name_of, parts_of
 from dpo_cli.config.stages import belongs, strategy_of
+from dpo_cli.strategies.strategies import STRATEGIES
 
 NOT_SHARED = ("compare", "stages")  # of the file: a method has its own stages, if any
 LENGTH = ("num_train_epochs", "max_steps")  # which the budget replaces
@@ -27,9 +28,13 @@ class Method:
         """The config of one run of it; `ends` say how long each of its stages trains."""
         rest = {key: value for key, value in self.values.items() if key not in LENGTH}
         run = {**rest, "seed": seed, "split_seed": split_seed, "output_dir": folder}
-        if "stages" not in run:
+        stages: Sequence[Mapping[str, Any]] = run.pop("stages", ({},))
+        if len(ends) > len(stages):  # a reward model is trained first, although the config does not name that stage
+            own = STRATEGIES[str(run.pop("strategy"))]
+            stages = [{"strategy": own.rewarded_by}, {"strategy": own.name}]
+        if len(stages) == 1 and "stages" not in self.values:
             return {**run, **ends[0]}
-        return {**run, "stages": [{**stage, **end} for stage, end in zip(run["stages"], ends, strict=True)]}
+        return {**run, "stages": [{**stage, **end} for stage, end in zip(stages, ends, strict=True)]}
 
 
 def methods_of(values: Mapping[str, Any], document: jsonc.Document, changes: Mapping[str, object]) -> list[Method]:
