@@ -381,8 +381,8 @@ RULES = [
     warning("no-effect", "augment", '"augment": {"rank": "shorter", "pattern": "yes"}', 'write "rank": "regex"'),
     warning("not-yet", "num_processes", '"num_processes": 2', '"num_processes": 1'),
     Case("reward-missing", "reward_model", '"stages": [{"strategy": "rlhf"}]', '"reward_functions": ["shorter"]', None),
-    Case("reward-model-missing", "reward_model", rlhf('"reward_model": "nowhere"'), "remove the key", FIRST + 1),
-    Case("not-a-reward-model", "reward_model", rlhf('"reward_model": "."'), "remove the key", FIRST + 1),
+    Case("reward-model-missing", "reward_model", rlhf('"reward_model": "nowhere"'), "may remove the key", FIRST + 1),
+    Case("not-a-reward-model", "reward_model", rlhf('"reward_model": "."'), "may remove the key", FIRST + 1),
     Case("rank-incomplete", "reward_functions", rlhf('"reward_functions": ["regex"]'), 'add "pattern"', FIRST + 1),
     Case("bad-value", "reward_functions", rlhf('"reward_functions": ["best"]'), "Rules that score", FIRST + 1),
     Case("broken-group", "num_generations", rlhf('"num_generations": 3, "reward_functions": ["shorter"]'), ": 6", FIRST + 1),
@@ -399,6 +399,7 @@ RULES = [
     Case("method-name", "compare", '"compare": {"methods": ["dpo", {"name": "DPO"}]}', "another name"),
     Case("method-own-key", "compare", '"compare": {"methods": [{"name": "m", "eval_dataset": "d"}]}', '"eval_dataset" next to'),
     Case("method-own-key", "compare", '"compare": {"methods": [{"name": "m", "stages": [{"seed": 1}]}]}', 'remove "seed"'),
+    Case("method-rounds", "compare", '"compare": {"methods": [{"name": "m", "rounds": 2}]}', 'remove "rounds"'),
     Case("budget-missing", "compare", '"compare": {"budget": "seconds"}', 'add "budget_value": 600'),
 ]
 

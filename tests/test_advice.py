@@ -37,7 +37,7 @@ BY_HAND = {
     "loss-weights", "weights-below-one", "stages-within", "beta", "epochs", "lora-rank", "lm-head-adapter", "model-missing",
     "model-not-gguf", "model-repacked", "model-not-here", "adapter-unusable", "model-incomplete", "model-damaged",
     "adapter-unmergeable", "tokenizer-no-eos",
-    "method-name", "method-own-key", "budget-missing",
+    "method-name", "method-own-key", "method-rounds", "budget-missing",
     "model-no-classifier", "reward-model-missing", "not-a-reward-model",
     "model-not-causal", "model-no-weights", "model-no-tokenizer", "model-code", "model-tensors", "model-quantised",
     "tokens-outside", "generation-config", "model-code-unused", "no-such-layer", "target-not-linear", "fused-target",

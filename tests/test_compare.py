@@ -276,7 +276,7 @@ def test_a_merged_stage_is_refused(tmp_path: Path) -> None:
     from dpo_cli.commands.method_runs import Comparison
 
     (tmp_path / "c.json").write_text(CONFIG.replace('"beta": 0.5', '"reference": "base"'), encoding="utf-8")
-    with pytest.raises(InvalidInput, match="merges its first stage"):
+    with pytest.raises(InvalidInput, match="merges one of its stages"):
         Comparison.of(str(tmp_path / "c.json"), ())
 
 

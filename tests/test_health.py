@@ -127,19 +127,30 @@ def test_rules_of_samples_by_hand(tmp_path: Path, made: list[dict[str, float]], 
 
 
 def test_the_reward_of_held_out_pairs_and_prompts_by_hand(tmp_path: Path) -> None:
-    """An accuracy whose interval reaches 0.5 is chance. A spread of 0.5 over 4 prompts is an error of 0.25: five are 1.25."""
-    ours = replace(
-        plan(tmp_path, strategy="rlhf", reward_functions=["shorter"], kl_prompts=4), counts=replace(COUNTS, eval_prompts=4)
-    )
-    for low, rules in ((0.5, ["reward-is-wrong"]), (0.51, [])):
-        course = Course(ours, sampled(16))
-        course.reward_accuracy = Interval(0.7, low, 0.9)
+    """An accuracy whose interval reaches 0.5 is chance for a model; a rule is wrong if it is below. Four prompts fall by 1, 2,
+    3 and 2: by 2 on average, sd 0.816, an error of 0.41. By -1, 2, 3 and 0 they fall by 1, with an error of 0.91."""
+    ours = plan(tmp_path, strategy="rlhf", reward_functions=["shorter"])
+    of_model = replace(ours, config=ours.config.replaced({"reward_model": "a/b"}))
+    for one, low, high, rules in (
+        *((of_model, 0.5, 0.9, ["reward-is-wrong"]), (of_model, 0.51, 0.9, [])),
+        *((ours, 0.5, 0.9, []), (ours, 0.3, 0.49, ["reward-is-wrong"])),
+    ):
+        course = Course(one, sampled(16))
+        course.reward_accuracy = Interval(0.7, low, high)
         assert spoken(course) == rules
-    for last, recent, rules in ((0.7, 2.0, ["held-out-reward-falls"]), (0.8, 2.0, []), (0.7, 1.0, [])):
+    best = [5.0, 5.0, 5.0, 5.0]
+    for last, recent, rules in (
+        ([4.0, 3.0, 2.0, 3.0], 2.0, ["held-out-reward-falls"]),
+        ([4.0, 3.0, 2.0, 3.0], 1.0, []),  # the reward of samples does not rise
+        ([6.0, 3.0, 2.0, 5.0], 2.0, []),
+    ):
         course = Course(ours, sampled(16, reward=lambda i, r=recent: r if i > 7 else 1.0))
-        for step, reward in enumerate((1.5, 2.0, last)):
-            course.see(line_of(split="eval", step=step, reward=reward, loss=0.6))
-        assert spoken(course) == rules
+        for rewards in ([1.0, 1.0, 1.0, 1.0], best, [4.9, 4.9, 4.9, 4.9], last):
+            course.see_held_out(rewards)
+        assert spoken(course) == rules and course.rewards == [best, last]
+        again = Course(ours, sampled(16))
+        again.restore(course.state())
+        assert again.rewards == [best, last]
 
 
 @pytest.mark.parametrize(

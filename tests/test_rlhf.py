@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as inspect_
 import json
 import random
 import shutil
@@ -21,11 +22,12 @@ from trl import GRPOTrainer, RLOOTrainer
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
 from dpo_cli.data.rows import Question
-from dpo_cli.errors import Exit
+from dpo_cli.errors import Exit, RunFailed
 from dpo_cli.evaluation import generation
 from dpo_cli.evaluation.generation import Answer
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
+from dpo_cli.preferences.rewards import SummedRewards
 from dpo_cli.storage.digests import sha256_of_all
 from dpo_cli.training import policy_trainer
 from dpo_cli.training.policy_trainer import GroupSampler, SampleRewards, rows_of
@@ -59,6 +61,20 @@ def rlhf(run: Run, ending_model_dir: Path) -> Run:
 def lines(run_dir: Path, split: str) -> list[dict[str, Any]]:
     read = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line for line in read if line["split"] == split]
+
+
+@pytest.mark.parametrize("base", [RLOOTrainer, GRPOTrainer])
+def test_the_seam_is_as_it_was(base: type) -> None:
+    """The methods that are overridden, with the arguments that they get."""
+    batch = [*inspect_.signature(base._get_per_token_logps_and_entropies).parameters]  # type: ignore[attr-defined]
+    assert batch[:6] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    turn = [*inspect_.signature(base._generate_single_turn).parameters]  # type: ignore[attr-defined]
+    assert turn[:4] == ["self", "prompt_ids", "images", "multimodal_fields"]
+    for name in ("_prepare_inputs", "_get_train_sampler", "_tokenize_prompts", "compute_loss", "log", "training_step"):
+        assert name in vars(base), name
+    source = inspect_.getsource(base._generate_and_score_completions)  # type: ignore[attr-defined]
+    old, reference = source.index("old_per_token_logps"), source.index("ref_per_token_logps, _, _ =")
+    assert old < reference < source.index("self._calculate_rewards(")  # the last log-probs are those of the reference
 
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
@@ -305,3 +321,49 @@ def test_prompts_of_a_file_are_sampled_and_no_held_out_one(
     said = capsys.readouterr().out
     assert "1 prompts lose their start" in said.replace("\n", " ")
     assert f"{plan['eval_prompts']} prompts of" in said.replace("\n", " ")
+
+
+@pytest.mark.parametrize("algorithm", ["rloo", "grpo"])
+def test_every_weight_and_used_samples(rlhf: Run, algorithm: str) -> None:
+    """Without an adapter the reference is a second model; a batch of samples is used for two steps, from the same KL."""
+    options = {"rl_algorithm": algorithm, "lora_r": 0, "num_iterations": 2, "max_steps": 4, "learning_rate": 1e-3}
+    _, run_dir = rlhf(**options, lora_dropout=0.0)
+    first, second, third, _ = lines(run_dir, "train")
+    assert first["kl_sampled"] == pytest.approx(0, abs=1e-5) and second["kl_sampled"] == first["kl_sampled"]
+    assert first["reward"] == second["reward"] != third["reward"] and third["kl_sampled"] != 0
+    assert second["loss"] != first["loss"]
+
+
+@pytest.mark.parametrize("reference", ["auto", "first", "base"])
+def test_it_continues_an_adapter(run: Run, rlhf: Run, tmp_path: Path, reference: str) -> None:
+    """With a frozen copy as the reference, with the adapter off, or merged: an evaluation of the run has the same reference."""
+    model = json.loads((run()[1] / "plan.json").read_text(encoding="utf-8"))["config"]["model_name"]
+    first = tmp_path / "first"
+    shutil.copytree(tmp_path / "run", first)
+    rlhf(model_name=str(first), reference=reference, max_steps=2)
+    done = dpo("eval", str(tmp_path / "run"), "--again", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
+    figures = json.loads(done.stdout)
+    for name in ("margin", "kl_token", "answer_reward"):
+        assert figures["policy"][name]["value"] == pytest.approx(summary["eval"][name]["value"], abs=1e-5), name
+    assert model != str(first)
+
+
+def test_dropout_has_no_effect_and_says_so(rlhf: Run, tmp_path: Path) -> None:
+    """A ratio of probabilities would be its noise: the same bits as without it."""
+    _, run_dir = rlhf(lora_dropout=0.0)
+    without = sha256_of_all(run_dir / "adapter")
+    _, run_dir = rlhf(lora_dropout=0.5)
+    assert sha256_of_all(run_dir / "adapter") == without
+    problems = load(str(tmp_path / "config.json")).problems
+    assert [problem.key for problem in problems if problem.code == "other-strategy"] == ["lora_dropout"]
+
+
+def test_a_judge_scores_only_answers_to_the_same_prompt() -> None:
+    absolute, relative = SummedRewards([(1.0, lambda _, answers: [2.0 for _ in answers])]), SummedRewards([], is_relative=True)
+    assert absolute.absolute is absolute and relative.absolute is None
+    assert absolute(Question("a", None, 1), [answer(3)]) == [2.0]
+    broken = SummedRewards([(0.5, lambda _, answers: [float("nan") for _ in answers])])
+    with pytest.raises(RunFailed, match="not a finite number"):
+        broken(Question("a", None, 1), [answer(3)])

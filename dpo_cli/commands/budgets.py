@@ -15,16 +15,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpo_cli.commands.session import composer_for
 from dpo_cli.config.config import Loaded
+from dpo_cli.errors import invalid
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.plan.preflight import Inspection
 from dpo_cli.plan.tokenized import prepare
 from dpo_cli.storage.log import Tell
-from dpo_cli.storage.run_directory import SUMMARY, RunDirectory
+from dpo_cli.storage.run_directory import RunDirectory
 
 TRIAL_STEPS = 8
 Ends = list[dict[str, object]]  # how long each stage trains, as keys of a config
@@ -44,7 +44,11 @@ class Budget:
         stages = list(plans.values())
         if self.kind == "epochs":
             return max(sum(plan.config.num_train_epochs for plan in own) for own in stages)
-        return max(sum(map(_own_tokens, own)) for own in stages)
+        tokens = max(sum(map(_own_tokens, own)) for own in stages)
+        if any(plan.strategy.generates for plan in max(stages, key=lambda own: sum(map(_own_tokens, own)))) or not tokens:
+            message = '"compare": how many tokens a method that samples answers takes is not known before it trains'
+            raise invalid("budget-missing", message, 'add "budget_value": 100000 to "compare"', "compare")
+        return tokens
 
     def ends(self, amount: float, stages: Sequence[Plan], tried: Callable[[], Sequence[Path]]) -> Ends:
         """How long the stages of a method train; `tried` gives the runs of a trial, one per stage."""
@@ -72,9 +76,12 @@ def _own_tokens(plan: Plan) -> float:
 
 def _measured(run: Path, what: str) -> float:
     """The tokens or the seconds of a mean step of a run."""
-    summary: dict[str, Any] = RunDirectory(run).read_json(SUMMARY)
-    total = summary["seconds"] if what == "seconds" else summary["train"]["tokens"]
-    return float(total) / int(summary["steps"])
+    lines = [line for line in RunDirectory(run).read_lines() if line["split"] == "train"]
+    if what == "tokens":
+        return float(lines[-1]["tokens"]) / int(lines[-1]["step"])
+    tokens = [0, *(line["tokens"] for line in lines)]  # without the time of probes, checkpoints and evaluations
+    seconds = [(now - before) / line["tokens_per_second"] for before, now, line in zip(tokens, tokens[1:], lines, strict=False)]
+    return float(sum(seconds)) / int(lines[-1]["step"])
 
 
 def plans_of(stages: Sequence[tuple[Loaded, Inspection]], machine: Machine, tell: Tell) -> list[Plan]:

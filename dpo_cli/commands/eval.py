@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 from dpo_cli.commands.requests import Request
 from dpo_cli.evaluation.evaluation import Measured, answered, judge, measure
-from dpo_cli.evaluation.generation import Rank, Sample
+from dpo_cli.evaluation.generation import Sample
 from dpo_cli.evaluation.rounding import without_rounding
 from dpo_cli.plan.adapter_start import start_of
 from dpo_cli.plan.plan import Plan
@@ -35,7 +35,7 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
     basis = basis_of(run.read_json(PLAN)["config"]) if run else {}
     with log_to(run.log) if run else nullcontext():
         rank = SummedRewards.of(opened.plan) if opened.plan.strategy.generates else None
-        plan, samples, measured = measured_on(opened, console, vote.prompts if vote else 0, rank)
+        plan, samples, measured = measured_on(opened, console, vote.prompts if vote else 0)
         judged = judge(opened.rows, measured, samples, plan, rank)
     console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model, plan.config.reference))
     if run and request.is_as_trained and judged.sides is not None and not is_whole(run):
@@ -44,16 +44,11 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
     return judged, contest.hold(samples, console) if contest else None
 
 
-def measured_on(
-    opened: Opened, console: Console, count: int = 0, rank: Rank | None = None
-) -> tuple[Plan, list[Sample], Measured | None]:
-    """What an evaluation computes with the model: answers, to `count` prompts or more, and the scores of the rows, if any.
-
-    `rank` scores sampled answers.
-    """
+def measured_on(opened: Opened, console: Console, count: int = 0) -> tuple[Plan, list[Sample], Measured | None]:
+    """What an evaluation computes with the model: answers, to `count` prompts or more, and the scores of the rows, if any."""
     policy, plan = load_policy(opened, console)
     samples = answered(policy, opened.tokenizer, opened.rows, plan, count)
     if not opened.rows:
         return plan, samples, None
-    measured = measure(policy, opened.rows, opened.tokenizer, plan, rank)
+    measured = measure(policy, opened.rows, opened.tokenizer, plan)
     return plan, samples, without_rounding(policy, opened.rows, opened.tokenizer, plan, measured, console.line)

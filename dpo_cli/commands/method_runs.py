@@ -15,10 +15,12 @@ from dpo_cli.commands.train_stages import fetch_data, inspected
 from dpo_cli.config.compare_rules import parts_of
 from dpo_cli.config.config import ConfigLike, Loaded, load_methods, load_stages
 from dpo_cli.config.methods import NOT_SHARED, Method
+from dpo_cli.config.options import Config
 from dpo_cli.config.schema import options
 from dpo_cli.config.stages import belongs
 from dpo_cli.errors import Exit, InvalidInput, Problem, RunFailed, invalid
 from dpo_cli.hardware.machine import Machine, probe
+from dpo_cli.models.adapter_config import SHAPE
 from dpo_cli.models.hub_models import require
 from dpo_cli.plan.preflight import Inspection
 from dpo_cli.results.codec import JsonObject
@@ -52,9 +54,9 @@ class Comparison:
             raise InvalidInput(whole.problems)
         _require_no_errors({method.name: [p for one in stages for p in one.problems] for method, stages in methods})
         for method, stages in methods:
-            if stages[-1].before is not None and stages[-1].require().reference == "base":
-                message = f"the method {method.name} merges its first stage, so that its adapter is not one of the base"
-                fix = 'remove "reference" from its stages: the next one then trains the same adapter'
+            if any(one.before is not None and _merges(one.before.require(), one.require()) for one in stages):
+                message = f"the method {method.name} merges one of its stages, so that its last adapter is not one of the base"
+                fix = "give all of its stages an adapter of the same shape, and remove reference: base"
                 raise invalid("method-merges", message, fix, "compare", whole.file)
         named = whole.values.get("output_dir")
         folder = Path(str(named)) if named else Path("runs") / (Path(whole.file).stem if whole.file != "-" else "stdin")
@@ -117,6 +119,12 @@ class Comparison:
                     with RunDirectory.claim(path, overwrite=True, resume=False) as run:
                         run.checkpoints.clear(with_damaged=True)
                         run.clear()
+
+
+def _merges(before: Config, config: Config) -> bool:
+    """Whether a stage cannot continue the adapter of the stage before it."""
+    is_same = all(getattr(before, name) == getattr(config, name) for name in SHAPE)
+    return config.reference == "base" or not before.lora_r or not is_same
 
 
 def _require_no_errors(problems: Mapping[str, Sequence[Problem]]) -> None:

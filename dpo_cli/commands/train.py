@@ -18,7 +18,6 @@ from dpo_cli.config.config import Loaded
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figures, measure, reward_accuracy, score
-from dpo_cli.evaluation.generation import Rank
 from dpo_cli.evaluation.rounding import rounding_of, without_rounding
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.plan.adapter_start import start_of
@@ -204,7 +203,7 @@ class Training:
     stop: StopOnSignal
     keep: Keep
     measured: dict[int, Measured]  # the last evaluation, by its step
-    rank: Rank | None  # what scores answers, for a strategy that samples them
+    rank: SummedRewards | None  # what scores answers, for a strategy that samples them
 
     @property
     def is_over(self) -> bool:
@@ -241,7 +240,8 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
     def evaluate(policy: Policy) -> dict[str, float]:
         measured.clear()
         with stop.interruptible():
-            now = measure(policy, rows.held_out, tokenizer, plan, rank)
+            now = measure(policy, rows.held_out, tokenizer, plan, rank.absolute if rank is not None else None)
+            health.see_held_out(now.rewards.tolist())
             now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
         measured[trainer.state.global_step] = now
         return line_figures(now, rows.held_out, plan)
@@ -406,13 +406,14 @@ def _judged(
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
     last: Measured | None,
-    rank: Rank | None,
+    rank: SummedRewards | None,
     tell: Callable[[str], None],
 ) -> Evaluation:
     """The evaluation of what was trained; `last` is the evaluation after the last step, if there is one."""
     if not rows:
         return judge([], None, [], plan)
-    measured = without_rounding(policy, rows, tokenizer, plan, last or measure(policy, rows, tokenizer, plan, rank), tell)
+    absolute = rank.absolute if rank is not None else None
+    measured = without_rounding(policy, rows, tokenizer, plan, last or measure(policy, rows, tokenizer, plan, absolute), tell)
     return judge(rows, measured, answered(policy, tokenizer, rows, plan), plan, rank)
 
 

@@ -55,7 +55,8 @@ def train_stages(
     ]
     results: list[JsonObject] = []
     try:
-        for loaded, next_run in zip(stages, [*started[1:], None], strict=True):
+        for loaded in stages:
+            next_run = next((run for later, run in zip(stages, started, strict=True) if run and _uses(later, loaded)), None)
             _tell_part(loaded, stages[-1], console)
             ready = loaded.on_foundation() if dry_run and not (resume and _has_its_start(loaded)) else loaded
             inspection = inspections.popleft() or inspected(ready, machine)  # removed here, since it holds the rows
@@ -74,6 +75,11 @@ def train_stages(
             round_sampling.show(of_rounds, console)
     several = {"stages": results} if stages[-1].stage else {"rounds": results} if stages[-1].round else {}
     return {**results[-1], **several}, code
+
+
+def _uses(later: Loaded, loaded: Loaded) -> bool:
+    """Whether a stage starts from the run of another, or is rewarded by it."""
+    return loaded.values["output_dir"] in (later.values.get("model_name"), later.values.get("reward_model"))
 
 
 def _tell_part(loaded: Loaded, last: Loaded, console: Console) -> None:

@@ -51,4 +51,17 @@ def seconds_have_a_number(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "budget-missing", message, 'add "budget_value": 600 to "compare"', "compare")
 
 
-RULES = (methods_have_own_names, methods_share_the_rest, seconds_have_a_number)
+def methods_have_no_rounds(values: Values, given: Values) -> Iterator[Problem]:
+    """Each round would train for the whole budget."""
+    methods = [method for method in parts_of(values)["methods"] if not isinstance(method, str)]
+    parts = [
+        values,
+        *methods,
+        *(stage for method in methods for stage in method.get("stages") or () if isinstance(stage, dict)),
+    ]
+    if "compare" in given and any(part.get("rounds") for part in parts):
+        message, fix = '"compare": a method with "rounds" cannot be compared', 'remove "rounds"'
+        yield Problem("error", "method-rounds", message, fix, "compare")
+
+
+RULES = (methods_have_own_names, methods_share_the_rest, methods_have_no_rounds, seconds_have_a_number)

@@ -20,7 +20,7 @@ def reward_functions(written: object) -> list[dict[str, Any]]:
 def something_scores_the_samples(values: Values, given: Values) -> Iterator[Problem]:
     if "reward_functions" in values and not values["reward_functions"] and values.get("reward_model", "") is None:
         message = "nothing scores the samples: there is neither a reward_model nor a reward function"
-        fix = 'name the run of a reward model in "reward_model", or write a rule, for example "reward_functions": ["shorter"]'
+        fix = 'train a reward model in a stage before it, or write a rule, for example "reward_functions": ["shorter"]'
         yield Problem("error", "reward-missing", message, fix, "reward_model")
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dpo_cli.config import augment_rules, compare_rules, reward_rules
+from dpo_cli.config.options import Config
 from dpo_cli.config.other_tools import as_here
 from dpo_cli.config.schema import Values, names_where, options, same
 from dpo_cli.errors import Problem
@@ -177,6 +178,11 @@ def losses(values: Values) -> list[str]:
     """The losses of loss_type, which is one name or a list."""
     named = values.get("loss_type", [])
     return [named] if isinstance(named, str) else list(named)
+
+
+def compares_pairs(config: Config) -> bool:
+    """Whether the loss of a config compares the pairs of a micro-batch; `loss_type` may be one that its strategy has not."""
+    return config.strategy in options()["loss_type"].strategies and sorts_pairs(config.loss_type)
 
 
 def sorts_pairs(loss_type: str | Sequence[str]) -> bool:

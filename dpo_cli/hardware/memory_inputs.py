@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from dpo_cli.config.options import Config
-from dpo_cli.config.rules import fuses_adapter, sorts_pairs
+from dpo_cli.config.rules import compares_pairs, fuses_adapter
 from dpo_cli.models import target_layers
 from dpo_cli.models.shape import Linear, ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -78,12 +78,12 @@ class Settings:
             bytes_per_value=2 if config.bf16 or config.fp16 else 4,
             checkpointing=config.gradient_checkpointing is True,
             fp16=bool(config.fp16),
-            dropout=config.lora_dropout > 0,
+            dropout=config.lora_dropout > 0 and not STRATEGIES[config.strategy].generates,
             dora=config.use_dora,
             fuses=fuses_adapter(config.provider),
             whole_modules=tuple(config.modules_to_save or ()),
             on_gpu=config.device == "cuda",
-            is_whole=sorts_pairs(config.loss_type),
+            is_whole=compares_pairs(config),
             fused_attention=not is_unfused,
         )
         if settings.is_whole or config.num_processes > 1:

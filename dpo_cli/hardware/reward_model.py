@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from dpo_cli.config.options import Config
+from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware.memory import weight_bytes
 from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.quantised_files import OPTIONS
@@ -26,7 +27,7 @@ def with_reward_model(settings: Settings, config: Config, facts: ModelFacts) -> 
         return settings
     name = config.reward_model
     own: Mapping[str, object] = config.to_json()
-    if name is not None and os.path.exists(name):
+    if name is not None and (os.path.exists(name) or is_hub_id(name)):
         own = config_of_run(name) or {}
         known = ModelSource.of(str(own.get("model_name", name))).facts
         if known is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from dpo_cli.config.options import Config
-from dpo_cli.config.rules import sorts_pairs
+from dpo_cli.config.rules import compares_pairs
 from dpo_cli.errors import Problem
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import savings
@@ -108,7 +108,7 @@ def out_of_memory(plan: Plan) -> Problem:
     compares its pairs, so that it cannot be split."""
     assert plan.counts is not None
     batch = plan.config.per_device_train_batch_size
-    is_whole = batch > 1 and sorts_pairs(plan.config.loss_type)
+    is_whole = batch > 1 and compares_pairs(plan.config)
     pair = f"the longest pair ({plan.counts.longest} tokens, {plan.counts.longest_at})"
     message = f"{pair}, with the {batch - 1} others that the loss compares, does not fit the memory"
     message = message if is_whole else f"{pair} alone does not fit the memory"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
 from dpo_cli.config.rounds import FIRST, notes_of
-from dpo_cli.config.rules import sorts_pairs
+from dpo_cli.config.rules import compares_pairs
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.config.stages import PLAN_VERSION, day_of
 from dpo_cli.data.hub_datasets import is_hub_id
@@ -219,7 +219,7 @@ class Plan:
     @property
     def fills_rows(self) -> bool:
         """Whether the pairs of a step are divided into rows by their tokens, and not by micro-batches."""
-        return not sorts_pairs(self.config.loss_type) and self.config.num_processes == 1
+        return not compares_pairs(self.config) and self.config.num_processes == 1
 
     @property
     def predicted_gb(self) -> float | None:
@@ -388,6 +388,8 @@ def resolve(
         if row_tokens is not None:
             wanted = replace(wanted, row_tokens=row_tokens)
         unsplit = replace(wanted, is_whole=True) if is_resumed else wanted  # a resumed run keeps its rows and micro-batches
+        if config.reward_model is not None and not wanted.reward_bytes and STRATEGIES[config.strategy].generates:
+            notes.append("the shape of the reward model is unknown, so its memory is not in the bill")
         settings, memory = fit(facts, unsplit, budget_gb, config.gradient_checkpointing)
         filled = settings.row_tokens if row_tokens is None else row_tokens
         if is_resumed and memory.fits and free_gb is not None and memory.total_gb > free_gb:

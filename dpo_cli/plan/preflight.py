@@ -130,7 +130,7 @@ def _reward_problems(loaded: Loaded) -> Iterator[Problem]:
     name = loaded.require().reward_model
     if name is None or loaded.rewarded_by is not None:
         return
-    fix = "name the directory of a reward model, or remove the key: then rlhf trains one first, as a stage of its own"
+    fix = "name the directory of a reward model; a config without stages may remove the key: then rlhf trains one first"
     run = config_of_run(name)
     strategy = STRATEGIES.get(str(run.get("strategy"))) if run else None
     if not os.path.exists(name) and not is_hub_id(name):

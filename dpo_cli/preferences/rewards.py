@@ -13,14 +13,14 @@ from dpo_cli.data.rows import Question
 from dpo_cli.errors import RunFailed
 from dpo_cli.evaluation.generation import Answer, Rank
 from dpo_cli.plan.plan import Plan
-from dpo_cli.preferences.ranking import ranking
+from dpo_cli.preferences.ranking import RELATIVE, ranking
 
 
 class SummedRewards:
     """The weighted sum of the ways to score of a plan. A `Rank`: it scores the answers to one question together."""
 
-    def __init__(self, parts: Sequence[tuple[float, Rank]]) -> None:
-        self.parts = parts  # each with its weight
+    def __init__(self, parts: Sequence[tuple[float, Rank]], is_relative: bool = False) -> None:
+        self.parts, self.is_relative = parts, is_relative  # each part with its weight
 
     @classmethod
     def of(cls, plan: Plan) -> SummedRewards:
@@ -30,7 +30,13 @@ class SummedRewards:
         if config.reward_model is not None:
             functions.insert(0, {"rank": "reward", "reward_model": config.reward_model, "weight": 1.0})
         dtype = getattr(torch, plan.dtype)
-        return cls([(one["weight"], ranking({**defaults, **one}, config.device, dtype, plan.day)) for one in functions])
+        parts = [(one["weight"], ranking({**defaults, **one}, config.device, dtype, plan.day)) for one in functions]
+        return cls(parts, any(one["rank"] in RELATIVE for one in functions))
+
+    @property
+    def absolute(self) -> SummedRewards | None:
+        """Itself if an answer has a score without others to compare it with; else None."""
+        return None if self.is_relative else self
 
     def __call__(self, question: Question, answers: Sequence[Answer]) -> list[float]:
         """A score per answer; a larger one is better. Raises `RunFailed` for a score that is not a finite number."""

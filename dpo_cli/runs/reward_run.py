@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ from transformers import PreTrainedModel
 from dpo_cli.config.config import load
 from dpo_cli.config.rules import fuses_adapter
 from dpo_cli.data.encoded import Encoded
+from dpo_cli.data.messages import Text
 from dpo_cli.data.rows import Demonstration, Question
 from dpo_cli.data.tokenizer import Tokenizer
-from dpo_cli.data.tokens import Encoder, encode_all
+from dpo_cli.data.tokens import Encoder, encode_all, encode_questions
 from dpo_cli.data.transcripts import answer_to
+from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import resolve
 from dpo_cli.providers.huggingface import HuggingFace
@@ -61,11 +64,27 @@ class RewardModel:
 
     def __call__(self, question: Question, texts: Sequence[str]) -> list[float]:
         """The rewards of answers. One forward pass for each, so that no reward depends on the other answers."""
+        return [self._reward(self._encoded(question, text)) for text in texts]
+
+    def _encoded(self, question: Question, text: str) -> Encoded:
+        """An answer with its prompt, as a row of the training is.
+
+        A sampled answer may be what no row is: empty, or nothing that the template renders. Its tokens then follow those of the
+        prompt, with EOS at the end.
+        """
         prompt, encoder = question.prompt, self.encoder
-        answers = [answer_to(prompt, text) if isinstance(prompt, list) else text for text in texts]
-        rows = [Demonstration(prompt, answer, question.line, question.file, question.tools) for answer in answers]
-        encoded = encode_all([rows], encoder.tokenizer, encoder.as_chat, encoder.max_length, encoder.token_rows)
-        return [self._reward(row) for row in encoded.require().sides[0]]
+        answer: Text = answer_to(prompt, text) if isinstance(prompt, list) else text
+        row = Demonstration(prompt, answer, question.line, question.file, question.tools)
+        ways = (encoder.tokenizer, encoder.as_chat)
+        try:
+            if text.strip():
+                return encode_all([[row]], *ways, encoder.max_length, encoder.token_rows).require().sides[0][0]
+        except InvalidInput:  # the row is put together here instead
+            pass
+        ids = encoder.tokenizer.encode(text, False) + encoder.tokenizer.encode(encoder.tokenizer.eos, False)
+        room = max(1, (encoder.max_length or sys.maxsize) - len(ids))
+        asked, _ = encode_questions([question], *ways, room, encoder.token_rows)
+        return Encoded(row, asked[0][1] if asked else [], (ids,))
 
     def _reward(self, row: Encoded) -> float:
         network = self.network

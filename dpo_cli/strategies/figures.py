@@ -297,7 +297,8 @@ _SAMPLED = (
     Figure(
         "kl_sampled",
         "KL of samples",
-        "log p - log p of the reference over the sampled answers that a step learns from, nats per answer.",
+        "log p - log p of the reference over the sampled answers that a step learns from, by the policy that drew them, nats "
+        "per answer.",
         short="KL/sample",
         title="KL of samples",
         note="Distance from the reference over the samples of a step, nats per answer.",

@@ -27,7 +27,6 @@ from trl import DPOConfig, DPOTrainer
 from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.plan.plan import Plan
-from dpo_cli.providers.policy import FROZEN
 from dpo_cli.scoring import forward
 from dpo_cli.scoring.lm_head import LOG_PROBS
 from dpo_cli.scoring.packing import Batch, units_in
@@ -168,8 +167,6 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    if plan.goes_on and not plan.starts_at_reference:
-        trainer.model.delete_adapter(FROZEN)  # TRL's copy: the reference is the model with the adapter off
     trainer.data_collator = with_places(trainer.data_collator)
     trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
     trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan)

@@ -9,7 +9,7 @@ What is overridden, and why (tests/test_rlhf.py fails if TRL changes any of it):
 - `_tokenize_prompts`: a prompt comes as its token ids, which are those of the pairs.
 - `_generate_single_turn`: dpo's sampling, three times as fast as `generate`, which follows torch's random state only.
 - `_get_per_token_logps_and_entropies`: TRL pads prompts on the left, which moves learned positions. Here a row is padded on
-  the right, as in an evaluation. Without a gradient it goes in rows of a training step's size, and without dropout.
+  the right, as in an evaluation. Without a gradient it goes in rows of a training step's size.
 - `_prepare_inputs`: TRL counts its own micro-batches, which are rows here, and forgets the samples in a checkpoint. Here the
   step of the training decides when samples are drawn, and a checkpoint holds those that are used again.
 - `_get_train_sampler`: TRL's sampler has a random generator of its own, whose state no checkpoint holds, and drops the last
@@ -21,12 +21,14 @@ What is overridden, and why (tests/test_rlhf.py fails if TRL changes any of it):
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,7 +58,8 @@ from dpo_cli.training.trainer import (
 )
 
 FIGURES = ("loss", *SAMPLE_FIGURES)
-ADVANTAGES, OLD_SUMS, ITEMS = "advantages", "old_logps", "num_items_in_batch"  # TRL's names in a batch of samples
+# TRL's names in a batch of samples.
+ADVANTAGES, ITEMS, OLD_SUMS, OLD_TOKENS = "advantages", "num_items_in_batch", "old_logps", "old_per_token_logps"
 PROMPTS, ANSWERS = ("prompt_ids", "prompt_mask"), ("completion_ids", "completion_mask")
 REFERENCE, REWARD, SPREAD, LENGTH, CORRELATION = "reference_sums", "rewards", "spreads", "lengths", "correlations"  # dpo's
 
@@ -143,7 +146,7 @@ class SampledTrainer(CarefulTrainer):
         return prompts, None, {}
 
     def sample(self, prompt_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """An answer to each prompt, as token ids, drawn from the policy without dropout."""
+        """An answer to each prompt, as token ids, drawn from the policy; kept for the rewards, which TRL asks for next."""
         plan, trains = self.plan, self.model.training
         sampling = Sampling(plan.config.max_new_tokens, self.temperature)
         dtype = getattr(torch, plan.dtype)
@@ -173,8 +176,6 @@ class SampledTrainer(CarefulTrainer):
         kept = is_answer[:, -logits_to_keep:]
         wide = torch.promote_types(torch.float32, next(model.parameters()).dtype)
         scored = [torch.zeros(kept.shape, dtype=wide, device=ids.device) for _ in range(2)]
-        was_training = model.training
-        model.train(trains and was_training)
         for part in parts:
             width = lengths[part[0]]
             with self.accelerator.autocast():
@@ -183,7 +184,6 @@ class SampledTrainer(CarefulTrainer):
             for whole, values in zip(scored, (output.log_probs, output.entropy), strict=True):
                 placed = whole.new_zeros(kept[part].shape).masked_scatter(kept[part], values[output.label_mask].to(wide))
                 whole[part] = placed
-        model.train(was_training)
         self._scored = scored[0], scored[1]
         return scored[0], scored[1], None
 
@@ -203,7 +203,9 @@ class SampledTrainer(CarefulTrainer):
         columns = {REWARD: rewards.rewards, SPREAD: rewards.spreads, LENGTH: rewards.lengths}
         columns[CORRELATION] = np.full(len(like), rewards.correlation)
         drawn |= {name: torch.from_numpy(column).to(like) for name, column in columns.items()}
-        return {**drawn, REFERENCE: self._scored[0].sum(dim=1)}  # the last log-probs that TRL asks for are the reference's
+        reference = self._scored[0].sum(dim=1)  # the last log-probs that TRL asks for are those of the reference
+        assert len(reference) == len(like)
+        return {**drawn, REFERENCE: reference}
 
     def samples_state(self) -> Batch | None:
         return self.samples if self.state.global_step % self.num_iterations else None
@@ -225,7 +227,7 @@ class SampledTrainer(CarefulTrainer):
         figures = {
             "reward": inputs[REWARD],
             "reward_spread": inputs[SPREAD],
-            "kl_sampled": log_probs.sum(dim=1) - inputs[REFERENCE],
+            "kl_sampled": self._drawn_log_probs(inputs, log_probs) - inputs[REFERENCE],
             "entropy": entropies.sum(dim=1) / tokens,
             "sample_tokens": inputs[LENGTH],
             "length_correlation": inputs[CORRELATION],
@@ -234,6 +236,13 @@ class SampledTrainer(CarefulTrainer):
         columns = torch.stack([figures[name].cpu().double() for name in FIGURES], dim=1)
         self.totals.add(columns, int(inputs["prompt_mask"].sum() + tokens.sum()))
         return loss
+
+    @staticmethod
+    def _drawn_log_probs(samples: Batch, now: Tensor) -> Tensor:
+        """Log-probs of samples under the policy that drew them, (rows,), which is not `now` where they are used again."""
+        if OLD_SUMS in samples:
+            return samples[OLD_SUMS]
+        return samples.get(OLD_TOKENS, now).sum(dim=1)
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: object, **kwargs: object) -> Tensor:
         return super().training_step(model, inputs, *(args or (None,)), **kwargs)  # TRL requires a number; a probe has none
@@ -252,8 +261,10 @@ class SampledTrainer(CarefulTrainer):
     def _longest_batch(self) -> Batch:
         """The longest prompts with answers of the most tokens, of which none is better than another."""
         sizes = self.train_dataset[SIZE]
-        places = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.args.per_device_train_batch_size]
-        prompts = [self.train_dataset[place]["prompt"] for place in places]
+        longest = sorted(range(len(sizes)), key=lambda i: -sizes[i])[: self.plan.prompts_a_step]
+        places = cycle(place for place in longest for _ in range(self.num_generations))  # few prompts come again in a step
+        batch = islice(places, self.args.per_device_train_batch_size)
+        prompts = [self.train_dataset[place]["prompt"] for place in batch]
         width, new, device = max(map(len, prompts)), self.plan.config.max_new_tokens, self.args.device
         pad = int(self.processing_class.pad_token_id)
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -265,7 +276,7 @@ class SampledTrainer(CarefulTrainer):
             **dict(zip(PROMPTS, (ids, mask), strict=True)),
             **dict(zip(ANSWERS, (answers_to_all, torch.ones_like(answers_to_all)), strict=True)),
             **dict.fromkeys((ADVANTAGES, OLD_SUMS, REFERENCE, REWARD, SPREAD, LENGTH, CORRELATION), values),
-            **dict.fromkeys(("old_per_token_logps", "ref_per_token_logps"), tokens),
+            **dict.fromkeys((OLD_TOKENS, "ref_per_token_logps"), tokens),
             ITEMS: torch.tensor(float(len(prompts) * new), device=device),
         }
 
@@ -276,8 +287,12 @@ class SampledTrainer(CarefulTrainer):
 
 
 class RlooTrainer(SampledTrainer, RLOOTrainer):
-    """REINFORCE leave-one-out (arXiv:2402.14740): the advantage of a sample is its reward, with the KL to the reference taken
-    off, minus the mean of the others of its prompt."""
+    """REINFORCE leave-one-out (arXiv:2402.14740), with the clipping of PPO (arXiv:1707.06347, equation 7).
+
+    For sample i of the G to a prompt: R_i = reward - beta * (log p - log p of the reference); A_i = R_i minus the mean of the
+    others. With w = p / p when it was drawn, of a whole sample, the loss of a step of B samples is the sum of
+    -min(w * A, clip(w, 1 - epsilon, 1 + epsilon) * A) / B; a row has the terms of its samples.
+    """
 
     IS_MEAN = True
 
@@ -286,8 +301,12 @@ class RlooTrainer(SampledTrainer, RLOOTrainer):
 
 
 class GrpoTrainer(SampledTrainer, GRPOTrainer):
-    """Group relative policy optimization (arXiv:2402.03300), with the loss over all tokens of a step (arXiv:2503.14476), TRL's
-    default."""
+    """Group relative policy optimization (arXiv:2402.03300), over the tokens of a step (arXiv:2503.14476), TRL's default.
+
+    A_i = (reward - mean of the group) / (standard deviation of the group + 1e-4). With w = p / p when it was drawn, of a token,
+    and r = log p of the reference - log p, the loss of a step of T tokens is the sum over its tokens of
+    (-min(w * A, clip(w, 1 - epsilon, 1 + epsilon) * A) + beta * (exp(r) - r - 1)) / T; a row has the terms of its tokens.
+    """
 
     IS_MEAN = False
 
@@ -330,6 +349,9 @@ def build_trainer(
     )
     trainer: SampledTrainer = made
     trainer.rewards, trainer.plan = rewards, plan
+    for module in made.model.modules():  # a ratio of probabilities would be the noise of dropout
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.update({name: nn.Identity() for name in module.lora_dropout})
     made.beta = config.beta
     if frozen is not None:  # with a beta, the constructor would load it from its files, without a check
         made.ref_model = made.accelerator.prepare_model(frozen, evaluation_mode=True)

@@ -1,9 +1,9 @@
-"""What both trainers add to TRL's: the rows of a step, a probe of the longest rows, and evaluations with dpo's figures.
+"""What all trainers add to TRL's: the rows of a step, a probe of the longest rows, and evaluations with dpo's figures.
 
 Longer than other modules: everything that touches the inside of transformers' Trainer is in one place.
 
-With the module of each trainer the only one that overrides methods of TRL (tests/test_dpo.py, tests/test_sft.py and
-tests/test_reward.py fail if TRL changes any of them):
+With the module of each trainer the only one that overrides methods of TRL (tests/test_dpo.py, tests/test_sft.py,
+tests/test_reward.py and tests/test_rlhf.py fail if TRL changes any of them):
 - `training_step`: Trainer gets all pairs of a step as one micro-batch; they run in rows (scoring/packing.py), and a row that
   does not fit is divided (scoring/oom.py).
 - `get_batch_samples`: the rows of a step are counted, so that the loss of a micro-batch is its share of the step's.
@@ -152,6 +152,8 @@ class CarefulTrainer:
 
     def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan) -> None:
         """Put dpo's head on the models that TRL's constructor prepared, and keep what is called later."""
+        if plan.goes_on and not plan.starts_at_reference:  # the reference is the model with the adapter off
+            self.model.delete_adapter(FROZEN)  # the copy of TRL's constructor, or of the provider
         self.is_shared = states is forward.shared_states
         unit = max(self.train_dataset[SIZE]) * (1 if self.is_shared else self.SEQUENCES_PER_UNIT)
         self.row_budget = plan.row_budget(unit)

@@ -56,6 +56,10 @@ class Health(TrainerCallback):
         """How often what scores the samples prefers the chosen response of held-out pairs; before the first step."""
         self.course.reward_accuracy = accuracy
 
+    def see_held_out(self, rewards: list[float]) -> None:
+        """The rewards of an answer to each held-out prompt, in an evaluation; before its line."""
+        self.course.see_held_out(rewards)
+
     def see(self, line: Line) -> None:
         """A line of metrics.jsonl, as it is written."""
         self.course.see(line)

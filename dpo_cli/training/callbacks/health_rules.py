@@ -40,6 +40,7 @@ HEART_STEPS, EARLY = 5, 0.75  # steps in a row with every pair right, and the sh
 NO_WARMUP = "remove warmup_steps and warmup_ratio, or train more steps"
 GENERALISES = 0.9  # of the held-out pairs
 STILL_KL = 1e-3  # nats per sampled answer
+FALL_ERRORS = 3.0  # of the rewards of held-out prompts: there are at least 16
 SAME_REWARD = 1e-6  # standard deviation within the samples of a prompt
 FOLLOWS, LONGER = 0.8, 0.2  # correlation, and relative change of length
 NEARLY_ALL = 0.9  # of the pairs of a first and a recent step: 1.4 % by chance with 4 and 8
@@ -56,7 +57,7 @@ class CourseState(TypedDict):
     all_right: int
     line: JsonObject  # {} where there is none
     evaluation: JsonObject
-    rewards: list[float]
+    rewards: list[list[float]]
 
 
 class Course:
@@ -74,7 +75,7 @@ class Course:
         self.done = self.all_right = 0  # steps, and the last steps in a row with every pair right
         self.line: Line | None = None
         self.evaluation = evaluation
-        self.rewards: list[float] = []  # of answers to held-out prompts, of each evaluation
+        self.rewards: list[list[float]] = []  # of answers to held-out prompts, in the best evaluation and in the last
         self.reward_accuracy: Interval | None = None  # of what scores the samples, on held-out pairs; until it is reported
         for step in steps:
             self.add(step)
@@ -91,7 +92,11 @@ class Course:
         self.line = line
         if line.split == "eval":
             self.evaluation = line
-            self.rewards += [line.figures["reward"]] if "reward" in line.figures else []
+
+    def see_held_out(self, rewards: list[float]) -> None:
+        """The rewards of an answer to each held-out prompt, in the order of the prompts, in an evaluation."""
+        best = max(self.rewards, key=lambda one: float(np.mean(one)), default=rewards)
+        self.rewards = [best, rewards] if rewards else []
 
     @property
     def never_moved(self) -> bool:
@@ -330,10 +335,15 @@ def reward_is_wrong(course: Course) -> Found:
     accuracy = course.reward_accuracy
     if accuracy is None or accuracy.low > 0.5:
         return None
-    message = (
-        f"the reward prefers the chosen response in {share(accuracy)} of held-out pairs, which is not clearly above chance"
-    )
-    return message, "use a reward model that is right on such pairs, or check that they show what is wanted"
+    prefers = f"prefers the chosen response in {share(accuracy)} of held-out pairs"
+    if course.plan.config.reward_model is not None:
+        return (
+            f"the reward {prefers}, which is not clearly above chance",
+            "use a reward model that is right on such pairs, or check that they show what is wanted",
+        )
+    if accuracy.high >= 0.5:  # a rule may say nothing about most pairs
+        return None
+    return f"the reward {prefers}: the rules reward what the pairs do not prefer", "check reward_functions, or the pairs"
 
 
 def no_variance(course: Course) -> Found:
@@ -393,15 +403,17 @@ def reward_against_kl(course: Course) -> Found:
 
 
 def held_out_reward_falls(course: Course) -> Found:
-    """The reward of answers to held-out prompts falls from its best, by more than chance, while that of samples rises."""
-    prompts = min(course.plan.config.kl_prompts, course.plan.counts.eval_prompts if course.plan.counts else 0)
-    if len(course.rewards) < 2 or not prompts or course.done < 2 * course.recent:
+    """The reward of answers to held-out prompts falls from its best, by more than chance, while that of samples rises.
+
+    Both evaluations draw with the same seed for the same prompts, so their differences are compared prompt by prompt.
+    """
+    if len(course.rewards) < 2 or len(course.rewards[0]) != len(course.rewards[1]) or course.done < 2 * course.recent:
         return None
-    best, last = max(course.rewards), course.rewards[-1]
-    chance = ERRORS * max(course.mean("reward_spread"), SAME_REWARD) / math.sqrt(prompts)
+    falls = np.array(course.rewards[0]) - np.array(course.rewards[1])
     rises = course.mean("reward") > float(np.mean([one["reward"] for one in course.first]))
-    if not (best - last > chance and rises):
+    if len(falls) < 2 or not rises or not float(np.mean(falls)) > FALL_ERRORS * course.error(falls.tolist()):
         return None
+    best, last = (float(np.mean(rewards)) for rewards in course.rewards)
     message = f"the reward of answers to held-out prompts falls from {best:.3g} to {last:.3g}, while that of the samples rises"
     return message, "train fewer steps, or add diverse prompts"
 
