@@ -31,13 +31,14 @@ from dpo_cli.config.config import load, load_stages
 from dpo_cli.data.encoded import Encoded, EncodedRows
 from dpo_cli.data.rows import Question, to_pair
 from dpo_cli.data.tokens import encode
-from dpo_cli.errors import Exit, InvalidInput, RunFailed
+from dpo_cli.errors import Exit, InvalidInput, RunFailed, invalid
 from dpo_cli.evaluation.bootstrap import Intervals, value_of
 from dpo_cli.evaluation.generation import Answer
 from dpo_cli.evaluation.metrics import Rewards, figures
 from dpo_cli.preferences.ranking import Reward, ranking
 from dpo_cli.providers.architecture import lora_config
 from dpo_cli.providers.classifier import HEAD, as_classifier, on_meta
+from dpo_cli.runs.reward_run import RewardModel
 from dpo_cli.scoring import score_head, shared_prompts
 from dpo_cli.scoring.forward import choose
 from dpo_cli.training.callbacks.health_rules import chance_level
@@ -331,6 +332,27 @@ def test_it_starts_from_a_trained_adapter(run: Run, rows_file: str, tmp_path: Pa
         Question(str(pair["prompt"]), None, 1), [Answer(str(pair["chosen"]), 3, True)]
     )
     assert scores == pytest.approx([judged["reward_chosen"]], abs=1e-5)
+
+
+def test_an_answer_that_is_no_row_has_a_reward(run: Run, rows_file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty answer is EOS after the generation prompt; one that the template cannot render has its own tokens before it."""
+    _, place = run(**OPTIONS, dataset=rows_file)
+    model = RewardModel.of_run(place, "cpu", torch.float32)
+    tokenizer, question = model.encoder.tokenizer, Question("hi", None, 1)
+    start, end = tokenizer.encode("<|im_start|>assistant\n", False), tokenizer.encode(tokenizer.eos, False)
+    for text in ("", " \n"):
+        row = model._encoded(question, text)
+        assert row.prompt_ids[-len(start) :] == start and row.responses == ([*tokenizer.encode(text, False), *end],)
+
+    def refused(*_: object) -> object:
+        raise invalid("nothing", "the template renders nothing", None)
+
+    whole = model._encoded(question, "the cat")
+    monkeypatch.setattr("dpo_cli.runs.reward_run.encode_all", refused)
+    row = model._encoded(question, "the cat")
+    assert row.prompt_ids == whole.prompt_ids and row.responses[0] == whole.responses[0][: len(row.responses[0])]
+    (score,) = model(question, ["the cat"])
+    assert math.isfinite(score)
 
 
 def test_guesses_are_reported(run: Run, tmp_path: Path) -> None:
