@@ -9,7 +9,7 @@ from test_plan import COUNTS as PLANNED
 
 from dpo_cli.config.config import load
 from dpo_cli.config.options import Config
-from dpo_cli.plan.cost import Cost, affordable_prompts, answered_prompts, beside_pairs, cost_of
+from dpo_cli.plan.cost import Cost, affordable_prompts, answered_prompts, compared_with_pairs, cost_of
 from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.rlhf import RLHF
 from dpo_cli.strategies.sft import SFT
@@ -78,8 +78,8 @@ def test_a_sample_costs_more_than_a_pair_by_hand(config: Config) -> None:
     """Rows of 100 tokens, 50 of them the prompt, answers of 20: a sample takes 70 * (2.5 + 3) + 8 * 20 = 545 forward tokens, a
     pair (50 + 2 * 50) * (2.5 + 1) = 525. Used for two steps, drawing and scoring count half: 70 * (2.5 + 1.5) + 80 = 360."""
     config = config.replaced({"max_new_tokens": 20})
-    assert beside_pairs(config.replaced({"num_iterations": 1}), 100) == 545 / 525
-    assert beside_pairs(config.replaced({"num_iterations": 2}), 100) == 360 / 525
+    assert compared_with_pairs(config.replaced({"num_iterations": 1}), 100) == 545 / 525
+    assert compared_with_pairs(config.replaced({"num_iterations": 2}), 100) == 360 / 525
 
 
 def test_samples_cost_what_is_drawn_scored_and_trained_on_by_hand(config: Config) -> None:

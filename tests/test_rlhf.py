@@ -63,6 +63,26 @@ def lines(run_dir: Path, split: str) -> list[dict[str, Any]]:
     return [line for line in read if line["split"] == split]
 
 
+def test_a_row_that_is_out_of_memory_is_divided(
+    rlhf: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first row of three samples or more fails once: the step is the same, and later rows are smaller."""
+    whole = lines(rlhf(max_steps=1, per_device_train_batch_size=8)[1], "train")[0]
+    compute, failed = policy_trainer.SampledTrainer.compute_loss, []
+
+    def fails(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
+        if self.samples is not None and len(inputs["advantages"]) > 2 and not failed:
+            failed.append(len(inputs["advantages"]))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, model, inputs, *rest, **named)
+
+    monkeypatch.setattr(policy_trainer.SampledTrainer, "compute_loss", fails)
+    apart = lines(rlhf(max_steps=1, per_device_train_batch_size=8)[1], "train")[0]
+    assert failed and "out of memory with" in capsys.readouterr().out
+    for name in ("loss", "grad_norm", "reward", "kl_sampled"):
+        assert apart[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+
+
 @pytest.mark.parametrize("base", [RLOOTrainer, GRPOTrainer])
 def test_the_seam_is_as_it_was(base: type) -> None:
     """The methods that are overridden, with the arguments that they get."""

@@ -9,7 +9,7 @@ from dpo_cli.commands.recommendation import require_vram
 from dpo_cli.config.config import ConfigLike, Loaded, load_stages
 from dpo_cli.errors import Exit
 from dpo_cli.hardware.machine import Machine
-from dpo_cli.plan.cost import beside_pairs
+from dpo_cli.plan.cost import compared_with_pairs
 from dpo_cli.plan.examination import Data
 from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.plan.preflight import inspect
@@ -56,13 +56,13 @@ def validated_file(
     )
 
 
-def _beside_pairs(loaded: Loaded, plan: Plan, data: Data, machine: Machine, vram: float | None) -> str:
-    """What a training that samples answers costs beside dpo with the same values."""
+def _compared_with_pairs(loaded: Loaded, plan: Plan, data: Data, machine: Machine, vram: float | None) -> str:
+    """What a training that samples answers costs compared with dpo with the same values."""
     same = replace(loaded, config=plan.config.replaced({"strategy": DPO.name}))
     memory = resolve(same, machine, vram_gb=vram, longest=data.longest, model=plan.model).memory
     length = data.said["length"]
     tokens = length["tokens"]["median"] if length["tokens"] else length["characters"]["median"] / CHARACTERS_A_TOKEN
-    words = f"compared with dpo, a step computes about {beside_pairs(plan.config, tokens):.1f} times as much"
+    words = f"compared with dpo, a step computes about {compared_with_pairs(plan.config, tokens):.1f} times as much"
     if plan.memory is None or memory is None:
         return words
     needed, of_dpo = compared(plan.memory.total_gb, memory.total_gb)
@@ -92,7 +92,7 @@ def _validated(
             console.line(words)
         console.bill(memory)
     if plan and data and plan.strategy.generates:
-        console.line(_beside_pairs(loaded, plan, data, machine, vram))
+        console.line(_compared_with_pairs(loaded, plan, data, machine, vram))
     console.line(f"{loaded.label}: {f'not valid, errors: {len(inspection.errors)}' if inspection.errors else 'valid'}")
     config = plan.config.to_json() if plan else loaded.values
     return Validation(inspection.problems, config, data.to_json() if data else None, memory, inspection.exit_code)

@@ -75,7 +75,7 @@ def _training(config: Config, counts: Counts, steps: int, strategy: Strategy) ->
     return of_pair * (a_token * units + REFERENCE * strategy.refers * min(units, counts.train_pairs))
 
 
-def beside_pairs(config: Config, tokens: float) -> float:
+def compared_with_pairs(config: Config, tokens: float) -> float:
     """The cost of a step that samples answers, over that of a step of dpo on as many pairs. A row of the data has so many
     tokens, half of them in its prompt: an estimate before the rows are tokenised."""
     prompt, new = tokens / 2, config.max_new_tokens

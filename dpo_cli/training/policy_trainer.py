@@ -250,13 +250,9 @@ class SampledTrainer(CarefulTrainer):
     def _rows(self, batch: Batch) -> list[Batch]:
         return rows_of(batch, self.row_budget)
 
-    def _smaller(self, row: Batch) -> list[Batch]:
-        if len(row[ADVANTAGES]) == 1:
-            return []
-        tokens = len(row[ADVANTAGES]) * max(_lengths(row))
-        self.row_budget = min(self.row_budget, tokens // 2)
-        self._tell(f"out of memory with {tokens} tokens in a row: later rows have at most {self.row_budget}")
-        return rows_of(row, self.row_budget)
+    def _size(self, row: Batch) -> tuple[int, int]:
+        lengths = _lengths(row)
+        return len(lengths), len(lengths) * max(lengths)
 
     def _longest_batch(self) -> Batch:
         """The longest prompts with answers of the most tokens, of which none is better than another."""

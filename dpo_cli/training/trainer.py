@@ -206,11 +206,15 @@ class CarefulTrainer:
     def _rows(self, batch: Batch) -> list[Batch]:
         return packed(batch, self.row_budget, self.SEQUENCES_PER_UNIT, self.is_shared)
 
+    def _size(self, row: Batch) -> tuple[int, int]:
+        """The units of a row, and its tokens with padding."""
+        return units_in(row, self.SEQUENCES_PER_UNIT), row_tokens(row, self.SEQUENCES_PER_UNIT, self.is_shared)
+
     def _smaller(self, row: Batch) -> list[Batch]:
         """A row that is out of memory, in rows of half its tokens, as those of all later steps; none for a single unit."""
-        if units_in(row, self.SEQUENCES_PER_UNIT) == 1:
+        units, tokens = self._size(row)
+        if units == 1:
             return []
-        tokens = row_tokens(row, self.SEQUENCES_PER_UNIT, self.is_shared)
         self.row_budget = min(self.row_budget, tokens // 2)  # rows that wait may be larger than this one
         self._tell(f"out of memory with {tokens} tokens in a row: later rows have at most {self.row_budget}")
         return self._rows(row)
