@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer as dpo uses it; the shared part of both trainers is in trainer.py.
+"""TRL's DPOTrainer as dpo uses it; the shared part of all trainers is in trainer.py.
 
 What is overridden, and why (tests/test_dpo.py fails if TRL changes any of it):
 - `_prepare_dataset`: TRL 1.15 tokenises rows itself and does not accept token ids. dpo's are made once, for plan, training

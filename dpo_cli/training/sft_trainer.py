@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer as dpo uses it; the shared part of both trainers is in trainer.py.
+"""TRL's SFTTrainer as dpo uses it; the shared part of all trainers is in trainer.py.
 
 Rows come with their token ids and labels, which TRL uses unchanged (`skip_prepare_dataset`). `compute_loss` is overridden
 only to read the figures from TRL's model call. TRL divides by the tokens of the whole step (`step_size`).
