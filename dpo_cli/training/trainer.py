@@ -412,6 +412,9 @@ def save_trained(model: PeftModel | PreTrainedModel, place: Path) -> None:
     """Write what is trained: the adapter without its frozen copy, or the whole model."""
     if isinstance(model, PeftModel):
         model.create_or_update_model_card = lambda _: None  # a run writes its own card
+        trained = model.peft_config[TRAINED]
+        if isinstance(trained.target_modules, set):  # a process has its own order of a set, and the file must not
+            trained.target_modules = sorted(trained.target_modules)
         # PEFT would add the base's table of an embedding that has an adapter.
         model.save_pretrained(str(place), selected_adapters=[TRAINED], save_embedding_layers=False)
     else:
