@@ -382,7 +382,7 @@ RULES = [
     warning("not-yet", "num_processes", '"num_processes": 2', '"num_processes": 1'),
     Case("reward-missing", "reward_model", '"stages": [{"strategy": "rlhf"}]', '"reward_functions": ["shorter"]', None),
     Case("reward-model-missing", "reward_model", rlhf('"reward_model": "nowhere"'), "may remove the key", FIRST + 1),
-    Case("not-a-reward-model", "reward_model", rlhf('"reward_model": "."'), "may remove the key", FIRST + 1),
+    Case("not-a-reward-model", "reward_model", rlhf('"reward_model": "models"'), "may remove the key", FIRST + 1),
     Case("rank-incomplete", "reward_functions", rlhf('"reward_functions": ["regex"]'), 'add "pattern"', FIRST + 1),
     Case("bad-value", "reward_functions", rlhf('"reward_functions": ["best"]'), "Rules that score", FIRST + 1),
     Case("broken-group", "num_generations", rlhf('"num_generations": 3, "reward_functions": ["shorter"]'), ": 6", FIRST + 1),

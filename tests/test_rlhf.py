@@ -21,8 +21,9 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
+from dpo_cli.data.dataset import is_held_out_prompt
 from dpo_cli.data.rows import Question
-from dpo_cli.errors import Exit, RunFailed
+from dpo_cli.errors import Exit, InvalidInput, RunFailed
 from dpo_cli.evaluation import generation
 from dpo_cli.evaluation.generation import Answer
 from dpo_cli.hardware.machine import probe
@@ -387,3 +388,41 @@ def test_a_judge_scores_only_answers_to_the_same_prompt() -> None:
     broken = SummedRewards([(0.5, lambda _, answers: [float("nan") for _ in answers])])
     with pytest.raises(RunFailed, match="not a finite number"):
         broken(Question("a", None, 1), [answer(3)])
+
+
+def test_a_run_can_be_read_without_its_reward_model(
+    tmp_path: Path, ending_model_dir: Path, pairs_file: Callable[..., Path]
+) -> None:
+    """A run that is not finished, and a model without a score, are refused before anything is replaced."""
+    values = {**RLHF, "model_name": str(ending_model_dir), "dataset": str(pairs_file()), "device": "cpu", "bf16": False}
+    values |= {"fp16": False, "max_steps": 2, "lora_r": 4, "max_new_tokens": 4, "kl_prompts": 2}
+    (tmp_path / "mine.json").write_text(json.dumps(values), encoding="utf-8")
+    assert dpo("train", "mine.json", cwd=tmp_path).returncode == 0
+    run = tmp_path / "runs" / "mine" / "2-rlhf"
+    before = sorted(path.name for path in run.iterdir())
+    (tmp_path / "unfinished").mkdir()
+    shutil.copy(run.parent / "1-reward" / "plan.json", tmp_path / "unfinished")
+    shutil.copytree(run, tmp_path / "copy")
+    others = {tmp_path / "unfinished": "not finished", ending_model_dir: "no head with one score", tmp_path / "copy": "rlhf"}
+    for other, why in others.items():
+        words = ("train", "mine.json", f"reward_model={other}", f"output_dir={run}", "--overwrite")
+        refused = dpo(*words, cwd=tmp_path)
+        assert refused.returncode == 3 and "[not-a-reward-model]" in refused.stderr and why in refused.stderr
+        assert sorted(path.name for path in run.iterdir()) == before
+    shutil.move(run.parent / "1-reward", tmp_path / "elsewhere")
+    done = dpo("eval", str(run), "--again", "--json", cwd=tmp_path)
+    assert done.returncode == 0 and "is not there any more" in done.stderr.replace("\n", " ")
+    assert "answer_reward" not in json.loads(done.stdout)["policy"]
+
+
+def test_prompts_of_a_file_that_cannot_be_used(rlhf: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\n", encoding="utf-8")
+    with pytest.raises(InvalidInput, match="reference"):
+        rlhf(prompts_file=str(tmp_path / "prompts.txt"), reward_functions=["reference"])
+    with pytest.raises(InvalidInput, match="not found"):
+        rlhf(prompts_file=str(tmp_path / "nowhere.txt"))
+    held_out = [f"question {i}" for i in range(12) if is_held_out_prompt(json.dumps(f"question {i}"), 0.2, 42)]
+    (tmp_path / "prompts.txt").write_text("\n".join(held_out), encoding="utf-8")
+    with pytest.raises(InvalidInput, match="every prompt of") as caught:
+        rlhf(prompts_file=str(tmp_path / "prompts.txt"))
+    assert held_out and caught.value.problems[0].key == "prompts_file"

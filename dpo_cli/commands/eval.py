@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
+from pathlib import Path
 
 from dpo_cli.commands.requests import Request
 from dpo_cli.evaluation.evaluation import Measured, answered, judge, measure
@@ -34,7 +36,7 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
     contest = contest_of(vote.prompts, vote.by_judge, run, opened.plan, opened.rows) if run and vote else None
     basis = basis_of(run.read_json(PLAN)["config"]) if run else {}
     with log_to(run.log) if run else nullcontext():
-        rank = SummedRewards.of(opened.plan) if opened.plan.strategy.generates else None
+        rank = _rank(opened.plan, console)
         plan, samples, measured = measured_on(opened, console, vote.prompts if vote else 0)
         judged = judge(opened.rows, measured, samples, plan, rank)
     console.judgement(judged, judged.shown_samples, plan.strategy, start_of(plan.model, plan.config.reference))
@@ -42,6 +44,17 @@ def evaluate(request: Request, console: Console) -> tuple[Evaluation, SideBySide
         keep(run, judged, basis)  # a training that was stopped has no evaluation
         console.line(f"report: {write_report(run.path)}")  # which had no figures
     return judged, contest.hold(samples, console) if contest else None
+
+
+def _rank(plan: Plan, console: Console) -> SummedRewards | None:
+    """What scores the answers of a run that was trained on scored answers, if it is still there."""
+    name = plan.config.reward_model
+    if not plan.strategy.generates:
+        return None
+    if name is not None and not os.path.exists(name) and Path(name).is_absolute():
+        console.line(f"note: the reward model {name} is not there any more, so answers are not scored")
+        return None
+    return SummedRewards.of(plan)
 
 
 def measured_on(opened: Opened, console: Console, count: int = 0) -> tuple[Plan, list[Sample], Measured | None]:

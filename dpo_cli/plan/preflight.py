@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from dpo_cli.config.augment_rules import RANK_FIX
 from dpo_cli.config.config import Loaded
+from dpo_cli.config.options import Config
+from dpo_cli.config.reward_rules import reward_functions
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.data.prompts import Prompts, read_prompts, without_reference
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.models import checks, remote_code, target_layers
+from dpo_cli.models.adapter_config import ADAPTER_CONFIG
 from dpo_cli.models.model_files import CONFIG
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan import adapter_start
 from dpo_cli.plan.examination import Data, examine
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
 from dpo_cli.plan.plan import Plan, resolve
-from dpo_cli.storage.run_directory import config_of_run
+from dpo_cli.storage.run_directory import SUMMARY, RunDirectory, config_of_run, run_of
 from dpo_cli.strategies.strategies import STRATEGIES
 
 
@@ -94,9 +98,9 @@ def inspect(
             loaded.placed, adapter_start.problems(draft, model or plan.model, plan.run_dir)
         )  # with the names of the config
         found += map(loaded.placed, _model_problems(plan))
-        found += map(loaded.placed, _reward_problems(draft))
+        found += map(loaded.placed, () if is_begun else _reward_problems(draft))  # a run is opened without it too
         if with_data and plan.strategy.generates and draft.config.prompts_file is not None:
-            found += read_prompts(draft.config.prompts_file, draft.config.columns, draft.config.on_bad_rows == "skip").problems
+            found += _prompts_problems(draft.config)
         if plan.config.lora_r and not plan.goes_on:
             found += map(loaded.placed, target_layers.problems(plan.config, plan.model, plan.model_label))
         found += map(loaded.placed, step_problems(plan, pairs))
@@ -125,21 +129,43 @@ def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, 
     return inspection.plan, prompts, [problem for problem in found if problem.severity == "warning"]
 
 
+def _prompts_problems(config: Config) -> Iterator[Problem]:
+    """The problems of a file of prompts, also that what scores the answers needs a reference."""
+    prompts = read_prompts(str(config.prompts_file), config.columns, config.on_bad_rows == "skip")
+    yield from prompts.problems
+    if any(function["rank"] == "reference" for function in reward_functions(config.reward_functions)):
+        yield from without_reference(prompts, str(config.prompts_file))
+
+
 def _reward_problems(loaded: Loaded) -> Iterator[Problem]:
     """A reward model that is not there, or that is not a reward model; not one that a stage before it trains."""
-    name = loaded.require().reward_model
-    if name is None or loaded.rewarded_by is not None:
-        return
+    config = loaded.require()
     fix = "name the directory of a reward model; a config without stages may remove the key: then rlhf trains one first"
-    run = config_of_run(name)
+    if config.reward_model is not None and loaded.rewarded_by is None:
+        yield from _no_reward_model(config.reward_model, fix, "reward_model")
+    if config.augment.get("rank") == "reward" and config.augment.get("reward_model"):
+        yield from _no_reward_model(config.augment["reward_model"], "name the directory of a reward model", "augment")
+
+
+def _no_reward_model(name: str, fix: str, key: str) -> Iterator[Problem]:
+    """Why what is named so cannot give rewards, as far as it can be seen without its weights."""
+    run, path = config_of_run(name), Path(name)
     strategy = STRATEGIES.get(str(run.get("strategy"))) if run else None
     if not os.path.exists(name) and not is_hub_id(name):
-        yield Problem("error", "reward-model-missing", f"there is no reward model {name}", fix, "reward_model")
-    elif strategy is not None and not strategy.gives_rewards:
-        message = f"{name} is a run of strategy {strategy.name}, which trains no reward model"
-        yield Problem("error", "not-a-reward-model", message, fix, "reward_model")
-    elif os.path.exists(name) and run is None and ModelSource.of(name).facts is None:
-        yield Problem("error", "not-a-reward-model", f"{name} is not a reward model: its shape is unknown", fix, "reward_model")
+        yield Problem("error", "reward-model-missing", f"there is no reward model {name}", fix, key)
+        return
+    kinds = ModelSource.of(name).own.sound(CONFIG).get("architectures") if (path / CONFIG).is_file() and not run else None
+    why = None
+    if strategy is not None and not strategy.gives_rewards:
+        why = f"it is a run of strategy {strategy.name}, which trains no reward model"
+    elif run and not RunDirectory(run_of(name)).has(SUMMARY):
+        why = "its run is not finished"
+    elif isinstance(kinds, list) and not any("SequenceClassification" in str(kind) for kind in kinds):
+        why = f"it is a {kinds[0] if kinds else 'model'}, which has no head with one score"
+    elif path.exists() and not run and not any((path / file).is_file() for file in (CONFIG, ADAPTER_CONFIG)):
+        why = "it is neither a model nor an adapter"
+    if why is not None:
+        yield Problem("error", "not-a-reward-model", f"{name} is not a reward model: {why}", fix, key)
 
 
 def _model_problems(plan: Plan) -> Iterator[Problem]:

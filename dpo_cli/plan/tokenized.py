@@ -94,6 +94,10 @@ def sampled_prompts(
     if judged:
         tell(f"note: {judged} prompts of {config.prompts_file} are those of held-out pairs, and are left out")
     if not known:
+        if judged and not questions:
+            raise invalid(
+                "nothing-to-train", f"every prompt of {config.prompts_file} is held out", "add prompts", "prompts_file"
+            )
         fix = "raise max_seq_length, lower max_new_tokens, or add prompts"
         raise invalid("nothing-to-train", "there is no prompt to sample an answer to", fix, "max_seq_length")
     return list(known.values())

@@ -51,7 +51,9 @@ def ranking(options: Mapping[str, Any], device: str, dtype: torch.dtype, day: da
 
 def by_reference(question: Question, answers: Sequence[Answer]) -> list[float]:
     """Normalised similarity of the sorted words, without case and punctuation."""
-    reference = question.reference or ""
+    reference = question.reference
+    if not reference:  # empty texts are alike
+        return [0.0 for _ in answers]
     return [fuzz.token_sort_ratio(answer.text, reference, processor=utils.default_process) for answer in answers]
 
 

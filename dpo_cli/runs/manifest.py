@@ -55,6 +55,8 @@ def identity(name: str | None) -> dict[str, Any] | None:
         (run_of(name) / ADAPTER, ModelSource.of(str(run["model_name"]))) if run else (Path(name), ModelSource.of(name))
     )
     own = {path.name: sha256(path) for path in sorted(place.glob("*.safetensors"))} if place.is_dir() else {}
+    if Path(name).is_absolute() and not Path(name).exists():  # moved or removed since
+        return {"name": name, "sha256": own, "revision": None, "below": {}}
     return {"name": name, "sha256": own, "revision": revision(model.foundation), "below": model.weights_sha256}
 
 

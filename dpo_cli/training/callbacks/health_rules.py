@@ -324,14 +324,15 @@ def no_movement(course: Course) -> Found:
 def _samples_unmoved(course: Course) -> Found:
     """`no_movement` of sampled answers: after the first step they have the log-probs of the reference."""
     moved = [abs(kl) for kl in course.values("kl_sampled", course.done - 1)]
-    if not moved or not max(moved) < STILL_KL:
+    least = STILL_KL if course.done >= course.recent else 0.0  # few steps may be too few to move this far
+    if not moved or max(moved) > least or max(course.values("reward_spread", course.done)) <= SAME_REWARD:
         return None
     message = f"after {course.done} steps the KL of the samples is about {max(moved):.2g} nats: the policy has hardly moved"
     return message, "raise learning_rate (a LoRA adapter learns at 1e-5 and above), or train more steps"
 
 
 def reward_is_wrong(course: Course) -> Found:
-    """What scores the samples does not clearly prefer the chosen responses of held-out pairs."""
+    """A reward model does not clearly prefer the chosen responses of held-out pairs, or rules prefer the rejected ones."""
     accuracy = course.reward_accuracy
     if accuracy is None or accuracy.low > 0.5:
         return None
