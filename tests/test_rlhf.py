@@ -411,7 +411,7 @@ def test_a_run_can_be_read_without_its_reward_model(
         assert sorted(path.name for path in run.iterdir()) == before
     shutil.move(run.parent / "1-reward", tmp_path / "elsewhere")
     done = dpo("eval", str(run), "--again", "--json", cwd=tmp_path)
-    assert done.returncode == 0 and "is not there any more" in done.stderr.replace("\n", " ")
+    assert done.returncode == 0 and "is not there any more" in " ".join(done.stderr.split())
     assert "answer_reward" not in json.loads(done.stdout)["policy"]
 
 

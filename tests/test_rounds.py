@@ -131,6 +131,7 @@ def mean_score(run: Path) -> float:
     return float(document(run / "sampled.json")["score"]["value"])
 
 
+@pytest.mark.long
 def test_the_sampled_answers_get_better(place: Path) -> None:
     """After one round and after two: over five seeds the rise since before is above zero by a t-test, whose limit with 4
     degrees of freedom is 3.747 (1 %, one side)."""

@@ -142,17 +142,15 @@ def _reward_problems(loaded: Loaded) -> Iterator[Problem]:
     config = loaded.require()
     fix = "name the directory of a reward model; a config without stages may remove the key: then rlhf trains one first"
     if config.reward_model is not None and loaded.rewarded_by is None:
-        yield from _no_reward_model(config.reward_model, fix, "reward_model")
-    if config.augment.get("rank") == "reward" and config.augment.get("reward_model"):
-        yield from _no_reward_model(config.augment["reward_model"], "name the directory of a reward model", "augment")
+        yield from _no_reward_model(config.reward_model, fix)
 
 
-def _no_reward_model(name: str, fix: str, key: str) -> Iterator[Problem]:
+def _no_reward_model(name: str, fix: str) -> Iterator[Problem]:
     """Why what is named so cannot give rewards, as far as it can be seen without its weights."""
     run, path = config_of_run(name), Path(name)
     strategy = STRATEGIES.get(str(run.get("strategy"))) if run else None
     if not os.path.exists(name) and not is_hub_id(name):
-        yield Problem("error", "reward-model-missing", f"there is no reward model {name}", fix, key)
+        yield Problem("error", "reward-model-missing", f"there is no reward model {name}", fix, "reward_model")
         return
     kinds = ModelSource.of(name).own.sound(CONFIG).get("architectures") if (path / CONFIG).is_file() and not run else None
     why = None
@@ -165,7 +163,7 @@ def _no_reward_model(name: str, fix: str, key: str) -> Iterator[Problem]:
     elif path.exists() and not run and not any((path / file).is_file() for file in (CONFIG, ADAPTER_CONFIG)):
         why = "it is neither a model nor an adapter"
     if why is not None:
-        yield Problem("error", "not-a-reward-model", f"{name} is not a reward model: {why}", fix, key)
+        yield Problem("error", "not-a-reward-model", f"{name} is not a reward model: {why}", fix, "reward_model")
 
 
 def _model_problems(plan: Plan) -> Iterator[Problem]:
