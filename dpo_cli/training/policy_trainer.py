@@ -7,7 +7,8 @@ A step of B samples: B / G prompts, G answers to each, their rewards, and one op
 
 What is overridden, and why (tests/test_rlhf.py fails if TRL changes any of it):
 - `_tokenize_prompts`: a prompt comes as its token ids, which are those of the pairs.
-- `_generate_single_turn`: dpo's sampling, three times as fast as `generate`, which follows torch's random state only.
+- `_generate_single_turn`: dpo's sampling, which is that of an evaluation and follows torch's random state only.
+- `training_step`: TRL requires the number of items, which a probe of the longest batch does not have.
 - `_get_per_token_logps_and_entropies`: TRL pads prompts on the left, which moves learned positions. Here a row is padded on
   the right, as in an evaluation. Without a gradient it goes in rows of a training step's size.
 - `_prepare_inputs`: TRL counts its own micro-batches, which are rows here, and forgets the samples in a checkpoint. Here the
@@ -334,7 +335,7 @@ def build_trainer(
     config, start = plan.config, adapter_weights(model)
     kind, arguments = TRAINERS[config.rl_algorithm]
     rewards = SampleRewards(rank, [prompt.question for prompt in prompts], config.num_generations)
-    made: Any = kind(
+    built: Any = kind(
         model=model,  # type: ignore[call-arg]
         reward_funcs=[rewards],
         args=on_one_device(trainer_arguments(plan, arguments)),
@@ -343,14 +344,14 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    trainer: SampledTrainer = made
+    trainer: SampledTrainer = built
     trainer.rewards, trainer.plan = rewards, plan
-    for module in made.model.modules():  # a ratio of probabilities would be the noise of dropout
+    for module in built.model.modules():  # a ratio of probabilities would be the noise of dropout
         if isinstance(module, LoraLayer):
             module.lora_dropout.update({name: nn.Identity() for name in module.lora_dropout})
-    made.beta = config.beta
+    built.beta = config.beta
     if frozen is not None:  # with a beta, the constructor would load it from its files, without a check
-        made.ref_model = made.accelerator.prepare_model(frozen, evaluation_mode=True)
+        built.ref_model = built.accelerator.prepare_model(frozen, evaluation_mode=True)
     trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell, plan)
     ready(trainer, plan, start)
     return trainer

@@ -360,8 +360,8 @@ def reward_hacks_length(course: Course) -> Found:
     if course.done < 2 * course.recent:
         return None
     steps = [*course.first, *islice(course.last, max(0, len(course.last) - course.recent), None)]
-    told = [step["length_correlation"] for step in steps if step["reward_spread"] > SAME_REWARD]  # others say nothing
-    correlation = float(np.mean(told)) if told else 0.0
+    known = [step["length_correlation"] for step in steps if step["reward_spread"] > SAME_REWARD]  # others say nothing
+    correlation = float(np.mean(known)) if known else 0.0
     start, now, above = course.moved("sample_tokens")
     change, above = (now - start, above) if correlation > 0 else (start - now, 1 - above)
     if abs(correlation) < FOLLOWS or change < LONGER * start or above < NEARLY_ALL:
