@@ -151,14 +151,24 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan; train nothing, and write to the cache only.")
     ] = False,
+    processes: Annotated[
+        str | None, typer.Option(metavar="N|auto", help="Train in N processes, one per GPU; auto: on all visible GPUs.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
     with session(as_json, debug) as console:
+        from dpo_cli.commands.launch import processes_of, train_in_processes
         from dpo_cli.commands.train_stages import train_stages
 
-        result, code = train_stages(config, overrides or (), console, overwrite=overwrite, resume=resume, dry_run=dry_run)
+        changes = [*(overrides or ()), *([f"num_processes={processes}"] if processes else [])]
+        count = 1 if dry_run else processes_of(config, changes)
+        if count > 1:
+            named = {"--overwrite": overwrite, "--resume": resume, "--json": as_json, "--debug": debug}
+            words = ["train", config, *changes, *(name for name, is_named in named.items() if is_named)]
+            raise typer.Exit(int(train_in_processes(words, count, console)))
+        result, code = train_stages(config, changes, console, overwrite=overwrite, resume=resume, dry_run=dry_run)
         if as_json:
             console.json(result)
         raise typer.Exit(int(code))

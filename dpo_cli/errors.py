@@ -5,7 +5,8 @@
     ├── InvalidInput        3   the config or the data is wrong; carries every Problem found
     │   └── DoesNotFit      4   the hardware is too small
     ├── NoPairs             5   a round of iterative DPO has nothing to train on
-    └── RunFailed           1   something outside the user's input failed: a model that cannot be loaded, a full disk
+    ├── RunFailed           1   something outside the user's input failed: a model that cannot be loaded, a full disk
+    └── OtherFailed             another process of the same training failed, and the first process reports it
 
 A training that was stopped (130, 143) or is unhealthy (5) is not an error: it saves what it has, and has its own exit code.
 
@@ -142,6 +143,22 @@ class NoPairs(DpoError):
 
 class RunFailed(DpoError):
     exit_code = Exit.FAILED
+
+
+class OtherFailed(DpoError):
+    """The end of a process because another one failed. It is not shown: the first process shows what failed."""
+
+    def __init__(self, exit_code: Exit = Exit.FAILED) -> None:
+        super().__init__("another process of this training failed")
+        self.exit_code = exit_code
+
+    @classmethod
+    def like(cls, error: BaseException) -> OtherFailed:
+        """With the exit code of the error of the other process."""
+        return cls(error.exit_code if isinstance(error, DpoError) else Exit.FAILED)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.exit_code,)
 
 
 def interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,15 +35,16 @@ STREAMS = (("input", os.O_RDONLY), ("output", os.O_WRONLY | os.O_CREAT), ("error
 
 
 def dpo(
-    *words: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, input: str = ""
+    *words: object, cwd: Path = ROOT, env: Mapping[str, str] | None = None, input: str = "", processes: int = 1
 ) -> subprocess.CompletedProcess[str]:
     """What `subprocess.run` gives of a `dpo` with these words. Variables that are read while a library is imported are the
-    server's: a test of one of those starts a process."""
+    server's: a test of one of those starts a process. With `processes` it is as torchrun starts so many."""
     server = _server()
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "input").write_text(input, encoding="utf-8")
         asked = {"words": [*map(str, words)], "cwd": str(cwd), "env": dict(os.environ if env is None else env), "place": place}
+        asked["processes"] = processes
         print(json.dumps(asked), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
         said, errors = ((Path(place) / name).read_text(encoding="utf-8") for name in ("output", "errors"))
@@ -87,7 +89,7 @@ def _serve() -> bool:
     return False
 
 
-def _become(words: list[str], cwd: str, env: dict[str, str], place: str) -> None:
+def _become(words: list[str], cwd: str, env: dict[str, str], place: str, processes: int) -> None:
     for number, (name, flags) in enumerate(STREAMS):
         os.dup2(os.open(Path(place) / name, flags), number)
     sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115
@@ -98,6 +100,18 @@ def _become(words: list[str], cwd: str, env: dict[str, str], place: str) -> None
     os.chdir(cwd)
     sys.argv = ["dpo", *words]
     reseed()
+    if processes > 1:
+        _multiply(processes)
+
+
+def _multiply(processes: int) -> None:
+    """Become so many, each with the variables of torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        about = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ.update(about)
+    rank = next((rank for rank in range(1, processes) if not os.fork()), 0)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
 
 
 def _exit_code() -> int:

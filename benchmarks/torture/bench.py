@@ -41,7 +41,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "an adapter goes on": {"model_name": "alone/adapter", "lora_dropout": 0.1, "save_steps": 1, "logging_steps": 2},
     "rlhf": {
         "strategy": "rlhf", "reward_functions": ["shorter"], "num_generations": 2, "num_iterations": 2, "lora_dropout": 0.1,
-        "save_steps": 1, "eval_split": 0.25, "eval_steps": 3, "kl_prompts": 2, "max_new_tokens": 8, "max_seq_length": 64,
+        "save_steps": 1, "eval_split": 0.25, "eval_steps": 8, "kl_prompts": 2, "max_new_tokens": 16, "max_seq_length": 64,
+        "max_steps": 40,
     },
     "every weight": {"lora_r": 0, "save_steps": 2, "learning_rate": 1e-3},
 }  # fmt: skip

@@ -25,11 +25,9 @@ def dpo(words: Sequence[str]) -> tuple[int, dict[str, Any]]:
     It is in a session of its own, so that Ctrl-C reaches it once: through this process, which passes on SIGINT and SIGTERM,
     waits for its end, and raises the interrupt then. If this process is killed, it ends too.
     """
-    begin = f"import sys; sys.path[:] = {sys.path!r}; from dpo_cli.storage.processes import end_with; end_with({os.getpid()})"
-    run = f"sys.argv = {['dpo', *words, '--json']!r}; from dpo_cli.__main__ import main; main()"
-    with _passing_on() as passing:
+    with passing_on() as passing:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-c", f"{begin}; {run}"],
+            command([*words, "--json"]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -46,8 +44,17 @@ def dpo(words: Sequence[str]) -> tuple[int, dict[str, Any]]:
     return child.returncode, document if isinstance(document, dict) else {}
 
 
+def command(words: Sequence[str]) -> list[str]:
+    """The words that start a `dpo` command in a process which ends with this one."""
+    begin = f"import sys; sys.path[:] = {sys.path!r}; from dpo_cli.storage.processes import end_with; end_with({os.getpid()})"
+    run = f"sys.argv = {['dpo', *words]!r}; from dpo_cli.__main__ import main; main()"
+    return [sys.executable, "-P", "-c", f"{begin}; {run}"]
+
+
 @dataclass
-class _Passing:
+class Passing:
+    """Passes signals on to a process."""
+
     child: subprocess.Popen[bytes] | None = None
     received: int | None = None
     before: dict[signal.Signals, Any] = field(default_factory=dict)
@@ -62,8 +69,9 @@ class _Passing:
 
 
 @contextmanager
-def _passing_on() -> Iterator[_Passing]:
-    passing = _Passing()
+def passing_on() -> Iterator[Passing]:
+    """Within, SIGINT and SIGTERM go to the child."""
+    passing = Passing()
     passing.before = {number: signal.signal(number, passing.note) for number in SIGNALS}
     try:
         yield passing

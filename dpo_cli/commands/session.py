@@ -22,6 +22,7 @@ from dpo_cli.storage.atomic import way_out
 from dpo_cli.storage.hub import ask_nobody
 from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import Redacted
+from dpo_cli.storage.world import Place
 from dpo_cli.ui.console import Console
 
 AGAIN = "run the same command again"  # it repeats what is lost, and continues what is kept
@@ -42,9 +43,12 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
 def console_of(as_json: bool) -> Iterator[Console]:
     """A console that redacts secrets; with `as_json` what libraries print goes to standard error too (trackio prints)."""
     ask_nobody()
+    place = Place.of(os.environ)
     with redirect_stdout(cast(TextIO, Redacted(sys.stdout))), redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
-        console = Console(as_json)
-        with redirect_stdout(sys.stderr) if as_json else nullcontext(), console.progress:
+        is_follower = place is not None and place.rank > 0
+        console = Console.of_follower(place) if place is not None and is_follower else Console(as_json)
+        quiet = redirect_stdout(console.out.file) if is_follower else redirect_stdout(sys.stderr) if as_json else nullcontext()
+        with quiet, console.progress:
             yield console
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_cli.config.config import Loaded
 from dpo_cli.data.encoded import Encoded
-from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem
+from dpo_cli.errors import DoesNotFit, Exit, InvalidInput, Problem, RunFailed
 from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figures, measure, reward_accuracy, score
 from dpo_cli.evaluation.rounding import rounding_of, without_rounding
 from dpo_cli.hardware.machine import Machine
@@ -24,7 +25,7 @@ from dpo_cli.plan.adapter_start import start_of
 from dpo_cli.plan.feasibility import disk_problem, does_not_fit, out_of_memory
 from dpo_cli.plan.plan import Plan, Rounding, Scoring, resolve
 from dpo_cli.plan.preflight import Inspection, step_problems
-from dpo_cli.plan.tokenized import Rows, first_row, prepare, show_plan, tell_scoring
+from dpo_cli.plan.tokenized import Prepared, Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.preferences.rewards import SummedRewards
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import require_device
@@ -46,7 +47,9 @@ from dpo_cli.scoring.forward import choose
 from dpo_cli.scoring.reference import KeptReference, computed_by
 from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
-from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, RunDirectory
+from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, FollowedRun, RunDirectory
+from dpo_cli.storage.world import ALONE, World
+from dpo_cli.training.callbacks.agreement import Agreement
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
@@ -72,77 +75,148 @@ def train(
     dry_run: bool = False,
     resume: bool = False,
     next_run: Path | None = None,
+    world: World = ALONE,
 ) -> tuple[JsonObject, Exit]:
     """Train an adapter on an inspected config: what metrics.json holds (the plan with `dry_run`), and the exit code.
 
-    `next_run` is the run of the next stage, if it has started.
-
-    A few lines longer than other functions: it is the composer, and reads from top to bottom.
+    `next_run` is the run of the next stage, if it has started. Of several processes the first one decides and writes.
     """
     data, draft = inspection.require()
     console.problems(inspection.problems)
-
     provider = PROVIDERS[draft.config.provider](draft.model)
-    tokenizer = provider.tokenizer()
-    adapted = provider.adapted(draft)
-    tell, run, earlier = tell_on(console), RunDirectory(draft.run_dir), None
+    asked = Asked(loaded, inspection, machine, console, provider, overwrite, dry_run, resume, next_run)
     with ExitStack() as held:
-        is_there = resume and run.path.is_dir()
-        if is_there:  # before the plan: what the run decided at its start does not depend on the memory that is free now
-            if not dry_run:
-                run = held.enter_context(_claimed(run.path, resume=True))
-            if (earlier := EarlierRun.find(run, tell)) is not None:
-                loaded = earlier.as_decided(loaded, tell)
-        machine = with_bf16_speed(machine, loaded.require(), draft.model.facts)
-        draft = replace(draft, day=loaded.day or draft.day)
-        loaded = replace(loaded, day=draft.day)
+        start = world.same(lambda: _started(asked, draft, held))
+        draft = replace(draft, day=start.loaded.day or draft.day)
+        tokenizer = provider.tokenizer()
         prepared = prepare(data, tokenizer, draft, provider.token_rows(), console.line)
-        is_resumed = earlier is not None
-        row_tokens = earlier.decided.row_tokens if earlier else None
-        plan = resolve(
-            loaded, machine, prepared.counts, is_resumed=is_resumed, row_tokens=row_tokens, model=draft.model
-        ).with_adapted(adapted)
-        late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
-        console.problems(late)
-        require_device(plan)
-        show_plan(plan, console, product_speed(plan))
-        console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(prepared.train[0], tokenizer))
-        is_finished = earlier is not None and earlier.is_finished(plan)
-        if not is_finished:
-            _require_fit(plan, loaded, is_resumed)
-        if dry_run:
-            if earlier is not None:
-                earlier.require_same(loaded, plan, manifest(plan, machine, provider.local_dir), next_run)
-                tell("the run is finished" if is_finished else f"it would resume from step {earlier.step}")
-            return plan.to_json(), Exit.DONE
-
-        if not is_there:
-            run = held.enter_context(_claimed(run.path, overwrite))
-        held.enter_context(resumable())
-        if earlier is None:
-            if resume:
-                tell("there is no checkpoint to resume from: starting")
-            run.checkpoints.clear(with_damaged=not resume)
-            run.clear()
-        about = manifest(plan, machine, provider.local_dir)
-        data.require_unchanged()  # since its rows were read, before the import of torch
-        if earlier is not None:
-            earlier.require_same(loaded, plan, about, next_run)
-            if is_finished:
-                return _finished(run, plan, earlier.left_out(plan), console)
-            about["resumed"] = restore_run(run, earlier, plan, about, tell)
-            about[RECALLED] = earlier.manifest.get(RECALLED, 0)
-        findings: JsonObject = {
-            "problems": [problem.to_json() for problem in (*inspection.problems, *late)],
-            "data": data.to_json(),
-        }
-        run.write_plan({**plan.to_json(), **findings})
-        run.write_json(MANIFEST, about)
+        _require_same_rows(world, prepared)
+        entry = world.same(lambda: _entered(asked, draft, start, prepared, tokenizer, held))
+        if entry.result is not None:
+            return entry.result
+        run = entry.run if world.is_main else FollowedRun(entry.run.path)
         rows = Rows(prepared.train, prepared.held_out, tokenizer, prepared.prompts)
-        basis = basis_of(run.read_json(PLAN)["config"])
-        result = _trained(Job(run, earlier, findings, provider, rows, loaded, machine, console, basis), plan)
+        job = Job(run, start.earlier, entry.findings, provider, rows, start.loaded, start.machine, console, entry.basis, world)
+        result = _trained(job, entry.plan)
     free_memory()  # the trainer and its callbacks refer to each other and to the model: the next stage needs the memory
     return result
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `train` is called with."""
+
+    loaded: Loaded
+    inspection: Inspection
+    machine: Machine
+    console: Console
+    provider: Provider
+    overwrite: bool
+    dry_run: bool
+    resume: bool
+    next_run: Path | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is known before the rows are tokenised."""
+
+    loaded: Loaded  # with what a resumed run has decided
+    machine: Machine
+    run: RunDirectory
+    earlier: EarlierRun | None  # that is resumed
+    is_claimed: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run that is ready to train; or the `result` of a call that trains nothing."""
+
+    plan: Plan
+    run: RunDirectory
+    findings: JsonObject  # for plan.json
+    basis: JsonObject  # of its evaluation
+    result: tuple[JsonObject, Exit] | None = None
+
+
+def _started(asked: Asked, draft: Plan, held: ExitStack) -> Start:
+    """Look for a run to resume, and see what the machine decides.
+
+    Before the plan: what a run decided at its start does not depend on the memory that is free now.
+    """
+    tell, run, earlier, loaded = tell_on(asked.console), RunDirectory(draft.run_dir), None, asked.loaded
+    is_there = asked.resume and run.path.is_dir()
+    if is_there:
+        if not asked.dry_run:
+            run = held.enter_context(_claimed(run.path, resume=True))
+        if (earlier := EarlierRun.find(run, tell)) is not None:
+            loaded = earlier.as_decided(loaded, tell)
+    machine = with_bf16_speed(asked.machine, loaded.require(), draft.model.facts)
+    return Start(replace(loaded, day=loaded.day or draft.day), machine, run, earlier, is_claimed=is_there)
+
+
+def _require_same_rows(world: World, prepared: Prepared) -> None:
+    """`RunFailed` where another process has read other rows, as from an older copy of a file on its machine."""
+    digests = world.each(lambda: prepared.counts.digest)
+
+    def check() -> None:
+        other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+        if other is not None:
+            message = f"process {other + 1} of {world.size} has read other rows than the first one"
+            raise RunFailed(message, "give all machines the same files, for example in a shared folder")
+
+    world.same(check)
+
+
+def _entered(
+    asked: Asked, draft: Plan, start: Start, prepared: Prepared, tokenizer: PreTrainedTokenizerBase, held: ExitStack
+) -> Entry:
+    """Make and show the plan, check what can be checked without the model, and write what the run starts with."""
+    console, provider, inspection = asked.console, asked.provider, asked.inspection
+    loaded, machine, run, earlier = start.loaded, start.machine, start.run, start.earlier
+    data, _ = inspection.require()
+    tell, is_resumed = tell_on(console), earlier is not None
+    row_tokens = earlier.decided.row_tokens if earlier else None
+    plan = resolve(
+        loaded, machine, prepared.counts, is_resumed=is_resumed, row_tokens=row_tokens, model=draft.model
+    ).with_adapted(provider.adapted(draft))
+    late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
+    console.problems(late)
+    require_device(plan)
+    show_plan(plan, console, product_speed(plan))
+    console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(prepared.train[0], tokenizer))
+    is_finished = earlier is not None and earlier.is_finished(plan)
+    if not is_finished:
+        _require_fit(plan, loaded, is_resumed)
+    if asked.dry_run:
+        if earlier is not None:
+            earlier.require_same(loaded, plan, manifest(plan, machine, provider.local_dir), asked.next_run)
+            tell("the run is finished" if is_finished else f"it would resume from step {earlier.step}")
+        return Entry(plan, run, {}, {}, (plan.to_json(), Exit.DONE))
+
+    if not start.is_claimed:
+        run = held.enter_context(_claimed(run.path, asked.overwrite))
+    held.enter_context(resumable())
+    if earlier is None:
+        if asked.resume:
+            tell("there is no checkpoint to resume from: starting")
+        run.checkpoints.clear(with_damaged=not asked.resume)
+        run.clear()
+    about = manifest(plan, machine, provider.local_dir)
+    data.require_unchanged()  # since its rows were read, before the import of torch
+    if earlier is not None:
+        earlier.require_same(loaded, plan, about, asked.next_run)
+        if is_finished:
+            return Entry(plan, run, {}, {}, _finished(run, plan, earlier.left_out(plan), console))
+        about["resumed"] = restore_run(run, earlier, plan, about, tell)
+        about[RECALLED] = earlier.manifest.get(RECALLED, 0)
+    findings: JsonObject = {
+        "problems": [problem.to_json() for problem in (*inspection.problems, *late)],
+        "data": data.to_json(),
+    }
+    run.write_plan({**plan.to_json(), **findings})
+    run.write_json(MANIFEST, about)
+    return Entry(plan, run, findings, basis_of(run.read_json(PLAN)["config"]))
 
 
 @contextmanager
@@ -175,12 +249,13 @@ class Job:
     machine: Machine
     console: Console
     basis: JsonObject  # of its evaluation
+    world: World = ALONE
 
 
 def _trained(job: Job, plan: Plan) -> tuple[JsonObject, Exit]:
     """The story from the model on."""
     view = LiveView(job.console, plan.total_steps, plan.predicted_gb)
-    with same_bits(plan), log_to(job.run.log), StopOnSignal() as stop, view:
+    with same_bits(plan), log_to(job.run.log), StopOnSignal(listens=job.world.is_main) as stop, view:
         training = _built(job, plan, view, stop)
         with _fitting(training.plan, job.loaded):
             _begun(job, training, view)
@@ -217,16 +292,10 @@ class Training:
 def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training:
     """Load the model, settle with it what the plan left open, and build the trainer."""
     run, earlier, provider = job.run, job.earlier, job.provider
-    rows, loaded, console = job.rows, job.loaded, job.console
+    rows, loaded, console, world = job.rows, job.loaded, job.console, job.world
     tokenizer, pad_token_id = rows.tokenizer, int(rows.tokenizer.pad_token_id)
-    base = provider.base_model(plan)
-    for note in provider.notes:
-        console.line(f"note: {note}")
-    with _fitting(plan, loaded):
-        wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
-        scoring = choose(base, rows.extremes, pad_token_id, wanted, provider.no_sharing)
-    scoring = earlier.decided.scoring if earlier else scoring
-    plan = _settled(plan, scoring, loaded, job.machine, console, is_resumed=earlier is not None)
+    base, scoring = _loaded_model(job, plan)
+    plan = world.same(lambda: _settled(plan, scoring, loaded, job.machine, console, is_resumed=earlier is not None))
     view.predicted_gb = plan.predicted_gb
     run.write_plan({**plan.to_json(), **job.findings})
     start, adapter = provider.start(plan, base), provider.adapter_config(plan, base)
@@ -235,11 +304,11 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
         choose(frozen, rows.extremes, pad_token_id, plan.scoring.shared)  # so that its attention takes the same layout
 
     measured: dict[int, Measured] = {}
-    rank = SummedRewards.of(plan) if plan.strategy.generates else None
+    rank = SummedRewards.of(plan, world) if plan.strategy.generates else None
 
     def evaluate(policy: Policy) -> dict[str, float]:
         measured.clear()
-        with stop.interruptible():
+        with world.guarded(stop.interruptible):
             now = measure(policy, rows.held_out, tokenizer, plan, rank.absolute if rank is not None else None)
             health.see_held_out(now.rewards.tolist())
             now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
@@ -248,7 +317,8 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
 
     build = import_module(f"dpo_cli.training.{TRAINERS[plan.config.strategy]}").build_trainer
     sampled = {"prompts": rows.prompts, "rank": rank} if rank is not None else {}
-    trainer = build(start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen, **sampled)
+    parts = (start, adapter, tokenizer, plan, rows.train, rows.held_out, evaluate, console.line, frozen, world)
+    trainer = world.together(lambda: build(*parts, **sampled))
     provider.ready(trainer.model, plan)
     with _fitting(plan, loaded):
         first = rows.train[:ROUNDED_ROWS]
@@ -259,16 +329,40 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
     early = StopEarly(trainer.model, plan.config.early_stopping_patience)
     record = Record(trainer.totals, [partial(_write_line, run), view.show, health.see, early.see])
     keep = Keep(run, trainer, health, early, stop)
-    for callback in (record, health, early, stop, keep):
+    for callback in (record, health, early, stop, keep, *([Agreement(world, stop)] if world.size > 1 else [])):
         trainer.add_callback(callback)
     return Training(plan, trainer, record, health, early, stop, keep, measured, rank)
+
+
+def _loaded_model(job: Job, plan: Plan) -> tuple[PreTrainedModel, Scoring]:
+    """The base model, and how its rows are scored: in all processes the same way."""
+    rows, pad_token_id, earlier = job.rows, int(job.rows.tokenizer.pad_token_id), job.earlier
+    provider = job.provider
+
+    def load() -> PreTrainedModel:
+        base = provider.base_model(plan)
+        for note in provider.notes:
+            job.console.line(f"note: {note}")
+        return base
+
+    def try_scoring(wanted: bool | str) -> Scoring:
+        with _fitting(plan, job.loaded):
+            return choose(base, rows.extremes, pad_token_id, wanted, provider.no_sharing)
+
+    base = job.world.together(load)
+    wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
+    found = job.world.each(lambda: try_scoring(wanted))
+    scoring = next((one for one in found if not one.shared), found[0])
+    if found[job.world.rank].shared != scoring.shared:
+        try_scoring(scoring.shared)
+    return base, earlier.decided.scoring if earlier else scoring
 
 
 def _begun(job: Job, training: Training, view: LiveView) -> None:
     """Before the first step: go back to the checkpoint of a resumed run, or check what a new one starts with."""
     run, earlier, rows, console = job.run, job.earlier, job.rows, job.console
     plan, trainer, keep = training.plan, training.trainer, training.keep
-    if trainer.reference is not None:
+    if trainer.reference is not None and job.world.is_main:
         cache = ReferenceCache(computed_by(trainer.policy, plan), f"{plan.model_label}, {plan.dtype}", console.line)
         trainer.reference.share_in(cache, rows.train)
     if earlier is not None and earlier.checkpoint is not None:
@@ -285,7 +379,7 @@ def _begun(job: Job, training: Training, view: LiveView) -> None:
     if training.rank is not None and len(rows.held_out):
         training.health.see_reward(reward_accuracy(rows.held_out, training.rank))
     if plan.strategy.refers:
-        _check_reference(run, trainer.reference, trainer.policy, rows, plan, training.health, console)
+        _check_reference(job, training)
 
 
 def _concluded(job: Job, training: Training, seconds: float) -> tuple[JsonObject, Exit]:
@@ -312,6 +406,8 @@ def _concluded(job: Job, training: Training, seconds: float) -> tuple[JsonObject
         last = training.measured.get(early.best_step or steps)
         held_out = rows.held_out if can_be_judged else []
         judged = _judged(trainer.policy, held_out, rows.tokenizer, plan, last, training.rank, console.line)
+    if not job.world.is_main:
+        return {}, code
     summary = replace(summary, sides=judged.sides)
     if judged.sides is not None:
         keep_evaluation(run, judged, job.basis)
@@ -328,28 +424,31 @@ def _concluded(job: Job, training: Training, seconds: float) -> tuple[JsonObject
     return {**to_json(summary), "run_dir": str(run.path)}, code
 
 
-def _check_reference(
-    run: RunDirectory,
-    reference: KeptReference | None,
-    policy: Policy,
-    rows: Rows,
-    plan: Plan,
-    health: Health,
-    console: Console,
-) -> None:
+def _check_reference(job: Job, training: Training) -> None:
     """Before step 1: the policy must equal its reference, and so must the log-probs of it that the cache has, if it is kept.
 
     Not of a resumed run, which has what it started with.
     """
+    rows, run, plan = job.rows, job.run, training.plan
+    reference: KeptReference | None = training.trainer.reference
     lengths = [size.length for size in rows.train.sizes()]
     shortest = sorted(range(len(lengths)), key=lengths.__getitem__)[:START_ROWS]
-    scores = score(policy, [rows.train[pair] for pair in shortest], rows.tokenizer, plan)
-    health.see_start(scores)
+    scores = score(training.trainer.policy, [rows.train[pair] for pair in shortest], rows.tokenizer, plan)
+    training.health.see_start(scores)
     allowed = APART_NATS[plan.dtype] * scores.tokens
     if reference is None:
         return
-    if recalled := reference.recall(shortest, scores.reference, allowed):
-        console.line(f"reference: the log-probs of {recalled} of {len(rows.train)} pairs come from the cache of earlier runs")
+
+    def recall() -> tuple[int, dict[str, Tensor]]:
+        recalled = reference.recall(shortest, scores.reference, allowed)
+        return recalled, reference.state()
+
+    recalled, state = job.world.same(recall)
+    if recalled:
+        reference.restore(state)
+        job.console.line(
+            f"reference: the log-probs of {recalled} of {len(rows.train)} pairs come from the cache of earlier runs"
+        )
         run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from dpo_cli.commands import round_sampling
@@ -19,6 +22,7 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import Inspection, inspect
 from dpo_cli.results.codec import JsonObject
 from dpo_cli.storage.run_directory import MANIFEST, PAIRS, SUMMARY, RunDirectory
+from dpo_cli.storage.world import ALONE, AUTO, Place, Processes, World
 from dpo_cli.ui.console import Console
 
 STAGES_FIX = "remove output_dir from the stages: each then has its own folder"
@@ -40,7 +44,44 @@ def train_stages(
         resume and isinstance(config, str) and RunDirectory.is_plan(Path(config))
     ):  # the run directory that holds the plan, even if it was moved
         overrides = [f"output_dir={Path(config).absolute().parent}", *overrides]
-    stages, machine = [part for loaded in load_stages(config, overrides) for part in rounds_of(loaded)], probe()
+    stages = [part for loaded in load_stages(config, overrides) for part in rounds_of(loaded)]
+    with _joined(stages) as world:
+        return _trained([_in_world(loaded, world) for loaded in stages], console, overwrite, resume, dry_run, world)
+
+
+@contextmanager
+def _joined(stages: Sequence[Loaded]) -> Iterator[World]:
+    """The processes that a launcher has started, connected with each other; or this one alone."""
+    place = Place.of(os.environ)
+    if place is None:
+        yield ALONE
+        return
+    configs = [loaded.require() for loaded in stages]
+    for loaded, config in zip(stages, configs, strict=True):
+        if loaded.sources["num_processes"] != "default" and config.num_processes not in (AUTO, place.size):
+            message = f"num_processes is {config.num_processes}, but {place.size} processes were started"
+            fix = "remove num_processes: whoever starts the processes says how many there are"
+            raise InvalidInput([loaded.placed(Problem("error", "other-processes", message, fix, "num_processes"))])
+    composer_for(configs)
+    world = Processes(place, max(config.ddp_timeout for config in configs))
+    yield world
+    world.leave()
+
+
+def _in_world(loaded: Loaded, world: World) -> Loaded:
+    """The config with the number of processes that there are."""
+    if world.size == 1 or loaded.config is None:
+        return loaded
+    count: dict[str, object] = {"num_processes": world.size}
+    known = loaded.config.replaced(count)
+    return replace(loaded, values={**loaded.values, **count}, config=known)
+
+
+def _trained(
+    stages: Sequence[Loaded], console: Console, overwrite: bool, resume: bool, dry_run: bool, world: World
+) -> tuple[JsonObject, Exit]:
+    """The stages, one after the other."""
+    machine = probe()
     fetch_data(stages, console)
     inspections, plans = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume, may_resume=resume)
     for name in dict.fromkeys(plan.model.foundation for plan in plans):
@@ -64,7 +105,7 @@ def train_stages(
             if loaded.round and (of_round := _round(ready, inspection, console, overwrite, dry_run)) is not None:
                 ready, sampled = of_round.loaded, {"sampled": of_round.sampled}
                 inspection = inspected(ready, machine)
-            result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume, next_run)
+            result, code = composer.train(ready, inspection, machine, console, overwrite, dry_run, resume, next_run, world)
             del inspection
             results.append({**result, **sampled})
             if code is not Exit.DONE:

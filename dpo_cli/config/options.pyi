@@ -17,7 +17,8 @@ class Config:
     seed: int
     full_determinism: bool
     device: Literal['auto', 'cpu', 'cuda', 'mps']
-    num_processes: int
+    num_processes: int | str
+    ddp_timeout: int
     stages: list[Any] | None
     compare: dict[str, Any]
     num_train_epochs: float

@@ -193,6 +193,40 @@ def sorts_pairs(loss_type: str | Sequence[str]) -> bool:
     return any(name.startswith("aot") for name in ([loss_type] if isinstance(loss_type, str) else loss_type))
 
 
+def is_shared(values: Values) -> bool:
+    """Whether several processes train."""
+    return bool(values.get("num_processes", 1) != 1)
+
+
+def several_processes_can_share(values: Values, given: Values) -> Iterator[Problem]:
+    if not is_shared(values):
+        return
+    reasons = {
+        "provider": (values.get("provider") == "unsloth", "Unsloth's own kernels are made for one GPU", '"huggingface"'),
+        "loss_type": (
+            sorts_pairs(values.get("loss_type", ())),
+            "its loss compares the pairs of a whole micro-batch, which cannot be divided",
+            '"sigmoid"',
+        ),
+        "rounds": (values.get("rounds") is not None, "the answers of a round are sampled in one process", "null"),
+    }
+    for name, (stops, why, other) in reasons.items():
+        if stops:
+            message = f'"{name}": {json.dumps(values[name])} trains in one process: {why}'
+            yield Problem("error", "one-process", message, f'write "num_processes": 1, or "{name}": {other}', "num_processes")
+
+
+def processes_have_pairs(values: Values, given: Values) -> Iterator[Problem]:
+    names = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+    processes, batch, accumulation = (values.get(name) for name in names)
+    if isinstance(processes, int) and batch and accumulation and processes > batch * accumulation:
+        message = (
+            f"a step has {batch * accumulation} rows of the data, so that {processes - batch * accumulation} processes idle"
+        )
+        fix = "raise gradient_accumulation_steps, or lower num_processes"
+        yield Problem("warning", "idle-processes", message, fix, "num_processes")
+
+
 def fuses_adapter(provider: str) -> bool:
     """Whether dpo runs an adapted layer as one function (scoring/lora_linear.py): Unsloth has kernels of its own."""
     return provider != "unsloth"
@@ -411,6 +445,8 @@ RULES: Sequence[Rule] = (
     output_is_no_input,
     unsloth_has_limits,
     reward_model_has_limits,
+    several_processes_can_share,
+    processes_have_pairs,
     *augment_rules.RULES,
     *reward_rules.RULES,
     *compare_rules.RULES,

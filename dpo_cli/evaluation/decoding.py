@@ -15,7 +15,7 @@ Adapters: their weights are float32, and the products of 16 bits need them narro
 merged into a copy of the layer, where there is memory for it.
 
 Sampled tokens: `torch.multinomial` draws a random number for each token of the vocabulary, one after another on a CPU. Two for
-each row are enough.
+each row are enough, and they can be drawn before.
 """
 
 from __future__ import annotations
@@ -106,34 +106,48 @@ def _without_gaps(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(states.contiguous() for states in inputs)
 
 
-def drawing(temperature: float | None, top_p: float, device: torch.device) -> tuple[dict[str, Any], LogitsProcessorList]:
-    """Settings and processors of `generate`: greedy decoding without a temperature, else sampling.
+def points_for(rows: int, tokens: int) -> Tensor:
+    """Random numbers in [0, 1) for so many rows and tokens, (rows, tokens, 2), float64, from torch's random state.
 
-    On a CPU `Drawn` draws the tokens, elsewhere transformers does.
+    They are drawn before the first token: so an answer does not depend on the batch, nor on the process, that makes it.
     """
-    processors = LogitsProcessorList()
-    if temperature is None:
-        return {}, processors
-    if device.type != "cpu":
-        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}, processors
-    if temperature != 1.0:
-        processors.append(TemperatureLogitsWarper(temperature))
-    if top_p != 1.0:
-        processors.append(TopPLogitsWarper(top_p))
-    processors.append(Drawn())
-    return {}, processors
+    return torch.rand(rows, tokens, 2, dtype=torch.float64)
+
+
+class Drawing:
+    """How the tokens of some rows are chosen: drawn by `points` (rows, tokens, 2), or the most likely ones without."""
+
+    def __init__(self, temperature: float | None, top_p: float, points: Tensor | None) -> None:
+        self.processors = LogitsProcessorList()
+        self._drawn = Drawn(points) if points is not None else None
+        if temperature is not None and self._drawn is not None:
+            if temperature != 1.0:
+                self.processors.append(TemperatureLogitsWarper(temperature))
+            if top_p != 1.0:
+                self.processors.append(TopPLogitsWarper(top_p))
+            self.processors.append(self._drawn)
+
+    def next_are(self, rows: Sequence[int], width: int) -> None:
+        """From now on tokens of these rows are chosen; the prompts have `width` tokens."""
+        if self._drawn is not None:
+            self._drawn.rows, self._drawn.width = list(rows), width
 
 
 class Drawn(LogitsProcessor):
     """Scores of which the largest is that of a token that was drawn by its probability, for each row."""
 
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+        self.rows, self.width = list(range(len(points))), 0
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (n, vocabulary) from those of the model; `input_ids` is not used."""
-        return torch.zeros_like(scores).scatter_(1, drawn_tokens(scores)[:, None], 1.0)
+        """Scores (n, vocabulary) from those of the model; of `input_ids` (n, tokens) only the width is read."""
+        points = self.points[self.rows, input_ids.shape[1] - self.width]
+        return torch.zeros_like(scores).scatter_(1, drawn_tokens(scores, points)[:, None].to(scores.device), 1.0)
 
 
-def drawn_tokens(scores: Tensor) -> Tensor:
-    """Tokens (n,), int64: one for each row of scores (n, vocabulary), drawn by their softmax, from torch's random state.
+def drawn_tokens(scores: Tensor, points: Tensor) -> Tensor:
+    """Tokens (n,), int64, on the CPU: one for each row of scores (n, vocabulary), drawn by their softmax, by points (n, 2).
 
     By the inverse of the cumulative distribution: first a block of tokens, then a token of it. Raises `RunFailed` for a row
     with a score that is NaN or infinity, or without a finite one.
@@ -142,18 +156,18 @@ def drawn_tokens(scores: Tensor) -> Tensor:
     if not probabilities[:, 0].isfinite().all():  # such a row is NaN everywhere
         raise RunFailed("no token can be drawn: the scores of the model are not finite", NOT_FINITE_FIX)
     blocks = pad(probabilities, (0, -scores.shape[1] % BLOCK)).view(len(scores), -1, BLOCK)  # (n, blocks, BLOCK)
-    block = _drawn(blocks.sum(dim=-1))
-    return block * BLOCK + _drawn(blocks[torch.arange(len(blocks)), block])
+    block = _drawn(blocks.sum(dim=-1), points[:, :1])
+    return block * BLOCK + _drawn(blocks[torch.arange(len(blocks)), block.to(blocks.device)], points[:, 1:])
 
 
-def _drawn(weights: Tensor) -> Tensor:
-    """A place in each row of weights (n, m), with the probability of its share.
+def _drawn(weights: Tensor, points: Tensor) -> Tensor:
+    """A place in each row of weights (n, m), with the probability of its share, by points (n, 1).
 
     In float32 a cumulative sum near 1 would hide a share below 6e-8. An Apple GPU has no float64.
     """
     sums = weights.cpu().cumsum(dim=-1, dtype=torch.float64)
-    point = sums[:, -1:] * torch.rand(len(weights), 1, dtype=torch.float64)
-    return torch.searchsorted(sums, point, right=True)[:, 0].clamp(max=weights.shape[1] - 1)  # a product may round to the sum
+    places = torch.searchsorted(sums, sums[:, -1:] * points, right=True)[:, 0]
+    return places.clamp(max=weights.shape[1] - 1)  # a product may round to the sum
 
 
 class RoomyLayer(DynamicLayer):

@@ -239,7 +239,8 @@ def sequence_kl(
     with random_state_kept():
         torch.manual_seed(config.seed)
         sampling = Sampling(config.max_new_tokens, temperature=1.0)
-        samples = answers(policy.network, tokenizer, [row.prompt_ids for row in first_rows], sampling, dtype, room)
+        prompts = [row.prompt_ids for row in first_rows]
+        samples = answers(policy.network, tokenizer, prompts, sampling, dtype, room, world=policy.world)
     both = [(row, answer) for row, answer in zip(first_rows, samples, strict=True) if not answer.is_missing]
     sampled = [replace(row, responses=(list(answer.ids),)) for row, answer in both]
     if not sampled:

@@ -19,16 +19,16 @@ from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import Text
 from dpo_cli.data.rows import Question
 from dpo_cli.evaluation.bootstrap import Array, Intervals, mean
-from dpo_cli.evaluation.decoding import drawing, fast_decoding, is_roomy, place_states, roomy_cache
+from dpo_cli.evaluation.decoding import Drawing, fast_decoding, is_roomy, place_states, points_for, roomy_cache
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval
 from dpo_cli.results.judgement import Answers
-from dpo_cli.runs.state_io import random_state, set_random_state
 from dpo_cli.scoring.oom import in_halves, list_halves
 from dpo_cli.scoring.packing import filled
 from dpo_cli.storage.progress import Work, working
+from dpo_cli.storage.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,12 @@ def generate(
     count: int = 1,
     work: Work | None = None,
     memory: EvaluationRoom | None = None,
+    points: Tensor | None = None,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt (token ids), in evaluation mode; empty ones for a prompt that fills the model's context.
 
     Prompts with the same room for an answer form one batch: nearly always all of them. A long prompt takes no room from others.
-    Sampled answers follow torch's random state and, through rounding, the whole batch: the same prompts have the same answers.
+    Sampled answers follow `points` (prompts * count, tokens, 2), or torch's random state, and through rounding the batch.
     `work` gets the number of answers as they end. Layers are copied for speed if `memory` has room for that.
 
     Raises `RunFailed` if a token is to be drawn from scores that are not finite.
@@ -106,10 +107,13 @@ def generate(
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     rooms = [int(min(sampling.max_new_tokens, context - len(prompt))) for prompt in prompts]
     results = [[Answer("", 0, False)] * count for _ in prompts]
+    if sampling.temperature is not None and points is None:
+        points = points_for(len(prompts) * count, sampling.max_new_tokens)
     for room in sorted({room for room in rooms if room > 0}, reverse=True):
         places = [place for place, own in enumerate(rooms) if own == room]
         asked, limited = [prompts[place] for place in places], replace(sampling, max_new_tokens=room)
-        batch = _batch(model, tokenizer, asked, limited, dtype, count, work, memory)
+        own = points.view(len(prompts), count, -1, 2)[places].flatten(0, 1) if points is not None else None
+        batch = _batch(model, tokenizer, asked, limited, dtype, count, work, memory, own)
         for place, answers_to_one in zip(places, batch, strict=True):
             results[place] = answers_to_one
     return results
@@ -124,6 +128,7 @@ def _batch(
     count: int,
     work: Work | None,
     memory: EvaluationRoom | None,
+    points: Tensor | None,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt, made as one batch of left-padded rows.
 
@@ -143,10 +148,10 @@ def _batch(
             torch.no_grad(),
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         ):
-            return _continued(model, ids, mask, sampling, sorted(ends), pad, work)
+            return _continued(model, ids, mask, sampling, sorted(ends), pad, work, points)
 
     copies_layers = memory is not None and memory.holds_answers(len(ids), width + sampling.max_new_tokens, memory.layers)
-    state, done = random_state(), work.done if work is not None else 0
+    done = work.done if work is not None else 0
     rows: list[list[int]] | None = None
     try:
         rows = rows_of(copies_layers)
@@ -155,7 +160,6 @@ def _batch(
             raise
     if rows is None:  # here, because the error holds the tensors that fill the memory
         free_memory()
-        set_random_state(state)
         if work is not None:
             work.done = done
         rows = rows_of(copies_layers=False)
@@ -171,6 +175,7 @@ def _continued(
     ends: list[int],
     pad: int,
     work: Work | None = None,
+    points: Tensor | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each row of `ids` (n, width), up to an end token and perhaps padding.
 
@@ -179,7 +184,7 @@ def _continued(
     """
     network = model.get_base_model() if isinstance(model, PeftModel) else model
     left = sampling.max_new_tokens
-    drawn, processors = drawing(sampling.temperature, sampling.top_p, ids.device)
+    drawing, width = Drawing(sampling.temperature, sampling.top_p, points), ids.shape[1]
     cache = roomy_cache(network, ids.shape[1] + left)
     part = PART if cache is not None else left
     rows: list[list[int]] = [[] for _ in ids]
@@ -190,12 +195,13 @@ def _continued(
         is_first = not tokens and len(batches) > 1
         tokens_at_once = 1 if is_first else min(part, left)
         settings = {
-            "generation_config": GenerationConfig(max_new_tokens=tokens_at_once, eos_token_id=ends, pad_token_id=pad, **drawn),
-            "logits_processor": processors,
+            "generation_config": GenerationConfig(max_new_tokens=tokens_at_once, eos_token_id=ends, pad_token_id=pad),
+            "logits_processor": drawing.processors,
         }
         if is_first and cache is not None:
-            longer, cache = _with_first_tokens(model, ids, mask, settings, batches, cache, left)
+            longer, cache = _with_first_tokens(model, ids, mask, settings, batches, cache, left, drawing)
         else:
+            drawing.next_are(places.tolist(), width)
             own = {} if cache is None else {"past_key_values": cache}
             longer = model.generate(input_ids=ids, attention_mask=mask, **settings, **own)
         new = longer[:, ids.shape[1] :]
@@ -237,6 +243,7 @@ def _with_first_tokens(
     batches: Sequence[Batch],
     cache: DynamicCache,
     left: int,
+    drawing: Drawing,
 ) -> tuple[Tensor, DynamicCache | None]:
     """`ids` with the first token of each answer, and the empty cache with the states of the prompts.
 
@@ -249,6 +256,7 @@ def _with_first_tokens(
         of_batch = roomy_cache(network, own + 1)
         assert of_batch is not None
         mine, seen = (each[places, width - own :] for each in (ids, mask))
+        drawing.next_are(places, own)
         made = model.generate(input_ids=mine, attention_mask=seen, **settings, past_key_values=of_batch)
         longer[places, width:] = made[:, own:]
         is_whole = is_whole and of_batch.get_seq_length() > 0
@@ -307,9 +315,9 @@ def side_by_side(
     """
     first, greedy = first_of_each_prompt(rows, count), Sampling(max_new_tokens)
     prompts = [row.prompt_ids for row in first]
-    adapter = answers(policy.network, tokenizer, prompts, greedy, dtype, room, "answering as the adapter")
+    adapter = answers(policy.network, tokenizer, prompts, greedy, dtype, room, "answering as the adapter", policy.world)
     with policy.as_reference() as reference:
-        base = answers(reference, tokenizer, prompts, greedy, dtype, room, "answering as the base")
+        base = answers(reference, tokenizer, prompts, greedy, dtype, room, "answering as the base", policy.world)
     return [Sample(row.row.prompt, *both) for row, *both in zip(first, base, adapter, strict=True)]
 
 
@@ -321,24 +329,36 @@ def answers(
     dtype: torch.dtype,
     room: EvaluationRoom | None = None,
     what: str = "sampling",
+    world: World = ALONE,
 ) -> list[Answer]:
-    """An answer to each prompt, in batches of at most `AT_ONCE` that `room` holds; a batch that is out of memory is divided."""
+    """An answer to each prompt, in batches of at most `AT_ONCE` that `room` holds; a batch that is out of memory is divided.
 
-    def fits(batch: Sequence[Sequence[int]]) -> bool:
-        width = max(map(len, batch)) + sampling.max_new_tokens
+    Each process of a `world` answers a part of each batch. Sampled answers do not depend on their number, except for rounding.
+    """
+
+    def fits(batch: Sequence[int]) -> bool:
+        width = max(len(prompts[place]) for place in batch) + sampling.max_new_tokens
         return len(batch) <= AT_ONCE and (room is None or room.holds_answers(len(batch), width))
 
-    batches = filled(prompts, fits)
-    written: list[Answer] = []
-    with working(what, len(prompts), "prompts") as work:
+    points = points_for(len(prompts), sampling.max_new_tokens) if sampling.temperature is not None else None
+    batches = [batch[world.rank :: world.size] for batch in filled(range(len(prompts)), fits)]
+    own = [batch for batch in batches if batch]
 
-        def answered(batch: list[Sequence[int]]) -> list[list[Answer]]:
-            work.done = len(written)  # a batch that was out of memory has counted too
-            return generate(model, tokenizer, batch, sampling, dtype, work=work, memory=room)
+    def of_process() -> dict[int, Answer]:
+        written: dict[int, Answer] = {}
+        with working(what, sum(map(len, own)), "prompts") as work:
 
-        for _, of_batch in in_halves(batches, answered, list_halves):
-            written += [answer for (answer,) in of_batch]
-    return written
+            def answered(batch: list[int]) -> list[list[Answer]]:
+                work.done = len(written)  # a batch that was out of memory has counted too
+                asked, drawn = [prompts[place] for place in batch], points[batch] if points is not None else None
+                return generate(model, tokenizer, asked, sampling, dtype, work=work, memory=room, points=drawn)
+
+            for batch, of_batch in in_halves(own, answered, list_halves):
+                written |= {place: answer for place, (answer,) in zip(batch, of_batch, strict=True)}
+        return written
+
+    written = {place: answer for part in world.each(of_process) for place, answer in part.items()}
+    return [written[place] for place in range(len(prompts))]
 
 
 def answer_tokens(samples: Sequence[Sample]) -> dict[str, Interval] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -136,12 +137,21 @@ def _columns(
     def scored(batch: list[int]) -> Sequence[Tensor]:
         return sums(collate([rows[i] for i in batch], pad_token_id, policy.network.device))
 
-    with working("scoring", len(rows), noun or rows[0].row.kind.noun) as work:
-        for batch, scores in in_halves(filled(by_length, fits), scored, list_halves):
-            columns = columns or [np.zeros((len(rows), kinds)) for _ in scores]
-            for column, values in zip(columns, scores, strict=True):
-                column[batch] = values.view(kinds, len(batch)).T.numpy()
-            work.add(len(batch))
+    world, batches = policy.world, filled(by_length, fits)
+    own = batches[world.rank :: world.size]
+
+    def of_process() -> list[tuple[list[int], list[Array]]]:
+        done = []
+        with working("scoring", sum(map(len, own)), noun or rows[0].row.kind.noun) as work:
+            for batch, scores in in_halves(own, scored, list_halves):
+                done.append((batch, [values.view(kinds, len(batch)).T.numpy() for values in scores]))
+                work.add(len(batch))
+        return done
+
+    for batch, scores in chain.from_iterable(world.each(of_process)):
+        columns = columns or [np.zeros((len(rows), kinds)) for _ in scores]
+        for column, values in zip(columns, scores, strict=True):
+            column[batch] = values
     return columns
 
 

@@ -86,7 +86,7 @@ class Settings:
             is_whole=compares_pairs(config),
             fused_attention=not is_unfused,
         )
-        if settings.is_whole or config.num_processes > 1:
+        if settings.is_whole:
             return settings
         pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
         of_step = pairs * replace(settings, batch=1).tokens

@@ -219,7 +219,7 @@ class Plan:
     @property
     def fills_rows(self) -> bool:
         """Whether the pairs of a step are divided into rows by their tokens, and not by micro-batches."""
-        return not compares_pairs(self.config) and self.config.num_processes == 1
+        return not compares_pairs(self.config)
 
     @property
     def predicted_gb(self) -> float | None:

@@ -11,6 +11,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl.trainer.utils import use_adapter
 
+from dpo_cli.storage.world import ALONE, World
+
 TRAINED, FROZEN = "default", "ref"  # TRL 1.15's names of an adapter in training, and of the frozen copy it started from
 
 
@@ -20,6 +22,7 @@ class Policy:
 
     model: PeftModel | PreTrainedModel
     frozen: PreTrainedModel | None = None  # the reference of a model without an adapter
+    world: World = ALONE  # the processes that hold a copy of it, and share its evaluations
 
     @property
     def network(self) -> PreTrainedModel:

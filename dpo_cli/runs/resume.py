@@ -220,6 +220,9 @@ def restore_run(run: RunDirectory, earlier: EarlierRun, plan: Plan, manifest: Js
     tell(f"resuming from {earlier.checkpoint.folder.name}")
     if any(_differs(earlier.plan["config"], plan, name) for name in names_where(lambda option: option.end == "length")):
         tell(f"note: from here on the learning rate follows a training of {plan.total_steps} steps")
+    then, now = (config.get("num_processes", 1) for config in (earlier.plan["config"], plan.config.to_json()))
+    if then != now:
+        tell(f"note: started in {then} processes, and resumed in {now}: the last bits may differ")
     if others := earlier.other_versions(manifest):
         tell(f"note: started with {'; '.join(others)}: the last bits may differ")
     return [*earlier.manifest.get("resumed", []), earlier.step]

@@ -24,7 +24,7 @@ def units_in(batch: Batch, sequences: int) -> int:
 
 def packed(batch: Batch, budget: int, sequences: int, shared: bool) -> list[Batch]:
     """Rows of at most `budget` tokens, the longest units first; a longer unit has a row of its own."""
-    sizes = _unit_tokens(batch, sequences, shared)
+    sizes = unit_tokens(batch, sequences, shared)
     by_size = sorted(range(len(sizes)), key=lambda unit: -sizes[unit])
     rows = filled(by_size, lambda row: _row_tokens([sizes[unit] for unit in row], shared) <= budget)
     return [taken(batch, row, sequences) for row in rows]
@@ -41,16 +41,7 @@ def filled(items: Iterable[Item], fits: Callable[[Sequence[Item]], bool]) -> lis
     return groups
 
 
-def row_tokens(row: Batch, sequences: int, shared: bool) -> int:
-    """Tokens of a row that go through the model, with its padding."""
-    return _row_tokens(_unit_tokens(row, sequences, shared), shared)
-
-
-def _row_tokens(sizes: Sequence[int], shared: bool) -> int:
-    return sum(sizes) if shared else len(sizes) * max(sizes)
-
-
-def _unit_tokens(batch: Batch, sequences: int, shared: bool) -> list[int]:
+def unit_tokens(batch: Batch, sequences: int, shared: bool) -> list[int]:
     """Tokens of each unit alone in a row."""
     real = batch["attention_mask"].bool().view(sequences, -1, batch["attention_mask"].shape[1])
     lengths = real.sum(dim=2)
@@ -59,6 +50,30 @@ def _unit_tokens(batch: Batch, sequences: int, shared: bool) -> list[int]:
     scored = batch["completion_mask"].bool().view_as(real)
     prompts = (real & ~scored).sum(dim=2).amin(dim=0)
     return (lengths.sum(dim=0) - (sequences - 1) * prompts).tolist()
+
+
+def shared_out(sizes: Sequence[int], processes: int) -> list[list[int]]:
+    """The places of these sizes for each process, so that their sums are close to each other.
+
+    The longest first, each to the process with the smallest sum: at most 4/3 of the best maximum (Graham, Bounds on
+    multiprocessing timing anomalies, 1969).
+    """
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    sums = [0] * processes
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        least = sums.index(min(sums))
+        shares[least].append(place)
+        sums[least] += sizes[place]
+    return shares
+
+
+def row_tokens(row: Batch, sequences: int, shared: bool) -> int:
+    """Tokens of a row that go through the model, with its padding."""
+    return _row_tokens(unit_tokens(row, sequences, shared), shared)
+
+
+def _row_tokens(sizes: Sequence[int], shared: bool) -> int:
+    return sum(sizes) if shared else len(sizes) * max(sizes)
 
 
 def taken(batch: Batch, units: Sequence[int], sequences: int) -> Batch:

@@ -65,6 +65,12 @@ class KeptReference:
             self.known[places[unknown]] = True
         return self.values[places].T.reshape(-1).to(batch["input_ids"].device)
 
+    def learn(self, places: Sequence[int], values: Tensor) -> None:
+        """Keep the log-probs (n, 2) that another process has computed for the pairs at these places."""
+        self.values = self.values.to(values.dtype)
+        self.values[places] = values
+        self.known[places] = True
+
     def share_in(self, cache: ReferenceCache, pairs: EncodedRows) -> None:
         """From now on `share` adds to this cache; `pairs` are those of the training set, in its order."""
         self._cache, self._digests = cache, [digest_of_pair(*pairs.ids(place)) for place in range(len(pairs))]

@@ -139,6 +139,16 @@ class Checkpoints:
             shutil.rmtree(self.part)
 
 
+class FollowedCheckpoints(Checkpoints):
+    """Those that another process writes."""
+
+    def write(self, step: int, fill: Callable[[Path], Path]) -> Checkpoint:
+        return Checkpoint(self.place / f"step-{step}", step)
+
+    def try_to_write(self, fill: Callable[[Path], Path]) -> None:
+        pass
+
+
 def _sums(folder: Path) -> bytes:
     """The content of SHA256SUMS: a line for each other file below the folder, sorted by name."""
     files = sorted(str(Path(root, name).relative_to(folder)) for root, _, names in os.walk(folder) for name in names)

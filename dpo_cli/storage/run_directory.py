@@ -20,7 +20,7 @@ from typing import Any
 
 from dpo_cli.errors import InvalidInput, invalid
 from dpo_cli.storage.atomic import let_others_read, sync, sync_all, trial, write_whole, writing
-from dpo_cli.storage.checkpoints import Checkpoints
+from dpo_cli.storage.checkpoints import Checkpoints, FollowedCheckpoints
 from dpo_cli.storage.digests import SAFE, sha256_of_all, sha256_of_settings
 from dpo_cli.storage.jsonio import json_text, read_json
 from dpo_cli.storage.lock import locked
@@ -254,6 +254,30 @@ class RunDirectory:
 
     def write_card(self, text: str) -> None:
         write_whole(self.trained / CARD, lambda part: part.write_text(redact(text), encoding="utf-8"))
+
+
+class FollowedRun(RunDirectory):
+    """A run directory that the first process of a training writes, as its other processes have it: they only read."""
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return FollowedCheckpoints(self.path / CHECKPOINTS)
+
+    @property
+    def log(self) -> Path:
+        return Path(os.devnull)
+
+    def append_line(self, line: Mapping[str, object]) -> None:
+        pass
+
+    def try_to_write(self, save: Callable[[Path], object]) -> None:
+        pass
+
+    def write_trained(self, save: Callable[[Path], object], whole: bool) -> str:
+        return ""
+
+    def _write(self, name: str, text: str) -> None:
+        pass
 
 
 def _require_whole(run: RunDirectory) -> None:

@@ -32,6 +32,7 @@ from dpo_cli.scoring.lm_head import LOG_PROBS
 from dpo_cli.scoring.packing import Batch, units_in
 from dpo_cli.scoring.reference import PAIR, KeptReference, LiveReference
 from dpo_cli.storage.log import Tell
+from dpo_cli.storage.world import ALONE, World
 from dpo_cli.strategies.figures import LINE_FIGURES, Columns, step_figures
 from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.training.trainer import (
@@ -46,6 +47,8 @@ from dpo_cli.training.trainer import (
     token_column,
 )
 
+SEQUENCES = 2  # of a pair
+KnownPairs = tuple[list[int], Tensor]  # places of pairs, and the log-probs of their reference, (n, 2)
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 FIGURES = ("loss", *step_figures(PAIRS))
 
@@ -64,7 +67,7 @@ def reward_figures(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
 
 
 class StepSize(NamedTuple):
-    """What an optimizer step holds, on all processes."""
+    """What an optimizer step holds."""
 
     pairs: int
     chosen_tokens: int  # counted if a loss is averaged over them
@@ -73,15 +76,17 @@ class StepSize(NamedTuple):
 class PairTrainer(CarefulTrainer, DPOTrainer):
     """DPOTrainer on encoded pairs, with dpo's head. Its loss is the share of a micro-batch in the loss of the step."""
 
-    SEQUENCES_PER_UNIT = 2
+    SEQUENCES_PER_UNIT = SEQUENCES
     OUTPUTS = (LOG_PROBS,)
     reference: KeptReference
     loss_types: list[str]
     loss_weights: list[float]
     sft_weight = 0.0  # weight of the loss that is averaged over tokens
 
-    def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan) -> None:
-        super().take_over(states, totals, run_evaluation, tell, plan)
+    def take_over(
+        self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan, world: World
+    ) -> None:
+        super().take_over(states, totals, run_evaluation, tell, plan, world)
         self.reference = KeptReference(LiveReference(self.policy, states), len(self.train_dataset))
         self.precompute_ref_logps = True
         # TRL's loop skips the loss that is averaged over tokens: `compute_loss` adds it.
@@ -99,8 +104,7 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         if self.sft_weight:
             chosen = [batch["completion_mask"].chunk(2)[0][:, 1:] for batch in batches]
             tokens = sum(int(mask.sum()) for mask in chosen)
-        here = torch.tensor([[pairs, tokens]], device=self.args.device)
-        return StepSize(*self.accelerator.gather(here).sum(dim=0).tolist())
+        return StepSize(pairs, tokens)
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
@@ -125,7 +129,14 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         losses = loss.detach().cpu().double() * step.pairs / pairs  # the mean over a step is its loss
         losses = losses.expand(len(figures), 1)
         self.totals.add(torch.cat([losses, figures], dim=1), int(inputs["attention_mask"].sum()))
-        return loss * int(self.accelerator.num_processes)  # processes average their gradients
+        return loss
+
+    def known_of(self, batch: Batch, units: Sequence[int]) -> KnownPairs:
+        places = batch[PAIR].chunk(SEQUENCES)[0].cpu()[list(units)].tolist()
+        return places, self.reference.values[places]
+
+    def learn(self, known: KnownPairs) -> None:
+        self.reference.learn(*known)
 
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, Tensor]]
@@ -150,6 +161,7 @@ def build_trainer(
     run_evaluation: Evaluate,
     tell: Tell = print,
     frozen: PreTrainedModel | None = None,
+    world: World = ALONE,
 ) -> PairTrainer:
     """The trainer of a plan; its figures leave through callbacks.
 
@@ -169,7 +181,7 @@ def build_trainer(
     )
     trainer.data_collator = with_places(trainer.data_collator)
     trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
-    trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan)
+    trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan, world)
     ready(trainer, plan, start)
     return trainer
 

@@ -46,6 +46,7 @@ from dpo_cli.scoring.lm_head import ENTROPY, LOG_PROBS
 from dpo_cli.scoring.packing import Batch, filled
 from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.storage.log import Tell
+from dpo_cli.storage.world import ALONE, World
 from dpo_cli.strategies.figures import SAMPLE_FIGURES
 from dpo_cli.training.trainer import (
     SIZE,
@@ -152,7 +153,8 @@ class SampledTrainer(CarefulTrainer):
         sampling = Sampling(plan.config.max_new_tokens, self.temperature)
         dtype = getattr(torch, plan.dtype)
         room = plan.evaluation_room(dtype.itemsize)
-        self.rewards.answers = answers(self.policy.network, self.processing_class, prompt_ids, sampling, dtype, room)
+        network, world = self.policy.network, self.world
+        self.rewards.answers = answers(network, self.processing_class, prompt_ids, sampling, dtype, room, world=world)
         self.model.train(trains)
         return [list(answer.ids) for answer in self.rewards.answers]
 
@@ -248,6 +250,12 @@ class SampledTrainer(CarefulTrainer):
     def training_step(self, model: nn.Module, inputs: Batch, *args: object, **kwargs: object) -> Tensor:
         return super().training_step(model, inputs, *(args or (None,)), **kwargs)  # TRL requires a number; a probe has none
 
+    def _unit_sizes(self, batch: Batch) -> list[int]:
+        return _lengths(batch)
+
+    def _part(self, batch: Batch, units: Sequence[int]) -> Batch:
+        return _taken(batch, units)
+
     def _rows(self, batch: Batch) -> list[Batch]:
         return rows_of(batch, self.row_budget)
 
@@ -327,6 +335,7 @@ def build_trainer(
     run_evaluation: Evaluate,
     tell: Tell = print,
     frozen: PreTrainedModel | None = None,
+    world: World = ALONE,
     *,
     prompts: Sequence[SampledPrompt],
     rank: Rank,
@@ -352,7 +361,7 @@ def build_trainer(
     built.beta = config.beta
     if frozen is not None:  # with a beta, the constructor would load it from its files, without a check
         built.ref_model = built.accelerator.prepare_model(frozen, evaluation_mode=True)
-    trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell, plan)
+    trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell, plan, world)
     ready(trainer, plan, start)
     return trainer
 

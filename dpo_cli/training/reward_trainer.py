@@ -30,6 +30,7 @@ from dpo_cli.providers.policy import TRAINED
 from dpo_cli.scoring import forward, score_head
 from dpo_cli.scoring.packing import Batch, units_in
 from dpo_cli.storage.log import Tell
+from dpo_cli.storage.world import ALONE, World
 from dpo_cli.strategies.figures import LINE_FIGURES, step_figures
 from dpo_cli.strategies.row_kinds import REWARDS
 from dpo_cli.training.dpo_trainer import pair_rows
@@ -47,9 +48,8 @@ class RewardModelTrainer(CarefulTrainer, RewardTrainer):
         score_head.attach(model, shared=states is forward.shared_states)
 
     def step_size(self, batches: Sequence[Batch]) -> int:
-        """Pairs of the step, on all processes."""
-        pairs = sum(units_in(batch, self.SEQUENCES_PER_UNIT) for batch in batches)
-        return int(self.accelerator.gather(torch.tensor([pairs], device=self.args.device)).sum())
+        """Pairs of the step."""
+        return sum(units_in(batch, self.SEQUENCES_PER_UNIT) for batch in batches)
 
     def _prepare_dataset(self, dataset: Dataset, *_: object) -> Dataset:
         return dataset
@@ -65,7 +65,7 @@ class RewardModelTrainer(CarefulTrainer, RewardTrainer):
         figures = np.stack([LINE_FIGURES[name].formulas[REWARDS](columns)[0] for name in FIGURES], axis=1)
         self.totals.add(torch.from_numpy(figures), int(inputs["attention_mask"].sum()))
         share = pairs / (num_items_in_batch or self.step_size([inputs]))
-        return mean * share * int(self.accelerator.num_processes)  # processes average their gradients
+        return mean * share
 
 
 def build_trainer(
@@ -78,6 +78,7 @@ def build_trainer(
     run_evaluation: Evaluate,
     tell: Tell = print,
     frozen: PreTrainedModel | None = None,
+    world: World = ALONE,
 ) -> RewardModelTrainer:
     """The trainer of a plan, with a fresh `adapter` that includes the score head. There is no reference."""
     assert adapter is not None and adapter.modules_to_save is not None  # config/rules.py
@@ -91,7 +92,7 @@ def build_trainer(
         processing_class=tokenizer,
         peft_config=adapter,
     )
-    trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan)
+    trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan, world)
     ready(trainer, plan, {})
     trainer.model.peft_config[TRAINED].modules_to_save = saved  # PEFT adds names of heads that other classifiers have
     for name, weight in trainer.model.named_parameters():

@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import cast
 
 import torch
 from datasets import Dataset
@@ -25,6 +24,7 @@ from dpo_cli.scoring.lm_head import IS_TOP1, LOG_PROBS
 from dpo_cli.scoring.packing import Batch
 from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.storage.log import Tell
+from dpo_cli.storage.world import ALONE, World
 from dpo_cli.strategies.figures import step_figures
 from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.training.trainer import (
@@ -54,7 +54,7 @@ class DemonstrationTrainer(CarefulTrainer, SFTTrainer):
     def step_size(self, batches: Sequence[Batch]) -> Tensor:
         """Completion tokens: all labels except a first one, which no state predicts."""
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum()
-        return cast(Tensor, self.accelerator.gather(tokens.to(self.args.device)).sum())
+        return tokens.to(self.args.device)
 
     def compute_loss(self, model: nn.Module, inputs: Batch, *args: object, **kwargs: object) -> Tensor:
         self.calls.clear()
@@ -76,6 +76,7 @@ def build_trainer(
     run_evaluation: Evaluate,
     tell: Tell = print,
     frozen: PreTrainedModel | None = None,
+    world: World = ALONE,
 ) -> DemonstrationTrainer:
     """The trainer of a plan, with a fresh `adapter`, that of `model`, or none; evaluations compare with `frozen`."""
     start = adapter_weights(model)
@@ -88,7 +89,7 @@ def build_trainer(
         peft_config=adapter,
     )
     trainer.ref_model = frozen
-    trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell, plan)
+    trainer.take_over(forward.plain_states, Totals(FIGURES), run_evaluation, tell, plan, world)
     ready(trainer, plan, start)
     return trainer
 

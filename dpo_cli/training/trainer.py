@@ -5,7 +5,9 @@ Longer than other modules: everything that touches the inside of transformers' T
 With the module of each trainer the only one that overrides methods of TRL (tests/test_dpo.py, tests/test_sft.py,
 tests/test_reward.py and tests/test_rlhf.py fail if TRL changes any of them):
 - `training_step`: Trainer gets all pairs of a step as one micro-batch; they run in rows (scoring/packing.py), and a row that
-  does not fit is divided (scoring/oom.py).
+  does not fit is divided (scoring/oom.py). Of several processes each runs a part of the pairs, and gradients are added up.
+  Trainer and accelerate know of one process only: their wrapper exchanges gradients within the backward pass, so that all
+  processes would need as many rows, and none could be repeated.
 - `get_batch_samples`: the rows of a step are counted, so that the loss of a micro-batch is its share of the step's.
 - `evaluate`: the figures of evaluation/metrics.py, so that a number means the same in training and in `dpo eval`.
 - `log`: a training line includes dpo's figures.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -44,11 +47,12 @@ from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, save_state, set_random_state
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.lora_linear import fuse
-from dpo_cli.scoring.packing import Batch, packed, row_tokens, units_in
+from dpo_cli.scoring.packing import Batch, packed, row_tokens, shared_out, taken, unit_tokens, units_in
 from dpo_cli.scoring.reference import KeptReference
 from dpo_cli.storage.checkpoints import PART
 from dpo_cli.storage.log import Tell
 from dpo_cli.storage.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
+from dpo_cli.storage.world import ALONE, World
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Evaluate = Callable[[Policy], dict[str, float]]
@@ -70,6 +74,20 @@ class TotalsState(TypedDict):
     step_begins: int
     figures: list[list[list[float]]]  # of each micro-batch, row by row
     weights: list[list[float]]
+
+
+Counted = tuple[list[Tensor], list[Tensor], int]  # figures and weights of rows, and their tokens
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """What one process has done of a step, without its gradients."""
+
+    loss: float
+    counted: Counted
+    known: Any  # what later steps use again
+    row_budget: int
+    has_gradient: list[bool]  # of each trained weight
 
 
 class Totals:
@@ -110,6 +128,18 @@ class Totals:
         """A mark for `back_to`."""
         return len(self._figures), self.tokens
 
+    def since(self, mark: tuple[int, int]) -> Counted:
+        """What was added since the mark."""
+        count, tokens = mark
+        return self._figures[count:], self._weights[count:], self.tokens - tokens
+
+    def add_counted(self, counted: Counted) -> None:
+        """Add what `since` returned in another process."""
+        figures, weights, tokens = counted
+        self._figures += figures
+        self._weights += weights
+        self.tokens += tokens
+
     def back_to(self, mark: tuple[int, int]) -> None:
         """Remove what was added since the mark, by a try that failed."""
         count, self.tokens = mark
@@ -147,17 +177,20 @@ class CarefulTrainer:
     # Calls the function that makes Trainer write a checkpoint into its output_dir; without it there are none.
     write_checkpoint: Callable[[Callable[[], None]], None] | None = None
 
+    world: World = ALONE
     row_budget: int  # tokens of a row at most, where it has several units; lower once the memory was too small
     is_shared: bool  # whether a row has each prompt once
 
-    def take_over(self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan) -> None:
+    def take_over(
+        self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan, world: World
+    ) -> None:
         """Put dpo's head on the models that TRL's constructor prepared, and keep what is called later."""
         if plan.goes_on and not plan.starts_at_reference:  # the reference is the model with the adapter off
             self.model.delete_adapter(FROZEN)  # the copy of TRL's constructor, or of the provider
         self.is_shared = states is forward.shared_states
         unit = max(self.train_dataset[SIZE]) * (1 if self.is_shared else self.SEQUENCES_PER_UNIT)
         self.row_budget = plan.row_budget(unit)
-        self.policy = Policy(self.model, getattr(self, "ref_model", None))
+        self.policy, self.world = Policy(self.model, getattr(self, "ref_model", None), world), world
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
         self.calls: list[FusedCausalLMOutput] = []  # of the head, since the start of compute_loss
         # The losses take the size of the step, whatever the model's own forward takes; then Trainer does not divide them again.
@@ -175,22 +208,70 @@ class CarefulTrainer:
         if isinstance(output, FusedCausalLMOutput):
             self.calls.append(output)
 
+    def known_of(self, batch: Batch, units: Sequence[int]) -> Any:
+        """What this process has computed for these units, and later steps use again."""
+        return None
+
+    def learn(self, known: Any) -> None:
+        """Keep what `known_of` returned in another process."""
+
     def get_batch_samples(self, *args: object) -> tuple[list[Batch], object]:
         """The micro-batches of the next optimizer step, and its size, which Trainer hands to `compute_loss` as it is."""
         batches, _ = super().get_batch_samples(*args)  # type: ignore[misc]
         return batches, self.step_size(batches)
 
     def step_size(self, batches: Sequence[Batch]) -> object:
-        """What the loss of a step is divided by, over all processes."""
+        """What the loss of a step is divided by."""
         raise NotImplementedError
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: object, **kwargs: object) -> Tensor:
-        # Processes add up gradients as they arrive, and must all do the same; some losses need the whole micro-batch.
-        if self.accelerator.num_processes > 1 or self.IS_WHOLE:
+        def run(batch: Batch) -> Tensor:
+            rows = self._rows(batch)
+            return oom.run_in_parts(lambda row: self.run_row(model, row, *args, **kwargs), rows, trained, self._smaller)
+
+        if self.IS_WHOLE:
             return self.run_row(model, inputs, *args, **kwargs)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        rows = self._rows(self._prepare_inputs(inputs))  # type: ignore[attr-defined]
-        return oom.run_in_parts(lambda row: self.run_row(model, row, *args, **kwargs), rows, trained, self._smaller)
+        batch = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
+        return run(batch) if self.world.size == 1 else self._run_share(batch, run, trained)
+
+    def _run_share(self, batch: Batch, run: Callable[[Batch], Tensor], trained: Sequence[nn.Parameter]) -> Tensor:
+        """Run the part of this process of a step, and add up losses, figures and gradients of all.
+
+        Every process has the whole step, so they agree on the parts without asking. Random draws (dropout) differ between them,
+        and leave no trace: the next epoch has the same order in all.
+        """
+        world, mark = self.world, self.totals.mark()
+        units = shared_out(self._unit_sizes(batch), world.size)[world.rank]
+
+        def own() -> StepShare:
+            loss = 0.0
+            with random_state_kept():
+                torch.manual_seed(self._seed_of_step())
+                if units:
+                    loss = float(run(self._part(batch, units)))
+            has_gradient = [parameter.grad is not None for parameter in trained]
+            return StepShare(loss, self.totals.since(mark), self.known_of(batch, units), self.row_budget, has_gradient)
+
+        shares = world.each(own)
+        self.totals.back_to(mark)
+        for share in shares:
+            self.totals.add_counted(share.counted)
+            self.learn(share.known)
+        self.row_budget = min(share.row_budget for share in shares)
+        used = [any(share.has_gradient[place] for share in shares) for place in range(len(trained))]
+        gradients = []
+        for parameter in (one for one, is_used in zip(trained, used, strict=True) if is_used):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        world.summed(gradients)
+        return torch.tensor(sum(share.loss for share in shares), device=self.args.device)
+
+    def _seed_of_step(self) -> int:
+        """Of the dropout of this process in this step: a resumed training draws the same."""
+        trainer: Any = self
+        return hash((int(self.args.seed), int(trainer.state.global_step), self.world.rank)) % 2**63
 
     def run_row(self, model: nn.Module, row: Batch, *args: object, **kwargs: object) -> Tensor:
         """Forward and backward of a row; nothing is counted of one that fails."""
@@ -202,6 +283,12 @@ class CarefulTrainer:
             self.calls.clear()  # they hold the graph of a row that was out of memory
             raise
         return loss
+
+    def _unit_sizes(self, batch: Batch) -> list[int]:
+        return unit_tokens(batch, self.SEQUENCES_PER_UNIT, self.is_shared)
+
+    def _part(self, batch: Batch, units: Sequence[int]) -> Batch:
+        return taken(batch, units, self.SEQUENCES_PER_UNIT)
 
     def _rows(self, batch: Batch) -> list[Batch]:
         return packed(batch, self.row_budget, self.SEQUENCES_PER_UNIT, self.is_shared)
@@ -226,7 +313,7 @@ class CarefulTrainer:
         """
         trainer: Any = self  # attributes that Trainer sets on itself
         batch = self._longest_batch()
-        if not self.IS_WHOLE:
+        if not self.IS_WHOLE:  # in each process the same row, which may be the longest of its steps
             batch = self._rows(batch)[0]
         trainer.current_gradient_accumulation_steps = self.args.gradient_accumulation_steps
         mark = self.totals.mark()
@@ -235,8 +322,10 @@ class CarefulTrainer:
         has_moments = self.optimizer is not None and self.optimizer.state  # as a resumed training
         copies = 1.0 if has_moments else 1 + MOMENTS.get(str(trainer.args.optim.value), 8.0) / 4
         later = torch.empty(int(copies * trained), dtype=torch.uint8, device=self.args.device)
+        world, self.world = self.world, ALONE
         with random_state_kept():
-            self.training_step(trainer.model_wrapped, batch)
+            world.together(lambda: self.training_step(trainer.model_wrapped, batch))
+        self.world = world
         del later
         self.totals.back_to(mark)
         setattr(self, TRL_TOKENS, seen)

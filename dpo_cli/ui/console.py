@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +16,13 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.errors import DpoError, InvalidInput, Problem
+from dpo_cli.errors import DpoError, InvalidInput, OtherFailed, Problem
 from dpo_cli.results.compared import compared
 from dpo_cli.results.intervals import FEW_PROMPTS
 from dpo_cli.results.merge import LARGER_CHANGE
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
+from dpo_cli.storage.world import Place
 from dpo_cli.strategies.figures import FIGURES, number
 from dpo_cli.ui.progress_view import ProgressView
 
@@ -52,10 +54,20 @@ class Console:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
+        self._place: Place | None = None  # of a follower
         self._document = beneath(sys.stdout)
         self.errors = _stream(stderr=True)
+        self._own_errors = self.errors
         self.out = self.errors if as_json else _stream(stderr=False)
         self.progress = ProgressView(lambda: self.out)
+
+    @classmethod
+    def of_follower(cls, place: Place) -> Console:
+        """That of a process which is not the first one of its training: it shows only an error of its own."""
+        console, nowhere = cls(), open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        console._own_errors, console._place, console._document = console.errors, place, nowhere
+        console.out = console.errors = RichConsole(file=nowhere)
+        return console
 
     def json(self, value: object) -> None:
         """The one document of standard output."""
@@ -86,6 +98,9 @@ class Console:
 
     def error(self, error: DpoError) -> None:
         """A panel on a terminal, else plain lines; with --json also a document."""
+        if self._place is not None:
+            self._error_of_follower(error, self._place)
+            return
         problems = error.problems if isinstance(error, InvalidInput) else ()
         texts = _problem_texts(problems) or [
             (Text("x error ").append(redact(error.message)), Text(redact(error.fix or ""), style="dim"))
@@ -100,6 +115,11 @@ class Console:
             documents = [problem.to_json() for problem in problems]
             with suppress(OSError):  # standard output may have failed; standard error has the message
                 self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": documents})
+
+    def _error_of_follower(self, error: DpoError, place: Place) -> None:
+        if not isinstance(error, OtherFailed):
+            text = f"x error process {place.rank + 1} of {place.size}: {redact(error.message)}"
+            self._own_errors.print(Text(text), soft_wrap=True)
 
     def table(self, title: str, rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
         """Rows of text; the columns after the first are right-aligned if there is a header.

@@ -24,14 +24,16 @@ class StopOnSignal(TrainerCallback):
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, listens: bool = True) -> None:
+        """Without `listens` the stop comes from another process (agreement.py)."""
+        self._listens = listens
         self.received: signal.Signals | None = None
         self.missed_evaluation = False  # the stop came at a step that is due for evaluation
         self._is_training = self._may_interrupt = False
         self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopOnSignal:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS if self._listens}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,0 +1,118 @@
+"""`dpo train` in several processes of this machine. No torch: the processes import it, and this one waits.
+
+The first process has the terminal. The others print only what ends them. Signals reach the first one, which stops all with a
+checkpoint; if this process is killed, they end too.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from dpo_cli.commands.own_process import command, passing_on
+from dpo_cli.config.config import load_stages
+from dpo_cli.errors import Exit, UsageError
+from dpo_cli.hardware.machine import probe
+from dpo_cli.storage.processes import cores
+from dpo_cli.storage.world import AUTO, STORE, Place
+from dpo_cli.ui.console import Console
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 30.0  # after the end of one process, for the others: the first one may still write why
+
+
+def processes_of(config: str, overrides: Sequence[str]) -> int:
+    """The number of processes that a config asks for; 1 for a process that a launcher has started, or a faulty config.
+
+    `UsageError` if its stages differ.
+    """
+    if Place.of(os.environ) is not None:
+        return 1
+    if config == "-":  # it is read again
+        sys.stdin = io.TextIOWrapper(io.BytesIO(sys.stdin.buffer.read()))
+    asked = {loaded.config.num_processes for loaded in load_stages(config, overrides) if loaded.config is not None}
+    if config == "-":
+        sys.stdin.seek(0)
+    if len(asked) > 1:
+        raise UsageError("the stages ask for different numbers of processes", "give num_processes once, or use --processes N")
+    count = asked.pop() if asked else 1
+    return max(1, len(probe().gpus)) if count == AUTO else int(count)
+
+
+def train_in_processes(words: Sequence[str], count: int, console: Console) -> Exit:
+    """Run a `dpo` command as `count` processes that share it, and wait for their end: the exit code."""
+    given = sys.stdin.buffer.read() if "-" in words else b""
+    with socket.socket() as store, passing_on() as passing:
+        store.bind(("127.0.0.1", 0))
+        store.listen()
+        children: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(count):
+                children.append(_started(words, rank, count, store))
+                if rank == 0:
+                    passing.child = children[0]
+                    passing.send()
+            for child in children:
+                assert child.stdin is not None
+                child.stdin.write(given)
+                child.stdin.close()
+            codes = _ended(children)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+    return _code(codes, console)
+
+
+def _started(words: Sequence[str], rank: int, count: int, store: socket.socket) -> subprocess.Popen[bytes]:
+    """A process in a session of its own, so that Ctrl-C reaches it once: through this process."""
+    host, port = store.getsockname()
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": str(port),
+        STORE: str(store.fileno()),
+    }
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))  # all would use every core
+    return subprocess.Popen(
+        command(words),
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=None if rank == 0 else subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=(store.fileno(),) if rank == 0 else (),
+    )
+
+
+def _ended(children: Sequence[subprocess.Popen[bytes]]) -> list[int | None]:
+    """The exit codes of all. When one has failed, the others get a while to end as well; None for one that does not."""
+    deadline: float | None = None
+    while True:
+        codes = [child.poll() for child in children]
+        if all(code is not None for code in codes) or (deadline is not None and time.monotonic() > deadline):
+            return codes
+        if deadline is None and any(codes):
+            deadline = time.monotonic() + GRACE_SECONDS
+        time.sleep(POLL_SECONDS)
+
+
+def _code(codes: Sequence[int | None], console: Console) -> Exit:
+    """The exit code of all: that of the first process, if it has ended by itself. What was killed is named."""
+    for rank, code in enumerate(codes):
+        if code is not None and code < 0:
+            console.line(f"process {rank + 1} of {len(codes)} was killed ({signal.Signals(-code).name})")
+        elif code is None:
+            console.line(f"process {rank + 1} of {len(codes)} did not end, and was killed after {GRACE_SECONDS:g} seconds")
+    known = [Exit(code) for code in codes if code in list(Exit)]
+    if codes[0] in list(Exit) and codes[0] != Exit.FAILED:
+        return Exit(codes[0]) if codes[0] or not any(codes) else Exit.FAILED
+    return next((code for code in known if code not in (Exit.DONE, Exit.FAILED)), Exit.FAILED)

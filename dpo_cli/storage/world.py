@@ -1,0 +1,261 @@
+"""The processes of one training. torch is imported only where there are several.
+
+Each process runs the same program on the same config. They meet in three ways: `same` (the first process decides), `each`
+(every process does a part) and `summed` (the gradients). A failure of one process ends all there: the first process raises it,
+with the name of the process, and the others end with the same exit code and no message of their own.
+
+They are started by `dpo train --processes N` (commands/launch.py), by torchrun, by `accelerate launch` or by srun. Libraries do
+not see that: for them each process is alone, because the rows of a step are divided by dpo (training/trainer.py).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dpo_cli.errors import DpoError, OtherFailed, RunFailed, UsageError, interrupt_behind
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+Guard = Callable[[], AbstractContextManager[None]]
+
+AUTO = "auto"  # value of num_processes: one for each GPU
+STORE = "DPO_STORE"  # variable: the descriptor of the socket that the first process serves, made by commands/launch.py
+PORT = "29500"  # torch's own default
+# Variables of torchrun, and of srun: rank, size, and the rank among the processes of one machine.
+LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+# By these accelerate and transformers would divide batches again.
+SEEN_BY_LIBRARIES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
+ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+UNEXPECTED_FIX = "train.log and --debug have the traceback"
+LOST_FIX = "see its own message, if there is one, and continue with --resume"
+
+
+class World:
+    """A training in one process."""
+
+    rank, size = 0, 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first process, which writes, prints and uploads."""
+        return self.rank == 0
+
+    def same(self, compute: Callable[[], T]) -> T:
+        """What the first process computes, in every process. Only the first one calls `compute`."""
+        return compute()
+
+    def each(self, compute: Callable[[], T]) -> list[T]:
+        """What every process computes, by rank, in every process."""
+        return [compute()]
+
+    def together(self, compute: Callable[[], T]) -> T:
+        """What this process computes, once every process has computed its own."""
+        kept: list[T] = []
+        self.each(lambda: kept.append(compute()))
+        return kept[0]
+
+    def summed(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes."""
+
+    @contextmanager
+    def guarded(self, guard: Guard) -> Iterator[None]:
+        """Within, the parts of this process run within `guard`: what it raises ends the part, and no exchange."""
+        with guard():
+            yield
+
+    def leave(self) -> None:
+        """The end of the training."""
+
+
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher has put this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Place | None:
+        """The place that the environment names; None for a process that was started alone.
+
+        `UsageError` for numbers that make no sense.
+        """
+        for names in LAUNCHERS:
+            rank, size, local = (environment.get(name) for name in names)
+            if rank is None or size is None:
+                continue
+            if not (rank.isdigit() and size.isdigit() and (local or "0").isdigit() and int(rank) < int(size)):
+                message = f"{names[0]}={rank} and {names[1]}={size} are not the place of a process"
+                raise UsageError(message, f"remove the variables {names[0]} and {names[1]}, or start with torchrun")
+            return cls(int(rank), int(size), int(local or rank)) if int(size) > 1 else None
+        return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a process computed, or why it could not."""
+
+    value: Any = None
+    error: BaseException | None = None
+
+    @classmethod
+    def of(cls, compute: Callable[[], object], guard: Guard) -> Outcome:
+        try:
+            with guard():
+                return cls(compute())
+        except (Exception, KeyboardInterrupt) as error:  # it is raised in every process, after the exchange
+            return cls(error=error)
+
+    def sent(self) -> Outcome:
+        """As it is sent to other processes: an error of a library, which may hold anything, is its text."""
+        if self.error is None or isinstance(self.error, DpoError | KeyboardInterrupt):
+            return self
+        if (interrupt := interrupt_behind(self.error)) is not None:
+            return Outcome(error=interrupt)
+        return Outcome(error=RunFailed(f"{type(self.error).__name__}: {self.error}", UNEXPECTED_FIX))
+
+
+class Processes(World):
+    """One of several processes, connected with the others."""
+
+    def __init__(self, place: Place, seconds: float) -> None:
+        """Wait for the other processes; none may keep the others waiting for longer than `seconds`.
+
+        Raises `RunFailed` if they do not come.
+        """
+        self.rank, self.size, self.seconds = place.rank, place.size, seconds
+        self._guard: Guard = nullcontext
+        if not self.is_main:
+            for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides when to stop
+                signal.signal(number, signal.SIG_IGN)
+        _take_card(place.local_rank)
+        self._connect()
+        for name in (*SEEN_BY_LIBRARIES, *ENGINES):
+            os.environ.pop(name, None)
+
+    def _connect(self) -> None:
+        import torch
+        from torch import distributed
+
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        limit, environment = timedelta(seconds=self.seconds), os.environ
+        environment.setdefault("MASTER_PORT", PORT)
+        if "MASTER_ADDR" not in environment:
+            message = "MASTER_ADDR is not set: the processes do not know the machine of the first one"
+            raise UsageError(message, 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
+        store: Any = None
+        if (descriptor := environment.pop(STORE, None)) is not None:
+            host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+            served: dict[str, Any] = {"master_listen_fd": int(descriptor)} if self.is_main else {}
+            with self._connected():
+                store = torch._C._distributed_c10d.TCPStore(host, port, self.size, self.is_main, limit, **served)
+        elif "RANK" not in environment:  # srun
+            environment["RANK"], environment["WORLD_SIZE"] = str(self.rank), str(self.size)
+        with self._connected():
+            if store is not None:
+                distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
+            else:
+                distributed.init_process_group(backend, timeout=limit)
+
+    def same(self, compute: Callable[[], T]) -> T:
+        from torch import distributed
+
+        own = Outcome.of(compute, self._guard) if self.is_main else Outcome()
+        sent: list[Any] = [own.sent()]
+        with self._connected():
+            distributed.broadcast_object_list(sent, src=0)
+        return self._values([own if self.is_main else sent[0]])[0]  # type: ignore[no-any-return]
+
+    def each(self, compute: Callable[[], T]) -> list[T]:
+        from torch import distributed
+
+        own = Outcome.of(compute, self._guard)
+        outcomes: list[Any] = [None] * self.size
+        with self._connected():
+            distributed.all_gather_object(outcomes, own.sent())
+        outcomes[self.rank] = own
+        return self._values(outcomes)
+
+    def summed(self, tensors: Sequence[Tensor]) -> None:
+        import torch
+        from torch import distributed
+
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        for same_kind in kinds.values():  # one exchange for many small tensors
+            flat = torch.cat([tensor.reshape(-1) for tensor in same_kind])
+            with self._connected():
+                distributed.all_reduce(flat)
+            parts = torch.split(flat, [tensor.numel() for tensor in same_kind])
+            for tensor, part in zip(same_kind, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    @contextmanager
+    def guarded(self, guard: Guard) -> Iterator[None]:
+        before, self._guard = self._guard, guard
+        try:
+            yield
+        finally:
+            self._guard = before
+
+    def leave(self) -> None:
+        from torch import distributed
+
+        with self._connected():
+            distributed.barrier()
+        distributed.destroy_process_group()
+
+    def _values(self, outcomes: Sequence[Outcome]) -> list[Any]:
+        """The values of all; the first error if there is one, as this process raises it."""
+        failed = next((rank for rank, outcome in enumerate(outcomes) if outcome.error is not None), None)
+        if failed is None:
+            return [outcome.value for outcome in outcomes]
+        error = outcomes[failed].error
+        assert error is not None
+        if isinstance(error, KeyboardInterrupt) or failed == self.rank == 0:
+            raise error
+        if self.is_main:
+            raise _named(error, failed, self.size)
+        raise OtherFailed.like(error) from (error if failed == self.rank else None)
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Within, a failure of the connection says what it means: another process has ended, or does not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.is_main:
+                raise OtherFailed() from error
+            message = f"another of the {self.size} processes has ended, or gave no sign of life for {self.seconds:g} seconds"
+            raise RunFailed(message, LOST_FIX) from error
+
+
+def _named(error: BaseException, rank: int, size: int) -> DpoError:
+    """An error with the name of the process that it comes from."""
+    assert isinstance(error, DpoError)
+    named = type(error)(*error.__reduce__()[1])
+    named.message = f"process {rank + 1} of {size}: {error.message}"
+    return named
+
+
+def _take_card(local_rank: int) -> None:
+    """Show this process only its own card, before torch looks: then it is the first one for every library."""
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = cards.split(",") if cards else []
+    if seen and local_rank >= len(seen):
+        message = f"CUDA_VISIBLE_DEVICES names {len(seen)} cards, and this is process {local_rank + 1} of its machine"
+        raise UsageError(message, f"start at most {len(seen)} processes for each machine")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen[local_rank].strip() if seen else str(local_rank)

@@ -1,0 +1,245 @@
+"""One training in several processes: the figures, lines and weights of one process, and a common end of all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import made_row
+from fork_server import dpo
+from safetensors.torch import load_file
+
+from dpo_cli.errors import Exit, UsageError
+from dpo_cli.scoring.packing import shared_out
+from dpo_cli.storage.run_directory import ADAPTER, EVALUATION, LINES, SUMMARY, WEIGHTS
+from dpo_cli.storage.world import Place
+
+TIMED = ("tokens_per_second", "peak_memory_gb", "seconds", "measured_gb", "adapter_sha256", "seal")
+Config = Callable[..., Path]
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Config:
+    """The file of a config of six steps of four pairs of different lengths."""
+    rows = [made_row(i) for i in range(24)]
+    for i, row in enumerate(rows):
+        row["chosen"] = " ".join([str(row["chosen"])] * (1 + i % 4))
+    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file(rows)), "device": "cpu", "bf16": False}
+    values |= {"learning_rate": 1e-2, "eval_split": 0.3, "kl_prompts": 4, "lora_r": 4, "max_steps": 6, "max_new_tokens": 4}
+    values |= {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "fp16": False,
+    }
+
+    def write(name: str, **options: object) -> Path:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**values, "output_dir": str(tmp_path / name), **options}), encoding="utf-8")
+        return path
+
+    return write
+
+
+def document(run: Path, name: str) -> Any:
+    text = (run / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+
+
+def leaves(value: Any, place: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], Any]]:
+    """The values in a document, each with its place."""
+    if isinstance(value, dict | list):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, (*place, key))
+    else:
+        yield place, value
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, float)
+
+
+def apart(one: Path, other: Path) -> float:
+    """The difference of two adapters, relative to the update: matrices B start at zero."""
+    mine, theirs = (load_file(run / ADAPTER / WEIGHTS) for run in (one, other))
+    difference = sum(float((mine[name].double() - theirs[name].double()).pow(2).sum()) for name in mine)
+    update = sum(float(weight.double().pow(2).sum()) for name, weight in mine.items() if "lora_B" in name)
+    return float((difference / update) ** 0.5)
+
+
+def trained(config: Path, *words: object, processes: int = 1) -> Path:
+    done = dpo("train", config, *words, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return config.with_suffix("")
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "with an sft term": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+    "plain rows": {"prompt_sharing": False},
+    "every weight": {"lora_r": 0, "learning_rate": 1e-3},
+    "sft": {"strategy": "sft"},
+    "reward": {"strategy": "reward"},
+    "rlhf": {"strategy": "rlhf", "reward_functions": ["shorter"], "num_generations": 2, "num_iterations": 2},
+}
+
+
+@pytest.mark.parametrize("options", STRATEGIES.values(), ids=STRATEGIES)
+def test_two_and_four_processes_train_as_one(config: Config, options: dict[str, Any]) -> None:
+    one = trained(config("one", **options))
+    for processes in (2, 4) if not options else (2,):
+        several = trained(config(f"of-{processes}", **options), processes=processes)
+        assert [list(line) for line in document(one, LINES)] == [list(line) for line in document(several, LINES)]
+        for name in (LINES, SUMMARY, EVALUATION):
+            ours, theirs = (dict(leaves(document(run, name))) for run in (one, several))
+            assert ours.keys() == theirs.keys()
+            for place, value in ours.items():
+                if place[-1] not in TIMED:
+                    assert theirs[place] == (pytest.approx(value, rel=1e-5, abs=1e-5) if is_number(value) else value), place
+        if options.get("lora_r") != 0:
+            assert apart(one, several) < 1e-4
+
+
+LONG = {"max_steps": 40, "eval_steps": 20, "logging_steps": 1, "save_steps": 1}
+
+
+def started(config: Path, *words: str) -> subprocess.Popen[str]:
+    """`dpo train --processes 2` as a user starts it."""
+    command = [sys.executable, "-m", "dpo_cli", "train", str(config), "--processes", "2", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (run / LINES).is_file() and len((run / LINES).read_text(encoding="utf-8").splitlines()) >= step:
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{run} did not reach step {step}")
+
+
+def processes_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The training processes, the first one first."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if f"\nPPid:\t{launcher.pid}\n" in (place / "status").read_text(encoding="utf-8"):
+                found.append(int(place.name))
+    return sorted(found)
+
+
+def resumed_as_alone(config: Path, alone: Path) -> None:
+    """The run of a config goes on in two processes, to the bits and lines of one that was let alone."""
+    run = trained(config, "--resume", processes=2)
+    assert (run / ADAPTER / WEIGHTS).read_bytes() == (alone / ADAPTER / WEIGHTS).read_bytes()
+    both = [[{**line, **dict.fromkeys(TIMED, 0)} for line in document(place, LINES)] for place in (run, alone)]
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["the first", "the second"])
+def test_all_end_with_a_killed_process_and_resume_to_the_same_bits(config: Config, rank: int) -> None:
+    alone, stopped = trained(config("alone", **LONG), processes=2), config("stopped", **LONG)
+    launcher = started(stopped)
+    wait_for_step(stopped.with_suffix(""), 12)
+    children = processes_of(launcher)
+    assert len(children) == 2
+    os.kill(children[rank], signal.SIGKILL)
+    said, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == Exit.FAILED
+    assert f"process {rank + 1} of 2 was killed (SIGKILL)" in said
+    assert ("another of the 2 processes has ended" in said) is (rank == 1)
+    assert "Traceback" not in said
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    resumed_as_alone(stopped, alone)
+
+
+def test_a_signal_to_the_launcher_saves_and_its_death_ends_all(config: Config) -> None:
+    alone, stopped = trained(config("alone", **LONG), processes=2), config("stopped", **LONG)
+    run = stopped.with_suffix("")
+    launcher = started(stopped)
+    wait_for_step(run, 5)
+    launcher.send_signal(signal.SIGTERM)
+    said, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == Exit.SIGTERM and "interrupted after step" in said
+    steps = document(run, SUMMARY)["steps"]
+    launcher = started(stopped, "--resume")
+    wait_for_step(run, steps + 4)
+    children = processes_of(launcher)
+    launcher.kill()
+    launcher.communicate(timeout=60)
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    resumed_as_alone(stopped, alone)
+
+
+def test_a_run_resumes_in_another_number_of_processes(config: Config) -> None:
+    alone, first = trained(config("alone")), config("changed")
+    run = trained(first, processes=2)
+    shutil.rmtree(run / "checkpoints" / "step-6")  # as if it was killed after step 4
+    (run / SUMMARY).unlink()
+    done = dpo("train", first, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "note: started in 2 processes, and resumed in 1: the last bits may differ" in done.stdout + done.stderr
+    assert apart(alone, first.with_suffix("")) < 1e-4
+
+
+def test_other_rows_on_another_machine_end_all(config: Config, tmp_path: Path) -> None:
+    """Two starts with other folders stand for two machines whose copies of a file differ."""
+    values = json.loads(config("apart").read_text(encoding="utf-8"))
+    rows = Path(values["dataset"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    values |= {"dataset": "pairs.jsonl", "output_dir": str(tmp_path / "run")}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        about = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    nodes = []
+    for rank in (0, 1):
+        folder = tmp_path / f"machine-{rank}"
+        folder.mkdir()
+        (folder / "pairs.jsonl").write_text("".join(rows[rank:]), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+        own = {**os.environ, **about, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        words = [sys.executable, "-m", "dpo_cli", "train", "config.json"]
+        nodes.append(subprocess.Popen(words, cwd=folder, env=own, stdout=-1, stderr=subprocess.STDOUT, text=True))
+    said = [node.communicate(timeout=90)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [Exit.FAILED, Exit.FAILED]
+    assert "process 2 of 2 has read other rows than the first one" in said[0]
+    assert not (tmp_path / "run").exists() and said[1] == ""
+
+
+def test_the_place_of_a_process() -> None:
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+    srun = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
+    assert Place.of(torchrun) == Place(3, 4, 1)
+    assert Place.of(srun) == Place(5, 8, 1)
+    assert Place.of({}) is None
+    assert Place.of({"RANK": "0", "WORLD_SIZE": "1"}) is None
+    assert Place.of({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # in the script of a job, outside srun
+    with pytest.raises(UsageError, match="RANK=4 and WORLD_SIZE=4 are not the place of a process"):
+        Place.of({"RANK": "4", "WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "shares"),
+    [
+        ([7, 1, 5, 3], 2, [[0, 1], [2, 3]]),  # 7; 5; 5 + 3; 7 + 1
+        ([4, 4, 4], 2, [[0, 2], [1]]),
+        ([9], 3, [[0], [], []]),
+        ([], 2, [[], []]),
+    ],
+)
+def test_pairs_are_shared_out_longest_first(sizes: Sequence[int], processes: int, shares: list[list[int]]) -> None:
+    assert shared_out(sizes, processes) == shares
