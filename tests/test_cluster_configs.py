@@ -97,7 +97,8 @@ def test_slurm_scripts_are_sound(file: Path) -> None:
     assert len(options) == head.count("\n#SBATCH") and "#SBATCH" not in body  # sbatch stops reading at the first command
     assert set(options) <= SBATCH and {"requeue", "signal", "open-mode"} <= set(options)
     (command,) = re.findall(r"\bdpo (train .+?)(?: &)?$", body, re.MULTILINE)
-    parsed([word.replace("$1", "my-config.json") for word in shlex.split(command)])
+    values = {"$1": "my-config.json", "$SLURM_GPUS_ON_NODE": "8"}
+    parsed([values.get(word, word) for word in shlex.split(command)])
 
 
 STOPPED = """#!/bin/bash
@@ -105,6 +106,7 @@ trap 'sleep 0.2; echo saved; exit 143' TERM
 echo "$$ started $*"
 for _ in $(seq 100); do sleep 0.1; done
 """
+SLURM_SETS = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_GPUS_ON_NODE": "8"}
 STAND_INS = {
     "dpo": STOPPED,
     "srun": '#!/bin/bash\nshift\necho "$MASTER_ADDR $MASTER_PORT"\nexec "$@"\n',
@@ -118,7 +120,7 @@ def start(file: Path, place: Path) -> subprocess.Popen[str]:
         (place / name).write_text(text, encoding="utf-8")
         (place / name).chmod(0o755)
     path = f"{place}:{os.environ['PATH']}"
-    environment = {"PATH": path, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment = {"PATH": path, **SLURM_SETS}
     command = [shutil.which("bash") or "bash", str(file), "my-config.json"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 

@@ -14,7 +14,7 @@
 set -u
 
 # In the background, as bash handles a signal only between two commands.
-dpo train "$1" --resume --processes 8 &
+dpo train "$1" --resume --processes "$SLURM_GPUS_ON_NODE" &
 run=$!
 trap 'kill -TERM "$run"' TERM
 wait "$run"
