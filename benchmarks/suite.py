@@ -46,6 +46,8 @@ BENCHMARKS = {
     "learning-rates": Benchmark("learning_rates.py", 25),
     "export": Benchmark("export.py", 8, "`make check-gguf`, which fetches the converter"),
     "compiled-parts": Benchmark("compiled_parts.py", 1),
+    "collectives": Benchmark("collectives.py", 1),
+    "scaling": Benchmark("scaling.py", 1),
     "step-profile": Benchmark("step_profile.py", 5),
     "speed-curve": Benchmark("speed_curve.py", 5),
     "speed": Benchmark("speed.py", 30, "`make speed`, which installs TRL"),

@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from bad_configs import CARD, CASES, Case, lay_out  # noqa: E402
 from bad_rows import FAULTS, Fault  # noqa: E402
 from baseline import BASELINES, Baseline, block  # noqa: E402
+from cluster import inputs  # noqa: E402
 from suite import BENCHMARKS  # noqa: E402
 
 STUB = ROOT / "dpo_cli" / "config" / "options.pyi"
@@ -292,6 +293,7 @@ def _by_first_cell(name: str) -> dict[str, dict[str, Any]]:
 # What stands between the marks of a section.
 SECTIONS: dict[str, Callable[[], str]] = {
     "proofs": proof_table,
+    "inputs of scaling": inputs,
     **{f"baseline {name}": partial(block, name) for name in BENCHMARKS},
 }
 MARKED = re.compile(

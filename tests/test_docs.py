@@ -68,6 +68,7 @@ TINY += ("kl_prompts=2", "max_new_tokens=4", "eval_split=0.4", "target_modules=a
 TAKES_VALUES = ("validate", "train", "augment")
 # What a page may name in addition to dpo.
 OTHER = ("pip", "uv", "python3", "py", "source", ".venv/Scripts/Activate.ps1", "cd", "ollama", "tensorboard")
+OTHER += ("torchrun", "accelerate", "sbatch")
 
 
 @dataclass(frozen=True)
