@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -155,6 +156,9 @@ class Processes(World):
         if "MASTER_ADDR" not in environment:
             message = "MASTER_ADDR is not set: the processes do not know the machine of the first one"
             raise UsageError(message, 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            if variable not in environment and (interface := _interface_to(environment["MASTER_ADDR"])) is not None:
+                environment[variable] = interface
         store: Any = None
         if (descriptor := environment.pop(STORE, None)) is not None:
             host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
@@ -249,6 +253,22 @@ def _named(error: BaseException, rank: int, size: int) -> DpoError:
     named = type(error)(*error.__reduce__()[1])
     named.message = f"process {rank + 1} of {size}: {error.message}"
     return named
+
+
+def _interface_to(host: str) -> str | None:
+    """The network interface by which this machine reaches the first process. gloo takes that of the machine's own name, which is
+    often the loopback; None where it is not known."""
+    import psutil  # a requirement of accelerate
+
+    try:
+        kind, _, _, _, address = socket.getaddrinfo(host, int(PORT), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:  # the name is not known here, or there is no route: the connection itself says so
+        return None
+    addresses = psutil.net_if_addrs().items()
+    return next((name for name, known in addresses if own in (address.address.partition("%")[0] for address in known)), None)
 
 
 def _take_card(local_rank: int) -> None:
