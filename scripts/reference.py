@@ -91,6 +91,21 @@ WHILE_RUNNING = {
         '`dpo export` of a run with `"eval_split": 0`',
         "the merged model cannot be compared with the run: name a `--dataset`",
     ),
+    "sweep-key": (
+        "error",
+        "`dpo sweep my-config.json seed=1,2`",
+        "a sweep cannot vary this key: the settings could not be compared, or the choice would be of luck",
+    ),
+    "sweep-of-several": (
+        "error",
+        "`dpo sweep` of a config with `stages` or `rounds`",
+        "a sweep varies one training: name the run of the stage before in `model_name`",
+    ),
+    "optuna-missing": (
+        "error",
+        "`dpo sweep my-config.json beta=0.1..1 --trials 9`",
+        "Optuna is not installed; without `--trials`, a grid needs no package",
+    ),
     "run-of-rewards": (
         "error",
         '`dpo export` or `dpo vote` of a run with `"strategy": "reward"`',
