@@ -66,8 +66,8 @@ EXITS = {
     Exit.UNFIT: ("does not fit the hardware", "The memory bill is over the budget, or the disk has too little space."),
     Exit.MISSED: (
         "a limit was missed",
-        "A figure misses its `--fail-under` limit, the training was stopped as unhealthy, a round has no pairs, no setting of a "
-        "sweep can win, or an export is worse than its run.",
+        "A figure misses its `--fail-under` limit, the training was stopped as unhealthy, a round has no pairs, no setting of "
+        "a sweep can win, or an export is worse than its run.",
     ),
     Exit.SIGINT: ("stopped by SIGINT (Ctrl-C)", "`dpo train` has saved a checkpoint and the adapter so far."),
     Exit.SIGTERM: ("stopped by SIGTERM", "The same, for a stop by a scheduler or `kill`."),

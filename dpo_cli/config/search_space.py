@@ -144,7 +144,7 @@ def spaced(low: float, high: float, count: int, is_whole: bool) -> tuple[Any, ..
     """
     parts = [place / (count - 1) for place in range(count)]
     between = [low * (high / low) ** part if is_wide(low, high) else low + (high - low) * part for part in parts]
-    numbers = [low, *map(_short, between[1:-1]), high]
+    numbers = [low, *map(_short, between[1:-1]), high]  # the ends are as they are written
     return tuple(dict.fromkeys(map(round, numbers) if is_whole else map(_plain, numbers)))
 
 
@@ -154,7 +154,7 @@ def _short(number: float) -> float:
 
 def _plain(number: float) -> float:
     """A whole number without its .0."""
-    return int(number) if number.is_integer() else number
+    return int(number) if float(number).is_integer() else number
 
 
 def folder_name(setting: Setting) -> str:

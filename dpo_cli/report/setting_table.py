@@ -17,7 +17,7 @@ def table(result: SettingsSwept) -> Table:
     """One row a setting, in order of their figure; those that cannot win are at the end, with the reason."""
     keys = list(result.space)
     kl = [name for name in KL if any(row.figures.get(name) for row in result.settings)]
-    header = ["setting", *keys, _heading(result), *(FIGURES[name].label for name in kl), "steps", "time", "status"]
+    header = [*(keys or ["setting"]), _heading(result), *(FIGURES[name].label for name in kl), "steps", "time", "status"]
     rows = [_row(result, row, keys, kl) for row in _ordered(result)]
     about = f"{result.rows} held-out rows of {result.prompts} prompts; 95 % intervals"
     return f"{len(result.settings)} settings, {about}", header, rows
@@ -50,8 +50,7 @@ def _row(result: SettingsSwept, row: SettingRow, keys: list[str], kl: list[str])
     figure, run = row.figures.get(result.chosen_by), row.run
     place = "best" if result.best is not None and row.name == result.best.name else run.status if row.can_win else ""
     return [
-        row.name,
-        *(_text(row.setting[key]) for key in keys),
+        *([_text(row.setting[key]) for key in keys] or [row.name]),
         str(figure_text(result, figure)) if figure else "",
         *(str(FIGURES[name].text(known)) if (known := row.figures.get(name)) else "" for name in kl),
         f"{run.steps:,}" if run.steps is not None else "",
@@ -95,7 +94,9 @@ def notes(result: SettingsSwept) -> list[str]:
     if best is not None and result.is_gain and not best.value.sign:
         said.append("the best setting has no clear gain: its interval includes 0")
     if best is not None and best.not_clearly_worse:
-        said.append(f"not clearly worse than the best on these prompts: {', '.join(best.not_clearly_worse)}")
+        are_all = len(best.not_clearly_worse) == best.of - 1
+        which = "all others" if are_all else ", ".join(best.not_clearly_worse)
+        said.append(f"not clearly worse than the best on these prompts: {which}")
     if 0 < result.prompts < FEW_PROMPTS:
         said.append(f"{result.prompts} held-out prompts are too few for the intervals to hold")
     if best is not None and best.corrected is not None:
