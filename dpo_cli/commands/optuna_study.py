@@ -189,9 +189,12 @@ def sampler(seed: int, startup: int) -> Any:
 
 @contextmanager
 def opened(
-    file: Path, name: str, space: Space, trials: int, seed: int, is_better_large: bool, prunes: bool
+    file: Path, name: str, space: Space, trials: int, seed: int, is_better_large: bool, prunes_from: int | None
 ) -> Iterator[Source]:
-    """The study `name` in a SQLite file, new or continued. `RunFailed` where the file cannot be used."""
+    """The study `name` in a SQLite file, new or continued; it prunes from this step on, if given.
+
+    `RunFailed` where the file cannot be used.
+    """
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -200,11 +203,11 @@ def opened(
         storage = optuna.storages.RDBStorage(f"sqlite:///{file.absolute()}")
         study = optuna.create_study(
             storage=storage,
-            pruner=optuna.pruners.MedianPruner() if prunes else optuna.pruners.NopPruner(),
+            pruner=optuna.pruners.NopPruner() if prunes_from is None else optuna.pruners.MedianPruner(5, prunes_from),
             study_name=name,
             direction="maximize" if is_better_large else "minimize",
             load_if_exists=True,
         )
-        yield OptunaStudy(study, space, trials, seed, prunes)
+        yield OptunaStudy(study, space, trials, seed, prunes_from is not None)
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise RunFailed(f"{file} cannot be used: {error}", "start again with --overwrite") from error

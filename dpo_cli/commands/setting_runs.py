@@ -39,6 +39,7 @@ from dpo_cli.ui.console import Console
 
 PROGRESS, STUDY, MESSAGES = "progress.json", "study.db", "messages.txt"
 PRUNED = "pruned"
+LEFT_ALONE = 1 / 3  # of the steps of a training: a small learning rate is behind at first
 # Of the config, and not of its runs: the sweep has a folder of its own, and its runs are not uploaded.
 NOT_OF_RUNS = ("output_dir", "compare", "push_to_hub", "hub_model_id")
 ONE_TRAINING = (
@@ -120,8 +121,11 @@ class Sweep:
     def place(self, setting: Setting) -> RunDirectory:
         return RunDirectory(self.folder / folder_name(setting))
 
-    def require_sound(self, machine: Machine, console: Console) -> None:
-        """`InvalidInput` with the problems of config, data, model and hardware; the data are read once."""
+    def require_sound(self, machine: Machine, console: Console) -> int:
+        """`InvalidInput` with the problems of config, data, model and hardware; the data are read once.
+
+        Returns the number of steps of a training, by the data that the first setting trains on.
+        """
         fetch_data(self.probes[:1], console)
         inspection = inspected(self.first, machine)
         others = [
@@ -138,21 +142,22 @@ class Sweep:
         require_folder(self.folder, "a sweep")
         if self.trials is not None:
             require_optuna()
+        return plan.steps_over(max(1, data.train.pairs - data.split.rows))
 
     def progress(self) -> EndedRuns:
         basis = basis_of(self.config.to_json())
         return EndedRuns.read(self.folder / PROGRESS, digest_of({"config": self.values({}), **basis}))
 
     @contextmanager
-    def source(self) -> Iterator[Source]:
-        """The settings: of the grid, or of the study of this space and config."""
+    def source(self, steps: int) -> Iterator[Source]:
+        """The settings: of the grid, or of the study of this space and config, whose trainings have so many steps."""
         if self.trials is None:
             yield Grid(iter(self.space.settings()))
             return
         decides: JsonObject = {"space": self.space.to_json(), "config": self.values({}), "by": self.criterion.name}
-        prunes, seed, is_better_large = self.config.eval_steps is not None, self.config.seed, self.criterion.is_better_large
-        place, name = self.folder / STUDY, digest_of(decides)
-        with opened(place, name, self.space, self.trials, seed, is_better_large, prunes) as source:
+        prunes_from = None if self.config.eval_steps is None else round(steps * LEFT_ALONE)
+        place, name, is_better_large = self.folder / STUDY, digest_of(decides), self.criterion.is_better_large
+        with opened(place, name, self.space, self.trials, self.config.seed, is_better_large, prunes_from) as source:
             yield source
 
     def clear(self) -> None:

@@ -42,12 +42,12 @@ def sweep(
     trainings run at once.
     """
     asked, machine = Sweep.of(config, words, trials), probe()
-    asked.require_sound(machine, console)
+    steps = asked.require_sound(machine, console)
     asked.folder.mkdir(parents=True, exist_ok=True)
     with locked(asked.folder / HELD_BY):
         if overwrite:
             asked.clear()
-        with asked.source() as source:
+        with asked.source(steps) as source:
             rows = Trainings(asked, asked.progress(), source, processes, machine, console).all()
         result = _result(asked, rows)
         _write_best(asked, result)
