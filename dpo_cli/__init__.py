@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dpo_cli.api import compare, evaluate, recommend, train, validate
+    from dpo_cli.api import compare, evaluate, recommend, sweep, train, validate
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compare", "evaluate", "recommend", "train", "validate"]
+__all__ = ["__version__", "compare", "evaluate", "recommend", "sweep", "train", "validate"]
 
 
 def __getattr__(name: str) -> object:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from dpo_cli.hardware import recommend as recommendation
 from dpo_cli.hardware.machine import probe
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.methods_compared import MethodsCompared
+from dpo_cli.results.settings_swept import SettingsSwept
 from dpo_cli.results.summary import RunSummary
 from dpo_cli.results.validation import Validation
 
@@ -74,6 +75,33 @@ def compare(config: Config, *, overwrite: bool = False, **values: object) -> Met
         from dpo_cli.commands.compare import compare as compared
 
         return compared(_placed(config, values), _overrides(values), console, overwrite=overwrite)[0]
+
+
+def sweep(
+    config: Config,
+    space: Mapping[str, str | Sequence[object]],
+    *,
+    trials: int | None = None,
+    processes: int = 1,
+    overwrite: bool = False,
+    **values: object,
+) -> SettingsSwept:
+    """Train a config with several settings, and choose the best on held-out rows.
+
+    `space` has the values of each key: a list, or a range as text, "1e-5..1e-3@4". `trials` settings are drawn with Optuna
+    instead of a whole grid; `processes` train at once. `values` go over those of the config.
+    """
+    words = [f"{key}={own if isinstance(own, str) else _listed(own)}" for key, own in space.items()]
+    with console_of(as_json=True) as console:
+        from dpo_cli.commands.sweep import sweep as swept
+
+        given, words = _placed(config, values), [*words, *_overrides(values)]
+        return swept(given, words, console, trials=trials, processes=processes, overwrite=overwrite)[0]
+
+
+def _listed(values: Sequence[object]) -> str:
+    """A list of values as the command line has it; with one value it is a list too."""
+    return ",".join(json.dumps(value) for value in values) + ","
 
 
 def evaluate(run: Name, *, dataset: Name | None = None, adapter: Name | None = None) -> Evaluation:

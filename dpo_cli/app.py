@@ -362,6 +362,34 @@ def compare(
         raise typer.Exit(int(code))
 
 
+@app.command()
+def sweep(
+    config: ConfigFile,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=V1,V2|KEY=LOW..HIGH[@N]|KEY=VALUE]...",
+            help="Values to try: a list, or N values of a range; a single value replaces the file's.",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Draw this many settings with Optuna instead of a whole grid.")
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="How many settings train at once.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train every setting again.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train CONFIG with several settings, and choose the best on held-out rows; the same call continues after a stop."""
+    with session(as_json, debug) as console:
+        from dpo_cli.commands.sweep import sweep as sweep_settings
+
+        result, code = sweep_settings(config, words or (), console, trials=trials, processes=processes, overwrite=overwrite)
+        if as_json:
+            console.json(to_json(result))
+        raise typer.Exit(int(code))
+
+
 @app.command("export")
 def export_run(
     run_dir: Annotated[str, typer.Argument(metavar="RUN_DIR", help="The output_dir of a finished run.")],

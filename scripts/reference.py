@@ -70,6 +70,11 @@ WHILE_RUNNING = {
     "tracker-missing": ("warning", '`"report_to": "wandb"`', "the package of a tracker is not installed; stops a training"),
     "wandb-login": ("warning", '`"report_to": "wandb"`', "wandb has no key, or one that cannot be; stops a training"),
     "dataset-changed": ("error", "a file that is still being written", "its rows are not those that would be hashed"),
+    "other-processes": (
+        "error",
+        '`torchrun --nproc-per-node 4` with `"num_processes": 2`',
+        "a launcher has started another number of processes",
+    ),
     "run-exists": ("error", "`dpo train` twice", "output_dir already holds a run; `--overwrite` replaces it"),
     "run-locked": ("error", "`dpo train` twice at once", "another process is using output_dir; it is named"),
     "resume-differs": (
@@ -91,6 +96,21 @@ WHILE_RUNNING = {
         "error",
         '`dpo export` of a run with `"eval_split": 0`',
         "the merged model cannot be compared with the run: name a `--dataset`",
+    ),
+    "sweep-key": (
+        "error",
+        "`dpo sweep my-config.json seed=1,2`",
+        "a sweep cannot vary this key: the settings could not be compared, or the choice would be of luck",
+    ),
+    "sweep-of-several": (
+        "error",
+        "`dpo sweep` of a config with `stages` or `rounds`",
+        "a sweep varies one training: name the run of the stage before in `model_name`",
+    ),
+    "optuna-missing": (
+        "error",
+        "`dpo sweep my-config.json beta=0.1..1 --trials 9`",
+        "Optuna is not installed; without `--trials`, a grid needs no package",
     ),
     "run-of-rewards": (
         "error",

@@ -29,6 +29,7 @@ from dpo_cli.hardware.recommend import Recommendation
 from dpo_cli.results.intervals import Interval, Sides
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.methods_compared import MethodRow, MethodsCompared
+from dpo_cli.results.settings_swept import Best, SettingRow, SettingsSwept
 from dpo_cli.results.summary import RunSummary
 from dpo_cli.results.validation import Validation
 from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Figure
@@ -65,8 +66,8 @@ EXITS = {
     Exit.UNFIT: ("does not fit the hardware", "The memory bill is over the budget, or the disk has too little space."),
     Exit.MISSED: (
         "a limit was missed",
-        "A figure misses its `--fail-under` limit, the training was stopped as unhealthy, a round has no pairs, or an export "
-        "is worse than its run.",
+        "A figure misses its `--fail-under` limit, the training was stopped as unhealthy, a round has no pairs, no setting of "
+        "a sweep can win, or an export is worse than its run.",
     ),
     Exit.SIGINT: ("stopped by SIGINT (Ctrl-C)", "`dpo train` has saved a checkpoint and the adapter so far."),
     Exit.SIGTERM: ("stopped by SIGTERM", "The same, for a stop by a scheduler or `kill`."),
@@ -182,7 +183,6 @@ def _option(option: Option) -> str:
         "Strategies": ", ".join(option.strategies),
         "Source": option.source,
         "Names in other tools": ", ".join(f"`{name}`" for name in option.known_as),
-        "Status": option.not_yet_words,
         "Resume": f"`dpo train --resume` accepts another value{where}" if free else "",
     }
     listed = "\n".join(f"- {name}: {words}" for name, words in facts.items() if words)
@@ -360,7 +360,10 @@ def _laid_out(value: Any, indent: str = "") -> str:
 
 
 API_POLICY = "These names follow the [version policy](../changelog.md)."
-RESULTS = (Validation, Recommendation, api.TrainedRun, RunSummary, Evaluation, MethodsCompared, MethodRow, Sides, Interval)
+RESULTS = (
+    *(Validation, Recommendation, api.TrainedRun, RunSummary, Evaluation, MethodsCompared, MethodRow),
+    *(SettingsSwept, SettingRow, Best, Sides, Interval),
+)
 
 
 def api_page() -> str:

@@ -71,6 +71,6 @@ def test_the_package_is_light_until_a_function_is_asked_for() -> None:
     code = "import sys, dpo_cli; assert dpo_cli.__version__; print([n for n in sys.modules if n.startswith('dpo_cli.')])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert set(dpo_cli.__all__) <= set(dir(dpo_cli))
-    assert set(dpo_cli.__all__) == {"__version__", "compare", "evaluate", "recommend", "train", "validate"}
+    assert set(dpo_cli.__all__) == {"__version__", "compare", "evaluate", "recommend", "sweep", "train", "validate"}
     with pytest.raises(AttributeError, match="no attribute 'chat'"):
         dpo_cli.chat  # noqa: B018

@@ -90,7 +90,14 @@ def test_files_that_comments_name_exist() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["validate configs/quickstart.json", "recommend --vram 12", "train --help", "augment --help", "compare --help"],
+    [
+        "validate configs/quickstart.json",
+        "recommend --vram 12",
+        "train --help",
+        "augment --help",
+        "compare --help",
+        "sweep --help",
+    ],
 )
 def test_light_commands_load_no_heavy_module(command: str) -> None:
     code = (

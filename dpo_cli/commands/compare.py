@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dpo_cli.commands.held_out_scores import Scorer, votes_of
-from dpo_cli.commands.method_runs import Comparison, Progress, Training, write_json
+from dpo_cli.commands.many_runs import write_json
+from dpo_cli.commands.method_runs import Comparison, Progress, Training
 from dpo_cli.config.config import ConfigLike
 from dpo_cli.errors import Exit
 from dpo_cli.evaluation.pooling import Rows, pair_tests, pooled, rows_of, rows_of_base
@@ -43,7 +44,7 @@ def compare(
             asked.clear()
         write_json(asked.folder / HELD_OUT, asked.held_out)
         scorer = Scorer(asked.folder / HELD_OUT, asked.folder / SCORES, asked.parts, console)
-        training = Training(asked, Progress.of(asked, scorer.basis), console)
+        training = Training(asked, Progress.of_comparison(asked, scorer.basis), console)
         faults = training.decide(inspections)
         del inspections  # which hold the rows
         rows = [training.row(method, faults.get(method.name)) for method, _ in asked.methods]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,11 +136,12 @@ def _known(file: Path, digest: str) -> ScoredRun | None:
 
 
 def _as_scored(opened: Opened, samples: Sequence[Sample], measured: Measured, wins: list[float], digest: str) -> ScoredRun:
+    from dpo_cli.evaluation.evaluation import prompt_digests
+
     scores, shown = measured.log_probs, [sample for sample in samples if not sample.is_missing]
-    keys = [row.row.prompt_key.encode("utf-8", "surrogatepass") for row in opened.rows]
     return ScoredRun(
         digest=digest,
-        prompts=[hashlib.blake2b(key, digest_size=8).hexdigest() for key in keys],
+        prompts=prompt_digests(opened.rows),
         policy=scores.policy.tolist(),
         reference=scores.reference.tolist(),
         tokens=scores.tokens.tolist(),

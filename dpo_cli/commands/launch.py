@@ -13,9 +13,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
 
-from dpo_cli.commands.own_process import command, passing_on
+from dpo_cli.commands.own_process import SIGNALS, command
 from dpo_cli.config.config import load_stages
 from dpo_cli.errors import Exit, UsageError
 from dpo_cli.hardware.machine import probe
@@ -48,7 +51,7 @@ def processes_of(config: str, overrides: Sequence[str]) -> int:
 def train_in_processes(words: Sequence[str], count: int, console: Console) -> Exit:
     """Run a `dpo` command as `count` processes that share it, and wait for their end: the exit code."""
     given = sys.stdin.buffer.read() if "-" in words else b""
-    with socket.socket() as store, passing_on() as passing:
+    with socket.socket() as store, _passed_on() as passing:
         store.bind(("127.0.0.1", 0))
         store.listen()
         children: list[subprocess.Popen[bytes]] = []
@@ -68,6 +71,34 @@ def train_in_processes(words: Sequence[str], count: int, console: Console) -> Ex
                 child.kill()
                 child.wait()
     return _code(codes, console)
+
+
+@dataclass
+class _Passing:
+    """Passes signals on to a process."""
+
+    child: subprocess.Popen[bytes] | None = None
+    received: int | None = None
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        self.send()
+
+    def send(self) -> None:
+        if self.child is not None and self.received is not None:
+            self.child.send_signal(self.received)
+
+
+@contextmanager
+def _passed_on() -> Iterator[_Passing]:
+    """Within, SIGINT and SIGTERM go to the child: a second one too, which ends it at once."""
+    passing = _Passing()
+    before = {number: signal.signal(number, passing.note) for number in SIGNALS}
+    try:
+        yield passing
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _started(words: Sequence[str], rank: int, count: int, store: socket.socket) -> subprocess.Popen[bytes]:

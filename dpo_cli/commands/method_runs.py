@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.commands.budgets import TRIAL_STEPS, Budget, Ends, plans_of
+from dpo_cli.commands.many_runs import EndedRuns, require_folder, require_no_errors, write_json
 from dpo_cli.commands.own_process import dpo
 from dpo_cli.commands.train_stages import fetch_data, inspected
 from dpo_cli.config.compare_rules import parts_of
@@ -17,25 +17,21 @@ from dpo_cli.config.config import ConfigLike, Loaded, load_methods, load_stages
 from dpo_cli.config.methods import NOT_SHARED, Method
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import options
-from dpo_cli.config.stages import belongs
-from dpo_cli.errors import Exit, InvalidInput, Problem, RunFailed, invalid
+from dpo_cli.config.stages import belongs, default_folder
+from dpo_cli.errors import Exit, InvalidInput, RunFailed, invalid
 from dpo_cli.hardware.machine import Machine, probe
 from dpo_cli.models.adapter_config import SHAPE
 from dpo_cli.models.hub_models import require
 from dpo_cli.plan.preflight import Inspection
 from dpo_cli.results.codec import JsonObject
 from dpo_cli.results.methods_compared import MethodRow, MethodRun
-from dpo_cli.results.summary import RunSummary
 from dpo_cli.runs.kept_evaluation import digest_of
-from dpo_cli.storage.atomic import write_whole
-from dpo_cli.storage.jsonio import json_text, read_object_if_there
-from dpo_cli.storage.run_directory import MANIFEST, SUMMARY, RunDirectory
+from dpo_cli.storage.run_directory import RunDirectory
 from dpo_cli.strategies.dpo import DPO
 from dpo_cli.ui.console import Console
 
 PROGRESS = "progress.json"
 TRIAL = "trial"  # stands for the seed in the name of a trial's run
-ENDED = {"completed": Exit.DONE, "unhealthy": Exit.MISSED}
 
 
 @dataclass(frozen=True)
@@ -52,15 +48,14 @@ class Comparison:
         whole, methods = load_methods(config, overrides)
         if not methods:
             raise InvalidInput(whole.problems)
-        _require_no_errors({method.name: [p for one in stages for p in one.problems] for method, stages in methods})
+        require_no_errors({method.name: [p for one in stages for p in one.problems] for method, stages in methods}, "method")
         for method, stages in methods:
             if any(one.before is not None and _merges(one.before.require(), one.require()) for one in stages):
                 message = f"the method {method.name} merges one of its stages, so that its last adapter is not one of the base"
                 fix = "give all of its stages an adapter of the same shape, and remove reference: base"
                 raise invalid("method-merges", message, fix, "compare", whole.file)
         named = whole.values.get("output_dir")
-        folder = Path(str(named)) if named else Path("runs") / (Path(whole.file).stem if whole.file != "-" else "stdin")
-        return cls(whole, methods, folder)
+        return cls(whole, methods, Path(str(named)) if named else default_folder(whole.file))
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -86,17 +81,14 @@ class Comparison:
         made = {
             method.name: [inspected(loaded.on_foundation(), machine) for loaded in stages] for method, stages in self.methods
         }
-        _require_no_errors({name: [p for one in stages for p in one.problems] for name, stages in made.items()})
+        require_no_errors({name: [p for one in stages for p in one.problems] for name, stages in made.items()}, "method")
         for name in dict.fromkeys(one.require()[1].model.foundation for stages in made.values() for one in stages):
             require(name)
         return made
 
     def require_place(self) -> None:
         """`InvalidInput` where the folder holds a run, or cannot be written."""
-        if (self.folder / MANIFEST).exists():
-            message = f"{self.folder} holds a run, and a comparison has a folder of its own"
-            raise invalid("run-exists", message, "choose another folder with output_dir=...", "output_dir")
-        RunDirectory.require_place(self.folder)
+        require_folder(self.folder, "a comparison")
 
     def place(self, method: Method, name: object) -> Path:
         return self.folder / f"{method.name}-{name}"
@@ -127,41 +119,18 @@ def _merges(before: Config, config: Config) -> bool:
     return config.reference == "base" or not before.lora_r or not is_same
 
 
-def _require_no_errors(problems: Mapping[str, Sequence[Problem]]) -> None:
-    """`InvalidInput` with the problems of the methods if one is an error; a problem of all methods is named once."""
-    counts = Counter(problem for own in problems.values() for problem in dict.fromkeys(own))
-    shown = [
-        problem if counts[problem] == len(problems) else replace(problem, message=f"method {name}: {problem.message}")
-        for name, own in problems.items()
-        for problem in own
-    ]
-    if any(problem.severity == "error" for problem in shown):
-        raise InvalidInput(list(dict.fromkeys(shown)))
-
-
 @dataclass
-class Progress:
-    """progress.json: what the budget decided, and which runs have ended, as long as nothing that decides them changes.
+class Progress(EndedRuns):
+    """What the budget decided, and which runs have ended, as long as the methods, data, model and code do not change."""
 
-    If something has changed (the methods, the data, the model, the code), `dpo train --resume` looks at each run again.
-    """
-
-    file: Path
-    digest: str
     amount: float | None = None  # the budget's value
     ends: dict[str, Ends] = field(default_factory=dict)
-    ended: dict[str, str] = field(default_factory=dict)  # the status of runs, by name
 
     @classmethod
-    def of(cls, asked: Comparison, basis: JsonObject) -> Progress:
+    def of_comparison(cls, asked: Comparison, basis: JsonObject) -> Progress:
         values = {method.name: method.values for method, _ in asked.methods}
-        digest = digest_of({"methods": values, "compare": asked.parts, "held out": asked.held_out, **basis})
-        file = asked.folder / PROGRESS
-        before = read_object_if_there(file)
-        return cls(file, **before) if before.get("digest") == digest else cls(file, digest)
-
-    def save(self) -> None:
-        write_json(self.file, {name: value for name, value in vars(self).items() if name != "file"})
+        decides = {"methods": values, "compare": asked.parts, "held out": asked.held_out, **basis}
+        return cls.read(asked.folder / PROGRESS, digest_of(decides))
 
 
 @dataclass(frozen=True)
@@ -222,39 +191,11 @@ class Training:
         """Train, or continue, one run; not one that has ended. A failure is in the result, and tried again by the next call."""
         values, runs = self.asked.stages(method, name, seed, ends)
         called = self.asked.place(method, name).name
-        status = self.progress.ended.get(called)
-        if status is not None and any(run.has(SUMMARY) for run in runs):
-            return _as_run(seed, runs, status, int(ENDED[status]), None)
+        if (known := self.progress.known(called, seed, runs)) is not None:
+            return known
         file = self.asked.folder / f"{called}.json"
         write_json(file, values)
-        code, document = dpo(["train", str(file), "--resume"])
-        status = next((word for word, exit_code in ENDED.items() if exit_code == code), None)
-        if status is None:
-            fault = document.get("error") or f"the process ended with {code}, without a message"
-            return MethodRun(seed, str(runs[-1].path), "failed", code, fault)
-        self.progress.ended[called] = status
-        self.progress.save()
-        return _as_run(seed, runs, status, code, None)
-
-
-def _as_run(seed: int, runs: Sequence[RunDirectory], status: str, code: int, fault: str | None) -> MethodRun:
-    """A run that has ended, by the summaries of its stages."""
-    summaries = [RunSummary.of_json(run.read_json(SUMMARY)) for run in runs if run.has(SUMMARY)]
-    if status == "unhealthy":
-        fault = [event.message for event in summaries[-1].health if event.action == "stop"][-1]
-    peaks = [summary.memory.measured_gb for summary in summaries if summary.memory.measured_gb is not None]
-    tokens = [int(summary.train.figures["tokens"]) for summary in summaries if summary.train is not None]
-    return MethodRun(
-        seed=seed,
-        run_dir=str(runs[-1].path),
-        status=status,
-        exit_code=code,
-        message=fault,
-        steps=sum(summary.steps for summary in summaries),
-        tokens=sum(tokens),
-        seconds=round(sum(summary.seconds for summary in summaries), 3),
-        peak_memory_gb=max(peaks, default=None),
-    )
+        return self.progress.ended_with(called, seed, runs, *dpo(["train", str(file), "--resume"]))
 
 
 def _own_keys(method: Method, methods: Sequence[Method]) -> dict[str, object]:
@@ -267,8 +208,3 @@ def _own_keys(method: Method, methods: Sequence[Method]) -> dict[str, object]:
     stages = own.pop("stages", ())
     assert isinstance(stages, list | tuple)
     return own | {f"stage {number}: {key}": value for number, stage in enumerate(stages, 1) for key, value in stage.items()}
-
-
-def write_json(file: Path, value: object) -> None:
-    text = json_text(value, indent=2) + "\n"
-    write_whole(file, lambda part: part.write_text(text, encoding="utf-8"))

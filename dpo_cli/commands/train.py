@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +62,7 @@ from dpo_cli.ui.console import Console
 from dpo_cli.ui.live import LiveView
 
 ROUNDED_ROWS = 8  # pairs that show the rounding of 16 bits
+MOST_ROUNDED = 4.0  # times the root mean square of the rounding of a response: the largest of `START_ROWS` pairs
 START_ROWS = 4  # pairs, the shortest, on which the policy must equal its reference before the first step
 # The modules of training/, by strategy. Imported late: each brings a trainer of TRL.
 TRAINERS = {"dpo": "dpo_trainer", "sft": "sft_trainer", "reward": "reward_trainer", "rlhf": "policy_trainer"}
@@ -438,6 +440,8 @@ def _check_reference(job: Job, training: Training) -> None:
     allowed = APART_NATS[plan.dtype] * scores.tokens
     if reference is None:
         return
+    if plan.rounding is not None:  # a response of few tokens is rounded by more than so much a token
+        allowed = np.maximum(allowed, MOST_ROUNDED * plan.rounding.response)
 
     def recall() -> tuple[int, dict[str, Tensor]]:
         recalled = reference.recall(shortest, scores.reference, allowed)

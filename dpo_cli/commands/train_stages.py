@@ -62,6 +62,7 @@ def _joined(stages: Sequence[Loaded]) -> Iterator[World]:
             message = f"num_processes is {config.num_processes}, but {place.size} processes were started"
             fix = "remove num_processes: whoever starts the processes says how many there are"
             raise InvalidInput([loaded.placed(Problem("error", "other-processes", message, fix, "num_processes"))])
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what a lost connection means is said by dpo
     composer_for(configs)
     world = Processes(place, max(config.ddp_timeout for config in configs))
     yield world

@@ -120,7 +120,7 @@ def load(path: ConfigLike, overrides: Sequence[str] = ()) -> Loaded:
 
 def load_stages(path: ConfigLike, overrides: Sequence[str] = ()) -> list[Loaded]:
     """The configs in the file at `path`: one, or one per stage; overrides apply to each. A bad file raises nothing."""
-    changes = _parse_overrides(overrides)
+    changes = parse_overrides(overrides)
     name, document, problems = _document(path)
     if document is None:
         return [Loaded(name, {}, {}, {}, problems)]
@@ -132,7 +132,7 @@ def load_methods(path: ConfigLike, overrides: Sequence[str] = ()) -> tuple[Loade
 
     A method whose own keys are wrong has these problems. There are no methods if `compare` itself is wrong.
     """
-    changes = _parse_overrides(overrides)
+    changes = parse_overrides(overrides)
     name, document, problems = _document(path)
     if document is None:
         return Loaded(name, {}, {}, {}, problems), []
@@ -142,6 +142,18 @@ def load_methods(path: ConfigLike, overrides: Sequence[str] = ()) -> tuple[Loade
     methods = methods_of(_object(document), document, changes)
     parts = [replace(document, value=method.values, positions=dict(method.positions)) for method in methods]
     return whole, [(method, _of_stages(name, part, {})) for method, part in zip(methods, parts, strict=True)]
+
+
+def load_settings(path: ConfigLike, overrides: Sequence[str], settings: Sequence[Mapping[str, object]]) -> list[list[Loaded]]:
+    """The config at `path` with each of these settings as further values of the command line: one config, or one per stage.
+
+    The file is read once.
+    """
+    changes = parse_overrides(overrides)
+    name, document, problems = _document(path)
+    if document is None:
+        return [[Loaded(name, {}, {}, {}, problems)] for _ in settings]
+    return [_of_stages(name, document, {**changes, **setting}) for setting in settings]
 
 
 def _document(path: ConfigLike) -> tuple[str, jsonc.Document | None, tuple[Problem, ...]]:
@@ -299,7 +311,7 @@ def is_override(word: str) -> bool:
     return re.match(r"[A-Za-z_]\w*=", word) is not None and not os.path.exists(word)
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, object]:
     """`key=value` words to values: JSON if it parses (5e-5, true, ["q_proj"]), else the text itself."""
     parsed: dict[str, object] = {}
     for word in overrides:

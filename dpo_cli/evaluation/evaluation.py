@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ from dpo_cli.plan.cost import answered_prompts
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import Policy
 from dpo_cli.results.intervals import Interval, Sides
-from dpo_cli.results.judgement import Evaluation, Judged, JudgedRow
+from dpo_cli.results.judgement import Evaluation, Judged, JudgedRow, RowScores
 from dpo_cli.runs.state_io import random_state_kept
 from dpo_cli.scoring.forward import plain_states, states_of
 from dpo_cli.storage.progress import working
@@ -167,6 +168,12 @@ def _prompts(rows: Sequence[Encoded]) -> list[str]:
     return [row.row.prompt_key for row in rows]
 
 
+def prompt_digests(rows: Sequence[Encoded]) -> list[str]:
+    """A short digest of the prompt of each row."""
+    keys = [prompt.encode("utf-8", "surrogatepass") for prompt in _prompts(rows)]
+    return [hashlib.blake2b(key, digest_size=8).hexdigest() for key in keys]
+
+
 JUDGED_PAIRS = 100  # held-out pairs on which what scores samples is judged
 
 
@@ -266,9 +273,18 @@ def row_figures(rows: Sequence[Encoded], scores: Scores | Rewards, beta: float) 
         losses = zip((-scores.policy / scores.tokens)[:, 0], (-scores.reference / scores.tokens)[:, 0], strict=True)
         figures_of_rows = [{"loss": float(policy), "base_loss": float(base)} for policy, base in losses]
     return [
-        JudgedRow(Path(row.row.file).name, row.row.line, row.row.category or None, figures_of_row)
-        for row, figures_of_row in zip(rows, figures_of_rows, strict=True)
+        JudgedRow(Path(row.row.file).name, row.row.line, row.row.category or None, figures_of_row, scores=scores_of_row)
+        for row, figures_of_row, scores_of_row in zip(rows, figures_of_rows, row_scores(rows, scores), strict=True)
     ]
+
+
+def row_scores(rows: Sequence[Encoded], scores: Scores | Rewards) -> list[RowScores]:
+    """The scores of each row, with a digest of its prompt."""
+    prompts = prompt_digests(rows)
+    if isinstance(scores, Rewards):
+        return [RowScores(prompt, own) for prompt, own in zip(prompts, scores.columns().reward.tolist(), strict=True)]
+    sides = (side.tolist() for side in (scores.policy, scores.reference, scores.tokens))
+    return [RowScores(*row) for row in zip(prompts, *sides, strict=True)]
 
 
 def extremes(rows: Sequence[Encoded], table: Sequence[JudgedRow]) -> tuple[list[JudgedRow], list[JudgedRow]]:
@@ -276,7 +292,8 @@ def extremes(rows: Sequence[Encoded], table: Sequence[JudgedRow]) -> tuple[list[
     order = sorted(range(len(table)), key=lambda i: -table[i].gain)
     count = min(EXTREMES, (len(order) + 1) // 2)
     best, worst = (
-        [replace(table[i], texts=_texts(rows[i])) for i in ends] for ends in (order[:count], order[count:][-EXTREMES:][::-1])
+        [replace(table[i], texts=_texts(rows[i]), scores=None) for i in ends]
+        for ends in (order[:count], order[count:][-EXTREMES:][::-1])
     )
     return best, worst
 

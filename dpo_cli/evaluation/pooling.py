@@ -7,7 +7,7 @@ bootstrap (Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1 (2007)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
@@ -93,8 +93,12 @@ class Pooled:
             start += len(prompts)
         return np.concatenate(parts)
 
+    def resamples(self) -> Iterable[Array]:
+        """How often each prompt is in a resample, (some, prompts), for all resamples."""
+        return self._intervals.resamples()
+
     def of(self, sums: Sums) -> Interval:
-        return _interval(sums.value, self.resampled(sums))
+        return interval_of(sums.value, self.resampled(sums))
 
     def test(self, figure: str, names: tuple[str, str], one: Sums, other: Sums) -> PairTest:
         """The difference of two methods, and twice the smaller share of resamples on either side of zero.
@@ -106,10 +110,10 @@ class Pooled:
         apart = apart[np.isfinite(apart)]
         beyond = min(int((apart <= 0).sum()), int((apart >= 0).sum()))
         p = min(1.0, 2 * (beyond + 1) / (len(apart) + 1))
-        return PairTest(figure, *names, _interval(one.value - other.value, apart), p, p)
+        return PairTest(figure, *names, interval_of(one.value - other.value, apart), p, p)
 
 
-def _interval(value: float, resampled: Array) -> Interval:
+def interval_of(value: float, resampled: Array) -> Interval:
     if not np.isfinite(value):
         return Interval(value, value, value)
     low, high = np.percentile(resampled[np.isfinite(resampled)], [2.5, 97.5])

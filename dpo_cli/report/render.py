@@ -14,10 +14,11 @@ from markupsafe import Markup
 
 import dpo_cli
 from dpo_cli.errors import UsageError
-from dpo_cli.report import comparison, curves, method_table, views
+from dpo_cli.report import comparison, curves, method_table, setting_table, views
 from dpo_cli.report.run_data import Contents
 from dpo_cli.results.judgement import Answers
 from dpo_cli.results.methods_compared import MethodsCompared
+from dpo_cli.results.settings_swept import SettingsSwept
 from dpo_cli.storage.atomic import write_whole
 from dpo_cli.storage.redaction import redact
 from dpo_cli.storage.run_directory import MANIFEST, PLAN, REPORT, RunDirectory
@@ -48,10 +49,21 @@ def write_comparison(paths: Sequence[Path], out: Path) -> Path:
 def write_methods(result: MethodsCompared, samples: Mapping[str, Sequence[Answers]], out: Path) -> None:
     """Write the page about the methods of `dpo compare`, with their runs as on the page about several runs."""
     runs = [Path(run.run_dir) for method in result.methods for run in method.runs]
-    there = [Contents.read(path) for path in runs if all((path / name).is_file() for name in (PLAN, MANIFEST))]
-    content = comparison.compared(there)
     shown = method_table.answers(samples)
-    page = _page("methods.html.j2", **content, result=result, tables=method_table.tables(result), samples=shown)
+    _write_with_runs("methods.html.j2", runs, out, result=result, tables=method_table.tables(result), samples=shown)
+
+
+def write_settings(result: SettingsSwept, out: Path) -> None:
+    """Write the page about the settings of `dpo sweep`, with their runs as on the page about several runs."""
+    runs = [Path(row.run.run_dir) for row in result.settings]
+    best = setting_table.best_sentences(result)
+    _write_with_runs("sweep.html.j2", runs, out, result=result, table=setting_table.table(result), sentences=best)
+
+
+def _write_with_runs(template: str, runs: Sequence[Path], out: Path, **content: object) -> None:
+    """A page with those of the runs that have started."""
+    there = [Contents.read(path) for path in runs if all((path / name).is_file() for name in (PLAN, MANIFEST))]
+    page = _page(template, **comparison.compared(there), **content)
     write_whole(out, lambda part: part.write_text(redact(page), encoding="utf-8"))
 
 

@@ -15,14 +15,25 @@ PRINTED = 3  # of the samples
 
 
 @dataclass(frozen=True)
+class RowScores:
+    """What the figures of a row are computed from, one value for each of its responses."""
+
+    prompt: str  # a digest of it: rows of one prompt are not independent
+    policy: Sequence[float]  # log-probs, nats; the scores of a reward model
+    reference: Sequence[float] = ()  # log-probs; empty for a reward model, as `tokens`
+    tokens: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
 class JudgedRow:
-    """A held-out row: its place, its figures, and its texts if it is among the best or the worst."""
+    """A held-out row: its place, its figures, its scores, and its texts if it is among the best or the worst."""
 
     file: str
     line: int | None
     category: str | None
     figures: Mapping[str, float]  # of a pair: margin, reward_chosen, reward_rejected; of a demonstration: loss, base_loss
     texts: Mapping[str, str] = field(default_factory=dict)  # prompt, and its responses by name
+    scores: RowScores | None = None  # None in older files
 
     @property
     def gain(self) -> float:
@@ -32,7 +43,8 @@ class JudgedRow:
         return self.figures["base_loss"] - self.figures["loss"]
 
     def to_json(self) -> JsonObject:
-        return {"file": self.file, "line": self.line, "category": self.category, **self.figures, **self.texts}
+        scores = {"scores": to_json(self.scores)} if self.scores is not None else {}
+        return {"file": self.file, "line": self.line, "category": self.category, **self.figures, **self.texts, **scores}
 
 
 class Answers(TypedDict):
@@ -121,9 +133,9 @@ def _nested(value: object, noun: str) -> JsonObject:
 
 
 def _nested_row(value: object) -> JsonObject:
-    """JSON of a row in the shape of its fields: besides its place, it has texts and numbers."""
+    """JSON of a row in the shape of its fields: besides its place and scores, it has texts and numbers."""
     row = object_of(value)
-    place = {name: row.get(name) for name in ("file", "line", "category")}
+    place = {name: row.get(name) for name in ("file", "line", "category", "scores")}
     rest = {name: value for name, value in row.items() if name not in place}
     texts = {name: value for name, value in rest.items() if isinstance(value, str)}
     figures = {name: value for name, value in rest.items() if name not in texts}

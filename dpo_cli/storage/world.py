@@ -256,8 +256,10 @@ def _named(error: BaseException, rank: int, size: int) -> DpoError:
 
 
 def _interface_to(host: str) -> str | None:
-    """The network interface by which this machine reaches the first process. gloo takes that of the machine's own name, which is
-    often the loopback; None where it is not known."""
+    """The network interface by which this machine reaches the first process; None where it is not known.
+
+    gloo takes that of the machine's own name, which is often the loopback.
+    """
     import psutil  # a requirement of accelerate
 
     try:
