@@ -31,8 +31,6 @@ def value_problems(given: Mapping[str, object]) -> Iterator[Found]:
         if error.absolute_path and (path := tuple(error.absolute_path)) not in wrong:  # others are reported by name
             wrong.add(path)
             yield path, _bad_value(str(path[0]), error, given)
-    sound = [option for name, option in options().items() if name in given and name not in {path[0] for path in wrong}]
-    for option in sound:
 
 
 def missing(given: Mapping[str, object]) -> Iterator[Problem]:
