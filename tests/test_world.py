@@ -222,9 +222,10 @@ def test_other_rows_on_another_machine_end_all(config: Config, tmp_path: Path) -
 
 def test_the_place_of_a_process() -> None:
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
-    srun = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
-    assert Place.of(torchrun) == Place(3, 4, 1)
-    assert Place.of(srun) == Place(5, 8, 1)
+    srun = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "4(x2)"}
+    assert Place.of({**torchrun, "LOCAL_WORLD_SIZE": "2"}) == Place(3, 4, 1, 2)
+    assert Place.of(torchrun) == Place(3, 4, 1, 4)
+    assert Place.of(srun) == Place(5, 8, 1, 4)
     assert Place.of({}) is None
     assert Place.of({"RANK": "0", "WORLD_SIZE": "1"}) is None
     assert Place.of({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # in the script of a job, outside srun

@@ -82,7 +82,7 @@ def _trained(
     stages: Sequence[Loaded], console: Console, overwrite: bool, resume: bool, dry_run: bool, world: World
 ) -> tuple[JsonObject, Exit]:
     """The stages, one after the other."""
-    machine = probe()
+    machine = replace(probe(), processes=world.local_size)
     fetch_data(stages, console)
     inspections, plans = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume, may_resume=resume)
     for name in dict.fromkeys(plan.model.foundation for plan in plans):

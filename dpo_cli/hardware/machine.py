@@ -52,6 +52,7 @@ class Machine:
     is_apple: bool  # Apple silicon with a GPU that torch can use
     has_unsloth: bool = False  # the package
     bf16_flag: str = ""  # the processor's flag that promises bfloat16 products
+    processes: int | None = None  # of a training that are on this machine; None: all of them
     bf16_speed: float | None = None  # of such products, relative to float32, as a training measured it (providers/precision.py)
 
     @property
@@ -90,13 +91,17 @@ class Machine:
             return share, share, f"unified memory, of which Metal lets a process hold about {share:g} GB"
         return None
 
-    def memory_of(self, device: str) -> tuple[float | None, float | None]:
-        """(total GB, free GB) of the memory of a training on "cuda", "mps" or "cpu"; None without such a device."""
+    def memory_of(self, device: str, processes: int = 1) -> tuple[float | None, float | None]:
+        """(total GB, free GB) of the memory of one of the `processes` of a training on "cuda", "mps" or "cpu".
+
+        Each has a GPU of its own, and a share of the machine's memory. None without such a device.
+        """
         if device == "cuda":
             return (self.gpus[0].memory_gb, self.gpus[0].free_gb) if self.gpus else (None, None)
+        here = self.processes or processes
         if device == "mps" and self.card is not None:
-            return self.card[0], self.card[1]
-        return self.memory_gb, self.memory_gb
+            return self.card[0] / here, self.card[1] / here
+        return self.memory_gb / here, self.memory_gb / here
 
     def to_json(self) -> dict[str, object]:
         return {**asdict(self), "has_amx": self.bf16_flag == "amx_bf16"}

@@ -55,8 +55,9 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
         fix = f'write "use_4bit": true (QLoRA), or use a smaller model: `dpo recommend --vram {card_gb:g}`'
         yield Problem("hint", "small-card", message, fix, "use_4bit")
     host_gb = HOST_GB if vram_gb is not None else machine.memory_gb
-    if plan.memory is not None and config.device == "cuda" and plan.memory.host_gb > host_gb:
-        needed, present = compared(plan.memory.host_gb, host_gb, digits=0)
+    here = machine.processes or plan.processes
+    if plan.memory is not None and config.device == "cuda" and here * plan.memory.host_gb > host_gb:
+        needed, present = compared(here * plan.memory.host_gb, host_gb, digits=0)
         message = f"loading this model needs {needed} GB of the machine's memory, but it has {present} GB"
         fix = "name the safetensors model instead of a GGUF file, or a smaller model"
         yield Problem("warning", "host-memory", message, fix, "model_name")

@@ -32,6 +32,7 @@ from dpo_cli.models.source import CONTINUED, ModelSource
 from dpo_cli.plan.adapter_start import started
 from dpo_cli.plan.cost import Cost, affordable_prompts, cost_of
 from dpo_cli.results.compared import compared
+from dpo_cli.storage.world import AUTO
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 
@@ -222,6 +223,11 @@ class Plan:
         return not compares_pairs(self.config)
 
     @property
+    def processes(self) -> int:
+        """Processes that share the rows of each step."""
+        return int(self.config.num_processes)
+
+    @property
     def predicted_gb(self) -> float | None:
         """The estimated peak memory of torch: on a GPU without the context and the allocator's slack, on a CPU the whole
         process."""
@@ -383,7 +389,7 @@ def resolve(
             now = replace(now, gradient_checkpointing=now.device == "cuda")
     else:
         wanted = with_reward_model(Settings.of(now, facts, longest_of(counts, scoring, longest)), now, facts)
-        has_gb, free_gb = machine.memory_of(now.device)
+        has_gb, free_gb = machine.memory_of(now.device, int(now.num_processes))
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
         if row_tokens is not None:
             wanted = replace(wanted, row_tokens=row_tokens)
@@ -447,6 +453,7 @@ def _decided(config: Config, file: str, machine: Machine, on_gpu: bool) -> Confi
     return replace(
         config,
         device=device,
+        num_processes=max(1, len(machine.gpus)) if config.num_processes == AUTO else config.num_processes,
         bf16=bf16,
         fp16=fp16,
         lora_alpha=config.lora_alpha or 2 * config.lora_r or None,

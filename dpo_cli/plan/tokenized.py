@@ -138,6 +138,7 @@ def show_plan(plan: Plan, console: Console, speed: float) -> None:
         ("template", f"{counts.parted} prompts are rendered differently before a response: see the first"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} {unit} ({batch} x {accumulation})"),
         ("samples", _samples(plan)),
+        ("processes", f"{plan.processes}, which share the {unit} of each step; each has the whole model"),
         ("rows", f"{unit} of a step share rows of up to {plan.row_budget(plan.longest_unit):,} tokens"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
         ("trains", plan.adapted.words if plan.adapted else ""),
@@ -152,6 +153,7 @@ def show_plan(plan: Plan, console: Console, speed: float) -> None:
         "trains": plan.adapted,
         "date": plan.writes_date,
         "rows": plan.fills_rows,
+        "processes": plan.processes > 1,
         "bad rows": counts.bad_rows,
         "cut": counts.cut,
         "skipped": counts.too_long,
@@ -177,7 +179,7 @@ def _samples(plan: Plan) -> str:
 def _takes(plan: Plan, speed: float) -> str:
     """The expected times, and the answers that an evaluation samples if the plan decided their number."""
     assert plan.adapted is not None
-    training, evaluation = (in_words(seconds) for seconds in plan.cost.seconds(plan.adapted.weights, speed))
+    training, evaluation = (in_words(seconds / plan.processes) for seconds in plan.cost.seconds(plan.adapted.weights, speed))
     words = f"about {training} of training, then {evaluation} of evaluation"
     if plan.sources["kl_prompts"] != "measured":
         return words

@@ -11,6 +11,7 @@ not see that: for them each process is alone, because the rows of a step are div
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ class World:
     """A training in one process."""
 
     rank, size = 0, 1
+    local_size: int | None = None  # processes on this machine, if a launcher says so
 
     @property
     def is_main(self) -> bool:
@@ -86,6 +88,7 @@ class Place:
     rank: int
     size: int
     local_rank: int
+    local_size: int  # processes on this machine
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Place | None:
@@ -100,7 +103,8 @@ class Place:
             if not (rank.isdigit() and size.isdigit() and (local or "0").isdigit() and int(rank) < int(size)):
                 message = f"{names[0]}={rank} and {names[1]}={size} are not the place of a process"
                 raise UsageError(message, f"remove the variables {names[0]} and {names[1]}, or start with torchrun")
-            return cls(int(rank), int(size), int(local or rank)) if int(size) > 1 else None
+            here = re.match(r"\d+", environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_TASKS_PER_NODE") or size)
+            return cls(int(rank), int(size), int(local or rank), int(here[0]) if here else int(size)) if int(size) > 1 else None
         return None
 
 
@@ -136,7 +140,7 @@ class Processes(World):
 
         Raises `RunFailed` if they do not come.
         """
-        self.rank, self.size, self.seconds = place.rank, place.size, seconds
+        self.rank, self.size, self.local_size, self.seconds = place.rank, place.size, place.local_size, seconds
         self._guard: Guard = nullcontext
         if not self.is_main:
             for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides when to stop
