@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts collectives scaling demo demo-two-stage demo-concise concise-data check converter check-ci check-cluster check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
+.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts collectives processes scaling demo demo-two-stage demo-concise concise-data check converter check-ci check-cluster check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -177,6 +177,9 @@ speed-curve: install
 
 compiled-parts: install
 	$(BIN)/python benchmarks/compiled_parts.py
+
+processes: install
+	$(BIN)/python benchmarks/processes.py
 
 collectives: install
 	$(BIN)/python benchmarks/collectives.py

@@ -48,6 +48,7 @@ BENCHMARKS = {
     "compiled-parts": Benchmark("compiled_parts.py", 1),
     "collectives": Benchmark("collectives.py", 1),
     "scaling": Benchmark("scaling.py", 1),
+    "processes": Benchmark("processes.py", 6),
     "step-profile": Benchmark("step_profile.py", 5),
     "speed-curve": Benchmark("speed_curve.py", 5),
     "speed": Benchmark("speed.py", 30, "`make speed`, which installs TRL"),

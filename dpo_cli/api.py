@@ -51,11 +51,11 @@ def validate(config: Config, *, vram: float | None = None, data: bool = True, st
 
 
 def recommend(
-    *, vram: float | None = None, model: Name | None = None, dataset: Name | None = None, strategy: str = "dpo"
+    *, vram: float | None = None, model: Name | None = None, dataset: Name | None = None, strategy: str = "dpo", gpus: int = 1
 ) -> recommendation.Recommendation:
     """A config for a card with `vram` GB, or for this machine's, with its memory bill."""
     with console_of(as_json=True) as console:
-        return recommendation.recommend(request_of(console, vram, _text(model), _text(dataset), strategy))
+        return recommendation.recommend(request_of(console, vram, _text(model), _text(dataset), strategy, gpus))
 
 
 def train(config: Config, *, overwrite: bool = False, resume: bool = False, **values: object) -> TrainedRun:

@@ -536,3 +536,10 @@ def test_advice_is_true() -> None:
             for text, changed in {**values, **lengths}.items():
                 settings = replace(settings, **changed) if text in made.largest_change else settings  # type: ignore[arg-type]
             assert fit(facts_of(LLAMA), settings, vram, "auto")[1].fits, made.largest_change
+
+
+def test_several_cards_share_the_pairs_of_a_step() -> None:
+    one, four = recommend(Request(24)), recommend(Request(24, gpus=4))
+    assert four.config == {**one.config, "num_processes": 4} and "num_processes" not in one.config
+    assert four.memory == one.memory
+    assert any("4 cards share the pairs of each step" in reason for reason in four.reasons)

@@ -21,6 +21,7 @@ from damage import detection, falling_back  # noqa: E402
 from disk import can_mount, full_disks  # noqa: E402
 from gate import is_possible  # noqa: E402
 from kills import kills, whole_kills  # noqa: E402
+from ranks import rank_kills  # noqa: E402
 from signals import signals  # noqa: E402
 from starts import starts  # noqa: E402
 from writes import WAYS, interrupt, writes  # noqa: E402
@@ -45,6 +46,7 @@ def parts(bench: Bench, is_short: bool) -> Iterator[Callable[[], Outcome]]:
     yield lambda: kills(bench, many(1, 200), FEW if is_short else tuple(SHAPES))
     if not is_short:
         yield lambda: whole_kills(bench, 8)
+    yield lambda: rank_kills(bench, many(2, 50))
     yield lambda: detection(bench, 500)
     yield lambda: falling_back(bench, many(2, 20))
     if is_possible():

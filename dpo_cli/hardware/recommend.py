@@ -104,6 +104,7 @@ class Request:
     is_apple: bool = False  # without bitsandbytes, and in float32
     has_bf16: bool = True  # for cards other than Apple's
     columns: Columns | None = None  # the likely ones, if those of the dataset have other names than the known ones
+    gpus: int = 1  # such cards in one machine
 
     @property
     def budget_gb(self) -> float:
@@ -180,6 +181,7 @@ def _best(request: Request) -> Recommendation:
         config |= {"dataset": request.dataset} if request.dataset else {}
         config |= {"columns": request.columns} if request.columns else {}
         config |= {key: getattr(values, key) for key in written}
+        config |= {"num_processes": request.gpus} if request.gpus > 1 else {}
         config["eval_split"] = held_out = eval_split(request.prompts)
         if held_out != EVAL_SPLIT:
             assert request.prompts is not None
@@ -191,6 +193,10 @@ def _best(request: Request) -> Recommendation:
             steps.append(f"eval_split is {text}")
         if settings.batch < values.per_device_train_batch_size:
             steps.append(f"to fit, the training uses micro-batches of {settings.batch}; the pairs per step stay the same")
+        if request.gpus > 1:
+            reasons.append(
+                f"{request.gpus} cards share the pairs of each step; each holds the whole model, and the bill is for one"
+            )
         if request.longest is not None:
             billed, limit = min(request.longest, values.max_seq_length), values.max_seq_length
             reasons.append(
