@@ -74,8 +74,7 @@ def measure(table: Table, options: argparse.Namespace) -> None:
         rate = statistics.median(rates[way.name])
         table.add(way.name, way.cores, rate, rate / one, rate / one / way.cores)
     table.note(
-        "The median of {turns} runs of {steps} steps of the quickstart in bfloat16, in turns; the first {first} steps of each are "
-        "not counted.",
+        "The median of {turns} runs of {steps} steps of the quickstart in bfloat16, in turns, without the first {first} steps.",
         (Column("turns", "runs"), turns),
         (Column("steps", "steps"), steps),
         (Column("first", "steps"), FIRST),

@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.commands import train_stages
 from dpo_cli.commands import validate as validation
+from dpo_cli.commands.launch import processes_of
+from dpo_cli.commands.own_process import dpo
 from dpo_cli.commands.recommendation import request_of
 from dpo_cli.commands.session import composer_for, console_of
 from dpo_cli.config.config import ConfigLike
-from dpo_cli.errors import Exit, UsageError
+from dpo_cli.errors import DpoError, Exit, InvalidInput, UsageError, problem_of_json
 from dpo_cli.hardware import recommend as recommendation
 from dpo_cli.hardware.machine import probe
+from dpo_cli.results.codec import JsonObject
 from dpo_cli.results.judgement import Evaluation
 from dpo_cli.results.methods_compared import MethodsCompared
 from dpo_cli.results.settings_swept import SettingsSwept
@@ -61,8 +65,11 @@ def recommend(
 def train(config: Config, *, overwrite: bool = False, resume: bool = False, **values: object) -> TrainedRun:
     """Train an adapter; of a config with stages the last one is returned. `values` go over those of the config."""
     given, overrides = _placed(config, values), _overrides(values)
-    with console_of(as_json=True) as console:
-        result, code = train_stages.train_stages(given, overrides, console, overwrite=overwrite, resume=resume)
+    if processes_of(given, overrides) > 1:
+        result, code = _trained_in_processes(given, overrides, overwrite, resume)
+    else:
+        with console_of(as_json=True) as console:
+            result, code = train_stages.train_stages(given, overrides, console, overwrite=overwrite, resume=resume)
     return TrainedRun(Path(str(result["run_dir"])), RunSummary.of_json(result), code)
 
 
@@ -121,6 +128,27 @@ def _placed(config: Config, values: Mapping[str, object]) -> ConfigLike:
     if isinstance(given, Mapping) and "output_dir" not in {**given, **values}:
         raise UsageError("values of a config name no output_dir", 'add one, for example output_dir="runs/mine"')
     return given
+
+
+def _trained_in_processes(
+    config: ConfigLike, overrides: Sequence[str], overwrite: bool, resume: bool
+) -> tuple[JsonObject, Exit]:
+    """What `dpo train` prints, whose processes this one is not; what ends it is raised."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "config.json"
+        if not isinstance(config, str):
+            file.write_text(json.dumps(config, default=os.fspath), encoding="utf-8")
+        named = {"--overwrite": overwrite, "--resume": resume}
+        words = [config if isinstance(config, str) else str(file), *overrides]
+        words += [name for name, is_given in named.items() if is_given]
+        code, document = dpo(["train", *words])
+    if problems := document.get("problems"):
+        raise InvalidInput([problem_of_json(problem) for problem in problems])
+    if "run_dir" not in document:
+        failure = DpoError(document.get("error", f"the processes ended with {code}"), document.get("fix"))
+        failure.exit_code = Exit(code) if code in list(Exit) else Exit.FAILED
+        raise failure
+    return document, Exit(code)
 
 
 def _overrides(values: Mapping[str, object]) -> list[str]:

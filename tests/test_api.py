@@ -42,6 +42,18 @@ def test_a_notebook(
         dpo_cli.train(config)
 
 
+def test_a_training_in_two_processes(
+    tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = values(tmp_path, tiny_model_dir, pairs_file)
+    run = dpo_cli.train(config, num_processes=2)
+    assert (run.exit_code, run.summary.status, run.summary.steps) == (Exit.DONE, "completed", 2)
+    plan = json.loads((run.run_dir / "plan.json").read_text(encoding="utf-8"))
+    assert plan["config"]["num_processes"] == 2 and capfd.readouterr().out == ""
+    with pytest.raises(InvalidInput, match="holds a run"):
+        dpo_cli.train(config, num_processes=2)
+
+
 def test_what_is_wrong_is_raised_or_returned(tmp_path: Path) -> None:
     found = dpo_cli.validate({"dataset": str(tmp_path / "gone.jsonl"), "model_name": "m", "beta": -1})
     assert not found.ok and {"dataset", "beta"} <= {problem.key for problem in found.problems}

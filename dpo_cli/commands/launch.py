@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from dpo_cli.commands.own_process import SIGNALS, command
-from dpo_cli.config.config import load_stages
+from dpo_cli.config.config import ConfigLike, load_stages
 from dpo_cli.errors import Exit, UsageError
 from dpo_cli.hardware.machine import probe
 from dpo_cli.storage.processes import cores
@@ -30,7 +30,7 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 30.0  # after the end of one process, for the others: the first one may still write why
 
 
-def processes_of(config: str, overrides: Sequence[str]) -> int:
+def processes_of(config: ConfigLike, overrides: Sequence[str]) -> int:
     """The number of processes that a config asks for; 1 for a process that a launcher has started, or a faulty config.
 
     `UsageError` if its stages differ.

@@ -195,7 +195,7 @@ def _best(request: Request) -> Recommendation:
             steps.append(f"to fit, the training uses micro-batches of {settings.batch}; the pairs per step stay the same")
         if request.gpus > 1:
             reasons.append(
-                f"{request.gpus} cards share the pairs of each step; each holds the whole model, and the bill is for one"
+                f"{request.gpus} cards share the pairs of each step; each holds the whole model: the bill is for one"
             )
         if request.longest is not None:
             billed, limit = min(request.longest, values.max_seq_length), values.max_seq_length
