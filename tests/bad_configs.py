@@ -387,7 +387,7 @@ RULES = [
         '"num_processes": "auto", "rounds": 2, "augment": {"rank": "shorter"}',
         '"rounds": null',
     ),
-    warning("idle-processes", "num_processes", '"num_processes": 64, "gradient_accumulation_steps": 4', "lower num_processes"),
+    warning("idle-processes", "num_processes", '"num_processes": 64, "gradient_accumulation_steps": 4', '"num_processes": 32'),
     Case("bad-value", "num_processes", '"num_processes": "all"', "one for each visible GPU"),
     Case("reward-missing", "reward_model", '"stages": [{"strategy": "rlhf"}]', '"reward_functions": ["shorter"]', None),
     Case("reward-model-missing", "reward_model", rlhf('"reward_model": "nowhere"'), "may remove the key", FIRST + 1),

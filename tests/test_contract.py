@@ -120,7 +120,7 @@ def found(place: Path, dpo: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
 ADDED = {  # keys of later versions
     *("row_tokens", "reference_from_cache", "full_determinism", "compare", "longest_prompt", "reward_model"),
     *("reward_functions", "rl_algorithm", "num_generations", "temperature", "num_iterations", "epsilon"),
-    *("rounds", "score", "scores", "prompts_file"),
+    *("rounds", "score", "scores", "prompts_file", "ddp_timeout", "processes"),
 }
 ADDED_FILES = ("reference.json", "reference.safetensors")  # of a checkpoint
 

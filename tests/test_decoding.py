@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dpo_cli.errors import RunFailed
 from dpo_cli.evaluation import decoding, generation
-from dpo_cli.evaluation.decoding import RoomyLayer, drawing, drawn_tokens, fast_decoding, roomy_cache
+from dpo_cli.evaluation.decoding import Drawing, RoomyLayer, drawn_tokens, fast_decoding, points_for, roomy_cache
 from dpo_cli.evaluation.generation import Sampling
 from dpo_cli.scoring import lora_linear, shared_prompts
 from dpo_cli.scoring.lora_linear import fuse
@@ -308,7 +308,7 @@ def test_tokens_are_drawn_by_their_probability(vocabulary: int) -> None:
     scores = torch.randn(vocabulary) * 2
     scores[1:5] = -torch.inf
     expected, count = scores.double().softmax(-1), 100_000
-    drawn = torch.bincount(drawn_tokens(scores.expand(count, -1)), minlength=vocabulary)
+    drawn = torch.bincount(drawn_tokens(scores.expand(count, -1), points_for(count, 1)[:, 0]), minlength=vocabulary)
     assert drawn.shape == (vocabulary,) and not drawn[1:5].any()
     square = ((drawn - count * expected) ** 2 / (count * expected).clamp(min=1e-300)).sum()  # of Pearson, about normal
     freedom = vocabulary - 5
@@ -322,9 +322,7 @@ def test_a_rare_token_is_not_lost_after_many_likely_ones() -> None:
     point = 1 - 1e-9
     rows = scores.softmax(-1)
     assert rows.cumsum(-1)[0, -1] == rows.cumsum(-1)[0, 359]  # in float32
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", lambda *size, dtype: torch.full(size, point, dtype=dtype))
-        assert 360 <= int(drawn_tokens(scores)[0]) < 1000
+    assert 360 <= int(drawn_tokens(scores, torch.full((1, 2), point, dtype=torch.float64))[0]) < 1000
 
 
 @pytest.mark.parametrize("vocabulary", [128, 130])
@@ -333,15 +331,16 @@ def test_no_token_is_drawn_from_scores_that_are_not_finite(wrong: float, vocabul
     scores = torch.zeros(3, vocabulary)
     scores[1, slice(None) if wrong < 0 else 5] = wrong
     with pytest.raises(RunFailed, match="not finite"):
-        drawn_tokens(scores)
+        drawn_tokens(scores, points_for(3, 1)[:, 0])
 
 
 def test_each_row_has_a_token_of_its_own_scores() -> None:
     wanted = torch.randperm(130)[:40]
     scores = torch.full((40, 130), -torch.inf).scatter(1, wanted[:, None], 3.0)
-    assert drawn_tokens(scores).equal(wanted)
-    _, processors = drawing(0.5, 0.9, torch.device("cpu"))
-    assert processors(torch.zeros(40, 1), scores).argmax(-1).equal(wanted)
+    assert drawn_tokens(scores, points_for(40, 1)[:, 0]).equal(wanted)
+    drawing = Drawing(0.5, 0.9, points_for(40, 1))
+    drawing.next_are(range(40), width=1)
+    assert drawing.processors(torch.zeros(40, 1), scores).argmax(-1).equal(wanted)
 
 
 @pytest.mark.parametrize(
@@ -351,7 +350,8 @@ def test_each_row_has_a_token_of_its_own_scores() -> None:
 def test_temperature_and_top_p_come_before_the_draw(temperature: float, top_p: float, shares: list[float]) -> None:
     torch.manual_seed(0)
     scores = torch.tensor([0.5, 0.3, 0.2]).log().expand(50_000, -1)
-    settings, processors = drawing(temperature, top_p, torch.device("cpu"))
-    drawn = torch.bincount(processors(torch.zeros(50_000, 1), scores).argmax(-1), minlength=3) / 50_000
-    assert not settings and not drawn[torch.tensor(shares) == 0].any()
+    drawing = Drawing(temperature, top_p, points_for(50_000, 1))
+    drawing.next_are(range(50_000), width=1)
+    drawn = torch.bincount(drawing.processors(torch.zeros(50_000, 1), scores).argmax(-1), minlength=3) / 50_000
+    assert not drawn[torch.tensor(shares) == 0].any()
     torch.testing.assert_close(drawn, torch.tensor(shares), rtol=0, atol=0.012)  # five times the spread of a share

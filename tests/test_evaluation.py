@@ -362,9 +362,9 @@ def test_kl_sequence_is_that_of_the_answers_that_were_sampled(
     asked, made = [], []
     answers, sequence_kl = evaluation.answers, evaluation.sequence_kl
 
-    def watched(model: Any, tokenizer: Any, prompts: Any, *rest: Any) -> Any:
+    def watched(model: Any, tokenizer: Any, prompts: Any, *rest: Any, **named: Any) -> Any:
         asked.extend(prompts)
-        made.extend(found := answers(model, tokenizer, prompts, *rest))
+        made.extend(found := answers(model, tokenizer, prompts, *rest, **named))
         return found
 
     def with_dice(*args: Any) -> Any:

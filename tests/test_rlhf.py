@@ -128,7 +128,7 @@ def test_more_rows_give_the_same_step(rlhf: Run, algorithm: str, monkeypatch: py
     monkeypatch.setattr(policy_trainer, "rows_of", lambda samples, budget: cut(samples, 1))
     apart = lines(rlhf(**options)[1], "train")[0]
     for name in ("loss", "grad_norm", "reward", "entropy", "kl_sampled"):
-        assert apart[name] == pytest.approx(once[name], rel=1e-4, abs=1e-6), name
+        assert apart[name] == pytest.approx(once[name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize(("base", "ours"), [(RLOOTrainer, "rloo"), (GRPOTrainer, "grpo")])

@@ -92,7 +92,13 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "every weight": {"lora_r": 0, "learning_rate": 1e-3},
     "sft": {"strategy": "sft"},
     "reward": {"strategy": "reward"},
-    "rlhf": {"strategy": "rlhf", "reward_functions": ["shorter"], "num_generations": 2, "num_iterations": 2},
+    "rlhf": {
+        "strategy": "rlhf",
+        "reward_functions": [{"rank": "regex", "pattern": "[a-e]"}],
+        "num_generations": 2,
+        "num_iterations": 2,
+        "max_new_tokens": 2,
+    },
 }
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dpo_cli.commands import round_sampling
@@ -84,7 +85,8 @@ def _trained(
     """The stages, one after the other."""
     machine = replace(probe(), processes=world.local_size)
     fetch_data(stages, console)
-    inspections, plans = _inspections(stages, machine, dry_run, may_exist=overwrite or dry_run or resume, may_resume=resume)
+    may_exist = overwrite or dry_run or resume
+    inspections, plans = world.together(lambda: _inspections(stages, machine, dry_run, may_exist, may_resume=resume))
     for name in dict.fromkeys(plan.model.foundation for plan in plans):
         require(name)
     composer = composer_for([plan.config for plan in plans])
@@ -101,7 +103,8 @@ def _trained(
             next_run = next((run for later, run in zip(stages, started, strict=True) if run and _uses(later, loaded)), None)
             _tell_part(loaded, stages[-1], console)
             ready = loaded.on_foundation() if dry_run and not (resume and _has_its_start(loaded)) else loaded
-            inspection = inspections.popleft() or inspected(ready, machine)  # removed here, since it holds the rows
+            # Removed here, since it holds the rows.
+            inspection = inspections.popleft() or world.together(partial(inspected, ready, machine))
             sampled: JsonObject = {}
             if loaded.round and (of_round := _round(ready, inspection, console, overwrite, dry_run)) is not None:
                 ready, sampled = of_round.loaded, {"sampled": of_round.sampled}

@@ -7,6 +7,7 @@ It reads with `.get`, because a value that failed the schema is absent.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -220,10 +221,9 @@ def processes_have_pairs(values: Values, given: Values) -> Iterator[Problem]:
     names = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
     processes, batch, accumulation = (values.get(name) for name in names)
     if isinstance(processes, int) and batch and accumulation and processes > batch * accumulation:
-        message = (
-            f"a step has {batch * accumulation} rows of the data, so that {processes - batch * accumulation} processes idle"
-        )
-        fix = "raise gradient_accumulation_steps, or lower num_processes"
+        rows = batch * accumulation
+        message = f"a step has {rows} rows of the data, so that {processes - rows} of {processes} processes have nothing to do"
+        fix = f'write "num_processes": {rows}, or "gradient_accumulation_steps": {math.ceil(processes / batch)}'
         yield Problem("warning", "idle-processes", message, fix, "num_processes")
 
 

@@ -142,7 +142,8 @@ class Drawn(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (n, vocabulary) from those of the model; of `input_ids` (n, tokens) only the width is read."""
-        points = self.points[self.rows, input_ids.shape[1] - self.width]
+        points = self.points[:, input_ids.shape[1] - self.width]
+        points = torch.stack([points[row] for row in self.rows])
         return torch.zeros_like(scores).scatter_(1, drawn_tokens(scores, points)[:, None].to(scores.device), 1.0)
 
 

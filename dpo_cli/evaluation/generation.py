@@ -112,7 +112,9 @@ def generate(
     for room in sorted({room for room in rooms if room > 0}, reverse=True):
         places = [place for place, own in enumerate(rooms) if own == room]
         asked, limited = [prompts[place] for place in places], replace(sampling, max_new_tokens=room)
-        own = points.view(len(prompts), count, -1, 2)[places].flatten(0, 1) if points is not None else None
+        own = None
+        if points is not None:
+            own = torch.cat([points[place * count : (place + 1) * count] for place in places])
         batch = _batch(model, tokenizer, asked, limited, dtype, count, work, memory, own)
         for place, answers_to_one in zip(places, batch, strict=True):
             results[place] = answers_to_one
@@ -350,7 +352,11 @@ def answers(
 
             def answered(batch: list[int]) -> list[list[Answer]]:
                 work.done = len(written)  # a batch that was out of memory has counted too
-                asked, drawn = [prompts[place] for place in batch], points[batch] if points is not None else None
+                asked = [prompts[place] for place in batch]
+                drawn = torch.stack([points[place] for place in batch]) if points is not None else None
+                    [prompts[place] for place in batch],
+                    torch.stack([points[place] for place in batch]) if points is not None else None,
+                )
                 return generate(model, tokenizer, asked, sampling, dtype, work=work, memory=room, points=drawn)
 
             for batch, of_batch in in_halves(own, answered, list_halves):
