@@ -22,14 +22,6 @@ OPTIONS = {
     "lora_dropout": 0.1, "save_steps": 1, "max_steps": 40, "eval_split": 0.25, "eval_steps": 10, "kl_prompts": 2,
     "ddp_timeout": 20,
 }  # fmt: skip
-    "lora_dropout": 0.1,
-    "save_steps": 1,
-    "max_steps": 40,
-    "eval_split": 0.25,
-    "eval_steps": 10,
-    "kl_prompts": 2,
-    "ddp_timeout": 20,
-}
 
 
 def rank_kills(bench: Bench, count: int, seed: int = 0) -> Outcome:

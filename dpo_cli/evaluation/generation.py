@@ -354,9 +354,6 @@ def answers(
                 work.done = len(written)  # a batch that was out of memory has counted too
                 asked = [prompts[place] for place in batch]
                 drawn = torch.stack([points[place] for place in batch]) if points is not None else None
-                    [prompts[place] for place in batch],
-                    torch.stack([points[place] for place in batch]) if points is not None else None,
-                )
                 return generate(model, tokenizer, asked, sampling, dtype, work=work, memory=room, points=drawn)
 
             for batch, of_batch in in_halves(own, answered, list_halves):
