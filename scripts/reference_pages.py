@@ -183,6 +183,7 @@ def _option(option: Option) -> str:
         "Strategies": ", ".join(option.strategies),
         "Source": option.source,
         "Names in other tools": ", ".join(f"`{name}`" for name in option.known_as),
+        "Status": option.not_yet_words,
         "Resume": f"`dpo train --resume` accepts another value{where}" if free else "",
     }
     listed = "\n".join(f"- {name}: {words}" for name, words in facts.items() if words)

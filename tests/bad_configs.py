@@ -379,6 +379,7 @@ RULES = [
     Case("too-few-responses", "augment", '"augment": {"responses": 3, "pairs_per_prompt": 4}', 'raise "responses"'),
     Case("augment-too-long", "augment", '"max_seq_length": 256,\n  "augment": {}', 'raise "max_seq_length"', FIRST + 1),
     warning("no-effect", "augment", '"augment": {"rank": "shorter", "pattern": "yes"}', 'write "rank": "regex"'),
+    warning("not-yet", "revision", '"revision": "v1"', '"revision": null'),
     Case("one-process", "num_processes", '"num_processes": 2, "provider": "unsloth"', '"provider": "huggingface"'),
     Case("one-process", "num_processes", '"num_processes": 2, "loss_type": "aot"', '"loss_type": "sigmoid"'),
     Case(
@@ -387,7 +388,7 @@ RULES = [
         '"num_processes": "auto", "rounds": 2, "augment": {"rank": "shorter"}',
         '"rounds": null',
     ),
-    warning("idle-processes", "num_processes", '"num_processes": 64, "gradient_accumulation_steps": 4', '"num_processes": 32'),
+    warning("idle-processes", "num_processes", '"num_processes": 64, "gradient_accumulation_steps": 4', '"num_processes": 8'),
     Case("bad-value", "num_processes", '"num_processes": "all"', "one for each visible GPU"),
     Case("reward-missing", "reward_model", '"stages": [{"strategy": "rlhf"}]', '"reward_functions": ["shorter"]', None),
     Case("reward-model-missing", "reward_model", rlhf('"reward_model": "nowhere"'), "may remove the key", FIRST + 1),

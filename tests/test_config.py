@@ -47,6 +47,8 @@ def test_every_option_declares_all_that_is_asked_of_it(option: Option) -> None:
     )
     for other, wanted in option.needs.items():
         assert all(Draft202012Validator(options()[other].rule).is_valid(value) for value in wanted)
+    if isinstance(not_yet := option.rule.get("x-not-yet"), list):
+        assert all(map(is_valid, not_yet)) and option.works(option.default())
     bounded = {"integer", "number"} & set(
         [option.rule["type"]] if isinstance(option.rule.get("type"), str) else option.rule.get("type", [])
     )

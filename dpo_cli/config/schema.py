@@ -140,6 +140,17 @@ class Option:
         return json.dumps(self.default()) + (f" ({others})" if others else "")
 
     @property
+    def not_yet_words(self) -> str:
+        """The values that this version does not support, in words; empty if it supports all."""
+        not_yet = self.rule.get("x-not-yet", [])
+        return "not in this version yet" if not_yet is True else f"not yet: {', '.join(not_yet)}" if not_yet else ""
+
+    def works(self, value: object) -> bool:
+        """Whether this version supports the value."""
+        not_yet = self.rule.get("x-not-yet", [])
+        return same(value, self.rule.get("default")) if not_yet is True else value not in not_yet
+
+    @property
     def type_words(self) -> str:
         """What a value may be, in words: "an integer from 1 to 4,096"."""
         if "x-words" in self.rule:
@@ -208,5 +219,5 @@ def options_help(width: int) -> str:
             if option.group == group:
                 only = f"; {', '.join(option.strategies)} only" if len(option.strategies) < len(STRATEGIES) else ""
                 parts.append(wrapped(f"{option.name}: {option.type_words}; default {option.default_words}{only}", 3))
-                parts.append(wrapped(option.description, 7))
+                parts.append(wrapped(option.description + (f" ({option.not_yet_words})" if option.not_yet_words else ""), 7))
     return "\n".join(parts) + "\n"

@@ -31,6 +31,13 @@ def value_problems(given: Mapping[str, object]) -> Iterator[Found]:
         if error.absolute_path and (path := tuple(error.absolute_path)) not in wrong:  # others are reported by name
             wrong.add(path)
             yield path, _bad_value(str(path[0]), error, given)
+    sound = [option for name, option in options().items() if name in given and name not in {path[0] for path in wrong}]
+    for option in sound:
+        if not option.works(given[option.name]):
+            shown = json.dumps(given[option.name], ensure_ascii=False)
+            message = f'this version does not support "{option.name}": {shown} yet'
+            fix = f'remove the key, or write "{option.name}": {json.dumps(option.rule.get("default"))}'
+            yield (option.name,), Problem("warning", "not-yet", message, fix, option.name, stops_training=True)
 
 
 def missing(given: Mapping[str, object]) -> Iterator[Problem]:
