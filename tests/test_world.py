@@ -226,6 +226,52 @@ def test_other_rows_on_another_machine_end_all(config: Config, tmp_path: Path) -
     assert not (tmp_path / "run").exists() and said[1] == ""
 
 
+@pytest.fixture
+def machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces that stand for two machines, 10.77.0.1 and 10.77.0.2, connected by a cable."""
+    names = [f"dpo-{os.getpid()}-{end}" for end in (1, 2)]
+    ends = [f"dpo{end}p{os.getpid() % 100_000}" for end in (1, 2)]
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True, capture_output=True)
+        subprocess.run(["ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1]], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+        pytest.skip("this user may not make network namespaces")
+    for number, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+        for words in (
+            ["link", "set", end, "netns", name],
+            ["-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", end],
+            ["-n", name, "link", "set", "lo", "up"],
+            ["-n", name, "link", "set", end, "up"],
+        ):
+            subprocess.run(["ip", *words], check=True)
+    yield names[0], names[1]
+    for name in names:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.mark.long
+def test_a_machine_that_vanishes_ends_the_other_which_resumes(config: Config, machines: tuple[str, str]) -> None:
+    path = config("apart", **LONG, ddp_timeout=8)
+    about = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29612"}
+    nodes = []
+    for rank, name in enumerate(machines):
+        words = ["ip", "netns", "exec", name, sys.executable, "-m", "dpo_cli", "train", str(path)]
+        own = {**os.environ, **about, "RANK": str(rank)}
+        nodes.append(subprocess.Popen(words, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    wait_for_step(path.with_suffix(""), 8)
+    end = f"dpo2p{os.getpid() % 100_000}"
+    subprocess.run(["ip", "-n", machines[1], "link", "set", end, "down"], check=True)
+    said = [node.communicate(timeout=60)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [Exit.FAILED, Exit.FAILED]
+    assert "another of the 2 processes has ended, or gave no sign of life for 8 seconds" in said[0]
+    assert "Traceback" not in said[0] + said[1]
+    done = dpo("train", path, "--resume")
+    assert done.returncode == 0 and "resuming from step-" in done.stdout + done.stderr
+
+
 def test_the_place_of_a_process() -> None:
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
     srun = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_TASKS_PER_NODE": "4(x2)"}
