@@ -159,7 +159,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train an adapter; CONFIG may be the plan.json of an earlier run."""
-    with session(as_json, debug) as console:
+    with session(as_json, debug, is_shared=True) as console:
         from dpo_cli.commands.launch import processes_of, train_in_processes
         from dpo_cli.commands.train_stages import train_stages
 

@@ -16,7 +16,7 @@ A `Problem` is one finding about the user's input. Errors stop, warnings and hin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal
 
@@ -104,6 +104,10 @@ class DpoError(Exception):
         """As it leaves another process."""
         return type(self), (self.message, self.fix)
 
+    def of(self, where: str) -> DpoError:
+        """The same error with the name of the process that it comes from."""
+        return type(self)(f"{where}: {self.message}", self.fix)
+
 
 class UsageError(DpoError):
     exit_code = Exit.USAGE
@@ -118,6 +122,9 @@ class InvalidInput(DpoError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.problems,)
+
+    def of(self, where: str) -> DpoError:
+        return type(self)([replace(problem, message=f"{where}: {problem.message}") for problem in self.problems])
 
 
 def invalid(

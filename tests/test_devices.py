@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 from dpo_cli.app import app
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.state_io import random_state, random_state_kept, set_random_state
+from dpo_cli.storage.world import ALONE
 from dpo_cli.training import dpo_trainer, sft_trainer
-from dpo_cli.training.trainer import on_one_device
+from dpo_cli.training.trainer import of_process
 
 
 @pytest.mark.parametrize("arguments", [dpo_trainer.trainer_arguments, sft_trainer.trainer_arguments])
@@ -38,7 +39,7 @@ def test_one_process_uses_one_device(
     monkeypatch.setattr(sft_trainer, "common_arguments", on_gpus)
     theirs = arguments(plan)
     assert (theirs.n_gpu, theirs.train_batch_size) == (gpus, 2 * max(1, gpus))
-    ours = on_one_device(theirs)
+    ours = of_process(theirs, ALONE)
     assert (ours.n_gpu, ours.train_batch_size, ours.eval_batch_size) == (
         min(1, gpus),
         2,

@@ -154,7 +154,7 @@ def resumed_as_alone(config: Path, alone: Path) -> None:
     assert both[0] == both[1]
 
 
-@pytest.mark.parametrize("rank", [0, 1], ids=["the first", "the second"])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long, id="the first"), pytest.param(1, id="the second")])
 def test_all_end_with_a_killed_process_and_resume_to_the_same_bits(config: Config, rank: int) -> None:
     alone, stopped = trained(config("alone", **LONG), processes=2), config("stopped", **LONG)
     launcher = started(stopped)
@@ -171,6 +171,7 @@ def test_all_end_with_a_killed_process_and_resume_to_the_same_bits(config: Confi
     resumed_as_alone(stopped, alone)
 
 
+@pytest.mark.long
 def test_a_signal_to_the_launcher_saves_and_its_death_ends_all(config: Config) -> None:
     alone, stopped = trained(config("alone", **LONG), processes=2), config("stopped", **LONG)
     run = stopped.with_suffix("")
@@ -189,6 +190,41 @@ def test_a_signal_to_the_launcher_saves_and_its_death_ends_all(config: Config) -
     while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+    resumed_as_alone(stopped, alone)
+
+
+def test_a_signal_in_an_evaluation_ends_all_at_one_place(config: Config) -> None:
+    """The first process gets it in its part of the evaluation of step 3; nobody waits for another."""
+    options = {"report_to": ["tensorboard"]}
+    stopped = config("stopped", ddp_timeout=20, **options)
+    code = """
+import os, signal, sys
+from dpo_cli.evaluation import metrics
+score, seen = metrics._score, []
+def slow(*arguments):
+    seen.append(1)
+    if len(seen) == 4 and os.environ["RANK_OF_TEST"] == "0":
+        os.kill(os.getpid(), signal.SIGINT)
+    return score(*arguments)
+metrics._score = slow
+from dpo_cli.__main__ import main
+sys.argv = ["dpo", *sys.argv[1:]]
+main()
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        about = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    nodes = []
+    for rank in (0, 1):
+        own = {**os.environ, **about, "RANK": str(rank), "LOCAL_RANK": str(rank), "RANK_OF_TEST": str(rank)}
+        words = [sys.executable, "-c", code, "train", str(stopped)]
+        nodes.append(subprocess.Popen(words, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    said = [node.communicate(timeout=90)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [Exit.SIGINT, Exit.SIGINT], said
+    assert "interrupted after step" in said[0] and "error" not in said[1]
+    run = stopped.with_suffix("")
+    assert len([*(run / "tensorboard").glob("*")]) == 1
+    alone = trained(config("alone", **options), processes=2)
     resumed_as_alone(stopped, alone)
 
 

@@ -30,9 +30,12 @@ SHOWN = 80  # characters of a name that is too long
 
 
 @contextmanager
-def session(as_json: bool, debug: bool) -> Iterator[Console]:
-    """The console of one command; whatever is raised becomes a message and an exit code."""
-    with console_of(as_json) as console, _reported(console, debug):
+def session(as_json: bool, debug: bool, is_shared: bool = False) -> Iterator[Console]:
+    """The console of one command; whatever is raised becomes a message and an exit code.
+
+    A command that is shared by several processes is shown by the first one.
+    """
+    with console_of(as_json, is_shared) as console, _reported(console, debug):
         if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while modules and commands were loaded (__main__.py)
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _require_folder()
@@ -40,15 +43,14 @@ def session(as_json: bool, debug: bool) -> Iterator[Console]:
 
 
 @contextmanager
-def console_of(as_json: bool) -> Iterator[Console]:
+def console_of(as_json: bool, is_shared: bool = False) -> Iterator[Console]:
     """A console that redacts secrets; with `as_json` what libraries print goes to standard error too (trackio prints)."""
     ask_nobody()
-    place = Place.of(os.environ)
     with redirect_stdout(cast(TextIO, Redacted(sys.stdout))), redirect_stderr(cast(TextIO, Redacted(sys.stderr))):
-        is_follower = place is not None and place.rank > 0
-        console = Console.of_follower(place) if place is not None and is_follower else Console(as_json)
-        quiet = redirect_stdout(console.out.file) if is_follower else redirect_stdout(sys.stderr) if as_json else nullcontext()
-        with quiet, console.progress:
+        follower = Place.of_follower(os.environ) if is_shared else None
+        console = Console(as_json) if follower is None else Console.of_follower(follower)
+        other = sys.stderr if as_json else console.out.file if follower is not None else None
+        with redirect_stdout(other) if other is not None else nullcontext(), console.progress:
             yield console
 
 
@@ -70,11 +72,12 @@ def _reported(console: Console, debug: bool) -> Iterator[None]:
 
 
 def _stopped(interrupt: KeyboardInterrupt, console: Console) -> typer.Exit:
-    """The exit after a signal, which is reported; its code is that of the signal that stopped a training."""
+    """The exit after a signal, which the first process reports; its code is that of the signal that stopped a training."""
     stopped = DpoError("stopped before the end", getattr(interrupt, "__notes__", [AGAIN])[-1])
     stopped.exit_code = Exit(interrupt.args[0]) if interrupt.args else Exit.SIGINT
     console.break_line()  # after the ^C of the terminal
-    console.error(stopped)
+    if not console.is_of_follower:
+        console.error(stopped)
     return typer.Exit(int(stopped.exit_code))
 
 

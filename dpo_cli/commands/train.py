@@ -261,10 +261,12 @@ def _trained(job: Job, plan: Plan) -> tuple[JsonObject, Exit]:
         training = _built(job, plan, view, stop)
         with _fitting(training.plan, job.loaded):
             _begun(job, training, view)
+            stop.received = job.world.same(lambda: stop.received)
             if not training.is_over:
                 with _kept_when_trained(job, training):
                     training.keep.train()
         seconds = time.monotonic() - training.keep.start
+        stop.received = job.world.same(lambda: stop.received)  # a signal after the last step
     return _concluded(job, training, seconds)
 
 
@@ -310,7 +312,7 @@ def _built(job: Job, plan: Plan, view: LiveView, stop: StopOnSignal) -> Training
 
     def evaluate(policy: Policy) -> dict[str, float]:
         measured.clear()
-        with world.guarded(stop.interruptible):
+        with stop.evaluating(world):
             now = measure(policy, rows.held_out, tokenizer, plan, rank.absolute if rank is not None else None)
             health.see_held_out(now.rewards.tolist())
             now = without_rounding(policy, rows.held_out, tokenizer, plan, now, console.line)
@@ -408,22 +410,26 @@ def _concluded(job: Job, training: Training, seconds: float) -> tuple[JsonObject
         last = training.measured.get(early.best_step or steps)
         held_out = rows.held_out if can_be_judged else []
         judged = _judged(trainer.policy, held_out, rows.tokenizer, plan, last, training.rank, console.line)
-    if not job.world.is_main:
-        return {}, code
-    summary = replace(summary, sides=judged.sides)
+    reported = job.world.same(lambda: _reported(job, training, replace(summary, sides=judged.sides), judged, code))
+    return reported, code
+
+
+def _reported(job: Job, training: Training, summary: RunSummary, judged: Evaluation, code: Exit) -> JsonObject:
+    """Write and show what a training has ended with."""
+    run, console, plan, steps = job.run, job.console, training.plan, training.step
     if judged.sides is not None:
         keep_evaluation(run, judged, job.basis)
     run.write_card(card(plan, steps, judged))
     run.write_json(SUMMARY, to_json(summary))
-    if can_be_judged:
+    if not training.stop.received and training.health.can_be_judged:
         console.judgement(judged, [], plan.strategy, start_of(plan.model, plan.config.reference))
-    console.line(f"{status} after step {steps}; {run.trained.name}: {run.trained}")
-    if status == "interrupted":
+    console.line(f"{summary.status} after step {steps}; {run.trained.name}: {run.trained}")
+    if summary.status == "interrupted":
         console.line(TO_RESUME)
     console.line(f"report: {write_report(run.path)}")  # the last file of a run, made from the others
     if plan.config.push_to_hub and plan.config.hub_model_id and code is Exit.DONE:
         console.line(f"uploaded to {push(run.trained, plan.config.hub_model_id)}")
-    return {**to_json(summary), "run_dir": str(run.path)}, code
+    return {**to_json(summary), "run_dir": str(run.path)}
 
 
 def _check_reference(job: Job, training: Training) -> None:
@@ -453,7 +459,8 @@ def _check_reference(job: Job, training: Training) -> None:
         job.console.line(
             f"reference: the log-probs of {recalled} of {len(rows.train)} pairs come from the cache of earlier runs"
         )
-        run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
+        if job.world.is_main:
+            run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from dpo_cli.commands import round_sampling
 from dpo_cli.commands.session import composer_for
 from dpo_cli.config.config import ConfigLike, Loaded, load_stages
 from dpo_cli.config.rounds import rounds_of
+from dpo_cli.config.rules import several_processes_can_share
 from dpo_cli.data.dataset import hub_ids
 from dpo_cli.data.hub_datasets import fetch
 from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
@@ -64,6 +65,8 @@ def _joined(stages: Sequence[Loaded]) -> Iterator[World]:
             fix = "remove num_processes: whoever starts the processes says how many there are"
             raise InvalidInput([loaded.placed(Problem("error", "other-processes", message, fix, "num_processes"))])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what a lost connection means is said by dpo
+    if any(config.device != "cpu" for config in configs):
+        place.take_card()
     composer_for(configs)
     world = Processes(place, max(config.ddp_timeout for config in configs))
     yield world
@@ -74,9 +77,10 @@ def _in_world(loaded: Loaded, world: World) -> Loaded:
     """The config with the number of processes that there are."""
     if world.size == 1 or loaded.config is None:
         return loaded
-    count: dict[str, object] = {"num_processes": world.size}
-    known = loaded.config.replaced(count)
-    return replace(loaded, values={**loaded.values, **count}, config=known)
+    values = {**loaded.values, "num_processes": world.size, **({"rounds": loaded.rounds} if loaded.round else {})}
+    if problems := list(several_processes_can_share(values, values)):
+        raise InvalidInput([loaded.placed(problem) for problem in problems])
+    return replace(loaded, values=values, config=loaded.config.replaced({"num_processes": world.size}))
 
 
 def _trained(

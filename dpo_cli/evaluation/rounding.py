@@ -7,7 +7,7 @@ are rounded differently, and a log-ratio is a sum over all tokens and layers of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -87,7 +87,8 @@ def without_rounding(
         return measured
     tell(f"the rows are scored again in float32: rounding in {plan.dtype} is more than a tenth of the margin {margin:.2g}")
     try:
-        with in_float32(policy.network):
+        with ExitStack() as changed:
+            policy.world.together(lambda: changed.enter_context(in_float32(policy.network)))  # all of them, or none
             exact = score(policy, rows, tokenizer, plan, torch.float32)
     except RuntimeError as error:
         if not is_out_of_memory(error):

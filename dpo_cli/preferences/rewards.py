@@ -31,7 +31,8 @@ class SummedRewards:
         if config.reward_model is not None:
             functions.insert(0, {"rank": "reward", "reward_model": config.reward_model, "weight": 1.0})
         dtype = getattr(torch, plan.dtype)
-        parts = [(one["weight"], ranking({**defaults, **one}, config.device, dtype, plan.day)) for one in functions]
+        needed = functions if world.is_main else []
+        parts = [(one["weight"], ranking({**defaults, **one}, config.device, dtype, plan.day)) for one in needed]
         return cls(parts, any(one["rank"] in RELATIVE for one in functions), world)
 
     @property

@@ -270,6 +270,18 @@ class FollowedRun(RunDirectory):
     def append_line(self, line: Mapping[str, object]) -> None:
         pass
 
+    def clear(self) -> None:
+        pass
+
+    def forget_end(self) -> None:
+        pass
+
+    def write_card(self, text: str) -> None:
+        pass
+
+    def write_rows(self, name: str, text: str) -> None:
+        pass
+
     def try_to_write(self, save: Callable[[Path], object]) -> None:
         pass
 

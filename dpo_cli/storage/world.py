@@ -10,12 +10,14 @@ not see that: for them each process is alone, because the rows of a step are div
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import signal
 import socket
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,14 +31,21 @@ T = TypeVar("T")
 Guard = Callable[[], AbstractContextManager[None]]
 
 AUTO = "auto"  # value of num_processes: one for each GPU
-STORE = "DPO_STORE"  # variable: the descriptor of the socket that the first process serves, made by commands/launch.py
+STORE = (
+    "DPO_STORE"  # variable of commands/launch.py: the descriptor of the socket that the first process serves; empty in others
+)
 PORT = "29500"  # torch's own default
 # Variables of torchrun, and of srun: rank, size, and the rank among the processes of one machine.
 LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
-# By these accelerate and transformers would divide batches again.
-SEEN_BY_LIBRARIES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE")
+# By these accelerate and transformers would divide batches again, or choose another precision.
+SEEN_BY_LIBRARIES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"),
+)
 ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
 UNEXPECTED_FIX = "train.log and --debug have the traceback"
+REPORTED = "is_reported"  # mark of an error that the first process shows
+SMALL = 1 << 24  # elements: larger tensors are exchanged alone, without a copy
 LOST_FIX = "see its own message, if there is one, and continue with --resume"
 
 
@@ -75,7 +84,7 @@ class World:
             yield
 
     def leave(self) -> None:
-        """The end of the training."""
+        """The end of all trainings of this process."""
 
 
 ALONE = World()
@@ -104,8 +113,36 @@ class Place:
                 message = f"{names[0]}={rank} and {names[1]}={size} are not the place of a process"
                 raise UsageError(message, f"remove the variables {names[0]} and {names[1]}, or start with torchrun")
             here = re.match(r"\d+", environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_TASKS_PER_NODE") or size)
-            return cls(int(rank), int(size), int(local or rank), int(here[0]) if here else int(size)) if int(size) > 1 else None
+            if int(size) == 1:
+                return None
+            engine = next((name for name in ENGINES if environment.get(name, "").lower() in ("1", "true")), None)
+            if engine is not None:
+                message = f"{engine} is set: a model is not divided over cards"
+                raise UsageError(message, "start with torchrun, or with `accelerate launch --multi_gpu`")
+            return cls(int(rank), int(size), int(local or rank), int(here[0]) if here else int(size))
         return None
+
+    @classmethod
+    def of_follower(cls, environment: Mapping[str, str]) -> Place | None:
+        """The place of a process that is not the first one. Numbers that make no sense are reported later."""
+        with suppress(UsageError):
+            place = cls.of(environment)
+            return place if place is not None and place.rank else None
+        return None
+
+    def take_card(self) -> None:
+        """Show this process only its own card: then it is the first one for every library.
+
+        Before torch is imported, because a library asks CUDA as soon as it is. A launcher that has shown it one card is right.
+        """
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = cards.split(",") if cards else []
+        if cards == "" or len(seen) == 1:
+            return
+        if seen and self.local_rank >= len(seen):
+            message = f"CUDA_VISIBLE_DEVICES names {len(seen)} cards, and this is process {self.local_rank + 1} of its machine"
+            raise UsageError(message, f"start at most {len(seen)} processes for each machine")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[self.local_rank].strip() if seen else str(self.local_rank)
 
 
 @dataclass(frozen=True)
@@ -115,13 +152,16 @@ class Outcome:
     value: Any = None
     error: BaseException | None = None
 
+    trace: str = ""  # of the error, for the log of the first process
+
     @classmethod
     def of(cls, compute: Callable[[], object], guard: Guard) -> Outcome:
+        """Compute it, within `guard`."""
         try:
             with guard():
                 return cls(compute())
         except (Exception, KeyboardInterrupt) as error:  # it is raised in every process, after the exchange
-            return cls(error=error)
+            return cls(error=error, trace=traceback.format_exc())
 
     def sent(self) -> Outcome:
         """As it is sent to other processes: an error of a library, which may hold anything, is its text."""
@@ -129,7 +169,11 @@ class Outcome:
             return self
         if (interrupt := interrupt_behind(self.error)) is not None:
             return Outcome(error=interrupt)
-        return Outcome(error=RunFailed(f"{type(self.error).__name__}: {self.error}", UNEXPECTED_FIX))
+        kind = RuntimeError if isinstance(self.error, RuntimeError) else Exception
+        return Outcome(
+            error=kind(str(self.error) if kind is RuntimeError else f"{type(self.error).__name__}: {self.error}"),
+            trace=self.trace,
+        )
 
 
 class Processes(World):
@@ -145,12 +189,10 @@ class Processes(World):
         if not self.is_main:
             for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides when to stop
                 signal.signal(number, signal.SIG_IGN)
-        _take_card(place.local_rank)
-        self._connect()
-        for name in (*SEEN_BY_LIBRARIES, *ENGINES):
-            os.environ.pop(name, None)
+        self._connect(place)
+        self._hidden = {name: os.environ.pop(name) for name in SEEN_BY_LIBRARIES if name in os.environ}
 
-    def _connect(self) -> None:
+    def _connect(self, place: Place) -> None:
         import torch
         from torch import distributed
 
@@ -161,14 +203,16 @@ class Processes(World):
             message = "MASTER_ADDR is not set: the processes do not know the machine of the first one"
             raise UsageError(message, 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            if variable not in environment and (interface := _interface_to(environment["MASTER_ADDR"])) is not None:
+            interface = _interface_to(environment["MASTER_ADDR"], is_far=place.local_size < self.size)
+            if variable not in environment and interface is not None:
                 environment[variable] = interface
+        environment.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a lost process is an error where it is waited for
         store: Any = None
         if (descriptor := environment.pop(STORE, None)) is not None:
             host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-            served: dict[str, Any] = {"master_listen_fd": int(descriptor)} if self.is_main else {}
+            served: dict[str, Any] = {"master_listen_fd": int(descriptor)} if descriptor else {}
             with self._connected():
-                store = torch._C._distributed_c10d.TCPStore(host, port, self.size, self.is_main, limit, **served)
+                store = distributed.TCPStore(host, port, self.size, self.is_main, limit, **served)  # type: ignore[attr-defined]
         elif "RANK" not in environment:  # srun
             environment["RANK"], environment["WORLD_SIZE"] = str(self.rank), str(self.size)
         with self._connected():
@@ -202,7 +246,11 @@ class Processes(World):
 
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            if tensor.numel() >= SMALL and tensor.is_contiguous():
+                with self._connected():
+                    distributed.all_reduce(tensor)
+            else:
+                kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for same_kind in kinds.values():  # one exchange for many small tensors
             flat = torch.cat([tensor.reshape(-1) for tensor in same_kind])
             with self._connected():
@@ -222,22 +270,34 @@ class Processes(World):
     def leave(self) -> None:
         from torch import distributed
 
-        with self._connected():
+        with suppress(RuntimeError):  # another process may be gone: the training has ended, and nothing is lost
             distributed.barrier()
         distributed.destroy_process_group()
+        os.environ.update(self._hidden)
 
     def _values(self, outcomes: Sequence[Outcome]) -> list[Any]:
-        """The values of all; the first error if there is one, as this process raises it."""
+        """The values of all; the first error if there is one, as this process raises it.
+
+        An interrupt and an error of torch are raised in every process: an evaluation may go on without what is out of memory.
+        """
         failed = next((rank for rank, outcome in enumerate(outcomes) if outcome.error is not None), None)
         if failed is None:
             return [outcome.value for outcome in outcomes]
-        error = outcomes[failed].error
+        error, trace = outcomes[failed].error, outcomes[failed].trace
         assert error is not None
         if isinstance(error, KeyboardInterrupt) or failed == self.rank == 0:
             raise error
-        if self.is_main:
-            raise _named(error, failed, self.size)
-        raise OtherFailed.like(error) from (error if failed == self.rank else None)
+        where = f"process {failed + 1} of {self.size}"
+        if isinstance(error, RuntimeError):
+            named: Exception = RuntimeError(f"{where}: {error}")
+        elif self.is_main:
+            named = error.of(where) if isinstance(error, DpoError) else RunFailed(f"{where}: {error}", UNEXPECTED_FIX)
+        else:
+            named = OtherFailed.like(error)
+        if trace:
+            named.add_note(trace)
+        vars(named)[REPORTED] = not self.is_main
+        raise named
 
     @contextmanager
     def _connected(self) -> Iterator[None]:
@@ -247,22 +307,18 @@ class Processes(World):
         except RuntimeError as error:
             if not self.is_main:
                 raise OtherFailed() from error
-            message = f"another of the {self.size} processes has ended, or gave no sign of life for {self.seconds:g} seconds"
+            why = str(error).partition("\n")[0]
+            message = (
+                f"another of the {self.size} processes has ended, or gave no sign of life for {self.seconds:g} seconds ({why})"
+            )
             raise RunFailed(message, LOST_FIX) from error
 
 
-def _named(error: BaseException, rank: int, size: int) -> DpoError:
-    """An error with the name of the process that it comes from."""
-    assert isinstance(error, DpoError)
-    named = type(error)(*error.__reduce__()[1])
-    named.message = f"process {rank + 1} of {size}: {error.message}"
-    return named
-
-
-def _interface_to(host: str) -> str | None:
+def _interface_to(host: str, is_far: bool) -> str | None:
     """The network interface by which this machine reaches the first process; None where it is not known.
 
-    gloo takes that of the machine's own name, which is often the loopback.
+    gloo takes that of the machine's own name, which is often the loopback. So is the name of the first machine, on itself: with
+    other machines (`is_far`) that one is of no use.
     """
     import psutil  # a requirement of accelerate
 
@@ -271,17 +327,9 @@ def _interface_to(host: str) -> str | None:
         with socket.socket(kind, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing
             own = probe.getsockname()[0]
+        if is_far and ipaddress.ip_address(own).is_loopback:
+            return None
     except OSError:  # the name is not known here, or there is no route: the connection itself says so
         return None
     addresses = psutil.net_if_addrs().items()
     return next((name for name, known in addresses if own in (address.address.partition("%")[0] for address in known)), None)
-
-
-def _take_card(local_rank: int) -> None:
-    """Show this process only its own card, before torch looks: then it is the first one for every library."""
-    cards = os.environ.get("CUDA_VISIBLE_DEVICES")
-    seen = cards.split(",") if cards else []
-    if seen and local_rank >= len(seen):
-        message = f"CUDA_VISIBLE_DEVICES names {len(seen)} cards, and this is process {local_rank + 1} of its machine"
-        raise UsageError(message, f"start at most {len(seen)} processes for each machine")
-    os.environ["CUDA_VISIBLE_DEVICES"] = seen[local_rank].strip() if seen else str(local_rank)

@@ -42,7 +42,7 @@ from dpo_cli.training.trainer import (
     Totals,
     adapter_weights,
     common_arguments,
-    on_one_device,
+    of_process,
     ready,
     token_column,
 )
@@ -173,7 +173,7 @@ def build_trainer(
     trainer = PairTrainer(
         model=model,
         ref_model=frozen,
-        args=on_one_device(trainer_arguments(plan)),
+        args=of_process(trainer_arguments(plan), world),
         train_dataset=pair_rows(train, plan.scoring.shared),
         eval_dataset=pair_rows(held_out, plan.scoring.shared) if held_out else None,
         processing_class=tokenizer,

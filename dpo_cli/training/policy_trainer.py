@@ -55,7 +55,7 @@ from dpo_cli.training.trainer import (
     Totals,
     adapter_weights,
     common_arguments,
-    on_one_device,
+    of_process,
     ready,
 )
 
@@ -347,7 +347,7 @@ def build_trainer(
     built: Any = kind(
         model=model,  # type: ignore[call-arg]
         reward_funcs=[rewards],
-        args=on_one_device(trainer_arguments(plan, arguments)),
+        args=of_process(trainer_arguments(plan, arguments), world),
         train_dataset=_rows([prompt.ids for prompt in prompts], config.max_new_tokens),
         eval_dataset=_rows([row.prompt_ids for row in held_out], config.max_new_tokens) if held_out else None,
         processing_class=tokenizer,

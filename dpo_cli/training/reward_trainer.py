@@ -34,7 +34,7 @@ from dpo_cli.storage.world import ALONE, World
 from dpo_cli.strategies.figures import LINE_FIGURES, step_figures
 from dpo_cli.strategies.row_kinds import REWARDS
 from dpo_cli.training.dpo_trainer import pair_rows
-from dpo_cli.training.trainer import CarefulTrainer, Evaluate, Totals, common_arguments, on_one_device, ready
+from dpo_cli.training.trainer import CarefulTrainer, Evaluate, Totals, common_arguments, of_process, ready
 
 FIGURES = ("loss", *step_figures(REWARDS))
 
@@ -85,7 +85,7 @@ def build_trainer(
     saved = list(adapter.modules_to_save)
     trainer = RewardModelTrainer(
         model=model,
-        args=on_one_device(trainer_arguments(plan)),
+        args=of_process(trainer_arguments(plan), world),
         data_collator=DataCollatorForPreference(int(tokenizer.pad_token_id)),
         train_dataset=pair_rows(train, plan.scoring.shared),
         eval_dataset=pair_rows(held_out, plan.scoring.shared) if held_out else None,

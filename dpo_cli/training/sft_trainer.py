@@ -34,7 +34,7 @@ from dpo_cli.training.trainer import (
     Totals,
     adapter_weights,
     common_arguments,
-    on_one_device,
+    of_process,
     ready,
     token_column,
 )
@@ -82,7 +82,7 @@ def build_trainer(
     start = adapter_weights(model)
     trainer = DemonstrationTrainer(
         model=model,
-        args=on_one_device(trainer_arguments(plan)),
+        args=of_process(trainer_arguments(plan), world),
         train_dataset=_rows(train),
         eval_dataset=_rows(held_out) if held_out else None,
         processing_class=tokenizer,

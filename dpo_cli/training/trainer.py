@@ -530,10 +530,15 @@ def _set_dtypes(model: PeftModel | PreTrainedModel, plan: Plan, start: Weights) 
             parameters[copy].data = trained.data.clone()
 
 
-def on_one_device(arguments: Arguments) -> Arguments:
-    """One process uses one device. transformers takes each visible GPU: a batch of 2 becomes 4 and is spread over copies of the
-    model that all use the forward of the first. Several GPUs are for several processes."""
+def of_process(arguments: Arguments, world: World) -> Arguments:
+    """Those of this process, which uses one device, and reports to trackers if it is the first one.
+
+    transformers takes each visible GPU: a batch of 2 becomes 4 and is spread over copies of the model that all use the forward
+    of the first. Several GPUs are for several processes.
+    """
     arguments._n_gpu = min(1, arguments.n_gpu)
+    if not world.is_main:
+        arguments.report_to = []
     return arguments
 
 

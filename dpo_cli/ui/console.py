@@ -22,7 +22,7 @@ from dpo_cli.results.intervals import FEW_PROMPTS
 from dpo_cli.results.merge import LARGER_CHANGE
 from dpo_cli.storage.jsonio import json_text
 from dpo_cli.storage.redaction import beneath, redact, redacted
-from dpo_cli.storage.world import Place
+from dpo_cli.storage.world import REPORTED, Place
 from dpo_cli.strategies.figures import FIGURES, number
 from dpo_cli.ui.progress_view import ProgressView
 
@@ -49,6 +49,13 @@ def _stream(stderr: bool) -> RichConsole:
     return RichConsole(stderr=stderr, highlight=False, width=PIPED_WIDTH, force_interactive=False)
 
 
+def _is_reported(error: BaseException | None) -> bool:
+    """Whether the first process of the training shows this error, or the one behind it."""
+    while error is not None and not getattr(error, REPORTED, False):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 class Console:
     """Results on standard output, the rest on standard error; with `as_json`, everything except the JSON is the rest."""
 
@@ -68,6 +75,10 @@ class Console:
         console._own_errors, console._place, console._document = console.errors, place, nowhere
         console.out = console.errors = RichConsole(file=nowhere)
         return console
+
+    @property
+    def is_of_follower(self) -> bool:
+        return self._place is not None
 
     def json(self, value: object) -> None:
         """The one document of standard output."""
@@ -117,7 +128,7 @@ class Console:
                 self.json({"error": error.message, "fix": error.fix, "exit_code": int(error.exit_code), "problems": documents})
 
     def _error_of_follower(self, error: DpoError, place: Place) -> None:
-        if not isinstance(error, OtherFailed):
+        if not isinstance(error, OtherFailed) and not _is_reported(error):
             text = f"x error process {place.rank + 1} of {place.size}: {redact(error.message)}"
             self._own_errors.print(Text(text), soft_wrap=True)
 

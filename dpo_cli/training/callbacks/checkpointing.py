@@ -76,6 +76,7 @@ class Keep(TrainerCallback):
         progress = {
             "missed_evaluation": self.stop.missed_evaluation or self.trainer.missed_evaluation,
             "threads": torch.get_num_threads(),
+            "processes": self.trainer.world.size,
             "seconds": time.monotonic() - self.start,
             "run_name": self.trainer.args.run_name,
             "loss": float(self.trainer._tr_loss),
@@ -101,7 +102,8 @@ class Keep(TrainerCallback):
         trainer, folder = self.trainer, checkpoint.folder
         self._from = checkpoint
         self._progress = progress = read_json(folder / PROGRESS)
-        torch.set_num_threads(progress["threads"])  # another number of threads rounds sums differently
+        if progress.get("processes", 1) == trainer.world.size:
+            torch.set_num_threads(progress["threads"])  # another number of threads rounds sums differently
         self.start = time.monotonic() - progress["seconds"]
         trainer.args.run_name = progress["run_name"]
         trainer._load_from_checkpoint(str(folder))

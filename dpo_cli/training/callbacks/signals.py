@@ -11,6 +11,7 @@ from types import FrameType
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from dpo_cli.storage.world import World
 from dpo_cli.training.trainer import Stopped
 
 Handler = Callable[[int, FrameType | None], object] | int | None  # as in the module signal
@@ -29,7 +30,7 @@ class StopOnSignal(TrainerCallback):
         self._listens = listens
         self.received: signal.Signals | None = None
         self.missed_evaluation = False  # the stop came at a step that is due for evaluation
-        self._is_training = self._may_interrupt = False
+        self._is_training = self._may_interrupt = self._only_in_parts = False
         self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -50,10 +51,20 @@ class StopOnSignal(TrainerCallback):
         finally:
             self._may_interrupt = False
 
+    @contextmanager
+    def evaluating(self, world: World) -> Iterator[None]:
+        """An evaluation, which a signal ends at once; of several processes only within their parts, so that all end there."""
+        self._only_in_parts = world.size > 1
+        try:
+            with world.guarded(self.interruptible):
+                yield
+        finally:
+            self._only_in_parts = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
-        if not self._is_training:
+        if not (self._is_training or self._only_in_parts):
             raise Stopped(128 + self.received)
         # Not through Python's streams: the signal may have interrupted a write to one.
         message = f"\n{self.received.name}: stopping with a checkpoint; repeat to stop at once without one\n"
