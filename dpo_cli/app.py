@@ -27,6 +27,7 @@ from dpo_cli.hardware.recommend import recommend as make_recommendation
 from dpo_cli.plan.preflight import inspect_prompts
 from dpo_cli.results.codec import JsonObject, to_json
 from dpo_cli.storage.resumable_file import ResumableFile
+from dpo_cli.storage.world import AUTO, require_alone
 from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
@@ -169,6 +170,8 @@ def train(
             named = {"--overwrite": overwrite, "--resume": resume, "--json": as_json, "--debug": debug}
             words = ["train", config, *changes, *(name for name, is_named in named.items() if is_named)]
             raise typer.Exit(int(train_in_processes(words, count, console)))
+        if processes == AUTO and not dry_run:
+            console.line("note: there are no two GPUs, so one process trains")
         result, code = train_stages(config, changes, console, overwrite=overwrite, resume=resume, dry_run=dry_run)
         if as_json:
             console.json(result)
@@ -355,6 +358,7 @@ def compare(
 ) -> None:
     """Train the methods of "compare" in CONFIG with several seeds, and compare them; the same call continues after a stop."""
     with session(as_json, debug) as console:
+        require_alone("dpo compare")
         from dpo_cli.commands.compare import compare as compare_methods
 
         result, code = compare_methods(config, overrides or (), console, overwrite=overwrite)
@@ -383,6 +387,7 @@ def sweep(
 ) -> None:
     """Train CONFIG with several settings, and choose the best on held-out rows; the same call continues after a stop."""
     with session(as_json, debug) as console:
+        require_alone("dpo sweep")
         from dpo_cli.commands.sweep import sweep as sweep_settings
 
         result, code = sweep_settings(config, words or (), console, trials=trials, processes=processes, overwrite=overwrite)

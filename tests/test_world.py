@@ -302,7 +302,7 @@ def test_a_machine_that_vanishes_ends_the_other_which_resumes(config: Config, ma
     subprocess.run(["ip", "-n", machines[1], "link", "set", end, "down"], check=True)
     said = [node.communicate(timeout=60)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [Exit.FAILED, Exit.FAILED]
-    assert "another of the 2 processes has ended, or gave no sign of life for 8 seconds" in said[0]
+    assert "another of the 2 processes has ended, or did not answer within 8 seconds" in said[0]
     assert "Traceback" not in said[0] + said[1]
     done = dpo("train", path, "--resume")
     assert done.returncode == 0 and "resuming from step-" in done.stdout + done.stderr
@@ -317,7 +317,7 @@ def test_the_place_of_a_process() -> None:
     assert Place.of({}) is None
     assert Place.of({"RANK": "0", "WORLD_SIZE": "1"}) is None
     assert Place.of({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # in the script of a job, outside srun
-    with pytest.raises(UsageError, match="RANK=4 and WORLD_SIZE=4 are not the place of a process"):
+    with pytest.raises(UsageError, match="RANK=4 and WORLD_SIZE=4 do not say which of the processes this is"):
         Place.of({"RANK": "4", "WORLD_SIZE": "4"})
 
 
@@ -332,3 +332,79 @@ def test_the_place_of_a_process() -> None:
 )
 def test_pairs_are_shared_out_longest_first(sizes: Sequence[int], processes: int, shares: list[list[int]]) -> None:
     assert shared_out(sizes, processes) == shares
+
+
+MEETINGS = """
+import os, sys
+from dpo_cli.errors import DpoError, DoesNotFit, Problem, RunFailed
+from dpo_cli.storage.world import Place, Processes
+
+world = Processes(Place.of(os.environ), 30)
+
+def fails(rank, error):
+    def compute():
+        if world.rank == rank:
+            raise error
+        return world.rank
+    return compute
+
+def told(meet, compute):
+    try:
+        return repr(meet(compute))
+    except BaseException as error:
+        return f"{type(error).__name__} {getattr(error, 'exit_code', None)!r} {error}"
+
+unfit = DoesNotFit([Problem("error", "too-large", "it is too large")])
+for line in (
+    told(world.each, fails(None, None)),
+    told(world.same, fails(None, None)),
+    told(world.each, fails(1, RunFailed("no disk", "buy one"))),
+    told(world.each, fails(0, unfit)),
+    told(world.each, fails(1, unfit)),
+    told(world.same, fails(0, unfit)),
+    told(world.each, fails(1, RuntimeError("CUDA out of memory"))),
+    told(world.each, fails(1, ValueError("odd"))),
+    told(world.each, fails(0, KeyboardInterrupt(130))),
+):
+    print(line)
+import torch
+many = [torch.full((3,), world.rank + 1.0), torch.full((2, 2), 10.0 * (world.rank + 1), dtype=torch.float64)]
+world.summed(many)
+print([tensor.flatten().tolist() for tensor in many], "RANK" in os.environ)
+world.leave()
+print("RANK" in os.environ)
+"""
+
+
+def test_what_one_process_raises_all_raise() -> None:
+    """The first one as it is, with the name of the process; the others as an end without a message."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        about = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    nodes = []
+    for rank in (0, 1):
+        own = {**os.environ, **about, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        nodes.append(subprocess.Popen([sys.executable, "-c", MEETINGS], env=own, stdout=subprocess.PIPE, text=True))
+    said = [node.communicate(timeout=60)[0].splitlines() for node in nodes]
+    ended = "another process of this training failed"
+    assert said[0] == [
+        "[0, 1]",
+        "0",
+        "RunFailed <Exit.FAILED: 1> process 2 of 2: no disk",
+        "DoesNotFit <Exit.UNFIT: 4> it is too large",
+        "DoesNotFit <Exit.UNFIT: 4> process 2 of 2: it is too large",
+        "DoesNotFit <Exit.UNFIT: 4> it is too large",
+        "RuntimeError None process 2 of 2: CUDA out of memory",
+        "RunFailed <Exit.FAILED: 1> process 2 of 2: ValueError: odd",
+        "KeyboardInterrupt None 130",
+        "[[3.0, 3.0, 3.0], [30.0, 30.0, 30.0, 30.0]] False",
+        "True",
+    ]
+    assert said[1] == [
+        *said[0][:2],
+        f"OtherFailed <Exit.FAILED: 1> {ended}",
+        *[f"OtherFailed <Exit.UNFIT: 4> {ended}"] * 3,
+        said[0][6],
+        f"OtherFailed <Exit.FAILED: 1> {ended}",
+        *said[0][8:],
+    ]

@@ -27,7 +27,7 @@ from dpo_cli.storage.world import AUTO, LOST_FIX, STORE, Place
 from dpo_cli.ui.console import Console
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS, OTHERS_SECONDS = 60.0, 10.0  # after the end of one process: for the first one, and for others after its end
+GRACE_SECONDS, OTHERS_SECONDS = 60.0, 2.0  # after the end of one process: for the first one, and for others after its end
 
 
 def processes_of(config: ConfigLike, overrides: Sequence[str]) -> int:

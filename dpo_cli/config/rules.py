@@ -222,8 +222,9 @@ def processes_have_pairs(values: Values, given: Values) -> Iterator[Problem]:
     processes, batch, accumulation = (values.get(name) for name in names)
     if isinstance(processes, int) and batch and accumulation and processes > batch * accumulation:
         rows = batch * accumulation
-        message = f"a step has {rows} rows of the data, so that {processes - rows} of {processes} processes have nothing to do"
-        fix = f'write "num_processes": {rows}, or "gradient_accumulation_steps": {math.ceil(processes / batch)}'
+        message = f"a step has {rows} pairs or rows, so that {processes - rows} of {processes} processes have nothing to do"
+        larger = f'"gradient_accumulation_steps": {math.ceil(processes / batch)}'
+        fix = f'write "num_processes": {rows}, or, for larger and fewer steps, {larger}'
         yield Problem("warning", "idle-processes", message, fix, "num_processes")
 
 

@@ -19,8 +19,9 @@ def table(result: SettingsSwept) -> Table:
     kl = [name for name in KL if any(row.figures.get(name) for row in result.settings)]
     header = [*(keys or ["setting"]), _heading(result), *(FIGURES[name].label for name in kl), "steps", "time", "status"]
     rows = [_row(result, row, keys, kl) for row in _ordered(result)]
-    about = f"{result.rows} held-out rows of {result.prompts} prompts; 95 % intervals"
-    return f"{len(result.settings)} settings, {about}", header, rows
+    count = f"{len(result.settings)} setting{'s' if len(result.settings) > 1 else ''}"
+    about = f"{result.rows} held-out rows of {result.prompts} prompts" if result.rows else "of which none can win"
+    return f"{count}, {about}; 95 % intervals", header, rows
 
 
 def _ordered(result: SettingsSwept) -> list[SettingRow]:
@@ -92,7 +93,9 @@ def notes(result: SettingsSwept) -> list[str]:
     if any(row.run.status == "failed" for row in result.settings):
         said.append("the same command trains the settings that failed again")
     if best is not None and result.is_gain and not best.value.sign:
-        said.append("the best setting has no clear gain: its interval includes 0")
+        said.append(
+            "the best setting has no clear gain: its interval includes 0; larger learning rates or more steps may show one"
+        )
     if best is not None and best.not_clearly_worse:
         are_all = len(best.not_clearly_worse) == best.of - 1
         which = "all others" if are_all else ", ".join(best.not_clearly_worse)

@@ -29,6 +29,7 @@ from dpo_cli.ui.console import Console
 # With another value of these, a finished run continues.
 ENDING = names_where(lambda option: option.end)
 SAMPLED = "kl_prompts"  # an option that the length of a training decides
+OF_PROCESSES = ("num_processes", "ddp_timeout")  # options that change no figure
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 RESTART_FIX = "resume it with the same values, or restart with --overwrite"
 WEIGHTS_CHANGED = "the weights of model_name have changed since the run started"
@@ -77,7 +78,8 @@ class EarlierRun:
 
     def left_out(self, plan: Plan) -> list[str]:
         """The options that a finished run no longer applies."""
-        return [name for name in names_where(lambda option: not option.place) if _differs(self.plan["config"], plan, name)]
+        names = [name for name in names_where(lambda option: not option.place) if name not in OF_PROCESSES]
+        return [name for name in names if _differs(self.plan["config"], plan, name)]
 
     def as_decided(self, loaded: Loaded, tell: Tell) -> Loaded:
         """The config with the decisions of the machine at the start of the run, for options that are still open."""

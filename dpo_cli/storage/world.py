@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cli.errors import DpoError, OtherFailed, RunFailed, UsageError, interrupt_behind
+from dpo_cli.storage.progress import working
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,8 @@ ENGINES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_ME
 UNEXPECTED_FIX = "train.log and --debug have the traceback"
 REPORTED = "is_reported"  # mark of an error that the first process shows
 SMALL = 1 << 24  # elements: larger tensors are exchanged alone, without a copy
-LOST_FIX = "see its own message, if there is one, and continue with --resume"
+LOST_FIX = "see its own message, if there is one; if it was killed, the memory may be too small; continue with --resume"
+ALONE_FIX = "remove the variables RANK and WORLD_SIZE, or start with torchrun"
 
 
 class World:
@@ -110,8 +112,8 @@ class Place:
             if rank is None or size is None:
                 continue
             if not (rank.isdigit() and size.isdigit() and (local or "0").isdigit() and int(rank) < int(size)):
-                message = f"{names[0]}={rank} and {names[1]}={size} are not the place of a process"
-                raise UsageError(message, f"remove the variables {names[0]} and {names[1]}, or start with torchrun")
+                message = f"{names[0]}={rank} and {names[1]}={size} do not say which of the processes this is"
+                raise UsageError(message, ALONE_FIX)
             here = re.match(r"\d+", environment.get("LOCAL_WORLD_SIZE") or environment.get("SLURM_TASKS_PER_NODE") or size)
             if int(size) == 1:
                 return None
@@ -143,6 +145,12 @@ class Place:
             message = f"CUDA_VISIBLE_DEVICES names {len(seen)} cards, and this is process {self.local_rank + 1} of its machine"
             raise UsageError(message, f"start at most {len(seen)} processes for each machine")
         os.environ["CUDA_VISIBLE_DEVICES"] = seen[self.local_rank].strip() if seen else str(self.local_rank)
+
+
+def require_alone(command: str) -> None:
+    """`UsageError` where a launcher has started several of a command that starts its own processes."""
+    if Place.of(os.environ) is not None:
+        raise UsageError(f"{command} starts its own trainings, and was itself started as one of several processes", ALONE_FIX)
 
 
 @dataclass(frozen=True)
@@ -186,10 +194,14 @@ class Processes(World):
         """
         self.rank, self.size, self.local_size, self.seconds = place.rank, place.size, place.local_size, seconds
         self._guard: Guard = nullcontext
-        if not self.is_main:
-            for number in (signal.SIGINT, signal.SIGTERM):  # the first process decides when to stop
-                signal.signal(number, signal.SIG_IGN)
-        self._connect(place)
+        stops = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in stops}  # torch waits without Python
+        with working(
+            f"waiting for the {place.size} processes at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        ):
+            self._connect(place)
+        for number in stops:  # the first process decides when to stop
+            signal.signal(number, before[number] if self.is_main else signal.SIG_IGN)
         self._hidden = {name: os.environ.pop(name) for name in SEEN_BY_LIBRARIES if name in os.environ}
 
     def _connect(self, place: Place) -> None:
@@ -201,7 +213,8 @@ class Processes(World):
         environment.setdefault("MASTER_PORT", PORT)
         if "MASTER_ADDR" not in environment:
             message = "MASTER_ADDR is not set: the processes do not know the machine of the first one"
-            raise UsageError(message, 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)')
+            of_slurm = 'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            raise UsageError(message, of_slurm if "SLURM_JOB_NODELIST" in environment else ALONE_FIX)
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             interface = _interface_to(environment["MASTER_ADDR"], is_far=place.local_size < self.size)
             if variable not in environment and interface is not None:
@@ -309,7 +322,7 @@ class Processes(World):
                 raise OtherFailed() from error
             why = str(error).partition("\n")[0]
             message = (
-                f"another of the {self.size} processes has ended, or gave no sign of life for {self.seconds:g} seconds ({why})"
+                f"another of the {self.size} processes has ended, or did not answer within {self.seconds:g} seconds ({why})"
             )
             raise RunFailed(message, LOST_FIX) from error
 
