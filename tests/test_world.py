@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import made_row
+from conftest import ROOT, made_row
 from fork_server import dpo
 from safetensors.torch import load_file
 
@@ -116,6 +116,18 @@ def test_two_and_four_processes_train_as_one(config: Config, options: dict[str, 
                     assert theirs[place] == (pytest.approx(value, rel=1e-5, abs=1e-5) if is_number(value) else value), place
         if options.get("lora_r") != 0:
             assert apart(one, several) < 1e-4
+
+
+def test_the_first_process_dequantises_a_model_for_all(config: Config, user_cache: Path) -> None:
+    """transformers writes no weights in another process: a cache that one of those fills would be a model without weights."""
+    gguf = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    cached = user_cache / "gguf"
+    if cached.is_symlink():  # models of other tests
+        cached.unlink()
+    options = {"model_name": str(gguf), "max_steps": 1, "eval_split": 0, "save_steps": 1, "lora_r": 2, "max_seq_length": 64}
+    trained(config("both", **options), processes=2)
+    (folder,) = cached.iterdir()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
 
 
 LONG = {"max_steps": 40, "eval_steps": 20, "logging_steps": 1, "save_steps": 1}

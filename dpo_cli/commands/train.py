@@ -85,7 +85,7 @@ def train(
     """
     data, draft = inspection.require()
     console.problems(inspection.problems)
-    provider = PROVIDERS[draft.config.provider](draft.model)
+    provider = world.in_turn(lambda: PROVIDERS[draft.config.provider](draft.model))  # the first fills the cache of models
     asked = Asked(loaded, inspection, machine, console, provider, overwrite, dry_run, resume, next_run)
     with ExitStack() as held:
         start = world.same(lambda: _started(asked, draft, held))
@@ -353,7 +353,7 @@ def _loaded_model(job: Job, plan: Plan) -> tuple[PreTrainedModel, Scoring]:
         with _fitting(plan, job.loaded):
             return choose(base, rows.extremes, pad_token_id, wanted, provider.no_sharing)
 
-    base = job.world.together(load)
+    base = job.world.in_turn(load) if plan.merges else job.world.together(load)
     wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
     found = job.world.each(lambda: try_scoring(wanted))
     scoring = next((one for one in found if not one.shared), found[0])

@@ -76,6 +76,12 @@ class World:
         self.each(lambda: kept.append(compute()))
         return kept[0]
 
+    def in_turn(self, compute: Callable[[], T]) -> T:
+        """What this process computes; the others after the first one, which may write what they then read."""
+        kept: list[T] = []
+        self.same(lambda: kept.append(compute()))
+        return kept[0] if self.is_main else compute()
+
     def summed(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
 
