@@ -32,9 +32,8 @@ T = TypeVar("T")
 Guard = Callable[[], AbstractContextManager[None]]
 
 AUTO = "auto"  # value of num_processes: one for each GPU
-STORE = (
-    "DPO_STORE"  # variable of commands/launch.py: the descriptor of the socket that the first process serves; empty in others
-)
+# Variable of commands/launch.py: the descriptor of the socket that the first process serves; empty for the others.
+STORE = "DPO_STORE"
 PORT = "29500"  # torch's own default
 # Variables of torchrun, and of srun: rank, size, and the rank among the processes of one machine.
 LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
@@ -165,7 +164,6 @@ class Outcome:
 
     value: Any = None
     error: BaseException | None = None
-
     trace: str = ""  # of the error, for the log of the first process
 
     @classmethod
@@ -202,9 +200,8 @@ class Processes(World):
         self._guard: Guard = nullcontext
         stops = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, signal.SIG_DFL) for number in stops}  # torch waits without Python
-        with working(
-            f"waiting for the {place.size} processes at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        ):
+        where = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        with working(f"waiting for the {place.size} processes at {where}"):
             self._connect(place)
         for number in stops:  # the first process decides when to stop
             signal.signal(number, before[number] if self.is_main else signal.SIG_IGN)
