@@ -42,6 +42,7 @@ def test_a_notebook(
         dpo_cli.train(config)
 
 
+@pytest.mark.long
 def test_a_training_in_two_processes(
     tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

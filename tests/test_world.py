@@ -118,6 +118,7 @@ def test_two_and_four_processes_train_as_one(config: Config, options: dict[str, 
             assert apart(one, several) < 1e-4
 
 
+@pytest.mark.long
 def test_the_first_process_dequantises_a_model_for_all(config: Config, user_cache: Path) -> None:
     """transformers writes no weights in another process: a cache that one of those fills would be a model without weights."""
     gguf = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -205,6 +206,7 @@ def test_a_signal_to_the_launcher_saves_and_its_death_ends_all(config: Config) -
     resumed_as_alone(stopped, alone)
 
 
+@pytest.mark.long
 def test_a_signal_in_an_evaluation_ends_all_at_one_place(config: Config) -> None:
     """The first process gets it in its part of the evaluation of step 3; nobody waits for another."""
     options = {"report_to": ["tensorboard"]}
