@@ -1,4 +1,7 @@
-"""The story of a run, top to bottom: config -> data -> plan -> provider -> trainer -> run directory. The only composer."""
+"""The story of a run, top to bottom: config -> data -> plan -> provider -> trainer -> run directory. The only composer.
+
+Longer than other modules: the whole story is in one place.
+"""
 
 from __future__ import annotations
 
