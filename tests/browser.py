@@ -106,7 +106,7 @@ class Page:
 
     def reload(self) -> None:
         """Load the page again, as a person would: a moment later. The browser hands localStorage to another process first."""
-        time.sleep(0.3)
+        time.sleep(1.5)
         self._until_loaded("Page.reload")
 
     def js(self, expression: str) -> Any:
