@@ -53,13 +53,12 @@ from dpo_cli.scoring.reference_cache import ReferenceCache
 from dpo_cli.storage.log import log_line, log_to
 from dpo_cli.storage.run_directory import EVALUATION, MANIFEST, PLAN, REPORT, SUMMARY, FollowedRun, RunDirectory
 from dpo_cli.storage.world import ALONE, World
-from dpo_cli.training.callbacks.agreement import Agreement
 from dpo_cli.training.callbacks.checkpointing import Keep
 from dpo_cli.training.callbacks.early_stopping import StopEarly
 from dpo_cli.training.callbacks.health import Health
 from dpo_cli.training.callbacks.health_rules import APART_NATS
 from dpo_cli.training.callbacks.metrics_log import Record
-from dpo_cli.training.callbacks.signals import StopOnSignal
+from dpo_cli.training.callbacks.signals import Agreement, StopOnSignal
 from dpo_cli.training.trainer import save_trained
 from dpo_cli.ui.console import Console
 from dpo_cli.ui.live import LiveView

@@ -32,7 +32,7 @@ MAKING = {"gguf": "dequantising", "merged": "merging"}  # by the kind of model
 CONVERSION = 2  # of a GGUF file: increased when the conversion of a file changes
 ROPE_FACTORS = "rope_freqs.weight"  # each frequency of the positions is divided by them
 READ_BY_TRANSFORMERS = "gpt-oss"  # the only architecture with rope.scaling support
-ALONE_FIX = (
+FIRST_FIX = (
     "call `dpo train CONFIG --dry-run` on this machine first, or let XDG_CACHE_HOME name a folder that all machines share"
 )
 MADE_FROM = "name the model that the file was made from"
@@ -62,7 +62,7 @@ def made_once(kind: str, source: str, content: str, make: Callable[[Path], None]
         with filling(target) as work, working(f"{MAKING[kind]} {source}"), writing(work):
             make(work)
             if not any(work.glob("*.safetensors")):  # transformers writes no weights in a process that is not the first one
-                raise RunFailed(f"this process does not write {source} into the cache of its machine", ALONE_FIX)
+                raise RunFailed(f"this process does not write {source} into the cache of its machine", FIRST_FIX)
             (work / SOURCE).write_text(source, encoding="utf-8")
     except OSError as error:
         if is_full(error) or _is_in_cache(str(error.filename), target.parent):

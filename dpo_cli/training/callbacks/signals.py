@@ -26,7 +26,7 @@ class StopOnSignal(TrainerCallback):
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, listens: bool = True) -> None:
-        """Without `listens` the stop comes from another process (agreement.py)."""
+        """Without `listens` the stop comes from another process, by `Agreement`."""
         self._listens = listens
         self.received: signal.Signals | None = None
         self.missed_evaluation = False  # the stop came at a step that is due for evaluation
@@ -89,3 +89,20 @@ class StopOnSignal(TrainerCallback):
             self.missed_evaluation = control.should_evaluate
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
+
+
+class Agreement(TrainerCallback):
+    """What several processes decide together: the first one decides, after each step, and the others follow.
+
+    The last callback of a step. Each process has a clock and signals of its own; what else decides is the same in all.
+    """
+
+    def __init__(self, world: World, stop: StopOnSignal) -> None:
+        self.world, self.stop = world, stop
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        decided, received, missed = self.world.same(
+            lambda: (dict(vars(control)), self.stop.received, self.stop.missed_evaluation)
+        )
+        vars(control).update(decided)
+        self.stop.received, self.stop.missed_evaluation = received, missed
