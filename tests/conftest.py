@@ -166,3 +166,27 @@ def pairs_file(tmp_path: Path) -> Callable[..., Path]:
 
 def made_row(i: int) -> dict[str, object]:
     return {"prompt": f"question {i // 2}", "chosen": f"the cat sat on {i}", "rejected": f"no {i}"}
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Callable[..., Path]:
+    """The file of a config of six steps of four pairs of different lengths."""
+    rows = [made_row(i) for i in range(24)]
+    for i, row in enumerate(rows):
+        row["chosen"] = " ".join([str(row["chosen"])] * (1 + i % 4))
+    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file(rows)), "device": "cpu", "bf16": False}
+    values |= {"learning_rate": 1e-2, "eval_split": 0.3, "kl_prompts": 4, "lora_r": 4, "max_steps": 6, "max_new_tokens": 4}
+    values |= {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "save_steps": 2,
+        "eval_steps": 3,
+        "fp16": False,
+    }
+
+    def write(name: str, **options: object) -> Path:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**values, "output_dir": str(tmp_path / name), **options}), encoding="utf-8")
+        return path
+
+    return write

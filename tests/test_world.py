@@ -10,80 +10,29 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, made_row
+from conftest import ROOT
 from fork_server import dpo
-from safetensors.torch import load_file
+from process_runs import (
+    SIGNAL_IN_AN_EVALUATION,
+    Config,
+    apart,
+    assert_same,
+    document,
+    in_two_with,
+    resumed_as_alone,
+    trained,
+)
 
 from dpo_cli.errors import Exit, UsageError
 from dpo_cli.scoring.packing import shared_out
-from dpo_cli.storage.run_directory import ADAPTER, EVALUATION, LINES, SUMMARY, WEIGHTS
+from dpo_cli.storage.run_directory import LINES, SUMMARY
 from dpo_cli.storage.world import Place
-
-TIMED = ("tokens_per_second", "peak_memory_gb", "seconds", "measured_gb", "adapter_sha256", "seal")
-Config = Callable[..., Path]
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path]) -> Config:
-    """The file of a config of six steps of four pairs of different lengths."""
-    rows = [made_row(i) for i in range(24)]
-    for i, row in enumerate(rows):
-        row["chosen"] = " ".join([str(row["chosen"])] * (1 + i % 4))
-    values = {"model_name": str(tiny_model_dir), "dataset": str(pairs_file(rows)), "device": "cpu", "bf16": False}
-    values |= {"learning_rate": 1e-2, "eval_split": 0.3, "kl_prompts": 4, "lora_r": 4, "max_steps": 6, "max_new_tokens": 4}
-    values |= {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "save_steps": 2,
-        "eval_steps": 3,
-        "fp16": False,
-    }
-
-    def write(name: str, **options: object) -> Path:
-        path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps({**values, "output_dir": str(tmp_path / name), **options}), encoding="utf-8")
-        return path
-
-    return write
-
-
-def document(run: Path, name: str) -> Any:
-    text = (run / name).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
-
-
-def leaves(value: Any, place: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], Any]]:
-    """The values in a document, each with its place."""
-    if isinstance(value, dict | list):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(part, (*place, key))
-    else:
-        yield place, value
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, float)
-
-
-def apart(one: Path, other: Path) -> float:
-    """The difference of two adapters, relative to the update: matrices B start at zero."""
-    mine, theirs = (load_file(run / ADAPTER / WEIGHTS) for run in (one, other))
-    difference = sum(float((mine[name].double() - theirs[name].double()).pow(2).sum()) for name in mine)
-    update = sum(float(weight.double().pow(2).sum()) for name, weight in mine.items() if "lora_B" in name)
-    return float((difference / update) ** 0.5)
-
-
-def trained(config: Path, *words: object, processes: int = 1) -> Path:
-    done = dpo("train", config, *words, processes=processes)
-    assert done.returncode == 0, done.stderr
-    return config.with_suffix("")
-
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "dpo": {},
@@ -107,13 +56,7 @@ def test_two_and_four_processes_train_as_one(config: Config, options: dict[str, 
     one = trained(config("one", **options))
     for processes in (2, 4) if not options else (2,):
         several = trained(config(f"of-{processes}", **options), processes=processes)
-        assert [list(line) for line in document(one, LINES)] == [list(line) for line in document(several, LINES)]
-        for name in (LINES, SUMMARY, EVALUATION):
-            ours, theirs = (dict(leaves(document(run, name))) for run in (one, several))
-            assert ours.keys() == theirs.keys()
-            for place, value in ours.items():
-                if place[-1] not in TIMED:
-                    assert theirs[place] == (pytest.approx(value, rel=1e-5, abs=1e-5) if is_number(value) else value), place
+        assert_same(one, several)
         if options.get("lora_r") != 0:
             assert apart(one, several) < 1e-4
 
@@ -157,14 +100,6 @@ def processes_of(launcher: subprocess.Popen[str]) -> list[int]:
             if f"\nPPid:\t{launcher.pid}\n" in (place / "status").read_text(encoding="utf-8"):
                 found.append(int(place.name))
     return sorted(found)
-
-
-def resumed_as_alone(config: Path, alone: Path) -> None:
-    """The run of a config goes on in two processes, to the bits and lines of one that was let alone."""
-    run = trained(config, "--resume", processes=2)
-    assert (run / ADAPTER / WEIGHTS).read_bytes() == (alone / ADAPTER / WEIGHTS).read_bytes()
-    both = [[{**line, **dict.fromkeys(TIMED, 0)} for line in document(place, LINES)] for place in (run, alone)]
-    assert both[0] == both[1]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long, id="the first"), pytest.param(1, id="the second")])
@@ -211,30 +146,8 @@ def test_a_signal_in_an_evaluation_ends_all_at_one_place(config: Config) -> None
     """The first process gets it in its part of the evaluation of step 3; nobody waits for another."""
     options = {"report_to": ["tensorboard"]}
     stopped = config("stopped", ddp_timeout=20, **options)
-    code = """
-import os, signal, sys
-from dpo_cli.evaluation import metrics
-score, seen = metrics._score, []
-def slow(*arguments):
-    seen.append(1)
-    if len(seen) == 4 and os.environ["RANK_OF_TEST"] == "0":
-        os.kill(os.getpid(), signal.SIGINT)
-    return score(*arguments)
-metrics._score = slow
-from dpo_cli.__main__ import main
-sys.argv = ["dpo", *sys.argv[1:]]
-main()
-"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        about = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    nodes = []
-    for rank in (0, 1):
-        own = {**os.environ, **about, "RANK": str(rank), "LOCAL_RANK": str(rank), "RANK_OF_TEST": str(rank)}
-        words = [sys.executable, "-c", code, "train", str(stopped)]
-        nodes.append(subprocess.Popen(words, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    said = [node.communicate(timeout=90)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [Exit.SIGINT, Exit.SIGINT], said
+    codes, said = in_two_with(SIGNAL_IN_AN_EVALUATION, stopped)
+    assert codes == [Exit.SIGINT, Exit.SIGINT], said
     assert "interrupted after step" in said[0] and "error" not in said[1]
     run = stopped.with_suffix("")
     assert len([*(run / "tensorboard").glob("*")]) == 1

@@ -37,6 +37,7 @@ from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.precision import product_speed, same_bits, with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
+from dpo_cli.providers.sharding import shard
 from dpo_cli.publish.upload import push
 from dpo_cli.report.render import write_report
 from dpo_cli.results.codec import JsonObject, to_json
@@ -346,7 +347,8 @@ def _loaded_model(job: Job, plan: Plan) -> tuple[PreTrainedModel, Scoring]:
     provider = job.provider
 
     def load() -> PreTrainedModel:
-        base = provider.base_model(plan)
+        in_ram = replace(plan, config=replace(plan.config, device="cpu"))  # a card may be too small for the whole model
+        base = provider.base_model(in_ram if plan.is_divided else plan)
         for note in provider.notes:
             job.console.line(f"note: {note}")
         return base
@@ -356,6 +358,8 @@ def _loaded_model(job: Job, plan: Plan) -> tuple[PreTrainedModel, Scoring]:
             return choose(base, rows.extremes, pad_token_id, wanted, provider.no_sharing)
 
     base = job.world.in_turn(load) if plan.merges else job.world.together(load)
+    if plan.is_divided:
+        job.world.together(lambda: shard(base, require_device(plan), job.world, plan.config.cpu_offload))
     wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
     found = job.world.each(lambda: try_scoring(wanted))
     scoring = next((one for one in found if not one.shared), found[0])
@@ -368,8 +372,9 @@ def _begun(job: Job, training: Training, view: LiveView) -> None:
     """Before the first step: go back to the checkpoint of a resumed run, or check what a new one starts with."""
     run, earlier, rows, console = job.run, job.earlier, job.rows, job.console
     plan, trainer, keep = training.plan, training.trainer, training.keep
-    if trainer.reference is not None and job.world.is_main:
-        cache = ReferenceCache(computed_by(trainer.policy, plan), f"{plan.model_label}, {plan.dtype}", console.line)
+    if trainer.reference is not None and (job.world.is_main or plan.is_divided):
+        key = computed_by(trainer.policy, plan)
+        cache = ReferenceCache(key, f"{plan.model_label}, {plan.dtype}", console.line)
         trainer.reference.share_in(cache, rows.train)
     if earlier is not None and earlier.checkpoint is not None:
         keep.go_back_to(earlier.checkpoint)
@@ -540,6 +545,7 @@ def _settled(plan: Plan, scoring: Scoring, loaded: Loaded, machine: Machine, con
         is_resumed=is_resumed,
         row_tokens=plan.row_tokens if is_resumed else None,
         model=plan.model,
+        fsdp=plan.config.fsdp is True,
     ).with_adapted(plan.adapted)
     tell_scoring(settled, console)
     for note in settled.notes:

@@ -67,6 +67,9 @@ class Config:
     bf16: bool | None
     fp16: bool | None
     gradient_checkpointing: Literal[True, False, 'auto']
+    activation_offloading: bool
+    fsdp: Literal[True, False, 'auto']
+    cpu_offload: bool
     max_seq_length: int
     eval_split: float
     split_seed: int | None

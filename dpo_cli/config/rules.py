@@ -217,6 +217,28 @@ def several_processes_can_share(values: Values, given: Values) -> Iterator[Probl
             yield Problem("error", "one-process", message, f'write "num_processes": 1, or "{name}": {other}', "num_processes")
 
 
+def weights_can_be_divided(values: Values, given: Values) -> Iterator[Problem]:
+    wanted = next((name for name in ("cpu_offload", "fsdp") if values.get(name) is True), None)
+    if wanted is None:
+        return
+    if reason := obstacle_to_division(values):
+        name, why, other = reason
+        message = f'"{wanted}": true divides frozen weights, and {why}'
+        yield Problem("error", "not-divided", message, f'remove "{wanted}", or write "{name}": {other}', wanted)
+
+
+def obstacle_to_division(values: Values) -> tuple[str, str, str] | None:
+    """The option that keeps frozen weights from being divided (providers/sharding.py), the reason, and another value."""
+    obstacles = {
+        "lora_r": (values.get("lora_r") == 0, "without an adapter none is frozen", "16"),
+        "provider": (values.get("provider") == "unsloth", "Unsloth's own kernels need them whole", '"huggingface"'),
+        "use_8bit": (bool(values.get("use_8bit")), "bitsandbytes keeps scales on each 8-bit weight", "false"),
+        "use_dora": (bool(values.get("use_dora")), "DoRA reads whole weights between the steps", "false"),
+        "modules_to_save": (bool(values.get("modules_to_save")), "these modules are trained whole", "null"),
+    }
+    return next(((name, why, other) for name, (stops, why, other) in obstacles.items() if stops), None)
+
+
 def processes_have_pairs(values: Values, given: Values) -> Iterator[Problem]:
     names = ("num_processes", "per_device_train_batch_size", "gradient_accumulation_steps")
     processes, batch, accumulation = (values.get(name) for name in names)
@@ -448,6 +470,7 @@ RULES: Sequence[Rule] = (
     reward_model_has_limits,
     several_processes_can_share,
     processes_have_pairs,
+    weights_can_be_divided,
     *augment_rules.RULES,
     *reward_rules.RULES,
     *compare_rules.RULES,

@@ -23,6 +23,7 @@ from dpo_cli.evaluation.decoding import Drawing, fast_decoding, is_roomy, place_
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
+from dpo_cli.providers.sharding import is_sharded
 from dpo_cli.results.intervals import Interval
 from dpo_cli.results.judgement import Answers
 from dpo_cli.scoring.oom import in_halves, list_halves
@@ -153,6 +154,7 @@ def _batch(
             return _continued(model, ids, mask, sampling, sorted(ends), pad, work, points)
 
     copies_layers = memory is not None and memory.holds_answers(len(ids), width + sampling.max_new_tokens, memory.layers)
+    copies_layers = copies_layers and not is_sharded(model)
     done = work.done if work is not None else 0
     rows: list[list[int]] | None = None
     try:

@@ -16,6 +16,7 @@ from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_paramet
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
 
+STASHED = 5  # tensors that wait for their copy into the RAM (TRL 1.15, OffloadActivations)
 CHUNK_BYTES = 1 << 26  # float32 logits that the head computes at a time (scoring/lm_head.py, CHUNK_ELEMENTS)
 
 
@@ -24,10 +25,7 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     width, tokens = settings.bytes_per_value, settings.tokens
     h, i = facts.hidden_size, facts.intermediate_size
     block = _block_bytes(facts, settings)
-    # A checkpointed block keeps its input. In 8 bits it also keeps the input of each layer, because bitsandbytes 0.50 stores
-    # it as an attribute of its autograd function (MatMul8bitFp, `ctx.A`), where checkpointing cannot free it.
-    checkpoint = h + (sum({linear.reads: linear.inputs for linear in facts.linears}.values()) if settings.bits == 8 else 0)
-    kept: float = facts.num_hidden_layers * (tokens * width * checkpoint if settings.checkpointing else block)
+    kept = _kept_bytes(facts, settings) - offloaded_bytes(facts, settings)
     if width < 4 and trained_width(settings) == 4:  # autocast keeps 16-bit copies of the weights it multiplies with
         kept += width * _multiplied(facts, settings)
     kept += _masked(facts, settings)  # the mask, one byte per query and key, shared by all blocks
@@ -59,6 +57,28 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     if refers:
         moments.append((forward, settings.scored * h * width))  # before the policy's forward pass, which keeps more
     return max(moments, key=sum)
+
+
+def _kept_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """What all blocks keep for the backward pass.
+
+    A checkpointed block keeps its input. In 8 bits it also keeps the input of each layer, because bitsandbytes 0.50 stores it
+    as an attribute of its autograd function (MatMul8bitFp, `ctx.A`), where checkpointing cannot free it.
+    """
+    if not settings.checkpointing:
+        return facts.num_hidden_layers * _block_bytes(facts, settings)
+    inputs = {linear.reads: linear.inputs for linear in facts.linears}
+    checkpoint = facts.hidden_size + (sum(inputs.values()) if settings.bits == 8 else 0)
+    return float(facts.num_hidden_layers * settings.tokens * settings.bytes_per_value * checkpoint)
+
+
+def offloaded_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """What blocks keep in the RAM: all but what waits for its copy, and for the backward pass of the last block."""
+    if not settings.offloads:
+        return 0.0
+    waiting = STASHED * settings.tokens * settings.bytes_per_value * facts.hidden_size
+    last = 0.0 if settings.checkpointing else _block_bytes(facts, settings)
+    return max(0.0, _kept_bytes(facts, settings) - waiting - last)
 
 
 def _logits_bytes(facts: ModelFacts, settings: Settings) -> float:

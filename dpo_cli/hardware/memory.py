@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dpo_cli.hardware.activations import CHUNK_BYTES, step_bytes
+from dpo_cli.hardware.activations import CHUNK_BYTES, offloaded_bytes, step_bytes
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.hardware.memory_inputs import Settings, trained_parameters, trained_width
 from dpo_cli.models.shape import ModelFacts
@@ -25,6 +25,7 @@ PLAIN_4BIT_BYTES = 0.5 + 4 / 64  # without double quantisation: a float32 scale 
 MOMENTS = {"paged_adamw_32bit": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
 CUDA_CONTEXT_BYTES = 0.5 * GIB  # driver context and the workspaces of cuBLAS; fitcheck-llm 0.3 assumes the same
 ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation; fitcheck-llm 0.3 assumes the same
+GATHERED = 3  # whole blocks at a time, of weights that are divided over processes
 LIBRARIES_BYTES = 0.5 * GIB  # resident size of this program's imports on a CPU: `make memory` prints it
 
 
@@ -65,6 +66,8 @@ def components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
     trained, width = trained_parameters(facts, settings), trained_width(settings)
     frozen = weight_bytes(facts, settings)
     parts = {"weights": frozen, "adapter": trained * width if settings.rank else 0.0}
+    if settings.is_divided:
+        parts["weights"], parts["gathered"], _ = divided_bytes(facts, settings)
     if STRATEGIES[settings.strategy].refers and settings.reference in ("copy", "adapter"):
         parts["reference"] = frozen if settings.reference == "copy" else parts["adapter"]
     parts["gradients"] = trained * width
@@ -88,16 +91,40 @@ def weight_bytes(facts: ModelFacts, settings: Settings) -> float:
     """
     if settings.rank == 0:
         return 4.0 * facts.parameters
-    width: float = settings.bytes_per_value
-    if settings.bits == 4:
-        width = NF4_BYTES if settings.nested_quantisation else PLAIN_4BIT_BYTES
     rows = sum(linear.outputs for linear in facts.linears) * facts.num_hidden_layers
     scales = 4.0 * rows if settings.bits == 8 else 0.0
-    linear_bytes = facts.linear_parameters * (1.0 if settings.bits == 8 else width) + scales
+    linear_bytes = facts.linear_parameters * weight_width(settings) + scales
     others = facts.other_parameters
     if STRATEGIES[settings.strategy].gives_rewards and not facts.tie_word_embeddings:
         others -= facts.vocab_size * facts.hidden_size  # the LM head is left out
     return linear_bytes + others * settings.bytes_per_value
+
+
+def divided_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float, float]:
+    """Bytes of weights that are divided over processes: (on the device all the time, of whole blocks, in the RAM).
+
+    The head stays whole, and so do a table of embeddings that is tied to it, and the scales of 4-bit weights. Of the blocks one
+    runs, and the exchange for the next one has a copy of it besides its result (torch 2.13, `foreach_all_gather`).
+    """
+    width = float(settings.bytes_per_value)
+    table = width * facts.vocab_size * facts.hidden_size
+    scales = facts.linear_parameters * (weight_width(settings) - 0.5) if settings.bits == 4 else 0.0
+    has_head = not STRATEGIES[settings.strategy].gives_rewards
+    tables = table * (1 if facts.tie_word_embeddings or not has_head else 2)
+    blocks = weight_bytes(facts, settings) - tables - scales
+    shares_table = not facts.tie_word_embeddings and not settings.in_ram
+    whole_tables = tables - table * (1 - 1 / settings.shards) if shares_table else tables
+    shard = blocks / settings.shards
+    gathered = GATHERED * blocks / facts.num_hidden_layers
+    in_ram = shard if settings.in_ram and settings.on_gpu else 0.0
+    return whole_tables + scales + shard - in_ram, gathered, in_ram
+
+
+def weight_width(settings: Settings) -> float:
+    """Bytes of a frozen weight of a linear layer, without the scales of 8 bits."""
+    if settings.bits == 4:
+        return NF4_BYTES if settings.nested_quantisation else PLAIN_4BIT_BYTES
+    return 1.0 if settings.bits == 8 else float(settings.bytes_per_value)
 
 
 @dataclass(frozen=True)
@@ -172,10 +199,12 @@ def host_bytes(facts: ModelFacts, settings: Settings) -> float:
 
     transformers maps safetensors and copies one tensor at a time to the GPU, so a GPU run holds the libraries and the largest
     tensor twice, in the file's 16 bits and converted. A CPU run holds everything, and the pages of the file. A GGUF file is
-    first converted to a whole float32 model.
+    first converted to a whole float32 model. Weights that are divided are whole in the RAM while they are loaded.
     """
     if settings.on_gpu:
         loaded = 2 * 2.0 * facts.vocab_size * facts.hidden_size
+        loaded += weight_bytes(facts, settings) if settings.is_divided else 0.0
+        loaded += offloaded_bytes(facts, settings)
     else:
         loaded = sum(components(facts, settings).values()) + 2.0 * facts.parameters
     return LIBRARIES_BYTES + max(loaded, 4.0 * facts.parameters if facts.from_gguf else 0.0)

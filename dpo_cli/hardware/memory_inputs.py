@@ -52,6 +52,10 @@ class Settings:
     is_whole: bool = False  # the loss compares the pairs of a micro-batch, which is then never split
     reward_bytes: float = 0.0  # of the weights of a reward model
 
+    shards: int = 1  # processes over which the frozen weights are divided
+    in_ram: bool = False  # the frozen weights of the blocks wait in the RAM
+    offloads: bool = False  # activations wait in the RAM
+
     reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
     fused_attention: bool = True  # false: the probabilities are kept, as in eager attention
 
@@ -84,6 +88,9 @@ class Settings:
             whole_modules=tuple(config.modules_to_save or ()),
             on_gpu=config.device == "cuda",
             is_whole=compares_pairs(config),
+            shards=int(config.num_processes) if config.fsdp is True else 1,
+            in_ram=config.cpu_offload,
+            offloads=config.activation_offloading and config.device == "cuda",
             fused_attention=not is_unfused,
         )
         if settings.is_whole:
@@ -91,6 +98,11 @@ class Settings:
         pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
         of_step = pairs * replace(settings, batch=1).tokens
         return replace(settings, row_tokens=min(ROW_TOKENS.get(config.device, 0), of_step))
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether a block of the model is whole on the device only while it runs (providers/sharding.py)."""
+        return self.shards > 1 or self.in_ram
 
     @property
     def sequences(self) -> int:

@@ -17,17 +17,18 @@ from typing import Any, Literal
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
 from dpo_cli.config.rounds import FIRST, notes_of
-from dpo_cli.config.rules import compares_pairs
+from dpo_cli.config.rules import compares_pairs, obstacle_to_division
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.config.stages import PLAN_VERSION, day_of
 from dpo_cli.data.hub_datasets import is_hub_id
 from dpo_cli.hardware import unsloth_support
-from dpo_cli.hardware.fit import fit
+from dpo_cli.hardware.fit import fit, way
 from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed_gb
 from dpo_cli.hardware.memory_inputs import Longest, Settings, longest_sample
 from dpo_cli.hardware.reward_model import with_reward_model
 from dpo_cli.models.quantised_files import OPTIONS
+from dpo_cli.models.shape import ModelFacts
 from dpo_cli.models.source import CONTINUED, ModelSource
 from dpo_cli.plan.adapter_start import started
 from dpo_cli.plan.cost import Cost, affordable_prompts, cost_of
@@ -228,6 +229,11 @@ class Plan:
         return int(self.config.num_processes)
 
     @property
+    def is_divided(self) -> bool:
+        """Whether the frozen weights are shards: of several processes, or in the RAM (providers/sharding.py)."""
+        return self.config.cpu_offload or (self.config.fsdp is True and self.processes > 1)
+
+    @property
     def predicted_gb(self) -> float | None:
         """The estimated peak memory of torch: on a GPU without the context and the allocator's slack, on a CPU the whole
         process."""
@@ -360,6 +366,7 @@ def resolve(
     is_resumed: bool = False,
     row_tokens: int | None = None,
     model: ModelSource | None = None,
+    fsdp: bool | None = None,
 ) -> Plan:
     """Decide every open value of a valid config; `vram_gb` plans for the GPU of another machine.
 
@@ -367,7 +374,8 @@ def resolve(
     way that the loaded model decided; without it prompts are shared unless the config says no. With `is_resumed` the config
     has the values of a started run, and `row_tokens` are its own: the free memory decides nothing, and the total memory of the
     device is the budget.
-    `model` is the model of model_name, if that is already resolved.
+    `model` is the model of model_name, if that is already resolved. `fsdp` is whether its weights are divided, if that is
+    decided.
     """
     config = loaded.require()
     model = model or ModelSource.of(config.model_name)
@@ -379,6 +387,8 @@ def resolve(
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         now = now.replaced({OPTIONS[stored.bits]: True})
         notes.append(f"the files of the model hold {stored.bits}-bit weights, which are used as they are")
+    if now.fsdp is True and now.num_processes == 1:
+        notes.append("fsdp divides weights over several processes, and this is one; cpu_offload keeps them in the RAM")
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
     filled = 0
@@ -387,12 +397,17 @@ def resolve(
         notes.append("the shape of this model is unknown, so its memory cannot be estimated")
         if config.gradient_checkpointing == "auto":
             now = replace(now, gradient_checkpointing=now.device == "cuda")
+        now = replace(now, fsdp=now.fsdp is True)
     else:
         wanted = with_reward_model(Settings.of(now, facts, longest_of(counts, scoring, longest)), now, facts)
         has_gb, free_gb = machine.memory_of(now.device, int(now.num_processes))
         budget_gb = vram_gb or (has_gb if is_resumed else free_gb)
         if row_tokens is not None:
             wanted = replace(wanted, row_tokens=row_tokens)
+        if now.fsdp == "auto":
+            is_needed = fsdp if fsdp is not None else _needs_division(now, facts, wanted, budget_gb)
+            now = replace(now, fsdp=is_needed)
+            wanted = replace(wanted, shards=int(now.num_processes) if is_needed else 1)
         unsplit = replace(wanted, is_whole=True) if is_resumed else wanted  # a resumed run keeps its rows and micro-batches
         if config.reward_model is not None and not wanted.reward_bytes and STRATEGIES[config.strategy].generates:
             notes.append("the shape of the reward model is unknown, so its memory is not in the bill")
@@ -412,6 +427,13 @@ def resolve(
     day = loaded.day or datetime.now().date()
     plan = Plan(now, model.absolute(), sources, counts, memory, scoring, (*notes_of(loaded), *notes), day, filled)
     return plan.with_affordable_evaluation() if sources["kl_prompts"] == "default" else plan
+
+
+def _needs_division(config: Config, facts: ModelFacts, wanted: Settings, budget_gb: float | None) -> bool:
+    """Whether several processes have to divide the weights, because no card can hold them all."""
+    if config.num_processes == 1 or obstacle_to_division(config.to_json()) is not None:
+        return False
+    return way(facts, wanted, budget_gb, config.gradient_checkpointing)[1].fits is False
 
 
 def _notes_of_batch(wanted: Settings, settings: Settings, memory: Bill) -> list[str]:

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from dpo_cli.providers.out_of_memory import is_out_of_memory
+from dpo_cli.providers.sharding import whole_copy
 from dpo_cli.scoring.lm_head import product_dtype
 from dpo_cli.scoring.packed_linear import PackedLinear
 
@@ -137,7 +138,7 @@ def _add_product(total: Tensor, left: Tensor, weight: Tensor, base: Any, transpo
     else:
         from bitsandbytes.functional import dequantize_4bit
 
-        state = copy.copy(base.weight.quant_state)
+        state = copy.copy(base.quant_state)  # not that of the weight: a shard has none
         state.dtype = base.compute_dtype or left.dtype  # else it is first rounded to the dtype that the model was loaded in
         whole = dequantize_4bit(weight.view(-1, 1), state)
     right = whole.T if transposed else whole
@@ -271,7 +272,7 @@ def _agrees(module: nn.Module) -> bool:
     """Whether a layer gives the same output and gradients both ways: a copy in float32, with an adapter of random weights."""
     log = logging.getLogger("dpo")
     try:
-        pairs = _both_ways(copy.deepcopy(module))
+        pairs = _both_ways(whole_copy(module))
     except Exception as error:  # another version of PEFT may fail in any way; its own forward is then used
         if is_out_of_memory(error):
             raise

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 ROWS = 64  # of a product, at least in most of them: one token of each sampled answer
 
@@ -40,6 +41,8 @@ def packs(dtype: torch.dtype) -> bool:
 def packed_linear(layer: nn.Module, dtype: torch.dtype) -> PackedLinear | None:
     """The product of this layer in this dtype; None for a layer that is not a plain one on a CPU, or another dtype."""
     if type(layer) is not nn.Linear or "forward" in vars(layer) or layer.weight.device.type != "cpu" or not packs(dtype):
+        return None
+    if isinstance(layer.weight, DTensor):  # a shard
         return None
     bias: Any = layer.bias  # None without one
     return PackedLinear(layer.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype))

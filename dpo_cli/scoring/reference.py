@@ -19,6 +19,7 @@ from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.hardware.machine import installed_versions
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import FROZEN, Policy
+from dpo_cli.providers.sharding import is_sharded, whole
 from dpo_cli.scoring.forward import States
 from dpo_cli.scoring.lm_head import LOG_PROBS, Head, score_tokens
 from dpo_cli.scoring.packing import taken, units_in
@@ -148,6 +149,8 @@ def digest_of_pair(*pieces: list[int]) -> bytes:
 def computed_by(policy: Policy, plan: Plan) -> str:
     """The digest of everything that decides the log-probs of a reference: its tensors in memory, and how they are used.
 
+    For a model that is divided over processes, all of them have to ask.
+
     The tensors are read as they were loaded, quantised and merged, so it does not matter which files they came from. What is
     trained belongs to the policy only.
     """
@@ -158,7 +161,9 @@ def computed_by(policy: Policy, plan: Plan) -> str:
         tensors = {name: tensor for name, tensor in tensors.items() if not tensor.requires_grad}
     with working("hashing the weights", len(tensors), "tensors") as work, ThreadPoolExecutor() as threads:
         digests = {}
-        for name, digest in zip(tensors, threads.map(_digest_of_tensor, tensors.values()), strict=True):
+        # Shards one after another: all processes exchange the same one, and only one is whole at a time.
+        each = (map if is_sharded(network) else threads.map)(_digest_of_tensor, tensors.values())
+        for name, digest in zip(tensors, each, strict=True):
             digests[name] = digest
             work.add()
     adapter = policy.model.peft_config.get(FROZEN) if isinstance(policy.model, PeftModel) else None
@@ -189,5 +194,5 @@ def _written(value: object) -> object:
 
 
 def _digest_of_tensor(tensor: Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    raw = whole(tensor.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"

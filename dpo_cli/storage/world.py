@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dpo_cli.errors import DpoError, OtherFailed, RunFailed, UsageError, interrupt_behind
 from dpo_cli.storage.progress import working
@@ -50,10 +50,20 @@ LOST_FIX = "see its own message, if there is one; if it was killed, the memory m
 ALONE_FIX = "remove the variables RANK and WORLD_SIZE, or start with torchrun"
 
 
+class Steps(Protocol):
+    """The runs of a model that is divided over the processes (providers/sharding.py)."""
+
+    is_open: bool  # a run has started, and not ended
+
+    def finish(self) -> None:
+        """Take part in the runs of the others until they have ended."""
+
+
 class World:
     """A training in one process."""
 
     rank, size = 0, 1
+    steps: Steps | None = None  # of a model that is divided over the processes
     local_size: int | None = None  # processes on this machine, if a launcher says so
 
     @property
@@ -83,6 +93,10 @@ class World:
 
     def summed(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over all processes."""
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes give."""
+        return number
 
     @contextmanager
     def guarded(self, guard: Guard) -> Iterator[None]:
@@ -124,7 +138,7 @@ class Place:
                 return None
             engine = next((name for name in ENGINES if environment.get(name, "").lower() in ("1", "true")), None)
             if engine is not None:
-                message = f"{engine} is set: a model is not divided over cards"
+                message = f"{engine} is set, and dpo divides a model itself: see the option fsdp"
                 raise UsageError(message, "start with torchrun, or with `accelerate launch --multi_gpu`")
             return cls(int(rank), int(size), int(local or rank), int(here[0]) if here else int(size))
         return None
@@ -250,6 +264,10 @@ class Processes(World):
         from torch import distributed
 
         own = Outcome.of(compute, self._guard)
+        if self.steps is not None:
+            if own.error is not None and self.steps.is_open:  # the others wait in a run of the model, and cannot hear of it
+                raise own.error
+            self.steps.finish()
         outcomes: list[Any] = [None] * self.size
         with self._connected():
             distributed.all_gather_object(outcomes, own.sent())
@@ -274,6 +292,15 @@ class Processes(World):
             parts = torch.split(flat, [tensor.numel() for tensor in same_kind])
             for tensor, part in zip(same_kind, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
+
+    def largest(self, number: int) -> int:
+        import torch
+        from torch import distributed
+
+        shared = torch.tensor(number)
+        with self._connected():
+            distributed.all_reduce(shared, distributed.ReduceOp.MAX)
+        return int(shared)
 
     @contextmanager
     def guarded(self, guard: Guard) -> Iterator[None]:

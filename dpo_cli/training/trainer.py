@@ -14,6 +14,7 @@ tests/test_reward.py and tests/test_rlhf.py fail if TRL changes any of them):
 - `_save`, `_load_from_checkpoint`: a checkpoint holds only the adapter in training, and loading is verified;
   Trainer ignores the adapter if a frozen one is next to it.
 - `_save_checkpoint`: it is written where it may fail. Trainer would pickle all but weights (runs/state_io.py).
+- `_move_model_to_device`: not a model whose weights are shards.
 - the forward of the model: dpo's head replaces TRL's, which is a Triton kernel (scoring/forward.py).
 """
 
@@ -44,6 +45,7 @@ from dpo_cli.models.tensor_files import SINGLE
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.loaded_tensors import refuse
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
+from dpo_cli.providers.sharding import is_sharded
 from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, save_state, set_random_state
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.lora_linear import fuse
@@ -192,6 +194,7 @@ class CarefulTrainer:
         self.row_budget = plan.row_budget(unit)
         self.policy, self.world = Policy(self.model, getattr(self, "ref_model", None), world), world
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
+        self.accelerator.device_placement = not is_sharded(self.model)
         self.calls: list[FusedCausalLMOutput] = []  # of the head, since the start of compute_loss
         # The losses take the size of the step, whatever the model's own forward takes; then Trainer does not divide them again.
         self.model_accepts_loss_kwargs = True
@@ -199,6 +202,11 @@ class CarefulTrainer:
             self.attach(model, states)
         for model in filter(None, (self.policy.model, self.policy.frozen)):
             model.register_forward_hook(self._keep_call)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Shards are where they belong: in the RAM, or on the device."""
+        if not is_sharded(model):
+            super()._move_model_to_device(model, device)  # type: ignore[misc]
 
     def attach(self, model: PreTrainedModel, states: forward.States) -> None:
         """Put dpo's head on a model."""

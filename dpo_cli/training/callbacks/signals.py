@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
 from transformers import TrainerCallback, TrainingArguments
@@ -53,10 +53,13 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def evaluating(self, world: World) -> Iterator[None]:
-        """An evaluation, which a signal ends at once; of several processes only within their parts, so that all end there."""
+        """An evaluation, which a signal ends at once; of several processes only within their parts, so that all end there.
+
+        Not within those of a model that is divided: the others would wait in a run of it.
+        """
         self._only_in_parts = world.size > 1
         try:
-            with world.guarded(self.interruptible):
+            with world.guarded(self.interruptible if world.steps is None else nullcontext):
                 yield
         finally:
             self._only_in_parts = False

@@ -1,0 +1,156 @@
+"""Frozen weights that are divided over processes, or wait in the RAM: torch's `fully_shard` (FSDP2).
+
+Each process holds a part of every block. A block is whole on the device only while it runs, forward or backward. Adapters are
+added later and belong to no block's shards, so each process has them whole, and their gradients are added up by the trainer.
+The LM head stays whole, because log-probs read its weight (scoring/lm_head.py); so does a table of embeddings that is also the
+head.
+
+To make a block whole is an exchange of all processes, so each of them has to run the model as often as the others do.
+`Lockstep` sees to that: a process that has fewer rows runs the model on two tokens meanwhile, and uses nothing of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo_cli.errors import RunFailed
+from dpo_cli.storage.world import World
+
+FORWARD, BOTH, DONE = 2, 1, 0  # what a process does next; the largest number of all processes is what all of them do
+OF_4_BITS = ("quant_state", "compress_statistics", "quant_type")  # attributes of a weight that bitsandbytes and PEFT read
+
+
+def shard(model: PreTrainedModel, device: torch.device, world: World, in_ram: bool) -> None:
+    """Divide the blocks of a frozen model, which is in the RAM, over the processes; the rest of it goes to the device.
+
+    `in_ram`: the shards wait in the RAM. A single process has one shard, and then only that is of use.
+    Raises `RunFailed` for a model without blocks that can be divided.
+    """
+    blocks = list(blocks_of(model.base_model))
+    if not blocks:
+        raise RunFailed(f"{type(model).__name__} has no blocks that can be divided", 'set "fsdp" and "cpu_offload" to false')
+    # Between two runs all is in shards, in each process: to save an adapter makes shards of what is whole, in that process.
+    options: dict[str, Any] = {"mesh": _mesh(device, world), "reshard_after_forward": True}
+    waiting = CPUOffloadPolicy(pin_memory=device.type == "cuda") if in_ram else OffloadPolicy()
+    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
+    for part in model.children():
+        if part is not base:
+            part.to(device)
+    is_tied = head is not None and embedding.weight is head.weight
+    kept = of_4_bits(model)
+    model.requires_grad_(False)  # PEFT does that too, but torch asks a shard when it is first made whole
+    for block in blocks:
+        fully_shard(block, **options, offload_policy=waiting)
+    if is_tied or in_ram:  # `model.device` is that of the first weight
+        embedding.to(device)
+    else:
+        fully_shard(embedding, **options)
+    fully_shard(base, **options, ignored_params=set(embedding.parameters()))
+    for module, attributes in kept.items():
+        module.quant_state = attributes["quant_state"]  # which bitsandbytes reads where the weight has none
+        vars(module.weight).update(attributes)
+    if world.size > 1:
+        world.steps = Lockstep(base, device, world)
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a model of transformers: those that it checkpoints, and none within another."""
+    for child in model.children():
+        if isinstance(child, GradientCheckpointingLayer):
+            yield child
+        else:
+            yield from blocks_of(child)
+
+
+def of_4_bits(model: nn.Module) -> dict[Any, dict[str, Any]]:
+    """By layer, what its 4-bit weight has and a shard of it would lack."""
+    layers = (module for module in model.modules() if hasattr(getattr(module, "weight", None), "quant_state"))
+    return {layer: {name: getattr(layer.weight, name) for name in OF_4_BITS} for layer in layers}
+
+
+def _mesh(device: torch.device, world: World) -> DeviceMesh:
+    if not distributed.is_initialized():  # torch asks for a group, also of one process
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    return init_device_mesh(device.type, (world.size,))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be a shard. Of a shard all processes have to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_copy(layer: nn.Module) -> nn.Module:
+    """A copy of a layer with whole weights; all processes have to ask for it."""
+    shards = {name: parameter for name, parameter in layer.named_parameters() if isinstance(parameter, DTensor)}
+    known = {id(parameter): nn.Parameter(whole(parameter.detach()), requires_grad=False) for parameter in shards.values()}
+    return copy.deepcopy(layer, known)
+
+
+class Lockstep:
+    """The runs of a sharded model, which all processes do together: before each they agree on what comes next.
+
+    A forward without gradients comes before one with its backward pass. So all have the same order of exchanges, whatever rows
+    they have.
+    """
+
+    def __init__(self, backbone: nn.Module, device: torch.device, world: World) -> None:
+        self._backbone, self._device, self._world = backbone, device, world
+        self.is_open = False  # a run has started, and not ended: the others wait in it
+        self._is_idle = False  # a run without use
+        backbone.register_forward_pre_hook(self._before, prepend=True)
+        backbone.register_forward_hook(self._after)
+
+    def finish(self) -> None:
+        """Run without use until no process runs the model any more."""
+        while (chosen := self._world.largest(DONE)) != DONE:
+            self._run_idle(chosen)
+
+    def _before(self, *_: object) -> None:
+        if self._is_idle:
+            return
+        if self.is_open:  # the row has failed, and is tried again in parts
+            raise torch.OutOfMemoryError("out of memory: a row of a model that is divided over processes cannot be repeated")
+        own = BOTH if torch.is_grad_enabled() else FORWARD
+        while (chosen := self._world.largest(own)) != own:
+            self._run_idle(chosen)
+        self.is_open = True
+
+    def _after(self, module: nn.Module, args: object, output: Any) -> None:
+        states = output[0]
+        if self._is_idle:
+            return
+        if not states.requires_grad:
+            self.is_open = False
+            return
+
+        def close() -> None:
+            self.is_open = False
+
+        states.register_hook(lambda _: Variable._execution_engine.queue_callback(close))  # at the end of the backward pass
+
+    def _run_idle(self, kind: int) -> None:
+        self._is_idle = True
+        try:
+            with torch.random.fork_rng(), torch.set_grad_enabled(kind == BOTH):
+                ids = torch.zeros(1, 2, dtype=torch.long, device=self._device)
+                states = self._backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+                if kind == BOTH:
+                    (states.float().sum() * 0).backward()
+        finally:
+            self._is_idle = False

@@ -1,0 +1,95 @@
+"""A model whose frozen weights are divided over processes, or wait in the RAM: the same numbers, in less memory."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+from fork_server import dpo
+from process_runs import (
+    SIGNAL_IN_AN_EVALUATION,
+    Config,
+    apart,
+    assert_same,
+    in_two_with,
+    resumed_as_alone,
+    trained,
+)
+
+from dpo_cli.errors import Exit
+from dpo_cli.storage.run_directory import ADAPTER, SUMMARY, WEIGHTS
+
+REINFORCED = {
+    "strategy": "rlhf",
+    "reward_functions": [{"rank": "regex", "pattern": "[a-e]"}],
+    "num_generations": 2,
+    "num_iterations": 2,
+    "max_new_tokens": 2,
+}
+DIVIDED: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "plain rows": {"prompt_sharing": False},
+    "4 bits": {"use_4bit": True},
+    "sft": {"strategy": "sft"},
+    "reward": {"strategy": "reward"},
+    "rlhf": REINFORCED,
+}
+
+
+@pytest.mark.parametrize("options", DIVIDED.values(), ids=DIVIDED)
+def test_weights_that_are_divided_train_as_whole_ones(config: Config, options: dict[str, Any]) -> None:
+    one = trained(config("one", **options))
+    several = trained(config("divided", fsdp=True, **options), processes=2)
+    assert_same(one, several)
+    assert apart(one, several) < 1e-4
+
+
+@pytest.mark.parametrize("options", [{}, {"use_4bit": True}], ids=["float32", "4 bits"])
+def test_weights_in_the_ram_train_to_the_same_bits(config: Config, options: dict[str, Any]) -> None:
+    one, other = (trained(config(name, cpu_offload=name == "in-ram", **options)) for name in ("one", "in-ram"))
+    assert_same(one, other)
+    assert (other / ADAPTER / WEIGHTS).read_bytes() == (one / ADAPTER / WEIGHTS).read_bytes()
+
+
+def test_a_divided_run_resumes_to_the_same_bits_and_in_one_process(config: Config) -> None:
+    alone, stopped, changed = (config(name, fsdp=True) for name in ("alone", "stopped", "changed"))
+    whole = trained(alone, processes=2)
+    for path in (stopped, changed):
+        run = trained(path, processes=2)
+        shutil.rmtree(run / "checkpoints" / "step-6")  # as if it was killed after step 4
+        (run / SUMMARY).unlink()
+    resumed_as_alone(stopped, whole)
+    done = dpo("train", changed, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert apart(whole, changed.with_suffix("")) < 1e-4
+
+
+@pytest.mark.long
+def test_a_signal_in_an_evaluation_of_a_divided_model_waits_for_its_end(config: Config) -> None:
+    codes, said = in_two_with(SIGNAL_IN_AN_EVALUATION, stopped := config("stopped", ddp_timeout=20, fsdp=True))
+    assert codes == [Exit.SIGINT, Exit.SIGINT], said
+    assert "interrupted after step" in said[0] and "error" not in said[1]
+    resumed_as_alone(stopped, trained(config("alone", fsdp=True), processes=2))
+
+
+FULL_MEMORY = """
+import os, torch
+from dpo_cli.scoring import forward
+of, seen = forward.Head.of, []
+def full(*arguments):
+    seen.append(1)
+    if torch.is_grad_enabled() and len(seen) > 12 and os.environ["RANK_OF_TEST"] == "{rank}":
+        raise torch.OutOfMemoryError("CUDA out of memory (test)")
+    return of(*arguments)
+forward.Head.of = full
+"""
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_a_full_memory_within_a_row_ends_all(config: Config, rank: int) -> None:
+    """The others wait in a run of the model: they end with the connection, and not after the timeout."""
+    codes, said = in_two_with(FULL_MEMORY.format(rank=rank), config("full", ddp_timeout=300, fsdp=True))
+    assert codes[rank] == Exit.UNFIT and codes[1 - rank] != Exit.DONE, said
+    assert "does not fit the memory" in said[rank] and "Traceback" not in said[0] + said[1]
