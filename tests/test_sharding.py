@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,13 +14,16 @@ from process_runs import (
     Config,
     apart,
     assert_same,
+    document,
     in_two_with,
+    leaves,
     resumed_as_alone,
     trained,
 )
+from safetensors.torch import load_file
 
 from dpo_cli.errors import Exit
-from dpo_cli.storage.run_directory import ADAPTER, SUMMARY, WEIGHTS
+from dpo_cli.storage.run_directory import ADAPTER, EVALUATION, SUMMARY, WEIGHTS
 
 REINFORCED = {
     "strategy": "rlhf",
@@ -64,6 +69,32 @@ def test_a_divided_run_resumes_to_the_same_bits_and_in_one_process(config: Confi
     done = dpo("train", changed, "--resume")
     assert done.returncode == 0, done.stderr
     assert apart(whole, changed.with_suffix("")) < 1e-4
+
+
+@pytest.mark.parametrize("option", ["fsdp", "cpu_offload"])
+def test_a_divided_run_is_evaluated_exported_and_trained_further(config: Config, tmp_path: Path, option: str) -> None:
+    processes = 2 if option == "fsdp" else 1
+    run = trained(config("first", **{option: True}), processes=processes)
+    kept = document(run, EVALUATION)
+    (run / EVALUATION).unlink()  # else it is read, and nothing is computed
+    done = dpo("eval", run, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = dict(leaves(json.loads(done.stdout)["policy"]))
+    assert figures == {place: pytest.approx(value, rel=1e-5, abs=1e-6) for place, value in leaves(kept["policy"])}
+    done = dpo("export", run, "--out", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    for reference in ("adapter", "base"):  # the adapter goes on, or is merged first
+        below = {"model_name": str(run), "reference": reference, "max_steps": 2}
+        one = trained(config(f"one-{reference}", **below))
+        further = trained(config(f"further-{reference}", **below, **{option: True}), processes=processes)
+        assert_same(one, further)
+        assert apart_of(one, further) < 1e-5
+
+
+def apart_of(one: Path, other: Path) -> float:
+    """The largest relative difference of a weight of two adapters."""
+    mine, theirs = (load_file(run / ADAPTER / WEIGHTS) for run in (one, other))
+    return max(float((mine[name] - theirs[name]).norm() / mine[name].norm()) for name in mine)
 
 
 @pytest.mark.long

@@ -138,7 +138,7 @@ def as_trained(opened: OpenedRun) -> Plan:
     then = opened.run.read_json(PLAN)["config"]
     same = {name: then[name] for name in ("bf16", "fp16", "dataset", "strategy")}
     config = replace(opened.plan.config, **same)
-    return replace(opened.plan, config=replace(config, use_4bit=False, use_8bit=False, device="cpu"))
+    return replace(opened.plan, config=replace(config, use_4bit=False, use_8bit=False, device="cpu", cpu_offload=False))
 
 
 def _require_space(request: Request, plan: Plan, is_merged: bool) -> None:

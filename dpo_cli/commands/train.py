@@ -37,7 +37,7 @@ from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.precision import product_speed, same_bits, with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
-from dpo_cli.providers.sharding import shard
+from dpo_cli.providers.sharding import is_sharded
 from dpo_cli.publish.upload import push
 from dpo_cli.report.render import write_report
 from dpo_cli.results.codec import JsonObject, to_json
@@ -347,8 +347,7 @@ def _loaded_model(job: Job, plan: Plan) -> tuple[PreTrainedModel, Scoring]:
     provider = job.provider
 
     def load() -> PreTrainedModel:
-        in_ram = replace(plan, config=replace(plan.config, device="cpu"))  # a card may be too small for the whole model
-        base = provider.base_model(in_ram if plan.is_divided else plan)
+        base = provider.base_model(plan, job.world)
         for note in provider.notes:
             job.console.line(f"note: {note}")
         return base
@@ -358,8 +357,6 @@ def _loaded_model(job: Job, plan: Plan) -> tuple[PreTrainedModel, Scoring]:
             return choose(base, rows.extremes, pad_token_id, wanted, provider.no_sharing)
 
     base = job.world.in_turn(load) if plan.merges else job.world.together(load)
-    if plan.is_divided:
-        job.world.together(lambda: shard(base, require_device(plan), job.world, plan.config.cpu_offload))
     wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
     found = job.world.each(lambda: try_scoring(wanted))
     scoring = next((one for one in found if not one.shared), found[0])
@@ -372,7 +369,7 @@ def _begun(job: Job, training: Training, view: LiveView) -> None:
     """Before the first step: go back to the checkpoint of a resumed run, or check what a new one starts with."""
     run, earlier, rows, console = job.run, job.earlier, job.rows, job.console
     plan, trainer, keep = training.plan, training.trainer, training.keep
-    if trainer.reference is not None and (job.world.is_main or plan.is_divided):
+    if trainer.reference is not None and (job.world.is_main or is_sharded(trainer.model)):
         key = computed_by(trainer.policy, plan)
         cache = ReferenceCache(key, f"{plan.model_label}, {plan.dtype}", console.line)
         trainer.reference.share_in(cache, rows.train)

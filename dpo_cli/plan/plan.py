@@ -229,11 +229,6 @@ class Plan:
         return int(self.config.num_processes)
 
     @property
-    def is_divided(self) -> bool:
-        """Whether the frozen weights are shards: of several processes, or in the RAM (providers/sharding.py)."""
-        return self.config.cpu_offload or (self.config.fsdp is True and self.processes > 1)
-
-    @property
     def predicted_gb(self) -> float | None:
         """The estimated peak memory of torch: on a GPU without the context and the allocator's slack, on a CPU the whole
         process."""

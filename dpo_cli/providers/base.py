@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from dpo_cli.storage.world import ALONE, World
+
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +30,12 @@ class Provider(Protocol):
     def token_rows(self) -> int | None:
         """Rows of the model's embedding, from its config; None if unknown."""
 
-    def base_model(self, plan: Plan) -> PreTrainedModel:
-        """The model below the adapter in training, on the plan's device, without dropout, quantised if the plan says so."""
+    def base_model(self, plan: Plan, world: World = ALONE) -> PreTrainedModel:
+        """The model below the adapter in training, on the plan's device, without dropout, quantised if the plan says so.
+
+        Its weights are divided over the processes of a `world` if the plan says so. A process alone has them whole, on the
+        device or in the RAM.
+        """
 
     def adapted(self, plan: Plan) -> Adapted | None:
         """What the plan trains, from the model's architecture only; None if that cannot be built.

@@ -39,9 +39,11 @@ from dpo_cli.providers.eight_bit import use_exact_product
 from dpo_cli.providers.loaded_tensors import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.model_cache import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
+from dpo_cli.providers.sharding import shard
 from dpo_cli.storage import hub
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.progress import working
+from dpo_cli.storage.world import ALONE, World
 
 PROBE = "  two blanks\n\na line\tand é, ж, 中 and 1234"  # texts that tokenizers are known to treat in different ways
 
@@ -107,13 +109,18 @@ class HuggingFace:
     def token_rows(self) -> int | None:
         return self.files.token_rows
 
-    def base_model(self, plan: Plan) -> PreTrainedModel:
+    def base_model(self, plan: Plan, world: World = ALONE) -> PreTrainedModel:
         below = self.model.below if plan.goes_on else None
-        model = _settled(self._merged(plan, below or self.model))
-        if not plan.strategy.gives_rewards:
-            return model
-        padding = int((self._tokenizer or self.tokenizer()).pad_token_id)
-        return as_classifier(model, plan.config.seed, padding, plan.model_label)
+        is_divided = plan.config.cpu_offload or (plan.config.fsdp is True and world.size > 1)
+        # A card may be too small for the whole model.
+        placed = replace(plan, config=replace(plan.config, device="cpu")) if is_divided else plan
+        model = _settled(self._merged(placed, below or self.model))
+        if plan.strategy.gives_rewards:
+            padding = int((self._tokenizer or self.tokenizer()).pad_token_id)
+            model = as_classifier(model, plan.config.seed, padding, plan.model_label)
+        if is_divided:
+            shard(model, require_device(plan), world, plan.config.cpu_offload)
+        return model
 
     def adapted(self, plan: Plan) -> Adapted | None:
         found, adapter = adapted(plan, self._load(AutoConfig, self.source))

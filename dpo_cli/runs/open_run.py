@@ -117,7 +117,8 @@ def open_trained(config: str, run: RunDirectory, console: Console) -> Opened:
 
 
 def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | None, console: Console) -> Opened:
-    changes = [*overrides, "provider=huggingface"]  # the adapter of any provider is a PEFT adapter, and needs no other provider
+    # The adapter of any provider is a PEFT adapter, and needs no other provider. One process evaluates it.
+    changes = [*overrides, "provider=huggingface", "num_processes=1", "fsdp=false"]
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
         strategy = _strategy_of(config, overrides)
