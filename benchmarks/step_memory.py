@@ -52,7 +52,9 @@ from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.plan.tokenized import SampledPrompt
 from dpo_cli.providers.classifier import HEAD, as_classifier
 from dpo_cli.providers.eight_bit import use_exact_product
+from dpo_cli.providers.sharding import shard
 from dpo_cli.scoring import shared_prompts
+from dpo_cli.storage.world import ALONE
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.training import dpo_trainer, policy_trainer, reward_trainer, sft_trainer
 from dpo_cli.training.trainer import CarefulTrainer, ProbeFirst
@@ -110,6 +112,7 @@ def plan_of(settings: Settings, length: int, shared: bool, device: str, place: P
     values |= {"per_device_train_batch_size": settings.batch, "gradient_accumulation_steps": 2, "lora_r": settings.rank}
     values |= {"lora_dropout": DROPOUT if settings.dropout else 0.0, "use_dora": settings.dora}
     values |= {"use_4bit": settings.bits == 4, "use_8bit": settings.bits == 8, "use_nested_quant": settings.nested_quantisation}
+    values |= {"cpu_offload": settings.in_ram}
     values |= {"target_modules": targets if isinstance(targets, str) else list(targets)}
     if STRATEGIES[settings.strategy].generates:
         values |= {"reward_functions": ["longer"], "num_generations": 2, "max_new_tokens": new_tokens}
@@ -223,8 +226,11 @@ def compare(config: PreTrainedConfig, settings: Settings, prompt: int, response:
         plan = plan_of(settings, prompt + response, shared, "cpu", Path(place), response)
         parts = components(facts, billed(plan, facts, prompt, response))
         rows = random_rows(config.vocab_size, settings, prompt, response)
-        trainer = trainer_for(random_model(config, settings, "cpu"), settings, plan, rows)
-        return parts["activations"] + parts["scoring"], step_peak(trainer, "cpu")
+        model = random_model(config, settings, "cpu")
+        if settings.in_ram:
+            shard(model, torch.device("cpu"), ALONE, in_ram=True)
+        trainer = trainer_for(model, settings, plan, rows)
+        return sum(parts.get(name, 0.0) for name in ("activations", "scoring", "gathered")), step_peak(trainer, "cpu")
 
 
 SHAPE = {"vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
@@ -268,6 +274,11 @@ GRID: list[tuple[str, Settings, int, int, bool]] = [
     ("llama", replace(FULL, checkpointing=True), 768, 256, True),
     ("llama", replace(HALF, bits=4), 384, 128, True),
     ("llama", replace(HALF, bits=4, checkpointing=True), 768, 256, True),
+    ("llama", replace(HALF, in_ram=True), 384, 128, True),
+    ("llama", replace(HALF, in_ram=True, checkpointing=True), 768, 256, True),
+    ("llama", replace(HALF, in_ram=True, checkpointing=True, bits=4), 384, 128, True),
+    ("llama", replace(FULL, in_ram=True, checkpointing=True, strategy="sft", batch=4), 12, 12, False),
+    ("llama", replace(HALF, in_ram=True, checkpointing=True, rank=4, batch=1), 24, 8, True),
     ("llama", replace(HALF, bits=8), 384, 128, True),
     ("llama", replace(HALF, bits=8, checkpointing=True), 768, 256, True),
     ("qwen3", HALF, 384, 128, True),
@@ -294,6 +305,7 @@ def measure(table: Table, options: argparse.Namespace) -> None:
         predicted, peak = compare(FAMILIES[family](**SHAPE, **HEADS), settings, prompt, response, shared)
         dtype = f"{settings.bits}-bit" if settings.bits else {2: "bf16", 4: "float32"}[settings.bytes_per_value]
         name = family + (", dropout" if settings.dropout else "") + (", DoRA" if settings.dora else "")
+        name += ", in the RAM" if settings.in_ram else ""
         name += "" if settings.strategy == "dpo" else f", {settings.strategy}"
         told = [name, dtype, settings.batch, prompt + response, settings.rank, _targets(settings)]
         told += ["yes" if settings.checkpointing else "no", "once" if shared else "twice"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from fork_server import dpo
 from safetensors.torch import load_file
 
@@ -78,16 +79,29 @@ def in_two_with(code: str, config: Path) -> tuple[list[int], list[str]]:
     RANK_OF_TEST is the rank.
     """
     code += "\nimport sys\nfrom dpo_cli.__main__ import main\nsys.argv = ['dpo', *sys.argv[1:]]\nmain()\n"
+    ended = in_processes(code, 2, "train", str(config))
+    return [one.returncode for one in ended], [one.stdout for one in ended]
+
+
+def in_processes(code: str, count: int, *words: str) -> list[subprocess.CompletedProcess[str]]:
+    """Python code in so many processes that know of each other, as a launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        about = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        about = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     nodes = []
-    for rank in (0, 1):
+    for rank in range(count):
         own = {**os.environ, **about, "RANK": str(rank), "LOCAL_RANK": str(rank), "RANK_OF_TEST": str(rank)}
-        words = [sys.executable, "-c", code, "train", str(config)]
-        nodes.append(subprocess.Popen(words, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        command = [sys.executable, "-c", code, *words]
+        nodes.append(subprocess.Popen(command, cwd=ROOT, env=own, stdout=-1, stderr=subprocess.STDOUT, text=True))
     said = [node.communicate(timeout=90)[0] for node in nodes]
-    return [node.returncode for node in nodes], said
+    return [subprocess.CompletedProcess(node.args, node.returncode, text) for node, text in zip(nodes, said, strict=True)]
+
+
+def figures_of(code: str, count: int) -> list[Any]:
+    """What each of so many processes prints as JSON in its last line."""
+    ended = in_processes(code, count)
+    assert [one.returncode for one in ended] == [0] * count, [one.stdout for one in ended]
+    return [json.loads(one.stdout.splitlines()[-1]) for one in ended]
 
 
 SIGNAL_IN_AN_EVALUATION = """

@@ -27,9 +27,10 @@ from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.hardware import activations
 from dpo_cli.hardware.fit import fit, largest_model, savings
 from dpo_cli.hardware.machine import GIB, Gpu, Machine, amd_gpus
-from dpo_cli.hardware.memory import NF4_BYTES, EvaluationRoom, bill, components, evaluation_room, freed_gb, weight_bytes
+from dpo_cli.hardware.memory import EvaluationRoom, bill, components, evaluation_room, freed_gb
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.hardware.recommend import CARDS, MARGIN, Recommendation, Request, profiles, recommend
+from dpo_cli.hardware.weights import NF4_BYTES, weight_bytes
 from dpo_cli.models.shape import ModelFacts, config_facts, known_models
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.plan import Plan

@@ -15,6 +15,7 @@ from process_runs import (
     apart,
     assert_same,
     document,
+    figures_of,
     in_two_with,
     leaves,
     resumed_as_alone,
@@ -124,3 +125,42 @@ def test_a_full_memory_within_a_row_ends_all(config: Config, rank: int) -> None:
     codes, said = in_two_with(FULL_MEMORY.format(rank=rank), config("full", ddp_timeout=300, fsdp=True))
     assert codes[rank] == Exit.UNFIT and codes[1 - rank] != Exit.DONE, said
     assert "does not fit the memory" in said[rank] and "Traceback" not in said[0] + said[1]
+
+
+PEAKS = """
+import json, sys
+import torch
+from torch import distributed
+from transformers import LlamaConfig
+sys.path.insert(0, "benchmarks")
+import step_memory
+from dpo_cli.hardware.memory_inputs import Longest
+from dpo_cli.models.shape import config_facts
+from dpo_cli.hardware.weights import divided_bytes, gathered_bytes
+from dpo_cli.providers.sharding import shard
+from dpo_cli.storage.world import Place, Processes, World
+from dataclasses import replace
+import os
+torch.set_num_threads(1)
+place = Place.of(os.environ)
+world = Processes(place, 60) if place else World()
+shape = LlamaConfig(**{**step_memory.SHAPE, "tie_word_embeddings": False}, num_attention_heads=8, num_key_value_heads=2)
+settings = replace(step_memory.HALF, shards=world.size, in_ram=world.size == 1)
+model = step_memory.random_model(shape, settings, "cpu")
+whole = sum(weight.nbytes for weight in model.parameters())
+shard(model, torch.device("cpu"), world, settings.in_ram)
+held = sum(getattr(weight, "_local_tensor", weight).nbytes for weight in model.parameters())
+with step_memory.measured("cpu") as peak, torch.no_grad():
+    model.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+facts = config_facts(shape.to_dict())
+print(json.dumps([whole, held, divided_bytes(facts, settings), peak.bytes, gathered_bytes(facts, settings)]))
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_process_holds_its_shards_and_few_whole_blocks(processes: int) -> None:
+    """The bytes in memory are those of the bill; the forward pass of two tokens takes nothing else worth a name."""
+    for whole, held, billed, peak, gathered in figures_of(PEAKS, processes):
+        assert held == pytest.approx(billed, rel=0.001)
+        assert held < whole if processes > 1 else held == whole  # on a CPU the RAM is the device
+        assert peak == pytest.approx(gathered, rel=0.07)

@@ -13,6 +13,7 @@ per value.
 from __future__ import annotations
 
 from dpo_cli.hardware.memory_inputs import Settings, targets_of, trained_parameters, trained_width, whole_parameters
+from dpo_cli.hardware.weights import gathered_bytes
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
 
@@ -20,8 +21,8 @@ STASHED = 5  # tensors that wait for their copy into the RAM (TRL 1.15, OffloadA
 CHUNK_BYTES = 1 << 26  # float32 logits that the head computes at a time (scoring/lm_head.py, CHUNK_ELEMENTS)
 
 
-def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
-    """(activations, scoring) at the peak of a micro-batch."""
+def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float, float]:
+    """(activations, scoring, whole blocks of divided weights) at the peak of a micro-batch."""
     width, tokens = settings.bytes_per_value, settings.tokens
     h, i = facts.hidden_size, facts.intermediate_size
     block = _block_bytes(facts, settings)
@@ -32,7 +33,7 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
     end = tokens * (
         4 * h + width * h
     )  # the final norm's float32 input and its result; freed before the backward pass of the blocks
-    gathered = settings.scored * h * (width + 4)  # the states that go through the head, and their gradient
+    states = settings.scored * h * (width + 4)  # the states that go through the head, and their gradient
 
     # Gradients of the MLP's product and its factors, and of the float32 copies that adapters on it read.
     has_mlp_copies = settings.copies_inputs and any(
@@ -45,17 +46,18 @@ def step_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float]:
         one_layer = width * max(linear.parameters for linear in facts.linears)
         backward, forward = backward + one_layer, forward + one_layer
     refers = STRATEGIES[settings.strategy].refers and settings.reference != "cache"
-    head = gathered + _logits_bytes(facts, settings) + _head_gradient_bytes(facts, settings)
-    moments = [(kept + end, head), (kept + backward, 0.0)]
+    head = states + _logits_bytes(facts, settings) + _head_gradient_bytes(facts, settings)
+    whole = gathered_bytes(facts, settings)
+    moments = [(kept + end, head, 0.0), (kept + backward, 0.0, whole)]
     # At the end of the backward pass a micro-batch's gradients exist next to those of earlier ones (scoring/oom.py). Those of
     # the last block come while its tensors go: at the peak there are about half of both.
     new_gradients: float = trained_parameters(facts, settings) * trained_width(settings)
     if settings.rank:
         new_gradients *= 1 - 0.5 / facts.num_hidden_layers
     last_block = backward if settings.checkpointing else block + backward - end
-    moments.append((last_block + new_gradients, 0.0))
+    moments.append((last_block + new_gradients, 0.0, whole))
     if refers:
-        moments.append((forward, settings.scored * h * width))  # before the policy's forward pass, which keeps more
+        moments.append((forward, settings.scored * h * width, whole))  # before the policy's forward pass, which keeps more
     return max(moments, key=sum)
 
 

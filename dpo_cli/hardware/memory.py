@@ -12,20 +12,16 @@ from dataclasses import dataclass
 from dpo_cli.hardware.activations import CHUNK_BYTES, offloaded_bytes, step_bytes
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.hardware.memory_inputs import Settings, trained_parameters, trained_width
+from dpo_cli.hardware.weights import divided_bytes, weight_bytes
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.results.validation import BillJson
 from dpo_cli.strategies.strategies import STRATEGIES
 
-# Bytes per 4-bit weight: half a byte; a one-byte scale per block of 64; a float32 per 256 of those (QLoRA, arXiv:2305.14314
-# section 3, double quantisation).
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-PLAIN_4BIT_BYTES = 0.5 + 4 / 64  # without double quantisation: a float32 scale per block
 # Bytes of optimizer state per trained weight, if it is not two moments of the weight's own width (AdamW): 8-bit states include
 # their scales; Adafactor keeps a row and a column; SGD nothing. Paged states can leave the GPU, but return for the step.
 MOMENTS = {"paged_adamw_32bit": 8.0, "adamw_8bit": 2.0, "paged_adamw_8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
 CUDA_CONTEXT_BYTES = 0.5 * GIB  # driver context and the workspaces of cuBLAS; fitcheck-llm 0.3 assumes the same
 ALLOCATOR_SLACK = 0.05  # share of the rest lost to fragmentation; fitcheck-llm 0.3 assumes the same
-GATHERED = 3  # whole blocks at a time, of weights that are divided over processes
 LIBRARIES_BYTES = 0.5 * GIB  # resident size of this program's imports on a CPU: `make memory` prints it
 
 
@@ -65,14 +61,16 @@ def components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
     """Bytes by component at the peak of a step."""
     trained, width = trained_parameters(facts, settings), trained_width(settings)
     frozen = weight_bytes(facts, settings)
-    parts = {"weights": frozen, "adapter": trained * width if settings.rank else 0.0}
-    if settings.is_divided:
-        parts["weights"], parts["gathered"], _ = divided_bytes(facts, settings)
+    parts = {
+        "weights": divided_bytes(facts, settings) if settings.is_divided else frozen,
+        "adapter": trained * width if settings.rank else 0.0,
+    }
     if STRATEGIES[settings.strategy].refers and settings.reference in ("copy", "adapter"):
         parts["reference"] = frozen if settings.reference == "copy" else parts["adapter"]
     parts["gradients"] = trained * width
     parts["optimizer"] = trained * MOMENTS.get(settings.optimizer, 2 * width)
-    parts["activations"], parts["scoring"] = step_bytes(facts, settings)
+    parts["activations"], parts["scoring"], gathered = step_bytes(facts, settings)
+    parts |= {"gathered": gathered} if settings.is_divided else {}
     if STRATEGIES[settings.strategy].generates:
         parts["reward_model"] = settings.reward_bytes
         parts["sampling"] = max(0.0, sampling_bytes(facts, settings) - parts["activations"] - parts["scoring"])
@@ -80,51 +78,6 @@ def components(facts: ModelFacts, settings: Settings) -> dict[str, float]:
         parts["cuda_context"] = CUDA_CONTEXT_BYTES
         parts["allocator_slack"] = ALLOCATOR_SLACK * sum(parts.values())
     return parts
-
-
-def weight_bytes(facts: ModelFacts, settings: Settings) -> float:
-    """Bytes of the model's weights.
-
-    bitsandbytes quantises the linear layers of the blocks; embeddings, head and norms keep the compute dtype (transformers
-    excludes the head). 8 bits: a byte per weight and a float32 per row (LLM.int8, arXiv:2208.07339, section 3). Full
-    fine-tuning holds float32 weights, because updates are too small for bf16.
-    """
-    if settings.rank == 0:
-        return 4.0 * facts.parameters
-    rows = sum(linear.outputs for linear in facts.linears) * facts.num_hidden_layers
-    scales = 4.0 * rows if settings.bits == 8 else 0.0
-    linear_bytes = facts.linear_parameters * weight_width(settings) + scales
-    others = facts.other_parameters
-    if STRATEGIES[settings.strategy].gives_rewards and not facts.tie_word_embeddings:
-        others -= facts.vocab_size * facts.hidden_size  # the LM head is left out
-    return linear_bytes + others * settings.bytes_per_value
-
-
-def divided_bytes(facts: ModelFacts, settings: Settings) -> tuple[float, float, float]:
-    """Bytes of weights that are divided over processes: (on the device all the time, of whole blocks, in the RAM).
-
-    The head stays whole, and so do a table of embeddings that is tied to it, and the scales of 4-bit weights. Of the blocks one
-    runs, and the exchange for the next one has a copy of it besides its result (torch 2.13, `foreach_all_gather`).
-    """
-    width = float(settings.bytes_per_value)
-    table = width * facts.vocab_size * facts.hidden_size
-    scales = facts.linear_parameters * (weight_width(settings) - 0.5) if settings.bits == 4 else 0.0
-    has_head = not STRATEGIES[settings.strategy].gives_rewards
-    tables = table * (1 if facts.tie_word_embeddings or not has_head else 2)
-    blocks = weight_bytes(facts, settings) - tables - scales
-    shares_table = not facts.tie_word_embeddings and not settings.in_ram
-    whole_tables = tables - table * (1 - 1 / settings.shards) if shares_table else tables
-    shard = blocks / settings.shards
-    gathered = GATHERED * blocks / facts.num_hidden_layers
-    in_ram = shard if settings.in_ram and settings.on_gpu else 0.0
-    return whole_tables + scales + shard - in_ram, gathered, in_ram
-
-
-def weight_width(settings: Settings) -> float:
-    """Bytes of a frozen weight of a linear layer, without the scales of 8 bits."""
-    if settings.bits == 4:
-        return NF4_BYTES if settings.nested_quantisation else PLAIN_4BIT_BYTES
-    return 1.0 if settings.bits == 8 else float(settings.bytes_per_value)
 
 
 @dataclass(frozen=True)

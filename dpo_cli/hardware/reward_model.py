@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from dpo_cli.config.options import Config
 from dpo_cli.data.hub_datasets import is_hub_id
-from dpo_cli.hardware.memory import weight_bytes
 from dpo_cli.hardware.memory_inputs import Longest, Settings
+from dpo_cli.hardware.weights import weight_bytes
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.models.source import ModelSource

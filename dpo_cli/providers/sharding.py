@@ -2,8 +2,8 @@
 
 Each process holds a part of every block. A block is whole on the device only while it runs, forward or backward. Adapters are
 added later and belong to no block's shards, so each process has them whole, and their gradients are added up by the trainer.
-The LM head stays whole, because log-probs read its weight (scoring/lm_head.py); so does a table of embeddings that is also the
-head.
+The LM head stays whole, because log-probs read its weight (scoring/lm_head.py). So does the table of embeddings, which would be
+whole twice while it is exchanged; where blocks wait in the RAM it stays there, and so does the lookup.
 
 To make a block whole is an exchange of all processes, so each of them has to run the model as often as the others do.
 `Lockstep` sees to that: a process that has fewer rows runs the model on two tokens meanwhile, and uses nothing of it.
@@ -28,6 +28,7 @@ from dpo_cli.errors import RunFailed
 from dpo_cli.storage.world import World
 
 FORWARD, BOTH, DONE = 2, 1, 0  # what a process does next; the largest number of all processes is what all of them do
+DEVICE = "shards_device"  # attribute of a sharded model
 OF_4_BITS = ("quant_state", "compress_statistics", "quant_type")  # attributes of a weight that bitsandbytes and PEFT read
 
 
@@ -44,24 +45,39 @@ def shard(model: PreTrainedModel, device: torch.device, world: World, in_ram: bo
     options: dict[str, Any] = {"mesh": _mesh(device, world), "reshard_after_forward": True}
     waiting = CPUOffloadPolicy(pin_memory=device.type == "cuda") if in_ram else OffloadPolicy()
     base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
+    if in_ram and (head is None or embedding.weight is not head.weight):
+        embedding.register_forward_pre_hook(lambda _, ids: tuple(each.to(embedding.weight.device) for each in ids))
+        embedding.register_forward_hook(lambda _, ids, states: states.to(device))
+    else:
+        embedding.to(device)
     for part in model.children():
         if part is not base:
             part.to(device)
-    is_tied = head is not None and embedding.weight is head.weight
-    kept = of_4_bits(model)
+    kept = _of_4_bits(model)
     model.requires_grad_(False)  # PEFT does that too, but torch asks a shard when it is first made whole
     for block in blocks:
         fully_shard(block, **options, offload_policy=waiting)
-    if is_tied or in_ram:  # `model.device` is that of the first weight
-        embedding.to(device)
-    else:
-        fully_shard(embedding, **options)
     fully_shard(base, **options, ignored_params=set(embedding.parameters()))
     for module, attributes in kept.items():
+        attributes["quant_state"].to(device)
         module.quant_state = attributes["quant_state"]  # which bitsandbytes reads where the weight has none
         vars(module.weight).update(attributes)
+    vars(model)[DEVICE] = device
     if world.size > 1:
         world.steps = Lockstep(base, device, world)
+
+
+def place_adapters(model: nn.Module, device: torch.device) -> None:
+    """Move what was added to a sharded model to its device: PEFT puts an adapter where the weight is, which may be the RAM."""
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor) and any(part in name for part in ("lora_", "modules_to_save")):
+            parameter.data = parameter.data.to(device)
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """The device on which a model computes: shards and embeddings may wait in the RAM."""
+    device: torch.device | None = getattr(model, DEVICE, None)
+    return device or next(model.parameters()).device
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -73,7 +89,7 @@ def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
             yield from blocks_of(child)
 
 
-def of_4_bits(model: nn.Module) -> dict[Any, dict[str, Any]]:
+def _of_4_bits(model: nn.Module) -> dict[Any, dict[str, Any]]:
     """By layer, what its 4-bit weight has and a shard of it would lack."""
     layers = (module for module in model.modules() if hasattr(getattr(module, "weight", None), "quant_state"))
     return {layer: {name: getattr(layer.weight, name) for name in OF_4_BITS} for layer in layers}
@@ -96,10 +112,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_copy(layer: nn.Module) -> nn.Module:
-    """A copy of a layer with whole weights; all processes have to ask for it."""
-    shards = {name: parameter for name, parameter in layer.named_parameters() if isinstance(parameter, DTensor)}
-    known = {id(parameter): nn.Parameter(whole(parameter.detach()), requires_grad=False) for parameter in shards.values()}
-    return copy.deepcopy(layer, known)
+    """A copy of an adapted layer with whole weights, where its adapter is; all processes have to ask for it."""
+    shards = [parameter for parameter in layer.parameters() if isinstance(parameter, DTensor)]
+    if not shards:
+        return copy.deepcopy(layer)
+    device = next(parameter.device for parameter in layer.parameters() if not isinstance(parameter, DTensor))
+    wholes = {id(shard): nn.Parameter(whole(shard.detach()).to(device), requires_grad=False) for shard in shards}
+    return copy.deepcopy(layer, wholes)
 
 
 class Lockstep:

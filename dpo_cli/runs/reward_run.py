@@ -22,6 +22,7 @@ from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import resolve
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.providers.sharding import compute_device
 from dpo_cli.runs.open_run import require_same_below
 from dpo_cli.scoring.forward import collate
 from dpo_cli.scoring.lora_linear import fuse
@@ -88,8 +89,8 @@ class RewardModel:
 
     def _reward(self, row: Encoded) -> float:
         network = self.network
-        batch = collate([row], int(network.config.get_text_config().pad_token_id), network.device)
-        with torch.no_grad(), torch.autocast(network.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        batch = collate([row], int(network.config.get_text_config().pad_token_id), compute_device(network))
+        with torch.no_grad(), torch.autocast(compute_device(network).type, self.dtype, enabled=self.dtype != torch.float32):
             return float(rewards(network, False, **batch)[0])
 
 

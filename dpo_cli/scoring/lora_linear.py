@@ -138,7 +138,8 @@ def _add_product(total: Tensor, left: Tensor, weight: Tensor, base: Any, transpo
     else:
         from bitsandbytes.functional import dequantize_4bit
 
-        state = copy.copy(base.quant_state)  # not that of the weight: a shard has none
+        # A weight that was divided has none (providers/sharding.py).
+        state = copy.copy(getattr(base.weight, "quant_state", None) or base.quant_state)
         state.dtype = base.compute_dtype or left.dtype  # else it is first rounded to the dtype that the model was loaded in
         whole = dequantize_4bit(weight.view(-1, 1), state)
     right = whole.T if transposed else whole

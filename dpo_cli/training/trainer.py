@@ -45,7 +45,7 @@ from dpo_cli.models.tensor_files import SINGLE
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.loaded_tensors import refuse
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
-from dpo_cli.providers.sharding import is_sharded
+from dpo_cli.providers.sharding import is_sharded, place_adapters
 from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, save_state, set_random_state
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.lora_linear import fuse
@@ -194,7 +194,9 @@ class CarefulTrainer:
         self.row_budget = plan.row_budget(unit)
         self.policy, self.world = Policy(self.model, getattr(self, "ref_model", None), world), world
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
-        self.accelerator.device_placement = not is_sharded(self.model)
+        if is_sharded(self.model):
+            place_adapters(self.model, self.args.device)
+            self.accelerator.device_placement = False
         self.calls: list[FusedCausalLMOutput] = []  # of the head, since the start of compute_loss
         # The losses take the size of the step, whatever the model's own forward takes; then Trainer does not divide them again.
         self.model_accepts_loss_kwargs = True
