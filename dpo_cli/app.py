@@ -105,7 +105,8 @@ def recommend(
         str | None, typer.Option(help="The dataset of the config; the memory bill then uses its lengths.")
     ] = None,
     strategy: Annotated[str, typer.Option(metavar="|".join(STRATEGIES), help="How to train.")] = DPO.name,
-    gpus: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Cards of this kind in the machine.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Cards of this kind in a machine.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="Machines with so many cards.")] = 1,
     write: Annotated[Path | None, typer.Option(help="Write the config to this file.")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -114,7 +115,7 @@ def recommend(
     with session(as_json, debug) as console:
         if write is not None and write.exists():
             raise UsageError(f"{write} exists already", "name a new file")
-        recommendation = make_recommendation(request_of(console, vram, model, dataset, strategy, gpus))
+        recommendation = make_recommendation(request_of(console, vram, model, dataset, strategy, gpus, nodes))
         for reason in recommendation.reasons:
             console.line(reason)
         if not STRATEGIES[strategy].is_trained:

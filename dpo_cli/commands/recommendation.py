@@ -44,13 +44,19 @@ def require_vram(vram: float | None) -> None:
 
 
 def request_of(
-    console: Console, vram: float | None, model: str | None, dataset: str | None, strategy: str, gpus: int = 1
+    console: Console,
+    vram: float | None,
+    model: str | None,
+    dataset: str | None,
+    strategy: str,
+    gpus: int = 1,
+    nodes: int = 1,
 ) -> Request:
     """The request; `UsageError` for an unknown strategy, and without a card to plan for."""
     if strategy not in STRATEGIES:
         raise UsageError(f"unknown strategy {strategy}", f"name one of {', '.join(STRATEGIES)}")
     require_vram(vram)
-    request = Request(vram or 0.0, model, dataset, strategy, gpus=gpus)
+    request = Request(vram or 0.0, model, dataset, strategy, gpus=gpus, nodes=nodes)
     if vram is None:
         machine = probe()
         if machine.card is None:
@@ -135,6 +141,7 @@ def _why(key: str, value: object, recommendation: Recommendation) -> str:
     """Why a key has its value."""
     named = {"strategy": "how to train", "model_name": "what is trained", "dataset": "what it is trained on"}
     named["num_processes"] = "one for each card"
+    named["fsdp"] = "no card can hold the whole model"
     named["columns"] = "the likely meaning of its columns by their names; correct what is wrong"
     if key in named:
         return named[key]

@@ -62,7 +62,7 @@ def advice(facts: ModelFacts, wanted: Settings, settings: Settings, memory: Bill
         if bill(facts, _changed(settings, chosen), memory.budget_gb).fits:
             break
     else:
-        return smaller_model(settings, memory.budget_gb)
+        return smaller_model(facts, settings, memory.budget_gb)
     for change in chosen[:-1]:
         without = [other for other in chosen if other is not change]
         if bill(facts, _changed(settings, without), memory.budget_gb).fits:
@@ -115,8 +115,31 @@ def _changed(settings: Settings, changes: Sequence[Change]) -> Settings:
     return settings
 
 
-def smaller_model(settings: Settings, budget_gb: float | None) -> str:
-    """A common model that fits with these settings, or with the smallest ones, checkpointed and one pair at a time."""
+def smaller_model(facts: ModelFacts, settings: Settings, budget_gb: float | None) -> str:
+    """A common model that fits with these settings, or with the smallest ones, checkpointed and one pair at a time.
+
+    Also how the model of these facts fits with its weights in the RAM, if it does.
+    """
+    kept = _in_ram(facts, settings, budget_gb)
+    return _smaller(settings, budget_gb) + (f"; or {kept}" if kept else "")
+
+
+def _in_ram(facts: ModelFacts, settings: Settings, budget_gb: float | None) -> str | None:
+    """How a model fits with the weights of its blocks in the RAM, if it does. The changes are as for `advice`."""
+    if not (settings.can_divide and settings.on_gpu) or budget_gb is None:
+        return None
+    changes, now = list[str](), replace(settings, in_ram=True)
+    for text, change in [("", lambda now: now), *_changes(settings)]:
+        changes, now = [*changes, text] if text else changes, change(now)
+        needed = bill(facts, now, budget_gb)
+        if needed.fits:
+            words = "".join(f", {text}" for text in changes)
+            return f'keep the weights in the RAM, which is much slower: "cpu_offload": true{words} needs {needed.total_gb:.1f} GB'
+    return None
+
+
+def _smaller(settings: Settings, budget_gb: float | None) -> str:
+    """A common model that fits with these settings, or with the smallest ones."""
     name = largest_model(settings, budget_gb) if budget_gb else None
     if name is not None:
         return f"use a smaller model: {name} is the largest known model that fits with these settings"

@@ -100,6 +100,11 @@ class Settings:
         return replace(settings, row_tokens=min(ROW_TOKENS.get(config.device, 0), of_step))
 
     @property
+    def can_divide(self) -> bool:
+        """Whether the frozen weights can be divided, or wait in the RAM (config/rules.py, `obstacle_to_division`)."""
+        return self.rank > 0 and self.fuses and not (self.bits == 8 or self.dora or self.whole_modules)
+
+    @property
     def is_divided(self) -> bool:
         """Whether a block of the model is whole on the device only while it runs (providers/sharding.py)."""
         return self.shards > 1 or self.in_ram

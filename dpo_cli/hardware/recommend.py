@@ -105,6 +105,11 @@ class Request:
     has_bf16: bool = True  # for cards other than Apple's
     columns: Columns | None = None  # the likely ones, if those of the dataset have other names than the known ones
     gpus: int = 1  # such cards in one machine
+    nodes: int = 1  # such machines
+
+    @property
+    def cards(self) -> int:
+        return self.gpus * self.nodes
 
     @property
     def budget_gb(self) -> float:
@@ -167,6 +172,9 @@ def _best(request: Request) -> Recommendation:
         start = _start(written, model, request)
         documented = _bill(facts, start, request)[1]
         settled = _settled(facts, start, request)
+        if settled is None and request.cards > 1:
+            start = replace(start, fsdp=True, num_processes=request.cards)
+            settled = _settled(facts, start, request)
         if settled is None:
             needed, budget = compared(documented.total_gb, request.budget_gb)
             reasons.append(f"{model} does not fit: it needs {needed} of {budget} GB")
@@ -181,7 +189,8 @@ def _best(request: Request) -> Recommendation:
         config |= {"dataset": request.dataset} if request.dataset else {}
         config |= {"columns": request.columns} if request.columns else {}
         config |= {key: getattr(values, key) for key in written}
-        config |= {"num_processes": request.gpus} if request.gpus > 1 else {}
+        config |= {"num_processes": request.gpus} if request.gpus > 1 and request.nodes == 1 else {}
+        config |= {"fsdp": True} if values.fsdp is True else {}
         config["eval_split"] = held_out = eval_split(request.prompts)
         if held_out != EVAL_SPLIT:
             assert request.prompts is not None
@@ -193,10 +202,11 @@ def _best(request: Request) -> Recommendation:
             steps.append(f"eval_split is {text}")
         if settings.batch < values.per_device_train_batch_size:
             steps.append(f"to fit, the training uses micro-batches of {settings.batch}; the pairs per step stay the same")
-        if request.gpus > 1:
-            reasons.append(
-                f"{request.gpus} cards share the pairs of each step; each holds the whole model: the bill is for one"
-            )
+        if request.cards > 1:
+            holds = "a part of each block of it" if values.fsdp is True else "the whole model"
+            reasons.append(f"{request.cards} cards share the pairs of each step; each holds {holds}: the bill is for one")
+        if request.nodes > 1:
+            reasons.append(f"start it on each of the {request.nodes} machines with torchrun or srun: docs/guides/cluster.md")
         if request.longest is not None:
             billed, limit = min(request.longest, values.max_seq_length), values.max_seq_length
             reasons.append(
@@ -322,7 +332,7 @@ def _misfit(model: str, facts: ModelFacts, least: Config, request: Request) -> P
     needed, budget = compared(_bill(facts, least, request)[1].total_gb, request.budget_gb)
     message = f"{model} needs at least {needed} GB and a margin, but there are {budget} GB"
     settings = with_reward_model(Settings.of(least, facts, Longest(request.longest)), least, facts)
-    fix = smaller_model(settings, _limit_gb(request))
+    fix = smaller_model(facts, settings, _limit_gb(request))
     return Problem("error", "does-not-fit", message, fix)
 
 
