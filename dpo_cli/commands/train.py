@@ -35,7 +35,7 @@ from dpo_cli.providers.base import Provider
 from dpo_cli.providers.huggingface import require_device
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
-from dpo_cli.providers.precision import product_speed, same_bits, with_bf16_speed
+from dpo_cli.providers.precision import copy_speed, product_speed, same_bits, with_bf16_speed
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.providers.sharding import is_sharded
 from dpo_cli.publish.upload import push
@@ -188,7 +188,7 @@ def _entered(
     late = [*prepared.problems, *_late_problems(plan, loaded, inspection)]
     console.problems(late)
     require_device(plan)
-    show_plan(plan, console, product_speed(plan))
+    show_plan(plan, console, product_speed(plan), copy_speed(plan))
     console.panel(f"the first of the {plan.noun}, as the model sees it", first_row(prepared.train[0], tokenizer))
     is_finished = earlier is not None and earlier.is_finished(plan)
     if not is_finished:

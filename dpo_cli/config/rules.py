@@ -227,6 +227,15 @@ def weights_can_be_divided(values: Values, given: Values) -> Iterator[Problem]:
         yield Problem("error", "not-divided", message, f'remove "{wanted}", or write "{name}": {other}', wanted)
 
 
+def activations_of_whole_blocks(values: Values, given: Values) -> Iterator[Problem]:
+    """TRL takes each tensor of a backward pass to the RAM but parameters, and does not know a block that is gathered."""
+    is_divided = values.get("cpu_offload") is True or (is_shared(values) and values.get("fsdp") is not False)
+    if values.get("activation_offloading") and is_divided and values.get("gradient_checkpointing") is not True:
+        message = '"activation_offloading" would also copy the weights of a block that is gathered from its shards'
+        fix = 'write "gradient_checkpointing": true, which keeps only the inputs of a block'
+        yield Problem("error", "offloaded-weights", message, fix, "activation_offloading")
+
+
 def obstacle_to_division(values: Values) -> tuple[str, str, str] | None:
     """The option that keeps frozen weights from being divided (providers/sharding.py), the reason, and another value."""
     obstacles = {
@@ -471,6 +480,7 @@ RULES: Sequence[Rule] = (
     several_processes_can_share,
     processes_have_pairs,
     weights_can_be_divided,
+    activations_of_whole_blocks,
     *augment_rules.RULES,
     *reward_rules.RULES,
     *compare_rules.RULES,

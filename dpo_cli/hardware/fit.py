@@ -128,13 +128,13 @@ def _in_ram(facts: ModelFacts, settings: Settings, budget_gb: float | None) -> s
     """How a model fits with the weights of its blocks in the RAM, if it does. The changes are as for `advice`."""
     if not (settings.can_divide and settings.on_gpu) or budget_gb is None:
         return None
-    changes, now = list[str](), replace(settings, in_ram=True)
-    for text, change in [("", lambda now: now), *_changes(settings)]:
-        changes, now = [*changes, text] if text else changes, change(now)
-        needed = bill(facts, now, budget_gb)
+    first: Change = ('"cpu_offload": true', lambda now: replace(now, in_ram=True))
+    changes = [first, *_changes(settings)]
+    for count in range(1, len(changes) + 1):
+        needed = bill(facts, _changed(settings, changes[:count]), budget_gb)
         if needed.fits:
-            words = "".join(f", {text}" for text in changes)
-            return f'keep the weights in the RAM, which is much slower: "cpu_offload": true{words} needs {needed.total_gb:.1f} GB'
+            words = ", ".join(text for text, _ in changes[:count])
+            return f"keep the weights in the RAM, which is much slower: {words} needs {needed.total_gb:.1f} GB"
     return None
 
 

@@ -67,6 +67,11 @@ def gathered_bytes(facts: ModelFacts, settings: Settings) -> float:
     return block + (weight if settings.on_gpu else 0.0)
 
 
+def block_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """Bytes of the blocks, without the scales of 4-bit weights."""
+    return _parts(facts, settings)[0]
+
+
 def _parts(facts: ModelFacts, settings: Settings) -> tuple[float, float, float]:
     """(bytes of the blocks that can be divided, of embeddings and head, of the scales of 4-bit weights)."""
     gives_rewards = STRATEGIES[settings.strategy].gives_rewards

@@ -27,6 +27,7 @@ from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.memory import Bill, EvaluationRoom, evaluation_room, freed_gb
 from dpo_cli.hardware.memory_inputs import Longest, Settings, longest_sample
 from dpo_cli.hardware.reward_model import with_reward_model
+from dpo_cli.hardware.weights import block_bytes
 from dpo_cli.models.quantised_files import OPTIONS
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.models.source import CONTINUED, ModelSource
@@ -229,6 +230,26 @@ class Plan:
         return int(self.config.num_processes)
 
     @property
+    def is_divided(self) -> bool:
+        """Whether the frozen weights are shards of several processes, or wait in the RAM (providers/sharding.py)."""
+        return self.config.cpu_offload or (self.config.fsdp is True and self.processes > 1)
+
+    @property
+    def moved_bytes(self) -> float | None:
+        """Bytes of the blocks, which go to the device each time they run, if the weights are divided."""
+        facts = self.model.facts
+        return block_bytes(facts, Settings.of(self.config, facts, Longest())) if facts is not None else None
+
+    @property
+    def passes(self) -> int:
+        """How often a row takes all blocks to the device: forward, backward, and for a reference."""
+        return 3 if self.strategy.refers else 2
+
+    @property
+    def pairs_a_step(self) -> int:
+        return self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
+
+    @property
     def predicted_gb(self) -> float | None:
         """The estimated peak memory of torch: on a GPU without the context and the allocator's slack, on a CPU the whole
         process."""
@@ -269,8 +290,7 @@ class Plan:
     @property
     def prompts_a_step(self) -> int:
         """Prompts of a step that samples answers; the samples are as many as the pairs of another training's step."""
-        samples = self.config.per_device_train_batch_size * self.config.gradient_accumulation_steps
-        return max(1, samples // self.config.num_generations)
+        return max(1, self.pairs_a_step // self.config.num_generations)
 
     @property
     def total_steps(self) -> int:
@@ -382,6 +402,8 @@ def resolve(
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         now = now.replaced({OPTIONS[stored.bits]: True})
         notes.append(f"the files of the model hold {stored.bits}-bit weights, which are used as they are")
+    if now.activation_offloading and now.device != "cuda":
+        notes.append("activation_offloading does nothing without a GPU: activations are in the RAM")
     if now.fsdp is True and now.num_processes == 1:
         notes.append("fsdp divides weights over several processes, and this is one; cpu_offload keeps them in the RAM")
     memory: Bill | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -20,6 +21,7 @@ from dpo_cli.data.token_cache import key_of, known_or_made
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoder, Encodings, encode_questions, encoded_into
 from dpo_cli.errors import InvalidInput, Problem, invalid
+from dpo_cli.hardware.machine import GIB
 from dpo_cli.models.model_files import TOKENIZER_CONFIG
 from dpo_cli.plan.examination import Data, digests_of, large_files
 from dpo_cli.plan.plan import Counts, Plan
@@ -113,8 +115,12 @@ def _prompts_of_file(config: Config, held_out: EncodedRows) -> tuple[list[Questi
     return asked, len(prompts.questions) - len(asked)
 
 
-def show_plan(plan: Plan, console: Console, speed: float) -> None:
-    """Print the plan; `speed` is that of large products on this machine, in operations a second."""
+def show_plan(plan: Plan, console: Console, speed: float, copies: float | None = None) -> None:
+    """Print the plan.
+
+    `speed` is that of large products on this machine, in operations a second, and `copies` that of copies from the RAM to the
+    GPU, in bytes a second, if weights wait in the RAM.
+    """
     config, counts = plan.config, plan.counts
     assert counts is not None
     batch, accumulation, noun = config.per_device_train_batch_size, config.gradient_accumulation_steps, plan.noun
@@ -124,6 +130,7 @@ def show_plan(plan: Plan, console: Console, speed: float) -> None:
     trained = f"LoRA rank {config.lora_r}" if config.lora_r else "every weight"
     beta = f"beta {config.beta:g}, " if plan.takes("beta") else ""
     base = "4-bit base" if config.use_4bit else "8-bit base" if config.use_8bit else ""
+    whole = "a part of the model" if plan.is_divided else "the whole model"
     rows = [
         ("strategy", config.strategy),
         ("model", plan.model_label),
@@ -138,12 +145,13 @@ def show_plan(plan: Plan, console: Console, speed: float) -> None:
         ("template", f"{counts.parted} prompts are rendered differently before a response: see the first"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} {unit} ({batch} x {accumulation})"),
         ("samples", _samples(plan)),
-        ("processes", f"{plan.processes}, which share the {unit} of each step; each has the whole model"),
+        ("processes", f"{plan.processes}, which share the {unit} of each step; each has {whole}"),
+        ("weights", _weights(plan, copies)),
         ("rows", f"{unit} of a step share rows of up to {plan.row_budget(plan.longest_unit):,} tokens"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
         ("trains", plan.adapted.words if plan.adapted else ""),
         ("scoring", plan.scoring.why),
-        ("takes", _takes(plan, speed)),
+        ("takes", _takes(plan, speed, copies)),
         ("runs on", ", ".join(filter(None, (config.device, plan.dtype, base)))),
         ("writes to", str(plan.run_dir)),
     ]
@@ -154,6 +162,7 @@ def show_plan(plan: Plan, console: Console, speed: float) -> None:
         "date": plan.writes_date,
         "rows": plan.fills_rows,
         "processes": plan.processes > 1,
+        "weights": plan.is_divided,
         "bad rows": counts.bad_rows,
         "cut": counts.cut,
         "skipped": counts.too_long,
@@ -176,10 +185,28 @@ def _samples(plan: Plan) -> str:
     return f"{words}{again}; {config.rl_algorithm}, scored by {' and '.join(scored)}"
 
 
-def _takes(plan: Plan, speed: float) -> str:
+def _weights(plan: Plan, copies: float | None) -> str:
+    """How the weights of the blocks come to the device, where they do not stay there."""
+    moved = plan.moved_bytes
+    size = f"{moved / GIB:.3g} GB of them" if moved is not None else "all of them"
+    times = "twice, and once more for the reference" if plan.strategy.refers else "twice"
+    if not plan.config.cpu_offload:
+        return f"each process holds a part of every block; for a row {size} are exchanged {times}"
+    if copies is None or moved is None:
+        return f"in the RAM; for a row {size} are copied to the device {times}"
+    seconds = plan.passes * moved / copies
+    return f"in the RAM; for a row {size} are copied to the GPU {times}: {seconds:.1f} s at {copies / 1e9:.0f} GB/s"
+
+
+def _takes(plan: Plan, speed: float, copies: float | None) -> str:
     """The expected times, and the answers that an evaluation samples if the plan decided their number."""
-    assert plan.adapted is not None
-    training, evaluation = (in_words(seconds / plan.processes) for seconds in plan.cost.seconds(plan.adapted.weights, speed))
+    assert plan.adapted is not None and plan.counts is not None
+    times = [seconds / plan.processes for seconds in plan.cost.seconds(plan.adapted.weights, speed)]
+    if copies is not None and plan.moved_bytes is not None:
+        tokens = plan.counts.shared_tokens / plan.counts.train_pairs * plan.pairs_a_step / plan.processes
+        rows = plan.total_steps * math.ceil(tokens / plan.row_budget(plan.longest_unit))
+        times[0] += rows * plan.passes * plan.moved_bytes / copies
+    training, evaluation = map(in_words, times)
     words = f"about {training} of training, then {evaluation} of evaluation"
     if plan.sources["kl_prompts"] != "measured":
         return words

@@ -23,6 +23,7 @@ TOKENS = 256  # in a product, as in a row of a few short sequences
 COMMON = (1024, 4096)  # the width of states and of the MLP where a model's are unknown
 SMALLEST, LARGEST = 2**23, 2**25  # multiply-adds of a product; 2**25 take about 1 ms in float32
 PRODUCT, PRODUCT_ON_GPU = 1024, 4096  # rows and columns of a large product; a GPU needs longer to start a smaller one
+COPIED = 1 << 26  # bytes
 TURNS, BUDGET_S = 15, 0.05  # the most turns, and the seconds of one dtype after which no other turn starts
 
 
@@ -83,6 +84,20 @@ def product_speed(plan: Plan) -> float:
         if len(seconds) > 1 and sum(seconds) > BUDGET_S:  # the first call chooses the kernels
             break
     return 2 * size**3 / min(seconds)
+
+
+def copy_speed(plan: Plan) -> float | None:
+    """Bytes a second of a copy from the RAM to the GPU, the fastest of several; None where a plan has none."""
+    if not plan.config.cpu_offload or plan.config.device != "cuda":
+        return None
+    there = torch.empty(COPIED, dtype=torch.uint8, pin_memory=True)
+    here = torch.empty(COPIED, dtype=torch.uint8, device=plan.config.device)
+    seconds: list[float] = []
+    for _ in range(TURNS):
+        start = time.perf_counter()
+        here.copy_(there)[0].item()  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
+    return COPIED / min(seconds)
 
 
 def bf16_speed(hidden: int, intermediate: int) -> float:

@@ -556,7 +556,11 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
     """The arguments of every trainer, in TRL's names."""
     config = plan.config
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    offloads = (
+        config.activation_offloading and config.device == "cuda"
+    )  # by streams of CUDA; trainers of rlhf have no such option
     return {
+        **({"activation_offloading": True} if offloads else {}),
         "output_dir": str(plan.run_dir / CHECKPOINTS / PART),
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps or -1,

@@ -66,7 +66,7 @@ class Course:
     def __init__(self, plan: Plan, steps: Sequence[StepFigures] = (), evaluation: Line | None = None) -> None:
         assert plan.counts is not None
         self.plan, self.pairs = plan, plan.counts.train_pairs
-        self.rows_a_step = plan.config.per_device_train_batch_size * plan.config.gradient_accumulation_steps
+        self.rows_a_step = plan.pairs_a_step
         self.epoch = math.ceil(self.pairs / self.rows_a_step)  # steps
         self.recent = max(RECENT_STEPS, math.ceil(RECENT_PAIRS / self.rows_a_step))
         self.swing = max(SWING_STEPS, self.recent)
