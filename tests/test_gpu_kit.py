@@ -45,7 +45,7 @@ from gpu.peer import PEERS
 from gpu.runner import MEASURED, NOT_RUN, RIGHT, WRONG, Check, Setting
 
 from dpo_cli.hardware import memory
-from dpo_cli.providers import liger_kernels
+from dpo_cli.providers import liger_kernels, sharding
 from dpo_cli.scoring import forward, lm_head, lora_linear, oom, row_attention, shared_prompts
 from dpo_cli.training.dpo_trainer import PairTrainer
 from dpo_cli.training.trainer import CarefulTrainer
@@ -396,6 +396,17 @@ def a_card_that_is_too_small(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CarefulTrainer, "run_row", run_row)
 
 
+def a_shard_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """A weight of the first block does not come back from the RAM."""
+    place = sharding.place_adapters
+
+    def lost(model: Any, device: torch.device) -> None:
+        place(model, device)
+        next(weight for weight in model.parameters() if isinstance(weight, sharding.DTensor)).to_local().zero_()
+
+    patch.setattr("dpo_cli.training.trainer.place_adapters", lost)
+
+
 FAULTS: tuple[tuple[str, Callable[[pytest.MonkeyPatch], None]], ...] = (
     ("right/head", wrong_head_gradient),
     ("right/head", last_chunk_lost),
@@ -422,6 +433,7 @@ FAULTS: tuple[tuple[str, Callable[[pytest.MonkeyPatch], None]], ...] = (
     ("right/layers", another_kernel_without_adapter),
     ("right/half", fp16_loses_the_loss),
     ("right/half", gradients_stay_scaled),
+    ("right/in-ram", a_shard_is_lost),
     ("right/optimizers", other_optimizer),
     ("right/afterwards", merge_that_is_wrong),
     ("right/afterwards", evaluation_of_the_base),

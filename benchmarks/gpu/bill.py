@@ -31,6 +31,8 @@ from dpo_cli.hardware.recommend import Request, recommend
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.models.source import ModelSource
 from dpo_cli.providers.out_of_memory import free_memory
+from dpo_cli.providers.sharding import shard
+from dpo_cli.storage.world import ALONE
 from gpu.runner import MEASURED, RIGHT, WRONG, CannotRun, Check, Part, Setting
 
 MODELS = {
@@ -46,6 +48,8 @@ SHORTER, REHEARSED = 8, 6  # times, of the lengths of a rehearsal; and its rows
 CARDS_GB = (8, 12, 16, 24)
 RESPONSE_SHARE = 0.25  # of a sequence
 WORST = 0.1  # of what is measured
+SMALL_GB = 2**-10  # what a library takes by itself: nothing, beside a real model
+OF_A_STEP = ("activations", "scoring", "gathered")  # components that come and go
 BASE = Settings(batch=2, length=1024, rank=16, bytes_per_value=2, checkpointing=True)
 # One thing changed at a time, then the corners; the flag says whether prompts go through once.
 GRID: tuple[tuple[Settings, bool], ...] = (
@@ -86,11 +90,14 @@ def model_of(facts: ModelFacts, settings: Settings, device: str) -> PreTrainedMo
         raise CannotRun((str(error) or type(error).__name__).splitlines()[0]) from error
 
 
-def rows(setting: Setting, name: str, bits: int | None) -> None:
+def rows(setting: Setting, name: str, bits: int | None, in_ram: bool = False) -> None:
     """The rows of a model in a precision, over the grid, until the time of the check is over."""
     logging.disable(logging.WARNING)
     facts = facts_of(setting, MODELS[name])
     model, longest = model_of(facts, replace(BASE, bits=bits), setting.device), 0.0
+    if in_ram:
+        shard(model.to("cpu"), torch.device(setting.device), ALONE, in_ram=True)
+        free_memory()
     for settings, shared in GRID[:REHEARSED] if setting.is_small else GRID:
         if setting.seconds_left < 2 * longest + 1:
             return
@@ -98,7 +105,7 @@ def rows(setting: Setting, name: str, bits: int | None) -> None:
         smaller = replace(settings, length=settings.length // SHORTER) if setting.is_small else settings
         case = _case(smaller, shared)
         try:
-            figures = measure(model, facts, replace(smaller, bits=bits), shared, setting.device)
+            figures = measure(model, facts, replace(smaller, bits=bits, in_ram=in_ram), shared, setting.device)
         except torch.OutOfMemoryError as error:
             setting.not_run(case, str(error).splitlines()[0])
         else:
@@ -123,7 +130,8 @@ def measure(model: PreTrainedModel, facts: ModelFacts, settings: Settings, share
         with tempfile.TemporaryDirectory() as place:
             plan = plan_of(settings, settings.length, shared, device, Path(place))
             known = billed(plan, facts, prompt, response)
-            parts = {name: size / GIB for name, size in components(facts, replace(known, on_gpu=False)).items()}
+            every = components(facts, known).items()
+            parts = {name: size / GIB for name, size in every if name not in ("cuda_context", "allocator_slack")}
             trainer = trainer_for(model, known, plan, random_rows(facts.vocab_size, known, prompt, response))
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
@@ -134,13 +142,14 @@ def measure(model: PreTrainedModel, facts: ModelFacts, settings: Settings, share
             figures["reserved"] = torch.cuda.max_memory_reserved() / GIB
             figures["context"] = context_bytes() / GIB
         else:  # a CPU process has no counter of its own: what comes and goes is measured, the rest taken from the bill
-            figures["measured"] = step + sum(parts.values()) - parts["activations"] - parts["scoring"]
+            figures["measured"] = step + sum(size for name, size in parts.items() if name not in OF_A_STEP)
     finally:
         if trainer is not None:
             trainer.model.unload()
         del trainer
         free_memory()
-    return {**figures, "error": abs(figures["predicted"] / figures["measured"] - 1)}
+    apart = max(0.0, abs(figures["predicted"] - figures["measured"]) - SMALL_GB)
+    return {**figures, "error": apart / figures["measured"]}
 
 
 def context_bytes() -> int:
@@ -250,7 +259,8 @@ def _checks() -> list[Check]:
         for name, bits, seconds in ORDER
     ]
     cards = [Check(f"bill/card-{vram}", partial(card, vram=vram), 15) for vram in CARDS_GB]
-    return [*made[:4], *cards, *made[4:]]
+    in_ram = Check("bill/8B-4bit-in-ram", partial(rows, name="8B", bits=4, in_ram=True), 25)
+    return [*made[:4], *cards, in_ram, *made[4:]]
 
 
 PART = Part(

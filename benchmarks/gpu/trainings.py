@@ -140,6 +140,20 @@ def half(setting: Setting) -> None:
     compared(setting, "fp16 against bf16, 4-bit weights", *both, SKIPPED_LOSS, 0.1)
 
 
+def in_ram(setting: Setting) -> None:
+    """Weights, and activations, that wait in the RAM, against those on the device, step by step."""
+    bench = bench_of(setting)
+    loss, norm = (SAME, SAME) if setting.is_small else (LOSS, NORM)
+    common = {"bf16": True, "gradient_checkpointing": True, "eval_split": 0.25}
+    for name, more in (("weights", {}), ("4-bit weights", {"use_4bit": True})):
+        there = trained(bench, setting, f"{name}-on-the-device", **common, **more)
+        here = trained(bench, setting, f"{name}-in-ram", **common, **more, cpu_offload=True)
+        compared(setting, name, here, there, loss, norm)
+        if not more:
+            kept = trained(bench, setting, "activations", **common, activation_offloading=True)
+            compared(setting, "activations", kept, there, loss, norm)
+
+
 def optimizers(setting: Setting) -> None:
     """The optimizers of bitsandbytes, whose states are in 8 bits or in paged memory (on a GPU), against torch's."""
     bench = bench_of(setting)
@@ -404,6 +418,7 @@ CHECKS = (
     Check("right/oom", out_of_memory, 40),
     Check("right/probe", probe, 30),
     Check("right/resume", resume, 90),
+    Check("right/in-ram", in_ram, 40),
     Check("right/optimizers", optimizers, 40),
     Check("right/afterwards", afterwards, 30),
 )
