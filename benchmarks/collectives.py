@@ -38,7 +38,7 @@ COLUMNS = (
 )
 HIDDEN_BY = {link.name.partition(".")[0]: link for link in LINKS}  # a place of a text has no dot in its name
 HIDE = (
-    "Planned: gathers that run next to the computation are hidden from this many tokens of a micro-batch on, at {share} of the "
+    "fsdp: gathers that run next to the computation are hidden from this many tokens of a micro-batch on, at {share} of the "
     "peak: " + "; ".join(f"{link.name} {{{name}}}" for name, link in HIDDEN_BY.items()) + "."
 )
 GLOO = (
@@ -124,7 +124,7 @@ def predict(table: Table, share: float) -> None:
         model = cluster.facts(name)
         for rank in cluster.RANKS:
             add(table, name, f"gradients, rank {rank}", cluster.gradient_bytes(model, rank))
-        add(table, name, "planned: base in bf16, gathered twice", cluster.base_bytes(model))
+        add(table, name, "fsdp: blocks in bf16, gathered twice", cluster.base_bytes(model))
     tokens = [cluster.tokens_that_hide(link, share * cluster.PEAK) for link in HIDDEN_BY.values()]
     columns = [Column(name, "tokens", "{:,.0f}", FORMULA) for name in HIDDEN_BY]
     table.note(HIDE, (Column("share", "share", "{:.0%}", FORMULA), share), *zip(columns, tokens, strict=True))

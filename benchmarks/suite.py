@@ -47,6 +47,7 @@ BENCHMARKS = {
     "export": Benchmark("export.py", 8, "`make check-gguf`, which fetches the converter"),
     "compiled-parts": Benchmark("compiled_parts.py", 1),
     "collectives": Benchmark("collectives.py", 1),
+    "divided-weights": Benchmark("divided_weights.py", 1),
     "scaling": Benchmark("scaling.py", 1),
     "processes": Benchmark("processes.py", 6),
     "step-profile": Benchmark("step_profile.py", 5),

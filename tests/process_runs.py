@@ -97,13 +97,6 @@ def in_processes(code: str, count: int, *words: str) -> list[subprocess.Complete
     return [subprocess.CompletedProcess(node.args, node.returncode, text) for node, text in zip(nodes, said, strict=True)]
 
 
-def figures_of(code: str, count: int) -> list[Any]:
-    """What each of so many processes prints as JSON in its last line."""
-    ended = in_processes(code, count)
-    assert [one.returncode for one in ended] == [0] * count, [one.stdout for one in ended]
-    return [json.loads(one.stdout.splitlines()[-1]) for one in ended]
-
-
 SIGNAL_IN_AN_EVALUATION = """
 import os, signal
 from dpo_cli.evaluation import metrics

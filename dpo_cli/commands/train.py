@@ -103,6 +103,7 @@ def train(
         rows = Rows(prepared.train, prepared.held_out, tokenizer, prepared.prompts)
         job = Job(run, start.earlier, entry.findings, provider, rows, start.loaded, start.machine, console, entry.basis, world)
         result = _trained(job, entry.plan)
+        world.steps = None  # the model of the next stage has its own
     free_memory()  # the trainer and its callbacks refer to each other and to the model: the next stage needs the memory
     return result
 

@@ -424,6 +424,8 @@ def resolve(
         if now.fsdp == "auto":
             is_needed = fsdp if fsdp is not None else _needs_division(now, facts, wanted, budget_gb)
             now = replace(now, fsdp=is_needed)
+            if is_needed:
+                notes.append(f"fsdp: no {now.device} device holds the whole model, so {now.num_processes} processes divide it")
             wanted = replace(wanted, shards=int(now.num_processes) if is_needed else 1)
         unsplit = replace(wanted, is_whole=True) if is_resumed else wanted  # a resumed run keeps its rows and micro-batches
         if config.reward_model is not None and not wanted.reward_bytes and STRATEGIES[config.strategy].generates:
