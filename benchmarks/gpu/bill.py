@@ -48,7 +48,7 @@ SHORTER, REHEARSED = 8, 6  # times, of the lengths of a rehearsal; and its rows
 CARDS_GB = (8, 12, 16, 24)
 RESPONSE_SHARE = 0.25  # of a sequence
 WORST = 0.1  # of what is measured
-SMALL_GB = 2**-10  # what a library takes by itself: nothing, beside a real model
+SMALL_GB = 2**-10  # what a library takes by itself: nothing, next to a real model
 OF_A_STEP = ("activations", "scoring", "gathered")  # components that come and go
 BASE = Settings(batch=2, length=1024, rank=16, bytes_per_value=2, checkpointing=True)
 # One thing changed at a time, then the corners; the flag says whether prompts go through once.
