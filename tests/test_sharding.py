@@ -31,7 +31,7 @@ import divided_weights
 from baseline import BASELINES, Baseline, Table, compare
 
 from dpo_cli.errors import Exit
-from dpo_cli.storage.run_directory import ADAPTER, EVALUATION, SUMMARY, WEIGHTS
+from dpo_cli.storage.run_directory import ADAPTER, EVALUATION, LINES, SUMMARY, WEIGHTS
 
 REINFORCED = {
     "strategy": "rlhf",
@@ -59,7 +59,18 @@ def test_weights_that_are_divided_train_as_whole_ones(config: Config, options: d
     assert apart(one, several) < 1e-4
 
 
-@pytest.mark.parametrize("options", [{}, {"use_4bit": True}], ids=["float32", "4 bits"])
+def test_divided_weights_of_16_bits_are_scored_and_evaluated_in_float32(config: Config) -> None:
+    """Both checks take each layer to float32 while it runs, also one that is whole only then."""
+    one, several = (
+        trained(config(name, bf16=True, fsdp=name == "divided"), processes=1 + (name == "divided"))
+        for name in ("one", "divided")
+    )
+    assert document(several, "plan.json")["scoring"]["shared"] is True
+    for line, other in zip(document(one, LINES), document(several, LINES), strict=True):
+        assert other["loss"] == pytest.approx(line["loss"], abs=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_4bit": True}, {"bf16": True}], ids=["float32", "4 bits", "bf16"])
 def test_weights_in_the_ram_train_to_the_same_bits(config: Config, options: dict[str, Any]) -> None:
     one, other = (trained(config(name, cpu_offload=name == "in-ram", **options)) for name in ("one", "in-ram"))
     assert_same(one, other)
