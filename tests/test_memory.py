@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from dpo_cli.hardware.recommend import CARDS, MARGIN, Recommendation, Request, p
 from dpo_cli.hardware.weights import NF4_BYTES, weight_bytes
 from dpo_cli.models.shape import ModelFacts, config_facts, known_models
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import Plan
+from dpo_cli.plan.plan import Plan, resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.policy import Policy
 from dpo_cli.scoring.forward import plain_states
@@ -544,3 +545,46 @@ def test_several_cards_share_the_pairs_of_a_step() -> None:
     assert four.config == {**one.config, "num_processes": 4} and "num_processes" not in one.config
     assert four.memory == one.memory
     assert any("4 cards share the pairs of each step" in reason for reason in four.reasons)
+
+
+def test_cards_divide_a_model_that_none_of_them_holds() -> None:
+    """70B in 4 bits needs 42 GB: on 24 GB only parts of it, and on two machines twice as many."""
+    name = "meta-llama/Llama-3.1-70B-Instruct"
+    with pytest.raises(DoesNotFit):
+        recommend(Request(24, name))
+    four, eight = recommend(Request(24, name, gpus=4)), recommend(Request(24, name, gpus=4, nodes=2))
+    for advised, cards in ((four, 4), (eight, 8)):
+        assert advised.config["fsdp"] is True and advised.memory.fits
+        assert any(f"{cards} cards share" in reason and "a part of each block" in reason for reason in advised.reasons)
+    assert four.config["num_processes"] == 4 and "num_processes" not in eight.config  # a launcher says how many there are
+    blocks = four.memory.components["weights"] - eight.memory.components["weights"]
+    linears = known_models()[name].linear_parameters
+    assert blocks == pytest.approx(0.5 * linears * (1 / 4 - 1 / 8), rel=0.01)  # half a byte a weight
+
+
+def test_the_bill_decides_whether_weights_are_divided(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text("", encoding="utf-8")
+
+    def planned(**options: object) -> Plan:
+        values = {"model_name": "meta-llama/Llama-3.1-70B-Instruct", "dataset": "pairs.jsonl", "use_4bit": True, "lora_r": 16}
+        (tmp_path / "config.json").write_text(json.dumps({**values, **options}), encoding="utf-8")
+        return resolve(load(str(tmp_path / "config.json")), MACHINE, vram_gb=24.0)
+
+    for options, divides in (({"num_processes": 4}, True), ({"num_processes": 4, "fsdp": False}, False), ({}, False)):
+        plan = planned(**options)
+        assert plan.config.fsdp is divides and plan.memory is not None and plan.memory.fits is divides
+        assert any("4 processes divide it" in note for note in plan.notes) is divides
+    assert planned(num_processes=4, use_8bit=True, use_4bit=False).config.fsdp is False  # cannot be divided
+
+
+def test_weights_in_the_ram_are_advised_where_they_fit() -> None:
+    """With the changes that the advice names, on a card that holds no known model with these settings as it is."""
+    name = "meta-llama/Llama-3.1-8B-Instruct"
+    settings = replace(MID, bits=4, checkpointing=True, batch=1, length=1024)
+    made = fit(facts_of(name), settings, 4, True)[1].largest_change
+    assert made is not None and '"cpu_offload": true' in made
+    named = re.findall(r'"max_seq_length": (\d+)', made)
+    now = replace(settings, in_ram=True, length=int(named[-1]) if named else settings.length)
+    now = replace(now, rank=16 if '"lora_r": 16' in made else now.rank)
+    assert bill(facts_of(name), now, 4).fits
+    assert "cpu_offload" not in str(fit(facts_of(name), replace(settings, bits=8), 1, True)[1].largest_change)
