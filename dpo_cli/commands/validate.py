@@ -90,6 +90,8 @@ def _validated(
     if memory:
         if plan and data and (words := data.billed_words(plan.config.max_seq_length)):
             console.line(words)
+        if plan and plan.processes > 1:
+            console.line(f"memory is billed for one of {plan.processes} processes, each with {plan.held_words}")
         console.bill(memory)
     if plan and data and plan.strategy.generates:
         console.line(_compared_with_pairs(loaded, plan, data, machine, vram))

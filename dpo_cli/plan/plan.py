@@ -235,6 +235,11 @@ class Plan:
         return self.config.cpu_offload or (self.config.fsdp is True and self.processes > 1)
 
     @property
+    def held_words(self) -> str:
+        """What each process holds."""
+        return "a part of each block of the model" if self.is_divided else "the whole model"
+
+    @property
     def moved_bytes(self) -> float | None:
         """Bytes of the blocks, which go to the device each time they run, if the weights are divided."""
         facts = self.model.facts

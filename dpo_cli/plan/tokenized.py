@@ -130,7 +130,6 @@ def show_plan(plan: Plan, console: Console, speed: float, copies: float | None =
     trained = f"LoRA rank {config.lora_r}" if config.lora_r else "every weight"
     beta = f"beta {config.beta:g}, " if plan.takes("beta") else ""
     base = "4-bit base" if config.use_4bit else "8-bit base" if config.use_8bit else ""
-    whole = "a part of the model" if plan.is_divided else "the whole model"
     rows = [
         ("strategy", config.strategy),
         ("model", plan.model_label),
@@ -145,7 +144,7 @@ def show_plan(plan: Plan, console: Console, speed: float, copies: float | None =
         ("template", f"{counts.parted} prompts are rendered differently before a response: see the first"),
         ("steps", f"{plan.total_steps} of {batch * accumulation} {unit} ({batch} x {accumulation})"),
         ("samples", _samples(plan)),
-        ("processes", f"{plan.processes}, which share the {unit} of each step; each has {whole}"),
+        ("processes", f"{plan.processes}, which share the {unit} of each step; each has {plan.held_words}"),
         ("weights", _weights(plan, copies)),
         ("rows", f"{unit} of a step share rows of up to {plan.row_budget(plan.longest_unit):,} tokens"),
         ("learning", f"rate {config.learning_rate:g}, {beta}{trained}"),
