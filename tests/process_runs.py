@@ -20,6 +20,7 @@ from dpo_cli.storage.run_directory import ADAPTER, EVALUATION, LINES, SUMMARY, W
 
 TIMED = ("tokens_per_second", "peak_memory_gb", "seconds", "measured_gb", "adapter_sha256", "seal")
 Config = Callable[..., Path]
+MAIN = "\nimport sys\nfrom dpo_cli.__main__ import main\nsys.argv = ['dpo', *sys.argv[1:]]\nmain()\n"
 
 
 def document(run: Path, name: str) -> Any:
@@ -78,7 +79,7 @@ def in_two_with(code: str, config: Path) -> tuple[list[int], list[str]]:
 
     RANK_OF_TEST is the rank.
     """
-    code += "\nimport sys\nfrom dpo_cli.__main__ import main\nsys.argv = ['dpo', *sys.argv[1:]]\nmain()\n"
+    code += MAIN
     ended = in_processes(code, 2, "train", str(config))
     return [one.returncode for one in ended], [one.stdout for one in ended]
 

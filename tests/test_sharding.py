@@ -13,11 +13,13 @@ import torch
 from conftest import ROOT
 from fork_server import dpo
 from process_runs import (
+    MAIN,
     SIGNAL_IN_AN_EVALUATION,
     Config,
     apart,
     assert_same,
     document,
+    in_processes,
     in_two_with,
     leaves,
     resumed_as_alone,
@@ -124,25 +126,83 @@ def test_a_signal_in_an_evaluation_of_a_divided_model_waits_for_its_end(config: 
     resumed_as_alone(stopped, trained(config("alone", fsdp=True), processes=2))
 
 
-FULL_MEMORY = """
+def full_memory(rank: int, condition: str) -> str:
+    """Code by which the head of a model finds the memory full, within a run of the model."""
+    return f"""
 import os, torch
 from dpo_cli.scoring import forward
 of, seen = forward.Head.of, []
 def full(*arguments):
     seen.append(1)
-    if torch.is_grad_enabled() and len(seen) > 12 and os.environ["RANK_OF_TEST"] == "{rank}":
+    if {condition} and os.environ["RANK_OF_TEST"] == "{rank}":
         raise torch.OutOfMemoryError("CUDA out of memory (test)")
     return of(*arguments)
 forward.Head.of = full
 """
 
 
+WITHIN_A_STEP = "torch.is_grad_enabled() and len(seen) > 12"
+
+
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_full_memory_within_a_row_ends_all(config: Config, rank: int) -> None:
     """The others wait in a run of the model: they end with the connection, and not after the timeout."""
-    codes, said = in_two_with(FULL_MEMORY.format(rank=rank), config("full", ddp_timeout=300, fsdp=True))
-    assert codes[rank] == Exit.UNFIT and codes[1 - rank] != Exit.DONE, said
-    assert "does not fit the memory" in said[rank] and "Traceback" not in said[0] + said[1]
+    codes, said = in_two_with(full_memory(rank, WITHIN_A_STEP), config("full", ddp_timeout=300, fsdp=True))
+    assert codes[rank] == Exit.UNFIT and codes[1 - rank] == Exit.FAILED, said
+    assert "divided over 2 processes, so it cannot be repeated" in said[rank]
+    assert "another of the 2 processes has ended" in said[0] or rank == 0
+    assert not any(word in said[0] + said[1] for word in ("Traceback", "later rows have", "alone does not fit", "RuntimeError"))
+
+
+def test_a_full_memory_of_a_process_alone_is_repeated_in_parts(config: Config) -> None:
+    """And blocks are shards again afterwards: what was left whole would stay on the card."""
+    code = (
+        full_memory(0, "torch.is_grad_enabled() and len(seen) == 12")
+        + """
+import atexit, gc
+def report():
+    from torch.distributed.fsdp import FSDPModule
+    modules = [one for one in gc.get_objects() if isinstance(one, FSDPModule)]
+    groups = [one._get_fsdp_state()._fsdp_param_group for one in modules]
+    print("whole groups:", sum(group.is_unsharded for group in groups if group), "of", len(groups))
+atexit.register(report)
+"""
+    )
+    (done,) = in_processes(code + MAIN, 1, "train", str(config("full", cpu_offload=True)))
+    assert done.returncode == 0 and "later rows have at most" in done.stdout, done.stdout
+    assert "whole groups: 0 of" in done.stdout and "whole groups: 0 of 0" not in done.stdout
+    assert apart(trained(config("one")), config("full").with_suffix("")) < 1e-4
+
+
+def test_two_stages_divide_one_after_the_other(config: Config) -> None:
+    """The second stage has whole weights: nothing is left of the first one's."""
+    stages = [{"strategy": "sft", "fsdp": True}, {"strategy": "dpo", "fsdp": False}]
+    runs = [trained(config(name, stages=stages), processes=processes) for name, processes in (("alone", 1), ("two", 2))]
+    one, two = (run if (run / LINES).is_file() else max(run.iterdir()) for run in runs)
+    assert_same(one, two)
+
+
+def test_processes_agree_on_a_model_that_one_of_them_scores_otherwise(config: Config) -> None:
+    code = """
+import os
+from dataclasses import replace
+from dpo_cli.scoring import forward
+import dpo_cli.commands.train as train
+choose, seen = train.choose, []
+def other(*arguments):
+    seen.append(1)
+    scoring = choose(*arguments)
+    return replace(scoring, shared=False) if len(seen) == 1 and os.environ["RANK_OF_TEST"] == "1" else scoring
+train.choose = other
+"""
+    codes, said = in_two_with(code, config("apart", ddp_timeout=20, fsdp=True, max_steps=2))
+    assert codes == [0, 0], said
+
+
+def test_what_a_launcher_starts_is_checked_with_its_processes(config: Config) -> None:
+    options = {"fsdp": True, "activation_offloading": True, "gradient_checkpointing": False}
+    codes, said = in_two_with("", config("launched", **options))
+    assert codes == [Exit.INVALID, Exit.INVALID] and "offloaded-weights" in said[0], said
 
 
 @pytest.mark.parametrize("processes", [1, 2])

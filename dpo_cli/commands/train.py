@@ -361,8 +361,8 @@ def _loaded_model(job: Job, plan: Plan) -> tuple[PreTrainedModel, Scoring]:
     wanted = earlier.decided.scoring.shared if earlier else plan.config.prompt_sharing
     found = job.world.each(lambda: try_scoring(wanted))
     scoring = next((one for one in found if not one.shared), found[0])
-    if found[job.world.rank].shared != scoring.shared:
-        try_scoring(scoring.shared)
+    if any(one.shared != scoring.shared for one in found):  # all, because a divided model is run by all
+        job.world.together(lambda: try_scoring(scoring.shared))
     return base, earlier.decided.scoring if earlier else scoring
 
 
@@ -372,8 +372,9 @@ def _begun(job: Job, training: Training, view: LiveView) -> None:
     plan, trainer, keep = training.plan, training.trainer, training.keep
     if trainer.reference is not None and (job.world.is_main or is_sharded(trainer.model)):
         key = computed_by(trainer.policy, plan)
-        cache = ReferenceCache(key, f"{plan.model_label}, {plan.dtype}", console.line)
-        trainer.reference.share_in(cache, rows.train)
+        if job.world.is_main:
+            cache = ReferenceCache(key, f"{plan.model_label}, {plan.dtype}", console.line)
+            trainer.reference.share_in(cache, rows.train)
     if earlier is not None and earlier.checkpoint is not None:
         keep.go_back_to(earlier.checkpoint)
         if earlier.asks_on(plan):

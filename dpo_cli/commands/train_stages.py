@@ -14,7 +14,7 @@ from dpo_cli.commands import round_sampling
 from dpo_cli.commands.session import composer_for
 from dpo_cli.config.config import ConfigLike, Loaded, load_stages
 from dpo_cli.config.rounds import rounds_of
-from dpo_cli.config.rules import several_processes_can_share
+from dpo_cli.config.rules import OF_PROCESSES
 from dpo_cli.data.dataset import hub_ids
 from dpo_cli.data.hub_datasets import fetch
 from dpo_cli.errors import Exit, InvalidInput, Problem, UsageError
@@ -24,7 +24,7 @@ from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import Inspection, inspect
 from dpo_cli.results.codec import JsonObject
 from dpo_cli.storage.run_directory import MANIFEST, PAIRS, SUMMARY, RunDirectory
-from dpo_cli.storage.world import ALONE, AUTO, Place, Processes, World
+from dpo_cli.storage.world import ALONE, AUTO, Place, Processes, World, hidden_from_libraries
 from dpo_cli.ui.console import Console
 
 STAGES_FIX = "remove output_dir from the stages: each then has its own folder"
@@ -56,7 +56,8 @@ def _joined(stages: Sequence[Loaded]) -> Iterator[World]:
     """The processes that a launcher has started, connected with each other; or this one alone."""
     place = Place.of(os.environ)
     if place is None:
-        yield ALONE
+        with hidden_from_libraries():
+            yield ALONE
         return
     configs = [loaded.require() for loaded in stages]
     for loaded, config in zip(stages, configs, strict=True):
@@ -78,7 +79,8 @@ def _in_world(loaded: Loaded, world: World) -> Loaded:
     if world.size == 1 or loaded.config is None:
         return loaded
     values = {**loaded.values, "num_processes": world.size, **({"rounds": loaded.rounds} if loaded.round else {})}
-    if problems := list(several_processes_can_share(values, values)):
+    problems = [problem for rule in OF_PROCESSES for problem in rule(values, loaded.values)]
+    if any(problem.severity == "error" for problem in problems):
         raise InvalidInput([loaded.placed(problem) for problem in problems])
     return replace(loaded, values=values, config=loaded.config.replaced({"num_processes": world.size}))
 

@@ -36,7 +36,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from dpo_cli.errors import RunFailed
-from dpo_cli.providers.sharding import compute_device
 from dpo_cli.scoring.lora_linear import narrow_adapters
 from dpo_cli.scoring.packed_linear import packed_linear
 
@@ -56,7 +55,7 @@ def fast_decoding(model: PreTrainedModel | PeftModel, dtype: torch.dtype, copies
     name = network.config._attn_implementation
     head: Any = network.get_output_embeddings()
     with ExitStack() as undone:  # in each case: a copy may be out of memory
-        if compute_device(network).type == "cpu" and name.endswith(SDPA) and network._can_set_attn_implementation():
+        if network.device.type == "cpu" and name.endswith(SDPA) and network._can_set_attn_implementation():
             AttentionInterface.register(PREFIX + name, partial(_attend, AttentionInterface()[name]))
             AttentionMaskInterface.register(PREFIX + name, AttentionMaskInterface()[name])
             network.set_attn_implementation(PREFIX + name)

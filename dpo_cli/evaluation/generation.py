@@ -23,7 +23,7 @@ from dpo_cli.evaluation.decoding import Drawing, fast_decoding, is_roomy, place_
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
-from dpo_cli.providers.sharding import compute_device, is_sharded
+from dpo_cli.providers.sharding import is_sharded
 from dpo_cli.results.intervals import Interval
 from dpo_cli.results.judgement import Answers
 from dpo_cli.scoring.oom import in_halves, list_halves
@@ -137,7 +137,7 @@ def _batch(
 
     If the copies of layers are out of memory, the batch is made without them: to the same answers.
     """
-    device, pad = compute_device(model), int(tokenizer.pad_token_id)
+    device, pad = next(model.parameters()).device, int(tokenizer.pad_token_id)
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)  # (prompts, width)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)

@@ -18,7 +18,6 @@ from dpo_cli.data.encoded import Encoded
 from dpo_cli.evaluation.bootstrap import Array, Intervals, Ratio, value_of
 from dpo_cli.hardware.memory import EvaluationRoom
 from dpo_cli.providers.policy import Policy
-from dpo_cli.providers.sharding import compute_device
 from dpo_cli.results.intervals import Figures, Sides
 from dpo_cli.scoring.forward import States, collate
 from dpo_cli.scoring.lm_head import Head, compare_tokens
@@ -109,7 +108,7 @@ def reward_rows(
     network = policy.network
 
     def scored(batch: Batch) -> list[Tensor]:
-        with torch.no_grad(), torch.autocast(compute_device(network).type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), torch.autocast(network.device.type, dtype, enabled=dtype != torch.float32):
             return [rewards(network, shared, **batch).cpu().double()]
 
     return Rewards(*_columns(policy, rows, scored, pad_token_id, batch_size, room))
@@ -136,7 +135,7 @@ def _columns(
         return len(batch) <= batch_size and (room is None or room.holds_rows(tokens, scored))
 
     def scored(batch: list[int]) -> Sequence[Tensor]:
-        return sums(collate([rows[i] for i in batch], pad_token_id, compute_device(policy.network)))
+        return sums(collate([rows[i] for i in batch], pad_token_id, policy.network.device))
 
     world, batches = policy.world, filled(by_length, fits)
     own = batches[world.rank :: world.size]
@@ -160,7 +159,7 @@ def _score(policy: Policy, states: States, batch: Mapping[str, Tensor], dtype: t
     """Sums over each row's response of the columns of `Scores`, each (kB,), in float64 on the CPU: Apple's GPUs have none."""
     labels = batch["labels"][:, 1:]
     scored = labels != IGNORED
-    device = compute_device(policy.network).type
+    device = policy.network.device.type
     with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
         hidden, head = states(policy.network, **batch), Head.of(policy.network)
         with policy.as_reference() as reference:

@@ -78,7 +78,8 @@ def offloaded_bytes(facts: ModelFacts, settings: Settings) -> float:
     """What blocks keep in the RAM: all but what waits for its copy, and for the backward pass of the last block."""
     if not settings.offloads:
         return 0.0
-    waiting = STASHED * settings.tokens * settings.bytes_per_value * facts.hidden_size
+    widest = facts.hidden_size if settings.checkpointing else max(facts.hidden_size, facts.intermediate_size)
+    waiting = STASHED * settings.tokens * settings.bytes_per_value * widest
     last = 0.0 if settings.checkpointing else _block_bytes(facts, settings)
     return max(0.0, _kept_bytes(facts, settings) - waiting - last)
 

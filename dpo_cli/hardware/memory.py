@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dpo_cli.hardware.activations import CHUNK_BYTES, offloaded_bytes, step_bytes
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.hardware.memory_inputs import Settings, trained_parameters, trained_width
-from dpo_cli.hardware.weights import divided_bytes, weight_bytes
+from dpo_cli.hardware.weights import divided_bytes, pinned_bytes, weight_bytes
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.results.validation import BillJson
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -156,7 +156,8 @@ def host_bytes(facts: ModelFacts, settings: Settings) -> float:
     """
     if settings.on_gpu:
         loaded = 2 * 2.0 * facts.vocab_size * facts.hidden_size
-        loaded += weight_bytes(facts, settings) if settings.is_divided else 0.0
+        pinned = pinned_bytes(facts, settings) if settings.in_ram else 0.0
+        loaded += max(weight_bytes(facts, settings), pinned) if settings.is_divided else 0.0
         loaded += offloaded_bytes(facts, settings)
     else:
         loaded = sum(components(facts, settings).values()) + 2.0 * facts.parameters

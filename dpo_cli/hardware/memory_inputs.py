@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass, replace
 
 from dpo_cli.config.options import Config
-from dpo_cli.config.rules import compares_pairs, fuses_adapter
+from dpo_cli.config.rules import compares_pairs, divides_weights, fuses_adapter, obstacle_to_division
 from dpo_cli.models import target_layers
 from dpo_cli.models.shape import Linear, ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -54,6 +54,7 @@ class Settings:
 
     shards: int = 1  # processes over which the frozen weights are divided
     in_ram: bool = False  # the frozen weights of the blocks wait in the RAM
+    can_divide: bool = True  # nothing needs the frozen weights whole
     offloads: bool = False  # activations wait in the RAM
 
     reference: str = "off"  # the adapter off; "adapter": a frozen one; "copy": a second model; "cache": computed before
@@ -62,7 +63,7 @@ class Settings:
     @classmethod
     def of(cls, config: Config, facts: ModelFacts, longest: Longest) -> Settings:
         """The settings of a config with decided device and precision, with the real lengths if they are known."""
-        targets = config.target_modules
+        targets, values = config.target_modules, config.to_json()
         if STRATEGIES[config.strategy].generates:
             longest = Longest(longest_sample(config, longest.prompt or longest.sequence), None, config.max_new_tokens)
         # Flash attention needs 16 bits and a card with bf16, and SDPA's other kernel does not support grouped keys.
@@ -88,8 +89,9 @@ class Settings:
             whole_modules=tuple(config.modules_to_save or ()),
             on_gpu=config.device == "cuda",
             is_whole=compares_pairs(config),
-            shards=int(config.num_processes) if config.fsdp is True else 1,
+            shards=int(config.num_processes) if divides_weights(values) else 1,
             in_ram=config.cpu_offload,
+            can_divide=obstacle_to_division(values) is None,
             offloads=config.activation_offloading and config.device == "cuda",
             fused_attention=not is_unfused,
         )
@@ -98,11 +100,6 @@ class Settings:
         pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps
         of_step = pairs * replace(settings, batch=1).tokens
         return replace(settings, row_tokens=min(ROW_TOKENS.get(config.device, 0), of_step))
-
-    @property
-    def can_divide(self) -> bool:
-        """Whether the frozen weights can be divided, or wait in the RAM (config/rules.py, `obstacle_to_division`)."""
-        return self.rank > 0 and self.fuses and not (self.bits == 8 or self.dora or self.whole_modules)
 
     @property
     def is_divided(self) -> bool:

@@ -172,9 +172,8 @@ def _best(request: Request) -> Recommendation:
         start = _start(written, model, request)
         documented = _bill(facts, start, request)[1]
         settled = _settled(facts, start, request)
-        if settled is None and request.cards > 1:
-            start = replace(start, fsdp=True, num_processes=request.cards)
-            settled = _settled(facts, start, request)
+        if request.cards > 1 and not _fits(facts, start, request):  # before anything of the training is cut
+            settled = _settled(facts, _divided(start, request), request) or settled
         if settled is None:
             needed, budget = compared(documented.total_gb, request.budget_gb)
             reasons.append(f"{model} does not fit: it needs {needed} of {budget} GB")
@@ -189,7 +188,7 @@ def _best(request: Request) -> Recommendation:
         config |= {"dataset": request.dataset} if request.dataset else {}
         config |= {"columns": request.columns} if request.columns else {}
         config |= {key: getattr(values, key) for key in written}
-        config |= {"num_processes": request.gpus} if request.gpus > 1 and request.nodes == 1 else {}
+        config |= {"num_processes": request.cards} if request.cards > 1 else {}
         config |= {"fsdp": True} if values.fsdp is True else {}
         config["eval_split"] = held_out = eval_split(request.prompts)
         if held_out != EVAL_SPLIT:
@@ -205,6 +204,15 @@ def _best(request: Request) -> Recommendation:
         if request.cards > 1:
             holds = "a part of each block of it" if values.fsdp is True else "the whole model"
             reasons.append(f"{request.cards} cards share the pairs of each step; each holds {holds}: the bill is for one")
+            if values.fsdp is True:
+                ram_gb = request.gpus * memory.host_gb
+                reasons.append(f"each machine needs about {ram_gb:.0f} GB of RAM to load it in {request.gpus} processes")
+            if (idle := request.cards - _pairs(values)) > 0:
+                more = math.ceil(request.cards / values.per_device_train_batch_size)
+                reasons.append(
+                    f"a step has {_pairs(values)} pairs, so {idle} cards have nothing to do: "
+                    f'for larger and fewer steps, "gradient_accumulation_steps": {more}'
+                )
         if request.nodes > 1:
             reasons.append(f"start it on each of the {request.nodes} machines with torchrun or srun: docs/guides/cluster.md")
         if request.longest is not None:
@@ -239,6 +247,11 @@ def _start(written: Mapping[str, object], model: str, request: Request) -> Confi
     device = "mps" if request.is_apple else "cuda"
     own = {"dataset": request.dataset or "", "model_name": model, "device": device, **half}
     return Config(**{**defaults(request.strategy), **written, **own})
+
+
+def _divided(values: Config, request: Request) -> Config:
+    """The values with the weights divided over all cards; as they are for one card."""
+    return replace(values, fsdp=True, num_processes=request.cards) if request.cards > 1 else values
 
 
 def _settled(facts: ModelFacts, values: Config, request: Request) -> tuple[Config, list[tuple[str, str]]] | None:
@@ -327,10 +340,12 @@ def _facts(model: str) -> ModelFacts:
 
 
 def _misfit(model: str, facts: ModelFacts, least: Config, request: Request) -> Problem:
+    least = _divided(least, request)
     for step in CONCESSIONS:
         least = _changed(least, replace(step, value=min(step.value, getattr(least, step.key))))
     needed, budget = compared(_bill(facts, least, request)[1].total_gb, request.budget_gb)
-    message = f"{model} needs at least {needed} GB and a margin, but there are {budget} GB"
+    each = f" of each of {request.cards} cards" if request.cards > 1 else ""
+    message = f"{model} needs at least {needed} GB{each} and a margin, but there are {budget} GB"
     settings = with_reward_model(Settings.of(least, facts, Longest(request.longest)), least, facts)
     fix = smaller_model(facts, settings, _limit_gb(request))
     return Problem("error", "does-not-fit", message, fix)

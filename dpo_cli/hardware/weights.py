@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.models.shape import ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES
@@ -40,15 +42,10 @@ def weight_width(settings: Settings) -> float:
 def divided_bytes(facts: ModelFacts, settings: Settings) -> float:
     """Bytes of weights that a device holds all the time, where the blocks are divided over processes or wait in the RAM.
 
-    Embeddings and head stay whole, and so do the scales of 4-bit weights. The embeddings wait in the RAM with the blocks, if
-    they are not also the head. On a CPU the RAM is the device.
+    Embeddings and head stay whole, and so do the scales of 4-bit weights. On a CPU the RAM is the device.
     """
     blocks, tables, scales = _parts(facts, settings)
-    if not (settings.in_ram and settings.on_gpu):
-        return tables + scales + blocks / settings.shards
-    if STRATEGIES[settings.strategy].gives_rewards:  # without a head, embeddings are tied to nothing
-        return scales
-    return scales + (tables if facts.tie_word_embeddings else tables / 2)
+    return tables + scales + (0.0 if settings.in_ram and settings.on_gpu else blocks / settings.shards)
 
 
 def gathered_bytes(facts: ModelFacts, settings: Settings) -> float:
@@ -65,6 +62,13 @@ def gathered_bytes(facts: ModelFacts, settings: Settings) -> float:
         return block * (3 + (1 / settings.shards if settings.in_ram else 0))
     weight = max(linear.parameters for linear in facts.linears) * (0.5 if settings.bits == 4 else settings.bytes_per_value)
     return block + (weight if settings.on_gpu else 0.0)
+
+
+def pinned_bytes(facts: ModelFacts, settings: Settings) -> float:
+    """Bytes of the shards of linear layers in pinned memory, where torch rounds each up to a power of two."""
+    width = 0.5 if settings.bits == 4 else float(settings.bytes_per_value)
+    sizes = [linear.parameters * width / settings.shards for linear in facts.linears]
+    return facts.num_hidden_layers * sum(2.0 ** math.ceil(math.log2(size)) for size in sizes)
 
 
 def block_bytes(facts: ModelFacts, settings: Settings) -> float:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 TRAINED, REFERENCE, RECOMPUTED, SCORED, SAMPLED = 2.5, 1.0, 1.0, 2.0, 8.0  # forward passes a token takes
 SHARE = 0.25  # of the training's cost, for all its evaluations
 FEWEST, MOST_ANSWERED = 16, 32  # prompts; apart from kl_sequence, so many are answered with and without the adapter
+ANSWERED_AT_ONCE = 64  # prompts at most (evaluation/generation.py)
 REACHED = 0.5  # of the speed of large products, in a training of configs/quickstart.json on two cores
 
 
@@ -52,15 +53,34 @@ def cost_of(config: Config, counts: Counts, steps: int, strategy: Strategy) -> C
     scored = SCORED / 2 if strategy.gives_rewards else SCORED  # a reward model has no reference
     measured = scored * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
     answered = 0.0 if strategy.gives_rewards else 2 * an_answer * min(answered_prompts(config), prompts)
-    units, uses = (
-        (counts.train_prompts * config.num_generations, config.num_iterations)
-        if strategy.generates
-        else (counts.train_pairs, 1)
-    )
+    times = _evaluations(config, counts, steps, strategy)
+    return Cost(_training(config, counts, steps, strategy), times * measured + answered)
+
+
+def _evaluations(config: Config, counts: Counts, steps: int, strategy: Strategy) -> int:
+    """The evaluations of so many steps."""
+    units, uses = counts.train_pairs, 1
+    if strategy.generates:
+        units, uses = counts.train_prompts * config.num_generations, config.num_iterations
     batches = math.ceil(units / config.per_device_train_batch_size)
     of_epoch = uses * math.ceil(batches / config.gradient_accumulation_steps)  # a last, incomplete step is one too
-    times = math.ceil(steps / (config.eval_steps or of_epoch))
-    return Cost(_training(config, counts, steps, strategy), times * measured + answered)
+    return math.ceil(steps / (config.eval_steps or of_epoch))
+
+
+def passes_of(config: Config, counts: Counts, steps: int, strategy: Strategy, rows: int) -> tuple[float, float]:
+    """How often all blocks run, forward or backward, in a training of so many rows and in its evaluations.
+
+    Each time they come to the device, where they are not there. A batch of answers takes all blocks for each token.
+    """
+    units = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+    training = rows * (2.0 + strategy.refers * min(1.0, counts.train_pairs / units))  # a reference is computed once
+    an_answer = config.max_new_tokens
+    if strategy.generates:
+        training += (2 + strategy.refers + an_answer) * math.ceil(units / config.num_iterations / ANSWERED_AT_ONCE)
+    scored = math.ceil(counts.eval_pairs / config.per_device_eval_batch_size) * (1 + strategy.refers)
+    sampled = strategy.refers * an_answer * math.ceil(min(config.kl_prompts, counts.eval_prompts) / ANSWERED_AT_ONCE)
+    answered = 0 if strategy.gives_rewards or not counts.eval_prompts else 2 * an_answer
+    return training, _evaluations(config, counts, steps, strategy) * (scored + sampled) + answered
 
 
 def _training(config: Config, counts: Counts, steps: int, strategy: Strategy) -> float:

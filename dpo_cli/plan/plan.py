@@ -17,10 +17,11 @@ from typing import Any, Literal
 from dpo_cli.config.config import Loaded, Source
 from dpo_cli.config.options import Config
 from dpo_cli.config.rounds import FIRST, notes_of
-from dpo_cli.config.rules import compares_pairs, obstacle_to_division
+from dpo_cli.config.rules import compares_pairs, divides_weights, obstacle_to_division, weights_can_be_divided
 from dpo_cli.config.schema import names_where, options
 from dpo_cli.config.stages import PLAN_VERSION, day_of
 from dpo_cli.data.hub_datasets import is_hub_id
+from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware import unsloth_support
 from dpo_cli.hardware.fit import fit, way
 from dpo_cli.hardware.machine import GIB, Machine
@@ -232,7 +233,7 @@ class Plan:
     @property
     def is_divided(self) -> bool:
         """Whether the frozen weights are shards of several processes, or wait in the RAM (providers/sharding.py)."""
-        return self.config.cpu_offload or (self.config.fsdp is True and self.processes > 1)
+        return divides_weights(self.config.to_json())
 
     @property
     def held_words(self) -> str:
@@ -244,11 +245,6 @@ class Plan:
         """Bytes of the blocks, which go to the device each time they run, if the weights are divided."""
         facts = self.model.facts
         return block_bytes(facts, Settings.of(self.config, facts, Longest())) if facts is not None else None
-
-    @property
-    def passes(self) -> int:
-        """How often a row takes all blocks to the device: forward, backward, and for a reference."""
-        return 3 if self.strategy.refers else 2
 
     @property
     def pairs_a_step(self) -> int:
@@ -407,10 +403,8 @@ def resolve(
     if (stored := model.files.quantisation) is not None and not is_merged and stored.bits in OPTIONS:
         now = now.replaced({OPTIONS[stored.bits]: True})
         notes.append(f"the files of the model hold {stored.bits}-bit weights, which are used as they are")
-    if now.activation_offloading and now.device != "cuda":
-        notes.append("activation_offloading does nothing without a GPU: activations are in the RAM")
-    if now.fsdp is True and now.num_processes == 1:
-        notes.append("fsdp divides weights over several processes, and this is one; cpu_offload keeps them in the RAM")
+    now, placed = _placed(now, loaded)
+    notes += placed
     memory: Bill | None = None
     scoring = scoring or expected_scoring(config)
     filled = 0
@@ -451,6 +445,28 @@ def resolve(
     day = loaded.day or datetime.now().date()
     plan = Plan(now, model.absolute(), sources, counts, memory, scoring, (*notes_of(loaded), *notes), day, filled)
     return plan.with_affordable_evaluation() if sources["kl_prompts"] == "default" else plan
+
+
+def _placed(config: Config, loaded: Loaded) -> tuple[Config, list[str]]:
+    """The config with the places of weights and activations that its device has, and notes.
+
+    `InvalidInput` for weights that cannot be divided, which only the files of the model show.
+    """
+    notes, names = list[str](), [name for name in ("fsdp", "cpu_offload") if getattr(config, name) is True]
+    if config.device == "mps" and names:
+        notes.append(f"{' and '.join(names)} do nothing on Apple's GPUs, which share the RAM")
+        config = replace(config, fsdp=False, cpu_offload=False)
+    if problems := list(weights_can_be_divided(config.to_json(), loaded.values)):
+        raise InvalidInput([loaded.placed(problem) for problem in problems])
+    if config.cpu_offload and config.num_processes != 1:
+        config = replace(config, fsdp=True)
+    if config.cpu_offload and config.device == "cpu":
+        notes.append("cpu_offload only adds copies on a CPU, where weights are in the RAM")
+    if config.activation_offloading and config.device != "cuda":
+        notes.append("activation_offloading does nothing without an NVIDIA GPU")
+    if config.fsdp is True and config.num_processes == 1 and loaded.sources["fsdp"] in ("config", "override"):
+        notes.append("fsdp divides weights over several processes, and this is one; cpu_offload keeps them in the RAM")
+    return config, notes
 
 
 def _needs_division(config: Config, facts: ModelFacts, wanted: Settings, budget_gb: float | None) -> bool:

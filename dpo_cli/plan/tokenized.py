@@ -23,6 +23,7 @@ from dpo_cli.data.tokens import Encoder, Encodings, encode_questions, encoded_in
 from dpo_cli.errors import InvalidInput, Problem, invalid
 from dpo_cli.hardware.machine import GIB
 from dpo_cli.models.model_files import TOKENIZER_CONFIG
+from dpo_cli.plan.cost import passes_of
 from dpo_cli.plan.examination import Data, digests_of, large_files
 from dpo_cli.plan.plan import Counts, Plan
 from dpo_cli.results.durations import in_words
@@ -161,7 +162,7 @@ def show_plan(plan: Plan, console: Console, speed: float, copies: float | None =
         "date": plan.writes_date,
         "rows": plan.fills_rows,
         "processes": plan.processes > 1,
-        "weights": plan.is_divided,
+        "weights": plan.is_divided and (config.device == "cuda" or plan.processes > 1),
         "bad rows": counts.bad_rows,
         "cut": counts.cut,
         "skipped": counts.too_long,
@@ -187,14 +188,15 @@ def _samples(plan: Plan) -> str:
 def _weights(plan: Plan, copies: float | None) -> str:
     """How the weights of the blocks come to the device, where they do not stay there."""
     moved = plan.moved_bytes
-    size = f"{moved / GIB:.3g} GB of them" if moved is not None else "all of them"
-    times = "twice, and once more for the reference" if plan.strategy.refers else "twice"
+    size = "all of them"
+    if moved is not None:
+        size = f"{moved / GIB:.3g} GB of them" if moved >= GIB else f"{moved / 2**20:.3g} MB of them"
+    times = "twice, and at the first visit once more for the reference" if plan.strategy.refers else "twice"
     if not plan.config.cpu_offload:
         return f"each process holds a part of every block; for a row {size} are exchanged {times}"
     if copies is None or moved is None:
         return f"in the RAM; for a row {size} are copied to the device {times}"
-    seconds = plan.passes * moved / copies
-    return f"in the RAM; for a row {size} are copied to the GPU {times}: {seconds:.1f} s at {copies / 1e9:.0f} GB/s"
+    return f"in the RAM; for a row {size} are copied to the GPU {times}, {moved / copies:.2f} s each"
 
 
 def _takes(plan: Plan, speed: float, copies: float | None) -> str:
@@ -204,7 +206,8 @@ def _takes(plan: Plan, speed: float, copies: float | None) -> str:
     if copies is not None and plan.moved_bytes is not None:
         tokens = plan.counts.shared_tokens / plan.counts.train_pairs * plan.pairs_a_step / plan.processes
         rows = plan.total_steps * math.ceil(tokens / plan.row_budget(plan.longest_unit))
-        times[0] += rows * plan.passes * plan.moved_bytes / copies
+        passes = passes_of(plan.config, plan.counts, plan.total_steps, plan.strategy, rows)
+        times = [time + count * plan.moved_bytes / copies for time, count in zip(times, passes, strict=True)]
     training, evaluation = map(in_words, times)
     words = f"about {training} of training, then {evaluation} of evaluation"
     if plan.sources["kl_prompts"] != "measured":

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from dpo_cli.config.rules import divides_weights
 from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.models import generation_config, remote_code
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter
@@ -39,7 +40,7 @@ from dpo_cli.providers.eight_bit import use_exact_product
 from dpo_cli.providers.loaded_tensors import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.model_cache import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
-from dpo_cli.providers.sharding import compute_device, place_adapters, shard
+from dpo_cli.providers.sharding import place_adapters, shard
 from dpo_cli.storage import hub
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.progress import working
@@ -111,7 +112,7 @@ class HuggingFace:
 
     def base_model(self, plan: Plan, world: World = ALONE) -> PreTrainedModel:
         below = self.model.below if plan.goes_on else None
-        is_divided = plan.config.cpu_offload or (plan.config.fsdp is True and world.size > 1)
+        is_divided = divides_weights(plan.config.to_json())
         # A card may be too small for the whole model.
         placed = replace(plan, config=replace(plan.config, device="cpu")) if is_divided else plan
         model = _settled(self._merged(placed, below or self.model))
@@ -120,6 +121,8 @@ class HuggingFace:
             model = as_classifier(model, plan.config.seed, padding, plan.model_label)
         if is_divided:
             shard(model, require_device(plan), world, plan.config.cpu_offload)
+            if plan.config.device == "cuda" and liger_kernels.is_installed():
+                self.notes.append("liger-kernel is not used where weights are divided")
         return model
 
     def adapted(self, plan: Plan) -> Adapted | None:
@@ -152,7 +155,7 @@ class HuggingFace:
         model = with_adapter(base, folder, TRAINED, plan.model_label)
         if plan.goes_on and plan.starts_at_reference and (start := self.model.adapter) is not None:
             model = with_adapter(model, start.directory, FROZEN, plan.model_label)
-        place_adapters(model, compute_device(model))
+        place_adapters(model, require_device(plan))
         return Policy(model.eval())
 
     def ready(self, model: PreTrainedModel | PeftModel, plan: Plan) -> None:

@@ -47,7 +47,6 @@ from dpo_cli.models.tensor_files import (
 from dpo_cli.providers.classifier import head_of
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_float32
-from dpo_cli.providers.sharding import compute_device
 from dpo_cli.storage.run_directory import WEIGHTS
 
 OTHER_BASE = "name the model that it was made on as model_name"
@@ -334,7 +333,7 @@ def _probe(model: PeftModel) -> Tensor:
     """Token ids across the vocabulary, (rows, tokens): the same for the same model."""
     rows = model.get_base_model().get_input_embeddings().weight.shape[0]
     draw = torch.Generator().manual_seed(0)
-    return torch.randint(0, rows, (PROBE_ROWS, PROBE_TOKENS), generator=draw).to(compute_device(model))
+    return torch.randint(0, rows, (PROBE_ROWS, PROBE_TOKENS), generator=draw).to(model.device)
 
 
 def _log_probs(model: nn.Module, ids: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Each process holds a part of every block. A block is whole on the device only while it runs, forward or backward. Adapters are
 added later and belong to no block's shards, so each process has them whole, and their gradients are added up by the trainer.
-The LM head stays whole, because log-probs read its weight (scoring/lm_head.py). So does the table of embeddings, which would be
-whole twice while it is exchanged; where blocks wait in the RAM it stays there, and so does the lookup.
+The LM head stays whole, because log-probs read its weight (scoring/lm_head.py). So does the table of embeddings: libraries take
+the device of a model from its first weight.
 
 To make a block whole is an exchange of all processes, so each of them has to run the model as often as the others do.
 `Lockstep` sees to that: a process that has fewer rows runs the model on two tokens meanwhile, and uses nothing of it.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -24,11 +24,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_cli.errors import RunFailed
+from dpo_cli.errors import DoesNotFit, Problem, RunFailed
+from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.storage.world import World
 
 FORWARD, BOTH, DONE = 2, 1, 0  # what a process does next; the largest number of all processes is what all of them do
-DEVICE = "shards_device"  # attribute of a sharded model
 OF_4_BITS = ("quant_state", "compress_statistics", "quant_type")  # attributes of a weight that bitsandbytes and PEFT read
 
 
@@ -44,12 +44,8 @@ def shard(model: PreTrainedModel, device: torch.device, world: World, in_ram: bo
     # Between two runs all is in shards, in each process: to save an adapter makes shards of what is whole, in that process.
     options: dict[str, Any] = {"mesh": _mesh(device, world), "reshard_after_forward": True}
     waiting = CPUOffloadPolicy(pin_memory=device.type == "cuda") if in_ram else OffloadPolicy()
-    base, embedding, head = model.base_model, model.get_input_embeddings(), model.get_output_embeddings()
-    if in_ram and (head is None or embedding.weight is not head.weight):
-        embedding.register_forward_pre_hook(lambda _, ids: tuple(each.to(embedding.weight.device) for each in ids))
-        embedding.register_forward_hook(lambda _, ids, states: states.to(device))
-    else:
-        embedding.to(device)
+    base, embedding = model.base_model, model.get_input_embeddings()
+    embedding.to(device)
     for part in model.children():
         if part is not base:
             part.to(device)
@@ -62,9 +58,9 @@ def shard(model: PreTrainedModel, device: torch.device, world: World, in_ram: bo
         attributes["quant_state"].to(device)
         module.quant_state = attributes["quant_state"]  # which bitsandbytes reads where the weight has none
         vars(module.weight).update(attributes)
-    vars(model)[DEVICE] = device
+    steps = Lockstep(base, device, world)
     if world.size > 1:
-        world.steps = Lockstep(base, device, world)
+        world.steps = steps
 
 
 def place_adapters(model: nn.Module, device: torch.device) -> None:
@@ -72,12 +68,6 @@ def place_adapters(model: nn.Module, device: torch.device) -> None:
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor) and any(part in name for part in ("lora_", "modules_to_save")):
             parameter.data = parameter.data.to(device)
-
-
-def compute_device(model: nn.Module) -> torch.device:
-    """The device on which a model computes: shards and embeddings may wait in the RAM."""
-    device: torch.device | None = getattr(model, DEVICE, None)
-    return device or next(model.parameters()).device
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
@@ -125,12 +115,13 @@ class Lockstep:
     """The runs of a sharded model, which all processes do together: before each they agree on what comes next.
 
     A forward without gradients comes before one with its backward pass. So all have the same order of exchanges, whatever rows
-    they have.
+    they have. A run that has failed, as where the memory is full, leaves blocks whole. A process alone makes them shards again,
+    and repeats the row in parts; of several the others wait within the run, so all end.
     """
 
     def __init__(self, backbone: nn.Module, device: torch.device, world: World) -> None:
         self._backbone, self._device, self._world = backbone, device, world
-        self.is_open = False  # a run has started, and not ended: the others wait in it
+        self.is_open = False  # a run has started, and not ended
         self._is_idle = False  # a run without use
         backbone.register_forward_pre_hook(self._before, prepend=True)
         backbone.register_forward_hook(self._after)
@@ -140,11 +131,17 @@ class Lockstep:
         while (chosen := self._world.largest(DONE)) != DONE:
             self._run_idle(chosen)
 
+    def failure(self, error: BaseException) -> BaseException:
+        """The error to end with, for one that was raised within a run."""
+        return _too_large(self._world.size) if isinstance(error, Exception) and is_out_of_memory(error) else error
+
     def _before(self, *_: object) -> None:
         if self._is_idle:
             return
-        if self.is_open:  # the row has failed, and is tried again in parts
-            raise torch.OutOfMemoryError("out of memory: a row of a model that is divided over processes cannot be repeated")
+        if self.is_open and self._world.size > 1:  # the row is to be repeated in parts
+            raise _too_large(self._world.size)
+        if self.is_open:
+            cast(FSDPModule, self._backbone).reset_iter_state()
         own = BOTH if torch.is_grad_enabled() else FORWARD
         while (chosen := self._world.largest(own)) != own:
             self._run_idle(chosen)
@@ -164,12 +161,19 @@ class Lockstep:
         states.register_hook(lambda _: Variable._execution_engine.queue_callback(close))  # at the end of the backward pass
 
     def _run_idle(self, kind: int) -> None:
-        self._is_idle = True
+        self.is_open = self._is_idle = True
         try:
             with torch.random.fork_rng(), torch.set_grad_enabled(kind == BOTH):
                 ids = torch.zeros(1, 2, dtype=torch.long, device=self._device)
                 states = self._backbone(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
-                if kind == BOTH:
+                if states.requires_grad:  # a model without an adapter has no backward pass
                     (states.float().sum() * 0).backward()
         finally:
             self._is_idle = False
+        self.is_open = False
+
+
+def _too_large(processes: int) -> DoesNotFit:
+    message = f"a row does not fit the memory, and the weights are divided over {processes} processes, so it cannot be repeated"
+    fix = 'write a smaller "per_device_train_batch_size" or "max_seq_length", and continue with --resume'
+    return DoesNotFit([Problem("error", "does-not-fit", message, fix)])

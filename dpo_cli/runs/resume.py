@@ -85,6 +85,8 @@ class EarlierRun:
         """The config with the decisions of the machine at the start of the run, for options that are still open."""
         config, before, decided = loaded.require(), self.plan["config"], self.decided
         decisions = {key: value for key, value in decided.values.items() if getattr(config, key) in ("auto", None)}
+        if before.get("num_processes", 1) != config.num_processes:
+            decisions.pop("fsdp", None)  # other processes may have to divide the weights, or not
         is_as_large = config.per_device_train_batch_size * config.gradient_accumulation_steps == _product(before)
         decisions |= {key: before[key] for key in REGROUPED} if is_as_large else {}
         if self.plan["sources"].get(SAMPLED) == "measured" and loaded.sources.get(SAMPLED) == "default":
@@ -224,7 +226,8 @@ def restore_run(run: RunDirectory, earlier: EarlierRun, plan: Plan, manifest: Js
         tell(f"note: from here on the learning rate follows a training of {plan.total_steps} steps")
     then, now = (config.get("num_processes", 1) for config in (earlier.plan["config"], plan.config.to_json()))
     if then != now:
-        tell(f"note: started in {then} processes, and resumed in {now}: the last bits may differ")
+        plural = "" if then == 1 else "es"
+        tell(f"note: started in {then} process{plural}, and resumed in {now}: the last bits may differ")
     if others := earlier.other_versions(manifest):
         tell(f"note: started with {'; '.join(others)}: the last bits may differ")
     return [*earlier.manifest.get("resumed", []), earlier.step]

@@ -22,7 +22,6 @@ from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.plan import resolve
 from dpo_cli.providers.huggingface import HuggingFace
-from dpo_cli.providers.sharding import compute_device
 from dpo_cli.runs.open_run import require_same_below
 from dpo_cli.scoring.forward import collate
 from dpo_cli.scoring.lora_linear import fuse
@@ -52,6 +51,7 @@ class RewardModel:
         run = RunDirectory.open(path)
         require_same_below(run)
         changes = [f"device={device}", f"bf16={_json(dtype == torch.bfloat16)}", f"fp16={_json(dtype == torch.float16)}"]
+        changes += ["num_processes=1", "fsdp=false", "cpu_offload=false"]  # its weights are in the bill of rlhf
         plan = resolve(load(str(run.path / PLAN), changes), probe(), is_resumed=True)
         provider = HuggingFace(plan.model)
         tokenizer = Tokenizer.loaded(provider.tokenizer(), plan.day, plan.model.generation)
@@ -89,8 +89,8 @@ class RewardModel:
 
     def _reward(self, row: Encoded) -> float:
         network = self.network
-        batch = collate([row], int(network.config.get_text_config().pad_token_id), compute_device(network))
-        with torch.no_grad(), torch.autocast(compute_device(network).type, self.dtype, enabled=self.dtype != torch.float32):
+        batch = collate([row], int(network.config.get_text_config().pad_token_id), network.device)
+        with torch.no_grad(), torch.autocast(network.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return float(rewards(network, False, **batch)[0])
 
 

@@ -33,7 +33,6 @@ from dpo_cli.plan.plan import EXPECTED, ONE_RESPONSE, Scoring
 from dpo_cli.providers.classifier import head_of
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.precision import in_float32
-from dpo_cli.providers.sharding import compute_device
 from dpo_cli.scoring import score_head, shared_prompts
 from dpo_cli.scoring.lm_head import ALL, LOG_PROBS, Head, score_tokens
 from dpo_cli.scoring.shared_prompts import IGNORED, Layout
@@ -94,7 +93,7 @@ def _chosen(
     """As `choose`."""
     shortest, longest = (end(rows, key=lambda row: row.length) for end in (min, max))
     require = _require_our_head if head_of(model) is None else _require_our_rewards
-    require(model, collate([shortest], pad_token_id, compute_device(model)))
+    require(model, collate([shortest], pad_token_id, model.device))
     if len(rows[0].responses) == 1:
         return ONE_RESPONSE
     if prompt_sharing is False:
@@ -102,7 +101,7 @@ def _chosen(
     why_not = no_sharing or shared_prompts.obstacle(model)
     if why_not is None:
         # The longest pair exceeds a window if any does; with the shortest there are two pairs in the row, and padding.
-        batch = collate([_cut(row, _compared(model)) for row in (longest, shortest)], pad_token_id, compute_device(model))
+        batch = collate([_cut(row, _compared(model)) for row in (longest, shortest)], pad_token_id, model.device)
         exact, finding = _try_sharing(model, batch)
         if exact:
             shared_prompts.enable(model)
@@ -181,7 +180,7 @@ def _require_our_head(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> No
 def _require_our_rewards(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> None:
     """Compare the rewards of a reward model with its own; a family may read another token, or change the score."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    with torch.no_grad(), torch.autocast(compute_device(model).type, model.dtype, enabled=model.dtype.itemsize < 4):
+    with torch.no_grad(), torch.autocast(model.device.type, model.dtype, enabled=model.dtype.itemsize < 4):
         ours = score_head.rewards(model, False, **batch)
         theirs = model(**inputs, use_cache=False).logits[:, 0].to(ours.dtype)
     apart, size = float((ours - theirs).abs().mean()), float(theirs.abs().mean())

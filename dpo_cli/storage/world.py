@@ -55,6 +55,9 @@ class Steps(Protocol):
 
     is_open: bool  # a run has started, and not ended
 
+    def failure(self, error: BaseException) -> BaseException:
+        """The error to end with, for one that was raised within a run."""
+
     def finish(self) -> None:
         """Take part in the runs of the others until they have ended."""
 
@@ -166,6 +169,16 @@ class Place:
         os.environ["CUDA_VISIBLE_DEVICES"] = seen[self.local_rank].strip() if seen else str(self.local_rank)
 
 
+@contextmanager
+def hidden_from_libraries() -> Iterator[None]:
+    """Within, libraries see a process that was started alone, also one that a launcher has started as the only one."""
+    hidden = {name: os.environ.pop(name) for name in SEEN_BY_LIBRARIES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 def require_alone(command: str) -> None:
     """`UsageError` where a launcher has started several of a command that starts its own processes."""
     if Place.of(os.environ) is not None:
@@ -265,8 +278,9 @@ class Processes(World):
 
         own = Outcome.of(compute, self._guard)
         if self.steps is not None:
-            if own.error is not None and self.steps.is_open:  # the others wait in a run of the model, and cannot hear of it
-                raise own.error
+            # Then the others wait in a run of the model, and cannot hear of it; or have a long part that a user stops.
+            if own.error is not None and (self.steps.is_open or isinstance(own.error, KeyboardInterrupt)):
+                raise self._lost(own.error) if _is_of_connection(own.error) else self.steps.failure(own.error)
             self.steps.finish()
         outcomes: list[Any] = [None] * self.size
         with self._connected():
@@ -348,13 +362,20 @@ class Processes(World):
         try:
             yield
         except RuntimeError as error:
-            if not self.is_main:
-                raise OtherFailed() from error
-            why = str(error).partition("\n")[0]
-            message = (
-                f"another of the {self.size} processes has ended, or did not answer within {self.seconds:g} seconds ({why})"
-            )
-            raise RunFailed(message, LOST_FIX) from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: BaseException) -> DpoError:
+        """What a failure of the connection means: the first process says it."""
+        if not self.is_main:
+            return OtherFailed()
+        why = re.sub(r"\[[^\]]*\] ?", "", str(error)).partition("\n")[0].partition(". ")[0]  # without places in C++
+        message = f"another of the {self.size} processes has ended, or did not answer within {self.seconds:g} seconds ({why})"
+        return RunFailed(message, LOST_FIX)
+
+
+def _is_of_connection(error: BaseException) -> bool:
+    """Whether an exchange within a run of the model has failed: torch's exchanges raise a plain error with gloo."""
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL", "ProcessGroup"))
 
 
 def _interface_to(host: str, is_far: bool) -> str | None:

@@ -288,9 +288,11 @@ class CarefulTrainer:
         mark = self.totals.mark()
         try:
             loss: Tensor = super().training_step(model, dict(row), *args, **kwargs)  # type: ignore[misc]
-        except RuntimeError:
+        except RuntimeError as error:
             self.totals.back_to(mark)
             self.calls.clear()  # they hold the graph of a row that was out of memory
+            if self.world.steps is not None and self.world.steps.is_open:  # it cannot be repeated
+                raise self.world.steps.failure(error) from error
             raise
         return loss
 
@@ -556,11 +558,9 @@ def common_arguments(plan: Plan) -> dict[str, Any]:
     """The arguments of every trainer, in TRL's names."""
     config = plan.config
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    offloads = (
-        config.activation_offloading and config.device == "cuda"
-    )  # by streams of CUDA; trainers of rlhf have no such option
+    offloads = config.activation_offloading and config.device == "cuda"
     return {
-        **({"activation_offloading": True} if offloads else {}),
+        **({"activation_offloading": True} if offloads else {}),  # TRL's trainers of rlhf have no such argument
         "output_dir": str(plan.run_dir / CHECKPOINTS / PART),
         "num_train_epochs": config.num_train_epochs,
         "max_steps": config.max_steps or -1,

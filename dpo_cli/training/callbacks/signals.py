@@ -30,7 +30,7 @@ class StopOnSignal(TrainerCallback):
         self._listens = listens
         self.received: signal.Signals | None = None
         self.missed_evaluation = False  # the stop came at a step that is due for evaluation
-        self._is_training = self._may_interrupt = self._only_in_parts = False
+        self._is_training = self._may_interrupt = self._only_in_parts = self._waits = False
         self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -57,12 +57,12 @@ class StopOnSignal(TrainerCallback):
 
         Not within those of a model that is divided: the others would wait in a run of it.
         """
-        self._only_in_parts = world.size > 1
+        self._only_in_parts, self._waits = world.size > 1, world.steps is not None
         try:
             with world.guarded(self.interruptible if world.steps is None else nullcontext):
                 yield
         finally:
-            self._only_in_parts = False
+            self._only_in_parts = self._waits = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
@@ -70,7 +70,8 @@ class StopOnSignal(TrainerCallback):
         if not (self._is_training or self._only_in_parts):
             raise Stopped(128 + self.received)
         # Not through Python's streams: the signal may have interrupted a write to one.
-        message = f"\n{self.received.name}: stopping with a checkpoint; repeat to stop at once without one\n"
+        when = "after this evaluation" if self._waits else "with a checkpoint"
+        message = f"\n{self.received.name}: stopping {when}; repeat to stop at once without a checkpoint\n"
         with suppress(OSError):  # the reader may be gone
             os.write(2, message.encode())
         if self._may_interrupt:
