@@ -389,6 +389,7 @@ RULES = [
         '"rounds": null',
     ),
     Case("not-divided", "fsdp", '"num_processes": 2, "fsdp": true, "lora_r": 0', '"lora_r": 16'),
+    Case("not-divided", "fsdp", '"num_processes": 2, "cpu_offload": true, "fsdp": false', 'remove "fsdp"'),
     Case("not-divided", "cpu_offload", '"cpu_offload": true, "use_8bit": true', '"use_8bit": false'),
     Case("not-divided", "cpu_offload", '"cpu_offload": true, "use_dora": true', '"use_dora": false'),
     Case("not-divided", "cpu_offload", '"cpu_offload": true, "modules_to_save": ["lm_head"]', '"modules_to_save": null'),

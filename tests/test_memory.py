@@ -556,7 +556,10 @@ def test_cards_divide_a_model_that_none_of_them_holds() -> None:
     for advised, cards in ((four, 4), (eight, 8)):
         assert advised.config["fsdp"] is True and advised.memory.fits
         assert any(f"{cards} cards share" in reason and "a part of each block" in reason for reason in advised.reasons)
-    assert four.config["num_processes"] == 4 and "num_processes" not in eight.config  # a launcher says how many there are
+    assert (four.config["num_processes"], eight.config["num_processes"]) == (4, 8)
+    assert any("of RAM" in reason for reason in four.reasons)
+    idle = recommend(Request(24, name, gpus=8, nodes=2)).reasons
+    assert any("a step has 8 pairs, so 8 cards have nothing to do" in reason for reason in idle)
     blocks = four.memory.components["weights"] - eight.memory.components["weights"]
     linears = known_models()[name].linear_parameters
     assert blocks == pytest.approx(0.5 * linears * (1 / 4 - 1 / 8), rel=0.01)  # half a byte a weight
