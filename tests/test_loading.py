@@ -598,6 +598,22 @@ def test_an_adapter_is_trained_on_files_of_4_bits(in_4bit: Path, tmp_path: Path,
     done = CliRunner().invoke(app, ["export", place, "--out", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["difference"]["mean"] < 1e-2
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
+
+
+def test_files_of_4_bits_can_wait_in_the_ram(in_4bit: Path, dpo: Callable[..., Result]) -> None:
+    whole, apart = (dpo("train", f"run-{wait}", "--json", model_name=str(in_4bit), cpu_offload=wait) for wait in (False, True))
+    assert margin_of(whole) == margin_of(apart)
+
+
+def test_files_of_8_bits_are_not_divided(in_4bit: Path, tmp_path: Path, dpo: Callable[..., Result]) -> None:
+    """Only the files say that they are in 8 bits, so the rules of the config cannot."""
+    folder = tmp_path / "8bit"
+    shutil.copytree(in_4bit, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] |= {"load_in_4bit": False, "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    done = dpo("validate", "run", model_name=str(folder), cpu_offload=True)
+    assert done.exit_code == Exit.INVALID and "not-divided" in done.stderr, done.output
     right = log_probs(PeftModel.from_pretrained(dequantised(in_4bit), tmp_path / "run/adapter"))
     torch.testing.assert_close(log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), right, atol=1e-3, rtol=1e-3)
 

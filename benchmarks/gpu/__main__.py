@@ -18,6 +18,7 @@ from typing import Any
 
 BEGIN = time.monotonic()  # the imports are part of the minutes
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # a process that is forked from one with threads of OpenMP hangs in its first product
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler reports every start
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
