@@ -610,7 +610,7 @@ def test_files_of_8_bits_are_not_divided(in_4bit: Path, tmp_path: Path, dpo: Cal
     folder = tmp_path / "8bit"
     shutil.copytree(in_4bit, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] |= {"load_in_4bit": False, "load_in_8bit": True}
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     done = dpo("validate", "run", model_name=str(folder), cpu_offload=True)
     assert done.exit_code == Exit.INVALID and "not-divided" in done.stderr, done.output
