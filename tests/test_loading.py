@@ -598,6 +598,8 @@ def test_an_adapter_is_trained_on_files_of_4_bits(in_4bit: Path, tmp_path: Path,
     done = CliRunner().invoke(app, ["export", place, "--out", str(tmp_path / "out"), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["difference"]["mean"] < 1e-2
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
+    right = log_probs(PeftModel.from_pretrained(dequantised(in_4bit), tmp_path / "run/adapter"))
+    torch.testing.assert_close(log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), right, atol=1e-3, rtol=1e-3)
 
 
 def test_files_of_4_bits_can_wait_in_the_ram(in_4bit: Path, dpo: Callable[..., Result]) -> None:
@@ -605,17 +607,14 @@ def test_files_of_4_bits_can_wait_in_the_ram(in_4bit: Path, dpo: Callable[..., R
     assert margin_of(whole) == margin_of(apart)
 
 
-def test_files_of_8_bits_are_not_divided(in_4bit: Path, tmp_path: Path, dpo: Callable[..., Result]) -> None:
+def test_files_of_8_bits_are_not_divided(base: Callable[..., Path], tmp_path: Path, dpo: Callable[..., Result]) -> None:
     """Only the files say that they are in 8 bits, so the rules of the config cannot."""
-    folder = tmp_path / "8bit"
-    shutil.copytree(in_4bit, folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder, config = tmp_path / "8bit", transformers.BitsAndBytesConfig(load_in_8bit=True)
+    options = {"dtype": torch.float32, "quantization_config": config, "device_map": {"": "cpu"}}
+    AutoModelForCausalLM.from_pretrained(base("llama"), **options).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     done = dpo("validate", "run", model_name=str(folder), cpu_offload=True)
     assert done.exit_code == Exit.INVALID and "not-divided" in done.stderr, done.output
-    right = log_probs(PeftModel.from_pretrained(dequantised(in_4bit), tmp_path / "run/adapter"))
-    torch.testing.assert_close(log_probs(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), right, atol=1e-3, rtol=1e-3)
 
 
 def test_nothing_is_merged_into_4_bits(in_4bit: Path, tmp_path: Path) -> None:
