@@ -48,7 +48,8 @@ from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.memory import components
 from dpo_cli.hardware.memory_inputs import Longest, Settings
 from dpo_cli.models.shape import ModelFacts, config_facts
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.tokenized import SampledPrompt
 from dpo_cli.providers.classifier import HEAD, as_classifier
 from dpo_cli.providers.eight_bit import use_exact_product

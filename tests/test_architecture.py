@@ -20,7 +20,8 @@ from dpo_cli.config.config import load
 from dpo_cli.config.options import Config
 from dpo_cli.errors import InvalidInput, Problem
 from dpo_cli.hardware.machine import probe
-from dpo_cli.plan.plan import Adapted, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Adapted
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.architecture import Architecture, adapted
 

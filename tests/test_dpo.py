@@ -25,7 +25,8 @@ from dpo_cli.data.tokens import encode
 from dpo_cli.evaluation.metrics import score_rows
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.scoring import forward, shared_prompts
 from dpo_cli.scoring.reference import PAIR

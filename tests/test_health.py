@@ -21,7 +21,8 @@ from dpo_cli.config.schema import options
 from dpo_cli.errors import Exit
 from dpo_cli.evaluation.metrics import Scores
 from dpo_cli.hardware.machine import probe
-from dpo_cli.plan.plan import Counts, Plan, Rounding, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Counts, Plan, Rounding
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.results.intervals import Interval

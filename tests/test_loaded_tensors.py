@@ -27,7 +27,8 @@ from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models import tensor_files
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.huggingface import HuggingFace
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1}

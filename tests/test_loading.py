@@ -29,7 +29,8 @@ from dpo_cli.models.adapter_config import CLASSIFIER_FIX, UNSUPPORTED_FIX, is_on
 from dpo_cli.models.checks import problems
 from dpo_cli.models.generation_config import CACHES, invalid
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Plan
 from dpo_cli.providers import loaded_tensors
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.providers.policy import FROZEN

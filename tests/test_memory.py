@@ -34,7 +34,8 @@ from dpo_cli.hardware.recommend import CARDS, MARGIN, Recommendation, Request, p
 from dpo_cli.hardware.weights import NF4_BYTES, weight_bytes
 from dpo_cli.models.shape import ModelFacts, config_facts, known_models
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers.policy import Policy
 from dpo_cli.scoring.forward import plain_states

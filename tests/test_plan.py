@@ -12,8 +12,9 @@ import pytest
 from dpo_cli.config.config import load
 from dpo_cli.errors import DoesNotFit, InvalidInput
 from dpo_cli.hardware.machine import Gpu, Machine
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.plan.feasibility import does_not_fit
-from dpo_cli.plan.plan import MEASURED, Counts, Plan, resolve
+from dpo_cli.plan.plan import MEASURED, Counts, Plan
 from dpo_cli.plan.preflight import inspect
 
 CPU = Machine("cpu", 2, 16.0, gpus=(), is_apple=False)

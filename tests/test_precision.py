@@ -17,7 +17,7 @@ from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
 from dpo_cli.hardware.machine import Gpu, Machine
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import resolve
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.providers import precision
 from dpo_cli.providers.precision import bf16_speed, same_bits, with_bf16_speed

@@ -180,7 +180,7 @@ import sys
 from pathlib import Path
 from dpo_cli.config.config import load
 from dpo_cli.hardware.machine import probe
-from dpo_cli.plan.plan import resolve
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.providers.policy import FROZEN
 from dpo_cli.providers.registry import PROVIDERS
 from dpo_cli.providers.policy import Policy

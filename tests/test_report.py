@@ -24,7 +24,7 @@ from dpo_cli.commands.train import train
 from dpo_cli.config.config import load
 from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
-from dpo_cli.plan.plan import resolve
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.report import comparison, curves
 from dpo_cli.report.render import PAGES, report, write_comparison

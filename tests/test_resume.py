@@ -27,7 +27,8 @@ from dpo_cli.config.config import load
 from dpo_cli.errors import DoesNotFit, Exit, InvalidInput
 from dpo_cli.hardware.machine import Machine, probe
 from dpo_cli.plan import feasibility
-from dpo_cli.plan.plan import Counts, Decided, Scoring, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Counts, Decided, Scoring
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.runs import open_run
 from dpo_cli.runs.resume import _weights

@@ -18,7 +18,7 @@ from test_imports import HEAVY
 
 from dpo_cli.config.config import load
 from dpo_cli.hardware.machine import Gpu, Machine, probe
-from dpo_cli.plan.plan import resolve
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.plan.preflight import inspect
 
 INSTALL = "pip install 'dpo-cli[unsloth]'"

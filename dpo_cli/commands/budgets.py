@@ -20,7 +20,8 @@ from dpo_cli.commands.session import composer_for
 from dpo_cli.config.config import Loaded
 from dpo_cli.errors import invalid
 from dpo_cli.hardware.machine import Machine
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import Inspection
 from dpo_cli.plan.tokenized import prepare
 from dpo_cli.storage.log import Tell

@@ -26,8 +26,9 @@ from dpo_cli.evaluation.evaluation import Measured, answered, judge, line_figure
 from dpo_cli.evaluation.rounding import rounding_of, without_rounding
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.plan.adapter_start import start_of
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.plan.feasibility import disk_problem, does_not_fit, out_of_memory
-from dpo_cli.plan.plan import Plan, Rounding, Scoring, resolve
+from dpo_cli.plan.plan import Plan, Rounding, Scoring
 from dpo_cli.plan.preflight import Inspection, step_problems
 from dpo_cli.plan.tokenized import Prepared, Rows, first_row, prepare, show_plan, tell_scoring
 from dpo_cli.preferences.rewards import SummedRewards

@@ -10,8 +10,9 @@ from dpo_cli.config.config import ConfigLike, Loaded, load_stages
 from dpo_cli.errors import Exit
 from dpo_cli.hardware.machine import Machine
 from dpo_cli.plan.cost import compared_with_pairs
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.plan.examination import Data
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.plan import Plan
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.results.compared import compared
 from dpo_cli.results.validation import Validation

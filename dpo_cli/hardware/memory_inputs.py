@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
+from dpo_cli.config.division_rules import divides_weights, obstacle_to_division
 from dpo_cli.config.options import Config
-from dpo_cli.config.rules import compares_pairs, divides_weights, fuses_adapter, obstacle_to_division
+from dpo_cli.config.rules import compares_pairs, fuses_adapter
 from dpo_cli.models import target_layers
 from dpo_cli.models.shape import Linear, ModelFacts
 from dpo_cli.strategies.strategies import STRATEGIES

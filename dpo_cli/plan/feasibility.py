@@ -13,7 +13,8 @@ from dpo_cli.hardware.fit import savings
 from dpo_cli.hardware.machine import GIB, Machine
 from dpo_cli.hardware.memory_inputs import Settings
 from dpo_cli.hardware.recommend import profiles
-from dpo_cli.plan.plan import NOT_ON_MPS, Plan, longest_of
+from dpo_cli.plan.decisions import NOT_ON_MPS, longest_of
+from dpo_cli.plan.plan import Plan
 from dpo_cli.results.compared import compared
 from dpo_cli.storage.atomic import free_bytes
 from dpo_cli.storage.checkpoints import KEPT

@@ -20,9 +20,10 @@ from dpo_cli.models.adapter_config import ADAPTER_CONFIG
 from dpo_cli.models.model_files import CONFIG
 from dpo_cli.models.source import ModelSource
 from dpo_cli.plan import adapter_start
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.plan.examination import Data, examine
 from dpo_cli.plan.feasibility import DOES_NOT_FIT, NO_ROOM, disk_problem, does_not_fit, hardware_problems
-from dpo_cli.plan.plan import Plan, resolve
+from dpo_cli.plan.plan import Plan
 from dpo_cli.storage.run_directory import SUMMARY, RunDirectory, config_of_run, run_of
 from dpo_cli.strategies.strategies import STRATEGIES
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpo_cli.config.rules import divides_weights
+from dpo_cli.config.division_rules import divides_weights
 from dpo_cli.errors import InvalidInput, RunFailed
 from dpo_cli.models import generation_config, remote_code
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, Adapter

@@ -17,7 +17,8 @@ from torch.nn.functional import linear
 from dpo_cli.config.options import Config
 from dpo_cli.hardware.machine import WORTH_BF16, Machine
 from dpo_cli.models.shape import ModelFacts
-from dpo_cli.plan.plan import Plan, device_of, leaves_precision_open
+from dpo_cli.plan.decisions import device_of, leaves_precision_open
+from dpo_cli.plan.plan import Plan
 
 TOKENS = 256  # in a product, as in a row of a few short sequences
 COMMON = (1024, 4096)  # the width of states and of the MLP where a model's are unknown

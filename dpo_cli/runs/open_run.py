@@ -21,7 +21,8 @@ from dpo_cli.errors import InvalidInput, Problem, invalid
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, CAUSAL, CLASSIFIER, Adapter, is_on_head
 from dpo_cli.models.source import ModelSource
-from dpo_cli.plan.plan import ON_DEVICE, Decided, Plan, Scoring, resolve
+from dpo_cli.plan.decisions import resolve
+from dpo_cli.plan.plan import ON_DEVICE, Decided, Plan, Scoring
 from dpo_cli.plan.preflight import inspect
 from dpo_cli.plan.tokenized import prepare_judged, tell_scoring
 from dpo_cli.providers.base import Provider

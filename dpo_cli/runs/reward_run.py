@@ -20,7 +20,7 @@ from dpo_cli.data.tokens import Encoder, encode_all, encode_questions
 from dpo_cli.data.transcripts import answer_to
 from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
-from dpo_cli.plan.plan import resolve
+from dpo_cli.plan.decisions import resolve
 from dpo_cli.providers.huggingface import HuggingFace
 from dpo_cli.runs.open_run import require_same_below
 from dpo_cli.scoring.forward import collate
