@@ -1,7 +1,7 @@
 """The processes of one training. torch is imported only where there are several.
 
-Each process runs the same program on the same config. They meet in three ways: `same` (the first process decides), `each`
-(every process does a part) and `summed` (the gradients). A failure of one process ends all there: the first process raises it,
+Each process runs the same program on the same config. They meet in four ways: `same` (the first process decides), `each`
+(every process does a part), `summed` (the gradients) and `largest` (what a model that is divided runs next). A failure of one process ends all there: the first process raises it,
 with the name of the process, and the others end with the same exit code and no message of their own.
 
 They are started by `dpo train --processes N` (commands/launch.py), by torchrun, by `accelerate launch` or by srun. Libraries do

@@ -44,6 +44,7 @@ from dpo_cli.hardware.memory import MOMENTS
 from dpo_cli.models.tensor_files import SINGLE
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.loaded_tensors import refuse
+from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
 from dpo_cli.providers.sharding import is_sharded, place_adapters
 from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, save_state, set_random_state
@@ -291,8 +292,8 @@ class CarefulTrainer:
         except RuntimeError as error:
             self.totals.back_to(mark)
             self.calls.clear()  # they hold the graph of a row that was out of memory
-            if self.world.steps is not None and self.world.steps.is_open:  # it cannot be repeated
-                raise self.world.steps.failure(error) from error
+            if self.world.steps is not None and self.world.steps.is_open and is_out_of_memory(error):
+                raise self.world.steps.failure(error) from error  # it cannot be repeated
             raise
         return loss
 

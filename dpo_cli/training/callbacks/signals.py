@@ -70,8 +70,8 @@ class StopOnSignal(TrainerCallback):
         if not (self._is_training or self._only_in_parts):
             raise Stopped(128 + self.received)
         # Not through Python's streams: the signal may have interrupted a write to one.
-        when = "after this evaluation" if self._waits else "with a checkpoint"
-        message = f"\n{self.received.name}: stopping {when}; repeat to stop at once without a checkpoint\n"
+        when = " after this evaluation" if self._waits else ""
+        message = f"\n{self.received.name}: stopping with a checkpoint{when}; repeat to stop at once without one\n"
         with suppress(OSError):  # the reader may be gone
             os.write(2, message.encode())
         if self._may_interrupt:
