@@ -1,8 +1,9 @@
 """The processes of one training. torch is imported only where there are several.
 
 Each process runs the same program on the same config. They meet in four ways: `same` (the first process decides), `each`
-(every process does a part), `summed` (the gradients) and `largest` (what a model that is divided runs next). A failure of one process ends all there: the first process raises it,
-with the name of the process, and the others end with the same exit code and no message of their own.
+(every process does a part), `summed` (the gradients) and `largest` (what a model that is divided runs next). A failure of one
+process ends all there: the first process raises it, with the name of the process, and the others end with the same exit code
+and no message of their own. Only within a run of a divided model a failure cannot be told: that process shows it itself.
 
 They are started by `dpo train --processes N` (commands/launch.py), by torchrun, by `accelerate launch` or by srun. Libraries do
 not see that: for them each process is alone, because the rows of a step are divided by dpo (training/trainer.py).
