@@ -38,7 +38,7 @@ COLUMNS = (
 )
 HIDDEN_BY = {link.name.partition(".")[0]: link for link in LINKS}  # a place of a text has no dot in its name
 HIDE = (
-    "fsdp: gathers that run next to the computation are hidden from this many tokens of a micro-batch on, at {share} of the "
+    "fsdp: gathers that run next to the computation are hidden from this many tokens of a row on, at {share} of the "
     "peak: " + "; ".join(f"{link.name} {{{name}}}" for name, link in HIDDEN_BY.items()) + "."
 )
 GLOO = (
@@ -47,14 +47,14 @@ GLOO = (
 )
 
 
-def milliseconds(size: float, passes: int, cards: int, link: Link) -> float:
-    """Of `passes` ring passes: two are an all-reduce, or two all-gathers."""
-    return 1e3 * passes * cluster.ring_all_gather(size, cards, link)
+def milliseconds(size: float, parts: int, cards: int, link: Link) -> float:
+    """Of two ring passes, which are an all-reduce or two all-gathers, of so many equal parts."""
+    return 1e3 * 2 * parts * cluster.ring_all_gather(size / parts, cards, link)
 
 
-def add(table: Table, name: str, traffic: str, size: float) -> None:
-    inside = [milliseconds(size, 2, CARDS_OF_A_MACHINE, link) for link in IN_A_MACHINE]
-    across = [[milliseconds(size, 2, cards, link) for cards in MANY] for link in BETWEEN_MACHINES]
+def add(table: Table, name: str, traffic: str, size: float, parts: int = 1) -> None:
+    inside = [milliseconds(size, parts, CARDS_OF_A_MACHINE, link) for link in IN_A_MACHINE]
+    across = [[milliseconds(size, parts, cards, link) for cards in MANY] for link in BETWEEN_MACHINES]
     table.add(name, traffic, size / 1e6, *inside, *across)
 
 
@@ -124,7 +124,7 @@ def predict(table: Table, share: float) -> None:
         model = cluster.facts(name)
         for rank in cluster.RANKS:
             add(table, name, f"gradients, rank {rank}", cluster.gradient_bytes(model, rank))
-        add(table, name, "fsdp: blocks in bf16, gathered twice", cluster.base_bytes(model))
+        add(table, name, "fsdp: blocks in bf16, gathered twice", cluster.base_bytes(model), model.num_hidden_layers)
     tokens = [cluster.tokens_that_hide(link, share * cluster.PEAK) for link in HIDDEN_BY.values()]
     columns = [Column(name, "tokens", "{:,.0f}", FORMULA) for name in HIDDEN_BY]
     table.note(HIDE, (Column("share", "share", "{:.0%}", FORMULA), share), *zip(columns, tokens, strict=True))

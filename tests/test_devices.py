@@ -124,14 +124,15 @@ def test_what_is_drawn_within_leaves_no_trace() -> None:
     set_random_state(before)
 
 
+@pytest.mark.parametrize("in_ram", [False, True])
 def test_the_model_of_a_stage_is_gone_before_the_next_one_loads(
-    tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_model_dir: Path, pairs_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, in_ram: bool
 ) -> None:
     load, parameters, alive = HuggingFace.base_model, [], []
 
-    def base_model(self: HuggingFace, plan: Any) -> Any:
+    def base_model(self: HuggingFace, *given: Any) -> Any:
         alive.append(sum(reference() is not None for reference in parameters))
-        model = load(self, plan)
+        model = load(self, *given)
         parameters.extend(map(weakref.ref, model.parameters()))
         return model
 
@@ -140,6 +141,7 @@ def test_the_model_of_a_stage_is_gone_before_the_next_one_loads(
     stages = [{"strategy": "sft", "learning_rate": 1e-2}, {"reference": "adapter"}, {"reference": "base"}]
     config = tmp_path / "three.json"
     options = {**common, "model_name": str(tiny_model_dir), "max_steps": 1, "kl_prompts": 2, "max_new_tokens": 2}
+    options["cpu_offload"] = in_ram
     config.write_text(json.dumps({**options, "stages": stages, "output_dir": str(tmp_path / "all")}), encoding="utf-8")
     gc.disable()  # what is let go of is so by the program
     try:

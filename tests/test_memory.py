@@ -591,4 +591,4 @@ def test_weights_in_the_ram_are_advised_where_they_fit() -> None:
     now = replace(settings, in_ram=True, length=int(named[-1]) if named else settings.length)
     now = replace(now, rank=16 if '"lora_r": 16' in made else now.rank)
     assert bill(facts_of(name), now, 4).fits
-    assert "cpu_offload" not in str(fit(facts_of(name), replace(settings, bits=8), 1, True)[1].largest_change)
+    assert "cpu_offload" not in str(fit(facts_of(name), replace(settings, can_divide=False), 4, True)[1].largest_change)

@@ -33,7 +33,7 @@ import divided_weights
 from baseline import BASELINES, Baseline, Table, compare
 
 from dpo_cli.errors import Exit
-from dpo_cli.storage.run_directory import ADAPTER, EVALUATION, LINES, SUMMARY, WEIGHTS
+from dpo_cli.storage.run_directory import ADAPTER, EVALUATION, LINES, PLAN, SUMMARY, WEIGHTS
 
 REINFORCED = {
     "strategy": "rlhf",
@@ -53,26 +53,33 @@ DIVIDED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", DIVIDED.values(), ids=DIVIDED)
+QUICK = ("dpo", "4 bits")
+
+
+@pytest.mark.parametrize(
+    "options", [pytest.param(DIVIDED[name], id=name, marks=[] if name in QUICK else pytest.mark.long) for name in DIVIDED]
+)
 def test_weights_that_are_divided_train_as_whole_ones(config: Config, options: dict[str, Any]) -> None:
     one = trained(config("one", **options))
     several = trained(config("divided", fsdp=True, **options), processes=2)
+    assert "gathered" in document(several, PLAN)["memory"]["components"]
     assert_same(one, several)
     assert apart(one, several) < 1e-4
 
 
+@pytest.mark.long
 def test_divided_weights_of_16_bits_are_scored_and_evaluated_in_float32(config: Config) -> None:
     """Both checks take each layer to float32 while it runs, also one that is whole only then."""
     one, several = (
         trained(config(name, bf16=True, fsdp=name == "divided"), processes=1 + (name == "divided"))
         for name in ("one", "divided")
     )
-    assert document(several, "plan.json")["scoring"]["shared"] is True
+    assert document(several, PLAN)["scoring"]["shared"] is True
     for line, other in zip(document(one, LINES), document(several, LINES), strict=True):
         assert other["loss"] == pytest.approx(line["loss"], abs=0.02)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_4bit": True}, {"bf16": True}], ids=["float32", "4 bits", "bf16"])
+@pytest.mark.parametrize("options", [{}, pytest.param({"bf16": True}, marks=pytest.mark.long)], ids=["float32", "bf16"])
 def test_weights_in_the_ram_train_to_the_same_bits(config: Config, options: dict[str, Any]) -> None:
     one, other = (trained(config(name, cpu_offload=name == "in-ram", **options)) for name in ("one", "in-ram"))
     assert_same(one, other)
@@ -92,7 +99,7 @@ def test_a_divided_run_resumes_to_the_same_bits_and_in_one_process(config: Confi
     assert apart(whole, changed.with_suffix("")) < 1e-4
 
 
-@pytest.mark.parametrize("option", ["fsdp", "cpu_offload"])
+@pytest.mark.parametrize("option", [pytest.param("fsdp", marks=pytest.mark.long), "cpu_offload"])
 def test_a_divided_run_is_evaluated_exported_and_trained_further(config: Config, tmp_path: Path, option: str) -> None:
     processes = 2 if option == "fsdp" else 1
     run = trained(config("first", **{option: True}), processes=processes)
@@ -142,10 +149,12 @@ forward.Head.of = full
 """
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.long), 1])
-def test_a_full_memory_within_a_row_ends_all(config: Config, rank: int) -> None:
-    """The others wait in a run of the model: they end with the connection, and not after the timeout."""
-    codes, said = in_two_with(full_memory(rank, "len(seen) > 3"), config("full", ddp_timeout=300, fsdp=True))
+@pytest.mark.parametrize(
+    ("rank", "step"), [pytest.param(0, 4, marks=pytest.mark.long), pytest.param(1, 1, marks=pytest.mark.long), (1, 4)]
+)
+def test_a_full_memory_within_a_row_ends_all(config: Config, rank: int, step: int) -> None:
+    """In the probe and in a later step. The others wait in a run of the model: they end with the connection, at once."""
+    codes, said = in_two_with(full_memory(rank, f"len(seen) >= {step}"), config("full", ddp_timeout=300, fsdp=True))
     assert codes[rank] == Exit.UNFIT and codes[1 - rank] == Exit.FAILED, said
     assert "divided over 2 processes, so it cannot be repeated" in said[rank]
     assert "another of the 2 processes has ended" in said[0] or rank == 0
@@ -173,14 +182,26 @@ Schedule.on_step_end = counted
     assert apart(trained(config("one")), config("full").with_suffix("")) < 1e-4
 
 
+@pytest.mark.long
 def test_two_stages_divide_one_after_the_other(config: Config) -> None:
-    """The second stage has whole weights: nothing is left of the first one's."""
+    """The second stage has whole weights: nothing is left of the first one's, which would keep its memory."""
     stages = [{"strategy": "sft", "fsdp": True}, {"strategy": "dpo", "fsdp": False}]
-    runs = [trained(config(name, stages=stages), processes=processes) for name, processes in (("alone", 1), ("two", 2))]
-    one, two = (run if (run / LINES).is_file() else max(run.iterdir()) for run in runs)
-    assert_same(one, two)
+    code = """
+import dpo_cli.commands.train as train
+build = train._built
+def seen(job, *given):
+    print("runs of the stage before:", job.world.steps)
+    return build(job, *given)
+train._built = seen
+"""
+    codes, said = in_two_with(code, path := config("two", stages=stages))
+    assert codes == [0, 0] and said[0].count("runs of the stage before: None") == 2, said
+    alone = trained(config("alone", stages=stages))
+    for stage in ("1-sft", "2-dpo"):
+        assert_same(alone / stage, path.with_suffix("") / stage)
 
 
+@pytest.mark.long
 def test_processes_agree_on_a_model_that_one_of_them_scores_otherwise(config: Config) -> None:
     code = """
 import os
@@ -198,13 +219,29 @@ train.choose = other
     assert codes == [0, 0], said
 
 
+@pytest.mark.long
+def test_a_model_that_fails_with_shared_prompts_is_divided_with_padded_rows(config: Config) -> None:
+    """The failure is within a run, in all processes, and none ends with it."""
+    code = """
+from dpo_cli.scoring import forward
+laid_out = forward._laid_out_states
+def broken(model, *arguments):
+    model.base_model(input_ids=None)
+    return laid_out(model, *arguments)
+forward._laid_out_states = broken
+"""
+    codes, said = in_two_with(code, config("padded", fsdp=True, max_steps=2))
+    assert codes == [0, 0] and "cannot run shared prompts" in said[0], said
+
+
+@pytest.mark.long
 def test_what_a_launcher_starts_is_checked_with_its_processes(config: Config) -> None:
     options = {"fsdp": True, "activation_offloading": True, "gradient_checkpointing": False}
     codes, said = in_two_with("", config("launched", **options))
     assert codes == [Exit.INVALID, Exit.INVALID] and "offloaded-weights" in said[0], said
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_a_process_holds_its_shards_and_few_whole_blocks(processes: int) -> None:
     """The bytes in memory are those of the bill; the forward pass of two tokens takes nothing else worth a name."""
     for whole, billed, held, gathered, peak in divided_weights.in_processes(processes):

@@ -95,7 +95,8 @@ def _validated(
             console.line(f"memory is billed for one of {plan.processes} processes, each with {plan.held_words}")
         console.bill(memory)
         if plan and plan.memory and plan.is_divided:
-            console.line(f"the RAM holds about {plan.memory.host_gb:.1f} GB for each process, at most while it loads the model")
+            when = "all the time" if plan.config.cpu_offload else "while it loads the model"
+            console.line(f"each process needs about {plan.memory.host_gb:.1f} GB of RAM {when}")
     if plan and data and plan.strategy.generates:
         console.line(_compared_with_pairs(loaded, plan, data, machine, vram))
     console.line(f"{loaded.label}: {f'not valid, errors: {len(inspection.errors)}' if inspection.errors else 'valid'}")

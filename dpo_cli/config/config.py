@@ -90,6 +90,11 @@ class Loaded:
         others = tuple(problem for problem in self.problems if problem.severity != "error")
         return replace(self, problems=others, config=Config(**_normalised({**self.values, "dataset": ""})))
 
+    def alone(self) -> Loaded:
+        """The same for one process, which holds whole weights."""
+        one = {"num_processes": 1, "fsdp": False}
+        return replace(self, values={**self.values, **one}, config=self.config.replaced(one) if self.config else None)
+
     def on_foundation(self) -> Loaded:
         """The same with the base model of the earlier stages, to check this one before they have run."""
         if self.foundation is None:

@@ -21,6 +21,7 @@ from dpo_cli.data.rows import Question
 from dpo_cli.evaluation.bootstrap import Array, Intervals, mean
 from dpo_cli.evaluation.decoding import Drawing, fast_decoding, is_roomy, place_states, points_for, roomy_cache
 from dpo_cli.hardware.memory import EvaluationRoom
+from dpo_cli.plan.cost import AT_ONCE
 from dpo_cli.providers.out_of_memory import free_memory, is_out_of_memory
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.sharding import is_sharded
@@ -59,7 +60,6 @@ class Sampling:
     top_p: float = 1.0
 
 
-AT_ONCE = 64  # prompts that are answered in one batch, if there is memory for their answers
 PART = 16  # tokens of each row, after which the rows that have ended leave the batch
 LANES = 16  # keys
 

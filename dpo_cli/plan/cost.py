@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 TRAINED, REFERENCE, RECOMPUTED, SCORED, SAMPLED = 2.5, 1.0, 1.0, 2.0, 8.0  # forward passes a token takes
 SHARE = 0.25  # of the training's cost, for all its evaluations
 FEWEST, MOST_ANSWERED = 16, 32  # prompts; apart from kl_sequence, so many are answered with and without the adapter
-ANSWERED_AT_ONCE = 64  # prompts at most (evaluation/generation.py)
+AT_ONCE = 64  # prompts that are answered in one batch, if there is memory for their answers
 REACHED = 0.5  # of the speed of large products, in a training of configs/quickstart.json on two cores
 
 
@@ -76,9 +76,9 @@ def passes_of(config: Config, counts: Counts, steps: int, strategy: Strategy, ro
     training = rows * (2.0 + strategy.refers * min(1.0, counts.train_pairs / units))  # a reference is computed once
     an_answer = config.max_new_tokens
     if strategy.generates:
-        training += (2 + strategy.refers + an_answer) * math.ceil(units / config.num_iterations / ANSWERED_AT_ONCE)
+        training += (2 + strategy.refers + an_answer) * math.ceil(units / config.num_iterations / AT_ONCE)
     scored = math.ceil(counts.eval_pairs / config.per_device_eval_batch_size) * (1 + strategy.refers)
-    sampled = strategy.refers * an_answer * math.ceil(min(config.kl_prompts, counts.eval_prompts) / ANSWERED_AT_ONCE)
+    sampled = strategy.refers * an_answer * math.ceil(min(config.kl_prompts, counts.eval_prompts) / AT_ONCE)
     answered = 0 if strategy.gives_rewards or not counts.eval_prompts else 2 * an_answer
     return training, _evaluations(config, counts, steps, strategy) * (scored + sampled) + answered
 

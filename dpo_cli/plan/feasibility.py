@@ -59,12 +59,13 @@ def hardware_problems(plan: Plan, machine: Machine, vram_gb: float | None) -> It
     here = machine.processes or plan.processes
     if plan.memory is not None and config.device == "cuda" and here * plan.memory.host_gb > host_gb:
         needed, present = compared(here * plan.memory.host_gb, host_gb, digits=0)
-        who = f"{here} processes of this model need" if here > 1 else "loading this model needs"
+        who = f"{here} processes on one machine need" if here > 1 else "loading this model needs"
         has = f"{present} GB are assumed, the documented least" if vram_gb is not None else f"it has {present} GB"
         message = f"{who} {needed} GB of the machine's memory, but {has}"
         fix = "name the safetensors model instead of a GGUF file, or a smaller model"
         if plan.is_divided:
-            fix = "start fewer processes on this machine, quantise to 4 bits, or use a smaller model"
+            fewer = "start fewer processes on a machine, " if here > 1 else ""
+            fix = f"{fewer}{'' if config.use_4bit else 'quantise to 4 bits, '}or use a smaller model or a machine with more RAM"
         yield Problem("warning", "host-memory", message, fix, "model_name")
     if vram_gb is not None:
         return

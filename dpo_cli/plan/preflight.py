@@ -116,7 +116,7 @@ def inspect(
 
 def inspect_prompts(loaded: Loaded, machine: Machine, path: str) -> tuple[Plan, Prompts, list[Problem]]:
     """Check config and prompts of an augmentation, without a dataset: the plan, the prompts, and the warnings."""
-    draft = loaded.draft()
+    draft = loaded.draft().alone()
     inspection = inspect(draft, machine, with_data=False, with_fit=False).stricter(lambda problem: problem.stops_training)
     prompts = read_prompts(path, draft.values.get("columns"), draft.values.get("on_bad_rows") == "skip")
     found = [*inspection.problems, *prompts.problems]

@@ -188,12 +188,14 @@ def _samples(plan: Plan) -> str:
 def _weights(plan: Plan, copies: float | None) -> str:
     """How the weights of the blocks come to the device, where they do not stay there."""
     moved = plan.moved_bytes
+    if moved is not None and plan.config.cpu_offload:  # each process copies its part, and the parts are exchanged
+        moved /= plan.processes
     size = "all of them"
     if moved is not None:
         size = f"{moved / GIB:.3g} GB of them" if moved >= GIB else f"{moved / 2**20:.3g} MB of them"
     times = "twice, and at the first visit once more for the reference" if plan.strategy.refers else "twice"
     if not plan.config.cpu_offload:
-        return f"each process holds a part of every block; for a row {size} are exchanged {times}"
+        return f"each process holds a part of every block; for a row {size} are exchanged {times}, which `takes` leaves out"
     if copies is None or moved is None:
         return f"in the RAM; for a row {size} are copied to the device {times}"
     return f"in the RAM; for a row {size} are copied to the GPU {times}, {moved / copies:.2f} s each"
@@ -207,7 +209,8 @@ def _takes(plan: Plan, speed: float, copies: float | None) -> str:
         tokens = plan.counts.shared_tokens / plan.counts.train_pairs * plan.pairs_a_step / plan.processes
         rows = plan.total_steps * math.ceil(tokens / plan.row_budget(plan.longest_unit))
         passes = passes_of(plan.config, plan.counts, plan.total_steps, plan.strategy, rows)
-        times = [time + count * plan.moved_bytes / copies for time, count in zip(times, passes, strict=True)]
+        a_pass = plan.moved_bytes / plan.processes / copies
+        times = [times[0] + passes[0] * a_pass, times[1] + passes[1] / plan.processes * a_pass]
     training, evaluation = map(in_words, times)
     words = f"about {training} of training, then {evaluation} of evaluation"
     if plan.sources["kl_prompts"] != "measured":

@@ -40,7 +40,7 @@ from dpo_cli.providers.eight_bit import use_exact_product
 from dpo_cli.providers.loaded_tensors import all_tensors, folder_of, merged, require_finite, require_whole_files, with_adapter
 from dpo_cli.providers.model_cache import dequantised, made_once
 from dpo_cli.providers.policy import FROZEN, TRAINED, Policy
-from dpo_cli.providers.sharding import place_adapters, shard
+from dpo_cli.providers.sharding import is_sharded, place_adapters, shard
 from dpo_cli.storage import hub
 from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.progress import working
@@ -144,6 +144,8 @@ class HuggingFace:
         model = with_adapter(base, adapter.directory, TRAINED, label, is_trainable=True, dropout=dropout)
         if not plan.strategy.refers:  # else TRL makes the frozen copy itself
             model = with_adapter(model, adapter.directory, FROZEN, label)
+        if is_sharded(base):
+            place_adapters(model, require_device(plan))
         return model
 
     def trained(self, plan: Plan, folder: Path) -> Policy:
@@ -155,7 +157,8 @@ class HuggingFace:
         model = with_adapter(base, folder, TRAINED, plan.model_label)
         if plan.goes_on and plan.starts_at_reference and (start := self.model.adapter) is not None:
             model = with_adapter(model, start.directory, FROZEN, plan.model_label)
-        place_adapters(model, require_device(plan))
+        if is_sharded(base):
+            place_adapters(model, require_device(plan))
         return Policy(model.eval())
 
     def ready(self, model: PreTrainedModel | PeftModel, plan: Plan) -> None:

@@ -128,6 +128,8 @@ class Lockstep:
 
     def finish(self) -> None:
         """Run without use until no process runs the model any more."""
+        if self.is_open:  # a run has failed in all processes, and none ends with that
+            self._make_shards()
         while (chosen := self._world.largest(DONE)) != DONE:
             self._run_idle(chosen)
 
@@ -141,11 +143,16 @@ class Lockstep:
         if self.is_open and self._world.size > 1:  # the row is to be repeated in parts
             raise _too_large(self._world.size)
         if self.is_open:
-            cast(FSDPModule, self._backbone).reset_iter_state()
+            self._make_shards()
         own = BOTH if torch.is_grad_enabled() else FORWARD
         while (chosen := self._world.largest(own)) != own:
             self._run_idle(chosen)
         self.is_open = True
+
+    def _make_shards(self) -> None:
+        """Of all blocks, as before a run."""
+        cast(FSDPModule, self._backbone).reset_iter_state()
+        self.is_open = False
 
     def _after(self, module: nn.Module, args: object, output: Any) -> None:
         states = output[0]
@@ -175,5 +182,5 @@ class Lockstep:
 
 def _too_large(processes: int) -> DoesNotFit:
     message = f"a row does not fit the memory, and the weights are divided over {processes} processes, so it cannot be repeated"
-    fix = 'write a smaller "per_device_train_batch_size" or "max_seq_length", and continue with --resume'
+    fix = 'write a smaller "per_device_train_batch_size", "per_device_eval_batch_size" or "max_seq_length", and use --resume'
     return DoesNotFit([Problem("error", "does-not-fit", message, fix)])

@@ -29,7 +29,7 @@ from dpo_cli.ui.console import Console
 # With another value of these, a finished run continues.
 ENDING = names_where(lambda option: option.end)
 SAMPLED = "kl_prompts"  # an option that the length of a training decides
-OF_PROCESSES = ("num_processes", "ddp_timeout")  # options that change no figure
+OF_PROCESSES = ("num_processes", "ddp_timeout", "fsdp", "cpu_offload", "activation_offloading")  # they change no figure
 REGROUPED = ("per_device_train_batch_size", "gradient_accumulation_steps")
 RESTART_FIX = "resume it with the same values, or restart with --overwrite"
 WEIGHTS_CHANGED = "the weights of model_name have changed since the run started"

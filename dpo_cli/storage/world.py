@@ -369,7 +369,7 @@ class Processes(World):
         """What a failure of the connection means: the first process says it."""
         if not self.is_main:
             return OtherFailed()
-        why = re.sub(r"\[[^\]]*\] ?", "", str(error)).partition("\n")[0].partition(". ")[0]  # without places in C++
+        why = re.sub(r"^\[[^\]]*\] ?", "", str(error)).partition("\n")[0].partition(". ")[0]  # without the place in C++
         message = f"another of the {self.size} processes has ended, or did not answer within {self.seconds:g} seconds ({why})"
         return RunFailed(message, LOST_FIX)
 

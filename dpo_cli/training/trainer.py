@@ -55,7 +55,7 @@ from dpo_cli.scoring.reference import KeptReference
 from dpo_cli.storage.checkpoints import PART
 from dpo_cli.storage.log import Tell
 from dpo_cli.storage.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
-from dpo_cli.storage.world import ALONE, World
+from dpo_cli.storage.world import ALONE, Steps, World
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 Evaluate = Callable[[Policy], dict[str, float]]
@@ -181,6 +181,7 @@ class CarefulTrainer:
     write_checkpoint: Callable[[Callable[[], None]], None] | None = None
 
     world: World = ALONE
+    steps: Steps | None = None  # of a model that is divided over processes
     row_budget: int  # tokens of a row at most, where it has several units; lower once the memory was too small
     is_shared: bool  # whether a row has each prompt once
 
@@ -195,6 +196,7 @@ class CarefulTrainer:
         self.row_budget = plan.row_budget(unit)
         self.policy, self.world = Policy(self.model, getattr(self, "ref_model", None), world), world
         self.totals, self._run_evaluation, self._tell = totals, run_evaluation, tell
+        self.steps = world.steps
         if is_sharded(self.model):
             place_adapters(self.model, self.args.device)
             self.accelerator.device_placement = False
@@ -292,8 +294,8 @@ class CarefulTrainer:
         except RuntimeError as error:
             self.totals.back_to(mark)
             self.calls.clear()  # they hold the graph of a row that was out of memory
-            if self.world.steps is not None and self.world.steps.is_open and is_out_of_memory(error):
-                raise self.world.steps.failure(error) from error  # it cannot be repeated
+            if self.steps is not None and self.steps.is_open and is_out_of_memory(error):
+                raise self.steps.failure(error) from error  # it cannot be repeated
             raise
         return loss
 
