@@ -15,6 +15,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def free_memory() -> None:
     """Free models in reference cycles, and return the freed memory that torch keeps to the device."""
-    gc.collect()
+    for _ in range(2):  # the shards of a model are garbage only once what torch holds of them is collected
+        gc.collect()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
