@@ -187,7 +187,7 @@ def test_a_file_has_one_day(place: Path, talker_dir: Path, monkeypatch: pytest.M
     assert run(out="whole.jsonl").exit_code == 0
     stopped_after_a_batch(monkeypatch)
     with monkeypatch.context() as tomorrow:
-        tomorrow.setattr("dpo_cli.plan.plan.datetime", Tomorrow)
+        tomorrow.setattr("dpo_cli.plan.decisions.datetime", Tomorrow)
         assert run(out="later.jsonl").exit_code == 0
         assert run().exit_code == 0
     assert Path("pairs.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() != Path("later.jsonl").read_bytes()
