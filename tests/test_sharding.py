@@ -99,7 +99,8 @@ def test_a_divided_run_resumes_to_the_same_bits_and_in_one_process(config: Confi
     assert apart(whole, changed.with_suffix("")) < 1e-4
 
 
-@pytest.mark.parametrize("option", [pytest.param("fsdp", marks=pytest.mark.long), "cpu_offload"])
+@pytest.mark.long
+@pytest.mark.parametrize("option", ["fsdp", "cpu_offload"])
 def test_a_divided_run_is_evaluated_exported_and_trained_further(config: Config, tmp_path: Path, option: str) -> None:
     processes = 2 if option == "fsdp" else 1
     run = trained(config("first", **{option: True}), processes=processes)
@@ -241,7 +242,8 @@ def test_what_a_launcher_starts_is_checked_with_its_processes(config: Config) ->
     assert codes == [Exit.INVALID, Exit.INVALID] and "offloaded-weights" in said[0], said
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_process_holds_its_shards_and_few_whole_blocks(processes: int) -> None:
     """The bytes in memory are those of the bill; the forward pass of two tokens takes nothing else worth a name."""
     for whole, billed, held, gathered, peak in divided_weights.in_processes(processes):

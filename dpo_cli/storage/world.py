@@ -282,12 +282,20 @@ class Processes(World):
             # Then the others wait in a run of the model, and cannot hear of it; or have a long part that a user stops.
             if own.error is not None and (self.steps.is_open or isinstance(own.error, KeyboardInterrupt)):
                 raise self._lost(own.error) if _is_of_connection(own.error) else self.steps.failure(own.error)
-            self.steps.finish()
+            self._finish(self.steps)
         outcomes: list[Any] = [None] * self.size
         with self._connected():
             distributed.all_gather_object(outcomes, own.sent())
         outcomes[self.rank] = own
         return self._values(outcomes)
+
+    def _finish(self, steps: Steps) -> None:
+        """Take part in the runs of the others; an exchange within one fails as any other one."""
+        try:
+            steps.finish()
+        except RuntimeError as error:
+            failure = self._lost(error) if _is_of_connection(error) else steps.failure(error)
+            raise failure from (None if failure is error else error)
 
     def summed(self, tensors: Sequence[Tensor]) -> None:
         import torch
