@@ -279,7 +279,6 @@ GRID: list[tuple[str, Settings, int, int, bool]] = [
     ("llama", replace(HALF, in_ram=True, checkpointing=True), 768, 256, True),
     ("llama", replace(HALF, in_ram=True, checkpointing=True, bits=4), 384, 128, True),
     ("llama", replace(FULL, in_ram=True, checkpointing=True, strategy="sft", batch=4), 12, 12, False),
-    ("llama", replace(HALF, in_ram=True, checkpointing=True, rank=4, batch=1), 24, 8, True),
     ("llama", replace(HALF, bits=8), 384, 128, True),
     ("llama", replace(HALF, bits=8, checkpointing=True), 768, 256, True),
     ("qwen3", HALF, 384, 128, True),
