@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import TypedDict
@@ -201,20 +201,7 @@ def _best(request: Request) -> Recommendation:
             steps.append(f"eval_split is {text}")
         if settings.batch < values.per_device_train_batch_size:
             steps.append(f"to fit, the training uses micro-batches of {settings.batch}; the pairs per step stay the same")
-        if request.cards > 1:
-            holds = "a part of each block of it" if values.fsdp is True else "the whole model"
-            reasons.append(f"{request.cards} cards share the pairs of each step; each holds {holds}: the bill is for one")
-            if values.fsdp is True:
-                ram_gb = request.gpus * memory.host_gb
-                reasons.append(f"each machine needs about {ram_gb:.0f} GB of RAM to load it in {request.gpus} processes")
-            if (idle := request.cards - _pairs(values)) > 0:
-                more = math.ceil(request.cards / values.per_device_train_batch_size)
-                reasons.append(
-                    f"a step has {_pairs(values)} pairs, so {idle} cards have nothing to do: "
-                    f'for larger and fewer steps, "gradient_accumulation_steps": {more}'
-                )
-        if request.nodes > 1:
-            reasons.append(f"start it on each of the {request.nodes} machines with torchrun or srun: docs/guides/cluster.md")
+        reasons += _reasons_of_cards(request, values, memory)
         if request.longest is not None:
             billed, limit = min(request.longest, values.max_seq_length), values.max_seq_length
             reasons.append(
@@ -228,6 +215,23 @@ def _best(request: Request) -> Recommendation:
         return Recommendation(name, request.vram_gb, config, values, memory, preset, reasons, dict(changes))
     model = models[-1]
     raise DoesNotFit([_misfit(model, shapes[model], _start(written, model, request), request)])
+
+
+def _reasons_of_cards(request: Request, values: Config, memory: Bill) -> Iterator[str]:
+    """What several cards do, need, and may lack."""
+    if request.cards == 1:
+        return
+    holds = "a part of each block of it" if values.fsdp is True else "the whole model"
+    yield f"{request.cards} cards share the pairs of each step; each holds {holds}: the bill is for one"
+    if values.fsdp is True:
+        ram_gb = request.gpus * memory.host_gb
+        yield f"each machine needs about {ram_gb:.0f} GB of RAM to load it in {request.gpus} processes"
+    if (idle := request.cards - _pairs(values)) > 0:
+        more = math.ceil(request.cards / values.per_device_train_batch_size)
+        words = f"a step has {_pairs(values)} pairs, so {idle} cards have nothing to do"
+        yield f'{words}: for larger and fewer steps, "gradient_accumulation_steps": {more}'
+    if request.nodes > 1:
+        yield f"start it on each of the {request.nodes} machines with torchrun or srun: docs/guides/cluster.md"
 
 
 def eval_split(prompts: int | None) -> float:

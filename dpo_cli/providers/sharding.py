@@ -140,9 +140,9 @@ class Lockstep:
     def _before(self, *_: object) -> None:
         if self._is_idle:
             return
-        if self.is_open and self._world.size > 1:  # the row is to be repeated in parts
-            raise _too_large(self._world.size)
-        if self.is_open:
+        if self.is_open:  # the row is to be repeated in parts
+            if self._world.size > 1:
+                raise _too_large(self._world.size)
             self._make_shards()
         own = BOTH if torch.is_grad_enabled() else FORWARD
         while (chosen := self._world.largest(own)) != own:

@@ -18,7 +18,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -233,7 +233,8 @@ class Processes(World):
             self._connect(place)
         for number in stops:  # the first process decides when to stop
             signal.signal(number, before[number] if self.is_main else signal.SIG_IGN)
-        self._hidden = {name: os.environ.pop(name) for name in SEEN_BY_LIBRARIES if name in os.environ}
+        self._hidden = ExitStack()
+        self._hidden.enter_context(hidden_from_libraries())
 
     def _connect(self, place: Place) -> None:
         import torch
@@ -279,7 +280,7 @@ class Processes(World):
 
         own = Outcome.of(compute, self._guard)
         if self.steps is not None:
-            # Then the others wait in a run of the model, and cannot hear of it; or have a long part that a user stops.
+            # The others wait in a run of the model, where no message reaches them. And a user who stops does not wait for them.
             if own.error is not None and (self.steps.is_open or isinstance(own.error, KeyboardInterrupt)):
                 raise self._lost(own.error) if _is_of_connection(own.error) else self.steps.failure(own.error)
             self._finish(self.steps)
@@ -339,7 +340,7 @@ class Processes(World):
         with suppress(RuntimeError):  # another process may be gone: the training has ended, and nothing is lost
             distributed.barrier()
         distributed.destroy_process_group()
-        os.environ.update(self._hidden)
+        self._hidden.close()
 
     def _values(self, outcomes: Sequence[Outcome]) -> list[Any]:
         """The values of all; the first error if there is one, as this process raises it.
