@@ -73,6 +73,10 @@ def on(folder: str, targets: str) -> str:
     return f'"model_name": "models/{folder}",\n  "target_modules": {targets}'
 
 
+def of_ratings(name: str) -> str:
+    return f'"dataset": "data/{name}.jsonl",\n  "strategy": "kto"'
+
+
 def judged(url: str) -> str:
     return f'"augment": {{"rank": "judge", "judge_model": "m", "judge_url": "{url}"}}'
 
@@ -235,7 +239,7 @@ VALUES = [
     Case("bad-value", "task", '"task": "summarization"', "Other tasks are text generation too"),
     Case("bad-value", "compute_specs", '"compute_specs": "midrange"', 'did you mean "compute_specs": "mid_range"?'),
     Case("bad-value", "compute_specs", '"compute_specs": "high-end"', 'did you mean "compute_specs": "high_end"?'),
-    Case("bad-value", "loss_type", '"loss_type": "kto"', 'for example "loss_type": "sigmoid"'),
+    Case("bad-value", "loss_type", '"loss_type": "simpo"', 'for example "loss_type": "sigmoid"'),
     Case("bad-value", "label_smoothing", '"label_smoothing": 0.5', "flipped labels"),
     Case("bad-value", "label_smoothing", '"label_smoothing": -0.1', "flipped labels"),
     Case("bad-value", "optim", '"optim": "adamw"', 'did you mean "optim": "adamw_torch_fused"?'),
@@ -318,6 +322,23 @@ RULES = [
     ),
     Case("label-smoothing-ignored", "label_smoothing", '"label_smoothing": 0.1', '"loss_type": "robust"'),
     Case("label-smoothing-ignored", "label_smoothing", '"loss_type": "ipo",\n  "label_smoothing": 0.1', '"robust"', FIRST + 1),
+    Case("value-of-strategy", "loss_type", '"loss_type": "kto"', '"strategy": "kto"'),
+    Case("value-of-strategy", "loss_type", '"strategy": "kto",\n  "loss_type": "ipo"', '"loss_type": "kto"', FIRST + 1),
+    Case("value-of-strategy", "loss_type", '"strategy": "kto",\n  "loss_type": ["kto"]', '"loss_type": "kto"', FIRST + 1),
+    Case(
+        "step-of-one",
+        "gradient_accumulation_steps",
+        '"strategy": "kto",\n  "gradient_accumulation_steps": 1,\n  "per_device_train_batch_size": 1',
+        '"gradient_accumulation_steps": 8',
+        FIRST + 1,
+    ),
+    hint(
+        "both-weights",
+        "desirable_weight",
+        '"strategy": "kto",\n  "desirable_weight": 2,\n  "undesirable_weight": 2',
+        "keep one of them",
+        FIRST + 1,
+    ),
     Case("loss-needs-smoothing", "loss_type", '"loss_type": "exo_pair"', '"label_smoothing": 0.001'),
     warning("loss-needs-smoothing", "loss_type", '"loss_type": "robust"', '"label_smoothing": 0.1'),
     Case(
@@ -580,10 +601,22 @@ DATA = [
     rows("length-decides", '"dataset": "data/longer.jsonl"', "the other length", None, "hint"),
     rows("refusals-on-one-side", '"dataset": "data/refusals.jsonl"', "a refusal is right", None, "hint"),
     rows("mixed-languages", '"dataset": "data/languages.jsonl"', "the right language", 1, "hint"),
-    rows("few-pairs", '"dataset": "data/few.jsonl"', "add pairs", None, "hint"),
+    rows("few-pairs", '"dataset": "data/few.jsonl"', "add rows", None, "hint"),
     rows("few-prompts", '"dataset": "data/one-prompt.jsonl"', "other prompts", None, "hint"),
     rows("repeated-pairs", '"dataset": "data/repeated.jsonl"', "keep one of each", 2, "hint"),
     rows("near-duplicates", '"dataset": "data/near.jsonl"', "keep one of each", 2, "hint"),
+    Case("one-rating", "dataset", of_ratings("all-good"), "to train on good answers alone, use strategy sft"),
+    rows("row-unrated", of_ratings("unrated"), "these rows are skipped", 3, "warning"),
+    rows("row-unpaired", '"dataset": "data/unpaired.jsonl"', "these rows are skipped", 3, "warning"),
+    rows("repeated-ratings", of_ratings("rated-again"), "keep one of each", 3, "hint"),
+    rows("contradicting-ratings", of_ratings("rated-otherwise"), "decide which rating is right", 3, "warning"),
+    warning(
+        "ratings-unbalanced",
+        "undesirable_weight",
+        of_ratings("unbalanced") + ', "eval_split": 0',
+        '"undesirable_weight": ',
+        None,
+    ),
     rows("reversed-preference", '"dataset": "data/reversed.jsonl"', "delete the other", None, "warning"),
     Case(
         "prompt-in-both",
@@ -674,6 +707,10 @@ FOLDERS: dict[str, tuple[dict[str, object], Mapping[str, tuple[int, ...]]]] = {
 }
 
 
+def rating(number: int, label: bool | None, answer: str = "yes") -> bytes:
+    return json.dumps({"prompt": f"question {number}", "completion": f"{answer} {number}", "label": label}).encode()
+
+
 def lay_out(place: Path) -> None:
     """The files that the cases name."""
 
@@ -725,6 +762,13 @@ def lay_out(place: Path) -> None:
     )
     write("data/markers.jsonl", pair(0), pair(1, "<|im_start|>assistant\nyes<|im_end|>"))
     write("data/long.jsonl", *(pair(number, "yes " * 200, "no") for number in range(3)))
+    write("data/all-good.jsonl", *(rating(number, True) for number in range(3)))
+    both = [rating(0, True), rating(1, False)]
+    write("data/unrated.jsonl", *both, rating(2, None))
+    write("data/unpaired.jsonl", rating(0, True), rating(0, False, "no"), rating(1, False))
+    write("data/rated-again.jsonl", *both, rating(0, True))
+    write("data/rated-otherwise.jsonl", *both, rating(0, False))
+    write("data/unbalanced.jsonl", *(rating(number, number % 7 > 0) for number in range(70)))
     write("data/longer.jsonl", *(pair(number, "yes and yes") for number in range(200)))
     write("data/refusals.jsonl", *(pair(number, "yes", "I'm sorry, I cannot help with that.") for number in range(20)))
     russian = "\u041a\u0430\u043a\u043e\u0439 " * 6

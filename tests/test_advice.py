@@ -47,7 +47,7 @@ BY_HAND = {
     "reversed-preference", "prompt-in-both", "pairs-too-long", "nothing-to-train", "nothing-held-out",
     "dataset-not-list", "dataset-pointer", "dataset-packed", "dataset-arrow", "dataset-split", "folder-files",
     "columns-disagree", "column-unread", "media-unread", "media-marker", "scores-contradict", "scores-tie", "label-unwanted",
-    "label-suggested", "null-arguments",
+    "label-suggested", "null-arguments", "one-rating", "repeated-ratings", "contradicting-ratings",
 }  # fmt: skip
 
 

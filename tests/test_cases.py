@@ -25,6 +25,7 @@ from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import encode_all
 from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.models.tokenizer_files import tokenizer_of
+from dpo_cli.strategies.strategies import STRATEGIES
 
 CASES = ROOT.parent / "shared" / "cases"
 pytestmark = [
@@ -249,7 +250,7 @@ SAID = {
 def encoded(name: str, *words: str) -> tuple[list[Encoded], Tokenizer]:
     config = load(f"data/{name}.json", words).require()
     assert isinstance(config.dataset, str)
-    data = dataset.read(config.dataset, True, columns=config.columns, demonstrations=config.strategy == "sft")
+    data = dataset.read(config.dataset, True, columns=config.columns, kind=STRATEGIES[config.strategy].rows)
     tokenizer = tokenizer_of(ModelFiles(Path(config.model_name)))
     assert tokenizer is not None
     return encode_all([data.load()], tokenizer, config.use_chat_template, skip=True).sides[0], tokenizer

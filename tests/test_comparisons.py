@@ -12,6 +12,7 @@ from test_rows import NO, USER, YES, write
 from dpo_cli.data.dataset import Bad, Dataset, read, sources_of, stream
 from dpo_cli.data.messages import BadRow, flat
 from dpo_cli.data.rows import Pair, to_demonstration, to_pairs
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
 
 TWO = {"prompt": "q", "output_1": "yes", "output_2": "no"}
 BACK = {"prompt": "q", "output_1": "no", "output_2": "yes"}
@@ -135,7 +136,7 @@ def answers(rows: list[dict[str, Any]], place: Path, columns: dict[str, Any] | N
 
 
 def dataset(rows: list[dict[str, Any]], place: Path, columns: dict[str, Any] | None = None, sft: bool = False) -> Dataset:
-    return read(str(write(place / "rows.jsonl", rows)), columns=columns, demonstrations=sft)
+    return read(str(write(place / "rows.jsonl", rows)), columns=columns, kind=DEMONSTRATIONS if sft else PAIRS)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ ADDED = {  # keys of later versions
     *("row_tokens", "reference_from_cache", "full_determinism", "compare", "longest_prompt", "reward_model"),
     *("reward_functions", "rl_algorithm", "num_generations", "temperature", "num_iterations", "epsilon"),
     *("rounds", "score", "scores", "prompts_file", "ddp_timeout", "processes"),
-    *("activation_offloading", "fsdp", "cpu_offload"),
+    *("activation_offloading", "fsdp", "cpu_offload", "desirable_weight", "undesirable_weight"),
 }
 ADDED_FILES = ("reference.json", "reference.safetensors")  # of a checkpoint
 

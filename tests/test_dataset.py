@@ -35,6 +35,7 @@ from dpo_cli.data.rows import Pair
 from dpo_cli.errors import InvalidInput
 from dpo_cli.hardware.machine import probe
 from dpo_cli.plan.preflight import inspect
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, RATINGS, Rows
 
 BAD_LINES = {row: code for code, row in BAD_ROWS.items()}
 GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}'
@@ -121,15 +122,15 @@ STATED: list[dict[str, Any]] = [{}, {"responses": "q"}, {"responses": ["prompt",
 @given(
     rows=st.lists(st.dictionaries(st.sampled_from(ROW_KEYS), VALUES, max_size=6), min_size=1, max_size=3),
     stated=st.sampled_from(STATED),
-    demonstrations=st.booleans(),
+    kind=st.sampled_from([PAIRS, DEMONSTRATIONS, RATINGS]),
 )
 def test_nothing_but_problems_comes_of_any_row(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], stated: dict[str, Any], demonstrations: bool
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], stated: dict[str, Any], kind: Rows
 ) -> None:
     path = tmp_path_factory.mktemp("any") / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     quality = Quality(inner_defaults("quality"))
-    data = read(str(path), columns=stated, demonstrations=demonstrations, observers=[] if demonstrations else [quality])
+    data = read(str(path), columns=stated, kind=kind, observers=[quality] if kind is PAIRS else [])
     bad = {line for problem in data.problems if problem.severity == "error" for line in problem.lines or [problem.line]}
     assert data.rows == len(rows) and (data.pairs > 0 or bad or {problem.code for problem in data.problems} >= {"row-tie"})
 

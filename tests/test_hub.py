@@ -20,6 +20,7 @@ from dpo_cli.errors import RunFailed
 from dpo_cli.models.model_files import ModelFiles
 from dpo_cli.models.source import ModelSource
 from dpo_cli.providers.huggingface import HuggingFace
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 
 COMMIT = "0" * 40
 FILE = {"type": "file", "path": "train.jsonl", "size": 2, "oid": "0" * 40}
@@ -193,6 +194,6 @@ def test_lengths_are_tokens_where_the_tokenizer_is_local(tmp_path: Path, tiny_mo
     ],
 )
 def test_demonstrations(tmp_path: Path, row: dict[str, object], code: str | None) -> None:
-    data = read(str(write(tmp_path / "d.jsonl", [row, {"text": "good"}])), demonstrations=True)
+    data = read(str(write(tmp_path / "d.jsonl", [row, {"text": "good"}])), kind=DEMONSTRATIONS)
     assert [(problem.code, problem.line) for problem in data.problems] == ([(code, 1)] if code else [])
     assert data.pairs == (1 if code else 2)

@@ -27,7 +27,7 @@ from dpo_cli.app import app
 from dpo_cli.plan.plan import Scoring
 from dpo_cli.providers.policy import Policy
 from dpo_cli.scoring import reference_cache
-from dpo_cli.scoring.reference import computed_by, digest_of_pair
+from dpo_cli.scoring.reference import computed_by, digest_of_ids
 from dpo_cli.scoring.reference_cache import ReferenceCache, path
 
 VALUES = {b"a" * 16: (-1.5, -2.25), b"b" * 16: (-3.0, -1e-7)}
@@ -258,7 +258,7 @@ def test_the_digest_of_a_pair_is_of_its_token_ids(tmp_path: Path, tokenizer: Pre
     one = pairs[0]
     shifted = replace(one, prompt_ids=[*one.prompt_ids, one.chosen_ids[0]], responses=(one.chosen_ids[1:], one.rejected_ids))
     swapped = replace(one, responses=one.responses[::-1])
-    digests = {digest_of_pair(pair.prompt_ids, *pair.responses) for pair in (*pairs, shifted, swapped)}
+    digests = {digest_of_ids(pair.prompt_ids, *pair.responses) for pair in (*pairs, shifted, swapped)}
     assert len(digests) == len(pairs) + 2
 
 

@@ -162,10 +162,10 @@ def test_the_figure_of_a_choice_by_hand() -> None:
 
 def test_a_figure_of_evaluation_lines_is_watched() -> None:
     named = {name: watched(strategy, Criterion.of(strategy)) for name, strategy in STRATEGIES.items()}
-    assert named == {"dpo": "accuracy", "rlhf": "accuracy", "sft": "loss", "reward": "accuracy"}
+    assert named == {"dpo": "accuracy", "kto": "accuracy", "rlhf": "accuracy", "sft": "loss", "reward": "accuracy"}
 
 
-@pytest.mark.parametrize("strategy", ["dpo", "sft", "reward"])
+@pytest.mark.parametrize("strategy", ["dpo", "kto", "sft", "reward"])
 def test_the_scores_of_rows_give_the_figure_of_the_run(run: Run, strategy: str) -> None:
     summary, place = run(strategy=strategy, eval_split=0.5)
     method = STRATEGIES[strategy]

@@ -19,7 +19,6 @@ from dpo_cli.errors import InvalidInput, Problem, UsageError
 from dpo_cli.hardware.machine import probe
 from dpo_cli.hardware.recommend import RATES, Recommendation, Request
 from dpo_cli.models.source import ModelSource
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.ui.console import Console
 
@@ -78,18 +77,18 @@ def _facts_of(dataset: str, model: ModelSource | None, strategy: str) -> tuple[L
 
     Lengths in tokens with the tokenizer of `model` if given; all is empty for a hub dataset that is not fetched.
     """
-    is_sft = STRATEGIES[strategy].rows is DEMONSTRATIONS
+    kind = STRATEGIES[strategy].rows
 
     def measured(columns: Columns | None) -> tuple[Dataset, Lengths]:
         lengths = Lengths(model.own.fast_tokenizer if model else None)
-        return read(dataset, True, columns=columns, observers=[lengths], demonstrations=is_sft), lengths
+        return read(dataset, True, columns=columns, observers=[lengths], kind=kind), lengths
 
     (data, lengths), columns = measured(None), None
     if not data.pairs and any(problem.code == NO_COLUMN for problem in data.problems):
         columns = guessed_columns(data.sources[0].path)
         data, lengths = measured(columns)
     if any(problem.severity == "error" for problem in data.problems):
-        wrong = read(dataset, columns=columns, demonstrations=is_sft).problems  # what is skipped is an error here
+        wrong = read(dataset, columns=columns, kind=kind).problems  # what is skipped is an error here
         raise InvalidInput([_by_hand(problem) for problem in wrong if problem.severity == "error"])
     return lengths, columns, data.prompts
 

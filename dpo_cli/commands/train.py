@@ -69,7 +69,8 @@ ROUNDED_ROWS = 8  # pairs that show the rounding of 16 bits
 MOST_ROUNDED = 4.0  # times the root mean square of the rounding of a response: the largest of `START_ROWS` pairs
 START_ROWS = 4  # pairs, the shortest, on which the policy must equal its reference before the first step
 # The modules of training/, by strategy. Imported late: each brings a trainer of TRL.
-TRAINERS = {"dpo": "dpo_trainer", "sft": "sft_trainer", "reward": "reward_trainer", "rlhf": "policy_trainer"}
+TRAINERS = {"dpo": "dpo_trainer", "kto": "kto_trainer", "sft": "sft_trainer", "reward": "reward_trainer"}
+TRAINERS |= {"rlhf": "policy_trainer"}
 
 
 def train(
@@ -374,8 +375,8 @@ def _begun(job: Job, training: Training, view: LiveView) -> None:
     if trainer.reference is not None and (job.world.is_main or is_sharded(trainer.model)):
         key = computed_by(trainer.policy, plan)
         if job.world.is_main:
-            cache = ReferenceCache(key, f"{plan.model_label}, {plan.dtype}", console.line)
-            trainer.reference.share_in(cache, rows.train)
+            cache = ReferenceCache(key, f"{plan.model_label}, {plan.dtype}", console.line, trainer.reference.sides)
+            trainer.reference.share_in(cache, trainer.digests(rows.train))
     if earlier is not None and earlier.checkpoint is not None:
         keep.go_back_to(earlier.checkpoint)
         if earlier.asks_on(plan):
@@ -463,9 +464,8 @@ def _check_reference(job: Job, training: Training) -> None:
     recalled, state = job.world.same(recall)
     if recalled:
         reference.restore(state)
-        job.console.line(
-            f"reference: the log-probs of {recalled} of {len(rows.train)} pairs come from the cache of earlier runs"
-        )
+        known = f"{recalled} of {len(reference.known)} {reference.noun}"
+        job.console.line(f"reference: the log-probs of {known} come from the cache of earlier runs")
         if job.world.is_main:
             run.write_json(MANIFEST, {**run.read_json(MANIFEST), RECALLED: recalled})
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Config:
-    strategy: Literal['dpo', 'sft', 'reward', 'rlhf', 'qlora']
+    strategy: Literal['dpo', 'kto', 'sft', 'reward', 'rlhf', 'qlora']
     task: Literal['text-generation']
     model_name: str
     revision: str | None
@@ -36,6 +36,8 @@ class Config:
     packing: bool
     beta: float
     loss_type: str | list[Any]
+    desirable_weight: float
+    undesirable_weight: float
     loss_weights: list[Any] | None
     label_smoothing: float
     reference: Literal['auto', 'base', 'adapter', 'first']

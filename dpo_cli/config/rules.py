@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dpo_cli.config import augment_rules, compare_rules, division_rules, reward_rules
+from dpo_cli.config import augment_rules, compare_rules, division_rules, rating_rules, reward_rules
 from dpo_cli.config.division_rules import is_shared
 from dpo_cli.config.options import Config
 from dpo_cli.config.other_tools import as_here
@@ -453,6 +453,7 @@ RULES: Sequence[Rule] = (
     *OF_PROCESSES,
     *augment_rules.RULES,
     *reward_rules.RULES,
+    *rating_rules.RULES,
     *compare_rules.RULES,
     first_reference_is_below_an_adapter,
     upload_has_a_place,

@@ -75,6 +75,12 @@ class Option:
         return needs
 
     @property
+    def values_for(self) -> Mapping[str, list[object]]:
+        """By strategy, the values that belong to it only; it has no others."""
+        values: Mapping[str, list[object]] = self.rule.get("x-values-for", {})
+        return values
+
+    @property
     def unset(self) -> list[object]:
         """Values that mean the default, like a missing key."""
         return list(self.rule.get("x-unset", ()))

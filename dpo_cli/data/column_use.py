@@ -26,6 +26,7 @@ from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import flat, has_null_arguments
 from dpo_cli.data.rows import Read
 from dpo_cli.errors import Problem, Severity
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, Rows
 
 WHOLE = (
     "prompt",
@@ -74,8 +75,8 @@ HINTS = ("null-arguments",)
 class Account:
     """Sees every row of a pass over a dataset."""
 
-    def __init__(self, columns: Columns, demonstrations: bool) -> None:
-        self.columns, self.demonstrations = columns, demonstrations
+    def __init__(self, columns: Columns, kind: Rows) -> None:
+        self.columns, self.demonstrations = columns, kind is DEMONSTRATIONS
         self.shapes: Counter[str] = Counter()  # the shapes that differ from the documented one, with their rows
         self.read: dict[str, str] = {}  # by column, its meaning
         self.seen: dict[str, None] = {}  # every column, in order of appearance

@@ -38,6 +38,7 @@ SYSTEM_START = r"(?i)(system|sys|developer)[ _-]?(prompt|message|msg|instruction
 MEDIA = r"(?i)(.*[ _-])?(image|img|picture|photo|pixel_value|audio|video)s?([ _-](path|file|url|byte)s?)?"
 MARKERS = re.compile(r"<\|?(image|audio|video)(?:[_ ]?\d+)?\|?>")
 SCORES = ("score", "scores", "rating", "ratings", "reward", "rewards", "rank", "ranks", "votes", "overall", "grade", "winner")
+LABEL = "label"  # of a rated answer
 RANKS = ("rank", "ranks")  # the lowest value is the best
 TEXTS = ("content", "value", "text", "function", "name")  # keys of an object that hold its text
 WANTED = frozenset(
@@ -46,7 +47,8 @@ WANTED = frozenset(
 )
 UNWANTED = frozenset("thumbs_down disliked unwanted undesirable is_bad bad downvoted is_rejected".split())  # noqa: SIM905
 NO = frozenset(
-    """false 0 -1 no bad rejected unwanted undesirable negative thumbs_down down dislike disliked thumbs-down 👎""".split()  # noqa: SIM905
+    """false 0 -1 no bad rejected unwanted undesirable negative thumbs_down down dislike disliked thumbs-down downvote
+    downvoted 👎""".split()  # noqa: SIM905
 )
 YES = frozenset("true 1 yes".split())  # noqa: SIM905
 

@@ -25,18 +25,19 @@ from dpo_cli.data.columns import Columns
 from dpo_cli.data.comparisons import start_of
 from dpo_cli.data.files import about_rows
 from dpo_cli.data.messages import BadRow
-from dpo_cli.data.row_shapes import KEYS
+from dpo_cli.data.rating_pairs import UNPAIRED, paired, rates
+from dpo_cli.data.ratings import UNRATED
 from dpo_cli.data.rows import Pair, Read, Row, counted, read_row
 from dpo_cli.data.unreadable_files import fault
 from dpo_cli.errors import Problem, Severity, invalid
 from dpo_cli.storage.progress import working
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS
+from dpo_cli.strategies.row_kinds import PAIRS, Rows
 
 Named = str | Sequence[str | Mapping[str, Any]]  # a config's data: a path, or paths and {"path", "weight"}
 
 NO_COLUMN = "row-missing-key"
-DEMONSTRATION_KEYS = ("prompt", "completion")  # preference rows are demonstrations too, of their chosen response
-TIE = "row-tie"  # rows with equally good responses: they are skipped, and never stop a training
+# Rows that say nothing about which answer is better: they are skipped, and never stop a training.
+SKIPPED = ("row-tie", UNRATED, UNPAIRED)
 SMALL_BYTES = 16 << 20  # the rows of smaller data stay in memory, so that a second look does not read the files again
 SHOWN = 3  # the number of bad rows of a group whose details are shown
 # Fixes for faults that are not in a single row.
@@ -57,7 +58,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The result of a pass over the sources. `pairs` may count demonstrations."""
+    """The result of a pass over the sources. `pairs` counts rows of its kind."""
 
     name: str
     sources: tuple[Source, ...]
@@ -65,9 +66,10 @@ class Dataset:
     rows: int = 0
     pairs: int = 0
     prompts: int = 0
+    unusable: int = 0  # rows that are bad, or say nothing
     problems: tuple[Problem, ...] = ()
     key: str = "dataset"  # the key of the config that names it
-    demonstrations: bool = False  # rows for sft
+    kind: Rows = PAIRS  # what its rows are read as
     read_as: Mapping[str, object] = field(default_factory=dict)  # the meanings of its columns
     kept: Sequence[tuple[Source, Row]] | None = None  # the usable rows, if the pass kept them
     states: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # size and time of the files at the start of the pass
@@ -106,14 +108,14 @@ class Dataset:
         if self.kept is not None:
             yield from self.kept
             return
-        for source, read_as in _rows(self.sources, self.columns, self.demonstrations, lines):
+        for source, read_as in _rows(self.sources, self.columns, self.kind, lines):
             if not isinstance(read_as, Bad):
                 yield from ((source, row) for row in read_as.rows)
 
     @property
     def noun(self) -> str:
         """The word for its rows."""
-        return (DEMONSTRATIONS if self.demonstrations else PAIRS).noun
+        return self.kind.noun
 
     def to_json(self) -> dict[str, object]:
         counts = {"file": self.name, "rows": self.rows, "pairs": self.pairs, "prompts": self.prompts}
@@ -172,7 +174,7 @@ class BadRows:
         """A problem for each kind; a warning if such rows are skipped."""
         for kind, lines in self._lines.items():
             file, code, reason = kind
-            is_skipped = skip or code == TIE
+            is_skipped = skip or code in SKIPPED
             severity: Severity = "warning" if is_skipped else "error"
             fix = "these rows are skipped" if is_skipped else 'correct or delete these rows, or write "on_bad_rows": "skip"'
             examples = [f"{files.unit(file)} {line}, {detail}" for detail, line in self._details[kind].items()]
@@ -215,31 +217,32 @@ def read(
     key: str = "dataset",
     columns: Columns | None = None,
     observers: Sequence[Observer] = (),
-    demonstrations: bool = False,
+    kind: Rows = PAIRS,
 ) -> Dataset:
     """One pass over the data of a config's `key`. Problems are returned, never raised; with `skip` bad rows are warnings.
 
-    A problem of a whole file has no place in it: it belongs to the config that names it. With `demonstrations` the rows are
-    read for sft. Those of small files stay in memory, so that nothing is read again.
+    A problem of a whole file has no place in it: it belongs to the config that names it. The rows are read as `kind`. Those of
+    small files stay in memory, so that nothing is read again.
     """
     sources = sources_of(value)
     name = sources[0].path if len(sources) == 1 else f"{len(sources)} files"
-    data = Dataset(name, sources, columns, key=key, demonstrations=demonstrations)
+    data = Dataset(name, sources, columns, key=key, kind=kind)
     faults = {source.path: fault(Path(source.path), key) for source in sources}
     whole = [problem for source in sources if (problem := faults[source.path]) is not None]
     readable = [source for source in sources if faults[source.path] is None]
     states = {source.path: state_of(source.path) for source in readable}
     is_small = sum(size for size, _ in states.values()) <= SMALL_BYTES
     kept: list[tuple[Source, Row]] | None = [] if is_small else None
-    bad, account = BadRows(), Account(columns or {}, demonstrations)
+    bad, account = BadRows(), Account(columns or {}, kind)
     prompts: set[int] = set()
-    rows = pairs = 0
+    rows = pairs = unusable = 0
     with working(f"reading {name}", None, "rows") as work:
-        for source, read_as in _rows(readable, columns, demonstrations):
+        for source, read_as in _rows(readable, columns, kind):
             work.add()
-            rows += 1
+            rows += 1 if isinstance(read_as, Bad) else read_as.of_rows
             if isinstance(read_as, Bad):
                 bad.add(read_as)
+                unusable += 1
                 continue
             account.see(read_as)
             pairs += len(read_as.rows)
@@ -252,9 +255,8 @@ def read(
                     observer.see(row, prompt_key)
     problems = [*whole, *bad.problems(key, skip)]
     if not pairs:
-        keys = DEMONSTRATION_KEYS if demonstrations else KEYS
         problems = [
-            _with_columns(problem, columns or {}, keys) if problem.code == NO_COLUMN else problem for problem in problems
+            _with_columns(problem, columns or {}, kind.keys) if problem.code == NO_COLUMN else problem for problem in problems
         ]
     if not pairs and readable and not any(problem.severity == "error" for problem in problems):
         problems.append(Problem("error", "dataset-empty", _emptiness(readable, rows), f"add {data.noun}", key, name))
@@ -263,7 +265,7 @@ def read(
     for says, count in account.shapes.items():
         fix = 'if this is wrong, set the names of the columns with "columns"'
         problems.append(Problem("hint", "rows-read-as", f"{count} rows are read as {says}", fix, key, name))
-    data = replace(data, rows=rows, pairs=pairs, prompts=len(prompts), kept=kept, states=states)
+    data = replace(data, rows=rows, pairs=pairs, prompts=len(prompts), unusable=unusable, kept=kept, states=states)
     return replace(data, problems=tuple(problems), read_as=account.to_json())
 
 
@@ -297,9 +299,9 @@ def state_of(path: str) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrations: bool = False) -> Iterator[Row | Bad]:
-    """The pairs (or demonstrations) of the sources in order, and the bad rows."""
-    for _, row in _rows(sources, columns, demonstrations):
+def stream(sources: Sequence[Source], columns: Columns | None = None, kind: Rows = PAIRS) -> Iterator[Row | Bad]:
+    """The rows of the sources in order, and the bad ones."""
+    for _, row in _rows(sources, columns, kind):
         if isinstance(row, Bad):
             yield row
         else:
@@ -309,7 +311,7 @@ def stream(sources: Sequence[Source], columns: Columns | None = None, demonstrat
 def _rows(
     sources: Sequence[Source],
     columns: Columns | None,
-    demonstrations: bool,
+    kind: Rows,
     lines: Mapping[str, Container[int]] | None = None,
 ) -> Iterator[tuple[Source, Read | Bad]]:
     """The rows of the sources; with `lines` only those on these lines of a file."""
@@ -325,9 +327,12 @@ def _rows(
             nonlocal known
             if known is None:
                 known = _with_start(row, path, columns or {})
-            return read_row(row, line, path, known, demonstrations)
+            return read_row(row, line, path, known, kind)
 
-        for line, read in files.read_rows(source.path, read_one, only=only):
+        read_rows = files.read_rows(source.path, read_one, only=only)
+        if kind is PAIRS and rates(source.path, columns or {}):
+            read_rows = paired(source.path, columns or {}, only)
+        for line, read in read_rows:
             if isinstance(read, BadRow):
                 yield source, Bad(source.path, line, read.code, read.reason, read.detail, read.fix)
             else:

@@ -17,7 +17,7 @@ from rapidfuzz import fuzz, utils
 from dpo_cli.data.dataset import Dataset
 from dpo_cli.data.files import about_rows, unit
 from dpo_cli.data.messages import flat, said
-from dpo_cli.data.rows import Pair, Row
+from dpo_cli.data.rows import Pair, Rating, Row
 from dpo_cli.data.text_features import (
     ABOUT_LANGUAGE,
     FREE_TEXT,
@@ -43,16 +43,17 @@ COMPARED = 20_000  # characters of a text: the time of a comparison grows with t
 
 @dataclass(frozen=True)
 class Seen:
-    """A pair with each text as one string."""
+    """A row with each text as one string; the answer of a rating is `chosen`, and there is no other."""
 
-    pair: Pair
+    pair: Row
     prompt: str
     chosen: str
     rejected: str
 
     @classmethod
-    def of(cls, pair: Pair) -> Seen:
-        return cls(pair, flat(pair.prompt), said(pair.chosen), said(pair.rejected))
+    def of(cls, row: Row) -> Seen:
+        first, *others = map(said, row.responses)
+        return cls(row, flat(row.prompt), first, others[0] if others else "")
 
     @cached_property
     def exact(self) -> tuple[str, str, str]:
@@ -82,7 +83,7 @@ class Finding:
     def see(self, seen: Seen) -> None:
         """Look at one pair."""
 
-    def note(self, pair: Pair, partner: tuple[str, int] | None = None) -> None:
+    def note(self, pair: Row, partner: tuple[str, int] | None = None) -> None:
         """Remember a row, and for the first row of a file the place of the earlier pair that it repeats."""
         self.rows[pair.file].append(pair.line)
         if partner is not None:
@@ -106,24 +107,25 @@ class Finding:
 class FewPairs(Finding):
     """dpo-strategy, "Best Practices": 500+ preference pairs recommended."""
 
-    code, fix = "few-pairs", "add pairs; until then, read each figure with its interval"
+    code, fix = "few-pairs", "add rows; until then, read each figure with its interval"
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         if 0 < data.pairs < self.limits["few_pairs"]:
-            yield self.about_all(data, f"{data.pairs} pairs are few; at least {self.limits['few_pairs']:g} are recommended")
+            yield self.about_all(
+                data, f"{data.pairs} {data.noun} are few; at least {self.limits['few_pairs']:g} are recommended"
+            )
 
 
 class FewPrompts(Finding):
     """dpo-strategy, "Best Practices": diverse prompts, covering various scenarios."""
 
-    code, fix = "few-prompts", "add pairs with other prompts"
+    code, fix = "few-prompts", "add rows with other prompts"
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         most = self.limits["pairs_per_prompt"]
         if data.pairs >= 10 * most and data.pairs > most * data.prompts:
-            message = (
-                f"{data.pairs} pairs have only {data.prompts} different prompts; the documentation recommends diverse prompts"
-            )
+            few = f"{data.pairs} {data.noun} have only {data.prompts} different prompts"
+            message = f"{few}; the documentation recommends diverse prompts"
             yield self.about_all(data, message)
 
 
@@ -172,11 +174,47 @@ class Reversed(Finding):
         super().__init__(limits)
         self.firsts: set[tuple[str, int]] = set()
 
-    def note_both(self, line: int, file: str, pair: Pair) -> None:
+    def note_both(self, line: int, file: str, pair: Row) -> None:
         if (file, line) not in self.firsts:
             self.firsts.add((file, line))
             self.rows[file].append(line)
         self.note(pair)
+
+
+class RatedBefore(Finding):
+    """The same answer to the same prompt again: with the same rating a copy, with the other one a wrong label."""
+
+    code, reason = "repeated-ratings", "the same as an earlier rating, except for case and spaces"
+    fix = "keep one of each: a repeated rating is trained on repeatedly"
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__(limits)
+        self.contradicted = Contradicted(limits)
+        self.first: dict[int, tuple[str, int, bool]] = {}  # by prompt and answer: the place and the rating
+
+    def see(self, seen: Seen) -> None:
+        rating = seen.pair
+        assert isinstance(rating, Rating)
+        own = (rating.file, rating.line, rating.is_good)
+        file, line, is_good = first = self.first.setdefault(hash(seen.same), own)
+        if first is own:
+            return
+        if is_good == rating.is_good:
+            self.note(rating, (file, line))
+        else:
+            self.contradicted.note(rating, (file, line))
+
+    def problems(self, data: Dataset) -> Iterator[Problem]:
+        yield from super().problems(data)
+        yield from self.contradicted.problems(data)
+
+
+class Contradicted(Finding):
+    """Answers that `RatedBefore` saw with both ratings."""
+
+    code, severity = "contradicting-ratings", "warning"
+    reason = "the same answer to the same prompt has the other rating in an earlier row"
+    fix = "decide which rating is right, and delete the other row"
 
 
 class TooSimilar(Finding):

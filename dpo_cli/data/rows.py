@@ -1,4 +1,4 @@
-"""Rows to `Pair`s, `Demonstration`s and `Question`s, and the checks of each.
+"""Rows to `Pair`s, `Demonstration`s, `Rating`s and `Question`s, and the checks of each.
 
 The shapes of rows are in row_shapes.py.
 """
@@ -6,7 +6,7 @@ The shapes of rows are in row_shapes.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from dpo_cli.data.annotation_exports import Export, export_of
 from dpo_cli.data.columns import (
     COMPLETIONS,
     CONVERSATIONS,
+    LABEL,
     Columns,
     answered,
     asked,
@@ -33,11 +34,16 @@ from dpo_cli.data.messages import (
     text_of,
     tools_of,
 )
+from dpo_cli.data.ratings import is_good, label_column, unrated
 from dpo_cli.data.row_shapes import KEYS, RESPONSE_ROLES, Shape, as_object, fitting, is_swift, renamed, shape_of
 from dpo_cli.data.transcripts import answer_to, as_messages, from_last_turn, turns_of
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, Rows
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, RATINGS, Rows
 
 Written = Mapping[str, object]  # a row of a file
+MISSING = {  # by kind: what a row of it has
+    DEMONSTRATIONS: "messages, prompt and completion, or text are missing",
+    RATINGS: "prompt, completion and label, or a pair, are missing",
+}
 ALWAYS = {"category": "category", "history": "earlier turns"}  # columns of every shape
 
 
@@ -122,7 +128,45 @@ class Demonstration:
         return _key(self.prompt or self.completion, self.tools)
 
 
-Row = Pair | Demonstration
+@dataclass(frozen=True, slots=True)
+class Rating:
+    """A prompt and its answer, which somebody has rated good or bad; texts and places as in `Pair`."""
+
+    prompt: Text
+    completion: Text
+    is_good: bool
+    line: int
+    file: str = ""
+    tools: tuple[Tool, ...] = ()
+    category: str = ""
+
+    @property
+    def kind(self) -> Rows:
+        return RATINGS
+
+    @property
+    def responses(self) -> tuple[Text, ...]:
+        return (self.completion,)
+
+    def as_turns(self) -> Rating:
+        """Like `Pair.as_turns`."""
+        if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
+            return self
+        return replace(self, prompt=turns, completion=answer_to(self.prompt, self.completion))
+
+    @property
+    def characters(self) -> int:
+        """Like `Pair.characters`."""
+        return len(flat(self.prompt)) + sum(len(flat(text)) for text in self.responses)
+
+    @property
+    def prompt_key(self) -> str:
+        """Like `Pair.prompt_key`."""
+        return _key(self.prompt, self.tools)
+
+
+Row = Pair | Demonstration | Rating
+CLASSES: dict[str, type[Row]] = {PAIRS.noun: Pair, DEMONSTRATIONS.noun: Demonstration, RATINGS.noun: Rating}
 
 
 def row_to_json(row: Row) -> list[object]:
@@ -132,7 +176,7 @@ def row_to_json(row: Row) -> list[object]:
 
 def row_of_json(value: list[Any]) -> Row:
     """The row of `row_to_json`."""
-    kind = Pair if value[0] == PAIRS.noun else Demonstration
+    kind = CLASSES[value[0]]
     values = dict(zip(kind.__slots__, value[1:], strict=True))
     return kind(**{**values, "tools": tuple(values["tools"])})
 
@@ -173,7 +217,7 @@ def question_of(row: Row) -> Question:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A row of a file as it was read: its pairs or its demonstration, and the meanings of its columns."""
+    """A row of a file as it was read, as one row of its kind or several, and the meanings of its columns."""
 
     rows: tuple[Row, ...]
     says: str | None
@@ -182,20 +226,22 @@ class Read:
     reads: Callable[[], Mapping[str, str]]  # columns and their meanings
     origin: Mapping[str, str] = field(default_factory=dict)  # the columns of the file, for the columns of an export
     suggested: Mapping[str, str] = field(default_factory=dict)  # columns that a machine filled in, and which machine
+    of_rows: int = 1  # rows of the file that it was made of
 
 
-def read_row(row: object, line: int, file: str, columns: Columns | None, demonstrations: bool = False) -> Read:
-    """Read a parsed row, or raise `BadRow`. A row with several responses becomes a demonstration of the best one."""
+def read_row(row: object, line: int, file: str, columns: Columns | None, kind: Rows = PAIRS) -> Read:
+    """Read a parsed row, or raise `BadRow`. A row with several responses becomes a demonstration of the best one, or ratings
+    of all: the better one is good, the others are bad."""
     row, columns = as_object(row), columns or {}
-    if demonstrations and (shown := _shown(renamed(row, columns), line, file, "text" in columns)) is not None:
+    if kind is RATINGS and (rated := read_rating(row, line, file, columns)) is not None:
+        return rated
+    if kind is DEMONSTRATIONS and (shown := _shown(renamed(row, columns), line, file, "text" in columns)) is not None:
         return shown
     try:
         shape, written, export = _shape_of(row, columns)
     except BadRow as error:
-        if demonstrations and error.code == "row-missing-key":
-            names = _names(row)
-            reason = "messages, prompt and completion, or text are missing"
-            raise BadRow("row-missing-key", reason, f"it has {names}") from error
+        if kind in MISSING and error.code == "row-missing-key":
+            raise BadRow("row-missing-key", MISSING[kind], f"it has {_names(row)}") from error
         raise
     documented = [*shape.rows(written)]
     pairs = [pair_of(each, line, file) for each in documented]
@@ -203,9 +249,11 @@ def read_row(row: object, line: int, file: str, columns: Columns | None, demonst
     origin = (export.origin if export is not None else None) or {}
     suggested = export.suggested if export is not None else {}
     rows: tuple[Row, ...] = tuple(pairs)
-    if demonstrations:
+    if kind is DEMONSTRATIONS:
         best = pairs[0]
         rows = (Demonstration(best.prompt, best.chosen, line, file, best.tools, best.category),)
+    elif kind is RATINGS:
+        rows, says = _rated(pairs), f"{says or 'pairs'}: each response is rated, chosen as good and rejected as bad"
     return Read(rows, says, written, documented[0], lambda: {**_common(written), **shape.reads(written)}, origin, suggested)
 
 
@@ -279,7 +327,7 @@ def pair_of(row: Written, line: int, file: str) -> Pair:
 
 def to_demonstration(row: object, line: int, file: str = "", columns: Columns | None = None) -> Demonstration:
     """A parsed row for sft to a demonstration, or `BadRow`: messages, prompt and completion, text, or the chosen of a pair."""
-    return read_row(row, line, file, columns, demonstrations=True).rows[0]  # type: ignore[return-value]
+    return read_row(row, line, file, columns, DEMONSTRATIONS).rows[0]  # type: ignore[return-value]
 
 
 def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
@@ -302,6 +350,35 @@ def _shown(row: Written, line: int, file: str, is_text: bool) -> Read | None:
     taken = next(name for name, meaning in reads.items() if meaning != "prompt")
     says = f"demonstrations: {taken} is trained on, and text is not" if isinstance(row.get("text"), str) else None
     return Read((Demonstration(prompt, completion, line, file, tools, category),), says, row, row, lambda: _common(row) | reads)
+
+
+def read_rating(row: Written, line: int, file: str, columns: Columns) -> Read | None:
+    """Read a row with one answer and its label, or raise `BadRow`; None for another row."""
+    stated, nulls = columns.get(LABEL), [name for name, value in row.items() if value is None]
+    row = renamed(row, columns)
+    learned = _learned(row, is_text=False)
+    if learned is None or not learned[0]:
+        return None
+    name = label_column(row)
+    if name is None:
+        if empty := [one for one in nulls if one == stated or label_column({one: None})]:
+            raise unrated(empty[0])
+        return None
+    shown = _shown(row, line, file, is_text=False)
+    assert shown is not None
+    (one,) = shown.rows
+    rating = Rating(one.prompt, one.responses[0], is_good(row, name, columns), line, file, one.tools, one.category)
+    return replace(shown, rows=(rating,), says=None, reads=lambda: {**shown.reads(), name: "rating"})
+
+
+def _rated(pairs: Sequence[Pair]) -> tuple[Row, ...]:
+    """The responses of the pairs of a row, each rated once."""
+    rated = {
+        json.dumps([looks(text), good]): Rating(pair.prompt, text, good, pair.line, pair.file, pair.tools, pair.category)
+        for pair in pairs
+        for text, good in ((pair.chosen, True), (pair.rejected, False))
+    }
+    return tuple(rated.values())
 
 
 def _learned(row: Written, is_text: bool) -> tuple[object, object, dict[str, str]] | None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import Text, flat
-from dpo_cli.data.rows import question_of
+from dpo_cli.data.ratings import BAD, GOOD
+from dpo_cli.data.rows import Rating, question_of
 from dpo_cli.evaluation.bootstrap import Array, Intervals, mean
 from dpo_cli.evaluation.generation import (
     Answer,
@@ -27,8 +28,8 @@ from dpo_cli.evaluation.generation import (
     paired,
     side_by_side,
 )
-from dpo_cli.evaluation.losses import trained_loss
-from dpo_cli.evaluation.metrics import Rewards, Scores, figures, point_figures, reward_rows, score_rows
+from dpo_cli.evaluation.losses import trained_loss, trains_own_loss
+from dpo_cli.evaluation.metrics import RatedScores, Rewards, Scores, figures, point_figures, reward_rows, score_rows
 from dpo_cli.plan.cost import answered_prompts
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import Policy
@@ -36,6 +37,7 @@ from dpo_cli.results.intervals import Interval, Sides
 from dpo_cli.results.judgement import Evaluation, Judged, JudgedRow, RowScores
 from dpo_cli.runs.state_io import random_state_kept
 from dpo_cli.scoring.forward import plain_states, states_of
+from dpo_cli.scoring.mismatched import ratings_of, with_mismatched
 from dpo_cli.storage.progress import working
 from dpo_cli.storage.redaction import redact
 from dpo_cli.strategies.figures import FIGURES
@@ -55,8 +57,10 @@ def score(
 ) -> Scores:
     """The scores of rows; in the plan's dtype if no other is named."""
     batch_size, dtype = plan.config.per_device_eval_batch_size, dtype or getattr(torch, plan.dtype)
-    room = plan.evaluation_room(dtype.itemsize)
-    return score_rows(policy, rows, states_of(plan.scoring), int(tokenizer.pad_token_id), batch_size, dtype, room)
+    room, pad_token_id = plan.evaluation_room(dtype.itemsize), int(tokenizer.pad_token_id)
+    scored = with_mismatched(rows, plan.config.max_seq_length) if plan.strategy.mismatches else rows
+    scores = score_rows(policy, scored, states_of(plan.scoring), pad_token_id, batch_size, dtype, room)
+    return RatedScores.of_both(scores, ratings_of(rows)) if plan.strategy.mismatches else scores
 
 
 def score_rewards(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, plan: Plan) -> Rewards:
@@ -107,7 +111,7 @@ def line_figures(measured: Measured, rows: Sequence[Encoded], plan: Plan) -> dic
     if isinstance(measured.scores, Rewards):
         accuracy = Intervals(_prompts(rows)).of(FIGURES["accuracy"].formulas[REWARDS](measured.scores.columns()))
         return {**figures, ACCURACY_LOW: accuracy.low}
-    if plan.strategy.refers and plan.config.loss_type not in ("sigmoid", ["sigmoid"]):
+    if plan.strategy.refers and not trains_own_loss(plan.config):
         figures["trained_loss"] = trained_loss(measured.scores, plan.config)
     of_answers = {"kl_sequence": measured.kl, "reward": measured.rewards}
     return {**figures, **{name: float(values.mean()) for name, values in of_answers.items() if len(values)}}
@@ -263,8 +267,12 @@ EXTREMES = 10
 
 
 def row_figures(rows: Sequence[Encoded], scores: Scores | Rewards, beta: float) -> list[JudgedRow]:
-    """Place and figures of each row: margin and rewards of a pair, loss of a demonstration with and without training."""
-    if isinstance(scores, Rewards) or scores.kind is not DEMONSTRATIONS:
+    """Place and figures of each row: margin and rewards of a pair, loss of a demonstration with and without training, reward of
+    a rating, which counts against its margin if the answer is bad."""
+    if isinstance(scores, RatedScores):
+        signed = zip(scores.columns(beta).reward[:, 0].tolist(), scores.is_good.tolist(), strict=True)
+        figures_of_rows = [{"margin": reward if good else -reward, "reward": reward} for reward, good in signed]
+    elif isinstance(scores, Rewards) or scores.kind is not DEMONSTRATIONS:
         rewards = scores.columns(beta).reward.tolist()
         figures_of_rows = [
             {"margin": chosen - rejected, "reward_chosen": chosen, "reward_rejected": rejected} for chosen, rejected in rewards
@@ -284,7 +292,8 @@ def row_scores(rows: Sequence[Encoded], scores: Scores | Rewards) -> list[RowSco
     if isinstance(scores, Rewards):
         return [RowScores(prompt, own) for prompt, own in zip(prompts, scores.columns().reward.tolist(), strict=True)]
     sides = (side.tolist() for side in (scores.policy, scores.reference, scores.tokens))
-    return [RowScores(*row) for row in zip(prompts, *sides, strict=True)]
+    good = scores.is_good.tolist() if isinstance(scores, RatedScores) else [None] * len(rows)
+    return [RowScores(*row) for row in zip(prompts, *sides, good, strict=True)]
 
 
 def extremes(rows: Sequence[Encoded], table: Sequence[JudgedRow]) -> tuple[list[JudgedRow], list[JudgedRow]]:
@@ -300,7 +309,9 @@ def extremes(rows: Sequence[Encoded], table: Sequence[JudgedRow]) -> tuple[list[
 
 def _texts(encoded: Encoded) -> dict[str, str]:
     responses = zip(encoded.row.kind.responses, encoded.row.responses, strict=True)
-    return {"prompt": as_text(encoded.row.prompt), **{name: as_text(text) for name, text in responses}}
+    row = encoded.row
+    rating = {"rating": GOOD if row.is_good else BAD} if isinstance(row, Rating) else {}
+    return {"prompt": as_text(row.prompt), **{name: as_text(text) for name, text in responses}, **rating}
 
 
 def as_text(text: Text) -> str:

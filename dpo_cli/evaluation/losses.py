@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dpo_cli.config.options import Config
-from dpo_cli.evaluation.metrics import Scores
+from dpo_cli.evaluation.metrics import RatedScores, Scores
+from dpo_cli.strategies.strategies import STRATEGIES
 
 DISCOPOP_TAU = 0.05  # TRL 1.15, DPOConfig
 
@@ -49,6 +50,15 @@ class Pairs:
     def smoothed(self, delta: Tensor) -> Tensor:
         z = self.beta * delta
         return -logsigmoid(z) * (1 - self.smoothing) - logsigmoid(-z) * self.smoothing
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Rewards of n rated answers, (n,), with 1 for a good and -1 for a bad one, and the reward of the reference point."""
+
+    reward: Tensor
+    sign: Tensor
+    baseline: float
 
 
 def exo_pair(pairs: Pairs) -> Tensor:
@@ -130,10 +140,35 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
 }
 
 
+def kto(ratings: Ratings) -> Tensor:
+    """arXiv:2402.01306, equation 7."""
+    return 1 - (ratings.sign * (ratings.reward - ratings.baseline)).sigmoid()
+
+
+def apo_zero_unpaired(ratings: Ratings) -> Tensor:
+    """arXiv:2408.06266, equation 7 for single answers: without a reference point."""
+    return 1 - (ratings.sign * ratings.reward).sigmoid()
+
+
+LOSSES_OF_RATINGS: dict[str, Callable[[Ratings], Tensor]] = {"kto": kto, "apo_zero_unpaired": apo_zero_unpaired}
+
+
+def trains_own_loss(config: Config) -> bool:
+    """Whether the trained loss is the figure `loss` of its strategy."""
+    own = STRATEGIES[config.strategy].own_loss
+    is_weighted = STRATEGIES[config.strategy].mismatches and (config.desirable_weight, config.undesirable_weight) != (1, 1)
+    return config.loss_type in (own, [own]) and not is_weighted
+
+
 def trained_loss(scores: Scores, config: Config) -> float:
-    """The mean over these pairs of the weighted sum of the losses of `loss_type`."""
+    """The mean over these rows of the weighted sum of the losses of `loss_type`; the rows of ratings are weighted too."""
+    if isinstance(scores, RatedScores):
+        columns, good = scores.columns(config.beta), torch.as_tensor(scores.is_good)
+        ratings = Ratings(torch.as_tensor(columns.reward[:, 0]), 2 * good - 1, columns.baseline)
+        weights = good * config.desirable_weight + (1 - good) * config.undesirable_weight
+        return float((weights * LOSSES_OF_RATINGS[str(config.loss_type)](ratings)).mean())
     pi, ref, tokens = (torch.as_tensor(column).double() for column in (scores.policy, scores.reference, scores.tokens))
     pairs = Pairs(pi, ref, tokens, config.beta, config.label_smoothing)
     named = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
-    weights = config.loss_weights or [1.0] * len(named)
-    return float(sum(weight * LOSSES[name](pairs).mean() for name, weight in zip(named, weights, strict=True)))
+    of_losses = config.loss_weights or [1.0] * len(named)
+    return float(sum(weight * LOSSES[name](pairs).mean() for name, weight in zip(named, of_losses, strict=True)))

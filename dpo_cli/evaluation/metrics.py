@@ -7,7 +7,7 @@ strategies/figures.py defines each figure and its formula.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -27,12 +27,12 @@ from dpo_cli.scoring.score_head import rewards
 from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.storage.progress import working
 from dpo_cli.strategies.figures import FIGURES, LINE_FIGURES, Columns, Figure
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, REWARDS, Rows
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, RATINGS, REWARDS, Rows
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per row, in the order of the rows: (n, k) arrays, of a pair's chosen and rejected or a demonstration's completion."""
+    """Per row, in the order of the rows: (n, k) arrays, of a pair's chosen and rejected or of a completion."""
 
     policy: Array  # summed log-probs, nats
     reference: Array
@@ -47,12 +47,38 @@ class Scores:
 
     def of(self, places: Sequence[int]) -> Scores:
         """The scores of these rows only."""
-        return Scores(**{name: column[list(places)] for name, column in vars(self).items()})
+        return type(self)(**{name: column[list(places)] for name, column in vars(self).items()})
 
     def columns(self, beta: float, of_base: bool = False) -> Columns:
         """What the formulas of figures read, of the policy or of its base alone."""
         model, right = (self.reference, self.reference_right) if of_base else (self.policy, self.policy_right)
         return Columns(model, self.tokens, right, self.kl, beta * (model - self.reference))
+
+
+@dataclass(frozen=True)
+class RatedScores(Scores):
+    """The scores of ratings, (n, 1), with what the reference point of KTO is estimated from (scoring/mismatched.py)."""
+
+    is_good: Array  # 1 or 0, (n,)
+    mismatched: Array  # log p - log p of the reference of the answer to another prompt, nats, (n,)
+
+    kind = RATINGS
+
+    @classmethod
+    def of_both(cls, scores: Scores, is_good: Sequence[bool]) -> RatedScores:
+        """From the scores of each answer and of the one to another prompt, (n, 2)."""
+        own = {name: column[:, :1] for name, column in vars(scores).items()}
+        ratio = (scores.policy - scores.reference)[:, 1]
+        return cls(**own, is_good=np.array(is_good, dtype=np.float64), mismatched=ratio)
+
+    @property
+    def kl_baseline(self) -> float:
+        """The estimate of the KL divergence at the reference point, nats: arXiv:2402.01306, section 4.2."""
+        return max(0.0, float(self.mismatched.mean()))
+
+    def columns(self, beta: float, of_base: bool = False) -> Columns:
+        """As those of `Scores`."""
+        return replace(super().columns(beta, of_base), is_good=self.is_good, baseline=beta * self.kl_baseline)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.evaluation.evaluation import Measured, score
-from dpo_cli.evaluation.metrics import Rewards
+from dpo_cli.evaluation.metrics import Rewards, point_figures
 from dpo_cli.plan.plan import Plan, Rounding
 from dpo_cli.providers.out_of_memory import is_out_of_memory
 from dpo_cli.providers.policy import Policy
@@ -42,8 +42,12 @@ def rounding_of(policy: Policy, rows: Sequence[Encoded], tokenizer: PreTrainedTo
     with _perturbed(policy):
         scores = score(policy, rows, tokenizer, plan)
     ratios = scores.policy - (scores.reference if before is None else before)
-    response, pair = (float(np.sqrt(np.mean(np.square(nats)))) for nats in (ratios, ratios[:, 0] - ratios[:, 1]))
-    return Rounding(response, pair) if np.isfinite(response) else None
+    response = float(np.sqrt(np.mean(np.square(ratios))))
+    if not np.isfinite(response):
+        return None
+    if scores.kind is not PAIRS:  # a margin compares the means of two halves of the rows, each of half as many
+        return Rounding(response, 2 * response)
+    return Rounding(response, float(np.sqrt(np.mean(np.square(ratios[:, 0] - ratios[:, 1])))))
 
 
 @contextmanager
@@ -79,10 +83,9 @@ def without_rounding(
     scores = measured.scores
     if measured.dtype is not None or plan.rounding is None or plan.dtype == "float32":
         return measured
-    if isinstance(scores, Rewards) or scores.kind is not PAIRS:
+    if isinstance(scores, Rewards) or "margin" not in plan.strategy.shown:
         return measured
-    ratios = scores.policy - scores.reference
-    margin = plan.config.beta * float(np.mean(ratios[:, 0] - ratios[:, 1]))
+    margin = point_figures(scores, plan.config.beta)["margin"]
     if not plan.rounding.of_mean(len(rows), plan.config.beta) > LARGEST_SHARE * abs(margin):  # a NaN is computed once
         return measured
     tell(f"the rows are scored again in float32: rounding in {plan.dtype} is more than a tenth of the margin {margin:.2g}")

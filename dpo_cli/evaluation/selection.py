@@ -37,7 +37,7 @@ class Criterion:
 
     @classmethod
     def of(cls, strategy: Strategy) -> Criterion:
-        """The first figure of the gains of a strategy: what training changed. Of a reward model, which has none, its accuracy.
+        """The first figure of the gains of a strategy: what training changed. Of one without gains, its accuracy.
 
         For pairs it is the gain in log-prob accuracy. Margin, reward and loss scale with beta, so they cannot compare
         settings of beta, and reward accuracy reaches 1 before a model has changed.
@@ -61,7 +61,9 @@ def _columns(scores: Sequence[RowScores], of_base: bool) -> Columns:
         np.asarray([getattr(row, name) for row in scores], dtype=np.float64) for name in ("policy", "reference", "tokens")
     )
     unknown = np.zeros_like(policy)
-    return Columns(reference if of_base else policy, tokens, unknown, unknown, policy)
+    good = np.asarray([row.is_good for row in scores], dtype=np.float64)  # NaN of rows that are not rated
+    reward = policy - reference if reference.size else policy
+    return Columns(reference if of_base else policy, tokens, unknown, unknown, reward, good)
 
 
 def best_of(settings: Mapping[str, Rows], is_better_large: bool) -> Best:

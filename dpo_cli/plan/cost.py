@@ -51,6 +51,7 @@ def cost_of(config: Config, counts: Counts, steps: int, strategy: Strategy) -> C
     of_pair, refers = counts.shared_tokens / counts.train_pairs, strategy.refers
     an_answer, prompts = SAMPLED * config.max_new_tokens, counts.eval_prompts
     scored = SCORED / 2 if strategy.gives_rewards else SCORED  # a reward model has no reference
+    scored *= 1 + strategy.mismatches
     measured = scored * counts.eval_pairs * of_pair + refers * an_answer * min(config.kl_prompts, prompts)
     answered = 0.0 if strategy.gives_rewards else 2 * an_answer * min(answered_prompts(config), prompts)
     times = _evaluations(config, counts, steps, strategy)
@@ -73,7 +74,8 @@ def passes_of(config: Config, counts: Counts, steps: int, strategy: Strategy, ro
     Each time they come to the device, where they are not there. A batch of answers takes all blocks for each token.
     """
     units = steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    training = rows * (2.0 + strategy.refers * min(1.0, counts.train_pairs / units))  # a reference is computed once
+    once = min(1.0, counts.train_pairs / units)  # a reference is computed once
+    training = rows * (2.0 + strategy.refers * once + strategy.mismatches * (1 + once))
     an_answer = config.max_new_tokens
     if strategy.generates:
         training += (2 + strategy.refers + an_answer) * math.ceil(units / config.num_iterations / AT_ONCE)
@@ -92,7 +94,9 @@ def _training(config: Config, counts: Counts, steps: int, strategy: Strategy) ->
         drawn, tokens = units / config.num_iterations, prompt + config.max_new_tokens
         return a_token * units * tokens + drawn * (3 * REFERENCE * tokens + SAMPLED * config.max_new_tokens)
     of_pair = counts.shared_tokens / counts.train_pairs
-    return of_pair * (a_token * units + REFERENCE * strategy.refers * min(units, counts.train_pairs))
+    # Answers to other prompts are scored by the policy in each step, and by the reference once.
+    others = strategy.mismatches * (units + min(units, counts.train_pairs))
+    return of_pair * (a_token * units + REFERENCE * (strategy.refers * min(units, counts.train_pairs) + others))
 
 
 def compared_with_pairs(config: Config, tokens: float) -> float:

@@ -30,7 +30,8 @@ from dpo_cli.data.dataset import (
 )
 from dpo_cli.data.lengths import Lengths
 from dpo_cli.data.lint import Quality
-from dpo_cli.data.rows import Row
+from dpo_cli.data.rating_balance import one_rating, unbalanced
+from dpo_cli.data.rows import Rating, Row
 from dpo_cli.data.sample import Sample
 from dpo_cli.data.token_cache import key_of
 from dpo_cli.errors import Problem, problem_of_json
@@ -40,7 +41,7 @@ from dpo_cli.plan import known_data
 from dpo_cli.results.intervals import FEW_PROMPTS
 from dpo_cli.storage.digests import sha256
 from dpo_cli.storage.progress import working
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
+from dpo_cli.strategies.row_kinds import KINDS
 from dpo_cli.strategies.strategies import STRATEGIES
 
 if TYPE_CHECKING:
@@ -159,14 +160,17 @@ class Examined:
         for key, value in given.items():
             sources = sources_of(value)
             its_states = {source.path: states[source.path] for source in sources}
-            sets[key] = Dataset(**{**found[key], "sources": sources, "columns": columns, "key": key, "states": its_states})
+            own = {"sources": sources, "columns": columns, "key": key, "states": its_states, "kind": KINDS[found[key]["kind"]]}
+            sets[key] = Dataset(**{**found[key], **own})
         said, longest, unrendered = (found[name] for name in ("said", "longest", "unrendered"))
         data = Data(sets["dataset"], sets.get("eval_dataset"), said, longest, Split(**found["split"]), unrendered)
         return cls(data, found["epoch_pairs"], [problem_of_json(problem) for problem in found["problems"]])
 
 
 def _counts(rows: Dataset) -> dict[str, object]:
-    return {name: getattr(rows, name) for name in ("name", "rows", "pairs", "prompts", "demonstrations", "read_as")}
+    return {name: getattr(rows, name) for name in ("name", "rows", "pairs", "prompts", "unusable", "read_as")} | {
+        "kind": rows.kind.noun
+    }
 
 
 def examine(loaded: Loaded, model: ModelSource | None, wrong: set[str | None], rendered_rows: int) -> Examined:
@@ -238,9 +242,9 @@ def _examined(
     config: Config | None, given: Mapping[str, Any], model: ModelSource | None, values: Mapping[str, Any], rendered_rows: int
 ) -> Examined:
     skip, columns = values.get("on_bad_rows") == "skip", values.get("columns")
-    is_sft = STRATEGIES[str(values.get("strategy", defaults()["strategy"]))].rows is DEMONSTRATIONS
+    kind = STRATEGIES[str(values.get("strategy", defaults()["strategy"]))].rows
     quality, overlap, balance = (
-        Quality(_limits(values)),
+        Quality(_limits(values), kind),
         findings.Overlap(),
         Balance(config),
     )
@@ -248,32 +252,51 @@ def _examined(
     own = _tokenizer_of(model) if rendered_rows and model is not None else (None, None)
     sample, other_sample = Sample(*own, rendered_rows), Sample(*own, rendered_rows)
     observers: dict[str, list[Observer]] = {"dataset": [balance, lengths, sample]}
-    observers["eval_dataset"] = [overlap.eval_side, other_sample]
+    judged = Balance(None)
+    observers["eval_dataset"] = [overlap.eval_side, other_sample, judged]
     observers["dataset"] += [overlap] if "eval_dataset" in given else []
-    observers["dataset"] += [quality] if not is_sft else []  # a demonstration has no second response to compare with
+    observers["dataset"].append(quality)
     found: list[Problem] = []
     sets: dict[str, Dataset] = {}
     for key, value in given.items():
-        sets[key] = read(value, skip, key, columns, observers[key], is_sft)
+        sets[key] = read(value, skip, key, columns, observers[key], kind)
         found += sets[key].problems
     if "dataset" not in sets:
         return Examined(None, 0, found)
-    said = {**({} if is_sft else quality.length_bias()), "length": lengths.to_json(values.get("max_seq_length", 0))}
+    said = {**quality.length_bias(), "length": lengths.to_json(values.get("max_seq_length", 0))}
     said["rendered"] = len(sample.rows)
     found += _length_problems(lengths, values.get("max_seq_length"), sets["dataset"].noun)
     unrendered = _why_unrendered(model) if model is not None else NO_TOKENIZER
     data = Data(sets["dataset"], sets.get("eval_dataset"), said, lengths.most_tokens, balance.split, unrendered)
     use_chat_template = values.get("use_chat_template", "auto")
     is_as_it_is = use_chat_template is False or not sample.is_chat  # then markers of a template are intended
-    about_texts = () if is_sft else quality.problems(data.train)
-    found += (problem for problem in about_texts if not (is_as_it_is and problem.code == findings.ChatMarkers.code))
+    found += (
+        problem for problem in quality.problems(data.train) if not (is_as_it_is and problem.code == findings.ChatMarkers.code)
+    )
     found += sample.problems(use_chat_template, skip) + other_sample.problems(use_chat_template, skip)
     found += overlap.problems(data.held_out.key) if data.held_out is not None else balance.problems()
+    found += _rating_problems(balance.ratings, judged.ratings if "eval_dataset" in sets else None, values)
     pairs = epoch_pairs(balance.train, data.train.sources)
     if balance.train and not pairs:
         message = f"with these weights none of the {balance.train.total()} {data.train.noun} is left to train on"
         found.append(Problem("error", "nothing-to-train", message, "increase the weights in dataset", "dataset"))
     return Examined(data, pairs, found)
+
+
+def _rating_problems(
+    ratings: Counter[tuple[bool, bool]], judged: Counter[tuple[bool, bool]] | None, values: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """What is wrong with the numbers of good and bad answers to train on, and of those that are held out."""
+    if not ratings:
+        return
+    trained = {is_good: ratings[False, is_good] for is_good in (True, False)}
+    yield from one_rating(trained, "to train on", "dataset")
+    held_out, key = ratings, "eval_split"
+    is_held_out = True
+    if judged is not None:
+        held_out, key, is_held_out = judged, "eval_dataset", False
+    yield from one_rating({is_good: held_out[is_held_out, is_good] for is_good in (True, False)}, "that are held out", key)
+    yield from unbalanced(trained, values.get("desirable_weight", 1.0), values.get("undesirable_weight", 1.0))
 
 
 def _why_unrendered(model: ModelSource) -> str:
@@ -314,9 +337,13 @@ class Balance:
         self.train: Counter[str] = Counter()  # by file
         self.held_out = 0
         self.held_out_prompts: set[int] = set()  # hashes
+        self.ratings: Counter[tuple[bool, bool]] = Counter()  # whether a rated answer is held out, and whether it is good
 
     def see(self, row: Row, prompt_key: str) -> None:
-        if is_held_out_prompt(prompt_key, self.share, self.seed):
+        is_held_out = is_held_out_prompt(prompt_key, self.share, self.seed)
+        if isinstance(row, Rating):
+            self.ratings[is_held_out, row.is_good] += 1
+        if is_held_out:
             self.held_out += 1
             self.held_out_prompts.add(hash(prompt_key))
         else:

@@ -102,7 +102,7 @@ EXPECTED: dict[bool | str, Scoring] = {
     True: Scoring(True, "each prompt once"),
     False: Scoring(False, 'each prompt twice: "prompt_sharing" is false'),
 }
-ONE_RESPONSE = Scoring(False, "each demonstration once: a prompt has one response")
+ONE_RESPONSE = Scoring(False, "each row once: a prompt has one response")
 
 
 def expected_scoring(config: Config) -> Scoring:
@@ -159,9 +159,7 @@ class Plan:
         if rounding is None:
             return self
         reward, margin = (self.config.beta * nats for nats in (rounding.response, rounding.pair))
-        words = (
-            f"rounding: {self.dtype} moves the reward of a response by about {reward:.2g}, the margin of a pair by {margin:.2g}"
-        )
+        words = f"rounding: {self.dtype} moves the reward of a response by about {reward:.2g}, a margin by {margin:.2g}"
         return replace(self, rounding=rounding, notes=(*self.notes, words))
 
     @property

@@ -16,7 +16,8 @@ from dpo_cli.config.options import Config
 from dpo_cli.config.reward_rules import reward_functions
 from dpo_cli.data.encoded import Encoded, EncodedRows, Growing
 from dpo_cli.data.prompts import read_prompts
-from dpo_cli.data.rows import Question, question_of
+from dpo_cli.data.ratings import BAD, GOOD
+from dpo_cli.data.rows import Question, Rating, question_of
 from dpo_cli.data.token_cache import key_of, known_or_made
 from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.data.tokens import Encoder, Encodings, encode_questions, encoded_into
@@ -253,8 +254,7 @@ def prepare(data: Data, tokenizer: PreTrainedTokenizerBase, plan: Plan, token_ro
         cut=train.cut + held_out.cut,
         too_long=sum(map(len, encoded.dropped)),
         parted=train.parted + held_out.parted,
-        bad_rows=encoded.refused
-        + sum(data_set.rows - data_set.pairs for data_set in (data.train, data.held_out) if data_set is not None),
+        bad_rows=encoded.refused + sum(data_set.unusable for data_set in (data.train, data.held_out) if data_set is not None),
         longest=longest,
         longest_at=f"{Path(longest_row.file).name}:{longest_row.line}",
         longest_pair=max(size.shared_length for side in encoded.sides for size in side.sizes()),
@@ -337,7 +337,8 @@ def first_row(row: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
     """Prompt and responses decoded with their special tokens; the scored text is after the bar."""
     parts = zip(row.row.kind.responses, row.responses, strict=True)
     responses = [f"{name:<8} | {tokenizer.decode(ids)!r}" for name, ids in parts]
-    return "\n".join([tokenizer.decode(row.prompt_ids), *responses])
+    rating = [f"{'rating':<8} | {GOOD if row.row.is_good else BAD}"] if isinstance(row.row, Rating) else []
+    return "\n".join([tokenizer.decode(row.prompt_ids), *responses, *rating])
 
 
 def tell_scoring(plan: Plan, console: Console) -> None:

@@ -22,6 +22,7 @@ class RowScores:
     policy: Sequence[float]  # log-probs, nats; the scores of a reward model
     reference: Sequence[float] = ()  # log-probs; empty for a reward model, as `tokens`
     tokens: Sequence[float] = ()
+    is_good: float | None = None  # 1 or 0, of a rated answer
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class JudgedRow:
     file: str
     line: int | None
     category: str | None
-    figures: Mapping[str, float]  # of a pair: margin, reward_chosen, reward_rejected; of a demonstration: loss, base_loss
+    # Of a pair: margin, reward_chosen, reward_rejected; of a rating: margin, reward; of a demonstration: loss, base_loss.
+    figures: Mapping[str, float]
     texts: Mapping[str, str] = field(default_factory=dict)  # prompt, and its responses by name
     scores: RowScores | None = None  # None in older files
 

@@ -35,7 +35,7 @@ from dpo_cli.storage.digests import sha256_of_all, sha256_of_settings
 from dpo_cli.storage.jsonio import read_json
 from dpo_cli.storage.log import log_to
 from dpo_cli.storage.run_directory import ADAPTER, MANIFEST, PLAN, RunDirectory
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS
+from dpo_cli.strategies.row_kinds import PAIRS
 from dpo_cli.strategies.strategies import STRATEGIES
 from dpo_cli.strategies.strategy import Strategy
 from dpo_cli.ui.console import Console
@@ -86,8 +86,8 @@ def _trained_rows(run: RunDirectory, rows: Sequence[Row]) -> Iterator[Problem]:
     """The rows whose prompts a run was trained on, as far as its data is still here."""
     config = run.read_json(PLAN)["config"]
     overlap = Overlap(lambda prompt_key: not is_held_out_prompt(prompt_key, config["eval_split"], config["split_seed"]))
-    is_sft = STRATEGIES[config["strategy"]].rows is DEMONSTRATIONS
-    read(config["dataset"], True, columns=config["columns"], observers=[overlap], demonstrations=is_sft)
+    kind = STRATEGIES[config["strategy"]].rows
+    read(config["dataset"], True, columns=config["columns"], observers=[overlap], kind=kind)
     for row in rows:
         overlap.eval_side.see(row, row.prompt_key)
     return overlap.problems(None)
@@ -123,8 +123,8 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
     if dataset:
         changes += [f"dataset={dataset}", "eval_split=0", "eval_dataset=null"]
         strategy = _strategy_of(config, overrides)
-        is_sft = strategy is not None and strategy.rows is DEMONSTRATIONS
-        if is_sft and not unreadable(dataset, "dataset") and holds_pairs(dataset):
+        is_other = strategy is not None and strategy.rows is not PAIRS
+        if is_other and not unreadable(dataset, "dataset") and holds_pairs(dataset):
             changes.append("strategy=dpo")  # pairs give more figures
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])

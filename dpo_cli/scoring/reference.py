@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.hardware.machine import installed_versions
 from dpo_cli.plan.plan import Plan
 from dpo_cli.providers.policy import FROZEN, Policy
@@ -28,10 +28,9 @@ from dpo_cli.scoring.shared_prompts import IGNORED
 from dpo_cli.storage.digests import sha256_of_package
 from dpo_cli.storage.progress import working
 
-PAIR = "pair"  # column of a micro-batch: the place of the pair in the training set
-NOT_READ = ("completion_mask", "labels", PAIR)  # of a micro-batch: what the model does not take
-SIDES = 2  # sequences of a pair
-PAIR_BYTES = 16  # of the digest of a pair
+PAIR = "pair"  # column of a micro-batch: the place of the pair or row in the training set
+NOT_READ = ("completion_mask", "labels", "label", PAIR)  # of a micro-batch: what the model does not take
+PAIR_BYTES = 16  # of the digest of a unit
 CODE = ("scoring", "providers")  # folders whose code decides a log-prob
 # Settings that decide no log-prob: places of files, and what only a training of that adapter used.
 IDLE = ("_name_or_path", "base_model_name_or_path", "lora_dropout", "inference_mode", "init_lora_weights")
@@ -46,35 +45,37 @@ class KeptReference:
     holds the log-probs, so a resumed run reads the same bits. A new run starts with what earlier runs shared in the cache.
     """
 
-    def __init__(self, live: LiveReference, pairs: int) -> None:
-        self.live = live
-        self.values = torch.zeros(pairs, SIDES)  # of chosen and rejected
-        self.known = torch.zeros(pairs, dtype=torch.bool)
+    def __init__(self, live: LiveReference, units: int, sides: int = 2, noun: str = "pairs") -> None:
+        """Of so many units, called `noun`, each with so many sequences: the chosen and the rejected one of a pair."""
+        self.live, self.sides, self.noun = live, sides, noun
+        self.values = torch.zeros(units, sides)
+        self.known = torch.zeros(units, dtype=torch.bool)
         self._cache: ReferenceCache | None = None
-        self._digests: list[bytes] = []  # of the pairs
-        self._shared = torch.zeros(pairs, dtype=torch.bool)  # what the cache has
+        self._digests: list[bytes] = []  # of the units
+        self._shared = torch.zeros(units, dtype=torch.bool)  # what the cache has
 
     def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Summed log-probs of the responses of a micro-batch of TRL, nats, without gradient: (2B,), the B chosen first."""
-        places = batch[PAIR].chunk(SIDES)[0].cpu()
+        """Summed log-probs of the responses of a micro-batch of TRL, nats, without gradient: (2B,) of B pairs, the chosen
+        first, or (B,) of B rows with one response."""
+        places = batch[PAIR].chunk(self.sides)[0].cpu()
         unknown = (~self.known[places]).nonzero()[:, 0].tolist()
         if unknown:
-            row = batch if len(unknown) == units_in(batch, SIDES) else taken(batch, unknown, SIDES)
-            computed = self.live.log_probs(row).cpu().view(SIDES, -1).T
+            row = batch if len(unknown) == units_in(batch, self.sides) else taken(batch, unknown, self.sides)
+            computed = self.live.log_probs(row).cpu().view(self.sides, -1).T
             self.values = self.values.to(computed.dtype)
             self.values[places[unknown]] = computed
             self.known[places[unknown]] = True
         return self.values[places].T.reshape(-1).to(batch["input_ids"].device)
 
     def learn(self, places: Sequence[int], values: Tensor) -> None:
-        """Keep the log-probs (n, 2) that another process has computed for the pairs at these places."""
+        """Keep the log-probs (n, sides) that another process has computed for the units at these places."""
         self.values = self.values.to(values.dtype)
         self.values[places] = values
         self.known[places] = True
 
-    def share_in(self, cache: ReferenceCache, pairs: EncodedRows) -> None:
-        """From now on `share` adds to this cache; `pairs` are those of the training set, in its order."""
-        self._cache, self._digests = cache, [digest_of_pair(*pairs.ids(place)) for place in range(len(pairs))]
+    def share_in(self, cache: ReferenceCache, digests: Sequence[bytes]) -> None:
+        """From now on `share` adds to this cache, under these digests of the units."""
+        self._cache, self._digests = cache, list(digests)
 
     def recall(self, checked: Sequence[int], computed: np.ndarray, allowed: np.ndarray) -> int:
         """Take the log-probs that the cache has, for a run that starts; returns the number of pairs.
@@ -102,8 +103,7 @@ class KeptReference:
             return
         new = (self.known & ~self._shared & self.values.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
         values = {
-            self._digests[place]: (chosen, rejected)
-            for place, (chosen, rejected) in zip(new, self.values[new].tolist(), strict=True)
+            self._digests[place]: tuple(log_probs) for place, log_probs in zip(new, self.values[new].tolist(), strict=True)
         }
         self._cache.add(values)
         self._shared[new] = True
@@ -129,17 +129,25 @@ class LiveReference:
 
     def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """As those of `KeptReference`."""
+        with self.policy.as_reference() as network:
+            return self._summed(network, batch)
+
+    def of_policy(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The same by the policy as it is now, without gradient."""
+        return self._summed(self.policy.network, batch)
+
+    def _summed(self, network: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
         inputs = {name: value for name, value in batch.items() if name not in NOT_READ}
         scored = labels[:, 1:] != IGNORED
-        with torch.no_grad(), self.policy.as_reference() as network:
+        with torch.no_grad():
             hidden = self.states(network, labels, **inputs)
             scores = score_tokens(hidden, labels[:, 1:][scored], Head.of(network), [LOG_PROBS])
         return scores.log_probs.new_zeros(scored.shape).masked_scatter(scored, scores.log_probs).sum(dim=1)
 
 
-def digest_of_pair(*pieces: list[int]) -> bytes:
-    """The digest of the token ids of a pair: of its prompt, and of its responses."""
+def digest_of_ids(*pieces: list[int]) -> bytes:
+    """The digest of the token ids of a prompt and of its responses."""
     digest = hashlib.blake2b(digest_size=PAIR_BYTES)
     for ids in pieces:
         digest.update(array("q", [len(ids), *ids]).tobytes())

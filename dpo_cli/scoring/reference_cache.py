@@ -31,20 +31,20 @@ TABLES = (
 VALUES_OF = (  # as bytes also where damage has changed the type
     "SELECT pair, CAST(value AS BLOB) FROM pairs JOIN models ON models.id = pairs.model WHERE digest = ? AND pair IN"
 )
-VALUES = struct.Struct("<dd")  # log-probs of chosen and rejected
 CHECK_BYTES = 8
 ASKED = 500  # pairs per query; SQLite limits the number of parameters
 WAIT_SECONDS = 5.0  # for another process that writes
 
-LogProbs = tuple[float, float]  # of chosen and rejected, in nats
+LogProbs = tuple[float, ...]  # of the responses of a unit, in nats: of chosen and rejected, or of one
 
 
 class ReferenceCache:
     """The values of one reference."""
 
-    def __init__(self, digest: str, name: str, tell: Tell) -> None:
-        """`digest` is of everything that decides the values; `name` is for people."""
+    def __init__(self, digest: str, name: str, tell: Tell, responses: int = 2) -> None:
+        """`digest` is of everything that decides the values; `name` is for people. A value is of so many responses."""
         self.digest, self.name, self._tell, self._is_usable = digest, name, tell, True
+        self._values = struct.Struct(f"<{responses}d")
 
     def read(self, pairs: Sequence[bytes]) -> dict[bytes, LogProbs]:
         """The known values among these pairs, by their digests."""
@@ -98,16 +98,15 @@ class ReferenceCache:
             self._tell(f"note: reference log-probs cannot be {what} in the cache, so they are computed: {error}{fix}")
 
     def _packed(self, pair: bytes, log_probs: LogProbs) -> bytes:
-        numbers = VALUES.pack(*log_probs)
+        numbers = self._values.pack(*log_probs)
         return numbers + self._check(pair, numbers)
 
     def _unpacked(self, pair: bytes, value: object) -> LogProbs | None:
         """The log-probs in a value; None if it is damaged."""
-        if not isinstance(value, bytes) or not isinstance(pair, bytes) or len(value) != VALUES.size + CHECK_BYTES:
+        if not isinstance(value, bytes) or not isinstance(pair, bytes) or len(value) != self._values.size + CHECK_BYTES:
             return None
-        numbers = value[: VALUES.size]
-        chosen, rejected = VALUES.unpack(numbers)
-        return (chosen, rejected) if value[VALUES.size :] == self._check(pair, numbers) else None
+        numbers, check = value[: self._values.size], value[self._values.size :]
+        return self._values.unpack(numbers) if check == self._check(pair, numbers) else None
 
     def _check(self, pair: bytes, numbers: bytes) -> bytes:
         return hashlib.blake2b(self.digest.encode() + pair + numbers, digest_size=CHECK_BYTES).digest()

@@ -51,6 +51,7 @@ DPO = Strategy(
     adapter_rate=2e-4,
     documented_profile="mid_range",
     start_loss=(math.log(2), "ln 2"),
+    own_loss="sigmoid",
     shown=("accuracy", "margin", "loss"),
     gains=("logp_accuracy",),
     watched=("accuracy", "margin"),

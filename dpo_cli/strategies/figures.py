@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, REWARDS, Rows
+from dpo_cli.strategies.row_kinds import DEMONSTRATIONS, PAIRS, RATINGS, REWARDS, Rows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ def number(figure: Interval, signed: bool = False, digits: int = 3) -> FigureTex
 
 @dataclass(frozen=True)
 class Columns:
-    """The scores of n rows under one model, each (n, k): of chosen and rejected, or of a demonstration's completion."""
+    """The scores of n rows under one model, each (n, k): of chosen and rejected, or of the completion of another row."""
 
     log_probs: Array  # of a response, nats, its EOS included
     tokens: Array  # of a response
@@ -61,6 +61,10 @@ class Columns:
         Array  # beta * (log p - log p of the reference): arXiv:2305.18290, equation 5 without its constant; or the score of a
     )
     # reward model, which has only this column
+
+    # Of ratings: 1 for a good answer and 0 for a bad one, (n,), and the reward of the reference point (see `_loss_of_ratings`).
+    is_good: Array | None = None
+    baseline: float = 0.0
 
 
 # A sum over rows divided by a sum over rows, each (n,): weights over prompts resample both sums together. Of (n, b) values
@@ -92,6 +96,89 @@ def _loss_of_pairs(columns: Columns) -> tuple[Array, Array]:
     return _mean(np.logaddexp(0, -_margin(columns)))
 
 
+def _good(columns: Columns) -> tuple[Array, Array]:
+    """The rewards of ratings, and which of them are good, each (n,)."""
+    assert columns.is_good is not None
+    return columns.reward[:, 0], columns.is_good
+
+
+def _loss_of_ratings(columns: Columns) -> tuple[Array, Array]:
+    """1 - sigmoid(reward - z) of a good answer, and 1 - sigmoid(z - reward) of a bad one: arXiv:2402.01306, equation 7.
+
+    z is the reference point, beta * max(0, KL): the KL divergence is estimated by the mean of log p - log p of the reference
+    over answers to other prompts.
+    """
+    import numpy as np
+
+    reward, is_good = _good(columns)
+    return _mean(1 / (1 + np.exp(np.where(is_good > 0, 1, -1) * (reward - columns.baseline))))
+
+
+def _contrast(of_good: Array, of_bad: Array, is_good: Array) -> tuple[Array, Array]:
+    """A figure that compares all good answers with all bad ones, as a mean over rows.
+
+    `of_good` and `of_bad` (n,) are the parts of the figure that a row has as a good and as a bad answer, so that the figure is
+    the mean of `of_good` over the good ones, and that of `of_bad` over the bad ones. The value of a row is the figure plus the
+    influence of the row on it, n / n_good * (its part - the figure) and so on. Their mean is the figure, and a resample of
+    prompts varies as it does to first order (DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988)).
+    """
+    import numpy as np
+
+    good = is_good > 0
+    count, parts = np.where(good, good.sum(), (~good).sum()), np.where(good, of_good, of_bad)
+    figure = of_good[good].mean() if good.any() and not good.all() else np.nan
+    return _mean(figure + len(good) / count * (parts - figure))
+
+
+def _accuracy_of_ratings(columns: Columns) -> tuple[Array, Array]:
+    """The share of all pairs of a good and a bad answer in which the good one has the larger reward; a tie counts half.
+
+    That is the area under the ROC curve. A good answer's part is the share of bad ones below it.
+    """
+    import numpy as np
+
+    reward, is_good = _good(columns)
+
+    def share_below(values: Array, others: Array) -> Array:
+        ordered = np.sort(others)
+        below, up_to = (np.searchsorted(ordered, values, side) for side in ("left", "right"))
+        shares: Array = (below + up_to) / max(1, 2 * len(others))
+        return shares
+
+    good, bad = reward[is_good > 0], reward[is_good == 0]
+    return _contrast(share_below(reward, bad), 1 - share_below(reward, good), is_good)
+
+
+def _margin_of_ratings(columns: Columns) -> tuple[Array, Array]:
+    """The mean reward of good answers minus that of bad ones."""
+    reward, is_good = _good(columns)
+    good, bad = reward[is_good > 0], reward[is_good == 0]
+    middle = (good.mean() if len(good) else 0.0), (bad.mean() if len(bad) else 0.0)
+    return _contrast(reward - middle[1], middle[0] - reward, is_good)
+
+
+def _over(side: int) -> dict[Rows, Formula]:
+    """The reward of chosen responses (0) or of rejected ones (1); of ratings that of good answers, or of bad ones."""
+
+    def of_ratings(columns: Columns) -> tuple[Array, Array]:
+        reward, is_good = _good(columns)
+        weights = is_good if side == 0 else 1 - is_good
+        return reward * weights, weights
+
+    return {**dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(columns.reward[:, side])), RATINGS: of_ratings}
+
+
+def _log_prob_over(side: int) -> dict[Rows, Formula]:
+    """The same of log-probs."""
+
+    def of_ratings(columns: Columns) -> tuple[Array, Array]:
+        _, is_good = _good(columns)
+        weights = is_good if side == 0 else 1 - is_good
+        return columns.log_probs[:, 0] * weights, weights
+
+    return {PAIRS: lambda columns: _mean(columns.log_probs[:, side]), RATINGS: of_ratings}
+
+
 def _calibration(columns: Columns) -> tuple[Array, Array]:
     """The expected calibration error: sum over bins b of n_b / n * |accuracy of b - confidence of b|.
 
@@ -119,7 +206,7 @@ class Figure:
     meaning: str
     formulas: Mapping[Rows, Formula] = field(default_factory=dict)  # by kind of row; empty for figures of answers
     alone: tuple[Rows, ...] = ()  # kinds for which a single model has it: then the base has it too, and there is a gain
-    in_steps: bool = False  # whether a training line of metrics.jsonl has it too
+    in_steps: tuple[Rows, ...] = ()  # kinds for which a training line of metrics.jsonl has it as a mean over rows
     in_lines: bool = True  # whether an evaluation line of metrics.jsonl has it
     short: str = ""  # in the live view; empty if it is not shown there
     title: str = ""  # of its curve, with a note and a value to compare with; empty without a curve
@@ -155,9 +242,13 @@ _DECLARED = (
         "reward accuracy",
         "The share of pairs whose chosen response has the larger reward, beta * (log p after - log p before the training); "
         "a tie counts half. It reaches 1 long before a model has changed, so read it with the margin. The reward of a reward "
-        "model is its score.",
-        dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(_wins(columns.reward))),
-        in_steps=True,
+        "model is its score. Of ratings, the share of all pairs of a good and a bad answer in which the good one has the "
+        "larger reward.",
+        {
+            **dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(_wins(columns.reward))),
+            RATINGS: _accuracy_of_ratings,
+        },
+        in_steps=(PAIRS, REWARDS),
         short="accuracy",
         title="Accuracy",
         note="Share of pairs with the larger reward for chosen. Read it with the margin.",
@@ -167,9 +258,10 @@ _DECLARED = (
     Figure(
         "margin",
         "margin",
-        "The reward of the chosen response minus that of the rejected one, on average.",
-        dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(_margin(columns))),
-        in_steps=True,
+        "The reward of the chosen response minus that of the rejected one, on average; of ratings the mean reward of good "
+        "answers minus that of bad ones.",
+        {**dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(_margin(columns))), RATINGS: _margin_of_ratings},
+        in_steps=(PAIRS, REWARDS),
         short="margin",
         title="Margin",
         note="Reward of chosen minus reward of rejected.",
@@ -177,9 +269,12 @@ _DECLARED = (
     Figure(
         "loss",
         "loss",
-        "For pairs, -log sigmoid(margin): ln 2 = 0.693 before training. For demonstrations, nats per token.",
+        "For pairs, -log sigmoid(margin): ln 2 = 0.693 before training. For demonstrations, nats per token. For ratings, "
+        "1 - sigmoid(reward - z) of a good answer and 1 - sigmoid(z - reward) of a bad one, where z is the reward of the "
+        "reference point: 1/2 before training.",
         {
             **dict.fromkeys((PAIRS, REWARDS), _loss_of_pairs),
+            RATINGS: _loss_of_ratings,
             DEMONSTRATIONS: lambda columns: (-columns.log_probs[:, 0], columns.tokens[:, 0]),
         },
         alone=(DEMONSTRATIONS,),
@@ -206,7 +301,7 @@ _DECLARED = (
         "The share of tokens that the model finds most likely.",
         {DEMONSTRATIONS: lambda columns: (columns.right[:, 0], columns.tokens[:, 0])},
         alone=(DEMONSTRATIONS,),
-        in_steps=True,
+        in_steps=(DEMONSTRATIONS,),
         short="accuracy",  # the only accuracy of demonstrations
         title="Token accuracy",
         note="Share of tokens that the model finds most likely.",
@@ -216,7 +311,7 @@ _DECLARED = (
         "kl_token",
         "KL per token",
         "The exact KL divergence from the model before training, per token of the responses, nats.",
-        {PAIRS: _kl_token, DEMONSTRATIONS: _kl_token},
+        dict.fromkeys((PAIRS, DEMONSTRATIONS, RATINGS), _kl_token),
         short="KL/token",
         title="KL per token",
         note="Distance from the model before training, nats.",
@@ -260,7 +355,7 @@ _DECLARED = (
         "answer_tokens",
         "tokens per answer",
         "The length of greedy answers to held-out prompts.",
-        alone=(PAIRS, DEMONSTRATIONS),
+        alone=(PAIRS, DEMONSTRATIONS, RATINGS),
         digits=1,
         of_answers=True,
     ),
@@ -341,32 +436,40 @@ _PARTS = (
     Figure(
         "reward_chosen",
         "reward of chosen",
-        "beta * (log p after - log p before the training) of the chosen response. It may fall while the margin grows.",
-        dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(columns.reward[:, 0])),
-        in_steps=True,
+        "beta * (log p after - log p before the training) of the chosen response. It may fall while the margin grows. Of "
+        "ratings, that of good answers.",
+        _over(0),
+        in_steps=(PAIRS, REWARDS),
     ),
     Figure(
         "reward_rejected",
         "reward of rejected",
-        "The same for the rejected response.",
-        dict.fromkeys((PAIRS, REWARDS), lambda columns: _mean(columns.reward[:, 1])),
-        in_steps=True,
+        "The same for the rejected response, or for bad answers.",
+        _over(1),
+        in_steps=(PAIRS, REWARDS),
         is_better_large=False,
     ),
     Figure(
         "logp_chosen",
         "log-prob of chosen",
-        "The summed log-probability of the chosen response, nats.",
-        {PAIRS: lambda columns: _mean(columns.log_probs[:, 0])},
-        in_steps=True,
+        "The summed log-probability of the chosen response, nats; of ratings, that of good answers.",
+        _log_prob_over(0),
+        in_steps=(PAIRS,),
     ),
     Figure(
         "logp_rejected",
         "log-prob of rejected",
-        "The same for the rejected response.",
-        {PAIRS: lambda columns: _mean(columns.log_probs[:, 1])},
-        in_steps=True,
+        "The same for the rejected response, or for bad answers.",
+        _log_prob_over(1),
+        in_steps=(PAIRS,),
         is_better_large=False,
+    ),
+    Figure(
+        "kl_baseline",
+        "reference point",
+        "The z of the loss of ratings: beta * the KL divergence from the reference, estimated by answers to other prompts, and "
+        "at least 0.",
+        {RATINGS: lambda columns: _mean(_good(columns)[1] * 0 + columns.baseline)},
     ),
 )
 FIGURES = {figure.name: figure for figure in _DECLARED}
@@ -377,4 +480,4 @@ DRAWN = sorted((*_DECLARED, *_SAMPLED), key=lambda figure: figure.name != "loss"
 
 def step_figures(kind: Rows) -> tuple[str, ...]:
     """The figures of a training line in addition to its loss."""
-    return tuple(name for name, figure in LINE_FIGURES.items() if figure.in_steps and kind in figure.formulas)
+    return tuple(name for name, figure in LINE_FIGURES.items() if kind in figure.in_steps)

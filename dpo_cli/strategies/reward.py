@@ -47,6 +47,7 @@ REWARD = Strategy(
     adapter_rate=None,
     documented_profile=None,
     start_loss=None,
+    own_loss=None,
     shown=("accuracy", "margin", "loss", "calibration_error"),
     gains=(),
     watched=(),

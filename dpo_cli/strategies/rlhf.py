@@ -56,6 +56,7 @@ RLHF = Strategy(
     adapter_rate=None,
     documented_profile=None,
     start_loss=None,
+    own_loss=None,
     shown=("accuracy", "margin", "loss"),
     gains=("logp_accuracy",),
     watched=("accuracy", "margin"),

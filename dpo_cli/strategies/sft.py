@@ -49,6 +49,7 @@ SFT = Strategy(
     adapter_rate=None,
     documented_profile=None,
     start_loss=None,
+    own_loss=None,
     shown=("loss", "token_accuracy"),
     gains=("loss", "token_accuracy"),
     watched=("loss",),

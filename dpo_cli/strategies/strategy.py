@@ -35,6 +35,7 @@ class Strategy:
     adapter_rate: float | None  # a learning rate that moves an adapter, if the documented one hardly does
     documented_profile: str | None  # the smallest profile in the documentation
     start_loss: tuple[float, str] | None  # the loss before training
+    own_loss: str | None  # the `loss_type` whose value is the figure "loss"
     shown: tuple[str, ...]  # figures that are always shown together
     gains: tuple[str, ...]  # figures shown with their gain, the most important first
     watched: tuple[str, ...]  # figures that an export must not make worse
@@ -43,6 +44,7 @@ class Strategy:
     read: Callable[[Outcome], Verdict]  # figures to a verdict
     rewarded_by: str | None = None  # the strategy that trains its reward model, if the config names none
     distance: tuple[str, ...] = ("kl_token",)  # the figure that every run has of how far the training has moved the model
+    mismatches: bool = False  # the loss is measured against answers to other prompts, which is the reference point of KTO
     gives_rewards: bool = False  # the model has a head with one score of a whole response, and writes no answers
 
     @property

@@ -94,11 +94,6 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         self.sft_weight = weights.pop("sft", 0.0)
         self.loss_types, self.loss_weights = list(weights), list(weights.values())
 
-    def probe_longest(self) -> None:
-        before = self.reference.state()  # the rows of the probe are not those of the pairs' first visit
-        super().probe_longest()
-        self.reference.restore(before)
-
     def step_size(self, batches: Sequence[Batch]) -> StepSize:
         pairs, tokens = sum(units_in(batch, self.SEQUENCES_PER_UNIT) for batch in batches), 0
         if self.sft_weight:

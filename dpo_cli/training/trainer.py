@@ -40,6 +40,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerControl, Train
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.config.rules import fuses_adapter
+from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.hardware.memory import MOMENTS
 from dpo_cli.models.tensor_files import SINGLE
 from dpo_cli.plan.plan import Plan
@@ -51,7 +52,7 @@ from dpo_cli.runs.state_io import load_state, random_state, random_state_kept, s
 from dpo_cli.scoring import forward, oom
 from dpo_cli.scoring.lora_linear import fuse
 from dpo_cli.scoring.packing import Batch, packed, row_tokens, shared_out, taken, unit_tokens, units_in
-from dpo_cli.scoring.reference import KeptReference
+from dpo_cli.scoring.reference import KeptReference, digest_of_ids
 from dpo_cli.storage.checkpoints import PART
 from dpo_cli.storage.log import Tell
 from dpo_cli.storage.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
@@ -76,7 +77,7 @@ class TotalsState(TypedDict):
     tokens: int
     step_begins: int
     figures: list[list[list[float]]]  # of each micro-batch, row by row
-    weights: list[list[float]]
+    weights: list[list[float]] | list[list[list[float]]]
 
 
 Counted = tuple[list[Tensor], list[Tensor], int]  # figures and weights of rows, and their tokens
@@ -103,14 +104,19 @@ class Totals:
         self._step_begins = 0  # the place of the first row that `of_step` has not returned
         self.tokens = 0  # of all sequences since the start; a shared prompt counts twice in both layouts
 
+    @property
+    def written(self) -> Sequence[str]:
+        """The figures of a training line."""
+        return self.names
+
     def add(self, figures: Tensor, tokens: int, weights: Tensor | None = None) -> None:
-        """`figures` are (n, names) of n rows, weighted by `weights` (n,) or equally."""
+        """`figures` are (n, names) of n rows, weighted by `weights` (n,), by those of each figure (n, names), or equally."""
         self._figures.append(figures.cpu())
         self._weights.append(torch.ones(len(figures)) if weights is None else weights.cpu())
         self.tokens += tokens
 
     def take(self) -> dict[str, float]:
-        """The means over the rows added since the last call."""
+        """The means over the rows added since the last call; none of a figure without a weight."""
         means = self._means(0)
         self.back_to((0, self.tokens))
         self._step_begins = 0
@@ -124,8 +130,10 @@ class Totals:
 
     def _means(self, begin: int) -> dict[str, float]:
         figures, weights = torch.cat(self._figures[begin:]).double(), torch.cat(self._weights[begin:]).double()
-        means = (figures * weights[:, None]).sum(dim=0) / weights.sum()
-        return dict(zip(self.names, means.tolist(), strict=True))
+        weights = weights if weights.ndim == 2 else weights[:, None].expand_as(figures)
+        sums, totals = (figures * weights).sum(dim=0), weights.sum(dim=0)
+        known = zip(self.names, (sums / totals).tolist(), totals.tolist(), strict=True)
+        return {name: mean for name, mean, total in known if total}
 
     def mark(self) -> tuple[int, int]:
         """A mark for `back_to`."""
@@ -220,6 +228,10 @@ class CarefulTrainer:
     def _keep_call(self, model: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, FusedCausalLMOutput):
             self.calls.append(output)
+
+    def digests(self, rows: EncodedRows) -> list[bytes]:
+        """The digests of the units that the reference knows, which are those of the training set."""
+        return [digest_of_ids(*rows.ids(place)) for place in range(len(rows))]
 
     def known_of(self, batch: Batch, units: Sequence[int]) -> Any:
         """What this process has computed for these units, and later steps use again."""
@@ -337,10 +349,13 @@ class CarefulTrainer:
         has_moments = self.optimizer is not None and self.optimizer.state  # as a resumed training
         copies = 1.0 if has_moments else 1 + MOMENTS.get(str(trainer.args.optim.value), 8.0) / 4
         later = torch.empty(int(copies * trained), dtype=torch.uint8, device=self.args.device)
+        reference = self.reference.state() if self.reference is not None else None
         world, self.world = self.world, ALONE
         with random_state_kept():
             world.together(lambda: self.training_step(trainer.model_wrapped, batch))
         self.world = world
+        if self.reference is not None and reference is not None:  # the rows of the probe are not those of a first visit
+            self.reference.restore(reference)
         del later
         self.totals.back_to(mark)
         setattr(self, TRL_TOKENS, seen)

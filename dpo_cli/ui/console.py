@@ -192,7 +192,8 @@ class Console:
             )
             return
         sides = [evaluation.sides.policy, evaluation.sides.base, evaluation.sides.gain]
-        sides = sides if evaluation.sides.base else sides[:1]  # a reward model has no base
+        has_base = bool(evaluation.sides.base or evaluation.answer_tokens)  # a reward model has none
+        sides = sides if has_base else sides[:1]
         names = [name for name, figure in evaluation.sides.policy.items() if figure]
         figures = {name: [side.get(name) for side in sides] for name in names}
         if tokens := evaluation.answer_tokens:
@@ -204,7 +205,7 @@ class Console:
         intervals = "95 % intervals" if evaluation.prompts >= FEW_PROMPTS else "too few for the intervals to hold"
         title = f"{evaluation.count} {evaluation.noun} of {evaluation.prompts} prompts; {intervals}"
         self.table(title, rows, ("figure", "adapter", "base", "gain")[: 1 + len(sides)])
-        if start is not None and evaluation.sides.base:
+        if start is not None and has_base:
             self.line(f"base: the model with the adapter {start}, from which this training started")
         if missing := evaluation.unanswered:
             fix = "lower max_seq_length, so that prompts are cut, or evaluate with shorter prompts"

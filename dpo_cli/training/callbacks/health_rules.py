@@ -110,7 +110,7 @@ class Course:
             seen.append(evaluation.figures)
         elif self.done < (3 if self.plan.warmup_over(self.plan.total_steps) else 2):
             return False
-        return all(figures["reward_chosen"] == figures["reward_rejected"] == 0 for figures in seen)
+        return all(figures.get(name, 0) == 0 for figures in seen for name in ("reward_chosen", "reward_rejected"))
 
     def held_out(self, name: str) -> float | None:
         """A figure of the last evaluation, if there is one."""
@@ -136,9 +136,9 @@ class Course:
         self.rewards = state.get("rewards", [])  # older checkpoints have none
 
     def values(self, name: str, count: int, before: int = 0) -> list[float]:
-        """A figure of the last `count` steps, or of as many that end `before` steps ago."""
+        """A figure of the last `count` steps, or of as many that end `before` steps ago; not of steps that lack it."""
         end = len(self.last) - before
-        return [step[name] for step in islice(self.last, max(0, end - count), end)]
+        return [step[name] for step in islice(self.last, max(0, end - count), end) if name in step]
 
     def moved(self, name: str) -> tuple[float, float, float]:
         """The means of a figure over the first steps and over the recent ones, and the share of pairs of both in which the

@@ -48,8 +48,8 @@ class Record(TrainerCallback):
             self._emit(Line("eval", step, epoch, {**figures, "peak_memory_gb": peak}))
             self._time += time.monotonic() - max(self._step_end, self._time)  # an evaluation is not training time
         elif "loss" in logs:
-            names = (*self.totals.names, "grad_norm", "learning_rate")
-            figures = {**{name: logs[name] for name in names}, **self._speed(), "peak_memory_gb": peak}
+            names = (*self.totals.written, "grad_norm", "learning_rate")
+            figures = {**{name: logs[name] for name in names if name in logs}, **self._speed(), "peak_memory_gb": peak}
             self.last_train, self.peak_gb = Line("train", step, epoch, figures), max(self.peak_gb or 0.0, peak)
             self._emit(self.last_train)
 
