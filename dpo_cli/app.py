@@ -319,19 +319,33 @@ def augment(
         str,
         typer.Argument(metavar="PROMPTS", help="A .txt file with one prompt per line, or rows with a prompt (.jsonl, ...)."),
     ],
-    config: ConfigFile,
+    config: Annotated[
+        str | None, typer.Argument(metavar="CONFIG", help="A JSON config; - reads standard input. Not with --from-logs.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")
     ] = None,
     *,
     out: Annotated[Path, typer.Option(help="The .jsonl file of pairs to write; an unfinished file is continued.")],
+    from_logs: Annotated[
+        bool, typer.Option("--from-logs", help="PROMPTS is a log of requests with feedback: write rated answers for kto.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Make preference pairs from the model's own answers to prompts, ranked by "augment" in CONFIG."""
     with session(as_json, debug) as console:
         if out.suffix != ".jsonl":
-            raise UsageError(f"{out} does not end in .jsonl", "name a .jsonl file: it gets one pair per line")
+            raise UsageError(f"{out} does not end in .jsonl", "name a .jsonl file: it gets one row per line")
+        if from_logs:
+            from dpo_cli.commands.log_ratings import ratings_of_log
+
+            told = ratings_of_log(Path(prompts), out, [*([config] if config else []), *(overrides or ())], console)
+            if as_json:
+                console.json(told)
+            return
+        if config is None:
+            raise UsageError("CONFIG is missing", "name the config of the model that answers, after the prompts")
         ResumableFile.check(out)
         plan, asked, warnings = inspect_prompts(load(config, overrides or ()), probe(), prompts)
         console.problems(warnings)

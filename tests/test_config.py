@@ -120,7 +120,7 @@ def test_defaults_follow_the_strategy_and_the_profile(tmp_path: Path) -> None:
     def made(text: str) -> Config:
         return load(write(tmp_path, '{"dataset": "d", ' + text + "}")).require()
 
-    assert [made(f'"strategy": "{name}"').learning_rate for name in STRATEGIES] == [5e-7, 2e-4, 2e-4, 1e-4, 1.41e-5]
+    assert [made(f'"strategy": "{name}"').learning_rate for name in STRATEGIES] == [5e-7, 1e-4, 2e-4, 1e-4, 1.41e-5]
     qlora = made('"strategy": "qlora"')
     assert (qlora.strategy, qlora.use_4bit, qlora.learning_rate) == ("sft", True, 2e-4)
     loaded = load(write(tmp_path, '{"dataset": "d", "compute_specs": "high_end", "lora_r": 8}'))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from dpo_cli.data.annotation_exports import Export, export_of
 from dpo_cli.data.columns import (
@@ -47,36 +47,24 @@ MISSING = {  # by kind: what a row of it has
 ALWAYS = {"category": "category", "history": "earlier turns"}  # columns of every shape
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One prompt with its chosen and rejected response; all three strings, or all three lists of messages.
+class _Texts:
+    """What all kinds of rows have in common: a prompt and its responses."""
 
-    `line` is its physical line in `file`, from 1 (in Parquet, which has no lines, the number of the row).
-    """
-
+    __slots__ = ()
+    kind: ClassVar[Rows]
     prompt: Text
-    chosen: Text
-    rejected: Text
-    line: int
-    file: str = ""
-    tools: tuple[Tool, ...] = ()  # for the chat template
-    category: str = ""  # figures are also reported per category
-
-    @property
-    def kind(self) -> Rows:
-        return PAIRS
+    tools: tuple[Tool, ...]
 
     @property
     def responses(self) -> tuple[Text, ...]:
-        return self.chosen, self.rejected
+        return tuple(getattr(self, name) for name in self.kind.responses)
 
-    def as_turns(self) -> Pair:
-        """The pair as messages if its prompt is a transcript, else itself."""
+    def as_turns(self) -> Self:
+        """The row as messages if its prompt is a transcript, else itself."""
         if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
             return self
-        return replace(
-            self, prompt=turns, chosen=answer_to(self.prompt, self.chosen), rejected=answer_to(self.prompt, self.rejected)
-        )
+        answers = {name: answer_to(self.prompt, getattr(self, name)) for name in self.kind.responses}
+        return replace(self, prompt=turns, **answers)  # type: ignore[type-var]
 
     @property
     def characters(self) -> int:
@@ -90,12 +78,30 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Demonstration:
+class Pair(_Texts):
+    """One prompt with its chosen and rejected response; all three strings, or all three lists of messages.
+
+    `line` is its physical line in `file`, from 1 (in Parquet, which has no lines, the number of the row).
+    """
+
+    kind = PAIRS
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    line: int
+    file: str = ""
+    tools: tuple[Tool, ...] = ()  # for the chat template
+    category: str = ""  # figures are also reported per category
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration(_Texts):
     """A row of sft: a prompt and its completion, both strings or both lists of messages; places as in `Pair`.
 
     A whole text is the completion of an empty prompt, and so is a message of an assistant without a prompt.
     """
 
+    kind = DEMONSTRATIONS
     prompt: Text
     completion: Text
     line: int
@@ -104,34 +110,16 @@ class Demonstration:
     category: str = ""
 
     @property
-    def kind(self) -> Rows:
-        return DEMONSTRATIONS
-
-    @property
-    def responses(self) -> tuple[Text, ...]:
-        return (self.completion,)
-
-    def as_turns(self) -> Demonstration:
-        """Like `Pair.as_turns`."""
-        if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
-            return self
-        return replace(self, prompt=turns, completion=answer_to(self.prompt, self.completion))
-
-    @property
-    def characters(self) -> int:
-        """Like `Pair.characters`."""
-        return len(flat(self.prompt)) + sum(len(flat(text)) for text in self.responses)
-
-    @property
     def prompt_key(self) -> str:
-        """Like `Pair.prompt_key`; without a prompt the key is the completion."""
+        """Like that of `Pair`; without a prompt the key is the completion."""
         return _key(self.prompt or self.completion, self.tools)
 
 
 @dataclass(frozen=True, slots=True)
-class Rating:
+class Rating(_Texts):
     """A prompt and its answer, which somebody has rated good or bad; texts and places as in `Pair`."""
 
+    kind = RATINGS
     prompt: Text
     completion: Text
     is_good: bool
@@ -139,30 +127,6 @@ class Rating:
     file: str = ""
     tools: tuple[Tool, ...] = ()
     category: str = ""
-
-    @property
-    def kind(self) -> Rows:
-        return RATINGS
-
-    @property
-    def responses(self) -> tuple[Text, ...]:
-        return (self.completion,)
-
-    def as_turns(self) -> Rating:
-        """Like `Pair.as_turns`."""
-        if not isinstance(self.prompt, str) or not (turns := turns_of(self.prompt)):
-            return self
-        return replace(self, prompt=turns, completion=answer_to(self.prompt, self.completion))
-
-    @property
-    def characters(self) -> int:
-        """Like `Pair.characters`."""
-        return len(flat(self.prompt)) + sum(len(flat(text)) for text in self.responses)
-
-    @property
-    def prompt_key(self) -> str:
-        """Like `Pair.prompt_key`."""
-        return _key(self.prompt, self.tools)
 
 
 Row = Pair | Demonstration | Rating
