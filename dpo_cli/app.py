@@ -362,6 +362,31 @@ def augment(
 
 
 @app.command()
+def lint(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A dataset (file, folder or hub id), or a config that names one.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Values of a config, such as strategy=kto."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--write", metavar="FILE", help="Write the sound rows to this .jsonl file.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check a dataset; with --write, write it without bad and doubtful rows, and these with their reasons into another file."""
+    with session(as_json, debug) as console:
+        from dpo_cli.commands.dataset_lint import lint as lint_data
+
+        result, code = lint_data(data, overrides or (), out, console)
+        if as_json:
+            console.json(result)
+        raise typer.Exit(int(code))
+
+
+@app.command()
 def compare(
     config: ConfigFile,
     overrides: Annotated[

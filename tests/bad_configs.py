@@ -609,7 +609,7 @@ DATA = [
     rows("row-unrated", of_ratings("unrated"), "these rows are skipped", 3, "warning"),
     rows("row-unpaired", '"dataset": "data/unpaired.jsonl"', "these rows are skipped", 3, "warning"),
     rows("repeated-ratings", of_ratings("rated-again"), "keep one of each", 3, "hint"),
-    rows("contradicting-ratings", of_ratings("rated-otherwise"), "decide which rating is right", 3, "warning"),
+    rows("contradicting-ratings", of_ratings("rated-otherwise"), "decide which rating is right", None, "warning"),
     warning(
         "ratings-unbalanced",
         "undesirable_weight",

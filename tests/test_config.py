@@ -68,7 +68,7 @@ def test_shipped_configs_have_only_what_they_leave_out(path: Path) -> None:
     }
     expected = (
         []
-        if path.name in ("quickstart.json", "concise.json", "compare.json", "smollm2-two-stage.json")
+        if path.name in ("quickstart.json", "kto.json", "concise.json", "compare.json", "smollm2-two-stage.json")
         else [(says.get(path.name, "dataset-missing"), "dataset")]
     )
     expected += [("model-missing", "model_name")] if path.name == "two-stage-dpo.json" else []

@@ -195,7 +195,8 @@ def test_commands_run(page: Path, scratch: Path) -> None:
             words = shlex.split(command, comments=True)
             assert words.pop(0) == "dpo"
             named = {word.partition("=")[0] for word in words}
-            words += [word for word in TINY if word.partition("=")[0] not in named] if words[0] in TAKES_VALUES else []
+            takes_values = words[0] in TAKES_VALUES and "--from-logs" not in words
+            words += [word for word in TINY if takes_values and word.partition("=")[0] not in named]
             done = dpo(*words, cwd=scratch)
             assert done.returncode == fence.exit_code, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}"
 

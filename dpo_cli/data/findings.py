@@ -202,18 +202,18 @@ class RatedBefore(Finding):
         if is_good == rating.is_good:
             self.note(rating, (file, line))
         else:
-            self.contradicted.note(rating, (file, line))
+            self.contradicted.note_both(line, file, rating)
 
     def problems(self, data: Dataset) -> Iterator[Problem]:
         yield from super().problems(data)
         yield from self.contradicted.problems(data)
 
 
-class Contradicted(Finding):
+class Contradicted(Reversed):
     """Answers that `RatedBefore` saw with both ratings."""
 
-    code, severity = "contradicting-ratings", "warning"
-    reason = "the same answer to the same prompt has the other rating in an earlier row"
+    code = "contradicting-ratings"
+    reason = "the same answer to the same prompt, rated good and bad"
     fix = "decide which rating is right, and delete the other row"
 
 
