@@ -122,6 +122,7 @@ ADDED = {  # keys of later versions
     *("reward_functions", "rl_algorithm", "num_generations", "temperature", "num_iterations", "epsilon"),
     *("rounds", "score", "scores", "prompts_file", "ddp_timeout", "processes"),
     *("activation_offloading", "fsdp", "cpu_offload", "desirable_weight", "undesirable_weight"),
+    *("f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting"),
 }
 ADDED_FILES = ("reference.json", "reference.safetensors")  # of a checkpoint
 

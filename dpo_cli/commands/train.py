@@ -375,7 +375,7 @@ def _begun(job: Job, training: Training, view: LiveView) -> None:
     if trainer.reference is not None and (job.world.is_main or is_sharded(trainer.model)):
         key = computed_by(trainer.policy, plan)
         if job.world.is_main:
-            cache = ReferenceCache(key, f"{plan.model_label}, {plan.dtype}", console.line, trainer.reference.sides)
+            cache = ReferenceCache(key, f"{plan.model_label}, {plan.dtype}", console.line, trainer.reference.values.shape[1])
             trainer.reference.share_in(cache, trainer.digests(rows.train))
     if earlier is not None and earlier.checkpoint is not None:
         keep.go_back_to(earlier.checkpoint)

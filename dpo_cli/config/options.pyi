@@ -39,6 +39,10 @@ class Config:
     desirable_weight: float
     undesirable_weight: float
     loss_weights: list[Any] | None
+    f_divergence_type: Literal['reverse_kl', 'forward_kl', 'js_divergence', 'alpha_divergence']
+    f_alpha_divergence_coef: float
+    ld_alpha: float | None
+    use_weighting: bool
     label_smoothing: float
     reference: Literal['auto', 'base', 'adapter', 'first']
     prompt_sharing: Literal[True, False, 'auto']

@@ -26,6 +26,8 @@ Rule = Callable[[Values, Values], Iterator[Problem]]
 POLYNOMIAL_END = 1e-7  # transformers 5.17, get_polynomial_decay_schedule_with_warmup: lr_end
 NAME_BYTES, PATH_BYTES = 255, 4096 - 256  # a file name on nearly all disks; a path on Linux, less the files inside a run
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")  # TRL 1.15, DPOTrainer: the others ignore label_smoothing
+# Those of which f_divergence_type changes the scores (TRL 1.15, DPOTrainer).
+DIVERGING_LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")
 
 
 def default_model(values: Values, given: Values) -> Iterator[Problem]:
@@ -260,6 +262,32 @@ def loss_needs_its_smoothing(values: Values, given: Values) -> Iterator[Problem]
         yield Problem("warning", "loss-needs-smoothing", message, fix, "loss_type")
 
 
+def divergence_needs_its_loss(values: Values, given: Values) -> Iterator[Problem]:
+    named, divergence = losses(values), values.get("f_divergence_type")
+    if named and divergence not in (None, "reverse_kl") and not set(named) & set(DIVERGING_LOSSES):
+        message = f"the loss {' + '.join(named)} ignores f_divergence_type {divergence}"
+        fix = f'write "loss_type": "sigmoid" ({", ".join(DIVERGING_LOSSES[1:])} use it too), or remove f_divergence_type'
+        yield Problem("error", "divergence-ignored", message, fix, "f_divergence_type")
+
+
+def weighting_is_of_pairs(values: Values, given: Values) -> Iterator[Problem]:
+    """WPO multiplies the loss of each pair: of a sum over tokens, or of sorted pairs, that is another loss than the paper's."""
+    others = [name for name in losses(values) if name == "sft" or sorts_pairs(name)]
+    if values.get("use_weighting") and others:
+        message = f"use_weighting weighs the loss of each pair, and {others[0]} is not a loss of single pairs"
+        fix = f'write "use_weighting": false, or "loss_type": "sigmoid" instead of {others[0]}'
+        yield Problem("error", "weighting-of-pairs", message, fix, "use_weighting")
+
+
+def stopping_watches_the_plain_loss(values: Values, given: Values) -> Iterator[Problem]:
+    weighs = [name for name in ("ld_alpha", "use_weighting") if values.get(name) not in (None, False)]
+    if weighs and values.get("early_stopping_patience") is not None:
+        message = f"with {weighs[0]} an evaluation has no trained loss, and early stopping watches the plain one, `loss`"
+        yield Problem(
+            "hint", "stopping-plain-loss", message, f"remove {weighs[0]}, or remove early_stopping_patience", weighs[0]
+        )
+
+
 def one_weight_a_loss(values: Values, given: Values) -> Iterator[Problem]:
     named, weights = losses(values), values.get("loss_weights")
     if named and weights is not None and len(weights) != len(named):
@@ -440,6 +468,9 @@ RULES: Sequence[Rule] = (
     best_checkpoint_is_judged,
     smoothing_needs_its_loss,
     loss_needs_its_smoothing,
+    divergence_needs_its_loss,
+    weighting_is_of_pairs,
+    stopping_watches_the_plain_loss,
     one_weight_a_loss,
     sorted_loss_has_a_batch,
     whole_model_is_not_quantised,

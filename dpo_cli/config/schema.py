@@ -126,6 +126,11 @@ class Option:
         return self.rule.get("x-memory")
 
     @property
+    def is_of_loss(self) -> bool:
+        """Whether it changes the loss that is trained, and not the one that is reported."""
+        return bool(self.rule.get("x-of-loss", False))
+
+    @property
     def needs_held_out(self) -> bool:
         """Whether it has an effect only where pairs are held out."""
         return bool(self.rule.get("x-needs-held-out", False))

@@ -28,7 +28,7 @@ from dpo_cli.evaluation.generation import (
     paired,
     side_by_side,
 )
-from dpo_cli.evaluation.losses import trained_loss, trains_own_loss
+from dpo_cli.evaluation.losses import is_known, trained_loss, trains_own_loss
 from dpo_cli.evaluation.metrics import RatedScores, Rewards, Scores, figures, point_figures, reward_rows, score_rows
 from dpo_cli.plan.cost import answered_prompts
 from dpo_cli.plan.plan import Plan
@@ -111,7 +111,7 @@ def line_figures(measured: Measured, rows: Sequence[Encoded], plan: Plan) -> dic
     if isinstance(measured.scores, Rewards):
         accuracy = Intervals(_prompts(rows)).of(FIGURES["accuracy"].formulas[REWARDS](measured.scores.columns()))
         return {**figures, ACCURACY_LOW: accuracy.low}
-    if plan.strategy.refers and not trains_own_loss(plan.config):
+    if plan.strategy.refers and is_known(plan.config) and not trains_own_loss(plan.config):
         figures["trained_loss"] = trained_loss(measured.scores, plan.config)
     of_answers = {"kl_sequence": measured.kl, "reward": measured.rewards}
     return {**figures, **{name: float(values.mean()) for name, values in of_answers.items() if len(values)}}

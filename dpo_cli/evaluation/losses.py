@@ -7,6 +7,7 @@ z = beta * (c - r), and e the label smoothing. A loss that sorts pairs sorts all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,10 +16,25 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dpo_cli.config.options import Config
+from dpo_cli.config.schema import names_where, options
 from dpo_cli.evaluation.metrics import RatedScores, Scores
 from dpo_cli.strategies.strategies import STRATEGIES
 
 DISCOPOP_TAU = 0.05  # TRL 1.15, DPOConfig
+
+
+def _alpha(ratio: Tensor, alpha: float) -> Tensor:
+    """(t^(alpha - 1) - 1) / (alpha - 1) of t = exp(ratio); its limit at alpha 1 is the log."""
+    return ratio if abs(alpha - 1) < 1e-6 else torch.expm1((alpha - 1) * ratio) / (alpha - 1)
+
+
+# f'(t) by divergence, of the log-ratio log t, with f'(1) = 0: arXiv:2309.16240, table 1, and TRL 1.15.
+DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": lambda ratio, alpha: ratio,
+    "forward_kl": lambda ratio, alpha: 1 - torch.exp(-ratio),
+    "js_divergence": lambda ratio, alpha: math.log(2) + logsigmoid(ratio),
+    "alpha_divergence": _alpha,
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,13 @@ class Pairs:
     tokens: Tensor
     beta: float
     smoothing: float
+    divergence: str = "reverse_kl"
+    alpha: float = 0.5  # of the alpha divergence
+
+    @property
+    def scores(self) -> Tensor:
+        """f'(pi / ref), (n, 2), without its constant: arXiv:2309.16240, table 1; the log-ratios for the reverse KL of DPO."""
+        return DIVERGENCES[self.divergence](self.pi - self.ref, self.alpha)
 
     @property
     def rewards(self) -> tuple[Tensor, Tensor]:
@@ -38,13 +61,13 @@ class Pairs:
 
     @property
     def z(self) -> Tensor:
-        chosen, rejected = self.rewards
+        chosen, rejected = (self.beta * self.scores).unbind(dim=1)
         return chosen - rejected
 
     @property
     def per_token(self) -> Tensor:
         """c - r, each divided by its number of tokens."""
-        chosen, rejected = ((self.pi - self.ref) / self.tokens.clamp(min=1)).unbind(dim=1)
+        chosen, rejected = (self.scores / self.tokens.clamp(min=1)).unbind(dim=1)
         return chosen - rejected
 
     def smoothed(self, delta: Tensor) -> Tensor:
@@ -156,8 +179,13 @@ LOSSES_OF_RATINGS: dict[str, Callable[[Ratings], Tensor]] = {"kto": kto, "apo_ze
 def trains_own_loss(config: Config) -> bool:
     """Whether the trained loss is the figure `loss` of its strategy."""
     own = STRATEGIES[config.strategy].own_loss
-    is_weighted = STRATEGIES[config.strategy].mismatches and (config.desirable_weight, config.undesirable_weight) != (1, 1)
-    return config.loss_type in (own, [own]) and not is_weighted
+    named = names_where(lambda option: option.is_of_loss and config.strategy in option.strategies)
+    return config.loss_type in (own, [own]) and all(getattr(config, name) == options()[name].default() for name in named)
+
+
+def is_known(config: Config) -> bool:
+    """Whether an evaluation can compute the trained loss: not where it weighs single tokens, which are not kept."""
+    return config.ld_alpha is None and not config.use_weighting
 
 
 def trained_loss(scores: Scores, config: Config) -> float:
@@ -168,7 +196,8 @@ def trained_loss(scores: Scores, config: Config) -> float:
         weights = good * config.desirable_weight + (1 - good) * config.undesirable_weight
         return float((weights * LOSSES_OF_RATINGS[str(config.loss_type)](ratings)).mean())
     pi, ref, tokens = (torch.as_tensor(column).double() for column in (scores.policy, scores.reference, scores.tokens))
-    pairs = Pairs(pi, ref, tokens, config.beta, config.label_smoothing)
+    divergence = (config.f_divergence_type, config.f_alpha_divergence_coef)
+    pairs = Pairs(pi, ref, tokens, config.beta, config.label_smoothing, *divergence)
     named = [config.loss_type] if isinstance(config.loss_type, str) else config.loss_type
     of_losses = config.loss_weights or [1.0] * len(named)
     return float(sum(weight * LOSSES[name](pairs).mean() for name, weight in zip(named, of_losses, strict=True)))

@@ -115,7 +115,8 @@ def _plain_head(model: PreTrainedModel) -> nn.Linear:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per scored token, each (n,): log p(target), the entropy of the distribution (nats), the mean logit, target is argmax.
+    """Per scored token, each (n,): log p(target), the entropy of the distribution (nats), the mean logit, target is argmax,
+    and log of the sum of p squared over the vocabulary.
 
     What is not asked for is zero.
     """
@@ -124,9 +125,10 @@ class TokenScores:
     entropy: Tensor
     mean_logits: Tensor
     is_top1: Tensor
+    log_sum_sq_probs: Tensor
 
 
-LOG_PROBS, ENTROPY, IS_TOP1 = "log_probs", "entropy", "is_top1"
+LOG_PROBS, ENTROPY, IS_TOP1, LOG_SQUARES = "log_probs", "entropy", "is_top1", "log_sum_sq_probs"
 ALL = frozenset(field.name for field in fields(TokenScores))
 
 
@@ -138,10 +140,11 @@ class _LogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, with_top1: bool) -> Any:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, with_top1: bool, with_squares: bool) -> Any:
         dtype = product_dtype(hidden)
         log_probs = torch.empty(len(hidden), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
         is_top1 = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+        log_squares = torch.zeros_like(log_probs)
         unit = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part in head.chunks(len(hidden)):
             logits = head.logits(hidden[part].to(dtype))
@@ -151,17 +154,19 @@ class _LogProbs(torch.autograd.Function):
             kept = None if head.softcap is None else logits
             del logits
             log_probs[part] = log_p.gather(-1, targets[part, None])[:, 0]
+            if with_squares:
+                log_squares[part] = (2 * log_p).logsumexp(dim=-1)
             if unit is not None:
                 unit[part] = head.unit_gradient(log_p.exp_(), targets[part], kept, dtype)
             del log_p, kept
         ctx.save_for_backward(unit)
-        ctx.mark_non_differentiable(is_top1)
-        return log_probs, is_top1
+        ctx.mark_non_differentiable(is_top1, log_squares)
+        return log_probs, is_top1, log_squares
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: object) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: object) -> Any:
         (unit,) = ctx.saved_tensors
-        return (grad[:, None] * unit).to(unit.dtype), None, None, None
+        return (grad[:, None] * unit).to(unit.dtype), None, None, None, None
 
 
 class _ScoreTokens(torch.autograd.Function):
@@ -175,17 +180,17 @@ class _ScoreTokens(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head) -> Any:
         dtype = product_dtype(hidden)
         wide = torch.promote_types(dtype, torch.float32)
-        columns = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(3)]
+        columns = [torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(4)]
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        log_probs, entropy, mean_logits = columns
+        log_probs, entropy, mean_logits, log_squares = columns
         for part in head.chunks(len(hidden)):
             scores = _scores(head, hidden[part].to(dtype), targets[part])
-            log_probs[part], entropy[part], mean_logits[part], is_top1[part] = scores
+            log_probs[part], entropy[part], mean_logits[part], is_top1[part], log_squares[part] = scores
         ctx.save_for_backward(hidden, weight, bias, targets, entropy)
         ctx.head, ctx.dtype = head, dtype
-        ctx.mark_non_differentiable(mean_logits, is_top1)
+        ctx.mark_non_differentiable(mean_logits, is_top1, log_squares)
         ctx.set_materialize_grads(False)
-        return log_probs, entropy, mean_logits, is_top1
+        return log_probs, entropy, mean_logits, is_top1, log_squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -215,13 +220,15 @@ class _ScoreTokens(torch.autograd.Function):
 # Functions of one chunk, which free its memory on return: at most two float32 tensors of (chunk, vocabulary) exist at a time.
 
 
-def _scores(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p(target), entropy, mean logit, target is argmax) of a chunk, each (n,)."""
+def _scores(head: Head, hidden: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """The fields of `TokenScores` of a chunk, each (n,)."""
     logits = head.logits(hidden)
     mean, is_top1 = logits.mean(dim=-1), logits.argmax(dim=-1) == targets
     log_p = logits.log_softmax(dim=-1)
     del logits
-    return log_p.gather(-1, targets[:, None])[:, 0], -log_p.exp().mul_(log_p).sum(dim=-1), mean, is_top1
+    entropy = -log_p.exp().mul_(log_p).sum(dim=-1)
+    log_of_target = log_p.gather(-1, targets[:, None])[:, 0]
+    return log_of_target, entropy, mean, is_top1, log_p.mul_(2).logsumexp(dim=-1)
 
 
 def _raw_gradient(head: Head, hidden: Tensor, targets: Tensor, entropy: Tensor, g: Tensor | None, c: Tensor | None) -> Tensor:
@@ -254,10 +261,11 @@ def score_tokens(hidden: Tensor, targets: Tensor, head: Head, outputs: Collectio
     `outputs` are the fields that are computed.
     """
     is_frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
-    if is_frozen and not {*outputs} - {LOG_PROBS, IS_TOP1}:
-        log_probs, is_top1 = _LogProbs.apply(hidden, targets, head, IS_TOP1 in outputs)  # type: ignore[no-untyped-call]
+    if is_frozen and not {*outputs} - {LOG_PROBS, IS_TOP1, LOG_SQUARES}:
+        asked = (IS_TOP1 in outputs, LOG_SQUARES in outputs)
+        log_probs, is_top1, log_squares = _LogProbs.apply(hidden, targets, head, *asked)  # type: ignore[no-untyped-call]
         nothing = log_probs.detach().new_zeros(()).expand_as(log_probs)
-        return TokenScores(log_probs, nothing, nothing, is_top1)
+        return TokenScores(log_probs, nothing, nothing, is_top1, log_squares)
     return TokenScores(*_ScoreTokens.apply(hidden, head.weight, head.bias, targets, head))  # type: ignore[no-untyped-call]
 
 

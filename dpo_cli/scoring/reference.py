@@ -48,7 +48,7 @@ class KeptReference:
     def __init__(self, live: LiveReference, units: int, sides: int = 2, noun: str = "pairs") -> None:
         """Of so many units, called `noun`, each with so many sequences: the chosen and the rejected one of a pair."""
         self.live, self.sides, self.noun = live, sides, noun
-        self.values = torch.zeros(units, sides)
+        self.values = torch.zeros(units, sides * (1 + live.with_shared))
         self.known = torch.zeros(units, dtype=torch.bool)
         self._cache: ReferenceCache | None = None
         self._digests: list[bytes] = []  # of the units
@@ -56,19 +56,19 @@ class KeptReference:
 
     def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Summed log-probs of the responses of a micro-batch of TRL, nats, without gradient: (2B,) of B pairs, the chosen
-        first, or (B,) of B rows with one response."""
+        first, or (B,) of B rows with one response. After them, if asked for, those of the tokens that both of a pair have."""
         places = batch[PAIR].chunk(self.sides)[0].cpu()
         unknown = (~self.known[places]).nonzero()[:, 0].tolist()
         if unknown:
             row = batch if len(unknown) == units_in(batch, self.sides) else taken(batch, unknown, self.sides)
-            computed = self.live.log_probs(row).cpu().view(self.sides, -1).T
+            computed = self.live.log_probs(row).cpu().view(self.values.shape[1], -1).T
             self.values = self.values.to(computed.dtype)
             self.values[places[unknown]] = computed
             self.known[places[unknown]] = True
         return self.values[places].T.reshape(-1).to(batch["input_ids"].device)
 
     def learn(self, places: Sequence[int], values: Tensor) -> None:
-        """Keep the log-probs (n, sides) that another process has computed for the units at these places."""
+        """Keep the log-probs (n, k) that another process has computed for the units at these places."""
         self.values = self.values.to(values.dtype)
         self.values[places] = values
         self.known[places] = True
@@ -80,8 +80,8 @@ class KeptReference:
     def recall(self, checked: Sequence[int], computed: np.ndarray, allowed: np.ndarray) -> int:
         """Take the log-probs that the cache has, for a run that starts; returns the number of pairs.
 
-        `computed` (n, 2) are those of the pairs `checked`, computed now. If the cache differs by more than `allowed` (n, 2)
-        nats, nothing of it is taken.
+        `computed` (n, 2) are the whole ones of the pairs `checked`, computed now. If the cache differs by more than `allowed`
+        (n, 2) nats, nothing of it is taken.
         """
         assert self._cache is not None
         cached = self._cache.read(self._digests)
@@ -91,7 +91,8 @@ class KeptReference:
         values, known = torch.full_like(self.values, math.nan), torch.zeros_like(self.known)
         values[pairs] = torch.tensor([cached[self._digests[pair]] for pair in pairs], dtype=values.dtype)
         known[pairs] = True
-        if (np.abs(values[checked].numpy() - computed) > allowed).any():  # false for a NaN, which is not cached
+        whole = values[checked].numpy()[:, : self.sides]
+        if (np.abs(whole - computed) > allowed).any():  # false for a NaN, which is not cached
             self._cache.distrust()
             return 0
         self.values, self.known, self._shared = values.nan_to_num(), known, known.clone()
@@ -126,6 +127,7 @@ class LiveReference:
 
     policy: Policy
     states: States
+    with_shared: bool = False  # also the log-probs of as many tokens of each response as both responses of its pair have
 
     def log_probs(self, batch: Mapping[str, Tensor]) -> Tensor:
         """As those of `KeptReference`."""
@@ -143,7 +145,19 @@ class LiveReference:
         with torch.no_grad():
             hidden = self.states(network, labels, **inputs)
             scores = score_tokens(hidden, labels[:, 1:][scored], Head.of(network), [LOG_PROBS])
-        return scores.log_probs.new_zeros(scored.shape).masked_scatter(scored, scores.log_probs).sum(dim=1)
+        of_tokens = scores.log_probs.new_zeros(scored.shape).masked_scatter(scored, scores.log_probs)
+        whole = of_tokens.sum(dim=1)
+        return torch.cat([whole, (of_tokens * in_both(scored)).sum(dim=1)]) if self.with_shared else whole
+
+
+def in_both(scored: Tensor) -> Tensor:
+    """Which scored tokens of 2B responses are among the first n, where n is the length of the shorter one of their pair.
+
+    arXiv:2409.06411, section 4: the public length. `scored` is (2B, L), the B chosen first.
+    """
+    lengths = scored.sum(dim=1)
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    return scored & (scored.cumsum(dim=1) <= shorter[:, None])
 
 
 def digest_of_ids(*pieces: list[int]) -> bytes:
@@ -186,6 +200,7 @@ def computed_by(policy: Policy, plan: Plan) -> str:
         "dtype": plan.dtype,
         "device": device,
         "shared": plan.scoring.shared,
+        **({"parts": True} if plan.takes("ld_alpha") and plan.config.ld_alpha is not None else {}),
         "versions": {name: text for name, text in versions.items() if name not in NOT_COMPUTING},
         "code": sha256_of_package(*CODE),
     }

@@ -28,7 +28,7 @@ from dpo_cli.config.rules import sorts_pairs
 from dpo_cli.data.encoded import EncodedRows
 from dpo_cli.plan.plan import Plan
 from dpo_cli.scoring import forward
-from dpo_cli.scoring.lm_head import LOG_PROBS
+from dpo_cli.scoring.lm_head import LOG_PROBS, LOG_SQUARES
 from dpo_cli.scoring.packing import Batch, units_in
 from dpo_cli.scoring.reference import PAIR, KeptReference, LiveReference
 from dpo_cli.storage.log import Tell
@@ -77,17 +77,19 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
     """DPOTrainer on encoded pairs, with dpo's head. Its loss is the share of a micro-batch in the loss of the step."""
 
     SEQUENCES_PER_UNIT = SEQUENCES
-    OUTPUTS = (LOG_PROBS,)
+    OUTPUTS: tuple[str, ...] = (LOG_PROBS,)
     reference: KeptReference
     loss_types: list[str]
     loss_weights: list[float]
     sft_weight = 0.0  # weight of the loss that is averaged over tokens
+    ld_alpha: float | None
 
     def take_over(
         self, states: forward.States, totals: Totals, run_evaluation: Evaluate, tell: Tell, plan: Plan, world: World
     ) -> None:
         super().take_over(states, totals, run_evaluation, tell, plan, world)
-        self.reference = KeptReference(LiveReference(self.policy, states), len(self.train_dataset))
+        live = LiveReference(self.policy, states, with_shared=self.ld_alpha is not None)
+        self.reference = KeptReference(live, len(self.train_dataset))
         self.precompute_ref_logps = True
         # TRL's loop skips the loss that is averaged over tokens: `compute_loss` adds it.
         weights = dict(zip(self.loss_types, self.loss_weights, strict=True))
@@ -112,8 +114,9 @@ class PairTrainer(CarefulTrainer, DPOTrainer):
         step, pairs = num_items_in_batch or self.step_size([inputs]), units_in(inputs, self.SEQUENCES_PER_UNIT)
         # Before the call of the policy, which keeps tensors for its gradient; in the precision that accelerate gives that call.
         with self.accelerator.autocast():
-            reference = self.reference.log_probs(inputs)
-        columns = dict(zip(REFERENCE_COLUMNS, reference.chunk(2), strict=True))
+            reference, *shared = torch.split(self.reference.log_probs(inputs), SEQUENCES * pairs)
+        weighted = reference if self.ld_alpha is None else shared[0] + self.ld_alpha * (reference - shared[0])
+        columns = dict(zip(REFERENCE_COLUMNS, weighted.chunk(2), strict=True))
         known = {name: column for name, column in inputs.items() if name != PAIR}  # TRL hands all others to the model
         loss: Tensor = super().compute_loss(model, {**known, **columns}, *args) * (pairs / step.pairs)
         (call,) = self.calls
@@ -176,6 +179,8 @@ def build_trainer(
     )
     trainer.data_collator = with_places(trainer.data_collator)
     trainer.IS_WHOLE = sorts_pairs(plan.config.loss_type)
+    if plan.config.use_weighting:  # of the policy only
+        trainer.OUTPUTS = (LOG_PROBS, LOG_SQUARES)
     trainer.take_over(forward.states_of(plan.scoring), Totals(FIGURES), run_evaluation, tell, plan, world)
     ready(trainer, plan, start)
     return trainer
@@ -190,6 +195,10 @@ def trainer_arguments(plan: Plan) -> DPOConfig:
         loss_type=config.loss_type,
         loss_weights=config.loss_weights,
         label_smoothing=config.label_smoothing,
+        f_divergence_type=config.f_divergence_type,
+        f_alpha_divergence_coef=config.f_alpha_divergence_coef,
+        ld_alpha=config.ld_alpha,
+        use_weighting=config.use_weighting,
         disable_dropout=False,  # the provider disables that of the base; without that of the adapter, lora_dropout is lost
     )
 
