@@ -74,7 +74,7 @@ class TextOfTokens:
         if token in self._ends:
             return
         self._ids.append(token)
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).lstrip()
+        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).strip()  # as the whole answer is
         if not text.endswith("\N{REPLACEMENT CHARACTER}") and text.startswith(self._shown):
             self.end(text)
 
