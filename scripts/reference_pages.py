@@ -98,7 +98,7 @@ SOMETIMES = {
     "model/": 'Instead of `adapter/`, with `"lora_r": 0`: every weight.',
     "side-by-side.html": "The page of `dpo vote`.",
     "votes.json": "The votes of a judge.",
-    "chat-pairs.jsonl": "The pairs of votes in `dpo chat --side-by-side`; chat-pairs.jsonl.ties has the ties ([Chat](../guides/chat.md)).",
+    "chat-pairs.jsonl": "The pairs of votes in `dpo chat`; chat-pairs.jsonl.ties has the ties ([Chat](../guides/chat.md)).",
     "pairs.jsonl": "The pairs of a round, with their provenance ([Rounds](../guides/rounds.md)).",
     "held-out.jsonl": "The held-out pairs of all rounds.",
     "sampled.json": "What was sampled for a round: counts, mean score, the SHA-256 of its pairs.",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,9 @@ class Script:
 
     def key(self, question: str, keys: str) -> str | None:
         return self.pressed
+
+    def quiet(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def test_both_sides_answer_as_in_an_evaluation(policy: Any, opened: OpenedRun, trained: Path) -> None:

@@ -145,9 +145,10 @@ class Chat:
                 self._turn(text.removeprefix("/") if text.startswith("//") else text, entry, is_typed)
         if self.pairs is not None and self.pairs.counts:
             pairs, ties = self.pairs.counts["pair"], self.pairs.counts["tie"]
-            self.console.line(f"{self.pairs.path}: {pairs} pairs of this chat")
+            if pairs:
+                self.console.line(f"{self.pairs.path}: {pairs} pairs of this chat")
             if ties:
-                self.console.line(f"{self.pairs.path}{TIES}: {ties} ties of this chat, which are not trained on")
+                self.console.line(f"{self.pairs.path}{TIES}: ties of this chat, which are not trained on: {ties}")
 
     def _obeyed(self, text: str) -> bool:
         """Carry out a command; False for the end of the chat."""
@@ -208,15 +209,16 @@ class Chat:
         titles = ["A", "B"] if self.pairs is not None else [NAMES[side] for side in order]
         stop = Stop()
         if is_typed:
-            with stop.listening():
+            with entry.quiet(), stop.listening():
                 spoken = self._spoken(ids, order, titles, stop)
         else:
             spoken = self._spoken(ids, order, titles, None)
-        for one in spoken:
-            if one.finish != "end":
-                title = titles[spoken.index(one)] if self.side_by_side else "the answer"
-                longer = f"; {self.speakers.sampling.max_new_tokens} tokens are the maximum: --max-new-tokens"
-                self.console.line(f"note: {title} did not end by itself" + (longer if one.finish == "length" else ""))
+        for title, one in zip(titles if self.side_by_side else ["the answer"], spoken, strict=False):  # a stop leaves out B
+            if one.finish == "length":
+                most = self.speakers.sampling.max_new_tokens
+                self.console.line(f"note: {title} did not end by itself; {most} tokens are the maximum: --max-new-tokens")
+            elif one.finish == "stopped":
+                self.console.line(f"note: {title} was stopped")
         better = self._voted(prompt, spoken, entry) if self.pairs is not None else None
         kept = better or next((one for one in spoken if one.side == "adapter"), spoken[0])
         self.conversation.add(text, kept.answer.text)
@@ -226,7 +228,6 @@ class Chat:
         """The answer that the user prefers, kept as a pair if it can be one; None without a preference."""
         assert self.pairs is not None
         if len(spoken) < 2 or any(one.finish == "stopped" for one in spoken):
-            self.console.line("no vote: an answer was stopped")
             return None
         one, other = spoken
         if one.answer.text == other.answer.text:

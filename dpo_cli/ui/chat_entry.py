@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from dpo_cli.errors import UsageError
@@ -25,6 +26,10 @@ class Entry(Protocol):
 
     def key(self, question: str, keys: str) -> str | None:
         """One of these keys; None for no answer."""
+        ...
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """Within, typed keys do not appear: they would tear the lines of an answer."""
         ...
 
 
@@ -62,6 +67,9 @@ class PipedEntry:
     def key(self, question: str, keys: str) -> str | None:
         return None
 
+    def quiet(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class TypedEntry:
     """Enter sends, Alt+Enter starts a new line; the arrows recall earlier messages. Nothing typed is written to a file."""
@@ -94,6 +102,23 @@ class TypedEntry:
             bindings.add(key)(lambda event: event.app.exit(result=""))
         asked: PromptSession[str] = PromptSession(output=self._output, key_bindings=bindings)
         return asked.prompt(question) or None
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        if sys.platform == "win32":  # without termios; its console shows no ^C
+            yield
+            return
+        import termios
+
+        terminal = sys.stdin.fileno()
+        before = termios.tcgetattr(terminal)
+        mode = [*before]
+        mode[3] &= ~termios.ECHO
+        termios.tcsetattr(terminal, termios.TCSADRAIN, mode)
+        try:
+            yield
+        finally:
+            termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 def _bindings() -> KeyBindings:
