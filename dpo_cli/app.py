@@ -30,6 +30,7 @@ from dpo_cli.storage.resumable_file import ResumableFile
 from dpo_cli.storage.world import AUTO, require_alone
 from dpo_cli.strategies.dpo import DPO
 from dpo_cli.strategies.strategies import STRATEGIES
+from dpo_cli.ui.chat_entry import prompt_of
 from dpo_cli.ui.console import Console
 
 if TYPE_CHECKING:
@@ -249,6 +250,9 @@ def vote(
     by_judge: Annotated[bool, typer.Option("--judge", help='Ask the judge that "augment" names, and count its votes.')] = False,
     dataset: JudgedOn = None,
     tally: Annotated[Path | None, typer.Option(metavar="FILE", help="Count the votes in a votes.json.")] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="With --tally: write the votes as preference pairs to this .jsonl file.")
+    ] = None,
     fail_under: Annotated[
         str | None, typer.Option(metavar="LIMITS", help="win_rate=0.5: exit code 5 if the adapter wins less often.")
     ] = None,
@@ -260,17 +264,25 @@ def vote(
         from dpo_cli.commands.requests import VoteRequest
 
         count = prompts or (0 if tally else VOTED_ON)
-        request = VoteRequest(run_dir or "", count, by_judge, dataset, tuple(overrides or ()), tally, fail_under)
+        request = VoteRequest(run_dir or "", count, by_judge, dataset, tuple(overrides or ()), tally, fail_under, pairs)
         _vote(request, console, as_json)
 
 
 def _vote(request: VoteRequest, console: Console, as_json: bool) -> None:
     if request.tally is not None:
-        from dpo_cli.preferences.votes import count
+        from dpo_cli.preferences.voted_pairs import require_free, write_pairs
+        from dpo_cli.preferences.votes import count, read
 
+        if request.pairs is not None:
+            require_free(request.pairs, may_exist=False)
         tally = count(request.tally)
         console.tally(tally)
-        _end(request.thresholds, tally, to_json(tally), console, as_json)
+        result = to_json(tally)
+        if request.pairs is not None:
+            written = write_pairs(read(request.tally), request.pairs)
+            console.voted_pairs(request.pairs, written)
+            result = {**result, "pairs": {"out": str(request.pairs), **written}}
+        _end(request.thresholds, tally, result, console, as_json)
     else:
         composer_for()
         from dpo_cli.commands.vote import vote as hold
@@ -291,6 +303,66 @@ def _end(
         console.json({**result, "thresholds": [to_json(limit) for limit in limits]})
     if not all(limit.ok for limit in limits):
         raise typer.Exit(int(Exit.MISSED))
+
+
+@app.command()
+def chat(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN_DIR|CONFIG", help="The output_dir of a finished run, or a config with --adapter."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the run's or the file's.")
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Chat with this PEFT adapter (made by any tool) on CONFIG's model.")
+    ] = None,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Also show the base model's answer; a vote becomes a preference pair.")
+    ] = False,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Answer this message and end; - reads standard input.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system message; default: none.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Maximum tokens of an answer; default: 512, or half of a small context."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, max=100, metavar="T", help="Draw tokens; default: the most likely ones, as dpo eval.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="The seed of drawn tokens; default: the run's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Append the pairs of votes to this .jsonl file; default: in the run.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Talk to an adapter, also next to its base; serve an exported model with another program (docs/guides/serving.md)."""
+    with session(as_json, debug) as console:
+        from dpo_cli.commands.requests import ChatRequest
+
+        console.keep_results_apart()
+        values = tuple(overrides or ())
+        words = prompt_of(prompt, as_json)
+        request = ChatRequest(
+            target or "", adapter, values, side_by_side, words, system, max_new_tokens, temperature, seed, out
+        )
+        composer_for()
+        from dpo_cli.commands.chat import chat as hold
+
+        result = hold(request, console)
+        if as_json:
+            console.json(result)
+
+
+@app.command(hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(context: typer.Context) -> None:
+    """Name the programs that serve what `dpo` trains."""
+    with session("--json" in context.args, False):
+        from dpo_cli.publish.serving import no_server
+
+        raise no_server([word for word in context.args if not word.startswith("-")])
 
 
 @app.command()

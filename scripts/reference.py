@@ -75,6 +75,16 @@ WHILE_RUNNING = {
         '`torchrun --nproc-per-node 4` with `"num_processes": 2`',
         "a launcher has started another number of processes",
     ),
+    "no-system-role": (
+        "error",
+        "`dpo chat --system TEXT`",
+        "the chat template of the model rejects or omits a system message, or there is no template",
+    ),
+    "no-room-to-answer": (
+        "error",
+        "`dpo chat --max-new-tokens N`",
+        "an answer of so many tokens leaves no room for the prompt in the model's context",
+    ),
     "run-exists": ("error", "`dpo train` twice", "output_dir already holds a run; `--overwrite` replaces it"),
     "run-locked": ("error", "`dpo train` twice at once", "another process is using output_dir; it is named"),
     "resume-differs": (

@@ -98,6 +98,7 @@ SOMETIMES = {
     "model/": 'Instead of `adapter/`, with `"lora_r": 0`: every weight.',
     "side-by-side.html": "The page of `dpo vote`.",
     "votes.json": "The votes of a judge.",
+    "chat-pairs.jsonl": "The pairs of votes in `dpo chat`; chat-pairs.jsonl.ties has the ties ([Chat](../guides/chat.md)).",
     "pairs.jsonl": "The pairs of a round, with their provenance ([Rounds](../guides/rounds.md)).",
     "held-out.jsonl": "The held-out pairs of all rounds.",
     "sampled.json": "What was sampled for a round: counts, mean score, the SHA-256 of its pairs.",
@@ -125,8 +126,12 @@ def table(header: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[
 
 def commands_page() -> str:
     group: Any = typer.main.get_command(app)
-    parts = [_command(name, command) for name, command in group.commands.items()]
-    listed = [(f"[`dpo {name}`](#dpo-{name})", command.help.splitlines()[0]) for name, command in group.commands.items()]
+    parts = [_command(name, command) for name, command in group.commands.items() if not command.hidden]
+    listed = [
+        (f"[`dpo {name}`](#dpo-{name})", command.help.splitlines()[0])
+        for name, command in group.commands.items()
+        if not command.hidden
+    ]
     own = [(f"`{parameter.opts[0]}`", _help(parameter)) for parameter in group.params if parameter.opts[0] != "--help"]
     top = "Options of `dpo` itself:\n\n" + table(("option", "meaning"), own)
     return page("Commands", COMMANDS_INTRO, table(("command", "purpose"), listed), top, *parts)

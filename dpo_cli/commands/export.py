@@ -28,7 +28,7 @@ from dpo_cli.providers.loaded_tensors import merged
 from dpo_cli.providers.out_of_memory import free_memory
 from dpo_cli.providers.policy import TRAINED, Policy
 from dpo_cli.providers.precision import in_float32
-from dpo_cli.publish import gguf_export, model_folder, upload
+from dpo_cli.publish import gguf_export, model_folder, serving, upload
 from dpo_cli.publish.model_folder import MODELFILE
 from dpo_cli.publish.modelfile import modelfile
 from dpo_cli.results.codec import JsonObject, to_json
@@ -104,7 +104,10 @@ def export(request: Request, console: Console) -> tuple[JsonObject, Exit]:
             if refused:
                 console.problems(refused)
                 return {**facts, "out": str(request.out), "address": None}, Exit.MISSED
-    console.line(f"exported to {request.out}")
+    console.line(f"exported to {request.out}; to serve it, for example (more in {serving.PAGE}):")
+    named = [path.name for path in sorted(request.out.glob("*.gguf"))]
+    for line in serving.of_export(request.out, named[0] if named else None):
+        console.line(f"  {line}")
     address = upload.push(request.out, request.push) if request.push else None
     if address:
         console.line(f"uploaded to {address}")

@@ -1,4 +1,4 @@
-"""The requests of `dpo eval` and `dpo vote`, and which of their options can be combined. No torch."""
+"""The requests of `dpo eval`, `dpo vote` and `dpo chat`, and which of their options can be combined. No torch."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class VoteRequest:
     overrides: tuple[str, ...] = ()
     tally: Path | None = None
     fail_under: str | None = None
+    pairs: Path | None = None  # a file for the pairs of a tally
     thresholds: list[Threshold] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,6 +37,8 @@ class VoteRequest:
             if self.run or self.dataset or self.by_judge or self.overrides or self.prompts:
                 raise UsageError("--tally only counts the votes in a file", f"dpo vote --tally {self.tally}")
             return
+        if self.pairs is not None:
+            raise UsageError("--pairs needs votes", f"dpo vote --tally votes.json --pairs {self.pairs}")
         if not self.run:
             raise UsageError("no run is given", "dpo vote RUN_DIR, or dpo vote --tally votes.json")
         if self.thresholds and not self.by_judge:
@@ -76,6 +79,38 @@ class Request:
         return self.adapter is None and self.dataset is None and not self.overrides
 
 
+@dataclass(frozen=True)
+class ChatRequest:
+    """A run to chat with; with `adapter`, a config that names its base. With `prompt`, it answers once.
+
+    Raises `UsageError` for options that cannot be combined.
+    """
+
+    target: str = ""
+    adapter: Path | None = None
+    overrides: tuple[str, ...] = ()
+    side_by_side: bool = False
+    prompt: str | None = None
+    system: str | None = None
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    out: Path | None = None  # for pairs; None: in the run
+
+    def __post_init__(self) -> None:
+        if not self.target:
+            raise UsageError("no run is given", "dpo chat RUN_DIR")
+        if self.out is not None and not self.side_by_side:
+            raise UsageError("--out keeps votes on two answers", f"dpo chat {self.target} --side-by-side --out {self.out}")
+        if self.out is not None and self.prompt is not None:
+            raise UsageError("--prompt asks for no vote, so there is nothing to write to --out", "remove one of them")
+        if named := [word for word in self.overrides if word.partition("=")[0] == "max_new_tokens"]:
+            value = named[-1].partition("=")[2]
+            raise UsageError("max_new_tokens is that of an evaluation", f"dpo chat {self.target} --max-new-tokens {value}")
+        if self.adapter is None:
+            _require_run("dpo chat", self.target, self.overrides, f"dpo chat {self.target} --adapter DIR, or ")
+
+
 def _limits(text: str | None, known: Iterable[str]) -> list[Threshold]:
     return parse(text, tuple(known)) if text is not None else []
 
@@ -86,5 +121,6 @@ def _require_run(command: str, name: str, overrides: Iterable[str], or_else: str
         raise UsageError(f"{name} is a file, not a run directory", f"{or_else}{command} RUN_DIR")
     for key in (word.partition("=")[0] for word in overrides):
         if key not in JUDGING:
-            fix = f"only {', '.join(sorted(JUDGING))} may differ; {command} --dataset names other rows"
-            raise UsageError(f"{command} does not accept {key}=...: a run is evaluated with the options of its training", fix)
+            rows = "" if command == "dpo chat" else f"; {command} --dataset names other rows"
+            fix = f"only {', '.join(sorted(JUDGING))} may differ{rows}"
+            raise UsageError(f"{command} does not accept {key}=...: a run is loaded with the options of its training", fix)

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import StoppingCriteria
 
 from dpo_cli.data.encoded import Encoded
 from dpo_cli.data.messages import Text
@@ -60,6 +61,19 @@ class Sampling:
     top_p: float = 1.0
 
 
+class Watch(StoppingCriteria):
+    """Sees the tokens of a single answer as they are chosen, and may end it after each."""
+
+    def __init__(self, see: Callable[[int], bool]) -> None:
+        """`see` gets each token, also an end token; an answer for which it returns True ends there."""
+        self.see, self.has_ended = see, False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        """Whether each row of `input_ids` (1, tokens) ends with its last token: (1,), bool."""
+        self.has_ended = self.has_ended or self.see(int(input_ids[0, -1]))
+        return torch.full((len(input_ids),), self.has_ended, device=input_ids.device)
+
+
 PART = 16  # tokens of each row, after which the rows that have ended leave the batch
 LANES = 16  # keys
 
@@ -94,12 +108,14 @@ def generate(
     work: Work | None = None,
     memory: EvaluationRoom | None = None,
     points: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt (token ids), in evaluation mode; empty ones for a prompt that fills the model's context.
 
     Prompts with the same room for an answer form one batch: nearly always all of them. A long prompt takes no room from others.
     Sampled answers follow `points` (prompts * count, tokens, 2), or torch's random state, and through rounding the batch.
-    `work` gets the number of answers as they end. Layers are copied for speed if `memory` has room for that.
+    `work` gets the number of answers as they end, `watch` the tokens of an answer to a single prompt. Layers are copied for
+    speed if `memory` has room for that.
 
     Raises `RunFailed` if a token is to be drawn from scores that are not finite.
     """
@@ -116,7 +132,7 @@ def generate(
         own = None
         if points is not None:
             own = torch.cat([points[place * count : (place + 1) * count] for place in places])
-        batch = _batch(model, tokenizer, asked, limited, dtype, count, work, memory, own)
+        batch = _batch(model, tokenizer, asked, limited, dtype, count, work, memory, own, watch)
         for place, answers_to_one in zip(places, batch, strict=True):
             results[place] = answers_to_one
     return results
@@ -132,6 +148,7 @@ def _batch(
     work: Work | None,
     memory: EvaluationRoom | None,
     points: Tensor | None,
+    watch: Watch | None,
 ) -> list[list[Answer]]:
     """`count` answers to each prompt, made as one batch of left-padded rows.
 
@@ -151,7 +168,7 @@ def _batch(
             torch.no_grad(),
             torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
         ):
-            return _continued(model, ids, mask, sampling, sorted(ends), pad, work, points)
+            return _continued(model, ids, mask, sampling, sorted(ends), pad, work, points, watch)
 
     copies_layers = memory is not None and memory.holds_answers(len(ids), width + sampling.max_new_tokens, memory.layers)
     copies_layers = copies_layers and not is_sharded(model)
@@ -180,6 +197,7 @@ def _continued(
     pad: int,
     work: Work | None = None,
     points: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each row of `ids` (n, width), up to an end token and perhaps padding.
 
@@ -201,6 +219,7 @@ def _continued(
         settings = {
             "generation_config": GenerationConfig(max_new_tokens=tokens_at_once, eos_token_id=ends, pad_token_id=pad),
             "logits_processor": drawing.processors,
+            "stopping_criteria": [watch] if watch is not None else [],
         }
         if is_first and cache is not None:
             longer, cache = _with_first_tokens(model, ids, mask, settings, batches, cache, left, drawing)
@@ -212,7 +231,7 @@ def _continued(
         for place, of_row in zip(places.tolist(), new.tolist(), strict=True):
             rows[place] += of_row
         goes_on = ~torch.isin(new, torch.tensor(ends, device=new.device)).any(dim=1)
-        left -= new.shape[1]
+        left = 0 if watch is not None and watch.has_ended else left - new.shape[1]
         tokens += new.numel()
         if work is not None:
             ended = len(new) if not left else len(new) - int(goes_on.sum())

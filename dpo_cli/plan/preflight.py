@@ -56,8 +56,15 @@ class Inspection:
 
     def require(self) -> tuple[Data, Plan]:
         """The data and the plan, or an exception with every problem."""
-        if self.data is not None and self.plan is not None and not self.errors:
-            return self.data, self.plan
+        plan = self.require_plan()
+        if self.data is None:
+            raise InvalidInput(self.problems)
+        return self.data, plan
+
+    def require_plan(self) -> Plan:
+        """The plan without the data, or an exception with every problem."""
+        if self.plan is not None and not self.errors:
+            return self.plan
         raise (DoesNotFit if self.only_misfit else InvalidInput)(self.problems)
 
 

@@ -14,9 +14,10 @@ from dpo_cli.config.config import load
 from dpo_cli.config.rules import fuses_adapter
 from dpo_cli.config.schema import defaults
 from dpo_cli.data.dataset import holds_pairs, is_held_out_prompt, read, unreadable
-from dpo_cli.data.encoded import EncodedRows
+from dpo_cli.data.encoded import EncodedRows, Growing
 from dpo_cli.data.findings import Overlap
 from dpo_cli.data.rows import Row
+from dpo_cli.data.tokenizer import Tokenizer
 from dpo_cli.errors import InvalidInput, Problem, invalid
 from dpo_cli.hardware.machine import probe
 from dpo_cli.models.adapter_config import ADAPTER_CONFIG, CAUSAL, CLASSIFIER, Adapter, is_on_head
@@ -24,7 +25,7 @@ from dpo_cli.models.source import ModelSource
 from dpo_cli.plan.decisions import resolve
 from dpo_cli.plan.plan import ON_DEVICE, Decided, Plan, Scoring
 from dpo_cli.plan.preflight import inspect
-from dpo_cli.plan.tokenized import prepare_judged, tell_scoring
+from dpo_cli.plan.tokenized import prepare_judged, require_padding, tell_scoring
 from dpo_cli.providers.base import Provider
 from dpo_cli.providers.policy import Policy
 from dpo_cli.providers.precision import with_bf16_speed
@@ -58,15 +59,17 @@ class OpenedRun(Opened):
     run: RunDirectory
 
 
-def open_run(run_path: str, dataset: str | None, console: Console, changes: Sequence[str] = ()) -> OpenedRun:
+def open_run(
+    run_path: str, dataset: str | None, console: Console, changes: Sequence[str] = (), with_rows: bool = True
+) -> OpenedRun:
     """Open a finished run with its held-out rows, or with all rows of another file. No model is loaded.
 
-    `changes` are overrides for the evaluation.
+    `changes` are overrides for the evaluation. Without rows no dataset is read.
     """
     run = RunDirectory.open(Path(run_path))
     require_same_below(run)
     with log_to(run.log):
-        opened = _opened(str(run.path / PLAN), changes, run.trained, dataset, console)
+        opened = _opened(str(run.path / PLAN), changes, run.trained, dataset, console, with_rows)
     if dataset and Path(dataset).absolute() in map(Path, run.trained_on()):
         console.line(f"note: the run was trained on {dataset}, so these figures show what it memorised, not what it learned")
     elif dataset:
@@ -93,20 +96,23 @@ def _trained_rows(run: RunDirectory, rows: Sequence[Row]) -> Iterator[Problem]:
     return overlap.problems(None)
 
 
-def open_adapter(config: str, adapter: Path, dataset: str | None, overrides: Sequence[str], console: Console) -> Opened:
+def open_adapter(
+    config: str, adapter: Path, dataset: str | None, overrides: Sequence[str], console: Console, with_rows: bool = True
+) -> Opened:
     """Open any PEFT adapter on the model of a config, with the held-out rows of the config, or with all rows of another file.
 
-    `config` and `adapter` may be run directories: then the plan and the adapter of the run are used.
+    Without rows no dataset is read. `config` and `adapter` may be run directories: then the plan and the adapter of the run
+    are used.
     """
     path, folder = Path(config), adapter / ADAPTER if (adapter / PLAN).is_file() else adapter
     file = str(path / PLAN if path.is_dir() else path)
     strategy = _strategy_of(file, overrides)
     made_on = _base_of(folder, CLASSIFIER if strategy and strategy.gives_rewards else CAUSAL)
-    opened = _opened(file, overrides, folder, dataset, console)
+    opened = _opened(file, overrides, folder, dataset, console, with_rows)
     model = opened.plan.model
     name = model.name
     if made_on and Path(made_on).name != Path(name).name and ModelSource.of(made_on).foundation != model.foundation:
-        console.line(f"note: the adapter names {made_on} as its base, and is evaluated on {name}")
+        console.line(f"note: the adapter names {made_on} as its base, and is used on {name}")
     return opened
 
 
@@ -117,7 +123,9 @@ def open_trained(config: str, run: RunDirectory, console: Console) -> Opened:
     return _opened(config, whole, run.trained, None, console)
 
 
-def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | None, console: Console) -> Opened:
+def _opened(
+    config: str, overrides: Sequence[str], folder: Path, dataset: str | None, console: Console, with_rows: bool = True
+) -> Opened:
     # The adapter of any provider is a PEFT adapter, and needs no other provider. One process evaluates it.
     changes = [*overrides, "provider=huggingface", "num_processes=1", "fsdp=false"]
     if dataset:
@@ -128,17 +136,22 @@ def _opened(config: str, overrides: Sequence[str], folder: Path, dataset: str | 
             changes.append("strategy=dpo")  # pairs give more figures
     is_plan, decided = Path(config).name == PLAN, _decided(config)
     loaded = load(config, [*(_not_here(config, changes) if is_plan else ()), *changes])
+    loaded = loaded if with_rows else loaded.draft()
     machine = probe()
-    inspection = inspect(loaded, machine, with_fit=False, is_begun=is_plan)
-    data, plan = inspection.require()
+    inspection = inspect(loaded, machine, with_data=with_rows, with_fit=False, is_begun=is_plan)
+    data, plan = inspection.require() if with_rows else (None, inspection.require_plan())
     machine = with_bf16_speed(machine, loaded.require(), plan.model.facts)
-    plan = resolve(loaded, machine, longest=data.longest, is_resumed=is_plan, model=plan.model)
+    plan = resolve(loaded, machine, longest=data.longest if data else None, is_resumed=is_plan, model=plan.model)
     warnings = [problem for problem in inspection.problems if problem.severity == "warning"]
     console.problems([problem for problem in warnings if problem.key != "augment"])  # here a judge needs no rank
     provider = PROVIDERS[plan.config.provider](plan.model)
     tokenizer = provider.tokenizer()
-    rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), bool(dataset), console.line)
-    console.problems(about_rows)
+    rows = Growing().done()
+    if data is None:
+        require_padding(Tokenizer.loaded(tokenizer, plan.day, plan.model.generation), tokenizer, provider.token_rows())
+    else:
+        rows, about_rows = prepare_judged(data, tokenizer, plan, provider.token_rows(), bool(dataset), console.line)
+        console.problems(about_rows)
     plan = replace(plan, freed_gb=decided.freed_gb if decided else None)
     plan = plan.with_rounding(decided.rounding if decided else None)
     return Opened(folder, plan, provider, tokenizer, rows, decided.scoring if decided and not dataset else None)

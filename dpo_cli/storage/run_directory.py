@@ -3,7 +3,7 @@
 plan.json  manifest.json  metrics.jsonl  metrics.json  evaluation.json  report.html  train.log  run.lock
 adapter/, a PEFT adapter, or model/, if all weights were trained
 checkpoints/, see storage/checkpoints.py
-side-by-side.html and votes.json, after `dpo vote`
+side-by-side.html and votes.json, after `dpo vote`; chat-pairs.jsonl, after votes in `dpo chat`
 pairs.jsonl, held-out.jsonl and sampled.json, of a round of iterative DPO
 tensorboard/, if report_to names it
 """
@@ -30,7 +30,7 @@ PLAN, MANIFEST, LINES, SUMMARY = "plan.json", "manifest.json", "metrics.jsonl", 
 ADAPTER, WEIGHTS, MODEL, CARD, LOG = "adapter", "adapter_model.safetensors", "model", "README.md", "train.log"
 EVALUATION, REPORT = "evaluation.json", "report.html"
 PAIRS, HELD_OUT, SAMPLED = "pairs.jsonl", "held-out.jsonl", "sampled.json"
-PAGE, VOTES = "side-by-side.html", "votes.json"
+PAGE, VOTES, CHAT_PAIRS = "side-by-side.html", "votes.json", "chat-pairs.jsonl"
 TENSORBOARD, CHECKPOINTS, LOCK, TRIAL = "tensorboard", "checkpoints", "run.lock", ".trial"
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
@@ -66,7 +67,12 @@ class Console:
         self.errors = _stream(stderr=True)
         self._own_errors = self.errors
         self.out = self.errors if as_json else _stream(stderr=False)
+        self.results = self.out
         self.progress = ProgressView(lambda: self.out)
+
+    def keep_results_apart(self) -> None:
+        """From now on only `results` are on standard output; progress and notes are on standard error."""
+        self.out = self.errors
 
     @classmethod
     def of_follower(cls, place: Place) -> Console:
@@ -148,7 +154,7 @@ class Console:
 
     def panel(self, title: str, text: str) -> None:
         """Text of a model or a dataset: control characters are removed."""
-        title, text = _printable(title), _printable(text)
+        title, text = printable(title), printable(text)
         if self.out.is_terminal:
             self.out.print(Panel(Text(text), title=Text(title), title_align="left", border_style="dim"))
         else:
@@ -158,7 +164,7 @@ class Console:
         """The columns of the data for `validate`: the meaning of each, and those that are not read."""
         read = [name if name == meaning else f"{name} (as {meaning})" for name, meaning in read_as["read"].items()]
         unread = f"; not read: {', '.join(read_as['unread'])}" if read_as["unread"] else ""
-        self.line(_printable(f"columns: {', '.join(read)}{unread}"))
+        self.line(printable(f"columns: {', '.join(read)}{unread}"))
 
     def lengths(self, lint: dict[str, Any]) -> None:
         """The lengths of pairs for `validate`, and whether the longer response is preferred."""
@@ -229,7 +235,7 @@ class Console:
         shown, gained = strategy.shown[:2], strategy.gains[:1]
         rows = [
             (
-                _printable(name),
+                printable(name),
                 str(part.count),
                 *(_interval(part.sides.policy[key]) for key in shown),
                 *(_interval(part.sides.gain[key]) for key in gained),
@@ -249,8 +255,8 @@ class Console:
 
     def tally(self, tally: Tally) -> None:
         """The count of a votes file, which may come from anyone."""
-        rows = [("run", _printable(tally.run)), ("prompts", f"{tally.prompts - tally.missing} of {tally.prompts}")]
-        rows += [("judge", _printable(tally.judge.model))] if tally.judge else []
+        rows = [("run", printable(tally.run)), ("prompts", f"{tally.prompts - tally.missing} of {tally.prompts}")]
+        rows += [("judge", printable(tally.judge.model))] if tally.judge else []
         rows += [("wins", str(tally.wins)), ("losses", str(tally.losses)), ("ties", str(tally.ties))]
         rows += [("win rate", _interval(tally.win_rate)), ("sign test", f"p = {tally.sign_test:.2g}")]
         self.table("votes for the adapter", rows)
@@ -258,6 +264,15 @@ class Console:
             self.line(f"note: {tally.same_text} of the ties are the same text from both models, which is not put to a vote")
         if tally.missing:
             self.line(f"note: {tally.missing} of {tally.prompts} prompts have no vote yet, and are not counted")
+
+    def voted_pairs(self, out: Path, counts: Mapping[str, int]) -> None:
+        """What `dpo vote --pairs` wrote, and the votes that give no pair."""
+        reasons = {"ties": "ties", "missing": "prompts without a vote", "empty": "votes on an empty answer"}
+        without = [f"{counts[name]} {words}" for name, words in reasons.items() if counts[name]]
+        left_out = f"; left out: {', '.join(without)}" if without else ""
+        self.line(
+            f"{out}: {counts['pairs']} pairs{left_out}" if counts["pairs"] else f"no pair, so {out} is not written{left_out}"
+        )
 
     def comparison(self, merge: Merge) -> None:
         """The figures of a run and of its export, and the difference of their log-probs."""
@@ -296,13 +311,13 @@ def _problem_texts(problems: Sequence[Problem]) -> list[tuple[Text, Text]]:
             (f"{MARKS[problem.severity]} {problem.severity} ", f"bold {COLOURS[problem.severity]}"),
             (f"[{problem.code}] ", "dim"),
             (f"{problem.place}: " if problem.place else "", "bold"),
-            _printable(problem.message),
+            printable(problem.message),
         )
-        texts.append((text, Text(_printable(problem.fix or ""), style="dim")))
+        texts.append((text, Text(printable(problem.fix or ""), style="dim")))
     return texts
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Text without secrets and control characters. It is cleaned before line breaks, which would hide secrets."""
     return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in redact(text))
 
