@@ -6,7 +6,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := models/.wheel
 CONVERTER := models/llama.cpp/convert_hf_to_gguf.py
 
-.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts collectives divided processes scaling demo demo-two-stage demo-concise concise-data check converter check-ci check-cluster check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates memory spin baselines compare compare-baselines picture torture torture-trl clean
+.PHONY: gpu gpu-kit flash-pref install house speed speed-curve step-profile compiled-parts collectives divided processes scaling demo demo-two-stage demo-concise concise-data check converter check-ci check-cluster check-wheel check-gguf check-modelfile check-trackers check-liger check-unsloth docs test reference tokenizers data-speed dataset-scale fuzz validate-speed exact cases prompt-sharing learning-rates variants memory spin baselines compare compare-baselines picture torture torture-trl clean
 
 install: .venv/installed $(MODEL)
 
@@ -215,6 +215,9 @@ check-modelfile: install
 
 learning-rates: install
 	$(BIN)/python benchmarks/learning_rates.py
+
+variants: install
+	$(BIN)/python benchmarks/variants.py
 
 # The provider "unsloth" for real, in a virtual environment of its own. It asks for a certifi newer than our tested one, so that
 # one version is left open; all other tested versions hold. torchvision's build on the index needs CUDA, and next to a CPU build

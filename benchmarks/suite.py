@@ -44,6 +44,7 @@ BENCHMARKS = {
     "torture-trl": Benchmark("torture/plain_trl.py", 12),
     "torture": Benchmark("torture", 14),
     "learning-rates": Benchmark("learning_rates.py", 25),
+    "variants": Benchmark("variants.py", 25),
     "export": Benchmark("export.py", 8, "`make check-gguf`, which fetches the converter"),
     "compiled-parts": Benchmark("compiled_parts.py", 1),
     "collectives": Benchmark("collectives.py", 1),
