@@ -54,7 +54,7 @@ AsJson = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 JudgedOn = Annotated[str | None, typer.Option("--dataset", help="Evaluate on this file instead of the held-out rows.")]
-ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A JSON config; - reads standard input.")]
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A config (JSON, YAML or TOML); - reads standard input.")]
 
 
 @app.command()
@@ -62,7 +62,7 @@ def validate(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="CONFIG... [KEY=VALUE]...", help="JSON configs (- reads standard input), and values that replace theirs."
+            metavar="CONFIG... [KEY=VALUE]...", help="Configs (- reads standard input), and values that replace theirs."
         ),
     ] = None,
     vram: Annotated[
@@ -124,7 +124,7 @@ def recommend(
         console.bill(recommendation.memory.to_json())
         if write is not None:
             try:
-                write.write_text(config_text(recommendation), encoding="utf-8")
+                write.write_text(config_text(recommendation, str(write)), encoding="utf-8")
             except OSError as error:  # the folder does not exist or is not writable: the user can fix it
                 raise UsageError(f"cannot write {write}: {error.strerror}", "name a file in a folder that exists") from error
         console.line(f"wrote {write}" if write else json.dumps(recommendation.config, indent=2))
@@ -392,7 +392,7 @@ def augment(
         typer.Argument(metavar="PROMPTS", help="A .txt file with one prompt per line, or rows with a prompt (.jsonl, ...)."),
     ],
     config: Annotated[
-        str | None, typer.Argument(metavar="CONFIG", help="A JSON config; - reads standard input. Not with --from-logs.")
+        str | None, typer.Argument(metavar="CONFIG", help="A config; - reads standard input. Not with --from-logs.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values that replace the file's.")

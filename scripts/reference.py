@@ -60,6 +60,12 @@ class Config:
 
 # What only a command that loads the model can find.
 WHILE_RUNNING = {
+    "yaml-syntax": (
+        "error",
+        "`beta:0.1` in a .yaml file",
+        "the text is not YAML, or has a tag, several documents or a key that is not a text",
+    ),
+    "toml-syntax": ("error", "`use_4bit = True` in a .toml file", "the text is not TOML"),
     "stages-one-place": ("error", "two stages with one `output_dir`", "the second would replace the first"),
     "method-merges": (
         "error",

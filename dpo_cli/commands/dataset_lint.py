@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import dpo_cli
+from dpo_cli.config import documents
 from dpo_cli.config.config import Loaded, load
 from dpo_cli.data.cleaning import divided, line_of, reasons_of
 from dpo_cli.data.dataset import sources_of
@@ -19,7 +20,6 @@ from dpo_cli.runs.dataset_card import dataset_card
 from dpo_cli.storage.atomic import write_whole
 from dpo_cli.ui.console import Console
 
-CONFIGS = (".jsonc", ".yaml", ".yml", ".toml")
 REMOVED, CARD = ".removed.jsonl", ".md"  # next to the file that is written
 
 
@@ -46,7 +46,7 @@ def lint(named: str, overrides: Sequence[str], out: Path | None, console: Consol
 def _is_config(named: str) -> bool:
     """Whether a file is a config, and not data: a .json file of data is a list."""
     path = Path(named)
-    if path.suffix.lower() in CONFIGS:
+    if path.suffix.lower() in documents.SUFFIXES:
         return True
     return path.suffix.lower() == ".json" and path.is_file() and not path.read_bytes().lstrip().startswith(b"[")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import typer
 
+from dpo_cli.config.documents import Comment, Setting, written
 from dpo_cli.config.schema import options
 from dpo_cli.data.column_guess import guessed_columns
 from dpo_cli.data.columns import Columns
@@ -112,28 +113,28 @@ def rate_line(recommendation: Recommendation, file: Path | None) -> str:
     return f"learning_rate is {rate}, documented for all weights: an adapter hardly moves at it. To train an adapter, {here}"
 
 
-def config_text(recommendation: Recommendation) -> str:
-    """The config as a file with comments: why each value, and both learning rates."""
-    lines = "\n".join(f"  {line}" for line in _lines(recommendation))
-    return f"{{\n{lines}\n}}\n"
+def config_text(recommendation: Recommendation, file: str) -> str:
+    """The config as a file of this name, with comments: why each value, and both learning rates."""
+    return written(_lines(recommendation), file)
 
 
-def _lines(recommendation: Recommendation) -> Iterator[str]:
-    yield f"// For a card with {recommendation.vram_gb:g} GB; the memory bill is {recommendation.memory.total_gb:.1f} GB."
+def _lines(recommendation: Recommendation) -> Iterator[Comment | Setting]:
+    bill = f"the memory bill is {recommendation.memory.total_gb:.1f} GB."
+    yield Comment(f"For a card with {recommendation.vram_gb:g} GB; {bill}")
     for key, value in recommendation.config.items():
-        yield f"// {_why(key, value, recommendation)}"
-        yield f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},"
+        yield Comment(_why(key, value, recommendation))
+        yield Setting(key, value)
     if "dataset" not in recommendation.config:
-        yield "// your pairs: JSONL, JSON, CSV or Parquet; remove the // and write the name of the file"
-        yield '// "dataset": "my-pairs.jsonl",'
+        yield Comment("your rows: JSONL, JSON, CSV or Parquet; make this a line of the config, and write the name of the file")
+        yield Setting("dataset", "my-pairs.jsonl", is_active=False)
     strategy = STRATEGIES[recommendation.values.strategy]
     if strategy.adapter_rate is not None:
-        yield f"// documented, for all weights: to train an adapter, use the next line instead ({RATES})"
+        yield Comment(f"documented, for all weights: to train an adapter, use the next line instead ({RATES})")
     else:
-        yield "// the documented default"
-    yield f'"learning_rate": {json.dumps(recommendation.values.learning_rate)},'
+        yield Comment("the documented default")
+    yield Setting("learning_rate", recommendation.values.learning_rate)
     if strategy.adapter_rate is not None:
-        yield f'// "learning_rate": {json.dumps(strategy.adapter_rate)},'
+        yield Setting("learning_rate", strategy.adapter_rate, is_active=False)
 
 
 def _why(key: str, value: object, recommendation: Recommendation) -> str:

@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_cli.config import advice, jsonc, other_tools, rules, stages
+from dpo_cli.config import advice, documents, jsonc, other_tools, rules, stages
 from dpo_cli.config.methods import Method, methods_of
 from dpo_cli.config.options import Config
 from dpo_cli.config.schema import defaults, options, profile_defaults, same
@@ -171,10 +171,8 @@ def _document(path: ConfigLike) -> tuple[str, jsonc.Document | None, tuple[Probl
         text, problems = _read_text(path)
     if text is None:
         return path, None, problems
-    document = jsonc.parse(text, path)
+    document = documents.parse(text, path)
     values, problems = document.value, document.problems
-    if problems and (other := jsonc.other_format(text, path)) is not None:
-        return path, None, (other,)
     is_data = isinstance(values, dict) and problems and len(PAIR_KEYS & values.keys()) > 1
     if is_data or not isinstance(values, dict):
         return path, None, (problems if not is_data else ()) or (_not_an_object(path, values),)
@@ -263,7 +261,7 @@ def _not_an_object(path: str, value: object) -> Problem:
     row = value[0] if isinstance(value, list) and value else value
     is_data = isinstance(row, dict) and PAIR_KEYS & row.keys()
     fix = 'this looks like a dataset: name it in the "dataset" of a config' if is_data else 'write { "dataset": "..." }'
-    return Problem("error", "config-type", "a config is a JSON object", fix, None, path, 1, 1)
+    return Problem("error", "config-type", "a config is one object of keys and values", fix, None, path, 1, 1)
 
 
 def _of_a_model(path: str, model: str) -> Problem:
@@ -286,7 +284,7 @@ def _read_text(path: str) -> tuple[str | None, tuple[Problem, ...]]:
         fix = f"did you mean {Path(path).parent / near[0]}?" if near else "check the path; see configs/ for examples"
         return unreadable("file not found", fix)
     except (OSError, ValueError) as error:  # a directory, a file without read permission, an invalid file name
-        return unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error}", "name a readable JSON file")
+        return unreadable(f"cannot be read: {getattr(error, 'strerror', None) or error}", "name a readable config")
     if data.startswith(b"GGUF"):
         return None, (_of_a_model(path, path),)
     if Path(path).suffix == ".safetensors":

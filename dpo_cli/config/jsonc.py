@@ -13,11 +13,9 @@ import ast
 import json
 import math
 import re
-import shlex
 from bisect import bisect_right
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import NoReturn
 
 from dpo_cli.errors import Problem
@@ -39,17 +37,6 @@ _CONSTANTS = {"true": True, "false": False, "null": None}
 OTHER_SIGNS = {"#": "a comment starts with //", "\xa0": "this is a no-break space: write a plain space"} | dict.fromkeys(
     "“”„‘’«»", 'write straight double quotes: "'
 )
-# The first line that is neither empty nor a comment: it shows a file of another format.
-_FIRST_LINE = re.compile(r"(?:[ \t\r]*(?:#[^\n]*)?\n)*([^\n]+)")
-_FORMATS = {
-    "YAML": re.compile(r"---|%YAML|- |[\w-]+[ \t]*:(?:[ \t]|\r?$)"),
-    "TOML": re.compile(r"\[\[?[\w.\" -]+\]|[\w.\"-]+[ \t]*="),
-}
-_SUFFIXES = {".yaml": "YAML", ".yml": "YAML", ".toml": "TOML"}
-_CONVERTED = {
-    "YAML": 'import json, sys, yaml; print(json.dumps(yaml.safe_load(sys.stdin), indent=1), file=open(sys.argv[1], "x"))',
-    "TOML": 'import json, sys, tomllib; print(json.dumps(tomllib.load(open(0, "rb")), indent=1), file=open(sys.argv[1], "x"))',
-}
 _OTHER_LANGUAGES = dict.fromkeys(("true", "yes", "on"), "true") | dict.fromkeys(("false", "no", "off"), "false")
 _OTHER_LANGUAGES |= dict.fromkeys(("none", "null", "nil", "undefined"), "null")
 
@@ -285,18 +272,3 @@ def parse(text: str, file: str) -> Document:
     scan.damaged |= {path for _, path in scan.open if path}
     value = scan.root[0] if scan.root else None
     return Document(value, scan.positions, tuple(scan.problems), frozenset(scan.damaged), scan.complete)
-
-
-def other_format(text: str, file: str) -> Problem | None:
-    """The problem of a file that is YAML or TOML by its name or its first line; None for any other file."""
-    first = _FIRST_LINE.match(text.removeprefix("\ufeff"))
-    suffix = _SUFFIXES.get(PurePath(file).suffix.lower())
-    begins = (name for name, pattern in _FORMATS.items() if first is not None and pattern.match(first.group(1)))
-    name = suffix or next(begins, None)
-    if name is None:
-        return None
-    new = shlex.quote(str(PurePath(file).with_suffix(".json"))) if suffix else "NEW.json"
-    old = "FILE" if file == "-" else shlex.quote(file)
-    fix = f"convert it: python -c '{_CONVERTED[name]}' {new} < {old}"
-    line = text.count("\n", 0, first.start(1)) + 1 if first else 1
-    return Problem("error", "json-syntax", f"this file is {name}, but a config is JSON", fix, None, file, line, 1)
