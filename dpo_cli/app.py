@@ -458,6 +458,28 @@ def lint(
         raise typer.Exit(int(code))
 
 
+@app.command("import")
+def import_config(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A config (YAML, TOML, JSON), a script that trains, a program or a notebook."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--write", metavar="FILE", help="Write the config to this .json, .yaml or .toml file.")
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a config of Axolotl, LLaMA-Factory, TRL, ms-swift, Unsloth or ModelForge into one of dpo; name what is not in it."""
+    with session(as_json, debug) as console:
+        from dpo_cli.commands.imported_config import import_config as translate
+
+        result, code = translate(file, out, console)
+        if as_json:
+            console.json(result)
+        raise typer.Exit(int(code))
+
+
 @app.command()
 def compare(
     config: ConfigFile,

@@ -66,6 +66,27 @@ WHILE_RUNNING = {
         "the text is not YAML, or has a tag, several documents or a key that is not a text",
     ),
     "toml-syntax": ("error", "`use_4bit = True` in a .toml file", "the text is not TOML"),
+    "import-nothing": (
+        "error",
+        "`dpo import` of a script without a training",
+        "the file has no setting of a training, or several trainings",
+    ),
+    "import-unreadable": (
+        "error",
+        "`dpo import` of a program with a syntax error",
+        "the file is not of the form that its name says",
+    ),
+    "import-method": ("error", "`dpo import` of `rl: orpo`", "a method that is not here; the config has no such key then"),
+    "import-dataset": (
+        "error",
+        "`dpo import` of `dataset: dpo_en_demo`",
+        "a dataset that the other tool knows by a name, and whose file is not found",
+    ),
+    "import-computed": (
+        "warning",
+        "`dpo import` of `--beta $BETA`",
+        "a program or a shell computes the value, so it has to be written by hand",
+    ),
     "stages-one-place": ("error", "two stages with one `output_dir`", "the second would replace the first"),
     "method-merges": (
         "error",

@@ -84,19 +84,19 @@ def meant_by(given: Mapping[str, object]) -> set[str]:
     """The options that unknown keys mean, so that they are not reported as missing too."""
     unknown = {key: value for key, value in given.items() if key not in options()}
     plain = {names()[key] for key in unknown if key in names()}
-    return plain.union(*(_instead(entry, value, given) or () for key, value in unknown.items() if (entry := _entry(key))))
+    return plain.union(*(replacement(entry, value, given) or () for key, value in unknown.items() if (entry := entry_of(key))))
 
 
 def advice(key: str, given: Mapping[str, object]) -> str:
     """What to write instead of an unknown key."""
     if key in names():
         return _other_name(key, names()[key], given)
-    if (entry := _entry(key)) is not None:
+    if (entry := entry_of(key)) is not None:
         return _elsewhere(key, entry, given)
     near = nearest(_snake(key), [*options(), *names(), *(key for entry in entries() for key in entry["keys"])])
     if not near:
         return UNKNOWN
-    if (entry := _entry(near)) is not None:
+    if (entry := entry_of(near)) is not None:
         return f'remove the key; did you mean "{near}" of other tools? {entry["why"]}'
     meant = names().get(near, near)
     taken = _taken(key, meant, given)
@@ -105,8 +105,8 @@ def advice(key: str, given: Mapping[str, object]) -> str:
 
 def own_advice(key: str, given: Mapping[str, object]) -> str | None:
     """What to write for an option's value that another tool uses; None if no tool uses it."""
-    entry = _entry(key)
-    instead = _instead(entry, given[key], given) if entry else None
+    entry = entry_of(key)
+    instead = replacement(entry, given[key], given) if entry else None
     return f"write {_written(instead)} instead: {entry['why']}" if entry and instead else None
 
 
@@ -126,7 +126,7 @@ def _snake(key: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower().replace("-", "_")
 
 
-def _entry(key: str) -> Entry | None:
+def entry_of(key: str) -> Entry | None:
     """The entry of a key in other_tools.json: one that names it, else one whose wildcard matches it."""
     named = (entry for entry in entries() if key in entry["keys"])
     like = (entry for entry in entries() if any("*" in name and fnmatch.fnmatchcase(key, name) for name in entry["keys"]))
@@ -145,7 +145,7 @@ def _other_name(key: str, name: str, given: Mapping[str, object]) -> str:
 
 
 def _elsewhere(key: str, entry: Entry, given: Mapping[str, object]) -> str:
-    instead = _instead(entry, given[key], given)
+    instead = replacement(entry, given[key], given)
     if not instead:
         return f"remove the key: {entry['why']}"
     taken = [text for name in instead if (text := _taken(key, name, given))]
@@ -154,7 +154,7 @@ def _elsewhere(key: str, entry: Entry, given: Mapping[str, object]) -> str:
     return f"write {_written(instead)} instead: {entry['why']}"
 
 
-def _instead(entry: Entry, value: object, given: Mapping[str, object]) -> dict[str, object] | None:
+def replacement(entry: Entry, value: object, given: Mapping[str, object]) -> dict[str, object] | None:
     """Keys and values of this tool that mean the same as this value; None if there are none."""
     sole = value[0] if isinstance(value, list) and len(value) == 1 else value
     fitting = (case["write"] for case in entry.get("cases", ()) if _is_valid(case.get("if", {}), sole))
