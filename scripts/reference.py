@@ -87,6 +87,11 @@ WHILE_RUNNING = {
         "`dpo import` of `--beta $BETA`",
         "a program or a shell computes the value, so it has to be written by hand",
     ),
+    "import-value": (
+        "warning",
+        "`dpo import` of `hub_model_id: my-adapter`",
+        "the value of a key that has a counterpart is not one here, so the key is left out",
+    ),
     "stages-one-place": ("error", "two stages with one `output_dir`", "the second would replace the first"),
     "method-merges": (
         "error",

@@ -166,7 +166,7 @@ def test_the_command_of_a_script(tmp_path: Path) -> None:
 
 def test_a_script_with_a_config_and_arguments(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("model_name_or_path: org/model\ndataset_name: org/pairs\nbeta: 0.1\n", encoding="utf-8")
-    found = of(tmp_path, "trl kto --config base.yaml --beta 0.5 --use_peft --lora-r=8\n", "train.sh")
+    found = of(tmp_path, "cd x; trl kto --config base.yaml --beta 0.5 --use_peft --lora-r=8; echo --done\n", "train.sh")
     assert (found.config["strategy"], found.config["beta"], found.config["lora_r"]) == ("kto", 0.5, 8)
     assert found.config["dataset"] == "org/pairs"
 
@@ -205,6 +205,15 @@ def test_another_method_stops_the_import(tmp_path: Path, text: str, key: str) ->
     found = of(tmp_path, text)
     assert [part.key for part in found.of("stops")] == [key]
     assert [problem.code for problem in found.problems] == ["import-method"]
+
+
+def test_values_that_are_none_here_are_warnings(tmp_path: Path) -> None:
+    found = of(tmp_path, 'stage: dpo\nlora_rank: "16"\nlearning_rate: high\nhub_model_id: mine\n')
+    assert found.config["lora_r"] == 16 and {"learning_rate", "hub_model_id"}.isdisjoint(found.config)
+    assert [(problem.code, problem.key) for problem in found.problems] == [
+        ("import-value", "learning_rate"),
+        ("import-value", "hub_model_id"),
+    ]
 
 
 def test_keys_that_disagree_are_named(tmp_path: Path) -> None:

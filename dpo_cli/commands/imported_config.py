@@ -55,10 +55,12 @@ def import_config(file: Path, out: Path | None, console: Console) -> tuple[JsonO
 
 
 def _problems(found: Translation, checked: Loaded, file: str | None) -> list[Problem]:
-    """The errors and warnings of the new config that the file did not cause; without a place if it is not written."""
-    named = {problem.key for problem in found.problems}
-    named |= {"dataset"} if any(problem.code == "import-dataset" for problem in found.problems) else set()
-    about = [problem for problem in checked.problems if problem.severity != "hint" and problem.key not in named]
+    """The errors and warnings of the new config, without a place if it is not written.
+
+    A dataset that could not be found is not reported as missing too.
+    """
+    said = {"dataset"} if any(problem.code == "import-dataset" for problem in found.problems) else set()
+    about = [problem for problem in checked.problems if problem.severity != "hint" and problem.key not in said]
     return [replace(problem, file=file, line=None, column=None) if file else problem for problem in about]
 
 

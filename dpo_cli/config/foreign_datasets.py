@@ -61,7 +61,7 @@ def datasets_of(foreign: Foreign) -> Datasets:
             for entry in _entries(part, key, split if option == "dataset" else None, folder, foreign, found)
         ]
         if entries:
-            found.values.setdefault(option, entries[0] if len(entries) == 1 else entries)
+            found.values.setdefault(option, entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries)
     if (
         isinstance(test, str)
         and isinstance(name := found.values.get("dataset"), str)

@@ -55,7 +55,9 @@ def _commands(text: str, file: Path) -> list[list[str]]:
     commands: list[list[str]] = []
     for line in joined.splitlines():
         try:
-            words = shlex.split(line, comments=True)
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+            lexer.whitespace_split = True
+            words = list(lexer)
         except ValueError as error:
             if "--" in line:
                 fix = "write the command on lines that end with \\"
@@ -63,7 +65,7 @@ def _commands(text: str, file: Path) -> list[list[str]]:
             continue
         commands.append([])
         for word in words:
-            if word in ("&&", ";", "||", "|"):
+            if set(word) <= set(";&|"):
                 commands.append([])
             else:
                 commands[-1].append(word)

@@ -89,7 +89,7 @@ def _take(key: str, value: object, given: Mapping[str, object], result: Translat
         _refuse(Setting(key, value, "left out", why="this version does not support it yet"), result, foreign)
         return
     if name is not None:
-        taken = other_tools.as_here(options()[name], value)
+        taken = _number(name, other_tools.as_here(options()[name], value))
         taken = None if any(same(taken, word) for word in options()[name].unset) else taken
         if taken is None or other_tools.fits(name, taken):
             group: Group = "translated" if not same(taken, value) else "same" if name == key else "renamed"
@@ -109,6 +109,23 @@ def _take(key: str, value: object, given: Mapping[str, object], result: Translat
     else:
         why = "dpo does not know this key"
     _refuse(Setting(key, value, "left out", why=why), result, foreign)
+    if name is not None and entry is None and key not in OF_THE_METHOD:
+        message = f"{key}: {json.dumps(value, ensure_ascii=False, default=str)} is not a value of {name}"
+        fix = f"{why}: write one into the config, or remove the key from the file"
+        result.problems.append(Problem("warning", "import-value", message, fix, name, str(foreign.file)))
+
+
+def _number(name: str, value: object) -> object:
+    """A number in quotes as a number, if the option is one: other tools read it so."""
+    if not isinstance(value, str) or other_tools.fits(name, value):
+        return value
+    for kind in (int, float):
+        try:
+            number = kind(value)
+        except ValueError:
+            continue
+        return number if other_tools.fits(name, number) else value
+    return value
 
 
 def _name_of(key: str) -> str:
@@ -147,7 +164,7 @@ def _refuse(setting: Setting, result: Translation, foreign: Foreign) -> None:
         return
     result.settings.append(Setting(setting.key, setting.value, "stops", why=setting.why))
     message = f"{setting.key}: {json.dumps(setting.value, ensure_ascii=False)} has no counterpart"
-    fix = f"{setting.why}; choose another method in the file"
+    fix = f"{setting.why}; write another value into the file"
     result.problems.append(Problem("error", "import-method", message, fix, setting.key, str(foreign.file)))
 
 
@@ -168,11 +185,11 @@ def _add_defaults(foreign: Foreign, result: Translation) -> None:
         result.settings.append(Setting("", None, "default", {"lora_r": 0}, why))
     needed = {"warmup_ratio": "warmup_steps", "use_4bit": "use_8bit"}
     strategy = str(result.config.get("strategy", "dpo"))
-    computed = {_name_of(key) for key in foreign.unread}
+    unknown = {_name_of(key) for key in foreign.unread} | {problem.key for problem in result.problems}
     for name, value in foreign.tool.defaults_of(result.config).items():
         if (
             name in result.config
-            or name in computed
+            or name in unknown
             or needed.get(name) in result.config
             or same(value, options()[name].default(strategy))
         ):
