@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fork_server import dpo
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dpo_cli.config import toml_document, yaml_document
@@ -158,6 +158,7 @@ def test_the_same_plan_from_each_form(tmp_path: Path) -> None:
     assert told["c.yaml"] == told["c.json"] == told["c.toml"]
 
 
+@example({"\n0": None, "": True, "null": 1, "\x85": "\u2028"})
 @given(
     st.dictionaries(
         st.text(), st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

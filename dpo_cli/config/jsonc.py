@@ -272,3 +272,15 @@ def parse(text: str, file: str) -> Document:
     scan.damaged |= {path for _, path in scan.open if path}
     value = scan.root[0] if scan.root else None
     return Document(value, scan.positions, tuple(scan.problems), frozenset(scan.damaged), scan.complete)
+
+
+def name_text(key: str) -> str:
+    """A key as YAML and TOML read it: in quotes, unless it is a plain name."""
+    plain = re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", key) is not None and key.lower() not in ("null", "true", "false")
+    return key if plain else value_text(key)
+
+
+def value_text(value: object) -> str:
+    """A value as JSON that YAML and TOML read too: they do not take all characters that JSON has, or read a line break."""
+    text = json.dumps(value, ensure_ascii=False)
+    return re.sub("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda found: f"\\u{ord(found[0]):04x}", text)

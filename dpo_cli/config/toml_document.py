@@ -6,13 +6,13 @@ start a line are found here, and a value within another one has the place of tha
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tomllib
 from datetime import date, datetime, time
 from typing import Any
 
+from dpo_cli.config import jsonc
 from dpo_cli.config.jsonc import Document, Path
 from dpo_cli.errors import Problem
 
@@ -104,10 +104,12 @@ def _json_value(
 
 def line_of(key: str, value: object) -> str:
     """A key and its value; of null, which TOML does not have, a comment."""
-    return f"# {key} has no value" if value is None else f"{key} = {_text(value)}"
+    name = jsonc.name_text(key)
+    return f"# {name} has no value" if value is None else f"{name} = {_text(value)}"
 
 
 def _text(value: object) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_text(part)}" for key, part in value.items() if part is not None) + " }"
-    return f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else json.dumps(value, ensure_ascii=False)
+        parts = [f"{jsonc.name_text(key)} = {_text(part)}" for key, part in value.items() if part is not None]
+        return f"{{ {', '.join(parts)} }}"
+    return f"[{', '.join(map(_text, value))}]" if isinstance(value, list) else jsonc.value_text(value)

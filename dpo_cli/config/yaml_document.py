@@ -6,12 +6,12 @@ a number and `no` a text, where PyYAML follows YAML 1.1. No tag makes an object.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
 import yaml
 
+from dpo_cli.config import jsonc
 from dpo_cli.config.jsonc import MAX_DEPTH, MAX_DIGITS, Document, Path
 from dpo_cli.errors import Problem
 
@@ -144,5 +144,5 @@ class _Reading:
 
 
 def line_of(key: str, value: object) -> str:
-    """A key and its value, which JSON writes in a form that YAML reads too."""
-    return f"{key}: {json.dumps(value, ensure_ascii=False)}"
+    """A key and its value."""
+    return f"{jsonc.name_text(key)}: {jsonc.value_text(value)}"
