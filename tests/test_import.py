@@ -155,6 +155,15 @@ def test_a_config_of_the_alignment_handbook(tmp_path: Path) -> None:
     assert left_out(found)["torch_dtype"] == "bf16 says how it computes"
 
 
+def test_trl_evaluates_on_the_test_split(tmp_path: Path) -> None:
+    text = "model_name_or_path: org/model\ndataset_name: org/pairs\n"
+    assert of(tmp_path, text + "eval_strategy: steps\n").config["eval_dataset"] == "org/pairs:test"
+    named = of(tmp_path, text + "eval_strategy: epoch\ndataset_train_split: train_prefs\ndataset_test_split: test_prefs\n")
+    assert (named.config["dataset"], named.config["eval_dataset"]) == ("org/pairs:train_prefs", "org/pairs:test_prefs")
+    assert "eval_dataset" not in of(tmp_path, text).config
+    assert "dataset_test_split" in left_out(of(tmp_path, text + "dataset_test_split: test_prefs\n"))
+
+
 def test_the_command_of_a_script(tmp_path: Path) -> None:
     found = of(tmp_path, SWIFT, "train.sh")
     assert found.config["target_modules"] == ["q_proj", "v_proj"] and found.config["learning_rate"] == 2e-5

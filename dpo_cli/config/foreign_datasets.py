@@ -42,6 +42,9 @@ def datasets_of(foreign: Foreign) -> Datasets:
     found = Datasets()
     split = given.pop("dataset_train_split", None)
     test = given.pop("dataset_test_split", None)
+    evaluates = any(foreign.values.get(key) not in (None, "no") for key in ("eval_strategy", "evaluation_strategy"))
+    if test is None and evaluates and "dataset_name" in given:
+        test = "test"  # TRL's default
     for key in ("dataset_config", "dataset_config_name"):
         if (subset := given.pop(key, None)) not in (None, "default"):
             found.left_out[key] = f"a part of a dataset ({subset}) is a folder of its repository: name the files"
@@ -62,12 +65,8 @@ def datasets_of(foreign: Foreign) -> Datasets:
         ]
         if entries:
             found.values.setdefault(option, entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries)
-    if (
-        isinstance(test, str)
-        and isinstance(name := found.values.get("dataset"), str)
-        and foreign.values.get("eval_strategy") not in (None, "no")
-    ):
-        found.values["eval_dataset"] = f"{name.split(':')[0]}:{test}"
+    if isinstance(test, str) and isinstance(name := found.values.get("dataset"), str) and evaluates:
+        found.values.setdefault("eval_dataset", f"{name.split(':')[0]}:{test}")
     elif test is not None:
         found.left_out["dataset_test_split"] = "nothing is evaluated during this training (eval_strategy)"
     return found

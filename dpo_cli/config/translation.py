@@ -62,7 +62,7 @@ def translated(foreign: Foreign) -> Translation:
     for key, value in found.items():
         if key not in KEYS:
             _take(key, value, found, result, foreign)
-    of_data = [key for key in KEYS if foreign.values.get(key) is not None]
+    of_data = [key for key in KEYS if foreign.values.get(key) is not None and key not in data.left_out]
     for key in of_data:
         group: Group = "translated" if data.values else "stops"
         is_first = key == of_data[0]
