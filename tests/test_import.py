@@ -202,6 +202,13 @@ def test_a_program_and_a_notebook(tmp_path: Path, is_notebook: bool) -> None:
     assert "is_bfloat16_supported()" in gone["bf16"]
 
 
+def test_values_of_a_program_that_no_config_has_are_named(tmp_path: Path) -> None:
+    found = of(
+        tmp_path, "DPOConfig(beta=1e999, lora_r={1, 2}, output_dir=b'x', seed=1j, weird={(1, 2): 3}, bf16=True)\n", "a.py"
+    )
+    assert left_out(found).keys() >= {"beta", "lora_r", "output_dir", "seed", "weird"} and found.config["bf16"] is True
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [

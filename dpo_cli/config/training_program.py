@@ -129,8 +129,9 @@ def _take(
         if key in OBJECTS and isinstance(node, ast.Call | ast.Name | ast.Attribute | ast.Subscript):
             continue
         try:
-            found[key] = constants[node.id] if isinstance(node, ast.Name) and node.id in constants else ast.literal_eval(node)
-        except ValueError:
+            value = constants[node.id] if isinstance(node, ast.Name) and node.id in constants else ast.literal_eval(node)
+            found[key] = json.loads(json.dumps(value, allow_nan=False))
+        except (ValueError, TypeError):  # computed, or a set, bytes or infinity
             unread.setdefault(key, f"the program computes its value ({where}, line {node.lineno}): {ast.unparse(node)[:60]}")
     if kind == "load_dataset":
         parts = {"path" if key == "dataset" else key: value for key, value in found.items()}
