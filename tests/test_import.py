@@ -117,6 +117,20 @@ def test_without_an_adapter_axolotl_and_trl_train_all_weights(tmp_path: Path) ->
         assert added["lora_r"].startswith(key)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "strategy"),
+    [
+        ("a.yaml", "base_model: m\nadapter: lora\nsequence_len: 8\n", "sft"),
+        ("a.yaml", "model_name_or_path: m\nfinetuning_type: lora\ncutoff_len: 8\n", "sft"),
+        ("a.sh", "swift sft --model m --tuner_type lora\n", "sft"),
+        ("a.sh", "swift rlhf --model m --tuner_type lora\n", "dpo"),
+        ("a.yaml", "model_name_or_path: m\nuse_peft: true\n", None),
+    ],
+)
+def test_the_method_of_a_file_that_does_not_say_it(tmp_path: Path, name: str, text: str, strategy: str | None) -> None:
+    assert of(tmp_path, text, name).config.get("strategy") == strategy
+
+
 @pytest.mark.parametrize("keys", ["train_type: full\nlora_rank: 8\n", "lora_rank: 8\ntrain_type: full\n"])
 def test_all_weights_go_before_a_rank(tmp_path: Path, keys: str) -> None:
     found = of(tmp_path, f"rlhf_type: dpo\n{keys}lora_alpha: 32\ntarget_modules: all-linear\n")

@@ -79,6 +79,8 @@ def _training(words: Sequence[str]) -> tuple[str | None, list[str]] | None:
         rest = list(words[place + 1 :])
         if name in PROGRAMS and rest:
             method, *rest = rest
+            if name == "swift" and method == "rlhf" and "--rlhf_type" not in rest:
+                rest += ["--rlhf_type", "dpo"]  # its default
             return name, [*(["--strategy", method] if name == "trl" and method in METHODS else []), *rest]
         if name.endswith(".py") or (place and words[place - 1] == "-m"):
             is_of_training = any(_is_flag(argument) or _is_config(argument) for argument in rest)

@@ -23,6 +23,8 @@ OF_THE_METHOD = {
     "use_peft",
     "lora_r", "model_name", "model_name_or_path", "base_model", "model",
 }  # fmt: skip
+# The key that says the method, in tools that do supervised fine-tuning without it.
+METHOD_KEYS = {"Axolotl": "rl", "LLaMA-Factory": "stage", "ms-swift": "rlhf_type"}
 OWN = "dpo or ModelForge"
 
 Group = Literal["same", "renamed", "translated", "left out", "stops", "default"]
@@ -57,8 +59,9 @@ def translated(foreign: Foreign) -> Translation:
     result = Translation()
     data = datasets_of(foreign)
     found = dict(foreign.values)
-    if foreign.tool is not None and foreign.tool.name == "Axolotl" and found.get("rl") is None:
-        found = {"rl": "sft", **found}
+    method = METHOD_KEYS.get(foreign.tool.name) if foreign.tool is not None else None
+    if method is not None and found.get(method) is None and "strategy" not in found:
+        found = {**found, method: "sft"}
     for key, value in found.items():
         if key not in KEYS:
             _take(key, value, found, result, foreign)
