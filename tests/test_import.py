@@ -194,6 +194,27 @@ def test_a_script_with_a_config_and_arguments(tmp_path: Path) -> None:
     assert found.config["dataset"] == "org/pairs"
 
 
+def test_a_hash_within_a_word_and_variables_of_later_lines(tmp_path: Path) -> None:
+    text = "RATE=1e-5\nswift rlhf --model m --dataset org/pairs#10 --learning_rate $RATE --lora_rank 4 # a comment\nRATE=3\n"
+    found = of(tmp_path, text, "train.sh")
+    assert (found.config["learning_rate"], found.config["lora_r"], found.config["strategy"]) == (1e-5, 4, "dpo")
+    assert "dataset (#10)" in left_out(found)
+
+
+def test_the_method_of_the_config_goes_before_the_default(tmp_path: Path) -> None:
+    (tmp_path / "kto.yaml").write_text("rlhf_type: kto\nmodel: m\n", encoding="utf-8")
+    assert of(tmp_path, "swift rlhf --config kto.yaml\n", "a.sh").config["strategy"] == "kto"
+    kto = of(tmp_path, "megatron rlhf --rlhf_type=kto --model m\n", "a.sh")
+    assert kto.config["strategy"] == "kto" and not kto.problems
+
+
+def test_a_program_with_two_methods_is_refused_and_a_name_that_changes_is_computed(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="2 methods"):
+        of(tmp_path, "SFTTrainer(args=SFTConfig(seed=1))\nDPOTrainer(args=DPOConfig(seed=2))\n", "a.py")
+    found = of(tmp_path, "x = {[1]: 2}\nlr = 1e-4\nlr *= 2\nDPOConfig(learning_rate=lr, beta=0.2)\n", "a.py")
+    assert "learning_rate" in left_out(found) and "learning_rate" not in found.config and found.config["beta"] == 0.2
+
+
 def test_two_different_commands_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="2 training commands"):
         of(tmp_path, "trl dpo --beta 1\ntrl dpo --beta 2\n", "train.sh")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def read(text: str, file: Path) -> tuple[dict[str, object], dict[str, str], Tool
     `InvalidInput` if the script cannot be read, has no such command, or several that differ.
     """
     variables: dict[str, str] = {}
+    known: dict[str, str] = {}
     found: list[tuple[str | None, list[str]]] = []
     for words in _commands(text, file):
         rest = list(words)
@@ -40,12 +42,16 @@ def read(text: str, file: Path) -> tuple[dict[str, object], dict[str, str], Tool
         command = _training(rest)
         if command is not None and command not in found:
             found.append(command)
+            known = dict(variables)  # those that are assigned before the command
     if len(found) != 1:
         what = "no training command is" if not found else f"{len(found)} training commands are"
         fix = "name the YAML config, or a script with one command: swift, llamafactory-cli, axolotl, trl, or python with --key"
         raise invalid("import-nothing", f"{what} in this file", fix, file=str(file))
     program, arguments = found[0]
-    values, unread = _settings(arguments, variables, file)
+    is_preference = arguments[:2] == ["--rlhf_type", ""]
+    values, unread = _settings(arguments[2:] if is_preference else arguments, known, file)
+    if is_preference and "rlhf_type" not in values:
+        values["rlhf_type"] = "dpo"  # the default of `swift rlhf`
     return values, unread, tools()[PROGRAMS[program]] if program else tool_of(values)
 
 
@@ -56,8 +62,8 @@ def _commands(text: str, file: Path) -> list[list[str]]:
     for line in joined.splitlines():
         try:
             lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|")
-            lexer.whitespace_split = True
-            words = list(lexer)
+            lexer.whitespace_split, lexer.commenters = True, ""
+            words = [*itertools.takewhile(lambda word: not word.startswith("#"), lexer)]  # within a word, # starts no comment
         except ValueError as error:
             if "--" in line:
                 fix = "write the command on lines that end with \\"
@@ -79,8 +85,8 @@ def _training(words: Sequence[str]) -> tuple[str | None, list[str]] | None:
         rest = list(words[place + 1 :])
         if name in PROGRAMS and rest:
             method, *rest = rest
-            if name == "swift" and method == "rlhf" and "--rlhf_type" not in rest:
-                rest += ["--rlhf_type", "dpo"]  # its default
+            if PROGRAMS[name] == "ms-swift" and method == "rlhf":
+                return name, ["--rlhf_type", "", *rest]
             return name, [*(["--strategy", method] if name == "trl" and method in METHODS else []), *rest]
         if name.endswith(".py") or (place and words[place - 1] == "-m"):
             is_of_training = any(_is_flag(argument) or _is_config(argument) for argument in rest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +53,11 @@ def read(text: str, file: Path) -> tuple[dict[str, object], dict[str, str], Tool
                 _take(call, kind, constants, values, unread, name)
     if not values:
         return {}, unread, tools()["TRL"]
+    if len(set(methods)) > 1:
+        fix = "keep one trainer and its settings in a copy of the file, and import that"
+        raise invalid(
+            "import-nothing", f"{len(set(methods))} methods are in this file: {', '.join(methods)}", fix, file=str(file)
+        )
     if methods:
         values = {"strategy": methods[-1], **values}
     tool = tools()["Unsloth" if is_of_unsloth else "TRL"]
@@ -89,14 +95,17 @@ def _trees(text: str, file: Path, unread: dict[str, str]) -> Iterator[tuple[str,
 
 
 def _constants(tree: ast.Module) -> dict[str, object]:
-    """Names that have one plain value."""
+    """Names that have one plain value, and are bound once: of another the value depends on where it is read."""
     found: dict[str, object] = {}
+    bound = Counter(node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+            if bound[node.targets[0].id] > 1:
+                continue
             try:
                 found[node.targets[0].id] = ast.literal_eval(node.value)
-            except ValueError:
-                found.pop(node.targets[0].id, None)
+            except (ValueError, TypeError):
+                continue
     return found
 
 
