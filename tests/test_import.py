@@ -161,6 +161,15 @@ def test_a_name_that_is_nowhere_stops_the_import(tmp_path: Path) -> None:
     assert [part.key for part in found.of("stops")] == ["dataset"] and "dataset" not in found.config
 
 
+def test_odd_entries_of_llama_factory_stop_the_import(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    entries = {"mine": {"script_url": "load.py"}, "theirs": {"file_name": "a.json", "columns": ["a"]}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
+    found = of(tmp_path, LLAMA_FACTORY)
+    assert [problem.code for problem in found.problems] == ["import-dataset"] and "mine" in found.problems[0].message
+    assert found.config["dataset"] == str(tmp_path / "data" / "a.json")
+
+
 def test_a_config_of_the_alignment_handbook(tmp_path: Path) -> None:
     found = of(tmp_path, TRL)
     assert found.config["dataset"] == ["org/pairs:train_prefs", {"path": "org/more:train_prefs", "weight": 0.5}]
@@ -172,6 +181,9 @@ def test_a_config_of_the_alignment_handbook(tmp_path: Path) -> None:
 def test_trl_evaluates_on_the_test_split(tmp_path: Path) -> None:
     text = "model_name_or_path: org/model\ndataset_name: org/pairs\n"
     assert of(tmp_path, text + "eval_strategy: steps\n").config["eval_dataset"] == "org/pairs:test"
+    assert "eval_dataset" not in of(tmp_path, text + "eval_strategy: false\n").config
+    local = text.replace("org/pairs", "pairs.jsonl") + "eval_strategy: steps\n"
+    assert "eval_dataset" not in of(tmp_path, local).config
     named = of(tmp_path, text + "eval_strategy: epoch\ndataset_train_split: train_prefs\ndataset_test_split: test_prefs\n")
     assert (named.config["dataset"], named.config["eval_dataset"]) == ("org/pairs:train_prefs", "org/pairs:test_prefs")
     assert "eval_dataset" not in of(tmp_path, text).config

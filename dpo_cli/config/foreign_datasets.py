@@ -42,8 +42,8 @@ def datasets_of(foreign: Foreign) -> Datasets:
     found = Datasets()
     split = given.pop("dataset_train_split", None)
     test = given.pop("dataset_test_split", None)
-    evaluates = any(foreign.values.get(key) not in (None, "no") for key in ("eval_strategy", "evaluation_strategy"))
-    if test is None and evaluates and "dataset_name" in given:
+    evaluates = any(foreign.values.get(key) not in (None, False, "no") for key in ("eval_strategy", "evaluation_strategy"))
+    if test is None and evaluates and "dataset_name" in given and not Path(str(given["dataset_name"])).suffix:
         test = "test"  # TRL's default
     for key in ("dataset_config", "dataset_config_name"):
         if (subset := given.pop(key, None)) not in (None, "default"):
@@ -161,15 +161,18 @@ def _registered(name: str, key: str, folder: object, file: Path, found: Datasets
         except (ValueError, AttributeError) as error:
             found.problems.append(Problem("error", "import-unreadable", f"not JSON: {error}", "correct it", key, str(info)))
             return
-    if not isinstance(entry, dict):
-        where = f"{info} has no such name" if info else f"there is no {place}/{INFO} near this file"
+    if not isinstance(entry, dict) or not any(
+        entry.get(part) for part in ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url")
+    ):
+        where = f"{info} names no file or hub dataset for it" if info else f"there is no {place}/{INFO} near this file"
         fix = "add the dataset to the written config: a file, or owner/name of the hub"
         found.problems.append(
             Problem("error", "import-dataset", f'"{name}" is a name in {INFO}, and {where}', fix, key, str(file))
         )
         return
     assert info is not None
-    named = {COLUMNS[part]: column for part, column in dict(entry.get("columns") or {}).items() if part in COLUMNS}
+    given = entry.get("columns")
+    named = {COLUMNS[part]: column for part, column in given.items() if part in COLUMNS} if isinstance(given, dict) else {}
     if columns := {meaning: column for meaning, column in named.items() if meaning != column}:
         found.values["columns"] = columns
     if entry.get("file_name"):
